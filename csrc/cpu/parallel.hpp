@@ -1,0 +1,21 @@
+// Thread-parallel loops for kernels that know nothing of torch. The function behind is torch's own
+// thread pool (csrc/ops.cpp), so OMP_NUM_THREADS and torch.set_num_threads hold.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+int tf_num_threads();
+}
+
+namespace tf {
+// No std headers: code instantiated here is compiled once per instruction set, and a shared inline
+// function (std::vector and friends) could be linked from the widest one.
+template <class Body>
+static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  tf_parallel_for(
+      n, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+}  // namespace tf

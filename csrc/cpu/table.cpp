@@ -1,0 +1,12 @@
+// Compiled once per instruction set: the kernels of this one.
+#include "kernels.hpp"
+
+#define TF_CONCAT_(a, b) a##b
+#define TF_CONCAT(a, b) TF_CONCAT_(a, b)
+
+namespace tf {
+extern const Kernels TF_CONCAT(kernels_, TF_ISA);
+const Kernels TF_CONCAT(kernels_, TF_ISA) = {
+    TF_ISA::norm_forward,
+};
+}  // namespace tf

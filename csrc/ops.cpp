@@ -1,0 +1,103 @@
+// The table of contents: every native op's schema, and what the kernels borrow from torch.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cpu/parallel.hpp"
+#include "tensors.hpp"
+
+extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (n <= 0) return;
+  if (n <= grain) return body(0, n, context);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+extern "C" int tf_num_threads() { return int(torch::stable::get_num_threads()); }
+
+namespace {
+struct Buffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+}  // namespace
+extern "C" void* tf_scratch(int slot, int64_t bytes) {
+  thread_local Buffer buffers[8];
+  Buffer& b = buffers[slot];
+  if (b.bytes < bytes) {
+    std::free(b.data);
+    b.bytes = 0;
+    int64_t rounded = (bytes + 4095) & ~int64_t(4095);
+    b.data = std::aligned_alloc(64, size_t(rounded));
+    STD_TORCH_CHECK(b.data != nullptr, "transformer_fast: no memory for ", rounded, " bytes of scratch");
+    b.bytes = rounded;
+  }
+  return b.data;
+}
+
+namespace tf {
+
+#define TF_FOR_EACH_ISA(X) TF_ISA_LIST(X)
+#define TF_DECLARE(isa) extern const Kernels kernels_##isa;
+TF_FOR_EACH_ISA(TF_DECLARE)
+
+static const Kernels* active = &kernels_baseline;
+const Kernels& kernels() { return *active; }
+
+// name: one of the compiled instruction sets; the caller has checked that this processor has it.
+void cpu_set_isa(std::string name) {
+#define TF_SELECT(isa) \
+  if (name == #isa) {  \
+    active = &kernels_##isa; \
+    return;            \
+  }
+  TF_FOR_EACH_ISA(TF_SELECT)
+  STD_TORCH_CHECK(false, "transformer_fast: no CPU kernels were compiled for instruction set ", name);
+}
+
+void cpu_norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
+                      OptionalTensor rng, double eps, bool rms, double dropout_p, Tensor y, OptionalTensor sum,
+                      OptionalTensor mean, OptionalTensor rstd) {
+  NormForward a{};
+  a.dtype = dtype_of(x);
+  a.x = read(x);
+  a.residual = read(residual);
+  a.weight = read<float>(weight);
+  a.bias = read<float>(bias);
+  a.y = write(y);
+  a.sum = write(sum);
+  a.mean = write<float>(mean);
+  a.rstd = write<float>(rstd);
+  a.rows = x.size(0);
+  a.width = x.size(1);
+  a.x_stride = x.stride(0);
+  a.residual_stride = residual.has_value() ? residual->stride(0) : 0;
+  a.eps = float(eps);
+  a.rms = rms;
+  a.dropout = philox_of(rng, dropout_p);
+  kernels().norm_forward(a);
+}
+
+}  // namespace tf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
+  m.def("cpu_set_isa(str name) -> ()");
+  // x, residual: (rows, width), last stride 1; weight, bias: float32 (width,)
+  m.def(
+      "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
+      "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_set_isa", TORCH_BOX(&tf::cpu_set_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_norm_forward", TORCH_BOX(&tf::cpu_norm_forward));
+}
+
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

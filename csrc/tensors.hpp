@@ -1,0 +1,59 @@
+// What the bindings need of torch: the stable ABI alone, so one library serves every torch >= 2.11.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "cpu/kernels.hpp"
+
+namespace tf {
+
+using torch::stable::Tensor;
+using ScalarType = torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "transformer_fast: dtype must be float32, bfloat16 or float16");
+  }
+}
+template <class T = void>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T = void>
+const T* read(const OptionalTensor& t) {
+  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+template <class T = void>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+template <class T = void>
+T* write(const OptionalTensor& t) {
+  return t.has_value() ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+// rng is an int64 tensor {seed, offset} on the CPU, or absent when nothing is dropped.
+inline Philox philox_of(const OptionalTensor& rng, double p) {
+  Philox result;
+  if (!rng.has_value() || p <= 0) return result;
+  const int64_t* state = read<int64_t>(*rng);
+  result.seed = uint64_t(state[0]);
+  result.offset = uint64_t(state[1]);
+  result.threshold = uint32_t(p * 65536.0 + 0.5);
+  if (result.threshold > 65535) result.threshold = 65535;
+  result.keep_scale = float(65536.0 / (65536.0 - double(result.threshold)));
+  return result;
+}
+
+const Kernels& kernels();  // of the instruction set in use
+
+}  // namespace tf

@@ -1,0 +1,43 @@
+"""The one rule of accuracy: as close to float64 truth as plain PyTorch in the same dtype, within a factor."""
+
+import torch
+
+OUTPUT, GRADIENT = 2.0, 3.0
+
+# Where plain PyTorch is exact by luck or construction, so many units in the last place of the largest value
+# are still granted.
+FLOOR_ULPS = 2.0
+
+
+def assert_as_accurate(
+    actual: torch.Tensor,
+    truth_fp64: torch.Tensor,
+    eager_same_dtype: torch.Tensor,
+    factor: float = OUTPUT,
+    name: str = "result",
+) -> None:
+    """|actual - truth| is at most factor x |eager - truth|, in the largest element and in the mean square.
+
+    actual and eager_same_dtype are of the dtype under test; truth_fp64 is the float64 result. NaN never passes.
+    """
+    assert actual.shape == truth_fp64.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(truth_fp64.shape)}"
+    assert truth_fp64.dtype == torch.float64, f"{name}: truth must be float64"
+    if actual.numel() == 0:
+        return
+    assert not actual.isnan().any(), f"{name}: {int(actual.isnan().sum())} NaN of {actual.numel()}"
+    finite = truth_fp64.isfinite()
+    assert torch.equal(actual[~finite].double(), truth_fp64[~finite]), f"{name}: infinities differ"
+    if not finite.any():
+        return
+    truth = truth_fp64[finite]
+    error, eager_error = (actual.double()[finite] - truth).abs(), (eager_same_dtype.double()[finite] - truth).abs()
+    floor = FLOOR_ULPS * torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    for kind, ours, theirs in (
+        ("largest", error.max().item(), eager_error.max().item()),
+        ("root mean square", error.square().mean().sqrt().item(), eager_error.square().mean().sqrt().item()),
+    ):
+        bound = factor * max(theirs, floor if kind == "largest" else floor / 4)
+        assert ours <= bound, (
+            f"{name}: {kind} error {ours:.3e} over {bound:.3e} ({factor} x plain PyTorch's {theirs:.3e}, "
+            f"floor {floor:.1e}) in {actual.dtype}"
+        )

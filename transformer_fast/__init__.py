@@ -1,0 +1,52 @@
+"""transformer_fast: fused attention, normalisation and activation kernels, and the models that run on them.
+
+Names are loaded on first use, so importing this package loads neither transformers nor Triton.
+"""
+
+import importlib as _importlib
+import pathlib as _pathlib
+
+from ._version import __version__
+
+# In a bare checkout the Triton kernels lie in <root>/kernels, installed they are transformer_fast/kernels.
+if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
+    __path__.append(str(_pathlib.Path(__path__[0]).parent))
+
+_EXPORTS = {
+    "backends": ["backend", "explain", "info"],
+    "ops": [
+        "RelativeBias",
+        "add_layer_norm",
+        "add_rms_norm",
+        "attention_probabilities",
+        "bias_activation",
+        "dropout",
+        "layer_norm",
+        "linear",
+        "multi_head_attention",
+        "pack_weight",
+        "packed_linear",
+        "rms_norm",
+        "scaled_dot_product_attention",
+        "varlen_attention",
+    ],
+}
+_MODULES = ["backends", "benchmarks", "cli", "generation", "integrations", "kernels", "layers", "models", "ops"]
+_WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+
+def __getattr__(name: str):
+    module = _WHERE.get(name)
+    if module is not None:
+        value = getattr(_importlib.import_module(f".{module}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -1,0 +1,135 @@
+"""Who computes a call: the backends, the choice among them, and why one cannot.
+
+Every op asks `select(call)` for a backend. Automatic choice goes down `ORDER` for the call's device and
+takes the first backend that can; `with backend("triton")` or TRANSFORMER_FAST_BACKEND=triton forces one, and
+then a call it cannot take raises with every reason.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Backend", "Call", "ORDER", "backend", "explain", "info", "select"]
+
+ORDER = {"cuda": ("triton", "eager"), "cpu": ("cpu", "eager")}
+NAMES = ("eager", "cpu", "triton")
+
+
+class Call(NamedTuple):
+    """What a backend needs to know to say whether it can run a call.
+
+    op: "attention", "norm", "bias_activation", "dropout", ...   device: torch device type   dtype: of the data
+    size: head dim, normalised width, ...   features: sorted names, e.g. ("causal", "dropout")
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    size: int
+    features: tuple[str, ...] = ()
+
+
+class Backend:
+    """One way to compute the ops. A subclass implements the raw forward and backward functions."""
+
+    name = ""
+
+    def why_not(self, call: Call) -> tuple[str, ...]:
+        """Every reason why this backend cannot run the call; empty when it can."""
+        raise NotImplementedError
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run the call."""
+
+
+_instances: dict[str, Backend] = {}
+_forced: str | None = None
+
+
+def get(name: str) -> Backend:
+    if name not in NAMES:
+        raise ValueError(f"backend: {name!r} is unknown; there are {', '.join(NAMES)}")
+    if name not in _instances:
+        module = importlib.import_module(f"{__name__}.{name}")
+        _instances[name] = module.BACKEND
+    return _instances[name]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force every op inside the block onto one backend ("eager", "cpu", "triton"). Process-wide, as the
+    backward pass may run on another thread. Raises ValueError for an unknown name; a call that the backend
+    cannot take raises BackendError with the reasons."""
+    global _forced
+    get(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _forced_name() -> str | None:
+    return _forced or os.environ.get("TRANSFORMER_FAST_BACKEND") or None
+
+
+def select(call: Call) -> Backend:
+    """The backend that will run this call."""
+    return _select(call, _forced_name())
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(call: Call, forced: str | None) -> Backend:
+    if forced:
+        chosen = get(forced)
+        reasons = chosen.why_not(call)
+        if reasons:
+            raise BackendError(f"backend {forced!r} cannot run {_describe(call)}: " + "; ".join(reasons))
+        return chosen
+    for name in ORDER.get(call.device, ("eager",)):
+        candidate = get(name)
+        if not candidate.why_not(call):
+            return candidate
+    return get("eager")
+
+
+def _describe(call: Call) -> str:
+    features = f" with {', '.join(call.features)}" if call.features else ""
+    return f"{call.op} on {call.device} in {str(call.dtype).removeprefix('torch.')}, size {call.size}{features}"
+
+
+def explain(call: Call) -> str:
+    """Which backend runs `call` and why each earlier one does not.
+
+    >>> explain(Call("norm", "cpu", torch.float32, 768))
+    """
+    lines = [_describe(call)]
+    chosen = select(call).name
+    for name in dict.fromkeys([*ORDER.get(call.device, ()), "eager"]):
+        reasons = get(name).why_not(call)
+        lines.append(f"  {name}: " + ("chosen" if name == chosen else "; ".join(reasons) or "could, comes later"))
+    return "\n".join(lines)
+
+
+def info() -> dict[str, str]:
+    """What is active, what is missing and what it would bring; printed by `transformer-fast info`."""
+    from . import native
+
+    native_reason = native.load()
+    triton_backend = get("triton")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: kernels run on the CPU"
+    return {
+        "torch": torch.__version__,
+        "GPU": gpu,
+        "native CPU kernels": f"active ({native.current_isa()})"
+        if not native_reason
+        else f"missing: {native_reason}. They would bring fused attention, norms and activations on the CPU",
+        "Triton kernels": triton_backend.status(),  # type: ignore[attr-defined]
+        "forced backend": _forced_name() or "none",
+    }

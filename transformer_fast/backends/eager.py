@@ -1,0 +1,212 @@
+"""Plain PyTorch: the definition of every op, the reference of its tests and its last fallback.
+
+Computes in the dtype it is given (float64 too) and differentiates itself: a backward is autograd's own.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import Backend, Call
+
+
+# ---- attention -----------------------------------------------------------------------------------
+def relative_buckets(distance: torch.Tensor, buckets: int, max_distance: int, bidirectional: bool) -> torch.Tensor:
+    """T5's bucket of each distance = key position - query position (Raffel et al., 2020, section 2.1)."""
+    base = torch.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        base = (distance > 0).long() * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    large = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return base + torch.where(distance < exact, distance, large)
+
+
+def _attention_one(q, k, v, spec, b):
+    """Sequence b: q (H, Sq, D), k, v (H, Sk, D) cut to their lengths. Returns out and lse."""
+    from ..ops.dropout import keep_mask, keep_scale
+
+    h, sq, _ = q.shape
+    sk = k.shape[1]
+    i = torch.arange(sq, device=q.device)[:, None]
+    j = torch.arange(sk, device=q.device)[None, :]
+    position = i + (sk - sq if spec.bottom_right else 0)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if spec.bias is not None:
+        scores = scores + _slice(spec.bias, b, sq, sk)
+    if spec.relative_bias is not None:
+        table = spec.relative_bias
+        bucket = relative_buckets(j - position, table.shape[0], spec.relative_max_distance, spec.relative_bidirectional)
+        scores = scores + table[bucket].permute(2, 0, 1)
+    scores = scores.to(torch.promote_types(q.dtype, scores.dtype))
+    alive = torch.ones(sq, sk, dtype=torch.bool, device=q.device)
+    if spec.window_left >= 0:
+        alive = alive & (j >= position - spec.window_left)
+    if spec.window_right >= 0:
+        alive = alive & (j <= position + spec.window_right)
+    alive = alive.expand(h, sq, sk)
+    if spec.mask is not None:
+        alive = alive & _slice(spec.mask, b, sq, sk)
+    scores = scores.masked_fill(~alive, -math.inf)
+    # A row without anything to attend to: give softmax something finite, then drop it.
+    dead = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(dead, 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(dead.squeeze(-1), -math.inf)
+    p = torch.softmax(scores, -1).masked_fill(dead, 0.0).to(q.dtype)
+    if spec.dropout_p:
+        bh = torch.arange(h, device=q.device)[:, None, None] + b * h
+        kept = keep_mask(spec.rng, spec.dropout_p, bh, i[None], j[None])
+        p = p * kept * keep_scale(spec.dropout_p)
+    return torch.matmul(p.to(q.dtype), v), lse
+
+
+def _slice(t: torch.Tensor, b: int, sq: int, sk: int) -> torch.Tensor:
+    t = t[b if t.shape[0] > 1 else 0]
+    return t[:, : sq if t.shape[1] > 1 else 1, : sk if t.shape[2] > 1 else 1]
+
+
+def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of an AttentionSpec, differentiable. One sequence at a time: clarity before speed."""
+    q, k, v = spec.query, spec.key, spec.value
+    groups = q.shape[1] // k.shape[1]
+    packed = spec.cu_seqlens_q is not None
+    outs, lses = [], []
+    if packed:
+        cu_q, cu_k = spec.cu_seqlens_q.tolist(), spec.cu_seqlens_k.tolist()
+        batch = len(cu_q) - 1
+    else:
+        batch = q.shape[0]
+        lengths = [k.shape[2]] * batch if spec.key_lengths is None else spec.key_lengths.tolist()
+    for b in range(batch):
+        if packed:
+            qb = q[cu_q[b] : cu_q[b + 1]].transpose(0, 1)
+            kb, vb = (t[cu_k[b] : cu_k[b + 1]].transpose(0, 1) for t in (k, v))
+        else:
+            qb, kb, vb = q[b], k[b, :, : lengths[b]], v[b, :, : lengths[b]]
+        if groups > 1:
+            kb, vb = kb.repeat_interleave(groups, 0), vb.repeat_interleave(groups, 0)
+        out, lse = _attention_one(qb, kb, vb, spec, b)
+        outs.append(out)
+        lses.append(lse)
+    if packed:
+        empty = q.new_empty((0, *q.shape[1:]))
+        return (
+            torch.cat([o.transpose(0, 1) for o in outs] or [empty]),
+            torch.cat(lses or [q.new_empty((q.shape[1], 0))], 1),
+        )
+    return torch.stack(outs), torch.stack(lses)
+
+
+# ---- norms, activations --------------------------------------------------------------------------
+def norm(x, residual, weight, bias, rng, eps, rms, dropout_p):
+    """(y, v, mean, rstd) with v = residual + dropout(x), all (rows, width), differentiable."""
+    from ..ops.dropout import keep_mask_2d, keep_scale
+
+    v = x
+    if dropout_p:
+        v = v * keep_mask_2d(rng, dropout_p, *x.shape) * keep_scale(dropout_p)
+        v = v.to(x.dtype)
+    if residual is not None:
+        v = v + residual
+    wide = v if v.dtype == torch.float64 else v.float()
+    mean = torch.zeros_like(wide[:, :1]) if rms else wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    y = (wide - mean) * rstd
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype), v, mean.squeeze(-1), rstd.squeeze(-1)
+
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def bias_activation(x, bias, gate, activation):
+    y = _ACTIVATIONS[activation](x if bias is None else x + bias.to(x.dtype))
+    return y if gate is None else y * gate
+
+
+def _leaf(t, need=True):
+    return None if t is None else t.detach().requires_grad_(need)
+
+
+def _grads(outputs, grad_outputs, inputs, buffers) -> None:
+    """Write d(outputs)/d(inputs) into buffers (None: not wanted)."""
+    pairs = [(i, b) for i, b in zip(inputs, buffers) if i is not None and b is not None]
+    wanted = [(o, g) for o, g in zip(outputs, grad_outputs) if g is not None]
+    found = torch.autograd.grad(
+        [o for o, _ in wanted], [i for i, _ in pairs], [g for _, g in wanted], allow_unused=True
+    )
+    for (_, buffer), grad in zip(pairs, found):
+        buffer.zero_() if grad is None else buffer.copy_(grad)
+
+
+class EagerBackend(Backend):
+    name = "eager"
+
+    def why_not(self, call: Call) -> tuple[str, ...]:
+        return ()
+
+    def attention_forward(self, spec, out, lse) -> None:
+        o, l = attention(spec)
+        out.copy_(o)
+        lse.copy_(l)
+
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+        with torch.enable_grad():
+            q, k, v = (_leaf(t) for t in spec[:3])
+            bias, table = _leaf(spec.bias, dbias is not None), _leaf(spec.relative_bias, dtable is not None)
+            o, l = attention(spec._replace(query=q, key=k, value=v, bias=bias, relative_bias=table))
+            if grad_lse is not None:
+                grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0).to(l.dtype)
+        _grads((o, l), (grad_out, grad_lse), (q, k, v, bias, table), (dq, dk, dv, dbias, dtable))
+
+    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
+        results = norm(*spec)
+        for buffer, result in zip((y, sum_out, mean, rstd), results):
+            if buffer is not None:
+                buffer.copy_(result)
+
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
+        from ..ops.dropout import keep_mask_2d, keep_scale
+
+        with torch.enable_grad():
+            v, weight = _leaf(spec.x), _leaf(spec.weight, grad_weight is not None)
+            bias = None if grad_bias is None else torch.zeros_like(grad_bias, requires_grad=True)
+            y = norm(v, None, weight, bias, None, spec.eps, spec.rms, 0.0)[0]
+        _grads((y,), (grad_y,), (v, weight, bias), (grad_v, grad_weight, grad_bias))
+        if grad_sum is not None:
+            grad_v.add_(grad_sum)
+        if grad_x is not None:
+            kept = keep_mask_2d(spec.rng, spec.dropout_p, *grad_v.shape)
+            grad_x.copy_(grad_v * kept * keep_scale(spec.dropout_p))
+
+    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
+        y.copy_(bias_activation(x, bias, gate, activation))
+
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
+        with torch.enable_grad():
+            x, bias, gate = _leaf(x), _leaf(bias), _leaf(gate)
+            y = bias_activation(x, bias, gate, activation)
+        _grads((y,), (grad,), (x, bias, gate), (grad_x, grad_bias, grad_gate))
+
+    def dropout_forward(self, x, rng, p, y) -> None:
+        from ..ops.dropout import keep_mask_2d, keep_scale
+
+        y.copy_(x * keep_mask_2d(rng, p, *x.shape) * keep_scale(p))
+
+
+BACKEND = EagerBackend()

@@ -1,0 +1,66 @@
+"""Loads the native library, if it was built, and says why not if it was not."""
+
+import functools
+import os
+import pathlib
+
+import torch
+
+# In the order of preference; torch's names for them on the right (ATEN_CPU_CAPABILITY forces one).
+_ISAS = {"avx512_bf16": "AVX512", "avx512": "AVX512", "avx2": "AVX2", "baseline": "DEFAULT"}
+_LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "_C.abi3.so"
+
+
+@functools.cache
+def load() -> str:
+    """'' when the native ops are there, else the reason why not."""
+    if not _LIBRARY.exists():
+        return "the native library was not built (no C++ compiler when transformer_fast was installed?)"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    set_isa(default_isa())
+    return ""
+
+
+def _has_avx512_bf16() -> bool:
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def default_isa() -> str:
+    """The widest instruction set that the processor, torch and TRANSFORMER_FAST_CPU_ISA allow."""
+    forced = os.environ.get("TRANSFORMER_FAST_CPU_ISA")
+    if forced:
+        if forced not in _ISAS:
+            raise ValueError(f"TRANSFORMER_FAST_CPU_ISA={forced!r}: must be one of {', '.join(_ISAS)}")
+        return forced
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        return "avx512_bf16" if _has_avx512_bf16() else "avx512"
+    return "avx2" if capability == "AVX2" else "baseline"
+
+
+_current = ""
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels compiled for instruction set `name` from now on (all of the process)."""
+    global _current
+    torch.ops.transformer_fast.cpu_set_isa(name)
+    _current = name
+
+
+def current_isa() -> str:
+    return _current
+
+
+def supported_isas() -> list[str]:
+    """Compiled instruction sets that this processor can run, narrowest first."""
+    widest = torch.backends.cpu.get_cpu_capability()
+    names = ["baseline"]
+    if widest in ("AVX2", "AVX512"):
+        names.append("avx2")
+    if widest == "AVX512":
+        names += ["avx512", "avx512_bf16"] if _has_avx512_bf16() else ["avx512"]
+    return names

@@ -1,0 +1,301 @@
+"""The registered attention ops: schemas, fakes, autograd, and the hand-over to a backend.
+
+ops/attention.py holds the public functions and their checks; nothing here is called by users.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import Backend, Call, memory, select
+from . import _common
+
+CAUSAL = {"top_left": 0, "bottom_right": 1}
+
+
+class AttentionSpec(NamedTuple):
+    """One call, the fields in the schema's order. Padded when cu_seqlens_q is None, else packed.
+
+    Query i of sequence b stands at position i + offset, offset = Sk_b - Sq_b when bottom_right else 0; Sk_b is
+    key_lengths[b] where given. Key j takes part when j < Sk_b, mask holds, and
+    position - window_left <= j <= position + window_right (a side of -1 is unlimited; causal is right = 0).
+    score = softcap(scale * q.k) + bias + relative_bias[bucket(j - position), h].
+    """
+
+    query: torch.Tensor  # (B, H, Sq, D) or (total_q, H, D)
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None  # 4-D, broadcasts to (B, H, Sq, Sk)
+    mask: torch.Tensor | None  # bool, 4-D, broadcasts likewise
+    key_lengths: torch.Tensor | None  # (B,)
+    cu_seqlens_q: torch.Tensor | None  # (B + 1,) int32
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    relative_bias: torch.Tensor | None  # (buckets, H)
+    relative_max_distance: int
+    relative_bidirectional: bool
+    rng: torch.Tensor | None  # {seed, offset}
+    scale: float
+    bottom_right: int
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+
+
+_SPEC = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? relative_bias, "
+    "int relative_max_distance, bool relative_bidirectional, Tensor? rng, float scale, int bottom_right, "
+    "int window_left, int window_right, float softcap, float dropout_p"
+)
+
+
+def features(spec: AttentionSpec) -> tuple[str, ...]:
+    """Names of what a call asks for beyond plain attention, sorted."""
+    found = []
+    if spec.bias is not None:
+        found.append("bias")
+    if spec.window_right == 0 and spec.window_left < 0:
+        found.append("causal")
+    if spec.dropout_p:
+        found.append("dropout")
+    if spec.key.shape[1] != spec.query.shape[1]:
+        found.append("gqa")
+    if spec.key_lengths is not None:
+        found.append("key_lengths")
+    if spec.mask is not None:
+        found.append("mask")
+    if spec.relative_bias is not None:
+        found.append("relative_bias")
+    if spec.softcap:
+        found.append("softcap")
+    if spec.cu_seqlens_q is not None:
+        found.append("varlen")
+    if spec.window_left >= 0 or spec.window_right > 0:
+        found.append("window")
+    return tuple(found)
+
+
+def choose(spec: AttentionSpec) -> Backend:
+    q = spec.query
+    return select(Call("attention", q.device.type, q.dtype, q.shape[-1], features(spec)))
+
+
+def _out_like(q: torch.Tensor) -> torch.Tensor:
+    """Output memory is (B, S, H, D) whatever query's strides: heads can be merged without a copy."""
+    if q.dim() == 3:
+        return memory.empty(q.shape, q.dtype, q.device)
+    b, h, s, d = q.shape
+    return memory.empty((b, s, h, d), q.dtype, q.device).transpose(1, 2)
+
+
+def _lse_shape(q: torch.Tensor) -> tuple:
+    return (q.shape[1], q.shape[0]) if q.dim() == 3 else tuple(q.shape[:3])
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def forward_impl(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run_forward(AttentionSpec(*args))
+
+
+def _run_forward(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    q = spec.query
+    spec = _unit_stride(spec)
+    out = _out_like(q)
+    lse = memory.empty(_lse_shape(q), _lse_dtype(q), q.device)
+    if out.numel() == 0 or spec.key.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    choose(spec).attention_forward(spec, out, lse)  # type: ignore[attr-defined]
+    return out, lse
+
+
+def _unit_stride(spec: AttentionSpec) -> AttentionSpec:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in spec[:3])
+    return spec if q is spec[0] and k is spec[1] and v is spec[2] else spec._replace(query=q, key=k, value=v)
+
+
+def _forward_fake(*args):
+    q = args[0]
+    if q.dim() == 3:
+        out = q.new_empty(q.shape)
+    else:
+        b, h, s, d = q.shape
+        out = q.new_empty((b, s, h, d)).transpose(1, 2)
+    return out, q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
+
+
+def backward_impl(grad_out, grad_lse, out, lse, *rest):
+    """Gradients to query, key, value, bias and the relative table (empty where not asked for)."""
+    *args, need_bias, need_relative = rest
+    spec = _unit_stride(AttentionSpec(*args))
+    grads = [_out_like(t) for t in spec[:3]]
+    extras = _extra_gradients(spec, need_bias, need_relative)
+    _run_backward(spec, grad_out, grad_lse, out, lse, *grads, *extras)
+    return (*grads, *_narrow(spec, extras))
+
+
+def _extra_gradients(spec, need_bias, need_relative):
+    wide, device = _lse_dtype(spec.query), spec.query.device
+    bias = torch.zeros(spec.bias.shape if need_bias else (0,), dtype=wide, device=device)
+    table = torch.zeros(spec.relative_bias.shape if need_relative else (0,), dtype=wide, device=device)
+    return bias, table
+
+
+def _narrow(spec, extras):
+    bias, table = extras
+    return (
+        bias.to(spec.bias.dtype) if spec.bias is not None else bias,
+        table.to(spec.relative_bias.dtype) if spec.relative_bias is not None else table,
+    )
+
+
+def _run_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+    if out.numel() == 0 or spec.key.numel() == 0:
+        for g in (dq, dk, dv):
+            g.zero_()
+        return
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    choose(spec).attention_backward(  # type: ignore[attr-defined]
+        spec, grad_out, grad_lse, out, lse, dq, dk, dv,
+        dbias if dbias.numel() else None, dtable if dtable.numel() else None,
+    )  # fmt: skip
+
+
+def _backward_fake(grad_out, grad_lse, out, lse, *rest):
+    *args, need_bias, need_relative = rest
+    spec = AttentionSpec(*args)
+
+    def like(t):
+        return t.new_empty(t.shape) if t.dim() == 3 else t.new_empty(t.transpose(1, 2).shape).transpose(1, 2)
+
+    wide = _lse_dtype(spec.query)
+    bias, table = spec.bias, spec.relative_bias
+    return (
+        *(like(t) for t in spec[:3]),
+        spec.query.new_empty(bias.shape if need_bias else (0,), dtype=wide if bias is None else bias.dtype),
+        spec.query.new_empty(table.shape if need_relative else (0,), dtype=wide if table is None else table.dtype),
+    )
+
+
+_backward_op = _common.define(
+    "attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SPEC}, bool need_bias, bool need_relative) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_impl,
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    spec = AttentionSpec(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.constants = spec[8:10] + spec[11:13] + spec[14:]
+    ctx.save_for_backward(*output, *spec[:8], spec.relative_bias, spec.rng)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    out, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, table, rng = ctx.saved_tensors
+    max_q, max_k, distance, bidirectional, *tail = ctx.constants
+    need = ctx.needs_input_grad
+    if grad_out is None and grad_lse is None:
+        return (None,) * 20
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, dbias, dtable = _backward_op(
+        grad_out, grad_lse, out, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, max_q, max_k, table, distance,
+        bidirectional, rng, *tail, bool(need[3]), bool(need[10]),
+    )  # fmt: skip
+    grads: list = [None] * 20
+    grads[0], grads[1], grads[2] = dq, dk, dv
+    grads[3] = dbias if need[3] else None
+    grads[10] = dtable if need[10] else None
+    return tuple(grads)
+
+
+attention_op = _common.define(
+    "attention", f"({_SPEC}) -> (Tensor, Tensor)", forward_impl, _forward_fake, setup_context=_setup, backward=_backward
+)
+
+
+# ---- packed projections: one gradient for query, key and value ---------------------------------------
+_QKV = (
+    "Tensor qkv, Tensor? key_lengths, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? rng, float scale, int causal, "
+    "float dropout_p"
+)
+
+
+def _qkv_views(qkv: torch.Tensor, packed: bool) -> tuple[torch.Tensor, ...]:
+    parts = qkv.unbind(-3)
+    return parts if packed else tuple(t.transpose(1, 2) for t in parts)
+
+
+def _qkv_spec(qkv, key_lengths, cu, longest, rng, scale, causal, p) -> AttentionSpec:
+    q, k, v = _qkv_views(qkv, cu is not None)
+    right = 0 if causal else -1
+    return AttentionSpec(
+        q, k, v, None, None, key_lengths, cu, cu, longest, longest, None, 0, False, rng, scale, 0, -1, right, 0.0, p
+    )
+
+
+def qkv_forward_impl(*args):
+    spec = _qkv_spec(*args)
+    out, lse = _run_forward(spec)
+    return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
+
+
+def _qkv_forward_fake(*args):
+    qkv, packed = args[0], args[2] is not None
+    *rows, _, h, d = qkv.shape
+    lse = (h, *rows) if packed else (rows[0], h, rows[1])
+    return qkv.new_empty((*rows, h, d)), qkv.new_empty(lse, dtype=_lse_dtype(qkv))
+
+
+def qkv_backward_impl(grad_out, out, lse, *args):
+    spec = _unit_stride(_qkv_spec(*args))
+    qkv, packed = args[0], args[2] is not None
+    grad = memory.empty(qkv.shape, qkv.dtype, qkv.device)
+    views = _qkv_views(grad, packed)
+    if not packed:
+        grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+    nothing = qkv.new_empty(0)
+    _run_backward(spec, grad_out, None, out, lse, *views, nothing, nothing)
+    return grad
+
+
+def _qkv_backward_fake(grad_out, out, lse, *args):
+    return args[0].new_empty(args[0].shape)
+
+
+_qkv_backward_op = _common.define(
+    "qkv_attention_backward",
+    f"(Tensor grad_out, Tensor out, Tensor lse, {_QKV}) -> Tensor",
+    qkv_backward_impl,
+    _qkv_backward_fake,
+)
+
+
+def _qkv_setup(ctx, inputs, output):
+    qkv, lengths, cu, *ctx.constants = inputs[0], inputs[1], inputs[2], inputs[3], *inputs[5:]
+    ctx.save_for_backward(*output, qkv, lengths, cu, inputs[4])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _qkv_backward(ctx, grad_out, _grad_lse):
+    out, lse, qkv, lengths, cu, rng = ctx.saved_tensors
+    longest, *tail = ctx.constants
+    return (_qkv_backward_op(grad_out, out, lse, qkv, lengths, cu, longest, rng, *tail), *(None,) * 7)
+
+
+qkv_attention_op = _common.define(
+    "qkv_attention",
+    f"({_QKV}) -> (Tensor, Tensor)",
+    qkv_forward_impl,
+    _qkv_forward_fake,
+    setup_context=_qkv_setup,
+    backward=_qkv_backward,
+)

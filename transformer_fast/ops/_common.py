@@ -1,0 +1,83 @@
+"""What every op file shares: the library the schemas live in, and how a call reaches its kernel."""
+
+import math
+
+import torch
+
+# Schemas are registered from Python; the raw kernels behind them come from backends/.
+LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None):
+    """Register one op with its fake kernel and, where given, its gradient. Returns the callable op."""
+    LIBRARY.define(name + schema)
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    qualified = f"transformer_fast::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.transformer_fast, name).default
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """True when a call may skip torch's dispatcher: plain tensors, no gradient wanted, nobody tracing."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _functorch_active():
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
+            return False
+    return not torch.jit.is_tracing()
+
+
+def _functorch_active() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+    """{seed, offset} for the dropout of one call, from torch's own generator of `device`: so
+    manual_seed, fork_rng, checkpointing and CUDA graphs behave as they do for torch's dropout."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype matrix-like ops run in under autocast, or None outside it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+# ---- checks: each names the argument, what came and what is wanted -------------------------------
+def check_floating(name: str, t: torch.Tensor) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: wanted a floating-point tensor (float16, bfloat16, float32), got {t.dtype}")
+
+
+def check_same(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
+    if t.device != other.device:
+        raise ValueError(f"{name}: is on {t.device} but {other_name} is on {other.device}; wanted the same device")
+    if dtype and t.dtype != other.dtype:
+        raise TypeError(f"{name}: has dtype {t.dtype} but {other_name} has {other.dtype}; wanted the same dtype")
+
+
+def check_probability(name: str, p: float) -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{name}: wanted a number in [0, 1), got {p!r}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: wanted a finite number, got {value!r}")
+
+
+def check_vector(name: str, t: torch.Tensor | None, width: int, reference: torch.Tensor) -> None:
+    if t is None:
+        return
+    check_floating(name, t)
+    if t.shape != (width,):
+        raise ValueError(f"{name}: wanted shape ({width},), got {tuple(t.shape)}")
+    check_same(name, t, "input", reference, dtype=False)

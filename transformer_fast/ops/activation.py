@@ -1,0 +1,131 @@
+"""bias + activation (+ gate), fused: one read and one write."""
+
+import torch
+
+from ..backends import Backend, Call, memory, select
+from . import _common
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def _select(x: torch.Tensor, gated: bool) -> Backend:
+    return select(Call("bias_activation", x.device.type, x.dtype, x.shape[-1], ("gate",) if gated else ()))
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    if t.dim() != 2:
+        t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _forward(x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str) -> torch.Tensor:
+    y = memory.empty(x.shape, x.dtype, x.device)
+    if y.numel():
+        chosen = _select(x, gate is not None)
+        chosen.bias_activation_forward(  # type: ignore[attr-defined]
+            _rows(x), bias, None if gate is None else _rows(gate), activation, y.view(-1, x.shape[-1])
+        )
+    return y
+
+
+def _forward_fake(x, bias, gate, activation):
+    return x.new_empty(x.shape)
+
+
+def _backward_impl(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    activation: str,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to x, bias and gate (empty where there is none)."""
+    width = x.shape[-1]
+    grad_x = memory.empty(x.shape, x.dtype, x.device)
+    grad_gate = memory.empty(x.shape if gate is not None else (0,), x.dtype, x.device)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    grad_bias = memory.empty((width if need_bias else 0,), wide, x.device)
+    if grad_x.numel():
+        _select(x, gate is not None).bias_activation_backward(  # type: ignore[attr-defined]
+            _rows(grad),
+            _rows(x),
+            bias,
+            None if gate is None else _rows(gate),
+            activation,
+            grad_x.view(-1, width),
+            grad_bias if need_bias else None,
+            grad_gate.view(-1, width) if gate is not None else None,
+        )
+    else:
+        grad_bias.zero_()
+    return grad_x, grad_bias.to(bias.dtype) if bias is not None else grad_bias, grad_gate
+
+
+def _backward_fake(grad, x, bias, gate, activation, need_bias):
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((x.shape[-1] if need_bias else 0,), dtype=bias.dtype if bias is not None else wide),
+        x.new_empty(x.shape if gate is not None else (0,)),
+    )
+
+
+_backward_op = _common.define(
+    "bias_activation_backward",
+    "(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, str activation, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    x, bias, gate, ctx.activation = inputs
+    ctx.save_for_backward(x, bias, gate)
+
+
+def _backward(ctx, grad):
+    x, bias, gate = ctx.saved_tensors
+    need_bias = bool(ctx.needs_input_grad[1])
+    grad_x, grad_bias, grad_gate = _backward_op(grad, x, bias, gate, ctx.activation, need_bias)
+    return grad_x, grad_bias if need_bias else None, grad_gate if gate is not None else None, None
+
+
+_op = _common.define(
+    "bias_activation",
+    "(Tensor x, Tensor? bias, Tensor? gate, str activation) -> Tensor",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def bias_activation(
+    input: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = act(x + bias), or act(x + bias) * gate.
+
+    input: (..., N). bias: (N,). gate: the shape of input (for the gated units of T5 v1.1 and kin; both may be
+    column slices of one wider tensor). activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+    Gradients to every tensor, deterministic. Raises TypeError or ValueError naming the argument.
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants Improve
+    Transformer", 2020.
+    """
+    _common.check_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input: wanted at least one dimension, got a scalar")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}")
+    _common.check_vector("bias", bias, input.shape[-1], input)
+    if gate is not None:
+        _common.check_floating("gate", gate)
+        _common.check_same("gate", gate, "input", input)
+        if gate.shape != input.shape:
+            raise ValueError(f"gate: wanted the shape of input {tuple(input.shape)}, got {tuple(gate.shape)}")
+    run = _forward if _common.direct(input, bias, gate) else _op
+    return run(input, bias, gate, activation)

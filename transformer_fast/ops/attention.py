@@ -1,0 +1,409 @@
+"""Attention: self, cross, causal and decoding are one op, padded (B, H, S, D) or packed (total, H, D)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import _common
+from ._attention_op import CAUSAL, attention_op, forward_impl, qkv_attention_op, qkv_forward_impl
+from .dropout import threshold
+
+
+class RelativeBias(NamedTuple):
+    """T5's bucketed relative position bias, computed inside the kernel and never materialised.
+
+    table: (num_buckets, H) float tensor, gets a gradient. max_distance, bidirectional: as in T5
+    (Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1).
+    """
+
+    table: torch.Tensor
+    max_distance: int = 128
+    bidirectional: bool = True
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    bias: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    relative_bias: RelativeBias | None = None,
+    return_lse: bool = False,
+    generator: torch.Generator | None = None,
+):
+    """softmax(scale * Q K^T + bias) V, in memory linear in the sequence length.
+
+    Same signature as torch.nn.functional.scaled_dot_product_attention, plus the keywords after `*`.
+
+    query: (B, H, Sq, D) (or (N, S, D)); key, value: (B, Hk, Sk, D); float16, bfloat16, float32 (float64 in
+        plain PyTorch); any strides; D in 1..256. Hk < H needs enable_gqa and H % Hk == 0.
+    attn_mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or float (added; gets a gradient).
+    bias: a float bias beside a bool attn_mask. key_lengths: (B,) int; keys from there on do not take part.
+    is_causal, causal_alignment: key j is seen from query i when j <= i + offset, offset = 0 ("top_left", torch's)
+        or Sk - Sq with Sk the row's key length ("bottom_right", decoding's).
+    window: (left, right) keys seen before and after position i + offset, None for all of a side.
+    softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
+    relative_bias: adds table[bucket(j - i - offset), h]. dropout_p: counter-based, see ops.dropout.
+    scale: default 1 / sqrt(D). generator: where dropout's seed is drawn from.
+
+    Returns (B, H, Sq, D), laid out as (B, Sq, H, D); with return_lse also the natural-log-sum-exp of the scores,
+    (B, H, Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients.
+    Raises TypeError or ValueError naming the argument.
+    Source: Vaswani et al., 2017, section 3.2; Dao, "FlashAttention-2", 2023.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _common.check_floating(name, t)
+        if t.dim() not in (3, 4):
+            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D) or 3 (N, S, D), got shape {tuple(t.shape)}")
+    three = query.dim() == 3
+    if three:
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unsqueeze(1)
+    query, key, value = _autocast(query, key, value)
+    b, h, sq, d = query.shape
+    bk, hk, sk, _ = key.shape
+    _check_qkv(query, key, value)
+    if bk != b or value.shape[0] != b:
+        raise ValueError(f"key, value: wanted batch {b} as query has, got {bk} and {value.shape[0]}")
+    if value.shape[2] != sk:
+        raise ValueError(f"value: wanted {sk} positions as key has, got {value.shape[2]}")
+    if hk != h and not enable_gqa:
+        raise ValueError(f"key: has {hk} heads but query has {h}; pass enable_gqa=True to share key heads")
+    mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
+    if key_lengths is not None:
+        _check_lengths("key_lengths", key_lengths, b, sk, query)
+    out = _attend(
+        query, key, value, bias, mask, key_lengths, None, None, sq, sk, relative_bias, dropout_p, is_causal,
+        causal_alignment, window, softcap, scale, return_lse, generator,
+    )  # fmt: skip
+    if three:
+        return (out[0].squeeze(1), out[1].squeeze(1)) if return_lse else out.squeeze(1)
+    return out
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    relative_bias: RelativeBias | None = None,
+    return_lse: bool = False,
+    generator: torch.Generator | None = None,
+):
+    """Attention over sequences packed one after the other: no padding is stored, read or computed.
+
+    query: (total_q, H, D); key, value: (total_k, Hk, D), H % Hk == 0. cu_seqlens_q, cu_seqlens_k: (B + 1,) int32,
+    from 0 to the total, never falling; sequence b holds rows cu_seqlens[b] .. cu_seqlens[b + 1]. Without
+    cu_seqlens_k it is cu_seqlens_q. max_seqlen_*: the longest sequence (read from cu_seqlens when not given,
+    which waits for a GPU). attn_mask and bias broadcast to (B, H, max_seqlen_q, max_seqlen_k) and are indexed by
+    positions within the sequence; dropout is too, so a packed and a padded call drop the same elements.
+    The rest, errors and sources as in scaled_dot_product_attention. Returns (total_q, H, D) and, with
+    return_lse, lse (H, total_q).
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _common.check_floating(name, t)
+        if t.dim() != 3:
+            raise ValueError(f"{name}: wanted 3 dimensions (total, H, D), got shape {tuple(t.shape)}")
+    query, key, value = _autocast(query, key, value)
+    _check_qkv(query, key, value, head_axis=1)
+    if value.shape[0] != key.shape[0]:
+        raise ValueError(f"value: wanted {key.shape[0]} rows as key has, got {value.shape[0]}")
+    shared = cu_seqlens_k is None
+    cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    cu_seqlens_q, longest_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q)
+    if shared and key.shape[0] == query.shape[0] and max_seqlen_k in (None, max_seqlen_q):
+        cu_k, longest_k = cu_seqlens_q, longest_q
+    else:
+        cu_k, longest_k = _check_cu_seqlens("cu_seqlens_k", cu_k, key, max_seqlen_k)
+    batch = cu_seqlens_q.shape[0] - 1
+    if cu_k.shape[0] != batch + 1:
+        raise ValueError(f"cu_seqlens_k: wanted {batch + 1} entries as cu_seqlens_q has, got {cu_k.shape[0]}")
+    mask, bias = _split_mask(attn_mask, bias, (batch, query.shape[1], longest_q, longest_k), query)
+    return _attend(
+        query, key, value, bias, mask, None, cu_seqlens_q, cu_k, longest_q, longest_k, relative_bias, dropout_p,
+        is_causal, causal_alignment, window, softcap, scale, return_lse, generator,
+    )  # fmt: skip
+
+
+def qkv_attention(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_lse: bool = False,
+):
+    """Self-attention on packed projections: qkv (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
+
+    The gradient is one tensor of qkv's shape: no slices are cut, copied or summed. Returns (total, H, D) or
+    (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
+    Other arguments as in varlen_attention and scaled_dot_product_attention.
+    """
+    _common.check_floating("qkv", qkv)
+    packed = cu_seqlens is not None
+    if qkv.dim() != (4 if packed else 5) or qkv.shape[-3] != 3:
+        wanted = "(total, 3, H, D)" if packed else "(B, S, 3, H, D)"
+        raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")
+    _check_head_dim("qkv", qkv.shape[-1])
+    if packed:
+        cu_seqlens, longest = _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
+    else:
+        longest = qkv.shape[1]
+        if key_lengths is not None:
+            _check_lengths("key_lengths", key_lengths, qkv.shape[0], longest, qkv)
+    rng, p = _dropout_state(dropout_p, qkv.device, generator)
+    args = (qkv, key_lengths, cu_seqlens, longest, rng, _scale(scale, qkv.shape[-1]), int(bool(is_causal)), p)
+    if _common.direct(qkv):
+        out, lse = qkv_forward_impl(*args)
+    else:
+        out, lse = qkv_attention_op(*args)
+    return (out, lse) if return_lse else out
+
+
+def attention_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float | None = None,
+    heads: list[int] | None = None,
+    bias: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """exp(scale * Q K^T + bias - lse): the attention weights of chosen heads, from the saved log-sum-exp.
+
+    query (B, H, Sq, D), key (B, Hk, Sk, D), lse (B, H, Sq) as scaled_dot_product_attention returned it for the
+    same arguments. heads: indices, default all. Returns (B, len(heads), Sq, Sk) in query's dtype, before
+    dropout, differentiable; rows with nothing to attend to are zero.
+    """
+    b, h, sq, d = query.shape
+    if lse.shape != (b, h, sq):
+        raise ValueError(f"lse: wanted shape {(b, h, sq)}, got {tuple(lse.shape)}")
+    sk = key.shape[2]
+    mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
+    key = key.repeat_interleave(h // key.shape[1], dim=1) if key.shape[1] != h else key
+    if heads is not None:
+        bad = [i for i in heads if not 0 <= i < h]
+        if bad:
+            raise ValueError(f"heads: wanted indices in [0, {h}), got {bad}")
+        query, key, lse = query[:, heads], key[:, heads], lse[:, heads]
+        bias = bias[:, heads] if bias is not None and bias.shape[1] != 1 else bias
+        mask = mask[:, heads] if mask is not None and mask.shape[1] != 1 else mask
+    wide = lse.dtype
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(wide) * _scale(scale, d)
+    if bias is not None:
+        scores = scores + bias
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
+    dead = (lse == -math.inf).unsqueeze(-1)
+    if key_lengths is not None:
+        dead = dead | (torch.arange(sk, device=key.device) >= key_lengths.view(-1, 1, 1, 1))
+    if mask is not None:
+        dead = dead | ~mask
+    if is_causal:
+        dead = dead | torch.ones(sq, sk, dtype=torch.bool, device=key.device).triu(1)
+    return p.masked_fill(dead, 0.0).to(query.dtype)
+
+
+# ---- shared by the public functions ----------------------------------------------------------------
+def _attend(
+    query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, relative_bias, dropout_p, is_causal,
+    causal_alignment, window, softcap, scale, return_lse, generator,
+):  # fmt: skip
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"causal_alignment: wanted 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    # Bottom-right also places windows and relative positions, so it is kept when not causal.
+    alignment = CAUSAL[causal_alignment]
+    left, right = _check_window(window)
+    if is_causal:
+        right = 0 if right < 0 else min(right, 0)
+    _common.check_finite("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap!r}")
+    table, distance, bidirectional = _check_relative(relative_bias, query)
+    rng, p = _dropout_state(dropout_p, query.device, generator)
+    args = (
+        query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng,
+        _scale(scale, query.shape[-1]), alignment, left, right, float(softcap), p,
+    )  # fmt: skip
+    if _common.direct(query, key, value, bias, table):
+        out, lse = forward_impl(*args)
+    else:
+        out, lse = attention_op(*args)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    dtype = _common.autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _check_head_dim(name: str, d: int) -> None:
+    if not 1 <= d <= 256:
+        raise ValueError(f"{name}: wanted a head dim in 1..256, got {d}")
+
+
+def _check_qkv(query, key, value, head_axis: int = 1) -> None:
+    _common.check_same("key", key, "query", query)
+    _common.check_same("value", value, "query", query)
+    d, h, hk = query.shape[-1], query.shape[head_axis], key.shape[head_axis]
+    _check_head_dim("query", d)
+    if key.shape[-1] != d:
+        raise ValueError(f"key: wanted head dim {d} as query has, got {key.shape[-1]}")
+    if value.shape[-1] != d:
+        raise ValueError(f"value: wanted head dim {d} as query has, got {value.shape[-1]}")
+    if value.shape[head_axis] != hk:
+        raise ValueError(f"value: wanted {hk} heads as key has, got {value.shape[head_axis]}")
+    if h == 0 or hk == 0 or h % hk:
+        raise ValueError(f"key: wanted a number of heads that divides query's {h}, got {hk}")
+
+
+def _split_mask(attn_mask, bias, shape, query):
+    """(bool mask, float bias), each 4-D or None and known to broadcast to `shape`."""
+    mask = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        elif attn_mask.is_floating_point():
+            if bias is not None:
+                raise ValueError("bias: give one float bias, either as attn_mask or as bias, got both")
+            bias = attn_mask
+        else:
+            raise TypeError(f"attn_mask: wanted bool or a float dtype, got {attn_mask.dtype}")
+    if bias is not None:
+        _common.check_floating("bias", bias)
+    return _broadcastable("attn_mask", mask, shape, query), _broadcastable("bias", bias, shape, query)
+
+
+def _broadcastable(name, t, shape, query):
+    if t is None:
+        return None
+    if t.device != query.device:
+        raise ValueError(f"{name}: is on {t.device} but query is on {query.device}; wanted the same device")
+    if t.dim() > 4 or any(n not in (1, m) for n, m in zip(t.shape[::-1], shape[::-1])):
+        raise ValueError(f"{name}: wanted a shape that broadcasts to (B, H, Sq, Sk) = {shape}, got {tuple(t.shape)}")
+    return t if t.dim() == 4 else t.view((1,) * (4 - t.dim()) + tuple(t.shape))
+
+
+def _check_integers(name, t, reference) -> None:
+    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.device != reference.device:
+        raise ValueError(f"{name}: is on {t.device} but query is on {reference.device}; wanted the same device")
+
+
+def _check_lengths(name, lengths, batch, longest, reference) -> None:
+    _check_integers(name, lengths, reference)
+    if lengths.shape != (batch,):
+        raise ValueError(f"{name}: wanted shape ({batch},), got {tuple(lengths.shape)}")
+    # Values are looked at where looking is free; on a GPU it would wait, and kernels clamp.
+    if _readable(lengths) and batch:
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 0 or high > longest:
+            raise ValueError(f"{name}: wanted values in [0, {longest}], got {low}..{high}")
+
+
+def _check_cu_seqlens(name, cu, reference, longest):
+    _check_integers(name, cu, reference)
+    if cu.dim() != 1 or cu.shape[0] < 1:
+        raise ValueError(f"{name}: wanted shape (B + 1,), got {tuple(cu.shape)}")
+    if _readable(cu):
+        values = cu.tolist()
+        steps = [b - a for a, b in zip(values, values[1:])]
+        if values[0] != 0 or values[-1] != reference.shape[0] or any(s < 0 for s in steps):
+            raise ValueError(
+                f"{name}: wanted values that start at 0, never fall and end at {reference.shape[0]} (the rows), "
+                f"got {values[:8]}{'...' if len(values) > 8 else ''}"
+            )
+        found = max(steps, default=0)
+        if longest is not None and longest < found:
+            raise ValueError(f"max_seqlen: wanted at least {found} (the longest of {name}), got {longest}")
+        longest = found if longest is None else longest
+    elif longest is None:
+        longest = int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
+    return cu.to(torch.int32), longest
+
+
+def _readable(t: torch.Tensor) -> bool:
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and type(t) is torch.Tensor
+
+
+def _check_window(window) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if len(window) != 2 or any(w is not None and (isinstance(w, bool) or int(w) != w or w < -1) for w in window):
+        raise ValueError(f"window: wanted (left, right), each an integer >= 0 or None for no limit, got {window!r}")
+    return tuple(-1 if w is None else int(w) for w in window)  # type: ignore[return-value]
+
+
+def _check_relative(relative: RelativeBias | None, query) -> tuple[torch.Tensor | None, int, bool]:
+    if relative is None:
+        return None, 0, False
+    table = relative.table
+    _common.check_floating("relative_bias.table", table)
+    heads = query.shape[1]
+    buckets = table.shape[0] if table.dim() == 2 else 0
+    least = 4 if relative.bidirectional else 2
+    if table.dim() != 2 or table.shape[1] != heads or buckets < least or (relative.bidirectional and buckets % 2):
+        raise ValueError(
+            f"relative_bias.table: wanted shape (num_buckets >= {least}{', even' if relative.bidirectional else ''}, "
+            f"H = {heads}), got {tuple(table.shape)}"
+        )
+    exact = buckets // (4 if relative.bidirectional else 2)
+    if relative.max_distance <= exact:
+        raise ValueError(f"relative_bias.max_distance: wanted more than {exact}, got {relative.max_distance}")
+    _common.check_same("relative_bias.table", table, "query", query, dtype=False)
+    return table, int(relative.max_distance), bool(relative.bidirectional)
+
+
+def _dropout_state(p: float, device, generator) -> tuple[torch.Tensor | None, float]:
+    if not p:
+        return None, 0.0
+    _common.check_probability("dropout_p", p)
+    if threshold(p) == 0:
+        return None, 0.0
+    return _common.draw_rng(device, generator), float(p)
+
+
+def _scale(scale: float | None, d: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(d)
+    _common.check_finite("scale", scale)
+    return float(scale)
+
+
+__all__ = [
+    "RelativeBias",
+    "attention_probabilities",
+    "qkv_attention",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

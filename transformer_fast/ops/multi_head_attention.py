@@ -1,0 +1,61 @@
+"""Projections, attention and output projection as one function, without transposed copies."""
+
+import torch
+
+from .attention import qkv_attention, scaled_dot_product_attention
+from .linear import linear
+
+
+def multi_head_attention(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    num_heads: int,
+    in_proj_weight: torch.Tensor,
+    in_proj_bias: torch.Tensor | None,
+    out_proj_weight: torch.Tensor,
+    out_proj_bias: torch.Tensor | None,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """concat_h(softmax(scale * Q_h K_h^T) V_h) W_o + b_o, with Q, K, V = x W_q, x W_k, x W_v.
+
+    query: (B, Sq, E); key, value: (B, Sk, E), or None for self-attention (then one GEMM makes all three).
+    in_proj_weight: (3E, E), in_proj_bias: (3E,), out_proj_weight: (E, E), as torch.nn.MultiheadAttention names
+    and orders them. attn_mask, key_lengths, dropout_p, is_causal, scale: as in scaled_dot_product_attention.
+    Returns (B, Sq, E). Raises ValueError naming the argument.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+    """
+    if query.dim() != 3:
+        raise ValueError(f"query: wanted 3 dimensions (B, S, E), got shape {tuple(query.shape)}")
+    b, sq, e = query.shape
+    if num_heads < 1 or e % num_heads:
+        raise ValueError(f"num_heads: wanted a divisor of the width {e}, got {num_heads}")
+    if in_proj_weight.shape != (3 * e, e):
+        raise ValueError(f"in_proj_weight: wanted shape {(3 * e, e)}, got {tuple(in_proj_weight.shape)}")
+    d = e // num_heads
+    if key is None and value is None and attn_mask is None:
+        qkv = linear(query, in_proj_weight, in_proj_bias).view(b, sq, 3, num_heads, d)
+        out = qkv_attention(qkv, None, None, dropout_p, is_causal, scale, key_lengths=key_lengths)
+        return linear(out.reshape(b, sq, e), out_proj_weight, out_proj_bias)
+    key = query if key is None else key
+    value = key if value is None else value
+    weights = in_proj_weight.chunk(3)
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    if key is value:  # one GEMM for both
+        q = linear(query, weights[0], biases[0]).view(b, sq, num_heads, d)
+        kv = linear(key, in_proj_weight[e:], None if in_proj_bias is None else in_proj_bias[e:])
+        k, v = kv.view(b, key.shape[1], 2, num_heads, d).unbind(2)
+    else:
+        q, k, v = (
+            linear(x, w, c).view(b, x.shape[1], num_heads, d) for x, w, c in zip((query, key, value), weights, biases)
+        )
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask, dropout_p, is_causal, scale,
+        key_lengths=key_lengths,
+    )  # fmt: skip
+    return linear(out.transpose(1, 2).reshape(b, sq, e), out_proj_weight, out_proj_bias)

@@ -1,0 +1,310 @@
+"""layer_norm and rms_norm, alone and fused with the residual addition and dropout before them."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import Backend, Call, memory, select
+from . import _common
+from .dropout import threshold
+
+
+class NormSpec(NamedTuple):
+    """One call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
+
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    rng: torch.Tensor | None
+    eps: float
+    rms: bool
+    dropout_p: float
+
+
+def _select(x, residual, dropout_p, rms) -> Backend:
+    features = ()
+    if residual is not None:
+        features += ("add",)  # type: ignore[assignment]
+    if dropout_p:
+        features += ("dropout",)  # type: ignore[assignment]
+    if rms:
+        features += ("rms",)  # type: ignore[assignment]
+    return select(Call("norm", x.device.type, x.dtype, x.shape[-1], features))
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """(rows, width) with unit stride along the width; rows may be strided."""
+    if t.dim() != 2:
+        t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_sum: bool,
+    need_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    chosen = _select(x, residual, dropout_p, rms)
+    shape, dtype, device, width = x.shape, x.dtype, x.device, x.shape[-1]
+    y = memory.empty(shape, dtype, device)
+    rows = y.numel() // width if width else 0
+    total = memory.empty(shape if need_sum else (0,), dtype, device)
+    mean = memory.empty(
+        (rows if need_stats and not rms else 0,), torch.float32 if dtype != torch.float64 else dtype, device
+    )
+    rstd = memory.empty((rows if need_stats else 0,), mean.dtype, device)
+    if rows:
+        spec = NormSpec(_rows(x), None if residual is None else _rows(residual), weight, bias, rng, eps, rms, dropout_p)
+        chosen.norm_forward(  # type: ignore[attr-defined]
+            spec,
+            y.view(rows, width),
+            total.view(rows, width) if need_sum else None,
+            mean if mean.numel() else None,
+            rstd if rstd.numel() else None,
+        )
+    return y, total, mean, rstd
+
+
+def _forward_fake(x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum, need_stats):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    stats = torch.float32 if x.dtype != torch.float64 else x.dtype
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if need_sum else (0,)),
+        x.new_empty((rows if need_stats and not rms else 0,), dtype=stats),
+        x.new_empty((rows if need_stats else 0,), dtype=stats),
+    )
+
+
+def _backward_impl(
+    grad_y: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    rng: torch.Tensor | None,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to v = residual + dropout(x), to x (empty without dropout: it equals the first), to
+    weight and to bias (empty when not needed)."""
+    chosen = _select(v, None, dropout_p, rms)
+    shape, dtype, device, width = v.shape, v.dtype, v.device, v.shape[-1]
+    grad_v = memory.empty(shape, dtype, device)
+    grad_x = memory.empty(shape if dropout_p else (0,), dtype, device)
+    wide = rstd.dtype
+    grad_weight = memory.empty((width if need_weight else 0,), wide, device)
+    grad_bias = memory.empty((width if need_bias else 0,), wide, device)
+    rows = v.numel() // width if width else 0
+    if rows:
+        spec = NormSpec(_rows(v), None, weight, None, rng, eps, rms, dropout_p)
+        chosen.norm_backward(  # type: ignore[attr-defined]
+            spec,
+            _rows(grad_y),
+            None if grad_sum is None else _rows(grad_sum),
+            mean if mean.numel() else None,
+            rstd,
+            grad_v.view(rows, width),
+            grad_x.view(rows, width) if dropout_p else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+        )
+    else:
+        grad_weight.zero_()
+        grad_bias.zero_()
+    if weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+        grad_bias = grad_bias.to(weight.dtype)
+    return grad_v, grad_x, grad_weight, grad_bias
+
+
+def _backward_fake(grad_y, grad_sum, v, weight, mean, rstd, rng, eps, rms, dropout_p, need_weight, need_bias):
+    dtype = weight.dtype if weight is not None else rstd.dtype
+    return (
+        v.new_empty(v.shape),
+        v.new_empty(v.shape if dropout_p else (0,)),
+        v.new_empty((v.shape[-1] if need_weight else 0,), dtype=dtype),
+        v.new_empty((v.shape[-1] if need_bias else 0,), dtype=dtype),
+    )
+
+
+_backward_op = _common.define(
+    "norm_backward",
+    "(Tensor grad_y, Tensor? grad_sum, Tensor v, Tensor? weight, Tensor mean, Tensor rstd, Tensor? rng, float eps, "
+    "bool rms, float dropout_p, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    x, residual, weight, bias, rng, ctx.eps, ctx.rms, ctx.dropout_p, need_sum, _ = inputs
+    _, total, mean, rstd = output
+    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+    ctx.bias_dtype = bias.dtype if bias is not None else None
+    ctx.need_sum = need_sum
+    ctx.save_for_backward(total if need_sum else x, weight, mean, rstd, rng)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad_y, grad_sum, _mean, _rstd):
+    v, weight, mean, rstd, rng = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    if grad_y is None:
+        grad_y = torch.zeros_like(v)
+    grad_v, grad_x, grad_weight, grad_bias = _backward_op(
+        grad_y, grad_sum if ctx.need_sum else None, v, weight, mean, rstd, rng, ctx.eps, ctx.rms, ctx.dropout_p,
+        bool(need[2]), bool(need[3]),
+    )  # fmt: skip
+    return (
+        grad_x if ctx.dropout_p else grad_v,
+        grad_v if ctx.has_residual else None,
+        grad_weight if need[2] else None,
+        grad_bias.to(ctx.bias_dtype) if need[3] else None,
+        *(None,) * 6,
+    )
+
+
+_op = _common.define(
+    "norm",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, float dropout_p, "
+    "bool need_sum, bool need_stats) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
+    """Checks, dropout's random numbers, dtype promotion; then the kernel, directly where that is allowed."""
+    _common.check_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input: wanted at least one dimension, got a scalar")
+    width = input.shape[-1]
+    _common.check_vector("weight", weight, width, input)
+    _common.check_vector("bias", bias, width, input)
+    if not eps >= 0.0:
+        raise ValueError(f"eps: wanted a number >= 0, got {eps!r}")
+    if residual is not None:
+        _common.check_floating("residual", residual)
+        _common.check_same("residual", residual, "input", input, dtype=False)
+        if residual.shape != input.shape:
+            raise ValueError(f"residual: wanted the shape of input {tuple(input.shape)}, got {tuple(residual.shape)}")
+        if residual.dtype != input.dtype:
+            wide = torch.promote_types(input.dtype, residual.dtype)
+            input, residual = input.to(wide), residual.to(wide)
+    if weight is not None and weight.dtype == torch.float64 and input.dtype != torch.float64:
+        raise TypeError(f"weight: has dtype torch.float64 but input has {input.dtype}; wanted the same or float32")
+    rng = None
+    if p:
+        _common.check_probability("dropout_p", p)
+        p = p if threshold(p) else 0.0
+        if p:
+            rng = _common.draw_rng(input.device, generator)
+    if _common.direct(input, residual, weight, bias):
+        return _forward(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
+    # The backward pass needs v = residual + dropout(x): without either it is x itself.
+    keep = need_sum or residual is not None or p > 0
+    return _op(input, residual, weight, bias, rng, eps, rms, p, keep, True)
+
+
+def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
+    """torch's normalized_shape may span several dimensions: fold them into one."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"normalized_shape: {shape} must equal the last dimensions of input {tuple(input.shape)}")
+    if len(shape) == 1:
+        return input, weight, bias
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
+    flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
+    return input.flatten(input.dim() - len(shape)), *flat
+
+
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimensions.
+
+    Same signature as torch.nn.functional.layer_norm. input: (..., *normalized_shape), float16, bfloat16,
+    float32 (or float64 in plain PyTorch); weight, bias: normalized_shape, of input's dtype or float32.
+    Statistics are float32 always. Gradients to input, weight and bias, deterministic.
+    Raises TypeError or ValueError naming the argument. Source: Ba et al., "Layer Normalization", 2016.
+    """
+    _common.check_floating("input", input)
+    x, w, b = _normalized(input, normalized_shape, weight, bias)
+    y = _norm(x, None, w, b, eps, False, 0.0, False, None)[0]
+    return y if x is input else y.view(input.shape)
+
+
+def rms_norm(
+    input: torch.Tensor, normalized_shape, weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimensions.
+
+    Same signature as torch.nn.functional.rms_norm; eps None is the smallest step of input's dtype.
+    Shapes, dtypes and errors as in layer_norm. Source: Zhang and Sennrich, "Root Mean Square Layer
+    Normalization", NeurIPS 2019.
+    """
+    _common.check_floating("input", input)
+    x, w, _ = _normalized(input, normalized_shape, weight, None)
+    y = _norm(x, None, w, None, torch.finfo(input.dtype).eps if eps is None else eps, True, 0.0, False, None)[0]
+    return y if x is input else y.view(input.shape)
+
+
+def add_layer_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    return_sum: bool = True,
+    generator: torch.Generator | None = None,
+):
+    """s = residual + dropout(x); y = layer_norm(s). Returns (y, s), or y alone with return_sum=False.
+
+    input, residual: (..., N), the same shape; where dtypes differ both are promoted. weight, bias: (N,).
+    dropout_p: in [0, 1), 0 in evaluation. Gradients to every tensor, deterministic.
+    Raises TypeError or ValueError naming the argument. Source: the residual blocks of Vaswani et al.,
+    "Attention Is All You Need", 2017, section 3.1.
+    """
+    out = _norm(input, residual, weight, bias, eps, False, dropout_p, return_sum, generator)
+    return (out[0], out[1]) if return_sum else out[0]
+
+
+def add_rms_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dropout_p: float = 0.0,
+    return_sum: bool = True,
+    generator: torch.Generator | None = None,
+):
+    """s = residual + dropout(x); y = rms_norm(s). Returns (y, s), or y alone with return_sum=False.
+
+    As add_layer_norm, with the root mean square in place of mean and variance (Zhang and Sennrich, 2019).
+    """
+    out = _norm(input, residual, weight, None, eps, True, dropout_p, return_sum, generator)
+    return (out[0], out[1]) if return_sum else out[0]
