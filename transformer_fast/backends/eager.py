@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Backend, Call
+from .philox import keep_mask, keep_mask_2d, keep_scale
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -29,8 +30,6 @@ def relative_buckets(distance: torch.Tensor, buckets: int, max_distance: int, bi
 
 def _attention_one(q, k, v, spec, b):
     """Sequence b: q (H, Sq, D), k, v (H, Sk, D) cut to their lengths. Returns out and lse."""
-    from ..ops.dropout import keep_mask, keep_scale
-
     h, sq, _ = q.shape
     sk = k.shape[1]
     i = torch.arange(sq, device=q.device)[:, None]
@@ -107,8 +106,6 @@ def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- norms, activations --------------------------------------------------------------------------
 def norm(x, residual, weight, bias, rng, eps, rms, dropout_p):
     """(y, v, mean, rstd) with v = residual + dropout(x), all (rows, width), differentiable."""
-    from ..ops.dropout import keep_mask_2d, keep_scale
-
     v = x
     if dropout_p:
         v = v * keep_mask_2d(rng, dropout_p, *x.shape) * keep_scale(dropout_p)
@@ -181,8 +178,6 @@ class EagerBackend(Backend):
                 buffer.copy_(result)
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
-        from ..ops.dropout import keep_mask_2d, keep_scale
-
         with torch.enable_grad():
             v, weight = _leaf(spec.x), _leaf(spec.weight, grad_weight is not None)
             bias = None if grad_bias is None else torch.zeros_like(grad_bias, requires_grad=True)
@@ -204,8 +199,6 @@ class EagerBackend(Backend):
         _grads((y,), (grad,), (x, bias, gate), (grad_x, grad_bias, grad_gate))
 
     def dropout_forward(self, x, rng, p, y) -> None:
-        from ..ops.dropout import keep_mask_2d, keep_scale
-
         y.copy_(x * keep_mask_2d(rng, p, *x.shape) * keep_scale(p))
 
 

@@ -6,8 +6,6 @@ import pathlib
 
 import torch
 
-# In the order of preference; torch's names for them on the right (ATEN_CPU_CAPABILITY forces one).
-_ISAS = {"avx512_bf16": "AVX512", "avx512": "AVX512", "avx2": "AVX2", "baseline": "DEFAULT"}
 _LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "_C.abi3.so"
 
 
@@ -32,13 +30,10 @@ def default_isa() -> str:
     """The widest instruction set that the processor, torch and TRANSFORMER_FAST_CPU_ISA allow."""
     forced = os.environ.get("TRANSFORMER_FAST_CPU_ISA")
     if forced:
-        if forced not in _ISAS:
-            raise ValueError(f"TRANSFORMER_FAST_CPU_ISA={forced!r}: must be one of {', '.join(_ISAS)}")
+        if forced not in supported_isas():
+            raise ValueError(f"TRANSFORMER_FAST_CPU_ISA={forced!r}: must be one of {', '.join(supported_isas())} here")
         return forced
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512":
-        return "avx512_bf16" if _has_avx512_bf16() else "avx512"
-    return "avx2" if capability == "AVX2" else "baseline"
+    return supported_isas()[-1]
 
 
 _current = ""
@@ -56,7 +51,8 @@ def current_isa() -> str:
 
 
 def supported_isas() -> list[str]:
-    """Compiled instruction sets that this processor can run, narrowest first."""
+    """Compiled instruction sets that this processor can run, narrowest first. ATEN_CPU_CAPABILITY, with which
+    torch can be held to a narrower one, holds here too."""
     widest = torch.backends.cpu.get_cpu_capability()
     names = ["baseline"]
     if widest in ("AVX2", "AVX512"):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.philox import threshold
 from . import _common
 from ._attention_op import CAUSAL, attention_op, forward_impl, qkv_attention_op, qkv_forward_impl
-from .dropout import threshold
 
 
 class RelativeBias(NamedTuple):
@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
         or Sk - Sq with Sk the row's key length ("bottom_right", decoding's).
     window: (left, right) keys seen before and after position i + offset, None for all of a side.
     softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
-    relative_bias: adds table[bucket(j - i - offset), h]. dropout_p: counter-based, see ops.dropout.
+    relative_bias: adds table[bucket(j - i - offset), h]. dropout_p: counter-based, see backends/philox.py.
     scale: default 1 / sqrt(D). generator: where dropout's seed is drawn from.
 
     Returns (B, H, Sq, D), laid out as (B, Sq, H, D); with return_lse also the natural-log-sum-exp of the scores,

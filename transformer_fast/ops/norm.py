@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from ..backends import Backend, Call, memory, select
+from ..backends.philox import threshold
 from . import _common
-from .dropout import threshold
 
 
 class NormSpec(NamedTuple):

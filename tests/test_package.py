@@ -1,0 +1,107 @@
+"""The package as installed: what it imports, how long it takes, and that it stays out of others' way."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import transformer_fast as tf
+from transformer_fast.backends import native
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def _python(code: str, cwd=None, **env) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.quick
+def test_import_is_light():
+    code = (
+        "import torch, sys, time; t = time.perf_counter(); import transformer_fast; "
+        "transformer_fast.layer_norm; s = time.perf_counter() - t; "
+        "print(s, [m for m in ('transformers', 'triton.compiler', 'matplotlib', 'typer') if m in sys.modules])"
+    )
+    best = min((_python(code).split(" ", 1) for _ in range(3)), key=lambda r: float(r[0]))
+    assert best[1] == "[]"
+    assert float(best[0]) < 3.0  # about 0.1 s alone; room for a busy machine, none for importing transformers
+
+
+@pytest.mark.quick
+def test_every_public_name_is_there():
+    for name in tf.__all__:
+        assert getattr(tf, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        tf.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("hf_kernels", [False, True])
+def test_transformers_imports_from_the_checkout(hf_kernels, tmp_path):
+    """Hugging Face looks up a package named `kernels`; the folder of that name here must not be taken for it."""
+    extra = ""
+    if hf_kernels:  # a stand-in for the installed package, found before the checkout as site-packages' would be
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.1.0'\nmarker = 'hugging face'\n")
+        extra = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import kernels; assert kernels.marker; "
+    code = extra + "from transformers import BertModel; import transformer_fast; print(BertModel.__name__)"
+    assert _python(code, cwd=ROOT) == "BertModel"
+
+
+def test_kernels_are_found_in_a_bare_checkout():
+    code = "import transformer_fast, importlib.util as u; print(u.find_spec('transformer_fast.kernels') is not None)"
+    assert _python(code, cwd=ROOT, PYTHONPATH=str(ROOT)) == "True"
+
+
+def test_works_without_its_native_library(tmp_path):
+    """A copy of the Python files alone: everything runs in plain PyTorch and says so."""
+    import shutil
+
+    shutil.copytree(
+        ROOT / "transformer_fast", tmp_path / "transformer_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    code = (
+        "import torch, transformer_fast as tf; x = torch.randn(3, 8, requires_grad=True); "
+        "tf.add_layer_norm(x, x)[0].sum().backward(); q = torch.randn(1, 2, 4, 8); "
+        "y = tf.scaled_dot_product_attention(q, q, q); "
+        "torch.testing.assert_close(y, torch.nn.functional.scaled_dot_product_attention(q, q, q)); "
+        "print(tf.__file__); print(tf.info()['native CPU kernels'])"
+    )
+    where, status = _python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+    assert where.startswith(str(tmp_path)) and status.startswith("missing")
+
+
+def test_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n.split('.')[0] == 'triton' else find(n, *a)\n"
+        "import torch, transformer_fast as tf\n"
+        "print(tf.layer_norm(torch.randn(2, 8), 8).shape); print(tf.info()['Triton kernels'])"
+    )
+    assert "missing: Triton is not installed" in _python(code)
+
+
+def test_forced_backend_by_environment():
+    code = (
+        "import torch, transformer_fast as tf; from transformer_fast.backends import Call, select; "
+        "print(select(Call('norm', 'cpu', torch.float32, 8)).name)"
+    )
+    assert _python(code, TRANSFORMER_FAST_BACKEND="eager") == "eager"
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "nonsense"])
+def test_forced_instruction_set(isa):
+    if isa not in (*native.supported_isas(), "nonsense"):
+        pytest.skip(f"this processor has no {isa}")
+    code = "from transformer_fast.backends import native; native.load(); print(native.current_isa())"
+    if isa == "nonsense":
+        with pytest.raises(AssertionError, match="TRANSFORMER_FAST_CPU_ISA='nonsense': must be one of"):
+            _python(code, TRANSFORMER_FAST_CPU_ISA=isa)
+    elif native.load() == "":
+        assert _python(code, TRANSFORMER_FAST_CPU_ISA=isa) == isa
