@@ -38,7 +38,7 @@ ATTENTION = {
     "two biases": (lambda: sdpa(Q, K, K, r(5, 9), bias=r(5, 9)), ValueError, "bias.*both"),
     "bias shape": (lambda: sdpa(Q, K, K, bias=r(1, 7, 5, 9)), ValueError, "bias.*broadcast"),
     "bias dtype": (lambda: sdpa(Q, K, K, bias=torch.ones(5, 9, dtype=torch.bool)), TypeError, "bias.*bool"),
-    "lengths range": (lambda: sdpa(Q, K, K, key_lengths=torch.tensor([3, 10])), ValueError, r"key_lengths.*\[0, 9\].*10"),
+    "lengths range": (lambda: sdpa(Q, K, K, key_lengths=torch.tensor([3, 10])), ValueError, r"key_lengths.*\[0, 9\].*10"),  # noqa: E501
     "lengths negative": (lambda: sdpa(Q, K, K, key_lengths=torch.tensor([-1, 3])), ValueError, "key_lengths.*-1"),
     "lengths shape": (lambda: sdpa(Q, K, K, key_lengths=torch.tensor([3])), ValueError, r"key_lengths.*\(2,\)"),
     "lengths dtype": (lambda: sdpa(Q, K, K, key_lengths=torch.ones(2)), TypeError, "key_lengths.*float32"),

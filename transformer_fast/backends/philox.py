@@ -29,18 +29,22 @@ def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]
     return (wide >> 32) & _MASK, wide & _MASK
 
 
-def keep_mask(rng: torch.Tensor, p: float, bh: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """Bool tensor, True where an element is kept; bh, i, j are int64 and broadcast against each other."""
-    key0, key1 = rng[0] & _MASK, (rng[0] >> 32) & _MASK
-    lane = (j % 128) // 16
-    c0, c1, c2 = torch.broadcast_tensors((j // 128) * 16 + j % 16, i, bh)
-    c3 = (rng[1] & _MASK).expand_as(c0)
+def philox(c0, c1, c2, c3, key0, key1) -> tuple[torch.Tensor, ...]:
+    """Philox4x32 with 7 rounds: four words of 32 random bits, as int64, for each counter."""
     for _ in range(7):
         hi0, lo0 = _multiply_wide(c0, _M0)
         hi1, lo1 = _multiply_wide(c2, _M1)
         c0, c1, c2, c3 = hi1 ^ c1 ^ key0, lo1, hi0 ^ c3 ^ key1, lo0
         key0, key1 = (key0 + _W0) & _MASK, (key1 + _W1) & _MASK
-    words = torch.stack((c0, c1, c2, c3))
+    return c0, c1, c2, c3
+
+
+def keep_mask(rng: torch.Tensor, p: float, bh: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Bool tensor, True where an element is kept; bh, i, j are int64 and broadcast against each other."""
+    lane = (j % 128) // 16
+    c0, c1, c2 = torch.broadcast_tensors((j // 128) * 16 + j % 16, i, bh)
+    c3 = (rng[1] & _MASK).expand_as(c0)
+    words = torch.stack(philox(c0, c1, c2, c3, rng[0] & _MASK, (rng[0] >> 32) & _MASK))
     word = words.gather(0, (lane % 4).expand_as(c0).unsqueeze(0)).squeeze(0)
     bits = (word >> (16 * (lane // 4))) & 0xFFFF
     return bits >= threshold(p)
