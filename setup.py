@@ -102,6 +102,7 @@ class BuildNative(build_ext):
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         output = output.with_name("_C.abi3.so")
         output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)  # never ship an older build when this one fails
         build = ROOT / "build" / f"native-{platform.machine()}"
         try:
             plan = Plan(build, build / "_C.abi3.so")
