@@ -7,6 +7,7 @@ import importlib as _importlib
 import pathlib as _pathlib
 
 from ._version import __version__
+from .integrations import import_hook as _import_hook
 
 # In a bare checkout the Triton kernels lie in <root>/kernels, installed they are transformer_fast/kernels.
 if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
@@ -14,6 +15,7 @@ if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
 
 _EXPORTS = {
     "backends": ["backend", "explain", "info"],
+    "integrations": ["accelerate", "register", "restore"],
     "ops": [
         "RelativeBias",
         "add_layer_norm",
@@ -50,3 +52,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_WHERE])
+
+
+_import_hook.install()

@@ -198,6 +198,7 @@ def attention_probabilities(
     attn_mask: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
     is_causal: bool = False,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """exp(scale * Q K^T + bias - lse): the attention weights of chosen heads, from the saved log-sum-exp.
 
@@ -220,6 +221,8 @@ def attention_probabilities(
         mask = mask[:, heads] if mask is not None and mask.shape[1] != 1 else mask
     wide = lse.dtype
     scores = torch.matmul(query, key.transpose(-1, -2)).to(wide) * _scale(scale, d)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))

@@ -1,0 +1,239 @@
+"""attn_implementation="transformer_fast" for every Hugging Face model that uses the attention interface.
+
+transformers asks two functions of an implementation: one makes the mask once a forward pass, from the 2-D padding
+mask and the model's pattern (causal, bidirectional, sliding window); one computes attention in every layer. Ours
+hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels can follow the rule themselves.
+"""
+
+import torch
+
+from ..ops import attention_probabilities, scaled_dot_product_attention
+from .lazy_mask import LazyMask, MaskRule
+
+NAME = "transformer_fast"
+
+
+def register() -> None:
+    """Make attn_implementation="transformer_fast" known to transformers. Importing both packages, in any order,
+    does this by itself; calling it again changes nothing. Raises ImportError where transformers (>= 5.17) is missing."""
+    try:
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import AttentionInterface
+    except ImportError as error:
+        raise ImportError(f"register needs transformers >= 5.17 (pip install 'transformers>=5.17'): {error}") from error
+    # Both or neither: without a mask function transformers passes no mask, and padding would be attended to.
+    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionInterface.register(NAME, attention_forward)
+
+
+# ---- the mask, once a forward pass --------------------------------------------------------------------
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=None,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor | None:
+    """The mask of one forward pass: None, a `LazyMask`, or transformers' own (B, 1, Sq, Sk) bool mask.
+
+    Same contract as transformers.masking_utils.sdpa_mask, whose values it always has. attention_mask: (B, <= Sk)
+    bool, True for real tokens. None stands for "all keys", or, in a causal model with Sq > 1, for a plain causal
+    mask with query 0 at key 0. Patterns other than causal, bidirectional and sliding windows of either, traced
+    calls and the decoding steps that generate() may compile get transformers' dense mask.
+    """
+    from transformers import masking_utils
+    from transformers.utils.import_utils import is_tracing
+
+    if mask_function is None:
+        mask_function = masking_utils.causal_mask_function
+    pattern = None if use_vmap or is_tracing(attention_mask) else _pattern(mask_function)
+    compiled_decoding = q_length == 1 and not allow_is_causal_skip and pattern is not None and pattern[1] == 0
+    rule = None
+    if pattern is not None and not compiled_decoding:
+        rule = _rule(pattern, q_length, kv_length, int(q_offset), kv_offset, attention_mask)
+    if rule is None:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+    if rule.padding is None and rule.key_lengths is None and rule.left is None:
+        everything = rule.reach == kv_length and rule.right is None
+        causal = pattern[1] == 0
+        if everything and (allow_is_causal_skip and q_length == 1 if causal else allow_is_bidirectional_skip):
+            return None
+        if causal and allow_is_causal_skip and rule.right == 0 and rule.shift == 0:
+            return None
+    return LazyMask(rule, batch_size, q_length, kv_length, torch.device(device))
+
+
+def _rule(pattern, q_length, kv_length, q_offset, kv_offset, padding) -> MaskRule | None:
+    """The rule of a pattern and a padding mask, or None where no kernel takes their combination."""
+    left, right = pattern
+    shift = q_offset - kv_offset
+    reach = kv_length if right is None else min(kv_length, max(shift + q_length + right, 0))
+    if left is not None and left >= shift + q_length - 1:
+        left = None
+    if right is not None and right >= reach - 1 - shift:
+        right = None
+    if left is None and right is None:
+        shift = 0
+    elif shift not in (0, reach - q_length):
+        return None
+    key_lengths = None
+    if padding is not None:
+        padding = torch.nn.functional.pad(padding, (0, max(kv_offset + reach - padding.shape[-1], 0)))
+        padding = padding[:, kv_offset : kv_offset + reach]
+        lengths = padding.sum(-1, dtype=torch.int32)
+        right_sided = (padding == (torch.arange(reach, device=padding.device) < lengths[:, None])).all()
+        full, right_sided = torch.stack([lengths.sum() == padding.numel(), right_sided]).tolist()  # one wait on a GPU
+        if full:
+            padding = None
+        elif right_sided and shift == 0:
+            padding, key_lengths = None, lengths
+    return MaskRule(reach, padding, key_lengths, left, right, shift)
+
+
+def _pattern(mask_function) -> tuple[int | None, int | None] | None:
+    """(left, right) limits of what a query sees around its own position, None for no limit; None when unknown.
+
+    transformers describes a pattern by nested closures over (batch, head, query, key). They are recognised by their
+    code and read by their free variables, so any change to one makes it unknown, never wrong.
+    """
+    from transformers import masking_utils as hf
+
+    if mask_function is hf.causal_mask_function:
+        return None, 0
+    if mask_function is hf.bidirectional_mask_function:
+        return None, None
+    code = getattr(mask_function, "__code__", None)
+    if code is hf.and_masks().__code__:
+        limits = [_pattern(part) for part in _free_variable(mask_function, "mask_functions")]
+        if not limits or None in limits:
+            return None
+        return tuple(min((v for v in side if v is not None), default=None) for side in zip(*limits))  # type: ignore
+    if code is hf.sliding_window_overlay(1).__code__:
+        return _free_variable(mask_function, "sliding_window") - 1, None
+    if code is hf.sliding_window_bidirectional_overlay(1).__code__:
+        return (_free_variable(mask_function, "sliding_window"),) * 2
+    return None
+
+
+def _free_variable(function, name: str):
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+
+
+# ---- attention, in every layer ------------------------------------------------------------------------
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """softmax(softcap(scaling * Q K^T) + position_bias + mask) V, as transformers' attention interface wants it.
+
+    query (B, H, Sq, D), key (B, Hk, Sk, D), value (B, Hk, Sk, Dv), H % Hk == 0, D and Dv in 1..256, any strides.
+    attention_mask: what `attention_mask` above returned, or a user's own bool or float mask that broadcasts to
+    (B, H, Sq, Sk), which then says everything. Without one, module.is_causal (or is_causal) and sliding_window count.
+    position_bias: float, (1 or B, H, Sq, Sk), with gradient. s_aux: (H,) attention sinks, one more logit in every
+    softmax's denominator. Returns out (B, Sq, H, Dv) and, when output_attentions asks for them, the attention
+    weights (B, H, Sq, Sk) before dropout, else None. Raises NotImplementedError for a paged cache.
+    """
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            'cache: continuous batching (a paged cache) is not supported by attn_implementation="transformer_fast"; '
+            'wanted none, so use attn_implementation="sdpa" for it'
+        )
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, shared by the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    sq, sk = query.shape[2], key.shape[2]
+    rule, mask, bias = _read_mask(
+        module, attention_mask, position_bias, query.shape[0], sq, sk, is_causal, sliding_window
+    )
+    options: dict = {}
+    if rule is not None:
+        if rule.reach < sk:
+            key, value = key[:, :, : rule.reach], value[:, :, : rule.reach]
+            bias = bias[..., : rule.reach] if bias is not None and bias.shape[-1] == sk else bias
+        options["key_lengths"] = rule.key_lengths
+        options["is_causal"] = rule.right == 0
+        if rule.left is not None or rule.right:
+            options["window"] = (rule.left, rule.right)
+        options["causal_alignment"] = "bottom_right" if rule.shift else "top_left"
+        mask = None if rule.padding is None else rule.padding[:, None, None, :]
+    width = value.shape[-1]
+    if width != query.shape[-1]:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = _same_width(query, key, value)
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
+    need_lse = s_aux is not None or bool(output_attentions)
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1], bias=bias, softcap=softcap or 0.0, return_lse=need_lse, **options,
+    )  # fmt: skip
+    weights = None
+    if need_lse:
+        out, lse = out
+        if output_attentions:
+            weights = _weights(query, key, lse, scaling, mask, bias, softcap, rule, sk)
+        if s_aux is not None:
+            # exp(lse) / (exp(lse) + exp(sink)): what the sink leaves to the keys.
+            share = torch.sigmoid(lse - s_aux.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+            out = out * share
+            weights = None if weights is None else weights * share
+    out = out.transpose(1, 2)
+    return (out if out.shape[-1] == width else out[..., :width]), weights
+
+
+def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_window):
+    """(rule, bool mask, float bias); a rule stands alone, a mask comes without one."""
+    if isinstance(mask, LazyMask):
+        if mask.rule is not None and tuple(mask.shape) == (batch, 1, sq, sk):
+            return mask.rule, None, position_bias
+        mask = mask.dense()
+    if mask is not None:
+        if not mask.is_floating_point():
+            return None, mask, position_bias
+        return None, None, mask if position_bias is None else position_bias + mask
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal:
+        return None, None, position_bias
+    # Without a mask, one query is the newest position; several start where the keys start.
+    shift, reach = (sk - 1, sk) if sq == 1 else (0, min(sq, sk))
+    left = sliding_window - 1 if sliding_window and sliding_window < reach else None
+    right = None if sq == 1 else 0
+    return MaskRule(reach, left=left, right=right, shift=0 if left is None else shift), None, position_bias
+
+
+def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Zeros in the missing columns change neither a score nor the columns that are kept."""
+    widest = max(t.shape[-1] for t in tensors)
+    return tuple(torch.nn.functional.pad(t, (0, widest - t.shape[-1])) for t in tensors)
+
+
+def _weights(query, key, lse, scaling, mask, bias, softcap, rule, sk) -> torch.Tensor:
+    if rule is not None:
+        mask = rule.dense(query.shape[0], query.shape[2], rule.reach, query.device)
+    weights = attention_probabilities(query, key, lse, scale=scaling, bias=bias, attn_mask=mask, softcap=softcap or 0.0)
+    return weights if weights.shape[-1] == sk else torch.nn.functional.pad(weights, (0, sk - weights.shape[-1]))
