@@ -56,45 +56,27 @@ void cpu_set_isa(std::string name) {
   STD_TORCH_CHECK(false, "transformer_fast: no CPU kernels were compiled for instruction set ", name);
 }
 
-void cpu_norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-                      OptionalTensor rng, double eps, bool rms, double dropout_p, Tensor y, OptionalTensor sum,
-                      OptionalTensor mean, OptionalTensor rstd) {
-  NormForward a{};
-  a.dtype = dtype_of(x);
-  a.x = read(x);
-  a.residual = read(residual);
-  a.weight = read<float>(weight);
-  a.bias = read<float>(bias);
-  a.y = write(y);
-  a.sum = write(sum);
-  a.mean = write<float>(mean);
-  a.rstd = write<float>(rstd);
-  a.rows = x.size(0);
-  a.width = x.size(1);
-  a.x_stride = x.stride(0);
-  a.residual_stride = residual.has_value() ? residual->stride(0) : 0;
-  a.eps = float(eps);
-  a.rms = rms;
-  a.dropout = philox_of(rng, dropout_p);
-  kernels().norm_forward(a);
-}
-
 }  // namespace tf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_set_isa(str name) -> ()");
-  // x, residual: (rows, width), last stride 1; weight, bias: float32 (width,)
+  // Data is (rows, width) with last stride 1; weight, bias, mean and rstd are float32 vectors; results are contiguous.
   m.def(
       "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
       "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
+  m.def(
+      "cpu_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor v, Tensor? weight, Tensor? mean, Tensor rstd, "
+      "Tensor? rng, float dropout_p, Tensor(a!) grad_v, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, "
+      "Tensor(d!)? grad_bias) -> ()");
+  m.def("cpu_bias_activation_forward(Tensor x, Tensor? bias, Tensor? gate, int activation, Tensor(a!) y) -> ()");
+  m.def(
+      "cpu_bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, int activation, "
+      "Tensor(a!) grad_x, Tensor(b!)? grad_bias, Tensor(c!)? grad_gate) -> ()");
+  m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_set_isa", TORCH_BOX(&tf::cpu_set_isa));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
-  m.impl("cpu_norm_forward", TORCH_BOX(&tf::cpu_norm_forward));
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.hpp"
+#include "types.hpp"
 
 namespace tf::TF_ISA {
 
@@ -139,7 +139,7 @@ static inline void from_float(f16& y, float x) {
 
 static inline Vec load(const f16* p) {
 #if defined(__AVX512F__)
-  return bit_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -150,7 +150,7 @@ static inline Vec load(const f16* p) {
 }
 static inline void store(f16* p, Vec v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), 0));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), 0));
 #else
@@ -179,6 +179,57 @@ static inline void store_partial(float* p, Vec v, int n) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(v));
 }
 #endif
+
+// A loop over n columns: f(c, Full{}) for whole vectors, then f(c, Part{rest}).
+struct Full {};
+struct Part {
+  int n;
+};
+template <class T>
+static inline Vec load(const T* p, Full, float = 0.f) {
+  return load(p);
+}
+template <class T>
+static inline Vec load(const T* p, Part part, float fill = 0.f) {
+  return load_partial(p, part.n, fill);
+}
+template <class T>
+static inline void store(T* p, Vec v, Full) {
+  store(p, v);
+}
+template <class T>
+static inline void store(T* p, Vec v, Part part) {
+  store_partial(p, v, part.n);
+}
+template <class F>
+static inline void for_columns(int64_t n, const F& f) {
+  int64_t c = 0;
+  for (; c + kWidth <= n; c += kWidth) f(c, Full{});
+  if (c < n) f(c, Part{int(n - c)});
+}
+
+// The sum of f(c, part) over n columns; unused lanes of f's last vector must be zero.
+template <class F>
+static inline Vec sum_columns(int64_t n, const F& f) {
+  Vec s[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= n; c += 4 * kWidth)
+    for (int k = 0; k < 4; ++k) s[k] = s[k] + f(c + k * kWidth, Full{});
+  for (; c + kWidth <= n; c += kWidth) s[0] = s[0] + f(c, Full{});
+  if (c < n) s[1] = s[1] + f(c, Part{int(n - c)});
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+// f(T{}) with the C++ type of a dtype.
+template <class F>
+static inline void with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32)
+    f(float{});
+  else if (dtype == DType::bf16)
+    f(bf16{});
+  else
+    f(f16{});
+}
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted: -ffp-contract=fast

@@ -8,5 +8,9 @@ namespace tf {
 extern const Kernels TF_CONCAT(kernels_, TF_ISA);
 const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::norm_forward,
+    TF_ISA::norm_backward,
+    TF_ISA::bias_activation_forward,
+    TF_ISA::bias_activation_backward,
+    TF_ISA::dropout_forward,
 };
 }  // namespace tf

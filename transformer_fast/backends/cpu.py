@@ -5,7 +5,9 @@ import torch
 from . import Backend, Call, native
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"norm"})
+_OPS = frozenset({"norm", "bias_activation", "dropout"})
+_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
+_ops = torch.ops.transformer_fast
 
 
 class CpuBackend(Backend):
@@ -25,10 +27,27 @@ class CpuBackend(Backend):
         return tuple(reasons)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
-        torch.ops.transformer_fast.cpu_norm_forward.default(
+        _ops.cpu_norm_forward.default(
             spec.x, spec.residual, _float(spec.weight), _float(spec.bias), spec.rng, spec.eps, spec.rms,
             spec.dropout_p, y, sum_out, mean, rstd,
         )  # fmt: skip
+
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
+        _ops.cpu_norm_backward.default(
+            grad_y, grad_sum, spec.x, _float(spec.weight), mean, rstd, spec.rng, spec.dropout_p, grad_v, grad_x,
+            grad_weight, grad_bias,
+        )  # fmt: skip
+
+    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
+        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
+
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
+        _ops.cpu_bias_activation_backward.default(
+            grad, x, _float(bias), gate, _ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
+        )
+
+    def dropout_forward(self, x, rng, p, y) -> None:
+        _ops.cpu_dropout_forward.default(x if x.stride(1) == 1 else x.contiguous(), rng, p, y)
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
