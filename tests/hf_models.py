@@ -19,10 +19,11 @@ def _build(model_class, config_class, **settings):
     model = model_class(config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for _name, p in model.named_parameters():
-            # Freshly initialised models attend almost evenly: wider weights make attention matter.
+        for name, p in model.named_parameters():
+            # Freshly initialised models attend almost evenly: wider weights make attention matter. T5 does not scale
+            # its scores, its queries are smaller instead.
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(0.2 * noise if p.dim() > 1 else p + 0.1 * noise)
+            p.copy_((0.07 if name.endswith(".q.weight") else 0.2) * noise if p.dim() > 1 else p + 0.1 * noise)
     return model.eval()
 
 

@@ -1,0 +1,181 @@
+"""accelerate(model): what can run on this package's kernels does, in any torch or Hugging Face model."""
+
+import collections
+import dataclasses
+import sys
+
+import torch
+
+from . import swaps
+from .huggingface import NAME
+
+_STATE = "_transformer_fast_attention"
+
+
+class _PreviousAttention(dict):
+    """{place: attention implementation before `accelerate`}, kept on the model, so that a pickled or copied model can be
+    restored too. A class of this package: unpickling it imports, and so registers, the implementation."""
+
+
+@dataclasses.dataclass
+class Report:
+    """What `accelerate` swapped and what it left. print(report) shows it; undo() puts everything back.
+
+    swapped: {module path: op}, with attention under "attention" or "attention (path)".  left: {module path: reason}.
+    """
+
+    model: torch.nn.Module = dataclasses.field(repr=False)
+    swapped: dict[str, str]
+    left: dict[str, str]
+
+    def undo(self) -> torch.nn.Module:
+        """`restore` the model: its classes and attention implementation are what they were."""
+        return restore(self.model)
+
+    def __str__(self) -> str:
+        lines = [f"transformer_fast in {type(self.model).__name__}"]
+        for title, found in (("swapped", self.swapped), ("left", self.left)):
+            lines += [f"  {title}: {line}" for line in self._grouped(found)] or [f"  {title}: nothing"]
+        return "\n".join(lines)
+
+    def _grouped(self, found: dict[str, str]) -> list[str]:
+        groups = collections.defaultdict(list)
+        for path, text in found.items():
+            groups[self._class_of(path), text].append(path)
+        return [
+            f"{what} -> {text}"
+            + (f" ({len(paths)}: {paths[0]}{' ...' if len(paths) > 1 else ''})" if paths[0] != what else "")
+            for (what, text), paths in groups.items()
+        ]
+
+    def _class_of(self, path: str) -> str:
+        if path.startswith("attention"):
+            return path
+        try:
+            return type(self.model.get_submodule(path)).__name__
+        except AttributeError:
+            return path
+
+
+def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
+    """Swap attention, norms and activations of a model for this package's, in place; say what was swapped and why not.
+
+    model: any torch.nn.Module. Attention: models of transformers (>= 5.17) with an attention interface get
+        attn_implementation="transformer_fast". Norms: torch.nn.LayerNorm, torch.nn.RMSNorm and modules named *Norm*
+        with one weight (and bias) whose own forward agrees with layer_norm, rms_norm or Gemma's rms_norm with
+        1 + weight. Activations: modules named *gelu*, *silu*, *swish* whose own forward agrees with gelu, gelu_tanh
+        or silu. Agreement is checked by running both on random input.
+    verbose: print the report.
+
+    Parameters, their names, state dict, isinstance, hooks, training mode and gradients stay as they are; deepcopy,
+    pickle and save_pretrained work, and what is saved loads without this package. Models imported from this package
+    are left: they run on it already. A second call finds nothing more to do. Returns a `Report`; `report.undo()` or
+    `restore(model)` puts everything back. Raises TypeError when model is not a torch.nn.Module.
+    """
+    _check(model)
+    report = Report(model, {}, {})
+    own = {id(m) for module in model.modules() if _is_ours(module) for m in module.modules()}
+    _swap_attention(model, report, own)
+    for path, module in model.named_modules():
+        if id(module) in own or isinstance(module, swaps.Swapped):
+            continue
+        if isinstance(module, torch.nn.MultiheadAttention):
+            report.left[path] = (
+                "it has no attention interface; transformer_fast.layers.MultiheadAttention takes its state dict"
+            )
+        what = swaps.candidate(module)
+        if what is None:
+            continue
+        kind, reason = swaps.recognise(module, what)
+        if kind is None:
+            report.left[path] = reason
+        else:
+            module.__class__ = swaps.swapped_class(type(module), kind)
+            report.swapped[path] = kind
+    if own:
+        report.left["modules of transformer_fast"] = "they run on its kernels already"
+    if verbose:
+        print(report)
+    return report
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo `accelerate`: every class and attention implementation is what it was before. Returns the model."""
+    _check(model)
+    for module in model.modules():
+        if isinstance(module, swaps.Swapped):
+            module.__class__ = module._original
+        previous = vars(module).get(_STATE)
+        if previous is not None:
+            delattr(module, _STATE)
+            for place, config in _configs(module):
+                if place in previous:
+                    config._attn_implementation_internal = previous[place]
+    return model
+
+
+def _check(model) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+
+
+def _is_ours(module: torch.nn.Module) -> bool:
+    return type(module).__module__.startswith("transformer_fast.")
+
+
+# ---- attention ------------------------------------------------------------------------------------------
+def _swap_attention(model, report: Report, own: set[int]) -> None:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:  # then no module here is transformers'
+        return
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, modeling.PreTrainedModel) or id(module) in inside or id(module) in own:
+            continue
+        inside |= {id(m) for m in module.modules()}
+        where = f"attention ({path})" if path else "attention"
+        if _STATE in vars(module):
+            continue
+        reason = _set_attention(module)
+        if reason:
+            report.left[where] = reason
+        else:
+            report.swapped[where] = f'attn_implementation="{NAME}"'
+
+
+def _set_attention(model) -> str:
+    """'' when the outermost Hugging Face model `model` now attends through us, else the reason why not."""
+    if not model._can_set_attn_implementation():
+        return f"{type(model).__name__} has no attention interface in transformers: its attention is written into the model"
+    previous = _PreviousAttention({place: config._attn_implementation for place, config in _configs(model)})
+    if set(previous.values()) == {NAME}:
+        return f'it was loaded with attn_implementation="{NAME}"'
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, ImportError) as error:
+        _put_back(model, previous)
+        return f"transformers refuses: {str(error).splitlines()[0]}"
+    setattr(model, _STATE, previous)
+    return ""
+
+
+def _put_back(model, previous) -> None:
+    for place, config in _configs(model):
+        if place in previous:
+            config._attn_implementation_internal = previous[place]
+
+
+def _configs(model) -> list[tuple[str, object]]:
+    """Every config object in the model, each once, with a name that a copy of the model gives it too."""
+    found: dict[int, tuple[str, object]] = {}
+
+    def visit(place: str, config) -> None:
+        if config is None or id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            return
+        found[id(config)] = (place, config)
+        for name in getattr(config, "sub_configs", {}):
+            visit(f"{place}/{name}", getattr(config, name, None))
+
+    for path, module in model.named_modules():
+        visit(path, getattr(module, "config", None))
+    return list(found.values())

@@ -1,0 +1,192 @@
+"""Norms and activations of any torch model on this package's kernels, by changing the class of the module.
+
+An instance keeps its parameters, buffers, hooks, training mode and place in the tree; its class becomes a subclass of
+the one it had, with another forward. So state dicts, isinstance, hooks, deepcopy and pickle see what they saw before,
+and going back is setting the class back.
+"""
+
+import copy
+import functools
+import inspect
+import re
+from collections.abc import Callable
+
+import torch
+
+from ..ops import bias_activation, layer_norm, rms_norm
+
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps")
+_NORM_NAME = re.compile(r"norm", re.IGNORECASE)
+_ACTIVATION_NAME = re.compile(r"gelu|silu|swish", re.IGNORECASE)
+
+
+# ---- forwards -------------------------------------------------------------------------------------------
+def _eps(module: torch.nn.Module) -> float | None:
+    for name in _EPS_NAMES:
+        if hasattr(module, name):
+            return getattr(module, name)
+    return None
+
+
+def _same_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    """With mixed dtypes every model has its own rule for the result's dtype: those calls keep the model's forward."""
+    return x.is_floating_point() and all(p is None or p.dtype == x.dtype for p in parameters)
+
+
+def _layer_norm(module, x, original):
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not _same_dtype(x, weight, bias):
+        return original(module, x)
+    shape = module.normalized_shape if hasattr(module, "normalized_shape") else weight.shape
+    return layer_norm(x, shape, weight, bias, _eps(module))
+
+
+def _rms_norm(module, x, original):
+    weight = module.weight
+    if not _same_dtype(x, weight):
+        return original(module, x)
+    shape = module.normalized_shape if hasattr(module, "normalized_shape") else weight.shape
+    return rms_norm(x, shape, weight, _eps(module))
+
+
+def _rms_norm_offset(module, x, original):
+    weight = module.weight
+    if not _same_dtype(x, weight):
+        return original(module, x)
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return rms_norm(x, weight.shape, 1.0 + wide, _eps(module))
+
+
+def _activation(name: str) -> Callable:
+    def run(module, x, original):
+        return bias_activation(x, None, name) if x.is_floating_point() and x.dim() else original(module, x)
+
+    return run
+
+
+NORMS: dict[str, Callable] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "rms_norm (1 + weight)": _rms_norm_offset,
+}
+ACTIVATIONS: dict[str, Callable] = {name: _activation(name) for name in ("gelu", "gelu_tanh", "silu")}
+_FORWARDS = {**NORMS, **ACTIVATIONS}
+
+
+class Swapped:
+    """Mixed into the class of every swapped module. _original is the class it had, _kind the op it now calls."""
+
+    _original: type
+    _kind: str
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: pickle and deepcopy make it again from the class it stands on.
+        return _remake, (self._original, self._kind), self.__getstate__()
+
+
+@functools.cache
+def swapped_class(original: type, kind: str) -> type:
+    """The subclass of `original` whose forward is op `kind`. Same name, so printed models read the same."""
+    run, before = _FORWARDS[kind], original.forward
+
+    def forward(self, input):
+        return run(self, input, before)
+
+    names = {"forward": forward, "_original": original, "_kind": kind, "__doc__": original.__doc__}
+    names["__module__"], names["__qualname__"] = original.__module__, original.__qualname__
+    return type(original.__name__, (Swapped, original), names)
+
+
+def _remake(original: type, kind: str) -> torch.nn.Module:
+    cls = swapped_class(original, kind)
+    return cls.__new__(cls)
+
+
+# ---- recognition ----------------------------------------------------------------------------------------
+def candidate(module: torch.nn.Module) -> str | None:
+    """ "norm" or "activation" when the module looks like one: a leaf of that name."""
+    name = type(module).__name__
+    if next(module.children(), None) is not None:
+        return None
+    if _NORM_NAME.search(name):
+        return "norm"
+    if isinstance(module, (torch.nn.GELU, torch.nn.SiLU)) or _ACTIVATION_NAME.search(name):
+        return "activation"
+    return None
+
+
+def recognise(module: torch.nn.Module, what: str) -> tuple[str | None, str]:
+    """(kind, "") when the module computes what op `kind` does, else (None, the reason why it is left)."""
+    if "forward" in vars(module):
+        return None, "its forward was replaced on the instance"
+    if hasattr(module, "parametrizations"):
+        return None, "its weight is parametrized"
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, "it is a script module"
+    if isinstance(module, (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LocalResponseNorm)):
+        return None, "there is no kernel for this norm"
+    if getattr(module, "inplace", False):
+        return None, "it works in place"
+    if len(_inputs(module)) != 1:
+        return None, f"its forward takes {len(_inputs(module))} inputs, wanted 1"
+    return _recognise_norm(module) if what == "norm" else _recognise_activation(module)
+
+
+def _inputs(module) -> list[inspect.Parameter]:
+    return list(inspect.signature(type(module).forward).parameters.values())[1:]
+
+
+def _recognise_norm(module) -> tuple[str | None, str]:
+    parameters = dict(module.named_parameters(recurse=False))
+    if any(True for _ in module.buffers(recurse=False)) or not set(parameters) <= {"weight", "bias"}:
+        return None, "it has state other than weight and bias"
+    if "weight" not in parameters:
+        if type(module) in (torch.nn.LayerNorm, torch.nn.RMSNorm):
+            return ("layer_norm" if type(module) is torch.nn.LayerNorm else "rms_norm"), ""
+        return None, "it has no weight to tell its width by"
+    if not all(p.is_floating_point() for p in parameters.values()):
+        return None, "its weight is not of a floating-point dtype"
+    if _eps(module) is None and not isinstance(module, torch.nn.RMSNorm):
+        return None, f"it has none of the attributes {', '.join(_EPS_NAMES)}"
+    kind = _behaves_like(module, _norm_probe(module, parameters), NORMS)
+    return kind, "" if kind else "its forward is neither layer norm nor RMS norm of its last dimension"
+
+
+def _recognise_activation(module) -> tuple[str | None, str]:
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None, "it has parameters or buffers"
+    kind = _behaves_like(module, (module, [torch.linspace(-9, 9, 301, dtype=torch.float64)]), ACTIVATIONS)
+    return kind, "" if kind else f"its forward is none of {', '.join(ACTIVATIONS)}"
+
+
+def _norm_probe(module, parameters) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """A stand-in with random float32 weights on the CPU, and inputs that tell the norms and their eps apart."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {
+        name: torch.nn.Parameter(1 + torch.rand(p.shape, generator=generator)) if name in parameters else None
+        for name, p in module._parameters.items()
+    }
+    shape = tuple(parameters["weight"].shape)
+    x = torch.randn(3, *shape, generator=generator)
+    eps = _eps(module) or torch.finfo(torch.float32).eps
+    return probe, [x + 0.5, (x + 0.5) * max(float(eps), 1e-12) ** 0.5]
+
+
+def _behaves_like(module, probe, kinds: dict[str, Callable]) -> str | None:
+    """The kind whose values agree with the module's own forward, in float32's rounding, on every probe input."""
+    stand_in, inputs = probe
+    forward = type(module).forward
+    with torch.no_grad():
+        try:
+            wanted = [forward(stand_in, x) for x in inputs]
+        except Exception:  # whatever a foreign forward raises: it is not one of ours
+            return None
+        for kind, run in kinds.items():
+            found = [run(stand_in, x, forward) for x in inputs]
+            if all(
+                isinstance(w, torch.Tensor) and w.shape == f.shape and torch.allclose(w.to(f), f, rtol=1e-4, atol=1e-5)
+                for w, f in zip(wanted, found)
+            ):
+                return kind
+    return None
