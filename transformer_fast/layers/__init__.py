@@ -1,0 +1,19 @@
+"""Layers: what a transformer computes, driven by a TransformerSpec and modules by role. They never name a backend."""
+
+from .attention import MultiheadAttention
+from .encoder import StackCall, encoder_layer, plan_call, run_layers
+from .packing import Packing, plan_packing
+from .spec import LayerWeights, SlotTable, TransformerSpec
+
+__all__ = [
+    "LayerWeights",
+    "MultiheadAttention",
+    "Packing",
+    "SlotTable",
+    "StackCall",
+    "TransformerSpec",
+    "encoder_layer",
+    "plan_call",
+    "plan_packing",
+    "run_layers",
+]

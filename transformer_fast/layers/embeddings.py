@@ -1,0 +1,76 @@
+"""Token, position and segment embeddings of the computed positions alone."""
+
+import torch
+from torch import nn
+
+from .. import ops
+from .packing import Packing
+from .projection import add_norm, dropout_p, norm
+
+__all__ = ["check_indices", "embed"]
+
+
+def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None:
+    """ValueError when an id lies outside [0, size). Looked at where looking is free: plain tensors on the CPU."""
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: wanted values in [0, {size}) ({meaning}), got {low}..{high}")
+
+
+def embed(
+    packing: Packing,
+    word: nn.Module,
+    position: nn.Module | None,
+    segment: nn.Module | None,
+    norm_module: nn.Module,
+    dropout: nn.Module | None,
+    *,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    past: int | torch.Tensor = 0,
+) -> torch.Tensor:
+    """dropout(norm(word + segment + position)): (B, S, E), or (total, E) when padding is dropped.
+
+    position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
+    Source: Devlin et al., "BERT", 2019, section 3.
+    """
+    x = packing.pack(inputs_embeds) if inputs_embeds is not None else word(packing.pack(input_ids))
+    added = _added(packing, position, segment, position_ids, segment_ids, past, x.device)
+    y = norm(norm_module, x) if added is None else add_norm(norm_module, x, added.expand_as(x), 0.0)
+    return ops.dropout(y, dropout_p(dropout))
+
+
+def _added(packing, position, segment, position_ids, segment_ids, past, device) -> torch.Tensor | None:
+    """position + segment of the computed positions, or (S, E) when it is the same for all sequences."""
+    if position is None and segment is None:
+        return None
+    rows = None
+    if position_ids is not None and position is not None:
+        rows = position(packing.pack(position_ids.expand(packing.batch, -1)))
+    elif position is not None:
+        # Few different rows: make each once, then copy.
+        rows = position(torch.arange(packing.length, device=device) + past)
+        kinds = getattr(segment, "num_embeddings", 0) if segment_ids is not None else 1
+        if segment is not None and 0 < kinds <= 4:
+            rows = (segment(torch.arange(kinds, device=device))[:, None] + rows).flatten(0, 1)
+            segment = None
+            folded = kinds > 1
+        else:
+            folded = False
+        if folded:
+            index = packing.pack(segment_ids.expand(packing.batch, -1)) * packing.length
+            index = index + packing.positions(device)
+            rows = rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+        elif packing.index is not None:
+            rows = rows.index_select(0, packing.positions(device))
+    if segment is None:
+        return rows
+    if segment_ids is None:
+        kind = segment(torch.zeros(1, dtype=torch.long, device=device))
+    else:
+        kind = segment(packing.pack(segment_ids.expand(packing.batch, -1)))
+    return kind if rows is None else rows + kind

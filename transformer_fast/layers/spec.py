@@ -1,0 +1,87 @@
+"""What a transformer layer computes (TransformerSpec) and which modules hold its weights (LayerWeights)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+__all__ = ["LayerWeights", "SlotTable", "TransformerSpec"]
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """A family's arithmetic, the same for every layer; what changes while training (dropout) lies in the modules.
+
+    num_heads, head_dim: of the attention; the inner width is their product. scale: of the scores, default
+        1 / sqrt(head_dim). causal: queries see no later keys.
+    norm_position: "post" (x = norm(x + f(x)): Vaswani et al., 2017, BERT) or "pre" (x = x + f(norm(x)): GPT-2, T5).
+        The kind of norm and its eps are the norm modules' own.
+    activation: a name that ops.bias_activation knows, or None to call the module in the slot `activation_fn`.
+    gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`.
+    """
+
+    num_heads: int
+    head_dim: int
+    scale: float | None = None
+    causal: bool = False
+    norm_position: str = "post"
+    activation: str | None = "gelu"
+    gated: bool = False
+
+    def __post_init__(self):
+        if self.norm_position not in ("post", "pre"):
+            raise ValueError(f"norm_position: wanted 'post' or 'pre', got {self.norm_position!r}")
+
+
+class LayerWeights(NamedTuple):
+    """The modules of one layer by role. Modules, not tensors: one that is wrapped (LoRA, quantised) or hooked is
+    called as it is, a plain one is computed by the fused ops."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_output: nn.Module
+    attention_norm: nn.Module
+    up: nn.Module  # first linear of the feed-forward block
+    down: nn.Module  # second
+    output_norm: nn.Module
+    attention_dropout: nn.Module | None = None  # on the attention weights
+    attention_output_dropout: nn.Module | None = None
+    output_dropout: nn.Module | None = None
+    activation_dropout: nn.Module | None = None
+    activation_fn: nn.Module | None = None
+    gate: nn.Module | None = None
+    cross_query: nn.Module | None = None
+    cross_key: nn.Module | None = None
+    cross_value: nn.Module | None = None
+    cross_output: nn.Module | None = None
+    cross_norm: nn.Module | None = None
+    cross_dropout: nn.Module | None = None
+    cross_output_dropout: nn.Module | None = None
+
+
+class SlotTable:
+    """A family's table {slot: path of the submodule inside its layer class}; optional slots may be absent.
+
+    >>> SlotTable(query="attention.self.query", ...).read(layer)
+    """
+
+    def __init__(self, **paths: str):
+        unknown = sorted(set(paths) - set(LayerWeights._fields))
+        missing = sorted(set(LayerWeights._fields) - set(LayerWeights._field_defaults) - set(paths))
+        if unknown or missing:
+            raise ValueError(f"slots: unknown {unknown}, missing {missing}; there are {LayerWeights._fields}")
+        self._paths = {slot: tuple(path.split(".")) for slot, path in paths.items()}
+
+    def read(self, layer: nn.Module) -> LayerWeights:
+        """Read anew at each forward: adapters replace submodules at any time, and a walk costs microseconds."""
+        found = {}
+        for slot, path in self._paths.items():
+            module = layer
+            for part in path:
+                module = module._modules.get(part)
+                if module is None:
+                    break
+            if module is not None:
+                found[slot] = module
+        return LayerWeights(**found)

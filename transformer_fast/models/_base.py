@@ -1,0 +1,166 @@
+"""What every family shares: HF's modules given our forward, and the arguments of a forward pass made plain."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..layers import Packing, StackCall
+from ._loading import LoadingErrors
+
+__all__ = [
+    "Adopted",
+    "Encoded",
+    "Flags",
+    "ModelMixin",
+    "Want",
+    "activation_name",
+    "check_inputs",
+    "documented_as",
+    "read_flags",
+]
+
+PADDING_NOTE = """
+
+        Padding is dropped before the first layer and never computed: at positions where attention_mask is 0 the
+        outputs are zeros.
+        """
+
+
+class Want(NamedTuple):
+    """What a head reads of its base model. first_only: nothing but the first position. read: (B, S) bool, positions
+    that are read even where they are padding (a label lies there)."""
+
+    first_only: bool = False
+    read_first: bool = False
+    read: torch.Tensor | None = None
+
+
+class Encoded(NamedTuple):
+    """What a base model hands to its head, before padding is restored.
+
+    rows: (total, E), or (B, S, E) when nothing was dropped; None when only the first positions were computed.
+    """
+
+    rows: torch.Tensor | None
+    packing: Packing
+    pooled: torch.Tensor | None
+    past_key_values: Any
+    hidden_states: tuple | None
+    attentions: tuple | None
+    cross_attentions: tuple | None
+    last: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int) -> "Encoded":
+        hidden = attentions = cross = last = None
+        if flags.hidden_states:
+            last = call.packing.unpack(rows)
+            states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
+            hidden = tuple(states.get(i) for i in range(layers + 1))
+        if flags.attentions:
+            attentions, cross = (tuple(d[i] for i in sorted(d)) for d in (call.attentions, call.cross_attentions))
+        return cls(rows, call.packing, pooled, past_key_values, hidden, attentions, cross, last)
+
+    def restored(self) -> torch.Tensor:
+        return self.packing.unpack(self.rows) if self.last is None else self.last
+
+    def extras(self, cross: bool = False) -> dict:
+        """hidden_states and attentions as an output class names them."""
+        found = {"hidden_states": self.hidden_states, "attentions": self.attentions}
+        return found | {"cross_attentions": self.cross_attentions} if cross else found
+
+
+class Flags(NamedTuple):
+    attentions: bool
+    hidden_states: bool
+    keep_hidden: frozenset[int]
+
+
+def read_flags(config, kwargs: dict, layers: int) -> Flags:
+    """The output switches of a forward call, the configuration's where the call does not say."""
+
+    def switch(name: str, default):
+        value = kwargs.get(name)
+        return getattr(config, name, default) if value is None else value
+
+    wanted = switch("output_hidden_states", False)
+    count = layers + 1
+    if isinstance(wanted, bool) or wanted is None:
+        keep = frozenset(range(count)) if wanted else frozenset()
+    else:
+        chosen = [wanted] if isinstance(wanted, int) else list(wanted)
+        keep = frozenset(i % count for i in chosen if -count <= i < count)
+        wanted = True
+    return Flags(bool(switch("output_attentions", False)), bool(wanted), keep)
+
+
+def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """The one of the two that was given, of a right shape; ValueError otherwise."""
+    if (input_ids is None) == (inputs_embeds is None):
+        came = "neither" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
+    if input_ids is not None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: wanted shape (batch, length), got {tuple(input_ids.shape)}")
+        return input_ids
+    if inputs_embeds.dim() != 3:  # type: ignore[union-attr]
+        raise ValueError(f"inputs_embeds: wanted (batch, length, hidden_size), got {tuple(inputs_embeds.shape)}")  # type: ignore[union-attr]
+    return inputs_embeds  # type: ignore[return-value]
+
+
+class Adopted:
+    """A family's table {HF class: our subclass of it}: modules that HF's constructors make become ours in place."""
+
+    def __init__(self):
+        self._classes: dict[type, type] = {}
+
+    def register(self, cls: type) -> type:
+        """Class decorator: `cls` takes the place of its HF base, the next class of nn.Module in its order."""
+        for base in cls.__mro__[1:]:
+            if issubclass(base, nn.Module) and not issubclass(base, ModelMixin):
+                self._classes[base] = cls
+                return cls
+        raise TypeError(f"{cls.__name__}: has no nn.Module base to take the place of")
+
+    def adopt(self, model: nn.Module) -> None:
+        for module in model.modules():
+            ours = self._classes.get(type(module))
+            if ours is not None:
+                module.__class__ = ours
+
+
+class ModelMixin(LoadingErrors):
+    """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
+
+    _adopted: Adopted
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._adopted.adopt(self)  # type: ignore[arg-type]
+
+    def _finish(self, output, flags_from: dict):
+        """The output as a tuple where return_dict is off."""
+        return_dict = flags_from.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
+        return output if return_dict else output.to_tuple()
+
+
+def documented_as(original):
+    """HF's documentation of the method that this one replaces, with what differs."""
+
+    def decorate(function):
+        function.__doc__ = (original.__doc__ or "").rstrip() + PADDING_NOTE
+        return function
+
+    return decorate
+
+
+@functools.cache
+def activation_name(hidden_act) -> str | None:
+    """The name ops.bias_activation knows an HF activation by, or None: then its module is called."""
+    names = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
+             "swish": "silu"}  # fmt: skip
+    return names.get(hidden_act) if isinstance(hidden_act, str) else None

@@ -1,0 +1,109 @@
+"""Heads on packed rows: logits and losses as HF defines them, computed where they are read."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..layers import Packing
+from ..layers.projection import linear
+
+__all__ = [
+    "IGNORE",
+    "classification_loss",
+    "is_labelled",
+    "masked_lm",
+    "span_loss",
+    "token_loss",
+    "vocabulary_logits",
+]
+
+IGNORE = -100
+_CHUNK = 256  # rows of logits made at a time before they are put in place
+
+
+def is_labelled(labels: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, S) bool: positions whose logits the loss reads. A label on padding counts, as in HF."""
+    return None if labels is None else labels != IGNORE
+
+
+def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(B, S, V), zeros where nothing was computed."""
+    if packing.index is None:
+        return linear(decoder, rows)
+    if torch.is_grad_enabled() or not isinstance(decoder, nn.Linear) or torch.is_autocast_enabled(rows.device.type):
+        return packing.unpack(linear(decoder, rows))
+    # The vocabulary is wide: a second full copy would cost more memory than padding does.
+    out = rows.new_zeros(packing.batch * packing.length, decoder.out_features)
+    for part, index in zip(rows.split(_CHUNK), packing.index.split(_CHUNK)):
+        out[index] = linear(decoder, part)
+    return out.unflatten(0, (packing.batch, packing.length))
+
+
+def masked_lm(
+    decoder: nn.Module, rows: torch.Tensor, packing: Packing, labels: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(cross entropy over the labelled positions or None, logits (B, S, V)).
+
+    In training the logits of labelled and other positions are made apart, so the loss's gradient passes through the
+    labelled ones alone; the others still carry theirs to whoever uses the logits.
+    """
+    if labels is None:
+        return None, vocabulary_logits(decoder, rows, packing)
+    check_labels("labels", labels, (packing.batch, packing.length))
+    labels = packing.pack(labels.to(rows.device))
+    rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
+    chosen = labels != IGNORE
+    labelled, others = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+    scores = linear(decoder, rows.index_select(0, labelled))
+    loss = F.cross_entropy(scores, labels.index_select(0, labelled))
+    rest = linear(decoder, rows.index_select(0, others))
+    to, vocabulary = packing.index, scores.shape[-1]
+    out = scores.new_zeros(packing.batch * packing.length, vocabulary)
+    for where, what in ((labelled, scores), (others, rest)):
+        out = out.index_copy_(0, where if to is None else to.index_select(0, where), what)
+    return loss, out.view(packing.batch, packing.length, vocabulary)
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of (B, S, C) over the labelled positions."""
+    check_labels("labels", labels, tuple(logits.shape[:-1]))
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device))
+
+
+def check_labels(name: str, labels: torch.Tensor, shape: tuple) -> None:
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"{name}: wanted shape {tuple(shape)}, got {tuple(labels.shape)}")
+
+
+def classification_loss(config, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """HF's rule: config.problem_type, else regression for one label, classes for integer labels, else multi-label."""
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    if config.problem_type == "regression":
+        if config.num_labels == 1:
+            return F.mse_loss(logits.squeeze(), labels.squeeze())
+        return F.mse_loss(logits, labels)
+    if config.problem_type == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
+    if config.problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    raise ValueError(
+        "config.problem_type: wanted 'regression', 'single_label_classification' or 'multi_label_classification', got "
+        f"{config.problem_type!r}"
+    )
+
+
+def span_loss(start_logits, end_logits, start_positions, end_positions) -> torch.Tensor:
+    """Mean of the cross entropies of the first and the last token of the answer; positions outside are ignored."""
+    ignored = start_logits.size(1)
+    losses = []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        positions = positions.squeeze(-1) if positions.dim() > 1 else positions
+        losses.append(F.cross_entropy(logits, positions.to(logits.device).clamp(0, ignored), ignore_index=ignored))
+    return (losses[0] + losses[1]) / 2
