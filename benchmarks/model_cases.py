@@ -1,0 +1,235 @@
+"""Cases of whole models: BERT encoders at inference, and fine-tuning steps."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+import transformer_fast as tf
+
+from . import checkpoints, peers, shapes
+from .case import OURS, Bar, Candidate, Case, Unavailable
+from .peers import EncoderInputs
+
+__all__ = ["HF_SDPA", "model_cases"]
+
+HF_SDPA = "HF sdpa"
+HF_EAGER = "HF eager"
+OTHERS = ("ONNX Runtime", "OpenVINO", "CTranslate2 float32", "CTranslate2 int8")
+
+
+def model_cases(device: str) -> list[Case]:
+    full, ragged = [128] * 8, shapes.ragged_lengths(32)
+    return [
+        _encoder("bert-base-ragged-32", "bert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
+                 Bar(3.0, ahead_of=OTHERS)),
+        _minilm(device),
+        _encoder("bert-base-full-8x128", "bert-base, 8 x 128 full", full, device, Bar(1.15)),
+        _training("ragged-16x128", "bert-base fine-tuning step, ragged 16 x 128 (mean 40)",
+                  shapes.ragged_lengths(16), device, Bar(2.2)),
+        _training("full-8x128", "bert-base fine-tuning step, full 8 x 128", full, device, Bar(1.25)),
+    ]  # fmt: skip
+
+
+def _our(name: str):
+    """A name of the package that may not be there (a door without its dependencies)."""
+    try:
+        return getattr(tf, name)
+    except (AttributeError, ImportError) as error:
+        raise Unavailable(f"transformer_fast.{name}: {error}") from error
+
+
+def random_batch(lengths: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids, padded on the right, and their attention mask."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return (ids * mask).to(device), mask.to(device)
+
+
+def _encoder_flops(lengths: list[int], config: dict) -> float:
+    """Of the real tokens alone: projections, feed-forward and attention."""
+    width, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
+    per_token = 2 * (4 * width * width + 2 * width * inner)
+    return float(layers * sum(n * per_token + 4 * n * n * width for n in lengths))
+
+
+# ---- inference ---------------------------------------------------------------------------------------
+def _ours(inputs: EncoderInputs) -> Callable:
+    model = _our("BertModel").from_pretrained(inputs.checkpoint, add_pooling_layer=False).eval()
+    model.to(inputs.batches[0][0].device)
+    return peers.run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)
+
+
+def _accelerated(inputs: EncoderInputs) -> Callable:
+    def change(model):
+        _our("accelerate")(model)
+        return model
+
+    return peers.hugging_face(inputs, change=change)
+
+
+def _attention_door(inputs: EncoderInputs) -> Callable:
+    if importlib.util.find_spec("transformer_fast.integrations.huggingface") is None:
+        raise Unavailable("transformer_fast.integrations.huggingface is not there")
+    importlib.import_module("transformer_fast.integrations.huggingface")
+    return peers.hugging_face(inputs, attention="transformer_fast")
+
+
+def _sorted_by_length(inputs: EncoderInputs) -> Callable:
+    """What careful users do by hand: batches of neighbours in length, each padded to its own longest."""
+    rows = [(ids[i], mask[i]) for ids, mask in inputs.batches for i in range(len(ids))]
+    order = sorted(range(len(rows)), key=lambda i: -int(rows[i][1].sum()))
+    groups = []
+    for start in range(0, len(order), 8):
+        chosen = order[start : start + 8]
+        longest = max(int(rows[i][1].sum()) for i in chosen)
+        groups.append(tuple(torch.stack([rows[i][part][:longest] for i in chosen]) for part in (0, 1)))
+    return peers.hugging_face(EncoderInputs(inputs.checkpoint, groups))
+
+
+def _encoder_candidates(sortable: bool) -> tuple[Candidate, ...]:
+    needs = ("transformers",)
+    candidates = [
+        Candidate(OURS, _ours, needs),
+        Candidate(HF_SDPA, peers.hugging_face, needs),
+        Candidate(HF_EAGER, partial(peers.hugging_face, attention="eager"), needs),
+        Candidate("HF with attn_implementation", _attention_door, needs),
+        Candidate("HF with accelerate()", _accelerated, needs),
+        Candidate("torch.compile", peers.compiled, needs, slow=True),
+        Candidate(
+            "torch.compile + freezing", partial(peers.compiled, freezing=True), needs, slow=True, works_on=("cpu",)
+        ),
+    ]
+    if sortable:
+        candidates.append(Candidate("HF sdpa, sorted in 8s", _sorted_by_length, needs, comparable=False))
+    foreign = {"works_on": ("cpu",), "settle": 0.25}
+    candidates += [
+        Candidate("ONNX Runtime", peers.onnxruntime_encoder, ("onnxruntime", "onnx", *needs), **foreign),
+        Candidate("OpenVINO", peers.openvino_encoder, ("openvino", *needs), **foreign),
+        *(
+            Candidate(f"CTranslate2 {kind}", partial(peers.ctranslate2_encoder, compute_type=kind),
+                      ("ctranslate2", *needs), **foreign)
+            for kind in ("float32", "int8")
+        ),
+    ]  # fmt: skip
+    return tuple(candidates)
+
+
+def _encoder(name: str, title: str, lengths: list[int], device: str, bar: Bar) -> Case:
+    ragged = len(set(lengths)) > 1
+
+    def inputs(tiny: bool) -> EncoderInputs:
+        if tiny:
+            return EncoderInputs(checkpoints.random_bert("bert-tiny", shapes.TINY_BERT), [random_batch([5, 3], device)])
+        checkpoint = checkpoints.random_bert("bert-base", shapes.BERT_BASE)
+        return EncoderInputs(checkpoint, [random_batch(lengths, device)])
+
+    return Case(
+        name=f"inference/{name}",
+        title=title,
+        inputs=inputs,
+        candidates=_encoder_candidates(ragged),
+        peer=HF_SDPA,
+        dtype="fp32",
+        shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
+        flops=_encoder_flops(lengths, shapes.BERT_BASE),
+        bar=bar,
+        result=peers.gather,
+    )
+
+
+def _minilm(device: str) -> Case:
+    def inputs(tiny: bool) -> EncoderInputs:
+        if tiny:
+            return EncoderInputs(checkpoints.random_bert("bert-tiny", shapes.TINY_BERT), [random_batch([5, 3], device)])
+        from transformer_fast.demo.checkpoint import load_sentences, tokenize
+
+        path = checkpoints.minilm()
+        batches = [(ids.to(device), mask.to(device)) for ids, mask in tokenize(path, load_sentences())]
+        return EncoderInputs(path, batches)
+
+    return Case(
+        name="inference/minilm-real-sentences",
+        title="all-MiniLM-L6-v2 on the demo's real sentences, batches of 32",
+        inputs=inputs,
+        candidates=_encoder_candidates(True),
+        peer=HF_SDPA,
+        dtype="fp32",
+        shape="the demo's sentences",
+        bar=Bar(3.0),
+        result=peers.gather,
+    )
+
+
+# ---- fine-tuning -------------------------------------------------------------------------------------
+class _TrainingInputs(NamedTuple):
+    checkpoint: object
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+
+
+def _step(make: Callable, inputs: _TrainingInputs) -> Callable:
+    """One step as a Trainer takes it: forward with dropout, loss, backward, fused AdamW."""
+    model = make(inputs.checkpoint).train().to(inputs.ids.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def call():
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=inputs.ids, attention_mask=inputs.mask, labels=inputs.labels).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+def _our_classifier(checkpoint):
+    return _our("BertForSequenceClassification").from_pretrained(checkpoint)
+
+
+def _hf_classifier(checkpoint, attention: str, change: Callable | None = None):
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(checkpoint, attn_implementation=attention)
+    return change(model) if change else model
+
+
+def _training(name: str, title: str, lengths: list[int], device: str, bar: Bar) -> Case:
+    def inputs(tiny: bool) -> _TrainingInputs:
+        sizes = [5, 3] if tiny else lengths
+        config = ("bert-tiny", shapes.TINY_BERT) if tiny else ("bert-base", shapes.BERT_BASE)
+        ids, mask = random_batch(sizes, device)
+        labels = torch.arange(len(sizes), device=device) % 2
+        return _TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels)
+
+    def accelerated(model):
+        _our("accelerate")(model)
+        return model
+
+    makes = {
+        OURS: _our_classifier,
+        HF_SDPA: partial(_hf_classifier, attention="sdpa"),
+        HF_EAGER: partial(_hf_classifier, attention="eager"),
+        "HF with accelerate()": partial(_hf_classifier, attention="sdpa", change=accelerated),
+        "torch.compile": partial(_hf_classifier, attention="sdpa", change=partial(torch.compile, dynamic=False)),
+    }
+    return Case(
+        name=f"training/bert-base-{name}",
+        title=title,
+        inputs=inputs,
+        candidates=tuple(
+            Candidate(key, partial(_step, make), ("transformers",), slow=key == "torch.compile")
+            for key, make in makes.items()
+        ),
+        peer=HF_SDPA,
+        dtype="fp32",
+        shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
+        flops=3 * _encoder_flops(lengths, shapes.BERT_BASE),
+        bar=bar,
+        result=None,
+    )

@@ -1,0 +1,383 @@
+"""Cases of the ops: attention, norms, activations, and what a call costs over its bare kernel."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import transformer_fast as tf
+from transformer_fast.backends import cpu
+
+from . import shapes
+from .case import OURS, Bar, Candidate, Case, Unavailable, everything
+
+__all__ = ["op_cases"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DROPOUT = 0.1
+TORCH = "torch"
+SDPA = "torch SDPA"
+
+# (length, causal) -> speed-up over torch SDPA in fp32; bfloat16 has one bar for all.
+_ATTENTION_BARS = {(128, False): 1.3, (512, False): 1.1, (2048, False): 1.0, (512, True): 1.8, (2048, True): 1.15}
+_ATTENTION_BAR_BF16 = 1.5
+
+
+def op_cases(device: str) -> list[Case]:
+    cases = []
+    if device == "cuda":
+        for dtype in ("bf16", "fp16"):
+            for shape in shapes.ATTENTION_CUDA:
+                for causal in (False, True):
+                    cases.append(_attention_forward(shape, dtype, causal, device))
+                    cases.append(_attention_training(shape, dtype, "causal" if causal else "plain", device))
+        for rows_width in shapes.NORM_CUDA:
+            cases += [make(rows_width, "bf16", device) for make in (_layer_norm, _add_layer_norm)]
+        return [*cases, *_overhead(device)]
+    for dtype in ("fp32", "bf16"):
+        for shape in shapes.ATTENTION_CPU:
+            for causal in (False, True):
+                cases.append(_attention_forward(shape, dtype, causal, device))
+    for shape in shapes.ATTENTION_CPU:
+        for feature in ("plain", "causal", "dropout", "bias gradient"):
+            cases.append(_attention_training(shape, "fp32", feature, device))
+    makes = (_layer_norm, _add_layer_norm, _dropout_add_layer_norm, _bias_gelu, _gelu_tanh)
+    cases += [make(shapes.POINTWISE, "fp32", device) for make in makes]
+    return [*cases, *_overhead(device)]
+
+
+# ---- attention ---------------------------------------------------------------------------------------
+def _attention_inputs(shape: shapes.AttentionShape, dtype: str, device: str, *, grad: bool = False, bias: bool = False):
+    """q, k, v as models hand them over: (B, S, H, D) in memory, seen as (B, H, S, D)."""
+
+    def make(tiny: bool):
+        b, h, s, d = (1, 1, 16, shape.head_dim) if tiny else shape
+        torch.manual_seed(0)
+        leaves = [torch.randn(b, s, h, d, device=device).to(DTYPES[dtype]).requires_grad_(grad) for _ in range(3)]
+        q, k, v = (t.transpose(1, 2) for t in leaves)
+        if bias:
+            leaves.append(torch.randn(1, h, s, s, device=device).to(DTYPES[dtype]).requires_grad_(grad))
+        upstream = torch.randn(b, s, h, d, device=device).to(DTYPES[dtype]).transpose(1, 2) if grad else None
+        return SimpleNamespace(q=q, k=k, v=v, leaves=leaves, bias=leaves[3] if bias else None, upstream=upstream)
+
+    return make
+
+
+def _attention_bytes(shape: shapes.AttentionShape, dtype: str, tensors: int) -> float:
+    b, h, s, d = shape
+    return float(tensors * b * h * s * d * DTYPES[dtype].itemsize)
+
+
+def _attention_flops(shape: shapes.AttentionShape, causal: bool) -> float:
+    b, h, s, d = shape
+    return 4.0 * b * h * s * s * d * (0.5 if causal else 1.0)
+
+
+def _no_grad(function: Callable) -> Callable:
+    def prepare(inputs):
+        def call():
+            with torch.no_grad():
+                return function(inputs)
+
+        return call
+
+    return prepare
+
+
+def _with_gradients(function: Callable) -> Callable:
+    """Forward and backward; returns the output and the gradients of every leaf."""
+
+    def prepare(inputs):
+        def call():
+            out = function(inputs)
+            return out, *torch.autograd.grad(out, inputs.leaves, inputs.upstream)
+
+        return call
+
+    return prepare
+
+
+def _sdpa_candidates(wrap: Callable, causal: bool, dropout_p: float = 0.0) -> tuple[Candidate, ...]:
+    def attend(op):
+        return lambda x: op(x.q, x.k, x.v, x.bias, dropout_p, causal)
+
+    def only(backend):
+        def attend_with(x):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(x.q, x.k, x.v, x.bias, dropout_p, causal)
+
+        return attend_with
+
+    def flex(inputs):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        length = inputs.q.shape[2]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length) if causal else None
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return wrap(lambda x: compiled(x.q, x.k, x.v, block_mask=mask))(inputs)
+
+    candidates = [
+        Candidate(OURS, wrap(attend(tf.scaled_dot_product_attention))),
+        Candidate(SDPA, wrap(attend(F.scaled_dot_product_attention))),
+    ]
+    if not dropout_p:
+        candidates += [
+            Candidate("SDPA flash", wrap(only(SDPBackend.FLASH_ATTENTION)), works_on=("cuda",)),
+            Candidate("SDPA cuDNN", wrap(only(SDPBackend.CUDNN_ATTENTION)), works_on=("cuda",)),
+            Candidate("flex_attention", flex, slow=True, works_on=("cuda",)),
+        ]
+    return tuple(candidates)
+
+
+def _attention_forward(shape, dtype: str, causal: bool, device: str) -> Case:
+    speedup = None
+    if device == "cpu":
+        speedup = _ATTENTION_BARS.get((shape.length, causal))
+        if speedup and dtype == "bf16":
+            speedup = _ATTENTION_BAR_BF16
+    return Case(
+        name=f"attention-forward/{dtype}-{shape.name}{'-causal' if causal else ''}",
+        title=f"attention forward {dtype}, {tuple(shape)}{', causal' if causal else ''}",
+        inputs=_attention_inputs(shape, dtype, device),
+        candidates=_sdpa_candidates(_no_grad, causal),
+        peer=SDPA,
+        dtype=dtype,
+        shape=f"{tuple(shape)}",
+        flops=_attention_flops(shape, causal),
+        bytes=_attention_bytes(shape, dtype, 4),
+        bar=Bar(speedup) if speedup else None,
+    )
+
+
+def _attention_training(shape, dtype: str, feature: str, device: str) -> Case:
+    causal, dropout_p, bias = feature == "causal", DROPOUT if feature == "dropout" else 0.0, feature == "bias gradient"
+    speedup = {"plain": 1.1, "dropout": 5.0, "bias gradient": 3.0}.get(feature) if device == "cpu" else None
+    return Case(
+        name=f"attention-training/{dtype}-{shape.name}-{feature.replace(' ', '-')}",
+        title=f"attention forward + backward {dtype}, {tuple(shape)}, {feature}",
+        inputs=_attention_inputs(shape, dtype, device, grad=True, bias=bias),
+        candidates=_sdpa_candidates(_with_gradients, causal, dropout_p),
+        peer=SDPA,
+        dtype=dtype,
+        shape=f"{tuple(shape)}",
+        flops=3.5 * _attention_flops(shape, causal),
+        bytes=_attention_bytes(shape, dtype, 12),
+        bar=Bar(speedup) if speedup else None,
+        result=None if dropout_p else everything,
+    )
+
+
+# ---- norms and activations ---------------------------------------------------------------------------
+def _pointwise_inputs(rows_width, dtype: str, device: str, *, vectors: int, residual: bool = False, grad: bool = True):
+    """x, perhaps a residual, and `vectors` parameters of the row's width."""
+
+    def make(tiny: bool):
+        rows, width = (4, 64) if tiny else rows_width
+        torch.manual_seed(0)
+        sizes = [(rows, width)] * (2 if residual else 1) + [(width,)] * vectors
+        leaves = [torch.randn(size, device=device).to(DTYPES[dtype]).requires_grad_(grad) for size in sizes]
+        upstream = torch.randn(rows, width, device=device).to(DTYPES[dtype])
+        return SimpleNamespace(leaves=leaves, upstream=upstream, width=width)
+
+    return make
+
+
+def _pointwise_case(
+    what: str,
+    rows_width: tuple[int, int],
+    dtype: str,
+    device: str,
+    ours: Callable,
+    theirs: Callable,
+    *,
+    tensors: int,
+    speedup: float | None,
+    vectors: int,
+    residual: bool = False,
+    grad: bool = True,
+    agree: bool = True,
+) -> Case:
+    """tensors: activations read or written at least; vectors: parameters; agree: both give the same numbers."""
+    rows, width = rows_width
+    wrap = _with_gradients if grad else _no_grad
+
+    def compiled(inputs):
+        return wrap(torch.compile(theirs, dynamic=False))(inputs)
+
+    return Case(
+        name=f"pointwise/{dtype}-{what.replace(' + ', '-').replace('_', '-')}-{rows}x{width}",
+        title=f"{what} {'forward + backward' if grad else 'forward'} {dtype}, {rows_width}",
+        inputs=_pointwise_inputs(rows_width, dtype, device, vectors=vectors, residual=residual, grad=grad),
+        candidates=(
+            Candidate(OURS, wrap(ours)),
+            Candidate(TORCH, wrap(theirs)),
+            Candidate("torch.compile", compiled, slow=True),
+        ),
+        peer=TORCH,
+        dtype=dtype,
+        shape=f"{rows_width}",
+        bytes=float(tensors * rows * width * DTYPES[dtype].itemsize),
+        bar=Bar(speedup) if speedup and device == "cpu" else None,
+        result=everything if agree else None,
+    )
+
+
+def _layer_norm(rows_width, dtype: str, device: str) -> Case:
+    def ours(x):
+        return tf.layer_norm(x.leaves[0], (x.width,), x.leaves[1], x.leaves[2])
+
+    def theirs(x):
+        return F.layer_norm(x.leaves[0], (x.width,), x.leaves[1], x.leaves[2])
+
+    return _pointwise_case("layer_norm", rows_width, dtype, device, ours, theirs, tensors=5, speedup=2.0, vectors=2)
+
+
+def _add_layer_norm(rows_width, dtype: str, device: str) -> Case:
+    def ours(x):
+        return tf.add_layer_norm(*x.leaves, return_sum=False)
+
+    def theirs(x):
+        return F.layer_norm(x.leaves[0] + x.leaves[1], (x.width,), x.leaves[2], x.leaves[3])
+
+    return _pointwise_case(
+        "add_layer_norm", rows_width, dtype, device, ours, theirs, tensors=7, speedup=3.0, vectors=2, residual=True
+    )
+
+
+def _dropout_add_layer_norm(rows_width, dtype: str, device: str) -> Case:
+    def ours(x):
+        return tf.add_layer_norm(*x.leaves, dropout_p=DROPOUT, return_sum=False)
+
+    def theirs(x):
+        return F.layer_norm(F.dropout(x.leaves[0], DROPOUT) + x.leaves[1], (x.width,), x.leaves[2], x.leaves[3])
+
+    return _pointwise_case(
+        "dropout + add_layer_norm", rows_width, dtype, device, ours, theirs, tensors=8, speedup=None, vectors=2,
+        residual=True, agree=False,
+    )  # fmt: skip
+
+
+def _bias_gelu(rows_width, dtype: str, device: str) -> Case:
+    def ours(x):
+        return tf.bias_activation(x.leaves[0], x.leaves[1], "gelu")
+
+    def theirs(x):
+        return F.gelu(x.leaves[0] + x.leaves[1])
+
+    return _pointwise_case("bias + gelu", rows_width, dtype, device, ours, theirs, tensors=5, speedup=2.5, vectors=1)
+
+
+def _gelu_tanh(rows_width, dtype: str, device: str) -> Case:
+    def ours(x):
+        return tf.bias_activation(x.leaves[0], None, "gelu_tanh")
+
+    def theirs(x):
+        return F.gelu(x.leaves[0], approximate="tanh")
+
+    return _pointwise_case(
+        "gelu_tanh", rows_width, dtype, device, ours, theirs, tensors=2, speedup=4.0, vectors=0, grad=False
+    )
+
+
+# ---- what a call costs over its kernel ---------------------------------------------------------------
+BARE = "bare kernel"
+
+
+def _overhead(device: str) -> list[Case]:
+    """One small call of each op without gradients: what is left of its time when its kernel is called alone."""
+    x, w, b = (torch.randn(size, device=device) for size in ((8, 768), (768,), (768,)))
+    q = torch.randn(1, 8, 12, 64, device=device).transpose(1, 2)
+    qkv, cu = torch.randn(8, 3, 12, 64, device=device), torch.tensor([0, 8], dtype=torch.int32, device=device)
+    calls = {
+        "layer_norm": (lambda: tf.layer_norm(x, (768,), w, b), lambda: F.layer_norm(x, (768,), w, b)),
+        "add_layer_norm": (lambda: tf.add_layer_norm(x, x, w, b), lambda: F.layer_norm(x + x, (768,), w, b)),
+        "rms_norm": (lambda: tf.rms_norm(x, (768,), w), lambda: F.rms_norm(x, (768,), w)),
+        "bias_activation": (lambda: tf.bias_activation(x, b, "gelu"), lambda: F.gelu(x + b)),
+        "scaled_dot_product_attention": (
+            lambda: tf.scaled_dot_product_attention(q, q, q),
+            lambda: F.scaled_dot_product_attention(q, q, q),
+        ),
+        "varlen_attention": (lambda: tf.varlen_attention(*qkv.unbind(1), cu, None, 8, 8), None),
+    }
+    return [_overhead_case(name, ours, theirs, device) for name, (ours, theirs) in calls.items()]
+
+
+def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str) -> Case:
+    def plain(call):
+        def prepare(_):
+            def run():
+                with torch.no_grad():
+                    return call()
+
+            return run
+
+        return prepare
+
+    candidates = [
+        Candidate(OURS, plain(ours)),
+        Candidate(BARE, lambda _: bare_kernel(ours), works_on=("cpu",)),
+    ]
+    if theirs is not None:
+        candidates.append(Candidate(TORCH, plain(theirs)))
+    return Case(
+        name=f"overhead/{op}",
+        title=f"one small call of {op} without gradients",
+        inputs=lambda tiny: None,
+        candidates=tuple(candidates),
+        peer=BARE,
+        dtype="fp32",
+        shape="8 rows of 768",
+        bar=Bar(microseconds=10.0),
+        result=None,
+        memory=False,
+    )
+
+
+def bare_kernel(call: Callable[[], object]) -> Callable[[], None]:
+    """The native kernels that one public CPU call runs, with the same arguments and buffers, and nothing around."""
+    recorded: list[tuple[Callable, tuple, dict]] = []
+    methods = [name for name in dir(cpu.BACKEND) if name.endswith(("_forward", "_backward"))]
+
+    def recorder(method):
+        def record(*args, **kwargs):
+            recorded.append((method, args, kwargs))
+            return method(*args, **kwargs)
+
+        return record
+
+    for name in methods:
+        setattr(cpu.BACKEND, name, recorder(getattr(cpu.BACKEND, name)))
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        for name in methods:
+            delattr(cpu.BACKEND, name)
+    kernels = _NativeCalls()
+    with torch.no_grad(), kernels:
+        for method, args, kwargs in recorded:
+            method(*args, **kwargs)
+    if not kernels.calls:
+        raise Unavailable("this call runs no native kernel here")
+
+    def run():
+        for kernel, args, kwargs in kernels.calls:
+            kernel(*args, **kwargs)
+
+    return run
+
+
+class _NativeCalls(TorchDispatchMode):
+    """Records the native ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("transformer_fast::cpu_"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))

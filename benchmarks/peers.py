@@ -1,0 +1,184 @@
+"""Other ways to run a Hugging Face BERT encoder on the CPU: ONNX Runtime, OpenVINO, CTranslate2, torch.compile.
+
+Each function takes an EncoderInputs and returns the call to time. All get the same padded batches, the thread count
+of torch, float32 (unless the name says int8) and the settings their documentation advises for latency.
+"""
+
+import logging
+import pathlib
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .checkpoints import folder
+
+__all__ = [
+    "EncoderInputs",
+    "compiled",
+    "ctranslate2_encoder",
+    "hugging_face",
+    "onnxruntime_encoder",
+    "openvino_encoder",
+]
+
+
+class EncoderInputs(NamedTuple):
+    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest."""
+
+    checkpoint: pathlib.Path
+    batches: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def gather(hidden: list[torch.Tensor], inputs: EncoderInputs) -> torch.Tensor:
+    """The last hidden states of the real tokens, (tokens, width): what every candidate must agree on."""
+    return torch.cat([h[mask.bool()] for h, (_, mask) in zip(hidden, inputs.batches)])
+
+
+def run_batches(forward: Callable, inputs: EncoderInputs) -> Callable:
+    def call():
+        with torch.inference_mode():
+            return [forward(ids, mask) for ids, mask in inputs.batches]
+
+    return call
+
+
+def hugging_face(inputs: EncoderInputs, attention: str = "sdpa", change: Callable | None = None) -> Callable:
+    """transformers.BertModel; `change` may transform it (accelerate, compile)."""
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(inputs.checkpoint, attn_implementation=attention, add_pooling_layer=False).eval()
+    if change is not None:
+        model = change(model)
+    return run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)
+
+
+def compiled(inputs: EncoderInputs, freezing: bool = False) -> Callable:
+    """torch.compile of the sdpa model; freezing makes the weights constants that inductor may pack."""
+    lengths = {ids.shape for ids, _ in inputs.batches}
+    options = {"freezing": True} if freezing else None
+    return hugging_face(inputs, change=lambda m: torch.compile(m, dynamic=len(lengths) > 1, options=options))
+
+
+@contextmanager
+def _quiet():
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+class _Traceable(torch.nn.Module):
+    """(input_ids, attention_mask) -> last hidden state, by HF's eager attention, which exporters understand."""
+
+    def __init__(self, checkpoint: pathlib.Path, attention: str):
+        super().__init__()
+        from transformers import BertModel
+
+        self.model = BertModel.from_pretrained(checkpoint, attn_implementation=attention, add_pooling_layer=False)
+        self.eval()
+
+    def forward(self, input_ids, attention_mask):
+        # A 4-D additive mask: transformers' own mask code does not trace to other lengths.
+        bias = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=bias,
+            token_type_ids=torch.zeros_like(input_ids),
+            position_ids=torch.arange(input_ids.shape[1]).unsqueeze(0),
+        ).last_hidden_state
+
+
+def _example() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64)
+
+
+def onnxruntime_encoder(inputs: EncoderInputs) -> Callable:
+    """ONNX Runtime with the graph fusions of onnxruntime.transformers."""
+    import onnxruntime
+
+    path = folder() / f"{inputs.checkpoint.name}.onnx"
+    if not path.exists():
+        _export_onnx(inputs.checkpoint, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def forward(ids, mask):
+        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return run_batches(forward, inputs)
+
+
+def _export_onnx(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
+    from onnxruntime.transformers import optimizer
+
+    module = _Traceable(checkpoint, "eager")
+    config = module.model.config
+    axes = {0: "batch", 1: "length"}
+    plain = path.with_suffix(".plain.onnx")
+    with _quiet():
+        torch.onnx.export(
+            module,
+            _example(),
+            plain,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["last_hidden_state"],
+            dynamic_axes={"input_ids": axes, "attention_mask": axes, "last_hidden_state": axes},
+            opset_version=17,
+            dynamo=False,
+        )
+        optimizer.optimize_model(
+            str(plain), model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size
+        ).save_model_to_file(str(path))
+    plain.unlink()
+
+
+def openvino_encoder(inputs: EncoderInputs) -> Callable:
+    """OpenVINO's CPU plugin, latency hint, float32 arithmetic."""
+    import openvino
+
+    with _quiet(), torch.no_grad():
+        ids, mask = _example()
+        model = openvino.convert_model(
+            _Traceable(inputs.checkpoint, "sdpa"), example_input={"input_ids": ids, "attention_mask": mask}
+        )
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def forward(ids, mask):
+        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return torch.from_numpy(next(iter(request.infer(feed).values())).copy())
+
+    return run_batches(forward, inputs)
+
+
+def ctranslate2_encoder(inputs: EncoderInputs, compute_type: str) -> Callable:
+    """CTranslate2's Encoder, which takes the token ids without their padding."""
+    import ctranslate2
+
+    path = folder() / f"{inputs.checkpoint.name}-ctranslate2"
+    if not (path / "model.bin").exists():
+        with _quiet():
+            converter = ctranslate2.converters.TransformersConverter(str(inputs.checkpoint))
+            converter.convert(str(path), force=True)
+    encoder = ctranslate2.Encoder(
+        str(path), device="cpu", compute_type=compute_type, intra_threads=torch.get_num_threads()
+    )
+    ragged = [[row[: int(m.sum())].tolist() for row, m in zip(ids, mask)] for ids, mask in inputs.batches]
+
+    def call():
+        return [torch.from_numpy(np.array(encoder.forward_batch(rows).last_hidden_state)) for rows in ragged]
+
+    return call

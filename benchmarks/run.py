@@ -1,0 +1,278 @@
+"""Run the benchmark: python benchmarks/run.py [--only PATTERN] [--quick] [--device cpu|cuda] [--output FOLDER]."""
+
+import argparse
+import fnmatch
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformer_fast.benchmarks import cases as case_list
+from transformer_fast.benchmarks import ceilings as ceiling
+from transformer_fast.benchmarks import results
+from transformer_fast.benchmarks.case import OURS, Case, Unavailable, missing
+from transformer_fast.benchmarks.memory import peak_memory_mb
+from transformer_fast.benchmarks.timing import QUICK, Budget, Timing, interleave, ratios
+
+# What measuring a process's memory cannot tell apart: allocator and interpreter noise.
+MEMORY_NOISE_MB = 1.0
+# Larger than any rounding, smaller than any mistake: a fast wrong answer must not count. Of the largest value.
+DISAGREEMENT = 0.02
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("there is no NVIDIA GPU here: run with --device cpu", file=sys.stderr)
+        return 1
+    cases = case_list.select(case_list.all_cases(args.device), args.only)
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if not cases:
+        print(f"no case matches {args.only!r}; --list shows their names", file=sys.stderr)
+        return 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    budget = QUICK if args.quick else Budget()
+    about = results.machine(args.device)
+    folder = args.output or results.result_folder(about)
+    rows: list[dict] = []
+    with tqdm(total=len(cases) + 1, unit="case", disable=None) as bar:
+        bar.set_description("ceilings")
+        top = ceiling.measure(args.device, budget)
+        bar.update()
+        for case in cases:
+            bar.set_description(case.name)
+            measured = measure(
+                case,
+                args.device,
+                budget,
+                top,
+                candidates=args.candidates,
+                slow=not args.quick,
+                memory=not args.no_memory,
+                progress=lambda text: bar.set_postfix_str(text, refresh=True),
+            )
+            rows += measured
+            results.write(folder, rows, top._asdict(), about)
+            for row in measured:
+                bar.write(_line(row))
+            bar.update()
+    if not args.no_plots:
+        from transformer_fast.benchmarks import plot
+
+        plot.draw(folder)
+    print(f"results: {folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
+    parser.add_argument("--only", metavar="PATTERN", help="cases by name, comma-separated, * and ? allowed")
+    parser.add_argument("--candidates", metavar="PATTERN", help="candidates by name; ours and the peer always run")
+    parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
+    parser.add_argument("--output", type=pathlib.Path, help="default: benchmarks/results/<device>/<date>-<commit>")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs a process each")
+    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    return parser
+
+
+def measure(
+    case: Case,
+    device: str,
+    budget: Budget,
+    top: ceiling.Ceilings,
+    *,
+    candidates: str | None = None,
+    slow: bool = True,
+    memory: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+    peak: Callable[..., float] = peak_memory_mb,
+    clock: Callable[[Callable[[], object], int], float] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of one case, OURS first; a candidate that cannot run has a row whose note says why."""
+    calls, notes = _prepare(case, device, candidates, slow, progress)
+    settle = {c.name: c.settle for c in case.candidates if c.name in calls and c.settle}
+    timings = interleave(
+        calls,
+        device=device,
+        budget=budget,
+        settle=settle,
+        on_sample=lambda name, done: progress(f"{name}, round {done + 1}"),
+        clock=clock,
+    )
+    del calls
+    rows = []
+    for candidate in case.candidates:
+        name = candidate.name
+        if name not in timings and name not in notes:
+            continue
+        row = dict.fromkeys(results.COLUMNS, "") | {
+            "case": case.name,
+            "group": case.group,
+            "candidate": name,
+            "peer": case.peer,
+            "device": device,
+            "dtype": case.dtype,
+            "threads": torch.get_num_threads(),
+            "shape": case.shape,
+            "note": notes.get(name, ""),
+        }
+        if name in timings:
+            _fill_times(row, case, timings[name], timings.get(case.peer), top)
+        rows.append(row)
+    if memory and case.memory:
+        _fill_memory(rows, case, device, timings, progress, peak)
+    _judge(rows, case, timings)
+    return rows
+
+
+def _prepare(case: Case, device: str, chosen: str | None, slow: bool, progress) -> tuple[dict, dict[str, str]]:
+    """The calls to time, by candidate, and a note for every candidate: why it is missing or how far it is off."""
+    calls: dict[str, Callable] = {}
+    notes: dict[str, str] = {}
+    inputs, expected = case.inputs(False), None
+    for candidate in sorted(case.candidates, key=lambda c: c.name != case.peer):
+        name = candidate.name
+        patterns = [f"*{part}*" for part in chosen.split(",")] if chosen else ["*"]
+        if name not in (OURS, case.peer) and not any(fnmatch.fnmatch(name, p) for p in patterns):
+            continue
+        if candidate.slow and not slow:
+            continue
+        absent = missing(candidate, device)
+        if absent.startswith("does not run"):
+            continue
+        if absent:
+            notes[name] = absent
+            continue
+        progress(f"{name}: preparing")
+        try:
+            call = candidate.prepare(inputs)
+            output = call()
+        except Unavailable as reason:
+            notes[name] = str(reason)
+            continue
+        except Exception as error:  # one candidate's failure must not cost the others' results
+            reason = (str(error).strip().splitlines() or [""])[0][:160]
+            notes[name] = f"failed: {type(error).__name__}: {reason}"
+            continue
+        calls[name] = call
+        if case.result is not None and candidate.comparable:
+            result = [t.detach().double() for t in _tensors(case.result(output, inputs))]
+            if name == case.peer:
+                expected = result
+            elif expected is not None:
+                notes[name] = f"differs from {case.peer} by {_difference(result, expected):.1e} of the largest value"
+                if name == OURS and not _difference(result, expected) <= DISAGREEMENT:
+                    notes[name] = "WRONG RESULT: " + notes[name]
+    return calls, notes
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [t for item in value for t in _tensors(item)]
+
+
+def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest difference relative to the largest value, over all tensors."""
+    return max(
+        ((a - e).abs().max() / e.abs().max().clamp_min(1e-30)).item() for a, e in zip(actual, expected, strict=True)
+    )
+
+
+def _fill_times(row: dict, case: Case, timing: Timing, peer: Timing | None, top: ceiling.Ceilings) -> None:
+    row |= {"median_s": _digits(timing.median), "p20_s": _digits(timing.p20), "p80_s": _digits(timing.p80)}
+    if peer is not None:
+        ratio = ratios(peer, timing)
+        row |= {
+            "ratio_to_peer": _digits(ratio.median),
+            "ratio_p20": _digits(ratio.p20),
+            "ratio_p80": _digits(ratio.p80),
+        }
+    if case.flops:
+        row["tflops"] = _digits(case.flops / timing.median / 1e12)
+    if case.bytes:
+        row["gbps"] = _digits(case.bytes / timing.median / 1e9)
+    if case.flops or case.bytes:
+        row["share_of_ceiling"] = _digits(top.seconds(case.flops, case.bytes, case.dtype) / timing.median)
+
+
+def _fill_memory(rows: list[dict], case: Case, device: str, timings, progress, peak: Callable[..., float]) -> None:
+    for row in rows:
+        name = row["candidate"]
+        if name not in timings or name not in (OURS, case.peer):
+            continue
+        progress(f"{name}: memory")
+        try:
+            used = peak(
+                "transformer_fast.benchmarks.cases:memory_work",
+                name=case.name,
+                candidate=name,
+                device=device,
+                threads=torch.get_num_threads(),
+            )
+            row["peak_memory_mb"] = f"{used:.1f}"
+        except (RuntimeError, OSError) as error:
+            row["note"] = "; ".join(filter(None, [row["note"], f"memory not measured: {error}"]))
+
+
+def _judge(rows: list[dict], case: Case, timings: dict[str, Timing]) -> None:
+    """Fill bar, met and memory_met of our row."""
+    found = {row["candidate"]: row for row in rows}
+    ours, peer = found.get(OURS), found.get(case.peer)
+    if ours is None:
+        return
+    remarks = [ours["note"]]
+    if ours["peak_memory_mb"] and peer and peer["peak_memory_mb"]:
+        within = float(ours["peak_memory_mb"]) <= float(peer["peak_memory_mb"]) + MEMORY_NOISE_MB
+        ours["memory_met"] = "yes" if within else "no"
+    if case.bar is not None:
+        ours["bar"] = str(case.bar)
+        met = OURS in timings and case.peer in timings and not ours["note"].startswith("WRONG")
+        if met and case.bar.speedup is not None:
+            met = float(ours["ratio_to_peer"]) >= case.bar.speedup
+        elif met:
+            extra = Timing([o - p for o, p in zip(timings[OURS].seconds, timings[case.peer].seconds, strict=True)])
+            remarks.append(f"{extra.median * 1e6:.1f} us more than {case.peer}")
+            met = extra.median * 1e6 <= case.bar.microseconds
+        for rival in case.bar.ahead_of:
+            if OURS in timings and rival in timings:
+                lead = ratios(timings[rival], timings[OURS]).median
+                remarks.append(f"{lead:.2f}x {rival}")
+                met = met and lead >= 1.0
+        ours["met"] = "yes" if met else "no"
+    ours["note"] = "; ".join(filter(None, remarks))
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _line(row: dict) -> str:
+    """One measured row for a person to read while the run goes on."""
+    if not row["median_s"]:
+        return f"{row['case']:52s} {row['candidate']:26s} {row['note']}"
+    seconds = float(row["median_s"])
+    shown = f"{seconds * 1e3:10.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:10.2f} us"
+    parts = [f"{row['case']:52s} {row['candidate']:26s} {shown}"]
+    if row["ratio_to_peer"]:
+        parts.append(f"{float(row['ratio_to_peer']):6.2f}x")
+    if row["tflops"]:
+        parts.append(f"{float(row['tflops']) * 1e3:7.1f} GF/s")
+    if row["peak_memory_mb"]:
+        parts.append(f"{row['peak_memory_mb']} MB")
+    if row["bar"]:
+        parts.append(f"[{row['bar']}: {row['met']}; memory {row['memory_met'] or '-'}]")
+    return "  ".join([*parts, row["note"]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

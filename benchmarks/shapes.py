@@ -1,0 +1,65 @@
+"""Named sizes: attention shapes, widths, true model configurations, and ragged sentence lengths."""
+
+import random
+from typing import NamedTuple
+
+__all__ = ["BERT_BASE", "MINILM", "POINTWISE", "TINY_BERT", "AttentionShape", "ragged_lengths"]
+
+
+class AttentionShape(NamedTuple):
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        return f"b{self.batch}-s{self.length}" + (f"-d{self.head_dim}" if self.head_dim != 64 else "")
+
+
+# BERT-base's heads, from many short sequences to one long one.
+ATTENTION_CPU = [AttentionShape(8, 12, 128, 64), AttentionShape(8, 12, 512, 64), AttentionShape(1, 12, 2048, 64)]
+# 16 k tokens and a width of 2048, as attention papers measure.
+ATTENTION_CUDA = [
+    AttentionShape(16384 // length, 2048 // head_dim, length, head_dim)
+    for head_dim in (64, 128)
+    for length in (512, 1024, 2048, 4096, 8192, 16384)
+]
+
+POINTWISE = (4096, 768)  # (rows, width): 32 sentences of 128 tokens in BERT-base
+NORM_CUDA = [(32768, 768), (32768, 1024), (32768, 4096), (32768, 8192)]
+
+BERT_BASE = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+MINILM = {**BERT_BASE, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+TINY_BERT = {**BERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
+
+
+def ragged_lengths(count: int, mean: int = 40, longest: int = 128, seed: int = 0) -> list[int]:
+    """Token counts like those of real sentences: a gamma distribution (shape 2), at least 4, the longest present.
+
+    The mean is met exactly, so that every seed asks for the same amount of work.
+    """
+    draw = random.Random(seed)
+    lengths = [longest] + [min(longest, max(4, round(draw.gammavariate(2.0, mean / 2)))) for _ in range(count - 1)]
+    excess = sum(lengths) - mean * count
+    while excess:
+        i = draw.randrange(1, count)
+        step = -1 if excess > 0 else 1
+        if 4 <= lengths[i] + step <= longest:
+            lengths[i] += step
+            excess += step
+    return lengths
