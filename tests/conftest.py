@@ -4,6 +4,8 @@ os.environ.setdefault("TRANSFORMER_FAST_POISON", "1")  # outputs hold NaN until 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import triton_interpreter  # noqa: F401, I001  before anything imports Triton
+
 import pytest
 import torch
 

@@ -1,5 +1,6 @@
 """Triton kernels (kernels/), for NVIDIA GPUs from sm_80 on; on CPU tensors under TRITON_INTERPRET=1."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -7,9 +8,14 @@ import os
 import torch
 
 from . import Backend, Call
+from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS: frozenset[str] = frozenset()
+_OPS = frozenset({"norm"})
+
+# Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
+# them ahead of time only; `info` says so.
+VERIFIED_ON_GPU: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -18,7 +24,21 @@ def _missing() -> str:
 
 
 def interpreting() -> bool:
+    """Triton reads TRITON_INTERPRET when it is first imported: set it before that."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of the GPU; a few under the interpreter, so that a program walks over several tiles there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _device_of(t: torch.Tensor):
+    """Triton launches on torch's current device and stream: make it the tensor's."""
+    if t.is_cuda and t.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
 
 
 class TritonBackend(Backend):
@@ -27,21 +47,51 @@ class TritonBackend(Backend):
     def status(self) -> str:
         if _missing():
             return f"missing: {_missing()}. They would bring fused kernels on NVIDIA GPUs"
-        if torch.cuda.is_available():
-            return "active"
-        return "installed, idle: no NVIDIA GPU is visible"
+        unverified = ", ".join(sorted(_OPS - VERIFIED_ON_GPU))
+        note = f"; not yet run on a GPU: {unverified}" if unverified else ""
+        if not torch.cuda.is_available():
+            return f"installed, idle: no NVIDIA GPU is visible{note}"
+        old = self._old_gpu()
+        return f"idle: {old}" if old else f"active{note}"
+
+    def _old_gpu(self) -> str:
+        major, minor = torch.cuda.get_device_capability()
+        return f"the GPU has compute capability {major}.{minor}, below 8.0" if major < 8 else ""
 
     def why_not(self, call: Call) -> tuple[str, ...]:
         reasons = []
         if _missing():
             reasons.append(_missing())
-        if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
+        if call.device == "cuda":
+            old = torch.cuda.is_available() and self._old_gpu()
+            if old:
+                reasons.append(old)
+        elif not (call.device == "cpu" and interpreting()):
             reasons.append(f"device {call.device} is not cuda (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)")
         if call.dtype not in _DTYPES:
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in _OPS:
             reasons.append(f"there is no Triton kernel for {call.op}")
         return tuple(reasons)
+
+    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
+        from ..kernels.layer_norm import layer_norm_forward
+
+        with _device_of(y):
+            layer_norm_forward(
+                spec.x, spec.residual, spec.weight, spec.bias, spec.rng, spec.eps, spec.rms, threshold(spec.dropout_p),
+                keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+            )  # fmt: skip
+
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
+        from ..kernels.layer_norm import layer_norm_backward
+
+        with _device_of(grad_v):
+            layer_norm_backward(
+                grad_y, grad_sum, spec.x, spec.weight, spec.rng, threshold(spec.dropout_p),
+                keep_scale(spec.dropout_p), mean, rstd, grad_v, grad_x, grad_weight, grad_bias,
+                _multiprocessors(grad_v.device),
+            )  # fmt: skip
 
 
 BACKEND = TritonBackend()
