@@ -1,2 +1,166 @@
+"""from_pretrained with errors that name the file, what came and what was wanted; and no code from checkpoints."""
+
+import json
+import os
+import pathlib
+import pickle
+import re
+import warnings
+import zipfile
+
+import torch
+from transformers import PreTrainedConfig
+
+__all__ = ["LoadingErrors", "drop_trust", "local_folder", "model_type_of"]
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def local_folder(name, kwargs: dict) -> pathlib.Path | None:
+    """The folder a checkpoint is read from when it is on this machine under its own path."""
+    folder = pathlib.Path(os.fspath(name)) / (kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        return folder
+    text = os.fspath(name)
+    if not pathlib.Path(text).exists() and (text.startswith((".", "/", "~", "\\")) or text.count("/") > 1):
+        raise FileNotFoundError(f"pretrained_model_name_or_path: there is no folder {text!r}")
+    return None
+
+
+def model_type_of(name, kwargs: dict) -> str | None:
+    """model_type of a checkpoint's config.json; None where it has none (old checkpoints, adapters).
+
+    Raises FileNotFoundError for a folder without config.json, ValueError for a broken one.
+    """
+    folder = local_folder(name, kwargs)
+    if folder is None:
+        config, _ = PreTrainedConfig.get_config_dict(name, **{k: kwargs[k] for k in _HUB if k in kwargs})
+        return config.get("model_type")
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file() or kwargs.get("gguf_file"):
+            return None
+        raise FileNotFoundError(
+            f"{file}: not found. A checkpoint folder holds config.json and model.safetensors; this one holds "
+            f"{', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: wanted a JSON object, got {type(config).__name__}")
+    return config.get("model_type")
+
+
+def drop_trust(kwargs: dict) -> None:
+    """Code in a checkpoint is never run: trust_remote_code is answered, not obeyed."""
+    if kwargs.get("trust_remote_code"):
+        warnings.warn(
+            "trust_remote_code=True has no effect: transformer_fast runs its own code only, never a checkpoint's",
+            stacklevel=3,
+        )
+    if "trust_remote_code" in kwargs:
+        kwargs["trust_remote_code"] = False
+
+
 class LoadingErrors:
-    pass
+    """Adds to HF's from_pretrained what it leaves silent or unclear."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As HF's. Raises FileNotFoundError (no folder, no config.json), ValueError (another model_type, a truncated or
+        corrupt file, a pickle that is more than tensors, shapes that differ, layers the checkpoint lacks)."""
+        name, kind = pretrained_model_name_or_path, cls.config_class.model_type
+        if kwargs.get("weights_only") is False:
+            raise ValueError("weights_only: wanted True (a checkpoint's pickled code is never run), got False")
+        drop_trust(kwargs)
+        if name is not None and config is None:
+            found = model_type_of(name, kwargs)
+            if found not in (None, kind):
+                raise ValueError(
+                    f"{cls.__name__}: wanted a checkpoint with model_type {kind!r}, but config.json of {name} says "
+                    f"{found!r}"
+                )
+        want_info = kwargs.pop("output_loading_info", False)
+        if name is None:
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+        try:
+            model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+        except Exception as error:
+            _explain(error, cls, name, config, kwargs)
+            raise
+        if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
+            _check_missing(cls, name, info)
+        return (model, info) if want_info else model
+
+
+def _check_missing(cls, name, info: dict) -> None:
+    """Heads, poolers and new cross-attention may be absent from a checkpoint (HF warns); the body may not."""
+    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:embeddings|encoder)\.")
+    missing = sorted(k for k in info["missing_keys"] if body.match(k) and "crossattention" not in k)
+    if missing:
+        extra = sorted(info["unexpected_keys"])
+        came = f"; it holds others, such as {', '.join(extra[:3])}" if extra else ""
+        raise ValueError(
+            f"{name}: the checkpoint lacks {len(missing)} weights that config.json asks for: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}{came}. Pass ignore_mismatched_sizes=True to start them at random"
+        )
+
+
+def _explain(error: Exception, cls, name, config, kwargs) -> None:
+    """Raise a clearer error in place of `error`, or return when it is clear already."""
+    folder = local_folder(name, kwargs)
+    kind = type(error).__name__
+    if kind == "SafetensorError" or isinstance(error, (EOFError, zipfile.BadZipFile)):
+        file, reason = _broken(folder), str(error)
+        raise ValueError(f"{file or name}: is truncated or corrupt ({reason}); download or save it again") from error
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"(?:GLOBAL|unsupported) (\S+)", str(error))
+        what = f" (it refers to {found.group(1)})" if found else ""
+        raise ValueError(
+            f"{_binary(folder) or name}: is corrupt or holds more than tensors{what}; code in a checkpoint is never run"
+        ) from error
+    if isinstance(error, RuntimeError) and "central directory" in str(error):
+        raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+        raise ValueError(
+            f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config)}. "
+            "Pass ignore_mismatched_sizes=True to start those at random"
+        ) from error
+
+
+def _broken(folder: pathlib.Path | None) -> pathlib.Path | None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return _binary(folder)
+
+
+def _binary(folder: pathlib.Path | None) -> pathlib.Path | None:
+    return next(iter(sorted(folder.glob("pytorch_model*.bin"))), None) if folder else None
+
+
+def _mismatch(cls, folder: pathlib.Path | None, config) -> str:
+    """The first weight whose shape differs, from the files' headers."""
+    from safetensors import safe_open
+
+    if folder is None:
+        return "see the report above"
+    with torch.device("meta"):
+        model = cls(config or cls.config_class.from_pretrained(folder))
+    prefix = f"{cls.base_model_prefix}."
+    wanted = {k.removeprefix(prefix): tuple(v.shape) for k, v in model.state_dict().items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 (not a dict)
+                shape = tuple(handle.get_slice(key).get_shape())
+                want = wanted.get(key.removeprefix(prefix), shape)
+                if want != shape:
+                    return f"{key} is {shape} in {file.name}, wanted {want}"
+    return "see the report above"

@@ -1,0 +1,131 @@
+"""AutoModel*: the class of this package for a checkpoint's model_type, by HF's own table of which class does what."""
+
+import importlib
+from collections import OrderedDict
+
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ._loading import drop_trust, model_type_of
+from .registry import FAMILIES
+
+__all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForPreTraining",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+]
+
+
+def _class_for(names: dict, model_type: str):
+    """Our class of this name, or None where there is none."""
+    name = names.get(model_type)
+    if model_type not in FAMILIES or not isinstance(name, str):
+        return None
+    return getattr(importlib.import_module(f".{FAMILIES[model_type]}", __package__), name, None)
+
+
+class _Mapping(OrderedDict):
+    """{config class: our model class}, in the form HF's auto classes read; filled on first use."""
+
+    def __init__(self, names: dict):
+        super().__init__()
+        self.names = names
+
+    def __missing__(self, config_class):
+        model = _class_for(self.names, getattr(config_class, "model_type", ""))
+        if model is None:
+            raise KeyError(config_class)
+        self[config_class] = model
+        return model
+
+    def __contains__(self, config_class):
+        if super().__contains__(config_class):
+            return True
+        return _class_for(self.names, getattr(config_class, "model_type", "")) is not None
+
+    def register(self, key, value, exist_ok=False):
+        if key in self and not exist_ok:
+            raise ValueError(f"{key.__name__}: is registered already; pass exist_ok=True to replace it")
+        self[key] = value
+
+
+def _check(cls, model_type: str | None, registered) -> None:
+    names = cls._model_mapping.names
+    known = sorted(t for t in FAMILIES if _class_for(names, t) is not None)
+    if model_type is None or model_type in known or any(model_type == c.model_type for c in registered):
+        return
+    theirs = names.get(model_type)
+    other = (
+        f"transformers.{theirs if isinstance(theirs, str) else cls.__name__} with transformer_fast.accelerate(model)"
+    )
+    unknown = "" if model_type in CONFIG_MAPPING else " (which transformers does not know either)"
+    raise ValueError(
+        f"{cls.__name__}: there is no class for model_type {model_type!r}{unknown}; there are {', '.join(known)}. "
+        f"For others use {other}"
+    )
+
+
+class _Auto:
+    """Before HF's auto class in the order of bases: our table, and an error that says what there is."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As HF's. Raises ValueError for a model_type this package has no class for."""
+        drop_trust(kwargs)
+        config = kwargs.get("config")
+        if isinstance(config, transformers.PreTrainedConfig):
+            model_type = config.model_type
+        else:
+            model_type = model_type_of(config or pretrained_model_name_or_path, kwargs)
+        _check(cls, model_type, list(cls._model_mapping))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config, **kwargs):
+        """As HF's. Raises ValueError for a model_type this package has no class for."""
+        drop_trust(kwargs)
+        _check(cls, config.model_type, list(cls._model_mapping))
+        return super().from_config(config, **kwargs)
+
+
+class AutoModel(_Auto, transformers.AutoModel):
+    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES)
+
+
+class AutoModelForPreTraining(_Auto, transformers.AutoModelForPreTraining):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)
+
+
+class AutoModelForMaskedLM(_Auto, transformers.AutoModelForMaskedLM):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+class AutoModelForCausalLM(_Auto, transformers.AutoModelForCausalLM):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+class AutoModelForNextSentencePrediction(_Auto, transformers.AutoModelForNextSentencePrediction):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES)
+
+
+class AutoModelForSequenceClassification(_Auto, transformers.AutoModelForSequenceClassification):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+
+
+class AutoModelForTokenClassification(_Auto, transformers.AutoModelForTokenClassification):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+
+
+class AutoModelForQuestionAnswering(_Auto, transformers.AutoModelForQuestionAnswering):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
+
+
+class AutoModelForMultipleChoice(_Auto, transformers.AutoModelForMultipleChoice):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES)
