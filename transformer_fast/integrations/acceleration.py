@@ -13,8 +13,8 @@ _STATE = "_transformer_fast_attention"
 
 
 class _PreviousAttention(dict):
-    """{place: attention implementation before `accelerate`}, kept on the model, so that a pickled or copied model can be
-    restored too. A class of this package: unpickling it imports, and so registers, the implementation."""
+    """{place: attention implementation before `accelerate`}, kept on the model, so that a pickled or copied model can
+    be restored too. A class of this package: unpickling it imports, and so registers, the implementation."""
 
 
 @dataclasses.dataclass
@@ -146,7 +146,7 @@ def _swap_attention(model, report: Report, own: set[int]) -> None:
 def _set_attention(model) -> str:
     """'' when the outermost Hugging Face model `model` now attends through us, else the reason why not."""
     if not model._can_set_attn_implementation():
-        return f"{type(model).__name__} has no attention interface in transformers: its attention is written into the model"
+        return f"{type(model).__name__} has no attention interface in transformers: attention is written into the model"
     previous = _PreviousAttention({place: config._attn_implementation for place, config in _configs(model)})
     if set(previous.values()) == {NAME}:
         return f'it was loaded with attn_implementation="{NAME}"'

@@ -14,8 +14,11 @@ NAME = "transformer_fast"
 
 
 def register() -> None:
-    """Make attn_implementation="transformer_fast" known to transformers. Importing both packages, in any order,
-    does this by itself; calling it again changes nothing. Raises ImportError where transformers (>= 5.17) is missing."""
+    """Make attn_implementation="transformer_fast" known to transformers.
+
+    Importing both packages, in either order, does this by itself; calling it again changes nothing.
+    Raises ImportError where transformers (>= 5.17) is missing.
+    """
     try:
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface
@@ -184,9 +187,8 @@ def attention_forward(
     if width != query.shape[-1]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = _same_width(query, key, value)
-    if output_attentions is None:
-        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
-    need_lse = s_aux is not None or bool(output_attentions)
+    output_attentions = output_attentions or _attentions_recorded(module)
+    need_lse = s_aux is not None or output_attentions
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1], bias=bias, softcap=softcap or 0.0, return_lse=need_lse, **options,
@@ -224,6 +226,17 @@ def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_wi
     left = sliding_window - 1 if sliding_window and sliding_window < reach else None
     right = None if sq == 1 else 0
     return MaskRule(reach, left=left, right=right, shift=0 if left is None else shift), None, position_bias
+
+
+def _attentions_recorded(module) -> bool:
+    """Whether transformers will look for weights although it did not tell: not every model passes the request on."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    from transformers.utils import output_capturing
+
+    collector = output_capturing._active_collector
+    keys = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return any("attentions" in key for key in keys or ())
 
 
 def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

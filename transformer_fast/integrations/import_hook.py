@@ -34,7 +34,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
             execute(module)
             _register()
 
-        # On the instance: the loader keeps its type, so inspect, importlib.resources and debuggers see what they expect.
+        # On the instance: the loader keeps its type, so inspect and importlib.resources see what they expect.
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 

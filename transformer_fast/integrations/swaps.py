@@ -35,6 +35,8 @@ def _same_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 
 def _layer_norm(module, x, original):
     weight, bias = module.weight, getattr(module, "bias", None)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as torch's layer norm does there
     if not _same_dtype(x, weight, bias):
         return original(module, x)
     shape = module.normalized_shape if hasattr(module, "normalized_shape") else weight.shape
