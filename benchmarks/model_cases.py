@@ -66,7 +66,7 @@ def _ours(inputs: EncoderInputs) -> Callable:
 
 def _accelerated(inputs: EncoderInputs) -> Callable:
     def change(model):
-        _our("accelerate")(model)
+        _our("accelerate")(model, verbose=False)
         return model
 
     return peers.hugging_face(inputs, change=change)
@@ -81,13 +81,9 @@ def _attention_door(inputs: EncoderInputs) -> Callable:
 
 def _sorted_by_length(inputs: EncoderInputs) -> Callable:
     """What careful users do by hand: batches of neighbours in length, each padded to its own longest."""
-    rows = [(ids[i], mask[i]) for ids, mask in inputs.batches for i in range(len(ids))]
-    order = sorted(range(len(rows)), key=lambda i: -int(rows[i][1].sum()))
-    groups = []
-    for start in range(0, len(order), 8):
-        chosen = order[start : start + 8]
-        longest = max(int(rows[i][1].sum()) for i in chosen)
-        groups.append(tuple(torch.stack([rows[i][part][:longest] for i in chosen]) for part in (0, 1)))
+    from transformer_fast.demo.encode import sorted_batches
+
+    groups, _ = sorted_batches(inputs.batches, 8)
     return peers.hugging_face(EncoderInputs(inputs.checkpoint, groups))
 
 
@@ -208,7 +204,7 @@ def _training(name: str, title: str, lengths: list[int], device: str, bar: Bar) 
         return _TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels)
 
     def accelerated(model):
-        _our("accelerate")(model)
+        _our("accelerate")(model, verbose=False)
         return model
 
     makes = {

@@ -130,7 +130,9 @@ def read(folder: pathlib.Path) -> list[dict[str, str]]:
     return rows
 
 
-def newest(device: str, root: pathlib.Path = ROOT) -> pathlib.Path | None:
-    """The newest results of a device type ("cpu", "cuda") or of a slug that starts so."""
+def newest(device: str, root: pathlib.Path = ROOT, among: set[pathlib.Path] | None = None) -> pathlib.Path | None:
+    """The newest results of a device type ("cpu", "cuda") or of a slug that starts so; `among` restricts them."""
     folders = [path.parent for path in root.glob("*/*/machine.json") if path.parent.parent.name.startswith(device)]
+    if among is not None:
+        folders = [folder for folder in folders if folder in among]
     return max(folders, key=lambda f: json.loads((f / "machine.json").read_text())["time"], default=None)

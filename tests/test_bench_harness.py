@@ -1,0 +1,304 @@
+"""The benchmark's own arithmetic, with candidates whose times are known."""
+
+import csv
+import math
+import random
+
+import pytest
+import torch
+from transformer_fast.benchmarks import cases, memory, results, run, shapes
+from transformer_fast.benchmarks.case import OURS, Bar, Candidate, Case, Unavailable, missing
+from transformer_fast.benchmarks.ceilings import Ceilings
+from transformer_fast.benchmarks.timing import Budget, Timing, interleave, percentile, ratios
+
+TOP = Ceilings(gemm={"fp32": 2e9, "bf16": 4e9, "fp16": 4e9}, copy=1e9)
+FAST = Budget(rounds=5, seconds=0.0, limit=9.0, sample=0.0, warmup=0.0)
+
+
+class Clock:
+    """A machine that slows down with every sample: each call takes its cost times the drift so far."""
+
+    def __init__(self, drift: float = 1.0):
+        self.drift, self.now = drift, 1.0
+
+    def __call__(self, call, count: int) -> float:
+        self.now *= self.drift
+        return call.cost * count * self.now
+
+
+def costing(seconds: float, result: float = 1.0):
+    """A candidate's prepare: its call takes `seconds` on the fake clock and gives a tensor of `result`."""
+
+    def prepare(inputs):
+        def call():
+            return torch.full((3,), result)
+
+        call.cost = seconds
+        return call
+
+    return prepare
+
+
+def case(*candidates: Candidate, bar: Bar | None = None, **more) -> Case:
+    details = {"peer": "peer", "dtype": "fp32", "shape": "(2, 3)", "flops": 2e9, "bytes": 0.5e9, "memory": False}
+    return Case("group/case", lambda tiny: None, candidates, bar=bar, **(details | more))
+
+
+def measure(a_case: Case, **more) -> dict[str, dict]:
+    rows = run.measure(a_case, "cpu", FAST, TOP, clock=more.pop("clock", Clock()), **more)
+    return {row["candidate"]: row for row in rows}
+
+
+@pytest.mark.quick
+def test_percentiles_are_linear_between_neighbours():
+    values = [random.random() for _ in range(37)]
+    for q in (0, 20, 50, 80, 100):
+        truth = torch.quantile(torch.tensor(values, dtype=torch.float64), q / 100).item()
+        assert math.isclose(percentile(values, q), truth, rel_tol=1e-12)
+
+
+@pytest.mark.quick
+def test_ratio_is_taken_round_by_round():
+    peer, ours = Timing([2.0, 8.0, 3.0]), Timing([1.0, 2.0, 3.0])
+    assert ratios(peer, ours).seconds == [2.0, 4.0, 1.0]
+    assert ratios(peer, ours).median == 2.0
+    with pytest.raises(ValueError):
+        ratios(peer, Timing([1.0]))
+
+
+@pytest.mark.quick
+def test_a_drifting_machine_hardly_moves_the_ratio():
+    names = {"a": 4.0, "b": 2.0, "c": 1.0}
+    calls = {name: costing(cost)(None) for name, cost in names.items()}
+    order = []
+    timings = interleave(
+        calls,
+        budget=Budget(rounds=30, seconds=0.0, sample=0.0, warmup=0.0),
+        clock=Clock(1.02),
+        on_sample=lambda name, turn: order.append(name),
+    )
+    assert timings["a"].seconds[-1] > 3 * timings["a"].seconds[0]
+    assert ratios(timings["a"], timings["c"]).median == pytest.approx(4.0, rel=0.05)
+    assert [order[i : i + 3] for i in (0, 3, 6)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+
+
+@pytest.mark.quick
+def test_samples_repeat_short_calls_and_give_seconds_a_call():
+    counts = []
+
+    def clock(call, count):
+        counts.append(count)
+        return 0.001 * count
+
+    timings = interleave({"x": lambda: None}, budget=Budget(3, 0.0, 9.0, sample=0.02, warmup=0.002), clock=clock)
+    assert timings["x"].seconds == pytest.approx([0.001] * 3)
+    assert counts[-2:] == [1, 20]  # an untimed call first
+
+
+@pytest.mark.quick
+def test_budget_stops_slow_cases_after_three_rounds():
+    budget = Budget(rounds=10, seconds=1.0, limit=5.0)
+    assert not budget.enough(2, 100.0) and budget.enough(3, 5.0)
+    assert not budget.enough(9, 4.0) and not budget.enough(10, 0.5) and budget.enough(10, 1.0)
+
+
+@pytest.mark.quick
+def test_rows_hold_ratio_rates_and_verdict():
+    rows = measure(case(Candidate(OURS, costing(2.0)), Candidate("peer", costing(3.0)), bar=Bar(1.4)), clock=Clock(1.0))
+    ours = rows[OURS]
+    assert set(ours) == set(results.COLUMNS)
+    assert float(ours["ratio_to_peer"]) == 1.5 and float(rows["peer"]["ratio_to_peer"]) == 1.0
+    assert float(ours["tflops"]) == 0.001 and float(ours["gbps"]) == 0.25
+    assert float(ours["share_of_ceiling"]) == 0.5  # one second of arithmetic, half a second of traffic
+    assert ours["bar"] == ">= 1.4x" and ours["met"] == "yes"
+    assert "differs from peer by 0.0e+00" in ours["note"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "bar, cost, met",
+    [
+        (Bar(1.6), 2.0, "no"),
+        (Bar(1.0, ahead_of=("rival",)), 2.0, "yes"),
+        (Bar(1.0, ahead_of=("rival",)), 2.7, "no"),
+        (Bar(1.0, ahead_of=("absent",)), 2.7, "yes"),
+        (Bar(microseconds=10.0), 3.000009, "yes"),
+        (Bar(microseconds=10.0), 3.000011, "no"),
+    ],
+)
+def test_bars(bar, cost, met):
+    candidates = Candidate(OURS, costing(cost)), Candidate("peer", costing(3.0)), Candidate("rival", costing(2.5))
+    assert measure(case(*candidates, bar=bar))[OURS]["met"] == met
+
+
+@pytest.mark.quick
+def test_a_fast_wrong_answer_does_not_count():
+    rows = measure(case(Candidate(OURS, costing(1.0, 1.5)), Candidate("peer", costing(3.0)), bar=Bar(1.0)))
+    assert rows[OURS]["met"] == "no" and rows[OURS]["note"].startswith("WRONG RESULT")
+
+
+@pytest.mark.quick
+def test_missing_peers_are_rows_not_errors():
+    def refuses(inputs):
+        raise Unavailable("no such thing here")
+
+    def breaks(inputs):
+        raise RuntimeError("first line\nsecond line")
+
+    rows = measure(
+        case(
+            Candidate(OURS, costing(1.0)),
+            Candidate("peer", costing(3.0)),
+            Candidate("absent", costing(1.0), requires=("torch", "surely_not_installed")),
+            Candidate("refuses", refuses),
+            Candidate("breaks", breaks),
+            Candidate("other device", costing(1.0), works_on=("cuda",)),
+            Candidate("slow", costing(1.0), slow=True),
+        ),
+        slow=False,
+    )
+    assert rows["absent"]["note"] == "not installed: surely_not_installed"
+    assert rows["refuses"]["note"] == "no such thing here"
+    assert rows["breaks"]["note"] == "failed: RuntimeError: first line"
+    assert all(rows[name]["median_s"] == "" for name in ("absent", "refuses", "breaks"))
+    assert "other device" not in rows and "slow" not in rows
+    assert rows[OURS]["ratio_to_peer"] == "3"
+
+
+@pytest.mark.quick
+def test_bar_is_not_met_without_its_peer():
+    rows = measure(case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(1.0), ("not_here",)), bar=Bar(1.0)))
+    assert rows[OURS]["met"] == "no" and rows[OURS]["ratio_to_peer"] == ""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("ours, verdict", [(90.0, "yes"), (100.9, "yes"), (101.1, "no")])
+def test_memory_verdict(ours, verdict):
+    used = {OURS: ours, "peer": 100.0}
+    rows = measure(
+        case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(1.0)), memory=True),
+        peak=lambda work, *, name, candidate, device, threads: used[candidate],
+    )
+    assert rows[OURS]["memory_met"] == verdict and rows[OURS]["peak_memory_mb"] == f"{ours:.1f}"
+
+
+def allocates(megabytes: int, kept: int):
+    """For memory.peak_memory_mb: 50 MB of inputs, `kept` MB of weights, `megabytes` MB while running."""
+    inputs = torch.ones(50_000_000, dtype=torch.uint8)
+    yield
+    torch.ones(200_000_000, dtype=torch.uint8)  # building's own waste
+    weights = torch.ones(kept * 1_000_000, dtype=torch.uint8)
+    yield
+    scratch = torch.ones(megabytes * 1_000_000, dtype=torch.uint8)
+    assert inputs.numel() and weights.numel() and scratch.numel()
+
+
+def test_peak_memory_counts_weights_and_work_but_not_inputs(monkeypatch):
+    import pathlib
+
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+    used = memory.peak_memory_mb(f"{pathlib.Path(__file__).stem}:allocates", megabytes=80, kept=30)
+    assert 109 <= used <= 114
+    with pytest.raises(RuntimeError, match="TypeError"):
+        memory.peak_memory_mb(f"{pathlib.Path(__file__).stem}:allocates", wrong=1)
+
+
+@pytest.mark.quick
+def test_results_merge_reread_and_find_the_newest(tmp_path):
+    about = {"device": "cpu-test-2c", "time": "2026-01-02T00:00:00", "commit": "abc"}
+    folder = results.result_folder(about, tmp_path)
+    assert folder == tmp_path / "cpu-test-2c" / "2026-01-02-abc"
+
+    def row(name, candidate, note):
+        return dict.fromkeys(results.COLUMNS, "") | {"case": name, "candidate": candidate, "note": note}
+
+    results.write(folder, [row("a", "x", "1"), row("a", "gone", "1"), row("b", "x", "1")], {}, about)
+    results.write(folder, [row("a", "x", "2, with a comma")], {}, about)
+    found = {(r["case"], r["candidate"]): r["note"] for r in results.read(folder)}
+    assert found == {("b", "x"): "1", ("a", "x"): "2, with a comma"}
+
+    later = {**about, "time": "2026-01-02T10:00:00", "commit": "0ld"}
+    results.write(results.result_folder(later, tmp_path), [], {}, later)
+    assert results.newest("cpu", tmp_path).name == "2026-01-02-0ld"
+    assert results.newest("cuda", tmp_path) is None
+    assert results.newest("cpu", tmp_path, {folder}) == folder
+
+    with open(folder / "results.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["case", "other"], ["a", "1"]])
+    with pytest.raises(ValueError, match="columns"):
+        results.read(folder)
+
+
+@pytest.mark.quick
+def test_machine_names_no_host():
+    import socket
+
+    about = results.machine("cpu")
+    assert about["device"].startswith("cpu-") and about["device"].endswith("c")
+    assert socket.gethostname().lower() not in str(about).lower()
+    assert about["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_well_formed(device):
+    monkey = cases.all_cases("cpu") if device == "cpu" else cases.model_cases("cuda")
+    names = [c.name for c in monkey]
+    assert len(set(names)) == len(names)
+    for c in monkey:
+        assert c.candidates[0].name == OURS and any(candidate.name == c.peer for candidate in c.candidates)
+        assert c.group == c.name.split("/")[0] and "/" in c.name
+        assert all(missing(candidate, device) is not None for candidate in c.candidates)
+
+
+@pytest.mark.quick
+def test_select():
+    everything = cases.all_cases("cpu")
+    chosen = [c.name for c in cases.select(everything, "overhead,attention-forward/fp32-b8-s512*")]
+    assert "attention-forward/fp32-b8-s512" in chosen and "attention-forward/fp32-b8-s512-causal" in chosen
+    assert all(name.startswith(("overhead/", "attention-forward/fp32-b8-s512")) for name in chosen)
+    assert cases.select(everything, None) == everything and not cases.select(everything, "nothing like it")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("count, mean", [(32, 40), (16, 40), (5, 60)])
+def test_ragged_lengths(count, mean):
+    lengths = shapes.ragged_lengths(count, mean)
+    assert len(lengths) == count and sum(lengths) == mean * count and max(lengths) == 128 and min(lengths) >= 4
+    assert lengths == shapes.ragged_lengths(count, mean) != shapes.ragged_lengths(count, mean, seed=1)
+    assert len(set(lengths)) > 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention-forward/fp32-b8-s128-causal",
+        "attention-training/fp32-b8-s128-bias-gradient",
+        "pointwise/fp32-add-layer-norm-4096x768",
+        "pointwise/fp32-bias-gelu-4096x768",
+        "pointwise/fp32-gelu-tanh-4096x768",
+    ],
+)
+def test_op_cases_agree_with_their_peer_on_small_inputs(name):
+    found = cases.find(name)
+    inputs = found.inputs(True)
+    outputs = [run._tensors(found.candidate(c).prepare(inputs)()) for c in (OURS, found.peer)]
+    assert run._difference(*[[t.detach().double() for t in out] for out in outputs]) < run.DISAGREEMENT
+
+
+def test_command_writes_results_and_plots(tmp_path, monkeypatch, capsys):
+    absent = Candidate("absent", costing(1.0), ("not_here",))
+    fake = case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(3.0)), absent, bar=Bar(1.0))
+    attention = Case(
+        "attention-forward/fp32-b1-s16", lambda tiny: None, fake.candidates, "peer", "fp32", "(1, 1, 16, 8)", flops=1e6
+    )
+    monkeypatch.setattr(cases, "all_cases", lambda device: [fake, attention])
+    monkeypatch.setattr(run.ceiling, "measure", lambda device, budget: TOP)
+    monkeypatch.setattr(run, "QUICK", FAST)
+    assert run.main(["--quick", "--no-memory", "--output", str(tmp_path)]) == 0
+    rows = results.read(tmp_path)
+    assert len(rows) == 6 and list(rows[0]) == results.COLUMNS
+    for name in ("machine.json", "ceilings.json", "speedup-group.png", "rate-attention-forward.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert run.main(["--only", "no such case"]) == 1
+    assert "no case matches" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""README's tables come from the results, and are up to date with those that are committed."""
+
+import json
+import subprocess
+
+import pytest
+from transformer_fast.benchmarks import results, tables
+from transformer_fast.benchmarks.case import OURS
+
+TEXT = "before\n<!-- results:cpu/bars -->\nold\n<!-- /results -->\nbetween\n<!-- results:cuda -->\n<!-- /results -->\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    about = {
+        "device": "cpu-test-2c", "time": "2026-01-02T00:00:00", "commit": "abc", "cpu": "Test", "threads": 2,
+        "isa": "avx2", "dirty": False, "versions": {"torch": "2.13", "openvino": "not installed"},
+    }  # fmt: skip
+    empty = dict.fromkeys(results.COLUMNS, "")
+    case = {"case": "inference/bert-base-full", "group": "inference", "peer": "HF sdpa"}
+    rows = [
+        empty | case | {"candidate": OURS, "median_s": "0.5", "ratio_to_peer": "2", "ratio_p20": "1.9",
+                        "ratio_p80": "2.1", "peak_memory_mb": "450.2", "memory_met": "yes", "bar": ">= 1.15x", "met": "yes"},
+        empty | case | {"candidate": "HF sdpa", "median_s": "1", "ratio_to_peer": "1", "peak_memory_mb": "470.0"},
+        empty | case | {"candidate": "OpenVINO", "note": "not installed: openvino"},
+        empty | {"case": "overhead/layer_norm", "group": "overhead", "candidate": OURS, "peer": "bare kernel",
+                 "median_s": "9e-6", "bar": "<= 10 us more", "met": "yes", "note": "4.5 us more than bare kernel"},
+        empty | {"case": "attention-forward/fp32-b8-s128", "group": "attention-forward", "candidate": OURS,
+                 "median_s": "0.001", "tflops": "0.15"},
+    ]  # fmt: skip
+    ceilings = {"gemm": {"fp32": 2e11, "bf16": 4e11, "fp16": 4e11}, "copy": 4e10}
+    results.write(results.result_folder(about, tmp_path), rows, ceilings, about)
+    return tmp_path
+
+
+@pytest.mark.quick
+def test_blocks_are_filled_and_the_rest_stays(root):
+    filled = tables.fill(TEXT, root)
+    assert filled.startswith("before\n<!-- results:cpu/bars -->\n| work |") and "\nbetween\n" in filled
+    assert "| inference: bert base full | HF sdpa | >= 1.15x | 2.00x | 1.90x..2.10x | yes | 450 (470) |" in filled
+    assert "| overhead: layer_norm | bare kernel | <= 10 us more | 4.5 us |  | yes |  |" in filled
+    assert "No results of a cuda device are committed yet" in filled and "old" not in filled
+    assert tables.fill(filled, root) == filled
+
+
+@pytest.mark.quick
+def test_every_table(root):
+    whole = tables.render("cpu", root)
+    assert "fp32 200, bf16 400 GFLOP/s, copy 40 GB/s" in whole and "cpu-test-2c/2026-01-02-abc" in whole
+    assert "| OpenVINO | not installed |" in whole and f"| {OURS} | **2.00x** |" in whole
+    assert "| attention forward: fp32 b8 s128 | 150 |" in whole
+    for name in tables.TABLES:
+        assert tables.render(f"cpu/{name}", root) in whole
+    with pytest.raises(ValueError, match="no table 'wrong'"):
+        tables.render("cpu/wrong", root)
+
+
+@pytest.mark.quick
+def test_check_changes_nothing(root, tmp_path, capsys):
+    file = tmp_path / "page.md"
+    file.write_text(TEXT)
+    arguments = ["--file", str(file), "--results", str(root)]
+    assert tables.main([*arguments, "--check"]) == 1 and file.read_text() == TEXT
+    assert tables.main(arguments) == 0 and file.read_text() != TEXT
+    assert tables.main([*arguments, "--check"]) == 0
+
+
+@pytest.mark.quick
+def test_only_committed_results_count(root):
+    def git(*args):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+        subprocess.run(["git", "-C", str(root), *identity, *args], check=True, capture_output=True)
+
+    git("init")
+    assert "No results" in tables.render("cpu", root)
+    git("add", ".")
+    assert "No results" not in tables.render("cpu", root)
+    about = json.loads(next(root.glob("*/*/machine.json")).read_text())
+    newer = about | {"time": "2027-01-01T00:00:00", "commit": "uncommitted"}
+    results.write(results.result_folder(newer, root), [], {"gemm": {}, "copy": 1.0}, newer)
+    assert "abc" in tables.render("cpu/machine", root)
+
+
+@pytest.mark.quick
+def test_readme_is_up_to_date():
+    if not tables.README.exists():
+        pytest.skip("README.md lies only in a checkout")
+    text = tables.README.read_text()
+    assert tables.fill(text) == text, "run: python benchmarks/tables.py"

@@ -1,0 +1,71 @@
+"""The demo's pictures: attention of chosen heads, and times."""
+
+import pathlib
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from ..benchmarks.timing import Timing
+
+__all__ = ["attention_picture", "choose_heads", "timing_picture"]
+
+COLOURS = {"transformer_fast": "#c0392b"}
+
+
+def choose_heads(attentions: tuple[torch.Tensor, ...]) -> list[int]:
+    """In each layer the head that looks most from word to other word: not at [CLS], [SEP] or the word itself."""
+    chosen = []
+    for layer in attentions:
+        inner = layer[0, :, 1:-1, 1:-1]
+        between = inner.sum((-1, -2)) - inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+        chosen.append(int(between.argmax()))
+    return chosen
+
+
+def attention_picture(model, tokenizer, sentence: str, path: pathlib.Path) -> pathlib.Path:
+    """One heatmap a layer: row i shows where token i looks."""
+    encoded = tokenizer(sentence, return_tensors="pt")
+    with torch.inference_mode():
+        attentions = model(**encoded, output_attentions=True).attentions
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
+    columns = (len(attentions) + 1) // 2
+    figure, grid = plt.subplots(2, columns, figsize=(4.2 * columns, 8), squeeze=False, layout="constrained")
+    for axes in grid.flat[len(attentions) :]:
+        axes.axis("off")
+    for number, (layer, head) in enumerate(zip(attentions, choose_heads(attentions))):
+        axes = grid.flat[number]
+        image = axes.imshow(layer[0, head].float().numpy(), cmap="magma", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(tokens)), tokens, fontsize=8)
+        axes.set_title(f"layer {number + 1}, head {head + 1}", fontsize=10)
+    figure.colorbar(image, ax=grid, shrink=0.6, label="attention")
+    figure.suptitle(sentence)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def timing_picture(timings: dict[str, Timing], lengths: list[int], padded: int, path: pathlib.Path) -> pathlib.Path:
+    """Left: seconds for all sentences, whiskers p20 to p80. Right: how long the sentences are."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    names = [name.strip() for name in timings]
+    medians = [timing.median for timing in timings.values()]
+    spread = [
+        [t.median - t.p20 for t in timings.values()],
+        [t.p80 - t.median for t in timings.values()],
+    ]
+    left.barh(names, medians, xerr=spread, color=[COLOURS.get(name, "#34495e") for name in names])
+    left.invert_yaxis()
+    left.set_xlabel("seconds for all sentences (median of the passes)")
+    for name, median in zip(names, medians):
+        left.text(0.02 * max(medians), name, f"{median:.2f} s", va="center", color="white", fontweight="bold")
+    right.hist(lengths, bins=range(0, max(lengths) + 5, 4), color="#34495e")
+    right.set_xlabel("tokens in a sentence")
+    right.set_ylabel("sentences")
+    right.set_title(f"{sum(lengths):,} real tokens; padded in batches they are {padded:,}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
