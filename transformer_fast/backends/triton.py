@@ -11,7 +11,7 @@ from . import Backend, Call
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"norm"})
+_OPS = frozenset({"attention", "norm"})
 
 # Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
 # them ahead of time only; `info` says so.
@@ -92,6 +92,18 @@ class TritonBackend(Backend):
                 keep_scale(spec.dropout_p), mean, rstd, grad_v, grad_x, grad_weight, grad_bias,
                 _multiprocessors(grad_v.device),
             )  # fmt: skip
+
+    def attention_forward(self, spec, out, lse) -> None:
+        from .triton_attention import attention_forward
+
+        with _device_of(out):
+            attention_forward(spec, out, lse)
+
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+        from .triton_attention import attention_backward
+
+        with _device_of(out):
+            attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
 
 BACKEND = TritonBackend()

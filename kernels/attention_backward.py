@@ -1,0 +1,358 @@
+"""Attention, backward: P is computed again from the saved log-sum-exp, never stored (Dao, 2023).
+
+    P = exp(score - lse)    dV = P^T dO    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
+    dQ = scale * dS K       dK = scale * dS^T Q           dbias = dS    dtable[bucket] = sum of dS over its elements
+
+One kernel holds a block of keys and walks over the queries (dK, dV: over those of every head that shares the key
+head), another holds a block of queries and walks over the keys (dQ, the bias, the relative table). No atomics: every
+sum has a fixed order, so gradients are the same bits every time. What it costs: Q K^T and dO V^T are computed twice, seven
+matrix products where a backward with atomic additions to dQ has five.
+
+Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_common import (
+    LOG2E,
+    exponential,
+    finish_scores,
+    keep_tile,
+    key_bounds,
+    load_tile,
+    program_block,
+    query_bounds,
+    row_pointer,
+    row_pointers,
+    sequence,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "stride_lse_b", "stride_lse_h"])
+def _attention_delta_kernel(
+    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, peak_ptr, cu_q_ptr,
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_lse_b, stride_lse_h, heads, queries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """delta, and lse in the units of scores; a row with nothing to attend to gets +inf, which makes its P zero."""
+    b = tl.program_id(1) // heads
+    h = tl.program_id(1) % heads
+    first_q, _, queries, _, _ = sequence(b, cu_q_ptr, cu_q_ptr, None, queries, queries, False)
+    first_row = tl.program_id(0) * BLOCK_M
+    if first_row >= queries:
+        return
+    out_ptr = row_pointer(out_ptr, b, h, first_q, stride_ob, stride_oh, stride_os)
+    grad_out_ptr = row_pointer(grad_out_ptr, b, h, first_q, stride_gb, stride_gh, stride_gs)
+    out = load_tile(out_ptr, first_row, stride_os, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    grad_out = load_tile(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    row = first_row + tl.arange(0, BLOCK_M)
+    inside = row < queries
+    place = row_pointer(row, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+    lse = tl.load(lse_ptr + place, mask=inside, other=0.0)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + place, mask=inside, other=0.0)
+    dead = lse == float("-inf")
+    tl.store(delta_ptr + place, tl.where(dead, 0.0, delta), mask=inside)
+    tl.store(peak_ptr + place, tl.where(dead, float("inf"), lse * LOG2E if FOLDED else lse), mask=inside)
+
+
+@triton.jit
+def _accumulate_key_gradients(
+    dk, dv, k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, rng_ptr, bias_ptr, mask_ptr, relative_rows, begin, end,
+    first_column, b, h, bh, stride_qs, stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap,
+    window_left, window_right, reach, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows begin .. end onto dK and dV of one block of keys; tiles are [keys, queries]. Rows past the last have P = 0 by
+    their peak of +inf, columns past the last are never stored: only windows need a mask."""
+    column = (first_column + tl.arange(0, BLOCK_N))[:, None]
+    for start in tl.range(begin, end, BLOCK_M):
+        start = tl.multiple_of(start, BLOCK_M)
+        row = start + tl.arange(0, BLOCK_M)
+        position = (row + offset)[None, :]
+        q = load_tile(q_ptr, start, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        if EDGE:
+            peak = tl.load(peak_ptr + row, mask=row < queries, other=float("inf"))
+            delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
+        else:
+            peak = tl.load(peak_ptr + row)
+            delta = tl.load(delta_ptr + row)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        bias_row = tl.minimum(row, queries - 1)[None, :]
+        bias_rows = row_pointers(bias_ptr, b, h, bias_row, stride_bias_b, stride_bias_h, stride_bias_m)
+        mask_rows = row_pointers(mask_ptr, b, h, bias_row, stride_mask_b, stride_mask_h, stride_mask_m)
+        nearest = first_column - (start + offset + BLOCK_M - 1)
+        farthest = first_column + BLOCK_N - 1 - (start + offset)
+        scores, slope = finish_scores(
+            scores, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
+            mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, PRECISION == "ieee", True,
+        )  # fmt: skip
+        if EDGE and (LEFT or RIGHT):
+            alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
+            scores = tl.where(alive, scores, float("-inf"))
+        p = exponential(scores, peak[None, :], FOLDED, PRECISION == "ieee")
+        grad_out = load_tile(grad_out_ptr, start, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        if rng_ptr is not None:
+            keep = keep_tile(rng_ptr, bh, row, first_column, threshold, BLOCK_M, BLOCK_N, True)
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        else:
+            kept = p
+        dv = tl.dot(kept.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * slope
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+_UNSPECIALIZED = [
+    "stride_lse_b", "stride_lse_h", "heads", "batch_heads", "blocks", "heads_together", "queries", "keys",
+    "window_left", "window_right", "reach", "threshold",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _attention_backward_key_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr,
+    bias_ptr, mask_ptr, relative_ptr, rng_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
+    stride_lse_b, stride_lse_h, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    heads, batch_heads, blocks, heads_together, queries, keys, score_scale, softcap, grad_scale, window_left,
+    window_right, reach, threshold, keep_scale,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dK and dV. heads, batch_heads, heads_together count key heads; `keys` is how many rows dK has, so that those past
+    key_lengths get their zeros."""
+    block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, False)
+    b = bh // heads
+    hk = bh % heads
+    first_q, first_k, queries, stored, offset = sequence(b, cu_q_ptr, cu_k_ptr, None, queries, keys, BOTTOM_RIGHT)
+    keys = stored
+    if key_lengths_ptr is not None:
+        _, _, _, keys, offset = sequence(b, None, None, key_lengths_ptr, queries, stored, BOTTOM_RIGHT)
+    first_column = block * BLOCK_N
+    if first_column >= stored:
+        return
+    k_ptr = row_pointer(k_ptr, b, hk, first_k, stride_kb, stride_kh, stride_ks)
+    v_ptr = row_pointer(v_ptr, b, hk, first_k, stride_vb, stride_vh, stride_vs)
+    dk_ptr = row_pointer(dk_ptr, b, hk, first_k, stride_dkb, stride_dkh, stride_dks)
+    dv_ptr = row_pointer(dv_ptr, b, hk, first_k, stride_dvb, stride_dvh, stride_dvs)
+    k = load_tile(k_ptr, first_column, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    v = load_tile(v_ptr, first_column, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    last = tl.minimum(first_column + BLOCK_N, keys) - 1
+    begin, inner_begin, inner_end, end = query_bounds(
+        first_column, last, queries, offset, window_left, window_right, LEFT, RIGHT, BLOCK_M
+    )
+    if first_column >= keys:
+        inner_begin = begin
+        inner_end = begin
+        end = begin
+    for g in tl.range(0, GROUPS):
+        h = hk * GROUPS + g
+        head_q = row_pointer(q_ptr, b, h, first_q, stride_qb, stride_qh, stride_qs)
+        head_grad = row_pointer(grad_out_ptr, b, h, first_q, stride_gb, stride_gh, stride_gs)
+        head_delta = row_pointer(delta_ptr, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+        head_peak = row_pointer(peak_ptr, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+        if relative_ptr is not None:
+            relative_rows = relative_ptr + h * (2 * reach + 1)
+        else:
+            relative_rows = None
+        query_bh = b * (heads * GROUPS) + h
+        if RIGHT:
+            dk, dv = _accumulate_key_gradients(
+                dk, dv, k, v, head_q, head_grad, head_delta, head_peak, rng_ptr, bias_ptr, mask_ptr, relative_rows,
+                begin, tl.minimum(inner_begin, end), first_column, b, h, query_bh, stride_qs, stride_gs, stride_bias_b,
+                stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m,
+                stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+                threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE,
+                True,
+            )  # fmt: skip
+        dk, dv = _accumulate_key_gradients(
+            dk, dv, k, v, head_q, head_grad, head_delta, head_peak, rng_ptr, bias_ptr, mask_ptr, relative_rows,
+            inner_begin, inner_end, first_column, b, h, query_bh, stride_qs, stride_gs, stride_bias_b, stride_bias_h,
+            stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys,
+            offset, score_scale, softcap, window_left, window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N,
+            HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, False,
+        )  # fmt: skip
+        dk, dv = _accumulate_key_gradients(
+            dk, dv, k, v, head_q, head_grad, head_delta, head_peak, rng_ptr, bias_ptr, mask_ptr, relative_rows,
+            inner_end, end, first_column, b, h, query_bh, stride_qs, stride_gs, stride_bias_b, stride_bias_h,
+            stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys,
+            offset, score_scale, softcap, window_left, window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N,
+            HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, True,
+        )  # fmt: skip
+    # Rows past the keys that take part hold what a key of zeros would get, inf and NaN included: they are zeros.
+    alive = (first_column + tl.arange(0, BLOCK_N) < keys)[:, None]
+    store_tile(
+        dk_ptr, first_column, stride_dks, stored, tl.where(alive, dk * grad_scale, 0.0), BLOCK_N, HEAD_DIM, BLOCK_D
+    )
+    store_tile(
+        dv_ptr, first_column, stride_dvs, stored, tl.where(alive, dv * keep_scale, 0.0), BLOCK_N, HEAD_DIM, BLOCK_D
+    )
+
+
+@triton.jit
+def _accumulate_query_gradient(
+    dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
+    relative_rows, dbias_rows, bucket_ptr, begin, end, first_row, bh, stride_ks, stride_vs, stride_bias_n,
+    stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+    threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Blocks begin .. end of keys onto dQ of one block of queries, dbias and the sums of dS by bucket. Tiles whose
+    distances all lie beyond -reach or reach have one bucket: far_left and far_right gather their row sums."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    position = (row + offset)[:, None]
+    for start in tl.range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        column = (start + tl.arange(0, BLOCK_N))[None, :]
+        k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        nearest = start - (first_row + offset + BLOCK_M - 1)
+        farthest = start + BLOCK_N - 1 - (first_row + offset)
+        scores, slope = finish_scores(
+            scores, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
+            mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, PRECISION == "ieee", EDGE,
+        )  # fmt: skip
+        if EDGE:
+            alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
+            scores = tl.where(alive, scores, float("-inf"))
+        p = exponential(scores, peak[:, None], FOLDED, PRECISION == "ieee")
+        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        if rng_ptr is not None:
+            keep = keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if dbias_rows is not None:
+            tl.store(
+                dbias_rows + column.to(tl.int64) * stride_dbias_n, ds, mask=(row < queries)[:, None] & (column < keys)
+            )
+        if BUCKETS:
+            if farthest <= -reach:
+                far_left += tl.sum(ds, 1)
+            elif nearest >= reach:
+                far_right += tl.sum(ds, 1)
+            else:
+                buckets += _bucket_sums(ds, nearest, bucket_ptr, reach, BLOCK_M, BLOCK_N, BUCKETS, DIAGONALS)
+        if SOFTCAP:
+            ds = ds * slope
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, buckets, far_left, far_right
+
+
+@triton.jit
+def _bucket_sums(
+    ds, nearest, bucket_ptr, reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr,
+    DIAGONALS: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile by bucket. Element (i, j) lies on diagonal j - i + BLOCK_M - 1, whose distance is nearest + that:
+    rows shifted so that diagonals become columns, column sums, then one comparison a bucket."""
+    diagonal = tl.arange(0, DIAGONALS)
+    j = diagonal[None, :] - (BLOCK_M - 1) + tl.arange(0, BLOCK_M)[:, None]
+    shifted = tl.gather(ds, tl.minimum(tl.maximum(j, 0), BLOCK_N - 1), 1)
+    sums = tl.sum(tl.where((j >= 0) & (j < BLOCK_N), shifted, 0.0), 0)
+    distance = tl.minimum(tl.maximum(nearest + diagonal, -reach), reach)
+    bucket = tl.load(bucket_ptr + (distance + reach))
+    return tl.sum(tl.where(bucket[:, None] == tl.arange(0, BUCKETS)[None, :], sums[:, None], 0.0), 0)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _attention_backward_query_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, dq_ptr, dbias_ptr, bucket_sums_ptr, cu_q_ptr, cu_k_ptr,
+    key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr, bucket_ptr, rng_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_lse_b, stride_lse_h,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_dbias_b, stride_dbias_h, stride_dbias_m, stride_dbias_n,
+    heads, batch_heads, blocks, heads_together, queries, keys, score_scale, softcap, grad_scale, window_left,
+    window_right, reach, threshold, keep_scale,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dQ, and with it dbias (one not broadcast) and each program's sums of dS by bucket, (B, H, blocks, BUCKETS)."""
+    block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, RIGHT)
+    b = bh // heads
+    h = bh % heads
+    first_q, first_k, queries, keys, offset = sequence(
+        b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT
+    )
+    first_row = block * BLOCK_M
+    if first_row >= queries:
+        return
+    q_ptr = row_pointer(q_ptr, b, h, first_q, stride_qb, stride_qh, stride_qs)
+    k_ptr = row_pointer(k_ptr, b, h // GROUPS, first_k, stride_kb, stride_kh, stride_ks)
+    v_ptr = row_pointer(v_ptr, b, h // GROUPS, first_k, stride_vb, stride_vh, stride_vs)
+    grad_out_ptr = row_pointer(grad_out_ptr, b, h, first_q, stride_gb, stride_gh, stride_gs)
+    dq_ptr = row_pointer(dq_ptr, b, h, first_q, stride_dqb, stride_dqh, stride_dqs)
+    row = first_row + tl.arange(0, BLOCK_M)
+    inside = row < queries
+    place = row_pointer(row, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+    delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
+    peak = tl.load(peak_ptr + place, mask=inside, other=float("inf"))
+    bias_row = tl.minimum(row, queries - 1)[:, None]
+    bias_rows = row_pointers(bias_ptr, b, h, bias_row, stride_bias_b, stride_bias_h, stride_bias_m)
+    mask_rows = row_pointers(mask_ptr, b, h, bias_row, stride_mask_b, stride_mask_h, stride_mask_m)
+    dbias_rows = row_pointers(dbias_ptr, b, h, bias_row, stride_dbias_b, stride_dbias_h, stride_dbias_m)
+    if relative_ptr is not None:
+        relative_rows = relative_ptr + h * (2 * reach + 1)
+    else:
+        relative_rows = None
+
+    q = load_tile(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    grad_out = load_tile(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    buckets = tl.zeros((BUCKETS if BUCKETS else 16,), tl.float32)
+    far_left = tl.zeros((BLOCK_M,), tl.float32)
+    far_right = tl.zeros((BLOCK_M,), tl.float32)
+    last = tl.minimum(first_row + BLOCK_M, queries) - 1
+    begin, inner_begin, inner_end, end = key_bounds(
+        first_row + offset, last + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N
+    )
+    if LEFT:
+        dq, buckets, far_left, far_right = _accumulate_query_gradient(
+            dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
+            relative_rows, dbias_rows, bucket_ptr, begin, tl.minimum(inner_begin, end), first_row, bh, stride_ks,
+            stride_vs, stride_bias_n, stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap,
+            window_left, window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT,
+            SOFTCAP, FOLDED, BUCKETS, DIAGONALS, PRECISION, WIDE, True,
+        )  # fmt: skip
+    dq, buckets, far_left, far_right = _accumulate_query_gradient(
+        dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
+        relative_rows, dbias_rows, bucket_ptr, inner_begin, inner_end, first_row, bh, stride_ks, stride_vs,
+        stride_bias_n, stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left,
+        window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS,
+        DIAGONALS, PRECISION, WIDE, False,
+    )  # fmt: skip
+    dq, buckets, far_left, far_right = _accumulate_query_gradient(
+        dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
+        relative_rows, dbias_rows, bucket_ptr, inner_end, end, first_row, bh, stride_ks, stride_vs, stride_bias_n,
+        stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+        threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS, DIAGONALS,
+        PRECISION, WIDE, True,
+    )  # fmt: skip
+    store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+    if BUCKETS:
+        bucket = tl.arange(0, BUCKETS)
+        buckets += tl.where(bucket == tl.load(bucket_ptr), tl.sum(far_left, 0), 0.0)
+        buckets += tl.where(bucket == tl.load(bucket_ptr + 2 * reach), tl.sum(far_right, 0), 0.0)
+        tl.store(bucket_sums_ptr + (tl.cast(bh, tl.int64) * blocks + block) * BUCKETS + bucket, buckets)

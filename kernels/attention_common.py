@@ -1,0 +1,262 @@
+"""What the attention kernels share: which keys a row sees, scores with every bias, dropout, tiles of memory.
+
+FOLDED calls (float16 and bfloat16 without a bias, mask or soft cap) keep scores in units of log 2, so that scale and
+change of base are one multiplication inside the exponent; the others keep natural units. Rows and columns come as tensors
+that broadcast against a tile, so one function serves tiles of queries by keys and of keys by queries.
+"""
+
+import triton
+import triton.language as tl
+
+from .philox import philox
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def program_block(pid, blocks, batch_heads, heads_together, DESCENDING: tl.constexpr):
+    """(block, batch and head) of a program. Programs walk over `heads_together` heads block by block, so that their
+    keys and values stay in the L2 cache; DESCENDING starts with the last block, the longest one of a causal call."""
+    group = pid // (blocks * heads_together)
+    size = tl.minimum(heads_together, batch_heads - group * heads_together)
+    rest = pid - group * blocks * heads_together
+    block = rest // size
+    if DESCENDING:
+        block = blocks - 1 - block
+    return block, group * heads_together + rest % size
+
+
+@triton.jit
+def sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT: tl.constexpr):
+    """(first row of the packed queries, of the packed keys, queries, keys, offset) of sequence b. A query i
+    stands at position i + offset."""
+    first_q = 0
+    first_k = 0
+    if cu_q_ptr is not None:
+        first_q = tl.load(cu_q_ptr + b)
+        first_k = tl.load(cu_k_ptr + b)
+        queries = tl.load(cu_q_ptr + b + 1) - first_q
+        keys = tl.load(cu_k_ptr + b + 1) - first_k
+    if key_lengths_ptr is not None:
+        keys = tl.minimum(tl.maximum(tl.load(key_lengths_ptr + b).to(tl.int32), 0), keys)
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = keys - queries
+    return first_q, first_k, queries, keys, offset
+
+
+@triton.jit
+def row_pointer(ptr, b, h, first_row, stride_b, stride_h, stride_s):
+    """Row 0 of head h of sequence b; stride_b is 0 for packed tensors, first_row 0 for padded ones."""
+    return ptr + (tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+                  + tl.cast(first_row, tl.int64) * stride_s)  # fmt: skip
+
+
+@triton.jit
+def load_tile(
+    ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + ROWS of a matrix of HEAD_DIM columns, widened to BLOCK_D by zeros; with CHECK, rows from
+    `limit` on are zeros and are not read. WIDE: offsets within the tile need 64 bits."""
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    offset = row.to(tl.int64) if WIDE else row
+    pointers = ptr + tl.cast(first, tl.int64) * stride + (offset[:, None] * stride + d[None, :])
+    if CHECK:
+        inside = (first + row < limit)[:, None]
+        if HEAD_DIM != BLOCK_D:
+            inside = inside & (d < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        tile = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    ptr, first, stride, limit, tile, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (row < limit)[:, None]
+    if HEAD_DIM != BLOCK_D:
+        inside = inside & (d < HEAD_DIM)[None, :]
+    tl.store(ptr + row.to(tl.int64)[:, None] * stride + d[None, :], tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def key_bounds(
+    first, last, keys, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """begin <= inner_begin <= inner_end: keys begin .. end are seen from positions first .. last, and those of blocks in
+    inner_begin .. inner_end from every one of them. All but end are multiples of BLOCK_N."""
+    begin = 0
+    end = keys
+    inner_begin = 0
+    inner_end = keys
+    if RIGHT:
+        end = tl.minimum(end, last + window_right + 1)
+        inner_end = tl.minimum(inner_end, first + window_right + 1)
+    if LEFT:
+        begin = tl.maximum(first - window_left, 0) // BLOCK_N * BLOCK_N
+        inner_begin = tl.cdiv(tl.maximum(last - window_left, 0), BLOCK_N) * BLOCK_N
+    end = tl.maximum(end, begin)
+    inner_begin = tl.minimum(inner_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    inner_end = tl.maximum(tl.maximum(inner_end, 0) // BLOCK_N * BLOCK_N, inner_begin)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def query_bounds(
+    first, last, queries, offset, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The mirror of key_bounds: which rows see keys first .. last, and which blocks of rows see all of them."""
+    begin = 0
+    end = queries
+    inner_begin = 0
+    inner_end = queries
+    if RIGHT:
+        begin = tl.maximum(first - window_right - offset, 0) // BLOCK_M * BLOCK_M
+        inner_begin = tl.cdiv(tl.maximum(last - window_right - offset, 0), BLOCK_M) * BLOCK_M
+    if LEFT:
+        end = tl.minimum(end, last + window_left - offset + 1)
+        inner_end = tl.minimum(inner_end, first + window_left - offset + 1)
+    end = tl.maximum(end, begin)
+    inner_begin = tl.minimum(inner_begin, tl.cdiv(end, BLOCK_M) * BLOCK_M)
+    inner_end = tl.maximum(tl.maximum(inner_end, 0) // BLOCK_M * BLOCK_M, inner_begin)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def visible(
+    position, column, keys, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):  # fmt: skip
+    """Which elements of an edge tile take part, as far as lengths and windows say."""
+    alive = column < keys
+    if RIGHT:
+        alive = alive & (column <= position + window_right)
+    if LEFT:
+        alive = alive & (column >= position - window_left)
+    return alive
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh by exp2; EXACT keeps small arguments accurate to float32 (Cephes, tanhf), where 1 - 2 / (..) cancels."""
+    t = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    if EXACT:
+        z = x * x
+        series = -5.70498872745e-3 * z + 2.06390887954e-2
+        series = series * z - 5.37397155531e-2
+        series = series * z + 1.33314422036e-1
+        series = series * z - 3.33332819422e-1
+        t = tl.where(z < 0.390625, series * z * x + x, t)
+    return t
+
+
+@triton.jit
+def row_pointers(ptr, b, h, row, stride_b, stride_h, stride_m):
+    """Where each row of a bias or mask starts, or None without one. row is within the tensor."""
+    if ptr is not None:
+        pointers = row_pointer(ptr, b, 0, 0, stride_b, 0, 0) + (
+            tl.cast(h, tl.int64) * stride_h + row.to(tl.int64) * stride_m
+        )
+    else:
+        pointers = None
+    return pointers
+
+
+@triton.jit
+def finish_scores(
+    raw, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, bias_stride, mask_rows,
+    mask_stride, relative_rows, reach,
+    SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """q.k to scores, masked elements -inf, and the derivative of the soft cap.
+
+    position, column: of queries and keys, broadcasting to raw's shape. nearest <= column - position <= farthest.
+    score_scale: scale, scale * log2(e) when FOLDED, scale / softcap with SOFTCAP. *_rows: see row_pointers, of raw's
+    shape with one column. relative_rows: points at 2 * reach + 1 values for distances -reach .. reach; distances beyond
+    are as those at the ends. CHECK: columns may reach past `keys`.
+    """
+    slope = 1.0
+    if SOFTCAP:
+        t = _tanh(raw * score_scale, EXACT)
+        slope = 1.0 - t * t
+        scores = t * softcap
+    else:
+        scores = raw * score_scale
+    if bias_rows is not None:
+        pointers = bias_rows + column.to(tl.int64) * bias_stride
+        bias = tl.load(pointers, mask=column < keys, other=0.0) if CHECK else tl.load(pointers)
+        scores += bias.to(tl.float32)
+    if relative_rows is not None:
+        if (farthest <= -reach) | (nearest >= reach):
+            scores += tl.load(relative_rows + tl.where(nearest >= reach, 2 * reach, 0))
+        else:
+            distance = tl.minimum(tl.maximum(column - position, -reach), reach)
+            scores += tl.load(relative_rows + (distance + reach))
+    if mask_rows is not None:
+        pointers = mask_rows + column.to(tl.int64) * mask_stride
+        kept = tl.load(pointers, mask=column < keys, other=0) if CHECK else tl.load(pointers)
+        scores = tl.where(kept != 0, scores, float("-inf"))
+    return scores, slope
+
+
+@triton.jit
+def exponential(scores, shift, FOLDED: tl.constexpr, EXACT: tl.constexpr):
+    """exp(scores - shift). EXACT subtracts before it rounds a product, which matters to float32 alone."""
+    if FOLDED:
+        p = tl.exp2(scores - shift)
+    elif EXACT:
+        p = tl.exp2((scores - shift) * LOG2E)
+    else:
+        p = tl.exp2(scores * LOG2E - shift * LOG2E)
+    return p
+
+
+@triton.jit
+def _lanes(word, threshold, lane: tl.constexpr):
+    low = ((word & 0xFFFF) >= threshold).to(tl.int32) << lane
+    return low | (((word >> 16) >= threshold).to(tl.int32) << (lane + 4))
+
+
+@triton.jit
+def keep_tile(
+    rng_ptr, bh, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """True where dropout keeps element (bh, rows[r], first_column + c), [ROWS, COLUMNS] or transposed; see philox.py.
+
+    COLUMNS: a power of two from 16 on, first_column a multiple of it. A tile narrower than 128 columns uses that
+    share of the lanes of its counters.
+    """
+    GROUPS: tl.constexpr = (COLUMNS + 127) // 128
+    LANES: tl.constexpr = COLUMNS // (16 * GROUPS)
+    counter = (first_column // 128 * 16 + tl.arange(0, 16 * GROUPS)).to(tl.uint32)
+    row = rows.to(tl.uint32)
+    if TRANSPOSED:
+        zero = tl.zeros((16 * GROUPS, ROWS), tl.uint32)
+        c0 = zero + counter[:, None]
+        c1 = zero + row[None, :]
+    else:
+        zero = tl.zeros((ROWS, 16 * GROUPS), tl.uint32)
+        c0 = zero + counter[None, :]
+        c1 = zero + row[:, None]
+    seed = tl.load(rng_ptr)
+    c2 = zero + tl.cast(bh, tl.uint32)
+    c3 = zero + tl.load(rng_ptr + 1).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    kept = _lanes(w0, threshold, 0) | _lanes(w1, threshold, 1) | _lanes(w2, threshold, 2) | _lanes(w3, threshold, 3)
+    lane = first_column % 128 // 16 + tl.arange(0, LANES)
+    if TRANSPOSED:
+        kept = tl.reshape(kept, (GROUPS, 1, 16, ROWS)) >> lane[None, :, None, None]
+        keep = tl.reshape((kept & 1) != 0, (COLUMNS, ROWS))
+    else:
+        kept = tl.reshape(kept, (ROWS, GROUPS, 1, 16)) >> lane[None, None, :, None]
+        keep = tl.reshape((kept & 1) != 0, (ROWS, COLUMNS))
+    return keep

@@ -1,0 +1,101 @@
+"""Block sizes of the attention kernels: a table, looked up by a call's shape class and never tuned at run time.
+
+`benchmarks/tune.py` writes measured rows. These were chosen from compiled code (registers, spills, shared memory) and
+from published results of kernels of this design; not yet run on a GPU.
+"""
+
+from typing import NamedTuple
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+KERNELS = ("forward", "backward_key", "backward_query", "backward_bias", "decode")
+
+
+class Config(NamedTuple):
+    """Queries and keys of a tile, warps of a program, stages of its load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Shape(NamedTuple):
+    """What a configuration depends on.
+
+    architecture: one of ARCHITECTURES. width: head dim rounded up to 64, 128 or 256. single: float32 data.
+    rich: a bias, mask, relative bias, soft cap or dropout. short: at most 64 queries a sequence.
+    """
+
+    architecture: str
+    width: int
+    single: bool = False
+    rich: bool = False
+    short: bool = False
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The class of a compute capability: sm_120 stands for all with 100 KiB of shared memory."""
+    major, minor = capability
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_120"
+
+
+def shape(
+    capability: tuple[int, int], head_dim: int, itemsize: int, rich: bool, queries: int
+) -> Shape:  # fmt: skip
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return Shape(architecture(capability), width, itemsize == 4, rich, queries <= 64)
+
+
+# (kernel, architecture or "", width, single) -> (plain, rich); "" serves the architectures without a row of their own.
+_HALF = False
+_SINGLE = True
+TABLE: dict[tuple[str, str, int, bool], tuple[Config, Config]] = {
+    ("forward", "", 64, _HALF): (Config(128, 64, 4, 3), Config(128, 64, 4, 2)),
+    ("forward", "", 128, _HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
+    ("forward", "", 256, _HALF): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("backward_key", "", 64, _HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
+    ("backward_key", "", 128, _HALF): (Config(32, 128, 8, 2), Config(32, 64, 8, 2)),
+    ("backward_key", "", 256, _HALF): (Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+    ("backward_query", "", 64, _HALF): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
+    ("backward_query", "", 128, _HALF): (Config(128, 32, 8, 2), Config(64, 64, 8, 1)),
+    ("backward_query", "", 256, _HALF): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
+    ("backward_bias", "", 64, _HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    ("backward_bias", "", 128, _HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    ("backward_bias", "", 256, _HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    ("decode", "", 64, _HALF): (Config(16, 128, 4, 3), Config(16, 128, 4, 3)),
+    ("decode", "", 128, _HALF): (Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
+    ("decode", "", 256, _HALF): (Config(16, 32, 4, 3), Config(16, 32, 4, 3)),
+    ("forward", "sm_90", 64, _HALF): (Config(128, 128, 4, 3), Config(128, 64, 4, 2)),
+    ("forward", "sm_90", 128, _HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
+    ("forward", "", 64, _SINGLE): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    ("forward", "", 128, _SINGLE): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("forward", "", 256, _SINGLE): (Config(32, 16, 8, 2), Config(32, 16, 8, 2)),
+    ("backward_key", "", 64, _SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    ("backward_key", "", 128, _SINGLE): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("backward_key", "", 256, _SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("backward_query", "", 64, _SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    ("backward_query", "", 128, _SINGLE): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("backward_query", "", 256, _SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("backward_bias", "", 64, _SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    ("backward_bias", "", 128, _SINGLE): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("backward_bias", "", 256, _SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("decode", "", 64, _SINGLE): (Config(16, 64, 4, 2), Config(16, 64, 4, 2)),
+    ("decode", "", 128, _SINGLE): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
+    ("decode", "", 256, _SINGLE): (Config(16, 16, 4, 2), Config(16, 16, 4, 2)),
+}
+
+
+def select(kernel: str, shape: Shape) -> Config:
+    """The configuration of `kernel` ("forward", ...) for a call of this shape."""
+    pair = TABLE.get((kernel, shape.architecture, shape.width, shape.single))
+    if pair is None:
+        pair = TABLE[kernel, "", shape.width, shape.single]
+    config = pair[shape.rich]
+    if shape.short and kernel in ("forward", "backward_query") and config.block_m > 64:
+        # Half of a tile of 128 queries would be padding.
+        config = config._replace(block_m=64, num_warps=4)
+    return config

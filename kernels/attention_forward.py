@@ -1,0 +1,155 @@
+"""Attention, forward: one program a block of queries, an online softmax over blocks of keys (Dao, 2023).
+
+    out = softmax(score) V      score = softcap(scale * Q K^T) + bias + relative bias      lse = log sum exp(score)
+
+Blocks of keys that no row of the block sees are never visited; those that every row sees whole run in a loop
+without any mask; only the edges (causal diagonal, window ends, the last keys) pay for masks.
+
+Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_common import (
+    LN2,
+    exponential,
+    finish_scores,
+    keep_tile,
+    key_bounds,
+    load_tile,
+    program_block,
+    row_pointer,
+    row_pointers,
+    sequence,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def _attend(
+    acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, begin, end, first_row, bh,
+    stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale, softcap, window_left, window_right,
+    reach, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Blocks begin .. end of keys. peak: largest score so far, total: sum of exp(score - peak), acc: of that times V."""
+    EXACT: tl.constexpr = PRECISION == "ieee"
+    row = first_row + tl.arange(0, BLOCK_M)
+    position = (row + offset)[:, None]
+    for start in tl.range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        column = (start + tl.arange(0, BLOCK_N))[None, :]
+        k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if not FOLDED:
+            nearest = start - (first_row + offset + BLOCK_M - 1)
+            farthest = start + BLOCK_N - 1 - (first_row + offset)
+            scores, _ = finish_scores(
+                scores, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
+                mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, EXACT, EDGE,
+            )  # fmt: skip
+        if EDGE:
+            alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
+            scores = tl.where(alive, scores, float("-inf"))
+        if FOLDED:
+            new_peak = tl.maximum(peak, tl.max(scores, 1) * score_scale)
+        else:
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shift = new_peak
+        if EDGE or bias_rows is not None or mask_rows is not None:
+            # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        if FOLDED:
+            scores = scores * score_scale
+        p = exponential(scores, shift[:, None], FOLDED, EXACT)
+        decay = exponential(peak, shift, FOLDED, EXACT)
+        total = total * decay + tl.sum(p, 1)
+        acc = acc * decay[:, None]
+        if rng_ptr is not None:
+            p = tl.where(keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
+        v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_lse_b", "stride_lse_h", "heads", "batch_heads", "blocks", "heads_together", "queries", "keys",
+        "window_left", "window_right", "reach", "threshold",
+    ]
+)  # fmt: skip
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr,
+    rng_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_lse_b, stride_lse_h,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    heads, batch_heads, blocks, heads_together, queries, keys, score_scale, softcap, window_left, window_right, reach,
+    threshold, keep_scale,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, RIGHT)
+    b = bh // heads
+    h = bh % heads
+    first_q, first_k, queries, keys, offset = sequence(
+        b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT
+    )
+    first_row = block * BLOCK_M
+    if first_row >= queries:
+        return
+    q_ptr = row_pointer(q_ptr, b, h, first_q, stride_qb, stride_qh, stride_qs)
+    k_ptr = row_pointer(k_ptr, b, h // GROUPS, first_k, stride_kb, stride_kh, stride_ks)
+    v_ptr = row_pointer(v_ptr, b, h // GROUPS, first_k, stride_vb, stride_vh, stride_vs)
+    out_ptr = row_pointer(out_ptr, b, h, first_q, stride_ob, stride_oh, stride_os)
+    lse_ptr = row_pointer(lse_ptr, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+    row = first_row + tl.arange(0, BLOCK_M)
+    bias_row = tl.minimum(row, queries - 1)[:, None]
+    bias_rows = row_pointers(bias_ptr, b, h, bias_row, stride_bias_b, stride_bias_h, stride_bias_m)
+    mask_rows = row_pointers(mask_ptr, b, h, bias_row, stride_mask_b, stride_mask_h, stride_mask_m)
+    if relative_ptr is not None:
+        relative_rows = relative_ptr + h * (2 * reach + 1)
+    else:
+        relative_rows = None
+
+    q = load_tile(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    last = tl.minimum(first_row + BLOCK_M, queries) - 1
+    begin, inner_begin, inner_end, end = key_bounds(
+        first_row + offset, last + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N
+    )
+    if LEFT:
+        acc, total, peak = _attend(
+            acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, begin,
+            tl.minimum(inner_begin, end), first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys,
+            offset, score_scale, softcap, window_left, window_right, reach, threshold, BLOCK_M, BLOCK_N, HEAD_DIM,
+            BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, True,
+        )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, inner_begin, inner_end,
+        first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale, softcap,
+        window_left, window_right, reach, threshold, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP,
+        FOLDED, PRECISION, WIDE, False,
+    )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, inner_end, end, first_row, bh,
+        stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale, softcap, window_left,
+        window_right, reach, threshold, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED,
+        PRECISION, WIDE, True,
+    )  # fmt: skip
+
+    dead = total == 0.0  # a row with nothing to attend to; NaN is not
+    factor = tl.where(dead, 0.0, keep_scale / total)
+    store_tile(out_ptr, first_row, stride_os, queries, acc * factor[:, None], BLOCK_M, HEAD_DIM, BLOCK_D)
+    lse = (peak + tl.log2(total)) * LN2 if FOLDED else peak + tl.log2(total) * LN2
+    lse = tl.where(dead, float("-inf"), lse)
+    tl.store(lse_ptr + row, lse, mask=row < queries)

@@ -1,0 +1,100 @@
+"""Every shipped configuration of the attention kernels, compiled for sm_80, 90, 100 and 120; needs no GPU."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import triton_aot
+
+CAPABILITY = {80: (8, 0), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_DIMS = (64, 128, 256, 80)
+FEATURES = {
+    "plain": {},
+    "causal": {"window_right": 0},
+    "short": {"queries": 64},
+    "window": {"window_left": 256, "window_right": 256},
+    "varlen": {"varlen": True},
+    "gqa": {"groups": 4, "window_right": 0},
+    "bias": {"bias": "bhmn"},
+    "bias_broadcast": {"bias": "hmn"},
+    "mask": {"mask": True, "lengths": True},
+    "relative": {"relative": True},
+    "softcap": {"softcap": 30.0, "window_right": 0},
+    "dropout": {"dropout_p": 0.1},
+    "dropout_causal_varlen": {"dropout_p": 0.1, "window_right": 0, "varlen": True},
+    "decode": {"queries": 1, "lengths": True, "groups": 4},
+    "decode_relative": {"queries": 1, "relative": True},
+}
+KERNELS = {
+    "_attention_backward_bias_kernel",
+    "_attention_backward_key_kernel",
+    "_attention_backward_query_kernel",
+    "_attention_combine_kernel",
+    "_attention_decode_kernel",
+    "_attention_delta_kernel",
+    "_attention_forward_kernel",
+}
+
+
+def _spec(
+    dtype, head_dim, queries=2048, groups=1, varlen=False, bias="", mask=False, lengths=False, relative=False, **more
+):
+    """An AttentionSpec of meta tensors: batch 4, 16 heads, 2048 keys, laid out (B, S, H, D) as projections are."""
+    from transformer_fast.ops._attention_op import AttentionSpec
+
+    b, h, keys = 4, 16, 2048
+    sizes = {"b": b, "h": h, "m": queries, "n": keys}
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = [(queries, h), (keys, h // groups), (keys, h // groups)]
+    if varlen:
+        data = [tensor(b * s, n, head_dim) for s, n in rows]
+    else:
+        data = [tensor(b, s, n, head_dim).transpose(1, 2) for s, n in rows]
+    cu = tensor(b + 1, dtype=torch.int32) if varlen else None
+    fields = {
+        "bias": tensor(*(size if axis in bias else 1 for axis, size in sizes.items())) if bias else None,
+        "mask": tensor(b, 1, queries, keys, dtype=torch.bool) if mask else None,
+        "key_lengths": tensor(b, dtype=torch.int64) if lengths else None,
+        "relative_bias": tensor(32, h, dtype=torch.float32) if relative else None,
+        "rng": tensor(2, dtype=torch.int64) if "dropout_p" in more else None,
+    }
+    numbers = {"window_left": -1, "window_right": -1, "softcap": 0.0, "dropout_p": 0.0, "bottom_right": 0} | more
+    return AttentionSpec(
+        *data, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=queries, max_seqlen_k=keys, relative_max_distance=128,
+        relative_bidirectional=True, scale=head_dim**-0.5, **fields, **numbers,
+    )  # fmt: skip
+
+
+def _launch(arch, dtype, head_dim, feature):
+    from transformer_fast.backends import triton_attention as backend
+
+    backend._capability = lambda device: CAPABILITY[arch]
+    backend._multiprocessors = lambda device: MULTIPROCESSORS[arch]
+    spec = _spec(dtype, head_dim, **FEATURES[feature])
+    q, k, v = spec[:3]
+    lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1], device="meta")
+    backend.attention_forward(spec, q, lse)
+    if not feature.startswith("decode"):
+        dbias, dtable = (None if t is None else t.float() for t in (spec.bias, spec.relative_bias))
+        backend.attention_backward(spec, q, None, q, lse, q, k, v, dbias, dtable)
+
+
+def cases(arch: int, everything: bool):
+    """In a test run: on sm_90 what matters most in bfloat16, elsewhere the heaviest."""
+    chosen = {}
+    for (dtype_name, dtype), head_dim, feature in itertools.product(DTYPES.items(), HEAD_DIMS, FEATURES):
+        core = dtype_name == "bfloat16" and (
+            (arch == 90 and head_dim == 64 and feature in ("causal", "relative", "dropout", "bias_broadcast", "decode"))
+            or (head_dim == 128 and feature == "causal")
+        )
+        if everything or core or (arch == 80 and dtype_name == "float32" and head_dim == 64 and feature == "plain"):
+            chosen[f"{feature}, {dtype_name}, D {head_dim}"] = functools.partial(
+                _launch, arch, dtype, head_dim, feature
+            )
+    return chosen

@@ -1,0 +1,348 @@
+"""Launches the Triton attention kernels (kernels/attention_*.py) for an AttentionSpec."""
+
+import functools
+
+import torch
+import triton
+
+from ..kernels import attention_configurations as configurations
+from ..kernels.attention_backward import (
+    _attention_backward_key_kernel,
+    _attention_backward_query_kernel,
+    _attention_delta_kernel,
+)
+from ..kernels.attention_bias_backward import _attention_backward_bias_kernel
+from ..kernels.attention_decode import _attention_combine_kernel, _attention_decode_kernel
+from ..kernels.attention_forward import _attention_forward_kernel
+from .eager import relative_buckets
+from .philox import keep_scale, threshold
+
+LOG2E = 1.4426950408889634
+UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
+DECODE_QUERIES, DECODE_ROWS = 16, 64
+L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
+
+
+class Launch:
+    """One call as every kernel takes it: arguments that all share, by name, and the block sizes."""
+
+    def __init__(self, spec):
+        q, k = spec.query, spec.key
+        self.spec = spec
+        self.packed = spec.cu_seqlens_q is not None
+        self.head_dim = q.shape[-1]
+        self.heads, self.key_heads = q.shape[1], k.shape[1]
+        self.groups = self.heads // self.key_heads
+        self.queries, self.keys = spec.max_seqlen_q, spec.max_seqlen_k
+        self.batch = spec.cu_seqlens_q.shape[0] - 1 if self.packed else q.shape[0]
+        dropout = spec.rng is not None and threshold(spec.dropout_p) > 0
+        rich = dropout or bool(spec.softcap) or any(t is not None for t in (spec.bias, spec.mask, spec.relative_bias))
+        self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), rich, self.queries)
+        self.block_d = max(16, triton.next_power_of_2(self.head_dim))
+        self.reach, lookup = _relative_lookup(spec)
+        softcap = float(spec.softcap)
+        single = q.dtype == torch.float32
+        folded = not rich and not single and spec.scale > 0
+        left, right = spec.window_left, spec.window_right
+        self.pointers = {
+            "cu_q_ptr": spec.cu_seqlens_q,
+            "cu_k_ptr": spec.cu_seqlens_k,
+            "key_lengths_ptr": None if spec.key_lengths is None else spec.key_lengths.contiguous(),
+            "bias_ptr": spec.bias,
+            "mask_ptr": None if spec.mask is None else spec.mask.view(torch.uint8),
+            "relative_ptr": lookup,
+            "rng_ptr": spec.rng.contiguous() if dropout else None,
+        }
+        self.scalars = {
+            **self.strides("q", q),
+            **self.strides("k", k),
+            **self.strides("v", spec.value),
+            **_broadcast_strides("bias", spec.bias),
+            **_broadcast_strides("mask", spec.mask),
+            "queries": self.queries,
+            "keys": self.keys,
+            "score_scale": spec.scale / softcap if softcap else spec.scale * (LOG2E if folded else 1.0),
+            "softcap": softcap,
+            "window_left": min(left, UNLIMITED),
+            "window_right": min(right, UNLIMITED),
+            "reach": self.reach,
+            "threshold": threshold(spec.dropout_p) if dropout else 0,
+            "keep_scale": keep_scale(spec.dropout_p) if dropout else 1.0,
+        }
+        self.constants = {
+            "GROUPS": self.groups,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": self.block_d,
+            "LEFT": left >= 0,
+            "RIGHT": right >= 0,
+            "BOTTOM_RIGHT": bool(spec.bottom_right),
+            "SOFTCAP": bool(softcap),
+            "FOLDED": folded,
+            "PRECISION": "tf32" if not single or torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        }
+
+    def strides(self, name: str, t: torch.Tensor, batch: str = "b") -> dict[str, int]:
+        """stride_<name>b, h, s of a (B, H, S, D) or (total, H, D) tensor."""
+        b, h, s = (0, t.stride(1), t.stride(0)) if self.packed else t.stride()[:3]
+        return {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}s": s}
+
+    def lse_strides(self, lse: torch.Tensor) -> dict[str, int]:
+        b, h = (0, lse.stride(0)) if self.packed else lse.stride()[:2]
+        return {"stride_lse_b": b, "stride_lse_h": h}
+
+    def arguments(self, kernel, config, **more):
+        """Keyword arguments of `kernel`, out of what all calls share and `more`; the rest it does not take."""
+        known = {**self.pointers, **self.scalars, **self.constants, **more}
+        known |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WIDE": _wide(known)}
+        taken = {name: known[name] for name in kernel.arg_names}
+        return {**taken, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+    def heads_together(self, tensor_bytes: int, most: int) -> int:
+        return max(1, min(most, L2_BYTES // max(1, tensor_bytes)))
+
+
+def _wide(arguments) -> bool:
+    """Whether offsets within a tile of 256 rows can leave 32 bits."""
+    return max(abs(v) for n, v in arguments.items() if n.startswith("stride_") and n.endswith("s")) * 256 >= 2**31
+
+
+def _broadcast_strides(name: str, t: torch.Tensor | None) -> dict[str, int]:
+    steps = (0, 0, 0, 0) if t is None else (0 if n == 1 else s for n, s in zip(t.shape, t.stride()))
+    return {f"stride_{name}_{axis}": step for axis, step in zip("bhmn", steps)}
+
+
+def _relative_lookup(spec) -> tuple[int, torch.Tensor | None]:
+    """reach, and the bias of each head at distances -reach .. reach, (H, 2 * reach + 1) float32. Farther keys share
+    the bucket at the end."""
+    table = spec.relative_bias
+    if table is None:
+        return 0, None
+    reach, bucket = _buckets(spec)
+    return reach, table.float().t().index_select(1, bucket)
+
+
+def _buckets(spec) -> tuple[int, torch.Tensor]:
+    table = spec.relative_bias
+    reach = max(spec.relative_max_distance, table.shape[0])
+    build = _bucket_vector
+    if table.is_cuda and torch.cuda.is_current_stream_capturing():
+        build = _bucket_vector.__wrapped__  # memory of a graph's pool must not outlive it in the cache
+    return reach, build(table.shape[0], spec.relative_max_distance, spec.relative_bidirectional, reach, table.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _bucket_vector(buckets, max_distance, bidirectional, reach, device) -> torch.Tensor:
+    distance = torch.arange(-reach, reach + 1, device=device)
+    return relative_buckets(distance, buckets, max_distance, bidirectional).to(torch.int32)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
+    """Into how many parts the keys of a decoding call are cut: 1 when `tiles` programs fill 80% of the GPU, else the fewest
+    whose last wave is filled to 85% of the best that any number up to `blocks` reaches."""
+    if tiles >= 0.8 * multiprocessors or blocks <= 1:
+        return 1
+
+    def efficiency(splits: int) -> float:
+        waves = tiles * splits / multiprocessors
+        return waves / -(-tiles * splits // multiprocessors)
+
+    candidates = range(1, min(blocks, 128, multiprocessors) + 1)
+    best = max(map(efficiency, candidates))
+    return next(s for s in candidates if efficiency(s) >= 0.85 * best)
+
+
+def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Write out and lse of a call; see ops/_attention_op.py for the spec."""
+    call = Launch(spec)
+    few = call.queries <= DECODE_QUERIES and call.queries * call.groups <= DECODE_ROWS
+    if few and call.pointers["rng_ptr"] is None:
+        _decode(call, out, lse)
+        return
+    config = configurations.select("forward", call.shape)
+    blocks = triton.cdiv(call.queries, config.block_m)
+    batch_heads = call.batch * call.heads
+    keys_bytes = 2 * call.keys * call.head_dim * out.element_size()
+    arguments = call.arguments(
+        _attention_forward_kernel,
+        config,
+        q_ptr=spec.query,
+        k_ptr=spec.key,
+        v_ptr=spec.value,
+        out_ptr=out,
+        lse_ptr=lse,
+        **call.strides("o", out),
+        **call.lse_strides(lse),
+        heads=call.heads,
+        batch_heads=batch_heads,
+        blocks=blocks,
+        heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
+    )
+    _attention_forward_kernel[(blocks * batch_heads,)](**arguments)
+
+
+def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
+    spec = call.spec
+    config = configurations.select("decode", call.shape)
+    config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(call.queries * call.groups)))
+    tiles = call.batch * call.key_heads
+    splits = splits_of(tiles, triton.cdiv(call.keys, config.block_n), _multiprocessors(out.device))
+    part, part_lse = out, lse
+    if splits > 1:
+        # (splits, B, H, Sq, D), or (splits, H, total, D) packed
+        rows = out.transpose(0, 1).shape if call.packed else out.shape
+        part = torch.empty((splits, *rows), dtype=torch.float32, device=out.device)
+        part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=out.device)
+        one = part[0].transpose(0, 1) if call.packed else part[0]
+    arguments = call.arguments(
+        _attention_decode_kernel,
+        config,
+        q_ptr=spec.query,
+        k_ptr=spec.key,
+        v_ptr=spec.value,
+        out_ptr=part,
+        lse_ptr=part_lse,
+        **call.strides("o", out if splits == 1 else one),
+        **call.lse_strides(lse if splits == 1 else part_lse[0]),
+        stride_out_split=0 if splits == 1 else part.stride(0),
+        stride_lse_split=0 if splits == 1 else part_lse.stride(0),
+        score_scale=spec.scale / spec.softcap if spec.softcap else spec.scale,  # never folded
+        heads=call.key_heads,
+        SPLIT=splits > 1,
+    )
+    _attention_decode_kernel[(tiles, splits)](**arguments)
+    if splits == 1:
+        return
+    rows = lse.shape[-1]
+    strides = call.strides("o", out)
+    _attention_combine_kernel[(rows, lse.numel() // rows)](
+        part, part_lse, out, lse, part.stride(0), part_lse.stride(0), *strides.values(), call.heads, rows, splits,
+        HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
+
+
+def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
+    call = Launch(spec)
+    lse = lse.contiguous()
+    delta, peak = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
+    rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
+    block = 64
+    _attention_delta_kernel[(triton.cdiv(call.queries, block), call.batch * call.heads)](
+        out_ptr=out, grad_out_ptr=grad_out, lse_ptr=lse,
+        grad_lse_ptr=None if grad_lse is None else grad_lse.to(torch.float32).contiguous(),
+        delta_ptr=delta, peak_ptr=peak, cu_q_ptr=spec.cu_seqlens_q, **call.strides("o", out), **rows,
+        HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block, FOLDED=call.constants["FOLDED"], num_warps=4,
+    )  # fmt: skip
+    shared = {
+        "q_ptr": spec.query,
+        "k_ptr": spec.key,
+        "v_ptr": spec.value,
+        "grad_out_ptr": grad_out,
+        "delta_ptr": delta,
+        "peak_ptr": peak,
+        "grad_scale": spec.scale,
+        **rows,
+    }
+    _key_gradients(call, shared, dk, dv)
+    broadcast = dbias is not None and _broadcasts(call, dbias)
+    _query_gradient(call, shared, dq, None if broadcast else dbias, dtable)
+    if broadcast:
+        _bias_gradient(call, shared, dbias)
+
+
+def _key_gradients(call: Launch, shared, dk, dv) -> None:
+    config = configurations.select("backward_key", call.shape)
+    blocks = triton.cdiv(call.keys, config.block_n)
+    batch_heads = call.batch * call.key_heads
+    queries_bytes = 2 * call.groups * call.queries * call.head_dim * dk.element_size()
+    arguments = call.arguments(
+        _attention_backward_key_kernel,
+        config,
+        **shared
+        | {
+            "dk_ptr": dk,
+            "dv_ptr": dv,
+            **call.strides("dk", dk),
+            **call.strides("dv", dv),
+            "heads": call.key_heads,
+            "batch_heads": batch_heads,
+            "blocks": blocks,
+            "heads_together": call.heads_together(queries_bytes, batch_heads),
+        },
+    )
+    _attention_backward_key_kernel[(blocks * batch_heads,)](**arguments)
+
+
+def _query_gradient(call: Launch, shared, dq, dbias, dtable) -> None:
+    config = configurations.select("backward_query", call.shape)
+    blocks = triton.cdiv(call.queries, config.block_m)
+    batch_heads = call.batch * call.heads
+    keys_bytes = 2 * call.keys * call.head_dim * dq.element_size()
+    buckets, bucket, bucket_sums = 0, None, None
+    if dtable is not None:
+        buckets = max(16, triton.next_power_of_2(dtable.shape[0]))
+        bucket = _buckets(call.spec)[1]
+        bucket_sums = dtable.new_zeros((call.batch, call.heads, blocks, buckets))
+    arguments = call.arguments(
+        _attention_backward_query_kernel,
+        config,
+        **shared,
+        dq_ptr=dq,
+        dbias_ptr=dbias,
+        bucket_ptr=bucket,
+        bucket_sums_ptr=bucket_sums,
+        **call.strides("dq", dq),
+        **_broadcast_strides("dbias", dbias),
+        batch_heads=batch_heads,
+        blocks=blocks,
+        heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
+        BUCKETS=buckets,
+        DIAGONALS=triton.next_power_of_2(config.block_m + config.block_n),
+    )
+    _attention_backward_query_kernel[(blocks * batch_heads,)](**arguments)
+    if dtable is not None:
+        dtable.copy_(bucket_sums.sum((0, 2))[:, : dtable.shape[0]].t())
+
+
+def _axes(call: Launch) -> tuple[int, int, int, int]:
+    return call.batch, call.heads, call.queries, call.keys
+
+
+def _broadcasts(call: Launch, dbias) -> bool:
+    return tuple(dbias.shape) != _axes(call)
+
+
+def _bias_gradient(call: Launch, shared, dbias) -> None:
+    config = configurations.select("backward_bias", call.shape)
+    tiles = (*_axes(call)[:2], triton.cdiv(call.queries, config.block_m), triton.cdiv(call.keys, config.block_n))
+    summed = [n == 1 and full > 1 for n, full in zip(dbias.shape, _axes(call))]
+    own = [1 if s else n for s, n in zip(summed, tiles)]
+    each = [n if s else 1 for s, n in zip(summed, tiles)]
+    programs, count = own[0] * own[1] * own[2] * own[3], each[0] * each[1] * each[2] * each[3]
+    # Enough programs to fill the GPU, as long as their parts stay small beside the keys and values.
+    wanted = triton.cdiv(2 * _multiprocessors(dbias.device), programs)
+    splits = max(1, min(wanted, count, 2**24 // dbias.numel()))
+    part = dbias.unsqueeze(0) if splits == 1 else dbias.new_empty((splits, *dbias.shape))
+    arguments = call.arguments(
+        _attention_backward_bias_kernel,
+        config,
+        **shared,
+        dbias_ptr=part,
+        stride_split=part.stride(0),
+        **_broadcast_strides("dbias", part[0]),
+        **{f"own_{axis}": n for axis, n in zip("bhmn", own)},
+        **{f"each_{axis}": n for axis, n in zip("bhmn", each)},
+        SUM_M=summed[2],
+        SUM_N=summed[3],
+    )
+    _attention_backward_bias_kernel[(programs, splits)](**arguments)
+    if splits > 1:
+        torch.sum(part, 0, out=dbias)
