@@ -1,6 +1,5 @@
 """What every family shares: HF's modules given our forward, and the arguments of a forward pass made plain."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +157,16 @@ def documented_as(original):
     return decorate
 
 
-@functools.cache
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
 def activation_name(hidden_act) -> str | None:
     """The name ops.bias_activation knows an HF activation by, or None: then its module is called."""
-    names = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
-             "swish": "silu"}  # fmt: skip
-    return names.get(hidden_act) if isinstance(hidden_act, str) else None
+    return _ACTIVATIONS.get(hidden_act) if isinstance(hidden_act, str) else None

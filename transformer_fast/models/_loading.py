@@ -116,7 +116,7 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
         file, reason = _broken(folder), str(error)
         raise ValueError(f"{file or name}: is truncated or corrupt ({reason}); download or save it again") from error
     if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"(?:GLOBAL|unsupported) (\S+)", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it refers to {found.group(1)})" if found else ""
         raise ValueError(
             f"{_binary(folder) or name}: is corrupt or holds more than tensors{what}; code in a checkpoint is never run"
