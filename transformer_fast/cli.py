@@ -1,0 +1,22 @@
+"""The command line, `transformer-fast`: info, demo, verify, bench."""
+
+import sys
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 not the same (verify), 2 wrong use or something missing."""
+    try:
+        from .commands import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(
+            f"transformer-fast needs {error.name}, which is not installed: pip install 'transformer-fast[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    app()
+
+
+if __name__ == "__main__":
+    main()

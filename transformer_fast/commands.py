@@ -1,0 +1,178 @@
+"""The commands of `transformer-fast`. Needs typer and rich; the rest is imported by the command that needs it."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="transformer-fast",
+    help="Fast kernels for the transformers you already use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+SAME, NOT_SAME, WRONG = 0, 1, 2
+
+
+class _Problem(Exception):
+    """What a person can put right, in one line."""
+
+
+def _command(**options):
+    """A command whose `_Problem`s are one line on stderr and exit code 2."""
+
+    def register(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            try:
+                function(*args, **kwargs)
+            except _Problem as problem:
+                Console(stderr=True).print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
+                raise typer.Exit(WRONG) from problem
+
+        return app.command(**options)(run)
+
+    return register
+
+
+def _need(what: str, **packages: str) -> None:
+    """Each package is there, or a `_Problem` says how to get it."""
+    missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise _Problem(f"{what} needs {', '.join(missing)}: pip install {' '.join(repr(m) for m in missing)}")
+
+
+# ---- info -----------------------------------------------------------------------------------------------
+def _version(name: str, brings: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"missing (pip install {name}). It would bring {brings}"
+
+
+def _nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        return "missing. It would compile CUDA C++ kernels from source; the Triton kernels do without"
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} does not run: {error}"
+    release = text.partition("release ")[2].partition(",")[0]
+    return f"{release or 'unknown version'} ({path})"
+
+
+@_command()
+def info() -> None:
+    """What is active, what is missing, and what it would bring."""
+    _need("info", torch="torch")
+    import torch
+
+    from . import __version__, backends
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    rows = {"transformer_fast": __version__, "Python": platform.python_version()}
+    rows.update({name: value for name, value in backends.info().items() if name != "forced backend"})
+    rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    rows["transformers"] = _version(
+        "transformers", 'the models, attn_implementation="transformer_fast", accelerate for its models and verify'
+    )
+    rows["triton"] = _version("triton", "fused kernels on NVIDIA GPUs")
+    rows["nvcc"] = _nvcc()
+    rows["forced backend"] = backends.info()["forced backend"]
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table, markup=False)
+
+
+# ---- verify ---------------------------------------------------------------------------------------------
+@_command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="a folder with config.json and weights, or a name on the hub")],
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16, fp16; may be repeated; default all three")
+    ] = None,
+    gradients: Annotated[bool, typer.Option(help="compare parameter gradients too")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Compare a checkpoint here with Hugging Face: outputs and gradients, every row, both paddings, each dtype."""
+    _need("verify", torch="torch", transformers="transformers>=5.17")
+    import torch
+
+    from .verify import DTYPES, VerifyError
+    from .verify import verify as compare
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise _Problem(f"--device: wanted one of {there}, got {device}")
+    errors = Console(stderr=True)
+    try:
+        with errors.status("starting") as status:
+            result = compare(
+                checkpoint, dtypes=dtype or list(DTYPES), gradients=gradients, device=device, progress=status.update
+            )
+    except VerifyError as error:
+        raise _Problem(str(error)) from error
+    console = Console()
+    console.print(
+        f"{checkpoint}: {result.model} by Hugging Face against {result.through}", soft_wrap=True, markup=False
+    )
+    table = Table("dtype", "padding", "compared", "our error", "theirs", "")
+    for row in result.rows:
+        verdict = {True: "same", False: "NOT THE SAME", None: "not compared"}[row.same]
+        numbers = (f"{row.ours:.1e}", f"{row.theirs:.1e}") if row.same is not None and row.dtype else ("", "")
+        table.add_row(row.dtype, row.padding, row.what, *numbers, f"{verdict}{': ' if row.note else ''}{row.note}")
+    console.print(table, markup=False)
+    if not result.same:
+        off = sum(row.same is False for row in result.rows)
+        console.print(f"NOT the same: {off} of {len(result.rows)} comparisons are off")
+        raise typer.Exit(NOT_SAME)
+    console.print("same: as close to float64 as Hugging Face is, on every row")
+    raise typer.Exit(SAME)
+
+
+# ---- demo, bench ----------------------------------------------------------------------------------------
+@_command()
+def demo(
+    output: Annotated[pathlib.Path, typer.Argument(help="folder for the pictures")] = pathlib.Path("demo_output"),
+) -> None:
+    """Encode real sentences with a real BERT, by Hugging Face and by this package: same result, time, memory."""
+    _need("demo", torch="torch", transformers="transformers>=5.17", tqdm="tqdm", matplotlib="matplotlib")
+    from .demo import CheckpointMissing, run
+
+    try:
+        run(output)
+    except (CheckpointMissing, OSError) as error:
+        raise _Problem(str(error)) from error
+
+
+@_command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks. Every argument goes to benchmarks/run.py; --help shows them."""
+    _need("bench", torch="torch", tqdm="tqdm", transformers="transformers>=5.17")
+    try:
+        from .benchmarks import run
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("transformer_fast"):
+            raise _Problem(f"bench needs {error.name}: pip install {error.name}") from error
+        raise _Problem(
+            "the benchmarks are not installed here: clone the repository and run `make bench` in it"
+        ) from error
+    raise typer.Exit(run.main(context.args))
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,311 @@
+"""verify(checkpoint): does this package compute what Hugging Face computes, for this checkpoint, on every row?"""
+
+import collections
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["DTYPES", "Row", "Verification", "VerifyError", "verify"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# As close to float64 as Hugging Face's eager attention in the same dtype, within these factors; and so many units in
+# the last place of the largest value where that is exact by luck.
+OUTPUT_FACTOR, GRADIENT_FACTOR, FLOOR_ULPS = 2.0, 3.0, 2.0
+LENGTHS = (23, 9, 1, 14)
+_REFERENCE = "transformer_fast_verify_reference"
+
+
+class VerifyError(ValueError):
+    """A checkpoint that cannot be verified; one line that says why."""
+
+
+class Row(NamedTuple):
+    """One comparison. ours, theirs: largest error against float64. same: None where there is nothing to compare, and
+    then, as where it is False, note says why or where."""
+
+    dtype: str
+    padding: str
+    what: str
+    ours: float
+    theirs: float
+    same: bool | None
+    note: str
+
+
+@dataclasses.dataclass
+class Verification:
+    """model: Hugging Face's class. through: what computed ours. rows: every comparison."""
+
+    model: str
+    through: str
+    rows: list[Row]
+
+    @property
+    def same(self) -> bool:
+        return all(row.same is not False for row in self.rows)
+
+
+def verify(
+    checkpoint: str | os.PathLike,
+    *,
+    dtypes: Sequence[str] = ("fp32", "bf16", "fp16"),
+    gradients: bool = True,
+    device: str = "cpu",
+    progress: Callable[[str], object] = lambda text: None,
+) -> Verification:
+    """Load a checkpoint with Hugging Face's class and with ours and compare outputs and parameter gradients.
+
+    checkpoint: a folder, or a name on the hub. The class is the one config.json names. Ours is the class of that name
+    in this package, or, where there is none, a copy of the model under `accelerate`. dtypes: names in DTYPES.
+    Ragged batches of random tokens, right and left padded, in evaluation mode; every position that is not padding is
+    compared, and pooled outputs where what they read is not padding. Both are held against the same model in
+    float64: ours may be at most OUTPUT_FACTOR (gradients GRADIENT_FACTOR) times as far from it as Hugging Face's
+    eager attention in the same dtype. progress is called before each step.
+    Raises VerifyError, in one line, when the checkpoint or transformers is missing, broken or of no kind known here.
+    """
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown:
+        raise VerifyError(f"dtype: wanted some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    progress("loading")
+    theirs = _load_theirs(checkpoint).to(device)
+    ours, through = _load_ours(checkpoint, theirs)
+    result = Verification(type(theirs).__name__, through, [])
+    result.rows.append(_compare_weights(theirs, ours))
+    batches = list(_batches(theirs))
+    truths = {}
+    progress("float64")
+    reference = _reference(theirs)
+    for padding, inputs, real in batches:
+        truths[padding] = _run(reference, inputs, real, padding, torch.float64, gradients)
+    del reference
+    for name in dtypes:
+        for padding, inputs, real in batches:
+            progress(f"{name}, padding {padding}")
+            eager, found = (
+                _run(_cast(m, DTYPES[name]), inputs, real, padding, DTYPES[name], gradients) for m in (theirs, ours)
+            )
+            result.rows += _compare(name, padding, real, found, truths[padding], eager)
+    return result
+
+
+# ---- loading --------------------------------------------------------------------------------------------
+def _load_theirs(checkpoint) -> torch.nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise VerifyError(f"verify needs transformers: pip install 'transformers>=5.17' ({error})") from error
+    from .models._loading import model_type_of
+
+    with _quiet():
+        try:
+            model_type_of(checkpoint, {})
+            config = transformers.AutoConfig.from_pretrained(checkpoint)
+            named = next(iter(getattr(config, "architectures", None) or ()), "")
+            cls = getattr(transformers, named, None) or transformers.AutoModel
+            return cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+        except Exception as error:  # whatever a broken file makes of a loader, a person gets one line
+            text = " ".join(str(error).split())
+            raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error
+
+
+def _load_ours(checkpoint, theirs) -> tuple[torch.nn.Module, str]:
+    import transformer_fast
+
+    cls = getattr(transformer_fast, type(theirs).__name__, None)
+    if isinstance(cls, type) and issubclass(cls, type(theirs)):
+        with _quiet():
+            try:
+                model = cls.from_pretrained(checkpoint, dtype=torch.float32)
+            except (OSError, ValueError) as error:
+                raise VerifyError(f"{checkpoint}: {' '.join(str(error).split())}") from error
+        return model.to(theirs.device).eval(), f"transformer_fast.{cls.__name__}"
+    model = copy.deepcopy(theirs)
+    report = transformer_fast.accelerate(model, verbose=False)
+    counts = collections.Counter(kind for path, kind in report.swapped.items() if not path.startswith("attention"))
+    swapped = ["attention"] * any(path.startswith("attention") for path in report.swapped)
+    swapped += [f"{n} x {kind}" for kind, n in counts.items()]
+    return model, f"transformer_fast.accelerate: {', '.join(swapped) or 'nothing swapped'}"
+
+
+class _quiet:
+    """Without transformers' loading reports and progress bars."""
+
+    def __enter__(self):
+        from transformers.utils import logging as hf_logging
+
+        self.verbosity = hf_logging.get_verbosity()
+        self.bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity(logging.CRITICAL)
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_):
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            hf_logging.enable_progress_bar()
+
+
+def _compare_weights(theirs, ours) -> Row:
+    """Same names, same bits; afterwards weights that the checkpoint lacks, random in both, are the same too."""
+    a, b = theirs.state_dict(), ours.state_dict()
+    different = sorted(a.keys() ^ b.keys()) or [name for name in a if not torch.equal(a[name], b[name])]
+    ours.load_state_dict(a)
+    note = ""
+    if different:
+        note = f"{', '.join(different[:3])}{' ...' if len(different) > 3 else ''}: random or not the same; copied"
+    return Row("", "", f"weights ({len(a)})", 0.0, 0.0, None if different else True, note)
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------
+def _batches(model) -> Iterator[tuple[str, dict[str, torch.Tensor], torch.Tensor | None]]:
+    """(padding, inputs, mask of real positions)."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    text = config.get_text_config()
+    if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+        pixels = torch.randn(2, getattr(config, "num_channels", 3), *size, generator=generator)
+        yield "none", {"pixel_values": pixels.to(model.device)}, None
+        return
+    if model.main_input_name != "input_ids":
+        raise VerifyError(
+            f"{type(model).__name__}: takes {model.main_input_name}; verify knows models of input_ids and pixel_values"
+        )
+    limit = getattr(text, "max_position_embeddings", None) or max(LENGTHS)
+    lengths = torch.tensor([min(n, max(limit - 4, 1)) for n in LENGTHS])[:, None]
+    longest, pad = int(lengths.max()), getattr(text, "pad_token_id", None) or 0
+    special = {pad, *(getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "sep", "cls", "mask"))}
+    usual = torch.tensor([i for i in range(min(text.vocab_size, 30000)) if i not in special])
+
+    def tokens(length: int) -> torch.Tensor:
+        return usual[torch.randint(len(usual), (len(LENGTHS), length), generator=generator)]
+
+    ids, target, position = tokens(longest), tokens(7), torch.arange(longest)
+    for padding in ("right", "left"):
+        real = position < lengths if padding == "right" else position >= longest - lengths
+        inputs = {"input_ids": ids.where(real, pad), "attention_mask": real.long()}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = target
+        yield padding, {name: t.to(model.device) for name, t in inputs.items()}, real.to(model.device)
+
+
+# ---- running --------------------------------------------------------------------------------------------
+def _cast(model, dtype: torch.dtype):
+    return copy.deepcopy(model).to(dtype)
+
+
+def _reference(theirs):
+    """The model in float64 with attention as the papers write it: eager attention goes through float32."""
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    def dense_mask(*args, allow_is_causal_skip=None, allow_is_bidirectional_skip=None, **kwargs):
+        return sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
+
+    AttentionInterface.register(_REFERENCE, _reference_attention)
+    AttentionMaskInterface.register(_REFERENCE, dense_mask)
+    model = _cast(theirs, torch.float64)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(_REFERENCE)
+    return model
+
+
+def _reference_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, softcap=None, s_aux=None,
+    **kwargs,
+):  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores if position_bias is None else scores + position_bias
+    if attention_mask is not None:
+        nothing = ~attention_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~attention_mask, -torch.inf).masked_fill(nothing, 0.0)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores)], -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2), weights
+
+
+class _Result(NamedTuple):
+    outputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
+def _run(model, inputs, real, padding: str, dtype, gradients: bool) -> _Result:
+    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    model.requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        found = model(**inputs)
+        outputs = dict(_readable(found, real, padding))
+    if gradients and outputs:
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in outputs.values()]
+        torch.autograd.backward(list(outputs.values()), cotangents)
+    grads = {}
+    for name, p in model.named_parameters() if gradients else ():
+        grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad = None
+    return _Result({name: t.detach() for name, t in outputs.items()}, grads)
+
+
+def _readable(found, real, padding: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Outputs that do not depend on padding: by position where they have positions, else whole."""
+    for name, t in found.items():
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point() or not t.dim():
+            continue
+        if real is not None and tuple(t.shape[:2]) == tuple(real.shape):
+            yield name, t[real]
+        elif padding != "left" or "decoder" in name or (name == "logits" and t.dim() == 3):
+            yield name, t
+
+
+# ---- comparing ------------------------------------------------------------------------------------------
+def _compare(dtype: str, padding: str, real, ours: _Result, truth: _Result, eager: _Result) -> Iterator[Row]:
+    if not truth.outputs:
+        yield Row(dtype, padding, "outputs", 0.0, 0.0, None, "this head reads padded positions: nothing to compare")
+        return
+    for name, t in truth.outputs.items():
+        yield _judge(dtype, padding, name, real, ours.outputs[name], t, eager.outputs[name], OUTPUT_FACTOR)
+    if truth.gradients:
+        # One vector, each parameter scaled by its true size: the error of one small tensor is luck.
+        top = max(t.abs().max().item() for t in truth.gradients.values() if t.numel())
+        scale = {name: max(t.abs().max().item(), 0.05 * top) for name, t in truth.gradients.items() if t.numel()}
+        pooled = [torch.cat([(r.gradients[n] / s).flatten() for n, s in scale.items()]) for r in (ours, truth, eager)]
+        row = _judge(dtype, padding, f"gradients ({len(scale)})", None, *pooled, GRADIENT_FACTOR)
+        if row.same is False:
+            worst = max(
+                scale, key=lambda n: ((ours.gradients[n].double() - truth.gradients[n]) / scale[n]).abs().max().item()
+            )
+            row = row._replace(note=f"worst: {worst}")
+        yield row
+
+
+def _judge(dtype: str, padding: str, what: str, real, ours, truth, eager, factor: float) -> Row:
+    if not eager.isfinite().all():
+        return Row(dtype, padding, what, 0.0, 0.0, None, "Hugging Face itself overflows here")
+    error, theirs = (ours.double() - truth).abs(), (eager.double() - truth).abs()
+    if theirs.max() > 0.5 * truth.abs().max():
+        return Row(dtype, padding, what, 0.0, 0.0, None, "Hugging Face itself is too far from float64 here")
+    floor = FLOOR_ULPS * torch.finfo(ours.dtype).eps * truth.abs().max().item()
+    largest = factor * max(theirs.max().item(), floor)
+    typical = factor * max(theirs.square().mean().sqrt().item(), floor / 4)
+    within = bool(error.max() <= largest) and bool(error.square().mean().sqrt() <= typical)  # NaN is never within
+    note = "" if within else _where(error, largest, real)
+    return Row(dtype, padding, what, error.max().item(), theirs.max().item(), within, note)
+
+
+def _where(error, bound: float, real) -> str:
+    """The rows of a batch that are off, or how many elements."""
+    off = ~(error <= bound)
+    if real is None or not off.dim() > 1 or len(error) != int(real.sum()):
+        return f"{int(off.sum())} of {off.numel()} elements over {bound:.1e}"
+    rows = torch.nonzero(real)[off.flatten(1).any(1)].tolist()
+    named = ", ".join(f"sentence {b} position {i}" for b, i in rows[:3])
+    return f"{len(rows)} of {len(error)} rows over {bound:.1e}{': ' if rows else ''}{named}"
