@@ -11,7 +11,7 @@ from . import Backend, Call
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"attention", "norm"})
+_OPS = frozenset({"attention", "bias_activation", "norm"})
 
 # Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
 # them ahead of time only; `info` says so.
@@ -104,6 +104,20 @@ class TritonBackend(Backend):
 
         with _device_of(out):
             attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
+
+    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
+        from ..kernels.activation import bias_activation_forward
+
+        with _device_of(y):
+            bias_activation_forward(x, bias, gate, activation, y)
+
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
+        from ..kernels.activation import bias_activation_backward
+
+        with _device_of(grad_x):
+            bias_activation_backward(
+                grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate, _multiprocessors(grad_x.device)
+            )
 
 
 BACKEND = TritonBackend()

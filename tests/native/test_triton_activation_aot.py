@@ -1,0 +1,56 @@
+"""Every activation kernel, compiled for sm_80, 90, 100 and 120; needs no GPU."""
+
+import functools
+
+import pytest
+import torch
+import triton_aot
+
+from transformer_fast.ops.activation import ACTIVATIONS
+
+WIDTHS = {"bert": 3072, "odd_blocks": 400, "narrow": 64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _launch(width, dtype, activation, gated, bias):
+    from transformer_fast.kernels.activation import bias_activation_backward, bias_activation_forward
+
+    x = torch.empty(4096, width, dtype=dtype, device="meta")
+    gate = x if gated else None
+    vector = torch.empty(width, dtype=dtype, device="meta") if bias else None
+    grad_bias = torch.empty(width, dtype=torch.float32, device="meta") if bias else None
+    bias_activation_forward(x, vector, gate, activation, x)
+    bias_activation_backward(x, x, vector, gate, activation, x, grad_bias, gate, 132)
+
+
+def cases(arch: int, everything: bool):
+    """In a test run: on sm_90 each activation in bfloat16, gated; elsewhere the two that cost most."""
+    chosen = {}
+    for activation in ACTIVATIONS:
+        for dtype_name, dtype in DTYPES.items():
+            for width_name, width in WIDTHS.items():
+                for gated in (False, True):
+                    for bias in (False, True):
+                        tested = gated and bias and (dtype_name, width_name) == ("bfloat16", "bert")
+                        tested = tested and (arch == 90 or activation.startswith("gelu"))
+                        tested |= (activation, dtype_name, width_name, gated, bias) == ("gelu", "float32", "bert", 0, 1)
+                        if everything or tested:
+                            name = f"{activation}, {dtype_name}, {width_name}{', gated' * gated}{', bias' * bias}"
+                            chosen[name] = functools.partial(_launch, width, dtype, activation, gated, bias)
+    return chosen
+
+
+def check(report: dict) -> None:
+    triton_aot.assert_runs_well(report, registers=255 if report["kernel"] == "_column_sum_kernel" else 128)
+    if report["kernel"] != "_column_sum_kernel":
+        assert report["loads_128"] and report["stores_128"] and not report["stores_narrow"], report
+
+
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_compiles_for(arch):
+    found = triton_aot.aot_reports(__file__, arch)
+    kernels = {"_bias_activation_forward_kernel", "_bias_activation_backward_kernel", "_column_sum_kernel"}
+    assert {r["kernel"] for reports in found.values() for r in reports} == kernels
+    for reports in found.values():
+        for report in reports:
+            check(report)
