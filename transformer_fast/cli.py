@@ -8,10 +8,11 @@ def main() -> None:
     try:
         from .commands import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
         print(
-            f"transformer-fast needs {error.name}, which is not installed: pip install 'transformer-fast[cli]'",
+            f"transformer-fast needs {package}, which is not installed: pip install 'transformer-fast[cli]'",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -150,7 +150,8 @@ def _recognise_norm(module) -> tuple[str | None, str]:
         return None, "its weight is not of a floating-point dtype"
     if _eps(module) is None and not isinstance(module, torch.nn.RMSNorm):
         return None, f"it has none of the attributes {', '.join(_EPS_NAMES)}"
-    kind = _behaves_like(module, _norm_probe(module, parameters), NORMS)
+    kinds = NORMS if _eps(module) is not None else {"rms_norm": _rms_norm}  # only RMS norm has a default eps
+    kind = _behaves_like(module, _norm_probe(module, parameters), kinds)
     return kind, "" if kind else "its forward is neither layer norm nor RMS norm of its last dimension"
 
 

