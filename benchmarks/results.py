@@ -97,6 +97,7 @@ def machine(device: str) -> dict:
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md")),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device == "cuda":

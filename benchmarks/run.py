@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     budget = QUICK if args.quick else Budget()
     about = results.machine(args.device)
+    if (about["load_average"] or 0.0) > 0.5 * about["cores"]:
+        print(f"this machine is busy (load {about['load_average']:.1f}): times will scatter", file=sys.stderr)
     folder = args.output or results.result_folder(about)
     rows: list[dict] = []
     with tqdm(total=len(cases) + 1, unit="case", disable=None) as bar:
