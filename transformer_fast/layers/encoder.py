@@ -247,7 +247,7 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
         return out
     out, lse = out
     lse = packing.unpack(lse.t(), fill=-float("inf")).transpose(1, 2)
-    call.attentions[index] = ops.attention_probabilities(
+    call.attentions[index] = _probabilities(
         packing.unpack(q).transpose(1, 2), packing.unpack(k).transpose(1, 2), lse, scale=spec.scale,
         attn_mask=packing.mask[:, None, None], is_causal=call.causal,
     )  # fmt: skip
@@ -262,11 +262,20 @@ def _padded_attention(q, k, v, mask, call: StackCall, causal: bool, p: float, we
     )  # fmt: skip
     if weights is not None:
         out, lse = out
-        weights[index] = ops.attention_probabilities(
+        weights[index] = _probabilities(
             q, k, lse, scale=call.spec.scale, is_causal=causal,
             attn_mask=mask,
         )  # fmt: skip
     return out.transpose(1, 2).flatten(-2)
+
+
+def _probabilities(q, k, lse, **masks) -> torch.Tensor:
+    weights = ops.attention_probabilities(q, k, lse, **masks)
+    if weights.dtype not in (torch.float32, torch.float64):
+        return weights
+    # The scores here and those inside lse were rounded apart: make rows sum to one again.
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
 
 
 def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Tensor:
