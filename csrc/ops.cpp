@@ -73,6 +73,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "cpu_bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, int activation, "
       "Tensor(a!) grad_x, Tensor(b!)? grad_bias, Tensor(c!)? grad_gate) -> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
+  // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1.
+  // lse: float32 (B, H, Sq) or (H, total_q), last stride 1. bias, mask: 4-D. relative: float32 (H, n), a bias for every
+  // distance, at [relative_zero + query position - key position]. dbias: float32, zeros, of bias's shape.
+  // drelative: float32 (B, H, n), zeros.
+#define TF_ATTENTION                                                                                              \
+  "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
+  "Tensor? cu_seqlens_k, Tensor? relative, int relative_zero, Tensor? rng, float scale, bool bottom_right, "        \
+  "int window_left, int window_right, float softcap, float dropout_p, "
+  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
+#undef TF_ATTENTION
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

@@ -2,6 +2,7 @@
 // (norm.hpp, activation.hpp, ...); strides count elements.
 #pragma once
 #include "activation.hpp"
+#include "attention.hpp"
 #include "norm.hpp"
 
 namespace tf {
@@ -12,6 +13,8 @@ struct Kernels {
   void (*bias_activation_forward)(const BiasActivationForward&);
   void (*bias_activation_backward)(const BiasActivationBackward&);
   void (*dropout_forward)(const DropoutForward&);
+  void (*attention_forward)(const AttentionForward&);
+  void (*attention_backward)(const AttentionBackward&);
 };
 
 #ifdef TF_ISA
@@ -21,6 +24,8 @@ void norm_backward(const NormBackward&);
 void bias_activation_forward(const BiasActivationForward&);
 void bias_activation_backward(const BiasActivationBackward&);
 void dropout_forward(const DropoutForward&);
+void attention_forward(const AttentionForward&);
+void attention_backward(const AttentionBackward&);
 }  // namespace TF_ISA
 #endif
 

@@ -15,9 +15,8 @@ struct PhiloxWords {
   VecU w[4];
 };
 
-// Philox for kWidth counters c0, c0+1, ...
-static inline PhiloxWords philox(VecU c0, uint32_t c1v, uint32_t c2v, uint32_t c3v, uint64_t seed) {
-  VecU c1 = broadcast_u(c1v), c2 = broadcast_u(c2v), c3 = broadcast_u(c3v);
+// Philox for kWidth counters, one a lane.
+static inline PhiloxWords philox(VecU c0, VecU c1, VecU c2, VecU c3, uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 7; ++round) {
     VecU hi0, lo0, hi1, lo1;
@@ -39,7 +38,8 @@ static inline void dropout_factors(const Philox& p, uint32_t bh, uint32_t i, uin
   const VecU threshold = broadcast_u(p.threshold);
   const Vec scale = broadcast(p.keep_scale), zero = broadcast(0.f);
   for (int c = 0; c < 16; c += kWidth) {
-    PhiloxWords r = philox(iota_u(group * 16 + c), i, bh, uint32_t(p.offset), p.seed);
+    PhiloxWords r = philox(iota_u(group * 16 + c), broadcast_u(i), broadcast_u(bh), broadcast_u(uint32_t(p.offset)),
+                           p.seed);
     for (int lane = 0; lane < 8; ++lane) {
       VecU bits = lane < 4 ? (r.w[lane] & broadcast_u(0xffffu)) : (r.w[lane - 4] >> 16);
       store(factors + lane * 16 + c, select_u_ge(bits, threshold, scale, zero));

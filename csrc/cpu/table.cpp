@@ -12,5 +12,7 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::bias_activation_forward,
     TF_ISA::bias_activation_backward,
     TF_ISA::dropout_forward,
+    TF_ISA::attention_forward,
+    TF_ISA::attention_backward,
 };
 }  // namespace tf

@@ -1,11 +1,14 @@
 """C++ kernels for the CPU (csrc/cpu), chosen per instruction set at run time."""
 
+import functools
+
 import torch
 
 from . import Backend, Call, native
+from .eager import relative_buckets
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"norm", "bias_activation", "dropout"})
+_OPS = frozenset({"attention", "norm", "bias_activation", "dropout"})
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
 
@@ -25,6 +28,27 @@ class CpuBackend(Backend):
         if call.op not in _OPS:
             reasons.append(f"there is no CPU kernel for {call.op}")
         return tuple(reasons)
+
+    def attention_forward(self, spec, out, lse) -> None:
+        relative, zero = _relative_bias(spec)
+        _ops.cpu_attention_forward.default(*_attention_arguments(spec, relative, zero), out, lse)
+
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+        relative, zero = _relative_bias(spec)
+        drelative = None
+        if dtable is not None:
+            sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
+            drelative = relative.new_zeros((sequences, *relative.shape))
+        grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+        _ops.cpu_attention_backward.default(
+            _unit_stride(grad_out), grad_lse, _unit_stride(out), lse.contiguous(),
+            *_attention_arguments(spec, relative, zero), dq, dk, dv, dbias, drelative,
+        )  # fmt: skip
+        if drelative is not None:
+            buckets = _distance_buckets(
+                zero, spec.relative_bias.shape[0], spec.relative_max_distance, spec.relative_bidirectional
+            )
+            dtable.index_add_(0, buckets, drelative.sum(0)[:, : 2 * zero + 1].t())
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         _ops.cpu_norm_forward.default(
@@ -48,6 +72,44 @@ class CpuBackend(Backend):
 
     def dropout_forward(self, x, rng, p, y) -> None:
         _ops.cpu_dropout_forward.default(x if x.stride(1) == 1 else x.contiguous(), rng, p, y)
+
+
+def _attention_arguments(spec, relative, zero) -> tuple:
+    bias, mask = spec.bias, spec.mask
+    if bias is not None:
+        bias = bias.detach()
+        if bias.dtype not in _DTYPES:
+            bias = bias.to(torch.float32)
+    return (
+        spec.query, spec.key, spec.value, bias, mask, spec.key_lengths, spec.cu_seqlens_q, spec.cu_seqlens_k, relative,
+        zero, spec.rng, spec.scale, bool(spec.bottom_right), spec.window_left, spec.window_right, spec.softcap,
+        spec.dropout_p,
+    )  # fmt: skip
+
+
+_LANES = 64  # queries of a tile: the kernel reads so far past a row of `relative`
+
+
+def _relative_bias(spec) -> tuple[torch.Tensor | None, int]:
+    """The table spread over distances, (H, 2 * zero + 1 + padding): the bias of key j seen from position p is at
+    [h, zero + p - j]. Linear in the sequence length."""
+    table = spec.relative_bias
+    if table is None:
+        return None, 0
+    zero = max(spec.max_seqlen_q, spec.max_seqlen_k)
+    buckets = _distance_buckets(zero, table.shape[0], spec.relative_max_distance, spec.relative_bidirectional)
+    relative = torch.zeros(table.shape[1], 2 * zero + 1 + _LANES)
+    relative[:, : 2 * zero + 1] = table.detach().to(torch.float32).t()[:, buckets]
+    return relative, zero
+
+
+@functools.lru_cache(maxsize=64)
+def _distance_buckets(zero: int, buckets: int, max_distance: int, bidirectional: bool) -> torch.Tensor:
+    return relative_buckets(torch.arange(zero, -zero - 1, -1), buckets, max_distance, bidirectional)
+
+
+def _unit_stride(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,182 @@
+// Attention forward (Dao et al., "FlashAttention", 2022, on a CPU): a thread takes 64 queries of one head and goes over
+// the keys 128 at a time with an online softmax. Scores, probabilities and output are held transposed, see
+// attention_scores.hpp; nothing of size Sq x Sk exists.
+#include "attention_scores.hpp"
+#include "parallel.hpp"
+
+namespace tf::TF_ISA {
+namespace {
+
+struct Buffers {
+  float *queries, *scores, *extra, *keys, *values, *out, *top, *total, *correction;
+};
+
+Buffers take_buffers(const Attention& a) {
+  const int64_t padded = round_up(a.dim, kWidth), tile = kKeys * kQueries, rows = kKeys * padded;
+  Arena arena{static_cast<char*>(
+      tf_scratch(0, 2 * Arena::bytes(padded * kQueries) + 2 * Arena::bytes(tile) + 2 * Arena::bytes(rows) +
+                        3 * Arena::bytes(kQueries)))};
+  Buffers s;
+  s.queries = arena.take(padded * kQueries);
+  s.out = arena.take(padded * kQueries);
+  s.scores = arena.take(tile);
+  s.extra = arena.take(tile);
+  s.keys = arena.take(rows);
+  s.values = arena.take(rows);
+  s.top = arena.take(kQueries);
+  s.total = arena.take(kQueries);
+  s.correction = arena.take(kQueries);
+  return s;
+}
+
+template <class T>
+const T* rows_of(const void* data, const Rows& rows, int64_t b, int64_t h, int64_t r) {
+  return static_cast<const T*>(data) + b * rows.batch + h * rows.head + r * rows.row;
+}
+
+// Running maximum `top` (in units of log2), sum `total`, and scores -> probabilities, in place.
+void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float to_log2, const Buffers& s) {
+  float offset[kQueries];
+  for (int64_t c = 0; c < t.lanes; c += kWidth) {
+    Vec top = load(s.scores + c);
+    for (int64_t j = 1; j < keys; ++j) top = max(load(s.scores + j * t.lanes + c), top);
+    const Vec before = load(s.top + c), after = max(top * to_log2, before);
+    const Vec finite = after == broadcast(-INFINITY) ? broadcast(0.f) : after;
+    store(s.top + c, after);
+    store(offset + c, finite);
+    store(s.correction + c, exp2(before - finite));
+  }
+  const bool dropout = a.dropout.threshold != 0;
+  for (int64_t c = 0; c < t.lanes; c += kWidth) {
+    const Vec shift = load(offset + c);
+    Vec sum = Vec{};
+    float* p = s.scores + c;
+    for (int64_t j = 0; j < keys; ++j, p += t.lanes) {
+      const Vec e = exp2(fma(load(p), broadcast(to_log2), -shift));
+      store(p, e);
+      sum = sum + e;
+    }
+    store(s.total + c, fma(load(s.total + c), load(s.correction + c), sum));
+  }
+  if (dropout)
+    for_each_dropout(a, t, j0, keys, [&](int64_t row, int64_t c, Vec factor) {
+      float* p = s.scores + row * t.lanes + c;
+      store(p, load(p) * factor);
+    });
+}
+
+template <class T, bool Pairs>
+void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
+  const int64_t hk = t.h / (a.heads / a.key_heads), padded = round_up(a.dim, kWidth), lanes = t.lanes;
+  T* out = static_cast<T*>(a.out) + t.b * a.out_rows.batch + t.h * a.out_rows.head +
+           (a.q_start[t.b] + t.q0) * a.out_rows.row;
+  float* lse = a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.q_start[t.b] + t.q0;
+  int64_t begin, end;
+  key_range(a, t, begin, end);
+  if (end <= begin) {
+    zero_rows(out, a.out_rows.row, t.count, a.dim);
+    for (int64_t i = 0; i < t.count; ++i) lse[i] = -INFINITY;
+    return;
+  }
+  const T* q = rows_of<T>(a.q, a.q_rows, t.b, t.h, a.q_start[t.b] + t.q0);
+  if constexpr (Pairs)
+    load_pairs_transposed(q, a.q_rows.row, t.count, a.dim, s.queries, lanes);
+  else
+    load_transposed(q, a.q_rows.row, t.count, a.dim, s.queries, lanes);
+  for (int64_t c = 0; c < lanes; c += kWidth) {
+    store(s.top + c, broadcast(-INFINITY));
+    store(s.total + c, Vec{});
+  }
+  for (int64_t x = 0; x < padded * lanes; x += kWidth) store(s.out + x, Vec{});
+  const bool fold = folds_scale(a);
+  const float to_log2 = fold ? a.scale * kLog2e : kLog2e;
+
+  for (int64_t j = begin; j < end; j = block_end(j, end)) {
+    const int64_t keys = block_end(j, end) - j;
+    const T* k = rows_of<T>(a.k, a.k_rows, t.b, hk, a.k_start[t.b] + j);
+    const T* v = rows_of<T>(a.v, a.v_rows, t.b, hk, a.k_start[t.b] + j);
+    if constexpr (Pairs) {
+      Operand rows{k, a.k_rows.row * 2, 4};
+      if (a.dim % 2) {  // a pair would reach into the next row
+        load_pair_rows(k, a.k_rows.row, keys, a.dim, s.keys, padded);
+        rows = {s.keys, padded * 4, 4};
+      }
+      gemm_bf16(Write::kStore, keys, lanes, (a.dim + 1) / 2, rows, s.queries, lanes, s.scores, lanes);
+      pair_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
+    } else {
+      Operand rows{k, a.k_rows.row * int64_t(sizeof(T)), 4};
+      if constexpr (sizeof(T) == 2) {
+        load_rows(k, a.k_rows.row, keys, a.dim, s.keys, padded);
+        load_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
+        rows = {s.keys, padded * 4, 4};
+      }
+      gemm(Write::kStore, keys, lanes, a.dim, rows, s.queries, lanes, s.scores, lanes);
+    }
+    if (!fold) finish_scores(a, t, j, keys, s.scores, s.extra, nullptr);
+    mask_edges(a, t, j, keys, s.scores);
+    softmax_block(a, t, j, keys, to_log2, s);
+    if constexpr (Pairs) {
+      for (int64_t r = 0; r < keys; r += 2)
+        for (int64_t c = 0; c < lanes; c += kWidth)
+          store(s.extra + r / 2 * lanes + c,
+                pair(load(s.scores + r * lanes + c), r + 1 < keys ? load(s.scores + (r + 1) * lanes + c) : Vec{}));
+      gemm_bf16(Write::kScaleAdd, a.dim, lanes, (keys + 1) / 2, {s.values, 4, padded * 4}, s.extra, lanes, s.out,
+                lanes, s.correction);
+    } else {
+      const Operand columns = sizeof(T) == 2 ? Operand{s.values, 4, padded * 4}
+                                             : Operand{v, 4, a.v_rows.row * 4};
+      gemm(Write::kScaleAdd, a.dim, lanes, keys, columns, s.scores, lanes, s.out, lanes, s.correction);
+    }
+  }
+
+  for (int64_t c = 0; c < lanes; c += kWidth) {
+    const Vec total = load(s.total + c);
+    store(s.correction + c, total == Vec{} ? broadcast(0.f) : 1.f / total);
+  }
+  store_transposed(s.out, lanes, s.correction, out, a.out_rows.row, t.count, a.dim);
+  for (int64_t i = 0; i < t.count; ++i)
+    lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * kLn2 + __builtin_logf(s.total[i]);
+}
+
+template <class T, bool Pairs>
+void forward_all(const AttentionForward& a) {
+  // first[b]: number of tiles before sequence b, for one head.
+  int64_t* first = scratch<int64_t>(1, a.batch + 1);
+  first[0] = 0;
+  for (int64_t b = 0; b < a.batch; ++b) first[b + 1] = first[b] + (a.q_count[b] + kQueries - 1) / kQueries;
+  const int64_t items = first[a.batch] * a.heads;
+  double work = 0;
+  for (int64_t b = 0; b < a.batch; ++b) work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
+  int64_t threads = tf_num_threads();
+  if (work < 2e5) threads = 1;
+  if (threads > items) threads = items;
+  int64_t next = 0;
+  parallel_for(threads, 1, [&](int64_t begin_thread, int64_t end_thread) {
+    const Buffers s = take_buffers(a);
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= items) return;
+      int64_t low = 0, high = a.batch;  // the sequence: first[low] * heads <= item < first[low + 1] * heads
+      while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (first[middle] * a.heads <= item ? low : high) = middle;
+      }
+      const int64_t tiles = first[low + 1] - first[low], within = item - first[low] * a.heads;
+      const int64_t tile = tiles - 1 - within % tiles;  // causal: the longest first
+      forward_tile<T, Pairs>(a, make_tile(a, low, within / tiles, tile * kQueries), s);
+    }
+  });
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& a) {
+  if (a.dtype == DType::f32)
+    forward_all<float, false>(a);
+  else if (a.dtype == DType::bf16)
+    forward_all<bf16, kHasBf16Dot>(a);
+  else
+    forward_all<f16, false>(a);
+}
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,31 @@
+// The one matrix product behind attention: C[m][n] (+)= sum_k A(m, k) * B[k][n].
+//
+// B and C are scratch, rows of 32-bit words, n a multiple of kWidth. A is read one word at a time and broadcast, so
+// it may lie anywhere, with any byte strides: keys and values are used where they are, never transposed. A word is a
+// float, or a pair of bf16 along k where the processor multiplies pairs (vdpbf16ps).
+#pragma once
+#include "simd.hpp"
+
+namespace tf::TF_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16Dot = true;
+#else
+constexpr bool kHasBf16Dot = false;
+#endif
+
+enum class Write { kStore, kAdd, kScaleAdd };  // C = AB, C + AB, C * diag(column_scale) + AB
+
+struct Operand {  // A
+  const void* data;
+  int64_t row_bytes, depth_bytes;
+};
+
+// m, n, depth: sizes, depth in words. column_scale: n floats, for kScaleAdd.
+void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
+          int64_t ldc, const float* column_scale = nullptr);
+// The same on words of two bf16. Only where kHasBf16Dot.
+void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
+               int64_t ldc, const float* column_scale = nullptr);
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,182 @@
+// What happens to a tile of scores between the two matrix products, forward and backward alike.
+//
+// A tile is transposed: one row a key, one lane a query, so that the softmax of 16 queries runs down the rows without
+// a horizontal step, and masks by position are one comparison a row.
+#pragma once
+#include "attention.hpp"
+#include "attention_tile.hpp"
+#include "philox.hpp"
+
+namespace tf::TF_ISA {
+
+constexpr int64_t kQueries = 64, kKeys = 128;  // tile size; kKeys is also the dropout counter's group
+constexpr float kLog2e = 1.442695041f, kLn2 = 0.6931471806f;
+
+struct mask8 {
+  uint8_t alive;
+};
+static inline float to_float(mask8 m) { return m.alive ? 0.f : -INFINITY; }
+static inline Vec load(const mask8* p) {
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+// Queries [q0, q0 + count) of head h of sequence b, `lanes` wide (a multiple of kWidth).
+struct Tile {
+  int64_t b, h, q0, count, lanes;
+  int64_t offset;  // position of query i is i + offset
+  int64_t keys;    // of the sequence
+};
+
+static inline Tile make_tile(const Attention& a, int64_t b, int64_t h, int64_t q0) {
+  const int64_t left = a.q_count[b] - q0, count = left < kQueries ? left : kQueries;
+  const int64_t offset = a.bottom_right ? a.k_count[b] - a.q_count[b] : 0;
+  return {b, h, q0, count, round_up(count, kWidth), offset, a.k_count[b]};
+}
+
+// Keys that any query of the tile can see: [begin, end), empty when end <= begin.
+static inline void key_range(const Attention& a, const Tile& t, int64_t& begin, int64_t& end) {
+  begin = 0;
+  end = t.keys;
+  if (a.window_left >= 0) {
+    const int64_t first = t.q0 + t.offset - a.window_left;
+    if (first > begin) begin = first;
+  }
+  if (a.window_right >= 0) {
+    const int64_t past = t.q0 + t.count + t.offset + a.window_right;
+    if (past < end) end = past;
+  }
+}
+// The part of [begin, end) in the group of kKeys that j belongs to.
+static inline int64_t block_end(int64_t j, int64_t end) {
+  const int64_t next = (j / kKeys + 1) * kKeys;
+  return next < end ? next : end;
+}
+
+// Nothing but the scale lies between product and exponent. A scale that is not positive would turn -inf and maximum.
+static inline bool folds_scale(const Attention& a) {
+  return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f;
+}
+
+// out[j][lane] = base[lane * si + j * sj], for keys 0..keys.
+template <class T>
+static void fill_tile(const T* base, int64_t si, int64_t sj, const Tile& t, int64_t keys, float* out) {
+  if (si == 0) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec v = broadcast(to_float(base[j * sj]));
+      for (int64_t c = 0; c < t.lanes; c += kWidth) store(out + j * t.lanes + c, v);
+    }
+  } else if (sj == 1) {
+    load_transposed(base, si, t.count, keys, out, t.lanes);
+  } else {
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t i = 0; i < t.lanes; ++i)
+        out[j * t.lanes + i] = i < t.count ? to_float(base[i * si + j * sj]) : 0.f;
+  }
+}
+
+static void fill_bias(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* out) {
+  const int64_t* s = a.bias_stride;
+  const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
+  if (a.bias_type == BiasType::f32)
+    fill_tile(static_cast<const float*>(a.bias) + at, s[2], s[3], t, keys, out);
+  else if (a.bias_type == BiasType::bf16)
+    fill_tile(static_cast<const bf16*>(a.bias) + at, s[2], s[3], t, keys, out);
+  else
+    fill_tile(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, out);
+}
+
+static void fill_mask(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* out) {
+  const int64_t* s = a.mask_stride;
+  const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
+  fill_tile(reinterpret_cast<const mask8*>(a.mask) + at, s[2], s[3], t, keys, out);
+}
+
+static inline const float* relative_row(const Attention& a, const Tile& t, int64_t j) {
+  return a.relative + t.h * a.relative_stride + a.relative_zero + t.q0 + t.offset - j;
+}
+
+// Products of keys j0.. with the tile's queries -> scores, in place: scale, softcap, biases and mask.
+// scratch: keys x lanes floats. slope, where not null: d score / d (scaled product), for a softcap's backward.
+static void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores, float* scratch,
+                          float* slope) {
+  const int64_t size = keys * t.lanes;
+  if (a.softcap != 0.f) {
+    const float inner = a.scale / a.softcap;
+    for (int64_t x = 0; x < size; x += kWidth) {
+      const Vec y = tanh_accurate(load(scores + x) * inner);
+      store(scores + x, y * a.softcap);
+      if (slope) store(slope + x, 1.f - y * y);
+    }
+  } else {
+    for (int64_t x = 0; x < size; x += kWidth) store(scores + x, load(scores + x) * a.scale);
+  }
+  if (a.bias_type != BiasType::none) {
+    fill_bias(a, t, j0, keys, scratch);
+    for (int64_t x = 0; x < size; x += kWidth) store(scores + x, load(scores + x) + load(scratch + x));
+  }
+  if (a.relative) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const float* row = relative_row(a, t, j0 + j);
+      float* s = scores + j * t.lanes;
+      for (int64_t c = 0; c < t.lanes; c += kWidth) store(s + c, load(s + c) + load(row + c));
+    }
+  }
+  if (a.mask) {
+    fill_mask(a, t, j0, keys, scratch);
+    for (int64_t x = 0; x < size; x += kWidth) {
+      const Vec dead = load(scratch + x);
+      store(scores + x, dead < broadcast(0.f) ? dead : load(scores + x));
+    }
+  }
+}
+
+// -inf where the window or causality forbids; only blocks that an edge crosses pay.
+static void mask_edges(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores) {
+  const int64_t first = t.q0 + t.offset, last = first + t.count - 1, no_limit = INT32_MAX;
+  const bool right = a.window_right >= 0 && j0 + keys - 1 > first + a.window_right;
+  const bool left = a.window_left >= 0 && j0 < last - a.window_left;
+  if (!right && !left) return;
+  for (int64_t j = 0; j < keys; ++j) {
+    // lane's position first + lane must lie in [j - window_right, j + window_left]
+    int64_t low = right ? j0 + j - a.window_right - first : 0;
+    int64_t high = left ? j0 + j + a.window_left - first : no_limit;
+    if (low <= 0 && high >= t.lanes - 1) continue;
+    if (low > t.lanes) low = t.lanes;
+    if (high > no_limit) high = no_limit;
+    if (high < -1) high = -1;
+    const VecI lows = broadcast_i(int32_t(low)), highs = broadcast_i(int32_t(high));
+    float* s = scores + j * t.lanes;
+    for (int64_t c = 0; c < t.lanes; c += kWidth) {
+      const VecI lane = bit_cast<VecI>(iota_u(uint32_t(c)));
+      Vec v = load(s + c);
+      v = lane < lows ? broadcast(-INFINITY) : v;
+      v = lane > highs ? broadcast(-INFINITY) : v;
+      store(s + c, v);
+    }
+  }
+}
+
+// Calls use(row, c, factor): factor is 0 or keep_scale of key j0 + row for queries q0 + c .. q0 + c + kWidth.
+template <class Use>
+static inline void for_each_dropout(const Attention& a, const Tile& t, int64_t j0, int64_t keys, const Use& use) {
+  const uint32_t group = uint32_t(j0 / kKeys), bh = uint32_t(t.b * a.heads + t.h);
+  const int64_t start = j0 % kKeys;
+  const VecU threshold = broadcast_u(a.dropout.threshold);
+  const Vec keep = broadcast(a.dropout.keep_scale), zero = broadcast(0.f);
+  for (uint32_t m = 0; m < 16; ++m)
+    for (int64_t c = 0; c < t.lanes; c += kWidth) {
+      const PhiloxWords r = philox(broadcast_u(group * 16 + m), iota_u(uint32_t(t.q0 + c)), broadcast_u(bh),
+                                   broadcast_u(uint32_t(a.dropout.offset)), a.dropout.seed);
+#pragma GCC unroll 8
+      for (int lane = 0; lane < 8; ++lane) {
+        const int64_t row = lane * 16 + int64_t(m) - start;
+        if (row < 0 || row >= keys) continue;
+        const VecU bits = lane < 4 ? r.w[lane] & broadcast_u(0xffffu) : r.w[lane - 4] >> 16;
+        use(row, c, select_u_ge(bits, threshold, keep, zero));
+      }
+    }
+}
+
+}  // namespace tf::TF_ISA
