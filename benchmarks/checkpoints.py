@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 
 __all__ = ["folder", "minilm", "random_bert"]
 
@@ -26,7 +27,7 @@ def minilm() -> pathlib.Path:
 def random_bert(name: str, config: dict) -> pathlib.Path:
     """A Hugging Face checkpoint folder of `config` with random weights (seed 0) and MiniLM's tokenizer,
     which has BERT's vocabulary."""
-    path = folder() / name
+    path = folder() / f"{name}-{zlib.crc32(repr(sorted(config.items())).encode()):08x}"
     if not (path / "config.json").exists():
         import torch
         from transformers import BertConfig, BertForSequenceClassification

@@ -58,9 +58,14 @@ def hugging_face(inputs: EncoderInputs, attention: str = "sdpa", change: Callabl
 
 def compiled(inputs: EncoderInputs, freezing: bool = False) -> Callable:
     """torch.compile of the sdpa model; freezing makes the weights constants that inductor may pack."""
+    from torch._inductor import config
+
     lengths = {ids.shape for ids, _ in inputs.batches}
-    options = {"freezing": True} if freezing else None
-    return hugging_face(inputs, change=lambda m: torch.compile(m, dynamic=len(lengths) > 1, options=options))
+    # Dynamo looks at the global setting, when a shape is first seen: so every shape is run inside the patch.
+    with config.patch(freezing=freezing):
+        call = hugging_face(inputs, change=lambda m: torch.compile(m, dynamic=len(lengths) > 1))
+        call()
+    return call
 
 
 @contextmanager

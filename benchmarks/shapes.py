@@ -43,6 +43,7 @@ BERT_BASE = {
     "initializer_range": 0.02,
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
+    "position_embedding_type": "absolute",  # CTranslate2's converter reads it
 }
 MINILM = {**BERT_BASE, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 TINY_BERT = {**BERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
