@@ -180,6 +180,10 @@ def _layer_norm_backward_kernel(
             inside,
             mask,
         )
+        if WEIGHT:
+            grad_weight += grad_y * normed
+        if BIAS:
+            grad_bias += grad_y
         if row_means_ptr is not None:
             mean_along = tl.load(row_means_ptr + row, mask=exists, other=0.0)
         else:
@@ -201,10 +205,6 @@ def _layer_norm_backward_kernel(
             keep = keep_mask(rng_ptr, 0, row, first_column, threshold, ROWS, BLOCK)
             grad_x = grad_v * tl.where(keep, keep_scale, 0.0)
             tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        if WEIGHT:
-            grad_weight += grad_y * normed
-        if BIAS:
-            grad_bias += grad_y
     partial = tl.program_id(0).to(tl.int64) * width + column
     if WEIGHT:
         tl.store(partial_ptr + partial, tl.sum(grad_weight, 0), mask=inside)
@@ -264,13 +264,13 @@ def forward_config(width: int, dropout: bool) -> Config:
 
 
 def backward_config(width: int, itemsize: int, dropout: bool) -> Config:
-    """16 elements a thread and 16 warps a multiprocessor: 128 registers a thread, of which the gradients of weight
-    and bias take 32. Where one or two programs fill a multiprocessor, the loads of the next row run ahead (64 KiB of
-    shared memory with 16-bit elements; with 32-bit ones that would not fit on sm_120)."""
+    """32 bytes of each tensor a thread and 16 warps a multiprocessor, so 128 registers a thread. Where one or two
+    programs fill a multiprocessor, the loads of the next row run ahead (64 KiB of shared memory with 16-bit elements;
+    with 32-bit ones that would not fit on sm_120)."""
     if width > BACKWARD_WIDTH:
         return WIDE_BACKWARD
-    rows, block = _tile(width, dropout, 2048)
-    num_warps = rows * block // 512
+    rows, block = _tile(width, dropout, 4096 // itemsize)
+    num_warps = min(16, rows * block * itemsize // 1024)
     stages = 2 if num_warps >= 8 and itemsize == 2 else 1
     return Config(rows, block, num_warps, programs=16 // num_warps, stages=stages)
 

@@ -1,4 +1,4 @@
-"""Every activation kernel, compiled for sm_80, 90, 100 and 120; needs no GPU."""
+"""The activation and dropout kernels, compiled for sm_80, 90, 100 and 120; needs no GPU."""
 
 import functools
 
@@ -23,9 +23,16 @@ def _launch(width, dtype, activation, gated, bias):
     bias_activation_backward(x, x, vector, gate, activation, x, grad_bias, gate, 132)
 
 
+def _launch_dropout(dtype):
+    from transformer_fast.kernels.dropout import dropout_forward
+
+    x = torch.empty(4096, 768, dtype=dtype, device="meta")
+    dropout_forward(x, torch.empty(2, dtype=torch.int64, device="meta"), 6554, 1.1, x)
+
+
 def cases(arch: int, everything: bool):
     """In a test run: on sm_90 each activation in bfloat16, gated; elsewhere the two that cost most."""
-    chosen = {}
+    chosen = {f"dropout, {n}": functools.partial(_launch_dropout, d) for n, d in DTYPES.items()}
     for activation in ACTIVATIONS:
         for dtype_name, dtype in DTYPES.items():
             for width_name, width in WIDTHS.items():
@@ -50,6 +57,7 @@ def check(report: dict) -> None:
 def test_compiles_for(arch):
     found = triton_aot.aot_reports(__file__, arch)
     kernels = {"_bias_activation_forward_kernel", "_bias_activation_backward_kernel", "_column_sum_kernel"}
+    kernels.add("_dropout_kernel")
     assert {r["kernel"] for reports in found.values() for r in reports} == kernels
     for reports in found.values():
         for report in reports:

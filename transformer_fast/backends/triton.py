@@ -11,7 +11,7 @@ from . import Backend, Call
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"attention", "bias_activation", "norm"})
+_OPS = frozenset({"attention", "bias_activation", "dropout", "norm"})
 
 # Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
 # them ahead of time only; `info` says so.
@@ -118,6 +118,13 @@ class TritonBackend(Backend):
             bias_activation_backward(
                 grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate, _multiprocessors(grad_x.device)
             )
+
+    def dropout_forward(self, x, rng, p, y) -> None:
+        from ..kernels.dropout import dropout_forward
+
+        x = x if x.stride(1) == 1 else x.contiguous()
+        with _device_of(y):
+            dropout_forward(x, rng, threshold(p), keep_scale(p), y)
 
 
 BACKEND = TritonBackend()
