@@ -120,7 +120,10 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         built = pathlib.Path(self.build_lib) / "transformer_fast" / "_C.abi3.so"
         if built.exists():
-            shutil.copy2(built, ROOT / "transformer_fast" / "_C.abi3.so")
+            # A new file in its place: writing into the old one would crash processes that have it loaded.
+            copy = ROOT / "transformer_fast" / "_C.abi3.so.new"
+            shutil.copy2(built, copy)
+            copy.replace(copy.with_suffix(""))
 
 
 setup(
