@@ -85,6 +85,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
 #undef TF_ATTENTION
+  m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32)
+  m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

@@ -1,89 +1,10 @@
 // y = act(x + bias) [* gate] and its gradients: one read and one write.
-#include "activation.hpp"
-
+#include "activation_math.hpp"
 #include "column_sums.hpp"
 #include "kernels.hpp"
 
 namespace tf::TF_ISA {
 namespace {
-
-// Each activation gives y = act(x) and d = act'(x).
-struct Relu {
-  static inline void compute(Vec x, Vec& y, Vec& d) {
-    y = x < 0.f ? broadcast(0.f) : x;  // NaN stays
-    d = x > 0.f ? broadcast(1.f) : broadcast(0.f);
-  }
-};
-
-// s = 1 / (1 + exp(u)) and its complement, both to the last places.
-static inline void sigmoid_of_minus(Vec u, Vec& s, Vec& complement) {
-  const Vec e = exp(u);
-  s = 1.f / (1.f + e);
-  complement = min(e, broadcast(1e30f)) * s;
-}
-
-struct Silu {
-  static inline void compute(Vec x, Vec& y, Vec& d) {
-    Vec s, complement;
-    sigmoid_of_minus(-x, s, complement);
-    y = x * s;
-    d = fma(y, complement, s);
-  }
-};
-
-struct GeluTanh {
-  // 0.5 x (1 + tanh u) = x sigmoid(2u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
-  static inline void compute(Vec x, Vec& y, Vec& d) {
-    const float two_k = 1.5957691216057308f, cubic = 0.044715f * two_k;
-    Vec s, complement;
-    sigmoid_of_minus(-x * fma(x * x, broadcast(cubic), broadcast(two_k)), s, complement);
-    y = x * s;
-    const Vec near = max(min(x, broadcast(16.f)), broadcast(-16.f));  // beyond, s (1 - s) is 0: no infinity x 0
-    const Vec slope = fma(near * near, broadcast(3.f * cubic), broadcast(two_k));
-    d = fma(near * slope, s * complement, s);
-  }
-};
-
-struct Gelu {
-  // x Phi(x), Phi the normal distribution: 1/2 + x Q(x^2) for |x| < 1, and further out through the tail
-  // Phi(-a) = exp(-a^2 / 2) h(a), h(a) = t P(t), t = 1 / (1 + 0.35 a). Minimax fits, relative error below 4e-8;
-  // the same exponential is the density that the derivative Phi(x) + x phi(x) needs.
-  static inline void compute(Vec x, Vec& y, Vec& d) {
-    const Vec a = min(x < 0.f ? -x : x, broadcast(14.f));  // exp(-98) is 0 in float
-    const Vec square = a * a, e = exp(square * -0.5f);
-    const Vec t = 1.f / fma(a, broadcast(0.35f), broadcast(1.f));
-    Vec p = broadcast(-0.029146134853363037f);
-    p = fma(p, t, broadcast(0.14397267997264862f));
-    p = fma(p, t, broadcast(-0.2557162642478943f));
-    p = fma(p, t, broadcast(0.15917643904685974f));
-    p = fma(p, t, broadcast(-0.0231113750487566f));
-    p = fma(p, t, broadcast(0.10550864785909653f));
-    p = fma(p, t, broadcast(0.11983270943164825f));
-    p = fma(p, t, broadcast(0.13986189663410187f));
-    p = fma(p, t, broadcast(0.13962140679359436f));
-    const Vec tail = p * t * e;
-    Vec q = broadcast(-7.654207365703769e-06f);
-    q = fma(q, square, broadcast(0.00011348637053743005f));
-    q = fma(q, square, broadcast(-0.0011863299878314137f));
-    q = fma(q, square, broadcast(0.009973322972655296f));
-    q = fma(q, square, broadcast(-0.06649035960435867f));
-    q = fma(q, square, broadcast(0.3989422917366028f));
-    Vec phi = x < 0.f ? tail : 1.f - tail;
-    phi = a < 1.f ? fma(x, q, broadcast(0.5f)) : phi;
-    y = x * phi;
-    d = fma(max(min(x, broadcast(14.f)), broadcast(-14.f)), e * 0.3989422804f, phi);
-  }
-};
-
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::gelu: return f(Gelu{});
-    case Activation::gelu_tanh: return f(GeluTanh{});
-    case Activation::relu: return f(Relu{});
-    case Activation::silu: return f(Silu{});
-  }
-}
 
 template <class T>
 const T* row_of(const void* p, int64_t r, int64_t stride) {

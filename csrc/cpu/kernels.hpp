@@ -3,6 +3,7 @@
 #pragma once
 #include "activation.hpp"
 #include "attention.hpp"
+#include "linear.hpp"
 #include "norm.hpp"
 
 namespace tf {
@@ -15,6 +16,9 @@ struct Kernels {
   void (*dropout_forward)(const DropoutForward&);
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
+  void (*column_sum)(const ColumnSum&);
+  void (*pack_weight)(const PackWeight&);
+  void (*packed_linear)(const PackedLinear&);
 };
 
 #ifdef TF_ISA
@@ -26,6 +30,9 @@ void bias_activation_backward(const BiasActivationBackward&);
 void dropout_forward(const DropoutForward&);
 void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
+void column_sum(const ColumnSum&);
+void pack_weight(const PackWeight&);
+void packed_linear(const PackedLinear&);
 }  // namespace TF_ISA
 #endif
 

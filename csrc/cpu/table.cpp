@@ -14,5 +14,8 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::dropout_forward,
     TF_ISA::attention_forward,
     TF_ISA::attention_backward,
+    TF_ISA::column_sum,
+    TF_ISA::pack_weight,
+    TF_ISA::packed_linear,
 };
 }  // namespace tf

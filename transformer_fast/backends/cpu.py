@@ -4,11 +4,11 @@ import functools
 
 import torch
 
-from . import Backend, Call, native
+from . import Backend, Call, gemm, native
 from .eager import relative_buckets
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"attention", "norm", "bias_activation", "dropout"})
+_OPS = frozenset({"attention", "norm", "bias_activation", "dropout", "linear", "packed_linear"})
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
 
@@ -27,6 +27,10 @@ class CpuBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in _OPS:
             reasons.append(f"there is no CPU kernel for {call.op}")
+        if call.op == "linear" and gemm.why_not_onednn():
+            reasons.append(gemm.why_not_onednn())
+        if call.op == "linear" and call.dtype != torch.float32:
+            reasons.append(f"F.linear is as fast in {call.dtype}")
         return tuple(reasons)
 
     def attention_forward(self, spec, out, lse) -> None:

@@ -9,7 +9,7 @@ from .attention import (
     varlen_attention,
 )
 from .dropout import dropout
-from .linear import linear, pack_weight, packed_linear
+from .linear import linear, pack_storage, pack_weight, packed_linear
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -23,6 +23,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "multi_head_attention",
+    "pack_storage",
     "pack_weight",
     "packed_linear",
     "qkv_attention",

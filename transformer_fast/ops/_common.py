@@ -23,17 +23,29 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
 
 def direct(*tensors: torch.Tensor | None) -> bool:
     """True when a call may skip torch's dispatcher: plain tensors, no gradient wanted, nobody tracing."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _functorch_active():
+    if _watched():
         return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
-            return False
-    return not torch.jit.is_tracing()
+    if not torch.is_grad_enabled():
+        return is_plain(*tensors)
+    return all(t is None or (type(t) in _PLAIN and not t.requires_grad) for t in tensors)
 
 
-def _functorch_active() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def plain(*tensors: torch.Tensor | None) -> bool:
+    """True when nobody traces, transforms or wraps these tensors: their memory may be worked on as it is."""
+    return not _watched() and is_plain(*tensors)
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def _watched() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -1,0 +1,64 @@
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "tensors.hpp"
+
+namespace tf {
+namespace {
+
+void column_sum(Tensor x, Tensor out) {
+  ColumnSum a{};
+  a.dtype = dtype_of(x);
+  a.x = read(x);
+  a.out = write<float>(out);
+  a.rows = x.size(0);
+  a.width = x.size(1);
+  a.x_stride = x.stride(0);
+  kernels().column_sum(a);
+}
+
+void pack_weight(Tensor weight, Tensor packed) {
+  PackWeight a{};
+  a.dtype = dtype_of(weight);
+  a.storage = dtype_of(packed);
+  a.weight = read(weight);
+  a.packed = write(packed);
+  a.out = weight.size(0);
+  a.in = weight.size(1);
+  a.stride = weight.stride(0);
+#if defined(__linux__)
+  // Streaming a weight through 4 KiB pages spends a good part of its time on their translation.
+  const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.packed);
+  const uintptr_t end = begin + size_t(packed.numel()) * (a.storage == DType::f32 ? 4 : 2);
+  const uintptr_t first = (begin + page - 1) & ~(page - 1);
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  kernels().pack_weight(a);
+}
+
+void packed_linear(Tensor x, Tensor packed, OptionalTensor bias, int64_t activation, Tensor y) {
+  PackedLinear a{};
+  a.dtype = dtype_of(x);
+  a.storage = dtype_of(packed);
+  a.x = read(x);
+  a.packed = read(packed);
+  a.bias = read<float>(bias);
+  a.y = write(y);
+  a.rows = x.size(0);
+  a.in = x.size(1);
+  a.out = y.size(1);
+  a.x_stride = x.stride(0);
+  a.has_activation = activation >= 0;
+  a.activation = Activation(activation >= 0 ? activation : 0);
+  kernels().packed_linear(a);
+}
+
+}  // namespace
+}  // namespace tf
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_column_sum", TORCH_BOX(&tf::column_sum));
+  m.impl("cpu_pack_weight", TORCH_BOX(&tf::pack_weight));
+  m.impl("cpu_packed_linear", TORCH_BOX(&tf::packed_linear));
+}

@@ -1,0 +1,36 @@
+// Arguments of what linear layers need beside torch's GEMMs.
+#pragma once
+#include "activation.hpp"
+
+namespace tf {
+
+struct ColumnSum {  // out[c] = sum over r of x[r, c]
+  DType dtype;
+  const void* x;
+  float* out;
+  int64_t rows, width, x_stride;
+};
+
+// A weight laid out for few rows: panels of 32 output columns, inside a panel one input after the other, so that a
+// product streams through memory once. float32 slots are columns 0..31; in bfloat16 a 32-bit word i holds column i
+// in its low half and column 16 + i in its high half, which makes widening a shift and a mask.
+constexpr int64_t kPanel = 32;
+
+struct PackWeight {
+  DType dtype, storage;  // of the weight; of the panels: f32 or bf16
+  const void* weight;    // (out, in), last stride 1
+  void* packed;          // (ceil(out / 32), in, 32)
+  int64_t out, in, stride;
+};
+
+struct PackedLinear {  // y = act(x W^T + bias), summed in float32
+  DType dtype, storage;
+  const void *x, *packed;
+  const float* bias;  // may be null
+  void* y;            // contiguous
+  int64_t rows, out, in, x_stride;
+  bool has_activation;
+  Activation activation;
+};
+
+}  // namespace tf

@@ -1,0 +1,107 @@
+"""Weights laid out once for products with few rows, where reading the weight is all the time there is."""
+
+import torch
+import torch.nn.functional as F
+
+from ..backends import Call, memory, select
+from . import _common
+from .activation import ACTIVATIONS, bias_activation
+
+_PANEL = 32  # output columns side by side in the layout: csrc/cpu/linear.hpp
+
+
+class PackedWeight:
+    """A snapshot of a weight in the layout of the packed kernel, for inference; made by pack_weight.
+
+    It does not follow later changes of the weight: ask matches(weight) and pack again when that says False.
+    shape: (out, in). dtype: of the storage. data: the panels, or the plain weight where there is no kernel for them.
+    """
+
+    __slots__ = ("data", "dtype", "panels", "shape", "_source")
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        weight = weight.detach()
+        self.shape, self.dtype = weight.shape, dtype
+        self._source = _identity(weight)
+        out, inner = weight.shape
+        call = Call("packed_linear", weight.device.type, torch.float32, inner)
+        self.panels = weight.numel() > 0 and weight.dtype != torch.float64 and select(call).name == "cpu"
+        if not self.panels:
+            self.data = weight.to(dtype, copy=True)
+            return
+        self.data = torch.empty((out + _PANEL - 1) // _PANEL, inner, _PANEL, dtype=dtype)
+        rows = weight if weight.stride(1) == 1 or inner == 1 else weight.contiguous()
+        torch.ops.transformer_fast.cpu_pack_weight.default(rows, self.data)
+
+    def matches(self, weight: torch.Tensor) -> bool:
+        """True while `weight` is the very tensor this was made from, unchanged since by any in-place operation.
+
+        Writes that torch does not count, through .data or numpy, are not seen.
+        """
+        return self._source == _identity(weight)
+
+    def __repr__(self) -> str:
+        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _identity(t: torch.Tensor) -> tuple:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, 0 if t.is_inference() else t._version
+
+
+def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+    """Lay weight (out, in) out for linear(x, packed) with few rows (decoding): one pass over it in memory order.
+
+    dtype: torch.float32 or torch.bfloat16 for the storage; sums are float32 always. None: bfloat16 for a bfloat16
+    weight, else float32. A snapshot, for inference: see PackedWeight.matches. Raises TypeError or ValueError naming
+    the argument.
+    """
+    _common.check_floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
+    if dtype is None:
+        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
+    return PackedWeight(weight, dtype)
+
+
+def _forward(x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: int, activation: int):
+    y = memory.empty((*x.shape[:-1], out), x.dtype, x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    torch.ops.transformer_fast.cpu_packed_linear.default(rows, panels, bias, activation, y.view(-1, out))
+    return y
+
+
+def _fake(x, panels, bias, out, activation):
+    return x.new_empty((*x.shape[:-1], out))
+
+
+_op = _common.define(
+    "linear_packed", "(Tensor x, Tensor panels, Tensor? bias, int out, int activation) -> Tensor", _forward, _fake
+)
+
+
+def linear_packed(
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation: str | None
+) -> torch.Tensor:
+    """activation(x W^T + b) with a PackedWeight; see linear. Raises where a gradient would be wanted."""
+    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("weight: a PackedWeight is a snapshot for inference and has no gradient; "
+                         "call under torch.no_grad()")  # fmt: skip
+    autocast = _common.autocast_dtype(input.device)
+    if autocast is not None and input.dtype != torch.float64:
+        input = input.to(autocast)
+    if not weight.panels or input.dtype == torch.float64 or input.device != weight.data.device:
+        if weight.panels:
+            raise TypeError(f"input: wanted a float16, bfloat16 or float32 tensor on {weight.data.device}, "
+                            f"got {input.dtype} on {input.device}")  # fmt: skip
+        b = None if bias is None else bias.to(input.dtype)
+        if activation is None:
+            return F.linear(input, weight.data.to(input.dtype), b)
+        return bias_activation(F.linear(input, weight.data.to(input.dtype)), b, activation)
+    code = -1 if activation is None else ACTIVATIONS.index(activation)
+    run = _forward if _common.direct(input, bias) else _op
+    return run(input, weight.data, bias, weight.shape[0], code)
