@@ -5,8 +5,8 @@
 
 One kernel holds a block of keys and walks over the queries (dK, dV: over those of every head that shares the key
 head), another holds a block of queries and walks over the keys (dQ, the bias, the relative table). No atomics: every
-sum has a fixed order, so gradients are the same bits every time. What it costs: Q K^T and dO V^T are computed twice, seven
-matrix products where a backward with atomic additions to dQ has five.
+sum has a fixed order, so gradients are the same bits every time. What it costs: Q K^T and dO V^T are computed twice,
+seven matrix products where a backward with atomic additions to dQ has five.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -16,11 +16,14 @@ import triton.language as tl
 
 from .attention_common import (
     LOG2E,
+    PARTS,
     exponential,
     finish_scores,
     keep_tile,
     key_bounds,
     load_tile,
+    near_keys,
+    near_queries,
     program_block,
     query_bounds,
     row_pointer,
@@ -62,16 +65,22 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _accumulate_key_gradients(
-    dk, dv, k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, rng_ptr, bias_ptr, mask_ptr, relative_rows, begin, end,
-    first_column, b, h, bh, stride_qs, stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap,
-    window_left, window_right, reach, threshold, keep_scale,
+    dk, dv, tile, rng_ptr, bias_ptr, mask_ptr, relative_rows, begin, end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Rows begin .. end onto dK and dV of one block of keys; tiles are [keys, queries]. Rows past the last have P = 0 by
-    their peak of +inf, columns past the last are never stored: only windows need a mask."""
+    """Rows begin .. end, one of PARTS, onto dK and dV of one tile of keys; scores are [keys, queries]. Rows past the
+    last have P = 0 by their peak of +inf, columns past the last are never stored: only windows need a mask."""
+    (
+        k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, b, h, bh, stride_qs, stride_gs, stride_bias_b,
+        stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+        queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold, keep_scale,
+    ) = tile  # fmt: skip
+    EDGE: tl.constexpr = PART == 0 or PART == 4
+    FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
+    # The first rows see these keys at the largest distances.
+    far_bias = tl.load(relative_rows + (3 - PART) // 2 * 2 * reach) if FAR else None
     column = (first_column + tl.arange(0, BLOCK_N))[:, None]
     for start in tl.range(begin, end, BLOCK_M):
         start = tl.multiple_of(start, BLOCK_M)
@@ -88,11 +97,9 @@ def _accumulate_key_gradients(
         bias_row = tl.minimum(row, queries - 1)[None, :]
         bias_rows = row_pointers(bias_ptr, b, h, bias_row, stride_bias_b, stride_bias_h, stride_bias_m)
         mask_rows = row_pointers(mask_ptr, b, h, bias_row, stride_mask_b, stride_mask_h, stride_mask_m)
-        nearest = first_column - (start + offset + BLOCK_M - 1)
-        farthest = first_column + BLOCK_N - 1 - (start + offset)
         scores, slope = finish_scores(
-            scores, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
-            mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, PRECISION == "ieee", True,
+            scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
+            relative_rows, reach, far_bias, SOFTCAP, PRECISION == "ieee", True,
         )  # fmt: skip
         if EDGE and (LEFT or RIGHT):
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
@@ -172,30 +179,25 @@ def _attention_backward_key_kernel(
             relative_rows = relative_ptr + h * (2 * reach + 1)
         else:
             relative_rows = None
-        query_bh = b * (heads * GROUPS) + h
-        if RIGHT:
-            dk, dv = _accumulate_key_gradients(
-                dk, dv, k, v, head_q, head_grad, head_delta, head_peak, rng_ptr, bias_ptr, mask_ptr, relative_rows,
-                begin, tl.minimum(inner_begin, end), first_column, b, h, query_bh, stride_qs, stride_gs, stride_bias_b,
-                stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m,
-                stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
-                threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE,
-                True,
-            )  # fmt: skip
-        dk, dv = _accumulate_key_gradients(
-            dk, dv, k, v, head_q, head_grad, head_delta, head_peak, rng_ptr, bias_ptr, mask_ptr, relative_rows,
-            inner_begin, inner_end, first_column, b, h, query_bh, stride_qs, stride_gs, stride_bias_b, stride_bias_h,
-            stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys,
-            offset, score_scale, softcap, window_left, window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N,
-            HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, False,
+        near_begin = inner_begin
+        near_end = inner_end
+        if relative_ptr is not None:
+            near_begin, near_end = near_queries(
+                first_column, first_column + BLOCK_N - 1, inner_begin, inner_end, offset, reach, BLOCK_M
+            )
+        tile = (
+            k, v, head_q, head_grad, head_delta, head_peak, first_column, b, h, b * (heads * GROUPS) + h, stride_qs,
+            stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h,
+            stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+            threshold, keep_scale,
         )  # fmt: skip
-        dk, dv = _accumulate_key_gradients(
-            dk, dv, k, v, head_q, head_grad, head_delta, head_peak, rng_ptr, bias_ptr, mask_ptr, relative_rows,
-            inner_end, end, first_column, b, h, query_bh, stride_qs, stride_gs, stride_bias_b, stride_bias_h,
-            stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys,
-            offset, score_scale, softcap, window_left, window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N,
-            HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, True,
-        )  # fmt: skip
+        bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
+        for part in tl.static_range(PARTS):
+            if (part > 0 or RIGHT) and (part % 2 == 0 or relative_ptr is not None):
+                dk, dv = _accumulate_key_gradients(
+                    dk, dv, tile, rng_ptr, bias_ptr, mask_ptr, relative_rows, bounds[part], bounds[part + 1], BLOCK_M,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
+                )  # fmt: skip
     # Rows past the keys that take part hold what a key of zeros would get, inf and NaN included: they are zeros.
     alive = (first_column + tl.arange(0, BLOCK_N) < keys)[:, None]
     store_tile(
@@ -208,16 +210,22 @@ def _attention_backward_key_kernel(
 
 @triton.jit
 def _accumulate_query_gradient(
-    dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
-    relative_rows, dbias_rows, bucket_ptr, begin, end, first_row, bh, stride_ks, stride_vs, stride_bias_n,
-    stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
-    threshold, keep_scale,
+    dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, begin, end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Blocks begin .. end of keys onto dQ of one block of queries, dbias and the sums of dS by bucket. Tiles whose
-    distances all lie beyond -reach or reach have one bucket: far_left and far_right gather their row sums."""
+    """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, dbias, and with BUCKETS sums of dS by bucket."""
+    (
+        q, grad_out, delta, peak, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n,
+        stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
+        keep_scale,
+    ) = tile  # fmt: skip
+    EDGE: tl.constexpr = PART == 0 or PART == 4
+    FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
+    far_bias = tl.load(relative_rows + PART // 2 * 2 * reach) if FAR else None
+    far_sums = tl.zeros((BLOCK_M,), tl.float32)
     row = first_row + tl.arange(0, BLOCK_M)
     position = (row + offset)[:, None]
     for start in tl.range(begin, end, BLOCK_N):
@@ -226,11 +234,9 @@ def _accumulate_query_gradient(
         k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
         v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        nearest = start - (first_row + offset + BLOCK_M - 1)
-        farthest = start + BLOCK_N - 1 - (first_row + offset)
         scores, slope = finish_scores(
-            scores, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
-            mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, PRECISION == "ieee", EDGE,
+            scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
+            relative_rows, reach, far_bias, SOFTCAP, PRECISION == "ieee", EDGE,
         )  # fmt: skip
         if EDGE:
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
@@ -246,16 +252,18 @@ def _accumulate_query_gradient(
                 dbias_rows + column.to(tl.int64) * stride_dbias_n, ds, mask=(row < queries)[:, None] & (column < keys)
             )
         if BUCKETS:
-            if farthest <= -reach:
-                far_left += tl.sum(ds, 1)
-            elif nearest >= reach:
-                far_right += tl.sum(ds, 1)
+            if FAR:
+                far_sums += tl.sum(ds, 1)
             else:
-                buckets += _bucket_sums(ds, nearest, bucket_ptr, reach, BLOCK_M, BLOCK_N, BUCKETS, DIAGONALS)
+                nearest = start - (first_row + offset + BLOCK_M - 1)
+                sums += _bucket_sums(ds, nearest, bucket_ptr, reach, BLOCK_M, BLOCK_N, BUCKETS, DIAGONALS)
         if SOFTCAP:
             ds = ds * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq, buckets, far_left, far_right
+    if BUCKETS and FAR:
+        far_bucket = tl.load(bucket_ptr + PART // 2 * 2 * reach)
+        sums += tl.where(tl.arange(0, BUCKETS) == far_bucket, tl.sum(far_sums, 0), 0.0)
+    return dq, sums
 
 
 @triton.jit
@@ -321,38 +329,31 @@ def _attention_backward_query_kernel(
     q = load_tile(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     grad_out = load_tile(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    buckets = tl.zeros((BUCKETS if BUCKETS else 16,), tl.float32)
-    far_left = tl.zeros((BLOCK_M,), tl.float32)
-    far_right = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BUCKETS if BUCKETS else 16,), tl.float32)
     last = tl.minimum(first_row + BLOCK_M, queries) - 1
     begin, inner_begin, inner_end, end = key_bounds(
         first_row + offset, last + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N
     )
-    if LEFT:
-        dq, buckets, far_left, far_right = _accumulate_query_gradient(
-            dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
-            relative_rows, dbias_rows, bucket_ptr, begin, tl.minimum(inner_begin, end), first_row, bh, stride_ks,
-            stride_vs, stride_bias_n, stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap,
-            window_left, window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT,
-            SOFTCAP, FOLDED, BUCKETS, DIAGONALS, PRECISION, WIDE, True,
-        )  # fmt: skip
-    dq, buckets, far_left, far_right = _accumulate_query_gradient(
-        dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
-        relative_rows, dbias_rows, bucket_ptr, inner_begin, inner_end, first_row, bh, stride_ks, stride_vs,
-        stride_bias_n, stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left,
-        window_right, reach, threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS,
-        DIAGONALS, PRECISION, WIDE, False,
+    near_begin = inner_begin
+    near_end = inner_end
+    if relative_ptr is not None:
+        near_begin, near_end = near_keys(
+            first_row + offset, first_row + BLOCK_M - 1 + offset, inner_begin, inner_end, reach, BLOCK_N
+        )
+    tile = (
+        q, grad_out, delta, peak, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n,
+        stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
+        keep_scale,
     )  # fmt: skip
-    dq, buckets, far_left, far_right = _accumulate_query_gradient(
-        dq, buckets, far_left, far_right, q, grad_out, delta, peak, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows,
-        relative_rows, dbias_rows, bucket_ptr, inner_end, end, first_row, bh, stride_ks, stride_vs, stride_bias_n,
-        stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
-        threshold, keep_scale, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS, DIAGONALS,
-        PRECISION, WIDE, True,
-    )  # fmt: skip
+    bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
+    for part in tl.static_range(PARTS):
+        if (part > 0 or LEFT) and (part % 2 == 0 or relative_ptr is not None):
+            dq, sums = _accumulate_query_gradient(
+                dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, bounds[part],
+                bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS, DIAGONALS,
+                PRECISION, WIDE, part,
+            )  # fmt: skip
     store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
     if BUCKETS:
-        bucket = tl.arange(0, BUCKETS)
-        buckets += tl.where(bucket == tl.load(bucket_ptr), tl.sum(far_left, 0), 0.0)
-        buckets += tl.where(bucket == tl.load(bucket_ptr + 2 * reach), tl.sum(far_right, 0), 0.0)
-        tl.store(bucket_sums_ptr + (tl.cast(bh, tl.int64) * blocks + block) * BUCKETS + bucket, buckets)
+        program = tl.cast(bh, tl.int64) * blocks + block
+        tl.store(bucket_sums_ptr + program * BUCKETS + tl.arange(0, BUCKETS), sums)

@@ -10,7 +10,16 @@ Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 import triton
 import triton.language as tl
 
-from .attention_common import exponential, finish_scores, keep_tile, load_tile, row_pointer, row_pointers, sequence, visible
+from .attention_common import (
+    exponential,
+    finish_scores,
+    keep_tile,
+    load_tile,
+    row_pointer,
+    row_pointers,
+    sequence,
+    visible,
+)
 
 
 @triton.jit(
@@ -33,7 +42,7 @@ def _attention_backward_bias_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split): tile counts own_b x own_h x own_m x own_n, the tiles of dbias; what a tile sums over counts
+    """Program (tile, split): tile counts own_b x own_h x own_m x own_n, the tiles of dbias; what one sums over counts
     each_b x each_h x each_m x each_n (an axis is in one of them, the other is 1) and is dealt out to the splits."""
     tile = tl.program_id(0)
     own_n_block = tile % own_n
@@ -83,8 +92,8 @@ def _attention_backward_bias_kernel(
             k = load_tile(head_k, start, stride_ks, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores, _ = finish_scores(
-                scores, position, column, length_k, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
-                mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, PRECISION == "ieee", True,
+                scores, position, column, length_k, score_scale, softcap, bias_rows, stride_bias_n, mask_rows,
+                stride_mask_n, relative_rows, reach, None, SOFTCAP, PRECISION == "ieee", True,
             )  # fmt: skip
             seen = visible(position, column, length_k, window_left, window_right, LEFT, RIGHT)
             p = exponential(tl.where(seen, scores, float("-inf")), peak[:, None], False, PRECISION == "ieee")

@@ -1,8 +1,8 @@
 """What the attention kernels share: which keys a row sees, scores with every bias, dropout, tiles of memory.
 
 FOLDED calls (float16 and bfloat16 without a bias, mask or soft cap) keep scores in units of log 2, so that scale and
-change of base are one multiplication inside the exponent; the others keep natural units. Rows and columns come as tensors
-that broadcast against a tile, so one function serves tiles of queries by keys and of keys by queries.
+change of base are one multiplication inside the exponent; the others keep natural units. Rows and columns come as
+tensors that broadcast against a tile, so one function serves tiles of queries by keys and of keys by queries.
 """
 
 import triton
@@ -92,8 +92,8 @@ def store_tile(
 def key_bounds(
     first, last, keys, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """begin <= inner_begin <= inner_end: keys begin .. end are seen from positions first .. last, and those of blocks in
-    inner_begin .. inner_end from every one of them. All but end are multiples of BLOCK_N."""
+    """begin <= inner_begin <= inner_end: keys begin .. end are seen from positions first .. last, and those of blocks
+    in inner_begin .. inner_end from every one of them. All but end are multiples of BLOCK_N."""
     begin = 0
     end = keys
     inner_begin = 0
@@ -130,6 +130,31 @@ def query_bounds(
     inner_begin = tl.minimum(inner_begin, tl.cdiv(end, BLOCK_M) * BLOCK_M)
     inner_end = tl.maximum(tl.maximum(inner_end, 0) // BLOCK_M * BLOCK_M, inner_begin)
     return begin, inner_begin, inner_end, end
+
+
+# The keys of a tile of queries come in five parts, and the queries of a tile of keys too:
+# left edge, distances beyond the reach of the relative bias, within it, beyond it on the other side, right edge.
+PARTS = tl.constexpr(5)
+
+
+@triton.jit
+def near_keys(first, last, inner_begin, inner_end, reach, BLOCK_N: tl.constexpr):
+    """Where, within the inner blocks of positions first .. last, the keys at distances beyond -reach end, and where
+    those beyond reach begin."""
+    near_begin = tl.maximum(first - reach + 1, 0) // BLOCK_N * BLOCK_N
+    near_end = tl.cdiv(tl.maximum(last + reach, 0), BLOCK_N) * BLOCK_N
+    near_begin = tl.minimum(tl.maximum(near_begin, inner_begin), inner_end)
+    return near_begin, tl.minimum(tl.maximum(near_end, near_begin), inner_end)
+
+
+@triton.jit
+def near_queries(first, last, inner_begin, inner_end, offset, reach, BLOCK_M: tl.constexpr):
+    """The mirror of near_keys for keys first .. last: rows before near_begin see them at distances beyond reach, rows
+    from near_end on beyond -reach."""
+    near_begin = tl.maximum(first - reach + 1 - offset, 0) // BLOCK_M * BLOCK_M
+    near_end = tl.cdiv(tl.maximum(last + reach - offset, 0), BLOCK_M) * BLOCK_M
+    near_begin = tl.minimum(tl.maximum(near_begin, inner_begin), inner_end)
+    return near_begin, tl.minimum(tl.maximum(near_end, near_begin), inner_end)
 
 
 @triton.jit
@@ -173,16 +198,17 @@ def row_pointers(ptr, b, h, row, stride_b, stride_h, stride_m):
 
 @triton.jit
 def finish_scores(
-    raw, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, bias_stride, mask_rows,
-    mask_stride, relative_rows, reach,
+    raw, position, column, keys, score_scale, softcap, bias_rows, bias_stride, mask_rows, mask_stride, relative_rows,
+    reach, far_bias,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """q.k to scores, masked elements -inf, and the derivative of the soft cap.
 
-    position, column: of queries and keys, broadcasting to raw's shape. nearest <= column - position <= farthest.
+    position, column: of queries and keys, broadcasting to raw's shape.
     score_scale: scale, scale * log2(e) when FOLDED, scale / softcap with SOFTCAP. *_rows: see row_pointers, of raw's
     shape with one column. relative_rows: points at 2 * reach + 1 values for distances -reach .. reach; distances beyond
-    are as those at the ends. CHECK: columns may reach past `keys`.
+    are as those at the ends. far_bias, in its place: the one value of a tile that lies beyond. CHECK: columns may reach
+    past `keys`.
     """
     slope = 1.0
     if SOFTCAP:
@@ -195,12 +221,11 @@ def finish_scores(
         pointers = bias_rows + column.to(tl.int64) * bias_stride
         bias = tl.load(pointers, mask=column < keys, other=0.0) if CHECK else tl.load(pointers)
         scores += bias.to(tl.float32)
-    if relative_rows is not None:
-        if (farthest <= -reach) | (nearest >= reach):
-            scores += tl.load(relative_rows + tl.where(nearest >= reach, 2 * reach, 0))
-        else:
-            distance = tl.minimum(tl.maximum(column - position, -reach), reach)
-            scores += tl.load(relative_rows + (distance + reach))
+    if far_bias is not None:
+        scores += far_bias
+    elif relative_rows is not None:
+        distance = tl.minimum(tl.maximum(column - position, -reach), reach)
+        scores += tl.load(relative_rows + (distance + reach))
     if mask_rows is not None:
         pointers = mask_rows + column.to(tl.int64) * mask_stride
         kept = tl.load(pointers, mask=column < keys, other=0) if CHECK else tl.load(pointers)

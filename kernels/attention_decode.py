@@ -1,8 +1,8 @@
 """Attention of a few queries against many keys (decoding): the keys are split over programs, then joined.
 
 The query heads that share a key head, and their few queries, are the rows of one tile, so keys and values are read
-once. Where sequences and key heads alone fill the GPU there is one split and one kernel; else each split leaves its part
-of the output and its log-sum-exp, and a second kernel joins them (Dao et al., "Flash-Decoding", 2023).
+once. Where sequences and key heads alone fill the GPU there is one split and one kernel; else each split leaves its
+part of the output and its log-sum-exp, and a second kernel joins them (Dao et al., "Flash-Decoding", 2023).
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -10,7 +10,18 @@ Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 import triton
 import triton.language as tl
 
-from .attention_common import LN2, LOG2E, exponential, finish_scores, key_bounds, load_tile, row_pointer, row_pointers, sequence, visible
+from .attention_common import (
+    LN2,
+    LOG2E,
+    exponential,
+    finish_scores,
+    key_bounds,
+    load_tile,
+    row_pointer,
+    row_pointers,
+    sequence,
+    visible,
+)
 
 
 @triton.jit(
@@ -64,9 +75,7 @@ def _attention_decode_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     position = (i + offset)[:, None]
-    begin, _, _, end = key_bounds(
-        offset, queries - 1 + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N
-    )
+    begin, _, _, end = key_bounds(offset, queries - 1 + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N)
     if SPLIT:
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         begin += split * share
@@ -78,9 +87,8 @@ def _attention_decode_kernel(
         v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, _ = finish_scores(
-            scores, position, column, keys, start - (queries - 1 + offset), start + BLOCK_N - 1 - offset, score_scale,
-            softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP,
-            PRECISION == "ieee", True,
+            scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
+            relative_rows, reach, None, SOFTCAP, PRECISION == "ieee", True,
         )  # fmt: skip
         alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
         scores = tl.where(alive, scores, float("-inf"))
@@ -95,7 +103,9 @@ def _attention_decode_kernel(
     dead = total == 0.0
     acc = acc * tl.where(dead, 0.0, 1.0 / total)[:, None]
     lse = tl.where(dead, float("-inf"), peak + tl.log2(total) * LN2)
-    out_rows = row_pointer(out_ptr, b, 0, first_q, stride_ob, 0, stride_os) + tl.cast(split, tl.int64) * stride_out_split
+    out_rows = (
+        row_pointer(out_ptr, b, 0, first_q, stride_ob, 0, stride_os) + tl.cast(split, tl.int64) * stride_out_split
+    )
     out_rows += (h.to(tl.int64) * stride_oh + i.to(tl.int64) * stride_os)[:, None]
     tl.store(out_rows + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=here)
     lse_rows = row_pointer(lse_ptr, b, 0, first_q, stride_lse_b, 0, 1) + tl.cast(split, tl.int64) * stride_lse_split

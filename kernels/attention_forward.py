@@ -13,11 +13,13 @@ import triton.language as tl
 
 from .attention_common import (
     LN2,
+    PARTS,
     exponential,
     finish_scores,
     keep_tile,
     key_bounds,
     load_tile,
+    near_keys,
     program_block,
     row_pointer,
     row_pointers,
@@ -29,15 +31,21 @@ from .attention_common import (
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, begin, end, first_row, bh,
-    stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale, softcap, window_left, window_right,
-    reach, threshold,
+    acc, total, peak, tile, rng_ptr, bias_rows, mask_rows, relative_rows, begin, end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Blocks begin .. end of keys. peak: largest score so far, total: sum of exp(score - peak), acc: of that times V."""
+    """Keys begin .. end, one of PARTS, onto the state of one tile of queries. peak: largest score so far, total: sum of
+    exp(score - peak), acc: sum of exp(score - peak) V."""
+    (
+        q, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale,
+        softcap, window_left, window_right, reach, threshold,
+    ) = tile  # fmt: skip
     EXACT: tl.constexpr = PRECISION == "ieee"
+    EDGE: tl.constexpr = PART == 0 or PART == 4
+    FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
+    far_bias = tl.load(relative_rows + PART // 2 * 2 * reach) if FAR else None
     row = first_row + tl.arange(0, BLOCK_M)
     position = (row + offset)[:, None]
     for start in tl.range(begin, end, BLOCK_N):
@@ -46,11 +54,9 @@ def _attend(
         k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if not FOLDED:
-            nearest = start - (first_row + offset + BLOCK_M - 1)
-            farthest = start + BLOCK_N - 1 - (first_row + offset)
             scores, _ = finish_scores(
-                scores, position, column, keys, nearest, farthest, score_scale, softcap, bias_rows, stride_bias_n,
-                mask_rows, stride_mask_n, relative_rows, reach, SOFTCAP, EXACT, EDGE,
+                scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows,
+                stride_mask_n, relative_rows, reach, far_bias, SOFTCAP, EXACT, EDGE,
             )  # fmt: skip
         if EDGE:
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
@@ -127,25 +133,23 @@ def _attention_forward_kernel(
     begin, inner_begin, inner_end, end = key_bounds(
         first_row + offset, last + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N
     )
-    if LEFT:
-        acc, total, peak = _attend(
-            acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, begin,
-            tl.minimum(inner_begin, end), first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys,
-            offset, score_scale, softcap, window_left, window_right, reach, threshold, BLOCK_M, BLOCK_N, HEAD_DIM,
-            BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, True,
-        )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, inner_begin, inner_end,
-        first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale, softcap,
-        window_left, window_right, reach, threshold, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP,
-        FOLDED, PRECISION, WIDE, False,
+    near_begin = inner_begin
+    near_end = inner_end
+    if relative_ptr is not None:
+        near_begin, near_end = near_keys(
+            first_row + offset, first_row + BLOCK_M - 1 + offset, inner_begin, inner_end, reach, BLOCK_N
+        )
+    tile = (
+        q, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale,
+        softcap, window_left, window_right, reach, threshold,
     )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q, k_ptr, v_ptr, rng_ptr, bias_rows, mask_rows, relative_rows, inner_end, end, first_row, bh,
-        stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale, softcap, window_left,
-        window_right, reach, threshold, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED,
-        PRECISION, WIDE, True,
-    )  # fmt: skip
+    bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
+    for part in tl.static_range(PARTS):
+        if (part > 0 or LEFT) and (part % 2 == 0 or relative_ptr is not None):
+            acc, total, peak = _attend(
+                acc, total, peak, tile, rng_ptr, bias_rows, mask_rows, relative_rows, bounds[part], bounds[part + 1],
+                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
+            )  # fmt: skip
 
     dead = total == 0.0  # a row with nothing to attend to; NaN is not
     factor = tl.where(dead, 0.0, keep_scale / total)

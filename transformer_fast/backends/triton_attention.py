@@ -145,8 +145,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many parts the keys of a decoding call are cut: 1 when `tiles` programs fill 80% of the GPU, else the fewest
-    whose last wave is filled to 85% of the best that any number up to `blocks` reaches."""
+    """Into how many parts the keys of a decoding call are cut: 1 when `tiles` programs fill 80% of the GPU, else the
+    fewest whose last wave is filled to 85% of the best that any number up to `blocks` reaches."""
     if tiles >= 0.8 * multiprocessors or blocks <= 1:
         return 1
 

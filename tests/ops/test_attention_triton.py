@@ -1,0 +1,349 @@
+"""The Triton attention kernels against float64: on a GPU where there is one, else under Triton's interpreter."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import triton_interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import GRADIENT, OUTPUT, assert_as_accurate
+
+import transformer_fast as tf
+from transformer_fast.backends.philox import keep_mask
+from transformer_fast.ops import qkv_attention
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log2(0) in rows without keys
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(device):
+    with contextlib.nullcontext() if device == "cuda" else triton_interpreter.active():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """Tiles of a size at which short sequences have several; call it to choose others."""
+    from transformer_fast.kernels import attention_configurations as configurations
+
+    def choose(block_m=16, block_n=32):
+        config = configurations.Config(block_m, block_n, 4, 1)
+        monkeypatch.setattr(configurations, "select", lambda kernel, shape: config)
+
+    choose()
+    return choose
+
+
+def _relative(kw, leaves):
+    if "relative" in kw:
+        table, *rest = kw.pop("relative")
+        table = leaves("relative", table)
+        kw["relative_bias"] = tf.RelativeBias(table, *rest)
+    return kw
+
+
+def _call(backend, function, tensors, kw, grads, dtype=None):
+    """Outputs (out, lse) and gradients of every tensor by name, with dropout drawn from one seed."""
+    found = {}
+
+    def leaf(name, t):
+        found[name] = t.detach().to(dtype or t.dtype).requires_grad_()
+        return found[name]
+
+    kw = dict(kw)
+    data = [leaf(name, t) for name, t in tensors.items()]
+    if kw.get("bias") is not None:
+        kw["bias"] = leaf("bias", kw["bias"])
+    kw = _relative(kw, leaf)
+    torch.manual_seed(11)
+    with tf.backend(backend):
+        outputs = function(*data, return_lse=True, **kw)
+        if grads is None:
+            return dict(zip(("out", "lse"), (o.detach() for o in outputs)))
+        wanted = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads) if g is not None]
+        gradients = torch.autograd.grad([o for o, _ in wanted], list(found.values()), [g for _, g in wanted])
+    outputs = dict(zip(("out", "lse"), (o.detach() for o in outputs)))
+    return outputs | {f"grad_{n}": g for n, g in zip(found, gradients)}
+
+
+def _check(function, tensors, kw, grads):
+    ours = _call("triton", function, tensors, kw, grads)
+    truth = _call("eager", function, tensors, kw, grads, torch.float64)
+    eager = _call("eager", function, tensors, kw, grads)
+    for name in truth:
+        factor = GRADIENT if name.startswith("grad") else OUTPUT
+        assert_as_accurate(ours[name], truth[name], eager[name], factor, name)
+    return ours
+
+
+def _padded(device, dtype, b=2, h=2, hk=None, sq=24, sk=40, d=32, grads=True, **kw):
+    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D), checked against float64."""
+    hk = hk or h
+    kw = {n: v(b, h, sq, sk) if callable(v) else v for n, v in kw.items()}
+
+    def heads(n, s):
+        return torch.randn(b, s, n, d, device=device).to(dtype).transpose(1, 2)
+
+    tensors = {"query": heads(h, sq), "key": heads(hk, sk), "value": heads(hk, sk)}
+    if hk != h:
+        kw["enable_gqa"] = True
+    gradients = (torch.randn(b, h, sq, d, device=device), torch.randn(b, h, sq, device=device)) if grads else None
+    return _check(tf.scaled_dot_product_attention, tensors, kw, gradients)
+
+
+def _bias(axes, dtype, device="cpu"):
+    def make(b, h, sq, sk):
+        return torch.randn([n if a in axes else 1 for a, n in zip("bhmn", (b, h, sq, sk))], device=device).to(dtype)
+
+    return make
+
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "window": {"window": (7, 3)},
+    "window_left_of_bottom_right": {"window": (5, None), "causal_alignment": "bottom_right"},
+    "more_queries_than_keys": {"sq": 40, "sk": 20, "is_causal": True, "causal_alignment": "bottom_right"},
+    "one_row_one_key": {"sq": 1, "sk": 1},
+    "odd_head_dim": {"d": 37},
+    "softcap": {"softcap": 2.5},
+    "grouped_heads": {"h": 4, "is_causal": True},
+    "negative_scale": {"scale": -0.3},
+    "zero_scale": {"scale": 0.0},
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", list(CASES))
+def test_padded(case, device):
+    arguments = dict(CASES[case])
+    if case == "grouped_heads":
+        arguments["hk"] = 2
+    _padded(device, HALF[len(case) % 2], **arguments)
+
+
+@pytest.mark.parametrize("case", ["causal", "softcap"])
+def test_float32(case, device):
+    _padded(device, torch.float32, sq=40, d=64, **CASES[case])
+
+
+@pytest.mark.parametrize("axes", ["bhmn", "hmn", "bn", "m", "bm", "n", ""])
+def test_bias_gradient_over_the_axes_it_broadcasts_along(axes, device):
+    _padded(device, torch.bfloat16, sq=20, bias=_bias(axes, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_bias_gradient_to_its_table(bidirectional, device):
+    table = torch.randn(8, 2, device=device)
+    _padded(device, torch.float16, sq=50, sk=70, relative=(table, 12, bidirectional), is_causal=not bidirectional)
+
+
+def test_lengths_masks_and_minus_infinity(device):
+    lengths = torch.tensor([17, 0], device=device)
+    mask = torch.rand(2, 1, 24, 40, device=device) > 0.5
+    mask[0, 0, 3] = False
+    bias = torch.randn(2, 1, 24, 40, device=device).bfloat16()
+    bias[:, :, 5:9] = -math.inf
+    ours = _padded(device, torch.bfloat16, key_lengths=lengths, attn_mask=mask, bias=bias)
+    assert ours["lse"][1].eq(-math.inf).all() and ours["out"][0, :, [3, 6]].eq(0).all()
+    assert ours["grad_key"][:, :, 17:].eq(0).all()
+
+
+def test_what_lies_past_the_keys_is_never_read(device):
+    q, k, v = (torch.randn(2, 2, s, 32, device=device).half() for s in (24, 40, 40))
+    lengths = torch.tensor([17, 33], device=device)
+    outputs = []
+    for garbage in (0.0, math.nan):
+        for b, n in enumerate(lengths.tolist()):
+            k[b, :, n:], v[b, :, n:] = garbage, garbage
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        with tf.backend("triton"):
+            out = tf.scaled_dot_product_attention(*leaves, key_lengths=lengths)
+            outputs.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for clean, dirty in zip(*outputs):
+        assert torch.equal(clean, dirty)
+
+
+def test_one_huge_logit(device):
+    q, k, v = (torch.randn(1, 1, 40, 32, device=device).half() for _ in range(3))
+    q[0, 0, 5], k[0, 0, 33] = 30.0, 30.0
+    grads = torch.randn(1, 1, 40, 32, device=device), None
+    _check(tf.scaled_dot_product_attention, {"query": q, "key": k, "value": v}, {}, grads)
+
+
+def test_strides_past_32_bits(device):
+    """Rows 2^30 elements apart: offsets within one tile need 64 bits."""
+    if device == "cuda":
+        pytest.skip("needs 6 GiB of GPU memory a tensor; the address arithmetic is the interpreter's to check")
+    step = 2**30
+    tensors = {}
+    for name in ("query", "key", "value"):
+        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # pages that are not touched cost nothing
+        tensors[name] = memory.as_strided((1, 1, 3, 16), (0, 0, step, 1))
+        tensors[name].copy_(torch.randn(1, 1, 3, 16))
+    close = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    with tf.backend("triton"):
+        for sdpa in (lambda t: tf.scaled_dot_product_attention(*t.values(), dropout_p=0.1),):
+            torch.manual_seed(1)
+            far = sdpa(tensors)
+            torch.manual_seed(1)
+            assert torch.equal(far, sdpa(close))
+
+
+@pytest.mark.parametrize("block_n", [16, 64, 128, 256])
+def test_dropout_mask_bit_for_bit(block_n, device, blocks):
+    blocks(16, block_n)
+    b, h, sq, sk, p = 1, 2, 20, 256, 0.3
+    q, k = torch.randn(b, h, sq, sk, device=device), torch.randn(b, h, sk, sk, device=device)
+    v = torch.eye(sk, device=device).expand(b, h, sk, sk).contiguous().requires_grad_()
+    torch.manual_seed(5)
+    with tf.backend("triton"):
+        out = tf.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=0.01)  # column j of out is P[:, j], or zero
+    rows = torch.eye(sq, sk, device=device).expand(b, h, sq, sk)
+    (grad_v,) = torch.autograd.grad(out, v, rows)  # column i is P[i, :], or zero
+    torch.manual_seed(5)
+    rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    i, j = torch.arange(sq, device=device)[:, None], torch.arange(sk, device=device)[None]
+    kept = keep_mask(rng, p, torch.arange(b * h, device=device)[:, None, None], i[None], j[None]).view(b, h, sq, sk)
+    assert torch.equal(out != 0, kept)
+    assert torch.equal(grad_v[..., :sq].transpose(-1, -2) != 0, kept)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout(causal, device):
+    _padded(device, torch.float16, b=1, sq=24, sk=150, dropout_p=0.25, is_causal=causal)
+
+
+def test_packed(device):
+    """Sequences of any length beside each other, an empty one and one without keys among them."""
+    cu_q = torch.tensor([0, 20, 20, 53, 58], device=device)
+    cu_k = torch.tensor([0, 33, 40, 40, 45], device=device)
+    q, k, v = (torch.randn(n, h, 32, device=device).bfloat16() for n, h in ((58, 4), (45, 2), (45, 2)))
+    grads = torch.randn(58, 4, 32, device=device), torch.randn(4, 58, device=device)
+    kw = {
+        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "is_causal": True, "causal_alignment": "bottom_right",
+        "dropout_p": 0.2, "bias": torch.randn(4, 1, 33, 33, device=device).bfloat16(),
+        "relative": (torch.randn(8, 4, device=device), 20, True),
+    }  # fmt: skip
+    _check(tf.varlen_attention, {"query": q, "key": k, "value": v}, kw, grads)
+
+
+def test_gradient_of_a_packed_projection_is_written_in_place(device):
+    qkv = torch.randn(40, 3, 2, 32, device=device).half()
+    cu = torch.tensor([0, 17, 40], dtype=torch.int32, device=device)
+    _check(
+        lambda x, **kw: qkv_attention(x, cu, **kw), {"qkv": qkv}, {"is_causal": True}, (torch.randn(40, 2, 32), None)
+    )
+
+
+DECODING = {
+    "one_query": {"sq": 1},
+    "grouped": {"sq": 1, "h": 8, "hk": 2, "key_lengths": torch.tensor([100, 35])},
+    "few_queries": {"sq": 5, "is_causal": True, "causal_alignment": "bottom_right", "h": 4, "hk": 2, "softcap": 4.0},
+    "window": {"sq": 2, "window": (40, 0), "causal_alignment": "bottom_right", "key_lengths": torch.tensor([100, 0])},
+    "biases": {
+        "sq": 2, "relative": (torch.randn(8, 2), 20, True), "bias": _bias("bhmn", torch.float16),
+        "attn_mask": lambda b, h, sq, sk: torch.rand(b, 1, 1, sk) > 0.3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", list(DECODING))
+def test_decoding(case, splits, device, monkeypatch):
+    from transformer_fast.backends import triton_attention
+
+    monkeypatch.setattr(triton_attention, "splits_of", lambda *_: splits)
+    kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in DECODING[case].items()}
+    if device == "cuda" and case == "biases":
+        kw |= {"relative": (kw["relative"][0].cuda(), 20, True), "bias": _bias("bhmn", torch.float16, device)}
+        kw["attn_mask"] = lambda b, h, sq, sk: torch.rand(b, 1, 1, sk, device=device) > 0.3
+    _padded(device, torch.float16, sk=100, d=40, grads=False, **kw)
+
+
+def test_packed_decoding_in_splits(device, monkeypatch):
+    from transformer_fast.backends import triton_attention
+
+    monkeypatch.setattr(triton_attention, "splits_of", lambda *_: 2)
+    cu_q, cu_k = torch.tensor([0, 2, 2, 3], device=device), torch.tensor([0, 70, 80, 113], device=device)
+    q, k, v = (torch.randn(n, 2, 32, device=device).half() for n in (3, 113, 113))
+    kw = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    _check(tf.varlen_attention, {"query": q, "key": k, "value": v}, kw, None)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_drawn_shapes_and_features(data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draw = data.draw
+    dtype = draw(st.sampled_from(HALF))
+    hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    h, sq, sk = hk * group, draw(st.integers(1, 40)), draw(st.integers(1, 50))
+    kw = {"is_causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        kw["causal_alignment"] = "bottom_right"
+    for name in draw(st.sets(st.sampled_from(["window", "lengths", "mask", "bias", "relative", "softcap", "dropout"]))):
+        if name == "window":
+            side = st.none() | st.integers(0, 30)
+            kw["window"] = draw(side), draw(side)
+        elif name == "lengths":
+            kw["key_lengths"] = torch.tensor(draw(st.lists(st.integers(0, sk), min_size=b, max_size=b)), device=device)
+        elif name == "mask":
+            shape = [draw(st.sampled_from([1, n])) for n in (b, h, sq, sk)]
+            kw["attn_mask"] = torch.rand(shape, device=device) > 0.4
+        elif name == "bias":
+            kw["bias"] = _bias(draw(st.sampled_from(["bhmn", "hmn", "bmn", "mn", "bn"])), dtype, device)
+        elif name == "relative":
+            bidirectional = draw(st.booleans())
+            kw["relative"] = torch.randn(8, h, device=device), draw(st.integers(5, 40)), bidirectional
+        elif name == "softcap":
+            kw["softcap"] = 3.0
+        else:
+            kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
+    _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64])), **kw)
+
+
+@pytest.mark.gpu
+def test_gradients_are_the_same_bits_every_time():
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU on this machine; numpy adds in one order anyway")
+    q, k, v = (torch.randn(2, 8, 1024, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    bias = torch.randn(1, 8, 1024, 1024, device="cuda", requires_grad=True)
+    runs = []
+    for _ in range(2):
+        with tf.backend("triton"):
+            out = tf.scaled_dot_product_attention(q, k, v, bias=bias)
+            runs.append(torch.autograd.grad(out.float().square().sum(), (q, k, v, bias)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.quick
+def test_splits_fill_the_gpu():
+    from transformer_fast.backends.triton_attention import splits_of
+
+    assert splits_of(132, 100, 132) == 1 and splits_of(106, 100, 132) == 1
+    assert splits_of(1, 1, 132) == 1
+    for tiles in (1, 8, 12, 64, 100):
+        splits = splits_of(tiles, 64, 132)
+        efficiency = [tiles * n / 132 / math.ceil(tiles * n / 132) for n in range(1, 65)]
+        assert efficiency[splits - 1] >= 0.85 * max(efficiency) > max(efficiency[: splits - 1], default=0.0)
+
+
+@pytest.mark.quick
+def test_every_shape_has_a_configuration(monkeypatch):
+    from transformer_fast.kernels import attention_configurations as configurations
+
+    monkeypatch.undo()  # the small tiles of this file
+    for kernel in configurations.KERNELS:
+        for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+            for head_dim in (1, 64, 65, 128, 129, 256):
+                for itemsize in (2, 4):
+                    for rich in (False, True):
+                        shape = configurations.shape(capability, head_dim, itemsize, rich, 10)
+                        config = configurations.select(kernel, shape)
+                        assert all(n & (n - 1) == 0 and n >= 16 for n in config[:2])
+    assert configurations.architecture((8, 9)) == "sm_120" and configurations.architecture((9, 0)) == "sm_90"
