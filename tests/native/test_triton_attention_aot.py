@@ -28,15 +28,6 @@ FEATURES = {
     "decode": {"queries": 1, "lengths": True, "groups": 4},
     "decode_relative": {"queries": 1, "relative": True},
 }
-KERNELS = {
-    "_attention_backward_bias_kernel",
-    "_attention_backward_key_kernel",
-    "_attention_backward_query_kernel",
-    "_attention_combine_kernel",
-    "_attention_decode_kernel",
-    "_attention_delta_kernel",
-    "_attention_forward_kernel",
-}
 
 
 def _spec(
@@ -85,16 +76,42 @@ def _launch(arch, dtype, head_dim, feature):
         backend.attention_backward(spec, q, None, q, lse, q, k, v, dbias, dtable)
 
 
+# In a test run: what matters most on sm_90, and elsewhere each architecture's heaviest and a share of the features.
+CORE = {
+    80: {("float32", 64, "plain"), ("bfloat16", 64, "bias_broadcast")},
+    90: {("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 64, "relative"),
+         ("bfloat16", 64, "decode")},
+    100: {("bfloat16", 128, "causal"), ("bfloat16", 64, "dropout")},
+    120: {("bfloat16", 128, "causal"), ("bfloat16", 64, "mask")},
+}  # fmt: skip
+
+
 def cases(arch: int, everything: bool):
-    """In a test run: on sm_90 what matters most in bfloat16, elsewhere the heaviest."""
     chosen = {}
-    for (dtype_name, dtype), head_dim, feature in itertools.product(DTYPES.items(), HEAD_DIMS, FEATURES):
-        core = dtype_name == "bfloat16" and (
-            (arch == 90 and head_dim == 64 and feature in ("causal", "relative", "dropout", "bias_broadcast", "decode"))
-            or (head_dim == 128 and feature == "causal")
-        )
-        if everything or core or (arch == 80 and dtype_name == "float32" and head_dim == 64 and feature == "plain"):
-            chosen[f"{feature}, {dtype_name}, D {head_dim}"] = functools.partial(
-                _launch, arch, dtype, head_dim, feature
+    for case in itertools.product(DTYPES, HEAD_DIMS, FEATURES):
+        if everything or case in CORE[arch]:
+            dtype, head_dim, feature = case
+            chosen[f"{feature}, {dtype}, D {head_dim}"] = functools.partial(
+                _launch, arch, DTYPES[dtype], head_dim, feature
             )
     return chosen
+
+
+def check(report: dict) -> None:
+    triton_aot.assert_runs_well(report)
+    if report["arch"] == 90 and report["kernel"] not in ("_attention_decode_kernel", "_attention_combine_kernel"):
+        # 16-bit products run on Hopper's own instruction (float32 ones on neither, as they are exact).
+        assert not report["mma"], report
+
+
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_compiles_for(arch):
+    found = triton_aot.aot_reports(__file__, arch)
+    for name, kernels in found.items():
+        for report in kernels:
+            check(report)
+            products = ("_forward_kernel", "_key_kernel", "_query_kernel", "_bias_kernel")
+            if arch == 90 and "float32" not in name and report["kernel"].endswith(products):
+                assert report["wgmma"], (name, report)
+    wanted = {case[2] for case in CORE[arch]}
+    assert {name.split(",")[0] for name in found} == wanted

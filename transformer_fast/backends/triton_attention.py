@@ -19,7 +19,7 @@ from .philox import keep_scale, threshold
 
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
-DECODE_QUERIES, DECODE_ROWS = 16, 64
+DECODE_QUERIES, DECODE_ROWS = 16, 32
 L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
 
 

@@ -1,0 +1,132 @@
+"""Finds the block sizes of the attention kernels on this GPU and writes them to kernels/attention_configurations.py.
+
+    python benchmarks/tune.py                     every class of this GPU's architecture, some minutes
+    python benchmarks/tune.py --kernel forward --width 64 128
+
+Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on a plain
+and a rich call (causal + dropout) of 16k tokens, hidden 2048. A candidate replaces the row only when it is at least 2%
+faster. An offline tool: nothing is ever tuned while a model runs.
+"""
+
+import argparse
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from transformer_fast.kernels import attention_configurations as configurations
+from transformer_fast.kernels.attention_configurations import Config
+
+GAIN = 0.98  # a new configuration must take less than this share of the old one's time
+TOKENS, HIDDEN = 16384, 2048
+
+
+def candidates(kernel: str) -> Iterator[Config]:
+    """Block sizes, warps and stages worth timing; those that do not fit fail to launch and drop out."""
+    few, many = (16, 32, 64), (64, 128)
+    rows = {"decode": (16,), "backward_key": few + (128,), "backward_bias": (32, 64)}.get(kernel, many)
+    columns = {"decode": (32, 64, 128, 256), "backward_key": many, "backward_bias": (32, 64)}.get(kernel, (32, 64, 128))
+    for m, n, warps, stages in itertools.product(rows, columns, (4, 8), (1, 2, 3, 4)):
+        if m * n >= 32 * 32 or kernel == "decode":
+            yield Config(m, n, warps, stages)
+
+
+def best(old: Config, choices: Iterator[Config], seconds: Callable[[Config], float]) -> Config:
+    """The fastest choice where it gains, else the old one. `seconds` raises RuntimeError for one that cannot run."""
+    fastest, least = old, seconds(old) * GAIN
+    for choice in choices:
+        try:
+            taken = seconds(choice)
+        except RuntimeError:  # out of shared memory or registers
+            continue
+        if taken < least:
+            fastest, least = choice, taken
+    return fastest
+
+
+def rewrite(source: str, table: dict) -> str:
+    """The text of attention_configurations.py with `table` in the place of its TABLE."""
+    names = {False: "HALF", True: "SINGLE"}
+    rows = []
+    for (kernel, architecture, width, single), pair in table.items():
+        plain, rich = (f"Config({', '.join(map(str, config))})" for config in pair)
+        rows.append(f'    ("{kernel}", "{architecture}", {width}, {names[single]}): ({plain}, {rich}),\n')
+    found, count = re.subn(r"(?ms)^(TABLE: .*? = \{\n).*?^\}", lambda m: m[1] + "".join(rows) + "}", source)
+    if count != 1:
+        raise ValueError(f"attention_configurations.py: wanted one TABLE, found {count}")
+    return found
+
+
+def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]:
+    """Seconds of the pass that `kernel` belongs to, as a function of its configuration."""
+    import triton
+
+    import transformer_fast as tf
+
+    select = configurations.select
+    dtype = torch.float32 if shape.single else torch.bfloat16
+    heads, length = HIDDEN // shape.width, 4096 if kernel == "decode" else 2048
+    batch = TOKENS // length
+    queries = 1 if kernel == "decode" else length
+
+    def data(rows):
+        return torch.randn(batch, heads, rows, shape.width, device="cuda", dtype=dtype, requires_grad=True)
+
+    q, k, v = data(queries), data(length), data(length)
+    rich = {"bias": torch.randn(1, heads, queries, length, device="cuda", requires_grad=True)}
+    rich |= {"dropout_p": 0.1} if kernel != "decode" else {}
+    arguments = rich if shape.rich else {"is_causal": kernel != "decode"}
+
+    def seconds(config: Config) -> float:
+        configurations.select = lambda name, s: config if name == kernel else select(name, s)
+        try:
+            with tf.backend("triton"):
+                out = tf.scaled_dot_product_attention(q, k, v, **arguments)
+                if kernel.startswith("backward"):
+                    leaves = [q, k, v] + ([rich["bias"]] if kernel == "backward_bias" else [])
+                    grad = torch.ones_like(out)
+                    return triton.testing.do_bench(
+                        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), return_mode="median"
+                    )
+                with torch.no_grad():
+                    return triton.testing.do_bench(
+                        lambda: tf.scaled_dot_product_attention(q, k, v, **arguments), return_mode="median"
+                    )
+        except triton.runtime.errors.OutOfResources as error:
+            raise RuntimeError(str(error)) from None
+        finally:
+            configurations.select = select
+
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", nargs="*", default=list(configurations.KERNELS), choices=configurations.KERNELS)
+    parser.add_argument("--width", type=int, nargs="*", default=[64, 128, 256])
+    parser.add_argument("--single", action="store_true", help="float32 rows too")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tune: there is no NVIDIA GPU here; the table stays as it is")
+    architecture = configurations.architecture(torch.cuda.get_device_capability())
+    table = dict(configurations.TABLE)
+    for kernel, width, single in itertools.product(options.kernel, options.width, (False, True)):
+        if single and not options.single:
+            continue
+        pair = []
+        for rich in (False, True):
+            shape = configurations.Shape(architecture, width, single, rich)
+            old = configurations.select(kernel, shape)
+            needless = kernel == "backward_bias" and not rich  # it runs for a bias only
+            pair.append(old if needless else best(old, candidates(kernel), timer(kernel, shape)))
+            print(
+                f"{architecture} {kernel} width {width} {'rich' if rich else 'plain'}: {old} -> {pair[-1]}", flush=True
+            )
+        table[kernel, architecture, width, single] = (pair[0], pair[1])
+    path = pathlib.Path(configurations.__file__)
+    path.write_text(rewrite(path.read_text(), table))
+
+
+if __name__ == "__main__":
+    main()
