@@ -39,10 +39,10 @@ def test_no_mask_with_one_query_sees_all():
 
 
 def test_is_causal_argument_wins():
-    mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
-    inputs = _qkv(torch.float32)
-    out, _ = attention_forward(MODULE, *inputs, None, is_causal=False)
-    assert torch.equal(out, attention_forward(MODULE, *inputs, mask)[0])
+    inputs = {dtype: _qkv(dtype) for dtype in (torch.float32, torch.float64)}
+    out, _ = attention_forward(MODULE, *inputs[torch.float32], None, is_causal=False)
+    truth, eager = (_reference_attention(MODULE, *inputs[d], None)[0] for d in (torch.float64, torch.float32))
+    assert_as_accurate(out, truth, eager)
 
 
 @pytest.mark.parametrize("sq", [1, 7])

@@ -249,4 +249,7 @@ def _weights(query, key, lse, scaling, mask, bias, softcap, rule, sk) -> torch.T
     if rule is not None:
         mask = rule.dense(query.shape[0], query.shape[2], rule.reach, query.device)
     weights = attention_probabilities(query, key, lse, scale=scaling, bias=bias, attn_mask=mask, softcap=softcap or 0.0)
+    if weights.dtype == torch.float32:
+        # The kernel's log-sum-exp and these scores were rounded apart: take out what that leaves in a row's sum.
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights if weights.shape[-1] == sk else torch.nn.functional.pad(weights, (0, sk - weights.shape[-1]))
