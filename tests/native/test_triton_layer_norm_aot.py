@@ -9,7 +9,7 @@ import triton_aot
 # Width classes: several rows a program, one row, the widest row in registers, and wider.
 WIDTHS = {"narrow": 64, "bert": 768, "exact": 1024, "wide": 4096, "backward_limit": 8192, "forward_limit": 16384}
 WIDTHS |= {"looped": 20480}
-EXTREMES = ("bert", "backward_limit", "forward_limit", "looped")
+EXTREMES = {("float32", "bert"), ("bfloat16", "bert"), ("bfloat16", "backward_limit"), ("float32", "looped")}
 KERNELS = {
     "_column_sum_kernel",
     "_layer_norm_backward_kernel",
@@ -65,7 +65,9 @@ def cases(arch: int, everything: bool):
                     and dtype == torch.bfloat16
                     and width_name in ("narrow", "exact")
                 )
-                heavy = name == HEAVIEST and dtype != torch.float16 and (arch == 90 or width_name in EXTREMES)
+                heavy = (
+                    name == HEAVIEST and dtype != torch.float16 and (arch == 90 or (dtype_name, width_name) in EXTREMES)
+                )
                 if everything or light or heavy:
                     chosen[f"{name}, {dtype_name}, {width_name}"] = functools.partial(
                         _launch, arch, width, dtype, **features
