@@ -275,7 +275,7 @@ def keep_tile(
     seed = tl.load(rng_ptr)
     c2 = zero + tl.cast(bh, tl.uint32)
     c3 = zero + tl.load(rng_ptr + 1).to(tl.uint32)
-    w0, w1, w2, w3 = philox(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), True)
     kept = _lanes(w0, threshold, 0) | _lanes(w1, threshold, 1) | _lanes(w2, threshold, 2) | _lanes(w3, threshold, 3)
     lane = first_column % 128 // 16 + tl.arange(0, LANES)
     if TRANSPOSED:

@@ -15,19 +15,30 @@ import triton.language as tl
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, key0, key1):
-    """The four words of Philox4x32-7 for counters (c0, c1, c2, c3), uint32 tensors of one shape."""
-    # Not unrolled here: a loop keeps Triton 3.6 from computing everything again in the layout of its users,
-    # once an element. (LLVM unrolls it.)
-    for _ in range(7):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0 = high1 ^ c1 ^ key0
-        c1 = low1
-        c2 = high0 ^ c3 ^ key1
-        c3 = low0
-        key0 += 0x9E3779B9
-        key1 += 0xBB67AE85
+def _round(c0, c1, c2, c3, key0, key1):
+    high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+    high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+    return high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, key0, key1, UNROLLED: tl.constexpr = False):
+    """The four words of Philox4x32-7 for counters (c0, c1, c2, c3), uint32 tensors of one shape.
+
+    UNROLLED: inside a loop that Triton is to pipeline, which it does to innermost loops only.
+    """
+    if UNROLLED:
+        for _ in tl.static_range(7):
+            c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)
+            key0 += 0x9E3779B9
+            key1 += 0xBB67AE85
+    else:
+        # A loop keeps Triton 3.6 from computing everything again in the layout of its users, once an element.
+        # (LLVM unrolls it.)
+        for _ in range(7):
+            c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)
+            key0 += 0x9E3779B9
+            key1 += 0xBB67AE85
     return c0, c1, c2, c3
 
 
