@@ -75,7 +75,9 @@ def _attention_decode_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     position = (i + offset)[:, None]
-    begin, _, _, end = key_bounds(offset, queries - 1 + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N)
+    begin, _inner_begin, _inner_end, end = key_bounds(
+        offset, queries - 1 + offset, keys, window_left, window_right, LEFT, RIGHT, BLOCK_N
+    )
     if SPLIT:
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         begin += split * share
