@@ -54,14 +54,15 @@ HALF, SINGLE = False, True
 
 # (kernel, architecture or "" for those without a row of their own, width, single) -> (plain, rich)
 TABLE: dict[tuple[str, str, int, bool], tuple[Config, Config]] = {
-    ("forward", "", 64, HALF): (Config(128, 64, 4, 3), Config(128, 64, 8, 2)),
-    ("forward", "", 128, HALF): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    ("forward", "", 64, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
+    ("forward", "", 128, HALF): (Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     ("forward", "", 256, HALF): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-    ("forward", "sm_120", 64, HALF): (Config(128, 64, 4, 2), Config(64, 64, 4, 2)),
-    ("forward", "sm_120", 128, HALF): (Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+    ("forward", "sm_90", 64, HALF): (Config(128, 64, 4, 3), Config(128, 64, 8, 2)),
+    ("forward", "sm_120", 64, HALF): (Config(128, 64, 8, 2), Config(128, 64, 8, 1)),
+    ("forward", "sm_120", 128, HALF): (Config(128, 64, 8, 2), Config(128, 32, 8, 1)),
     ("forward", "sm_120", 256, HALF): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
     ("backward_key", "", 64, HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
-    ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(32, 64, 8, 1)),
+    ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "", 256, HALF): (Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
     ("backward_query", "", 64, HALF): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
     ("backward_query", "", 128, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
@@ -96,7 +97,7 @@ def select(kernel: str, shape: Shape) -> Config:
     if pair is None:
         pair = TABLE[kernel, "", shape.width, shape.single]
     config = pair[shape.rich]
-    if shape.short and kernel in ("forward", "backward_query") and config.block_m > 64:
+    if shape.short and shape.width == 64 and kernel in ("forward", "backward_query") and config.block_m > 64:
         # Half of a tile of 128 queries would be padding.
         config = config._replace(block_m=64, num_warps=4)
     return config
