@@ -3,11 +3,12 @@
 ops/attention.py holds the public functions and their checks; nothing here is called by users.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from ..backends import Backend, Call, memory, select
+from ..backends import Backend, Call, eager, memory, select
 from . import _common
 
 CAUSAL = {"top_left": 0, "bottom_right": 1}
@@ -206,6 +207,8 @@ def _backward(ctx, grad_out, grad_lse):
         return (None,) * 20
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    if torch.is_grad_enabled() and out.numel() and k.numel():
+        return _differentiable_backward(ctx, grad_out, grad_lse)
     dq, dk, dv, dbias, dtable = _backward_op(
         grad_out, grad_lse, out, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, max_q, max_k, table, distance,
         bidirectional, rng, *tail, bool(need[3]), bool(need[10]),
@@ -214,6 +217,29 @@ def _backward(ctx, grad_out, grad_lse):
     grads[0], grads[1], grads[2] = dq, dk, dv
     grads[3] = dbias if need[3] else None
     grads[10] = dtable if need[10] else None
+    return tuple(grads)
+
+
+def plain(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse in plain PyTorch, differentiable in every way."""
+    out, lse = eager.attention(spec)
+    return out, lse.to(_lse_dtype(spec.query))
+
+
+def _differentiable_backward(ctx, grad_out, grad_lse):
+    """The same in plain PyTorch, for gradients of gradients."""
+    _, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, table, rng = ctx.saved_tensors
+    max_q, max_k, distance, bidirectional, *tail = ctx.constants
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+
+    def function(q, k, v, bias, table):
+        return plain(AttentionSpec(
+            q, k, v, bias, mask, lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng, *tail
+        ))  # fmt: skip
+
+    grads: list = [None] * 20
+    *grads[:4], grads[10] = _common.gradients(function, (q, k, v, bias, table), (grad_out, grad_lse))
     return tuple(grads)
 
 
@@ -245,6 +271,12 @@ def _qkv_spec(qkv, key_lengths, cu, longest, rng, scale, causal, p) -> Attention
 def qkv_forward_impl(*args):
     spec = _qkv_spec(*args)
     out, lse = _run_forward(spec)
+    return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
+
+
+def qkv_plain(qkv: torch.Tensor, rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    spec = _qkv_spec(qkv, *rest)
+    out, lse = plain(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
 
@@ -288,6 +320,9 @@ def _qkv_setup(ctx, inputs, output):
 def _qkv_backward(ctx, grad_out, _grad_lse):
     out, lse, qkv, lengths, cu, rng = ctx.saved_tensors
     longest, *tail = ctx.constants
+    if torch.is_grad_enabled() and qkv.numel():
+        function = functools.partial(qkv_plain, rest=(lengths, cu, longest, rng, *tail))
+        return (*_common.gradients(function, (qkv,), (grad_out,)), *(None,) * 7)
     return (_qkv_backward_op(grad_out, out, lse, qkv, lengths, cu, longest, rng, *tail), *(None,) * 7)
 
 

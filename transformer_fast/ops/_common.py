@@ -1,8 +1,10 @@
 """What every op file shares: the library the schemas live in, and how a call reaches its kernel."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 # Schemas are registered from Python; the raw kernels behind them come from backends/.
 LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
@@ -45,7 +47,40 @@ def _watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
+
+
+def transformed() -> bool:
+    """True under forward-mode differentiation and torch.func's grad, jvp and kin. Registered ops have no rules for
+    these (tangents would be lost without a word), so plain PyTorch computes there."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def gradients(
+    function: Callable, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Gradients of function(*inputs) that can be differentiated again: what a backward returns under create_graph.
+
+    function: plain PyTorch, returns as many tensors as there are grads (None: no gradient arrives there). Returns
+    one gradient an input, None for those that need none.
+    """
+    with torch.enable_grad():
+        # Aliases: one tensor given twice has two gradients.
+        inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+        arriving = [(o, g) for o, g in zip(function(*inputs), grads) if g is not None]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(
+            [o for o, _ in arriving], wanted, [g for _, g in arriving], create_graph=True, materialize_grads=True
+        ))  # fmt: skip
+        return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -56,7 +91,7 @@ def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype matrix-like ops run in under autocast, or None outside it."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

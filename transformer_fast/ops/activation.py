@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backends import Backend, Call, memory, select
+from ..backends import Backend, Call, eager, memory, select
 from . import _common
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -86,6 +86,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, bias, gate = ctx.saved_tensors
+    if torch.is_grad_enabled():  # gradients of gradients are plain PyTorch's
+        return *_common.gradients(
+            lambda *t: (eager.bias_activation(*t, ctx.activation),), (x, bias, gate), (grad,)
+        ), None  # fmt: skip
     need_bias = bool(ctx.needs_input_grad[1])
     grad_x, grad_bias, grad_gate = _backward_op(grad, x, bias, gate, ctx.activation, need_bias)
     return grad_x, grad_bias if need_bias else None, grad_gate if gate is not None else None, None
@@ -127,5 +131,7 @@ def bias_activation(
         _common.check_same("gate", gate, "input", input)
         if gate.shape != input.shape:
             raise ValueError(f"gate: wanted the shape of input {tuple(input.shape)}, got {tuple(gate.shape)}")
+    if _common.transformed():
+        return eager.bias_activation(input, bias, gate, activation)
     run = _forward if _common.direct(input, bias, gate) else _op
     return run(input, bias, gate, activation)

@@ -7,7 +7,16 @@ import torch
 
 from ..backends.philox import threshold
 from . import _common
-from ._attention_op import CAUSAL, attention_op, forward_impl, qkv_attention_op, qkv_forward_impl
+from ._attention_op import (
+    CAUSAL,
+    AttentionSpec,
+    attention_op,
+    forward_impl,
+    plain,
+    qkv_attention_op,
+    qkv_forward_impl,
+    qkv_plain,
+)
 
 
 class RelativeBias(NamedTuple):
@@ -180,7 +189,9 @@ def qkv_attention(
             _check_lengths("key_lengths", key_lengths, qkv.shape[0], longest, qkv)
     rng, p = _dropout_state(dropout_p, qkv.device, generator)
     args = (qkv, key_lengths, cu_seqlens, longest, rng, _scale(scale, qkv.shape[-1]), int(bool(is_causal)), p)
-    if _common.direct(qkv):
+    if _common.transformed():
+        out, lse = qkv_plain(qkv, args[1:])
+    elif _common.direct(qkv):
         out, lse = qkv_forward_impl(*args)
     else:
         out, lse = qkv_attention_op(*args)
@@ -257,7 +268,9 @@ def _attend(
         query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng,
         _scale(scale, query.shape[-1]), alignment, left, right, float(softcap), p,
     )  # fmt: skip
-    if _common.direct(query, key, value, bias, table):
+    if _common.transformed():
+        out, lse = plain(AttentionSpec(*args))
+    elif _common.direct(query, key, value, bias, table):
         out, lse = forward_impl(*args)
     else:
         out, lse = attention_op(*args)

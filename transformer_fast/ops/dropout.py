@@ -3,7 +3,7 @@
 import torch
 
 from ..backends import Call, memory, select
-from ..backends.philox import threshold
+from ..backends.philox import keep_mask_2d, keep_scale, threshold
 from . import _common
 
 
@@ -48,5 +48,9 @@ def dropout(
         return input
     x = input if input.dim() else input[None]
     rng = _common.draw_rng(x.device, generator)
-    y = _forward(x, rng, p) if _common.direct(x) else _op(x, rng, p)
+    if _common.transformed():
+        kept = keep_mask_2d(rng, p, x.numel() // x.shape[-1], x.shape[-1])
+        y = x * kept.view(x.shape) * keep_scale(p)
+    else:
+        y = _forward(x, rng, p) if _common.direct(x) else _op(x, rng, p)
     return y if input.dim() else y[0]

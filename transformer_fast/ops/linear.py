@@ -38,11 +38,17 @@ def _check(input, weight, bias, activation) -> None:
     if not input.dim() or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input: wanted shape (..., {weight.shape[1]}) as weight is {tuple(weight.shape)}, "
                          f"got {tuple(input.shape)}")  # fmt: skip
+    if bias is not None:
+        _common.check_floating("bias", bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: wanted shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
 def _plain(input, weight, bias, activation) -> torch.Tensor:
+    if _common.autocast_dtype(input.device) is None:
+        _common.check_same("weight", weight, "input", input)
+        if bias is not None:
+            _common.check_same("bias", bias, "input", input)
     if activation is None:
         return F.linear(input, weight, bias)
     return bias_activation(F.linear(input, weight), bias, activation)
@@ -50,7 +56,8 @@ def _plain(input, weight, bias, activation) -> torch.Tensor:
 
 def _forward(input, weight, bias, activation) -> torch.Tensor:
     y = gemm.linear(input.reshape(-1, input.shape[-1]), weight, bias, activation)
-    return y.view(*input.shape[:-1], y.shape[-1])
+    # Not a view for autograd: the caller may change the result in place.
+    return torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], y.shape[-1])) if input.dim() != 2 else y
 
 
 def _column_sum(x: torch.Tensor) -> torch.Tensor:
@@ -75,18 +82,16 @@ def _backward(grad, input, weight, bias, pre, activation, need):
     return grad_input, grad_weight, grad_bias
 
 
-def _differentiable_backward(grad, leaves, needs, activation):
+def _differentiable_backward(grad, input, weights, biases, activation):
     """The same through torch's own formulas, for gradients of gradients."""
-    with torch.enable_grad():
-        input, weights, biases = leaves
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        bias = biases[0] if len(biases) == 1 else (torch.cat(biases) if biases else None)
+
+    def function(input, *parameters):
+        weight = torch.cat(parameters[: len(weights)])
+        bias = torch.cat(parameters[len(weights) :]) if biases else None
         y = F.linear(input, weight, bias)
-        if activation is not None:
-            y = eager.bias_activation(y, None, None, activation)
-        wanted = [t for t, need in zip((input, *weights, *biases), needs) if need]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needs]
+        return (y if activation is None else eager.bias_activation(y, None, None, activation),)
+
+    return _common.gradients(function, (input, *weights, *biases), (grad,))
 
 
 class _Linear(torch.autograd.Function):
@@ -111,7 +116,7 @@ class _Linear(torch.autograd.Function):
         input, parameters = saved[0], saved[1 : 1 + len(needs) - 1]
         weights, biases = parameters[:n], parameters[n:]
         if torch.is_grad_enabled():
-            found = _differentiable_backward(grad, (input, weights, biases), needs, ctx.activation)
+            found = _differentiable_backward(grad, input, weights, biases, ctx.activation)
             return None, None, *found
         pre = None if ctx.activation is None else saved[-1].view(-1, saved[-1].shape[-1])
         need = (needs[0], any(needs[1 : 1 + n]), any(needs[1 + n :]))

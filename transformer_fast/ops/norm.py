@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import Backend, Call, memory, select
-from ..backends.philox import threshold
+from ..backends import Backend, Call, eager, memory, select
+from ..backends.philox import keep_mask_2d, keep_scale, threshold
 from . import _common
 
 
@@ -164,6 +164,8 @@ def _backward(ctx, grad_y, grad_sum, _mean, _rstd):
     need = ctx.needs_input_grad
     if grad_y is None:
         grad_y = torch.zeros_like(v)
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, grad_y, grad_sum, v, weight, rng)
     grad_v, grad_x, grad_weight, grad_bias = _backward_op(
         grad_y, grad_sum if ctx.need_sum else None, v, weight, mean, rstd, rng, ctx.eps, ctx.rms, ctx.dropout_p,
         bool(need[2]), bool(need[3]),
@@ -175,6 +177,36 @@ def _backward(ctx, grad_y, grad_sum, _mean, _rstd):
         grad_bias.to(ctx.bias_dtype) if need[3] else None,
         *(None,) * 6,
     )
+
+
+def _differentiable_backward(ctx, grad_y, grad_sum, v, weight, rng):
+    """The same in plain PyTorch, for gradients of gradients."""
+    width, need = v.shape[-1], ctx.needs_input_grad
+    bias = torch.zeros(width, dtype=ctx.bias_dtype, device=v.device, requires_grad=True) if need[3] else None
+
+    def y(v, weight, bias):
+        rows = v.reshape(-1, width)
+        return (eager.norm(rows, None, weight, bias, None, ctx.eps, ctx.rms, 0.0)[0].view(v.shape),)
+
+    grad_v, grad_weight, grad_bias = _common.gradients(y, (v, weight, bias), (grad_y,))
+    if grad_v is None:
+        return (None, None, grad_weight, grad_bias, *(None,) * 6)
+    if ctx.need_sum and grad_sum is not None:
+        grad_v = grad_v + grad_sum
+    grad_x = grad_v
+    if ctx.dropout_p:
+        kept = keep_mask_2d(rng, ctx.dropout_p, grad_v.numel() // max(width, 1), width)
+        grad_x = grad_v * kept.view(v.shape) * keep_scale(ctx.dropout_p)
+    return (
+        grad_x if need[0] else None, grad_v if need[1] else None, grad_weight, grad_bias, *(None,) * 6
+    )  # fmt: skip
+
+
+def _plain(input, residual, weight, bias, rng, eps, rms, p):
+    """(y, sum) in plain PyTorch, differentiable in every way."""
+    rows, others = (None if t is None else t.reshape(-1, input.shape[-1]) for t in (input, residual))
+    y, total, _, _ = eager.norm(rows, others, weight, bias, rng, eps, rms, p)
+    return y.view(input.shape), total.view(input.shape)
 
 
 _op = _common.define(
@@ -214,6 +246,8 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         p = p if threshold(p) else 0.0
         if p:
             rng = _common.draw_rng(input.device, generator)
+    if _common.transformed():
+        return _plain(input, residual, weight, bias, rng, eps, rms, p)
     if _common.direct(input, residual, weight, bias):
         return _forward(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
     # The backward pass needs v = residual + dropout(x): without either it is x itself.
