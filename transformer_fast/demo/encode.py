@@ -46,10 +46,11 @@ def sorted_batches(batches: Batches, size: int) -> tuple[Batches, torch.Tensor]:
     rows = [(ids[i], mask[i]) for ids, mask in batches for i in range(len(ids))]
     lengths = torch.tensor([int(mask.sum()) for _, mask in rows])
     order = lengths.argsort(descending=True, stable=True)
-    groups = []
+    groups: Batches = []
     for chosen in order.split(size):
         longest = int(lengths[chosen].max())
-        groups.append(tuple(_stack([rows[i][part] for i in chosen.tolist()], longest) for part in (0, 1)))
+        ids, mask = (_stack([rows[i][part] for i in chosen.tolist()], longest) for part in (0, 1))
+        groups.append((ids, mask))
     return groups, order
 
 
@@ -58,11 +59,12 @@ def _stack(rows: list[torch.Tensor], length: int) -> torch.Tensor:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], object]], passes: int, seconds: float
-) -> tuple[dict[str, Timing], dict[str, object]]:
+    calls: Mapping[str, Callable[[], torch.Tensor]], passes: int, seconds: float
+) -> tuple[dict[str, Timing], dict[str, torch.Tensor]]:
     """Run every call once a pass, in rotating order: (times, last results). At most `passes` passes, and no new one
     once `seconds` are over."""
-    timings, last = {name: Timing() for name in calls}, {}
+    timings = {name: Timing() for name in calls}
+    last: dict[str, torch.Tensor] = {}
     names, start = list(calls), time.perf_counter()
     for turn in range(passes):
         if turn and time.perf_counter() - start > seconds:
