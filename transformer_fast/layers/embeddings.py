@@ -12,7 +12,7 @@ __all__ = ["check_indices", "embed"]
 
 def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None:
     """ValueError when an id lies outside [0, size). Looked at where looking is free: plain tensors on the CPU."""
-    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling() or not ops.concrete(ids):
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= size:
@@ -38,7 +38,7 @@ def embed(
     position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """
-    x = packing.pack(inputs_embeds) if inputs_embeds is not None else word(packing.pack(input_ids))
+    x = packing.pack(inputs_embeds) if inputs_embeds is not None else word(packing.pack(input_ids))  # type: ignore[arg-type]
     added = _added(packing, position, segment, position_ids, segment_ids, past, x.device)
     y = norm(norm_module, x) if added is None else add_norm(norm_module, x, added.expand_as(x), 0.0)
     return ops.dropout(y, dropout_p(dropout))

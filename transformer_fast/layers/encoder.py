@@ -105,7 +105,7 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
         if given < keys:  # a static cache is longer than what it holds
             mask = nn.functional.pad(mask, (0, keys - given))
         # On the CPU looking is free, and plain attention is faster than masked.
-        if device.type != "cpu" or torch.compiler.is_compiling() or not bool(mask.all()):
+        if device.type != "cpu" or torch.compiler.is_compiling() or not ops.concrete(mask) or not bool(mask.all()):
             call.mask = mask
     if not call.causal:
         return
@@ -236,8 +236,8 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
 
 
 def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
-    packing, spec = call.packing, call.spec
-    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    packing: Any = call.packing
+    spec, cu, longest = call.spec, packing.cu_seqlens, packing.max_seqlen
     cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
     out = ops.varlen_attention(
         q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, spec.scale,
@@ -280,6 +280,7 @@ def _probabilities(q, k, lse, **masks) -> torch.Tensor:
 
 def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Tensor:
     spec, packing = call.spec, call.packing
+    states: Any = call.encoder_states
     heads = (spec.num_heads, spec.head_dim)
     p = dropout_p(w.cross_dropout)
     q = linear(w.cross_query, x).unflatten(-1, heads)
@@ -288,14 +289,11 @@ def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Ten
         stored = cache.cross_attention_cache.layers[index]
         k, v = stored.keys, stored.values
     else:
-        kv = packed_linear([w.cross_key, w.cross_value], call.encoder_states)
+        kv = packed_linear([w.cross_key, w.cross_value], states)
         if kv is not None:
             k, v = kv.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
         else:
-            k, v = (
-                linear(m, call.encoder_states).unflatten(-1, heads).transpose(1, 2)
-                for m in (w.cross_key, w.cross_value)
-            )
+            k, v = (linear(m, states).unflatten(-1, heads).transpose(1, 2) for m in (w.cross_key, w.cross_value))
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True

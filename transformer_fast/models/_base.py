@@ -16,6 +16,7 @@ __all__ = [
     "Want",
     "activation_name",
     "check_inputs",
+    "check_integers",
     "documented_as",
     "read_flags",
 ]
@@ -42,7 +43,7 @@ class Encoded(NamedTuple):
     rows: (total, E), or (B, S, E) when nothing was dropped; None when only the first positions were computed.
     """
 
-    rows: torch.Tensor | None
+    rows: Any  # torch.Tensor | None
     packing: Packing
     pooled: torch.Tensor | None
     past_key_values: Any
@@ -59,7 +60,9 @@ class Encoded(NamedTuple):
             states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
             hidden = tuple(states.get(i) for i in range(layers + 1))
         if flags.attentions:
-            attentions, cross = (tuple(d[i] for i in sorted(d)) for d in (call.attentions, call.cross_attentions))
+            attentions, cross = (
+                tuple(d[i] for i in sorted(d)) for d in (call.attentions or {}, call.cross_attentions or {})
+            )
         return cls(rows, call.packing, pooled, past_key_values, hidden, attentions, cross, last)
 
     def restored(self) -> torch.Tensor:
@@ -95,18 +98,27 @@ def read_flags(config, kwargs: dict, layers: int) -> Flags:
     return Flags(bool(switch("output_attentions", False)), bool(wanted), keep)
 
 
-def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """The one of the two that was given, of a right shape; ValueError otherwise."""
+def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: int) -> torch.Tensor:
+    """The one of the two that was given, of a right shape and kind; ValueError or TypeError otherwise."""
     if (input_ids is None) == (inputs_embeds is None):
         came = "neither" if input_ids is None else "both"
         raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
     if input_ids is not None:
+        check_integers("input_ids", input_ids)
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: wanted shape (batch, length), got {tuple(input_ids.shape)}")
         return input_ids
-    if inputs_embeds.dim() != 3:  # type: ignore[union-attr]
-        raise ValueError(f"inputs_embeds: wanted (batch, length, hidden_size), got {tuple(inputs_embeds.shape)}")  # type: ignore[union-attr]
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:  # type: ignore[union-attr]
+        raise ValueError(f"inputs_embeds: wanted (batch, length, {width}), got {tuple(inputs_embeds.shape)}")  # type: ignore[union-attr]
     return inputs_embeds  # type: ignore[return-value]
+
+
+def check_integers(name: str, t: torch.Tensor, shape: tuple[int, int] | None = None) -> None:
+    """An index tensor, int32 or int64; with `shape` (batch, length), of that shape or with one row for all."""
+    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if shape is not None and tuple(t.shape) not in (shape, (1, shape[1]), shape[1:]):
+        raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
 
 
 class Adopted:

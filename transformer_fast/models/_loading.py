@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 
@@ -115,6 +116,14 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
     if kind == "SafetensorError" or isinstance(error, (EOFError, zipfile.BadZipFile)):
         file, reason = _broken(folder), str(error)
         raise ValueError(f"{file or name}: is truncated or corrupt ({reason}); download or save it again") from error
+    if isinstance(error, json.JSONDecodeError):
+        raise ValueError(f"{name}: its index of weights is not valid JSON ({error})") from error
+    if isinstance(error, struct.error):
+        raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
+    if isinstance(error, KeyError) and folder is not None:
+        activation = (config or cls.config_class.from_pretrained(folder)).hidden_act
+        if error.args[:1] == (activation,):
+            raise ValueError(f"{folder / 'config.json'}: hidden_act {activation!r} is unknown") from error
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it refers to {found.group(1)})" if found else ""

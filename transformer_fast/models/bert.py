@@ -1,8 +1,9 @@
 """BERT and multilingual BERT (Devlin et al., 2019), every head: HF's parameters and names, our computation."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -21,7 +22,17 @@ from .. import ops
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
 from ..layers.projection import dropout_p, linear, norm
-from ._base import Adopted, Encoded, ModelMixin, Want, activation_name, check_inputs, documented_as, read_flags
+from ._base import (
+    Adopted,
+    Encoded,
+    ModelMixin,
+    Want,
+    activation_name,
+    check_inputs,
+    check_integers,
+    documented_as,
+    read_flags,
+)
 from ._heads import (
     IGNORE,
     classification_loss,
@@ -88,8 +99,9 @@ class BertLayer(hf.BertLayer):
 
 class _BertMixin(ModelMixin):
     _adopted = _ADOPTED
+    config: Any
 
-    def _transform(self, head: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    def _transform(self, head: Any, rows: torch.Tensor) -> torch.Tensor:
         """norm(act(x W + b)), before the vocabulary projection."""
         transform, name = head.transform, activation_name(self.config.hidden_act)
         rows = linear(transform.dense, rows, name)
@@ -134,12 +146,12 @@ class BertModel(_BertMixin, hf.BertModel):
         encoder_mask, past_key_values, use_cache, kwargs,
     ) -> Encoded:  # fmt: skip
         config, layers = self.config, self.encoder.layer
-        source = check_inputs(input_ids, inputs_embeds)
+        source = check_inputs(input_ids, inputs_embeds, config.hidden_size)
         batch, length = source.shape[:2]
         flags = read_flags(config, kwargs, len(layers))
         past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_states)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check(input_ids, token_type_ids, position_ids, length, past)
+        self._check(input_ids, token_type_ids, position_ids, batch, length, past)
         causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
         call = plan_call(
             spec_of(config, bool(config.is_decoder if causal is None else causal)),
@@ -180,9 +192,12 @@ class BertModel(_BertMixin, hf.BertModel):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
         return past_key_values, use_cache
 
-    def _check(self, input_ids, token_type_ids, position_ids, length: int, past) -> None:
+    def _check(self, input_ids, token_type_ids, position_ids, batch: int, length: int, past) -> None:
         config, e = self.config, self.embeddings
         positions = e.position_embeddings.num_embeddings
+        for name, t in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+            if t is not None:
+                check_integers(name, t, (batch, length))
         if position_ids is not None:
             check_indices("position_ids", position_ids, positions, "config.max_position_embeddings")
         elif isinstance(past, int) and past + length > positions:
@@ -224,7 +239,7 @@ class BertForPreTraining(_BertMixin, hf.BertForPreTraining):
         masked_loss, logits = masked_lm(head.decoder, self._transform(head, encoded.rows), encoded.packing, labels)
         relation = linear(self.cls.seq_relationship, encoded.pooled)
         loss = None
-        if labels is not None and next_sentence_label is not None:
+        if masked_loss is not None and next_sentence_label is not None:
             loss = masked_loss + F.cross_entropy(relation.view(-1, 2), next_sentence_label.view(-1))
         return self._finish(
             hf.BertForPreTrainingOutput(

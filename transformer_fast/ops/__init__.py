@@ -1,5 +1,6 @@
 """The ops: schema, input checks, fake kernel, autograd and documentation, one file an op."""
 
+from ._common import concrete
 from .activation import bias_activation
 from .attention import (
     RelativeBias,
@@ -19,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "attention_probabilities",
     "bias_activation",
+    "concrete",
     "dropout",
     "layer_norm",
     "linear",

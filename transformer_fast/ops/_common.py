@@ -41,6 +41,19 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or type(t) in _PLAIN for t in tensors)
 
 
+def concrete(t: torch.Tensor) -> bool:
+    """True when t's values can be read and what follows may depend on them: false for fake and meta tensors, in
+    batches of torch.func.vmap, and where a graph is recorded for other inputs too (torch.export, torch.jit.trace)."""
+    return not (
+        type(t) not in _PLAIN
+        or t.is_meta
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
+
+
 def _watched() -> bool:
     return (
         torch.compiler.is_compiling()

@@ -369,7 +369,7 @@ def _check_cu_seqlens(name, cu, reference, longest):
 
 
 def _readable(t: torch.Tensor) -> bool:
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and type(t) is torch.Tensor
+    return _common.concrete(t) and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_window(window) -> tuple[int, int]:

@@ -188,17 +188,24 @@ def pack_storage(parameters: Sequence[torch.nn.Parameter]) -> bool:
 
     They stay the same objects with the same values: names, optimizers and checkpoints see no change. Returns True
     when they are adjacent afterwards; False, and nothing is touched, when they are not plain parameters of one
-    dtype, device and trailing shape, when one occurs twice, or when another process shares their memory.
+    dtype, device and trailing shape, when one occurs twice, was made in inference mode, or when another process shares
+    their memory.
     """
     first = parameters[0]
     if adjacent(parameters) is not None:
         return True
-    if len({id(p) for p in parameters}) < len(parameters) or not first.dim() or not _common.is_plain(*parameters):
+    if len({id(p) for p in parameters}) < len(parameters) or not first.dim() or not _common.plain(*parameters):
         return False
     for p in parameters:
         if p.dtype != first.dtype or p.device != first.device or p.shape[1:] != first.shape[1:]:
             return False
-        if p.device.type not in ("cpu", "cuda") or p.is_shared() or not p.is_leaf or p.layout != torch.strided:
+        if (
+            p.device.type not in ("cpu", "cuda")
+            or p.is_shared()
+            or p.is_inference()
+            or not p.is_leaf
+            or p.layout != torch.strided
+        ):
             return False
     with torch.no_grad():
         whole = torch.cat([p.detach() for p in parameters])
