@@ -7,6 +7,13 @@ import torch
 _poison = os.environ.get("TRANSFORMER_FAST_POISON") == "1"
 
 
+def empty_like(t: torch.Tensor) -> torch.Tensor:
+    """Uninitialised contiguous output of t's shape, dtype and device; poisoned as in empty."""
+    if _poison or not t.is_contiguous():
+        return empty(t.shape, t.dtype, t.device)
+    return torch.empty_like(t)
+
+
 def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised output; filled with NaN when TRANSFORMER_FAST_POISON=1 (tests)."""
     out = torch.empty(shape, dtype=dtype, device=device)
