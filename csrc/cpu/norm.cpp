@@ -35,6 +35,7 @@ template <class T, bool kDropout>
 void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
   const float inverse = 1.f / float(n);
+  const float *weight = a.weight, *bias = a.bias;
   const bool plain = sizeof(T) == 4 && !kDropout && !a.residual && !a.sum;
   float* row = scratch<float>(0, n + kWidth);
   for (int64_t r = begin; r < end; ++r) {
@@ -54,7 +55,9 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     } else {  // two passes and a correction for the mean's own rounding: no cancellation
       mean = inverse * sum(sum_columns(n, [&](int64_t c, auto part) { return load(v + c, part); }));
       Vec drift = broadcast(0.f);
+      const char* next = static_cast<const char*>(a.x) + (r + 1) * a.x_stride * int64_t(sizeof(T));
       const float spread = sum(sum_columns(n, [&](int64_t c, auto part) {
+        __builtin_prefetch(next + c * int64_t(sizeof(T)));  // memory would idle during this pass
         const Vec d = load(v + c, part, mean) - mean;
         drift = drift + d;
         return d * d;
@@ -70,8 +73,8 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(a.y) + r * n;
     for_columns(n, [&](int64_t c, auto part) {
       Vec x = (load(v + c, part) - mean) * rstd;
-      if (a.weight) x = x * load(a.weight + c, part);
-      if (a.bias) x = x + load(a.bias + c, part);
+      if (weight) x = x * load(weight + c, part);
+      if (bias) x = x + load(bias + c, part);
       store(y + c, x, part);
     });
   }
@@ -81,6 +84,8 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
 template <class T, int R>
 void backward_rows(const NormBackward& a, int64_t first, float* grad_weight, float* grad_bias) {
   const int64_t n = a.width;
+  const float* weight = a.weight;
+  const bool has_sum = a.grad_sum != nullptr;
   const T *dy[R], *v[R], *dsum[R];
   T* dv[R];
   float mean[R], rstd[R], along[R], across[R];  // mean of g * xhat, mean of g, with g = weight * dy
@@ -95,7 +100,7 @@ void backward_rows(const NormBackward& a, int64_t first, float* grad_weight, flo
   }
   Vec s1[R] = {}, s2[R] = {};
   for_columns(n, [&](int64_t c, auto part) {
-    const Vec w = a.weight ? load(a.weight + c, part) : broadcast(1.f);
+    const Vec w = weight ? load(weight + c, part) : broadcast(1.f);
     for (int k = 0; k < R; ++k) {
       const Vec g = load(dy[k] + c, part) * w;
       s1[k] = fma(g, (load(v[k] + c, part) - mean[k]) * rstd[k], s1[k]);
@@ -107,14 +112,14 @@ void backward_rows(const NormBackward& a, int64_t first, float* grad_weight, flo
     across[k] = a.mean ? sum(s2[k]) / float(n) : 0.f;
   }
   for_columns(n, [&](int64_t c, auto part) {
-    const Vec w = a.weight ? load(a.weight + c, part) : broadcast(1.f);
+    const Vec w = weight ? load(weight + c, part) : broadcast(1.f);
     Vec dw = broadcast(0.f), db = broadcast(0.f);
     for (int k = 0; k < R; ++k) {
       const Vec g = load(dy[k] + c, part), xhat = (load(v[k] + c, part) - mean[k]) * rstd[k];
       dw = fma(g, xhat, dw);
       db = db + g;
       Vec d = (g * w - across[k] - xhat * along[k]) * rstd[k];
-      if (a.grad_sum) d = d + load(dsum[k] + c, part);
+      if (has_sum) d = d + load(dsum[k] + c, part);
       store(dv[k] + c, d, part);
     }
     if (grad_weight) store(grad_weight + c, load(grad_weight + c, part) + dw, part);
