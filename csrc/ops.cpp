@@ -60,7 +60,7 @@ void cpu_set_isa(std::string name) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_set_isa(str name) -> ()");
-  // Data is (rows, width) with last stride 1; weight, bias, mean and rstd are float32 vectors; results are contiguous.
+  // Data is (rows, width) with last stride 1, or contiguous (..., width); weight, bias, mean and rstd are float32 vectors; results are contiguous.
   m.def(
       "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
       "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");

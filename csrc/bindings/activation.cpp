@@ -1,4 +1,4 @@
-#include "tensors.hpp"
+#include "matrix.hpp"
 
 namespace tf {
 namespace {
@@ -11,10 +11,11 @@ void bias_activation_forward(Tensor x, OptionalTensor bias, OptionalTensor gate,
   a.gate = read(gate);
   a.bias = read<float>(bias);
   a.y = write(y);
-  a.rows = x.size(0);
-  a.width = x.size(1);
-  a.x_stride = x.stride(0);
-  a.gate_stride = gate.has_value() ? gate->stride(0) : 0;
+  const Matrix m = matrix_of(x);
+  a.rows = m.rows;
+  a.width = m.width;
+  a.x_stride = m.stride;
+  a.gate_stride = row_stride(gate);
   kernels().bias_activation_forward(a);
 }
 
@@ -30,11 +31,12 @@ void bias_activation_backward(Tensor grad, Tensor x, OptionalTensor bias, Option
   a.grad_x = write(grad_x);
   a.grad_gate = write(grad_gate);
   a.grad_bias = write<float>(grad_bias);
-  a.rows = x.size(0);
-  a.width = x.size(1);
-  a.grad_stride = grad.stride(0);
-  a.x_stride = x.stride(0);
-  a.gate_stride = gate.has_value() ? gate->stride(0) : 0;
+  const Matrix m = matrix_of(x);
+  a.rows = m.rows;
+  a.width = m.width;
+  a.grad_stride = matrix_of(grad).stride;
+  a.x_stride = m.stride;
+  a.gate_stride = row_stride(gate);
   kernels().bias_activation_backward(a);
 }
 
@@ -43,9 +45,10 @@ void dropout_forward(Tensor x, Tensor rng, double p, Tensor y) {
   a.dtype = dtype_of(x);
   a.x = read(x);
   a.y = write(y);
-  a.rows = x.size(0);
-  a.width = x.size(1);
-  a.x_stride = x.stride(0);
+  const Matrix m = matrix_of(x);
+  a.rows = m.rows;
+  a.width = m.width;
+  a.x_stride = m.stride;
   a.dropout = philox_of(rng, p);
   kernels().dropout_forward(a);
 }

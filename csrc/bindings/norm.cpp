@@ -1,4 +1,4 @@
-#include "tensors.hpp"
+#include "matrix.hpp"
 
 namespace tf {
 namespace {
@@ -16,10 +16,11 @@ void norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, Opti
   a.sum = write(sum);
   a.mean = write<float>(mean);
   a.rstd = write<float>(rstd);
-  a.rows = x.size(0);
-  a.width = x.size(1);
-  a.x_stride = x.stride(0);
-  a.residual_stride = residual.has_value() ? residual->stride(0) : 0;
+  const Matrix m = matrix_of(x);
+  a.rows = m.rows;
+  a.width = m.width;
+  a.x_stride = m.stride;
+  a.residual_stride = row_stride(residual);
   a.eps = float(eps);
   a.rms = rms;
   a.dropout = philox_of(rng, dropout_p);
@@ -41,11 +42,12 @@ void norm_backward(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTen
   a.grad_x = write(grad_x);
   a.grad_weight = write<float>(grad_weight);
   a.grad_bias = write<float>(grad_bias);
-  a.rows = v.size(0);
-  a.width = v.size(1);
-  a.grad_y_stride = grad_y.stride(0);
-  a.grad_sum_stride = grad_sum.has_value() ? grad_sum->stride(0) : 0;
-  a.v_stride = v.stride(0);
+  const Matrix m = matrix_of(v);
+  a.rows = m.rows;
+  a.width = m.width;
+  a.grad_y_stride = matrix_of(grad_y).stride;
+  a.grad_sum_stride = row_stride(grad_sum);
+  a.v_stride = m.stride;
   a.dropout = philox_of(rng, dropout_p);
   kernels().norm_backward(a);
 }

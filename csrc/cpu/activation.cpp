@@ -13,14 +13,15 @@ const T* row_of(const void* p, int64_t r, int64_t stride) {
 
 template <class T, class Act>
 void forward_rows(const BiasActivationForward& a, int64_t begin, int64_t end) {
+  const float* bias = a.bias;
   for (int64_t r = begin; r < end; ++r) {
-    const T *x = row_of<T>(a.x, r, a.x_stride), *gate = row_of<T>(a.gate, r, a.gate_stride);
+    const T *x = row_of<T>(a.x, r, a.x_stride), *gate = a.gate ? row_of<T>(a.gate, r, a.gate_stride) : nullptr;
     T* out = static_cast<T*>(a.y) + r * a.width;
     for_columns(a.width, [&](int64_t c, auto part) {
       Vec v = load(x + c, part), y, slope;
-      if (a.bias) v = v + load(a.bias + c, part);
+      if (bias) v = v + load(bias + c, part);
       Act::compute(v, y, slope);
-      if (a.gate) y = y * load(gate + c, part);
+      if (gate) y = y * load(gate + c, part);
       store(out + c, y, part);
     });
   }
@@ -28,15 +29,16 @@ void forward_rows(const BiasActivationForward& a, int64_t begin, int64_t end) {
 
 template <class T, class Act>
 void backward_rows(const BiasActivationBackward& a, int64_t begin, int64_t end, float* grad_bias) {
+  const float* bias = a.bias;
   for (int64_t r = begin; r < end; ++r) {
     const T *g = row_of<T>(a.grad, r, a.grad_stride), *x = row_of<T>(a.x, r, a.x_stride);
-    const T* gate = row_of<T>(a.gate, r, a.gate_stride);
+    const T* gate = a.gate ? row_of<T>(a.gate, r, a.gate_stride) : nullptr;
     T *dx = static_cast<T*>(a.grad_x) + r * a.width, *dgate = static_cast<T*>(a.grad_gate) + r * a.width;
     for_columns(a.width, [&](int64_t c, auto part) {
       Vec v = load(x + c, part), dy = load(g + c, part), y, slope;
-      if (a.bias) v = v + load(a.bias + c, part);
+      if (bias) v = v + load(bias + c, part);
       Act::compute(v, y, slope);
-      if (a.gate) {
+      if (gate) {
         store(dgate + c, dy * y, part);
         dy = dy * load(gate + c, part);
       }

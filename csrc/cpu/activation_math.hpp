@@ -36,7 +36,7 @@ struct GeluTanh {
     Vec s, complement;
     sigmoid_of_minus(-x * fma(x * x, broadcast(cubic), broadcast(two_k)), s, complement);
     y = x * s;
-    const Vec near = max(min(x, broadcast(16.f)), broadcast(-16.f));  // beyond, s (1 - s) is 0: no infinity x 0
+    const Vec near = max(broadcast(-16.f), min(broadcast(16.f), x));  // beyond, s (1 - s) is 0: no infinity x 0
     const Vec slope = fma(near * near, broadcast(3.f * cubic), broadcast(two_k));
     d = fma(near * slope, s * complement, s);
   }
@@ -47,9 +47,9 @@ struct Gelu {
   // Phi(-a) = exp(-a^2 / 2) h(a), h(a) = t P(t), t = 1 / (1 + 0.35 a). Minimax fits, relative error below 4e-8;
   // the same exponential is the density that the derivative Phi(x) + x phi(x) needs.
   static inline void compute(Vec x, Vec& y, Vec& d) {
-    const Vec a = min(x < 0.f ? -x : x, broadcast(14.f));  // exp(-98) is 0 in float
-    const Vec square = a * a, e = exp(square * -0.5f);
-    const Vec t = 1.f / fma(a, broadcast(0.35f), broadcast(1.f));
+    const Vec a = min(abs(x), broadcast(13.f));  // Phi(-13) is 6e-39
+    const Vec square = a * a, e = exp_bounded(square * -0.5f);
+    const Vec t = reciprocal(fma(a, broadcast(0.35f), broadcast(1.f)));
     Vec p = broadcast(-0.029146134853363037f);
     p = fma(p, t, broadcast(0.14397267997264862f));
     p = fma(p, t, broadcast(-0.2557162642478943f));
@@ -68,8 +68,10 @@ struct Gelu {
     q = fma(q, square, broadcast(0.3989422917366028f));
     Vec phi = x < 0.f ? tail : 1.f - tail;
     phi = a < 1.f ? fma(x, q, broadcast(0.5f)) : phi;
+    phi = x < -13.f ? broadcast(0.f) : phi;
     y = x * phi;
-    d = fma(max(min(x, broadcast(14.f)), broadcast(-14.f)), e * 0.3989422804f, phi);
+    const Vec density = abs(x) < 13.f ? e * 0.3989422804f : broadcast(0.f);
+    d = fma(x, density, phi);
   }
 };
 

@@ -47,7 +47,7 @@ class ColumnSums {
   }
 
  private:
-  static constexpr int64_t kMostChunks = 128, kRun = 32;
+  static constexpr int64_t kMostChunks = 64, kRun = 32;
 
   // out[c] = sum over chunks of partials[chunk * row + c], as eight interleaved running sums.
   void finish(const float* partials, int64_t row, float* out) const {

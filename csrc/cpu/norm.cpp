@@ -35,6 +35,7 @@ template <class T, bool kDropout>
 void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
   const float inverse = 1.f / float(n);
+  const float *weight = a.weight, *bias = a.bias;
   const bool plain = sizeof(T) == 4 && !kDropout && !a.residual && !a.sum;
   float* row = scratch<float>(0, n + kWidth);
   for (int64_t r = begin; r < end; ++r) {
@@ -54,7 +55,9 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     } else {  // two passes and a correction for the mean's own rounding: no cancellation
       mean = inverse * sum(sum_columns(n, [&](int64_t c, auto part) { return load(v + c, part); }));
       Vec drift = broadcast(0.f);
+      const char* next = static_cast<const char*>(a.x) + (r + 1) * a.x_stride * int64_t(sizeof(T));
       const float spread = sum(sum_columns(n, [&](int64_t c, auto part) {
+        __builtin_prefetch(next + c * int64_t(sizeof(T)));  // memory would idle during this pass
         const Vec d = load(v + c, part, mean) - mean;
         drift = drift + d;
         return d * d;
@@ -70,72 +73,57 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(a.y) + r * n;
     for_columns(n, [&](int64_t c, auto part) {
       Vec x = (load(v + c, part) - mean) * rstd;
-      if (a.weight) x = x * load(a.weight + c, part);
-      if (a.bias) x = x + load(a.bias + c, part);
+      if (weight) x = x * load(weight + c, part);
+      if (bias) x = x + load(bias + c, part);
       store(y + c, x, part);
     });
   }
 }
 
-// R rows together, so that the running sums of grad_weight and grad_bias are read and written once for all.
-template <class T, int R>
-void backward_rows(const NormBackward& a, int64_t first, float* grad_weight, float* grad_bias) {
+// Row r: its gradient to v, and what it adds to the gradients of weight and bias. With g = weight * dy,
+// dv = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum.
+template <class T>
+void backward_row(const NormBackward& a, int64_t r, float* grad_weight, float* grad_bias) {
   const int64_t n = a.width;
-  const T *dy[R], *v[R], *dsum[R];
-  T* dv[R];
-  float mean[R], rstd[R], along[R], across[R];  // mean of g * xhat, mean of g, with g = weight * dy
-  for (int k = 0; k < R; ++k) {
-    const int64_t r = first + k;
-    dy[k] = static_cast<const T*>(a.grad_y) + r * a.grad_y_stride;
-    v[k] = static_cast<const T*>(a.v) + r * a.v_stride;
-    dsum[k] = static_cast<const T*>(a.grad_sum) + r * a.grad_sum_stride;
-    dv[k] = static_cast<T*>(a.grad_v) + r * n;
-    mean[k] = a.mean ? a.mean[r] : 0.f;
-    rstd[k] = a.rstd[r];
+  const T* dy = static_cast<const T*>(a.grad_y) + r * a.grad_y_stride;
+  const T* v = static_cast<const T*>(a.v) + r * a.v_stride;
+  const T* dsum = a.grad_sum ? static_cast<const T*>(a.grad_sum) + r * a.grad_sum_stride : nullptr;
+  T* dv = static_cast<T*>(a.grad_v) + r * n;
+  const float* weight = a.weight;
+  const float mean = a.mean ? a.mean[r] : 0.f, rstd = a.rstd[r];
+  Vec s1[2] = {}, s2[2] = {};
+  auto add = [&](int64_t c, int i, auto part) {
+    Vec g = load(dy + c, part);
+    if (weight) g = g * load(weight + c, part);
+    s1[i] = fma(g, (load(v + c, part) - mean) * rstd, s1[i]);
+    s2[i] = s2[i] + g;
+  };
+  int64_t done = 0;
+  for (; done + 2 * kWidth <= n; done += 2 * kWidth) {
+    add(done, 0, Full{});
+    add(done + kWidth, 1, Full{});
   }
-  Vec s1[R] = {}, s2[R] = {};
+  for_columns(n - done, [&](int64_t c, auto part) { add(done + c, 0, part); });
+  const float along = sum(s1[0] + s1[1]) / float(n), across = a.mean ? sum(s2[0] + s2[1]) / float(n) : 0.f;
+  const T *next_dy = dy + a.grad_y_stride, *next_v = v + a.v_stride;
   for_columns(n, [&](int64_t c, auto part) {
-    const Vec w = a.weight ? load(a.weight + c, part) : broadcast(1.f);
-    for (int k = 0; k < R; ++k) {
-      const Vec g = load(dy[k] + c, part) * w;
-      s1[k] = fma(g, (load(v[k] + c, part) - mean[k]) * rstd[k], s1[k]);
-      s2[k] = s2[k] + g;
-    }
-  });
-  for (int k = 0; k < R; ++k) {
-    along[k] = sum(s1[k]) / float(n);
-    across[k] = a.mean ? sum(s2[k]) / float(n) : 0.f;
-  }
-  for_columns(n, [&](int64_t c, auto part) {
-    const Vec w = a.weight ? load(a.weight + c, part) : broadcast(1.f);
-    Vec dw = broadcast(0.f), db = broadcast(0.f);
-    for (int k = 0; k < R; ++k) {
-      const Vec g = load(dy[k] + c, part), xhat = (load(v[k] + c, part) - mean[k]) * rstd[k];
-      dw = fma(g, xhat, dw);
-      db = db + g;
-      Vec d = (g * w - across[k] - xhat * along[k]) * rstd[k];
-      if (a.grad_sum) d = d + load(dsum[k] + c, part);
-      store(dv[k] + c, d, part);
-    }
-    if (grad_weight) store(grad_weight + c, load(grad_weight + c, part) + dw, part);
-    if (grad_bias) store(grad_bias + c, load(grad_bias + c, part) + db, part);
+    __builtin_prefetch(next_dy + c);  // memory would idle during this pass
+    __builtin_prefetch(next_v + c);
+    const Vec dy_c = load(dy + c, part), xhat = (load(v + c, part) - mean) * rstd;
+    const Vec g = weight ? dy_c * load(weight + c, part) : dy_c;
+    Vec d = (g - across - xhat * along) * rstd;
+    if (dsum) d = d + load(dsum + c, part);
+    store(dv + c, d, part);
+    if (grad_weight) store(grad_weight + c, fma(dy_c, xhat, load(grad_weight + c, part)), part);
+    if (grad_bias) store(grad_bias + c, load(grad_bias + c, part) + dy_c, part);
   });
   if (!a.grad_x) return;
+  T* dx = static_cast<T*>(a.grad_x) + r * n;
   alignas(64) float factors[128];
-  for (int k = 0; k < R; ++k) {
-    T* dx = static_cast<T*>(a.grad_x) + (first + k) * n;
-    for_columns(n, [&](int64_t c, auto part) {
-      if (c % 128 == 0) dropout_factors(a.dropout, 0, uint32_t(first + k), uint32_t(c / 128), factors);
-      store(dx + c, load(dv[k] + c, part) * load(factors + c % 128), part);
-    });
-  }
-}
-
-template <class T>
-void backward_chunk(const NormBackward& a, int64_t begin, int64_t end, float* grad_weight, float* grad_bias) {
-  int64_t r = begin;
-  for (; r + 4 <= end; r += 4) backward_rows<T, 4>(a, r, grad_weight, grad_bias);
-  for (; r < end; ++r) backward_rows<T, 1>(a, r, grad_weight, grad_bias);
+  for_columns(n, [&](int64_t c, auto part) {
+    if (c % 128 == 0) dropout_factors(a.dropout, 0, uint32_t(r), uint32_t(c / 128), factors);
+    store(dx + c, load(dv + c, part) * load(factors + c % 128), part);
+  });
 }
 
 int64_t grain_of(int64_t width) { return 1 + 16384 / (width + 1); }
@@ -157,7 +145,9 @@ void norm_forward(const NormForward& a) {
 void norm_backward(const NormBackward& a) {
   ColumnSums<2> sums(a.rows, a.width, {a.grad_weight, a.grad_bias});
   sums.run(grain_of(a.width), [&](int64_t begin, int64_t end, float* const* into) {
-    with_dtype(a.dtype, [&](auto element) { backward_chunk<decltype(element)>(a, begin, end, into[0], into[1]); });
+    with_dtype(a.dtype, [&](auto element) {
+      for (int64_t r = begin; r < end; ++r) backward_row<decltype(element)>(a, r, into[0], into[1]);
+    });
   });
 }
 

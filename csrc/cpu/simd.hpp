@@ -233,16 +233,31 @@ static inline void with_dtype(DType dtype, const F& f) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted: -ffp-contract=fast
+// Of a NaN and a number, max and min give the second argument, as the x86 instructions do.
+#if defined(__AVX512F__)
+static inline Vec max(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+static inline Vec min(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)
+static inline Vec max(Vec a, Vec b) { return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
+static inline Vec min(Vec a, Vec b) { return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
+#else
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
+static inline Vec abs(Vec a) { return bit_cast<Vec>(bit_cast<VecU>(a) & 0x7fffffffu); }
 static inline Vec select_u_ge(VecU a, VecU b, Vec yes, Vec no) { return a >= b ? yes : no; }
 
 static inline float sum(Vec v) {
-  float s[kWidth];
-  __builtin_memcpy(s, &v, sizeof v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) s[i] += s[i + n];
-  return s[0];
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad q[kWidth / 4];
+  __builtin_memcpy(q, &v, sizeof v);
+  for (int n = kWidth / 8; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) q[i] = q[i] + q[i + n];
+  return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 static inline float max_of(Vec v) {
   float s[kWidth];
@@ -260,14 +275,16 @@ static inline void multiply_wide(VecU a, uint32_t b, VecU& hi, VecU& lo) {
   hi = bit_cast<VecU>((even >> 32) | (odd & 0xffffffff00000000ull));
 }
 
-// exp(x): |relative error| < 2 ulp for x in [-87.3, 88.7]; below it goes to 0, above to infinity.
-static inline Vec exp(Vec x) {
-  const Vec clamped = min(max(x, broadcast(-87.33654f)), broadcast(88.72283f));
-  const Vec t = clamped * 1.44269504f;
+// exp(x) for x in [-87, 88], within 2 ulp.
+static inline Vec exp_bounded(Vec x) {
+  const Vec t = x * 1.44269504f;
+#if defined(__AVX512F__)
+  const Vec n = bit_cast<Vec>(_mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(t), 8));  // to nearest, no exceptions
+#else
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding rounds to the nearest integer
-  const Vec shifted = t + magic;
-  const Vec n = shifted - magic;
-  Vec r = fma(n, broadcast(-0.693145751953125f), clamped);
+  const Vec shifted = t + magic, n = shifted - magic;
+#endif
+  Vec r = fma(n, broadcast(-0.693145751953125f), x);
   r = fma(n, broadcast(-1.428606765330187e-06f), r);
   Vec p = broadcast(1.9875691500e-4f);
   p = fma(p, r, broadcast(1.3981999507e-3f));
@@ -276,11 +293,32 @@ static inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.f);
-  VecI exponent = bit_cast<VecI>(shifted) << 23;  // low bits of `shifted` hold n
-  Vec result = bit_cast<Vec>(bit_cast<VecI>(p) + exponent);
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
+  return bit_cast<Vec>(bit_cast<VecI>(p) + (bit_cast<VecI>(shifted) << 23));  // low bits of `shifted` hold n
+#endif
+}
+
+// exp(x): |relative error| < 2 ulp for x in [-87.3, 88.7]; below it goes to 0, above to infinity.
+static inline Vec exp(Vec x) {
+#if defined(__AVX512F__)
+  return exp_bounded(max(broadcast(-105.f), min(broadcast(89.f), x)));  // scaling by 2^n goes to 0 and infinity
+#else
+  Vec result = exp_bounded(max(broadcast(-87.33654f), min(broadcast(88.72283f), x)));
   result = x < broadcast(-87.33654f) ? broadcast(0.f) : result;
-  result = x > broadcast(88.72283f) ? broadcast(INFINITY) : result;
-  return x == x ? result : x;
+  return x > broadcast(88.72283f) ? broadcast(INFINITY) : result;
+#endif
+}
+
+// 1 / x for finite x of ordinary size, within 1 ulp.
+static inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = bit_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
+  return fma(r, fma(-x, r, broadcast(1.f)), r);
+#else
+  return 1.f / x;
+#endif
 }
 
 // ---- scratch memory: one growing buffer a thread, in csrc/ops.cpp --------------------------------

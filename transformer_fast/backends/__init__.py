@@ -75,17 +75,25 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+# Asked in every call, where os.environ's own decoding costs more than all the rest of the choice.
+_environment = getattr(os.environ, "_data", os.environ)
+_VARIABLE = getattr(os.environ, "encodekey", str)("TRANSFORMER_FAST_BACKEND")
+
+
 def _forced_name() -> str | None:
-    return _forced or os.environ.get("TRANSFORMER_FAST_BACKEND") or None
+    if _forced is None and _VARIABLE in _environment:
+        return os.environ["TRANSFORMER_FAST_BACKEND"] or None
+    return _forced
 
 
-def select(call: Call) -> Backend:
-    """The backend that will run this call."""
+def select(call: Call | tuple) -> Backend:
+    """The backend that will run this call. A plain tuple of a Call's fields does too, and is quicker to make."""
     return _select(call, _forced_name())
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(call: Call, forced: str | None) -> Backend:
+def _select(call: Call | tuple, forced: str | None) -> Backend:
+    call = Call(*call)
     if forced:
         chosen = get(forced)
         reasons = chosen.why_not(call)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from . import Backend, Call, gemm, native
+from . import Backend, Call, gemm, memory, native
 from .eager import relative_buckets
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +54,15 @@ class CpuBackend(Backend):
             )
             dtable.index_add_(0, buckets, drelative.sum(0)[:, : 2 * zero + 1].t())
 
+    def norm(self, x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum):
+        """norm_forward without gradients, for contiguous tensors: (y, sum or None) and nothing else is made."""
+        y = memory.empty_like(x)
+        total = memory.empty_like(x) if need_sum else None
+        _ops.cpu_norm_forward.default(
+            x, residual, _float(weight), _float(bias), rng, eps, rms, dropout_p, y, total, None, None
+        )
+        return y, total
+
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         _ops.cpu_norm_forward.default(
             spec.x, spec.residual, _float(spec.weight), _float(spec.bias), spec.rng, spec.eps, spec.rms,
@@ -65,6 +74,12 @@ class CpuBackend(Backend):
             grad_y, grad_sum, spec.x, _float(spec.weight), mean, rstd, spec.rng, spec.dropout_p, grad_v, grad_x,
             grad_weight, grad_bias,
         )  # fmt: skip
+
+    def bias_activation(self, x, bias, gate, activation) -> torch.Tensor:
+        """bias_activation_forward without gradients, for contiguous tensors."""
+        y = memory.empty_like(x)
+        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
+        return y
 
     def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
         _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
@@ -118,7 +133,9 @@ def _unit_stride(t: torch.Tensor) -> torch.Tensor:
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
     """Weights as contiguous float32: a few kilobytes, so kernels have one path."""
-    return None if t is None else t.detach().to(torch.float32).contiguous()
+    if t is None or (t.dtype is torch.float32 and t.is_contiguous()):
+        return t
+    return t.detach().to(torch.float32).contiguous()
 
 
 BACKEND = CpuBackend()

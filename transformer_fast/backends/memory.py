@@ -16,6 +16,13 @@ _MADV_HUGEPAGE = 14
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
+def empty_like(t: torch.Tensor) -> torch.Tensor:
+    """Uninitialised contiguous output of t's shape, dtype and device; poisoned as in empty."""
+    if _poison or not t.is_contiguous():
+        return empty(t.shape, t.dtype, t.device)
+    return torch.empty_like(t)
+
+
 def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised output; filled with NaN when TRANSFORMER_FAST_POISON=1 (tests)."""
     out = torch.empty(shape, dtype=dtype, device=device)

@@ -2,14 +2,14 @@
 
 import torch
 
-from ..backends import Backend, Call, eager, memory, select
+from ..backends import Backend, eager, memory, select
 from . import _common
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 def _select(x: torch.Tensor, gated: bool) -> Backend:
-    return select(Call("bias_activation", x.device.type, x.dtype, x.shape[-1], ("gate",) if gated else ()))
+    return select(("bias_activation", x.device.type, x.dtype, x.shape[-1], ("gate",) if gated else ()))
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,8 @@ def bias_activation(
         raise ValueError("input: wanted at least one dimension, got a scalar")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}")
-    _common.check_vector("bias", bias, input.shape[-1], input)
+    if bias is not None:
+        _common.check_vector("bias", bias, input.shape[-1], input)
     if gate is not None:
         _common.check_floating("gate", gate)
         _common.check_same("gate", gate, "input", input)
@@ -133,5 +134,10 @@ def bias_activation(
             raise ValueError(f"gate: wanted the shape of input {tuple(input.shape)}, got {tuple(gate.shape)}")
     if _common.transformed():
         return eager.bias_activation(input, bias, gate, activation)
-    run = _forward if _common.direct(input, bias, gate) else _op
-    return run(input, bias, gate, activation)
+    if not _common.direct(input, bias, gate):
+        return _op(input, bias, gate, activation)
+    if input.is_contiguous() and (gate is None or gate.is_contiguous()) and input.numel():
+        chosen = _select(input, gate is not None)
+        if chosen.name == "cpu":
+            return chosen.bias_activation(input, bias, gate, activation)  # type: ignore[attr-defined]
+    return _forward(input, bias, gate, activation)

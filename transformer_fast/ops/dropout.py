@@ -2,15 +2,17 @@
 
 import torch
 
-from ..backends import Call, memory, select
+from ..backends import memory, select
 from ..backends.philox import keep_mask_2d, keep_scale, threshold
 from . import _common
 
 
 def _forward(x: torch.Tensor, rng: torch.Tensor, p: float) -> torch.Tensor:
-    chosen = select(Call("dropout", x.device.type, x.dtype, x.shape[-1]))
-    y = memory.empty(x.shape, x.dtype, x.device)
-    chosen.dropout_forward(x.reshape(-1, x.shape[-1]), rng, p, y.view(-1, x.shape[-1]))  # type: ignore[attr-defined]
+    width = x.shape[-1]
+    chosen = select(("dropout", x.device.type, x.dtype, width, ()))
+    y = memory.empty_like(x)
+    rows = (x, y) if x.dim() == 2 else (x.reshape(-1, width), y.view(-1, width))
+    chosen.dropout_forward(rows[0], rng, p, rows[1])  # type: ignore[attr-defined]
     return y
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..backends import Call, eager, gemm, select
+from ..backends import eager, gemm, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .packed_weight import PackedWeight, linear_packed, pack_weight
@@ -22,9 +22,9 @@ def _is_fast(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return False
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return False
-    if not input.numel() or not weight.numel():
+    if 0 in input.shape or 0 in weight.shape:
         return False
-    return select(Call("linear", "cpu", input.dtype, input.shape[-1])).name == "cpu"
+    return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
 
 
 def _check(input, weight, bias, activation) -> None:
@@ -40,7 +40,7 @@ def _check(input, weight, bias, activation) -> None:
                          f"got {tuple(input.shape)}")  # fmt: skip
     if bias is not None:
         _common.check_floating("bias", bias)
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias: wanted shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
@@ -55,9 +55,11 @@ def _plain(input, weight, bias, activation) -> torch.Tensor:
 
 
 def _forward(input, weight, bias, activation) -> torch.Tensor:
+    if input.dim() == 2:
+        return gemm.linear(input, weight, bias, activation)
     y = gemm.linear(input.reshape(-1, input.shape[-1]), weight, bias, activation)
     # Not a view for autograd: the caller may change the result in place.
-    return torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], y.shape[-1])) if input.dim() != 2 else y
+    return torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], y.shape[-1]))
 
 
 def _column_sum(x: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """layer_norm and rms_norm, alone and fused with the residual addition and dropout before them."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
 
-from ..backends import Backend, Call, eager, memory, select
+from ..backends import Backend, eager, memory, select
 from ..backends.philox import keep_mask_2d, keep_scale, threshold
 from . import _common
 
@@ -22,15 +23,16 @@ class NormSpec(NamedTuple):
     dropout_p: float
 
 
+# By (adds, drops, rms): the names in a Call's features.
+_FEATURES = {
+    flags: tuple(name for name, on in zip(("add", "dropout", "rms"), flags) if on)
+    for flags in itertools.product((False, True), repeat=3)
+}
+
+
 def _select(x, residual, dropout_p, rms) -> Backend:
-    features = ()
-    if residual is not None:
-        features += ("add",)  # type: ignore[assignment]
-    if dropout_p:
-        features += ("dropout",)  # type: ignore[assignment]
-    if rms:
-        features += ("rms",)  # type: ignore[assignment]
-    return select(Call("norm", x.device.type, x.dtype, x.shape[-1], features))
+    features = _FEATURES[residual is not None, dropout_p > 0.0, rms]
+    return select(("norm", x.device.type, x.dtype, x.shape[-1], features))
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -226,13 +228,16 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
     if input.dim() == 0:
         raise ValueError("input: wanted at least one dimension, got a scalar")
     width = input.shape[-1]
-    _common.check_vector("weight", weight, width, input)
-    _common.check_vector("bias", bias, width, input)
+    if weight is not None:
+        _common.check_vector("weight", weight, width, input)
+    if bias is not None:
+        _common.check_vector("bias", bias, width, input)
     if not eps >= 0.0:
         raise ValueError(f"eps: wanted a number >= 0, got {eps!r}")
     if residual is not None:
         _common.check_floating("residual", residual)
-        _common.check_same("residual", residual, "input", input, dtype=False)
+        if residual.device != input.device:
+            _common.check_same("residual", residual, "input", input, dtype=False)
         if residual.shape != input.shape:
             raise ValueError(f"residual: wanted the shape of input {tuple(input.shape)}, got {tuple(residual.shape)}")
         if residual.dtype != input.dtype:
@@ -249,6 +254,10 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
     if _common.transformed():
         return _plain(input, residual, weight, bias, rng, eps, rms, p)
     if _common.direct(input, residual, weight, bias):
+        if input.is_contiguous() and (residual is None or residual.is_contiguous()) and input.numel():
+            chosen = _select(input, residual, p, rms)
+            if chosen.name == "cpu":
+                return chosen.norm(input, residual, weight, bias, rng, eps, rms, p, need_sum)  # type: ignore[attr-defined]
         return _forward(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
     # The backward pass needs v = residual + dropout(x): without either it is x itself.
     keep = need_sum or residual is not None or p > 0
@@ -258,6 +267,8 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
 def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
     """torch's normalized_shape may span several dimensions: fold them into one."""
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(shape) == 1 and input.shape[-1:] == shape:
+        return input, weight, bias
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(f"normalized_shape: {shape} must equal the last dimensions of input {tuple(input.shape)}")
     if len(shape) == 1:
@@ -283,7 +294,8 @@ def layer_norm(
     Statistics are float32 always. Gradients to input, weight and bias, deterministic.
     Raises TypeError or ValueError naming the argument. Source: Ba et al., "Layer Normalization", 2016.
     """
-    _common.check_floating("input", input)
+    if not isinstance(input, torch.Tensor):
+        _common.check_floating("input", input)
     x, w, b = _normalized(input, normalized_shape, weight, bias)
     y = _norm(x, None, w, b, eps, False, 0.0, False, None)[0]
     return y if x is input else y.view(input.shape)
