@@ -9,7 +9,7 @@ namespace {
 
 struct Buffers {
   float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
-  float *p, *ds, *extra, *slope;                      // a tile of scores: (keys, lanes)
+  float *p, *ds, *slope;                              // a tile of scores: (keys, lanes)
   float *lse, *lse_rest;  // in units of log2, and 2^-(what its rounding lost)
   float *delta, *grad_lse, *scale;
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
@@ -21,12 +21,12 @@ Buffers take_buffers(const Attention& a) {
   for (int64_t b = 0; b < a.batch; ++b) longest = a.k_count[b] > longest ? a.k_count[b] : longest;
   const int64_t sequence = longest * padded, copies = a.dtype == DType::f32 ? 2 : 4;
   Arena arena{static_cast<char*>(tf_scratch(
-      0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 5 * Arena::bytes(kQueries) +
+      0, 5 * Arena::bytes(side) + 3 * Arena::bytes(tile) + 5 * Arena::bytes(kQueries) +
              copies * Arena::bytes(sequence)))};
   Buffers s{};
   float** const sides[] = {&s.queries_t, &s.grads_t, &s.queries, &s.grads, &s.dq};
   for (float** p : sides) *p = arena.take(side);
-  float** const tiles[] = {&s.p, &s.ds, &s.extra, &s.slope};
+  float** const tiles[] = {&s.p, &s.ds, &s.slope};
   for (float** p : tiles) *p = arena.take(tile);
   float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale};
   for (float** p : rows) *p = arena.take(kQueries);
@@ -107,6 +107,17 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   }
 }
 
+constexpr float kPreciseLse = 24.f;  // in units of log2
+
+float largest_lse(const Buffers& s, int64_t lanes) {
+  float largest = 0.f;
+  for (int64_t i = 0; i < lanes; ++i) {
+    const float size = __builtin_fabsf(s.lse[i]);
+    if (size < INFINITY && size > largest) largest = size;
+  }
+  return largest;
+}
+
 template <class T>
 void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, Operand value_rows,
                    const Buffers& s) {
@@ -121,23 +132,41 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0;
   const float to_log2 = fold ? a.scale * kLog2e : kLog2e;
 
-  for (int64_t j = begin; j < end; j = block_end(j, end)) {
-    const int64_t keys = block_end(j, end) - j;
-    const auto from = [j](Operand rows) {
-      return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
-    };
-    const Operand k = from(key_rows), v = from(value_rows);
-    gemm(Write::kStore, keys, lanes, a.dim, k, s.queries_t, lanes, s.p, lanes);
-    if (!fold) finish_scores(a, t, j, keys, s.p, s.extra, a.softcap != 0.f ? s.slope : nullptr);
+  const auto from = [](Operand rows, int64_t j) {
+    return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
+  };
+  const auto probabilities = [&](int64_t j, int64_t keys) {
+    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes);
+    if (!fold) finish_scores(a, t, j, keys, s.p, a.softcap != 0.f ? s.slope : nullptr);
     mask_edges(a, t, j, keys, s.p);
-    gemm(Write::kStore, keys, lanes, a.dim, v, s.grads_t, lanes, s.ds, lanes);
-
-    // p: probabilities, with dropout's factors for dV. ds: d loss / d score.
     for (int64_t c = 0; c < lanes; c += kWidth) {
       const Vec shift = load(s.lse + c), rest = load(s.lse_rest + c);
       for (int64_t x = c; x < keys * lanes; x += lanes)
         store(s.p + x, exp2(fma(load(s.p + x), broadcast(to_log2), -shift)) * rest);
     }
+  };
+  if (largest_lse(s, lanes) > kPreciseLse) {
+    // A large log-sum-exp is rounded so coarsely that rows would not sum to one: divide by what they sum to.
+    for (int64_t c = 0; c < lanes; c += kWidth) store(s.scale + c, Vec{});
+    for (int64_t j = begin; j < end; j = block_end(j, end)) {
+      const int64_t keys = block_end(j, end) - j;
+      probabilities(j, keys);
+      for (int64_t c = 0; c < lanes; c += kWidth) {
+        Vec total = load(s.scale + c);
+        for (int64_t x = c; x < keys * lanes; x += lanes) total = total + load(s.p + x);
+        store(s.scale + c, total);
+      }
+    }
+    for (int64_t i = 0; i < lanes; ++i)
+      if (s.scale[i] > 0.f) s.lse_rest[i] /= s.scale[i];
+  }
+
+  for (int64_t j = begin; j < end; j = block_end(j, end)) {
+    const int64_t keys = block_end(j, end) - j;
+    const Operand k = from(key_rows, j), v = from(value_rows, j);
+    // p: probabilities, with dropout's factors for dV. ds: d loss / d score.
+    probabilities(j, keys);
+    gemm(Write::kStore, keys, lanes, a.dim, v, s.grads_t, lanes, s.ds, lanes);
     if (dropout) {
       for_each_dropout(a, t, j, keys, [&](int64_t row, int64_t c, Vec factor) {
         const int64_t x = row * lanes + c;

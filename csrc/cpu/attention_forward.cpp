@@ -7,6 +7,8 @@
 namespace tf::TF_ISA {
 namespace {
 
+constexpr int64_t kDecodeQueries = 6;  // up to here a tile of kWidth lanes would mostly idle
+
 struct Buffers {
   float *queries, *scores, *extra, *keys, *values, *out, *top, *total, *correction;
 };
@@ -112,7 +114,7 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
       }
       gemm(Write::kStore, keys, lanes, a.dim, rows, s.queries, lanes, s.scores, lanes);
     }
-    if (!fold) finish_scores(a, t, j, keys, s.scores, s.extra, nullptr);
+    if (!fold) finish_scores(a, t, j, keys, s.scores, nullptr);
     mask_edges(a, t, j, keys, s.scores);
     softmax_block(a, t, j, keys, to_log2, s);
     if constexpr (Pairs) {
@@ -170,7 +172,12 @@ void forward_all(const AttentionForward& a) {
 
 }  // namespace
 
+void attention_decode(const AttentionForward& a);  // attention_decode.cpp
+
 void attention_forward(const AttentionForward& a) {
+  int64_t queries = 0;
+  for (int64_t b = 0; b < a.batch; ++b) queries = a.q_count[b] > queries ? a.q_count[b] : queries;
+  if (queries <= kDecodeQueries && !a.dropout.threshold) return attention_decode(a);
   if (a.dtype == DType::f32)
     forward_all<float, false>(a);
   else if (a.dtype == DType::bf16)

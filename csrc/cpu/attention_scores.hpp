@@ -17,9 +17,10 @@ struct mask8 {
 };
 static inline float to_float(mask8 m) { return m.alive ? 0.f : -INFINITY; }
 static inline Vec load(const mask8* p) {
-  Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
-  return v;
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, VecU) == VecU{} ? broadcast(-INFINITY) : Vec{};
 }
 
 // Queries [q0, q0 + count) of head h of sequence b, `lanes` wide (a multiple of kWidth).
@@ -59,38 +60,47 @@ static inline bool folds_scale(const Attention& a) {
   return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f;
 }
 
-// out[j][lane] = base[lane * si + j * sj], for keys 0..keys.
-template <class T>
-static void fill_tile(const T* base, int64_t si, int64_t sj, const Tile& t, int64_t keys, float* out) {
+// use(x, v) for every vector of a tile of keys: v = base[lane * si + j * sj], to be applied at x = j * lanes + c.
+template <class T, class Use>
+static inline void for_each_vector(const T* base, int64_t si, int64_t sj, const Tile& t, int64_t keys,
+                                   const Use& use) {
   if (si == 0) {
     for (int64_t j = 0; j < keys; ++j) {
       const Vec v = broadcast(to_float(base[j * sj]));
-      for (int64_t c = 0; c < t.lanes; c += kWidth) store(out + j * t.lanes + c, v);
+      for (int64_t c = 0; c < t.lanes; c += kWidth) use(j * t.lanes + c, v);
     }
-  } else if (sj == 1) {
-    load_transposed(base, si, t.count, keys, out, t.lanes);
-  } else {
-    for (int64_t j = 0; j < keys; ++j)
-      for (int64_t i = 0; i < t.lanes; ++i)
-        out[j * t.lanes + i] = i < t.count ? to_float(base[i * si + j * sj]) : 0.f;
+    return;
   }
+  for (int64_t c = 0; c < t.lanes; c += kWidth)
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      Vec tile[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const T* row = base + (c + i) * si + j * sj;
+        if (c + i >= t.count) {
+          tile[i] = Vec{};
+        } else if (sj == 1) {
+          tile[i] = load_some(row, keys - j);
+        } else {
+          float values[kWidth];
+          for (int64_t n = 0; n < kWidth; ++n) values[n] = j + n < keys ? to_float(row[n * sj]) : 0.f;
+          tile[i] = load(values);
+        }
+      }
+      transpose(tile);
+      for (int64_t n = 0; n < kWidth && j + n < keys; ++n) use((j + n) * t.lanes + c, tile[n]);
+    }
 }
 
-static void fill_bias(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* out) {
+template <class Use>
+static inline void for_each_bias(const Attention& a, const Tile& t, int64_t j0, int64_t keys, const Use& use) {
   const int64_t* s = a.bias_stride;
   const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
   if (a.bias_type == BiasType::f32)
-    fill_tile(static_cast<const float*>(a.bias) + at, s[2], s[3], t, keys, out);
+    for_each_vector(static_cast<const float*>(a.bias) + at, s[2], s[3], t, keys, use);
   else if (a.bias_type == BiasType::bf16)
-    fill_tile(static_cast<const bf16*>(a.bias) + at, s[2], s[3], t, keys, out);
+    for_each_vector(static_cast<const bf16*>(a.bias) + at, s[2], s[3], t, keys, use);
   else
-    fill_tile(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, out);
-}
-
-static void fill_mask(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* out) {
-  const int64_t* s = a.mask_stride;
-  const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
-  fill_tile(reinterpret_cast<const mask8*>(a.mask) + at, s[2], s[3], t, keys, out);
+    for_each_vector(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, use);
 }
 
 static inline const float* relative_row(const Attention& a, const Tile& t, int64_t j) {
@@ -98,10 +108,11 @@ static inline const float* relative_row(const Attention& a, const Tile& t, int64
 }
 
 // Products of keys j0.. with the tile's queries -> scores, in place: scale, softcap, biases and mask.
-// scratch: keys x lanes floats. slope, where not null: d score / d (scaled product), for a softcap's backward.
-static void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores, float* scratch,
-                          float* slope) {
+// slope, where not null: d score / d (scaled product), for a softcap's backward.
+static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores, float* slope) {
   const int64_t size = keys * t.lanes;
+  const bool bias = a.bias_type != BiasType::none;
+  float scale = a.scale;
   if (a.softcap != 0.f) {
     const float inner = a.scale / a.softcap;
     for (int64_t x = 0; x < size; x += kWidth) {
@@ -109,31 +120,32 @@ static void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t
       store(scores + x, y * a.softcap);
       if (slope) store(slope + x, 1.f - y * y);
     }
-  } else {
+    scale = 1.f;
+  } else if (!bias) {
     for (int64_t x = 0; x < size; x += kWidth) store(scores + x, load(scores + x) * a.scale);
   }
-  if (a.bias_type != BiasType::none) {
-    fill_bias(a, t, j0, keys, scratch);
-    for (int64_t x = 0; x < size; x += kWidth) store(scores + x, load(scores + x) + load(scratch + x));
-  }
+  if (bias)
+    for_each_bias(a, t, j0, keys, [&](int64_t x, Vec v) {
+      store(scores + x, fma(load(scores + x), broadcast(scale), v));
+    });
   if (a.relative) {
     for (int64_t j = 0; j < keys; ++j) {
-      const float* row = relative_row(a, t, j0 + j);
+      const float* row = a.relative + t.h * a.relative_stride + a.relative_zero + t.q0 + t.offset - (j0 + j);
       float* s = scores + j * t.lanes;
       for (int64_t c = 0; c < t.lanes; c += kWidth) store(s + c, load(s + c) + load(row + c));
     }
   }
   if (a.mask) {
-    fill_mask(a, t, j0, keys, scratch);
-    for (int64_t x = 0; x < size; x += kWidth) {
-      const Vec dead = load(scratch + x);
+    const int64_t* s = a.mask_stride;
+    const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
+    for_each_vector(reinterpret_cast<const mask8*>(a.mask) + at, s[2], s[3], t, keys, [&](int64_t x, Vec dead) {
       store(scores + x, dead < broadcast(0.f) ? dead : load(scores + x));
-    }
+    });
   }
 }
 
 // -inf where the window or causality forbids; only blocks that an edge crosses pay.
-static void mask_edges(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores) {
+static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores) {
   const int64_t first = t.q0 + t.offset, last = first + t.count - 1, no_limit = INT32_MAX;
   const bool right = a.window_right >= 0 && j0 + keys - 1 > first + a.window_right;
   const bool left = a.window_left >= 0 && j0 < last - a.window_left;

@@ -268,11 +268,20 @@ static inline float max_of(Vec v) {
 }
 
 // 32 x 32 -> 64 bit products, high and low halves.
+static inline VecU64 multiply_even(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return (a & 0xffffffffull) * (b & 0xffffffffull);
+#endif
+}
 static inline void multiply_wide(VecU a, uint32_t b, VecU& hi, VecU& lo) {
-  VecU64 wide = bit_cast<VecU64>(a);
-  VecU64 even = (wide & 0xffffffffull) * uint64_t(b), odd = (wide >> 32) * uint64_t(b);
-  lo = a * b;
-  hi = bit_cast<VecU>((even >> 32) | (odd & 0xffffffff00000000ull));
+  const VecU64 wide = bit_cast<VecU64>(a), by = uint64_t(b) - VecU64{}, high = 0xffffffff00000000ull - VecU64{};
+  const VecU64 even = multiply_even(wide, by), odd = multiply_even(wide >> 32, by);
+  lo = bit_cast<VecU>((even & ~high) | (odd << 32));
+  hi = bit_cast<VecU>((even >> 32) | (odd & high));
 }
 
 // exp(x) for x in [-87, 88], within 2 ulp.
