@@ -88,6 +88,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32)
   m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
+  // logits: (rows, classes), last stride 1; target: int64; everything else float32.
+  m.def(
+      "cpu_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+      "float z_loss, Tensor(a!) losses, Tensor(b!) largest, Tensor(c!) total) -> ()");
+  m.def(
+      "cpu_cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor? weight, Tensor largest, "
+      "Tensor total, int ignore_index, float label_smoothing, float z_loss, Tensor(a!) grad) -> ()");
+  // ids: int64 (rows,), contiguous; tables: (entries, width), last stride 1; grad_v: float32 (rows, width).
+  m.def(
+      "cpu_embedding_norm_forward(Tensor ids, Tensor word, Tensor? type_ids, Tensor? token_type, Tensor? position_ids, "
+      "Tensor? position, Tensor? weight, Tensor? bias, Tensor? rng, float eps, float dropout_p, Tensor(a!) y, "
+      "Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def(
+      "cpu_embedding_norm_backward(Tensor grad_y, Tensor ids, Tensor word, Tensor? type_ids, Tensor? token_type, "
+      "Tensor? position_ids, Tensor? position, Tensor? weight, Tensor mean, Tensor rstd, Tensor? rng, float dropout_p, "
+      "Tensor(a!) grad_v, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+  m.def("cpu_embedding_gradient(Tensor grad_v, Tensor ids, int padding_idx, Tensor(a!) grad_table) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

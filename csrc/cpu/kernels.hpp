@@ -4,6 +4,8 @@
 #include "activation.hpp"
 #include "attention.hpp"
 #include "linear.hpp"
+#include "cross_entropy.hpp"
+#include "embedding.hpp"
 #include "norm.hpp"
 
 namespace tf {
@@ -19,6 +21,11 @@ struct Kernels {
   void (*column_sum)(const ColumnSum&);
   void (*pack_weight)(const PackWeight&);
   void (*packed_linear)(const PackedLinear&);
+  void (*cross_entropy_forward)(const CrossEntropyForward&);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&);
+  void (*embedding_norm_forward)(const EmbeddingNormForward&);
+  void (*embedding_norm_backward)(const EmbeddingNormBackward&);
+  void (*embedding_gradient)(const EmbeddingGradient&);
 };
 
 #ifdef TF_ISA
@@ -33,6 +40,11 @@ void attention_backward(const AttentionBackward&);
 void column_sum(const ColumnSum&);
 void pack_weight(const PackWeight&);
 void packed_linear(const PackedLinear&);
+void cross_entropy_forward(const CrossEntropyForward&);
+void cross_entropy_backward(const CrossEntropyBackward&);
+void embedding_norm_forward(const EmbeddingNormForward&);
+void embedding_norm_backward(const EmbeddingNormBackward&);
+void embedding_gradient(const EmbeddingGradient&);
 }  // namespace TF_ISA
 #endif
 

@@ -17,5 +17,10 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::column_sum,
     TF_ISA::pack_weight,
     TF_ISA::packed_linear,
+    TF_ISA::cross_entropy_forward,
+    TF_ISA::cross_entropy_backward,
+    TF_ISA::embedding_norm_forward,
+    TF_ISA::embedding_norm_backward,
+    TF_ISA::embedding_gradient,
 };
 }  // namespace tf

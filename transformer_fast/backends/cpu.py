@@ -8,7 +8,10 @@ from . import Backend, Call, gemm, memory, native
 from .eager import relative_buckets
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"attention", "norm", "bias_activation", "dropout", "linear", "packed_linear"})
+_OPS = frozenset(
+    {"attention", "norm", "bias_activation", "dropout", "linear", "packed_linear"}
+    | {"cross_entropy", "embedding_layer_norm"}
+)
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
 
@@ -91,6 +94,34 @@ class CpuBackend(Backend):
 
     def dropout_forward(self, x, rng, p, y) -> None:
         _ops.cpu_dropout_forward.default(x if x.stride(1) == 1 else x.contiguous(), rng, p, y)
+
+    def cross_entropy_forward(self, spec, losses, largest, total) -> None:
+        _ops.cpu_cross_entropy_forward.default(*spec, losses, largest, total)
+
+    def cross_entropy_backward(self, spec, grad_losses, largest, total, grad) -> None:
+        logits, target, weight, *options = spec
+        _ops.cpu_cross_entropy_backward.default(grad_losses, logits, target, weight, largest, total, *options, grad)
+
+    def embedding_layer_norm_forward(self, spec, y, mean, rstd) -> None:
+        _ops.cpu_embedding_norm_forward.default(
+            spec.ids, spec.word, spec.type_ids, spec.token_type, spec.position_ids, spec.position,
+            _float(spec.norm_weight), _float(spec.norm_bias), spec.rng, spec.eps, spec.dropout_p, y, mean, rstd,
+        )  # fmt: skip
+
+    def embedding_layer_norm_backward(
+        self, spec, grad, mean, rstd, grad_word, grad_position, grad_type, grad_weight, grad_bias
+    ) -> None:
+        grad_v = memory.empty(grad.shape, torch.float32, grad.device)
+        _ops.cpu_embedding_norm_backward.default(
+            grad, spec.ids, spec.word, spec.type_ids, spec.token_type, spec.position_ids, spec.position,
+            _float(spec.norm_weight), mean, rstd, spec.rng, spec.dropout_p, grad_v, grad_weight, grad_bias,
+        )  # fmt: skip
+        for table, ids, padding in (
+            (grad_word, spec.ids, spec.padding_idx), (grad_position, spec.position_ids, -1),
+            (grad_type, spec.type_ids, -1),
+        ):  # fmt: skip
+            if table is not None:
+                _ops.cpu_embedding_gradient.default(grad_v, ids, padding, table)
 
 
 def _attention_arguments(spec, relative, zero) -> tuple:

@@ -136,6 +136,37 @@ def bias_activation(x, bias, gate, activation):
     return y if gate is None else y * gate
 
 
+# ---- embeddings, losses --------------------------------------------------------------------------
+def embedding_layer_norm(spec):
+    """(y, mean, rstd) of an EmbeddingSpec, differentiable."""
+    v = F.embedding(spec.ids, spec.word, None if spec.padding_idx < 0 else spec.padding_idx)
+    if spec.token_type is not None:
+        v = v + F.embedding(spec.type_ids, spec.token_type)
+    if spec.position is not None:
+        v = v + F.embedding(spec.position_ids, spec.position)
+    y, _, mean, rstd = norm(v, None, spec.norm_weight, spec.norm_bias, None, spec.eps, False, 0.0)
+    if spec.dropout_p:
+        y = (y * keep_mask_2d(spec.rng, spec.dropout_p, *y.shape) * keep_scale(spec.dropout_p)).to(y.dtype)
+    return y, mean, rstd
+
+
+def cross_entropy(spec):
+    """The loss of each row of a CrossEntropySpec, differentiable."""
+    wide = spec.logits if spec.logits.dtype == torch.float64 else spec.logits.float()
+    ignored = spec.target == spec.ignore_index
+    target = spec.target.masked_fill(ignored, 0)
+    nll = -torch.log_softmax(wide, -1)
+    losses = nll.gather(1, target[:, None]).squeeze(1)
+    if spec.weight is not None:
+        losses = losses * spec.weight[target]
+    if spec.label_smoothing:
+        uniform = (nll if spec.weight is None else nll * spec.weight).mean(-1)
+        losses = (1 - spec.label_smoothing) * losses + spec.label_smoothing * uniform
+    if spec.z_loss:
+        losses = losses + spec.z_loss * torch.logsumexp(wide, -1).square()
+    return losses.masked_fill(ignored, 0.0)
+
+
 def _leaf(t, need=True):
     return None if t is None else t.detach().requires_grad_(need)
 
@@ -200,6 +231,38 @@ class EagerBackend(Backend):
 
     def dropout_forward(self, x, rng, p, y) -> None:
         y.copy_(x * keep_mask_2d(rng, p, *x.shape) * keep_scale(p))
+
+    def embedding_layer_norm_forward(self, spec, y, mean, rstd) -> None:
+        for buffer, result in zip((y, mean, rstd), embedding_layer_norm(spec)):
+            buffer.copy_(result)
+
+    def embedding_layer_norm_backward(self, spec, grad, mean, rstd, *buffers) -> None:
+        with torch.enable_grad():
+            tables = [_leaf(t) for t in (spec.word, spec.position, spec.token_type, spec.norm_weight)]
+            bias = torch.zeros(grad.shape[1], dtype=rstd.dtype, device=grad.device, requires_grad=True)
+            word, position, token_type, weight = tables
+            y = embedding_layer_norm(
+                spec._replace(word=word, position=position, token_type=token_type, norm_weight=weight, norm_bias=bias)
+            )[0]
+        _grads((y,), (grad,), (*tables, bias), buffers)
+
+    def cross_entropy_forward(self, spec, losses, largest, total) -> None:
+        losses.copy_(cross_entropy(spec))
+        wide = spec.logits.to(losses.dtype)
+        largest.copy_(wide.amax(-1))
+        total.copy_((wide - largest[:, None]).exp().sum(-1))
+
+    def cross_entropy_backward(self, spec, grad_losses, largest, total, grad) -> None:
+        # By hand: linear_cross_entropy needs it inside its forward pass, where autograd does not record.
+        ignored = spec.target == spec.ignore_index
+        target = spec.target.masked_fill(ignored, 0)[:, None]
+        smoothing, classes = spec.label_smoothing, spec.logits.shape[1]
+        p = torch.softmax(spec.logits.to(grad_losses.dtype), -1)
+        weight = torch.ones(classes, dtype=p.dtype, device=p.device) if spec.weight is None else spec.weight
+        hit = (1 - smoothing) * weight[target]
+        scale = hit + smoothing * weight.mean() + 2 * spec.z_loss * (largest + total.log())[:, None]
+        d = (p * scale - smoothing / classes * weight).scatter_add(1, target, -hit) * grad_losses[:, None]
+        grad.copy_(d.masked_fill(ignored[:, None], 0.0))
 
 
 BACKEND = EagerBackend()

@@ -7,11 +7,12 @@ import os
 
 import torch
 
-from . import Backend, Call
+from . import Backend, Call, memory
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"attention", "bias_activation", "dropout", "norm"})
+_OPS = frozenset({"attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"})
+_WIDEST_EMBEDDING = 8192  # kernels/embedding.py holds a row in registers
 
 # Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
 # them ahead of time only; `info` says so.
@@ -72,6 +73,8 @@ class TritonBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in _OPS:
             reasons.append(f"there is no Triton kernel for {call.op}")
+        if call.op == "embedding_layer_norm" and call.size > _WIDEST_EMBEDDING:
+            reasons.append(f"width {call.size} is over {_WIDEST_EMBEDDING}")
         return tuple(reasons)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
@@ -125,6 +128,49 @@ class TritonBackend(Backend):
         x = x if x.stride(1) == 1 else x.contiguous()
         with _device_of(y):
             dropout_forward(x, rng, threshold(p), keep_scale(p), y)
+
+    def cross_entropy_forward(self, spec, losses, largest, total) -> None:
+        from ..kernels.cross_entropy import cross_entropy_forward
+
+        with _device_of(losses):
+            cross_entropy_forward(*spec, losses, largest, total)
+
+    def cross_entropy_backward(self, spec, grad_losses, largest, total, grad) -> None:
+        from ..kernels.cross_entropy import cross_entropy_backward
+
+        with _device_of(grad):
+            cross_entropy_backward(grad_losses, *spec, largest, total, grad)
+
+    def embedding_layer_norm_forward(self, spec, y, mean, rstd) -> None:
+        from ..kernels.embedding import embedding_layer_norm_forward
+
+        with _device_of(y):
+            embedding_layer_norm_forward(
+                *_tables(spec), spec.norm_weight, spec.norm_bias, spec.rng, spec.eps, threshold(spec.dropout_p),
+                keep_scale(spec.dropout_p), y, mean, rstd,
+            )  # fmt: skip
+
+    def embedding_layer_norm_backward(
+        self, spec, grad, mean, rstd, grad_word, grad_position, grad_type, grad_weight, grad_bias
+    ) -> None:
+        from ..kernels.embedding import embedding_gradient, embedding_layer_norm_backward
+
+        with _device_of(grad):
+            grad_v = memory.empty(grad.shape, torch.float32, grad.device)
+            embedding_layer_norm_backward(
+                grad, *_tables(spec), spec.norm_weight, mean, rstd, spec.rng, threshold(spec.dropout_p),
+                keep_scale(spec.dropout_p), grad_v, grad_weight, grad_bias, _multiprocessors(grad.device),
+            )  # fmt: skip
+            for table, ids, padding in (
+                (grad_word, spec.ids, spec.padding_idx), (grad_position, spec.position_ids, -1),
+                (grad_type, spec.type_ids, -1),
+            ):  # fmt: skip
+                if table is not None:
+                    embedding_gradient(grad_v, ids, padding, table)
+
+
+def _tables(spec):
+    return spec.ids, spec.word, spec.type_ids, spec.token_type, spec.position_ids, spec.position
 
 
 BACKEND = TritonBackend()

@@ -9,8 +9,11 @@ from .attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from .cross_entropy import cross_entropy
 from .dropout import dropout
+from .embedding import embedding_layer_norm
 from .linear import linear, pack_storage, pack_weight, packed_linear
+from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -21,9 +24,12 @@ __all__ = [
     "attention_probabilities",
     "bias_activation",
     "concrete",
+    "cross_entropy",
     "dropout",
+    "embedding_layer_norm",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "multi_head_attention",
     "pack_storage",
     "pack_weight",

@@ -1,0 +1,231 @@
+"""Cross entropy over large vocabularies: no probability matrix is kept, and with linear_cross_entropy no logits."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import Backend, Call, memory, select
+from . import _common
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class CrossEntropySpec(NamedTuple):
+    """One call on (rows, classes) logits. With p = softmax(x), w the class weights (1 where there are none),
+    e the label smoothing and y the target, the loss of a row that is not ignored is
+
+        (1 - e) w[y] (-log p[y]) + e / classes * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2
+    """
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+
+def select_backend(logits: torch.Tensor) -> Backend:
+    return select(Call("cross_entropy", logits.device.type, logits.dtype, logits.shape[-1]))
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _unit_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def check_targets(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Only where looking at the values stalls nothing; on a GPU the kernels answer with NaN."""
+    if target.device.type != "cpu" or not target.numel():
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"target: wanted class indices in [0, {classes}) or ignore_index {ignore_index}, got "
+            f"{int(target[wrong][0])}"
+        )
+
+
+def _forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    inplace_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, largest logits and sums of exp(x - largest): the logarithm of it all would round away what the
+    gradient needs."""
+    rows, classes = logits.shape
+    check_targets(target, classes, ignore_index)
+    losses, largest, total = (memory.empty((rows,), loss_dtype(logits.dtype), logits.device) for _ in range(3))
+    if rows:
+        spec = CrossEntropySpec(_unit_rows(logits), target, weight, ignore_index, label_smoothing, z_loss)
+        select_backend(logits).cross_entropy_forward(spec, losses, largest, total)  # type: ignore[attr-defined]
+    return losses, largest, total
+
+
+def _forward_fake(logits, target, weight, ignore_index, label_smoothing, z_loss, inplace_gradient):
+    return tuple(logits.new_empty((logits.shape[0],), dtype=loss_dtype(logits.dtype)) for _ in range(3))
+
+
+def _backward_impl(
+    grad_losses: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    logits = _unit_rows(logits)
+    if out is None:
+        out = memory.empty(logits.shape, logits.dtype, logits.device)
+    if out.numel():
+        spec = CrossEntropySpec(logits, target, weight, ignore_index, label_smoothing, z_loss)
+        select_backend(logits).cross_entropy_backward(  # type: ignore[attr-defined]
+            spec, grad_losses.contiguous(), largest, total, out
+        )
+    return out
+
+
+def _backward_fake(grad_losses, logits, target, weight, largest, total, ignore_index, label_smoothing, z_loss):
+    return logits.new_empty(logits.shape)
+
+
+_backward_op = _common.define(
+    "cross_entropy_backward",
+    "(Tensor grad_losses, Tensor logits, Tensor target, Tensor? weight, Tensor largest, Tensor total, "
+    "int ignore_index, float label_smoothing, float z_loss) -> Tensor",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    logits, target, weight, *ctx.options, ctx.inplace = inputs
+    _, largest, total = output
+    ctx.save_for_backward(logits, target, weight, largest, total)
+    ctx.mark_non_differentiable(largest, total)
+
+
+def _backward(ctx, grad_losses, _largest, _total):
+    logits, *others = ctx.saved_tensors
+    arguments = (grad_losses, logits.detach(), *others, *ctx.options)
+    rows, classes = logits.shape
+    own_memory = logits.stride(1) == 1 and (rows <= 1 or logits.stride(0) >= classes)
+    # A compiler that traces this plans its memory itself.
+    if ctx.inplace and own_memory and not torch.is_grad_enabled() and _common.direct(grad_losses):
+        grad = _backward_impl(*arguments, out=logits.detach())
+        torch.autograd.graph.increment_version(logits)  # whoever else kept the logits is told
+    else:
+        grad = _backward_op(*arguments)
+    return grad, *(None,) * 6
+
+
+_op = _common.define(
+    "cross_entropy",
+    "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, "
+    "bool inplace_gradient) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def check_options(ignore_index, reduction, reductions, label_smoothing, z_loss) -> None:
+    if reduction not in reductions:
+        raise ValueError(f"reduction: wanted one of {', '.join(map(repr, reductions))}, got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: wanted an integer, got {ignore_index!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: wanted a number in [0, 1], got {label_smoothing!r}")
+    _common.check_finite("z_loss", z_loss)
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss: wanted a number >= 0, got {z_loss!r}")
+
+
+def class_indices(target: torch.Tensor, shape: tuple[int, ...], name: str, like: torch.Tensor) -> torch.Tensor:
+    """target, checked, as int64."""
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target: wanted a tensor, got {type(target).__name__}")
+    if target.is_floating_point():
+        raise TypeError(
+            f"target: wanted class indices (int64, int32 or uint8), got {target.dtype}; class probabilities are not "
+            "supported: use torch.nn.functional.cross_entropy"
+        )
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise TypeError(f"target: wanted class indices (int64, int32 or uint8), got {target.dtype}")
+    if tuple(target.shape) != shape:
+        raise ValueError(f"target: wanted shape {shape} for {name} {tuple(like.shape)}, got {tuple(target.shape)}")
+    _common.check_same("target", target, name, like, dtype=False)
+    return target.to(torch.int64).contiguous()
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    inplace_gradient: bool = False,
+) -> torch.Tensor:
+    """loss = (1 - e) w[y] (-log p[y]) + e / V * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2, p = softmax(x).
+
+    As torch.nn.functional.cross_entropy, but for the keyword-only extras and the legacy arguments.
+    input: logits, (N, V), rows may be strided, or (V,); float16, bfloat16, float32 (or float64 in plain PyTorch).
+    torch's (N, C, d1, ...) with the classes second is refused: flatten (B, S, V) to (B * S, V) instead.
+    target: class indices, (N,) or (); class probabilities are refused. A row whose target is ignore_index has
+    neither loss nor gradient. weight: (V,) class weights, without gradient. label_smoothing: e, in [0, 1].
+    reduction: "mean" divides by the sum of w[y] over the rows not ignored (NaN where there are none, as torch),
+    "sum", or "none" for the losses (N,). z_loss: pulls logsumexp towards 0; reduced like the rest, not weighted.
+    inplace_gradient: the backward pass may write the gradient over input, which must not be needed again
+    (autograd raises where it is); it saves memory of the size of input. Ignored when compiled.
+
+    Computed and returned in float32, whatever the dtype of the logits. Kept for the backward pass: input and
+    two numbers a row. Deterministic. Raises TypeError or ValueError naming the argument; a target outside
+    [0, V) is a ValueError on the CPU, and on a GPU, where looking would stall it, gives that row a loss of NaN.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; label smoothing: Szegedy et
+    al., "Rethinking the Inception architecture", 2015, section 7; z-loss: Chowdhery et al., "PaLM", 2022, section 5.
+    """
+    _common.check_floating("input", input)
+    if input.dim() not in (1, 2):
+        raise ValueError(
+            f"input: wanted (N, V) or (V,), got {tuple(input.shape)}; flatten leading dimensions with "
+            "input.flatten(0, -2) and target.flatten()"
+        )
+    if input.shape[-1] == 0:
+        raise ValueError(f"input: wanted at least one class, got shape {tuple(input.shape)}")
+    check_options(ignore_index, reduction, REDUCTIONS, label_smoothing, z_loss)
+    target = class_indices(target, tuple(input.shape[:-1]), "input", input)
+    wide = loss_dtype(input.dtype)
+    if weight is not None:
+        _common.check_vector("weight", weight, input.shape[-1], input)
+        if weight.requires_grad:
+            raise ValueError("weight: class weights get no gradient; wanted a tensor that requires none")
+        weight = weight.to(wide).contiguous()
+    flat, flat_target = (input, target) if input.dim() == 2 else (input[None], target[None])
+    run = _forward if _common.direct(input) else _op
+    losses = run(
+        flat, flat_target, weight, ignore_index, float(label_smoothing), float(z_loss), bool(inplace_gradient)
+    )[0]
+    if reduction == "none":
+        return losses if input.dim() == 2 else losses[0]
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    counted = flat_target != ignore_index
+    if weight is None:
+        return total / counted.sum()
+    return total / (weight[flat_target.masked_fill(~counted, 0)] * counted).sum()

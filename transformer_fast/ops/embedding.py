@@ -1,0 +1,277 @@
+"""The input of BERT-like models: token + position + segment embeddings, normalised, in one pass."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import Backend, Call, memory, select
+from ..backends.philox import threshold
+from . import _common
+
+
+class EmbeddingSpec(NamedTuple):
+    """One call: v = word[ids] + token_type[token_type_ids] + position[position_ids], (rows, width); y = dropout(
+    layer_norm(v)). ids are flat int64 and contiguous; a table is (entries, width) with unit stride along the width."""
+
+    ids: torch.Tensor
+    word: torch.Tensor
+    position_ids: torch.Tensor | None
+    position: torch.Tensor | None
+    type_ids: torch.Tensor | None
+    token_type: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    rng: torch.Tensor | None
+    eps: float
+    dropout_p: float
+    padding_idx: int
+
+
+def _select(spec: EmbeddingSpec) -> Backend:
+    features = ("dropout",) if spec.dropout_p else ()
+    return select(Call("embedding_layer_norm", spec.word.device.type, spec.word.dtype, spec.word.shape[1], features))
+
+
+def _stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _check_ids(name: str, ids: torch.Tensor | None, entries: int) -> None:
+    """Only where looking at the values stalls nothing; on a GPU the kernels answer with NaN."""
+    if ids is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(t) for t in torch.aminmax(ids))
+    if low < 0 or high >= entries:
+        raise ValueError(f"{name}: wanted values in [0, {entries}), got {low if low < 0 else high}")
+
+
+def _flat(ids: torch.Tensor | None) -> torch.Tensor | None:
+    return None if ids is None else ids.reshape(-1).contiguous()
+
+
+def _table(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def _spec(ids, word, position_ids, position, type_ids, token_type, *rest) -> EmbeddingSpec:
+    return EmbeddingSpec(
+        _flat(ids), _table(word), _flat(position_ids), _table(position), _flat(type_ids), _table(token_type), *rest
+    )
+
+
+def _forward(
+    ids: torch.Tensor,
+    word: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    position: torch.Tensor | None,
+    type_ids: torch.Tensor | None,
+    token_type: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    padding_idx: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_ids("input_ids", ids, word.shape[0])
+    if position is not None:
+        _check_ids("position_ids", position_ids, position.shape[0])
+    if token_type is not None:
+        _check_ids("token_type_ids", type_ids, token_type.shape[0])
+    spec = _spec(
+        ids, word, position_ids, position, type_ids, token_type, norm_weight, norm_bias, rng, eps, dropout_p,
+        padding_idx,
+    )  # fmt: skip
+    rows, width = ids.numel(), word.shape[1]
+    y = memory.empty((*ids.shape, width), word.dtype, word.device)
+    mean, rstd = (memory.empty((rows,), _stats_dtype(word.dtype), word.device) for _ in range(2))
+    if y.numel():
+        _select(spec).embedding_layer_norm_forward(spec, y.view(rows, width), mean, rstd)  # type: ignore[attr-defined]
+    return y, mean, rstd
+
+
+def _forward_fake(ids, word, *_):
+    stats = [word.new_empty((ids.numel(),), dtype=_stats_dtype(word.dtype)) for _ in range(2)]
+    return word.new_empty((*ids.shape, word.shape[1])), *stats
+
+
+def _backward_impl(
+    grad: torch.Tensor,
+    ids: torch.Tensor,
+    word: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    position: torch.Tensor | None,
+    type_ids: torch.Tensor | None,
+    token_type: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    rng: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    padding_idx: int,
+    need: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to word, position, token_type, norm weight and norm bias; empty when not needed."""
+    width = word.shape[1]
+    spec = _spec(
+        ids, word, position_ids, position, type_ids, token_type, norm_weight, None, rng, eps, dropout_p, padding_idx
+    )
+    tables = [
+        memory.empty(table.shape if wanted and table is not None else (0,), word.dtype, word.device)
+        for table, wanted in zip((word, position, token_type), need)
+    ]
+    vectors = [memory.empty((width if wanted else 0,), rstd.dtype, word.device) for wanted in need[3:]]
+    buffers = [t if wanted else None for t, wanted in zip((*tables, *vectors), need)]
+    if ids.numel() and width:
+        _select(spec).embedding_layer_norm_backward(  # type: ignore[attr-defined]
+            spec, grad.reshape(-1, width).contiguous(), mean, rstd, *buffers
+        )
+    else:
+        for buffer in buffers:
+            if buffer is not None:
+                buffer.zero_()
+    if norm_weight is not None:
+        vectors = [v.to(norm_weight.dtype) for v in vectors]
+    return *tables, *vectors
+
+
+def _backward_fake(grad, ids, word, position_ids, position, type_ids, token_type, norm_weight, mean, rstd, *rest):
+    need = rest[-1]
+    vector = rstd.dtype if norm_weight is None else norm_weight.dtype
+    return (
+        *(
+            word.new_empty(t.shape if wanted and t is not None else (0,))
+            for t, wanted in zip((word, position, token_type), need)
+        ),
+        *(word.new_empty((word.shape[1] if wanted else 0,), dtype=vector) for wanted in need[3:]),
+    )
+
+
+_TENSORS = "Tensor ids, Tensor word, Tensor? position_ids, Tensor? position, Tensor? type_ids, Tensor? token_type, "
+_backward_op = _common.define(
+    "embedding_layer_norm_backward",
+    f"(Tensor grad, {_TENSORS}Tensor? norm_weight, Tensor mean, Tensor rstd, Tensor? rng, float eps, float dropout_p, "
+    "int padding_idx, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, norm_weight, norm_bias, rng, ctx.eps, ctx.dropout_p, ctx.padding_idx = inputs
+    _, mean, rstd = output
+    ctx.bias_dtype = None if norm_bias is None else norm_bias.dtype
+    ctx.save_for_backward(*tensors, norm_weight, mean, rstd, rng)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad, _mean, _rstd):
+    wanted = ctx.needs_input_grad
+    need = [bool(wanted[i]) for i in (1, 3, 5, 6, 7)]
+    found = _backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.dropout_p, ctx.padding_idx, need)
+    word, position, token_type, weight, bias = (g if n else None for g, n in zip(found, need))
+    bias = None if bias is None else bias.to(ctx.bias_dtype)
+    return None, word, None, position, None, token_type, weight, bias, *(None,) * 4
+
+
+_op = _common.define(
+    "embedding_layer_norm",
+    f"({_TENSORS}Tensor? norm_weight, Tensor? norm_bias, Tensor? rng, float eps, float dropout_p, int padding_idx) -> "
+    "(Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def _check_lookup(name, ids, table_name, table, shape, word):
+    """ids of one further table, as int64 in the shape of input_ids."""
+    if (ids is None) != (table is None):
+        raise ValueError(f"{name}: wanted together with {table_name}, or neither")
+    if ids is None:
+        return None
+    _check_integers(name, ids)
+    _common.check_same(name, ids, "word_weight", word, dtype=False)
+    try:
+        ids = ids.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: wanted the shape of input_ids {tuple(shape)} or one that broadcasts to it, got {tuple(ids.shape)}"
+        ) from None
+    _common.check_floating(table_name, table)
+    if table.dim() != 2 or table.shape[1] != word.shape[1]:
+        raise ValueError(f"{table_name}: wanted shape (entries, {word.shape[1]}), got {tuple(table.shape)}")
+    _common.check_same(table_name, table, "word_weight", word)
+    return ids.to(torch.int64)
+
+
+def _check_integers(name, ids):
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: wanted int64 or int32 indices, got {ids.dtype}")
+
+
+def embedding_layer_norm(
+    input_ids: torch.Tensor,
+    word_weight: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    position_weight: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+    token_type_weight: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-12,
+    *,
+    dropout_p: float = 0.0,
+    padding_idx: int | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """y = dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
+
+    input_ids: int64 or int32 of any shape, (B, S) or packed (T,); position_ids, token_type_ids: the same shape or
+    one that broadcasts to it, each None together with its table. word_weight (V, N), position_weight (P, N),
+    token_type_weight (K, N): float16, bfloat16 or float32 (float64 in plain PyTorch), all the same; norm_weight,
+    norm_bias: (N,), of the tables' dtype or float32. dropout_p: in [0, 1), after the norm as in BERT.
+    padding_idx: this row of word_weight gets no gradient; negative counts from the end, as torch.
+    Returns (*input_ids.shape, N) in the tables' dtype; the sum and its statistics are float32. The gradients (to
+    the tables, norm_weight and norm_bias) are dense and deterministic, summed in float32; nothing of the size of
+    the output is kept for them. Raises TypeError or ValueError naming the argument; an index outside its table is
+    a ValueError on the CPU, and on a GPU, where looking would stall it, gives NaN in that row.
+    Source: Devlin et al., "BERT", 2019, section 3 and figure 2.
+    """
+    _check_integers("input_ids", input_ids)
+    _common.check_floating("word_weight", word_weight)
+    if word_weight.dim() != 2:
+        raise ValueError(f"word_weight: wanted shape (V, N), got {tuple(word_weight.shape)}")
+    _common.check_same("input_ids", input_ids, "word_weight", word_weight, dtype=False)
+    entries, width = word_weight.shape
+    shape = input_ids.shape
+    position_ids = _check_lookup("position_ids", position_ids, "position_weight", position_weight, shape, word_weight)
+    type_ids = _check_lookup(
+        "token_type_ids", token_type_ids, "token_type_weight", token_type_weight, shape, word_weight
+    )
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        _common.check_vector(name, t, width, word_weight)
+        if t is not None and t.dtype not in (word_weight.dtype, torch.float32):
+            raise TypeError(
+                f"{name}: has dtype {t.dtype} but word_weight has {word_weight.dtype}; wanted that or float32"
+            )
+    if not eps >= 0.0:
+        raise ValueError(f"eps: wanted a number >= 0, got {eps!r}")
+    _common.check_probability("dropout_p", dropout_p)
+    padding = -1
+    if padding_idx is not None:
+        if not -entries <= padding_idx < entries:
+            raise ValueError(f"padding_idx: wanted a row of word_weight, in [{-entries}, {entries}), got {padding_idx}")
+        padding = padding_idx % entries
+    p = dropout_p if threshold(dropout_p) else 0.0
+    rng = _common.draw_rng(word_weight.device, generator) if p else None
+    tensors = (word_weight, position_weight, token_type_weight, norm_weight, norm_bias)
+    run = _forward if _common.direct(*tensors) else _op
+    return run(
+        input_ids.to(torch.int64), word_weight, position_ids, position_weight, type_ids, token_type_weight, norm_weight,
+        norm_bias, rng, eps, p, padding,
+    )[0]  # fmt: skip

@@ -1,0 +1,190 @@
+"""Cross entropy of a linear layer, a chunk of rows at a time, so that the logits never exist as a whole."""
+
+import torch
+
+from ..backends import memory
+from . import _common
+from .cross_entropy import CrossEntropySpec, check_options, check_targets, class_indices, loss_dtype, select_backend
+
+# Logits held at once: about a CPU's last-level cache; on a GPU enough rows to fill it.
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+_FEWEST_ROWS = 128  # below, the GEMMs slow down
+
+
+def _rows_of_a_chunk(rows: int, classes: int, itemsize: int, device: str, wanted: int) -> int:
+    if wanted:
+        return min(wanted, rows)
+    most = max(_FEWEST_ROWS, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cpu"]) // (classes * itemsize))
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    mean: bool,
+    label_smoothing: float,
+    z_loss: float,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and, as the logits are there only now, its gradients to hidden, weight and bias (empty when not
+    needed), to be multiplied by the last result."""
+    (rows, width), classes, dtype, device = hidden.shape, weight.shape[0], hidden.dtype, hidden.device
+    wide = loss_dtype(dtype)
+    check_targets(target, classes, ignore_index)
+    counted = target != ignore_index
+    index = None  # of the rows that count; of masked language modelling's they are one in seven
+    if device.type == "cpu" and not counted.all():
+        index = counted.nonzero().squeeze(1)
+        target = target[index]
+    count = counted.sum()
+    scale = torch.ones((), dtype=wide, device=device)
+    if mean:
+        scale = torch.where(count > 0, 1.0 / count.to(wide), torch.zeros_like(scale))
+    # In float16 one row's share of a mean would underflow: there the scale comes last, with the loss scale.
+    late = dtype == torch.float16
+    used = rows if index is None else len(index)
+    row_grads = (torch.ones_like(scale) if late else scale).expand(used).contiguous()
+    losses, largest, sums = (memory.empty((used,), wide, device) for _ in range(3))
+    grad_hidden = memory.empty((rows, width) if need_hidden else (0,), dtype, device)
+    # Sums over all chunks, so in float32 at least.
+    grad_weight = memory.empty((classes, width) if need_weight else (0,), wide, device)
+    grad_bias = torch.zeros((classes if need_bias else 0,), dtype=wide, device=device)
+    if need_weight and not used:
+        grad_weight.zero_()
+    if need_hidden and index is not None:
+        grad_hidden.zero_()
+    chunk = _rows_of_a_chunk(used, classes, dtype.itemsize, device.type, chunk_rows) if used else 1
+    buffer = memory.empty((chunk if used else 0, classes), dtype, device)
+    run = select_backend(buffer)
+    for begin in range(0, used, chunk):
+        part = slice(begin, min(begin + chunk, used))
+        x = hidden[part] if index is None else hidden[index[part]]
+        logits = buffer[: part.stop - begin]
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        spec = CrossEntropySpec(logits, target[part], None, ignore_index, label_smoothing, z_loss)
+        run.cross_entropy_forward(spec, losses[part], largest[part], sums[part])  # type: ignore[attr-defined]
+        if not (need_hidden or need_weight or need_bias):
+            continue
+        run.cross_entropy_backward(  # type: ignore[attr-defined]
+            spec, row_grads[part], largest[part], sums[part], logits
+        )
+        if need_hidden and index is None:
+            torch.mm(logits, weight, out=grad_hidden[part])
+        elif need_hidden:
+            grad_hidden[index[part]] = torch.mm(logits, weight)
+        if need_weight and dtype == wide:
+            torch.addmm(grad_weight, logits.t(), x, beta=1 if begin else 0, out=grad_weight)
+        elif need_weight:
+            grad_weight.add_(torch.mm(logits.t(), x)) if begin else grad_weight.copy_(torch.mm(logits.t(), x))
+        if need_bias:
+            grad_bias.add_(logits.sum(0, dtype=wide))
+    total = losses.sum()
+    loss = total / count if mean else total
+    if not late:
+        grad_weight, grad_bias, scale = grad_weight.to(dtype), grad_bias.to(dtype), torch.ones_like(scale)
+    return loss, grad_hidden, grad_weight, grad_bias, scale
+
+
+def _forward_fake(
+    hidden, weight, bias, target, ignore_index, mean, label_smoothing, z_loss, chunk_rows, need_hidden, need_weight,
+    need_bias,
+):  # fmt: skip
+    wide = loss_dtype(hidden.dtype)
+    sums = wide if hidden.dtype == torch.float16 else hidden.dtype
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=sums),
+        hidden.new_empty((weight.shape[0] if need_bias else 0,), dtype=sums),
+        hidden.new_empty((), dtype=wide),
+    )
+
+
+def _setup(ctx, inputs, output):
+    ctx.dtype, ctx.need = inputs[0].dtype, inputs[-3:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    *grads, scale = ctx.saved_tensors
+    factor = grad_loss * scale
+    # loss.backward() starts with 1; asking costs nothing on a CPU.
+    one = factor.device.type == "cpu" and _common.direct(factor) and factor.item() == 1.0
+    hidden, weight, bias = (
+        None if not need else (grad if one else grad * factor).to(ctx.dtype) for grad, need in zip(grads, ctx.need)
+    )
+    return hidden, weight, bias, *(None,) * 9
+
+
+_op = _common.define(
+    "linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, bool mean, float label_smoothing, "
+    "float z_loss, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    chunk_rows: int | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """cross_entropy(hidden W^T + b, target) without the (N, V) logits: for language modelling heads whose
+    caller wants only the loss.
+
+    hidden: (..., D), float16, bfloat16 or float32 (float64 in plain PyTorch); weight: (V, D) and bias: (V,), of
+    hidden's dtype; under autocast all three are cast as torch.nn.functional.linear does. target: hidden's leading
+    dimensions. chunk_rows: rows whose logits exist at one time (default: about 32 MB of logits, on a GPU 256 MB).
+    reduction: "mean" or "sum". The rest as in cross_entropy.
+
+    The gradients to hidden, weight and bias are computed with the loss, while a chunk's logits are there, and kept
+    for the backward pass: the peak is one chunk of logits above the gradients themselves. On the CPU, ignored rows
+    are left out of the GEMMs too. Returns a float32 scalar. Deterministic. Raises TypeError or ValueError naming
+    the argument. Source: Hsu et al., "Liger Kernel", 2024, section 3.2 (fused linear cross entropy).
+    """
+    _common.check_floating("hidden", hidden)
+    _common.check_floating("weight", weight)
+    if hidden.dim() == 0:
+        raise ValueError("hidden: wanted at least one dimension, got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+        raise ValueError(f"weight: wanted (V, {hidden.shape[-1]}) with V > 0, got {tuple(weight.shape)}")
+    _common.check_vector("bias", bias, weight.shape[0], weight)
+    check_options(ignore_index, reduction, ("mean", "sum"), label_smoothing, z_loss)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows: wanted at least 1, got {chunk_rows!r}")
+    target = class_indices(target, tuple(hidden.shape[:-1]), "hidden", hidden)
+    dtype = _common.autocast_dtype(hidden.device)
+    if dtype is not None and hidden.dtype != torch.float64:
+        hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _common.check_same(name, t, "hidden", hidden)
+    flat, flat_target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    direct = _common.direct(hidden, weight, bias)
+    need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    return (_forward if direct else _op)(
+        flat, weight, bias, flat_target, ignore_index, reduction == "mean", float(label_smoothing), float(z_loss),
+        chunk_rows or 0, *need,
+    )[0]  # fmt: skip
