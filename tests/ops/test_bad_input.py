@@ -71,6 +71,48 @@ ATTENTION = {
 }  # fmt: skip
 
 X, W = r(6, 24), r(24)
+LOGITS, TARGET = r(6, 24), torch.tensor([0, 23, -100, 5, 1, 2])
+IDS, E = torch.tensor([[1, 2], [0, 8]]), r(9, 24)
+ce, lce, embed = tf.cross_entropy, tf.linear_cross_entropy, tf.embedding_layer_norm
+LOSSES = {
+    "target above": (lambda: ce(LOGITS, TARGET + 1), ValueError, r"target.*\[0, 24\).*got 24"),
+    "target below": (lambda: ce(LOGITS, TARGET.clamp(max=3) - 1), ValueError, "target.*-1"),
+    "target shape": (lambda: ce(LOGITS, TARGET[:5]), ValueError, r"target.*\(6,\).*\(5,\)"),
+    "probabilities": (lambda: ce(LOGITS, LOGITS.softmax(-1)), TypeError, "target.*probabilities"),
+    "target dtype": (lambda: ce(LOGITS, TARGET.bool()), TypeError, "target.*bool"),
+    "target list": (lambda: ce(LOGITS, [1]), TypeError, "target.*list"),
+    "target device": (lambda: ce(LOGITS, TARGET.to("meta")), ValueError, "target.*meta"),
+    "classes second": (lambda: ce(r(2, 24, 3), TARGET.view(2, 3)), ValueError, r"input.*\(2, 24, 3\).*flatten"),
+    "no classes": (lambda: ce(r(6, 0), TARGET), ValueError, "input.*at least one class"),
+    "logits dtype": (lambda: ce(TARGET[None], TARGET), TypeError, "input.*int64"),
+    "class weight": (lambda: ce(LOGITS, TARGET, r(3)), ValueError, r"weight.*\(24,\).*\(3,\)"),
+    "weight gradient": (lambda: ce(LOGITS, TARGET, r(24).requires_grad_()), ValueError, "weight.*no gradient"),
+    "reduction": (lambda: ce(LOGITS, TARGET, reduction="max"), ValueError, "reduction.*'mean'.*'max'"),
+    "smoothing": (lambda: ce(LOGITS, TARGET, label_smoothing=1.5), ValueError, r"label_smoothing.*\[0, 1\].*1.5"),
+    "z_loss": (lambda: ce(LOGITS, TARGET, z_loss=-1.0), ValueError, "z_loss.*-1"),
+    "z_loss nan": (lambda: ce(LOGITS, TARGET, z_loss=math.nan), ValueError, "z_loss.*nan"),
+    "ignore_index": (lambda: ce(LOGITS, TARGET, ignore_index=1.5), TypeError, "ignore_index.*1.5"),
+    "linear target": (lambda: lce(LOGITS, E, TARGET), ValueError, r"target.*\[0, 9\).*got 23"),
+    "linear weight": (lambda: lce(LOGITS, r(9, 8), TARGET), ValueError, r"weight.*\(V, 24\).*\(9, 8\)"),
+    "linear bias": (lambda: lce(LOGITS, E, TARGET, r(8)), ValueError, r"bias.*\(9,\).*\(8,\)"),
+    "linear dtype": (lambda: lce(LOGITS, E.half(), TARGET), TypeError, "weight.*float16.*hidden.*float32"),
+    "linear reduction": (lambda: lce(LOGITS, E, TARGET, reduction="none"), ValueError, "reduction.*'none'"),
+    "chunk_rows": (lambda: lce(LOGITS, E, TARGET, chunk_rows=0), ValueError, "chunk_rows.*0"),
+    "ids above": (lambda: embed(IDS + 1, E), ValueError, r"input_ids.*\[0, 9\).*got 9"),
+    "ids below": (lambda: embed(IDS - 1, E), ValueError, "input_ids.*-1"),
+    "positions": (lambda: embed(IDS, E, IDS, E[:5]), ValueError, r"position_ids.*\[0, 5\).*got 8"),
+    "token types": (lambda: embed(IDS, E, None, None, IDS, E[:2]), ValueError, r"token_type_ids.*\[0, 2\)"),
+    "ids dtype": (lambda: embed(E, E), TypeError, "input_ids.*float32"),
+    "position shape": (lambda: embed(IDS, E, IDS[:, :1].expand(2, 3), E), ValueError, "position_ids.*broadcast"),
+    "position alone": (lambda: embed(IDS, E, IDS), ValueError, "position_ids.*together with position_weight"),
+    "position width": (lambda: embed(IDS, E, IDS, E[:, :5]), ValueError, r"position_weight.*\(entries, 24\)"),
+    "position dtype": (lambda: embed(IDS, E, IDS, E.half()), TypeError, "position_weight.*float16"),
+    "table rank": (lambda: embed(IDS, E[0]), ValueError, r"word_weight.*\(V, N\)"),
+    "embedding norm": (lambda: embed(IDS, E, norm_weight=r(5)), ValueError, r"norm_weight.*\(24,\).*\(5,\)"),
+    "embedding eps": (lambda: embed(IDS, E, eps=-1.0), ValueError, "eps.*-1"),
+    "embedding dropout": (lambda: embed(IDS, E, dropout_p=1.0), ValueError, "dropout_p"),
+    "padding": (lambda: embed(IDS, E, padding_idx=9), ValueError, r"padding_idx.*\[-9, 9\).*9"),
+}  # fmt: skip
 OTHERS = {
     "norm shape": (lambda: tf.layer_norm(X, 12), ValueError, r"normalized_shape.*\(12,\).*24"),
     "norm weight": (lambda: tf.layer_norm(X, 24, W[:5]), ValueError, r"weight.*\(24,\).*\(5,\)"),
@@ -101,6 +143,14 @@ OTHERS = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name):
     call, error, message = ATTENTION[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_embeddings(name):
+    call, error, message = LOSSES[name]
     with pytest.raises(error, match=message):
         call()
 

@@ -8,6 +8,9 @@ import transformer_fast as tf
 from transformer_fast.ops import qkv_attention
 
 CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+IDS = torch.tensor([[1, 8, 0, 1], [3, 3, 5, 2]])
+TARGET = torch.tensor([3, -100, 0, 19, 7, 7])
+CLASS_WEIGHT = torch.linspace(0.5, 2, 20)
 
 
 def _t(*shape, dtype=torch.float32, grad=True):
@@ -32,6 +35,21 @@ def _calls():
             (_t(6, 20), _t(10)),
         ),
         "dropout": (lambda x: tf.dropout(x, 0.5), (_t(6, 20),)),
+        "cross_entropy": (
+            lambda x: tf.cross_entropy(x, TARGET, CLASS_WEIGHT.to(x.dtype), label_smoothing=0.1, z_loss=0.01),
+            (_t(6, 20),),
+        ),
+        "cross_entropy_in_place": (lambda x: tf.cross_entropy(x * 2, TARGET, inplace_gradient=True), (_t(6, 20),)),
+        "linear_cross_entropy": (
+            lambda x, w, b: tf.linear_cross_entropy(x, w, TARGET.view(2, 3), b, 2, z_loss=0.01),
+            (_t(2, 3, 8), _t(20, 8), _t(20)),
+        ),
+        "embedding_layer_norm": (
+            lambda e, p, s, w, b: tf.embedding_layer_norm(
+                IDS, e, torch.arange(4), p, IDS % 2, s, w, b, dropout_p=0.25, padding_idx=6
+            ),
+            (_t(9, 24), _t(6, 24), _t(2, 24), _t(24), _t(24)),
+        ),
         "linear": (lambda x, w, b: tf.linear(x, w, b, "gelu"), (_t(6, 20), _t(12, 20), _t(12))),
         "packed_linear": (
             lambda x, *w: tf.packed_linear(x, w[:3], w[3:]),
@@ -107,7 +125,11 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x, r, w), block(x, r, w))
 
 
-@pytest.mark.parametrize("name", ["norm", "norm_rms", "bias_activation", "dropout", "attention", "packed", "qkv"])
+OPCHECKS = ["norm", "norm_rms", "bias_activation", "dropout", "attention", "packed", "qkv", "cross_entropy"]
+OPCHECKS += ["linear_cross_entropy", "embedding_layer_norm"]
+
+
+@pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck(name):
     rng = torch.tensor([3, 4])
     q, k = _t(2, 3, 5, 16), _t(2, 3, 9, 16)
@@ -127,12 +149,21 @@ def test_opcheck(name):
              -1, -1, 0.0, 0.0),
         ),
         "qkv": ("qkv_attention", (_t(8, 3, 2, 16), None, CU, 5, None, 0.25, 1, 0.0)),
+        "cross_entropy": ("cross_entropy", (_t(6, 20), TARGET, CLASS_WEIGHT, -100, 0.1, 0.01, False)),
+        "linear_cross_entropy": (
+            "linear_cross_entropy",
+            (_t(6, 8), _t(20, 8), _t(20), TARGET, -100, True, 0.1, 0.01, 4, True, True, True),
+        ),
+        "embedding_layer_norm": (
+            "embedding_layer_norm",
+            (IDS, _t(9, 24), IDS % 4, _t(6, 24), IDS % 2, _t(2, 24), _t(24), _t(24), rng, 1e-12, 0.25, 1),
+        ),
     }  # fmt: skip
     op, arguments = cases[name]
     torch.library.opcheck(getattr(torch.ops.transformer_fast, op).default, arguments)
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("attention_probabilities",)])
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("attention_probabilities", "cross_entropy_in_place")])
 def test_plain_pytorch_gradients_by_finite_differences(name, monkeypatch):
     function, tensors = _calls()[name]
     tensors = tuple(t.detach().double().requires_grad_() for t in tensors)

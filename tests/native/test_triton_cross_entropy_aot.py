@@ -1,0 +1,51 @@
+"""Every shipped configuration of the cross entropy kernels, compiled for sm_80, 90, 100 and 120; needs no GPU."""
+
+import functools
+
+import pytest
+import torch
+import triton_aot
+
+CLASSES = {"two": 2, "narrow": 300, "bert": 30522, "t5": 32128, "gpt2": 50257}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FEATURES = {"plain": (False, 0.0, 0.0), "smoothed, weighted, z-loss": (True, 0.1, 1e-4)}
+KERNELS = {"_cross_entropy_backward_kernel", "_cross_entropy_forward_kernel"}
+
+
+def _launch(classes, dtype, weighted, label_smoothing, z_loss):
+    from transformer_fast.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
+
+    rows = 4096
+    logits = torch.empty(rows, classes, dtype=dtype, device="meta")
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    row, weight = (torch.empty(n, dtype=torch.float32, device="meta") for n in (rows, classes))
+    options = (weight if weighted else None, -100, label_smoothing, z_loss)
+    cross_entropy_forward(logits, target, *options, row, row, row)
+    cross_entropy_backward(row, logits, target, *options, row, row, logits)
+
+
+def cases(arch: int, everything: bool):
+    """In a test run bfloat16 with every feature, on sm_90 at every size."""
+    return {
+        f"{name}, {dtype_name}, {class_name}": functools.partial(_launch, classes, dtype, *features)
+        for class_name, classes in CLASSES.items()
+        for dtype_name, dtype in DTYPES.items()
+        for name, features in FEATURES.items()
+        if everything or (dtype_name == "bfloat16" and name != "plain" and (arch == 90 or class_name == "t5"))
+    }
+
+
+def check(report: dict) -> None:
+    triton_aot.assert_runs_well(report, registers=128)
+
+
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_compiles_for(arch):
+    found = triton_aot.aot_reports(__file__, arch)
+    assert {r["kernel"] for kernels in found.values() for r in kernels} == KERNELS
+    for name, kernels in found.items():
+        for report in kernels:
+            check(report)
+            if "t5" in name:  # rows of a multiple of 16 classes are read and written in whole vectors
+                assert report["loads_128"], report
+                assert report["stores_128"] or "forward" in report["kernel"], report

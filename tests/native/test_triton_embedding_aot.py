@@ -1,0 +1,63 @@
+"""Every shipped configuration of the embedding kernels, compiled for sm_80, 90, 100 and 120; needs no GPU."""
+
+import functools
+
+import pytest
+import torch
+import triton_aot
+
+WIDTHS = {"narrow": 64, "bert": 768, "large": 1024, "widest": 8192}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KERNELS = {
+    "_column_sum_kernel",
+    "_embedding_backward_kernel",
+    "_embedding_forward_kernel",
+    "_embedding_gradient_kernel",
+}
+
+
+def _launch(width, dtype, dropout):
+    from transformer_fast.kernels import embedding
+
+    rows = 4096
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids, x, v = tensor(rows, dtype=torch.int64), tensor(rows, width), tensor(rows, width, dtype=torch.float32)
+    word, position, segment = (tensor(n, width) for n in (30522, 512, 2))
+    tables = (ids, word, ids, segment, ids, position)
+    row, weight = tensor(rows, dtype=torch.float32), tensor(width, dtype=torch.float32)
+    rng = tensor(2, dtype=torch.int64) if dropout else None
+    embedding.embedding_layer_norm_forward(*tables, weight, weight, rng, 1e-12, 6554, 1.1, x, row, row)
+    embedding.embedding_layer_norm_backward(x, *tables, weight, row, row, rng, 6554, 1.1, v, weight, weight, 132)
+    for table in (word, segment):
+        embedding.embedding_gradient(v, ids, -1, table)
+
+
+def cases(arch: int, everything: bool):
+    """In a test run bfloat16 with dropout, on sm_90 at every width."""
+    return {
+        f"{dtype_name}, {width_name}{', dropout' * dropout}": functools.partial(_launch, width, dtype, dropout)
+        for width_name, width in WIDTHS.items()
+        for dtype_name, dtype in DTYPES.items()
+        for dropout in (False, True)
+        if everything
+        or (dropout and dtype_name == "bfloat16" and (arch == 90 or width_name in ("bert", "widest")))
+        or (dropout and dtype_name == "float32" and width_name == "widest")
+    }
+
+
+def check(report: dict) -> None:
+    triton_aot.assert_runs_well(report)
+
+
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_compiles_for(arch):
+    found = triton_aot.aot_reports(__file__, arch)
+    assert {r["kernel"] for kernels in found.values() for r in kernels} == KERNELS
+    for kernels in found.values():
+        for report in kernels:
+            check(report)
+            if report["kernel"] in ("_embedding_forward_kernel", "_embedding_backward_kernel"):
+                assert report["loads_128"] and report["stores_128"], report
