@@ -141,13 +141,21 @@ void embedding_gradient(const EmbeddingGradient& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     parallel_for(a.entries * blocks, grain, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < last;) {
         const int64_t entry = i / blocks, c = i % blocks * kBlock, n = a.width - c < kBlock ? a.width - c : kBlock;
         T* out = static_cast<T*>(a.grad_table) + entry * a.width + c;
+        int64_t unused = entry;  // most of a vocabulary: runs of zeros are written past the caches
+        while (c == 0 && i + (unused + 1 - entry) * blocks <= last && head[unused] < 0) ++unused;
+        if (unused > entry) {
+          __builtin_memset(out, 0, size_t((unused - entry) * a.width) * sizeof(T));
+          i += (unused - entry) * blocks;
+          continue;
+        }
         if (head[entry] < 0)
           __builtin_memset(out, 0, size_t(n) * sizeof(T));
         else
           sum_chain(a.grad_v + c, a.width, next, head[entry], n, out);
+        ++i;
       }
     });
   });
