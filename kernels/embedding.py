@@ -15,7 +15,7 @@ from .column_sum import column_sum
 from .layer_norm import backward_config, forward_config
 from .philox import keep_mask
 
-WIDEST = 8192  # columns: a row is held in registers
+WIDEST = 4096  # columns: a row is held in registers, and a wider one spills
 
 
 @triton.jit
@@ -86,7 +86,8 @@ def _embedding_backward_kernel(
     inside = column < width
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first_row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    step = tl.num_programs(0) * ROWS
+    for first_row in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=1):
         row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
         exists = row < rows
         mask = exists[:, None] & inside[None, :]
@@ -173,7 +174,7 @@ def embedding_layer_norm_backward(
 ) -> None:  # fmt: skip
     """Write grad_v (rows, width) and, where given, grad_weight and grad_bias (width,), all float32."""
     rows, width = grad_v.shape
-    config = backward_config(width, rng is not None)
+    config = backward_config(width, grad_y.element_size(), rng is not None)
     programs = min(max(1, multiprocessors * config.programs), triton.cdiv(rows, config.rows))
     wanted = [t for t in (grad_weight, grad_bias) if t is not None]
     partial = grad_v.new_empty((len(wanted), programs, width)) if wanted else None
