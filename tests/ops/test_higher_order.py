@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 import transformer_fast as tf
 
 CU = torch.tensor([0, 3, 7], dtype=torch.int32)
+IDS, TARGET = torch.tensor([[3, 0, 3], [5, 1, 0]]), torch.tensor([1, -100, 0, 5])
 
 
 def _sdpa(q, k, v, is_causal=True):
@@ -52,6 +53,22 @@ OPS = {
     ),
     "linear": (
         lambda x, w, b: tf.linear(x, w, b, "gelu"), lambda x, w, b: F.gelu(F.linear(x, w, b)), [(4, 8), (6, 8), (6,)],
+    ),
+    "cross_entropy": (
+        lambda x: tf.cross_entropy(x, TARGET, label_smoothing=0.1, z_loss=0.1),
+        lambda x: F.cross_entropy(x, TARGET, label_smoothing=0.1)
+        + 0.1 * x[TARGET >= 0].logsumexp(-1).square().mean(),
+        [(4, 6)],
+    ),
+    "linear_cross_entropy": (
+        lambda x, w, b: tf.linear_cross_entropy(x, w, TARGET, b, reduction="sum"),
+        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), TARGET, reduction="sum"),
+        [(4, 8), (6, 8), (6,)],
+    ),
+    "embedding_layer_norm": (
+        lambda e, p, w, b: tf.embedding_layer_norm(IDS, e, torch.arange(3), p, None, None, w, b),
+        lambda e, p, w, b: F.layer_norm(F.embedding(IDS, e) + p[:3], (8,), w, b, 1e-12),
+        [(6, 8), (4, 8), (8,), (8,)],
     ),
     "packed_linear, tied": (
         lambda x, w: tf.packed_linear(x, [w, w]), lambda x, w: F.linear(x, torch.cat([w, w])), [(4, 8), (6, 8)],

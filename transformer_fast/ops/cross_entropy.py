@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import Backend, Call, memory, select
+from ..backends import Backend, Call, eager, memory, select
 from . import _common
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -118,11 +118,18 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad_losses, _largest, _total):
     logits, *others = ctx.saved_tensors
+    if torch.is_grad_enabled():  # gradients of gradients: the same in plain PyTorch
+        target, weight, *_ = others
+
+        def losses(logits):
+            return (eager.cross_entropy(CrossEntropySpec(logits, target, weight, *ctx.options)),)
+
+        return *_common.gradients(losses, (logits,), (grad_losses,)), *(None,) * 6
     arguments = (grad_losses, logits.detach(), *others, *ctx.options)
     rows, classes = logits.shape
     own_memory = logits.stride(1) == 1 and (rows <= 1 or logits.stride(0) >= classes)
     # A compiler that traces this plans its memory itself.
-    if ctx.inplace and own_memory and not torch.is_grad_enabled() and _common.direct(grad_losses):
+    if ctx.inplace and own_memory and _common.direct(grad_losses):
         grad = _backward_impl(*arguments, out=logits.detach())
         torch.autograd.graph.increment_version(logits)  # whoever else kept the logits is told
     else:
@@ -216,10 +223,12 @@ def cross_entropy(
             raise ValueError("weight: class weights get no gradient; wanted a tensor that requires none")
         weight = weight.to(wide).contiguous()
     flat, flat_target = (input, target) if input.dim() == 2 else (input[None], target[None])
-    run = _forward if _common.direct(input) else _op
-    losses = run(
-        flat, flat_target, weight, ignore_index, float(label_smoothing), float(z_loss), bool(inplace_gradient)
-    )[0]
+    options = (ignore_index, float(label_smoothing), float(z_loss))
+    if _common.transformed():
+        losses = eager.cross_entropy(CrossEntropySpec(flat, flat_target, weight, *options))
+    else:
+        run = _forward if _common.direct(input) else _op
+        losses = run(flat, flat_target, weight, *options, bool(inplace_gradient))[0]
     if reduction == "none":
         return losses if input.dim() == 2 else losses[0]
     total = losses.sum()

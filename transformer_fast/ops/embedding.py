@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import Backend, Call, memory, select
+from ..backends import Backend, Call, eager, memory, select
 from ..backends.philox import threshold
 from . import _common
 
@@ -161,17 +161,33 @@ _backward_op = _common.define(
 def _setup(ctx, inputs, output):
     *tensors, norm_weight, norm_bias, rng, ctx.eps, ctx.dropout_p, ctx.padding_idx = inputs
     _, mean, rstd = output
-    ctx.bias_dtype = None if norm_bias is None else norm_bias.dtype
-    ctx.save_for_backward(*tensors, norm_weight, mean, rstd, rng)
+    ctx.save_for_backward(*tensors, norm_weight, norm_bias, mean, rstd, rng)
     ctx.mark_non_differentiable(mean, rstd)
 
 
+def _plain(tensors, norm_weight, norm_bias, rng, eps, dropout_p, padding_idx):
+    """y in plain PyTorch, differentiable in every way."""
+    spec = _spec(*tensors, norm_weight, norm_bias, rng, eps, dropout_p, padding_idx)
+    return eager.embedding_layer_norm(spec)[0].view(*tensors[0].shape, tensors[1].shape[1])
+
+
 def _backward(ctx, grad, _mean, _rstd):
-    wanted = ctx.needs_input_grad
-    need = [bool(wanted[i]) for i in (1, 3, 5, 6, 7)]
-    found = _backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.dropout_p, ctx.padding_idx, need)
-    word, position, token_type, weight, bias = (g if n else None for g, n in zip(found, need))
-    bias = None if bias is None else bias.to(ctx.bias_dtype)
+    *tensors, norm_weight, norm_bias, mean, rstd, rng = ctx.saved_tensors
+    rest = (rng, ctx.eps, ctx.dropout_p, ctx.padding_idx)
+    if torch.is_grad_enabled():  # gradients of gradients
+        ids, _, position_ids, _, type_ids, _ = tensors
+
+        def y(word, position, token_type, weight, bias):
+            return (_plain((ids, word, position_ids, position, type_ids, token_type), weight, bias, *rest),)
+
+        found = _common.gradients(y, (*tensors[1::2], norm_weight, norm_bias), (grad,))
+    else:
+        need = [bool(ctx.needs_input_grad[i]) for i in (1, 3, 5, 6, 7)]
+        found = _backward_op(grad, *tensors, norm_weight, mean, rstd, *rest, need)
+        found = [g if n else None for g, n in zip(found, need)]
+        if found[4] is not None:
+            found[4] = found[4].to(norm_bias.dtype)
+    word, position, token_type, weight, bias = found
     return None, word, None, position, None, token_type, weight, bias, *(None,) * 4
 
 
@@ -270,8 +286,9 @@ def embedding_layer_norm(
     p = dropout_p if threshold(dropout_p) else 0.0
     rng = _common.draw_rng(word_weight.device, generator) if p else None
     tensors = (word_weight, position_weight, token_type_weight, norm_weight, norm_bias)
-    run = _forward if _common.direct(*tensors) else _op
-    return run(
-        input_ids.to(torch.int64), word_weight, position_ids, position_weight, type_ids, token_type_weight, norm_weight,
-        norm_bias, rng, eps, p, padding,
-    )[0]  # fmt: skip
+    ids = input_ids.to(torch.int64)
+    lookups = (ids, word_weight, position_ids, position_weight, type_ids, token_type_weight)
+    rest = (norm_weight, norm_bias, rng, eps, p, padding)
+    if _common.transformed():
+        return _plain(lookups, *rest)
+    return (_forward if _common.direct(*tensors) else _op)(*lookups, *rest)[0]

@@ -1,8 +1,9 @@
 """Cross entropy of a linear layer, a chunk of rows at a time, so that the logits never exist as a whole."""
 
 import torch
+import torch.nn.functional as F
 
-from ..backends import memory
+from ..backends import eager, memory
 from . import _common
 from .cross_entropy import CrossEntropySpec, check_options, check_targets, class_indices, loss_dtype, select_backend
 
@@ -110,14 +111,28 @@ def _forward_fake(
     )
 
 
+def _plain(hidden, weight, bias, target, ignore_index, mean, label_smoothing, z_loss):
+    """The loss in plain PyTorch, logits and all, differentiable in every way."""
+    spec = CrossEntropySpec(F.linear(hidden, weight, bias), target, None, ignore_index, label_smoothing, z_loss)
+    total = eager.cross_entropy(spec).sum()
+    return total / (target != ignore_index).sum() if mean else total
+
+
 def _setup(ctx, inputs, output):
-    ctx.dtype, ctx.need = inputs[0].dtype, inputs[-3:]
-    ctx.save_for_backward(*output[1:])
+    ctx.dtype, ctx.need, ctx.options = inputs[0].dtype, inputs[-3:], inputs[4:8]
+    # The inputs only for gradients of gradients: the caller holds them anyway.
+    ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad_loss, *_):
-    *grads, scale = ctx.saved_tensors
+    hidden, weight, bias, target, *grads, scale = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def loss(hidden, weight, bias):
+            return (_plain(hidden, weight, bias, target, *ctx.options),)
+
+        return *_common.gradients(loss, (hidden, weight, bias), (grad_loss,)), *(None,) * 9
     factor = grad_loss * scale
     # loss.backward() starts with 1; asking costs nothing on a CPU.
     one = factor.device.type == "cpu" and _common.direct(factor) and factor.item() == 1.0
@@ -182,9 +197,10 @@ def linear_cross_entropy(
         if t is not None:
             _common.check_same(name, t, "hidden", hidden)
     flat, flat_target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    options = (ignore_index, reduction == "mean", float(label_smoothing), float(z_loss))
+    if _common.transformed():
+        return _plain(flat, weight, bias, flat_target, *options)
     direct = _common.direct(hidden, weight, bias)
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    return (_forward if direct else _op)(
-        flat, weight, bias, flat_target, ignore_index, reduction == "mean", float(label_smoothing), float(z_loss),
-        chunk_rows or 0, *need,
-    )[0]  # fmt: skip
+    run = _forward if direct else _op
+    return run(flat, weight, bias, flat_target, *options, chunk_rows or 0, *need)[0]
