@@ -49,21 +49,27 @@ def compare(ours, theirs, truth, mask, names):
     for name in names:
         parts = [real_rows(output[name], mask) for output in (ours, truth, theirs)]
         if name == "loss":  # one number is right or wrong by luck: weighed among the scores it comes from
-            parts = [torch.cat((p.view(1), real_rows(o[names[0]], mask).flatten()))
+            parts = [torch.cat((p.view(-1), real_rows(o[names[0]], mask).flatten()))
                      for p, o in zip(parts, (ours, truth, theirs))]  # fmt: skip
         assert_as_accurate(*parts, OUTPUT, name)
 
 
 @pytest.mark.parametrize("kind, dtype", CASES)
 @pytest.mark.parametrize("name", HEADS)
-def test_outputs(name, kind, dtype, bert_config, pair, make_mask, ids):
-    mask = make_mask(kind)
+def test_outputs(name, kind, dtype, bert_config, pair, make_mask):
     models = pair(name, config_for(name, bert_config), dtype)
-    call = {"token_type_ids": torch.randint(0, 2, ids.shape), **labels_for(name, mask, ids.shape)}
-    with torch.no_grad():
-        ours, theirs, truth = (m(ids, attention_mask=mask, **call) for m in models)
-    assert list(ours.keys()) == list(theirs.keys())
-    compare(ours, theirs, truth, mask, HEADS[name])
+    collected = [{} for _ in models]
+    for _ in range(4):  # the largest error of one batch's few scores is luck
+        ids = torch.randint(1, 99, (12, 13))
+        mask = make_mask(kind)
+        call = {"token_type_ids": torch.randint(0, 2, ids.shape), **labels_for(name, mask, ids.shape)}
+        with torch.no_grad():
+            outputs = [m(ids, attention_mask=mask, **call) for m in models]
+        assert list(outputs[0].keys()) == list(outputs[1].keys())
+        for found, output in zip(collected, outputs):
+            for key in HEADS[name]:
+                found.setdefault(key, []).append(real_rows(output[key], mask).flatten())
+    compare(*({k: torch.cat(v) for k, v in found.items()} for found in collected), None, HEADS[name])
 
 
 @pytest.mark.quick
@@ -87,6 +93,10 @@ def gradients_of(model, ids, mask, call, weights):
     else:
         loss = (output[0] * weights.to(output[0].dtype))[mask.bool()].sum() + output[1].sum()
     loss.backward()
+    return by_module(model)
+
+
+def by_module(model):
     # Weight and bias of a module are weighed together: some biases have no gradient but rounding (a key's, as softmax
     # does not change when every key moves).
     found = {}
@@ -110,12 +120,20 @@ def test_gradients(name, kind, dtype, bert_config, pair, make_mask, ids):
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left"])
-def test_multiple_choice(kind, bert_config, pair, make_mask, ids):
+def test_multiple_choice(kind, bert_config, pair, make_mask):
     mask = make_mask(kind)
-    mask = None if mask is None else mask[:4].view(2, 2, -1)
+    mask = None if mask is None else mask.view(6, 2, -1)
     models = pair("BertForMultipleChoice", bert_config())
-    ours, theirs, truth = (m(ids[:4].view(2, 2, -1), attention_mask=mask, labels=torch.tensor([1, 0])) for m in models)
-    compare(ours, theirs, truth, None, ("logits", "loss"))
+    labels = torch.randint(0, 2, (6,))
+    outputs = [[] for _ in models]
+    for _ in range(4):  # a batch has few scores
+        ids = torch.randint(1, 99, (6, 2, 13))
+        for found, model in zip(outputs, models):
+            found.append(model(ids, attention_mask=mask, labels=labels))
+    merged = [{k: torch.cat([o[k].reshape(-1) for o in found]) for k in ("logits", "loss")} for found in outputs]
+    assert outputs[0][0].logits.shape == (6, 2)
+    compare(*merged, None, ("logits",))
+    assert_as_accurate(merged[0]["loss"], merged[2]["loss"], merged[1]["loss"])
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification", None])
@@ -267,21 +285,25 @@ def test_dropout_modules_decide(bert_config, pair, ids):
 @pytest.mark.quick
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant, bert_config, pair, make_mask, ids):
-    """The same loss and gradients, dropout included: the recomputation draws the same masks."""
+    """The same loss and gradients, dropout included: the recomputation draws the same masks, in every dtype."""
     mask = make_mask("right")
-    ours = pair("BertForMaskedLM", bert_config(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2))[0].train()
+    config = bert_config(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    ours, _, truth = pair("BertForMaskedLM", config)
+    double = transformer_fast.BertForMaskedLM(config).double()
+    double.load_state_dict(truth.state_dict())
     labels = labels_for("BertForMaskedLM", mask, ids.shape)
     results = []
-    for checkpointing in (False, True):
+    for model, checkpointing in ((double, False), (ours, False), (ours, True)):
+        model.train().zero_grad()
         if checkpointing:
-            ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            ours.enable_input_require_grads()
-        ours.zero_grad()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         torch.manual_seed(1)
-        loss = ours(ids, attention_mask=mask, **labels).loss
+        loss = model(ids, attention_mask=mask, **labels).loss
         loss.backward()
-        results.append([loss, *(p.grad.clone() for p in ours.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        results.append([loss.detach().view(1), *by_module(model).values()])
+    for expected, plain, again in zip(*results):
+        assert_as_accurate(again, expected, plain, GRADIENT)
 
 
 def test_autocast(bert_config, pair, make_mask, ids):
@@ -295,11 +317,11 @@ def test_autocast(bert_config, pair, make_mask, ids):
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compile(fullgraph, bert_config, pair, make_mask, ids):
-    ours = pair("BertForSequenceClassification", bert_config())[0]
+    ours, theirs, truth = pair("BertModel", bert_config())
     mask = None if fullgraph else make_mask("right")
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=fullgraph)
     with torch.no_grad():
-        assert torch.allclose(compiled(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits)
+        compare(*(m(ids, attention_mask=mask) for m in (compiled, theirs, truth)), mask, HEADS["BertModel"])
 
 
 @pytest.mark.parametrize(
@@ -333,3 +355,17 @@ def test_bad_input(call, message, bert_config):
     model = transformer_fast.BertModel(bert_config())
     with pytest.raises(ValueError, match=message):
         model(**call)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification", "BertForPreTraining"])
+def test_labels_of_another_shape(name, bert_config):
+    model = getattr(transformer_fast, name)(bert_config())
+    with pytest.raises(ValueError, match=r"labels: wanted shape \(2, 5\), got \(2, 4\)"):
+        model(torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, 4, dtype=torch.long))
+
+
+def test_unknown_problem_type(bert_config):
+    model = transformer_fast.BertForSequenceClassification(bert_config())
+    model.config.problem_type = "ranking"
+    with pytest.raises(ValueError, match="config.problem_type: wanted 'regression'.*got 'ranking'"):
+        model(torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, dtype=torch.long))

@@ -89,7 +89,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 ops.linear(x, w, b).unflatten(-1, heads).transpose(1, 2)
                 for x, w, b in zip((query, key, value), weights, biases)
             )
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             extra = (t.view(1, 1, *heads).transpose(1, 2).expand(k.shape[0], -1, -1, -1).to(k.dtype)
                      for t in (self.bias_k, self.bias_v))  # fmt: skip
             k, v = (torch.cat(pair, 2) for pair in zip((k, v), extra))

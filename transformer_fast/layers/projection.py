@@ -1,11 +1,15 @@
 """Linear, norm and dropout modules through the fused ops; a module that is more than plain is called as it is."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
 from .. import ops
+from .spec import LayerWeights
 
-__all__ = ["add_norm", "add_norm_sum", "dropout_p", "is_plain", "linear", "norm", "packed_linear"]
+__all__ = ["add_norm", "add_norm_sum", "dropout_p", "is_plain", "lay_out", "linear", "norm", "packed_linear"]
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -20,46 +24,84 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def linear(module: nn.Module, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
     """activation(x W^T + b)."""
     if is_plain(module, nn.Linear):
-        return ops.linear(x, module.weight, module.bias, activation)  # type: ignore[arg-type]
+        return ops.linear(x, module.weight, module.bias, activation)
     y = module(x)
     return y if activation is None else ops.bias_activation(y, None, activation)
 
 
-def packed_linear(modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None:
+def packed_linear(modules: list[Any], x: torch.Tensor) -> torch.Tensor | None:
     """x [W1; W2; ...]^T + [b1; b2; ...] as one GEMM, or None where the modules have to be called one by one."""
     for module in modules:
         if not is_plain(module, nn.Linear):
             return None
-    biases = [m.bias for m in modules]
-    if any(b is None for b in biases):
-        if any(b is not None for b in biases):
-            return None
-        biases = None  # type: ignore[assignment]
-    return ops.packed_linear(x, [m.weight for m in modules], biases)  # type: ignore[misc, arg-type]
+    weights = [m.weight for m in modules]
+    bare = [m.bias is None for m in modules]
+    if any(bare) and not all(bare):
+        return None
+    biases = None if all(bare) else [m.bias for m in modules]
+    if not torch.compiler.is_compiling():
+        if biases is not None:  # first: what they leave free then joins what the weights leave
+            _lay_side_by_side(biases)
+        _lay_side_by_side(weights)
+    return ops.packed_linear(x, weights, biases)
 
 
-def norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def lay_out(layers: Iterable[LayerWeights]) -> None:
+    """Give the projections of all layers the storage packed_linear uses. It would do so by itself, layer by layer; done
+    before there are activations it takes no memory beside them."""
+    for w in layers:
+        modules: list[Any] = [w.query, w.key, w.value]
+        if not all(is_plain(m, nn.Linear) for m in modules):
+            return
+        weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+        if not _are_parameters(weights) or _are_adjacent(weights):
+            return
+        if _are_parameters(biases):
+            _lay_side_by_side(biases)
+        _lay_side_by_side(weights)
+
+
+def _are_parameters(tensors: list[Any]) -> bool:
+    return all(type(t) is nn.Parameter for t in tensors)
+
+
+def _are_adjacent(parameters: list[nn.Parameter]) -> bool:
+    first, second = parameters[:2]
+    return first.data_ptr() + first.nbytes == second.data_ptr()
+
+
+def _lay_side_by_side(parameters: list[nn.Parameter]) -> None:
+    """Give parameters one storage when construction, a load or .to() has left each with its own. One that is a part of
+    somebody else's storage (sharded, flattened) stays where it is."""
+    if not _are_parameters(parameters) or _are_adjacent(parameters):
+        return
+    if all(p.untyped_storage().nbytes() == p.nbytes for p in parameters):
+        with torch.inference_mode(False):  # or training could not use them later
+            ops.pack_storage(parameters)
+
+
+def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if is_plain(module, nn.LayerNorm):
-        return ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)  # type: ignore[arg-type]
+        return ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     if is_plain(module, nn.RMSNorm):
-        return ops.rms_norm(x, module.normalized_shape, module.weight, module.eps)  # type: ignore[arg-type]
+        return ops.rms_norm(x, module.normalized_shape, module.weight, module.eps)
     return module(x)
 
 
-def add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
+def add_norm(module: Any, x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
     """norm(residual + dropout(x))."""
     return add_norm_sum(module, x, residual, p, False)[0]
 
 
 def add_norm_sum(
-    module: nn.Module, x: torch.Tensor, residual: torch.Tensor, p: float, return_sum: bool = True
+    module: Any, x: torch.Tensor, residual: torch.Tensor, p: float, return_sum: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(norm(s), s) with s = residual + dropout(x)."""
     if is_plain(module, nn.LayerNorm) or is_plain(module, nn.RMSNorm):
-        extra = {"dropout_p": p, "return_sum": return_sum}
+        extra: dict[str, Any] = {"dropout_p": p, "return_sum": return_sum}
         if isinstance(module, nn.LayerNorm):
             y = ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, **extra)
         else:

@@ -77,11 +77,9 @@ class SlotTable:
         """Read anew at each forward: adapters replace submodules at any time, and a walk costs microseconds."""
         found = {}
         for slot, path in self._paths.items():
-            module = layer
+            module: nn.Module | None = layer
             for part in path:
-                module = module._modules.get(part)
-                if module is None:
-                    break
+                module = None if module is None else module._modules.get(part)
             if module is not None:
                 found[slot] = module
         return LayerWeights(**found)

@@ -49,7 +49,7 @@ def masked_lm(
     """
     if labels is None:
         return None, vocabulary_logits(decoder, rows, packing)
-    check_labels("labels", labels, (packing.batch, packing.length))
+    _check_labels("labels", labels, (packing.batch, packing.length))
     labels = packing.pack(labels.to(rows.device))
     rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
     chosen = labels != IGNORE
@@ -66,11 +66,11 @@ def masked_lm(
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of (B, S, C) over the labelled positions."""
-    check_labels("labels", labels, tuple(logits.shape[:-1]))
+    _check_labels("labels", labels, tuple(logits.shape[:-1]))
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device))
 
 
-def check_labels(name: str, labels: torch.Tensor, shape: tuple) -> None:
+def _check_labels(name: str, labels: torch.Tensor, shape: tuple) -> None:
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"{name}: wanted shape {tuple(shape)}, got {tuple(labels.shape)}")
 

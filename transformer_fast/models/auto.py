@@ -96,36 +96,36 @@ class _Auto:
 
 
 class AutoModel(_Auto, transformers.AutoModel):
-    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForPreTraining(_Auto, transformers.AutoModelForPreTraining):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForMaskedLM(_Auto, transformers.AutoModelForMaskedLM):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForCausalLM(_Auto, transformers.AutoModelForCausalLM):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForNextSentencePrediction(_Auto, transformers.AutoModelForNextSentencePrediction):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForSequenceClassification(_Auto, transformers.AutoModelForSequenceClassification):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForTokenClassification(_Auto, transformers.AutoModelForTokenClassification):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForQuestionAnswering(_Auto, transformers.AutoModelForQuestionAnswering):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForMultipleChoice(_Auto, transformers.AutoModelForMultipleChoice):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES)
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES)  # type: ignore[assignment]

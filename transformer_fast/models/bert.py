@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .. import ops
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
-from ..layers.projection import dropout_p, linear, norm
+from ..layers.projection import dropout_p, lay_out, linear, norm
 from ._base import (
     Adopted,
     Encoded,
@@ -160,6 +160,8 @@ class BertModel(_BertMixin, hf.BertModel):
             encoder_mask=encoder_mask, read=want.read, read_first=want.read_first or want.first_only,
             attentions=flags.attentions,
         )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            lay_out(SLOTS.read(layer) for layer in layers)
         e = self.embeddings
         rows = embed(
             call.packing, e.word_embeddings, e.position_embeddings, e.token_type_embeddings, e.LayerNorm, e.dropout,
@@ -438,7 +440,7 @@ class BertForQuestionAnswering(_BertMixin, hf.BertForQuestionAnswering):
     ):
         """As HF's, padding dropped; start_logits and end_logits at padding are the dtype's lowest number, so that no
         argmax picks it. With start_positions and end_positions padding is computed, as HF's loss counts it."""
-        source = input_ids if input_ids is not None else inputs_embeds
+        source = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         scored = start_positions is not None and end_positions is not None
         read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
         encoded = self.bert(
