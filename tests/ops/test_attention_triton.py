@@ -279,6 +279,7 @@ def test_packed_decoding_in_splits(device, monkeypatch):
 @given(data=st.data())
 def test_drawn_shapes_and_features(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)  # the data of an example is its own, so that it can be replayed
     draw = data.draw
     dtype = draw(st.sampled_from(HALF))
     hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
