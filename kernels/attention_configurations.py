@@ -63,6 +63,7 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, Config]] = {
     ("forward", "sm_120", 256, HALF): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
     ("backward_key", "", 64, HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
     ("backward_key", "sm_120", 64, HALF): (Config(32, 128, 8, 1), Config(32, 64, 4, 1)),
+    ("backward_key", "sm_120", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1)),
     ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "", 256, HALF): (Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
     ("backward_query", "", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
