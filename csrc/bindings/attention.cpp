@@ -103,7 +103,7 @@ void fill(Attention& a, const Sequences& s, const Tensor& q, const Tensor& k, co
     a.relative_stride = relative->stride(0);
     a.relative_zero = relative_zero;
   }
-  a.scale = float(scale);
+  a.scale = scale;
   a.softcap = float(softcap);
   a.bottom_right = bottom_right;
   a.window_left = window_left;

@@ -26,7 +26,8 @@ struct Attention {
   // relative[h * relative_stride + relative_zero + position of query - position of key]
   const float* relative;
   int64_t relative_stride, relative_zero;
-  float scale, softcap;
+  double scale;
+  float softcap;
   bool bottom_right;
   int64_t window_left, window_right;  // -1: unlimited
   Philox dropout;

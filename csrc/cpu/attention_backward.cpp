@@ -63,6 +63,13 @@ void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, in
       Vec tile[kWidth];
       for (int i = 0; i < kWidth; ++i) tile[i] = j + i < keys ? load(ds + (j + i) * t.lanes + c) : Vec{};
       transpose(tile);
+      if (rows == kWidth && j + kWidth <= keys) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+          float* row = out + (c + i) * s[2] + j;
+          store(row, load(row) + tile[i]);
+        }
+        continue;
+      }
       for (int64_t i = 0; i < rows; ++i) {
         float* row = out + (c + i) * s[2] + j;
         store_some(row, load_some(row, keys - j) + tile[i], keys - j);
@@ -99,7 +106,7 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   for (int64_t i = 0; i < t.lanes; ++i) {
     const bool dead = i >= t.count || lse[i] == -INFINITY;
     // exp2(score - inf) = 0: rows that attend to nothing, and lanes past the last query
-    const double exact = dead ? double(INFINITY) : double(lse[i]) * 1.4426950408889634;
+    const double exact = dead ? double(INFINITY) : double(lse[i]) * kLog2e;
     s.lse[i] = float(exact);
     s.lse_rest[i] = dead ? 1.f : float(1. - 0.6931471805599453 * (exact - double(s.lse[i])));
     if (dead) s.delta[i] = 0.f;
@@ -128,9 +135,8 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   key_range(a, t, begin, end);
   if (end <= begin) return zero_rows(dq, a.dq_rows.row, t.count, a.dim);
   load_tile<T>(a, t, s);
-  for (int64_t x = 0; x < padded * lanes; x += kWidth) store(s.dq + x, Vec{});
   const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0;
-  const float to_log2 = fold ? a.scale * kLog2e : kLog2e;
+  const float to_log2 = log2_factor(a);
 
   const auto from = [](Operand rows, int64_t j) {
     return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
@@ -193,9 +199,9 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
 
     gemm(Write::kAdd, keys, padded, t.count, {s.p, lanes * 4, 4}, s.grads, padded, s.dv + j * padded, padded);
     gemm(Write::kAdd, keys, padded, t.count, {s.ds, lanes * 4, 4}, s.queries, padded, s.dk + j * padded, padded);
-    gemm(Write::kAdd, a.dim, lanes, keys, {k.data, 4, k.row_bytes}, s.ds, lanes, s.dq, lanes);
+    gemm(j == begin ? Write::kStore : Write::kAdd, a.dim, lanes, keys, {k.data, 4, k.row_bytes}, s.ds, lanes, s.dq, lanes);
   }
-  for (int64_t c = 0; c < lanes; c += kWidth) store(s.scale + c, broadcast(a.scale));
+  for (int64_t c = 0; c < lanes; c += kWidth) store(s.scale + c, broadcast(float(a.scale)));
   store_transposed(s.dq, lanes, s.scale, dq, a.dq_rows.row, t.count, a.dim);
 }
 
@@ -221,7 +227,7 @@ void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const 
       backward_tile<T>(a, make_tile(a, b, h, q0), key_rows, value_rows, s);
   T* dk = at(static_cast<T*>(a.dk), a.dk_rows);
   T* dv = at(static_cast<T*>(a.dv), a.dv_rows);
-  store_rows(s.dk, padded, a.scale, dk, a.dk_rows.row, keys, a.dim);
+  store_rows(s.dk, padded, float(a.scale), dk, a.dk_rows.row, keys, a.dim);
   store_rows(s.dv, padded, 1.f, dv, a.dv_rows.row, keys, a.dim);
   zero_rows(dk + keys * a.dk_rows.row, a.dk_rows.row, a.key_rows[b] - keys, a.dim);
   zero_rows(dv + keys * a.dv_rows.row, a.dv_rows.row, a.key_rows[b] - keys, a.dim);

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kBlock = 256;           // keys
 constexpr int64_t kSplitHeads = 16, kSplitKeys = 512;
 
-struct State {  // of one query: running maximum and sum, in units of log2, and the unnormalised output
+struct State {  // of one query: running maximum and sum, and the unnormalised output
   float *top, *total, *out;
 };
 
@@ -38,11 +38,11 @@ inline Vec dot_keys(const T* k, int64_t stride, int64_t left, const float* q, in
   return acc[0];
 }
 
-// out[0..Vectors * kWidth) = out * correction + sum_j p[j] * v[j]
+// out[0..Vectors * kWidth) = sum_j p[j] * v[j]
 template <int Vectors, class T>
-inline void add_values(const float* p, const T* v, int64_t stride, int64_t keys, float correction, float* out) {
+inline void add_values(const float* p, const T* v, int64_t stride, int64_t keys, float* out) {
   Vec acc[Vectors];
-  for (int i = 0; i < Vectors; ++i) acc[i] = load(out + i * kWidth) * correction;
+  for (int i = 0; i < Vectors; ++i) acc[i] = Vec{};
   for (int64_t j = 0; j < keys; ++j, v += stride) {
     const Vec x = broadcast(p[j]);
 #pragma GCC unroll 4
@@ -52,15 +52,26 @@ inline void add_values(const float* p, const T* v, int64_t stride, int64_t keys,
 }
 
 template <class T>
-void weigh_values(const float* p, const T* v, int64_t stride, int64_t keys, int64_t dim, float correction,
-                  float* out) {
+void weigh_part(const float* p, const T* v, int64_t stride, int64_t keys, int64_t dim, float* out) {
   int64_t c = 0;
-  for (; c + 4 * kWidth <= dim; c += 4 * kWidth) add_values<4>(p, v + c, stride, keys, correction, out + c);
-  for (; c + kWidth <= dim; c += kWidth) add_values<1>(p, v + c, stride, keys, correction, out + c);
+  for (; c + 4 * kWidth <= dim; c += 4 * kWidth) add_values<4>(p, v + c, stride, keys, out + c);
+  for (; c + kWidth <= dim; c += kWidth) add_values<1>(p, v + c, stride, keys, out + c);
   if (c < dim) {
-    Vec acc = load(out + c) * correction;
+    Vec acc = Vec{};
     for (int64_t j = 0; j < keys; ++j) acc = fma(broadcast(p[j]), load_partial(v + j * stride + c, int(dim - c)), acc);
     store(out + c, acc);
+  }
+}
+
+// In short sums: see kDepth in attention_gemm.cpp.
+template <class T>
+void weigh_values(const float* p, const T* v, int64_t stride, int64_t keys, int64_t dim, float correction,
+                  float* out) {
+  alignas(64) float part[256];
+  for (int64_t j = 0; j < keys; j += 64) {
+    weigh_part(p + j, v + j * stride, stride, keys - j < 64 ? keys - j : 64, dim, part);
+    for (int64_t c = 0; c < dim; c += kWidth)
+      store(out + c, j == 0 ? fma(load(out + c), broadcast(correction), load(part + c)) : load(out + c) + load(part + c));
   }
 }
 
@@ -69,17 +80,16 @@ void add_row(const T* row, int64_t step, int64_t keys, float* scores) {
   for (int64_t j = 0; j < keys; ++j) scores[j] += to_float(row[j * step]);
 }
 
-// Products with keys j0.. -> scores in units of log2; masked ones and those up to a whole vector are -inf.
+// Products with keys j0.. -> scores, but for a scale that can be folded; those up to a whole vector are -inf.
 void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t position, int64_t j0, int64_t keys,
                 float* scores) {
-  const bool fold = folds_scale(a);
-  const float factor = fold ? a.scale * kLog2e : a.softcap != 0.f ? a.scale / a.softcap : a.scale;
-  for (int64_t x = 0; x < keys; x += kWidth) {
-    Vec v = load(scores + x) * factor;
-    if (a.softcap != 0.f) v = tanh_accurate(v) * a.softcap;
-    store(scores + x, v);
-  }
-  if (!fold) {
+  if (!folds_scale(a)) {
+    const float factor = float(a.softcap != 0.f ? a.scale / a.softcap : a.scale);
+    for (int64_t x = 0; x < keys; x += kWidth) {
+      Vec v = load(scores + x) * factor;
+      if (a.softcap != 0.f) v = tanh_accurate(v) * a.softcap;
+      store(scores + x, v);
+    }
     const int64_t* s = a.bias_stride;
     const int64_t at = b * s[0] + h * s[1] + i * s[2] + j0 * s[3];
     if (a.bias_type == BiasType::f32) add_row(static_cast<const float*>(a.bias) + at, s[3], keys, scores);
@@ -94,7 +104,6 @@ void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t pos
       for (int64_t j = 0; j < keys; ++j)
         if (!mask[(j0 + j) * a.mask_stride[3]]) scores[j] = -INFINITY;
     }
-    for (int64_t x = 0; x < keys; x += kWidth) store(scores + x, load(scores + x) * kLog2e);
   }
   for (int64_t j = keys; j < round_up(keys, kWidth); ++j) scores[j] = -INFINITY;
 }
@@ -104,6 +113,7 @@ template <class T>
 void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64_t end, const State& state) {
   const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.q_count[b];
   const int64_t rows = group * count, offset = a.bottom_right ? a.k_count[b] - count : 0;
+  const float to_log2 = log2_factor(a);
   float* q = scratch<float>(0, rows * padded);
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = static_cast<const T*>(a.q) + b * a.q_rows.batch + (hk * group + r / count) * a.q_rows.head +
@@ -133,11 +143,11 @@ void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64
       const float before = state.top[r], top = max_of(highest) > before ? max_of(highest) : before;
       const float finite = top == -INFINITY ? 0.f : top;
       for (int64_t x = 0; x < keys; x += kWidth) {
-        const Vec p = exp2(load(scores + x) - finite);
+        const Vec p = exp2((load(scores + x) - finite) * to_log2);
         store(scores + x, p);
         sums = sums + p;
       }
-      const float correction = exp2(broadcast(before - finite))[0];
+      const float correction = exp2(broadcast((before - finite) * to_log2))[0];
       state.top[r] = top;
       state.total[r] = state.total[r] * correction + sum(sums);
       weigh_values(scores, v + from * a.v_rows.row, a.v_rows.row, keys, a.dim, correction, state.out + r * padded);
@@ -149,6 +159,7 @@ void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64
 template <class T>
 void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& first, int64_t parts, int64_t stride) {
   const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.q_count[b];
+  const float to_log2 = log2_factor(a);
   for (int64_t r = 0; r < group * count; ++r) {
     float top = -INFINITY;
     for (int64_t part = 0; part < parts; ++part) {
@@ -159,7 +170,7 @@ void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& f
     float total = 0.f;
     float* out = first.out + r * padded;
     for (int64_t part = 0; part < parts; ++part) {
-      const float factor = exp2(broadcast(first.top[part * stride + r] - finite))[0];
+      const float factor = exp2(broadcast((first.top[part * stride + r] - finite) * to_log2))[0];
       const float* other = first.out + part * stride * padded + r * padded;
       total += first.total[part * stride + r] * factor;
       for (int64_t c = 0; c < padded; c += kWidth)
@@ -168,7 +179,7 @@ void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& f
     const int64_t h = hk * group + r / count, row = a.q_start[b] + r % count;
     T* to = static_cast<T*>(a.out) + b * a.out_rows.batch + h * a.out_rows.head + row * a.out_rows.row;
     store_rows(out, padded, total == 0.f ? 0.f : 1.f / total, to, 0, 1, a.dim);
-    a.lse[b * a.lse_batch + h * a.lse_head + row] = total == 0.f ? -INFINITY : top * kLn2 + __builtin_logf(total);
+    a.lse[b * a.lse_batch + h * a.lse_head + row] = total == 0.f ? -INFINITY : top * (folds_scale(a) ? float(a.scale) : 1.f) + __builtin_logf(total);
   }
 }
 

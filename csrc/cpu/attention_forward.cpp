@@ -36,27 +36,32 @@ const T* rows_of(const void* data, const Rows& rows, int64_t b, int64_t h, int64
   return static_cast<const T*>(data) + b * rows.batch + h * rows.head + r * rows.row;
 }
 
-// Running maximum `top` (in units of log2), sum `total`, and scores -> probabilities, in place.
+// Running maximum `top` and sum `total`, and scores -> probabilities, in place. The maximum is subtracted before the
+// factor to_log2 is applied: the largest score then has probability exp2(0) = 1 to the last bit.
 void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float to_log2, const Buffers& s) {
   float offset[kQueries];
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec top = load(s.scores + c);
     for (int64_t j = 1; j < keys; ++j) top = max(load(s.scores + j * t.lanes + c), top);
-    const Vec before = load(s.top + c), after = max(top * to_log2, before);
+    const Vec before = load(s.top + c), after = max(top, before);
     const Vec finite = after == broadcast(-INFINITY) ? broadcast(0.f) : after;
     store(s.top + c, after);
     store(offset + c, finite);
-    store(s.correction + c, exp2(before - finite));
+    store(s.correction + c, exp2((before - finite) * to_log2));
   }
   const bool dropout = a.dropout.threshold != 0;
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     const Vec shift = load(offset + c);
     Vec sum = Vec{};
     float* p = s.scores + c;
-    for (int64_t j = 0; j < keys; ++j, p += t.lanes) {
-      const Vec e = exp2(fma(load(p), broadcast(to_log2), -shift));
-      store(p, e);
-      sum = sum + e;
+    for (int64_t j = 0; j < keys; j += 32) {  // short sums first: see kDepth in attention_gemm.cpp
+      Vec part = Vec{};
+      for (int64_t r = j; r < keys && r < j + 32; ++r, p += t.lanes) {
+        const Vec e = exp2((load(p) - shift) * to_log2);
+        store(p, e);
+        part = part + e;
+      }
+      sum = sum + part;
     }
     store(s.total + c, fma(load(s.total + c), load(s.correction + c), sum));
   }
@@ -89,12 +94,12 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
     store(s.top + c, broadcast(-INFINITY));
     store(s.total + c, Vec{});
   }
-  for (int64_t x = 0; x < padded * lanes; x += kWidth) store(s.out + x, Vec{});
   const bool fold = folds_scale(a);
-  const float to_log2 = fold ? a.scale * kLog2e : kLog2e;
+  const float to_log2 = log2_factor(a);
 
   for (int64_t j = begin; j < end; j = block_end(j, end)) {
     const int64_t keys = block_end(j, end) - j;
+    const Write write = j == begin ? Write::kStore : Write::kScaleAdd;
     const T* k = rows_of<T>(a.k, a.k_rows, t.b, hk, a.k_start[t.b] + j);
     const T* v = rows_of<T>(a.v, a.v_rows, t.b, hk, a.k_start[t.b] + j);
     if constexpr (Pairs) {
@@ -122,12 +127,12 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
         for (int64_t c = 0; c < lanes; c += kWidth)
           store(s.extra + r / 2 * lanes + c,
                 pair(load(s.scores + r * lanes + c), r + 1 < keys ? load(s.scores + (r + 1) * lanes + c) : Vec{}));
-      gemm_bf16(Write::kScaleAdd, a.dim, lanes, (keys + 1) / 2, {s.values, 4, padded * 4}, s.extra, lanes, s.out,
+      gemm_bf16(write, a.dim, lanes, (keys + 1) / 2, {s.values, 4, padded * 4}, s.extra, lanes, s.out,
                 lanes, s.correction);
     } else {
       const Operand columns = sizeof(T) == 2 ? Operand{s.values, 4, padded * 4}
                                              : Operand{v, 4, a.v_rows.row * 4};
-      gemm(Write::kScaleAdd, a.dim, lanes, keys, columns, s.scores, lanes, s.out, lanes, s.correction);
+      gemm(write, a.dim, lanes, keys, columns, s.scores, lanes, s.out, lanes, s.correction);
     }
   }
 
@@ -137,7 +142,7 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
   }
   store_transposed(s.out, lanes, s.correction, out, a.out_rows.row, t.count, a.dim);
   for (int64_t i = 0; i < t.count; ++i)
-    lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * kLn2 + __builtin_logf(s.total[i]);
+    lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
 }
 
 template <class T, bool Pairs>

@@ -100,13 +100,23 @@ void product(int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int
   }
 }
 
+// Sums run over kDepth products at a time: one long chain would lose what is small beside a large first term.
+constexpr int64_t kDepth = 64;
+
 template <class Dot>
 void dispatch(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
               int64_t ldc, const float* scale) {
-  switch (write) {
-    case Write::kStore: return product<Dot, Write::kStore>(m, n, depth, a, b, ldb, c, ldc, scale);
-    case Write::kAdd: return product<Dot, Write::kAdd>(m, n, depth, a, b, ldb, c, ldc, scale);
-    case Write::kScaleAdd: return product<Dot, Write::kScaleAdd>(m, n, depth, a, b, ldb, c, ldc, scale);
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+    if (write == Write::kStore)
+      product<Dot, Write::kStore>(m, n, part, a, b, ldb, c, ldc, scale);
+    else if (write == Write::kAdd)
+      product<Dot, Write::kAdd>(m, n, part, a, b, ldb, c, ldc, scale);
+    else
+      product<Dot, Write::kScaleAdd>(m, n, part, a, b, ldb, c, ldc, scale);
+    write = Write::kAdd;
+    a.data = static_cast<const char*>(a.data) + part * a.depth_bytes;
+    b += part * ldb;
   }
 }
 

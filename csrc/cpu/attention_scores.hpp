@@ -10,7 +10,7 @@
 namespace tf::TF_ISA {
 
 constexpr int64_t kQueries = 64, kKeys = 128;  // tile size; kKeys is also the dropout counter's group
-constexpr float kLog2e = 1.442695041f, kLn2 = 0.6931471806f;
+constexpr double kLog2e = 1.4426950408889634;
 
 struct mask8 {
   uint8_t alive;
@@ -57,8 +57,10 @@ static inline int64_t block_end(int64_t j, int64_t end) {
 
 // Nothing but the scale lies between product and exponent. A scale that is not positive would turn -inf and maximum.
 static inline bool folds_scale(const Attention& a) {
-  return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f;
+  return a.scale > 0. && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f;
 }
+// From differences of scores to exponents of two.
+static inline float log2_factor(const Attention& a) { return float(folds_scale(a) ? a.scale * kLog2e : kLog2e); }
 
 // use(x, v) for every vector of a tile of keys: v = base[lane * si + j * sj], to be applied at x = j * lanes + c.
 template <class T, class Use>
@@ -74,6 +76,12 @@ static inline void for_each_vector(const T* base, int64_t si, int64_t sj, const 
   for (int64_t c = 0; c < t.lanes; c += kWidth)
     for (int64_t j = 0; j < keys; j += kWidth) {
       Vec tile[kWidth];
+      if (sj == 1 && c + kWidth <= t.count && j + kWidth <= keys) {
+        for (int64_t i = 0; i < kWidth; ++i) tile[i] = load(base + (c + i) * si + j);
+        transpose(tile);
+        for (int64_t n = 0; n < kWidth; ++n) use((j + n) * t.lanes + c, tile[n]);
+        continue;
+      }
       for (int64_t i = 0; i < kWidth; ++i) {
         const T* row = base + (c + i) * si + j * sj;
         if (c + i >= t.count) {
@@ -112,9 +120,9 @@ static inline const float* relative_row(const Attention& a, const Tile& t, int64
 static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores, float* slope) {
   const int64_t size = keys * t.lanes;
   const bool bias = a.bias_type != BiasType::none;
-  float scale = a.scale;
+  float scale = float(a.scale);
   if (a.softcap != 0.f) {
-    const float inner = a.scale / a.softcap;
+    const float inner = float(a.scale / a.softcap);
     for (int64_t x = 0; x < size; x += kWidth) {
       const Vec y = tanh_accurate(load(scores + x) * inner);
       store(scores + x, y * a.softcap);
@@ -122,7 +130,7 @@ static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, 
     }
     scale = 1.f;
   } else if (!bias) {
-    for (int64_t x = 0; x < size; x += kWidth) store(scores + x, load(scores + x) * a.scale);
+    for (int64_t x = 0; x < size; x += kWidth) store(scores + x, load(scores + x) * scale);
   }
   if (bias)
     for_each_bias(a, t, j0, keys, [&](int64_t x, Vec v) {

@@ -54,6 +54,12 @@ static void load_transposed(const T* src, int64_t stride, int64_t rows, int64_t 
   for (int64_t r = 0; r < ld; r += kWidth)
     for (int64_t c = 0; c < columns; c += kWidth) {
       Vec tile[kWidth];
+      if (r + kWidth <= rows && c + kWidth <= columns) {
+        for (int i = 0; i < kWidth; ++i) tile[i] = load(src + (r + i) * stride + c);
+        transpose(tile);
+        for (int i = 0; i < kWidth; ++i) store(dst + (c + i) * ld + r, tile[i]);
+        continue;
+      }
       for (int i = 0; i < kWidth; ++i)
         tile[i] = r + i < rows ? load_some(src + (r + i) * stride + c, columns - c) : Vec{};
       transpose(tile);
@@ -71,6 +77,10 @@ static void store_transposed(const float* src, int64_t ld, const float* factor, 
       Vec tile[kWidth];
       for (int i = 0; i < kWidth; ++i) tile[i] = load(src + (c + i) * ld + r) * f;
       transpose(tile);
+      if (r + kWidth <= rows && c + kWidth <= columns) {
+        for (int i = 0; i < kWidth; ++i) store(dst + (r + i) * stride + c, tile[i]);
+        continue;
+      }
       for (int i = 0; i < kWidth && r + i < rows; ++i) store_some(dst + (r + i) * stride + c, tile[i], columns - c);
     }
   }
