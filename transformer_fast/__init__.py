@@ -25,8 +25,16 @@ _EXPORTS = {
         "AutoModelForNextSentencePrediction",
         "AutoModelForPreTraining",
         "AutoModelForQuestionAnswering",
+        "AutoModelForSeq2SeqLM",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+    ],
+    "models.bart": [
+        "BartForCausalLM",
+        "BartForConditionalGeneration",
+        "BartForQuestionAnswering",
+        "BartForSequenceClassification",
+        "BartModel",
     ],
     "models.bert": [
         "BertForMaskedLM",
@@ -38,6 +46,15 @@ _EXPORTS = {
         "BertForTokenClassification",
         "BertLMHeadModel",
         "BertModel",
+    ],
+    "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
+    "models.t5": [
+        "T5EncoderModel",
+        "T5ForConditionalGeneration",
+        "T5ForQuestionAnswering",
+        "T5ForSequenceClassification",
+        "T5ForTokenClassification",
+        "T5Model",
     ],
     "ops": [
         "RelativeBias",

@@ -1,5 +1,7 @@
 """Token, position and segment embeddings of the computed positions alone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -21,11 +23,11 @@ def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None
 
 def embed(
     packing: Packing,
-    word: nn.Module,
-    position: nn.Module | None,
+    word: Callable[[torch.Tensor], torch.Tensor],
+    position: Callable[[torch.Tensor], torch.Tensor] | None,
     segment: nn.Module | None,
-    norm_module: nn.Module,
-    dropout: nn.Module | None,
+    norm_module: nn.Module | None,
+    dropout: nn.Module | float | None,
     *,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
@@ -35,12 +37,16 @@ def embed(
 ) -> torch.Tensor:
     """dropout(norm(word + segment + position)): (B, S, E), or (total, E) when padding is dropped.
 
+    word, position: modules or functions of ids. norm_module: None leaves the sum as it is.
     position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """
     x = packing.pack(inputs_embeds) if inputs_embeds is not None else word(packing.pack(input_ids))  # type: ignore[arg-type]
     added = _added(packing, position, segment, position_ids, segment_ids, past, x.device)
-    y = norm(norm_module, x) if added is None else add_norm(norm_module, x, added.expand_as(x), 0.0)
+    if norm_module is None:
+        y = x if added is None else x + added
+    else:
+        y = norm(norm_module, x) if added is None else add_norm(norm_module, x, added.expand_as(x), 0.0)
     return ops.dropout(y, dropout_p(dropout))
 
 

@@ -18,6 +18,8 @@ class TransformerSpec:
         The kind of norm and its eps are the norm modules' own.
     activation: a name that ops.bias_activation knows, or None to call the module in the slot `activation_fn`.
     gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`.
+    clamp_float16: float16 states that overflowed become the largest numbers again: after each residual sum when
+        norms come before, at the end of the layer when they come after.
     """
 
     num_heads: int
@@ -27,6 +29,7 @@ class TransformerSpec:
     norm_position: str = "post"
     activation: str | None = "gelu"
     gated: bool = False
+    clamp_float16: bool = False
 
     def __post_init__(self):
         if self.norm_position not in ("post", "pre"):
@@ -35,7 +38,7 @@ class TransformerSpec:
 
 class LayerWeights(NamedTuple):
     """The modules of one layer by role. Modules, not tensors: one that is wrapped (LoRA, quantised) or hooked is
-    called as it is, a plain one is computed by the fused ops."""
+    called as it is, a plain one is computed by the fused ops. Dropout may be a number, the probability in force now."""
 
     query: nn.Module
     key: nn.Module
@@ -45,10 +48,10 @@ class LayerWeights(NamedTuple):
     up: nn.Module  # first linear of the feed-forward block
     down: nn.Module  # second
     output_norm: nn.Module
-    attention_dropout: nn.Module | None = None  # on the attention weights
-    attention_output_dropout: nn.Module | None = None
-    output_dropout: nn.Module | None = None
-    activation_dropout: nn.Module | None = None
+    attention_dropout: nn.Module | float | None = None  # on the attention weights
+    attention_output_dropout: nn.Module | float | None = None
+    output_dropout: nn.Module | float | None = None
+    activation_dropout: nn.Module | float | None = None
     activation_fn: nn.Module | None = None
     gate: nn.Module | None = None
     cross_query: nn.Module | None = None
@@ -56,12 +59,13 @@ class LayerWeights(NamedTuple):
     cross_value: nn.Module | None = None
     cross_output: nn.Module | None = None
     cross_norm: nn.Module | None = None
-    cross_dropout: nn.Module | None = None
-    cross_output_dropout: nn.Module | None = None
+    cross_dropout: nn.Module | float | None = None
+    cross_output_dropout: nn.Module | float | None = None
 
 
 class SlotTable:
-    """A family's table {slot: path of the submodule inside its layer class}; optional slots may be absent.
+    """A family's table {slot: path of the submodule inside its layer class}; optional slots may be absent. A path may
+    end at a number: a dropout probability, in force while its owner is training.
 
     >>> SlotTable(query="attention.self.query", ...).read(layer)
     """
@@ -77,9 +81,12 @@ class SlotTable:
         """Read anew at each forward: adapters replace submodules at any time, and a walk costs microseconds."""
         found = {}
         for slot, path in self._paths.items():
+            owner: nn.Module | None = None
             module: nn.Module | None = layer
             for part in path:
-                module = None if module is None else module._modules.get(part)
+                owner, module = module, None if module is None else module._modules.get(part)
             if module is not None:
                 found[slot] = module
+            elif owner is not None and isinstance(p := getattr(owner, path[-1], None), (int, float)):
+                found[slot] = float(p) if owner.training else 0.0
         return LayerWeights(**found)

@@ -18,6 +18,7 @@ __all__ = [
     "AutoModelForNextSentencePrediction",
     "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 ]
@@ -113,6 +114,10 @@ class AutoModelForCausalLM(_Auto, transformers.AutoModelForCausalLM):
 
 class AutoModelForNextSentencePrediction(_Auto, transformers.AutoModelForNextSentencePrediction):
     _model_mapping = _Mapping(modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES)  # type: ignore[assignment]
+
+
+class AutoModelForSeq2SeqLM(_Auto, transformers.AutoModelForSeq2SeqLM):
+    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)  # type: ignore[assignment]
 
 
 class AutoModelForSequenceClassification(_Auto, transformers.AutoModelForSequenceClassification):
