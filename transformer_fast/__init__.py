@@ -17,6 +17,15 @@ _EXPORTS = {
     "backends": ["backend", "explain", "info"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
+    "models.albert": [
+        "AlbertForMaskedLM",
+        "AlbertForMultipleChoice",
+        "AlbertForPreTraining",
+        "AlbertForQuestionAnswering",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertModel",
+    ],
     "models.auto": [
         "AutoModel",
         "AutoModelForCausalLM",
@@ -38,6 +47,14 @@ _EXPORTS = {
         "BertForTokenClassification",
         "BertLMHeadModel",
         "BertModel",
+    ],
+    "models.distilbert": [
+        "DistilBertForMaskedLM",
+        "DistilBertForMultipleChoice",
+        "DistilBertForQuestionAnswering",
+        "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertModel",
     ],
     "ops": [
         "RelativeBias",
