@@ -54,14 +54,13 @@ def test_multiple_choice(kind, bert_config, pair, make_mask):
     models = pair("BertForMultipleChoice", bert_config())
     labels = torch.randint(0, 2, (6,))
     outputs = [[] for _ in models]
-    for _ in range(4):  # a batch has few scores
+    for _ in range(16):  # a batch has few scores
         ids = torch.randint(1, 99, (6, 2, 13))
         for found, model in zip(outputs, models):
             found.append(model(ids, attention_mask=mask, labels=labels))
     merged = [{k: torch.cat([o[k].reshape(-1) for o in found]) for k in ("logits", "loss")} for found in outputs]
     assert outputs[0][0].logits.shape == (6, 2)
-    compare(*merged, None, ("logits",))
-    assert_as_accurate(merged[0]["loss"], merged[2]["loss"], merged[1]["loss"])
+    compare(*merged, None, ("logits", "loss"))
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification", None])
