@@ -17,6 +17,15 @@ _EXPORTS = {
     "backends": ["backend", "explain", "info"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
+    "models.albert": [
+        "AlbertForMaskedLM",
+        "AlbertForMultipleChoice",
+        "AlbertForPreTraining",
+        "AlbertForQuestionAnswering",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertModel",
+    ],
     "models.auto": [
         "AutoModel",
         "AutoModelForCausalLM",
@@ -46,6 +55,14 @@ _EXPORTS = {
         "BertForTokenClassification",
         "BertLMHeadModel",
         "BertModel",
+    ],
+    "models.distilbert": [
+        "DistilBertForMaskedLM",
+        "DistilBertForMultipleChoice",
+        "DistilBertForQuestionAnswering",
+        "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertModel",
     ],
     "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
     "models.t5": [
