@@ -109,7 +109,10 @@ class StackBase(ModelMixin):
         encoded = self._run(want or Want(), False, input_ids, attention_mask, inputs_embeds, kwargs)
         if want is not None:
             return encoded
-        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+        return self._finish(self._encoder_output(encoded), kwargs)
+
+    def _encoder_output(self, encoded: Encoded):
+        return BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras())
 
     def _decode(
         self, want: Want | None, input_ids, attention_mask, encoder_states, encoder_mask, past_key_values,

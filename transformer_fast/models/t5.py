@@ -7,14 +7,14 @@ attention weights are asked for.
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput, TokenClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, TokenClassifierOutput
 from transformers.models.t5 import modeling_t5 as hf
 
 from .. import ops
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
-from ._base import Adopted, Want, activation_name, documented_as
+from ._base import Adopted, Encoded, Want, activation_name, documented_as
 from ._heads import is_labelled, token_loss
 from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase
 
@@ -149,6 +149,11 @@ class T5Stack(StackBase, hf.T5Stack):
             inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
+    def _encoder_output(self, encoded: Encoded):
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=encoded.restored(), **encoded.extras(cross=True)
+        )
+
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
         return ops.dropout(norm(self.final_layer_norm, rows), dropout_p(self.dropout))
 
@@ -229,9 +234,7 @@ class T5EncoderModel(Seq2SeqBase, hf.T5EncoderModel):
         want = kwargs.pop("want", None)
         options = {k: v for k, v in kwargs.items() if k != "return_dict"}
         encoded = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, want=want or Want(), **options)
-        if want is not None:
-            return encoded
-        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+        return encoded if want is not None else self._finish(self.encoder._encoder_output(encoded), kwargs)
 
 
 class T5ForSequenceClassification(ClassificationHead, hf.T5ForSequenceClassification):
