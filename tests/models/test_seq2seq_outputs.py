@@ -212,8 +212,9 @@ def test_autocast_and_compile(variant, head, pair):
             a, b = (m(**call)[0] for m in (ours, theirs))
         assert a.dtype == b.dtype
         assert_as_accurate(a, truth(**call)[0], b)
-        compiled = torch.compile(ours, backend="aot_eager")
-        compare([{"out": m(**call, use_cache=False)[0]} for m in (compiled, theirs, truth)])
+        if variant == "T5":
+            compiled = torch.compile(ours, backend="aot_eager")
+            compare([{"out": m(**call, use_cache=False)[0]} for m in (compiled, theirs, truth)])
 
 
 @pytest.mark.quick

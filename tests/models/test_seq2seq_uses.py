@@ -87,7 +87,7 @@ def test_trainer(pair, tmp_path):
     for name, model in (("ours", ours), ("theirs", theirs)):
         arguments = Seq2SeqTrainingArguments(
             str(tmp_path / name), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[],
-            save_strategy="no", logging_steps=1, seed=3, use_cpu=True, disable_tqdm=True, label_smoothing_factor=0.1,
+            save_strategy="no", logging_steps=1, seed=3, use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         trainer = Seq2SeqTrainer(model, arguments, train_dataset=data)
         trainer.train()
