@@ -55,7 +55,9 @@ class CpuBackend(Backend):
             buckets = _distance_buckets(
                 zero, spec.relative_bias.shape[0], spec.relative_max_distance, spec.relative_bidirectional
             )
-            dtable.index_add_(0, buckets, drelative.sum(0)[:, : 2 * zero + 1].t())
+            # In float64: most distances share the last bucket, a long sum of small terms.
+            total = drelative.sum(0, dtype=torch.float64)[:, : 2 * zero + 1].t()
+            dtable.copy_(torch.zeros_like(dtable, dtype=torch.float64).index_add_(0, buckets, total))
 
     def norm(self, x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum):
         """norm_forward without gradients, for contiguous tensors: (y, sum or None) and nothing else is made."""
