@@ -81,7 +81,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, Tensor? relative, int relative_zero, Tensor? rng, float scale, bool bottom_right, "        \
   "int window_left, int window_right, float softcap, float dropout_p, "
-  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
 #undef TF_ATTENTION
