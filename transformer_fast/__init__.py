@@ -75,8 +75,20 @@ _EXPORTS = {
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
+    "pipelines": ["pipeline"],
 }
-_MODULES = ["backends", "benchmarks", "cli", "generation", "integrations", "kernels", "layers", "models", "ops"]
+_MODULES = [
+    "backends",
+    "benchmarks",
+    "cli",
+    "generation",
+    "integrations",
+    "kernels",
+    "layers",
+    "models",
+    "ops",
+    "pipelines",
+]
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_WHERE)]
