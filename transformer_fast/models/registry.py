@@ -1,5 +1,7 @@
 """The families: HF's model_type -> the module of this package that has its classes, under HF's own names."""
 
 FAMILIES = {
+    "albert": "albert",
     "bert": "bert",
+    "distilbert": "distilbert",
 }
