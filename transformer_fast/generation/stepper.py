@@ -17,7 +17,7 @@ class Prompt:
     copies: how many rows continue each prompt (beams or samples): row r continues prompt r // copies.
     max_length: the most positions a row will hold, prompt included: so large a cache is enough.
     inputs: the model's other arguments under HF's names, (B, ...) each: attention_mask (None when nothing is padding),
-        position_ids, token_type_ids, inputs_embeds, encoder_outputs, encoder_hidden_states, encoder_attention_mask, ...;
+        position_ids, token_type_ids, inputs_embeds, encoder_outputs, encoder_hidden_states, encoder_attention_mask...;
         in an encoder-decoder attention_mask is the encoder's and decoder_attention_mask the decoder's. The encoder has
         run: encoder_outputs.last_hidden_state is (B, Se, E).
     """
