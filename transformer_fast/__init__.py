@@ -39,6 +39,14 @@ _EXPORTS = {
         "BertLMHeadModel",
         "BertModel",
     ],
+    "models.gpt2": [
+        "GPT2DoubleHeadsModel",
+        "GPT2ForQuestionAnswering",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",

@@ -2,4 +2,5 @@
 
 FAMILIES = {
     "bert": "bert",
+    "gpt2": "gpt2",
 }
