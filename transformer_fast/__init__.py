@@ -47,6 +47,12 @@ _EXPORTS = {
         "GPT2LMHeadModel",
         "GPT2Model",
     ],
+    "models.openai_gpt": [
+        "OpenAIGPTDoubleHeadsModel",
+        "OpenAIGPTForSequenceClassification",
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTModel",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",

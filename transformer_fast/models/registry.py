@@ -3,4 +3,5 @@
 FAMILIES = {
     "bert": "bert",
     "gpt2": "gpt2",
+    "openai-gpt": "openai_gpt",
 }
