@@ -56,6 +56,20 @@ _EXPORTS = {
         "DistilBertForTokenClassification",
         "DistilBertModel",
     ],
+    "models.gpt2": [
+        "GPT2DoubleHeadsModel",
+        "GPT2ForQuestionAnswering",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    ],
+    "models.openai_gpt": [
+        "OpenAIGPTDoubleHeadsModel",
+        "OpenAIGPTForSequenceClassification",
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTModel",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",

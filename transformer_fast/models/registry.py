@@ -4,4 +4,6 @@ FAMILIES = {
     "albert": "albert",
     "bert": "bert",
     "distilbert": "distilbert",
+    "gpt2": "gpt2",
+    "openai-gpt": "openai_gpt",
 }
