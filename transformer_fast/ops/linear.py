@@ -80,7 +80,11 @@ def _backward(grad, input, weight, bias, pre, activation, need):
     elif need[2]:
         grad_bias = _column_sum(g)
     grad_input = gemm.linear(g, weight.t(), None, None).view(input.shape) if need[0] else None
-    grad_weight = gemm.linear(g.t(), x.t(), None, None) if need[1] else None
+    grad_weight = None
+    if need[1] and weight.stride(0) == 1 and not weight.is_contiguous():  # a transposed weight: its layout for the sum
+        grad_weight = gemm.linear(x.t(), g.t(), None, None).t()
+    elif need[1]:
+        grad_weight = gemm.linear(g.t(), x.t(), None, None)
     return grad_input, grad_weight, grad_bias
 
 
