@@ -121,9 +121,9 @@ class DecoderTensors:
 class PackedDecoder:
     """A snapshot of a decoder's weights in the layout of the step, for inference.
 
-    storage: torch.float32 or torch.bfloat16; sums and activations are float32 always. Takes tokens x E beside nothing,
-    as the embedding tables are read where they are, and a copy of all other weights in the storage's dtype. It does not
-    follow later changes of the weights: ask matches and pack again when that says False.
+    storage: torch.float32 or torch.bfloat16; sums and activations are float32 always. It takes a copy of all weights in
+    the storage's dtype but for the embedding tables, which are read where they are. It does not follow later changes
+    of the weights: ask matches and pack again when that says False.
     """
 
     def __init__(self, tensors: DecoderTensors, storage: torch.dtype):
@@ -258,7 +258,7 @@ class DecoderCache:
         self.cross_values[layer].copy_(values)
 
     def attend(self, prompts: torch.Tensor, mask: torch.Tensor) -> None:
-        """Row r goes on from the loaded prompt prompts[r], of which it sees the positions that mask[r] (rows, S) keeps."""
+        """Row r goes on from the loaded prompt prompts[r] and sees those of its positions that mask (rows, S) keeps."""
         length = mask.shape[1]
         if length > self.capacity:
             self._grow(length)
