@@ -141,35 +141,47 @@ class Decoder(nn.Module):
 
 # What the families of the field ask for, by name.
 FAMILIES = {
-    "gpt2": dict(fused=True, transposed=True),
-    "gpt2-scaled": dict(fused=True, transposed=True, scale_by_layer=True, activation="gelu", cross=True),
-    "gpt": dict(fused=True, transposed=True, pre_norm=False, final_norm=False, activation="gelu"),
-    "bart": dict(pre_norm=False, final_norm=False, embedding_norm=True, cross=True, activation="gelu", head_bias=True),
-    "marian": dict(
-        pre_norm=False, final_norm=False, cross=True, activation="silu", head_bias=True, embed_scale=24**0.5
-    ),
-    "t5": dict(
-        rms=True,
-        bias=False,
-        positions=False,
-        relative=True,
-        cross=True,
-        activation="relu",
-        scale=1.0,
-        head_dim=5,
-        head_scale=24**-0.5,
-    ),  # fmt: skip
-    "t5-v1.1": dict(
-        rms=True,
-        bias=False,
-        positions=False,
-        relative=True,
-        cross=True,
-        activation="gelu_tanh",
-        gated=True,
-        scale=1.0,
-        head_dim=16,
-    ),  # fmt: skip
-    "odd": dict(width=21, heads=2, head_dim=17, inner=33, gated=True, activation="silu", layers=3),
-    "even": dict(width=64, heads=2, head_dim=32, inner=128, cross=True, layers=1),
+    "gpt2": {"fused": True, "transposed": True},
+    "gpt2-scaled": {"fused": True, "transposed": True, "scale_by_layer": True, "activation": "gelu", "cross": True},
+    "gpt": {"fused": True, "transposed": True, "pre_norm": False, "final_norm": False, "activation": "gelu"},
+    "bart": {
+        "pre_norm": False,
+        "final_norm": False,
+        "embedding_norm": True,
+        "cross": True,
+        "activation": "gelu",
+        "head_bias": True,
+    },
+    "marian": {
+        "pre_norm": False,
+        "final_norm": False,
+        "cross": True,
+        "activation": "silu",
+        "head_bias": True,
+        "embed_scale": 24**0.5,
+    },
+    "t5": {
+        "rms": True,
+        "bias": False,
+        "positions": False,
+        "relative": True,
+        "cross": True,
+        "activation": "relu",
+        "scale": 1.0,
+        "head_dim": 5,
+        "head_scale": 24**-0.5,
+    },  # fmt: skip
+    "t5-v1.1": {
+        "rms": True,
+        "bias": False,
+        "positions": False,
+        "relative": True,
+        "cross": True,
+        "activation": "gelu_tanh",
+        "gated": True,
+        "scale": 1.0,
+        "head_dim": 16,
+    },  # fmt: skip
+    "odd": {"width": 21, "heads": 2, "head_dim": 17, "inner": 33, "gated": True, "activation": "silu", "layers": 3},
+    "even": {"width": 64, "heads": 2, "head_dim": 32, "inner": 128, "cross": True, "layers": 1},
 }

@@ -1,4 +1,4 @@
-"""The native decoding step: every family's arithmetic, prompts with padding, beams, rows that leave, and its refusals."""
+"""The native decoding step: the arithmetic of every family, padding, beams, rows that leave, and its refusals."""
 
 import pytest
 import torch
