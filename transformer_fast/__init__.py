@@ -39,6 +39,20 @@ _EXPORTS = {
         "BertLMHeadModel",
         "BertModel",
     ],
+    "models.gpt2": [
+        "GPT2DoubleHeadsModel",
+        "GPT2ForQuestionAnswering",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    ],
+    "models.openai_gpt": [
+        "OpenAIGPTDoubleHeadsModel",
+        "OpenAIGPTForSequenceClassification",
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTModel",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",

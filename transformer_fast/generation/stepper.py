@@ -75,13 +75,10 @@ class Stepper(Protocol):
 _STEPPERS = (("model_step", "ModelStepper"),)
 
 
-def choose_stepper(model: Any, prompt: Prompt) -> Stepper:
-    """The fastest stepper that can decode `prompt`; RuntimeError with every reason where there is none."""
-    reasons = []
+def choose_stepper(model: Any, prompt: Prompt) -> Stepper | None:
+    """The fastest stepper that can decode `prompt`, or None."""
     for module, name in _STEPPERS:
         kind = getattr(importlib.import_module(f".{module}", __package__), name)
-        reason = kind.why_not(model, prompt)
-        if not reason:
+        if not kind.why_not(model, prompt):
             return kind(model, prompt)
-        reasons.append(f"{name}: {reason}")
-    raise RuntimeError(f"{type(model).__name__}: nothing can decode it step by step ({'; '.join(reasons)})")
+    return None

@@ -35,7 +35,8 @@ def embed(
 ) -> torch.Tensor:
     """dropout(norm(word + segment + position)): (B, S, E), or (total, E) when padding is dropped.
 
-    Without norm_module there is no norm (GPT). position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
+    Without norm_module there is no norm (GPT).
+    position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """
     x = packing.pack(inputs_embeds) if inputs_embeds is not None else word(packing.pack(input_ids))  # type: ignore[arg-type]

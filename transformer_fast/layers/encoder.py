@@ -66,7 +66,9 @@ def plan_call(
         call.causal = False
     elif past_key_values is not None:
         padding_free = encoder_mask is None or encoder_mask.dim() == 2
-        _plan_cached(call, attention_mask, length, device, past_key_values, (read, read_first) if padding_free else None)
+        _plan_cached(
+            call, attention_mask, length, device, past_key_values, (read, read_first) if padding_free else None
+        )
     elif attention_mask is not None:
         mask = _expand(attention_mask, "attention_mask", batch, length, device)[:, 0, 0]
         if encoder_mask is not None and encoder_mask.dim() > 2:

@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig
 
 __all__ = ["LoadingErrors", "drop_trust", "local_folder", "model_type_of"]
 
+_BODY = "embeddings|encoder|wte|wpe|h|ln_f|tokens_embed|positions_embed"  # without these a model is not a model
+_ACTIVATIONS = ("hidden_act", "activation_function", "afn")  # what configurations call it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -98,7 +100,7 @@ class LoadingErrors:
 
 def _check_missing(cls, name, info: dict) -> None:
     """Heads, poolers and new cross-attention may be absent from a checkpoint (HF warns); the body may not."""
-    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:embeddings|encoder)\.")
+    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:{_BODY})\.")
     missing = sorted(k for k in info["missing_keys"] if body.match(k) and "crossattention" not in k)
     if missing:
         extra = sorted(info["unexpected_keys"])
@@ -121,9 +123,10 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
     if isinstance(error, struct.error):
         raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
     if isinstance(error, KeyError) and folder is not None:
-        activation = (config or cls.config_class.from_pretrained(folder)).hidden_act
-        if error.args[:1] == (activation,):
-            raise ValueError(f"{folder / 'config.json'}: hidden_act {activation!r} is unknown") from error
+        config = config or cls.config_class.from_pretrained(folder)
+        for name in _ACTIVATIONS:
+            if hasattr(config, name) and error.args[:1] == (getattr(config, name),):
+                raise ValueError(f"{folder / 'config.json'}: {name} {getattr(config, name)!r} is unknown") from error
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it refers to {found.group(1)})" if found else ""

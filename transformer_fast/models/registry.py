@@ -2,4 +2,6 @@
 
 FAMILIES = {
     "bert": "bert",
+    "gpt2": "gpt2",
+    "openai-gpt": "openai_gpt",
 }
