@@ -17,6 +17,7 @@ from ..layers.projection import is_plain, is_transposed, linear, packed_linear
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, Norm, PackedDecoder, Projection
+from .model_step import ModelStepper
 from .stepper import Prompt
 
 __all__ = ["NativeStepper", "StepDescription", "set_weight_storage"]
@@ -330,9 +331,7 @@ class NativeStepper:
 
     def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
         """The prompt through the model's own forward, with GEMMs of many rows; its keys and values are then copied."""
-        from .model_step import ModelStepper
-
-        stepper = ModelStepper(self._model, replace(self._prompt, copies=1))
+        stepper = ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
         logits = stepper.start()
         for i, (keys, values) in enumerate(stepper.key_values()):
             cache.load(i, keys, values)
