@@ -128,8 +128,8 @@ class GPT2Model(_GPT2Mixin, hf.GPT2Model):
         return self._finish(output, kwargs)
 
 
-class _GPT2Generation(GenerationMixin, _GPT2Mixin):
-    def step_description(self) -> StepDescription:
+class _Described:
+    def step_description(self: Any) -> StepDescription:
         t = self.transformer
         return StepDescription(
             self, [SLOTS.read(layer) for layer in t.h], spec_of(self.config), t.wte, self.lm_head,
@@ -137,7 +137,7 @@ class _GPT2Generation(GenerationMixin, _GPT2Mixin):
         )  # fmt: skip
 
 
-class GPT2LMHeadModel(_GPT2Generation, hf.GPT2LMHeadModel):
+class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadModel):
     __doc__ = hf.GPT2LMHeadModel.__doc__
 
     @documented_as(hf.GPT2LMHeadModel.forward)
@@ -172,7 +172,7 @@ class GPT2LMHeadModel(_GPT2Generation, hf.GPT2LMHeadModel):
         )
 
 
-class GPT2DoubleHeadsModel(_GPT2Generation, hf.GPT2DoubleHeadsModel):
+class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2DoubleHeadsModel):
     __doc__ = hf.GPT2DoubleHeadsModel.__doc__
 
     @documented_as(hf.GPT2DoubleHeadsModel.forward)
