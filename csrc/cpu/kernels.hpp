@@ -5,6 +5,7 @@
 #include "attention.hpp"
 #include "linear.hpp"
 #include "cross_entropy.hpp"
+#include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
 
@@ -26,6 +27,7 @@ struct Kernels {
   void (*embedding_norm_forward)(const EmbeddingNormForward&);
   void (*embedding_norm_backward)(const EmbeddingNormBackward&);
   void (*embedding_gradient)(const EmbeddingGradient&);
+  void (*decoder_step)(const DecoderStep&);
 };
 
 #ifdef TF_ISA
@@ -45,6 +47,7 @@ void cross_entropy_backward(const CrossEntropyBackward&);
 void embedding_norm_forward(const EmbeddingNormForward&);
 void embedding_norm_backward(const EmbeddingNormBackward&);
 void embedding_gradient(const EmbeddingGradient&);
+void decoder_step(const DecoderStep&);
 }  // namespace TF_ISA
 #endif
 
