@@ -43,6 +43,7 @@ _EXPORTS = {
         "RelativeBias",
         "add_layer_norm",
         "add_rms_norm",
+        "additive_attention",
         "attention_probabilities",
         "bias_activation",
         "cross_entropy",
