@@ -25,6 +25,7 @@ _EXPORTS = {
         "AutoModelForNextSentencePrediction",
         "AutoModelForPreTraining",
         "AutoModelForQuestionAnswering",
+        "AutoModelForSeq2SeqLM",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ],
@@ -39,6 +40,7 @@ _EXPORTS = {
         "BertLMHeadModel",
         "BertModel",
     ],
+    "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
     "ops": [
         "RelativeBias",
         "add_layer_norm",

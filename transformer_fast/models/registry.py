@@ -1,5 +1,11 @@
-"""The families: HF's model_type -> the module of this package that has its classes, under HF's own names."""
+"""The families: model_type -> the module of this package that has its classes, under HF's names where HF has it."""
 
 FAMILIES = {
+    "attention_rnn": "rnn",
     "bert": "bert",
+}
+
+# Those that HF has no class for: what the names of their classes begin with.
+OWN = {
+    "attention_rnn": "AttentionRNN",
 }
