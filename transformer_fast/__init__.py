@@ -41,6 +41,12 @@ _EXPORTS = {
         "BertModel",
     ],
     "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
+    "models.transformer": [
+        "TransformerConfig",
+        "TransformerForConditionalGeneration",
+        "TransformerModel",
+        "noam_schedule",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",

@@ -3,9 +3,11 @@
 FAMILIES = {
     "attention_rnn": "rnn",
     "bert": "bert",
+    "transformer_2017": "transformer",
 }
 
 # Those that HF has no class for: what the names of their classes begin with.
 OWN = {
     "attention_rnn": "AttentionRNN",
+    "transformer_2017": "Transformer",
 }
