@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 
 __all__ = ["LoadingErrors", "drop_trust", "local_folder", "model_type_of"]
 
-_BODY = "embeddings|encoder|decoder|transformer|shared|wte|wpe|h|ln_f|tokens_embed|positions_embed"  # without these a model is not a model
+# Without these a model is not a model.
+_BODY = "embeddings|encoder|decoder|transformer|shared|wte|wpe|h|ln_f|tokens_embed|positions_embed"
 _ACTIVATIONS = ("hidden_act", "activation", "activation_function", "afn")  # what configurations call it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
