@@ -64,7 +64,22 @@ _EXPORTS = {
         "DistilBertForTokenClassification",
         "DistilBertModel",
     ],
+    "models.gpt2": [
+        "GPT2DoubleHeadsModel",
+        "GPT2ForQuestionAnswering",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    ],
     "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
+    "models.openai_gpt": [
+        "OpenAIGPTDoubleHeadsModel",
+        "OpenAIGPTForSequenceClassification",
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTModel",
+    ],
+    "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
     "models.t5": [
         "T5EncoderModel",
         "T5ForConditionalGeneration",
@@ -73,10 +88,17 @@ _EXPORTS = {
         "T5ForTokenClassification",
         "T5Model",
     ],
+    "models.transformer": [
+        "TransformerConfig",
+        "TransformerForConditionalGeneration",
+        "TransformerModel",
+        "noam_schedule",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",
         "add_rms_norm",
+        "additive_attention",
         "attention_probabilities",
         "bias_activation",
         "cross_entropy",
@@ -92,8 +114,20 @@ _EXPORTS = {
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
+    "pipelines": ["pipeline"],
 }
-_MODULES = ["backends", "benchmarks", "cli", "generation", "integrations", "kernels", "layers", "models", "ops"]
+_MODULES = [
+    "backends",
+    "benchmarks",
+    "cli",
+    "generation",
+    "integrations",
+    "kernels",
+    "layers",
+    "models",
+    "ops",
+    "pipelines",
+]
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_WHERE)]

@@ -54,7 +54,7 @@ def test_multiple_choice(kind, bert_config, pair, make_mask):
     models = pair("BertForMultipleChoice", bert_config())
     labels = torch.randint(0, 2, (6,))
     outputs = [[] for _ in models]
-    for _ in range(16):  # a batch has few scores
+    for _ in range(40):  # a batch has few scores and one loss
         ids = torch.randint(1, 99, (6, 2, 13))
         for found, model in zip(outputs, models):
             found.append(model(ids, attention_mask=mask, labels=labels))

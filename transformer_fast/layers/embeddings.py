@@ -37,7 +37,7 @@ def embed(
 ) -> torch.Tensor:
     """dropout(norm(word + segment + position)): (B, S, E), or (total, E) when padding is dropped.
 
-    word, position: modules or functions of ids. norm_module: None leaves the sum as it is.
+    word, position: modules or functions of ids. Without norm_module there is no norm (GPT).
     position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
+from ..generation import GenerationMixin, StepDescription
 from ..layers import SlotTable, TransformerSpec, encoder_layer
 from ._base import Want, activation_name
 from ._heads import is_labelled
-from ._seq2seq import CausalLMHead, DecoderInputs, LMHead, Seq2SeqBase, StackBase
+from ._seq2seq import CausalLMHead, DecoderInputs, LMHead, Seq2SeqBase, StackBase, describe_decoder
 
 __all__ = ["BartCausalLM", "BartDecoderBase", "BartEncoderBase", "BartLMHead", "BartLayer", "BartSeq2Seq", "SLOTS"]
 
@@ -132,7 +133,7 @@ class BartSeq2Seq(Seq2SeqBase):
         return joined if want is not None else self._joined_output(joined, kwargs)
 
 
-class BartLMHead(LMHead):
+class BartLMHead(GenerationMixin, LMHead):
     model: Any
     final_logits_bias: torch.Tensor
 
@@ -161,8 +162,11 @@ class BartLMHead(LMHead):
         joined = self.model(**given._asdict(), want=Want(read=is_labelled(labels)), **options)
         return self._lm_output(joined, labels, self.final_logits_bias, kwargs)
 
+    def step_description(self) -> StepDescription:
+        return describe_decoder(self, self.model.decoder, self.lm_head, head_bias=self.final_logits_bias)  # type: ignore[arg-type]
 
-class BartCausalLM(CausalLMHead):
+
+class BartCausalLM(GenerationMixin, CausalLMHead):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -183,3 +187,6 @@ class BartCausalLM(CausalLMHead):
             "inputs_embeds": inputs_embeds, "use_cache": use_cache,
         }  # fmt: skip
         return self._causal_lm(call, labels, logits_to_keep, kwargs)
+
+    def step_description(self) -> StepDescription:
+        return describe_decoder(self, self.model.decoder, self.lm_head, cross=False)  # type: ignore[arg-type]

@@ -17,13 +17,23 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .. import ops
+from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, plan_call, run_layers
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, is_plain, lay_out, linear
 from ._base import Encoded, ModelMixin, Want, check_inputs, read_flags
 from ._heads import IGNORE, classification_loss, is_labelled, span_loss
 
-__all__ = ["CausalLMHead", "ClassificationHead", "DecoderInputs", "LMHead", "QuestionHead", "Seq2SeqBase", "StackBase"]
+__all__ = [
+    "CausalLMHead",
+    "ClassificationHead",
+    "DecoderInputs",
+    "LMHead",
+    "QuestionHead",
+    "Seq2SeqBase",
+    "StackBase",
+    "describe_decoder",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +68,10 @@ class StackBase(ModelMixin):
     def _most_positions(self) -> int | None:
         """How many positions there are embeddings for; None: any number."""
         return None
+
+    def _step_parts(self) -> dict[str, Any]:
+        """What a StepDescription of this decoder has beside its layers, token embedding and head."""
+        raise NotImplementedError
 
     def _run(
         self, want: Want, is_decoder: bool, input_ids, attention_mask, inputs_embeds, kwargs: dict, *,
@@ -146,6 +160,18 @@ class StackBase(ModelMixin):
             if cross or config.is_encoder_decoder:
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
         return past_key_values, use_cache or past_key_values is not None
+
+
+def describe_decoder(model: nn.Module, decoder: Any, head: nn.Module, cross: bool = True, **head_parts: Any):
+    """The decoder for the generation engine; without `cross`, as one that never sees an encoder."""
+    slots = decoder._slots()
+    layers = [slots.read(layer) for layer in decoder._layers()]
+    if not cross:
+        nothing = dict.fromkeys((f"cross_{part}" for part in ("query", "key", "value", "output", "norm")), None)
+        layers = [w._replace(**nothing) for w in layers]
+    return StepDescription(
+        model, layers, decoder._spec(True), decoder.embed_tokens, head, **decoder._step_parts(), **head_parts
+    )  # fmt: skip
 
 
 class DecoderInputs(NamedTuple):

@@ -8,7 +8,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ._loading import drop_trust, model_type_of
-from .registry import FAMILIES
+from .registry import FAMILIES, OWN
 
 __all__ = [
     "AutoModel",
@@ -22,6 +22,10 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 ]
+
+
+def _own(suffix: str) -> OrderedDict:
+    return OrderedDict((model_type, stem + suffix) for model_type, stem in OWN.items())
 
 
 def _class_for(names: dict, model_type: str):
@@ -97,7 +101,7 @@ class _Auto:
 
 
 class AutoModel(_Auto, transformers.AutoModel):
-    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES)  # type: ignore[assignment]
+    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES | _own("Model"))  # type: ignore[assignment]
 
 
 class AutoModelForPreTraining(_Auto, transformers.AutoModelForPreTraining):
@@ -116,10 +120,6 @@ class AutoModelForNextSentencePrediction(_Auto, transformers.AutoModelForNextSen
     _model_mapping = _Mapping(modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES)  # type: ignore[assignment]
 
 
-class AutoModelForSeq2SeqLM(_Auto, transformers.AutoModelForSeq2SeqLM):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)  # type: ignore[assignment]
-
-
 class AutoModelForSequenceClassification(_Auto, transformers.AutoModelForSequenceClassification):
     _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)  # type: ignore[assignment]
 
@@ -134,3 +134,9 @@ class AutoModelForQuestionAnswering(_Auto, transformers.AutoModelForQuestionAnsw
 
 class AutoModelForMultipleChoice(_Auto, transformers.AutoModelForMultipleChoice):
     _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES)  # type: ignore[assignment]
+
+
+class AutoModelForSeq2SeqLM(_Auto, transformers.AutoModelForSeq2SeqLM):
+    _model_mapping = _Mapping(  # type: ignore[assignment]
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES | _own("ForConditionalGeneration")
+    )

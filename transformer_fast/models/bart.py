@@ -48,6 +48,15 @@ class _Embeddings:
             position_ids=None, segment_ids=None, past=past,
         )  # fmt: skip
 
+    def _step_parts(self) -> dict[str, Any]:
+        positions = self.embed_positions
+        return {
+            "position": positions,
+            "position_offset": positions.offset,
+            "embed_scale": getattr(self.embed_tokens, "embed_scale", 1.0),
+            "embedding_norm": self.layernorm_embedding,
+        }
+
     def _positions(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_positions(None, position_ids=ids)[0]
 

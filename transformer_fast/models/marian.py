@@ -40,6 +40,9 @@ class _Embeddings:
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None, past=past,
         )  # fmt: skip
 
+    def _step_parts(self) -> dict[str, Any]:
+        return {"position": self.embed_positions, "embed_scale": self.embed_scale}
+
     def _words(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids) * self.embed_scale
 

@@ -11,12 +11,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.t5 import modeling_t5 as hf
 
 from .. import ops
+from ..generation import GenerationMixin, StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
 from ._base import Adopted, Encoded, Want, activation_name, documented_as
 from ._heads import is_labelled, token_loss
-from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase
+from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase, describe_decoder
 
 __all__ = [
     "T5EncoderModel",
@@ -149,6 +150,14 @@ class T5Stack(StackBase, hf.T5Stack):
             inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
+    def _step_parts(self) -> dict[str, Any]:
+        attention = self.block[0].layer[0].SelfAttention
+        return {
+            "final_norm": self.final_layer_norm,
+            "relative_bias": attention.relative_attention_bias,
+            "relative_max_distance": attention.relative_attention_max_distance,
+        }
+
     def _encoder_output(self, encoded: Encoded):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=encoded.restored(), **encoded.extras(cross=True)
@@ -186,7 +195,7 @@ class T5Model(Seq2SeqBase, hf.T5Model):
         return joined if want is not None else self._joined_output(joined, kwargs)
 
 
-class T5ForConditionalGeneration(Seq2SeqBase, LMHead, hf.T5ForConditionalGeneration):
+class T5ForConditionalGeneration(GenerationMixin, Seq2SeqBase, LMHead, hf.T5ForConditionalGeneration):
     __doc__ = hf.T5ForConditionalGeneration.__doc__
     _adopted = _ADOPTED
 
@@ -216,6 +225,10 @@ class T5ForConditionalGeneration(Seq2SeqBase, LMHead, hf.T5ForConditionalGenerat
             rows = joined.decoder.rows * self.model_dim**-0.5
             joined = joined._replace(decoder=joined.decoder._replace(rows=rows))
         return self._lm_output(joined, labels, None, kwargs)
+
+    def step_description(self) -> StepDescription:
+        scale = self.model_dim**-0.5 if self.config.scale_decoder_outputs else 1.0
+        return describe_decoder(self, self.decoder, self.lm_head, head_scale=scale)
 
 
 @_ADOPTED.register
