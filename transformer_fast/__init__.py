@@ -17,6 +17,15 @@ _EXPORTS = {
     "backends": ["backend", "explain", "info"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
+    "models.albert": [
+        "AlbertForMaskedLM",
+        "AlbertForMultipleChoice",
+        "AlbertForPreTraining",
+        "AlbertForQuestionAnswering",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertModel",
+    ],
     "models.auto": [
         "AutoModel",
         "AutoModelForCausalLM",
@@ -39,6 +48,28 @@ _EXPORTS = {
         "BertForTokenClassification",
         "BertLMHeadModel",
         "BertModel",
+    ],
+    "models.distilbert": [
+        "DistilBertForMaskedLM",
+        "DistilBertForMultipleChoice",
+        "DistilBertForQuestionAnswering",
+        "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertModel",
+    ],
+    "models.gpt2": [
+        "GPT2DoubleHeadsModel",
+        "GPT2ForQuestionAnswering",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    ],
+    "models.openai_gpt": [
+        "OpenAIGPTDoubleHeadsModel",
+        "OpenAIGPTForSequenceClassification",
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTModel",
     ],
     "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
     "models.transformer": [
@@ -67,8 +98,20 @@ _EXPORTS = {
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
+    "pipelines": ["pipeline"],
 }
-_MODULES = ["backends", "benchmarks", "cli", "generation", "integrations", "kernels", "layers", "models", "ops"]
+_MODULES = [
+    "backends",
+    "benchmarks",
+    "cli",
+    "generation",
+    "integrations",
+    "kernels",
+    "layers",
+    "models",
+    "ops",
+    "pipelines",
+]
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_WHERE)]

@@ -6,6 +6,7 @@
 #include "attention.hpp"
 #include "linear.hpp"
 #include "cross_entropy.hpp"
+#include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
 
@@ -27,6 +28,7 @@ struct Kernels {
   void (*embedding_norm_forward)(const EmbeddingNormForward&);
   void (*embedding_norm_backward)(const EmbeddingNormBackward&);
   void (*embedding_gradient)(const EmbeddingGradient&);
+  void (*decoder_step)(const DecoderStep&);
   void (*additive_attention_forward)(const AdditiveAttentionForward&);
   void (*additive_attention_backward)(const AdditiveAttentionBackward&);
 };
@@ -48,6 +50,7 @@ void cross_entropy_backward(const CrossEntropyBackward&);
 void embedding_norm_forward(const EmbeddingNormForward&);
 void embedding_norm_backward(const EmbeddingNormBackward&);
 void embedding_gradient(const EmbeddingGradient&);
+void decoder_step(const DecoderStep&);
 void additive_attention_forward(const AdditiveAttentionForward&);
 void additive_attention_backward(const AdditiveAttentionBackward&);
 }  // namespace TF_ISA

@@ -43,7 +43,7 @@ class CpuBackend(Backend):
     def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
         relative, zero = _relative_bias(spec)
         drelative = None
-        if dtable is not None:
+        if dtable is not None and relative is not None:
             sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
             drelative = relative.new_zeros((sequences, *relative.shape))
         grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
@@ -51,11 +51,13 @@ class CpuBackend(Backend):
             _unit_stride(grad_out), grad_lse, _unit_stride(out), lse.contiguous(),
             *_attention_arguments(spec, relative, zero), dq, dk, dv, dbias, drelative,
         )  # fmt: skip
-        if drelative is not None:
+        if drelative is not None and spec.relative_bias is not None:
             buckets = _distance_buckets(
                 zero, spec.relative_bias.shape[0], spec.relative_max_distance, spec.relative_bidirectional
             )
-            dtable.index_add_(0, buckets, drelative.sum(0)[:, : 2 * zero + 1].t())
+            # In float64: most distances share the last bucket, a long sum of small terms.
+            total = drelative.sum(0, dtype=torch.float64)[:, : 2 * zero + 1].t()
+            dtable.copy_(torch.zeros_like(dtable, dtype=torch.float64).index_add_(0, buckets, total))
 
     def additive_attention_forward(self, spec, out, weights) -> None:
         _ops.cpu_additive_attention_forward.default(*_additive_arguments(spec), out, weights)

@@ -60,12 +60,15 @@ def plan_call(
     if attentions:
         call.attentions, call.cross_attentions = {}, {}
     if encoder_states is not None and encoder_mask is not None:
-        call.encoder_mask = _expand(encoder_mask, "encoder_attention_mask", batch, encoder_states.shape[1], device)
+        call.encoder_mask = _expand(encoder_mask, "encoder_attention_mask", *encoder_states.shape[:2], device)
     if attention_mask is not None and attention_mask.dim() > 2:
         call.mask = _expand(attention_mask, "attention_mask", batch, None, device)
         call.causal = False
     elif past_key_values is not None:
-        _plan_cached(call, attention_mask, length, device, past_key_values)
+        padding_free = encoder_mask is None or encoder_mask.dim() == 2
+        _plan_cached(
+            call, attention_mask, length, device, past_key_values, (read, read_first) if padding_free else None
+        )
     elif attention_mask is not None:
         mask = _expand(attention_mask, "attention_mask", batch, length, device)[:, 0, 0]
         if encoder_mask is not None and encoder_mask.dim() > 2:
@@ -90,7 +93,7 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
     return mask
 
 
-def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values) -> None:
+def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
     cache = _self_cache(past_key_values)
     seen = cache.get_seq_length()
     keys, _ = cache.get_mask_sizes(length, 0)
@@ -104,8 +107,13 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
         mask = _expand(attention_mask, "attention_mask", batch, given, device)
         if given < keys:  # a static cache is longer than what it holds
             mask = nn.functional.pad(mask, (0, keys - given))
+        visible = not torch.compiler.is_compiling() and ops.concrete(mask)
+        if visible and call.causal and read is not None and isinstance(seen, int) and not seen and keys == length:
+            call.packing = plan_packing(mask[:, 0, 0], *read)  # a first call: padding is dropped as without a cache
+            call.mask = call.packing.key_mask
+            return
         # On the CPU looking is free, and plain attention is faster than masked.
-        if device.type != "cpu" or torch.compiler.is_compiling() or not ops.concrete(mask) or not bool(mask.all()):
+        if device.type != "cpu" or not visible or not bool(mask.all()):
             call.mask = mask
     if not call.causal:
         return
@@ -201,17 +209,22 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
 def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -> torch.Tensor:
     """(..., E) -> (..., H * D), before the output projection."""
     spec, packing = call.spec, call.packing
-    heads = (spec.num_heads, spec.head_dim)
+    heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
     projections = [w.query, w.key, w.value]
-    qkv = None if first_only else packed_linear(projections, x)
-    plain = call.mask is None and past_key_values is None and call.attentions is None
+    if w.qkv is not None:
+        qkv = linear(w.qkv, x)
+    else:
+        qkv = None if first_only else packed_linear(projections, x)
+    plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
     if qkv is not None and plain:
         qkv = qkv.unflatten(-1, (3, *heads))
-        out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, spec.scale)
+        out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
         return out.flatten(-2)
     if qkv is not None:
         q, k, v = qkv.unflatten(-1, (3, *heads)).unbind(-3)
+        if first_only:
+            q = packing.first(q) if packing.index is not None else q[:, :1]
     elif first_only:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
@@ -223,6 +236,9 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
     else:
         q, k, v = (linear(m, x).unflatten(-1, heads) for m in projections)
     if packing.index is not None:
+        if past_key_values is not None:
+            k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
+            _self_cache(past_key_values).update(k_rows, v_rows, index)
         out = _packed_attention(q, k, v, call, index, first_only, p)
         return out.flatten(-2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -237,10 +253,10 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
 
 def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     packing: Any = call.packing
-    spec, cu, longest = call.spec, packing.cu_seqlens, packing.max_seqlen
+    scale, cu, longest = call.spec.scale_of(index), packing.cu_seqlens, packing.max_seqlen
     cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
     out = ops.varlen_attention(
-        q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, spec.scale,
+        q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, scale,
         attn_mask=packing.key_mask, return_lse=call.attentions is not None,
     )  # fmt: skip
     if call.attentions is None:
@@ -248,7 +264,7 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     out, lse = out
     lse = packing.unpack(lse.t(), fill=-float("inf")).transpose(1, 2)
     call.attentions[index] = _probabilities(
-        packing.unpack(q).transpose(1, 2), packing.unpack(k).transpose(1, 2), lse, scale=spec.scale,
+        packing.unpack(q).transpose(1, 2), packing.unpack(k).transpose(1, 2), lse, scale=scale,
         attn_mask=packing.mask[:, None, None], is_causal=call.causal,
     )  # fmt: skip
     return out
@@ -256,14 +272,15 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
 
 def _padded_attention(q, k, v, mask, call: StackCall, causal: bool, p: float, weights: dict | None, index: int):
     """q, k, v: (B, H, S, D) -> (B, Sq, H * D)."""
+    scale = call.spec.scale_of(index)
     out = ops.scaled_dot_product_attention(
-        q, k, v, mask, p, causal, call.spec.scale,
+        q, k, v, mask, p, causal, scale,
         causal_alignment="bottom_right" if call.bottom_right else "top_left", return_lse=weights is not None,
     )  # fmt: skip
     if weights is not None:
         out, lse = out
         weights[index] = _probabilities(
-            q, k, lse, scale=call.spec.scale, is_causal=causal,
+            q, k, lse, scale=scale, is_causal=causal,
             attn_mask=mask,
         )  # fmt: skip
     return out.transpose(1, 2).flatten(-2)
@@ -289,7 +306,10 @@ def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Ten
         stored = cache.cross_attention_cache.layers[index]
         k, v = stored.keys, stored.values
     else:
-        kv = packed_linear([w.cross_key, w.cross_value], states)
+        if w.cross_key_value is not None:
+            kv = linear(w.cross_key_value, states)
+        else:
+            kv = packed_linear([w.cross_key, w.cross_value], states)
         if kv is not None:
             k, v = kv.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
         else:
@@ -299,9 +319,13 @@ def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Ten
             cache.is_updated[index] = True
     if packing.index is not None:  # queries take their place again: few rows beside the encoder's
         q = packing.unpack(q)
+    rows, length = q.shape[:2]
+    if rows != k.shape[0]:  # rows that continue one prompt (beams) are queries of its one set of keys
+        q = q.reshape(k.shape[0], -1, *heads)
     out = _padded_attention(
         q.transpose(1, 2), k, v, call.encoder_mask, call, False, p, call.cross_attentions, index
     )  # fmt: skip
+    out = out.view(rows, length, -1)
     return out if packing.index is None else packing.pack(out)
 
 

@@ -9,7 +9,26 @@ from torch import nn
 from .. import ops
 from .spec import LayerWeights
 
-__all__ = ["add_norm", "add_norm_sum", "dropout_p", "is_plain", "lay_out", "linear", "norm", "packed_linear"]
+__all__ = [
+    "add_norm",
+    "add_norm_sum",
+    "dropout_p",
+    "is_plain",
+    "is_transposed",
+    "lay_out",
+    "linear",
+    "norm",
+    "packed_linear",
+    "register_transposed",
+]
+
+# Classes that compute x W + b with W (in, out), such as HF's Conv1D; families add theirs.
+_TRANSPOSED: set[type[nn.Module]] = set()
+
+
+def register_transposed(kind: type[nn.Module]) -> None:
+    """Let `linear` compute plain modules of this class, which hold a weight (in, out) and a bias, by the fused ops."""
+    _TRANSPOSED.add(kind)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -24,10 +43,17 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def is_transposed(module: Any) -> bool:
+    """True for a plain module of a registered class that computes x W + b."""
+    return type(module) in _TRANSPOSED and is_plain(module, type(module))
+
+
 def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
     """activation(x W^T + b)."""
     if is_plain(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation)
+    if is_transposed(module):
+        return ops.linear(x, module.weight.t(), module.bias, activation)
     y = module(x)
     return y if activation is None else ops.bias_activation(y, None, activation)
 

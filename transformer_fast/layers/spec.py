@@ -18,6 +18,7 @@ class TransformerSpec:
         The kind of norm and its eps are the norm modules' own.
     activation: a name that ops.bias_activation knows, or None to call the module in the slot `activation_fn`.
     gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`.
+    scale_by_layer: divides layer i's scale by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx).
     """
 
     num_heads: int
@@ -27,24 +28,33 @@ class TransformerSpec:
     norm_position: str = "post"
     activation: str | None = "gelu"
     gated: bool = False
+    scale_by_layer: bool = False
 
     def __post_init__(self):
         if self.norm_position not in ("post", "pre"):
             raise ValueError(f"norm_position: wanted 'post' or 'pre', got {self.norm_position!r}")
 
+    def scale_of(self, index: int) -> float | None:
+        """The scale of layer `index`'s scores; None for 1 / sqrt(head_dim)."""
+        if not self.scale_by_layer:
+            return self.scale
+        return (self.head_dim**-0.5 if self.scale is None else self.scale) / (index + 1)
+
 
 class LayerWeights(NamedTuple):
     """The modules of one layer by role. Modules, not tensors: one that is wrapped (LoRA, quantised) or hooked is
-    called as it is, a plain one is computed by the fused ops."""
+    called as it is, a plain one is computed by the fused ops. Projections are query, key and value, or one `qkv` whose
+    outputs are theirs side by side; of cross-attention cross_key and cross_value, or one `cross_key_value`."""
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
     attention_output: nn.Module
     attention_norm: nn.Module
     up: nn.Module  # first linear of the feed-forward block
     down: nn.Module  # second
     output_norm: nn.Module
+    query: nn.Module | None = None
+    key: nn.Module | None = None
+    value: nn.Module | None = None
+    qkv: nn.Module | None = None
     attention_dropout: nn.Module | None = None  # on the attention weights
     attention_output_dropout: nn.Module | None = None
     output_dropout: nn.Module | None = None
@@ -54,6 +64,7 @@ class LayerWeights(NamedTuple):
     cross_query: nn.Module | None = None
     cross_key: nn.Module | None = None
     cross_value: nn.Module | None = None
+    cross_key_value: nn.Module | None = None
     cross_output: nn.Module | None = None
     cross_norm: nn.Module | None = None
     cross_dropout: nn.Module | None = None
@@ -68,7 +79,8 @@ class SlotTable:
 
     def __init__(self, **paths: str):
         unknown = sorted(set(paths) - set(LayerWeights._fields))
-        missing = sorted(set(LayerWeights._fields) - set(LayerWeights._field_defaults) - set(paths))
+        wanted = set(LayerWeights._fields) - set(LayerWeights._field_defaults)
+        missing = sorted((wanted if "qkv" in paths else wanted | {"query", "key", "value"}) - set(paths))
         if unknown or missing:
             raise ValueError(f"slots: unknown {unknown}, missing {missing}; there are {LayerWeights._fields}")
         self._paths = {slot: tuple(path.split(".")) for slot, path in paths.items()}

@@ -14,6 +14,9 @@ from transformers import PreTrainedConfig
 
 __all__ = ["LoadingErrors", "drop_trust", "local_folder", "model_type_of"]
 
+# Without these a model is not a model.
+_BODY = "embeddings|encoder|decoder|transformer|shared|wte|wpe|h|ln_f|tokens_embed|positions_embed"
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "afn")  # what configurations call it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -98,7 +101,7 @@ class LoadingErrors:
 
 def _check_missing(cls, name, info: dict) -> None:
     """Heads, poolers and new cross-attention may be absent from a checkpoint (HF warns); the body may not."""
-    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:embeddings|encoder)\.")
+    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:{_BODY})\.")
     missing = sorted(k for k in info["missing_keys"] if body.match(k) and "crossattention" not in k)
     if missing:
         extra = sorted(info["unexpected_keys"])
@@ -121,9 +124,11 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
     if isinstance(error, struct.error):
         raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
     if isinstance(error, KeyError) and folder is not None:
-        activation = (config or cls.config_class.from_pretrained(folder)).hidden_act
-        if error.args[:1] == (activation,):
-            raise ValueError(f"{folder / 'config.json'}: hidden_act {activation!r} is unknown") from error
+        config = config or cls.config_class.from_pretrained(folder)
+        for name in _ACTIVATIONS:
+            found = getattr(config, name, None)
+            if found is not None and (error.args[:1] == (found,) or f"function {found} not found" in str(error)):
+                raise ValueError(f"{folder / 'config.json'}: {name} {found!r} is unknown") from error
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it refers to {found.group(1)})" if found else ""
@@ -134,7 +139,7 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
         raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
         raise ValueError(
-            f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config)}. "
+            f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config, kwargs)}. "
             "Pass ignore_mismatched_sizes=True to start those at random"
         ) from error
 
@@ -155,14 +160,16 @@ def _binary(folder: pathlib.Path | None) -> pathlib.Path | None:
     return next(iter(sorted(folder.glob("pytorch_model*.bin"))), None) if folder else None
 
 
-def _mismatch(cls, folder: pathlib.Path | None, config) -> str:
+def _mismatch(cls, folder: pathlib.Path | None, config, kwargs: dict) -> str:
     """The first weight whose shape differs, from the files' headers."""
     from safetensors import safe_open
 
     if folder is None:
         return "see the report above"
+    if config is None:
+        config, _ = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
     with torch.device("meta"):
-        model = cls(config or cls.config_class.from_pretrained(folder))
+        model = cls(config)
     prefix = f"{cls.base_model_prefix}."
     wanted = {k.removeprefix(prefix): tuple(v.shape) for k, v in model.state_dict().items()}
     for file in sorted(folder.glob("*.safetensors")):

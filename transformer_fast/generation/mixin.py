@@ -1,0 +1,142 @@
+"""generate(): HF's signature and results, by this package's engine wherever it can."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import utils as hf
+
+from .beam import beam_search
+from .sample import Record, sample
+from .stepper import Prompt, Stepper, choose_stepper
+
+__all__ = ["GenerationMixin"]
+
+
+class GenerationMixin(transformers.GenerationMixin):
+    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours.
+
+    Greedy decoding, sampling and beam search run on a cache written in place, prompts run once however many rows
+    continue them, and rows that have ended are no longer computed. What the engine does not take goes to HF's loop with
+    the model's forward: assisted decoding, a user's own cache, static, quantised and offloaded caches, no cache,
+    attentions and hidden states in the output, chunked prompts, synced_gpus.
+    """
+
+    _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """As HF's generate, with one more keyword.
+
+        generators: one torch.Generator a row (prompts times num_return_sequences) for sampling: each row's draws are
+            its own, whatever it is batched with.
+        Raises ValueError for empty batches and prompts.
+        """
+        given = {"inputs": inputs, **{k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "decoder_input_ids")}}
+        for name, t in given.items():
+            if isinstance(t, torch.Tensor) and t.dim() > 1:
+                if not t.shape[0]:
+                    raise ValueError(f"{name}: wanted at least one prompt, got shape {tuple(t.shape)}")
+                if not t.shape[1] and kwargs.get("inputs_embeds") is None:
+                    raise ValueError(f"{name}: wanted prompts of at least one token, got shape {tuple(t.shape)}")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.device.type == "cpu":
+            empty = (mask != 0).any(1).logical_not().nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(f"attention_mask: wanted at least one token a prompt, but rows {empty[:8]} keep none")
+        return super().generate(inputs, *args, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, *args, **more):
+        generators = kwargs.pop("generators", None)
+        found = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **more)
+        return found if generators is None else {**found, "generators": generators}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        generation_config._cache_given = model_kwargs.get("past_key_values") is not None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        generators: Sequence[torch.Generator] | None = None, **model_kwargs,
+    ):  # fmt: skip
+        config = generation_config
+        if generators is not None and (not config.do_sample or len(generators) != len(input_ids)):
+            raise ValueError(
+                f"generators: wanted one for each of the {len(input_ids)} rows, and do_sample=True, got "
+                f"{len(generators)} and do_sample={config.do_sample}"
+            )
+        copies = config.num_return_sequences if config.num_beams == 1 else 1
+        stepper = self._stepper(input_ids, copies, config, synced_gpus, model_kwargs)
+        if stepper is None:
+            if generators is not None:
+                raise ValueError("generators: are taken with a cache of generate's own making, greedy or sampled only")
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
+            )
+        record = Record(config)
+        sequences = sample(
+            stepper, input_ids, copies, logits_processor, stopping_criteria, config, streamer, generators, record
+        )
+        if not record.active:
+            return sequences
+        return self._output(stepper, record, model_kwargs, "Generate{}Output", sequences=sequences)
+
+    def _beam_search(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
+    ):
+        config = generation_config
+        if model_kwargs.pop("generators", None) is not None:
+            raise ValueError("generators: are for sampling without beams; use torch.manual_seed with num_beams > 1")
+        stepper = None
+        if not config.low_memory:
+            stepper = self._stepper(input_ids, config.num_beams, config, synced_gpus, model_kwargs)
+        if stepper is None:
+            return super()._beam_search(
+                input_ids, logits_processor, stopping_criteria, config, synced_gpus, **model_kwargs
+            )
+        record = Record(config)
+        found: dict[str, Any] = beam_search(stepper, input_ids, logits_processor, stopping_criteria, config, record)
+        if not record.active:
+            return found["sequences"]
+        if not config.output_scores:
+            found["sequences_scores"] = None
+        return self._output(stepper, record, model_kwargs, "GenerateBeam{}Output", **found)
+
+    def _stepper(self, input_ids, copies: int, config, synced_gpus: bool, model_kwargs: dict) -> Stepper | None:
+        """What decodes this call, or None when HF's loop has to."""
+        cache = model_kwargs.get("past_key_values")
+        decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if (
+            synced_gpus
+            or type(decoder_cache) is not DynamicCache
+            or decoder_cache.offloading
+            or config._cache_given
+            or not config.use_cache
+            or config.output_attentions
+            or config.output_hidden_states
+            or config.prefill_chunk_size is not None
+            or config.is_assistant
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        dropped = ("past_key_values", "use_cache")
+        inputs = {k: _first_copies(v, copies) for k, v in model_kwargs.items() if k not in dropped}
+        return choose_stepper(self, Prompt(input_ids[::copies], copies, config.max_length, inputs))
+
+    def _output(self, stepper: Stepper, record: Record, model_kwargs: dict, name: str, **found):
+        encoder_decoder = self.config.is_encoder_decoder
+        cls = getattr(hf, name.format("EncoderDecoder" if encoder_decoder else "DecoderOnly"))
+        return cls(**found, **record.fields(stepper, encoder_decoder))
+
+
+def _first_copies(value: Any, copies: int) -> Any:
+    """HF gives each prompt's inputs `copies` times over: once is enough."""
+    if copies == 1:
+        return value
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value[::copies]
+    if hasattr(value, "items"):  # encoder_outputs
+        return type(value)(**{k: _first_copies(v, copies) for k, v in value.items()})
+    return value

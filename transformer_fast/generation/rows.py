@@ -1,0 +1,54 @@
+"""Which rows of a batch a stepper still decodes."""
+
+import torch
+
+from .stepper import Stepper
+
+__all__ = ["LiveRows"]
+
+
+class LiveRows:
+    """Drops finished rows from a stepper, and spreads its logits over the whole batch again.
+
+    index: the batch's row behind each of the stepper's, or None while they are the same. What is spread for finished
+    rows are old logits or zeros: nobody reads what comes of them.
+    """
+
+    def __init__(self, stepper: Stepper, rows: int, *, fixed: bool = False):
+        self.stepper, self.rows, self.fixed = stepper, rows, fixed
+        self.index: torch.Tensor | None = None
+        self._all: torch.Tensor | None = None
+        self._place: torch.Tensor | None = None
+
+    def drop(self, finished: torch.Tensor) -> None:
+        """Leave out finished rows, (rows,) bool, alike within blocks, once they are a quarter of what is computed."""
+        if self.fixed or finished.device.type != "cpu":  # on a GPU looking would wait at every step
+            return
+        now = finished if self.index is None else finished[self.index]
+        count, live = len(now), int((~now).sum())
+        if live == 0 or live * 4 > count * 3:
+            return
+        kept = torch.arange(live)
+        holes = now[:live].nonzero().squeeze(1)
+        kept[holes] = live + (~now[live:]).nonzero().squeeze(1)
+        self.stepper.keep(kept)
+        self.index = kept if self.index is None else self.index[kept]
+        self._place = torch.zeros(self.rows, dtype=torch.long)
+        self._place[self.index] = torch.arange(live)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, V) after tokens (rows,)."""
+        if self.index is None:
+            return self.stepper.step(tokens)
+        logits = self.stepper.step(tokens[self.index])
+        if self._all is None or self._all.dtype != logits.dtype:
+            self._all = logits.new_zeros(self.rows, logits.shape[1])
+        self._all[self.index] = logits
+        return self._all
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row r goes on from row index[r] of the same block."""
+        if self.index is not None:
+            assert self._place is not None
+            index = self._place[index[self.index]]
+        self.stepper.reorder(index)

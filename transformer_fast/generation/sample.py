@@ -1,0 +1,89 @@
+"""Greedy decoding and sampling: HF's processors, criteria and draws around a Stepper."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .cache import as_hugging_face
+from .rows import LiveRows
+from .stepper import Stepper
+
+__all__ = ["Record", "sample"]
+
+
+class Record:
+    """The per-step tensors that return_dict_in_generate asks for."""
+
+    def __init__(self, config: Any):
+        wanted = config.return_dict_in_generate
+        self.scores: tuple | None = () if wanted and config.output_scores else None
+        self.logits: tuple | None = () if wanted and config.output_logits else None
+        self.active = wanted
+
+    def add(self, logits: torch.Tensor | None, scores: torch.Tensor) -> None:
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
+    def fields(self, stepper: Stepper, encoder_decoder: bool) -> dict[str, Any]:
+        """The fields that all of HF's output classes share."""
+        cache = as_hugging_face(stepper.key_values(), encoder_decoder)
+        return {"scores": self.scores, "logits": self.logits, "past_key_values": cache}
+
+
+def draw(scores: torch.Tensor, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
+    """One token a row from softmax(scores): by HF's own draw, or row r by generators[r]."""
+    probabilities = torch.softmax(scores, -1)
+    if generators is None:
+        return torch.multinomial(probabilities, num_samples=1).squeeze(1)
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators)])
+
+
+def sample(
+    stepper: Stepper,
+    input_ids: torch.Tensor,
+    copies: int,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    streamer: Any,
+    generators: Sequence[torch.Generator] | None,
+    record: Record,
+) -> torch.Tensor:
+    """input_ids (rows, S) with what was generated after it, (rows, longest).
+
+    A row that has ended goes on with config's pad token. Rows are processed, and drawn from, as one whole batch however
+    few are still computed, so the draws are HF's.
+    """
+    pad = config._pad_token_tensor
+    ends = any(hasattr(c, "eos_token_id") for c in criteria)
+    plain = not processors and not config.do_sample and not record.active
+    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    live = LiveRows(stepper, len(input_ids), fixed=record.active or not ends)
+    logits = stepper.start()
+    logits = logits if copies == 1 else logits.repeat_interleave(copies, 0)
+    while True:
+        if plain:
+            tokens = logits.argmax(-1)
+        else:
+            logits = logits.to(torch.float32, copy=record.logits is not None)
+            raw = logits.clone() if record.logits is not None else None
+            scores = processors(input_ids, logits)
+            record.add(raw, scores if scores is not logits or record.scores is None else scores.clone())
+            tokens = draw(scores, generators) if config.do_sample else scores.argmax(-1)
+        if ends:
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        input_ids = torch.cat((input_ids, tokens[:, None]), -1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        unfinished = unfinished & ~criteria(input_ids, record.scores)
+        if not bool(unfinished.any()):
+            break
+        if ends:
+            live.drop(unfinished == 0)
+        logits = live.step(tokens)
+    if streamer is not None:
+        streamer.end()
+    return input_ids

@@ -1,0 +1,258 @@
+"""What GPT and GPT-2 share: the forward pass of the base model, and heads that read some positions of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import logging
+
+from .. import ops
+from ..layers import Packing, TransformerSpec, plan_call, run_layers
+from ..layers.embeddings import check_indices, embed
+from ..layers.projection import linear, norm
+from ._base import Encoded, Want, check_inputs, check_integers, read_flags
+from ._heads import IGNORE, classification_loss, is_labelled, vocabulary_logits
+
+__all__ = [
+    "causal_logits",
+    "classify_last",
+    "double_heads",
+    "flatten_leading",
+    "kept_positions",
+    "prepare_cache",
+    "run_gpt",
+    "shifted_labels",
+]
+
+logger = logging.get_logger(__name__)
+
+
+def run_gpt(
+    model: Any,
+    spec: TransformerSpec,
+    want: Want,
+    kwargs: dict,
+    *,
+    word: nn.Module,
+    position: nn.Module,
+    final_norm: nn.Module | None,
+    input_ids,
+    attention_mask,
+    token_type_ids,
+    position_ids,
+    inputs_embeds,
+    encoder_states=None,
+    encoder_mask=None,
+    past_key_values=None,
+    use_cache: bool = False,
+) -> Encoded:
+    """The base model on (B, S) inputs; segments are embedded by the word table, as in both GPTs."""
+    config, layers = model.config, model.h
+    source = check_inputs(input_ids, inputs_embeds, config.n_embd)
+    batch, length = source.shape[:2]
+    flags = read_flags(config, kwargs, len(layers))
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past)
+    call = plan_call(
+        spec, attention_mask, batch, length, source.device,
+        past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
+        read=want.read, read_first=want.read_first, attentions=flags.attentions,
+    )  # fmt: skip
+    rows = embed(
+        call.packing, word, position, None if token_type_ids is None else word, None, model.drop,
+        input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, segment_ids=token_type_ids,
+        past=past,
+    )  # fmt: skip
+    rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
+    if final_norm is not None:
+        rows = norm(final_norm, rows)
+    return Encoded.of(rows, call, None, past_key_values if use_cache else None, flags, len(layers))
+
+
+def _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past) -> None:
+    positions = position.num_embeddings
+    for name, t in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+        if t is not None:
+            check_integers(name, t, (batch, length))
+    if position_ids is not None:
+        check_indices("position_ids", position_ids, positions, "config.n_positions")
+    elif isinstance(past, int) and past + length > positions:
+        raise ValueError(
+            f"input_ids: {past + length} positions are past config.n_positions = {positions}; "
+            "truncate the text (tokenizer(..., truncation=True))"
+        )
+    for name, t in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
+        if t is not None:
+            check_indices(name, t, word.num_embeddings, "config.vocab_size")
+
+
+def prepare_cache(model: Any, past_key_values, use_cache: bool | None):
+    """(cache or None, whether to return it): HF's rule, but in training a cache is made only when asked for."""
+    config = model.config
+    if use_cache is None:
+        use_cache = getattr(config, "use_cache", False) and not model.training
+    if model.gradient_checkpointing and model.training:
+        if use_cache or past_key_values is not None:
+            logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
+        return None, False
+    if use_cache:
+        if past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if getattr(config, "add_cross_attention", False) and not hasattr(past_key_values, "cross_attention_cache"):
+            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
+    return past_key_values, use_cache
+
+
+def flatten_leading(kwargs: dict) -> tuple[torch.Size | None, dict]:
+    """Inputs of shape (..., S) as (B, S), as the heads of multiple choice give them: (the leading shape where there is
+    more than one dimension of it, the inputs)."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    source, trailing = (ids, 1) if ids is not None else (embeds, 2)
+    if source is None or source.dim() <= trailing + 1:
+        return None, kwargs
+    leading = source.shape[:-trailing]
+    kept = {"input_ids": 1, "attention_mask": 1, "token_type_ids": 1, "position_ids": 1, "inputs_embeds": 2}
+    found = dict(kwargs)
+    for name, dims in kept.items():
+        t = kwargs.get(name)
+        if t is not None and t.dim() == len(leading) + dims:
+            found[name] = t.reshape(-1, *t.shape[-dims:])
+    return leading, found
+
+
+def shifted_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
+    """Position i is scored on the token after it."""
+    return F.pad(labels, (0, 1), value=IGNORE)[..., 1:] if given is None and labels is not None else given
+
+
+def kept_positions(
+    source: torch.Tensor, logits_to_keep: int | torch.Tensor, shifted: torch.Tensor | None
+) -> torch.Tensor | None:
+    """(B, S) bool: positions a causal head reads though they may be padding."""
+    read = is_labelled(shifted)
+    if isinstance(logits_to_keep, int) and not logits_to_keep:
+        return read
+    if read is None:
+        read = torch.zeros(source.shape[:2], dtype=torch.bool, device=source.device)
+    if isinstance(logits_to_keep, int):
+        read[:, -logits_to_keep:] = True
+    elif logits_to_keep.dtype == torch.bool:
+        read = read | logits_to_keep
+    elif logits_to_keep.dim() == 2:
+        read = read.scatter(1, logits_to_keep % read.shape[1], True)
+    else:
+        read[:, logits_to_keep] = True
+    return read
+
+
+def causal_logits(
+    model: Any, encoded: Encoded, logits_to_keep: int | torch.Tensor, labels, shifted, kwargs: dict
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(HF's causal language modelling loss or None, logits (B, S or the kept, V))."""
+    head, packing, rows = model.lm_head, encoded.packing, encoded.rows
+    if not isinstance(logits_to_keep, int) or logits_to_keep:
+        logits = linear(head, _keep(encoded.restored(), logits_to_keep))
+        return (
+            None if labels is None else model.loss_function(logits, labels, model.config.vocab_size, **kwargs)
+        ), logits
+    if labels is None:
+        return None, vocabulary_logits(head, rows, packing)
+    logits = linear(head, rows)
+    if model.loss_function is not ForCausalLMLoss:
+        logits = packing.unpack(logits)
+        return model.loss_function(logits, labels, model.config.vocab_size, **kwargs), logits
+    targets = packing.pack(_like(shifted, packing).to(logits.device)).reshape(-1)
+    count = kwargs.get("num_items_in_batch")
+    reduction = "mean" if count is None else "sum"
+    ignored = kwargs.get("ignore_index", IGNORE)
+    loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, ignore_index=ignored, reduction=reduction)
+    if count is not None:
+        loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+    return loss, packing.unpack(logits)
+
+
+def _like(labels: torch.Tensor, packing: Packing) -> torch.Tensor:
+    if tuple(labels.shape) != (packing.batch, packing.length):
+        raise ValueError(f"labels: wanted shape {(packing.batch, packing.length)}, got {tuple(labels.shape)}")
+    return labels
+
+
+def _keep(states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
+    """HF's rule: the last so many positions, these positions, or the True ones of a (B, S) mask (flattened)."""
+    if isinstance(kept, int):
+        return states[:, -kept:]
+    if kept.dim() == 2:
+        return states[kept] if kept.dtype == torch.bool else torch.take_along_dim(states, kept[..., None], dim=1)
+    return states[:, kept]
+
+
+def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict):
+    """Logits of the last token that is not config.pad_token_id (without one the last column): (loss, logits, encoded).
+
+    Only those positions go through the head. Raises ValueError for a batch where nothing tells padding apart.
+    """
+    config, input_ids = model.config, inputs["input_ids"]
+    source = check_inputs(input_ids, inputs["inputs_embeds"], config.n_embd)
+    (batch, length), device = source.shape[:2], source.device
+    if not length:
+        raise ValueError(f"input_ids: wanted at least one position to classify, got shape {tuple(source.shape)}")
+    if config.pad_token_id is None and batch != 1:
+        raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined: set config.pad_token_id")
+    last = torch.full((batch,), length - 1, device=device)
+    if config.pad_token_id is not None and input_ids is not None:
+        last = ((input_ids != config.pad_token_id) * torch.arange(length, device=device)).argmax(-1)
+    elif config.pad_token_id is not None:
+        logger.warning_once(
+            f"{type(model).__name__} cannot see padding in inputs_embeds: the last column is classified"
+        )
+    read = torch.arange(length, device=device) == last[:, None]
+    encoded = run(want=Want(read=read), **inputs, **kwargs)
+    logits = linear(model.score, _at(encoded, last))
+    return (None if labels is None else classification_loss(config, logits, labels)), logits, encoded
+
+
+def _at(encoded: Encoded, column: torch.Tensor) -> torch.Tensor:
+    """The computed rows at (b, column[b]): (B, E)."""
+    packing, rows = encoded.packing, encoded.rows
+    batch = torch.arange(packing.batch, device=column.device)
+    if packing.index is None:
+        return rows[batch, column]
+    return rows.index_select(0, torch.searchsorted(packing.index, batch * packing.length + column))
+
+
+def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, mc_labels, kwargs: dict):
+    """Language modelling and multiple choice on (..., S) inputs: (loss, mc_loss, logits (..., S, V), mc_logits (...),
+    encoded)."""
+    leading, flat = flatten_leading(inputs)
+    source = check_inputs(flat["input_ids"], flat["inputs_embeds"], model.config.n_embd)
+    batch, length = source.shape[:2]
+    leading = leading or source.shape[:1]
+    shifted = None if labels is None else shifted_labels(labels.reshape(-1, labels.shape[-1]), None)
+    read, head = is_labelled(shifted), model.multiple_choice_head
+    summarised = _summarised(head.summary_type, mc_token_ids, batch, length, source.device)
+    encoded = run(want=Want(read=summarised if read is None else read | summarised), **flat, **kwargs)
+    rows = linear(model.lm_head, encoded.rows)
+    loss = mc_loss = None
+    if shifted is not None:
+        targets = encoded.packing.pack(_like(shifted, encoded.packing).to(rows.device)).reshape(-1)
+        loss = ops.cross_entropy(rows.reshape(-1, rows.shape[-1]), targets, ignore_index=IGNORE).to(rows.dtype)
+    mc_logits = head(encoded.restored().unflatten(0, leading), mc_token_ids).squeeze(-1)
+    if mc_labels is not None:
+        mc_loss = F.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
+    return loss, mc_loss, encoded.packing.unpack(rows).unflatten(0, leading), mc_logits, encoded
+
+
+def _summarised(kind: str, mc_token_ids, batch: int, length: int, device) -> torch.Tensor:
+    """(B, S) bool: the positions that the multiple choice head reads."""
+    if kind != "cls_index":
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    column = torch.full((batch,), length - 1, device=device) if mc_token_ids is None else mc_token_ids.reshape(-1)
+    if column.shape[0] != batch:
+        raise ValueError(
+            f"mc_token_ids: wanted one index for each of the {batch} sequences, got {tuple(mc_token_ids.shape)}"
+        )
+    return torch.arange(length, device=device) == (column % length)[:, None]

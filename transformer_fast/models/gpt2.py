@@ -1,0 +1,296 @@
+"""GPT-2 (Radford et al., 2019), every head: HF's parameters and names, our computation."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.models.gpt2 import modeling_gpt2 as hf
+from transformers.pytorch_utils import Conv1D
+
+from .. import ops
+from ..generation import GenerationMixin, StepDescription
+from ..layers import SlotTable, TransformerSpec, encoder_layer
+from ..layers.projection import dropout_p, linear, register_transposed
+from ._base import Adopted, ModelMixin, Want, activation_name, check_inputs, documented_as
+from ._gpt import (
+    causal_logits,
+    classify_last,
+    double_heads,
+    flatten_leading,
+    kept_positions,
+    prepare_cache,
+    run_gpt,
+    shifted_labels,
+)
+from ._heads import is_labelled, span_loss, token_loss
+
+__all__ = [
+    "GPT2DoubleHeadsModel",
+    "GPT2ForQuestionAnswering",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+]
+
+SLOTS = SlotTable(
+    attention_norm="ln_1",
+    qkv="attn.c_attn",
+    attention_dropout="attn.attn_dropout",
+    attention_output="attn.c_proj",
+    attention_output_dropout="attn.resid_dropout",
+    cross_norm="ln_cross_attn",
+    cross_query="crossattention.q_attn",
+    cross_key_value="crossattention.c_attn",
+    cross_dropout="crossattention.attn_dropout",
+    cross_output="crossattention.c_proj",
+    cross_output_dropout="crossattention.resid_dropout",
+    output_norm="ln_2",
+    up="mlp.c_fc",
+    activation_fn="mlp.act",
+    down="mlp.c_proj",
+    output_dropout="mlp.dropout",
+)
+_ADOPTED = Adopted()
+register_transposed(Conv1D)
+
+
+def spec_of(config) -> TransformerSpec:
+    # config.reorder_and_upcast_attn asks for scores in float32: attention here always computes them so.
+    return TransformerSpec(
+        num_heads=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        scale=None if config.scale_attn_weights else 1.0,
+        scale_by_layer=config.scale_attn_by_inverse_layer_idx,
+        causal=True,
+        norm_position="pre",
+        activation=activation_name(config.activation_function),
+    )
+
+
+@_ADOPTED.register
+class GPT2Block(hf.GPT2Block):
+    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+
+    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+
+
+class _GPT2Mixin(ModelMixin):
+    _adopted = _ADOPTED
+    config: Any
+
+
+@_ADOPTED.register
+class GPT2Model(_GPT2Mixin, hf.GPT2Model):
+    __doc__ = hf.GPT2Model.__doc__
+
+    @documented_as(hf.GPT2Model.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        leading, inputs = flatten_leading(inputs)
+        past_key_values, use_cache = prepare_cache(self, past_key_values, use_cache)
+        encoded = run_gpt(
+            self, spec_of(self.config), want or Want(), kwargs,
+            word=self.wte, position=self.wpe, final_norm=self.ln_f, encoder_states=encoder_hidden_states,
+            encoder_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache, **inputs,
+        )  # fmt: skip
+        if want is not None:
+            return encoded
+        states = encoded.restored()
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=states if leading is None else states.unflatten(0, leading),
+            past_key_values=encoded.past_key_values,
+            **encoded.extras(cross=True),
+        )
+        return self._finish(output, kwargs)
+
+
+class _Described:
+    def step_description(self: Any) -> StepDescription:
+        t = self.transformer
+        return StepDescription(
+            self, [SLOTS.read(layer) for layer in t.h], spec_of(self.config), t.wte, self.lm_head,
+            position=t.wpe, final_norm=t.ln_f,
+        )  # fmt: skip
+
+
+class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadModel):
+    __doc__ = hf.GPT2LMHeadModel.__doc__
+
+    @documented_as(hf.GPT2LMHeadModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
+        shifted = shifted_labels(labels, kwargs.get("shift_labels"))
+        encoded = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            encoder_hidden_states, encoder_attention_mask, use_cache,
+            want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
+        )  # fmt: skip
+        loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
+        return self._finish(
+            CausalLMOutputWithCrossAttentions(
+                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+            ),
+            kwargs,
+        )
+
+
+class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2DoubleHeadsModel):
+    __doc__ = hf.GPT2DoubleHeadsModel.__doc__
+
+    @documented_as(hf.GPT2DoubleHeadsModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mc_token_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mc_labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        inputs = {
+            "input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }  # fmt: skip
+        loss, mc_loss, logits, mc_logits, encoded = double_heads(
+            self, inputs, self.transformer, mc_token_ids, labels, mc_labels, kwargs
+        )
+        return self._finish(
+            hf.GPT2DoubleHeadsModelOutput(
+                loss=loss, mc_loss=mc_loss, logits=logits, mc_logits=mc_logits,
+                past_key_values=encoded.past_key_values, **encoded.extras(),
+            ),
+            kwargs,
+        )  # fmt: skip
+
+
+class GPT2ForSequenceClassification(_GPT2Mixin, hf.GPT2ForSequenceClassification):
+    __doc__ = hf.GPT2ForSequenceClassification.__doc__
+
+    @documented_as(hf.GPT2ForSequenceClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        inputs = {
+            "input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }  # fmt: skip
+        loss, logits, encoded = classify_last(self, inputs, self.transformer, labels, kwargs)
+        return self._finish(
+            SequenceClassifierOutputWithPast(
+                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras()
+            ),
+            kwargs,
+        )
+
+
+class GPT2ForTokenClassification(_GPT2Mixin, hf.GPT2ForTokenClassification):
+    __doc__ = hf.GPT2ForTokenClassification.__doc__
+
+    @documented_as(hf.GPT2ForTokenClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        encoded = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            use_cache=bool(use_cache), want=Want(read=is_labelled(labels)), **kwargs,
+        )  # fmt: skip
+        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))
+        logits = encoded.packing.unpack(linear(self.classifier, rows))
+        loss = None if labels is None else token_loss(logits, labels)
+        return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+
+
+class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
+    __doc__ = hf.GPT2ForQuestionAnswering.__doc__
+
+    @documented_as(hf.GPT2ForQuestionAnswering.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """As HF's, padding dropped; start_logits and end_logits at padding are the dtype's lowest number, so that no
+        argmax picks it. With start_positions and end_positions padding is computed, as HF's loss counts it."""
+        source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
+        scored = start_positions is not None and end_positions is not None
+        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        encoded = self.transformer(
+            input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache=False,
+            want=Want(read=read), **kwargs,
+        )  # fmt: skip
+        logits = linear(self.qa_outputs, encoded.rows)
+        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
+        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        loss = span_loss(start, end, start_positions, end_positions) if scored else None
+        return self._finish(
+            QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
+        )

@@ -1,0 +1,201 @@
+"""OpenAI GPT (Radford et al., 2018), every head: HF's parameters and names, our computation."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin as HFGenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutput,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+)
+from transformers.models.openai import modeling_openai as hf
+from transformers.pytorch_utils import Conv1D
+
+from ..generation import GenerationMixin
+from ..layers import SlotTable, TransformerSpec, encoder_layer
+from ..layers.projection import register_transposed
+from ._base import Adopted, ModelMixin, Want, check_inputs, documented_as
+from ._gpt import (
+    causal_logits,
+    classify_last,
+    double_heads,
+    flatten_leading,
+    kept_positions,
+    prepare_cache,
+    run_gpt,
+    shifted_labels,
+)
+
+__all__ = [
+    "OpenAIGPTDoubleHeadsModel",
+    "OpenAIGPTForSequenceClassification",
+    "OpenAIGPTLMHeadModel",
+    "OpenAIGPTModel",
+]
+
+SLOTS = SlotTable(
+    qkv="attn.c_attn",
+    attention_dropout="attn.attn_dropout",
+    attention_output="attn.c_proj",
+    attention_output_dropout="attn.resid_dropout",
+    attention_norm="ln_1",
+    up="mlp.c_fc",
+    down="mlp.c_proj",
+    output_dropout="mlp.dropout",
+    output_norm="ln_2",
+)
+_ADOPTED = Adopted()
+_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}  # its "gelu" is the tanh form
+register_transposed(Conv1D)
+
+
+def spec_of(config) -> TransformerSpec:
+    return TransformerSpec(
+        num_heads=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        causal=True,
+        activation=_ACTIVATIONS[config.afn],
+    )
+
+
+@_ADOPTED.register
+class Block(hf.Block):
+    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+
+    def forward(self, x, call, index, first_only=False, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), x, call, index, first_only, past_key_values)
+
+
+class _OpenAIGPTMixin(ModelMixin):
+    _adopted = _ADOPTED
+    config: Any
+
+
+@_ADOPTED.register
+class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
+    __doc__ = hf.OpenAIGPTModel.__doc__
+    gradient_checkpointing = False
+
+    @documented_as(hf.OpenAIGPTModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """Unlike HF's, it can also keep a cache: with past_key_values or use_cache=True."""
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        leading, inputs = flatten_leading(inputs)
+        past_key_values, use_cache = prepare_cache(self, past_key_values, bool(use_cache))
+        encoded = run_gpt(
+            self, spec_of(self.config), want or Want(), kwargs, word=self.tokens_embed, position=self.positions_embed,
+            final_norm=None, past_key_values=past_key_values, use_cache=use_cache, **inputs,
+        )  # fmt: skip
+        if want is not None:
+            return encoded
+        states = encoded.restored()
+        output = BaseModelOutputWithPast(
+            last_hidden_state=states if leading is None else states.unflatten(0, leading),
+            past_key_values=encoded.past_key_values,
+            **encoded.extras(),
+        )
+        return self._finish(output, kwargs)
+
+
+class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadModel):
+    __doc__ = hf.OpenAIGPTLMHeadModel.__doc__
+    prepare_inputs_for_generation = HFGenerationMixin.prepare_inputs_for_generation  # HF's own class has no cache
+
+    @documented_as(hf.OpenAIGPTLMHeadModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
+        shifted = shifted_labels(labels, kwargs.get("shift_labels"))
+        encoded = self.transformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, use_cache,
+            want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
+        )  # fmt: skip
+        loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
+        if encoded.past_key_values is None:
+            return self._finish(CausalLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+        return self._finish(
+            CausalLMOutputWithPast(
+                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras()
+            ),
+            kwargs,
+        )
+
+
+class OpenAIGPTDoubleHeadsModel(_OpenAIGPTMixin, hf.OpenAIGPTDoubleHeadsModel):
+    __doc__ = hf.OpenAIGPTDoubleHeadsModel.__doc__
+
+    @documented_as(hf.OpenAIGPTDoubleHeadsModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mc_token_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mc_labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        loss, mc_loss, logits, mc_logits, encoded = double_heads(
+            self, inputs, self.transformer, mc_token_ids, labels, mc_labels, kwargs
+        )
+        return self._finish(
+            hf.OpenAIGPTDoubleHeadsModelOutput(
+                loss=loss, mc_loss=mc_loss, logits=logits, mc_logits=mc_logits, **encoded.extras()
+            ),
+            kwargs,
+        )
+
+
+class OpenAIGPTForSequenceClassification(_OpenAIGPTMixin, hf.OpenAIGPTForSequenceClassification):
+    __doc__ = hf.OpenAIGPTForSequenceClassification.__doc__
+
+    @documented_as(hf.OpenAIGPTForSequenceClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        loss, logits, encoded = classify_last(self, inputs, self.transformer, labels, kwargs)
+        return self._finish(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
