@@ -19,6 +19,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils import logging
 
 from .. import ops
+from ..generation import GenerationMixin
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
 from ..layers.projection import dropout_p, lay_out, linear, norm
@@ -276,7 +277,7 @@ class BertForMaskedLM(_BertMixin, hf.BertForMaskedLM):
         return self._finish(MaskedLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
 
-class BertLMHeadModel(_BertMixin, hf.BertLMHeadModel):
+class BertLMHeadModel(GenerationMixin, _BertMixin, hf.BertLMHeadModel):
     __doc__ = hf.BertLMHeadModel.__doc__
 
     @documented_as(hf.BertLMHeadModel.forward)
