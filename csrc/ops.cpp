@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <thread>
 
 #include "cpu/parallel.hpp"
 #include "tensors.hpp"
@@ -14,6 +15,7 @@ extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, 
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 extern "C" int tf_num_threads() { return int(torch::stable::get_num_threads()); }
+extern "C" void tf_yield() { std::this_thread::yield(); }
 
 namespace {
 struct Buffer {
@@ -81,7 +83,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, Tensor? relative, int relative_zero, Tensor? rng, float scale, bool bottom_right, "        \
   "int window_left, int window_right, float softcap, float dropout_p, "
-  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
 #undef TF_ATTENTION
@@ -105,6 +107,29 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "Tensor? position_ids, Tensor? position, Tensor? weight, Tensor mean, Tensor rstd, Tensor? rng, float dropout_p, "
       "Tensor(a!) grad_v, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def("cpu_embedding_gradient(Tensor grad_v, Tensor ids, int padding_idx, Tensor(a!) grad_table) -> ()");
+  // A plan is plain memory with addresses in it: who made it keeps every tensor that went into it. Pairs (weight, bias)
+  // in norms and weights; a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
+  m.def("cpu_decoder_plan_bytes(int layers) -> int");
+  m.def("cpu_decoder_phase_bytes(int layers) -> int");
+  m.def(
+      "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
+      "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "
+      "float head_scale, int vocabulary, Tensor? relative, int layers, int heads, int head_dim, int feed_forward, "
+      "int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
+  m.def(
+      "cpu_decoder_plan_layer(Tensor(a!) plan, int index, Tensor?[] norms, float[] eps, bool rms, Tensor?[] weights, "
+      "Tensor?[] caches, float scale, float cross_scale) -> ()");
+  m.def(
+      "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
+      "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");
+  // query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv): last stride 1; score_weight, bias: float32 (D,). mask: bool
+  // (B, Sq, Sk), any strides. weights, grad_query, grad_score_weight (B, D): float32. All results are contiguous.
+#define TF_ADDITIVE \
+  "Tensor query, Tensor key, Tensor value, Tensor score_weight, Tensor? bias, Tensor? mask, Tensor? key_lengths, "
+  m.def("cpu_additive_attention_forward(" TF_ADDITIVE "Tensor(a!) out, Tensor(b!) weights) -> ()");
+  m.def("cpu_additive_attention_backward(Tensor grad_out, Tensor? grad_weights, Tensor weights, " TF_ADDITIVE
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_score_weight) -> ()");
+#undef TF_ADDITIVE
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

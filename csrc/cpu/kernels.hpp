@@ -2,9 +2,11 @@
 // (norm.hpp, activation.hpp, ...); strides count elements.
 #pragma once
 #include "activation.hpp"
+#include "additive_attention.hpp"
 #include "attention.hpp"
 #include "linear.hpp"
 #include "cross_entropy.hpp"
+#include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
 
@@ -26,6 +28,9 @@ struct Kernels {
   void (*embedding_norm_forward)(const EmbeddingNormForward&);
   void (*embedding_norm_backward)(const EmbeddingNormBackward&);
   void (*embedding_gradient)(const EmbeddingGradient&);
+  void (*decoder_step)(const DecoderStep&);
+  void (*additive_attention_forward)(const AdditiveAttentionForward&);
+  void (*additive_attention_backward)(const AdditiveAttentionBackward&);
 };
 
 #ifdef TF_ISA
@@ -45,6 +50,9 @@ void cross_entropy_backward(const CrossEntropyBackward&);
 void embedding_norm_forward(const EmbeddingNormForward&);
 void embedding_norm_backward(const EmbeddingNormBackward&);
 void embedding_gradient(const EmbeddingGradient&);
+void decoder_step(const DecoderStep&);
+void additive_attention_forward(const AdditiveAttentionForward&);
+void additive_attention_backward(const AdditiveAttentionBackward&);
 }  // namespace TF_ISA
 #endif
 

@@ -1,6 +1,7 @@
 """Generation: one engine for every decoder, under Hugging Face's generate."""
 
 from .mixin import GenerationMixin
+from .native_step import StepDescription, set_weight_storage
 from .stepper import Prompt, Stepper, choose_stepper
 
-__all__ = ["GenerationMixin", "Prompt", "Stepper", "choose_stepper"]
+__all__ = ["GenerationMixin", "Prompt", "StepDescription", "Stepper", "choose_stepper", "set_weight_storage"]

@@ -14,6 +14,7 @@ __all__ = [
     "add_norm_sum",
     "dropout_p",
     "is_plain",
+    "is_transposed",
     "lay_out",
     "linear",
     "norm",
@@ -42,11 +43,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def is_transposed(module: Any) -> bool:
+    """True for a plain module of a registered class that computes x W + b."""
+    return type(module) in _TRANSPOSED and is_plain(module, type(module))
+
+
 def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
     """activation(x W^T + b)."""
     if is_plain(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation)
-    if type(module) in _TRANSPOSED and is_plain(module, type(module)):
+    if is_transposed(module):
         return ops.linear(x, module.weight.t(), module.bias, activation)
     y = module(x)
     return y if activation is None else ops.bias_activation(y, None, activation)

@@ -14,7 +14,7 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..generation import GenerationMixin
+from ..generation import GenerationMixin, StepDescription
 from ..layers import SlotTable, TransformerSpec, encoder_layer
 from ..layers.projection import dropout_p, linear, register_transposed
 from ._base import Adopted, ModelMixin, Want, activation_name, check_inputs, documented_as
@@ -128,7 +128,16 @@ class GPT2Model(_GPT2Mixin, hf.GPT2Model):
         return self._finish(output, kwargs)
 
 
-class GPT2LMHeadModel(GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadModel):
+class _Described:
+    def step_description(self: Any) -> StepDescription:
+        t = self.transformer
+        return StepDescription(
+            self, [SLOTS.read(layer) for layer in t.h], spec_of(self.config), t.wte, self.lm_head,
+            position=t.wpe, final_norm=t.ln_f,
+        )  # fmt: skip
+
+
+class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadModel):
     __doc__ = hf.GPT2LMHeadModel.__doc__
 
     @documented_as(hf.GPT2LMHeadModel.forward)
@@ -163,7 +172,7 @@ class GPT2LMHeadModel(GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadModel):
         )
 
 
-class GPT2DoubleHeadsModel(GenerationMixin, _GPT2Mixin, hf.GPT2DoubleHeadsModel):
+class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2DoubleHeadsModel):
     __doc__ = hf.GPT2DoubleHeadsModel.__doc__
 
     @documented_as(hf.GPT2DoubleHeadsModel.forward)

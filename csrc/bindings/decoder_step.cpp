@@ -1,0 +1,139 @@
+#include "cpu/decoder_step.hpp"
+
+#include <vector>
+
+#include "tensors.hpp"
+
+namespace tf {
+namespace {
+
+using OptionalTensors = std::vector<OptionalTensor>;
+
+DecoderPlan& plan_of(const Tensor& plan) { return *static_cast<DecoderPlan*>(plan.mutable_data_ptr()); }
+
+int64_t decoder_plan_bytes(int64_t layers) { return int64_t(sizeof(DecoderPlan) + sizeof(DecoderLayer) * size_t(layers)); }
+int64_t decoder_phase_bytes(int64_t layers) {
+  return int64_t(sizeof(PhaseCounter)) * (kLayerPhases * layers + kStackPhases);
+}
+
+// tensors[at]: weight, tensors[at + 1]: bias
+StepNorm norm_of(const OptionalTensors& tensors, size_t at, double eps, bool rms) {
+  return {read<float>(tensors[at]), read<float>(tensors[at + 1]), float(eps), rms};
+}
+
+// tensors[at]: panels (ceil(out / 32), in, 32), tensors[at + 1]: bias
+StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
+  StepWeight w{};
+  if (!tensors[at].has_value()) return w;
+  w.storage = dtype_of(*tensors[at]);
+  w.panels = read(*tensors[at]);
+  w.bias = read<float>(tensors[at + 1]);
+  w.out = out;
+  w.in = tensors[at]->size(1);
+  return w;
+}
+
+int64_t bytes_of(const StepWeight& w) { return w.out * w.in * (w.storage == DType::f32 ? 4 : 2); }
+
+void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
+                        OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm, int64_t activation,
+                        OptionalTensors head, double head_scale, int64_t vocabulary, OptionalTensor relative,
+                        int64_t layers, int64_t heads, int64_t head_dim, int64_t feed_forward, int64_t rows,
+                        int64_t capacity, int64_t cross_capacity, ScalarType cache_dtype) {
+  STD_TORCH_CHECK(head_dim <= 256, "head_dim: wanted at most 256, got ", head_dim);
+  DecoderPlan& p = plan_of(plan);
+  p = DecoderPlan{};
+  p.layers = layers;
+  p.width = token.size(1);
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.feed_forward = feed_forward;
+  p.rows = rows;
+  p.pre_norm = pre_norm;
+  p.activation = Activation(activation);
+  p.embedding_dtype = dtype_of(token);
+  p.cache_dtype = cache_dtype == ScalarType::Float ? DType::f32 : DType::bf16;
+  p.token = read(token);
+  p.tokens = token.size(0);
+  p.position = read(position);
+  p.positions = position.has_value() ? position->size(0) : 0;
+  p.embed_scale = float(embed_scale);
+  p.embedding_norm = norm_of(norms, 0, eps[0], rms);
+  p.final_norm = norm_of(norms, 2, eps[1], rms);
+  p.head = weight_of(head, 0, vocabulary);
+  p.head_scale = float(head_scale);
+  p.relative = read<float>(relative);
+  p.relative_count = relative.has_value() ? relative->size(1) : 0;
+  p.capacity = capacity;
+  p.cross_capacity = cross_capacity;
+  p.weight_bytes = bytes_of(p.head);
+  const int64_t inner = heads * head_dim, floats = rows * (2 * p.width + 4 * inner + feed_forward);
+  STD_TORCH_CHECK(int64_t(workspace.numel()) >= floats, "workspace: wanted ", floats, " elements");
+  p.workspace = write<float>(workspace);
+  p.counters = static_cast<PhaseCounter*>(phases.mutable_data_ptr());
+}
+
+// norms: attention, cross, output; weights: qkv, attention_output, cross_query, cross_output, up, gate, down;
+// caches: keys, values, cross keys, cross values.
+void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::vector<double> eps, bool rms,
+                        OptionalTensors weights, OptionalTensors caches, double scale, double cross_scale) {
+  DecoderPlan& p = plan_of(plan);
+  DecoderLayer& l = layers_of(&p)[index];
+  const int64_t inner = p.heads * p.head_dim;
+  l = DecoderLayer{};
+  l.attention_norm = norm_of(norms, 0, eps[0], rms);
+  l.cross_norm = norm_of(norms, 2, eps[1], rms);
+  l.output_norm = norm_of(norms, 4, eps[2], rms);
+  l.qkv = weight_of(weights, 0, 3 * inner);
+  l.attention_output = weight_of(weights, 2, p.width);
+  l.cross_query = weight_of(weights, 4, inner);
+  l.cross_output = weight_of(weights, 6, p.width);
+  l.up = weight_of(weights, 8, p.feed_forward);
+  l.gate = weight_of(weights, 10, p.feed_forward);
+  l.down = weight_of(weights, 12, p.width);
+  for (const StepWeight* w : {&l.qkv, &l.attention_output, &l.cross_query, &l.cross_output, &l.up, &l.gate, &l.down})
+    p.weight_bytes += bytes_of(*w);
+  l.scale = float(scale);
+  l.cross_scale = float(cross_scale);
+  l.keys = write(caches[0]);
+  l.values = write(caches[1]);
+  l.cross_keys = write(caches[2]);
+  l.cross_values = write(caches[3]);
+}
+
+void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor table, OptionalTensor sources,
+                  OptionalTensor cross_lengths, int64_t length, Tensor logits) {
+  const DecoderPlan& p = plan_of(plan);
+  DecoderStep s{};
+  s.plan = &p;
+  s.ids = read<int64_t>(ids);
+  s.positions = read<int64_t>(positions);
+  s.table = write<int32_t>(table);
+  s.sources = read<int32_t>(sources);
+  s.cross_lengths = read<int32_t>(cross_lengths);
+  s.rows = ids.size(0);
+  s.length = length;
+  s.logits = write<float>(logits);
+  STD_TORCH_CHECK(s.rows <= p.rows, "ids: wanted at most ", p.rows, " rows, got ", s.rows);
+  STD_TORCH_CHECK(length < p.capacity, "length: wanted less than ", p.capacity, ", got ", length);
+  for (int64_t r = 0; r < s.rows; ++r) {
+    STD_TORCH_CHECK(s.ids[r] >= 0 && s.ids[r] < p.tokens, "ids: ", s.ids[r], " is not one of ", p.tokens, " tokens");
+    if (p.position)
+      STD_TORCH_CHECK(s.positions[r] >= 0 && s.positions[r] < p.positions, "positions: ", s.positions[r],
+                      " is not one of the model's ", p.positions);
+  }
+  kernels().decoder_step(s);
+}
+
+}  // namespace
+}  // namespace tf
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_decoder_plan_stack", TORCH_BOX(&tf::decoder_plan_stack));
+  m.impl("cpu_decoder_plan_layer", TORCH_BOX(&tf::decoder_plan_layer));
+  m.impl("cpu_decoder_step", TORCH_BOX(&tf::decoder_step));
+}
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_decoder_plan_bytes", TORCH_BOX(&tf::decoder_plan_bytes));
+  m.impl("cpu_decoder_phase_bytes", TORCH_BOX(&tf::decoder_phase_bytes));
+}

@@ -1,0 +1,248 @@
+// One token a row through a whole decoder: the phases of a step, shared out among threads that do not sleep in between.
+#include "decoder_step.hpp"
+
+#include "activation_math.hpp"
+#include "decoder_step_attention.hpp"
+#include "kernels.hpp"
+#include "linear_panel.hpp"
+#include "parallel.hpp"
+
+namespace tf::TF_ISA {
+namespace {
+
+struct Buffers {  // (rows, ...) each
+  float *x, *normed, *qkv, *context, *inner;
+};
+
+Buffers buffers_of(const DecoderPlan& p) {
+  const int64_t heads = p.heads * p.head_dim;
+  Buffers b;
+  b.x = p.workspace;
+  b.normed = b.x + p.rows * p.width;
+  b.qkv = b.normed + p.rows * p.width;
+  b.context = b.qkv + p.rows * 3 * heads;
+  b.inner = b.context + p.rows * heads;
+  return b;
+}
+
+// What becomes of a product: y = [y +] activation(scale * product + bias) [* (gate product + gate bias)].
+struct Finish {
+  float* y;
+  int64_t stride;
+  float scale = 1.f;
+  bool add = false;
+  bool has_activation = false;
+  Activation activation = Activation::relu;
+  const StepWeight* gate = nullptr;
+};
+
+template <class F>
+void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
+                    const float* gates, const F& activate) {
+  const int64_t n = w.out - column < kPanel ? w.out - column : kPanel;
+  for (int m = 0; m < rows; ++m) {
+    float* y = f.y + (row + m) * f.stride + column;
+    for_columns(n, [&](int64_t c, auto part) {
+      Vec v = load(sums + m * kPanel + c) * f.scale;
+      if (w.bias) v = v + load(w.bias + column + c, part);
+      v = activate(v);
+      if (gates) {
+        const Vec g = load(gates + m * kPanel + c);
+        v = v * (f.gate->bias ? g + load(f.gate->bias + column + c, part) : g);
+      }
+      store(y + c, f.add ? v + load(y + c, part) : v, part);
+    });
+  }
+}
+
+void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, float* sums) {
+  const int64_t at = panel * w.in * kPanel;
+  if (w.storage == DType::f32)
+    multiply_rows<kRows>(rows, x, ldx, static_cast<const float*>(w.panels) + at, w.in, sums);
+  else
+    multiply_rows<kRows>(rows, x, ldx, static_cast<const bf16*>(w.panels) + at, w.in, sums);
+}
+
+template <class C>  // element of the caches
+class Walk {
+ public:
+  Walk(const DecoderStep& step, int threads)
+      : s_(step), p_(*step.plan), b_(buffers_of(*step.plan)), team_(step.plan->counters), threads_(threads) {}
+
+  void run() {
+    embed();
+    for (int64_t i = 0; i < p_.layers; ++i) {
+      const DecoderLayer& l = layers_of(&p_)[i];
+      const int64_t heads = p_.heads * p_.head_dim;
+      sublayer(l.attention_norm, l.attention_output, b_.context, heads, [&](const float* in) {
+        Finish f{b_.qkv, 3 * heads};
+        linear(l.qkv, in, p_.width, f);
+        self_attention(l);
+      });
+      if (l.cross_query.panels)
+        sublayer(l.cross_norm, l.cross_output, b_.context, heads, [&](const float* in) {
+          Finish f{b_.qkv, 3 * heads};
+          linear(l.cross_query, in, p_.width, f);
+          cross_attention(l);
+        });
+      sublayer(l.output_norm, l.down, b_.inner, p_.feed_forward, [&](const float* in) {
+        Finish f{b_.inner, p_.feed_forward};
+        f.has_activation = true;
+        f.activation = p_.activation;
+        f.gate = l.gate.panels ? &l.gate : nullptr;
+        linear(l.up, in, p_.width, f);
+      });
+    }
+    const float* last = norm(p_.final_norm, b_.x, b_.normed);
+    Finish f{s_.logits, p_.head.out};
+    f.scale = p_.head_scale;
+    linear(p_.head, last, p_.width, f);
+  }
+
+ private:
+  // x + output(body(norm(x))), or norm(x + output(body(x))).
+  template <class Body>
+  void sublayer(const StepNorm& n, const StepWeight& output, const float* inner, int64_t inner_width, const Body& body) {
+    body(p_.pre_norm ? norm(n, b_.x, b_.normed) : b_.x);
+    Finish f{b_.x, p_.width};
+    f.add = true;
+    linear(output, inner, inner_width, f);
+    if (!p_.pre_norm) norm(n, b_.x, b_.x);
+  }
+
+  void norm_row(const StepNorm& n, const float* x, float* y) {
+    NormForward a{};
+    a.dtype = DType::f32;
+    a.x = x;
+    a.y = y;
+    a.weight = n.weight;
+    a.bias = n.bias;
+    a.eps = n.eps;
+    a.rms = n.rms;
+    a.rows = 1;
+    a.width = p_.width;
+    norm_forward(a);
+  }
+
+  const float* norm(const StepNorm& n, const float* x, float* y) {
+    if (n.eps < 0.f) return x;
+    team_.phase(s_.rows, 1, [&](int64_t r) { norm_row(n, x + r * p_.width, y + r * p_.width); });
+    return y;
+  }
+
+  template <class T>
+  void embed_row(int64_t r) {
+    float* x = b_.x + r * p_.width;
+    const T* token = static_cast<const T*>(p_.token) + s_.ids[r] * p_.width;
+    const T* position = p_.position ? static_cast<const T*>(p_.position) + s_.positions[r] * p_.width : nullptr;
+    for_columns(p_.width, [&](int64_t c, auto part) {
+      const Vec v = load(token + c, part) * p_.embed_scale;
+      store(x + c, position ? v + load(position + c, part) : v, part);
+    });
+    if (p_.embedding_norm.eps >= 0.f) norm_row(p_.embedding_norm, x, x);
+  }
+
+  void embed() {
+    team_.phase(s_.rows, 1, [&](int64_t r) {
+      s_.table[r * p_.capacity + s_.length] = int32_t(r);
+      p_.embedding_dtype == DType::f32 ? embed_row<float>(r) : embed_row<bf16>(r);
+    });
+  }
+
+  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
+    const int64_t panels = (w.out + kPanel - 1) / kPanel;
+    int64_t chunk = panels / (8 * threads_);
+    chunk = chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
+    team_.phase(panels, chunk, [&](int64_t p) {
+      alignas(64) float sums[kRows * kPanel], gates[kRows * kPanel];
+      for (int64_t r = 0; r < s_.rows; r += kRows) {
+        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
+        multiply(w, p, rows, x + r * ldx, ldx, sums);
+        if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, gates);
+        const float* g = f.gate ? gates : nullptr;
+        if (!f.has_activation) {
+          finish_columns(w, f, r, rows, p * kPanel, sums, g, [](Vec v) { return v; });
+          continue;
+        }
+        with_activation(f.activation, [&](auto activation) {
+          finish_columns(w, f, r, rows, p * kPanel, sums, g, [](Vec v) {
+            Vec y, slope;
+            decltype(activation)::compute(v, y, slope);
+            return y;
+          });
+        });
+      }
+    });
+  }
+
+  void self_attention(const DecoderLayer& l) {
+    const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length;
+    team_.phase(s_.rows * heads, 1, [&](int64_t item) {
+      const int64_t r = item / heads, h = item % heads;
+      const float* q = b_.qkv + r * 3 * heads * dim + h * dim;
+      C* keys = static_cast<C*>(l.keys) + h * cap * dim;
+      C* values = static_cast<C*>(l.values) + h * cap * dim;
+      const int64_t row = heads * cap * dim, own = r * row + now * dim;
+      for_columns(dim, [&](int64_t c, auto part) {
+        store(keys + own + c, load(q + heads * dim + c, part), part);
+        store(values + own + c, load(q + 2 * heads * dim + c, part), part);
+      });
+      const int32_t* table = s_.table + r * cap;
+      int64_t first = 0;
+      while (table[first] < 0) ++first;  // ends at this step's own key
+      table += first;
+      const int64_t count = now + 1 - first;
+      const auto at = [&](int64_t j) { return int64_t(table[j] < 0 ? r : table[j]) * row + (first + j) * dim; };
+      attend<C>(
+          q, dim, l.scale, count, [&](int64_t j) { return keys + at(j); }, [&](int64_t j) { return values + at(j); },
+          [&](float* scores) {
+            if (p_.relative) {
+              const float* bias = p_.relative + h * p_.relative_count;
+              for (int64_t j = 0; j < count; ++j) {
+                const int64_t distance = count - 1 - j;
+                scores[j] += bias[distance < p_.relative_count ? distance : p_.relative_count - 1];
+              }
+            }
+            for (int64_t j = 0; j < count; ++j)
+              if (table[j] < 0) scores[j] = -INFINITY;
+          },
+          scratch<float>(0, round_up(cap, kWidth)), b_.context + r * heads * dim + h * dim);
+    });
+  }
+
+  void cross_attention(const DecoderLayer& l) {
+    const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.cross_capacity;
+    // Rows of one source are neighbours: its keys of one head stay in the cache for all of them.
+    team_.phase(s_.rows * heads, s_.rows < 8 ? s_.rows : 4, [&](int64_t item) {
+      const int64_t h = item / s_.rows, r = item % s_.rows, source = s_.sources[r];
+      const int64_t base = (source * heads + h) * cap * dim;
+      const C* keys = static_cast<const C*>(l.cross_keys) + base;
+      const C* values = static_cast<const C*>(l.cross_values) + base;
+      attend<C>(
+          b_.qkv + r * 3 * heads * dim + h * dim, dim, l.cross_scale, s_.cross_lengths[source],
+          [&](int64_t j) { return keys + j * dim; }, [&](int64_t j) { return values + j * dim; }, [](float*) {},
+          scratch<float>(0, round_up(cap, kWidth)), b_.context + r * heads * dim + h * dim);
+    });
+  }
+
+  const DecoderStep& s_;
+  const DecoderPlan& p_;
+  Buffers b_;
+  Team team_;
+  int64_t threads_;
+};
+
+}  // namespace
+
+void decoder_step(const DecoderStep& s) {
+  const DecoderPlan& p = *s.plan;
+  __builtin_memset(p.counters, 0, sizeof(PhaseCounter) * size_t(kLayerPhases * p.layers + kStackPhases));
+  // Waking a thread costs as much as reading some hundred kilobytes.
+  int64_t threads = tf_num_threads(), useful = 1 + p.weight_bytes / (1 << 19);
+  if (threads > useful) threads = useful;
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    p.cache_dtype == DType::f32 ? Walk<float>(s, int(threads)).run() : Walk<bf16>(s, int(threads)).run();
+  });
+}
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,63 @@
+// Arguments of one decoding step: one token a row through a whole decoder, over caches that are written in place.
+#pragma once
+#include "linear.hpp"
+#include "team.hpp"
+
+namespace tf {
+
+struct StepNorm {  // absent when eps is negative
+  const float *weight, *bias;
+  float eps;
+  bool rms;
+};
+
+struct StepWeight {  // y = x W^T + bias, W in panels; absent when panels is null
+  DType storage;
+  const void* panels;
+  const float* bias;
+  int64_t out, in;
+};
+
+struct DecoderLayer {
+  StepNorm attention_norm, cross_norm, output_norm;
+  StepWeight qkv, attention_output, cross_query, cross_output, up, gate, down;
+  float scale, cross_scale;               // of the scores
+  void *keys, *values;                    // (cache rows, heads, capacity, head_dim)
+  void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
+};
+
+constexpr int64_t kLayerPhases = 11, kStackPhases = 4;
+
+// Followed in memory by its layers; made by bindings/decoder_step.cpp.
+struct DecoderPlan {
+  int64_t layers, width, heads, head_dim, feed_forward, rows;  // rows: the most there can be
+  bool pre_norm;
+  Activation activation;
+  DType embedding_dtype, cache_dtype;
+  const void *token, *position;  // (entries, width); position may be null
+  int64_t tokens, positions;     // entries
+  float embed_scale;             // of the token embedding
+  StepNorm embedding_norm, final_norm;
+  StepWeight head;
+  float head_scale;
+  const float* relative;   // (heads, relative_count): a bias for every distance, the last for all beyond; may be null
+  int64_t relative_count;
+  int64_t capacity, cross_capacity;
+  int64_t weight_bytes;
+  float* workspace;        // step_workspace() floats
+  PhaseCounter* counters;  // kLayerPhases * layers + kStackPhases
+};
+static inline DecoderLayer* layers_of(DecoderPlan* p) { return reinterpret_cast<DecoderLayer*>(p + 1); }
+static inline const DecoderLayer* layers_of(const DecoderPlan* p) { return reinterpret_cast<const DecoderLayer*>(p + 1); }
+
+struct DecoderStep {
+  const DecoderPlan* plan;
+  const int64_t *ids, *positions;  // (rows,); positions may be null
+  int32_t* table;                  // (rows, capacity): which cache row holds the row's key t; -1: none to attend to
+  const int32_t* sources;          // (rows,): whose cross keys a row attends to
+  const int32_t* cross_lengths;    // (sources,)
+  int64_t rows, length;            // keys so far; this step's go to position `length` of its own row
+  float* logits;                   // (rows, head.out)
+};
+
+}  // namespace tf

@@ -1,0 +1,57 @@
+// The product of a few rows with one panel of a packed weight (linear.hpp).
+#pragma once
+#include "linear.hpp"
+#include "simd.hpp"
+
+namespace tf::TF_ISA {
+
+constexpr int kRows = kWidth == 16 ? 8 : 6;  // rows held in registers: 2 kRows accumulators
+constexpr int64_t kRun = 32;                 // products in one running sum: long ones lose digits
+
+// Two vectors of a panel's row of 32: columns g.. and 16 + g..
+static inline void load_pair(const float* w, int g, Vec& low, Vec& high) {
+  low = load(w + g);
+  high = load(w + 16 + g);
+}
+static inline void load_pair(const bf16* w, int g, Vec& low, Vec& high) {
+  VecU words;
+  __builtin_memcpy(&words, w + 2 * g, sizeof words);
+  low = bit_cast<Vec>(words << 16);
+  high = bit_cast<Vec>(words & 0xffff0000u);
+}
+
+// out (M, 32) = x (M, in) times one panel.
+template <int M, class W>
+static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
+  for (int g = 0; g < 16; g += kWidth) {
+    for (int64_t begin = 0; begin < in; begin += kRun) {
+      const int64_t end = begin + kRun < in ? begin + kRun : in;
+      Vec low[M] = {}, high[M] = {};
+      for (int64_t k = begin; k < end; ++k) {
+        const W* w = panel + k * kPanel;
+        __builtin_prefetch(w + 4096 / sizeof(W));
+        if (sizeof(W) == 4) __builtin_prefetch(w + 4096 / sizeof(W) + 16);
+        Vec w0, w1;
+        load_pair(w, g, w0, w1);
+        for (int m = 0; m < M; ++m) {
+          const Vec v = broadcast(x[m * ldx + k]);
+          low[m] = fma(v, w0, low[m]);
+          high[m] = fma(v, w1, high[m]);
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        float *left = out + m * kPanel + g, *right = left + 16;
+        store(left, begin ? load(left) + low[m] : low[m]);
+        store(right, begin ? load(right) + high[m] : high[m]);
+      }
+    }
+  }
+}
+
+template <int M, class W>
+static void multiply_rows(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
+  if (rows == M) return multiply_panel<M>(x, ldx, panel, in, out);
+  if constexpr (M > 1) multiply_rows<M - 1>(rows, x, ldx, panel, in, out);
+}
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,54 @@
+// Threads that go through the phases of one computation together, without sleeping in between.
+//
+// Every thread runs the same program; a phase hands its items out one chunk at a time and is over when all of them
+// are done, whoever did them. So any number of threads may take part: one that wakes late passes over the phases that
+// are over, and one that never comes is not missed. A result must not depend on who computes it.
+#pragma once
+#include <cstdint>
+
+extern "C" void tf_yield();
+
+namespace tf {
+struct alignas(64) PhaseCounter {
+  int64_t next, done;
+};
+}  // namespace tf
+
+#ifdef TF_ISA
+namespace tf::TF_ISA {
+
+class Team {
+ public:
+  explicit Team(PhaseCounter* counters) : counter_(counters) {}  // zeros, one a phase
+
+  // f(i) for every i in [0, items); then all of them are done and visible.
+  template <class F>
+  void phase(int64_t items, int64_t chunk, const F& f) {
+    PhaseCounter& c = *counter_++;
+    int64_t mine = 0;
+    for (;;) {
+      const int64_t begin = __atomic_fetch_add(&c.next, chunk, __ATOMIC_RELAXED);
+      if (begin >= items) break;
+      const int64_t end = begin + chunk < items ? begin + chunk : items;
+      for (int64_t i = begin; i < end; ++i) f(i);
+      mine += end - begin;
+    }
+    if (mine) __atomic_fetch_add(&c.done, mine, __ATOMIC_RELEASE);
+    for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < items;) {
+      if (++spins < kSpins) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        tf_yield();  // more threads than free processors
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+  PhaseCounter* counter_;
+};
+
+}  // namespace tf::TF_ISA
+#endif

@@ -1,0 +1,368 @@
+"""Decoding on the CPU by one native call a token: see ops.decoder_step for the arithmetic and the cache.
+
+A family says what its decoder is made of by a StepDescription, from `model.step_description()`; everything else here is
+the same for all of them. What the native step cannot serve has a reason (why_not) and goes to the next stepper.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends import native
+from ..layers.projection import is_plain, is_transposed, linear, packed_linear
+from ..layers.spec import LayerWeights, TransformerSpec
+from ..ops.activation import ACTIVATIONS
+from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, Norm, PackedDecoder, Projection
+from .model_step import ModelStepper
+from .stepper import Prompt
+
+__all__ = ["NativeStepper", "StepDescription", "set_weight_storage"]
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_SERVED = {
+    "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
+    "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep",
+}  # fmt: skip
+_SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
+
+
+@dataclass
+class StepDescription:
+    """A decoder for generation: its modules and what is not in them.
+
+    root: the module whose tree is left out by the native step: hooks in it would not run.
+    layers: in order; where there is cross-attention, with the slots cross_query, cross_output, and cross_key and
+        cross_value or cross_key_value. spec: of all layers.
+    token: the embedding table's module, times embed_scale; position: a module whose `weight` has a row a position, the
+        first at position_offset (BART: 2).
+    head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
+    relative_bias: T5's table (buckets, heads) as a module, shared by all layers; relative_max_distance: of its buckets.
+    """
+
+    root: nn.Module
+    layers: Sequence[LayerWeights]
+    spec: TransformerSpec
+    token: nn.Module
+    head: nn.Module
+    position: nn.Module | None = None
+    position_offset: int = 0
+    embed_scale: float = 1.0
+    embedding_norm: nn.Module | None = None
+    final_norm: nn.Module | None = None
+    head_bias: torch.Tensor | None = None
+    head_scale: float = 1.0
+    relative_bias: nn.Module | None = None
+    relative_max_distance: int = 128
+
+    @property
+    def has_cross_attention(self) -> bool:
+        return any(w.cross_query is not None for w in self.layers)
+
+    def why_not(self) -> str:
+        """'' when the native step computes what the modules would, else the reason why not."""
+        reason = native.load()
+        if reason:
+            return reason
+        if not self.layers:
+            return "there are no layers"
+        for name, module in self.root.named_modules():
+            if _is_hooked(module):
+                return f"{name or type(module).__name__} has hooks or a forward of its own"
+        if self.root.training:
+            return "the model is in training mode"
+        if self.spec.activation not in ACTIVATIONS:
+            return f"there is no kernel for the activation {self.spec.activation!r}"
+        if self.spec.head_dim > 256:
+            return f"head dim {self.spec.head_dim} is over 256"
+        for w in self.layers:
+            if (w.cross_query is None) != (self.layers[0].cross_query is None):
+                return "some layers have cross-attention and some have not"
+            for slot in ("query", "key", "value", "qkv", "attention_output", "up", "gate", "down", "cross_query",
+                         "cross_output"):  # fmt: skip
+                module = getattr(w, slot)
+                if module is not None and _weight_of(module) is None:
+                    return f"{slot} is a {type(module).__name__}, not a plain linear layer"
+        kinds = {_norm_kind(n) for n in self._norms()}
+        if None in kinds or len(kinds) > 1:
+            return "its norms are not all layer norms or all rms norms"
+        if _weight_of(self.head) is None:
+            return f"the head is a {type(self.head).__name__}, not a plain linear layer"
+        return self._why_not_tensors()
+
+    def _why_not_tensors(self) -> str:
+        for name in ("token", "position", "relative_bias"):
+            module = getattr(self, name)
+            if module is not None and not isinstance(getattr(module, "weight", None), torch.Tensor):
+                return f"{name} is a {type(module).__name__} without a weight"
+        for t in self.tensors().sources():
+            if type(t) not in (torch.Tensor, nn.Parameter):
+                return f"a weight is a {type(t).__name__}"
+            if t.device.type != "cpu":
+                return f"device {t.device} is not cpu"
+            if t.dtype not in _FLOATS:
+                return f"dtype {t.dtype} is not float32 or bfloat16"
+        if self.position is not None and self.position.weight.dtype != self.token.weight.dtype:
+            return "the embeddings are of two dtypes"
+        return ""
+
+    def _norms(self) -> list[nn.Module]:
+        found = [n for w in self.layers for n in (w.attention_norm, w.cross_norm, w.output_norm)]
+        return [n for n in (*found, self.embedding_norm, self.final_norm) if n is not None]
+
+    def tensors(self) -> DecoderTensors:
+        """The weights as they are now."""
+        spec, head = self.spec, _projection(self.head)
+        if self.head_bias is not None:
+            head = head._replace(biases=(self.head_bias,))
+        return DecoderTensors(
+            [self._layer(w, i) for i, w in enumerate(self.layers)], spec.num_heads, spec.head_dim, self.token.weight,
+            head, str(spec.activation), spec.norm_position == "pre", _norm_kind(self._norms()[0]) == "rms",
+            None if self.position is None else self.position.weight, self.embed_scale, _norm(self.embedding_norm),
+            _norm(self.final_norm), self.head_scale,
+            None if self.relative_bias is None else self.relative_bias.weight, self.relative_max_distance,
+        )  # fmt: skip
+
+    def _layer(self, w: LayerWeights, index: int) -> DecoderLayerTensors:
+        scale = self.spec.scale_of(index)
+        scale = self.spec.head_dim**-0.5 if scale is None else scale
+        return DecoderLayerTensors(
+            _norm(w.attention_norm), _projection(*([w.query, w.key, w.value] if w.qkv is None else [w.qkv])),
+            _projection(w.attention_output), _norm(w.output_norm), _projection(w.up), _projection(w.down), scale,
+            None if w.gate is None else _projection(w.gate), _norm(w.cross_norm),
+            None if w.cross_query is None else _projection(w.cross_query),
+            None if w.cross_output is None else _projection(w.cross_output), scale,
+        )  # fmt: skip
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _weight_of(module: Any) -> torch.Tensor | None:
+    return module.weight if is_plain(module, nn.Linear) or is_transposed(module) else None
+
+
+def _projection(*modules: Any) -> Projection:
+    return Projection(
+        tuple(m.weight for m in modules), tuple(m.bias for m in modules), not is_plain(modules[0], nn.Linear)
+    )
+
+
+def _norm_kind(module: Any) -> str | None:
+    if is_plain(module, nn.LayerNorm):
+        return "layer"
+    if is_plain(module, nn.RMSNorm) or hasattr(module, "variance_epsilon"):  # the second: HF's T5LayerNorm
+        return "rms"
+    return None
+
+
+def _norm(module: Any) -> Norm | None:
+    if module is None:
+        return None
+    if hasattr(module, "variance_epsilon"):
+        return Norm(module.weight, None, module.variance_epsilon)
+    eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+    return Norm(module.weight, getattr(module, "bias", None), eps)
+
+
+# ---- packed weights, kept between generations ----------------------------------------------------
+_storage: weakref.WeakKeyDictionary[nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[nn.Module, PackedDecoder] = weakref.WeakKeyDictionary()
+
+
+def set_weight_storage(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep the copy of model's weights that decoding on the CPU reads in dtype: torch.bfloat16 halves what a step reads
+    and rounds the weights to 8 bits, sums stay float32; None is the weights' own dtype.
+
+    The copy is made by the first generation and lives as long as the model: it takes as much memory again as the
+    decoder's weights in that dtype.
+    """
+    if dtype not in (*_FLOATS, None):
+        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
+    if dtype is None:
+        _storage.pop(model, None)
+    else:
+        _storage[model] = dtype
+    _packed.pop(model, None)
+
+
+def _packed_decoder(model: nn.Module, description: StepDescription) -> PackedDecoder:
+    tensors, packed = description.tensors(), _packed.get(model)
+    if packed is None or not packed.matches(tensors):
+        _packed.pop(model, None)
+        storage = _storage.get(model) or (torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32)
+        packed = _packed[model] = PackedDecoder(tensors, storage)
+    return packed
+
+
+class NativeStepper:
+    """A Stepper on the CPU. Logits are float32 and the caller's until the next call."""
+
+    def __init__(self, model: Any, prompt: Prompt):
+        self._model, self._prompt = model, prompt
+        self._description: StepDescription = model.step_description()
+        self._cache: DecoderCache | None = None
+        self._positions: torch.Tensor | None = None  # (rows,) of the next token
+        self._last = 0  # the largest of them
+
+    @staticmethod
+    def why_not(model: Any, prompt: Prompt) -> str:
+        describe = getattr(model, "step_description", None)
+        if describe is None:
+            return f"{type(model).__name__} does not describe its decoding step"
+        if torch.compiler.is_compiling():
+            return "torch.compile is tracing"
+        if torch.is_grad_enabled():
+            return "gradients are wanted"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in _SERVED)
+        if odd:
+            return f"the prompt has {', '.join(odd)}"
+        if not prompt.input_ids.numel() or prompt.input_ids.device.type != "cpu":
+            return f"the prompt has shape {tuple(prompt.input_ids.shape)} on {prompt.input_ids.device}"
+        mask = prompt.inputs.get("attention_mask")
+        masks = (mask, prompt.inputs.get("decoder_attention_mask"), prompt.inputs.get("encoder_attention_mask"))
+        if any(m is not None and m.dim() != 2 for m in masks):
+            return "the prompt has a mask that is not (batch, length)"
+        description = describe()
+        states = _encoder_states(prompt)
+        if description.has_cross_attention and states is None:
+            return "the prompt has no encoder states"
+        if states is not None and not description.has_cross_attention:
+            return "the decoder has no cross-attention"
+        return description.why_not()
+
+    # ---- Stepper ----
+    def start(self) -> torch.Tensor:
+        prompt, description = self._prompt, self._description
+        packed = _packed_decoder(self._model, description)
+        batch, length = prompt.input_ids.shape
+        states = _encoder_states(prompt)
+        room = length + min(max(prompt.max_length - length, 1), 512)
+        shape = None if states is None else tuple(states.shape[:2])
+        cache = self._cache = DecoderCache(packed, prompt.rows, room, shape)
+        mask = self._mask()
+        if states is not None:
+            self._load_encoder(cache, states)
+        self._begin_positions(length)
+        if prompt.inputs.get("encoder_outputs") is not None and length <= _SHORT:
+            logits = self._step_prompt(cache, mask)
+        else:
+            logits = self._run_prompt(cache)
+        rows = torch.arange(prompt.rows) // prompt.copies
+        cache.attend(rows, mask[rows])
+        if cache.sources is not None:
+            cache.sources.copy_(rows)
+        cache.live = prompt.rows
+        if self._positions is not None:
+            self._positions = self._positions[rows].contiguous()
+        return logits
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        cache, positions = self._cache, self._positions
+        if positions is None:
+            return cache.step(tokens, None)
+        limit = self._description.position.weight.shape[0] - self._description.position_offset
+        if self._last >= limit:
+            raise ValueError(f"position {self._last} is past the model's {limit} positions")
+        logits = cache.step(tokens, positions)
+        positions += 1
+        self._last += 1
+        return logits
+
+    def reorder(self, index: torch.Tensor) -> None:
+        self._cache.reorder(index)
+
+    def keep(self, index: torch.Tensor) -> None:
+        self._cache.reorder(index)
+        if self._positions is not None:
+            self._positions = self._positions[index]
+
+    def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self._cache.gather()
+
+    # ---- the prompt ----
+    def _mask(self) -> torch.Tensor:
+        """(B, S): the columns that rows attend to."""
+        inputs = self._prompt.inputs
+        name = "attention_mask" if inputs.get("encoder_outputs") is None else "decoder_attention_mask"
+        mask, shape = inputs.get(name), self._prompt.input_ids.shape
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool)
+        if mask.shape != shape:
+            raise ValueError(f"{name}: wanted shape {tuple(shape)}, got {tuple(mask.shape)}")
+        return mask != 0
+
+    def _begin_positions(self, length: int) -> None:
+        if self._description.position is None:
+            return
+        given, batch = self._prompt.inputs.get("position_ids"), self._prompt.input_ids.shape[0]
+        if given is None:
+            positions = torch.full((batch,), length)
+        else:
+            positions = given.expand(batch, -1)[:, -1] + 1
+        self._last = int(positions.max())
+        self._positions = positions + self._description.position_offset
+
+    def _step_prompt(self, cache: DecoderCache, mask: torch.Tensor) -> torch.Tensor:
+        """A short prompt through the step itself, column by column, with the encoder's states loaded."""
+        ids = self._prompt.input_ids
+        batch, length = ids.shape
+        cache.live = batch
+        cache.sources[:batch] = torch.arange(batch)
+        for column in range(length):
+            positions = None
+            if self._positions is not None:
+                positions = self._positions - (length - column)
+            logits = cache.step(ids[:, column], positions)
+            cache.table[:batch, column].masked_fill_(~mask[:, column], -1)
+        return logits
+
+    def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
+        """The prompt through the model's own forward, with GEMMs of many rows; its keys and values are then copied."""
+        stepper = ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
+        logits = stepper.start()
+        for i, (keys, values) in enumerate(stepper.key_values()):
+            cache.load(i, keys, values)
+        return logits
+
+    def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
+        """Keys and values of the encoder's states, those that the mask keeps first: cross-attention knows no order."""
+        inputs, spec = self._prompt.inputs, self._description.spec
+        mask = inputs.get("attention_mask" if inputs.get("encoder_outputs") is not None else "encoder_attention_mask")
+        order = None
+        if mask is None or bool(mask.all()):
+            cache.cross_lengths.fill_(states.shape[1])
+        else:
+            kept = mask != 0
+            cache.cross_lengths.copy_(kept.sum(1))
+            order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        if order is not None:
+            states = states.take_along_dim(order[..., None], 1)
+        for i, w in enumerate(self._description.layers):
+            if w.cross_key_value is not None:
+                both = linear(w.cross_key_value, states)
+            else:
+                both = packed_linear([w.cross_key, w.cross_value], states)
+                if both is None:
+                    both = torch.cat([linear(w.cross_key, states), linear(w.cross_value, states)], -1)
+            keys, values = both.unflatten(-1, (2, spec.num_heads, spec.head_dim)).permute(2, 0, 3, 1, 4)
+            cache.load_cross(i, keys, values)
+
+
+def _encoder_states(prompt: Prompt) -> torch.Tensor | None:
+    outputs = prompt.inputs.get("encoder_outputs")
+    if outputs is None:
+        return prompt.inputs.get("encoder_hidden_states")
+    return outputs[0] if isinstance(outputs, tuple) else outputs.last_hidden_state

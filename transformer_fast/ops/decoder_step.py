@@ -1,0 +1,305 @@
+"""One decoding step as one native call: a token a row through every layer of a decoder, over caches written in place.
+
+No autograd and no fake kernel: what can be traced or differentiated is the model's own forward. This is for inference
+on the CPU, where a step of few rows is one pass over the weights and everything beside that pass is loss.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..backends import memory, native
+from ..backends.eager import relative_buckets
+from .activation import ACTIVATIONS
+from .packed_weight import _PANEL, _identity
+
+__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "Norm", "PackedDecoder", "Projection"]
+
+_ops = torch.ops.transformer_fast
+
+
+class Norm(NamedTuple):
+    """weight, bias: (E,) or None."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+
+class Projection(NamedTuple):
+    """Linear maps of one input side by side: weights (out_i, in), or (in, out_i) when transposed; biases (out_i,)."""
+
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the whole."""
+        outs, inner = (1, 0) if self.transposed else (0, 1)
+        return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
+
+    def weight(self) -> torch.Tensor:
+        """(out, in) with last stride 1."""
+        weights = [w.detach().t() if self.transposed else w.detach() for w in self.weights]
+        return (weights[0] if len(weights) == 1 else torch.cat(weights)).contiguous()
+
+    def bias(self) -> torch.Tensor | None:
+        if all(b is None for b in self.biases):
+            return None
+        outs = 1 if self.transposed else 0
+        parts = [
+            w.new_zeros(w.shape[outs], dtype=torch.float32) if b is None else b.detach().to(torch.float32).reshape(-1)
+            for w, b in zip(self.weights, self.biases)
+        ]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass
+class DecoderLayerTensors:
+    """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores."""
+
+    attention_norm: Norm | None
+    qkv: Projection
+    attention_output: Projection
+    output_norm: Norm | None
+    up: Projection
+    down: Projection
+    scale: float
+    gate: Projection | None = None
+    cross_norm: Norm | None = None
+    cross_query: Projection | None = None
+    cross_output: Projection | None = None
+    cross_scale: float = 1.0
+
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        return self.attention_norm, self.cross_norm, self.output_norm
+
+    @property
+    def projections(self) -> tuple[Projection | None, ...]:
+        return (
+            self.qkv, self.attention_output, self.cross_query, self.cross_output, self.up, self.gate, self.down,
+        )  # fmt: skip
+
+
+@dataclass
+class DecoderTensors:
+    """The arithmetic of a decoder: logits = head_scale * W_head f(x) + bias with x = embedding_norm(embed_scale *
+    token[id] + position[p]), f the layers and the final norm.
+
+    token: (tokens, E); position: (positions, E) or None; head: (V, E). relative: T5's (buckets, H) table or None.
+    pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm.
+    """
+
+    layers: list[DecoderLayerTensors]
+    heads: int
+    head_dim: int
+    token: torch.Tensor
+    head: Projection
+    activation: str
+    pre_norm: bool
+    rms: bool = False
+    position: torch.Tensor | None = None
+    embed_scale: float = 1.0
+    embedding_norm: Norm | None = None
+    final_norm: Norm | None = None
+    head_scale: float = 1.0
+    relative: torch.Tensor | None = None
+    relative_max_distance: int = 128
+
+    def sources(self) -> list[torch.Tensor]:
+        """Every tensor that the computation reads."""
+        norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
+        projections = [p for layer in self.layers for p in layer.projections] + [self.head]
+        found = [t for n in norms if n is not None for t in (n.weight, n.bias)]
+        found += [t for p in projections if p is not None for t in (*p.weights, *p.biases)]
+        return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
+
+
+class PackedDecoder:
+    """A snapshot of a decoder's weights in the layout of the step, for inference.
+
+    storage: torch.float32 or torch.bfloat16; sums and activations are float32 always. It takes a copy of all weights in
+    the storage's dtype but for the embedding tables, which are read where they are. It does not follow later changes
+    of the weights: ask matches and pack again when that says False.
+    """
+
+    def __init__(self, tensors: DecoderTensors, storage: torch.dtype):
+        if reason := native.load():
+            raise RuntimeError(reason)
+        if storage not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"storage: wanted torch.float32 or torch.bfloat16, got {storage}")
+        self.tensors, self.storage = tensors, storage
+        self._identities = [_identity(t) for t in tensors.sources()]
+        projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
+        sizes = [0 if p is None else -(-p.shape[0] // _PANEL) * p.shape[1] * _PANEL for p in projections]
+        # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
+        # half as long again.
+        arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
+        packed = [
+            (None, None) if p is None else _pack(p, part) for p, part in zip(projections, arena.split(sizes))
+        ]  # fmt: skip
+        self.head = list(packed.pop())
+        count = len(packed) // max(1, len(tensors.layers))
+        self.weights = [
+            [t for pair in packed[i * count : (i + 1) * count] for t in pair] for i in range(len(tensors.layers))
+        ]
+        self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
+        self.stack_norms = _norm_arguments((tensors.embedding_norm, tensors.final_norm))
+        self.relative = None
+        if tensors.relative is not None:
+            distance = -torch.arange(tensors.relative_max_distance + 1)
+            buckets = relative_buckets(distance, tensors.relative.shape[0], tensors.relative_max_distance, False)
+            self.relative = tensors.relative.detach()[buckets].t().to(torch.float32).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for w in (*self.weights, self.head) for t in w if t is not None)
+
+    def matches(self, tensors: DecoderTensors) -> bool:
+        """True while `tensors` are the very tensors this was made from, unchanged by any in-place operation (writes
+        that torch does not count, through .data or numpy, are not seen)."""
+        sources = tensors.sources()
+        return len(sources) == len(self._identities) and all(
+            _identity(t) == i for t, i in zip(sources, self._identities)
+        )
+
+
+def _pack(p: Projection, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out, inner = p.shape
+    panels = part.view(-1, inner, _PANEL)
+    _ops.cpu_pack_weight.default(p.weight(), panels)
+    return panels, p.bias()
+
+
+def _norm_arguments(norms: tuple[Norm | None, ...]) -> tuple[list[torch.Tensor | None], list[float]]:
+    tensors: list[torch.Tensor | None] = []
+    for n in norms:
+        for t in (None, None) if n is None else (n.weight, n.bias):
+            tensors.append(None if t is None else t.detach().to(torch.float32).contiguous())
+    return tensors, [-1.0 if n is None else n.eps for n in norms]
+
+
+@dataclass
+class DecoderCache:
+    """The state of rows that are being decoded: their keys and values, and which of them each row attends to.
+
+    rows: the most there will be. capacity: positions there is room for at first; it doubles when they are used up.
+    cross_shape: (sources, length) of the encoder's states where there is cross-attention.
+
+    keys, values: (layers, rows, H, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D), float32,
+    or bfloat16 for a bfloat16 model. table: (rows, capacity) int32, the cache row that holds a row's key at each
+    position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
+    sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
+    """
+
+    packed: PackedDecoder
+    rows: int
+    capacity: int
+    cross_shape: tuple[int, int] | None = None
+    length: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        t = self.packed.tensors
+        self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 else torch.float32
+        self.live = self.rows
+        device, layers = torch.device("cpu"), len(t.layers)
+        self.table = torch.full((self.rows, self.capacity), -1, dtype=torch.int32)
+        self.keys, self.values = self._room(self.rows, self.capacity), self._room(self.rows, self.capacity)
+        self.cross_keys = self.cross_values = self.sources = self.cross_lengths = None
+        if self.cross_shape is not None:
+            self.cross_keys, self.cross_values = self._room(*self.cross_shape), self._room(*self.cross_shape)
+            self.sources = torch.zeros(self.rows, dtype=torch.int32)
+            self.cross_lengths = torch.zeros(self.cross_shape[0], dtype=torch.int32)
+        self._feed_forward = t.layers[0].up.shape[0] if t.layers else 0
+        self._vocabulary = t.head.shape[0]
+        floats = self.rows * (2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward)
+        self._workspace = memory.empty((floats,), torch.float32, device)
+        self._phases = torch.empty(_ops.cpu_decoder_phase_bytes.default(layers), dtype=torch.uint8)
+        self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
+        self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
+        self._make_plan()
+
+    def _room(self, rows: int, length: int) -> torch.Tensor:
+        t = self.packed.tensors
+        shape = (len(t.layers), rows, t.heads, length, t.head_dim)
+        return memory.empty(shape, self.dtype, torch.device("cpu"))
+
+    def _make_plan(self) -> None:
+        packed, t = self.packed, self.packed.tensors
+        self._tables = [p if p is None else p.detach().contiguous() for p in (t.token, t.position)]
+        _ops.cpu_decoder_plan_stack.default(
+            self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *packed.stack_norms, t.rms,
+            t.pre_norm, ACTIVATIONS.index(t.activation), packed.head, t.head_scale, self._vocabulary, packed.relative,
+            len(t.layers), t.heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
+            0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
+        )  # fmt: skip
+        for i, layer in enumerate(t.layers):
+            cross = (None, None) if self.cross_keys is None else (self.cross_keys[i], self.cross_values[i])
+            _ops.cpu_decoder_plan_layer.default(
+                self._plan, i, *packed.norms[i], t.rms, packed.weights[i], [self.keys[i], self.values[i], *cross],
+                layer.scale, layer.cross_scale,
+            )  # fmt: skip
+
+    def load(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The prompts' keys and values of one layer, (B, H, S, D) with B <= rows, into cache rows 0..B-1; attend says
+        who sees them."""
+        batch, _, length, _ = keys.shape
+        if length > self.capacity:
+            self._grow(length)
+        self.keys[layer, :batch, :, :length] = keys
+        self.values[layer, :batch, :, :length] = values
+
+    def load_cross(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The encoder's keys and values of one layer, (sources, H, length, D), those to attend to first."""
+        self.cross_keys[layer].copy_(keys)
+        self.cross_values[layer].copy_(values)
+
+    def attend(self, prompts: torch.Tensor, mask: torch.Tensor) -> None:
+        """Row r goes on from the loaded prompt prompts[r] and sees those of its positions that mask (rows, S) keeps."""
+        length = mask.shape[1]
+        if length > self.capacity:
+            self._grow(length)
+        table = prompts.to(torch.int32)[:, None].expand(-1, length)
+        self.table[: len(prompts), :length] = torch.where(mask, table, -1)
+        self.length = length
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Append ids (live rows,) int64 at positions (rows of the position table); logits (live rows, V), float32, in
+        memory that the next step writes again. Raises RuntimeError for an id or a position out of range."""
+        if self.length == self.capacity:
+            self._grow(self.length + 1)
+        logits = self._logits[: self.live]
+        _ops.cpu_decoder_step.default(
+            self._plan, ids.contiguous(), positions, self.table, self.sources, self.cross_lengths, self.length, logits
+        )
+        self.length += 1
+        return logits
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row r goes on from what row index[r] holds; fewer rows than before are all there is from then on."""
+        self.live = len(index)
+        self.table[: self.live, : self.length] = self.table[index, : self.length]
+        if self.sources is not None:
+            self.sources[: self.live] = self.sources[index]
+
+    def gather(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer as the rows see them, (live rows, H, length, D); zeros where they see none."""
+        table = self.table[: self.live, : self.length]
+        seen, rows = (table >= 0)[:, :, None, None], table.clamp(min=0).long()
+        positions = torch.arange(self.length).expand_as(rows)
+        return [
+            tuple(torch.where(seen, x[rows, :, positions], 0).transpose(1, 2) for x in (keys, values))
+            for keys, values in zip(self.keys, self.values)
+        ]
+
+    def _grow(self, least: int) -> None:
+        used, self.capacity = self.length, max(2 * self.capacity, least)
+        table, keys, values = self.table, self.keys, self.values
+        self.table = torch.full((self.rows, self.capacity), -1, dtype=torch.int32)
+        self.keys, self.values = self._room(self.rows, self.capacity), self._room(self.rows, self.capacity)
+        self.table[:, :used] = table[:, :used]
+        self.keys[..., :used, :], self.values[..., :used, :] = keys[..., :used, :], values[..., :used, :]
+        self._make_plan()
