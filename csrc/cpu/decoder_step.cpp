@@ -192,9 +192,13 @@ class Walk {
       while (table[first] < 0) ++first;  // ends at this step's own key
       table += first;
       const int64_t count = now + 1 - first;
-      const auto at = [&](int64_t j) { return int64_t(table[j] < 0 ? r : table[j]) * row + (first + j) * dim; };
+      int64_t* at = scratch<int64_t>(1, cap);  // of key j; this step's own stands in for those not to attend to
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t other = table[j] * row + (first + j) * dim;
+        at[j] = table[j] < 0 ? own : other;
+      }
       attend<C>(
-          q, dim, l.scale, count, [&](int64_t j) { return keys + at(j); }, [&](int64_t j) { return values + at(j); },
+          q, dim, l.scale, count, [&](int64_t j) { return keys + at[j]; }, [&](int64_t j) { return values + at[j]; },
           [&](float* scores) {
             if (p_.relative) {
               const float* bias = p_.relative + h * p_.relative_count;
