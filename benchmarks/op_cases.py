@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformer_fast as tf
-from transformer_fast.backends import cpu
 
 from . import shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable, everything
@@ -338,46 +336,32 @@ def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str
 
 def bare_kernel(call: Callable[[], object]) -> Callable[[], None]:
     """The native kernels that one public CPU call runs, with the same arguments and buffers, and nothing around."""
-    recorded: list[tuple[Callable, tuple, dict]] = []
-    methods = [name for name in dir(cpu.BACKEND) if name.endswith(("_forward", "_backward"))]
+    found: list[tuple[Callable, tuple, dict]] = []
 
-    def recorder(method):
+    def recorder(kernel):
         def record(*args, **kwargs):
-            recorded.append((method, args, kwargs))
-            return method(*args, **kwargs)
+            found.append((kernel, args, kwargs))
+            return kernel(*args, **kwargs)
 
         return record
 
-    for name in methods:
-        setattr(cpu.BACKEND, name, recorder(getattr(cpu.BACKEND, name)))
+    prefix = "transformer_fast::cpu_"
+    names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)]
+    packets = [getattr(torch.ops.transformer_fast, name) for name in names]
+    kernels = [packet.default for packet in packets]
+    for packet, kernel in zip(packets, kernels):
+        packet.default = recorder(kernel)
     try:
         with torch.no_grad():
             call()
     finally:
-        for name in methods:
-            delattr(cpu.BACKEND, name)
-    kernels = _NativeCalls()
-    with torch.no_grad(), kernels:
-        for method, args, kwargs in recorded:
-            method(*args, **kwargs)
-    if not kernels.calls:
+        for packet, kernel in zip(packets, kernels):
+            packet.default = kernel
+    if not found:
         raise Unavailable("this call runs no native kernel here")
 
     def run():
-        for kernel, args, kwargs in kernels.calls:
+        for kernel, args, kwargs in found:
             kernel(*args, **kwargs)
 
     return run
-
-
-class _NativeCalls(TorchDispatchMode):
-    """Records the native ops that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: list[tuple[Callable, tuple, dict]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith("transformer_fast::cpu_"):
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))

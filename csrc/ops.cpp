@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, Tensor? relative, int relative_zero, Tensor? rng, float scale, bool bottom_right, "        \
   "int window_left, int window_right, float softcap, float dropout_p, "
-  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
 #undef TF_ATTENTION
@@ -122,6 +122,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");
+  // query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv): last stride 1; score_weight, bias: float32 (D,). mask: bool
+  // (B, Sq, Sk), any strides. weights, grad_query, grad_score_weight (B, D): float32. All results are contiguous.
+#define TF_ADDITIVE \
+  "Tensor query, Tensor key, Tensor value, Tensor score_weight, Tensor? bias, Tensor? mask, Tensor? key_lengths, "
+  m.def("cpu_additive_attention_forward(" TF_ADDITIVE "Tensor(a!) out, Tensor(b!) weights) -> ()");
+  m.def("cpu_additive_attention_backward(Tensor grad_out, Tensor? grad_weights, Tensor weights, " TF_ADDITIVE
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_score_weight) -> ()");
+#undef TF_ADDITIVE
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

@@ -17,6 +17,15 @@ _EXPORTS = {
     "backends": ["backend", "explain", "info"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
+    "models.albert": [
+        "AlbertForMaskedLM",
+        "AlbertForMultipleChoice",
+        "AlbertForPreTraining",
+        "AlbertForQuestionAnswering",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertModel",
+    ],
     "models.auto": [
         "AutoModel",
         "AutoModelForCausalLM",
@@ -25,6 +34,7 @@ _EXPORTS = {
         "AutoModelForNextSentencePrediction",
         "AutoModelForPreTraining",
         "AutoModelForQuestionAnswering",
+        "AutoModelForSeq2SeqLM",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ],
@@ -38,6 +48,14 @@ _EXPORTS = {
         "BertForTokenClassification",
         "BertLMHeadModel",
         "BertModel",
+    ],
+    "models.distilbert": [
+        "DistilBertForMaskedLM",
+        "DistilBertForMultipleChoice",
+        "DistilBertForQuestionAnswering",
+        "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertModel",
     ],
     "models.gpt2": [
         "GPT2DoubleHeadsModel",
@@ -53,10 +71,18 @@ _EXPORTS = {
         "OpenAIGPTLMHeadModel",
         "OpenAIGPTModel",
     ],
+    "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
+    "models.transformer": [
+        "TransformerConfig",
+        "TransformerForConditionalGeneration",
+        "TransformerModel",
+        "noam_schedule",
+    ],
     "ops": [
         "RelativeBias",
         "add_layer_norm",
         "add_rms_norm",
+        "additive_attention",
         "attention_probabilities",
         "bias_activation",
         "cross_entropy",
@@ -72,8 +98,20 @@ _EXPORTS = {
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
+    "pipelines": ["pipeline"],
 }
-_MODULES = ["backends", "benchmarks", "cli", "generation", "integrations", "kernels", "layers", "models", "ops"]
+_MODULES = [
+    "backends",
+    "benchmarks",
+    "cli",
+    "generation",
+    "integrations",
+    "kernels",
+    "layers",
+    "models",
+    "ops",
+    "pipelines",
+]
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_WHERE)]

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -116,8 +116,8 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
 def _load_ours(checkpoint, theirs) -> tuple[torch.nn.Module, str]:
     import transformer_fast
 
-    cls = getattr(transformer_fast, type(theirs).__name__, None)
-    if isinstance(cls, type) and issubclass(cls, type(theirs)):
+    cls: Any = getattr(transformer_fast, type(theirs).__name__, None)
+    if cls is not None and issubclass(cls, type(theirs)):
         with _quiet():
             try:
                 model = cls.from_pretrained(checkpoint, dtype=torch.float32)
@@ -278,7 +278,8 @@ def _compare(dtype: str, padding: str, real, ours: _Result, truth: _Result, eage
         top = max(t.abs().max().item() for t in truth.gradients.values() if t.numel())
         scale = {name: max(t.abs().max().item(), 0.05 * top) for name, t in truth.gradients.items() if t.numel()}
         pooled = [torch.cat([(r.gradients[n] / s).flatten() for n, s in scale.items()]) for r in (ours, truth, eager)]
-        row = _judge(dtype, padding, f"gradients ({len(scale)})", None, *pooled, GRADIENT_FACTOR)
+        mine, exact, plain = pooled
+        row = _judge(dtype, padding, f"gradients ({len(scale)})", None, mine, exact, plain, GRADIENT_FACTOR)
         if row.same is False:
             worst = max(
                 scale, key=lambda n: ((ours.gradients[n].double() - truth.gradients[n]) / scale[n]).abs().max().item()

@@ -117,16 +117,18 @@ void cpu_attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Op
                            OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
                            OptionalTensor relative, int64_t relative_zero, OptionalTensor rng, double scale,
                            bool bottom_right, int64_t window_left, int64_t window_right, double softcap,
-                           double dropout_p, Tensor out, Tensor lse) {
+                           double dropout_p, Tensor out, OptionalTensor lse) {
   AttentionForward a{};
   const Sequences s = sequences_of(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k);
   fill(a, s, q, k, v, bias, mask, relative, relative_zero, rng, scale, bottom_right, window_left, window_right,
        softcap, dropout_p);
   a.out = write(out);
   a.out_rows = rows_of(out);
-  a.lse = write<float>(lse);
-  a.lse_batch = lse.dim() == 3 ? lse.stride(0) : 0;
-  a.lse_head = lse.stride(-2);
+  if (lse.has_value()) {
+    a.lse = write<float>(*lse);
+    a.lse_batch = lse->dim() == 3 ? lse->stride(0) : 0;
+    a.lse_head = lse->stride(-2);
+  }
   kernels().attention_forward(a);
 }
 

@@ -36,7 +36,7 @@ struct Attention {
 struct AttentionForward : Attention {
   void* out;
   Rows out_rows;
-  float* lse;
+  float* lse;  // may be null
   int64_t lse_batch, lse_head;
 };
 

@@ -11,7 +11,8 @@ struct Buffers {
   float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
   float *p, *ds, *slope;                              // a tile of scores: (keys, lanes)
   float *lse, *lse_rest;  // in units of log2, and 2^-(what its rounding lost)
-  float *delta, *grad_lse, *scale;
+  float *delta, *grad_lse;
+  float* scale;  // what a row's probabilities are short of summing to one, then the scale of the scores
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
 };
 
@@ -115,6 +116,7 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
 }
 
 constexpr float kPreciseLse = 24.f;  // in units of log2
+constexpr int64_t kFewQueries = 16, kShortChain = 16;
 
 float largest_lse(const Buffers& s, int64_t lanes) {
   float largest = 0.f;
@@ -123,6 +125,20 @@ float largest_lse(const Buffers& s, int64_t lanes) {
     if (size < INFINITY && size > largest) largest = size;
   }
   return largest;
+}
+
+// total[lane] += value(x) over the keys of a tile, a few at a time: one long chain of sums would lose digits.
+template <class F>
+void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
+  for (int64_t c = 0; c < lanes; c += kWidth) {
+    Vec sum = Vec{};
+    for (int64_t j = 0; j < keys; j += kShortChain) {
+      Vec part = Vec{};
+      for (int64_t i = j; i < keys && i < j + kShortChain; ++i) part = part + value(i * lanes + c);
+      sum = sum + part;
+    }
+    store(total + c, load(total + c) + sum);
+  }
 }
 
 template <class T>
@@ -135,45 +151,73 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   key_range(a, t, begin, end);
   if (end <= begin) return zero_rows(dq, a.dq_rows.row, t.count, a.dim);
   load_tile<T>(a, t, s);
-  const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0;
+  const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0, one_block = block_end(begin, end) == end;
   const float to_log2 = log2_factor(a);
 
+  const int64_t chain = t.count <= kFewQueries ? kShortChain : kChain;
   const auto from = [](Operand rows, int64_t j) {
     return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
   };
   const auto probabilities = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes);
+    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes, nullptr, chain);
     if (!fold) finish_scores(a, t, j, keys, s.p, a.softcap != 0.f ? s.slope : nullptr);
     mask_edges(a, t, j, keys, s.p);
-    for (int64_t c = 0; c < lanes; c += kWidth) {
+    for (int64_t c = 0; one_block && c < lanes; c += kWidth) {
+      Vec top = broadcast(-INFINITY);
+      for (int64_t x = c; x < keys * lanes; x += lanes) top = max(load(s.p + x), top);
+      top = top > -INFINITY ? top : Vec{};
+      for (int64_t x = c; x < keys * lanes; x += lanes)
+        store(s.p + x, exp2((load(s.p + x) - top) * to_log2));
+    }
+    for (int64_t c = 0; !one_block && c < lanes; c += kWidth) {
       const Vec shift = load(s.lse + c), rest = load(s.lse_rest + c);
       for (int64_t x = c; x < keys * lanes; x += lanes)
         store(s.p + x, exp2(fma(load(s.p + x), broadcast(to_log2), -shift)) * rest);
     }
   };
-  if (largest_lse(s, lanes) > kPreciseLse) {
-    // A large log-sum-exp is rounded so coarsely that rows would not sum to one: divide by what they sum to.
-    for (int64_t c = 0; c < lanes; c += kWidth) store(s.scale + c, Vec{});
+  // The saved log-sum-exp is rounded, and so is the output that delta was made from. Rows with one block of keys get both
+  // anew for nothing, few queries for little; a large log-sum-exp is rounded so coarsely that rows would not sum to one.
+  const bool exact_delta = one_block || t.count <= kFewQueries;
+  const auto value_gradients = [&](int64_t j, int64_t keys) {
+    gemm(Write::kStore, keys, lanes, a.dim, from(value_rows, j), s.grads_t, lanes, s.ds, lanes, nullptr, chain);
+  };
+  if (exact_delta || largest_lse(s, lanes) > kPreciseLse) {
+    for (int64_t c = 0; c < lanes; c += kWidth) {
+      store(s.scale + c, Vec{});
+      if (exact_delta) store(s.delta + c, Vec{});
+    }
     for (int64_t j = begin; j < end; j = block_end(j, end)) {
       const int64_t keys = block_end(j, end) - j;
       probabilities(j, keys);
-      for (int64_t c = 0; c < lanes; c += kWidth) {
-        Vec total = load(s.scale + c);
-        for (int64_t x = c; x < keys * lanes; x += lanes) total = total + load(s.p + x);
-        store(s.scale + c, total);
-      }
+      sum_rows(s.scale, lanes, keys, [&](int64_t x) { return load(s.p + x); });
+      if (!exact_delta) continue;
+      value_gradients(j, keys);
+      if (dropout)  // the sign of p tells what was dropped
+        for_each_dropout(a, t, j, keys, [&](int64_t row, int64_t c, Vec factor) {
+          const int64_t x = row * lanes + c;
+          const Vec p = load(s.p + x);
+          store(s.ds + x, load(s.ds + x) * factor);
+          store(s.p + x, factor > 0.f ? p : -p);
+        });
+      sum_rows(s.delta, lanes, keys, [&](int64_t x) { return abs(load(s.p + x)) * load(s.ds + x); });
     }
-    for (int64_t i = 0; i < lanes; ++i)
-      if (s.scale[i] > 0.f) s.lse_rest[i] /= s.scale[i];
+    for (int64_t i = 0; i < lanes; ++i) {
+      const bool dead = i >= t.count || s.scale[i] == 0.f;
+      s.scale[i] = dead ? 0.f : 1.f / s.scale[i];
+      s.lse_rest[i] *= s.scale[i];
+      if (exact_delta) s.delta[i] *= s.scale[i];
+    }
   }
 
   for (int64_t j = begin; j < end; j = block_end(j, end)) {
     const int64_t keys = block_end(j, end) - j;
-    const Operand k = from(key_rows, j), v = from(value_rows, j);
+    const Operand k = from(key_rows, j);
     // p: probabilities, with dropout's factors for dV. ds: d loss / d score.
-    probabilities(j, keys);
-    gemm(Write::kStore, keys, lanes, a.dim, v, s.grads_t, lanes, s.ds, lanes);
-    if (dropout) {
+    if (!one_block) {
+      probabilities(j, keys);
+      value_gradients(j, keys);
+    }
+    if (dropout && !one_block) {
       for_each_dropout(a, t, j, keys, [&](int64_t row, int64_t c, Vec factor) {
         const int64_t x = row * lanes + c;
         const Vec p = load(s.p + x);
@@ -182,9 +226,16 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
       });
     } else {
       for (int64_t c = 0; c < lanes; c += kWidth) {
-        const Vec delta = load(s.delta + c), grad_lse = load(s.grad_lse + c);
-        for (int64_t x = c; x < keys * lanes; x += lanes)
-          store(s.ds + x, load(s.p + x) * ((load(s.ds + x) - delta) + grad_lse));
+        const Vec delta = load(s.delta + c), grad_lse = load(s.grad_lse + c), correction = load(s.scale + c);
+        for (int64_t x = c; x < keys * lanes; x += lanes) {
+          Vec p = load(s.p + x);
+          if (one_block) {
+            p = p * correction;
+            store(s.p + x, dropout ? max(p, Vec{}) * a.dropout.keep_scale : p);
+            p = abs(p);
+          }
+          store(s.ds + x, p * ((load(s.ds + x) - delta) + grad_lse));
+        }
       }
     }
     if (a.dbias) add_bias_gradient(a, t, j, keys, s.ds);

@@ -179,7 +179,9 @@ void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& f
     const int64_t h = hk * group + r / count, row = a.q_start[b] + r % count;
     T* to = static_cast<T*>(a.out) + b * a.out_rows.batch + h * a.out_rows.head + row * a.out_rows.row;
     store_rows(out, padded, total == 0.f ? 0.f : 1.f / total, to, 0, 1, a.dim);
-    a.lse[b * a.lse_batch + h * a.lse_head + row] = total == 0.f ? -INFINITY : top * (folds_scale(a) ? float(a.scale) : 1.f) + __builtin_logf(total);
+    if (a.lse)
+      a.lse[b * a.lse_batch + h * a.lse_head + row] =
+          total == 0.f ? -INFINITY : top * (folds_scale(a) ? float(a.scale) : 1.f) + __builtin_logf(total);
   }
 }
 

@@ -77,12 +77,12 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
   const int64_t hk = t.h / (a.heads / a.key_heads), padded = round_up(a.dim, kWidth), lanes = t.lanes;
   T* out = static_cast<T*>(a.out) + t.b * a.out_rows.batch + t.h * a.out_rows.head +
            (a.q_start[t.b] + t.q0) * a.out_rows.row;
-  float* lse = a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.q_start[t.b] + t.q0;
+  float* lse = !a.lse ? nullptr : a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.q_start[t.b] + t.q0;
   int64_t begin, end;
   key_range(a, t, begin, end);
   if (end <= begin) {
     zero_rows(out, a.out_rows.row, t.count, a.dim);
-    for (int64_t i = 0; i < t.count; ++i) lse[i] = -INFINITY;
+    for (int64_t i = 0; lse && i < t.count; ++i) lse[i] = -INFINITY;
     return;
   }
   const T* q = rows_of<T>(a.q, a.q_rows, t.b, t.h, a.q_start[t.b] + t.q0);
@@ -142,7 +142,7 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
   }
   store_transposed(s.out, lanes, s.correction, out, a.out_rows.row, t.count, a.dim);
   for (int64_t i = 0; i < t.count; ++i)
-    lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
+    if (lse) lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
 }
 
 template <class T, bool Pairs>

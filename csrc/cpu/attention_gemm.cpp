@@ -100,14 +100,11 @@ void product(int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int
   }
 }
 
-// Sums run over kDepth products at a time: one long chain would lose what is small beside a large first term.
-constexpr int64_t kDepth = 64;
-
 template <class Dot>
 void dispatch(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
-              int64_t ldc, const float* scale) {
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+              int64_t ldc, const float* scale, int64_t chain) {
+  for (int64_t k = 0; k < depth; k += chain) {
+    const int64_t part = depth - k < chain ? depth - k : chain;
     if (write == Write::kStore)
       product<Dot, Write::kStore>(m, n, part, a, b, ldb, c, ldc, scale);
     else if (write == Write::kAdd)
@@ -123,14 +120,14 @@ void dispatch(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const
 }  // namespace
 
 void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, const float* scale) {
-  dispatch<Float>(write, m, n, depth, a, b, ldb, c, ldc, scale);
+          int64_t ldc, const float* scale, int64_t chain) {
+  dispatch<Float>(write, m, n, depth, a, b, ldb, c, ldc, scale, chain);
 }
 
 #if defined(__AVX512BF16__)
 void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                int64_t ldc, const float* scale) {
-  dispatch<Bf16Pair>(write, m, n, depth, a, b, ldb, c, ldc, scale);
+  dispatch<Bf16Pair>(write, m, n, depth, a, b, ldb, c, ldc, scale, kChain);
 }
 #endif
 

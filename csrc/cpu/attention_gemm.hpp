@@ -21,9 +21,11 @@ struct Operand {  // A
   int64_t row_bytes, depth_bytes;
 };
 
-// m, n, depth: sizes, depth in words. column_scale: n floats, for kScaleAdd.
+// m, n, depth: sizes, depth in words. column_scale: n floats, for kScaleAdd. chain: sums run over so many products at
+// a time; one long chain would lose what is small beside a large first term.
+constexpr int64_t kChain = 64;
 void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, const float* column_scale = nullptr);
+          int64_t ldc, const float* column_scale = nullptr, int64_t chain = kChain);
 // The same on words of two bf16. Only where kHasBf16Dot.
 void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                int64_t ldc, const float* column_scale = nullptr);

@@ -155,47 +155,4 @@ static inline void load_pairs_transposed(const bf16* src, int64_t stride, int64_
     }
 }
 
-// ---- exp2, tanh ------------------------------------------------------------------------------------
-// 2^x for x <= 128, relative error about 1e-7; 0 for -inf; NaN stays.
-static inline Vec exp2(Vec x) {
-#if defined(__AVX512F__)
-  const Vec t = broadcast(-160.f) > x ? broadcast(-160.f) : x;
-  const Vec n = bit_cast<Vec>(_mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(t), 8));
-#else
-  const Vec t = broadcast(-126.f) > x ? broadcast(-126.f) : x;
-  const Vec shifted = t + 12582912.f;  // 1.5 * 2^23: adding rounds to the nearest integer
-  const Vec n = shifted - 12582912.f;
-#endif
-  const Vec r = t - n;
-  Vec p = broadcast(1.534581198e-4f);
-  p = fma(p, r, broadcast(1.339993139e-3f));
-  p = fma(p, r, broadcast(9.618488959e-3f));
-  p = fma(p, r, broadcast(5.550328777e-2f));
-  p = fma(p, r, broadcast(2.402264689e-1f));
-  p = fma(p, r, broadcast(6.931472057e-1f));
-  p = fma(p, r, broadcast(1.f));
-#if defined(__AVX512F__)
-  return bit_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(p), bit_cast<__m512>(n)));
-#else
-  const Vec y = bit_cast<Vec>(bit_cast<VecI>(p) + (bit_cast<VecI>(shifted) << 23));
-  return x < broadcast(-126.f) ? broadcast(0.f) : y;
-#endif
-}
-
-// Small arguments by their series, so that the relative error stays near 1e-7 (Cephes).
-static inline Vec tanh_accurate(Vec x) {
-  const Vec a = bit_cast<Vec>(bit_cast<VecU>(x) & broadcast_u(0x7fffffffu));
-  const Vec z = x * x;
-  Vec p = broadcast(-5.70498872745e-3f);
-  p = fma(p, z, broadcast(2.06390887954e-2f));
-  p = fma(p, z, broadcast(-5.37397155531e-2f));
-  p = fma(p, z, broadcast(1.33314422036e-1f));
-  p = fma(p, z, broadcast(-3.33332819422e-1f));
-  const Vec small = fma(p * z, x, x);
-  const Vec e = exp2(min(a * 2.885390082f, broadcast(60.f)));  // e^(2a)
-  const Vec large = bit_cast<Vec>(bit_cast<VecU>(1.f - 2.f / (e + 1.f)) | (bit_cast<VecU>(x) & broadcast_u(1u << 31)));
-  const Vec y = a < broadcast(0.625f) ? small : large;
-  return x == x ? y : x;
-}
-
 }  // namespace tf::TF_ISA

@@ -2,6 +2,7 @@
 // (norm.hpp, activation.hpp, ...); strides count elements.
 #pragma once
 #include "activation.hpp"
+#include "additive_attention.hpp"
 #include "attention.hpp"
 #include "linear.hpp"
 #include "cross_entropy.hpp"
@@ -28,6 +29,8 @@ struct Kernels {
   void (*embedding_norm_backward)(const EmbeddingNormBackward&);
   void (*embedding_gradient)(const EmbeddingGradient&);
   void (*decoder_step)(const DecoderStep&);
+  void (*additive_attention_forward)(const AdditiveAttentionForward&);
+  void (*additive_attention_backward)(const AdditiveAttentionBackward&);
 };
 
 #ifdef TF_ISA
@@ -48,6 +51,8 @@ void embedding_norm_forward(const EmbeddingNormForward&);
 void embedding_norm_backward(const EmbeddingNormBackward&);
 void embedding_gradient(const EmbeddingGradient&);
 void decoder_step(const DecoderStep&);
+void additive_attention_forward(const AdditiveAttentionForward&);
+void additive_attention_backward(const AdditiveAttentionBackward&);
 }  // namespace TF_ISA
 #endif
 

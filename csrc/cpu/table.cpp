@@ -23,5 +23,7 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::embedding_norm_backward,
     TF_ISA::embedding_gradient,
     TF_ISA::decoder_step,
+    TF_ISA::additive_attention_forward,
+    TF_ISA::additive_attention_backward,
 };
 }  // namespace tf

@@ -1,7 +1,8 @@
+import functools
+
 import pytest
 import torch
-
-VOCABULARY, WIDTH, BATCH, LENGTH = 99, 48, 12, 13
+from encoder_cases import BATCH, LENGTH, VOCABULARY, encoder_config
 
 
 def _mask(kind: str) -> torch.Tensor | None:
@@ -26,17 +27,7 @@ def make_mask():
 
 @pytest.fixture
 def bert_config():
-    from transformers import BertConfig
-
-    def make(**changes):
-        values = {
-            "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3,
-            "intermediate_size": 80, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0, "initializer_range": 0.15, "num_labels": 4,
-        }  # fmt: skip
-        return BertConfig(**(values | changes))
-
-    return make
+    return functools.partial(encoder_config, "Bert")
 
 
 @pytest.fixture

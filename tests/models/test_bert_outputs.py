@@ -3,73 +3,22 @@
 import pytest
 import torch
 import transformers
-from numerics import GRADIENT, OUTPUT, assert_as_accurate
+from encoder_cases import HEADS as SHARED_HEADS
+from encoder_cases import by_module, compare, compare_over_batches, config_for, gradients_of, labels_for, real_rows
+from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [("none", F32), ("right", F32), ("left", F32), ("holes", F32), ("right", BF16), ("left", F16), ("holes", BF16)]
 TRAINING_CASES = [("right", F32), ("left", BF16), ("holes", F16)]
-HEADS = {
-    "BertModel": ("last_hidden_state", "pooler_output"),
-    "BertForPreTraining": ("prediction_logits", "seq_relationship_logits", "loss"),
-    "BertForMaskedLM": ("logits", "loss"),
-    "BertForNextSentencePrediction": ("logits", "loss"),
-    "BertForSequenceClassification": ("logits", "loss"),
-    "BertForTokenClassification": ("logits", "loss"),
-    "BertForQuestionAnswering": ("start_logits", "end_logits", "loss"),
-}
-
-
-def config_for(name, bert_config):
-    return bert_config(num_labels=2) if name == "BertForQuestionAnswering" else bert_config()
-
-
-def labels_for(name: str, mask: torch.Tensor | None, shape) -> dict:
-    batch, length = shape
-    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
-    if name in ("BertForNextSentencePrediction", "BertForSequenceClassification"):
-        return {"labels": torch.randint(0, 2, (batch,))}
-    if name == "BertForQuestionAnswering":
-        return {"start_positions": torch.randint(0, 4, (batch,)), "end_positions": torch.randint(0, length, (batch,))}
-    if name == "BertModel":
-        return {}
-    labels = torch.randint(0, 4, shape).masked_fill(~real | (torch.rand(shape) < 0.4), -100)
-    labels[0, 0] = 1
-    extra = {"next_sentence_label": torch.randint(0, 2, (batch,))} if name == "BertForPreTraining" else {}
-    return {"labels": labels, **extra}
-
-
-def real_rows(t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    rows = mask is not None and t.dim() >= 2 and t.shape[:2] == mask.shape
-    return t[mask.bool()] if rows else t
-
-
-def compare(ours, theirs, truth, mask, names):
-    for name in names:
-        parts = [real_rows(output[name], mask) for output in (ours, truth, theirs)]
-        if name == "loss":  # one number is right or wrong by luck: weighed among the scores it comes from
-            parts = [torch.cat((p.view(-1), real_rows(o[names[0]], mask).flatten()))
-                     for p, o in zip(parts, (ours, truth, theirs))]  # fmt: skip
-        assert_as_accurate(*parts, OUTPUT, name)
+HEADS = {f"Bert{head}": outputs for head, outputs in SHARED_HEADS.items()}
 
 
 @pytest.mark.parametrize("kind, dtype", CASES)
 @pytest.mark.parametrize("name", HEADS)
-def test_outputs(name, kind, dtype, bert_config, pair, make_mask):
-    models = pair(name, config_for(name, bert_config), dtype)
-    collected = [{} for _ in models]
-    for _ in range(4):  # the largest error of one batch's few scores is luck
-        ids = torch.randint(1, 99, (12, 13))
-        mask = make_mask(kind)
-        call = {"token_type_ids": torch.randint(0, 2, ids.shape), **labels_for(name, mask, ids.shape)}
-        with torch.no_grad():
-            outputs = [m(ids, attention_mask=mask, **call) for m in models]
-        assert list(outputs[0].keys()) == list(outputs[1].keys())
-        for found, output in zip(collected, outputs):
-            for key in HEADS[name]:
-                found.setdefault(key, []).append(real_rows(output[key], mask).flatten())
-    compare(*({k: torch.cat(v) for k, v in found.items()} for found in collected), None, HEADS[name])
+def test_outputs(name, kind, dtype, pair, make_mask):
+    compare_over_batches(pair(name, config_for(name), dtype), name, make_mask, kind)
 
 
 @pytest.mark.quick
@@ -85,32 +34,11 @@ def test_padding_gives_zeros(name, kind, bert_config, pair, make_mask, ids):
     assert output[padding].eq(0).all() and output[mask.bool()].abs().sum(-1).gt(0).all()
 
 
-def gradients_of(model, ids, mask, call, weights):
-    model.train()  # dropout is 0 in the configuration
-    output = model(ids, attention_mask=mask, **call)
-    if "loss" in output:
-        loss = output.loss
-    else:
-        loss = (output[0] * weights.to(output[0].dtype))[mask.bool()].sum() + output[1].sum()
-    loss.backward()
-    return by_module(model)
-
-
-def by_module(model):
-    # Weight and bias of a module are weighed together: some biases have no gradient but rounding (a key's, as softmax
-    # does not change when every key moves).
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            found.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten())
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
 @pytest.mark.parametrize("kind, dtype", TRAINING_CASES)
 @pytest.mark.parametrize("name", HEADS)
-def test_gradients(name, kind, dtype, bert_config, pair, make_mask, ids):
+def test_gradients(name, kind, dtype, pair, make_mask, ids):
     mask = make_mask(kind)
-    models = pair(name, config_for(name, bert_config), dtype)
+    models = pair(name, config_for(name), dtype)
     call = labels_for(name, mask, ids.shape)
     weights = torch.randn(*ids.shape, 48, dtype=torch.float64)
     ours, theirs, truth = (gradients_of(m, ids, mask, call, weights) for m in models)
@@ -126,14 +54,13 @@ def test_multiple_choice(kind, bert_config, pair, make_mask):
     models = pair("BertForMultipleChoice", bert_config())
     labels = torch.randint(0, 2, (6,))
     outputs = [[] for _ in models]
-    for _ in range(4):  # a batch has few scores
+    for _ in range(40):  # a batch has few scores and one loss
         ids = torch.randint(1, 99, (6, 2, 13))
         for found, model in zip(outputs, models):
             found.append(model(ids, attention_mask=mask, labels=labels))
     merged = [{k: torch.cat([o[k].reshape(-1) for o in found]) for k in ("logits", "loss")} for found in outputs]
     assert outputs[0][0].logits.shape == (6, 2)
-    compare(*merged, None, ("logits",))
-    assert_as_accurate(merged[0]["loss"], merged[2]["loss"], merged[1]["loss"])
+    compare(*merged, None, ("logits", "loss"))
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification", None])

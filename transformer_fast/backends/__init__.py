@@ -80,7 +80,8 @@ _environment = getattr(os.environ, "_data", os.environ)
 _VARIABLE = getattr(os.environ, "encodekey", str)("TRANSFORMER_FAST_BACKEND")
 
 
-def _forced_name() -> str | None:
+def forced_name() -> str | None:
+    """The backend that is forced now, by backend() or the environment."""
     if _forced is None and _VARIABLE in _environment:
         return os.environ["TRANSFORMER_FAST_BACKEND"] or None
     return _forced
@@ -88,7 +89,7 @@ def _forced_name() -> str | None:
 
 def select(call: Call | tuple) -> Backend:
     """The backend that will run this call. A plain tuple of a Call's fields does too, and is quicker to make."""
-    return _select(call, _forced_name())
+    return _select(call, forced_name())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,5 +140,5 @@ def info() -> dict[str, str]:
         if not native_reason
         else f"missing: {native_reason}. They would bring fused attention, norms and activations on the CPU",
         "Triton kernels": triton_backend.status(),  # type: ignore[attr-defined]
-        "forced backend": _forced_name() or "none",
+        "forced backend": forced_name() or "none",
     }

@@ -10,7 +10,7 @@ from .eager import relative_buckets
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = frozenset(
     {"attention", "norm", "bias_activation", "dropout", "linear", "packed_linear"}
-    | {"cross_entropy", "embedding_layer_norm"}
+    | {"additive_attention", "cross_entropy", "embedding_layer_norm"}
 )
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
@@ -43,7 +43,7 @@ class CpuBackend(Backend):
     def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
         relative, zero = _relative_bias(spec)
         drelative = None
-        if dtable is not None:
+        if dtable is not None and relative is not None:
             sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
             drelative = relative.new_zeros((sequences, *relative.shape))
         grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
@@ -51,11 +51,23 @@ class CpuBackend(Backend):
             _unit_stride(grad_out), grad_lse, _unit_stride(out), lse.contiguous(),
             *_attention_arguments(spec, relative, zero), dq, dk, dv, dbias, drelative,
         )  # fmt: skip
-        if drelative is not None:
+        if drelative is not None and spec.relative_bias is not None:
             buckets = _distance_buckets(
                 zero, spec.relative_bias.shape[0], spec.relative_max_distance, spec.relative_bidirectional
             )
-            dtable.index_add_(0, buckets, drelative.sum(0)[:, : 2 * zero + 1].t())
+            # In float64: most distances share the last bucket, a long sum of small terms.
+            total = drelative.sum(0, dtype=torch.float64)[:, : 2 * zero + 1].t()
+            dtable.copy_(torch.zeros_like(dtable, dtype=torch.float64).index_add_(0, buckets, total))
+
+    def additive_attention_forward(self, spec, out, weights) -> None:
+        _ops.cpu_additive_attention_forward.default(*_additive_arguments(spec), out, weights)
+
+    def additive_attention_backward(
+        self, spec, grad_out, grad_weights, weights, grad_query, grad_key, grad_value, grad_score
+    ) -> None:
+        _ops.cpu_additive_attention_backward.default(
+            grad_out, grad_weights, weights, *_additive_arguments(spec), grad_query, grad_key, grad_value, grad_score
+        )
 
     def norm(self, x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum):
         """norm_forward without gradients, for contiguous tensors: (y, sum or None) and nothing else is made."""
@@ -135,6 +147,11 @@ def _attention_arguments(spec, relative, zero) -> tuple:
         zero, spec.rng, spec.scale, bool(spec.bottom_right), spec.window_left, spec.window_right, spec.softcap,
         spec.dropout_p,
     )  # fmt: skip
+
+
+def _additive_arguments(spec) -> tuple:
+    query, key, value, score_weight, bias, *masks = spec
+    return query, key, value, _float(score_weight), _float(bias), *masks
 
 
 _LANES = 64  # queries of a tile: the kernel reads so far past a row of `relative`

@@ -103,6 +103,35 @@ def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(outs), torch.stack(lses)
 
 
+def additive_attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context and weights of an AdditiveAttentionSpec, differentiable. score_weight: (D,), or each sequence its own,
+    (B, 1, D)."""
+    query, key, value, score_weight, bias, mask, key_lengths = spec
+    if bias is not None:
+        query = query + bias.to(query.dtype)
+    hidden = torch.tanh(query[:, :, None] + key[:, None])
+    scores = torch.matmul(hidden, score_weight.to(hidden.dtype)[..., None]).squeeze(-1)
+    alive = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        alive = alive & mask
+    if key_lengths is not None:
+        alive = alive & (torch.arange(key.shape[1], device=key.device) < key_lengths[:, None, None])
+    dead = ~alive.any(-1, keepdim=True)
+    scores = scores.masked_fill(~alive, -math.inf).masked_fill(dead, 0.0)
+    weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
+    return torch.matmul(weights, value), weights
+
+
+def additive_attention_backward(spec, grad_out, grad_weights, buffers) -> None:
+    """Writes the gradients to query, key, value and, a sequence each, to score_weight."""
+    with torch.enable_grad():
+        query, key, value = (_leaf(t) for t in spec[:3])
+        each = spec.score_weight.detach().to(query.dtype).repeat(query.shape[0], 1).requires_grad_()
+        out, weights = additive_attention(spec._replace(query=query, key=key, value=value, score_weight=each[:, None]))
+    grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
+    _grads((out, weights), (grad_out, grad_weights), (query, key, value, each), buffers)
+
+
 # ---- norms, activations --------------------------------------------------------------------------
 def norm(x, residual, weight, bias, rng, eps, rms, dropout_p):
     """(y, v, mean, rstd) with v = residual + dropout(x), all (rows, width), differentiable."""
@@ -201,6 +230,13 @@ class EagerBackend(Backend):
             if grad_lse is not None:
                 grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0).to(l.dtype)
         _grads((o, l), (grad_out, grad_lse), (q, k, v, bias, table), (dq, dk, dv, dbias, dtable))
+
+    def additive_attention_forward(self, spec, out, weights) -> None:
+        for buffer, result in zip((out, weights), additive_attention(spec)):
+            buffer.copy_(result)
+
+    def additive_attention_backward(self, spec, grad_out, grad_weights, weights, *buffers) -> None:
+        additive_attention_backward(spec, grad_out, grad_weights, buffers)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         results = norm(*spec)

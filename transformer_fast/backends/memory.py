@@ -33,6 +33,16 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return out
 
 
+def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised dense output on the CPU, as empty."""
+    out = torch.empty_strided(shape, strides, dtype=dtype)
+    if out.nbytes >= _LARGE:
+        _use_large_pages(out)
+    if _poison:
+        out.fill_(float("nan"))
+    return out
+
+
 def _use_large_pages(out: torch.Tensor) -> None:
     """Ask for large pages in the whole 2 MB pages inside a fresh tensor, and nowhere else."""
     if _madvise is None or type(out) is not torch.Tensor:

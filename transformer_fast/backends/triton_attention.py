@@ -1,6 +1,7 @@
 """Launches the Triton attention kernels (kernels/attention_*.py) for an AttentionSpec."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -124,7 +125,7 @@ def _relative_lookup(spec) -> tuple[int, torch.Tensor | None]:
 def _buckets(spec) -> tuple[int, torch.Tensor]:
     table = spec.relative_bias
     reach = max(spec.relative_max_distance, table.shape[0])
-    build = _bucket_vector
+    build: Callable[..., torch.Tensor] = _bucket_vector
     if table.is_cuda and torch.cuda.is_current_stream_capturing():
         build = _bucket_vector.__wrapped__  # memory of a graph's pool must not outlive it in the cache
     return reach, build(table.shape[0], spec.relative_max_distance, spec.relative_bidirectional, reach, table.device)
@@ -220,10 +221,10 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
     _attention_decode_kernel[(tiles, splits)](**arguments)
     if splits == 1:
         return
-    rows = lse.shape[-1]
+    queries = lse.shape[-1]
     strides = call.strides("o", out)
-    _attention_combine_kernel[(rows, lse.numel() // rows)](
-        part, part_lse, out, lse, part.stride(0), part_lse.stride(0), *strides.values(), call.heads, rows, splits,
+    _attention_combine_kernel[(queries, lse.numel() // queries)](
+        part, part_lse, out, lse, part.stride(0), part_lse.stride(0), *strides.values(), call.heads, queries, splits,
         HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, SPLITS=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
 
@@ -308,7 +309,7 @@ def _query_gradient(call: Launch, shared, dq, dbias, dtable) -> None:
         DIAGONALS=triton.next_power_of_2(config.block_m + config.block_n),
     )
     _attention_backward_query_kernel[(blocks * batch_heads,)](**arguments)
-    if dtable is not None:
+    if dtable is not None and bucket_sums is not None:
         dtable.copy_(bucket_sums.sum((0, 2))[:, : dtable.shape[0]].t())
 
 

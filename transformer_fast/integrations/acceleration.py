@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import sys
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
         if kind is None:
             report.left[path] = reason
         else:
-            module.__class__ = swaps.swapped_class(type(module), kind)
+            module.__class__ = swaps.swapped_class(type(module), kind)  # type: ignore[arg-type]
             report.swapped[path] = kind
     if own:
         report.left["modules of transformer_fast"] = "they run on its kernels already"
@@ -165,9 +166,9 @@ def _put_back(model, previous) -> None:
             config._attn_implementation_internal = previous[place]
 
 
-def _configs(model) -> list[tuple[str, object]]:
+def _configs(model) -> list[tuple[str, Any]]:
     """Every config object in the model, each once, with a name that a copy of the model gives it too."""
-    found: dict[int, tuple[str, object]] = {}
+    found: dict[int, tuple[str, Any]] = {}
 
     def visit(place: str, config) -> None:
         if config is None or id(config) in found or not hasattr(config, "_attn_implementation_internal"):

@@ -64,14 +64,14 @@ def attention_mask(
         rule = _rule(pattern, q_length, kv_length, int(q_offset), kv_offset, attention_mask)
     if rule is None:
         return masking_utils.sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
             allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
     if rule.padding is None and rule.key_lengths is None and rule.left is None:
         everything = rule.reach == kv_length and rule.right is None
-        causal = pattern[1] == 0
+        causal = pattern is not None and pattern[1] == 0
         if everything and (allow_is_causal_skip and q_length == 1 if causal else allow_is_bidirectional_skip):
             return None
         if causal and allow_is_causal_skip and rule.right == 0 and rule.shift == 0:

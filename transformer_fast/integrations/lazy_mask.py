@@ -46,6 +46,8 @@ class LazyMask(torch.Tensor):
     """
 
     rule: MaskRule | None
+    _recipe: MaskRule
+    _dense: torch.Tensor | None
 
     @staticmethod
     def __new__(cls, rule: MaskRule, batch: int, queries: int, keys: int, device: torch.device):
@@ -78,7 +80,7 @@ class LazyMask(torch.Tensor):
         args, kwargs = tree_map_only(LazyMask, unwrap, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"LazyMask({tuple(self.shape)}, {self._recipe})"
 
     def __deepcopy__(self, memo) -> torch.Tensor:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -87,20 +88,20 @@ class Swapped:
 
 
 @functools.cache
-def swapped_class(original: type, kind: str) -> type:
+def swapped_class(original: Any, kind: str) -> type:
     """The subclass of `original` whose forward is op `kind`. Same name, so printed models read the same."""
     run, before = _FORWARDS[kind], original.forward
 
     def forward(self, input):
         return run(self, input, before)
 
-    names = {"forward": forward, "_original": original, "_kind": kind, "__doc__": original.__doc__}
+    names: dict[str, Any] = {"forward": forward, "_original": original, "_kind": kind, "__doc__": original.__doc__}
     names["__module__"], names["__qualname__"] = original.__module__, original.__qualname__
     return type(original.__name__, (Swapped, original), names)
 
 
 def _remake(original: type, kind: str) -> torch.nn.Module:
-    cls = swapped_class(original, kind)
+    cls: Any = swapped_class(original, kind)
     return cls.__new__(cls)
 
 

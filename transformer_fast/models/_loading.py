@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 
 __all__ = ["LoadingErrors", "drop_trust", "local_folder", "model_type_of"]
 
-_BODY = "embeddings|encoder|wte|wpe|h|ln_f|tokens_embed|positions_embed"  # without these a model is not a model
-_ACTIVATIONS = ("hidden_act", "activation_function", "afn")  # what configurations call it
+# Without these a model is not a model.
+_BODY = "embeddings|encoder|decoder|transformer|shared|wte|wpe|h|ln_f|tokens_embed|positions_embed"
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "afn")  # what configurations call it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -125,8 +126,9 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
     if isinstance(error, KeyError) and folder is not None:
         config = config or cls.config_class.from_pretrained(folder)
         for name in _ACTIVATIONS:
-            if hasattr(config, name) and error.args[:1] == (getattr(config, name),):
-                raise ValueError(f"{folder / 'config.json'}: {name} {getattr(config, name)!r} is unknown") from error
+            found = getattr(config, name, None)
+            if found is not None and (error.args[:1] == (found,) or f"function {found} not found" in str(error)):
+                raise ValueError(f"{folder / 'config.json'}: {name} {found!r} is unknown") from error
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it refers to {found.group(1)})" if found else ""
@@ -137,7 +139,7 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
         raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
         raise ValueError(
-            f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config)}. "
+            f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config, kwargs)}. "
             "Pass ignore_mismatched_sizes=True to start those at random"
         ) from error
 
@@ -158,14 +160,16 @@ def _binary(folder: pathlib.Path | None) -> pathlib.Path | None:
     return next(iter(sorted(folder.glob("pytorch_model*.bin"))), None) if folder else None
 
 
-def _mismatch(cls, folder: pathlib.Path | None, config) -> str:
+def _mismatch(cls, folder: pathlib.Path | None, config, kwargs: dict) -> str:
     """The first weight whose shape differs, from the files' headers."""
     from safetensors import safe_open
 
     if folder is None:
         return "see the report above"
+    if config is None:
+        config, _ = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
     with torch.device("meta"):
-        model = cls(config or cls.config_class.from_pretrained(folder))
+        model = cls(config)
     prefix = f"{cls.base_model_prefix}."
     wanted = {k.removeprefix(prefix): tuple(v.shape) for k, v in model.state_dict().items()}
     for file in sorted(folder.glob("*.safetensors")):

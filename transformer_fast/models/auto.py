@@ -8,7 +8,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ._loading import drop_trust, model_type_of
-from .registry import FAMILIES
+from .registry import FAMILIES, OWN
 
 __all__ = [
     "AutoModel",
@@ -18,9 +18,14 @@ __all__ = [
     "AutoModelForNextSentencePrediction",
     "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 ]
+
+
+def _own(suffix: str) -> OrderedDict:
+    return OrderedDict((model_type, stem + suffix) for model_type, stem in OWN.items())
 
 
 def _class_for(names: dict, model_type: str):
@@ -96,7 +101,7 @@ class _Auto:
 
 
 class AutoModel(_Auto, transformers.AutoModel):
-    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES)  # type: ignore[assignment]
+    _model_mapping = _Mapping(modeling_auto.MODEL_MAPPING_NAMES | _own("Model"))  # type: ignore[assignment]
 
 
 class AutoModelForPreTraining(_Auto, transformers.AutoModelForPreTraining):
@@ -129,3 +134,9 @@ class AutoModelForQuestionAnswering(_Auto, transformers.AutoModelForQuestionAnsw
 
 class AutoModelForMultipleChoice(_Auto, transformers.AutoModelForMultipleChoice):
     _model_mapping = _Mapping(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES)  # type: ignore[assignment]
+
+
+class AutoModelForSeq2SeqLM(_Auto, transformers.AutoModelForSeq2SeqLM):
+    _model_mapping = _Mapping(  # type: ignore[assignment]
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES | _own("ForConditionalGeneration")
+    )

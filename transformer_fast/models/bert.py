@@ -8,40 +8,16 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils import logging
 
-from .. import ops
-from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
-from ..layers.embeddings import check_indices, embed
-from ..layers.projection import dropout_p, lay_out, linear, norm
-from ._base import (
-    Adopted,
-    Encoded,
-    ModelMixin,
-    Want,
-    activation_name,
-    check_inputs,
-    check_integers,
-    documented_as,
-    read_flags,
-)
-from ._heads import (
-    IGNORE,
-    classification_loss,
-    is_labelled,
-    masked_lm,
-    span_loss,
-    token_loss,
-    vocabulary_logits,
-)
+from ..layers import Packing, SlotTable, encoder_layer
+from ..layers.projection import linear
+from ._base import Adopted, Want, documented_as
+from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._heads import IGNORE, is_labelled, vocabulary_logits
 
 __all__ = [
     "BertForMaskedLM",
@@ -80,15 +56,6 @@ _ADOPTED = Adopted()
 logger = logging.get_logger(__name__)
 
 
-def spec_of(config, causal: bool) -> TransformerSpec:
-    return TransformerSpec(
-        num_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        causal=causal,
-        activation=activation_name(config.hidden_act),
-    )
-
-
 @_ADOPTED.register
 class BertLayer(hf.BertLayer):
     """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
@@ -97,20 +64,25 @@ class BertLayer(hf.BertLayer):
         return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
 
 
-class _BertMixin(ModelMixin):
+class _BertHeads(EncoderHeads):
     _adopted = _ADOPTED
-    config: Any
+    bert: Any
+    cls: Any
 
-    def _transform(self, head: Any, rows: torch.Tensor) -> torch.Tensor:
-        """norm(act(x W + b)), before the vocabulary projection."""
-        transform, name = head.transform, activation_name(self.config.hidden_act)
-        rows = linear(transform.dense, rows, name)
-        return norm(transform.LayerNorm, rows if name else transform.transform_act_fn(rows))
+    def _vocabulary_head(self) -> VocabularyHead:
+        head = self.cls.predictions
+        transform = head.transform
+        return VocabularyHead(transform.dense, transform.transform_act_fn, transform.LayerNorm, head.decoder)
+
+    def _pair_logits(self, pooled) -> torch.Tensor:
+        return linear(self.cls.seq_relationship, pooled)
 
 
 @_ADOPTED.register
-class BertModel(_BertMixin, hf.BertModel):
+class BertModel(EncoderBase, hf.BertModel):
     __doc__ = hf.BertModel.__doc__
+    _adopted = _ADOPTED
+    _slots = SLOTS
 
     @documented_as(hf.BertModel.forward)
     def forward(
@@ -127,10 +99,14 @@ class BertModel(_BertMixin, hf.BertModel):
         **kwargs,
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_hidden_states)
         encoded = self._run(
-            want or Want(read_first=self.pooler is not None), input_ids, attention_mask, token_type_ids, position_ids,
-            inputs_embeds, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache, kwargs,
+            want or Want(read_first=self.pooler is not None),
+            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), kwargs, past_key_values,
+            encoder_hidden_states if self.config.is_decoder else None, encoder_attention_mask,
         )  # fmt: skip
+        if not use_cache:
+            encoded = encoded._replace(past_key_values=None)
         if want is not None:
             return encoded
         output = BaseModelOutputWithPoolingAndCrossAttentions(
@@ -141,43 +117,13 @@ class BertModel(_BertMixin, hf.BertModel):
         )
         return self._finish(output, kwargs)
 
-    def _run(
-        self, want: Want, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_states,
-        encoder_mask, past_key_values, use_cache, kwargs,
-    ) -> Encoded:  # fmt: skip
-        config, layers = self.config, self.encoder.layer
-        source = check_inputs(input_ids, inputs_embeds, config.hidden_size)
-        batch, length = source.shape[:2]
-        flags = read_flags(config, kwargs, len(layers))
-        past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_states)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check(input_ids, token_type_ids, position_ids, batch, length, past)
-        causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
-        call = plan_call(
-            spec_of(config, bool(config.is_decoder if causal is None else causal)),
-            attention_mask, batch, length, source.device,
-            past_key_values=past_key_values, encoder_states=encoder_states if config.is_decoder else None,
-            encoder_mask=encoder_mask, read=want.read, read_first=want.read_first or want.first_only,
-            attentions=flags.attentions,
-        )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            lay_out(SLOTS.read(layer) for layer in layers)
-        e = self.embeddings
-        rows = embed(
-            call.packing, e.word_embeddings, e.position_embeddings, e.token_type_embeddings, e.LayerNorm, e.dropout,
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, segment_ids=token_type_ids,
-            past=past,
-        )  # fmt: skip
-        first_only = want.first_only and not (flags.hidden_states or flags.attentions or past_key_values is not None)
-        rows = run_layers(
-            layers, rows, call, first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden
-        )
-        pooled = None
-        if self.pooler is not None:
-            pooled = self.pooler.activation(linear(self.pooler.dense, rows if first_only else call.packing.first(rows)))
-        return Encoded.of(
-            None if first_only else rows, call, pooled, past_key_values if use_cache else None, flags, len(layers)
-        )
+    def _layers(self):
+        return self.encoder.layer
+
+    def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        if self.pooler is None:
+            return None
+        return self.pooler.activation(linear(self.pooler.dense, first))
 
     def _cache(self, past_key_values, use_cache, encoder_states):
         """HF's rule for when a decoder makes and returns a cache."""
@@ -194,26 +140,8 @@ class BertModel(_BertMixin, hf.BertModel):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
         return past_key_values, use_cache
 
-    def _check(self, input_ids, token_type_ids, position_ids, batch: int, length: int, past) -> None:
-        config, e = self.config, self.embeddings
-        positions = e.position_embeddings.num_embeddings
-        for name, t in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
-            if t is not None:
-                check_integers(name, t, (batch, length))
-        if position_ids is not None:
-            check_indices("position_ids", position_ids, positions, "config.max_position_embeddings")
-        elif isinstance(past, int) and past + length > positions:
-            raise ValueError(
-                f"input_ids: {past + length} positions are past config.max_position_embeddings = {positions}; "
-                "truncate the text (tokenizer(..., truncation=True))"
-            )
-        if input_ids is not None:
-            check_indices("input_ids", input_ids, e.word_embeddings.num_embeddings, "config.vocab_size")
-        if token_type_ids is not None:
-            check_indices("token_type_ids", token_type_ids, config.type_vocab_size, "config.type_vocab_size")
 
-
-class BertForPreTraining(_BertMixin, hf.BertForPreTraining):
+class BertForPreTraining(_BertHeads, hf.BertForPreTraining):
     __doc__ = hf.BertForPreTraining.__doc__
 
     @documented_as(hf.BertForPreTraining.forward)
@@ -228,30 +156,15 @@ class BertForPreTraining(_BertMixin, hf.BertForPreTraining):
         next_sentence_label: torch.Tensor | None = None,
         **kwargs,
     ):
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            want=Want(read_first=True, read=is_labelled(labels)),
-            **kwargs,
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        loss, logits, relation, extras = self._pre_training(inputs, labels, next_sentence_label, kwargs)
+        output = hf.BertForPreTrainingOutput(
+            loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **extras
         )
-        head = self.cls.predictions
-        masked_loss, logits = masked_lm(head.decoder, self._transform(head, encoded.rows), encoded.packing, labels)
-        relation = linear(self.cls.seq_relationship, encoded.pooled)
-        loss = None
-        if masked_loss is not None and next_sentence_label is not None:
-            loss = masked_loss + F.cross_entropy(relation.view(-1, 2), next_sentence_label.view(-1))
-        return self._finish(
-            hf.BertForPreTrainingOutput(
-                loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **encoded.extras()
-            ),
-            kwargs,
-        )
+        return self._finish(output, kwargs)
 
 
-class BertForMaskedLM(_BertMixin, hf.BertForMaskedLM):
+class BertForMaskedLM(_BertHeads, hf.BertForMaskedLM):
     __doc__ = hf.BertForMaskedLM.__doc__
 
     @documented_as(hf.BertForMaskedLM.forward)
@@ -267,16 +180,12 @@ class BertForMaskedLM(_BertMixin, hf.BertForMaskedLM):
         labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        encoded = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
-            encoder_attention_mask, want=Want(read=is_labelled(labels)), **kwargs,
-        )  # fmt: skip
-        head = self.cls.predictions
-        loss, logits = masked_lm(head.decoder, self._transform(head, encoded.rows), encoded.packing, labels)
-        return self._finish(MaskedLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        return self._masked_lm(inputs, labels, kwargs | cross)
 
 
-class BertLMHeadModel(_BertMixin, hf.BertLMHeadModel):
+class BertLMHeadModel(_BertHeads, hf.BertLMHeadModel):
     __doc__ = hf.BertLMHeadModel.__doc__
 
     @documented_as(hf.BertLMHeadModel.forward)
@@ -300,17 +209,16 @@ class BertLMHeadModel(_BertMixin, hf.BertLMHeadModel):
             use_cache = False
             if shifted is None:  # position i is scored on the token after it
                 shifted = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
-        encoded = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
-            encoder_attention_mask, past_key_values, use_cache, want=Want(read=is_labelled(shifted)), **kwargs,
-        )  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        cached = {"past_key_values": past_key_values, "use_cache": use_cache}
+        encoded = self._encode(inputs, Want(read=is_labelled(shifted)), kwargs | cross | cached)
         rows, packing = encoded.rows, encoded.packing
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             rows = packing.unpack(rows)[:, kept]
             packing = Packing(*rows.shape[:2])
-        head = self.cls.predictions
-        logits = vocabulary_logits(head.decoder, self._transform(head, rows), packing)
+        logits = vocabulary_logits(self._vocabulary_head().decoder, self._transform(rows), packing)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -322,7 +230,7 @@ class BertLMHeadModel(_BertMixin, hf.BertLMHeadModel):
         )
 
 
-class BertForNextSentencePrediction(_BertMixin, hf.BertForNextSentencePrediction):
+class BertForNextSentencePrediction(_BertHeads, hf.BertForNextSentencePrediction):
     __doc__ = hf.BertForNextSentencePrediction.__doc__
 
     @documented_as(hf.BertForNextSentencePrediction.forward)
@@ -336,15 +244,14 @@ class BertForNextSentencePrediction(_BertMixin, hf.BertForNextSentencePrediction
         labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        encoded = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, want=Want(first_only=True), **kwargs
-        )
-        logits = linear(self.cls.seq_relationship, encoded.pooled)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self._encode(inputs, Want(first_only=True), kwargs)
+        logits = self._pair_logits(encoded.pooled)
         loss = None if labels is None else F.cross_entropy(logits.view(-1, 2), labels.view(-1))
         return self._finish(NextSentencePredictorOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
 
-class BertForSequenceClassification(_BertMixin, hf.BertForSequenceClassification):
+class BertForSequenceClassification(_BertHeads, hf.BertForSequenceClassification):
     __doc__ = hf.BertForSequenceClassification.__doc__
 
     @documented_as(hf.BertForSequenceClassification.forward)
@@ -358,15 +265,11 @@ class BertForSequenceClassification(_BertMixin, hf.BertForSequenceClassification
         labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        encoded = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, want=Want(first_only=True), **kwargs
-        )
-        logits = linear(self.classifier, ops.dropout(encoded.pooled, dropout_p(self.dropout)))
-        loss = None if labels is None else classification_loss(self.config, logits, labels)
-        return self._finish(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._classify_sequences(inputs, labels, kwargs)
 
 
-class BertForMultipleChoice(_BertMixin, hf.BertForMultipleChoice):
+class BertForMultipleChoice(_BertHeads, hf.BertForMultipleChoice):
     __doc__ = hf.BertForMultipleChoice.__doc__
 
     @documented_as(hf.BertForMultipleChoice.forward)
@@ -380,21 +283,11 @@ class BertForMultipleChoice(_BertMixin, hf.BertForMultipleChoice):
         labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        source = input_ids if input_ids is not None else inputs_embeds
-        choices = source.shape[1] if source is not None else 1
-        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
-            None if t is None else t.flatten(0, 1)
-            for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        )
-        encoded = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, want=Want(first_only=True), **kwargs
-        )
-        logits = linear(self.classifier, ops.dropout(encoded.pooled, dropout_p(self.dropout))).view(-1, choices)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return self._finish(MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._choose(inputs, labels, kwargs)
 
 
-class BertForTokenClassification(_BertMixin, hf.BertForTokenClassification):
+class BertForTokenClassification(_BertHeads, hf.BertForTokenClassification):
     __doc__ = hf.BertForTokenClassification.__doc__
 
     @documented_as(hf.BertForTokenClassification.forward)
@@ -408,22 +301,11 @@ class BertForTokenClassification(_BertMixin, hf.BertForTokenClassification):
         labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            want=Want(read=is_labelled(labels)),
-            **kwargs,
-        )
-        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))
-        logits = encoded.packing.unpack(linear(self.classifier, rows))
-        loss = None if labels is None else token_loss(logits, labels)
-        return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._classify_tokens(inputs, labels, kwargs)
 
 
-class BertForQuestionAnswering(_BertMixin, hf.BertForQuestionAnswering):
+class BertForQuestionAnswering(_BertHeads, hf.BertForQuestionAnswering):
     __doc__ = hf.BertForQuestionAnswering.__doc__
 
     @documented_as(hf.BertForQuestionAnswering.forward)
@@ -438,18 +320,5 @@ class BertForQuestionAnswering(_BertMixin, hf.BertForQuestionAnswering):
         end_positions: torch.Tensor | None = None,
         **kwargs,
     ):
-        """As HF's, padding dropped; start_logits and end_logits at padding are the dtype's lowest number, so that no
-        argmax picks it. With start_positions and end_positions padding is computed, as HF's loss counts it."""
-        source = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
-        scored = start_positions is not None and end_positions is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
-        encoded = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, want=Want(read=read), **kwargs
-        )
-        logits = linear(self.qa_outputs, encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
-        loss = span_loss(start, end, start_positions, end_positions) if scored else None
-        return self._finish(
-            QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
-        )
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._find_spans(inputs, start_positions, end_positions, kwargs)

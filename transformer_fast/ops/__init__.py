@@ -2,6 +2,7 @@
 
 from ._common import concrete
 from .activation import bias_activation
+from .additive_attention import additive_attention
 from .attention import (
     RelativeBias,
     attention_probabilities,
@@ -21,6 +22,7 @@ __all__ = [
     "RelativeBias",
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "attention_probabilities",
     "bias_activation",
     "concrete",

@@ -312,8 +312,9 @@ _qkv_backward_op = _common.define(
 
 
 def _qkv_setup(ctx, inputs, output):
-    qkv, lengths, cu, *ctx.constants = inputs[0], inputs[1], inputs[2], inputs[3], *inputs[5:]
-    ctx.save_for_backward(*output, qkv, lengths, cu, inputs[4])
+    qkv, lengths, cu, longest, rng, *tail = inputs
+    ctx.constants = [longest, *tail]
+    ctx.save_for_backward(*output, qkv, lengths, cu, rng)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -13,15 +13,39 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None):
-    """Register one op with its fake kernel and, where given, its gradient. Returns the callable op."""
+def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None) -> Callable:
+    """Register one op with its fake kernel and, where given, its gradient. Returns what calls it: the registered op
+    where somebody watches (a compiler, a tracer, a mode, a wrapper class), else the same functions without torch's
+    dispatcher, which costs more than a small call itself."""
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     qualified = f"transformer_fast::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    run = forward
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.transformer_fast, name).default
+        run = _function(name, forward, setup_context, backward).apply
+    op = getattr(torch.ops.transformer_fast, name).default
+
+    def call(*args):
+        if _watched():
+            return op(*args)
+        for t in args:
+            if isinstance(t, torch.Tensor) and (type(t) not in _PLAIN or t.is_meta):
+                return op(*args)
+        return run(*args)
+
+    return call
+
+
+def _function(name: str, forward, setup_context, backward) -> type[torch.autograd.Function]:
+    def forward_of(ctx, *args):
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward_of), "backward": staticmethod(backward)}
+    return type(f"transformer_fast::{name}", (torch.autograd.Function,), members)
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:

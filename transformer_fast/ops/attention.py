@@ -6,11 +6,13 @@ from typing import NamedTuple
 import torch
 
 from ..backends.philox import threshold
+from . import _attention_direct as _direct
 from . import _common
 from ._attention_op import (
     CAUSAL,
     AttentionSpec,
     attention_op,
+    choose,
     forward_impl,
     plain,
     qkv_attention_op,
@@ -70,6 +72,19 @@ def scaled_dot_product_attention(
     Raises TypeError or ValueError naming the argument.
     Source: Vaswani et al., 2017, section 3.2; Dao, "FlashAttention-2", 2023.
     """
+    known = None
+    if (
+        bias is None and key_lengths is None and window is None and relative_bias is None and not dropout_p
+        and softcap == 0.0 and (scale is None or type(scale) is float)
+        and (attn_mask is None or attn_mask.dtype is torch.bool)
+    ):  # fmt: skip
+        known = _direct.signature(query, key, value, attn_mask, is_causal, scale, enable_gqa, causal_alignment)
+        if known is not None:
+            found = _direct.padded(
+                known, query, key, value, attn_mask, is_causal, causal_alignment == "bottom_right", return_lse
+            )
+            if found is not None:
+                return found
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t.dim() not in (3, 4):
@@ -92,6 +107,8 @@ def scaled_dot_product_attention(
     mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, b, sk, query)
+    if known is not None and causal_alignment in CAUSAL and not three and (attn_mask is None or attn_mask.dim() == 4):
+        _remember(known, query, key, mask, None, is_causal, causal_alignment, scale)
     out = _attend(
         query, key, value, bias, mask, key_lengths, None, None, sq, sk, relative_bias, dropout_p, is_causal,
         causal_alignment, window, softcap, scale, return_lse, generator,
@@ -132,6 +149,17 @@ def varlen_attention(
     The rest, errors and sources as in scaled_dot_product_attention. Returns (total_q, H, D) and, with
     return_lse, lse (H, total_q).
     """
+    known = None
+    if (
+        cu_seqlens_k is None and attn_mask is None and bias is None and window is None and relative_bias is None
+        and not dropout_p and softcap == 0.0 and max_seqlen_k in (None, max_seqlen_q)
+        and causal_alignment == "top_left" and (scale is None or type(scale) is float)
+    ):  # fmt: skip
+        known = _direct.signature(query, key, value, cu_seqlens_q, is_causal, scale)
+        if known is not None:
+            found = _direct.packed(known, query, key, value, cu_seqlens_q, max_seqlen_q, is_causal, return_lse)
+            if found is not None:
+                return found
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t.dim() != 3:
@@ -151,6 +179,8 @@ def varlen_attention(
     if cu_k.shape[0] != batch + 1:
         raise ValueError(f"cu_seqlens_k: wanted {batch + 1} entries as cu_seqlens_q has, got {cu_k.shape[0]}")
     mask, bias = _split_mask(attn_mask, bias, (batch, query.shape[1], longest_q, longest_k), query)
+    if known is not None and shared and cu_k is cu_seqlens_q:
+        _remember(known, query, key, None, cu_k, is_causal, causal_alignment, scale)
     return _attend(
         query, key, value, bias, mask, None, cu_seqlens_q, cu_k, longest_q, longest_k, relative_bias, dropout_p,
         is_causal, causal_alignment, window, softcap, scale, return_lse, generator,
@@ -175,11 +205,13 @@ def qkv_attention(
     (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
     Other arguments as in varlen_attention and scaled_dot_product_attention.
     """
-    _common.check_floating("qkv", qkv)
     packed = cu_seqlens is not None
+    _common.check_floating("qkv", qkv)
     if qkv.dim() != (4 if packed else 5) or qkv.shape[-3] != 3:
         wanted = "(total, 3, H, D)" if packed else "(B, S, 3, H, D)"
         raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")
+    if not dropout_p and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not _autocasts(qkv):
+        return _attend_to_parts(qkv, cu_seqlens, max_seqlen, is_causal, scale, return_lse)
     _check_head_dim("qkv", qkv.shape[-1])
     if packed:
         cu_seqlens, longest = _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
@@ -247,6 +279,21 @@ def attention_probabilities(
     return p.masked_fill(dead, 0.0).to(query.dtype)
 
 
+def _attend_to_parts(qkv, cu_seqlens, max_seqlen, is_causal, scale, return_lse):
+    """qkv_attention without gradients, where views of its parts are as good as the whole."""
+    query, key, value = qkv.unbind(-3)
+    if cu_seqlens is not None:
+        return varlen_attention(
+            query, key, value, cu_seqlens, max_seqlen_q=max_seqlen, is_causal=is_causal, scale=scale,
+            return_lse=return_lse,
+        )  # fmt: skip
+    out = scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=is_causal, scale=scale,
+        return_lse=return_lse,
+    )  # fmt: skip
+    return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
+
+
 # ---- shared by the public functions ----------------------------------------------------------------
 def _attend(
     query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, relative_bias, dropout_p, is_causal,
@@ -275,6 +322,21 @@ def _attend(
     else:
         out, lse = attention_op(*args)
     return (out, lse) if return_lse else out
+
+
+def _remember(known, query, key, mask, cu_seqlens, is_causal, causal_alignment, scale) -> None:
+    """Note that this call, on the CPU and without gradients, passed its checks."""
+    if not query.numel() or not key.numel():
+        return
+    args = (query, key, key, None, mask, None, cu_seqlens, cu_seqlens, 0, 0, None, 0, False, None)
+    spec = AttentionSpec(
+        *args, _scale(scale, query.shape[-1]), CAUSAL[causal_alignment], -1, 0 if is_causal else -1, 0.0, 0.0
+    )
+    _direct.remember(known, choose(spec).name, spec.scale)
+
+
+def _autocasts(t: torch.Tensor) -> bool:
+    return _common.autocast_dtype(t.device) is not None
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

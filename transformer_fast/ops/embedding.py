@@ -49,14 +49,19 @@ def _flat(ids: torch.Tensor | None) -> torch.Tensor | None:
     return None if ids is None else ids.reshape(-1).contiguous()
 
 
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
 def _table(t: torch.Tensor | None) -> torch.Tensor | None:
-    return t if t is None or t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+    return None if t is None else _rows(t)
 
 
 def _spec(ids, word, position_ids, position, type_ids, token_type, *rest) -> EmbeddingSpec:
     return EmbeddingSpec(
-        _flat(ids), _table(word), _flat(position_ids), _table(position), _flat(type_ids), _table(token_type), *rest
-    )
+        ids.reshape(-1).contiguous(), _rows(word), _flat(position_ids), _table(position), _flat(type_ids),
+        _table(token_type), *rest,
+    )  # fmt: skip
 
 
 def _forward(
@@ -133,7 +138,7 @@ def _backward_impl(
                 buffer.zero_()
     if norm_weight is not None:
         vectors = [v.to(norm_weight.dtype) for v in vectors]
-    return *tables, *vectors
+    return *tables, *vectors  # type: ignore[return-value]
 
 
 def _backward_fake(grad, ids, word, position_ids, position, type_ids, token_type, norm_weight, mean, rstd, *rest):

@@ -14,7 +14,7 @@ from .packed_weight import PackedWeight, linear_packed, pack_weight
 __all__ = ["adjacent", "linear", "pack_storage", "pack_weight", "packed_linear"]
 
 
-def _is_fast(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has a product of its own for this call, else torch's F.linear makes it."""
     if not _common.plain(input, weight, bias):
         return False
@@ -150,7 +150,7 @@ def linear(
     Raises TypeError or ValueError naming the argument.
     """
     _check(input, weight, bias, activation)
-    if type(weight) is PackedWeight:
+    if isinstance(weight, PackedWeight):
         return linear_packed(input, weight, bias, activation)
     if not _is_fast(input, weight, bias):
         return _plain(input, weight, bias, activation)
@@ -245,5 +245,4 @@ def packed_linear(
             return _Linear.apply(None, len(weights), input, *parameters)
         if any(p.requires_grad for p in parameters):
             return F.linear(input, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
-    weight, bias = _join(weights), _join(biases or ())
-    return linear(input, weight, bias)
+    return linear(input, _join(weights), _join(biases or ()))  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def _forward(
         )
         if need_hidden and index is None:
             torch.mm(logits, weight, out=grad_hidden[part])
-        elif need_hidden:
+        elif need_hidden and index is not None:
             grad_hidden[index[part]] = torch.mm(logits, weight)
         if need_weight and dtype == wide:
             torch.addmm(grad_weight, logits.t(), x, beta=1 if begin else 0, out=grad_weight)
@@ -192,7 +192,7 @@ def linear_cross_entropy(
     target = class_indices(target, tuple(hidden.shape[:-1]), "hidden", hidden)
     dtype = _common.autocast_dtype(hidden.device)
     if dtype is not None and hidden.dtype != torch.float64:
-        hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             _common.check_same(name, t, "hidden", hidden)

@@ -1,0 +1,257 @@
+"""DistilBERT's and ALBERT's outputs and gradients are Hugging Face's, on every row of ragged batches."""
+
+import pytest
+import torch
+import transformers
+from encoder_cases import (
+    BATCH,
+    VOCABULARY,
+    WIDTH,
+    by_module,
+    compare,
+    compare_over_batches,
+    config_for,
+    encoder_config,
+    gradients_of,
+    labels_for,
+    outputs_of,
+    real_rows,
+)
+from numerics import GRADIENT, assert_as_accurate
+
+import transformer_fast
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CASES = [("none", F32), ("left", F32), ("holes", F32), ("right", BF16), ("left", F16)]
+SHARED = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
+NAMES = [*(f"DistilBert{head}" for head in SHARED), *(f"Albert{head}" for head in [*SHARED, "ForPreTraining"])]
+FAMILIES = ["DistilBert", "Albert"]
+BASE = {family: f"{family}Model" for family in FAMILIES}
+
+
+@pytest.mark.parametrize("kind, dtype", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs(name, kind, dtype, pair, make_mask):
+    compare_over_batches(pair(name, config_for(name), dtype), name, make_mask, kind)
+
+
+@pytest.mark.parametrize("kind, dtype", [("right", F32), ("left", BF16)])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name, kind, dtype, pair, make_mask, ids):
+    mask = make_mask(kind)
+    models = pair(name, config_for(name), dtype)
+    call = labels_for(name, mask, ids.shape)
+    weights = torch.randn(*ids.shape, WIDTH, dtype=torch.float64)
+    ours, theirs, truth = (gradients_of(m, ids, mask, call, weights) for m in models)
+    assert ours.keys() == theirs.keys()
+    for parameter in theirs:
+        assert_as_accurate(ours[parameter], truth[parameter], theirs[parameter], GRADIENT, parameter)
+
+
+@pytest.mark.parametrize("kind", ["none", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_multiple_choice(family, kind, pair, make_mask):
+    mask = make_mask(kind)
+    mask = None if mask is None else mask.view(6, 2, -1)
+    models = pair(f"{family}ForMultipleChoice", encoder_config(family))
+    labels = torch.randint(0, 2, (6,))
+    outputs = [[] for _ in models]
+    for _ in range(16):  # a batch has few scores
+        ids = torch.randint(1, VOCABULARY, (6, 2, 13))
+        for found, model in zip(outputs, models):
+            found.append(model(ids, attention_mask=mask, labels=labels))
+    merged = [{k: torch.cat([o[k].reshape(-1) for o in found]) for k in ("logits", "loss")} for found in outputs]
+    assert outputs[0][0].logits.shape == (6, 2)
+    compare(*merged, None, ("logits", "loss"))
+
+
+SWITCHES = [
+    ("DistilBert", {"sinusoidal_pos_embds": True}),
+    ("DistilBert", {"n_heads": 6, "n_layers": 3}),
+    ("DistilBert", {"dim": 30, "hidden_dim": 50}),
+    ("DistilBert", {"activation": "relu"}),
+    ("DistilBert", {"activation": "tanh"}),
+    ("DistilBert", {"tie_word_embeddings": False}),
+    ("Albert", {"num_hidden_groups": 3}),
+    ("Albert", {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}),
+    ("Albert", {"num_hidden_layers": 5, "num_hidden_groups": 2}),
+    ("Albert", {"hidden_size": 30, "embedding_size": 7, "intermediate_size": 50}),
+    ("Albert", {"num_attention_heads": 6, "layer_norm_eps": 1e-3}),
+    ("Albert", {"hidden_act": "gelu"}),
+    ("Albert", {"hidden_act": "quick_gelu"}),
+    ("Albert", {"type_vocab_size": 5}),
+    ("Albert", {"tie_word_embeddings": False}),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family, changes", SWITCHES, ids=str)
+def test_configuration_switches(family, changes, pair, make_mask, ids):
+    mask = make_mask("right")
+    models = pair(f"{family}ForMaskedLM", encoder_config(family, **changes))
+    labels = labels_for(f"{family}ForMaskedLM", mask, ids.shape)
+    outputs = [m(ids, attention_mask=mask, output_hidden_states=True, **labels) for m in models]
+    compare(*outputs, mask, ("logits", "loss"))
+    ours, theirs, _ = outputs
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    compare(*({"states": torch.stack(o.hidden_states, 2)} for o in outputs), mask, ("states",))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classification_problems(family, problem, pair, make_mask):
+    mask = make_mask("right")
+    models = pair(f"{family}ForSequenceClassification", encoder_config(family, num_labels=3, problem_type=problem))
+    outputs = [[] for _ in models]
+    for _ in range(8):
+        ids, labels = torch.randint(1, VOCABULARY, (BATCH, 13)), torch.rand(BATCH, 3)
+        for found, model in zip(outputs, models):
+            found.append(model(ids, attention_mask=mask, labels=labels.to(model.dtype)))
+    merged = [{k: torch.cat([o[k].reshape(-1) for o in found]) for k in ("logits", "loss")} for found in outputs]
+    compare(*merged, None, ("logits", "loss"))
+    assert models[0].config.problem_type == models[1].config.problem_type
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["none", "left", "holes"])
+@pytest.mark.parametrize("name", ["DistilBertModel", "AlbertModel", "DistilBertForSequenceClassification"])
+def test_hidden_states_and_attentions(name, kind, pair, make_mask, ids):
+    mask = make_mask(kind)
+    models = pair(name, config_for(name))
+    outputs = [m(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True) for m in models]
+    ours, theirs, truth = outputs
+    assert list(ours.keys()) == list(theirs.keys())
+    assert len(ours.hidden_states) == len(theirs.hidden_states) and len(ours.attentions) == len(theirs.attentions)
+    for a, b, c in zip(ours.hidden_states, truth.hidden_states, theirs.hidden_states):
+        assert_as_accurate(*(real_rows(t, mask) for t in (a, b, c)), name="hidden state")
+    for a, b, c in zip(ours.attentions, truth.attentions, theirs.attentions):
+        assert_as_accurate(*(real_rows(t.transpose(1, 2), mask) for t in (a, b, c)), name="attentions")
+    if name.endswith("Model"):
+        assert ours.hidden_states[-1] is ours.last_hidden_state
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_gives_zeros_and_is_never_picked(family, pair, make_mask, ids):
+    mask = make_mask("right")
+    padding = ~mask.bool()
+    logits = pair(f"{family}ForMaskedLM", encoder_config(family))[0](ids, attention_mask=mask).logits
+    assert logits[padding].eq(0).all() and logits[~padding].abs().sum(-1).gt(0).all()
+    answer = pair(f"{family}ForQuestionAnswering", encoder_config(family, num_labels=2))[0](ids, attention_mask=mask)
+    assert mask[torch.arange(BATCH), answer.start_logits.argmax(1)].all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_embeds_positions_and_tuples(family, pair, make_mask, ids):
+    mask = make_mask("left")
+    models = pair(BASE[family], encoder_config(family))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    outputs = []
+    for model in models:
+        embedded = model.get_input_embeddings()(ids)
+        outputs.append(model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions))
+    compare(*outputs, mask, outputs_of(BASE[family]))
+    output = models[0](ids, return_dict=False)
+    assert isinstance(output, tuple) and len(output) == len(outputs_of(BASE[family]))
+    assert isinstance(models[0], getattr(transformers, BASE[family]))
+    pooled = transformer_fast.AlbertModel(encoder_config("Albert"), add_pooling_layer=False)
+    assert list(pooled(ids).keys()) == ["last_hidden_state"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_masks(family, pair, ids):
+    models = pair(BASE[family], encoder_config(family))
+    allowed = (torch.rand(BATCH, 1, 13, 13) < 0.7) | torch.eye(13, dtype=torch.bool)
+    plain = torch.zeros(BATCH, 1, 13, 13).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    ours = models[0](ids, attention_mask=allowed)
+    theirs, truth = (m(ids, attention_mask=plain.to(m.dtype)) for m in models[1:])
+    compare(ours, theirs, truth, None, outputs_of(BASE[family]))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing(family, reentrant, pair, make_mask, ids):
+    """The same loss and gradients, dropout included: the recomputation draws the same masks."""
+    mask = make_mask("right")
+    rates = {"dropout": 0.2, "attention_dropout": 0.2}
+    if family == "Albert":
+        rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    config = encoder_config(family, **rates)
+    name = f"{family}ForMaskedLM"
+    ours, _, truth = pair(name, config)
+    double = getattr(transformer_fast, name)(config).double()
+    double.load_state_dict(truth.state_dict())
+    labels = labels_for(name, mask, ids.shape)
+    results = []
+    for model, checkpointing in ((double, False), (ours, False), (ours, True)):
+        model.train().zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(1)
+        loss = model(ids, attention_mask=mask, **labels).loss
+        loss.backward()
+        results.append([loss.detach().view(1), *by_module(model).values()])
+    for expected, plain, again in zip(*results):
+        assert_as_accurate(again, expected, plain, GRADIENT)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compile(family, fullgraph, pair, make_mask, ids):
+    ours, theirs, truth = pair(BASE[family], encoder_config(family))
+    mask = None if fullgraph else make_mask("right")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=fullgraph)
+    with torch.no_grad():
+        compare(*(m(ids, attention_mask=mask) for m in (compiled, theirs, truth)), mask, outputs_of(BASE[family]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family, pair, make_mask, ids):
+    mask = make_mask("right")
+    ours, theirs, truth = pair(BASE[family], encoder_config(family))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = (real_rows(m(ids, attention_mask=mask).last_hidden_state, mask) for m in (ours, theirs))
+    assert a.dtype == b.dtype
+    assert_as_accurate(a, real_rows(truth(ids, attention_mask=mask).last_hidden_state, mask), b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_and_hooks_are_called(family, pair, make_mask, ids):
+    """A projection that is more than a plain Linear is called; a hook on a layer sees every call of it."""
+    mask = make_mask("right")
+    models = pair(BASE[family], encoder_config(family))
+    seen = []
+    for model in models:
+        if family == "Albert":
+            layer = model.encoder.albert_layer_groups[0].albert_layers[0]
+            query, norm = layer.attention.query, layer.full_layer_layer_norm
+        else:
+            layer = model.transformer.layer[0]
+            query, norm = layer.attention.q_lin, layer.output_layer_norm
+        query.register_forward_hook(lambda module, args, y: 2 * y)
+        norm.register_forward_hook(lambda module, args, y: y + 0.5)
+        layer.register_forward_hook(lambda *a: seen.append(1))
+    compare(*(m(ids, attention_mask=mask) for m in models), mask, outputs_of(BASE[family]))
+    assert len(seen) == 3 * (3 if family == "Albert" else 1)
+
+
+@pytest.mark.parametrize(
+    "family, call, message",
+    [
+        ("DistilBert", {}, "exactly one of them, got neither"),
+        ("Albert", {"inputs_embeds": torch.ones(2, 3, WIDTH)}, r"inputs_embeds: wanted \(batch, length, 24\)"),
+        ("DistilBert", {"input_ids": torch.full((1, 3), 99)}, r"input_ids: wanted values in \[0, 99\)"),
+        ("Albert", {"input_ids": torch.ones(1, 33, dtype=torch.long)}, "max_position_embeddings = 32"),
+        (
+            "Albert",
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "token_type_ids": torch.tensor([[0, 1, 2]])},
+            "token_type_ids: wanted values",
+        ),
+    ],
+)
+def test_bad_input(family, call, message):
+    model = getattr(transformer_fast, BASE[family])(encoder_config(family))
+    with pytest.raises(ValueError, match=message):
+        model(**call)

@@ -1,0 +1,215 @@
+"""ALBERT (Lan et al., 2020), every head: layers shared in groups, factorised embeddings; HF's parameters and names."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.albert import modeling_albert as hf
+
+from .. import ops
+from ..layers import SlotTable, encoder_layer
+from ..layers.projection import dropout_p, linear
+from ._base import Adopted, Want, documented_as
+from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+
+__all__ = [
+    "AlbertForMaskedLM",
+    "AlbertForMultipleChoice",
+    "AlbertForPreTraining",
+    "AlbertForQuestionAnswering",
+    "AlbertForSequenceClassification",
+    "AlbertForTokenClassification",
+    "AlbertModel",
+]
+
+SLOTS = SlotTable(
+    query="attention.query",
+    key="attention.key",
+    value="attention.value",
+    attention_dropout="attention.attention_dropout",
+    attention_output="attention.dense",
+    attention_output_dropout="attention.output_dropout",
+    attention_norm="attention.LayerNorm",
+    up="ffn",
+    activation_fn="activation",
+    down="ffn_output",
+    output_norm="full_layer_layer_norm",
+)
+_ADOPTED = Adopted()
+
+
+@_ADOPTED.register
+class AlbertLayer(hf.AlbertLayer, GradientCheckpointingLayer):
+    """One call of a shared layer on packed rows. (HF's layer has a dropout after the feed-forward block that it does
+    not apply; nor is it applied here.)"""
+
+    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+
+
+class _AlbertHeads(EncoderHeads):
+    _adopted = _ADOPTED
+    supports_gradient_checkpointing = True
+    predictions: Any
+    sop_classifier: Any
+
+    def _vocabulary_head(self) -> VocabularyHead:
+        head = self.predictions
+        return VocabularyHead(head.dense, head.activation, head.LayerNorm, head.decoder)
+
+    def _pair_logits(self, pooled) -> torch.Tensor:
+        head = self.sop_classifier
+        return linear(head.classifier, ops.dropout(pooled, dropout_p(head.dropout)))
+
+
+@_ADOPTED.register
+class AlbertModel(EncoderBase, hf.AlbertModel):
+    __doc__ = hf.AlbertModel.__doc__
+    _adopted = _ADOPTED
+    _slots = SLOTS
+    supports_gradient_checkpointing = True  # which HF's ALBERT does not have
+
+    @documented_as(hf.AlbertModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self._run(want or Want(read_first=self.pooler is not None), inputs, kwargs)
+        if want is not None:
+            return encoded
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=encoded.restored(), pooler_output=encoded.pooled, **encoded.extras()
+        )
+        return self._finish(output, kwargs)
+
+    def _layers(self):
+        """num_hidden_layers calls, spread over num_hidden_groups groups of inner_group_num layers each."""
+        calls, groups = self.config.num_hidden_layers, self.encoder.albert_layer_groups
+        for i in range(calls):
+            yield from groups[int(i / (calls / len(groups)))].albert_layers
+
+    def _project(self, rows: torch.Tensor) -> torch.Tensor:
+        return linear(self.encoder.embedding_hidden_mapping_in, rows)
+
+    def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        return None if self.pooler is None else self.pooler_activation(linear(self.pooler, first))
+
+
+class AlbertForPreTraining(_AlbertHeads, hf.AlbertForPreTraining):
+    __doc__ = hf.AlbertForPreTraining.__doc__
+
+    @documented_as(hf.AlbertForPreTraining.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        sentence_order_label: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        loss, logits, order, extras = self._pre_training(inputs, labels, sentence_order_label, kwargs)
+        output = hf.AlbertForPreTrainingOutput(loss=loss, prediction_logits=logits, sop_logits=order, **extras)
+        return self._finish(output, kwargs)
+
+
+class AlbertForMaskedLM(_AlbertHeads, hf.AlbertForMaskedLM):
+    __doc__ = hf.AlbertForMaskedLM.__doc__
+
+    @documented_as(hf.AlbertForMaskedLM.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._masked_lm(inputs, labels, kwargs)
+
+
+class AlbertForSequenceClassification(_AlbertHeads, hf.AlbertForSequenceClassification):
+    __doc__ = hf.AlbertForSequenceClassification.__doc__
+
+    @documented_as(hf.AlbertForSequenceClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._classify_sequences(inputs, labels, kwargs)
+
+
+class AlbertForMultipleChoice(_AlbertHeads, hf.AlbertForMultipleChoice):
+    __doc__ = hf.AlbertForMultipleChoice.__doc__
+
+    @documented_as(hf.AlbertForMultipleChoice.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._choose(inputs, labels, kwargs)
+
+
+class AlbertForTokenClassification(_AlbertHeads, hf.AlbertForTokenClassification):
+    __doc__ = hf.AlbertForTokenClassification.__doc__
+
+    @documented_as(hf.AlbertForTokenClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._classify_tokens(inputs, labels, kwargs)
+
+
+class AlbertForQuestionAnswering(_AlbertHeads, hf.AlbertForQuestionAnswering):
+    __doc__ = hf.AlbertForQuestionAnswering.__doc__
+
+    @documented_as(hf.AlbertForQuestionAnswering.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._find_spans(inputs, start_positions, end_positions, kwargs)

@@ -1,0 +1,174 @@
+"""DistilBERT (Sanh et al., 2019), every head: HF's parameters and names, our computation."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.distilbert import modeling_distilbert as hf
+
+from ..layers import SlotTable, encoder_layer
+from ..layers.projection import linear
+from ._base import Adopted, Want, documented_as
+from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+
+__all__ = [
+    "DistilBertForMaskedLM",
+    "DistilBertForMultipleChoice",
+    "DistilBertForQuestionAnswering",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertModel",
+]
+
+SLOTS = SlotTable(
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_dropout="attention.dropout",
+    attention_output="attention.out_lin",
+    attention_norm="sa_layer_norm",
+    up="ffn.lin1",
+    activation_fn="ffn.activation",
+    down="ffn.lin2",
+    output_dropout="ffn.dropout",
+    output_norm="output_layer_norm",
+)
+_ADOPTED = Adopted()
+
+
+@_ADOPTED.register
+class TransformerBlock(hf.TransformerBlock):
+    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+
+    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+
+
+class _DistilBertHeads(EncoderHeads):
+    _adopted = _ADOPTED
+    activation: Any
+    pre_classifier: Any
+    vocab_transform: Any
+    vocab_layer_norm: Any
+    vocab_projector: Any
+
+    def _vocabulary_head(self) -> VocabularyHead:
+        return VocabularyHead(self.vocab_transform, self.activation, self.vocab_layer_norm, self.vocab_projector)
+
+    def _before_classifier(self, pooled: torch.Tensor) -> torch.Tensor:
+        return linear(self.pre_classifier, pooled, "relu")
+
+
+@_ADOPTED.register
+class DistilBertModel(EncoderBase, hf.DistilBertModel):
+    __doc__ = hf.DistilBertModel.__doc__
+    _adopted = _ADOPTED
+    _slots = SLOTS
+
+    @documented_as(hf.DistilBertModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        encoded = self._run(want or Want(), inputs, kwargs)
+        if want is not None:
+            return encoded
+        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+
+    def _layers(self):
+        return self.transformer.layer
+
+    def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        return first
+
+
+class DistilBertForMaskedLM(_DistilBertHeads, hf.DistilBertForMaskedLM):
+    __doc__ = hf.DistilBertForMaskedLM.__doc__
+
+    @documented_as(hf.DistilBertForMaskedLM.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return self._masked_lm(inputs, labels, kwargs)
+
+
+class DistilBertForSequenceClassification(_DistilBertHeads, hf.DistilBertForSequenceClassification):
+    __doc__ = hf.DistilBertForSequenceClassification.__doc__
+
+    @documented_as(hf.DistilBertForSequenceClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return self._classify_sequences(inputs, labels, kwargs)
+
+
+class DistilBertForMultipleChoice(_DistilBertHeads, hf.DistilBertForMultipleChoice):
+    __doc__ = hf.DistilBertForMultipleChoice.__doc__
+
+    @documented_as(hf.DistilBertForMultipleChoice.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return self._choose(inputs, labels, kwargs)
+
+
+class DistilBertForTokenClassification(_DistilBertHeads, hf.DistilBertForTokenClassification):
+    __doc__ = hf.DistilBertForTokenClassification.__doc__
+
+    @documented_as(hf.DistilBertForTokenClassification.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return self._classify_tokens(inputs, labels, kwargs)
+
+
+class DistilBertForQuestionAnswering(_DistilBertHeads, hf.DistilBertForQuestionAnswering):
+    __doc__ = hf.DistilBertForQuestionAnswering.__doc__
+
+    @documented_as(hf.DistilBertForQuestionAnswering.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return self._find_spans(inputs, start_positions, end_positions, kwargs)

@@ -1,0 +1,248 @@
+"""Additive attention: a small network scores every query against every key, and its hidden layer is never stored."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import Backend, Call, eager, memory, select
+from . import _common
+
+_FIELDS = ("query", "key", "value", "score_weight", "bias")
+
+
+class AdditiveAttentionSpec(NamedTuple):
+    """One call: query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv) with unit last stride; score_weight and bias (D,);
+    mask bool (B, Sq, Sk), any strides; key_lengths int64 (B,), contiguous."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    score_weight: torch.Tensor
+    bias: torch.Tensor | None
+    mask: torch.Tensor | None
+    key_lengths: torch.Tensor | None
+
+
+def _select(spec: AdditiveAttentionSpec) -> Backend:
+    return select(Call("additive_attention", spec.query.device.type, spec.query.dtype, spec.query.shape[2]))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _unit_stride(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _spec(query, key, value, *rest) -> AdditiveAttentionSpec:
+    return AdditiveAttentionSpec(_unit_stride(query), _unit_stride(key), _unit_stride(value), *rest)
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The context in query's dtype and the weights, which the backward pass needs, in float32."""
+    spec = _spec(query, key, value, score_weight, bias, mask, key_lengths)
+    batch, queries, _ = query.shape
+    out = memory.empty((batch, queries, value.shape[2]), query.dtype, query.device)
+    weights = memory.empty((batch, queries, key.shape[1]), _wide(query.dtype), query.device)
+    if batch and queries:
+        if key.shape[1] and query.shape[2]:
+            _select(spec).additive_attention_forward(spec, out, weights)  # type: ignore[attr-defined]
+        else:  # no keys, or scores that are all zero
+            for buffer, result in zip((out, weights), eager.additive_attention(spec)):
+                buffer.copy_(result)
+    return out, weights
+
+
+def _forward_fake(query, key, value, *_):
+    batch, queries, _ = query.shape
+    return (
+        query.new_empty((batch, queries, value.shape[2])),
+        query.new_empty((batch, queries, key.shape[1]), dtype=_wide(query.dtype)),
+    )
+
+
+def _backward_impl(
+    grad_out: torch.Tensor,
+    grad_weights: torch.Tensor | None,
+    weights: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to query, key, value, score_weight and bias (empty where there is none)."""
+    spec = _spec(query, key, value, score_weight, bias, mask, key_lengths)
+    device, wide = query.device, weights.dtype
+    grad_query = memory.empty(query.shape, wide, device)
+    grad_key, grad_value = (memory.empty(t.shape, t.dtype, device) for t in (key, value))
+    grad_score = memory.empty((query.shape[0], query.shape[2]), wide, device)  # one part a sequence
+    if weights.numel() and query.shape[2] and value.shape[2]:
+        _select(spec).additive_attention_backward(  # type: ignore[attr-defined]
+            spec, grad_out.contiguous(), None if grad_weights is None else grad_weights.contiguous(), weights,
+            grad_query, grad_key, grad_value, grad_score,
+        )  # fmt: skip
+    else:
+        eager.additive_attention_backward(spec, grad_out, grad_weights, (grad_query, grad_key, grad_value, grad_score))
+    # Summed before it is rounded to query's dtype.
+    grad_bias = grad_query.new_empty(0) if bias is None else grad_query.sum((0, 1)).to(bias.dtype)
+    return grad_query.to(query.dtype), grad_key, grad_value, grad_score.sum(0).to(score_weight.dtype), grad_bias
+
+
+def _backward_fake(grad_out, grad_weights, weights, query, key, value, score_weight, bias, *_):
+    bias_shape = (0,) if bias is None else bias.shape
+    return (
+        *(t.new_empty(t.shape) for t in (query, key, value, score_weight)),
+        query.new_empty(bias_shape, dtype=weights.dtype if bias is None else bias.dtype),
+    )
+
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor score_weight, Tensor? bias, Tensor? mask, Tensor? key_lengths"
+)
+_backward_op = _common.define(
+    "additive_attention_backward",
+    f"(Tensor grad_out, Tensor? grad_weights, Tensor weights, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_weights):
+    *tensors, mask, key_lengths, weights = ctx.saved_tensors
+    if grad_out is None:
+        if grad_weights is None:
+            return (None,) * 7
+        query, _, value, *_ = tensors
+        grad_out = query.new_zeros((*query.shape[:2], value.shape[2]))
+    if torch.is_grad_enabled():  # gradients of gradients
+
+        def function(*tensors):
+            out, weights = eager.additive_attention(AdditiveAttentionSpec(*tensors, mask, key_lengths))
+            return out, weights.to(_wide(out.dtype))
+
+        return *_common.gradients(function, tensors, (grad_out, grad_weights)), None, None
+    *found, bias = _backward_op(grad_out, grad_weights, weights, *tensors, mask, key_lengths)
+    return *found, None if tensors[4] is None else bias, None, None
+
+
+_op = _common.define(
+    "additive_attention",
+    f"({_TENSORS}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def _check(query, key, value, score_weight, bias) -> None:
+    for name, t in zip(_FIELDS[:3], (query, key, value)):
+        _common.check_floating(name, t)
+        if t.dim() != 3:
+            raise ValueError(f"{name}: wanted 3 dimensions (B, S, D), got shape {tuple(t.shape)}")
+        _common.check_same(name, t, "query", query)
+        if t.shape[0] != query.shape[0]:
+            raise ValueError(f"{name}: wanted batch {query.shape[0]} as query has, got {t.shape[0]}")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"key: wanted width {query.shape[2]} as query has, got {key.shape[2]}")
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value: wanted {key.shape[1]} positions as key has, got {value.shape[1]}")
+    if score_weight is None:
+        raise TypeError("score_weight: wanted a tensor, got NoneType")
+    for name, t in (("score_weight", score_weight), ("bias", bias)):
+        _common.check_vector(name, t, query.shape[2], query)
+        if t is not None and t.dtype not in (query.dtype, torch.float32):
+            raise TypeError(f"{name}: has dtype {t.dtype} but query has {query.dtype}; wanted that or float32")
+
+
+def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"attn_mask: wanted a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    _common.check_same("attn_mask", mask, "query", query, dtype=False)
+    shape = (query.shape[0], query.shape[1], key.shape[1])
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask: wanted (B, Sq, Sk) = {shape} or a shape that broadcasts to it, got {tuple(mask.shape)}"
+        ) from None
+
+
+def _check_lengths(lengths: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor | None:
+    if lengths is None:
+        return None
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths: wanted int32 or int64, got {getattr(lengths, 'dtype', type(lengths).__name__)}")
+    if lengths.shape != (query.shape[0],):
+        raise ValueError(f"key_lengths: wanted shape ({query.shape[0]},), got {tuple(lengths.shape)}")
+    _common.check_same("key_lengths", lengths, "query", query, dtype=False)
+    if lengths.device.type == "cpu" and lengths.numel() and _common.concrete(lengths):
+        low, high = (int(t) for t in torch.aminmax(lengths))
+        if low < 0 or high > keys:
+            raise ValueError(f"key_lengths: wanted values in [0, {keys}], got {low if low < 0 else high}")
+    return lengths.to(torch.int64).contiguous()
+
+
+def additive_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    return_weights: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """context_i = sum_j w_ij value_j,  w_i = softmax_j(score_weight . tanh(query_i + key_j + bias)).
+
+    query: (B, Sq, D), the decoder's states projected, W_q q; key: (B, Sk, D), the encoder's projected, W_k k, which a
+    decoder does once for all its steps; value: (B, Sk, Dv). float16, bfloat16 or float32 (float64 in plain PyTorch),
+    all the same; score_weight, bias: (D,), of that dtype or float32. attn_mask: bool, broadcasts to (B, Sq, Sk), True
+    takes part. key_lengths: (B,) int; keys from there on do not take part.
+
+    Returns the context (B, Sq, Dv); with return_weights also w, (B, Sq, Sk), of query's dtype, differentiable. A query
+    with nothing to attend to gets zeros and zero gradients. The hidden layer, (B, Sq, Sk, D), is never stored: kept for
+    the backward pass are the inputs and w in float32. Hidden layer, scores and softmax are float32 inside;
+    deterministic. Under autocast it runs in the dtype of autocast.
+    Raises TypeError or ValueError naming the argument.
+    Source: Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015,
+    section 3.1 and appendix A.1.2.
+    """
+    for name, t in zip(_FIELDS[:3], (query, key, value)):
+        _common.check_floating(name, t)
+    cast = _common.autocast_dtype(query.device)
+    if cast is not None:
+        query, key, value = (t.to(cast) for t in (query, key, value))
+        score_weight, bias = (
+            t.to(cast) if isinstance(t, torch.Tensor) and t.dtype not in (cast, torch.float32) else t
+            for t in (score_weight, bias)
+        )
+    _check(query, key, value, score_weight, bias)
+    attn_mask = _check_mask(attn_mask, query, key)
+    key_lengths = _check_lengths(key_lengths, query, key.shape[1])
+    tensors = (query, key, value, score_weight, bias)
+    if _common.transformed():
+        out, weights = eager.additive_attention(AdditiveAttentionSpec(*tensors, attn_mask, key_lengths))
+    else:
+        out, weights = (_forward if _common.direct(*tensors) else _op)(*tensors, attn_mask, key_lengths)
+    return (out, weights.to(out.dtype)) if return_weights else out

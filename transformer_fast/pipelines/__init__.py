@@ -1,0 +1,29 @@
+"""Tasks on text: `pipeline(task, model=...)`, with transformers' own pipelines where it has them and the four that it
+dropped (question-answering, summarization, translation, text2text-generation)."""
+
+from .factory import pipeline, supported_tasks
+from .question_answering import QuestionAnsweringPipeline
+from .text2text import SummarizationPipeline, Text2TextGenerationPipeline, TranslationPipeline
+from .transformers_own import (
+    FeatureExtractionPipeline,
+    FillMaskPipeline,
+    TextClassificationPipeline,
+    TextGenerationPipeline,
+    TokenClassificationPipeline,
+    ZeroShotClassificationPipeline,
+)
+
+__all__ = [
+    "FeatureExtractionPipeline",
+    "FillMaskPipeline",
+    "QuestionAnsweringPipeline",
+    "SummarizationPipeline",
+    "Text2TextGenerationPipeline",
+    "TextClassificationPipeline",
+    "TextGenerationPipeline",
+    "TokenClassificationPipeline",
+    "TranslationPipeline",
+    "ZeroShotClassificationPipeline",
+    "pipeline",
+    "supported_tasks",
+]

@@ -1,0 +1,180 @@
+"""pipeline(task, model=...): the pipeline, model and tokenizer of a task."""
+
+import importlib.util
+import os
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import transformers as hf
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+from ..integrations import accelerate
+from ..models import auto
+from ..models._loading import drop_trust
+from . import transformers_own as own
+from .question_answering import QuestionAnsweringPipeline
+from .text2text import SummarizationPipeline, Text2TextGenerationPipeline, TranslationPipeline
+
+__all__ = ["pipeline", "supported_tasks"]
+
+
+class _Task(NamedTuple):
+    pipeline: type[Pipeline]
+    auto_model: str  # the name of the auto class, transformers' and ours
+    default: str | None = None  # None: transformers' own default
+
+
+TASKS = {
+    "feature-extraction": _Task(own.FeatureExtractionPipeline, "AutoModel"),
+    "fill-mask": _Task(own.FillMaskPipeline, "AutoModelForMaskedLM"),
+    "question-answering": _Task(
+        QuestionAnsweringPipeline,
+        "AutoModelForQuestionAnswering",
+        "distilbert/distilbert-base-cased-distilled-squad",
+    ),
+    "summarization": _Task(SummarizationPipeline, "AutoModelForSeq2SeqLM", "sshleifer/distilbart-cnn-12-6"),
+    "text-classification": _Task(own.TextClassificationPipeline, "AutoModelForSequenceClassification"),
+    "text-generation": _Task(own.TextGenerationPipeline, "AutoModelForCausalLM"),
+    "text2text-generation": _Task(Text2TextGenerationPipeline, "AutoModelForSeq2SeqLM", "google-t5/t5-base"),
+    "token-classification": _Task(own.TokenClassificationPipeline, "AutoModelForTokenClassification"),
+    "translation": _Task(TranslationPipeline, "AutoModelForSeq2SeqLM", "google-t5/t5-base"),
+    "zero-shot-classification": _Task(own.ZeroShotClassificationPipeline, "AutoModelForSequenceClassification"),
+}
+_ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+_TRANSLATION = re.compile(r"translation_\w+_to_\w+")
+
+
+def supported_tasks() -> list[str]:
+    """The tasks that `pipeline` knows, aliases included."""
+    return sorted([*TASKS, *_ALIASES, "translation_xx_to_yy"])
+
+
+def _find(task: Any) -> _Task:
+    if isinstance(task, str):
+        name = "translation" if _TRANSLATION.fullmatch(task) else _ALIASES.get(task, task)
+        if name in TASKS:
+            return TASKS[name]
+    elsewhere = " (transformers.pipeline has it)" if task in PIPELINE_REGISTRY.get_supported_tasks() else ""
+    raise ValueError(f"task: {task!r} is unknown{elsewhere}; there are {', '.join(supported_tasks())}")
+
+
+def pipeline(
+    task: str,
+    model: Any = None,
+    config: Any = None,
+    tokenizer: Any = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    device: Any = None,
+    device_map: Any = None,
+    dtype: Any = "auto",
+    torch_dtype: Any = None,
+    trust_remote_code: bool | None = None,
+    use_fast: bool = True,
+    model_kwargs: dict | None = None,
+    pipeline_class: type[Pipeline] | None = None,
+    progress: bool = False,
+    **kwargs,
+) -> Pipeline:
+    """A callable text -> answers, as transformers.pipeline gives, on this package's models.
+
+    task: sentiment-analysis / text-classification, ner / token-classification, question-answering, fill-mask,
+        text-generation, summarization, translation (translation_xx_to_yy), text2text-generation, feature-extraction,
+        zero-shot-classification. Those that transformers 5 has are its own pipelines, the others are this package's.
+    model: a checkpoint's folder or name, or a model; default: the one transformers names for the task. A checkpoint of
+        a family this package has no class for is loaded by transformers and given to `accelerate`; a warning says so.
+    tokenizer: its folder or name, or a tokenizer; default: the model's.
+    progress: show a bar over lists, generators and datasets; also an argument of each call.
+    Lists are computed in batches of like lengths and come back in their order.
+    device, device_map, dtype, revision, token, model_kwargs, and the task's own arguments: as transformers.pipeline's.
+    trust_remote_code has no effect: code in a checkpoint is never run.
+
+    Raises ValueError for an unknown task, TypeError for a model or tokenizer that is neither, ImportError when a
+    tokenizer needs a package that is not installed.
+    """
+    found = _find(task)
+    loading = {"revision": revision, "token": token}
+    if "local_files_only" in kwargs:
+        loading["local_files_only"] = kwargs.pop("local_files_only")
+    loading = {name: value for name, value in loading.items() if value is not None}
+    if trust_remote_code:
+        drop_trust({"trust_remote_code": True})
+    if model is None:
+        if tokenizer is not None:
+            raise ValueError("model: wanted one, as a tokenizer is given: it need not fit the task's default model")
+        model = found.default or PIPELINE_REGISTRY.check_task(_ALIASES.get(task, task))[1]["default"]["model"][0]
+        warnings.warn(f"model: none given, {model} is used", stacklevel=2)
+    source = model
+    if isinstance(model, (str, os.PathLike)):
+        loads = {**loading, "dtype": torch_dtype or dtype, "device_map": device_map, **(model_kwargs or {})}
+        model = _load_model(found.auto_model, os.fspath(model), config, loads)
+    elif not isinstance(model, hf.PreTrainedModel):
+        raise TypeError(f"model: wanted a checkpoint's name or a PreTrainedModel, got {type(model).__name__}")
+    if tokenizer is None:
+        tokenizer = source if isinstance(source, (str, os.PathLike)) else getattr(model.config, "_name_or_path", "")
+        if not tokenizer:
+            raise ValueError("tokenizer: wanted one, as the model was not loaded from a checkpoint that has it")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = _load_tokenizer(os.fspath(tokenizer), use_fast=use_fast, **loading)
+    elif not isinstance(tokenizer, hf.PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer: wanted its name or a tokenizer, got {type(tokenizer).__name__}")
+    if device is not None:
+        kwargs["device"] = device
+    name = task if _TRANSLATION.fullmatch(task) else _ALIASES.get(task, task)
+    if pipeline_class is not None:
+        return pipeline_class(model=model, tokenizer=tokenizer, task=name, **kwargs)
+    return found.pipeline(model=model, tokenizer=tokenizer, task=name, progress=progress, **kwargs)
+
+
+def _load_model(auto_model: str, name: str, config: Any, loads: dict) -> hf.PreTrainedModel:
+    """Ours where there is a class for the checkpoint's model_type, else transformers' own, accelerated."""
+    loads = {key: value for key, value in loads.items() if value is not None}
+    if not isinstance(config, hf.PreTrainedConfig):
+        hub = {key: value for key, value in loads.items() if key not in ("dtype", "device_map")}
+        config = hf.AutoConfig.from_pretrained(config or name, **hub)
+    ours = getattr(auto, auto_model, None)
+    if ours is not None and type(config) in ours._model_mapping:
+        return ours.from_pretrained(name, config=config, **loads)
+    model = getattr(hf, auto_model).from_pretrained(name, config=config, trust_remote_code=False, **loads)
+    report = accelerate(model, verbose=False)
+    warnings.warn(
+        f"{name}: this package has no class for model_type {config.model_type!r} in this task; transformers' "
+        f"{type(model).__name__} is used with {len(report.swapped)} parts of it accelerated",
+        stacklevel=3,
+    )
+    return model
+
+
+def _load_tokenizer(name: str, **loading) -> hf.PreTrainedTokenizerBase:
+    try:
+        return hf.AutoTokenizer.from_pretrained(name, **loading)
+    except Exception as error:
+        text = str(error).lower()
+        # Without sentencepiece transformers takes the file for tiktoken's, and asks for that.
+        asked = {"sentencepiece": ("sentencepiece", "tiktoken"), "sacremoses": ("sacremoses",)}
+        for package, words in asked.items():
+            if any(word in text for word in words) and importlib.util.find_spec(package) is None:
+                raise ImportError(
+                    f"{name}: its tokenizer needs the package {package}, which is not installed: pip install {package}"
+                ) from error
+        raise
+
+
+def _register() -> None:
+    """Make the tasks transformers dropped known to its registry."""
+    for task in ("question-answering", "summarization", "text2text-generation", "translation"):
+        entry = TASKS[task]
+        classes = [getattr(auto, entry.auto_model, None), getattr(hf, entry.auto_model)]
+        PIPELINE_REGISTRY.register_pipeline(
+            task,
+            pipeline_class=entry.pipeline,
+            pt_model=tuple(c for c in classes if c is not None),
+            default={"model": (entry.default, "main")},
+            type="text",
+        )
+
+
+_register()
