@@ -25,7 +25,7 @@ __all__ = ["NativeStepper", "StepDescription", "set_weight_storage"]
 _FLOATS = (torch.float32, torch.bfloat16)
 _SERVED = {
     "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
-    "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep",
+    "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position",
 }  # fmt: skip
 _SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
 
