@@ -38,6 +38,13 @@ _EXPORTS = {
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ],
+    "models.bart": [
+        "BartForCausalLM",
+        "BartForConditionalGeneration",
+        "BartForQuestionAnswering",
+        "BartForSequenceClassification",
+        "BartModel",
+    ],
     "models.bert": [
         "BertForMaskedLM",
         "BertForMultipleChoice",
@@ -65,6 +72,7 @@ _EXPORTS = {
         "GPT2LMHeadModel",
         "GPT2Model",
     ],
+    "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
     "models.openai_gpt": [
         "OpenAIGPTDoubleHeadsModel",
         "OpenAIGPTForSequenceClassification",
@@ -72,6 +80,14 @@ _EXPORTS = {
         "OpenAIGPTModel",
     ],
     "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
+    "models.t5": [
+        "T5EncoderModel",
+        "T5ForConditionalGeneration",
+        "T5ForQuestionAnswering",
+        "T5ForSequenceClassification",
+        "T5ForTokenClassification",
+        "T5Model",
+    ],
     "models.transformer": [
         "TransformerConfig",
         "TransformerForConditionalGeneration",
