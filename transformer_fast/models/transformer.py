@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTraine
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
+from ..generation import GenerationMixin
 from ..layers import SlotTable, StackCall, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, lay_out, linear, norm
@@ -419,8 +419,8 @@ class TransformerModel(TransformerPreTrainedModel):
         )
 
 
-class TransformerForConditionalGeneration(TransformerPreTrainedModel, GenerationMixin):
-    """The Transformer with scores over the target vocabulary; `generate` is Hugging Face's."""
+class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrainedModel):
+    """The Transformer with scores over the target vocabulary; `generate` has Hugging Face's signature and tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 
