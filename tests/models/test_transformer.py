@@ -365,7 +365,7 @@ BAD = {
         lambda: build(max_position_embeddings=8)(**INPUTS), ValueError, "input_ids.*9.*max_position_embeddings = 8",
     ),
     "no start": (
-        lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "labels.*decoder_start_token_id",
+        lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "config.decoder_start_token_id.*None",
     ),
 }  # fmt: skip
 

@@ -31,7 +31,8 @@ from ..layers.projection import dropout_p, lay_out, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, activation_name, check_inputs, read_flags
 from ._loading import LoadingErrors
-from ._sequence_loss import sequence_loss, shift_right
+from ._seq2seq import shift_right
+from ._sequence_loss import sequence_loss
 from ._sinusoids import SinusoidalPositions
 
 __all__ = [
@@ -450,7 +451,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         )  # fmt: skip
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        return shift_right(self.config, labels)
 
     @can_return_tuple
     def forward(
