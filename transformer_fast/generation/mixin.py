@@ -1,5 +1,6 @@
 """generate(): HF's signature and results, by this package's engine wherever it can."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,10 @@ class GenerationMixin:
 
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
+    @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """As HF's generate, with one more keyword.
+        """As HF's generate, whose arguments it has, with one more keyword.
 
         generators: one torch.Generator a row (prompts times num_return_sequences) for sampling: each row's draws are
             its own, whatever it is batched with.
