@@ -15,6 +15,8 @@ if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
 
 _EXPORTS = {
     "backends": ["backend", "explain", "info"],
+    "collation": ["sentence_pairs"],
+    "features": ["layer_features"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
     "models.albert": [

@@ -94,10 +94,11 @@ def beam_search(
     length = prompt
     while True:
         flat_ids = running_ids[:, :, :length].flatten(0, 1)
+        raw = logits.to(torch.float32, copy=True) if record.active else None
         logits = logits.to(torch.float32)
-        log_probs = processors(flat_ids, torch.log_softmax(logits, -1))
-        if record.active:
-            record.add(logits.clone(), log_probs.clone())
+        log_probs = processors(flat_ids, torch.log_softmax(logits, -1, out=logits))  # fresh memory would cost more
+        if raw is not None:
+            record.add(raw, log_probs.clone())
         top, beam, token = _continuations(log_probs, running, k, config.do_sample)
 
         top_ids = _select(running_ids, beam)
@@ -126,10 +127,9 @@ def beam_search(
         improvable = improvable & (possible > worst).any(-1, keepdim=True)
         over = ~improvable.squeeze(1) | ended.all(-1) if early is True else ~improvable.squeeze(1)
         go_on = improvable.any() & ~(ended.all() & (early is True)) & ~hit.all()
+        live.reorder(running_from[:, :, length - 1 - prompt].flatten().long())
         if not bool(go_on):
             break
-        index = (running_from[:, :, length - 1 - prompt]).flatten().long()
-        live.reorder(index)
         live.drop(over.repeat_interleave(beams))
         logits = live.step(running_ids[:, :, length - 1].flatten())
 
