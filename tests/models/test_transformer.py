@@ -9,7 +9,9 @@ from hf_models import pooled
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
-from transformer_fast.models.transformer import sinusoids
+from transformer_fast.backends import native
+from transformer_fast.generation.native_step import NativeStepper
+from transformer_fast.models._sinusoids import sinusoids
 
 LENGTHS = (9, 4, 1, 7)
 SMALL = {
@@ -232,19 +234,38 @@ def test_padding_changes_nothing():
         assert a.encoder_last_hidden_state[row, n:].eq(0).all()
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_padded_targets(padding):
-    """decoder_attention_mask: what is padding is not seen, nor counted as a position."""
+def test_padded_targets():
+    """decoder_attention_mask: what is padding is neither seen nor computed."""
     model, inputs = build(norm_position="pre"), batch()
     target = inputs.pop("labels").clamp(min=3)
-    length = torch.tensor([6, 4, 2, 5])
-    position = torch.arange(6)
-    mask = (position < length[:, None]) if padding == "right" else (position >= 6 - length[:, None])
-    out = model(**inputs, decoder_input_ids=target * mask, decoder_attention_mask=mask.long()).logits
-    for row in range(4):
-        one = {k: v[row : row + 1] for k, v in inputs.items()}
-        alone = model(**one, decoder_input_ids=target[row, mask[row]][None]).logits[0]
-        torch.testing.assert_close(out[row, mask[row]], alone)
+    mask = torch.arange(6) < torch.tensor([6, 4, 2, 5])[:, None]
+    for use_cache in (False, True):
+        out = model(
+            **inputs, decoder_input_ids=target * mask, decoder_attention_mask=mask.long(), use_cache=use_cache
+        ).logits
+        for row in range(4):
+            one = {k: v[row : row + 1] for k, v in inputs.items()}
+            alone = model(**one, decoder_input_ids=target[row, mask[row]][None]).logits[0]
+            torch.testing.assert_close(out[row, mask[row]], alone)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("norm_position", ["post", "pre"])
+def test_one_native_call_a_token(norm_position, monkeypatch):
+    """Where the native library is, generation runs by it; with a hook in the model by its own forward, and alike."""
+    steps, step = [], NativeStepper.step
+    monkeypatch.setattr(NativeStepper, "step", lambda self, tokens: steps.append(1) or step(self, tokens))
+    model, inputs = build(norm_position=norm_position), batch()
+    inputs.pop("labels")
+    assert model.step_description().why_not() == native.load()
+    found = [model.generate(**inputs, max_new_tokens=9, num_beams=beams) for beams in (1, 3)]
+    assert bool(steps) == (not native.load())
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert native.load() or "hooks" in model.step_description().why_not()
+    steps.clear()
+    for beams, wanted in zip((1, 3), found):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=9, num_beams=beams), wanted)
+    assert not steps
 
 
 @pytest.mark.quick
@@ -340,8 +361,11 @@ BAD = {
         lambda: build()(INPUTS["input_ids"], decoder_input_ids=INPUTS["input_ids"], labels=INPUTS["labels"]),
         ValueError, r"labels.*\(4, 9\).*\(4, 6\)",
     ),
+    "too long": (
+        lambda: build(max_position_embeddings=8)(**INPUTS), ValueError, "input_ids.*9.*max_position_embeddings = 8",
+    ),
     "no start": (
-        lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "labels.*decoder_start_token_id",
+        lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "config.decoder_start_token_id.*None",
     ),
 }  # fmt: skip
 

@@ -21,7 +21,8 @@ from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear
 from ._base import check_inputs, check_integers
 from ._loading import LoadingErrors
-from ._sequence_loss import sequence_loss, shift_right
+from ._seq2seq import shift_right
+from ._sequence_loss import sequence_loss
 
 __all__ = ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel", "RecurrentState"]
 
@@ -426,7 +427,7 @@ class AttentionRNNForConditionalGeneration(AttentionRNNPreTrainedModel, Generati
         return False  # forward makes a RecurrentState itself
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        return shift_right(self.config, labels)
 
     @can_return_tuple
     def forward(
