@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import utils as hf
 
@@ -15,8 +14,9 @@ from .stepper import Prompt, Stepper, choose_stepper
 __all__ = ["GenerationMixin"]
 
 
-class GenerationMixin(transformers.GenerationMixin):
-    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours.
+class GenerationMixin:
+    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours. No
+    subclass of HF's mixin, which comes last among a model's bases: those beside this one would come after HF's class.
 
     Greedy decoding, sampling and beam search run on a cache written in place, prompts run once however many rows
     continue them, and rows that have ended are no longer computed. What the engine does not take goes to HF's loop with
