@@ -80,10 +80,10 @@ def gradients(loss, model, module=None):
 @pytest.mark.parametrize("share", [True, False])
 def test_is_torchs_transformer(norm_position, padding, share, dtype):
     """Outputs and gradients of every weight, on ragged batches."""
-    settings = {} if share else {"decoder_vocab_size": 37}
+    settings = {} if share else {"vocab_size": 37, "encoder_vocab_size": 43}
     model, inputs = build(norm_position=norm_position, final_norm=True, **settings).to(dtype), batch(padding)
     g, results = torch.Generator().manual_seed(5), {}
-    cotangent = torch.randn(*inputs["labels"].shape, model.config.decoder_vocab_size, generator=g)
+    cotangent = torch.randn(*inputs["labels"].shape, model.config.vocab_size, generator=g)
     for name, m in (("ours", model), ("plain", copy.deepcopy(model)), ("truth", copy.deepcopy(model).double())):
         module = None if name == "ours" else m.model.to_torch()
         logits = m(**inputs).logits if module is None else torch_logits(m, module, inputs)
@@ -157,7 +157,7 @@ def test_schedule_is_the_papers():
 @pytest.mark.parametrize("norm_position", ["post", "pre"])
 @pytest.mark.parametrize("share", [True, False])
 def test_saved_and_loaded_bit_for_bit(norm_position, share, tmp_path):
-    settings = {} if share else {"decoder_vocab_size": 37}
+    settings = {} if share else {"vocab_size": 37, "encoder_vocab_size": 43}
     model, inputs = build(norm_position=norm_position, **settings), batch()
     wanted = model(**inputs).logits
     model.save_pretrained(tmp_path)
@@ -345,7 +345,7 @@ BAD = {
     "odd": (lambda: CONFIG(d_model=9, num_attention_heads=3), ValueError, "d_model.*even.*9"),
     "activation": (lambda: CONFIG(activation_function="step"), ValueError, "activation_function.*relu.*'step'"),
     "sharing": (
-        lambda: CONFIG(decoder_vocab_size=5, share_embeddings=True), ValueError, "share_embeddings.*one vocabulary",
+        lambda: CONFIG(encoder_vocab_size=5, share_embeddings=True), ValueError, "share_embeddings.*one vocabulary",
     ),
     "ids": (lambda: build()(INPUTS["input_ids"] + 50, labels=INPUTS["labels"]), ValueError, r"input_ids.*\[0, 43\)"),
     "target ids": (
@@ -368,6 +368,17 @@ BAD = {
         lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "config.decoder_start_token_id.*None",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.quick
+def test_more_tokens():
+    model, inputs = build(), batch()
+    wanted = model(**inputs).logits
+    model.resize_token_embeddings(50)
+    assert model.config.vocab_size == 50 and model.lm_head.weight is model.model.encoder.embed_tokens.weight
+    torch.testing.assert_close(model(**inputs).logits[..., :43], wanted)
+    with pytest.raises(NotImplementedError, match="embeddings of their own"):
+        build(encoder_vocab_size=50).resize_token_embeddings(60)
 
 
 @pytest.mark.quick

@@ -69,8 +69,9 @@ SLOTS = SlotTable(
 class TransformerConfig(PreTrainedConfig):
     """What a 2017 Transformer is made of; the defaults are the paper's base model (table 3).
 
-    vocab_size: of the source; decoder_vocab_size: of the target, by default the same. d_model, num_attention_heads,
-    ffn_dim, encoder_layers, decoder_layers: widths and depths. activation_function: the paper's relu, or another.
+    vocab_size: of the target, which is scored; encoder_vocab_size: of the source, by default the same.
+    d_model, num_attention_heads, ffn_dim, encoder_layers, decoder_layers: widths and depths. activation_function: the
+    paper's relu, or another.
     norm_position: "post", as the paper, or "pre" (Xiong et al., 2020). final_norm: a norm after the last layer of
     either stack, by default with "pre" only; torch.nn.Transformer always has one.
     dropout: on embeddings and on what each sublayer adds (section 5.4); attention_dropout, activation_dropout: on
@@ -86,7 +87,7 @@ class TransformerConfig(PreTrainedConfig):
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
 
     vocab_size: int = 37000
-    decoder_vocab_size: int | None = None
+    encoder_vocab_size: int | None = None
     d_model: int = 512
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -112,8 +113,8 @@ class TransformerConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
-        self.decoder_vocab_size = self.decoder_vocab_size or self.vocab_size
-        one_vocabulary = self.decoder_vocab_size == self.vocab_size
+        self.encoder_vocab_size = self.encoder_vocab_size or self.vocab_size
+        one_vocabulary = self.encoder_vocab_size == self.vocab_size
         if self.share_embeddings is None:
             self.share_embeddings = one_vocabulary and self.tie_word_embeddings
         if self.final_norm is None:
@@ -133,7 +134,7 @@ class TransformerConfig(PreTrainedConfig):
         if self.share_embeddings and not (one_vocabulary and self.tie_word_embeddings):
             raise ValueError(
                 "share_embeddings: wanted one vocabulary and tie_word_embeddings=True, as source, target and output "
-                f"share one matrix; got vocab_size {self.vocab_size}, decoder_vocab_size {self.decoder_vocab_size}, "
+                f"share one matrix; got vocab_size {self.vocab_size}, encoder_vocab_size {self.encoder_vocab_size}, "
                 f"tie_word_embeddings {self.tie_word_embeddings}"
             )
         super().__post_init__(**kwargs)
@@ -209,6 +210,12 @@ class TransformerPreTrainedModel(LoadingErrors, PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.d_model**-0.5)
             if module.padding_idx is not None:
                 init.zeros_(module.weight[module.padding_idx])
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As HF's, where one matrix is shared by source, target and output."""
+        if not self.config.share_embeddings:
+            raise NotImplementedError("resize_token_embeddings: source and target have embeddings of their own")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     @property
     def dummy_inputs(self):
@@ -287,7 +294,7 @@ class TransformerEncoder(_Stack):
 
     def __init__(self, config: TransformerConfig):
         layers = [TransformerEncoderLayer(config) for _ in range(config.encoder_layers)]
-        super().__init__(config, layers, config.vocab_size)
+        super().__init__(config, layers, config.encoder_vocab_size)  # type: ignore[arg-type]
 
     @can_return_tuple
     def forward(
@@ -310,7 +317,7 @@ class TransformerDecoder(_Stack):
 
     def __init__(self, config: TransformerConfig):
         layers = [TransformerDecoderLayer(config) for _ in range(config.decoder_layers)]
-        super().__init__(config, layers, config.decoder_vocab_size)  # type: ignore[arg-type]
+        super().__init__(config, layers, config.vocab_size)
 
     @can_return_tuple
     def forward(
@@ -439,7 +446,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
                 **self._tied_weights_keys,
                 "model.encoder.embed_tokens.weight": "model.decoder.embed_tokens.weight",
             }
-        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=False)  # type: ignore[arg-type]
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
     def step_description(self) -> StepDescription:
@@ -471,7 +478,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """As TransformerModel; labels: (B, T), -100 where there is nothing to score, also make the decoder's input when
-        none is given. Returns Seq2SeqLMOutput with logits (B, T, decoder_vocab_size)."""
+        none is given. Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
