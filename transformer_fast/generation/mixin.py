@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import utils as hf
 
