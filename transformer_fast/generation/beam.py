@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .processors import in_place
 from .rows import LiveRows
 from .sample import Record
 from .stepper import Stepper
@@ -66,6 +67,7 @@ def beam_search(
     input_ids: (B * K, S), each prompt K = config.num_beams times. Scores are summed log-probabilities over
     length ** length_penalty. Source: HF's GenerationMixin._beam_search, whose rules for ending these are.
     """
+    processors = in_place(processors)
     pad, eos = config._pad_token_tensor, config._eos_token_tensor
     beams, penalty, early, max_length = (
         config.num_beams,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .cache import as_hugging_face
+from .processors import in_place
 from .rows import LiveRows
 from .stepper import Stepper
 
@@ -57,6 +58,7 @@ def sample(
     A row that has ended goes on with config's pad token. Rows are processed, and drawn from, as one whole batch however
     few are still computed, so the draws are HF's.
     """
+    processors = in_place(processors)
     pad = config._pad_token_tensor
     ends = any(hasattr(c, "eos_token_id") for c in criteria)
     plain = not processors and not config.do_sample and not record.active
