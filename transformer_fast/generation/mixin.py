@@ -16,8 +16,9 @@ from .stepper import Prompt, Stepper, choose_stepper
 __all__ = ["GenerationMixin"]
 
 
-class GenerationMixin(transformers.GenerationMixin):
-    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours.
+class GenerationMixin:
+    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours. No
+    subclass of HF's mixin, which comes last among a model's bases: those beside this one would come after HF's class.
 
     Greedy decoding, sampling and beam search run on a cache written in place, prompts run once however many rows
     continue them, and rows that have ended are no longer computed. What the engine does not take goes to HF's loop with

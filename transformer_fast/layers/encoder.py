@@ -86,13 +86,17 @@ def plan_call(
         if encoder_mask is not None and encoder_mask.dim() > 2:
             call.mask = mask[:, None, None]
         else:
-            if relative_bias is not None:  # what lies between two tokens keeps its place
-                read = _span(mask if read is None else mask | read)
-            call.packing = plan_packing(mask, read, read_first)
-            call.mask = call.packing.key_mask
+            _drop_padding(call, mask, read, read_first)
     if relative_bias is not None:
         _plan_relative(call, length, device, past_key_values)
     return call
+
+
+def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
+    if call.relative_bias is not None:  # what lies between two tokens keeps its place
+        read = _span(mask if read is None else mask | read)
+    call.packing = plan_packing(mask, read, read_first)
+    call.mask = call.packing.key_mask
 
 
 def _span(mask: torch.Tensor) -> torch.Tensor:
@@ -183,8 +187,7 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
             mask = nn.functional.pad(mask, (0, keys - given))
         visible = not torch.compiler.is_compiling() and ops.concrete(mask)
         if visible and call.causal and read is not None and isinstance(seen, int) and not seen and keys == length:
-            call.packing = plan_packing(mask[:, 0, 0], *read)  # a first call: padding is dropped as without a cache
-            call.mask = call.packing.key_mask
+            _drop_padding(call, mask[:, 0, 0], *read)  # a first call: padding is dropped as without a cache
             return
         # On the CPU looking is free, and plain attention is faster than masked.
         if device.type != "cpu" or not visible or not bool(mask.all()):
@@ -437,7 +440,7 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
         q.transpose(1, 2), k, v, call.encoder_mask, call, False, p, call.cross_attentions, index,
         key_lengths=call.encoder_lengths,
     )  # fmt: skip
-    return packing.pack(out.view(rows, length, -1))
+    return packing.pack(out.view(rows, length, out.shape[-1]))
 
 
 def _packed_cross_attention(q, kv, call: StackCall, index: int, p: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..generation import GenerationMixin, StepDescription
+from ..generation import StepDescription
 from ..layers import SlotTable, TransformerSpec, encoder_layer
 from ._base import Want, activation_name
 from ._heads import is_labelled
@@ -133,7 +133,7 @@ class BartSeq2Seq(Seq2SeqBase):
         return joined if want is not None else self._joined_output(joined, kwargs)
 
 
-class BartLMHead(GenerationMixin, LMHead):
+class BartLMHead(LMHead):
     model: Any
     final_logits_bias: torch.Tensor
 
@@ -166,7 +166,7 @@ class BartLMHead(GenerationMixin, LMHead):
         return describe_decoder(self, self.model.decoder, self.lm_head, head_bias=self.final_logits_bias)  # type: ignore[arg-type]
 
 
-class BartCausalLM(GenerationMixin, CausalLMHead):
+class BartCausalLM(CausalLMHead):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers.models.bart import modeling_bart as hf
 
+from ..generation import GenerationMixin
 from ..layers import Packing
 from ..layers.embeddings import embed
 from ._bart import BartCausalLM, BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
@@ -81,12 +82,12 @@ class BartModel(BartSeq2Seq, hf.BartModel):
     _starts_with_input = True
 
 
-class BartForConditionalGeneration(BartLMHead, hf.BartForConditionalGeneration):
+class BartForConditionalGeneration(GenerationMixin, BartLMHead, hf.BartForConditionalGeneration):
     __doc__ = hf.BartForConditionalGeneration.__doc__
     _adopted = _ADOPTED
 
 
-class BartForCausalLM(BartCausalLM, hf.BartForCausalLM):
+class BartForCausalLM(GenerationMixin, BartCausalLM, hf.BartForCausalLM):
     __doc__ = hf.BartForCausalLM.__doc__
     _adopted = _ADOPTED
 

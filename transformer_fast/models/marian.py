@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers.models.marian import modeling_marian as hf
 
+from ..generation import GenerationMixin
 from ..layers import Packing
 from ..layers.embeddings import embed
 from ._bart import BartCausalLM, BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
@@ -74,11 +75,11 @@ class MarianModel(BartSeq2Seq, hf.MarianModel):
     _adopted = _ADOPTED
 
 
-class MarianMTModel(BartLMHead, hf.MarianMTModel):
+class MarianMTModel(GenerationMixin, BartLMHead, hf.MarianMTModel):
     __doc__ = hf.MarianMTModel.__doc__
     _adopted = _ADOPTED
 
 
-class MarianForCausalLM(BartCausalLM, hf.MarianForCausalLM):
+class MarianForCausalLM(GenerationMixin, BartCausalLM, hf.MarianForCausalLM):
     __doc__ = hf.MarianForCausalLM.__doc__
     _adopted = _ADOPTED
