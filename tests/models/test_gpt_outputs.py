@@ -35,6 +35,15 @@ SWITCHES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two are slower at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config_for(name: str, **changes):
     values = {
         "vocab_size": 99, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 3, "resid_pdrop": 0.0,

@@ -12,6 +12,15 @@ TEXTS = ["the cat sat on", "a dog", "the dog , the cat , the fence ,", "cat"]
 NAMES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two are slower at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tokenizer():
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
