@@ -10,7 +10,6 @@ from transformers.pipelines.pt_utils import KeyDataset
 import transformer_fast
 from transformer_fast.pipelines import TranslationPipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no class for model_type")
 NAMES = {"text2text-generation": "generated", "summarization": "summary", "translation": "translation"}
 SHORT = {"max_new_tokens": 6, "num_beams": 2}
 
@@ -44,6 +43,7 @@ def test_texts_by_hand(task, family, folder, texts):
     texts = texts[:5]
     path = folder(family)
     pipe = transformer_fast.pipeline(task, path, device="cpu", **SHORT)
+    assert type(pipe.model).__module__.startswith("transformer_fast.")
     key = f"{NAMES[task]}_text"
     expected = [by_hand(path, text, **SHORT)[0] for text in texts]
     assert len(set(expected)) > 1
