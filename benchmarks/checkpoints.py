@@ -24,17 +24,18 @@ def minilm() -> pathlib.Path:
     return locate()
 
 
-def random_bert(name: str, config: dict) -> pathlib.Path:
+def random_bert(name: str, config: dict, family: str = "Bert") -> pathlib.Path:
     """A Hugging Face checkpoint folder of `config` with random weights (seed 0) and MiniLM's tokenizer,
-    which has BERT's vocabulary."""
+    which has BERT's vocabulary. family: Bert, DistilBert or Albert."""
     path = folder() / f"{name}-{zlib.crc32(repr(sorted(config.items())).encode()):08x}"
     if not (path / "config.json").exists():
         import torch
-        from transformers import BertConfig, BertForSequenceClassification
+        import transformers
 
         partial = pathlib.Path(tempfile.mkdtemp(dir=folder()))
         torch.manual_seed(0)
-        BertForSequenceClassification(BertConfig(**config)).save_pretrained(partial)
+        cls = getattr(transformers, f"{family}ForSequenceClassification")
+        cls(cls.config_class(**config)).save_pretrained(partial)
         try:
             for file in minilm().iterdir():
                 if "token" in file.name or file.name == "vocab.txt":

@@ -27,6 +27,10 @@ def model_cases(device: str) -> list[Case]:
         _encoder("bert-base-ragged-32", "bert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
                  Bar(3.0, ahead_of=OTHERS)),
         _minilm(device),
+        _encoder("distilbert-base-ragged-32", "distilbert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
+                 Bar(3.0), "DistilBert", shapes.DISTILBERT_BASE),
+        _encoder("albert-base-ragged-32", "albert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
+                 Bar(3.0), "Albert", shapes.ALBERT_BASE),
         _encoder("bert-base-full-8x128", "bert-base, 8 x 128 full", full, device, Bar(1.15)),
         _training("ragged-16x128", "bert-base fine-tuning step, ragged 16 x 128 (mean 40)",
                   shapes.ragged_lengths(16), device, Bar(2.2)),
@@ -59,7 +63,8 @@ def _encoder_flops(lengths: list[int], config: dict) -> float:
 
 # ---- inference ---------------------------------------------------------------------------------------
 def _ours(inputs: EncoderInputs) -> Callable:
-    model = _our("BertModel").from_pretrained(inputs.checkpoint, add_pooling_layer=False).eval()
+    _our(f"{inputs.family}Model")
+    model = inputs.load(tf)
     model.to(inputs.batches[0][0].device)
     return peers.run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)
 
@@ -87,7 +92,7 @@ def _sorted_by_length(inputs: EncoderInputs) -> Callable:
     return peers.hugging_face(EncoderInputs(inputs.checkpoint, groups))
 
 
-def _encoder_candidates(sortable: bool) -> tuple[Candidate, ...]:
+def _encoder_candidates(sortable: bool, exported: bool = True) -> tuple[Candidate, ...]:
     needs = ("transformers",)
     candidates = [
         Candidate(OURS, _ours, needs),
@@ -103,9 +108,12 @@ def _encoder_candidates(sortable: bool) -> tuple[Candidate, ...]:
     if sortable:
         candidates.append(Candidate("HF sdpa, sorted in 8s", _sorted_by_length, needs, comparable=False))
     foreign = {"works_on": ("cpu",), "settle": 0.25}
-    candidates += [
+    exporters = [
         Candidate("ONNX Runtime", peers.onnxruntime_encoder, ("onnxruntime", "onnx", *needs), **foreign),
         Candidate("OpenVINO", peers.openvino_encoder, ("openvino", *needs), **foreign),
+    ]  # fmt: skip
+    candidates += [
+        *(exporters if exported else ()),
         *(
             Candidate(f"CTranslate2 {kind}", partial(peers.ctranslate2_encoder, compute_type=kind),
                       ("ctranslate2", *needs), **foreign)
@@ -115,24 +123,29 @@ def _encoder_candidates(sortable: bool) -> tuple[Candidate, ...]:
     return tuple(candidates)
 
 
-def _encoder(name: str, title: str, lengths: list[int], device: str, bar: Bar) -> Case:
+def _encoder(
+    name: str, title: str, lengths: list[int], device: str, bar: Bar, family: str = "Bert", config: dict | None = None
+) -> Case:  # fmt: skip
     ragged = len(set(lengths)) > 1
 
     def inputs(tiny: bool) -> EncoderInputs:
         if tiny:
-            return EncoderInputs(checkpoints.random_bert("bert-tiny", shapes.TINY_BERT), [random_batch([5, 3], device)])
-        checkpoint = checkpoints.random_bert("bert-base", shapes.BERT_BASE)
-        return EncoderInputs(checkpoint, [random_batch(lengths, device)])
+            small = ("bert-tiny", shapes.TINY_BERT) if config is None else (f"{family}-tiny", shapes.TINY[family])
+            return EncoderInputs(
+                checkpoints.random_bert(*small, family), [random_batch([5, 3], device)], family
+            )  # fmt: skip
+        checkpoint = checkpoints.random_bert(f"{family}-base".lower(), config or shapes.BERT_BASE, family)
+        return EncoderInputs(checkpoint, [random_batch(lengths, device)], family)
 
     return Case(
         name=f"inference/{name}",
         title=title,
         inputs=inputs,
-        candidates=_encoder_candidates(ragged),
+        candidates=_encoder_candidates(ragged, exported=family == "Bert"),
         peer=HF_SDPA,
         dtype="fp32",
         shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
-        flops=_encoder_flops(lengths, shapes.BERT_BASE),
+        flops=_encoder_flops(lengths, shapes.BERT_BASE) * (0.5 if family == "DistilBert" else 1.0),
         bar=bar,
         result=peers.gather,
     )

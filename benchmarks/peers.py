@@ -9,7 +9,7 @@ import pathlib
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,18 @@ __all__ = [
 
 
 class EncoderInputs(NamedTuple):
-    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest."""
+    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest. family:
+    the prefix of its classes' names."""
 
     checkpoint: pathlib.Path
     batches: list[tuple[torch.Tensor, torch.Tensor]]
+    family: str = "Bert"
+
+    def load(self, module: Any, **options: Any) -> Any:
+        """The family's base model of `module` (transformers, transformer_fast), without a pooler."""
+        if self.family != "DistilBert":
+            options["add_pooling_layer"] = False
+        return getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
 
 
 def gather(hidden: list[torch.Tensor], inputs: EncoderInputs) -> torch.Tensor:
@@ -47,10 +55,10 @@ def run_batches(forward: Callable, inputs: EncoderInputs) -> Callable:
 
 
 def hugging_face(inputs: EncoderInputs, attention: str = "sdpa", change: Callable | None = None) -> Callable:
-    """transformers.BertModel; `change` may transform it (accelerate, compile)."""
-    from transformers import BertModel
+    """The model of transformers; `change` may transform it (accelerate, compile)."""
+    import transformers
 
-    model = BertModel.from_pretrained(inputs.checkpoint, attn_implementation=attention, add_pooling_layer=False).eval()
+    model = inputs.load(transformers, attn_implementation=attention)
     if change is not None:
         model = change(model)
     return run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)

@@ -3,7 +3,10 @@
 import random
 from typing import NamedTuple
 
-__all__ = ["BERT_BASE", "MINILM", "POINTWISE", "TINY_BERT", "AttentionShape", "ragged_lengths"]
+__all__ = [
+    "ALBERT_BASE", "BERT_BASE", "DISTILBERT_BASE", "MINILM", "POINTWISE", "TINY", "TINY_BERT", "AttentionShape",
+    "ragged_lengths",
+]  # fmt: skip
 
 
 class AttentionShape(NamedTuple):
@@ -47,6 +50,22 @@ BERT_BASE = {
 }
 MINILM = {**BERT_BASE, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 TINY_BERT = {**BERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
+
+DISTILBERT_BASE = {"vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
+ALBERT_BASE = {
+    "vocab_size": 30522,
+    "embedding_size": 128,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu_new",
+}
+TINY = {
+    "DistilBert": {"vocab_size": 30522, "dim": 64, "n_layers": 1, "n_heads": 1, "hidden_dim": 128},
+    "Albert": {**ALBERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+               "intermediate_size": 128},
+}  # fmt: skip
 
 
 def ragged_lengths(count: int, mean: int = 40, longest: int = 128, seed: int = 0) -> list[int]:

@@ -26,7 +26,8 @@ void pack_weight(Tensor weight, Tensor packed) {
   a.packed = write(packed);
   a.out = weight.size(0);
   a.in = weight.size(1);
-  a.stride = weight.stride(0);
+  a.out_stride = weight.stride(0);
+  a.in_stride = weight.size(1) > 1 ? weight.stride(1) : 1;
 #if defined(__linux__)
   // Streaming a weight through 4 KiB pages spends a good part of its time on their translation.
   const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.packed);

@@ -18,9 +18,9 @@ constexpr int64_t kPanel = 32;
 
 struct PackWeight {
   DType dtype, storage;  // of the weight; of the panels: f32 or bf16
-  const void* weight;    // (out, in), last stride 1
+  const void* weight;    // (out, in), one of the strides 1
   void* packed;          // (ceil(out / 32), in, 32)
-  int64_t out, in, stride;
+  int64_t out, in, out_stride, in_stride;
 };
 
 struct PackedLinear {  // y = act(x W^T + bias), summed in float32

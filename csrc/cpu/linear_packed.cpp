@@ -1,5 +1,6 @@
 // Products of few rows with a weight laid out for them: every weight is read once, in order.
 #include "activation_math.hpp"
+#include "attention_tile.hpp"
 #include "kernels.hpp"
 #include "linear_panel.hpp"
 #include "parallel.hpp"
@@ -62,17 +63,35 @@ void multiply(const PackedLinear& a) {
   });
 }
 
+// (depth, 32) floats to a panel's rows.
+void store_panel(const float* rows, int64_t depth, float* panel) {
+  __builtin_memcpy(panel, rows, size_t(depth * kPanel) * sizeof(float));
+}
+void store_panel(const float* rows, int64_t depth, bf16* panel) {
+  for (int64_t k = 0; k < depth; ++k, rows += kPanel, panel += kPanel)
+    for (int g = 0; g < 16; g += kWidth) {
+      const VecU low = __builtin_convertvector(to_bf16_bits(load(rows + g)), VecU);
+      const VecU words = low | __builtin_convertvector(to_bf16_bits(load(rows + 16 + g)), VecU) << 16;
+      __builtin_memcpy(panel + 2 * g, &words, sizeof words);
+    }
+}
+
 template <class T, class W>
 void pack(const PackWeight& a) {
+  constexpr int64_t kDepth = 64;
   parallel_for((a.out + kPanel - 1) / kPanel, 1 + 65536 / (a.in * kPanel + 1), [&](int64_t begin, int64_t end) {
+    alignas(64) float rows[kDepth * kPanel];
     for (int64_t p = begin; p < end; ++p) {
-      W* panel = static_cast<W*>(a.packed) + p * a.in * kPanel;
-      for (int64_t k = 0; k < a.in; ++k)
-        for (int64_t j = 0; j < kPanel; ++j) {
-          const int64_t slot = sizeof(W) == 4 ? j : j < 16 ? 2 * j : 2 * (j - 16) + 1, n = p * kPanel + j;
-          from_float(panel[k * kPanel + slot],
-                     n < a.out ? to_float(static_cast<const T*>(a.weight)[n * a.stride + k]) : 0.f);
-        }
+      const int64_t columns = a.out - p * kPanel < kPanel ? a.out - p * kPanel : kPanel;
+      const T* weight = static_cast<const T*>(a.weight) + p * kPanel * a.out_stride;
+      for (int64_t k = 0; k < a.in; k += kDepth) {
+        const int64_t depth = a.in - k < kDepth ? a.in - k : kDepth;
+        if (a.in_stride == 1)
+          load_transposed(weight + k, a.out_stride, columns, depth, rows, kPanel);
+        else
+          load_rows(weight + k * a.in_stride, a.in_stride, depth, columns, rows, kPanel);
+        store_panel(rows, depth, static_cast<W*>(a.packed) + (p * a.in + k) * kPanel);
+      }
     }
   });
 }

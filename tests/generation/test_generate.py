@@ -114,6 +114,9 @@ SETTINGS = {
     "repetition": {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[5], [7, 9]], "suppress_tokens": [11, 12], "begin_suppress_tokens": [2]},
     "forced": {"forced_bos_token_id": 17, "forced_eos_token_id": 2},
+    "renormalised": {"renormalize_logits": True, "remove_invalid_values": True, "temperature": 0.7, "do_sample": True},
+    "cut off": {"do_sample": True, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "top_k": 0},
+    "biased": {"sequence_bias": {(40,): 2.0, (5, 6): -9.0}, "exponential_decay_length_penalty": (2, 1.05)},
     "several ends": {"eos_token_id": [2, 30, 31, 32]},
     "no end": {"eos_token_id": None},
     "beams": {"num_beams": 3},
@@ -311,6 +314,14 @@ def test_processors_and_criteria_of_the_users(by_engine):
         for a, b in zip(seen[0].calls, seen[1].calls):
             assert torch.equal(a[0], b[0]) and a[1:] == b[1:]
     assert len(by_engine) == 2
+
+
+def test_guidance_by_another_prompt(by_engine):
+    """A processor that calls the model itself, with a cache of its own."""
+    ours, theirs = models("gpt2")
+    negative = {"negative_prompt_ids": torch.randint(3, VOCABULARY, (4, 5)), "guidance_scale": 1.4}
+    a, b = both(ours, theirs, prompts("gpt2"), max_new_tokens=9, **negative)
+    assert torch.equal(a, b) and by_engine
 
 
 def test_streamers():

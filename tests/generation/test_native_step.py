@@ -76,7 +76,7 @@ def compare(model: Decoder, ids, actual, **inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_families(isa, family, dtype):
     """Rows of every count that the registers are split by, growing caches, padding in the prompt and in the source."""
-    for seed, rows in enumerate((1, 3, 9)):
+    for seed, rows in enumerate((1, 9)):
         model = make(family, seed, dtype)
         ids, mask = torch.randint(VOCABULARY, (rows, 18)), random_mask(rows, 18)
         inputs = {"mask": mask}

@@ -20,7 +20,7 @@ def build(kind="additive", cell="gru", **settings):
     torch.manual_seed(1)
     feeding = kind != "no feeding"
     defaults = {
-        "vocab_size": 43, "decoder_vocab_size": 37, "embedding_size": 20, "hidden_size": 24, "num_layers": 2,
+        "vocab_size": 37, "encoder_vocab_size": 43, "embedding_size": 20, "hidden_size": 24, "num_layers": 2,
         "attention_size": 18, "cell": cell, "attention": kind if feeding else "dot", "input_feeding": feeding,
         "initializer_range": 0.3,
     }  # fmt: skip
@@ -299,6 +299,11 @@ BAD = {
         ValueError, r"labels.*\(4, 7\).*\(4, 6\)",
     ),
 }  # fmt: skip
+
+
+def test_resizing_says_why_not():
+    with pytest.raises(NotImplementedError, match="embeddings of their own"):
+        build().resize_token_embeddings(50)
 
 
 @pytest.mark.quick

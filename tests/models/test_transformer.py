@@ -9,7 +9,9 @@ from hf_models import pooled
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
-from transformer_fast.models.transformer import sinusoids
+from transformer_fast.backends import native
+from transformer_fast.generation.native_step import NativeStepper
+from transformer_fast.models._sinusoids import sinusoids
 
 LENGTHS = (9, 4, 1, 7)
 SMALL = {
@@ -78,10 +80,10 @@ def gradients(loss, model, module=None):
 @pytest.mark.parametrize("share", [True, False])
 def test_is_torchs_transformer(norm_position, padding, share, dtype):
     """Outputs and gradients of every weight, on ragged batches."""
-    settings = {} if share else {"decoder_vocab_size": 37}
+    settings = {} if share else {"vocab_size": 37, "encoder_vocab_size": 43}
     model, inputs = build(norm_position=norm_position, final_norm=True, **settings).to(dtype), batch(padding)
     g, results = torch.Generator().manual_seed(5), {}
-    cotangent = torch.randn(*inputs["labels"].shape, model.config.decoder_vocab_size, generator=g)
+    cotangent = torch.randn(*inputs["labels"].shape, model.config.vocab_size, generator=g)
     for name, m in (("ours", model), ("plain", copy.deepcopy(model)), ("truth", copy.deepcopy(model).double())):
         module = None if name == "ours" else m.model.to_torch()
         logits = m(**inputs).logits if module is None else torch_logits(m, module, inputs)
@@ -155,7 +157,7 @@ def test_schedule_is_the_papers():
 @pytest.mark.parametrize("norm_position", ["post", "pre"])
 @pytest.mark.parametrize("share", [True, False])
 def test_saved_and_loaded_bit_for_bit(norm_position, share, tmp_path):
-    settings = {} if share else {"decoder_vocab_size": 37}
+    settings = {} if share else {"vocab_size": 37, "encoder_vocab_size": 43}
     model, inputs = build(norm_position=norm_position, **settings), batch()
     wanted = model(**inputs).logits
     model.save_pretrained(tmp_path)
@@ -232,19 +234,38 @@ def test_padding_changes_nothing():
         assert a.encoder_last_hidden_state[row, n:].eq(0).all()
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_padded_targets(padding):
-    """decoder_attention_mask: what is padding is not seen, nor counted as a position."""
+def test_padded_targets():
+    """decoder_attention_mask: what is padding is neither seen nor computed."""
     model, inputs = build(norm_position="pre"), batch()
     target = inputs.pop("labels").clamp(min=3)
-    length = torch.tensor([6, 4, 2, 5])
-    position = torch.arange(6)
-    mask = (position < length[:, None]) if padding == "right" else (position >= 6 - length[:, None])
-    out = model(**inputs, decoder_input_ids=target * mask, decoder_attention_mask=mask.long()).logits
-    for row in range(4):
-        one = {k: v[row : row + 1] for k, v in inputs.items()}
-        alone = model(**one, decoder_input_ids=target[row, mask[row]][None]).logits[0]
-        torch.testing.assert_close(out[row, mask[row]], alone)
+    mask = torch.arange(6) < torch.tensor([6, 4, 2, 5])[:, None]
+    for use_cache in (False, True):
+        out = model(
+            **inputs, decoder_input_ids=target * mask, decoder_attention_mask=mask.long(), use_cache=use_cache
+        ).logits
+        for row in range(4):
+            one = {k: v[row : row + 1] for k, v in inputs.items()}
+            alone = model(**one, decoder_input_ids=target[row, mask[row]][None]).logits[0]
+            torch.testing.assert_close(out[row, mask[row]], alone)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("norm_position", ["post", "pre"])
+def test_one_native_call_a_token(norm_position, monkeypatch):
+    """Where the native library is, generation runs by it; with a hook in the model by its own forward, and alike."""
+    steps, step = [], NativeStepper.step
+    monkeypatch.setattr(NativeStepper, "step", lambda self, tokens: steps.append(1) or step(self, tokens))
+    model, inputs = build(norm_position=norm_position), batch()
+    inputs.pop("labels")
+    assert model.step_description().why_not() == native.load()
+    found = [model.generate(**inputs, max_new_tokens=9, num_beams=beams) for beams in (1, 3)]
+    assert bool(steps) == (not native.load())
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert native.load() or "hooks" in model.step_description().why_not()
+    steps.clear()
+    for beams, wanted in zip((1, 3), found):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=9, num_beams=beams), wanted)
+    assert not steps
 
 
 @pytest.mark.quick
@@ -324,7 +345,7 @@ BAD = {
     "odd": (lambda: CONFIG(d_model=9, num_attention_heads=3), ValueError, "d_model.*even.*9"),
     "activation": (lambda: CONFIG(activation_function="step"), ValueError, "activation_function.*relu.*'step'"),
     "sharing": (
-        lambda: CONFIG(decoder_vocab_size=5, share_embeddings=True), ValueError, "share_embeddings.*one vocabulary",
+        lambda: CONFIG(encoder_vocab_size=5, share_embeddings=True), ValueError, "share_embeddings.*one vocabulary",
     ),
     "ids": (lambda: build()(INPUTS["input_ids"] + 50, labels=INPUTS["labels"]), ValueError, r"input_ids.*\[0, 43\)"),
     "target ids": (
@@ -340,10 +361,24 @@ BAD = {
         lambda: build()(INPUTS["input_ids"], decoder_input_ids=INPUTS["input_ids"], labels=INPUTS["labels"]),
         ValueError, r"labels.*\(4, 9\).*\(4, 6\)",
     ),
+    "too long": (
+        lambda: build(max_position_embeddings=8)(**INPUTS), ValueError, "input_ids.*9.*max_position_embeddings = 8",
+    ),
     "no start": (
-        lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "labels.*decoder_start_token_id",
+        lambda: build(decoder_start_token_id=None)(**INPUTS), ValueError, "config.decoder_start_token_id.*None",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.quick
+def test_more_tokens():
+    model, inputs = build(), batch()
+    wanted = model(**inputs).logits
+    model.resize_token_embeddings(50)
+    assert model.config.vocab_size == 50 and model.lm_head.weight is model.model.encoder.embed_tokens.weight
+    torch.testing.assert_close(model(**inputs).logits[..., :43], wanted)
+    with pytest.raises(NotImplementedError, match="embeddings of their own"):
+        build(encoder_vocab_size=50).resize_token_embeddings(60)
 
 
 @pytest.mark.quick

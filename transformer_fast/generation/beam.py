@@ -94,10 +94,11 @@ def beam_search(
     length = prompt
     while True:
         flat_ids = running_ids[:, :, :length].flatten(0, 1)
+        raw = logits.to(torch.float32, copy=True) if record.active else None
         logits = logits.to(torch.float32)
-        log_probs = processors(flat_ids, torch.log_softmax(logits, -1))
-        if record.active:
-            record.add(logits.clone(), log_probs.clone())
+        log_probs = processors(flat_ids, torch.log_softmax(logits, -1, out=logits))  # fresh memory would cost more
+        if raw is not None:
+            record.add(raw, log_probs.clone())
         top, beam, token = _continuations(log_probs, running, k, config.do_sample)
 
         top_ids = _select(running_ids, beam)

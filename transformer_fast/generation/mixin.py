@@ -1,10 +1,10 @@
 """generate(): HF's signature and results, by this package's engine wherever it can."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import utils as hf
 
@@ -15,8 +15,9 @@ from .stepper import Prompt, Stepper, choose_stepper
 __all__ = ["GenerationMixin"]
 
 
-class GenerationMixin(transformers.GenerationMixin):
-    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours.
+class GenerationMixin:
+    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours. No
+    subclass of HF's mixin, which comes last among a model's bases: those beside this one would come after HF's class.
 
     Greedy decoding, sampling and beam search run on a cache written in place, prompts run once however many rows
     continue them, and rows that have ended are no longer computed. What the engine does not take goes to HF's loop with
@@ -26,9 +27,10 @@ class GenerationMixin(transformers.GenerationMixin):
 
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
+    @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """As HF's generate, with one more keyword.
+        """As HF's generate, whose arguments it has, with one more keyword.
 
         generators: one torch.Generator a row (prompts times num_return_sequences) for sampling: each row's draws are
             its own, whatever it is batched with.

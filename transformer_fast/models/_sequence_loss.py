@@ -1,22 +1,11 @@
-"""Teacher forcing: the decoder's input made of labels, and the loss over a sequence's logits."""
+"""The loss over a sequence's logits, with label smoothing."""
 
 import torch
 
 from .. import ops
 from ._heads import IGNORE
 
-__all__ = ["sequence_loss", "shift_right"]
-
-
-def shift_right(labels: torch.Tensor, start: int | None, padding: int | None) -> torch.Tensor:
-    """Decoder input ids: `start`, then the labels but the last; padding where a label is ignored."""
-    if start is None or padding is None:
-        raise ValueError(
-            "labels: the decoder's input is made of them with config.decoder_start_token_id and config.pad_token_id, "
-            f"got {start} and {padding}"
-        )
-    shifted = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), 1)
-    return shifted.masked_fill(shifted == IGNORE, padding)
+__all__ = ["sequence_loss"]
 
 
 def sequence_loss(

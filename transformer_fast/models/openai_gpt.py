@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
 from transformers.models.openai import modeling_openai as hf
 from transformers.pytorch_utils import Conv1D
 
-from ..generation import GenerationMixin
+from ..generation import GenerationMixin, StepDescription
 from ..layers import SlotTable, TransformerSpec, encoder_layer
 from ..layers.projection import register_transposed
 from ._base import Adopted, ModelMixin, Want, check_inputs, documented_as
@@ -116,6 +116,13 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
 class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadModel):
     __doc__ = hf.OpenAIGPTLMHeadModel.__doc__
     prepare_inputs_for_generation = HFGenerationMixin.prepare_inputs_for_generation  # HF's own class has no cache
+
+    def step_description(self) -> StepDescription:
+        t = self.transformer
+        return StepDescription(
+            self, [SLOTS.read(layer) for layer in t.h], spec_of(self.config), t.tokens_embed, self.lm_head,
+            position=t.positions_embed,
+        )  # fmt: skip
 
     @documented_as(hf.OpenAIGPTLMHeadModel.forward)
     def forward(

@@ -21,7 +21,8 @@ from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear
 from ._base import check_inputs, check_integers
 from ._loading import LoadingErrors
-from ._sequence_loss import sequence_loss, shift_right
+from ._seq2seq import shift_right
+from ._sequence_loss import sequence_loss
 
 __all__ = ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel", "RecurrentState"]
 
@@ -33,7 +34,8 @@ _WIDEST_HEAD = 256  # of scaled_dot_product_attention
 class AttentionRNNConfig(PreTrainedConfig):
     """What a recurrent encoder-decoder with attention is made of.
 
-    vocab_size: of the source; decoder_vocab_size: of the target, by default the same. embedding_size: of both.
+    vocab_size: of the target, which is scored; encoder_vocab_size: of the source, by default the same.
+    embedding_size: of both.
     hidden_size: of the decoder and of the encoder's states, whose two directions have half of it each.
     num_layers: of encoder and decoder. cell: "gru" or "lstm". bidirectional: the encoder.
     attention: the score of a target state s against a source state h, and with it the decoder:
@@ -51,7 +53,7 @@ class AttentionRNNConfig(PreTrainedConfig):
     attribute_map = {"num_hidden_layers": "num_layers"}
 
     vocab_size: int = 32000
-    decoder_vocab_size: int | None = None
+    encoder_vocab_size: int | None = None
     embedding_size: int = 512
     hidden_size: int = 512
     num_layers: int = 1
@@ -72,7 +74,7 @@ class AttentionRNNConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
-        self.decoder_vocab_size = self.decoder_vocab_size or self.vocab_size
+        self.encoder_vocab_size = self.encoder_vocab_size or self.vocab_size
         self.attention_size = self.attention_size or self.hidden_size
         for name, value, wanted in (("cell", self.cell, tuple(CELLS)), ("attention", self.attention, SCORES)):
             if value not in wanted:
@@ -146,6 +148,9 @@ class AttentionRNNPreTrainedModel(LoadingErrors, PreTrainedModel):
         elif isinstance(module, Score) and module.weight is not None:
             init.normal_(module.weight, mean=0.0, std=module.weight.shape[0] ** -0.5)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise NotImplementedError("resize_token_embeddings: source and target have embeddings of their own")
+
     @property
     def dummy_inputs(self):
         ids = torch.tensor([[3, 4, 5], [3, 4, 0]], device=self.device)
@@ -206,7 +211,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
 
     def __init__(self, config: AttentionRNNConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.encoder_vocab_size, config.embedding_size, config.pad_token_id)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(config.dropout)
         self.rnn = CELLS[config.cell](
             config.embedding_size, config.hidden_size // (2 if config.bidirectional else 1), config.num_layers,
@@ -230,7 +235,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         source = check_inputs(input_ids, inputs_embeds, self.config.embedding_size)
         batch, length = source.shape[:2]
         if input_ids is not None:
-            check_indices("input_ids", input_ids, self.embed_tokens.num_embeddings, "config.vocab_size")
+            check_indices("input_ids", input_ids, self.embed_tokens.num_embeddings, "config.encoder_vocab_size")
         mask = _source_mask(attention_mask, batch, length)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = ops.dropout(x, dropout_p(self.dropout))
@@ -266,7 +271,7 @@ class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
         hidden, embedding = config.hidden_size, config.embedding_size
         self.additive = config.attention == "additive"
         self.feeds = config.input_feeding and not self.additive
-        self.embed_tokens = nn.Embedding(config.decoder_vocab_size, embedding, config.pad_token_id)  # type: ignore[arg-type]
+        self.embed_tokens = nn.Embedding(config.vocab_size, embedding, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.initial_state = nn.Linear(hidden, hidden)
         self.initial_cell = nn.Linear(hidden, hidden) if config.cell == "lstm" else None
@@ -385,9 +390,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
         values = encoder_outputs.last_hidden_state
         if decoder_inputs_embeds is None:
             check_integers("decoder_input_ids", decoder_input_ids)
-            check_indices(
-                "decoder_input_ids", decoder_input_ids, config.decoder_vocab_size, "config.decoder_vocab_size"
-            )
+            check_indices("decoder_input_ids", decoder_input_ids, config.vocab_size, "config.vocab_size")
             decoder_inputs_embeds = self.decoder.embed_tokens(decoder_input_ids)
         if decoder_inputs_embeds.shape[0] != values.shape[0] or not decoder_inputs_embeds.shape[1]:
             raise ValueError(
@@ -418,7 +421,7 @@ class AttentionRNNForConditionalGeneration(AttentionRNNPreTrainedModel, Generati
     def __init__(self, config: AttentionRNNConfig):
         super().__init__(config)
         self.model = AttentionRNNModel(config)
-        self.lm_head = nn.Linear(config.readout_size, config.decoder_vocab_size)  # type: ignore[arg-type]
+        self.lm_head = nn.Linear(config.readout_size, config.vocab_size)
         self.post_init()
 
     @classmethod
@@ -426,7 +429,7 @@ class AttentionRNNForConditionalGeneration(AttentionRNNPreTrainedModel, Generati
         return False  # forward makes a RecurrentState itself
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        return shift_right(self.config, labels)
 
     @can_return_tuple
     def forward(
@@ -446,7 +449,7 @@ class AttentionRNNForConditionalGeneration(AttentionRNNPreTrainedModel, Generati
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """As AttentionRNNModel; labels: (B, T), -100 where there is nothing to score, also make the decoder's input
-        when none is given. Returns Seq2SeqLMOutput with logits (B, T, decoder_vocab_size)."""
+        when none is given. Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

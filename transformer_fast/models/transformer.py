@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTraine
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -25,20 +24,22 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
-from ..layers import SlotTable, StackCall, TransformerSpec, encoder_layer, plan_call, run_layers
+from ..generation import GenerationMixin, StepDescription
+from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, lay_out, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, activation_name, check_inputs, read_flags
 from ._loading import LoadingErrors
-from ._sequence_loss import sequence_loss, shift_right
+from ._seq2seq import shift_right
+from ._sequence_loss import sequence_loss
+from ._sinusoids import SinusoidalPositions
 
 __all__ = [
     "TransformerConfig",
     "TransformerForConditionalGeneration",
     "TransformerModel",
     "noam_schedule",
-    "sinusoids",
 ]
 
 SLOTS = SlotTable(
@@ -68,8 +69,9 @@ SLOTS = SlotTable(
 class TransformerConfig(PreTrainedConfig):
     """What a 2017 Transformer is made of; the defaults are the paper's base model (table 3).
 
-    vocab_size: of the source; decoder_vocab_size: of the target, by default the same. d_model, num_attention_heads,
-    ffn_dim, encoder_layers, decoder_layers: widths and depths. activation_function: the paper's relu, or another.
+    vocab_size: of the target, which is scored; encoder_vocab_size: of the source, by default the same.
+    d_model, num_attention_heads, ffn_dim, encoder_layers, decoder_layers: widths and depths. activation_function: the
+    paper's relu, or another.
     norm_position: "post", as the paper, or "pre" (Xiong et al., 2020). final_norm: a norm after the last layer of
     either stack, by default with "pre" only; torch.nn.Transformer always has one.
     dropout: on embeddings and on what each sublayer adds (section 5.4); attention_dropout, activation_dropout: on
@@ -77,6 +79,7 @@ class TransformerConfig(PreTrainedConfig):
     and tensor2tensor do. label_smoothing: of the loss.
     share_embeddings: one matrix for source, target and output (section 3.4), by default where the vocabularies are
     one. tie_word_embeddings: one for target and output. scale_embedding: times sqrt(d_model).
+    max_position_embeddings: sinusoids have no end; so many are tabulated, and longer inputs are refused.
     """
 
     model_type = "transformer_2017"
@@ -84,7 +87,7 @@ class TransformerConfig(PreTrainedConfig):
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
 
     vocab_size: int = 37000
-    decoder_vocab_size: int | None = None
+    encoder_vocab_size: int | None = None
     d_model: int = 512
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -101,6 +104,7 @@ class TransformerConfig(PreTrainedConfig):
     share_embeddings: bool | None = None
     tie_word_embeddings: bool = True
     scale_embedding: bool = True
+    max_position_embeddings: int = 2048
     use_cache: bool = True
     is_encoder_decoder: bool = True
     pad_token_id: int | None = 0
@@ -109,8 +113,8 @@ class TransformerConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
-        self.decoder_vocab_size = self.decoder_vocab_size or self.vocab_size
-        one_vocabulary = self.decoder_vocab_size == self.vocab_size
+        self.encoder_vocab_size = self.encoder_vocab_size or self.vocab_size
+        one_vocabulary = self.encoder_vocab_size == self.vocab_size
         if self.share_embeddings is None:
             self.share_embeddings = one_vocabulary and self.tie_word_embeddings
         if self.final_norm is None:
@@ -130,7 +134,7 @@ class TransformerConfig(PreTrainedConfig):
         if self.share_embeddings and not (one_vocabulary and self.tie_word_embeddings):
             raise ValueError(
                 "share_embeddings: wanted one vocabulary and tie_word_embeddings=True, as source, target and output "
-                f"share one matrix; got vocab_size {self.vocab_size}, decoder_vocab_size {self.decoder_vocab_size}, "
+                f"share one matrix; got vocab_size {self.vocab_size}, encoder_vocab_size {self.encoder_vocab_size}, "
                 f"tie_word_embeddings {self.tie_word_embeddings}"
             )
         super().__post_init__(**kwargs)
@@ -145,16 +149,6 @@ def noam_schedule(optimizer: torch.optim.Optimizer, d_model: int, warmup: int = 
     if d_model < 1 or warmup < 1:
         raise ValueError(f"d_model, warmup: wanted numbers from 1 on, got {d_model} and {warmup}")
     return LambdaLR(optimizer, lambda step: d_model**-0.5 * min((step + 1) ** -0.5, (step + 1) * warmup**-1.5))
-
-
-def sinusoids(positions: torch.Tensor, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """PE(p, 2i) = sin(p / 10000^(2i / width)), PE(p, 2i + 1) = cos of the same: (*positions.shape, width).
-
-    Source: Vaswani et al., 2017, section 3.5.
-    """
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    angles = positions.to(torch.float64)[..., None] * torch.exp(exponents * -math.log(10000.0))
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(dtype)
 
 
 class TransformerAttention(nn.Module):
@@ -210,10 +204,18 @@ class TransformerPreTrainedModel(LoadingErrors, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
+        elif isinstance(module, SinusoidalPositions):
+            init.copy_(module.weight, module.table())
         elif isinstance(module, nn.Embedding) and not getattr(module.weight, "_is_hf_initialized", False):
             init.normal_(module.weight, mean=0.0, std=self.config.d_model**-0.5)
             if module.padding_idx is not None:
                 init.zeros_(module.weight[module.padding_idx])
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As HF's, where one matrix is shared by source, target and output."""
+        if not self.config.share_embeddings:
+            raise NotImplementedError("resize_token_embeddings: source and target have embeddings of their own")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     @property
     def dummy_inputs(self):
@@ -229,6 +231,8 @@ class _Stack(TransformerPreTrainedModel):
     def __init__(self, config: TransformerConfig, layers: list[nn.Module], vocab_size: int):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model, config.pad_token_id)
+        self.embed_positions = SinusoidalPositions(config.max_position_embeddings, config.d_model)
+        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.layer_norm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.final_norm else None
@@ -261,27 +265,28 @@ class _Stack(TransformerPreTrainedModel):
         if not torch.compiler.is_compiling():
             lay_out(SLOTS.read(layer) for layer in self.layers)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        rows = self._embed(call, input_ids, inputs_embeds, attention_mask, past)
+        most = self.config.max_position_embeddings
+        if isinstance(past, int) and past + length > most:
+            raise ValueError(f"{name}: {past + length} positions are past config.max_position_embeddings = {most}")
+        rows = self._embed(call.packing, input_ids, inputs_embeds, attention_mask, past)
         rows = run_layers(self.layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
         if self.layer_norm is not None:
             rows = norm(self.layer_norm, rows)
         return Encoded.of(rows, call, None, past_key_values, flags, len(self.layers))
 
-    def _embed(self, call: StackCall, input_ids, inputs_embeds, attention_mask, past) -> torch.Tensor:
-        """dropout(sqrt(d_model) word + position); positions count tokens, so padding on the left shifts nothing."""
-        packing, width = call.packing, self.config.d_model
+    def _embed(self, packing: Packing, input_ids, inputs_embeds, attention_mask, past) -> torch.Tensor:
+        """dropout(scale * word + position). The encoder's positions count tokens, so that padding on the left shifts
+        nothing; the decoder's count columns, as those of HF's encoder-decoders do."""
         if inputs_embeds is None:
-            x = self.embed_tokens(packing.pack(input_ids))
-            x = x * math.sqrt(width) if self.config.scale_embedding else x
+            x = self.embed_tokens(packing.pack(input_ids)) * self.embed_scale
         else:
             x = packing.pack(inputs_embeds)
-        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
-            counted = (attention_mask != 0).long().cumsum(1)[:, -packing.length :] - 1
-            table = sinusoids(torch.arange(attention_mask.shape[1], device=x.device), width, x.dtype)
-            positions = table[packing.pack(counted.clamp(min=0))]
+        if attention_mask is not None and attention_mask.dim() == 2 and not self.causal:
+            counted = ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)
+            positions = packing.pack(counted)
         else:
-            positions = sinusoids(torch.arange(packing.length, device=x.device) + past, width, x.dtype)
-        return ops.dropout(x + positions, dropout_p(self.dropout))
+            positions = packing.positions(x.device) + past
+        return ops.dropout(x + self.embed_positions(positions), dropout_p(self.dropout))
 
 
 class TransformerEncoder(_Stack):
@@ -289,7 +294,7 @@ class TransformerEncoder(_Stack):
 
     def __init__(self, config: TransformerConfig):
         layers = [TransformerEncoderLayer(config) for _ in range(config.encoder_layers)]
-        super().__init__(config, layers, config.vocab_size)
+        super().__init__(config, layers, config.encoder_vocab_size)  # type: ignore[arg-type]
 
     @can_return_tuple
     def forward(
@@ -302,6 +307,8 @@ class TransformerEncoder(_Stack):
         """input_ids: (B, S), or inputs_embeds (B, S, d_model), to which positions are added; attention_mask: (B, S),
         nonzero for tokens. Padding is never computed: its states are zeros."""
         encoded = self._run("input_ids", input_ids, inputs_embeds, attention_mask, kwargs)
+        if kwargs.get("packed"):  # our model, whose decoder reads the rows without padding
+            return encoded
         return BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras())
 
 
@@ -310,7 +317,7 @@ class TransformerDecoder(_Stack):
 
     def __init__(self, config: TransformerConfig):
         layers = [TransformerDecoderLayer(config) for _ in range(config.decoder_layers)]
-        super().__init__(config, layers, config.decoder_vocab_size)  # type: ignore[arg-type]
+        super().__init__(config, layers, config.vocab_size)
 
     @can_return_tuple
     def forward(
@@ -331,11 +338,10 @@ class TransformerDecoder(_Stack):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        if encoder_attention_mask is not None and bool(encoder_attention_mask.all()):
-            encoder_attention_mask = None  # attention without a mask is faster
         encoded = self._run(
             "decoder_input_ids", input_ids, inputs_embeds, attention_mask, kwargs, past_key_values,
             encoder_states=encoder_hidden_states, encoder_mask=encoder_attention_mask,
+            encoder_packing=kwargs.get("encoder_packing"),
         )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=encoded.restored(),
@@ -399,13 +405,21 @@ class TransformerModel(TransformerPreTrainedModel):
     ) -> Seq2SeqModelOutput:
         """As HF's encoder-decoders. input_ids: (B, S); attention_mask: (B, S), nonzero for tokens; decoder_input_ids:
         (B, T); kwargs: output_attentions, output_hidden_states, return_dict."""
+        options = {**kwargs, "return_dict": True}
+        packing = None
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **{**kwargs, "return_dict": True})
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+            encoded = self.encoder(input_ids, attention_mask, inputs_embeds, packed=True, **options)
+            states = encoded.rows
+            if attention_mask is None or attention_mask.dim() == 2:
+                packing = encoded.packing
+            encoder_outputs = BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras())
+        else:
+            if not isinstance(encoder_outputs, BaseModelOutput):
+                encoder_outputs = BaseModelOutput(*encoder_outputs)
+            states = encoder_outputs.last_hidden_state
         decoded = self.decoder(
-            decoder_input_ids, decoder_attention_mask, encoder_outputs.last_hidden_state, attention_mask,
-            past_key_values, decoder_inputs_embeds, use_cache, **{**kwargs, "return_dict": True},
+            decoder_input_ids, decoder_attention_mask, states, attention_mask, past_key_values, decoder_inputs_embeds,
+            use_cache, encoder_packing=packing, **options,
         )  # fmt: skip
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
@@ -419,8 +433,8 @@ class TransformerModel(TransformerPreTrainedModel):
         )
 
 
-class TransformerForConditionalGeneration(TransformerPreTrainedModel, GenerationMixin):
-    """The Transformer with scores over the target vocabulary; `generate` is Hugging Face's."""
+class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrainedModel):
+    """The Transformer with scores over the target vocabulary; `generate` has Hugging Face's signature and tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 
@@ -432,11 +446,19 @@ class TransformerForConditionalGeneration(TransformerPreTrainedModel, Generation
                 **self._tied_weights_keys,
                 "model.encoder.embed_tokens.weight": "model.decoder.embed_tokens.weight",
             }
-        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=False)  # type: ignore[arg-type]
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
+    def step_description(self) -> StepDescription:
+        """The decoder, for generation by one native call a token."""
+        decoder = self.model.decoder
+        return StepDescription(
+            self, [SLOTS.read(layer) for layer in decoder.layers], decoder.spec, decoder.embed_tokens, self.lm_head,
+            position=decoder.embed_positions, embed_scale=decoder.embed_scale, final_norm=decoder.layer_norm,
+        )  # fmt: skip
+
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        return shift_right(self.config, labels)
 
     @can_return_tuple
     def forward(
@@ -456,7 +478,7 @@ class TransformerForConditionalGeneration(TransformerPreTrainedModel, Generation
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """As TransformerModel; labels: (B, T), -100 where there is nothing to score, also make the decoder's input when
-        none is given. Returns Seq2SeqLMOutput with logits (B, T, decoder_vocab_size)."""
+        none is given. Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

@@ -40,10 +40,12 @@ class Projection(NamedTuple):
         outs, inner = (1, 0) if self.transposed else (0, 1)
         return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
 
-    def weight(self) -> torch.Tensor:
-        """(out, in) with last stride 1."""
+    def parts(self) -> list[torch.Tensor]:
+        """Weights (out_i, in) that fill whole panels but for the last, with one stride 1."""
         weights = [w.detach().t() if self.transposed else w.detach() for w in self.weights]
-        return (weights[0] if len(weights) == 1 else torch.cat(weights)).contiguous()
+        if any(w.shape[0] % _PANEL for w in weights[:-1]):
+            weights = [torch.cat(weights)]
+        return [w if 1 in w.stride() else w.contiguous() for w in weights]
 
     def bias(self) -> torch.Tensor | None:
         if all(b is None for b in self.biases):
@@ -170,7 +172,11 @@ class PackedDecoder:
 def _pack(p: Projection, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     out, inner = p.shape
     panels = part.view(-1, inner, _PANEL)
-    _ops.cpu_pack_weight.default(p.weight(), panels)
+    begin = 0
+    for weight in p.parts():
+        end = begin - (-weight.shape[0] // _PANEL)
+        _ops.cpu_pack_weight.default(weight, panels[begin:end])
+        begin = end
     return panels, p.bias()
 
 

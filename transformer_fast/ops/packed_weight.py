@@ -30,7 +30,7 @@ class PackedWeight:
             self.data = weight.to(dtype, copy=True)
             return
         self.data = torch.empty((out + _PANEL - 1) // _PANEL, inner, _PANEL, dtype=dtype)
-        rows = weight if weight.stride(1) == 1 or inner == 1 else weight.contiguous()
+        rows = weight if 1 in weight.stride() or inner == 1 else weight.contiguous()
         torch.ops.transformer_fast.cpu_pack_weight.default(rows, self.data)
 
     def matches(self, weight: torch.Tensor) -> bool:

@@ -1,0 +1,210 @@
+"""Cases of text generation: decoders and encoder-decoders of true size with random weights."""
+
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+import transformer_fast as tf
+
+from . import shapes
+from .case import OURS, Bar, Candidate, Case
+from .checkpoints import folder
+
+__all__ = ["generation_cases"]
+
+HF_SDPA = "HF sdpa"
+_SEQ2SEQ = {"vocab_size": 58101, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8,
+            "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}  # fmt: skip
+
+# name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small and facebook/bart-base.
+MODELS: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2LMHeadModel", {"bos_token_id": 50256, "eos_token_id": 50256}),
+    "marian": ("MarianMTModel", {
+        **_SEQ2SEQ, "decoder_vocab_size": 58101, "max_position_embeddings": 512, "activation_function": "swish",
+        "scale_embedding": True, "share_encoder_decoder_embeddings": True, "pad_token_id": 58100, "bos_token_id": 0,
+        "eos_token_id": 0, "decoder_start_token_id": 58100, "forced_eos_token_id": 0,
+    }),
+    "t5-small": ("T5ForConditionalGeneration", {
+        "vocab_size": 32128, "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "d_kv": 64,
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+    }),
+    "bart-base": ("BartForConditionalGeneration", {
+        **_SEQ2SEQ, "vocab_size": 50265, "d_model": 768, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+        "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "activation_function": "gelu", "bos_token_id": 0,
+        "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+    }),
+}  # fmt: skip
+_TINY = {
+    "GPT2LMHeadModel": {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1,
+                        "eos_token_id": 1},
+    "T5ForConditionalGeneration": {"vocab_size": 99, "d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2,
+                                   "d_kv": 16, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+}  # fmt: skip
+_TINY_SEQ2SEQ = {"vocab_size": 99, "decoder_vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+                 "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                 "decoder_ffn_dim": 32, "pad_token_id": 98, "bos_token_id": 0, "eos_token_id": 1,
+                 "decoder_start_token_id": 98, "forced_eos_token_id": 1}  # fmt: skip
+
+
+class Inputs(NamedTuple):
+    """One generate call: exactly `tokens` new tokens for every row of ids."""
+
+    checkpoint: pathlib.Path
+    kind: str
+    ids: torch.Tensor
+    mask: torch.Tensor
+    tokens: int
+    beams: int
+
+
+def _checkpoint(name: str, kind: str, config: dict) -> pathlib.Path:
+    path = folder() / f"generation-{name}"
+    if not (path / "config.json").exists():
+        import transformers
+
+        partial_path = pathlib.Path(tempfile.mkdtemp(dir=folder()))
+        torch.manual_seed(0)
+        cls = getattr(transformers, kind)
+        cls(cls.config_class(**config)).save_pretrained(partial_path)
+        shutil.rmtree(path, ignore_errors=True)
+        partial_path.rename(path)
+    return path
+
+
+def _make_inputs(name: str, lengths: list[int], tokens: int, beams: int, device: str, tiny: bool) -> Inputs:
+    kind, config = MODELS[name]
+    if tiny:
+        name, config = f"{name}-tiny", _TINY.get(kind, _TINY_SEQ2SEQ)
+        lengths, tokens = [5, 3][: len(lengths)], 3
+    generator = torch.Generator().manual_seed(0)
+    most = 90 if tiny else 30000
+    ids = torch.randint(10, most, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    pad = config.get("pad_token_id", config["eos_token_id"])
+    return Inputs(
+        _checkpoint(name, kind, config), kind, ids.where(mask.bool(), pad).to(device), mask.to(device), tokens, beams
+    )
+
+
+def _run(model, inputs: Inputs) -> Callable:
+    model = model.eval().to(inputs.ids.device)
+
+    def call():
+        return model.generate(
+            inputs.ids, attention_mask=inputs.mask, do_sample=False, num_beams=inputs.beams,
+            min_new_tokens=inputs.tokens, max_new_tokens=inputs.tokens, pad_token_id=model.config.pad_token_id or 0,
+        )  # fmt: skip
+
+    return call
+
+
+def _ours(inputs: Inputs, storage: torch.dtype | None = None) -> Callable:
+    model = getattr(tf, inputs.kind).from_pretrained(inputs.checkpoint)
+    if storage is not None:
+        tf.generation.set_weight_storage(model, storage)
+    return _run(model, inputs)
+
+
+def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Callable:
+    import transformers
+
+    cls = getattr(transformers, inputs.kind)
+    return _run(cls.from_pretrained(inputs.checkpoint, attn_implementation="sdpa", dtype=dtype), inputs)
+
+
+class _Tokens:
+    """What CTranslate2's converter asks of a tokenizer, for a vocabulary without texts: token i is "ti"."""
+
+    def __init__(self, config: Any):
+        self._size, self._pad = config.vocab_size, config.pad_token_id
+        for name in ("bos", "eos", "pad", "unk"):
+            index = getattr(config, f"{name}_token_id", None)
+            setattr(self, f"{name}_token", self.convert_ids_to_tokens(3 if index is None else index))
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self.convert_ids_to_tokens(i): i for i in range(self._size)}
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        return "<pad>" if index == self._pad else f"t{index}"
+
+
+def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+    from transformers import AutoConfig
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *args, **kwargs):
+            return _Tokens(AutoConfig.from_pretrained(inputs.checkpoint))
+
+        def load_model(self, *args, **kwargs):
+            model = super().load_model(*args, **kwargs)
+            for name, value in (("normalize_before", False), ("normalize_embedding", True)):
+                if not hasattr(model.config, name):  # BART's, which configurations no longer carry
+                    setattr(model.config, name, value)
+            return model
+
+    path = folder() / f"{inputs.checkpoint.name}-ctranslate2"
+    if not (path / "model.bin").exists():
+        Converter(str(inputs.checkpoint)).convert(str(path), force=True)
+    options = {"device": "cpu", "compute_type": compute_type, "intra_threads": torch.get_num_threads()}
+    rows = [[f"t{i}" for i in row[m.bool()].tolist()] for row, m in zip(inputs.ids, inputs.mask)]
+    if inputs.kind == "GPT2LMHeadModel":
+        generator = ctranslate2.Generator(str(path), **options)
+        return lambda: generator.generate_batch(
+            rows, max_length=inputs.tokens, min_length=inputs.tokens, sampling_topk=1, include_prompt_in_result=False
+        )
+    translator = ctranslate2.Translator(str(path), **options)
+    return lambda: translator.translate_batch(
+        rows, beam_size=inputs.beams, max_decoding_length=inputs.tokens, min_decoding_length=inputs.tokens
+    )
+
+
+def _case(
+    name: str, model: str, lengths: list[int], tokens: int, beams: int, bar: float, device: str,
+    storage: torch.dtype | None = None,
+) -> Case:  # fmt: skip
+    ours = partial(_ours, storage=storage)
+    candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
+    if storage is not None:
+        candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
+    candidates += [
+        Candidate(f"CTranslate2 {kind}", partial(_ctranslate2, compute_type=kind), ("ctranslate2", "transformers"),
+                  works_on=("cpu",), settle=0.25)
+        for kind in ("float32", "int8")
+    ]  # fmt: skip
+    how = "greedy" if beams == 1 else f"beam {beams}"
+    return Case(
+        name=f"generation/{name}",
+        title=f"{model}, {how}, {len(lengths)} prompts of up to {max(lengths)} tokens, {tokens} new tokens",
+        inputs=partial(_make_inputs, model, lengths, tokens, beams, device),
+        candidates=tuple(candidates),
+        peer=HF_SDPA,
+        dtype="fp32" if storage is None else "fp32, weights stored in bf16",
+        shape=f"{len(lengths)} x {max(lengths)}, {tokens} new",
+        bar=Bar(bar),
+        result=None,  # the next token of random weights is a matter of rounding; tests hold that tokens are HF's
+    )
+
+
+def generation_cases(device: str) -> list[Case]:
+    ragged = shapes.ragged_lengths(8, mean=24, longest=48)
+    cases = [
+        _case("gpt2-b1", "gpt2", [32], 64, 1, 1.2, device),
+        _case("gpt2-b8", "gpt2", [32] * 8, 64, 1, 2.0, device),
+        _case("marian-greedy-b8", "marian", ragged, 32, 1, 3.0, device),
+        _case("marian-beam4-b8", "marian", ragged, 32, 4, 3.0, device),
+        _case("t5-small-greedy-b8", "t5-small", ragged, 32, 1, 2.2, device),
+        _case("bart-base-beam4-b4", "bart-base", [512] * 4, 32, 4, 2.0, device),
+    ]
+    if device == "cpu":
+        cases += [
+            _case("gpt2-b1-bf16-weights", "gpt2", [32], 64, 1, 2.2, device, torch.bfloat16),
+            _case("gpt2-b8-bf16-weights", "gpt2", [32] * 8, 64, 1, 3.3, device, torch.bfloat16),
+        ]
+    return cases
