@@ -1,7 +1,7 @@
 """What a transformer layer computes (TransformerSpec) and which modules hold its weights (LayerWeights)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -92,7 +92,7 @@ class SlotTable:
 
     def read(self, layer: nn.Module) -> LayerWeights:
         """Read anew at each forward: adapters replace submodules at any time, and a walk costs microseconds."""
-        found = {}
+        found: dict[str, Any] = {}
         for slot, path in self._paths.items():
             owner: nn.Module | None = None
             module: nn.Module | None = layer
