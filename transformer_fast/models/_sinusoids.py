@@ -21,6 +21,8 @@ def sinusoids(positions: torch.Tensor, width: int, dtype: torch.dtype = torch.fl
 class SinusoidalPositions(nn.Module):
     """The first rows of `sinusoids`: no parameter, and in no checkpoint."""
 
+    weight: torch.Tensor
+
     def __init__(self, count: int, width: int):
         super().__init__()
         self.register_buffer("weight", torch.empty(count, width), persistent=False)

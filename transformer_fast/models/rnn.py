@@ -163,7 +163,7 @@ class Score(nn.Module):
     def __init__(self, config: AttentionRNNConfig):
         super().__init__()
         self.kind = config.attention
-        width, inner = config.hidden_size, config.attention_size
+        width, inner = config.hidden_size, config.attention_size or config.hidden_size
         self.hidden_layer = self.kind in ("additive", "concat")
         self.query = self.key = self.weight = None
         if self.hidden_layer:

@@ -5,6 +5,7 @@ torch.nn.Transformer (load_torch, to_torch).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTraine
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin as HFGenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -228,7 +230,7 @@ class _Stack(TransformerPreTrainedModel):
 
     causal = False
 
-    def __init__(self, config: TransformerConfig, layers: list[nn.Module], vocab_size: int):
+    def __init__(self, config: TransformerConfig, layers: Sequence[nn.Module], vocab_size: int):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model, config.pad_token_id)
         self.embed_positions = SinusoidalPositions(config.max_position_embeddings, config.d_model)
@@ -303,7 +305,7 @@ class TransformerEncoder(_Stack):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutput | Encoded:
         """input_ids: (B, S), or inputs_embeds (B, S, d_model), to which positions are added; attention_mask: (B, S),
         nonzero for tokens. Padding is never computed: its states are zeros."""
         encoded = self._run("input_ids", input_ids, inputs_embeds, attention_mask, kwargs)
@@ -433,7 +435,7 @@ class TransformerModel(TransformerPreTrainedModel):
         )
 
 
-class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrainedModel):
+class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrainedModel, HFGenerationMixin):
     """The Transformer with scores over the target vocabulary; `generate` has Hugging Face's signature and tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}

@@ -233,7 +233,7 @@ def additive_attention(
     cast = _common.autocast_dtype(query.device)
     if cast is not None:
         query, key, value = (t.to(cast) for t in (query, key, value))
-        score_weight, bias = (
+        score_weight, bias = (  # type: ignore[assignment]
             t.to(cast) if isinstance(t, torch.Tensor) and t.dtype not in (cast, torch.float32) else t
             for t in (score_weight, bias)
         )
