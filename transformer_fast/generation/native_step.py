@@ -216,7 +216,7 @@ class NativeStepper:
     def __init__(self, model: Any, prompt: Prompt):
         self._model, self._prompt = model, prompt
         self._description: StepDescription = model.step_description()
-        self._cache: DecoderCache | None = None
+        self._cache: Any = None  # a DecoderCache, from start on
         self._positions: torch.Tensor | None = None  # (rows,) of the next token
         self._last = 0  # the largest of them
 
