@@ -183,9 +183,10 @@ class Score(nn.Module):
         """query: (B, Sq, hidden_size); mask: (B, 1, Sk) bool or None -> context (B, Sq, hidden_size) and, when asked
         for, weights (B, Sq, Sk)."""
         if self.hidden_layer:
-            out = ops.additive_attention(
-                linear(self.query, query), keys, values, self.weight, attn_mask=mask, return_weights=weights
-            )  # type: ignore[arg-type]
+            weight: Any = self.weight
+            out: Any = ops.additive_attention(
+                linear(self.query, query), keys, values, weight, attn_mask=mask, return_weights=weights
+            )
             return out if weights else (out, None)
         if query.shape[-1] > _WIDEST_HEAD:
             scores = torch.matmul(query, keys.transpose(1, 2))
@@ -389,9 +390,10 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
             raise ValueError(f"decoder_input_ids, decoder_inputs_embeds: wanted exactly one of them, got {came}")
         values = encoder_outputs.last_hidden_state
         if decoder_inputs_embeds is None:
-            check_integers("decoder_input_ids", decoder_input_ids)
-            check_indices("decoder_input_ids", decoder_input_ids, config.vocab_size, "config.vocab_size")
-            decoder_inputs_embeds = self.decoder.embed_tokens(decoder_input_ids)
+            ids: Any = decoder_input_ids
+            check_integers("decoder_input_ids", ids)
+            check_indices("decoder_input_ids", ids, config.vocab_size, "config.vocab_size")
+            decoder_inputs_embeds = self.decoder.embed_tokens(ids)
         if decoder_inputs_embeds.shape[0] != values.shape[0] or not decoder_inputs_embeds.shape[1]:
             raise ValueError(
                 f"decoder_input_ids: wanted shape ({values.shape[0]}, at least 1) for input_ids of "
