@@ -71,7 +71,8 @@ def _document_pairs(tokens, number: int, room: int, short: float, objective: str
     at = 0
     while at < len(document):
         goal = draw.randint(2, room) if draw.random() < short else room
-        chunk, size = [], 0
+        chunk: list = []
+        size = 0
         while at < len(document) and (size < goal or not chunk):
             chunk.append(document[at])
             size += len(document[at])

@@ -74,7 +74,7 @@ def layer_features(
 
 
 def _base(model: PreTrainedModel) -> Any:
-    base = model.base_model
+    base: Any = model.base_model
     return base.get_encoder() if base.config.is_encoder_decoder else base
 
 

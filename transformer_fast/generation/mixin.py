@@ -26,6 +26,7 @@ class GenerationMixin:
     attentions and hidden states in the output, chunked prompts, synced_gpus.
     """
 
+    config: Any
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
     @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature

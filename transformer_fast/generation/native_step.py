@@ -46,16 +46,16 @@ class StepDescription:
     root: nn.Module
     layers: Sequence[LayerWeights]
     spec: TransformerSpec
-    token: nn.Module
-    head: nn.Module
-    position: nn.Module | None = None
+    token: Any
+    head: Any
+    position: Any = None
     position_offset: int = 0
     embed_scale: float = 1.0
     embedding_norm: nn.Module | None = None
     final_norm: nn.Module | None = None
     head_bias: torch.Tensor | None = None
     head_scale: float = 1.0
-    relative_bias: nn.Module | None = None
+    relative_bias: Any = None
     relative_max_distance: int = 128
 
     @property
@@ -255,7 +255,7 @@ class NativeStepper:
         batch, length = prompt.input_ids.shape
         states = _encoder_states(prompt)
         room = length + min(max(prompt.max_length - length, 1), 512)
-        shape = None if states is None else tuple(states.shape[:2])
+        shape = None if states is None else (states.shape[0], states.shape[1])
         cache = self._cache = DecoderCache(packed, prompt.rows, room, shape)
         mask = self._mask()
         if states is not None:
@@ -280,7 +280,9 @@ class NativeStepper:
             return cache.step(tokens, None)
         limit = self._description.position.weight.shape[0] - self._description.position_offset
         if self._last >= limit:
-            raise ValueError(f"position {self._last} is past the model's {limit} positions")
+            raise ValueError(
+                f"max_new_tokens: position {self._last} is past the model's {limit} positions; ask for fewer tokens"
+            )
         logits = cache.step(tokens, positions)
         positions += 1
         self._last += 1

@@ -124,7 +124,7 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
 def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
     states: Any = call.encoder_states
     if packing is None and mask is not None:
-        mask = _expand(mask, "encoder_attention_mask", *states.shape[:2], states.device)
+        mask = _expand(mask, "encoder_attention_mask", states.shape[0], states.shape[1], states.device)
         if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
             call.encoder_mask = mask
             return
@@ -142,7 +142,7 @@ def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values)
 
 
 def _all_stored(past_key_values) -> bool:
-    stored = getattr(past_key_values, "is_updated", None)
+    stored: Any = getattr(past_key_values, "is_updated", None)
     return bool(stored) and all(stored.values())
 
 
@@ -317,6 +317,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
     projections = [w.query, w.key, w.value]
+    qkv: Any
     if w.qkv is not None:
         qkv = linear(w.qkv, x)
     else:
@@ -414,6 +415,7 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
         stored = cache.cross_attention_cache.layers[index]
         k, v = stored.keys, stored.values
     else:
+        kv: Any
         if w.cross_key_value is not None:
             kv = linear(w.cross_key_value, states)
         else:

@@ -179,7 +179,7 @@ class EncoderHeads(ModelMixin):
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:
         encoded = self._encode(inputs, Want(first_only=True), kwargs)
-        rows = ops.dropout(self._before_classifier(encoded.pooled), dropout_p(self.dropout))  # type: ignore[arg-type]
+        rows = ops.dropout(self._before_classifier(encoded.pooled), dropout_p(self.dropout))  # type: ignore[attr-defined, arg-type]
         return linear(self.classifier, rows), encoded
 
     def _classify_sequences(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
@@ -199,7 +199,7 @@ class EncoderHeads(ModelMixin):
 
     def _classify_tokens(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
         encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
-        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[arg-type]
+        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
         logits = encoded.packing.unpack(linear(self.classifier, rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)

@@ -140,7 +140,8 @@ class T5Stack(StackBase, hf.T5Stack):
     def _relative_bias(self, causal: bool) -> ops.RelativeBias | None:
         if not len(self.block):
             return None
-        attention = self.block[0].layer[0].SelfAttention
+        block: Any = self.block[0]
+        attention = block.layer[0].SelfAttention
         table = attention.relative_attention_bias.weight
         return ops.RelativeBias(table, attention.relative_attention_max_distance, not causal)
 
@@ -151,7 +152,8 @@ class T5Stack(StackBase, hf.T5Stack):
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
-        attention = self.block[0].layer[0].SelfAttention
+        block: Any = self.block[0]
+        attention = block.layer[0].SelfAttention
         return {
             "final_norm": self.final_layer_norm,
             "relative_bias": attention.relative_attention_bias,

@@ -297,7 +297,7 @@ class DecoderCache:
         seen, rows = (table >= 0)[:, :, None, None], table.clamp(min=0).long()
         positions = torch.arange(self.length).expand_as(rows)
         return [
-            tuple(torch.where(seen, x[rows, :, positions], 0).transpose(1, 2) for x in (keys, values))
+            tuple(torch.where(seen, x[rows, :, positions], 0).transpose(1, 2) for x in (keys, values))  # type: ignore[misc]
             for keys, values in zip(self.keys, self.values)
         ]
 

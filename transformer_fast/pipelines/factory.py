@@ -12,7 +12,7 @@ from transformers.pipelines.base import Pipeline
 
 from ..integrations import accelerate
 from ..models import auto
-from ..models._loading import drop_trust
+from ..models._loading import drop_trust, local_folder
 from . import transformers_own as own
 from .question_answering import QuestionAnsweringPipeline
 from .text2text import SummarizationPipeline, Text2TextGenerationPipeline, TranslationPipeline
@@ -132,6 +132,7 @@ def pipeline(
 def _load_model(auto_model: str, name: str, config: Any, loads: dict) -> hf.PreTrainedModel:
     """Ours where there is a class for the checkpoint's model_type, else transformers' own, accelerated."""
     loads = {key: value for key, value in loads.items() if value is not None}
+    local_folder(name, loads)  # says that a folder is not there
     if not isinstance(config, hf.PreTrainedConfig):
         hub = {key: value for key, value in loads.items() if key not in ("dtype", "device_map")}
         config = hf.AutoConfig.from_pretrained(config or name, **hub)
