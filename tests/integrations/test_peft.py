@@ -17,7 +17,8 @@ CASES = {
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 99, "n_embd": 48, "n_layer": 2, "n_head": 4}, ["c_attn"]),
     "t5": (
         "T5ForConditionalGeneration",
-        {"vocab_size": 99, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        {"vocab_size": 99, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+         "decoder_start_token_id": 0},
         ["q", "v", "wo"],
     ),
 }  # fmt: skip
