@@ -112,7 +112,11 @@ AttentionMaskInterface.register("float64_reference", _reference_mask)
 def truth(model):
     """A copy of the model that computes in float64 throughout. (Hugging Face's own eager softmax and RMS norms
     always go through float32, and its softmax makes NaN of a float64 mask.)"""
-    model = cast(model, torch.float64, "float64_reference")
+    return exact_norms(cast(model, torch.float64, "float64_reference"))
+
+
+def exact_norms(model):
+    """The model, its RMS norms without Hugging Face's detour through float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") or type(module).__name__ == "T5LayerNorm":
             module.forward = functools.partial(_rms_norm, module, offset="Gemma" in type(module).__name__)

@@ -15,6 +15,8 @@ if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
 
 _EXPORTS = {
     "backends": ["backend", "explain", "info"],
+    "collation": ["sentence_pairs"],
+    "features": ["layer_features"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
     "models.albert": [
@@ -37,6 +39,13 @@ _EXPORTS = {
         "AutoModelForSeq2SeqLM",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+    ],
+    "models.bart": [
+        "BartForCausalLM",
+        "BartForConditionalGeneration",
+        "BartForQuestionAnswering",
+        "BartForSequenceClassification",
+        "BartModel",
     ],
     "models.bert": [
         "BertForMaskedLM",
@@ -65,6 +74,7 @@ _EXPORTS = {
         "GPT2LMHeadModel",
         "GPT2Model",
     ],
+    "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
     "models.openai_gpt": [
         "OpenAIGPTDoubleHeadsModel",
         "OpenAIGPTForSequenceClassification",
@@ -72,6 +82,14 @@ _EXPORTS = {
         "OpenAIGPTModel",
     ],
     "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
+    "models.t5": [
+        "T5EncoderModel",
+        "T5ForConditionalGeneration",
+        "T5ForQuestionAnswering",
+        "T5ForSequenceClassification",
+        "T5ForTokenClassification",
+        "T5Model",
+    ],
     "models.transformer": [
         "TransformerConfig",
         "TransformerForConditionalGeneration",

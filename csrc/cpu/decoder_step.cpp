@@ -175,10 +175,17 @@ class Walk {
     });
   }
 
+  // f(row, head) for all. Rows of one prompt are neighbours, and so one after the other here: the keys of a head that
+  // they share (beams most of them, and those of their source all) are in the cache for the second.
+  template <class F>
+  void attention_phase(const F& f) {
+    const int64_t items = s_.rows * p_.heads, share = items / (8 * threads_);
+    team_.phase(items, share < 1 ? 1 : share > 4 ? 4 : share, [&](int64_t i) { f(i % s_.rows, i / s_.rows); });
+  }
+
   void self_attention(const DecoderLayer& l) {
     const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length;
-    team_.phase(s_.rows * heads, 1, [&](int64_t item) {
-      const int64_t r = item / heads, h = item % heads;
+    attention_phase([&](int64_t r, int64_t h) {
       const float* q = b_.qkv + r * 3 * heads * dim + h * dim;
       C* keys = static_cast<C*>(l.keys) + h * cap * dim;
       C* values = static_cast<C*>(l.values) + h * cap * dim;
@@ -192,9 +199,13 @@ class Walk {
       while (table[first] < 0) ++first;  // ends at this step's own key
       table += first;
       const int64_t count = now + 1 - first;
-      const auto at = [&](int64_t j) { return int64_t(table[j] < 0 ? r : table[j]) * row + (first + j) * dim; };
+      int64_t* at = scratch<int64_t>(1, cap);  // of key j; this step's own stands in for those not to attend to
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t other = table[j] * row + (first + j) * dim;
+        at[j] = table[j] < 0 ? own : other;
+      }
       attend<C>(
-          q, dim, l.scale, count, [&](int64_t j) { return keys + at(j); }, [&](int64_t j) { return values + at(j); },
+          q, dim, l.scale, count, [&](int64_t j) { return keys + at[j]; }, [&](int64_t j) { return values + at[j]; },
           [&](float* scores) {
             if (p_.relative) {
               const float* bias = p_.relative + h * p_.relative_count;
@@ -212,9 +223,8 @@ class Walk {
 
   void cross_attention(const DecoderLayer& l) {
     const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.cross_capacity;
-    // Rows of one source are neighbours: its keys of one head stay in the cache for all of them.
-    team_.phase(s_.rows * heads, s_.rows < 8 ? s_.rows : 4, [&](int64_t item) {
-      const int64_t h = item / s_.rows, r = item % s_.rows, source = s_.sources[r];
+    attention_phase([&](int64_t r, int64_t h) {
+      const int64_t source = s_.sources[r];
       const int64_t base = (source * heads + h) * cap * dim;
       const C* keys = static_cast<const C*>(l.cross_keys) + base;
       const C* values = static_cast<const C*>(l.cross_values) + base;

@@ -4,6 +4,14 @@
 
 namespace tf::TF_ISA {
 
+constexpr int64_t kAhead = 32;  // keys
+
+// A row's keys and values lie far from the last row's, and too short a stretch for the processor to see them coming.
+template <class T>
+static inline void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
+}
+
 // scores[0..kWidth) = the products of keys row(j).. row(j + kWidth - 1) with q; dim of q is padded with zeros.
 template <class T, class Row>
 static inline Vec dot_rows(const Row& row, int64_t j, int64_t keys, const float* q, int64_t dim) {
@@ -45,7 +53,14 @@ static void attend(const float* query, int64_t dim, float scale, int64_t keys, c
                    const Adjust& adjust, float* scores, float* out) {
   alignas(64) float q[256 + kWidth], sum_v[256 + kWidth];
   for (int64_t c = 0; c < dim; c += kWidth) store(q + c, load_some(query + c, dim - c));
-  for (int64_t j = 0; j < keys; j += kWidth) store(scores + j, dot_rows<T>(key, j, keys, q, dim) * scale);
+  for (int64_t j = 0; j < keys && j < kAhead; ++j) prefetch_row<T>(key(j), dim);
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    for (int64_t i = j; i < keys && i < j + kWidth; ++i) {
+      if (i + kAhead < keys) prefetch_row<T>(key(i + kAhead), dim);
+      prefetch_row<T>(value(i), dim);
+    }
+    store(scores + j, dot_rows<T>(key, j, keys, q, dim) * scale);
+  }
   adjust(scores);
   for (int64_t j = keys; j < round_up(keys, kWidth); ++j) scores[j] = -INFINITY;
   Vec highest = broadcast(-INFINITY), sums = Vec{};

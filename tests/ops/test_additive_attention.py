@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton_interpreter
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT, assert_as_accurate
@@ -103,6 +104,40 @@ def test_drawn(kernels, dtype, masked, wide_weight, bias, batch, **shape):
         options["key_lengths"] = torch.randint(0, shape["sk"] + 1, (batch,), generator=g)
     inputs = case(batch, dtype=dtype, weight_dtype=torch.float32 if wide_weight else None, **shape)
     check(kernels, inputs, bias=bias, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    sq=st.sampled_from([1, 4, 17]),
+    sk=st.sampled_from([1, 5, 18]),
+    width=st.sampled_from([1, 20, 130]),
+    value_width=st.sampled_from([1, 33, 70]),
+    bias=st.booleans(),
+    masked=st.booleans(),
+)
+def test_triton_drawn(dtype, sq, sk, masked, bias, **widths):
+    batch = max(2, 40 // (sq * sk))
+    options = {}
+    if masked:
+        g = torch.Generator().manual_seed(5)
+        options["attn_mask"] = torch.rand(batch, 1, sk, generator=g) > 0.3
+        options["key_lengths"] = torch.randint(0, sk + 1, (batch,), generator=g)
+    with triton_interpreter.active():
+        check("triton", case(batch, sq, sk, dtype=dtype, **widths), bias=bias, **options)
+
+
+@pytest.mark.quick
+def test_triton_walks_over_several_tiles():
+    mask = torch.rand(2, 3, 70, generator=torch.Generator().manual_seed(1)) > 0.2
+    with triton_interpreter.active():
+        found = check("triton", case(2, 3, 70, 150, 70), attn_mask=mask, key_lengths=torch.tensor([70, 66]))
+        context, weights, query, *_ = run("triton", case(), key_lengths=torch.tensor([0, 7]))
+        values = case()[0]
+        values[2][:, 4:] = float("nan")  # past the lengths nothing is read
+        unread = run("triton", (values, case()[1]), key_lengths=torch.tensor([4, 2]))
+    assert not found[0].isnan().any() and not any(t.isnan().any() for t in unread)
+    assert context[0].eq(0).all() and weights[0].eq(0).all() and query[0].eq(0).all() and context[1].ne(0).all()
 
 
 @pytest.mark.quick

@@ -11,7 +11,9 @@ from . import Backend, Call, memory
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset({"attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"})
+_OPS = frozenset(
+    {"additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"}
+)
 _WIDEST_EMBEDDING = 4096  # kernels/embedding.py holds a row in registers
 
 # Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
@@ -108,6 +110,23 @@ class TritonBackend(Backend):
         with _device_of(out):
             attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
+    def additive_attention_forward(self, spec, out, weights) -> None:
+        from ..kernels.additive_attention import additive_attention_forward
+
+        mask = None if spec.mask is None else spec.mask.view(torch.uint8)
+        with _device_of(out):
+            additive_attention_forward(
+                *spec[:3], _vector(spec.score_weight), _vector(spec.bias), mask, spec.key_lengths, out, weights
+            )
+
+    def additive_attention_backward(self, spec, *tensors) -> None:
+        from ..kernels.additive_attention import additive_attention_backward
+
+        with _device_of(spec.query):
+            additive_attention_backward(
+                *spec[:3], _vector(spec.score_weight), _vector(spec.bias), spec.key_lengths, *tensors
+            )
+
     def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
         from ..kernels.activation import bias_activation_forward
 
@@ -167,6 +186,10 @@ class TritonBackend(Backend):
             ):  # fmt: skip
                 if table is not None:
                     embedding_gradient(grad_v, ids, padding, table)
+
+
+def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.detach().to(torch.float32).contiguous()
 
 
 def _tables(spec):

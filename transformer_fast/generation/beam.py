@@ -126,10 +126,9 @@ def beam_search(
         improvable = improvable & (possible > worst).any(-1, keepdim=True)
         over = ~improvable.squeeze(1) | ended.all(-1) if early is True else ~improvable.squeeze(1)
         go_on = improvable.any() & ~(ended.all() & (early is True)) & ~hit.all()
+        live.reorder(running_from[:, :, length - 1 - prompt].flatten().long())
         if not bool(go_on):
             break
-        index = (running_from[:, :, length - 1 - prompt]).flatten().long()
-        live.reorder(index)
         live.drop(over.repeat_interleave(beams))
         logits = live.step(running_ids[:, :, length - 1].flatten())
 

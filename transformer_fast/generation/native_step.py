@@ -25,7 +25,7 @@ __all__ = ["NativeStepper", "StepDescription", "set_weight_storage"]
 _FLOATS = (torch.float32, torch.bfloat16)
 _SERVED = {
     "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
-    "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep",
+    "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position",
 }  # fmt: skip
 _SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
 
@@ -96,8 +96,8 @@ class StepDescription:
     def _why_not_tensors(self) -> str:
         for name in ("token", "position", "relative_bias"):
             module = getattr(self, name)
-            if module is not None and not isinstance(getattr(module, "weight", None), torch.Tensor):
-                return f"{name} is a {type(module).__name__} without a weight"
+            if module is not None and not _is_known(module, nn.Embedding):
+                return f"{name} is a {type(module).__name__}, not a plain embedding"
         for t in self.tensors().sources():
             if type(t) not in (torch.Tensor, nn.Parameter):
                 return f"a weight is a {type(t).__name__}"
@@ -148,6 +148,12 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
+def _is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True for `kind` itself and the variants that models define; False for what adapters make of them."""
+    cls = type(module)
+    return cls is kind or cls.__module__.startswith(("transformers.models.", f"{__package__.split('.')[0]}.models."))
+
+
 def _weight_of(module: Any) -> torch.Tensor | None:
     return module.weight if is_plain(module, nn.Linear) or is_transposed(module) else None
 
@@ -161,9 +167,8 @@ def _projection(*modules: Any) -> Projection:
 def _norm_kind(module: Any) -> str | None:
     if is_plain(module, nn.LayerNorm):
         return "layer"
-    if is_plain(module, nn.RMSNorm) or hasattr(module, "variance_epsilon"):  # the second: HF's T5LayerNorm
-        return "rms"
-    return None
+    is_t5 = hasattr(module, "variance_epsilon") and _is_known(module, nn.RMSNorm)  # HF's T5LayerNorm
+    return "rms" if is_plain(module, nn.RMSNorm) or is_t5 else None
 
 
 def _norm(module: Any) -> Norm | None:

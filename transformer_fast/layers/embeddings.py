@@ -1,5 +1,7 @@
 """Token, position and segment embeddings of the computed positions alone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -21,11 +23,11 @@ def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None
 
 def embed(
     packing: Packing,
-    word: nn.Module,
-    position: nn.Module | None,
+    word: Callable[[torch.Tensor], torch.Tensor],
+    position: Callable[[torch.Tensor], torch.Tensor] | None,
     segment: nn.Module | None,
     norm_module: nn.Module | None,
-    dropout: nn.Module | None,
+    dropout: nn.Module | float | None,
     *,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
@@ -35,7 +37,7 @@ def embed(
 ) -> torch.Tensor:
     """dropout(norm(word + segment + position)): (B, S, E), or (total, E) when padding is dropped.
 
-    Without norm_module there is no norm (GPT).
+    word, position: modules or functions of ids. Without norm_module there is no norm (GPT).
     position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """

@@ -21,8 +21,11 @@ class StackCall:
 
     packing: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; with a
     packing that leaves positions out, its key_mask is used instead. causal, bottom_right: as in
-    ops.scaled_dot_product_attention. encoder_states: (B, Se, E), encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
-    cross-attention. attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
+    ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention; bias: the same as a matrix,
+    (1, H, Sq, Sk), made only where probabilities are wanted or a cache is longer than what it holds.
+    encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
+    cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
+    attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
     """
 
     spec: TransformerSpec
@@ -30,8 +33,12 @@ class StackCall:
     mask: torch.Tensor | None = None
     causal: bool = False
     bottom_right: bool = False
+    relative_bias: ops.RelativeBias | None = None
+    bias: torch.Tensor | None = None
     encoder_states: torch.Tensor | None = None
+    encoder_packing: Packing | None = None
     encoder_mask: torch.Tensor | None = None
+    encoder_lengths: torch.Tensor | None = None
     attentions: dict[int, torch.Tensor] | None = None
     cross_attentions: dict[int, torch.Tensor] | None = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -47,6 +54,8 @@ def plan_call(
     past_key_values: Any = None,
     encoder_states: torch.Tensor | None = None,
     encoder_mask: torch.Tensor | None = None,
+    encoder_packing: Packing | None = None,
+    relative_bias: ops.RelativeBias | None = None,
     read: torch.Tensor | None = None,
     read_first: bool = False,
     attentions: bool = False,
@@ -54,13 +63,16 @@ def plan_call(
     """Look at the masks once: choose what is computed and how it is masked.
 
     attention_mask: None, (B, S) with nonzero for tokens (B, past + S with a cache), (B, Sq, Sk), or 4-D and complete
-    in itself (then spec.causal adds nothing). read, read_first: see plan_packing.
+    in itself (then spec.causal adds nothing). encoder_packing: encoder_states are its rows, else (B, Se, E).
+    relative_bias: distances count the positions between two tokens, padding too. read, read_first: see plan_packing.
     """
-    call = StackCall(spec, Packing(batch, length), causal=spec.causal, encoder_states=encoder_states)
+    call = StackCall(
+        spec, Packing(batch, length), causal=spec.causal, relative_bias=relative_bias, encoder_states=encoder_states
+    )
     if attentions:
         call.attentions, call.cross_attentions = {}, {}
-    if encoder_states is not None and encoder_mask is not None:
-        call.encoder_mask = _expand(encoder_mask, "encoder_attention_mask", *encoder_states.shape[:2], device)
+    if encoder_states is not None:
+        _plan_cross(call, encoder_mask, encoder_packing, past_key_values)
     if attention_mask is not None and attention_mask.dim() > 2:
         call.mask = _expand(attention_mask, "attention_mask", batch, None, device)
         call.causal = False
@@ -74,9 +86,71 @@ def plan_call(
         if encoder_mask is not None and encoder_mask.dim() > 2:
             call.mask = mask[:, None, None]
         else:
+            if relative_bias is not None:  # what lies between two tokens keeps its place
+                read = _span(mask if read is None else mask | read)
             call.packing = plan_packing(mask, read, read_first)
             call.mask = call.packing.key_mask
+    if relative_bias is not None:
+        _plan_relative(call, length, device, past_key_values)
     return call
+
+
+def _span(mask: torch.Tensor) -> torch.Tensor:
+    """(B, S): True from the first True of each row to its last."""
+    return (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+
+
+def _plan_relative(call: StackCall, length: int, device, past_key_values) -> None:
+    seen, keys = 0, length
+    if past_key_values is not None:
+        cache = _self_cache(past_key_values)
+        seen, keys = cache.get_seq_length(), cache.get_mask_sizes(length, 0)[0]
+    aligned = isinstance(seen, int) and keys == seen + length
+    if aligned and past_key_values is not None:
+        call.bottom_right = True
+    if call.attentions is None and aligned:
+        return
+    call.bias = call.relative_bias.matrix(torch.arange(length, device=device) + seen, keys)  # type: ignore[union-attr]
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        call.mask, call.bias = call.mask + call.bias, None
+    if call.packing.index is None:
+        call.relative_bias = None
+
+
+def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
+    states: Any = call.encoder_states
+    if packing is None and mask is not None:
+        mask = _expand(mask, "encoder_attention_mask", *states.shape[:2], states.device)
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+            call.encoder_mask = mask
+            return
+        if _all_stored(past_key_values):  # the states are not looked at
+            call.encoder_mask = mask
+            _shorten(call)
+            return
+        packing = plan_packing(mask[:, 0, 0])
+        call.encoder_states = packing.pack(states)
+    call.encoder_packing = packing
+    if packing is not None and packing.mask is not None:
+        call.encoder_mask = packing.mask[:, None, None]
+        if past_key_values is not None:
+            _shorten(call)
+
+
+def _all_stored(past_key_values) -> bool:
+    stored = getattr(past_key_values, "is_updated", None)
+    return bool(stored) and all(stored.values())
+
+
+def _shorten(call: StackCall) -> None:
+    """The encoder's mask as lengths where it says no more than they do, and looking is free."""
+    mask: Any = call.encoder_mask
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or not ops.concrete(mask):
+        return
+    rows = mask[:, 0, 0]
+    lengths = rows.sum(1)
+    if torch.equal(rows, torch.arange(rows.shape[1]) < lengths[:, None]):
+        call.encoder_mask, call.encoder_lengths = None, lengths
 
 
 def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, device: torch.device) -> torch.Tensor:
@@ -146,14 +220,22 @@ def run_layers(
         if index in keep_hidden:
             call.hidden_states[index] = call.packing.unpack(rows)
         last = first_only and index == len(layers) - 1
-        rows = layer(rows, call, index, last, past_key_values=past_key_values)
+        # By position: reentrant checkpointing differentiates with respect to these alone.
+        states = () if call.encoder_states is None else (call.encoder_states,)
+        rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
     return rows if layers or not first_only else call.packing.first(rows)
 
 
 def encoder_layer(
-    w: LayerWeights, x: torch.Tensor, call: StackCall, index: int, first_only: bool = False, past_key_values: Any = None
+    w: LayerWeights,
+    x: torch.Tensor,
+    call: StackCall,
+    index: int,
+    first_only: bool = False,
+    past_key_values: Any = None,
+    encoder_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x: (B, S, E) or packed (total, E) -> the same, or (B, E) with first_only.
+    """x: (B, S, E) or packed (total, E) -> the same, or (B, E) with first_only. encoder_states: call.encoder_states.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
     the Transformer Architecture", 2020, for norm_position "pre".
@@ -166,16 +248,32 @@ def encoder_layer(
     p, p_out = dropout_p(w.attention_output_dropout), dropout_p(w.output_dropout)
     if post:
         x = add_norm(w.attention_norm, mixed, residual, p)
-        if call.encoder_states is not None:
-            mixed = linear(_cross(w), _cross_attention(w, x, call, index, past_key_values))
+        if encoder_states is not None:
+            mixed = linear(_cross(w), _cross_attention(w, x, encoder_states, call, index, past_key_values))
             x = add_norm(w.cross_norm, mixed, x, dropout_p(w.cross_output_dropout))  # type: ignore[arg-type]
-        return add_norm(w.output_norm, _feed_forward(w, x, call.spec), x, p_out)
-    if call.encoder_states is not None:
-        normed, residual = add_norm_sum(_cross_norm(w), mixed, residual, p)  # type: ignore[assignment]
-        mixed = linear(_cross(w), _cross_attention(w, normed, call, index, past_key_values))
+        return _clamped(add_norm(w.output_norm, _feed_forward(w, x, call.spec), x, p_out), call.spec)
+    if encoder_states is not None:
+        normed, residual = _sum_norm(_cross_norm(w), mixed, residual, p, call.spec)
+        mixed = linear(_cross(w), _cross_attention(w, normed, encoder_states, call, index, past_key_values))
         p = dropout_p(w.cross_output_dropout)
-    normed, residual = add_norm_sum(w.output_norm, mixed, residual, p)  # type: ignore[assignment]
-    return residual + ops.dropout(_feed_forward(w, normed, call.spec), p_out)
+    normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
+    return _clamped(residual + ops.dropout(_feed_forward(w, normed, call.spec), p_out), call.spec)
+
+
+def _sum_norm(module, x, residual, p: float, spec: TransformerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(s), s) with s = residual + dropout(x), clamped where the family does."""
+    if spec.clamp_float16 and x.dtype == residual.dtype == torch.float16:
+        total = _clamped(residual + ops.dropout(x, p), spec)
+        return norm(module, total), total
+    return add_norm_sum(module, x, residual, p)  # type: ignore[return-value]
+
+
+def _clamped(x: torch.Tensor, spec: TransformerSpec) -> torch.Tensor:
+    if not spec.clamp_float16 or x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    bound = torch.where(x.isinf().any(), largest - 1000, largest)  # without waiting for the device
+    return x.clamp(-bound, bound)
 
 
 def _cross(w: LayerWeights) -> nn.Module:
@@ -202,7 +300,11 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
         inner = linear(w.up, x, spec.activation)
         if spec.activation is None:
             inner = w.activation_fn(inner)  # type: ignore[misc]
-    return linear(w.down, ops.dropout(inner, dropout_p(w.activation_dropout)))
+    inner = ops.dropout(inner, dropout_p(w.activation_dropout))
+    weight = getattr(w.down, "weight", None)  # T5 keeps it in float32 when the rest is float16
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype != inner.dtype:
+        inner = inner.to(weight.dtype)
+    return linear(w.down, inner)
 
 
 # ---- attention -------------------------------------------------------------------------------------
@@ -217,7 +319,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
     else:
         qkv = None if first_only else packed_linear(projections, x)
     plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
-    if qkv is not None and plain:
+    if qkv is not None and plain and call.relative_bias is None:
         qkv = qkv.unflatten(-1, (3, *heads))
         out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
         return out.flatten(-2)
@@ -247,7 +349,9 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
     mask = call.mask
     if first_only and mask is not None:
         mask = mask[:, :, :1]
-    out = _padded_attention(q, k, v, mask, call, call.causal, p, call.attentions, index)
+    out = _padded_attention(
+        q, k, v, mask, call, call.causal, p, call.attentions, index, bias=call.bias, relative_bias=call.relative_bias
+    )
     return out[:, 0] if first_only else out
 
 
@@ -257,7 +361,7 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
     out = ops.varlen_attention(
         q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, scale,
-        attn_mask=packing.key_mask, return_lse=call.attentions is not None,
+        attn_mask=packing.key_mask, relative_bias=call.relative_bias, return_lse=call.attentions is not None,
     )  # fmt: skip
     if call.attentions is None:
         return out
@@ -265,24 +369,26 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     lse = packing.unpack(lse.t(), fill=-float("inf")).transpose(1, 2)
     call.attentions[index] = _probabilities(
         packing.unpack(q).transpose(1, 2), packing.unpack(k).transpose(1, 2), lse, scale=scale,
-        attn_mask=packing.mask[:, None, None], is_causal=call.causal,
+        attn_mask=packing.mask[:, None, None], is_causal=call.causal, bias=call.bias,
     )  # fmt: skip
     return out
 
 
-def _padded_attention(q, k, v, mask, call: StackCall, causal: bool, p: float, weights: dict | None, index: int):
+def _padded_attention(
+    q, k, v, mask, call: StackCall, causal: bool, p: float, weights: dict | None, index: int, *, bias=None,
+    relative_bias=None, key_lengths=None,
+):  # fmt: skip
     """q, k, v: (B, H, S, D) -> (B, Sq, H * D)."""
     scale = call.spec.scale_of(index)
     out = ops.scaled_dot_product_attention(
-        q, k, v, mask, p, causal, scale,
+        q, k, v, mask, p, causal, scale, bias=bias, relative_bias=relative_bias, key_lengths=key_lengths,
         causal_alignment="bottom_right" if call.bottom_right else "top_left", return_lse=weights is not None,
     )  # fmt: skip
     if weights is not None:
         out, lse = out
         weights[index] = _probabilities(
-            q, k, lse, scale=scale, is_causal=causal,
-            attn_mask=mask,
-        )  # fmt: skip
+            q, k, lse, scale=scale, is_causal=causal, attn_mask=mask, bias=bias, key_lengths=key_lengths
+        )
     return out.transpose(1, 2).flatten(-2)
 
 
@@ -295,9 +401,8 @@ def _probabilities(q, k, lse, **masks) -> torch.Tensor:
     return weights / total.masked_fill(total == 0, 1.0)
 
 
-def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Tensor:
-    spec, packing = call.spec, call.packing
-    states: Any = call.encoder_states
+def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> torch.Tensor:
+    spec, packing, source = call.spec, call.packing, call.encoder_packing
     heads = (spec.num_heads, spec.head_dim)
     p = dropout_p(w.cross_dropout)
     q = linear(w.cross_query, x).unflatten(-1, heads)
@@ -310,23 +415,53 @@ def _cross_attention(w, x, call: StackCall, index, past_key_values) -> torch.Ten
             kv = linear(w.cross_key_value, states)
         else:
             kv = packed_linear([w.cross_key, w.cross_value], states)
-        if kv is not None:
-            k, v = kv.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
-        else:
-            k, v = (linear(m, states).unflatten(-1, heads).transpose(1, 2) for m in (w.cross_key, w.cross_value))
+            if kv is None:
+                kv = torch.cat([linear(m, states) for m in (w.cross_key, w.cross_value)], -1)
+        kv = kv.unflatten(-1, (2, *heads))
+        lengths_known = call.encoder_mask is None or source is not None
+        padding = _is_packed(packing) or _is_packed(source)
+        if padding and lengths_known and cache is None and call.cross_attentions is None:
+            return _packed_cross_attention(q, kv, call, index, p)
+        if _is_packed(source):
+            kv = source.unpack(kv)  # type: ignore[union-attr]
+        k, v = kv.permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True
-    if packing.index is not None:  # queries take their place again: few rows beside the encoder's
+    if _is_packed(packing):  # queries take their place again: few rows beside the encoder's
         q = packing.unpack(q)
     rows, length = q.shape[:2]
     if rows != k.shape[0]:  # rows that continue one prompt (beams) are queries of its one set of keys
         q = q.reshape(k.shape[0], -1, *heads)
     out = _padded_attention(
-        q.transpose(1, 2), k, v, call.encoder_mask, call, False, p, call.cross_attentions, index
+        q.transpose(1, 2), k, v, call.encoder_mask, call, False, p, call.cross_attentions, index,
+        key_lengths=call.encoder_lengths,
     )  # fmt: skip
-    out = out.view(rows, length, -1)
-    return out if packing.index is None else packing.pack(out)
+    return packing.pack(out.view(rows, length, -1))
+
+
+def _packed_cross_attention(q, kv, call: StackCall, index: int, p: float) -> torch.Tensor:
+    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), kv (total, 2, H, D) or (B, Se, 2, H, D)."""
+    shape, source = q.shape, call.encoder_packing
+    (q, cu_q, longest_q), (kv, cu_k, longest_k) = _sequences(q, call.packing), _sequences(kv, source)
+    out = ops.varlen_attention(
+        q, kv[:, 0], kv[:, 1], cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
+        attn_mask=None if source is None else source.key_mask,
+    )  # fmt: skip
+    return out.view(shape).flatten(-2)
+
+
+def _sequences(t: torch.Tensor, packing: Packing | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(rows, where each sequence begins, the longest), packed or not."""
+    if packing is not None and packing.index is not None:
+        return t, packing.cu_seqlens, packing.max_seqlen  # type: ignore[return-value]
+    batch, length = t.shape[:2]
+    cu = torch.arange(batch + 1, dtype=torch.int32, device=t.device) * length
+    return t.flatten(0, 1), cu, length
+
+
+def _is_packed(packing: Packing | None) -> bool:
+    return packing is not None and packing.index is not None
 
 
 def _self_cache(past_key_values):

@@ -109,12 +109,23 @@ def _lay_side_by_side(parameters: list[nn.Parameter]) -> None:
             ops.pack_storage(parameters)
 
 
+def _is_rms_norm(module: Any) -> bool:
+    """True for torch's RMSNorm and for a family's own class that says so: `is_rms_norm`, with weight and eps."""
+    kind = type(module)
+    return (kind is nn.RMSNorm or "is_rms_norm" in kind.__dict__) and is_plain(module, kind)
+
+
 def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if is_plain(module, nn.LayerNorm):
         return ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    if is_plain(module, nn.RMSNorm):
-        return ops.rms_norm(x, module.normalized_shape, module.weight, module.eps)
+    if _is_rms_norm(module):
+        return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
     return module(x)
+
+
+def _of_weight(y: torch.Tensor, module: Any) -> torch.Tensor:
+    """A family's norm goes on in the dtype of its weight, where the residual sum is wider."""
+    return y if type(module) is nn.RMSNorm or y.dtype == module.weight.dtype else y.to(module.weight.dtype)
 
 
 def add_norm(module: Any, x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
@@ -126,17 +137,20 @@ def add_norm_sum(
     module: Any, x: torch.Tensor, residual: torch.Tensor, p: float, return_sum: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(norm(s), s) with s = residual + dropout(x)."""
-    if is_plain(module, nn.LayerNorm) or is_plain(module, nn.RMSNorm):
-        extra: dict[str, Any] = {"dropout_p": p, "return_sum": return_sum}
-        if isinstance(module, nn.LayerNorm):
-            y = ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, **extra)
-        else:
-            y = ops.add_rms_norm(x, residual, module.weight, module.eps, **extra)
+    extra: dict[str, Any] = {"dropout_p": p, "return_sum": return_sum}
+    if is_plain(module, nn.LayerNorm):
+        y = ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, **extra)
         return y if return_sum else (y, None)
+    if _is_rms_norm(module):
+        y = ops.add_rms_norm(x, residual, module.weight, module.eps, **extra)
+        y, total = y if return_sum else (y, None)
+        return _of_weight(y, module), total
     total = residual + ops.dropout(x, p)
     return module(total), total
 
 
-def dropout_p(module: nn.Module | None) -> float:
-    """The probability a dropout module applies now; read live, as users and trainers change it."""
+def dropout_p(module: nn.Module | float | None) -> float:
+    """The probability a dropout module applies now; read live, as users and trainers change it. A number is itself."""
+    if isinstance(module, float):
+        return module
     return float(getattr(module, "p", 0.0)) if module is not None and module.training else 0.0

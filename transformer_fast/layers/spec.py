@@ -18,6 +18,8 @@ class TransformerSpec:
         The kind of norm and its eps are the norm modules' own.
     activation: a name that ops.bias_activation knows, or None to call the module in the slot `activation_fn`.
     gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`.
+    clamp_float16: float16 states that overflowed become the largest numbers again: after each residual sum when
+        norms come before, at the end of the layer when they come after.
     scale_by_layer: divides layer i's scale by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx).
     """
 
@@ -28,6 +30,7 @@ class TransformerSpec:
     norm_position: str = "post"
     activation: str | None = "gelu"
     gated: bool = False
+    clamp_float16: bool = False
     scale_by_layer: bool = False
 
     def __post_init__(self):
@@ -44,7 +47,8 @@ class TransformerSpec:
 class LayerWeights(NamedTuple):
     """The modules of one layer by role. Modules, not tensors: one that is wrapped (LoRA, quantised) or hooked is
     called as it is, a plain one is computed by the fused ops. Projections are query, key and value, or one `qkv` whose
-    outputs are theirs side by side; of cross-attention cross_key and cross_value, or one `cross_key_value`."""
+    outputs are theirs side by side; of cross-attention cross_key and cross_value, or one `cross_key_value`. Dropout may
+    be a number, the probability in force now."""
 
     attention_output: nn.Module
     attention_norm: nn.Module
@@ -55,10 +59,10 @@ class LayerWeights(NamedTuple):
     key: nn.Module | None = None
     value: nn.Module | None = None
     qkv: nn.Module | None = None
-    attention_dropout: nn.Module | None = None  # on the attention weights
-    attention_output_dropout: nn.Module | None = None
-    output_dropout: nn.Module | None = None
-    activation_dropout: nn.Module | None = None
+    attention_dropout: nn.Module | float | None = None  # on the attention weights
+    attention_output_dropout: nn.Module | float | None = None
+    output_dropout: nn.Module | float | None = None
+    activation_dropout: nn.Module | float | None = None
     activation_fn: nn.Module | None = None
     gate: nn.Module | None = None
     cross_query: nn.Module | None = None
@@ -67,12 +71,13 @@ class LayerWeights(NamedTuple):
     cross_key_value: nn.Module | None = None
     cross_output: nn.Module | None = None
     cross_norm: nn.Module | None = None
-    cross_dropout: nn.Module | None = None
-    cross_output_dropout: nn.Module | None = None
+    cross_dropout: nn.Module | float | None = None
+    cross_output_dropout: nn.Module | float | None = None
 
 
 class SlotTable:
-    """A family's table {slot: path of the submodule inside its layer class}; optional slots may be absent.
+    """A family's table {slot: path of the submodule inside its layer class}; optional slots may be absent. A path may
+    end at a number: a dropout probability, in force while its owner is training.
 
     >>> SlotTable(query="attention.self.query", ...).read(layer)
     """
@@ -89,9 +94,12 @@ class SlotTable:
         """Read anew at each forward: adapters replace submodules at any time, and a walk costs microseconds."""
         found = {}
         for slot, path in self._paths.items():
+            owner: nn.Module | None = None
             module: nn.Module | None = layer
             for part in path:
-                module = None if module is None else module._modules.get(part)
+                owner, module = module, None if module is None else module._modules.get(part)
             if module is not None:
                 found[slot] = module
+            elif owner is not None and isinstance(p := getattr(owner, path[-1], None), (int, float)):
+                found[slot] = float(p) if owner.training else 0.0
         return LayerWeights(**found)

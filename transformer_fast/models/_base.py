@@ -98,18 +98,22 @@ def read_flags(config, kwargs: dict, layers: int) -> Flags:
     return Flags(bool(switch("output_attentions", False)), bool(wanted), keep)
 
 
-def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: int) -> torch.Tensor:
-    """The one of the two that was given, of a right shape and kind; ValueError or TypeError otherwise."""
+def check_inputs(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: int, prefix: str = ""
+) -> torch.Tensor:
+    """The one of the two that was given, of a right shape and kind; ValueError or TypeError otherwise. prefix: of
+    their names in messages ("decoder_")."""
+    ids, embeds = f"{prefix}input_ids", f"{prefix}inputs_embeds"
     if (input_ids is None) == (inputs_embeds is None):
         came = "neither" if input_ids is None else "both"
-        raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
+        raise ValueError(f"{ids}, {embeds}: wanted exactly one of them, got {came}")
     if input_ids is not None:
-        check_integers("input_ids", input_ids)
+        check_integers(ids, input_ids)
         if input_ids.dim() != 2:
-            raise ValueError(f"input_ids: wanted shape (batch, length), got {tuple(input_ids.shape)}")
+            raise ValueError(f"{ids}: wanted shape (batch, length), got {tuple(input_ids.shape)}")
         return input_ids
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:  # type: ignore[union-attr]
-        raise ValueError(f"inputs_embeds: wanted (batch, length, {width}), got {tuple(inputs_embeds.shape)}")  # type: ignore[union-attr]
+        raise ValueError(f"{embeds}: wanted (batch, length, {width}), got {tuple(inputs_embeds.shape)}")  # type: ignore[union-attr]
     return inputs_embeds  # type: ignore[return-value]
 
 

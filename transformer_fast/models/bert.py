@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils import logging
 
+from ..generation import GenerationMixin
 from ..layers import Packing, SlotTable, encoder_layer
 from ..layers.projection import linear
 from ._base import Adopted, Want, documented_as
@@ -60,8 +61,8 @@ logger = logging.get_logger(__name__)
 class BertLayer(hf.BertLayer):
     """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
 
-    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states)
 
 
 class _BertHeads(EncoderHeads):
@@ -185,7 +186,7 @@ class BertForMaskedLM(_BertHeads, hf.BertForMaskedLM):
         return self._masked_lm(inputs, labels, kwargs | cross)
 
 
-class BertLMHeadModel(_BertHeads, hf.BertLMHeadModel):
+class BertLMHeadModel(GenerationMixin, _BertHeads, hf.BertLMHeadModel):
     __doc__ = hf.BertLMHeadModel.__doc__
 
     @documented_as(hf.BertLMHeadModel.forward)

@@ -78,8 +78,8 @@ def spec_of(config) -> TransformerSpec:
 class GPT2Block(hf.GPT2Block):
     """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
 
-    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states)
 
 
 class _GPT2Mixin(ModelMixin):

@@ -3,10 +3,13 @@
 FAMILIES = {
     "albert": "albert",
     "attention_rnn": "rnn",
+    "bart": "bart",
     "bert": "bert",
     "distilbert": "distilbert",
     "gpt2": "gpt2",
+    "marian": "marian",
     "openai-gpt": "openai_gpt",
+    "t5": "t5",
     "transformer_2017": "transformer",
 }
 

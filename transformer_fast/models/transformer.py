@@ -183,8 +183,8 @@ class _Layer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
-    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
+        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states)
 
 
 class TransformerEncoderLayer(_Layer):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.eager import relative_buckets
 from ..backends.philox import threshold
 from . import _attention_direct as _direct
 from . import _common
@@ -31,6 +32,12 @@ class RelativeBias(NamedTuple):
     table: torch.Tensor
     max_distance: int = 128
     bidirectional: bool = True
+
+    def matrix(self, positions: torch.Tensor, keys: int) -> torch.Tensor:
+        """The bias of keys 0 .. keys - 1 seen from `positions` (Sq,), as a matrix (1, H, Sq, keys)."""
+        distance = torch.arange(keys, device=positions.device) - positions[:, None]
+        buckets = relative_buckets(distance, self.table.shape[0], self.max_distance, self.bidirectional)
+        return self.table[buckets].permute(2, 0, 1)[None]
 
 
 def scaled_dot_product_attention(

@@ -1,0 +1,146 @@
+"""Features of texts from the layers of a frozen model, for a classifier of one's own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .models._base import ModelMixin
+
+__all__ = ["layer_features"]
+
+LAYERS = {"last": (-1,), "sum_last_four": (-4, -3, -2, -1), "concat_last_four": (-4, -3, -2, -1)}
+POOLING = (None, "cls", "last", "max", "mean")
+
+
+def layer_features(
+    model: PreTrainedModel,
+    texts: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    layers: str | int | Sequence[int] = "last",
+    pooling: str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> torch.Tensor | list[torch.Tensor]:
+    """What layers say of each text: f = h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...] (several), pooled or not.
+
+    model: any text model of this package or of transformers; of a model with a head its base is read, of an
+        encoder-decoder its encoder. It is put in eval mode while this runs; no gradients are taken.
+    texts: texts, pairs of texts, or lists of token ids.
+    layers: "last", "sum_last_four", "concat_last_four" (Devlin et al., "BERT", 2019, table 7), the index of one hidden
+        state (0: the embeddings, -1: the last layer) or several indices, which are concatenated.
+    pooling: None, "cls" (the first token), "last" (the last), "mean" or "max" over the tokens, special ones included;
+        padding takes no part.
+    batch_size: texts at a time; they are computed in an order of length, so that batches hold little padding.
+    max_length: tokens of a text that are read; default: what tokenizer and model take.
+    progress: show a bar.
+
+    Returns float tensors of the model's dtype on the CPU, in the texts' order: (N, D) with pooling, else a list of
+    (tokens, D). D is the model's width, times the number of layers that are concatenated.
+    Raises ValueError for an unknown layers or pooling, a layer that is not there, a text without tokens.
+    """
+    base = _base(model)
+    depth = base.config.num_hidden_layers
+    indices, combine = _layers(layers)
+    if pooling not in POOLING:
+        raise ValueError(f"pooling: wanted one of {', '.join(map(repr, POOLING))}, got {pooling!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+    if isinstance(texts, str):
+        raise ValueError("texts: wanted a list of texts, got one text")
+    rows = _tokens(texts, tokenizer, _max_length(base, tokenizer, max_length))
+    found: list[Any] = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), tqdm(total=len(rows), desc="features", disable=not progress) as bar:
+            for at in range(0, len(order), batch_size):
+                batch = order[at : at + batch_size]
+                states, mask = _states(base, tokenizer, [rows[i] for i in batch], indices, combine, depth)
+                for i, feature in zip(batch, _pool(states, mask, pooling)):
+                    found[i] = feature.cpu()
+                bar.update(len(batch))
+    finally:
+        model.train(training)
+    if pooling is None:
+        return found
+    width = base.config.hidden_size * (len(indices) if combine == "concat" else 1)
+    return torch.stack(found) if found else torch.empty(0, width, dtype=base.dtype)
+
+
+def _base(model: PreTrainedModel) -> Any:
+    base = model.base_model
+    return base.get_encoder() if base.config.is_encoder_decoder else base
+
+
+def _layers(layers) -> tuple[tuple[int, ...], str]:
+    if isinstance(layers, str):
+        if layers not in LAYERS:
+            raise ValueError(f"layers: wanted {', '.join(LAYERS)}, an index or indices, got {layers!r}")
+        return LAYERS[layers], layers.split("_")[0]
+    indices = (layers,) if isinstance(layers, int) else tuple(layers)
+    if not indices:
+        raise ValueError("layers: wanted at least one index, got none")
+    return indices, "concat"
+
+
+def _max_length(base, tokenizer, asked: int | None) -> int | None:
+    """Tokens that fit: tokenizers without a limit say so by a huge number, models with relative positions by none."""
+    limits = [asked, tokenizer.model_max_length, getattr(base.config, "max_position_embeddings", None)]
+    known = [n for n in limits if n is not None and n < 10**9]
+    return min(known) if known else None
+
+
+def _tokens(texts, tokenizer, longest: int | None) -> list[dict]:
+    if len(texts) and not isinstance(texts[0], (str, tuple)) and not isinstance(texts[0][0], str):
+        rows = [{"input_ids": list(ids)[:longest]} for ids in texts]
+    else:
+        pairs = len(texts) > 0 and not isinstance(texts[0], str)
+        given = ([t[0] for t in texts], [t[1] for t in texts]) if pairs else (list(texts),)
+        encoded = tokenizer(*given, truncation=longest is not None, max_length=longest) if len(texts) else {}
+        names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
+        rows = [{n: encoded[n][i] for n in names} for i in range(len(texts))]
+    for i, row in enumerate(rows):
+        if not row["input_ids"]:
+            raise ValueError(f"texts: number {i} has no tokens")
+    return rows
+
+
+def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, D), and which positions are tokens."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
+    inputs = {"attention_mask": mask}
+    for name in rows[0]:
+        fill = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+        inputs[name] = torch.tensor([r[name] + [fill] * (longest - len(r[name])) for r in rows])
+    inputs = {name: t.to(base.device) for name, t in inputs.items()}
+    if indices == (-1,):
+        return base(**inputs).last_hidden_state, inputs["attention_mask"]
+    # Ours keeps only the states that are asked for.
+    chosen = sorted({i % (depth + 1) for i in indices}) if isinstance(base, ModelMixin) else True
+    states = base(**inputs, output_hidden_states=chosen).hidden_states
+    if any(not -len(states) <= i < len(states) for i in indices):
+        raise ValueError(f"layers: the model has hidden states {-len(states)}..{len(states) - 1}, got {list(indices)}")
+    kept = [states[i] for i in indices]
+    return (torch.cat(kept, -1) if combine == "concat" else sum(kept[1:], kept[0])), inputs["attention_mask"]
+
+
+def _pool(states: torch.Tensor, mask: torch.Tensor, pooling: str | None):
+    """A feature for each row of states (B, S, D); tokens stand first in a row."""
+    lengths = mask.sum(1)
+    if pooling is None:
+        return [row[:n] for row, n in zip(states, lengths.tolist())]
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), lengths - 1]
+    padding = (mask == 0)[..., None]
+    if pooling == "max":
+        return states.masked_fill(padding, -torch.inf).amax(1)
+    return (states.float().masked_fill(padding, 0).sum(1) / lengths[:, None]).to(states.dtype)

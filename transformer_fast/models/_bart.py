@@ -1,0 +1,192 @@
+"""What BART and Marian share: the layers, named alike in both, and the forward methods of the stacks and heads."""
+
+from typing import Any
+
+import torch
+
+from ..generation import GenerationMixin, StepDescription
+from ..layers import SlotTable, TransformerSpec, encoder_layer
+from ._base import Want, activation_name
+from ._heads import is_labelled
+from ._seq2seq import CausalLMHead, DecoderInputs, LMHead, Seq2SeqBase, StackBase, describe_decoder
+
+__all__ = ["BartCausalLM", "BartDecoderBase", "BartEncoderBase", "BartLMHead", "BartLayer", "BartSeq2Seq", "SLOTS"]
+
+SLOTS = SlotTable(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_dropout="self_attn.dropout",
+    attention_output="self_attn.out_proj",
+    attention_output_dropout="dropout",
+    attention_norm="self_attn_layer_norm",
+    cross_query="encoder_attn.q_proj",
+    cross_key="encoder_attn.k_proj",
+    cross_value="encoder_attn.v_proj",
+    cross_dropout="encoder_attn.dropout",
+    cross_output="encoder_attn.out_proj",
+    cross_output_dropout="dropout",
+    cross_norm="encoder_attn_layer_norm",
+    up="fc1",
+    activation_fn="activation_fn",
+    activation_dropout="activation_dropout",
+    down="fc2",
+    output_dropout="dropout",
+    output_norm="final_layer_norm",
+)
+
+
+class BartLayer:
+    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+
+    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
+        w = SLOTS.read(self)  # type: ignore[arg-type]
+        return encoder_layer(w, hidden_states, call, index, first_only, past_key_values, encoder_states)
+
+
+class _BartStack(StackBase):
+    layers: Any
+    embed_positions: Any
+
+    def _layers(self):
+        return self.layers
+
+    def _slots(self) -> SlotTable:
+        return SLOTS
+
+    def _bart_spec(self, heads: int, causal: bool, clamp_float16: bool) -> TransformerSpec:
+        return TransformerSpec(
+            num_heads=heads,
+            head_dim=self.config.d_model // heads,
+            causal=causal,
+            activation=activation_name(self.config.activation_function),
+            clamp_float16=clamp_float16,
+        )
+
+
+class BartEncoderBase(_BartStack):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """As HF's; padding is dropped before the first layer, and the outputs are zeros there."""
+        want = kwargs.pop("want", None)
+        return self._encode(want, input_ids, attention_mask, inputs_embeds, kwargs)
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return self._bart_spec(self.config.encoder_attention_heads, causal, True)
+
+
+class BartDecoderBase(_BartStack):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As HF's; without a cache, padding is dropped before the first layer, and the outputs are zeros there."""
+        want = kwargs.pop("want", None)
+        return self._decode(
+            want, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
+            inputs_embeds, use_cache, kwargs,
+        )  # fmt: skip
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return self._bart_spec(self.config.decoder_attention_heads, causal, False)
+
+
+class BartSeq2Seq(Seq2SeqBase):
+    """The base model."""
+
+    _starts_with_input = False  # decoder_input_ids are made of input_ids where none are given
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As HF's; padding is dropped where a mask says so, and the outputs are zeros there."""
+        want = kwargs.pop("want", None)
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache,
+        )  # fmt: skip
+        if self._starts_with_input:
+            given = given.starting_with(self.config, input_ids)  # type: ignore[attr-defined]
+        joined = self._join(given, want or Want(), kwargs)
+        return joined if want is not None else self._joined_output(joined, kwargs)
+
+
+class BartLMHead(GenerationMixin, LMHead):
+    model: Any
+    final_logits_bias: torch.Tensor
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As HF's; padding is dropped where a mask says so, and the logits are zeros there."""
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
+        )  # fmt: skip
+        if labels is not None:
+            given = given.starting_with(self.config, labels)
+        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
+        joined = self.model(**given._asdict(), want=Want(read=is_labelled(labels)), **options)
+        return self._lm_output(joined, labels, self.final_logits_bias, kwargs)
+
+    def step_description(self) -> StepDescription:
+        return describe_decoder(self, self.model.decoder, self.lm_head, head_bias=self.final_logits_bias)  # type: ignore[arg-type]
+
+
+class BartCausalLM(GenerationMixin, CausalLMHead):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        """As HF's; labels[i] is scored at position i. Without a cache padding is dropped: its logits are zeros."""
+        call = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask, "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds, "use_cache": use_cache,
+        }  # fmt: skip
+        return self._causal_lm(call, labels, logits_to_keep, kwargs)
+
+    def step_description(self) -> StepDescription:
+        return describe_decoder(self, self.model.decoder, self.lm_head, cross=False)  # type: ignore[arg-type]
