@@ -27,10 +27,16 @@ __all__ = [
 
 
 class EncoderInputs(NamedTuple):
-    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest."""
+    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest. dtype: of
+    the model."""
 
     checkpoint: pathlib.Path
     batches: list[tuple[torch.Tensor, torch.Tensor]]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.batches[0][0].device
 
 
 def gather(hidden: list[torch.Tensor], inputs: EncoderInputs) -> torch.Tensor:
@@ -51,6 +57,7 @@ def hugging_face(inputs: EncoderInputs, attention: str = "sdpa", change: Callabl
     from transformers import BertModel
 
     model = BertModel.from_pretrained(inputs.checkpoint, attn_implementation=attention, add_pooling_layer=False).eval()
+    model = model.to(inputs.device, inputs.dtype)
     if change is not None:
         model = change(model)
     return run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)
