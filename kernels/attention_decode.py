@@ -27,6 +27,8 @@ from .attention_common import (
     visible,
 )
 
+TAIL = tl.constexpr(16)  # keys of a tile at the cache's end, with new ones: few, and registers are short
+
 
 @triton.jit
 def _new_rows(tile, cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N: tl.constexpr,
@@ -45,16 +47,14 @@ def _new_rows(tile, cache_ptr, new_ptr, start, stored, keys, stride, stride_new,
 
 @triton.jit
 def _attend_few(
-    acc, total, peak, tile, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, begin, end,
+    acc, total, peak, tile, limits, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, begin, end, stored, keys,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end onto the state of the rows; APPEND: new ones are among them."""
-    (
-        q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n, stored,
-        keys, score_scale, softcap, window_left, window_right, reach,
-    ) = tile  # fmt: skip
-    for start in tl.range(begin, end, BLOCK_N):
+    """Keys begin .. end of `keys` onto the state of the rows; with APPEND those from `stored` on are new."""
+    q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n = tile
+    score_scale, softcap, window_left, window_right, reach = limits
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if APPEND else None):
         start = tl.multiple_of(start, BLOCK_N)
         column = (start + tl.arange(0, BLOCK_N))[None, :]
         k = load_tile(k_ptr, start, stride_ks, stored, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
@@ -148,21 +148,20 @@ def _attention_decode_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         begin += split * share
         end = tl.minimum(end, begin + share)
-    tile = (
-        q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n, stored,
-        keys, score_scale, softcap, window_left, window_right, reach,
-    )  # fmt: skip
-    tail = end
+    tail = end  # where keys begin that may be new
     if new_k_ptr is not None:
-        tail = tl.minimum(tl.maximum(stored // BLOCK_N * BLOCK_N, begin), tl.maximum(end, begin))
+        tail = tl.minimum(tl.maximum(stored // TAIL * TAIL, begin), tl.maximum(end, begin))
+    tile = (q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n)
+    limits = (score_scale, softcap, window_left, window_right, reach)
     acc, total, peak = _attend_few(
-        acc, total, peak, tile, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, begin, tail,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP, PRECISION, WIDE, False,
+        acc, total, peak, tile, limits, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, begin, tail,
+        tl.minimum(keys, tail), tl.minimum(keys, tail), HEAD_DIM, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP, PRECISION,
+        WIDE, False,
     )  # fmt: skip
     if new_k_ptr is not None:
         acc, total, peak = _attend_few(
-            acc, total, peak, tile, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, tail, end,
-            HEAD_DIM, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP, PRECISION, WIDE, True,
+            acc, total, peak, tile, limits, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, tail, end,
+            stored, keys, HEAD_DIM, BLOCK_D, TAIL, LEFT, RIGHT, SOFTCAP, PRECISION, WIDE, True,
         )  # fmt: skip
 
     dead = total == 0.0
