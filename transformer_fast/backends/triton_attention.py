@@ -207,6 +207,8 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
     spec = call.spec
     config = configurations.select("decode", call.shape)
     config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(call.queries * call.groups)))
+    if new_key is not None:  # registers hold a tile of the cache's end, too
+        config = config._replace(block_n=max(16, config.block_n // 2))
     tiles = call.batch * call.key_heads
     splits = splits_of(tiles, triton.cdiv(call.keys, config.block_n), _multiprocessors(out.device))
     part, part_lse = out, lse
