@@ -169,7 +169,7 @@ def _padded(shape: shapes.AttentionShape, device: str) -> Case:
         ),
         peer=SDPA,
         dtype="bf16",
-        shape=f"{tuple(shape)}, {sum(lengths)} tokens",
+        shape=f"{tuple(shape)}",
         flops=4.0 * h * d * sum(n * n for n in lengths),
         bytes=2.0 * 4 * h * d * sum(lengths),
         bar=Bar(2.0),

@@ -73,6 +73,16 @@ def test_every_case_says_its_work_its_peer_and_its_bar():
 
 
 @pytest.mark.quick
+def test_plots_understand_every_attention_case():
+    from transformer_fast.benchmarks import plot
+
+    for name, case in OPS.items():
+        if case.group.startswith("attention-"):
+            panel = plot._panel({"case": name, "shape": case.shape, "dtype": case.dtype})
+            assert panel.startswith("bf16, D ") and ("causal" in panel) == ("causal" in name)
+
+
+@pytest.mark.quick
 def test_a_bar_may_ask_for_a_share_of_the_ceiling():
     row = {"candidate": OURS, "note": "", "peak_memory_mb": "", "ratio_to_peer": "1.2"}
     case = OPS["norm-forward/bf16-layer-norm-4096x768"]
