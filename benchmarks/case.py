@@ -43,17 +43,20 @@ class Candidate:
 class Bar:
     """What OURS must reach: a speed-up over the case's peer, or (microseconds) at most so much time more than it.
 
-    ahead_of: candidates that must not be faster, where they are installed.
+    ahead_of: candidates that must not be faster, where they are installed. ceiling: the least share of what the machine
+    can do at most.
     """
 
     speedup: float | None = None
     microseconds: float | None = None
     ahead_of: tuple[str, ...] = ()
+    ceiling: float | None = None
 
     def __str__(self) -> str:
         if self.microseconds is not None:
             return f"<= {self.microseconds:g} us more"
-        return f">= {self.speedup:g}x" + (", ahead of all others" if self.ahead_of else "")
+        text = f">= {self.speedup:g}x" + (", ahead of all others" if self.ahead_of else "")
+        return text + (f", {self.ceiling:.0%} of the ceiling" if self.ceiling else "")
 
 
 @dataclass(frozen=True)

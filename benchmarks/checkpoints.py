@@ -40,7 +40,7 @@ def random_bert(name: str, config: dict, family: str = "Bert") -> pathlib.Path:
             for file in minilm().iterdir():
                 if "token" in file.name or file.name == "vocab.txt":
                     shutil.copy(file, partial)
-        except FileNotFoundError:
+        except (FileNotFoundError, ImportError):
             pass  # only CTranslate2's converter wants a tokenizer, and says so
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)

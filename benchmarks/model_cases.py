@@ -14,7 +14,7 @@ from . import checkpoints, peers, shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable
 from .peers import EncoderInputs
 
-__all__ = ["HF_SDPA", "model_cases"]
+__all__ = ["HF_SDPA", "gpu_model_cases", "model_cases"]
 
 HF_SDPA = "HF sdpa"
 HF_EAGER = "HF eager"
@@ -22,20 +22,41 @@ OTHERS = ("ONNX Runtime", "OpenVINO", "CTranslate2 float32", "CTranslate2 int8")
 
 
 def model_cases(device: str) -> list[Case]:
+    if device == "cuda":
+        return gpu_model_cases(device)
     full, ragged = [128] * 8, shapes.ragged_lengths(32)
     return [
         _encoder("bert-base-ragged-32", "bert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
                  Bar(3.0, ahead_of=OTHERS)),
         _minilm(device),
         _encoder("distilbert-base-ragged-32", "distilbert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
-                 Bar(3.0), "DistilBert", shapes.DISTILBERT_BASE),
+                 Bar(3.0), ("distilbert-base", shapes.DISTILBERT_BASE), family="DistilBert"),
         _encoder("albert-base-ragged-32", "albert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
-                 Bar(3.0), "Albert", shapes.ALBERT_BASE),
+                 Bar(3.0), ("albert-base", shapes.ALBERT_BASE), family="Albert"),
         _encoder("bert-base-full-8x128", "bert-base, 8 x 128 full", full, device, Bar(1.15)),
         _training("ragged-16x128", "bert-base fine-tuning step, ragged 16 x 128 (mean 40)",
                   shapes.ragged_lengths(16), device, Bar(2.2)),
         _training("full-8x128", "bert-base fine-tuning step, full 8 x 128", full, device, Bar(1.25)),
     ]  # fmt: skip
+
+
+def gpu_model_cases(device: str) -> list[Case]:
+    """In bfloat16, batches large enough for a GPU, 40% of the tokens real."""
+    sentences, steps = shapes.ragged_lengths(256, mean=51), shapes.ragged_lengths(64, mean=51)
+    cases = []
+    for name, config in (("bert-base", shapes.BERT_BASE), ("bert-large", shapes.BERT_LARGE)):
+        more = {"device": device, "model": (name, config), "dtype": "bf16"}
+        cases += [
+            _encoder(f"{name}-bf16-ragged-256", f"{name} bf16, 256 ragged sentences (mean 51, max 128)", sentences,
+                     bar=Bar(3.0), **more),
+            _training("bf16-ragged-64x128", f"{name} fine-tuning step bf16, ragged 64 x 128 (mean 51)", steps,
+                      bar=Bar(1.8), **more),
+        ]  # fmt: skip
+    return cases
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BERT_BASE = "bert-base", shapes.BERT_BASE
 
 
 def _our(name: str):
@@ -65,7 +86,6 @@ def _encoder_flops(lengths: list[int], config: dict) -> float:
 def _ours(inputs: EncoderInputs) -> Callable:
     _our(f"{inputs.family}Model")
     model = inputs.load(tf)
-    model.to(inputs.batches[0][0].device)
     return peers.run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)
 
 
@@ -89,7 +109,7 @@ def _sorted_by_length(inputs: EncoderInputs) -> Callable:
     from transformer_fast.demo.encode import sorted_batches
 
     groups, _ = sorted_batches(inputs.batches, 8)
-    return peers.hugging_face(EncoderInputs(inputs.checkpoint, groups))
+    return peers.hugging_face(inputs._replace(batches=groups))
 
 
 def _encoder_candidates(sortable: bool, exported: bool = True) -> tuple[Candidate, ...]:
@@ -124,18 +144,15 @@ def _encoder_candidates(sortable: bool, exported: bool = True) -> tuple[Candidat
 
 
 def _encoder(
-    name: str, title: str, lengths: list[int], device: str, bar: Bar, family: str = "Bert", config: dict | None = None
+    name: str, title: str, lengths: list[int], device: str, bar: Bar, model=BERT_BASE, dtype: str = "fp32",
+    family: str = "Bert",
 ) -> Case:  # fmt: skip
     ragged = len(set(lengths)) > 1
 
     def inputs(tiny: bool) -> EncoderInputs:
-        if tiny:
-            small = ("bert-tiny", shapes.TINY_BERT) if config is None else (f"{family}-tiny", shapes.TINY[family])
-            return EncoderInputs(
-                checkpoints.random_bert(*small, family), [random_batch([5, 3], device)], family
-            )  # fmt: skip
-        checkpoint = checkpoints.random_bert(f"{family}-base".lower(), config or shapes.BERT_BASE, family)
-        return EncoderInputs(checkpoint, [random_batch(lengths, device)], family)
+        small = ("bert-tiny", shapes.TINY_BERT) if family == "Bert" else (f"{family}-tiny".lower(), shapes.TINY[family])
+        checkpoint = checkpoints.random_bert(*(small if tiny else model), family)
+        return EncoderInputs(checkpoint, [random_batch([5, 3] if tiny else lengths, device)], DTYPES[dtype], family)
 
     return Case(
         name=f"inference/{name}",
@@ -143,9 +160,10 @@ def _encoder(
         inputs=inputs,
         candidates=_encoder_candidates(ragged, exported=family == "Bert"),
         peer=HF_SDPA,
-        dtype="fp32",
+        dtype=dtype,
         shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
-        flops=_encoder_flops(lengths, shapes.BERT_BASE) * (0.5 if family == "DistilBert" else 1.0),
+        flops=_encoder_flops(lengths, model[1] if family == "Bert" else shapes.BERT_BASE)
+        / (1 + (family == "DistilBert")),
         bar=bar,
         result=peers.gather,
     )
@@ -180,11 +198,12 @@ class _TrainingInputs(NamedTuple):
     ids: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
+    dtype: torch.dtype
 
 
 def _step(make: Callable, inputs: _TrainingInputs) -> Callable:
     """One step as a Trainer takes it: forward with dropout, loss, backward, fused AdamW."""
-    model = make(inputs.checkpoint).train().to(inputs.ids.device)
+    model = make(inputs.checkpoint).train().to(inputs.ids.device, inputs.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def call():
@@ -208,13 +227,15 @@ def _hf_classifier(checkpoint, attention: str, change: Callable | None = None):
     return change(model) if change else model
 
 
-def _training(name: str, title: str, lengths: list[int], device: str, bar: Bar) -> Case:
+def _training(
+    name: str, title: str, lengths: list[int], device: str, bar: Bar, model=BERT_BASE, dtype: str = "fp32"
+) -> Case:
     def inputs(tiny: bool) -> _TrainingInputs:
         sizes = [5, 3] if tiny else lengths
-        config = ("bert-tiny", shapes.TINY_BERT) if tiny else ("bert-base", shapes.BERT_BASE)
+        config = ("bert-tiny", shapes.TINY_BERT) if tiny else model
         ids, mask = random_batch(sizes, device)
         labels = torch.arange(len(sizes), device=device) % 2
-        return _TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels)
+        return _TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels, DTYPES[dtype])
 
     def accelerated(model):
         _our("accelerate")(model, verbose=False)
@@ -228,7 +249,7 @@ def _training(name: str, title: str, lengths: list[int], device: str, bar: Bar) 
         "torch.compile": partial(_hf_classifier, attention="sdpa", change=partial(torch.compile, dynamic=False)),
     }
     return Case(
-        name=f"training/bert-base-{name}",
+        name=f"training/{model[0]}-{name}",
         title=title,
         inputs=inputs,
         candidates=tuple(
@@ -236,9 +257,9 @@ def _training(name: str, title: str, lengths: list[int], device: str, bar: Bar) 
             for key, make in makes.items()
         ),
         peer=HF_SDPA,
-        dtype="fp32",
+        dtype=dtype,
         shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
-        flops=3 * _encoder_flops(lengths, shapes.BERT_BASE),
+        flops=3 * _encoder_flops(lengths, model[1]),
         bar=bar,
         result=None,
     )

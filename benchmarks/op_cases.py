@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import transformer_fast as tf
 
 from . import shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable, everything
+from .gpu_cases import gpu_cases
 
 __all__ = ["op_cases"]
 
@@ -27,14 +27,7 @@ _ATTENTION_BAR_BF16 = 1.5
 def op_cases(device: str) -> list[Case]:
     cases = []
     if device == "cuda":
-        for dtype in ("bf16", "fp16"):
-            for shape in shapes.ATTENTION_CUDA:
-                for causal in (False, True):
-                    cases.append(_attention_forward(shape, dtype, causal, device))
-                    cases.append(_attention_training(shape, dtype, "causal" if causal else "plain", device))
-        for rows_width in shapes.NORM_CUDA:
-            cases += [make(rows_width, "bf16", device) for make in (_layer_norm, _add_layer_norm)]
-        return [*cases, *_overhead(device)]
+        return [*gpu_cases(device), *_overhead(device)]
     for dtype in ("fp32", "bf16"):
         for shape in shapes.ATTENTION_CPU:
             for causal in (False, True):
@@ -102,32 +95,10 @@ def _sdpa_candidates(wrap: Callable, causal: bool, dropout_p: float = 0.0) -> tu
     def attend(op):
         return lambda x: op(x.q, x.k, x.v, x.bias, dropout_p, causal)
 
-    def only(backend):
-        def attend_with(x):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(x.q, x.k, x.v, x.bias, dropout_p, causal)
-
-        return attend_with
-
-    def flex(inputs):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        length = inputs.q.shape[2]
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length) if causal else None
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return wrap(lambda x: compiled(x.q, x.k, x.v, block_mask=mask))(inputs)
-
-    candidates = [
+    return (
         Candidate(OURS, wrap(attend(tf.scaled_dot_product_attention))),
         Candidate(SDPA, wrap(attend(F.scaled_dot_product_attention))),
-    ]
-    if not dropout_p:
-        candidates += [
-            Candidate("SDPA flash", wrap(only(SDPBackend.FLASH_ATTENTION)), works_on=("cuda",)),
-            Candidate("SDPA cuDNN", wrap(only(SDPBackend.CUDNN_ATTENTION)), works_on=("cuda",)),
-            Candidate("flex_attention", flex, slow=True, works_on=("cuda",)),
-        ]
-    return tuple(candidates)
+    )
 
 
 def _attention_forward(shape, dtype: str, causal: bool, device: str) -> Case:
@@ -300,7 +271,11 @@ def _overhead(device: str) -> list[Case]:
         ),
         "varlen_attention": (lambda: tf.varlen_attention(*qkv.unbind(1), cu, None, 8, 8), None),
     }
-    return [_overhead_case(name, ours, theirs, device) for name, (ours, theirs) in calls.items()]
+    return [
+        _overhead_case(name, ours, theirs, device)
+        for name, (ours, theirs) in calls.items()
+        if device == "cpu" or theirs is not None
+    ]
 
 
 def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str) -> Case:
@@ -325,10 +300,10 @@ def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str
         title=f"one small call of {op} without gradients",
         inputs=lambda tiny: None,
         candidates=tuple(candidates),
-        peer=BARE,
+        peer=BARE if device == "cpu" else TORCH,
         dtype="fp32",
         shape="8 rows of 768",
-        bar=Bar(microseconds=10.0),
+        bar=Bar(microseconds=10.0) if device == "cpu" else None,
         result=None,
         memory=False,
     )

@@ -27,18 +27,24 @@ __all__ = [
 
 
 class EncoderInputs(NamedTuple):
-    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest. family:
-    the prefix of its classes' names."""
+    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest. dtype: of
+    the model. family: the prefix of its classes' names."""
 
     checkpoint: pathlib.Path
     batches: list[tuple[torch.Tensor, torch.Tensor]]
+    dtype: torch.dtype = torch.float32
     family: str = "Bert"
+
+    @property
+    def device(self) -> torch.device:
+        return self.batches[0][0].device
 
     def load(self, module: Any, **options: Any) -> Any:
         """The family's base model of `module` (transformers, transformer_fast), without a pooler."""
         if self.family != "DistilBert":
             options["add_pooling_layer"] = False
-        return getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
+        model = getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
+        return model.to(self.device, self.dtype)
 
 
 def gather(hidden: list[torch.Tensor], inputs: EncoderInputs) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import importlib.util
 import os
 import pathlib
 import sys
@@ -9,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformer_fast.benchmarks import cases as case_list
 from transformer_fast.benchmarks import ceilings as ceiling
 from transformer_fast.benchmarks import results
 from transformer_fast.benchmarks.case import OURS, Case, Unavailable, missing
-from transformer_fast.benchmarks.memory import peak_memory_mb
+from transformer_fast.benchmarks.progress import Progress
 from transformer_fast.benchmarks.timing import QUICK, Budget, Timing, interleave, ratios
 
 # What measuring a process's memory cannot tell apart: allocator and interpreter noise.
@@ -51,34 +51,50 @@ def main(argv: list[str] | None = None) -> int:
     if (about["load_average"] or 0.0) > 0.5 * about["cores"]:
         print(f"this machine is busy (load {about['load_average']:.1f}): times will scatter", file=sys.stderr)
     folder = args.output or results.result_folder(about)
+    if args.missing and (folder / "results.csv").exists():
+        there = {row["case"] for row in results.read(folder)}
+        cases = [case for case in cases if case.name not in there]
     rows: list[dict] = []
-    with tqdm(total=len(cases) + 1, unit="case", disable=None) as bar:
-        bar.set_description("ceilings")
+    with Progress(len(cases) + 1) as bar:
+        bar.describe("ceilings")
         top = ceiling.measure(args.device, budget)
         bar.update()
         for case in cases:
-            bar.set_description(case.name)
+            bar.describe(case.name)
             measured = measure(
                 case,
                 args.device,
                 budget,
                 top,
                 candidates=args.candidates,
-                slow=not args.quick,
+                slow=args.slow or not args.quick,
                 memory=not args.no_memory,
-                progress=lambda text: bar.set_postfix_str(text, refresh=True),
+                progress=bar.detail,
             )
             rows += measured
             results.write(folder, rows, top._asdict(), about)
             for row in measured:
-                bar.write(_line(row))
+                bar.line(_line(row))
             bar.update()
     if not args.no_plots:
-        from transformer_fast.benchmarks import plot
-
-        plot.draw(folder)
+        _draw(folder)
     print(f"results: {folder}")
     return 0
+
+
+def _draw(folder: pathlib.Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no plots; python benchmarks/plot.py FOLDER draws them later")
+        return
+    from transformer_fast.benchmarks import plot
+
+    plot.draw(folder)
+
+
+def _peak_memory_mb(work: str, **arguments) -> float:
+    from transformer_fast.benchmarks.memory import peak_memory_mb  # needs psutil
+
+    return peak_memory_mb(work, **arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="PATTERN", help="cases by name, comma-separated, * and ? allowed")
     parser.add_argument("--candidates", metavar="PATTERN", help="candidates by name; ours and the peer always run")
     parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
+    parser.add_argument("--slow", action="store_true", help="with --quick: those too")
+    parser.add_argument("--missing", action="store_true", help="only cases that the output folder does not hold yet")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
     parser.add_argument("--output", type=pathlib.Path, help="default: benchmarks/results/<device>/<date>-<commit>")
@@ -105,7 +123,7 @@ def measure(
     slow: bool = True,
     memory: bool = True,
     progress: Callable[[str], None] = lambda text: None,
-    peak: Callable[..., float] = peak_memory_mb,
+    peak: Callable[..., float] = _peak_memory_mb,
     clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one case, OURS first; a candidate that cannot run has a row whose note says why."""
@@ -229,7 +247,7 @@ def _fill_memory(rows: list[dict], case: Case, device: str, timings, progress, p
                 threads=torch.get_num_threads(),
             )
             row["peak_memory_mb"] = f"{used:.1f}"
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ImportError) as error:
             row["note"] = "; ".join(filter(None, [row["note"], f"memory not measured: {error}"]))
 
 
@@ -252,6 +270,8 @@ def _judge(rows: list[dict], case: Case, timings: dict[str, Timing]) -> None:
             extra = Timing([o - p for o, p in zip(timings[OURS].seconds, timings[case.peer].seconds, strict=True)])
             remarks.append(f"{extra.median * 1e6:.1f} us more than {case.peer}")
             met = extra.median * 1e6 <= case.bar.microseconds
+        if case.bar.ceiling is not None:
+            met = met and float(ours["share_of_ceiling"]) >= case.bar.ceiling
         for rival in case.bar.ahead_of:
             if OURS in timings and rival in timings:
                 lead = ratios(timings[rival], timings[OURS]).median

@@ -29,8 +29,14 @@ ATTENTION_CUDA = [
     for length in (512, 1024, 2048, 4096, 8192, 16384)
 ]
 
+PADDED_CUDA = [AttentionShape(16384 // length, 12, length, 64) for length in (128, 256, 512)]
+T5_CUDA = [AttentionShape(16384 // length, 12, length, 64) for length in (512, 1024, 2048, 4096)]
+DROPOUT_CUDA = [AttentionShape(16384 // length, 16, length, 64) for length in (512, 2048)]
+DECODE_CUDA = [(batch, context) for batch in (1, 8, 64) for context in (128, 1024, 4096)]  # (sequences, tokens)
+
 POINTWISE = (4096, 768)  # (rows, width): 32 sentences of 128 tokens in BERT-base
-NORM_CUDA = [(32768, 768), (32768, 1024), (32768, 4096), (32768, 8192)]
+NORM_CUDA = [(4096, 768), (32768, 768), (32768, 1024), (32768, 4096), (32768, 8192)]
+LOSS_CUDA = [(4096, 32128), (4096, 128256)]  # (rows, classes)
 
 BERT_BASE = {
     "vocab_size": 30522,
@@ -48,6 +54,9 @@ BERT_BASE = {
     "pad_token_id": 0,
     "position_embedding_type": "absolute",  # CTranslate2's converter reads it
 }
+BERT_LARGE = {
+    **BERT_BASE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+}  # fmt: skip
 MINILM = {**BERT_BASE, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 TINY_BERT = {**BERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
 

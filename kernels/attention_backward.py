@@ -8,6 +8,10 @@ head), another holds a block of queries and walks over the keys (dQ, the bias, t
 sum has a fixed order, so gradients are the same bits every time. What it costs: Q K^T and dO V^T are computed twice,
 seven matrix products where a backward with atomic additions to dQ has five.
 
+delta from dO and the output has the output's rounding in it, which a row of few keys, or a gradient that sums dS over
+whole rows (bias, relative table), does not average away: those calls compute delta = rowsum(P * dP) instead, by the
+query kernel with DELTA, two more products.
+
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
 
@@ -213,10 +217,11 @@ def _accumulate_query_gradient(
     dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, begin, end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr,
+    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, QUERY: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, dbias, and with BUCKETS sums of dS by bucket."""
+    """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, dbias, and with BUCKETS sums of dS by bucket.
+    With DELTA onto the row sums of P * dP, in dQ's place."""
     (
         q, grad_out, delta, peak, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n,
         stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
@@ -246,20 +251,23 @@ def _accumulate_query_gradient(
         if rng_ptr is not None:
             keep = keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        if dbias_rows is not None:
-            tl.store(
-                dbias_rows + column.to(tl.int64) * stride_dbias_n, ds, mask=(row < queries)[:, None] & (column < keys)
-            )
-        if BUCKETS:
-            if FAR:
-                far_sums += tl.sum(ds, 1)
-            else:
-                nearest = start - (first_row + offset + BLOCK_M - 1)
-                sums += _bucket_sums(ds, nearest, bucket_ptr, reach, BLOCK_M, BLOCK_N, BUCKETS, DIAGONALS)
-        if SOFTCAP:
-            ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        if DELTA:
+            dq += tl.sum(p * dp, 1)
+        else:
+            ds = p * (dp - delta[:, None])
+            if dbias_rows is not None:
+                places = dbias_rows + column.to(tl.int64) * stride_dbias_n
+                tl.store(places, ds, mask=(row < queries)[:, None] & (column < keys))
+            if BUCKETS:
+                if FAR:
+                    far_sums += tl.sum(ds, 1)
+                else:
+                    nearest = start - (first_row + offset + BLOCK_M - 1)
+                    sums += _bucket_sums(ds, nearest, bucket_ptr, reach, BLOCK_M, BLOCK_N, BUCKETS, DIAGONALS)
+            if SOFTCAP:
+                ds = ds * slope
+            if QUERY:
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if BUCKETS and FAR:
         far_bucket = tl.load(bucket_ptr + PART // 2 * 2 * reach)
         sums += tl.where(tl.arange(0, BUCKETS) == far_bucket, tl.sum(far_sums, 0), 0.0)
@@ -284,7 +292,8 @@ def _bucket_sums(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _attention_backward_query_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, dq_ptr, dbias_ptr, bucket_sums_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, peak_ptr, dq_ptr, dbias_ptr, bucket_sums_ptr, cu_q_ptr,
+    cu_k_ptr,
     key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr, bucket_ptr, rng_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_lse_b, stride_lse_h,
@@ -295,9 +304,12 @@ def _attention_backward_query_kernel(
     window_right, reach, threshold, keep_scale,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and with it dbias (one not broadcast) and each program's sums of dS by bucket, (B, H, blocks, BUCKETS)."""
+    """dQ, and with it dbias (one not broadcast) and each program's sums of dS by bucket, (B, H, blocks, BUCKETS). With
+    DELTA delta alone, into delta_ptr; without dq_ptr the sums alone, which with dQ are too much for the registers at
+    large head dims."""
+    QUERY: tl.constexpr = dq_ptr is not None
     block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, RIGHT)
     b = bh // heads
     h = bh % heads
@@ -311,7 +323,8 @@ def _attention_backward_query_kernel(
     k_ptr = row_pointer(k_ptr, b, h // GROUPS, first_k, stride_kb, stride_kh, stride_ks)
     v_ptr = row_pointer(v_ptr, b, h // GROUPS, first_k, stride_vb, stride_vh, stride_vs)
     grad_out_ptr = row_pointer(grad_out_ptr, b, h, first_q, stride_gb, stride_gh, stride_gs)
-    dq_ptr = row_pointer(dq_ptr, b, h, first_q, stride_dqb, stride_dqh, stride_dqs)
+    if QUERY:
+        dq_ptr = row_pointer(dq_ptr, b, h, first_q, stride_dqb, stride_dqh, stride_dqs)
     row = first_row + tl.arange(0, BLOCK_M)
     inside = row < queries
     place = row_pointer(row, b, h, first_q, stride_lse_b, stride_lse_h, 1)
@@ -328,7 +341,7 @@ def _attention_backward_query_kernel(
 
     q = load_tile(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     grad_out = load_tile(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = tl.zeros((BLOCK_M, BLOCK_D) if QUERY else (BLOCK_M,), tl.float32)
     sums = tl.zeros((BUCKETS if BUCKETS else 16,), tl.float32)
     last = tl.minimum(first_row + BLOCK_M, queries) - 1
     begin, inner_begin, inner_end, end = key_bounds(
@@ -351,9 +364,15 @@ def _attention_backward_query_kernel(
             dq, sums = _accumulate_query_gradient(
                 dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, bounds[part],
                 bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS, DIAGONALS,
-                PRECISION, WIDE, part,
+                QUERY, DELTA, PRECISION, WIDE, part,
             )  # fmt: skip
-    store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+    if DELTA:
+        if grad_lse_ptr is not None:
+            dq -= tl.load(grad_lse_ptr + place, mask=inside, other=0.0)
+        dq = tl.where(peak == float("inf"), 0.0, dq)
+        tl.store(delta_ptr + place, dq, mask=inside)
+    if QUERY:
+        store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
     if BUCKETS:
         program = tl.cast(bh, tl.int64) * blocks + block
         tl.store(bucket_sums_ptr + program * BUCKETS + tl.arange(0, BUCKETS), sums)

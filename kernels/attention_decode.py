@@ -4,6 +4,10 @@ The query heads that share a key head, and their few queries, are the rows of on
 once. Where sequences and key heads alone fill the GPU there is one split and one kernel; else each split leaves its
 part of the output and its log-sum-exp, and a second kernel joins them (Dao et al., "Flash-Decoding", 2023).
 
+With new keys and values, one of each for every query, the program that reaches their places at the end of the cache
+takes them from where they were made and writes them there: no launch for the append, and nobody reads what another
+program has yet to write.
+
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
 
@@ -23,6 +27,57 @@ from .attention_common import (
     visible,
 )
 
+TAIL = tl.constexpr(16)  # keys of a tile at the cache's end, with new ones: few, and registers are short
+
+
+@triton.jit
+def _new_rows(tile, cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N: tl.constexpr,
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """A tile of the cache, rows stored .. keys of it new: read from new_ptr and written to the cache."""
+    row = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    new = ((row >= stored) & (row < keys))[:, None]
+    inside = new & (d < HEAD_DIM)[None, :]
+    fresh = tl.load(
+        new_ptr + (row - stored).to(tl.int64)[:, None] * stride_new + d[None, :], mask=inside, other=0.0
+    )  # fmt: skip
+    tl.store(cache_ptr + row.to(tl.int64)[:, None] * stride + d[None, :], fresh, mask=inside)
+    return tl.where(new, fresh, tile)
+
+
+@triton.jit
+def _attend_few(
+    acc, total, peak, tile, limits, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, begin, end, stored, keys,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, APPEND: tl.constexpr,
+):  # fmt: skip
+    """Keys begin .. end of `keys` onto the state of the rows; with APPEND those from `stored` on are new."""
+    q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n = tile
+    score_scale, softcap, window_left, window_right, reach = limits
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if APPEND else None):
+        start = tl.multiple_of(start, BLOCK_N)
+        column = (start + tl.arange(0, BLOCK_N))[None, :]
+        k = load_tile(k_ptr, start, stride_ks, stored, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
+        v = load_tile(v_ptr, start, stride_vs, stored, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
+        if APPEND:
+            k = _new_rows(k, k_ptr, new_k_ptr, start, stored, keys, stride_ks, stride_nks, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = _new_rows(v, v_ptr, new_v_ptr, start, stored, keys, stride_vs, stride_nvs, BLOCK_N, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores, _ = finish_scores(
+            scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
+            relative_rows, reach, None, SOFTCAP, PRECISION == "ieee", True,
+        )  # fmt: skip
+        alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
+        scores = tl.where(alive, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = exponential(scores, shift[:, None], False, PRECISION == "ieee")
+        decay = exponential(peak, shift, False, PRECISION == "ieee")
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        peak = new_peak
+    return acc, total, peak
+
 
 @triton.jit(
     do_not_specialize=[
@@ -30,8 +85,10 @@ from .attention_common import (
     ]
 )  # fmt: skip
 def _attention_decode_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr,
+    q_ptr, k_ptr, v_ptr, new_k_ptr, new_v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr, bias_ptr,
+    mask_ptr, relative_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_nkb, stride_nkh, stride_nks, stride_nvb, stride_nvh, stride_nvs,
     stride_ob, stride_oh, stride_os, stride_out_split, stride_lse_b, stride_lse_h, stride_lse_split,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
@@ -41,16 +98,22 @@ def _attention_decode_kernel(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence and key head, split). Row r of the tile is query r % queries of head r // queries of the group.
-    heads counts key heads. With SPLIT, out and lse are float32 parts."""
+    heads counts key heads. With SPLIT, out and lse are float32 parts. With new keys, k and v are the cache, key_lengths
+    what it held before, and query i stands where new key i goes; new keys past the cache's end are dropped."""
     b = tl.program_id(0) // heads
     hk = tl.program_id(0) % heads
     split = tl.program_id(1)
     most = queries
+    capacity = keys
     first_q, first_k, queries, keys, offset = sequence(
         b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT
     )
     if queries <= 0:
         return
+    stored = keys
+    if new_k_ptr is not None:
+        offset = stored
+        keys = tl.minimum(stored + queries, capacity)
     r = tl.arange(0, BLOCK_M)
     i = r % most
     h = hk * GROUPS + r // most
@@ -64,6 +127,9 @@ def _attention_decode_kernel(
     q = tl.load(q_rows + d[None, :], mask=here, other=0.0)
     k_ptr = row_pointer(k_ptr, b, hk, first_k, stride_kb, stride_kh, stride_ks)
     v_ptr = row_pointer(v_ptr, b, hk, first_k, stride_vb, stride_vh, stride_vs)
+    if new_k_ptr is not None:
+        new_k_ptr = row_pointer(new_k_ptr, b, hk, 0, stride_nkb, stride_nkh, 0)
+        new_v_ptr = row_pointer(new_v_ptr, b, hk, 0, stride_nvb, stride_nvh, 0)
     bias_rows = row_pointers(bias_ptr, b, h[:, None], i[:, None], stride_bias_b, stride_bias_h, stride_bias_m)
     mask_rows = row_pointers(mask_ptr, b, h[:, None], i[:, None], stride_mask_b, stride_mask_h, stride_mask_m)
     if relative_ptr is not None:
@@ -82,25 +148,21 @@ def _attention_decode_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         begin += split * share
         end = tl.minimum(end, begin + share)
-    for start in tl.range(begin, end, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
-        column = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
-        v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores, _ = finish_scores(
-            scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
-            relative_rows, reach, None, SOFTCAP, PRECISION == "ieee", True,
+    tail = end  # where keys begin that may be new
+    if new_k_ptr is not None:
+        tail = tl.minimum(tl.maximum(stored // TAIL * TAIL, begin), tl.maximum(end, begin))
+    tile = (q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n)
+    limits = (score_scale, softcap, window_left, window_right, reach)
+    acc, total, peak = _attend_few(
+        acc, total, peak, tile, limits, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, begin, tail,
+        tl.minimum(keys, tail), tl.minimum(keys, tail), HEAD_DIM, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP, PRECISION,
+        WIDE, False,
+    )  # fmt: skip
+    if new_k_ptr is not None:
+        acc, total, peak = _attend_few(
+            acc, total, peak, tile, limits, bias_rows, mask_rows, relative_rows, new_k_ptr, new_v_ptr, tail, end,
+            stored, keys, HEAD_DIM, BLOCK_D, TAIL, LEFT, RIGHT, SOFTCAP, PRECISION, WIDE, True,
         )  # fmt: skip
-        alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
-        scores = tl.where(alive, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = exponential(scores, shift[:, None], False, PRECISION == "ieee")
-        decay = exponential(peak, shift, False, PRECISION == "ieee")
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        peak = new_peak
 
     dead = total == 0.0
     acc = acc * tl.where(dead, 0.0, 1.0 / total)[:, None]

@@ -108,14 +108,15 @@ class Case:
         return [out.detach(), lse.detach(), *grads]
 
 
-def check(case: Case, inputs: Inputs | None = None) -> None:
+def check(case: Case, inputs: Inputs | None = None, name: str = "cpu") -> None:
+    """Holds backend `name` against float64."""
     inputs = inputs or case.inputs()
     truth = case.run(inputs, "eager", torch.float64)
     plain = case.run(inputs, "eager", case.dtype)
-    ours = case.run(inputs, "cpu", case.dtype)
+    ours = case.run(inputs, name, case.dtype)
     names = ["out", "lse", "dq", "dk", "dv"] + ["dbias"] * bool(case.bias_axes) + ["dtable"] * bool(case.buckets)
-    for name, *results in zip(names, ours, truth, plain):
-        assert_as_accurate(*results, OUTPUT if name in ("out", "lse") else GRADIENT, f"{name} of {case}")
+    for what, *results in zip(names, ours, truth, plain):
+        assert_as_accurate(*results, OUTPUT if what in ("out", "lse") else GRADIENT, f"{what} of {case}")
 
 
 def draw_case(draw) -> Case:

@@ -6,12 +6,17 @@ of its own, as Triton interprets in pytest's. By hand, under any Triton, everyth
 
     python tests/triton_aot.py tests/native/test_triton_layer_norm_aot.py 80 90 100 120
 
-prints a line for each kernel of every case, and stops at one that fails the file's `check`.
+prints a line for each kernel of every case, says which fail the file's `check`, and exits with 1 if any does.
+`--only TEXT` takes the cases with TEXT in their names. Two processes compile; reports are kept in
+$TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types, options, GPU and Triton.
 """
 
+import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -24,6 +29,7 @@ from typing import Any, NamedTuple
 # Bytes of shared memory that one block may use.
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 ARCHS = tuple(SHARED_MEMORY)
+PROCESSES = 2
 
 
 class Launch(NamedTuple):
@@ -114,52 +120,116 @@ def assert_runs_well(report: dict, registers: int = 255) -> None:
     assert report["registers"] * report["warps"] * 32 <= 65536, report
 
 
-def reports(cases: dict[str, Callable[[], None]], arch: int) -> dict[str, list[dict]]:
-    """Case name -> a report for each kernel that it launches first; the same kernel is compiled once."""
-    found: dict[str, list[dict]] = {}
+class Job(NamedTuple):
+    """One kernel to compile. key: what its report depends on."""
+
+    case: str
+    launch: Launch
+    arch: int
+    key: str
+
+
+def _jobs(cases: dict[str, Callable[[], None]], arch: int) -> Iterator[Job]:
+    """The kernels that the cases launch, each once, under the first case that launches it."""
+    import triton
+
     seen = set()
     for name, call in cases.items():
         with recorded() as launches:
             call()
-        found[name] = []
         for launch in launches:
             source, options = _source(launch)
-            key = source.hash(), str(options)
+            text = " ".join([source.hash(), str(sorted(options.items())), str(arch), triton.__version__])
+            key = hashlib.sha256(text.encode()).hexdigest()
             if key not in seen:
                 seen.add(key)
-                found[name].append(aot_report(launch, arch))
-    return found
+                yield Job(name, launch, arch, key)
+
+
+def _folder() -> pathlib.Path:
+    default = pathlib.Path(tempfile.gettempdir()) / "transformer_fast_aot"
+    return pathlib.Path(os.environ.get("TRANSFORMER_FAST_AOT_CACHE", default))
+
+
+_pending: list[Job] = []  # forked workers find their jobs here: launches do not pickle
+
+
+def _compile(index: int) -> dict:
+    job = _pending[index]
+    path = _folder() / "reports" / f"{job.key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    report = aot_report(job.launch, job.arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(report))
+    fresh.replace(path)
+    return report
+
+
+def reports(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict]]:
+    """Each job with its report, in the order of the jobs."""
+    _pending[:] = jobs
+    if processes == 1:
+        yield from zip(jobs, map(_compile, range(len(jobs))))
+        return
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from zip(jobs, pool.imap(_compile, range(len(jobs))))
 
 
 def aot_reports(file: str, arch: int) -> dict[str, list[dict]]:
-    """`reports` of the cases of a test file, compiled in another process."""
+    """Case name -> reports of the test run's cases of a test file, compiled in another process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, file, str(arch), "--json"]
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        command.append("--processes=1")  # the workers fill the cores already
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout)
 
 
-def main(file: str, archs: list[int], as_json: bool) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="a test file with cases(arch, everything) and check(report)")
+    parser.add_argument("archs", nargs="*", type=int, help="80, 90, 100, 120; default: all")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--json", action="store_true", help="the test run's cases of one GPU, as JSON")
+    return parser
+
+
+def main() -> int:
+    args = _parser().parse_args()
     # Kernels import as transformer_fast.kernels from the checkout this file is in.
     sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "transformer_fast_aot"))
-    spec = importlib.util.spec_from_file_location("aot_cases", file)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(_folder()))
+    spec = importlib.util.spec_from_file_location("aot_cases", args.file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for arch in archs:
-        found = reports(module.cases(arch, everything=not as_json), arch)
-        if as_json:
-            print(json.dumps(found))
-            continue
-        for name, kernels in found.items():
-            for report in kernels:
-                print(name, *(f"{k}={v}" for k, v in report.items()), flush=True)
-                module.check(report)
+    jobs, names = [], {}
+    for arch in args.archs or ARCHS:
+        cases = module.cases(arch, everything=not args.json)
+        cases = {name: call for name, call in cases.items() if args.only in name}
+        names |= dict.fromkeys(cases)
+        jobs += _jobs(cases, arch)
+    if args.json:
+        found: dict[str, list[dict]] = {name: [] for name in names}
+        for job, report in reports(jobs, args.processes):
+            found[job.case].append(report)
+        print(json.dumps(found))
+        return 0
+    failed = 0
+    for done, (job, report) in enumerate(reports(jobs, args.processes), 1):
+        print(f"{done}/{len(jobs)} {job.case}:", *(f"{k}={v}" for k, v in report.items()), flush=True)
+        try:
+            module.check(report)
+        except AssertionError:
+            failed += 1
+            print("  FAILED", flush=True)
+    print(f"{len(jobs)} kernels, {failed} failed")
+    return bool(failed)
 
 
 if __name__ == "__main__":
-    flags = [a for a in sys.argv[1:] if a.startswith("-")]
-    file, *archs = [a for a in sys.argv[1:] if not a.startswith("-")]
-    main(file, [int(a) for a in archs] or list(ARCHS), "--json" in flags)
+    raise SystemExit(main())

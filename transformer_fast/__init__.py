@@ -106,6 +106,7 @@ _EXPORTS = {
         "cross_entropy",
         "dropout",
         "embedding_layer_norm",
+        "kv_cache_attention",
         "layer_norm",
         "linear",
         "linear_cross_entropy",

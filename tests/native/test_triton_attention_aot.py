@@ -27,6 +27,7 @@ FEATURES = {
     "dropout_causal_varlen": {"dropout_p": 0.1, "window_right": 0, "varlen": True},
     "decode": {"queries": 1, "lengths": True, "groups": 4},
     "decode_relative": {"queries": 1, "relative": True},
+    "decode_append": {"queries": 1, "lengths": True, "groups": 4, "window_right": 0},
 }
 
 
@@ -70,6 +71,9 @@ def _launch(arch, dtype, head_dim, feature):
     spec = _spec(dtype, head_dim, **FEATURES[feature])
     q, k, v = spec[:3]
     lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1], device="meta")
+    if feature == "decode_append":
+        assert backend.attention_append(spec, k[:, :, :1], v[:, :, :1], q, lse)
+        return
     backend.attention_forward(spec, q, lse)
     if not feature.startswith("decode"):
         dbias, dtable = (None if t is None else t.float() for t in (spec.bias, spec.relative_bias))
@@ -80,9 +84,9 @@ def _launch(arch, dtype, head_dim, feature):
 CORE = {
     80: {("float32", 64, "plain"), ("bfloat16", 64, "bias_broadcast")},
     90: {("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 64, "relative"),
-         ("bfloat16", 64, "decode")},
+         ("bfloat16", 64, "decode_append")},
     100: {("bfloat16", 128, "causal"), ("bfloat16", 64, "dropout")},
-    120: {("bfloat16", 128, "causal"), ("bfloat16", 64, "mask")},
+    120: {("bfloat16", 128, "causal"), ("bfloat16", 64, "mask"), ("bfloat16", 64, "decode")},
 }  # fmt: skip
 
 

@@ -227,8 +227,8 @@ def test_why_not_names_each_reason(monkeypatch, device):
 
 
 def test_info_says_what_no_gpu_has_run():
-    from transformer_fast.backends.triton import _OPS, VERIFIED_ON_GPU
+    from transformer_fast.backends.triton import _OPS, verified_on_gpu
 
-    assert VERIFIED_ON_GPU <= _OPS
-    unverified = ", ".join(sorted(_OPS - VERIFIED_ON_GPU))
+    assert verified_on_gpu() <= _OPS
+    unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
     assert not unverified or f"not yet run on a GPU: {unverified}" in BACKEND.status()

@@ -1,8 +1,8 @@
 """Who computes a call: the backends, the choice among them, and why one cannot.
 
-Every op asks `select(call)` for a backend. Automatic choice goes down `ORDER` for the call's device and
-takes the first backend that can; `with backend("triton")` or TRANSFORMER_FAST_BACKEND=triton forces one, and
-then a call it cannot take raises with every reason.
+Every op asks `select(call)` for a backend. Automatic choice goes down `ORDER` for the call's device, after what
+measured.py puts first, and takes the first backend that can; `with backend("triton")` or
+TRANSFORMER_FAST_BACKEND=triton forces one, and then a call it cannot take raises with every reason.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import torch
 
 __all__ = ["Backend", "Call", "ORDER", "backend", "explain", "info", "select"]
 
-ORDER = {"cuda": ("triton", "eager"), "cpu": ("cpu", "eager")}
-NAMES = ("eager", "cpu", "triton")
+ORDER = {"cuda": ("triton", "sdpa", "eager"), "cpu": ("cpu", "eager")}
+NAMES = ("eager", "cpu", "triton", "sdpa")
 
 
 class Call(NamedTuple):
@@ -25,6 +25,7 @@ class Call(NamedTuple):
 
     op: "attention", "norm", "bias_activation", "dropout", ...   device: torch device type   dtype: of the data
     size: head dim, normalised width, ...   features: sorted names, e.g. ("causal", "dropout")
+    length: the longer of queries and keys, rounded up to a power of two; 0 where no choice depends on it
     """
 
     op: str
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     size: int
     features: tuple[str, ...] = ()
+    length: int = 0
 
 
 class Backend:
@@ -42,6 +44,16 @@ class Backend:
     def why_not(self, call: Call) -> tuple[str, ...]:
         """Every reason why this backend cannot run the call; empty when it can."""
         raise NotImplementedError
+
+    def attention_append(self, spec, key, value, out, lse) -> None:
+        """attention_forward on caches spec.key and spec.value, spec.key_lengths rows of which are in use, after key
+        and value have been written behind them, in place."""
+        sequences = torch.arange(key.shape[0], device=key.device)[:, None]
+        rows = spec.key_lengths[:, None] + torch.arange(key.shape[2], device=key.device)
+        for cache, new in ((spec.key, key), (spec.value, value)):
+            cache.transpose(1, 2)[sequences, rows] = new.transpose(1, 2)
+        spec = spec._replace(key_lengths=spec.key_lengths + key.shape[2])
+        self.attention_forward(spec, out, lse)  # type: ignore[attr-defined]
 
 
 class BackendError(RuntimeError):
@@ -63,7 +75,7 @@ def get(name: str) -> Backend:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend ("eager", "cpu", "triton"). Process-wide, as the
+    """Force every op inside the block onto one backend ("eager", "cpu", "triton", "sdpa"). Process-wide, as the
     backward pass may run on another thread. Raises ValueError for an unknown name; a call that the backend
     cannot take raises BackendError with the reasons."""
     global _forced
@@ -101,15 +113,27 @@ def _select(call: Call | tuple, forced: str | None) -> Backend:
         if reasons:
             raise BackendError(f"backend {forced!r} cannot run {_describe(call)}: " + "; ".join(reasons))
         return chosen
-    for name in ORDER.get(call.device, ("eager",)):
+    for name in _order(call):
         candidate = get(name)
         if not candidate.why_not(call):
             return candidate
     return get("eager")
 
 
+def _measured(call: Call):
+    from . import measured  # it imports Call from here
+
+    return measured.line(call)
+
+
+def _order(call: Call) -> tuple[str, ...]:
+    line = _measured(call)
+    return tuple(dict.fromkeys([*([line.backend] if line else ()), *ORDER.get(call.device, ()), "eager"]))
+
+
 def _describe(call: Call) -> str:
     features = f" with {', '.join(call.features)}" if call.features else ""
+    features += f", length {call.length}" if call.length else ""
     return f"{call.op} on {call.device} in {str(call.dtype).removeprefix('torch.')}, size {call.size}{features}"
 
 
@@ -119,10 +143,15 @@ def explain(call: Call) -> str:
     >>> explain(Call("norm", "cpu", torch.float32, 768))
     """
     lines = [_describe(call)]
-    chosen = select(call).name
-    for name in dict.fromkeys([*ORDER.get(call.device, ()), "eager"]):
+    chosen, line = select(call).name, _measured(call)
+    for name in _order(call):
         reasons = get(name).why_not(call)
-        lines.append(f"  {name}: " + ("chosen" if name == chosen else "; ".join(reasons) or "could, comes later"))
+        text = "chosen" if name == chosen else "; ".join(reasons) or "could, comes later"
+        if line and name == line.backend:
+            text += f" (measured fastest: {line.measured})"
+        lines.append(f"  {name}: {text}")
+    if call.device == "cuda" and not line:
+        lines.append("  order: by design, not yet run on a GPU")
     return "\n".join(lines)
 
 

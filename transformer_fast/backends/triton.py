@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import importlib.util
+import json
 import os
+import pathlib
 
 import torch
 
@@ -16,9 +18,15 @@ _OPS = frozenset(
 )
 _WIDEST_EMBEDDING = 4096  # kernels/embedding.py holds a row in registers
 
-# Ops whose kernels have passed their tests on a GPU. The others are proven under Triton's interpreter and by compiling
-# them ahead of time only; `info` says so.
-VERIFIED_ON_GPU: frozenset[str] = frozenset()
+
+@functools.cache
+def verified_on_gpu() -> frozenset[str]:
+    """Ops whose kernels have passed their tests on a GPU, as the ledger in benchmarks/results says. The others are
+    proven under Triton's interpreter and by compiling them ahead of time only; `info` says so."""
+    spec = importlib.util.find_spec("transformer_fast.benchmarks")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    runs = (run for folder in folders for run in pathlib.Path(folder).glob("results/cuda-*/*/verified.json"))
+    return frozenset(op for run in runs for op in json.loads(run.read_text())) & _OPS
 
 
 @functools.cache
@@ -50,7 +58,7 @@ class TritonBackend(Backend):
     def status(self) -> str:
         if _missing():
             return f"missing: {_missing()}. They would bring fused kernels on NVIDIA GPUs"
-        unverified = ", ".join(sorted(_OPS - VERIFIED_ON_GPU))
+        unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
         note = f"; not yet run on a GPU: {unverified}" if unverified else ""
         if not torch.cuda.is_available():
             return f"installed, idle: no NVIDIA GPU is visible{note}"
@@ -103,6 +111,13 @@ class TritonBackend(Backend):
 
         with _device_of(out):
             attention_forward(spec, out, lse)
+
+    def attention_append(self, spec, key, value, out, lse) -> None:
+        from .triton_attention import attention_append
+
+        with _device_of(out):
+            if not attention_append(spec, key, value, out, lse):
+                super().attention_append(spec, key, value, out, lse)
 
     def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
         from .triton_attention import attention_backward

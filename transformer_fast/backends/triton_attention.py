@@ -21,6 +21,8 @@ from .philox import keep_scale, threshold
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
 DECODE_QUERIES, DECODE_ROWS = 16, 32
+FEW_KEYS = 128  # rows of so few keep the rounding of the output: see kernels/attention_backward.py
+WIDEST_WITH_TABLE = 64  # head dims up to which the sums of the relative table fit the registers beside dQ
 L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
 
 
@@ -163,8 +165,7 @@ def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out and lse of a call; see ops/_attention_op.py for the spec."""
     call = Launch(spec)
-    few = call.queries <= DECODE_QUERIES and call.queries * call.groups <= DECODE_ROWS
-    if few and call.pointers["rng_ptr"] is None:
+    if _few(call) and call.pointers["rng_ptr"] is None:
         _decode(call, out, lse)
         return
     config = configurations.select("forward", call.shape)
@@ -189,10 +190,25 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     _attention_forward_kernel[(blocks * batch_heads,)](**arguments)
 
 
-def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
+def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
+    """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
+    call = Launch(spec)
+    if not _few(call):
+        return False
+    _decode(call, out, lse, key, value)
+    return True
+
+
+def _few(call: Launch) -> bool:
+    return call.queries <= DECODE_QUERIES and call.queries * call.groups <= DECODE_ROWS
+
+
+def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, new_value=None) -> None:
     spec = call.spec
     config = configurations.select("decode", call.shape)
     config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(call.queries * call.groups)))
+    if new_key is not None:  # registers hold a tile of the cache's end, too
+        config = config._replace(block_n=max(16, config.block_n // 2))
     tiles = call.batch * call.key_heads
     splits = splits_of(tiles, triton.cdiv(call.keys, config.block_n), _multiprocessors(out.device))
     part, part_lse = out, lse
@@ -208,6 +224,10 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
         q_ptr=spec.query,
         k_ptr=spec.key,
         v_ptr=spec.value,
+        new_k_ptr=new_key,
+        new_v_ptr=new_value,
+        **call.strides("nk", spec.key if new_key is None else new_key),
+        **call.strides("nv", spec.value if new_value is None else new_value),
         out_ptr=part,
         lse_ptr=part_lse,
         **call.strides("o", out if splits == 1 else one),
@@ -235,10 +255,11 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     lse = lse.contiguous()
     delta, peak = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
     rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     block = 64
     _attention_delta_kernel[(triton.cdiv(call.queries, block), call.batch * call.heads)](
         out_ptr=out, grad_out_ptr=grad_out, lse_ptr=lse,
-        grad_lse_ptr=None if grad_lse is None else grad_lse.to(torch.float32).contiguous(),
+        grad_lse_ptr=grad_lse,
         delta_ptr=delta, peak_ptr=peak, cu_q_ptr=spec.cu_seqlens_q, **call.strides("o", out), **rows,
         HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block, FOLDED=call.constants["FOLDED"], num_warps=4,
     )  # fmt: skip
@@ -247,14 +268,20 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         "k_ptr": spec.key,
         "v_ptr": spec.value,
         "grad_out_ptr": grad_out,
+        "grad_lse_ptr": None,
         "delta_ptr": delta,
         "peak_ptr": peak,
         "grad_scale": spec.scale,
         **rows,
     }
+    if dbias is not None or dtable is not None or call.keys <= FEW_KEYS:
+        _query_gradient(call, shared | {"grad_lse_ptr": grad_lse}, delta=True)
     _key_gradients(call, shared, dk, dv)
     broadcast = dbias is not None and _broadcasts(call, dbias)
-    _query_gradient(call, shared, dq, None if broadcast else dbias, dtable)
+    apart = dtable is not None and call.head_dim > WIDEST_WITH_TABLE
+    _query_gradient(call, shared, dq, None if broadcast else dbias, None if apart else dtable)
+    if apart:
+        _query_gradient(call, shared, dtable=dtable)
     if broadcast:
         _bias_gradient(call, shared, dbias)
 
@@ -282,11 +309,12 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
     _attention_backward_key_kernel[(blocks * batch_heads,)](**arguments)
 
 
-def _query_gradient(call: Launch, shared, dq, dbias, dtable) -> None:
+def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta: bool = False) -> None:
+    """dQ, dbias and dtable, those that are given, or delta alone."""
     config = configurations.select("backward_query", call.shape)
     blocks = triton.cdiv(call.queries, config.block_m)
     batch_heads = call.batch * call.heads
-    keys_bytes = 2 * call.keys * call.head_dim * dq.element_size()
+    keys_bytes = 2 * call.keys * call.head_dim * call.spec.query.element_size()
     buckets, bucket, bucket_sums = 0, None, None
     if dtable is not None:
         buckets = max(16, triton.next_power_of_2(dtable.shape[0]))
@@ -300,12 +328,13 @@ def _query_gradient(call: Launch, shared, dq, dbias, dtable) -> None:
         dbias_ptr=dbias,
         bucket_ptr=bucket,
         bucket_sums_ptr=bucket_sums,
-        **call.strides("dq", dq),
+        **call.strides("dq", call.spec.query if dq is None else dq),
         **_broadcast_strides("dbias", dbias),
         batch_heads=batch_heads,
         blocks=blocks,
         heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
         BUCKETS=buckets,
+        DELTA=delta,
         DIAGONALS=triton.next_power_of_2(config.block_m + config.block_n),
     )
     _attention_backward_query_kernel[(blocks * batch_heads,)](**arguments)

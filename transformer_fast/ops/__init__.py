@@ -13,6 +13,7 @@ from .attention import (
 from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding_layer_norm
+from .kv_cache_attention import kv_cache_attention
 from .linear import linear, pack_storage, pack_weight, packed_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
@@ -29,6 +30,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "embedding_layer_norm",
+    "kv_cache_attention",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

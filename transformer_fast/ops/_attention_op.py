@@ -58,6 +58,8 @@ def features(spec: AttentionSpec) -> tuple[str, ...]:
     found = []
     if spec.bias is not None:
         found.append("bias")
+    if spec.bottom_right and _placed(spec):
+        found.append("bottom_right")
     if spec.window_right == 0 and spec.window_left < 0:
         found.append("causal")
     if spec.dropout_p:
@@ -79,9 +81,17 @@ def features(spec: AttentionSpec) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _placed(spec: AttentionSpec) -> bool:
+    """Whether the alignment changes the result."""
+    placed = spec.window_left >= 0 or spec.window_right >= 0 or spec.relative_bias is not None
+    same = spec.cu_seqlens_q is spec.cu_seqlens_k and spec.key_lengths is None
+    return placed and not (same and spec.max_seqlen_q == spec.max_seqlen_k)
+
+
 def choose(spec: AttentionSpec) -> Backend:
     q = spec.query
-    return select(Call("attention", q.device.type, q.dtype, q.shape[-1], features(spec)))
+    length = 1 << (max(spec.max_seqlen_q, spec.max_seqlen_k) - 1).bit_length() if q.is_cuda else 0
+    return select(Call("attention", q.device.type, q.dtype, q.shape[-1], features(spec), length))
 
 
 def _out_like(q: torch.Tensor) -> torch.Tensor:

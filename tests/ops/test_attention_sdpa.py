@@ -1,0 +1,150 @@
+"""torch's own attention kernels behind this package's contract (backends/sdpa.py), and the choice among backends."""
+
+import attention_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import transformer_fast as tf
+from transformer_fast import backends
+from transformer_fast.backends import Call, measured
+
+# In float32 torch's CPU kernel has an approximate exp (20 units in the last place): held against torch itself below.
+HALF = [torch.bfloat16, torch.float16]
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "causal_fewer_queries": {"is_causal": True, "queries": 33},
+    "causal_more_queries": {"is_causal": True, "queries": 97, "lengths": [80, 31]},
+    "bottom_right_of_a_square": {"is_causal": True, "causal_alignment": "bottom_right", "queries": 80},
+    "grouped_heads": {"heads": 6, "key_heads": 2},
+    "lengths": {"lengths": [57, 0]},
+    "lengths_and_causal": {"lengths": [57, 0], "is_causal": True},
+    "mask": {"mask_axes": (True, True, True, True)},
+    "mask_of_keys": {"mask_axes": (True, False, False, True), "lengths": [80, 41]},
+    "mask_of_queries": {"mask_axes": (True, False, True, False)},
+    "mask_and_causal": {"mask_axes": (False, True, True, True), "is_causal": True},
+    "scale": {"scale": 0.31},
+    "negative_scale": {"scale": -0.2, "is_causal": True},
+    "zero_scale": {"scale": 0.0},
+}
+
+
+def _case(name, dtype) -> Case:
+    arguments = {"heads": 2, "key_heads": 2, "queries": 60} | CASES[name]
+    return Case(batch=2, keys=80, dim=32, dtype=dtype, **arguments)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", list(CASES))
+def test_features(name):
+    attention_cases.check(_case(name, HALF[len(name) % 2]), name="sdpa")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_float32_is_torch_bit_for_bit(causal):
+    inputs = [torch.randn(2, 3, s, 32, requires_grad=True) for s in (50, 50, 50)]
+    grad = torch.randn(2, 3, 50, 32)
+    with tf.backend("sdpa"):
+        ours = tf.scaled_dot_product_attention(*inputs, is_causal=causal)
+        gradients = torch.autograd.grad(ours, inputs, grad)
+    theirs = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+    assert torch.equal(ours, theirs)
+    for a, b in zip(gradients, torch.autograd.grad(theirs, inputs, grad)):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.data())
+def test_drawn_calls(data):
+    case = attention_cases.draw_case(data.draw)
+    case.dtype = HALF[case.keys % 2]
+    case.packed, case.window, case.softcap, case.dropout_p, case.bias_axes, case.buckets = (
+        False,
+        None,
+        0.0,
+        0.0,
+        None,
+        0,
+    )
+    if case.queries != case.keys or case.lengths:
+        case.causal_alignment = "top_left"
+    attention_cases.check(case, name="sdpa")
+
+
+def test_a_row_that_sees_nothing_is_zero_and_gets_no_gradient():
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    mask = torch.rand(1, 1, 40, 40) > 0.3
+    mask[:, :, :, :5] = False  # causal: the first five rows see nothing
+    with tf.backend("sdpa"):
+        out, lse = tf.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True, return_lse=True)
+        grads = torch.autograd.grad((out, lse), (q, k, v), (torch.randn_like(out), torch.randn_like(lse)))
+    assert out[:, :, :5].eq(0).all() and lse[:, :, :5].eq(-torch.inf).all() and out[:, :, 20:].ne(0).all()
+    assert grads[0][:, :, :5].eq(0).all() and all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"dropout_p": 0.1}, "dropout masks"),
+        ({"softcap": 2.0}, "soft cap"),
+        ({"window": (3, 3)}, "window"),
+        ({"is_causal": True, "causal_alignment": "bottom_right"}, "top-left"),
+        ({"bias": torch.zeros(1, 1, 6, 8)}, "bias"),
+        ({"relative_bias": tf.RelativeBias(torch.zeros(8, 2))}, "relative"),
+    ],
+)
+def test_what_it_lacks_is_said(more, reason):
+    q, k, v = (torch.randn(1, 2, s, 16) for s in (6, 8, 8))
+    with tf.backend("sdpa"), pytest.raises(backends.BackendError, match=reason):
+        tf.scaled_dot_product_attention(q, k, v, **more)
+    packed = torch.randn(8, 2, 16)
+    with tf.backend("sdpa"), pytest.raises(backends.BackendError, match="packed"):
+        tf.varlen_attention(packed, packed, packed, torch.tensor([0, 8]))
+    assert any("not for norm" in r for r in backends.get("sdpa").why_not(Call("norm", "cpu", torch.float32, 8)))
+
+
+@pytest.mark.quick
+def test_it_stands_between_triton_and_plain_torch_on_cuda():
+    assert backends.ORDER["cuda"] == ("triton", "sdpa", "eager")
+    text = tf.explain(Call("attention", "cuda", torch.bfloat16, 64, ("causal",), 512))
+    assert text.index("triton:") < text.index("sdpa:") < text.index("eager:")
+    assert "length 512" in text
+    assert measured.LINES or "not yet run on a GPU" in text
+    odd = backends.get("sdpa").why_not(Call("attention", "cuda", torch.float16, 37))
+    assert odd == ("head dim 37 is not a multiple of 8",)
+
+
+@pytest.mark.quick
+def test_a_measured_line_goes_first(monkeypatch):
+    line = measured.Line(
+        "sdpa", "results/some-device", "attention", "cpu", dtypes=(torch.float32,), sizes=(16, 32), lengths=(0, 128),
+        features=("causal", "key_lengths"),
+    )  # fmt: skip
+    monkeypatch.setattr(measured, "LINES", (line,))
+    backends._select.cache_clear()
+    try:
+        call = Call("attention", "cpu", torch.float32, 16, ("causal",), 128)
+        assert backends.select(call).name == "sdpa"
+        assert "sdpa: chosen (measured fastest: results/some-device)" in tf.explain(call)
+        for other in (
+            {"op": "norm"}, {"device": "cuda"}, {"dtype": torch.float16}, {"size": 64}, {"length": 256},
+            {"features": ("causal", "mask")},
+        ):  # fmt: skip
+            assert measured.line(call._replace(**other)) is None
+        # A line never forces a call on a backend that cannot take it.
+        monkeypatch.setattr(measured, "LINES", (line._replace(features=None),))
+        backends._select.cache_clear()
+        assert backends.select(call._replace(features=("softcap",))).name != "sdpa"
+    finally:
+        backends._select.cache_clear()
+
+
+@pytest.mark.quick
+def test_every_line_says_where_it_was_measured():
+    for line in measured.LINES:
+        assert line.backend in backends.NAMES and line.measured

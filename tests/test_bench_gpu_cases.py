@@ -1,0 +1,93 @@
+"""The GPU's benchmark cases, small and on the CPU: none may fail for a silly reason where there is a GPU at last."""
+
+import pytest
+import torch
+from transformer_fast.benchmarks import run
+from transformer_fast.benchmarks.case import OURS, missing
+from transformer_fast.benchmarks.gpu_cases import gpu_cases
+from transformer_fast.benchmarks.model_cases import gpu_model_cases
+
+OPS = {case.name: case for case in gpu_cases("cpu")}
+MODELS = {case.name: case for case in gpu_model_cases("cpu")}
+ONLY_ON_A_GPU = ("SDPA cuDNN", "Liger")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile gives back what it is given: its own work is not under test, and takes minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function)
+
+
+def _of_each_kind() -> list[str]:
+    """Of all cases that differ in size alone, which a small run does not show, the first."""
+    first: dict[tuple, str] = {}
+    for name, case in OPS.items():
+        first.setdefault((case.group, case.title.split(",")[0].split("(")[0], "causal" in name), name)
+    return list(first.values())
+
+
+@pytest.mark.filterwarnings("ignore")  # flex_attention's, that it is not compiled
+@pytest.mark.parametrize("name", _of_each_kind())
+def test_op_case_runs_small(name, uncompiled):
+    case = OPS[name]
+    inputs, found = case.inputs(True), {}
+    for candidate in case.candidates:
+        if candidate.name in ONLY_ON_A_GPU or missing(candidate, "cuda"):
+            continue
+        if candidate.name == "flex_attention" and case.group not in ("attention-forward", "t5-bias-forward"):
+            continue  # it has no backward pass on the CPU
+        call = candidate.prepare(inputs)
+        call()  # a second time, as it is timed: graphs and caches must outlive the first
+        output = call()
+        if case.result is not None and candidate.comparable:
+            found[candidate.name] = [t.detach().double() for t in run._tensors(case.result(output, inputs))]
+    for candidate, tensors in found.items():
+        assert run._difference(tensors, found[case.peer]) < run.DISAGREEMENT, candidate
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "bert-base" in name])
+def test_model_case_runs_small(name, uncompiled):
+    case = MODELS[name]
+    inputs, found = case.inputs(True), {}
+    for candidate in case.candidates:
+        if candidate.name in (OURS, case.peer, "torch.compile"):
+            output = candidate.prepare(inputs)()
+            found[candidate.name] = output if case.result is None else case.result(output, inputs)
+    assert all(t.isfinite().all() for t in found.values())
+    if case.result is not None:
+        assert all(t.dtype == torch.bfloat16 for t in found.values())
+        assert run._difference([found[OURS].double()], [found[case.peer].double()]) < 2 * run.DISAGREEMENT
+
+
+@pytest.mark.quick
+def test_every_case_says_its_work_its_peer_and_its_bar():
+    cases = {**OPS, **MODELS}
+    for name, case in cases.items():
+        names = [candidate.name for candidate in case.candidates]
+        assert names[0] == OURS and case.peer in names and "/" in name and case.dtype == "bf16"
+        assert case.flops or case.bytes
+        assert case.bar is not None or name == "t5-bias-forward/bf16-b32-s512" or "-s512" in name
+    assert len(cases) == len(gpu_cases("cpu")) + len(gpu_model_cases("cpu"))
+    lengths = {int(name.split("-s")[1].split("-")[0]) for name in OPS if name.startswith("attention-forward")}
+    assert lengths == {512, 1024, 2048, 4096, 8192, 16384}
+
+
+@pytest.mark.quick
+def test_plots_understand_every_attention_case():
+    from transformer_fast.benchmarks import plot
+
+    for name, case in OPS.items():
+        if case.group.startswith("attention-"):
+            panel = plot._panel({"case": name, "shape": case.shape, "dtype": case.dtype})
+            assert panel.startswith("bf16, D ") and ("causal" in panel) == ("causal" in name)
+
+
+@pytest.mark.quick
+def test_a_bar_may_ask_for_a_share_of_the_ceiling():
+    row = {"candidate": OURS, "note": "", "peak_memory_mb": "", "ratio_to_peer": "1.2"}
+    case = OPS["norm-forward/bf16-layer-norm-4096x768"]
+    timings = {OURS: run.Timing([1.0]), case.peer: run.Timing([1.2])}
+    for share, met in (("0.9", "yes"), ("0.85", "no")):
+        mine = row | {"share_of_ceiling": share}
+        run._judge([mine], case, timings)
+        assert mine["met"] == met and mine["bar"].endswith("88% of the ceiling")

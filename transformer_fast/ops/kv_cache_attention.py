@@ -1,0 +1,103 @@
+"""Attention of new tokens on a preallocated cache of keys and values, which it extends in place."""
+
+import torch
+
+from ..backends import memory
+from . import _common
+from ._attention_op import AttentionSpec, _lse_shape, _out_like, _unit_stride, choose
+from .attention import RelativeBias, _check_lengths, _check_qkv, _check_relative, _check_window, _scale
+
+
+def _forward(query, key, value, key_cache, value_cache, lengths, table, distance, bidirectional, scale, left, softcap):
+    n, capacity = query.shape[2], key_cache.shape[2]
+    spec = AttentionSpec(
+        query, key_cache, value_cache, None, None, lengths, None, None, n, capacity, table, distance, bidirectional,
+        None, scale, 1, left, 0, softcap, 0.0,
+    )  # fmt: skip
+    out = _out_like(query)
+    lse = memory.empty(_lse_shape(query), torch.promote_types(query.dtype, torch.float32), query.device)
+    if out.numel() == 0:
+        return out, lse
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    chosen = choose(spec)
+    if key_cache.stride(-1) == value_cache.stride(-1) == 1:
+        chosen.attention_append(spec._replace(query=query), key, value, out, lse)
+        return out, lse
+    whole = _unit_stride(spec)
+    chosen.attention_append(whole, key, value, out, lse)
+    for cache, filled in ((key_cache, whole.key), (value_cache, whole.value)):
+        if cache is not filled:
+            cache.copy_(filled)
+    return out, lse
+
+
+def _fake(query, *_):
+    b, h, n, d = query.shape
+    lse = query.new_empty((b, h, n), dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty((b, n, h, d)).transpose(1, 2), lse
+
+
+_op = _common.define(
+    "kv_cache_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_lengths, "
+    "Tensor? relative_bias, int relative_max_distance, bool relative_bidirectional, float scale, int window_left, "
+    "float softcap) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+
+
+def kv_cache_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    relative_bias: RelativeBias | None = None,
+    return_lse: bool = False,
+):
+    """Writes key and value behind the cached ones, then softmax(scale * Q K^T) V over all of them, causal.
+
+    query: (B, H, S, D), key, value: (B, Hk, S, D): S new tokens a sequence, H % Hk == 0. key_cache, value_cache:
+        (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new row i. cache_lengths: (B,) int, rows
+        in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked on a GPU: reading it waits).
+    New token i stands at position cache_lengths[b] + i and sees the keys up to there, within `window`'s left side.
+    The rest as in scaled_dot_product_attention; float16, bfloat16, float32 (float64 in plain PyTorch).
+
+    Returns (B, H, S, D), and with return_lse also the log-sum-exp (B, H, S). No gradients: raises RuntimeError where
+    one is wanted; TypeError or ValueError naming an argument. The Triton kernel appends in the launch that attends.
+    Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+    """
+    _common.check_floating("query", query)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() != 4:
+            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
+    _check_qkv(query, key, value)
+    b, _, n, d = query.shape
+    for name, t in (("key", key), ("value", value)):
+        if t.shape[0] != b or t.shape[2] != n:
+            raise ValueError(f"{name}: wanted batch {b} and {n} new rows as query has, got shape {tuple(t.shape)}")
+    wanted = (b, key.shape[1], key_cache.shape[2] if key_cache.dim() == 4 else "capacity", d)
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _common.check_same(name, t, "query", query)
+        if tuple(t.shape) != wanted:
+            raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(t.shape)}")
+    if n > key_cache.shape[2]:
+        raise ValueError(f"key_cache: wanted room for {n} new rows, got {key_cache.shape[2]}")
+    _check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, key_cache, value_cache)):
+        raise RuntimeError("kv_cache_attention has no gradient: call it under torch.no_grad()")
+    _common.check_finite("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap!r}")
+    table, distance, bidirectional = _check_relative(relative_bias, query)
+    out, lse = _op(
+        query, key, value, key_cache, value_cache, cache_lengths, table, distance, bidirectional, _scale(scale, d),
+        _check_window(window)[0], float(softcap),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
