@@ -83,11 +83,25 @@ def test_verify_our_own_class(bert):
             assert any(dtype in line and padding in line and "gradients" in line for line in result.output.splitlines())
 
 
-@pytest.mark.parametrize("build", [DECODERS["gemma2"], SEQ2SEQ["t5"], vit], ids=["gemma2", "t5", "vit"])
+def mt5():
+    from transformers import MT5Config, MT5ForConditionalGeneration
+
+    config = MT5Config(**SEQ2SEQ["t5"]().config.to_diff_dict() | {"model_type": "mt5"})
+    return MT5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("build", [DECODERS["gemma2"], mt5, vit], ids=["gemma2", "mt5", "vit"])
 def test_verify_through_accelerate(build, tmp_path):
     build().save_pretrained(tmp_path)
     result = verification.verify(tmp_path, dtypes=["fp32", "bf16"])
     assert result.same and result.through.startswith("transformer_fast.accelerate: attention, ")
+    assert all(row.same for row in result.rows)
+
+
+def test_verify_our_own_encoder_decoder(tmp_path):
+    SEQ2SEQ["t5"]().save_pretrained(tmp_path)
+    result = verification.verify(tmp_path, dtypes=["fp32", "bf16"])
+    assert result.same and result.through == "transformer_fast.T5ForConditionalGeneration"
     assert all(row.same for row in result.rows)
 
 
