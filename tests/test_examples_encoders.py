@@ -1,8 +1,10 @@
-"""The examples on encoders, shortened and with a tiny random checkpoint: what they print, save and draw."""
+"""The examples on encoders and GPT-2, shortened and with a tiny random checkpoint: what they print, save and draw."""
 
 import importlib.util
 import pathlib
+import re
 import sys
+import types
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def checkpoint(tmp_path_factory):
     """A tiny BERT with a WordPiece tokenizer trained on the examples' own data."""
     folder = tmp_path_factory.mktemp("checkpoint")
     made = BertWordPieceTokenizer()
-    files = [str(path) for path in sorted((EXAMPLES / "data").iterdir())]
+    files = [str(EXAMPLES / "data" / name) for name in ("entities.conll", "questions.json", "reviews.tsv")]  # English
     made.train(files, vocab_size=600, show_progress=False)
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     made.save(str(folder / "tokenizer.json"))
@@ -40,20 +42,27 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def run(checkpoint, tmp_path, capsys):
+def load(monkeypatch):
+    """An example as a module."""
+
+    def start(name: str):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return start
+
+
+@pytest.fixture
+def run(checkpoint, load, tmp_path, capsys):
     """Run an example's main with arguments; (its result, what it printed, its output folder)."""
 
     def start(name: str, *arguments: str):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-            given = ["--checkpoint", str(checkpoint), "--output", str(tmp_path), *arguments]
-            result = module.main(module.parse(given))
-        finally:
-            del sys.modules[name]
-        return result, capsys.readouterr().out, tmp_path
+        module = load(name)
+        given = ["--checkpoint", str(checkpoint), "--output", str(tmp_path), *arguments]
+        return module.main(module.parse(given)), capsys.readouterr().out, tmp_path
 
     return start
 
@@ -97,10 +106,8 @@ def test_reading_answers(run):
     assert (folder / "model" / "model.safetensors").is_file()
 
 
-def test_answers_are_where_the_data_say(checkpoint):
-    spec = importlib.util.spec_from_file_location("reading_answers", EXAMPLES / "reading_answers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_answers_are_where_the_data_say(checkpoint, load):
+    module = load("reading_answers")
     rows = module.read(module.DATA)
     assert len(rows) == 800
     for row in rows:
@@ -110,3 +117,105 @@ def test_answers_are_where_the_data_say(checkpoint):
     for i, row in enumerate(rows[:8]):
         ids = batch["input_ids"][i, batch["start_positions"][i] : batch["end_positions"][i] + 1]
         assert tokenizer.decode(ids).replace(" ", "") == row["answer"].lower().replace(" ", "")
+
+
+def test_pretrain_new_language(run):
+    (before, after), printed, folder = run("pretrain_new_language", "--steps", "40", "--lr", "5e-3")
+    assert f"loss of 21 held-out sentences: {before:.3f} -> {after:.3f}" in printed and after < 0.95 * before
+    assert is_picture(folder / "pretrain_new_language.png")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    model = tf.BertForMaskedLM.from_pretrained(folder / "model")
+    assert model.config.vocab_size == len(tokenizer) == len(model.get_output_embeddings().bias)
+    assert tokenizer("La ĉevalo kuras.").tokens()[:2] == ["[CLS]", "la"]
+    assert "[UNK]" not in tokenizer("La ĉevalo kuras.").tokens()
+
+
+def test_new_vocabulary_keeps_the_shared_embeddings(checkpoint, load):
+    example = load("pretrain_new_language")
+    known, held_out = example.read(example.DATA)
+    assert len(known) + len(held_out) == 162 and not set(known) & set(held_out)
+    old, new = transformers.AutoTokenizer.from_pretrained(checkpoint), example.build_tokenizer(known, 300)
+    model = tf.BertForMaskedLM.from_pretrained(checkpoint)
+    was = model.get_input_embeddings().weight.detach().clone()
+    shared = set(old.get_vocab()) & set(new.get_vocab())
+    assert example.replace_vocabulary(model, old, new) == len(shared) < len(new)
+    now = model.get_input_embeddings().weight
+    for token, i in new.get_vocab().items():
+        expected = was[old.get_vocab()[token]] if token in shared else was.mean(0)
+        assert torch.equal(now[i], expected)
+    assert model.get_output_embeddings().weight is now
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_looking_at_attention(installed, run, monkeypatch):
+    calls = []
+
+    def head_view(attention, tokens, html_action):
+        calls.append((attention, tokens, html_action))
+        return types.SimpleNamespace(data=f"<div>view {len(calls)}</div>")
+
+    # None in sys.modules makes the import fail
+    bertviz = types.SimpleNamespace(head_view=head_view) if installed else None
+    monkeypatch.setitem(sys.modules, "bertviz", bertviz)
+    sentences = ["Was the film <good>?", "It put half the room to sleep."]
+    strongest, printed, folder = run("looking_at_attention", "--layer", "1", "--sentences", *sentences)
+    assert "BertModel: 4 layers of 2 heads; 2 sentences" in printed
+    for place, (layer, head, share) in strongest.items():
+        assert f"layer {layer} head {head:2} looks most at {place:16}  {share:.0%}" in printed
+        assert 0 <= layer < 4 and 0 <= head < 2 and 0 < share < 1
+    assert is_picture(folder / "looking_at_attention.png")
+    page = folder / "looking_at_attention.html"
+    assert page.exists() == installed and ("install bertviz" in printed) == (not installed)
+    if installed:
+        text = page.read_text(encoding="utf-8")
+        assert "<h3>Was the film &lt;good&gt;?</h3>\n<div>view 1</div>" in text and "<div>view 2</div>" in text
+        for attention, tokens, action in calls:
+            assert action == "return" and len(attention) == 4 and tokens[-1] in "?."
+            assert all(layer.shape == (1, 2, len(tokens), len(tokens)) for layer in attention)
+            torch.testing.assert_close(torch.stack(attention).sum(-1), torch.ones(4, 1, 2, len(tokens)))
+
+
+def test_habits(load):
+    before = torch.diag(torch.ones(4), -1)
+    before[0, 0] = 1.0
+    itself, separator = torch.eye(5), torch.zeros(5, 5)
+    separator[:, -1] = 1.0
+    found = load("looking_at_attention").habits(
+        (torch.stack([before, itself])[None], torch.stack([itself, separator])[None])
+    )
+    assert found["the token before"].tolist() == [[1, 0], [0, 0]]
+    assert torch.equal(found["the token itself"], torch.tensor([[0.2, 1.0], [1.0, 0.2]]))
+    assert found["the separator"].tolist() == [[0, 0], [0, 1]]
+
+
+def test_text_generation(load, tmp_path, capsys):
+    example = load("text_generation")
+    arguments = ["--vocabulary", "400", "--size", "32", "--layers", "2", "--steps", "30", "--batch-size", "4"]
+    arguments += ["--lr", "1e-2", "--new-tokens", "12", "--beams", "3", "--output", str(tmp_path)]
+    found = example.main(example.parse(arguments))
+    printed = capsys.readouterr().out
+    first, last, held_out = map(
+        float, re.search(r"loss ([.\d]+) -> ([.\d]+), of held-out lives ([.\d]+)", printed).groups()
+    )
+    assert last < 0.8 * first and held_out < 0.8 * first
+    assert list(found) == ["greedy", "sampled", "3 beams"]
+    for way, texts in found.items():
+        for text, beginning in zip(texts, example.BEGINNINGS, strict=True):
+            assert text.startswith(beginning) and f"{way:8} {text!r}" in printed
+    assert is_picture(tmp_path / "text_generation.png")
+    model = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    batch = tokenizer(example.END + example.BEGINNINGS[0], return_tensors="pt")
+    ids = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == found["greedy"][0]
+
+
+def test_lives_are_learned_whole(load):
+    example = load("text_generation")
+    known, held_out = example.read(example.DATA)
+    assert len(known) == 90 and len(held_out) == 10
+    tokenizer = example.build_tokenizer(known, 400)
+    batch = example.encode(known[:3], tokenizer)
+    for ids, mask, labels, life in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], known):
+        assert tokenizer.decode(ids[mask]) == example.END + life + example.END
+        assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()

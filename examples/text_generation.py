@@ -1,0 +1,159 @@
+"""Text generation: train a small GPT-2 and its tokenizer from nothing, then let it write in three ways.
+
+    python examples/text_generation.py
+
+The 100 short lives of data/questions.json, made from phrases, are the text: a byte-level BPE tokenizer is trained on
+them, then a GPT-2 of 4 layers learns to write such lives. From the same beginnings it continues greedily, by sampling
+and by beam search. Saved: the model with its tokenizer, and a picture of the learning curve.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+
+import matplotlib
+import tokenizers
+import torch
+import transformers
+from tqdm import tqdm
+
+import transformer_fast as tf
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DATA = pathlib.Path(__file__).resolve().parent / "data" / "questions.json"
+END = "<|endoftext|>"
+BEGINNINGS = ["Kenji Dubois was born in", "The first teacher was"]
+HELD_OUT = 10  # every tenth life is never trained on
+
+
+def read(path: pathlib.Path) -> tuple[list[str], list[str]]:
+    """(lives to learn from, lives held out)."""
+    lives = json.loads(path.read_text(encoding="utf-8"))["contexts"]
+    known, held_out = ([life for i, life in enumerate(lives) if (i % HELD_OUT == 0) == held] for held in (False, True))
+    return known, held_out
+
+
+def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `size` tokens; pads on the left, as generation needs."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, vocab_size=size, special_tokens=[END], show_progress=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, bos_token=END, eos_token=END, pad_token=END, padding_side="left"
+    )
+
+
+def encode(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:
+    """A batch of whole texts between two END, padded on the right; what is padded is not learned."""
+    rows = [torch.tensor(tokenizer(END + text + END)["input_ids"]) for text in texts]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def build_model(tokenizer, arguments: argparse.Namespace) -> tf.GPT2LMHeadModel:
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=arguments.size, n_layer=arguments.layers, n_head=4,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return tf.GPT2LMHeadModel(config)
+
+
+def train(
+    model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace
+) -> tuple[list[float], dict[int, float]]:
+    """Losses of the steps, and of the held-out lives every tenth of the way."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
+    validation, rng = encode(held_out, tokenizer), random.Random(arguments.seed)
+    losses, checked = [], {}
+    bar = tqdm(range(arguments.steps), desc="training", unit="step")
+    for step in bar:
+        loss = model.train()(**encode(rng.sample(known, arguments.batch_size), tokenizer)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % max(1, arguments.steps // 10) == 0:
+            with torch.no_grad():
+                checked[step + 1] = model.eval()(**validation).loss.item()
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{list(checked.values() or [float('nan')])[-1]:.3f}")
+    return losses, checked
+
+
+def write(folder: pathlib.Path, beginnings: list[str], arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """How it was written -> one text a beginning."""
+    ways = {
+        "greedy": {"do_sample": False},
+        "sampled": {"do_sample": True, "temperature": arguments.temperature, "top_p": 0.95},
+        f"{arguments.beams} beams": {"do_sample": False, "num_beams": arguments.beams, "early_stopping": True},
+    }
+    generator = tf.pipeline("text-generation", str(folder))
+    found = {}
+    for way, settings in tqdm(ways.items(), desc="writing", unit="way"):
+        transformers.set_seed(arguments.seed)
+        config = transformers.GenerationConfig.from_model_config(generator.model.config)
+        config.update(max_new_tokens=arguments.new_tokens, **settings)
+        answers = generator([END + text for text in beginnings], generation_config=config, return_full_text=False)
+        found[way] = [text + answer[0]["generated_text"] for text, answer in zip(beginnings, answers)]
+    return found
+
+
+def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
+    axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out lives")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy of a token")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the tokenizer")
+    parser.add_argument("--size", type=int, default=128, help="width of the model")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--beginnings", nargs="+", default=BEGINNINGS, metavar="TEXT", help="to be continued")
+    parser.add_argument("--new-tokens", type=int, default=40, help="to write, at most")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("text_generation"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    transformers.set_seed(arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    known, held_out = read(DATA)
+    tokenizer = build_tokenizer(known, arguments.vocabulary)
+    model = build_model(tokenizer, arguments)
+    print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens; "
+          f"learns from {len(known)} lives")  # fmt: skip
+    losses, checked = train(model, tokenizer, known, held_out, arguments)
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, of held-out lives {list(checked.values())[-1]:.3f}")
+    folder, picture = arguments.output / "model", arguments.output / "text_generation.png"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    draw(losses, checked, picture)
+    found = write(folder, arguments.beginnings, arguments)
+    for way, texts in found.items():
+        for text in texts:
+            print(f"  {way:8} {text!r}")
+    print(f"saved {picture} and the model in {folder}")
+    return found
+
+
+if __name__ == "__main__":
+    main(parse())
