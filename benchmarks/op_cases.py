@@ -291,7 +291,8 @@ def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str
 
     candidates = [
         Candidate(OURS, plain(ours)),
-        Candidate(BARE, lambda _: bare_kernel(ours), works_on=("cpu",)),
+        # In no_grad too: entering it is no part of a call.
+        Candidate(BARE, lambda _: plain(bare_kernel(ours))(None), works_on=("cpu",)),
     ]
     if theirs is not None:
         candidates.append(Candidate(TORCH, plain(theirs)))
