@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -33,6 +32,7 @@ from ..layers.projection import dropout_p, lay_out, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, activation_name, check_inputs, read_flags
 from ._loading import LoadingErrors
+from ._noam_schedule import noam_schedule
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
 from ._sinusoids import SinusoidalPositions
@@ -140,17 +140,6 @@ class TransformerConfig(PreTrainedConfig):
                 f"tie_word_embeddings {self.tie_word_embeddings}"
             )
         super().__post_init__(**kwargs)
-
-
-def noam_schedule(optimizer: torch.optim.Optimizer, d_model: int, warmup: int = 4000) -> LambdaLR:
-    """lr = optimizer's lr * d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), step = 1, 2, ...
-
-    The paper's with an optimizer of lr 1 (Adam, betas (0.9, 0.98), eps 1e-9): linear for `warmup` steps, then with the
-    inverse square root. Call step() after each optimizer step. Source: Vaswani et al., 2017, section 5.3.
-    """
-    if d_model < 1 or warmup < 1:
-        raise ValueError(f"d_model, warmup: wanted numbers from 1 on, got {d_model} and {warmup}")
-    return LambdaLR(optimizer, lambda step: d_model**-0.5 * min((step + 1) ** -0.5, (step + 1) * warmup**-1.5))
 
 
 class TransformerAttention(nn.Module):
