@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from hf_models import DECODERS, ENCODERS, SEQ2SEQ, TEXT, batch, cast, pooled, run, run_with_gradients, truth, vit
-from numerics import GRADIENT, assert_as_accurate
+from hf_models import DECODERS, ENCODERS, SEQ2SEQ, TEXT, batch, cast, run, run_with_gradients, truth, vit
+from numerics import GRADIENT, assert_as_accurate, pooled
 
 import transformer_fast  # noqa: F401  registers the implementation
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from numerics import GRADIENT, assert_as_accurate
+from numerics import GRADIENT, assert_as_accurate, pooled
 
 import transformer_fast
 
@@ -66,11 +66,7 @@ def test_gradients_by_torch_func(case):
     _at_tokens(wide(ids, mask).last_hidden_state, mask).square().sum().backward()
     truth = {name: p.grad for name, p in wide.named_parameters() if p.grad is not None}
     plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    # One vector, each parameter by its true size; a key's bias has no gradient but rounding.
-    top = max(g.abs().max().item() for g in truth.values())
-    size = {name: max(g.abs().max().item(), 0.05 * top) for name, g in truth.items()}
-    pooled = [torch.cat([(g[n] / size[n]).flatten() for n in size]) for g in (found, truth, plain)]
-    assert_as_accurate(*pooled, GRADIENT)
+    assert_as_accurate(*(pooled(g, truth) for g in (found, truth, plain)), GRADIENT)
 
 
 @pytest.mark.parametrize(
