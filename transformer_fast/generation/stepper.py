@@ -72,7 +72,7 @@ class Stepper(Protocol):
 
 
 # (module, class): the first that can decode a prompt is used.
-_STEPPERS = (("native_step", "NativeStepper"), ("model_step", "ModelStepper"))
+_STEPPERS = (("native_step", "NativeStepper"), ("graph_step", "GraphStepper"), ("model_step", "ModelStepper"))
 
 
 def choose_stepper(model: Any, prompt: Prompt) -> Stepper | None:
