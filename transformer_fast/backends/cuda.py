@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +12,8 @@ from .philox import keep_scale, threshold
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
 _OPS: dict[str, str] = {"norm": "cuda_norm_forward"}
+# What its kernels do not take beyond that: reasons, empty when they take the call.
+_REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
 _CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
 _ops = torch.ops.transformer_fast
@@ -85,17 +88,19 @@ class CudaBackend(Backend):
             reasons.append(f"there is no CUDA kernel for {call.op}")
         elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
             reasons.append(f"the CUDA kernels of {call.op} were not compiled")
+        if call.op in _REFUSES:
+            reasons += _REFUSES[call.op](call)
         return tuple(reasons)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         dtype = spec.x.dtype
-        _ops.cuda_norm_forward(
+        _ops.cuda_norm_forward.default(
             spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), spec.rng, spec.eps,
             spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
         )  # fmt: skip
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
-        _ops.cuda_norm_backward(
+        _ops.cuda_norm_backward.default(
             grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), mean, rstd, spec.rng,
             threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight, grad_bias,
         )  # fmt: skip
