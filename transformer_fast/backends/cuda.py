@@ -2,15 +2,18 @@
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 
-from . import Backend, Call, native, verified
+from . import Backend, Call, cuda_attention, native, verified
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
 _OPS: dict[str, str] = {"attention": "cuda_attention_forward", "norm": "cuda_norm_forward"}
+# What its kernels do not take beyond that: reasons, empty when they take the call.
+_REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {"attention": cuda_attention.why_not}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
 _CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
 _ops = torch.ops.transformer_fast
@@ -92,10 +95,8 @@ class CudaBackend(Backend):
             reasons.append(f"there is no CUDA kernel for {call.op}")
         elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
             reasons.append(f"the CUDA kernels of {call.op} were not compiled")
-        elif call.op == "attention":
-            from . import cuda_attention
-
-            reasons.extend(cuda_attention.why_not(call))
+        if call.op in _REFUSES:
+            reasons += _REFUSES[call.op](call)
         return tuple(reasons)
 
     def attention_forward(self, spec, out, lse) -> None:
