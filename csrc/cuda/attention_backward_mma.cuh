@@ -149,6 +149,15 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* ou
   }
 }
 
+// x, of which the compiler knows nothing: what is computed from it within a loop stays there, where hoisting it would
+// cost more registers than there are.
+TF_DEVICE int opaque(int x) {
+#ifndef TF_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- delta -----------------------------------------------------------------------------------------------------------
 TF_DEVICE int64_t lse_place(const AttentionBackward& a, const Head& head) {
   return head.b * a.lse_batch + head.h * a.lse_head + head.first_q;
@@ -212,11 +221,14 @@ struct BackwardMemory {
 // Sums of dS by distance for one block of queries: (2 * reach + 1) of its own, each element added by one thread in one
 // order; what lies at the ends and beyond stays in registers until finish().
 struct DistanceSums {
-  float* sums;
   float low, high;
 
+  static TF_DEVICE float* place(const BackwardCall& p, const Head& head, int block) {
+    return p.drelative + (int64_t(head.b * p.heads + head.h) * p.blocks + block) * (2 * p.reach + 1);
+  }
+
   template <int COLUMNS, int E>
-  TF_DEVICE void add(const Attention& p, const Head& head, int first, int mine, int start, float (&ds)[E],
+  TF_DEVICE void add(const BackwardCall& p, const Head& head, int first, int mine, int start, float (&ds)[E],
                      float* scores) {
     constexpr int kPitch = COLUMNS + 1;
     const int nearest = start - (first + kBackwardRows - 1 + head.offset);
@@ -240,11 +252,12 @@ struct DistanceSums {
       float sum = 0.f;
       for (int row = max(0, -diagonal); row < min(kBackwardRows, COLUMNS - diagonal); ++row)
         sum += load_shared(scores + (row * kPitch + row + diagonal));
-      store(sums + (distance + reach), load(sums + (distance + reach)) + sum);
+      float* const to = place(p, head, first / kBackwardRows) + (distance + reach);
+      store(to, load(to) + sum);
     }
   }
 
-  TF_DEVICE void finish(int reach, float* shared) {
+  TF_DEVICE void finish(const BackwardCall& p, const Head& head, int first, float* shared) {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       low += __shfl_xor_sync(0xffffffffu, low, step);
@@ -259,7 +272,7 @@ struct DistanceSums {
     if (threadIdx.x < 2) {
       float sum = 0.f;
       for (int w = 0; w < 4; ++w) sum += load_shared(shared + (4 * threadIdx.x + w));
-      store(sums + 2 * reach * int(threadIdx.x), sum);
+      store(place(p, head, first / kBackwardRows) + 2 * p.reach * int(threadIdx.x), sum);
     }
   }
 };
@@ -289,41 +302,38 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
   const int total = kKeys ? tiles * groups : tiles;
 
   const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: the first row of this warp
-  const auto q_rows = [&](int h) {
-    return head_rows(static_cast<const T*>(p.q), p.q_rows, head.b, h, head.first_q);
+  const auto load_queries = [&](auto rows, T* tile, const void* base, const Rows& strides, int h, int start) {
+    load_rows<D, decltype(rows)::value, kBackwardThreads>(
+        tile, head_rows(static_cast<const T*>(base), strides, opaque(head.b), h, head.first_q), strides.row, start,
+        head.queries, p.dim, p.aligned);
   };
-  const auto grad_rows = [&](int h) {
-    return head_rows(static_cast<const T*>(p.grad_out), p.grad_out_rows, head.b, h, head.first_q);
+  const auto load_keys = [&](auto rows, T* tile, const void* base, const Rows& strides, int start) {
+    load_rows<D, decltype(rows)::value, kBackwardThreads>(
+        tile, head_rows(static_cast<const T*>(base), strides, opaque(head.b), head.key_head, head.first_k), strides.row,
+        start, head.keys, p.dim, p.aligned);
   };
-  const T* const k_rows = head_rows(static_cast<const T*>(p.k), p.k_rows, head.b, head.key_head, head.first_k);
-  const T* const v_rows = head_rows(static_cast<const T*>(p.v), p.v_rows, head.b, head.key_head, head.first_k);
-
   const auto load_resident = [&] {
-    const auto load_one = [&](T* tile, const T* rows, int64_t stride) {
-      load_rows<D, kBackwardRows, kBackwardThreads>(tile, rows, stride, first, used, p.dim, p.aligned);
-    };
+    constexpr std::integral_constant<int, kBackwardRows> rows;
     if constexpr (kKeys) {
-      load_one(resident1, k_rows, p.k_rows.row);
-      if constexpr (kFirst) load_one(resident2, v_rows, p.v_rows.row);
+      load_keys(rows, resident1, p.k, p.k_rows, first);
+      if constexpr (kFirst) load_keys(rows, resident2, p.v, p.v_rows, first);
     } else {
-      load_one(resident1, q_rows(head.h), p.q_rows.row);
-      load_one(resident2, grad_rows(head.h), p.grad_out_rows.row);
+      load_queries(rows, resident1, p.q, p.q_rows, head.h, first);
+      load_queries(rows, resident2, p.grad_out, p.grad_out_rows, head.h, first);
     }
   };
   const auto streamed = [&](int n) {
     return reinterpret_cast<T*>(memory + Memory::kStreamed) + n % Tile::kStages * 2 * Tile::kStreamed;
   };
   const auto load_streamed = [&](int n, int h, int start) {
-    const auto load_one = [&](T* tile, const T* rows, int64_t stride, int limit) {
-      load_rows<D, kColumns, kBackwardThreads>(tile, rows, stride, start, limit, p.dim, p.aligned);
-    };
+    constexpr std::integral_constant<int, kColumns> rows;
     T* const tile = streamed(n);
     if constexpr (kKeys) {
-      load_one(tile, q_rows(h), p.q_rows.row, head.queries);
-      load_one(tile + Tile::kStreamed, grad_rows(h), p.grad_out_rows.row, head.queries);
+      load_queries(rows, tile, p.q, p.q_rows, h, start);
+      load_queries(rows, tile + Tile::kStreamed, p.grad_out, p.grad_out_rows, h, start);
     } else {
-      load_one(tile, k_rows, p.k_rows.row, head.keys);
-      load_one(tile + Tile::kStreamed, v_rows, p.v_rows.row, head.keys);
+      load_keys(rows, tile, p.k, p.k_rows, start);
+      load_keys(rows, tile + Tile::kStreamed, p.v, p.v_rows, start);
     }
     cp_async_commit();
   };
@@ -349,7 +359,7 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
     }
   };
 
-  float peak[2], delta[2], row_sums[2] = {};
+  float peak[2], delta[2];  // delta: with delta_only what has been summed of it
   if constexpr (!kKeys) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -362,15 +372,9 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
   float sum1[kFirst ? D / 2 : 4] = {}, sum2[kSecond ? D / 2 : 4] = {};
   const float to_log2 = RICH ? kLog2e : p.scale * kLog2e;
   const float keep_scale = RICH && p.threshold ? p.keep_scale : 1.f;
-  Dropout dropout{};
   Kept kept{};
   int kept_group = -1;
   DistanceSums by_distance{};
-  if constexpr (RICH && !kKeys) {
-    if (p.threshold) dropout = dropout_of(p, head);
-    if (p.drelative)
-      by_distance.sums = p.drelative + (int64_t(head.b * p.heads + head.h) * p.blocks + at.block) * (2 * p.reach + 1);
-  }
 
   int next_h = head.h, next_start = range.begin;
   if (total > 0) {
@@ -396,7 +400,7 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
 
     const T* const tile1 = streamed(n);
     const T* const tile2 = tile1 + Tile::kStreamed;
-    const int query0 = kKeys ? start : mine, key0 = kKeys ? mine : start;
+    const int own = RICH ? opaque(mine) : mine, query0 = kKeys ? start : own, key0 = kKeys ? own : start;
     float s[kScores] = {}, ds[kFirst ? kScores : 1] = {}, slope[RICH ? kScores : 1];
     if constexpr (kFirst) multiply_rows<D>(resident2, tile2, ds);  // dP, until the loop below
     multiply_rows<D>(resident1, tile1, s);
@@ -404,16 +408,16 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
     if (!is_inner<kColumns>(range, start)) mask_edges<kKeys>(p, head, query0, key0, s);
     if (RICH && !kKeys && p.threshold && start / 128 != kept_group) {
       kept_group = start / 128;
-      kept = kept_of(dropout, mine, start);
+      kept = kept_of(dropout_of(p, head), own, start);
     }
 #pragma unroll
     for (int c = 0; c < kColumns / 8; ++c) {
       const int column = 8 * c + lane % 4 * 2;
       Vec<float, 2> peaks{}, deltas{};
       if constexpr (kKeys) {
-        const float* const mine = statistics + (n % 2 * Memory::kStatistics + column);
-        peaks = load_shared_vec<2>(mine);
-        if constexpr (kFirst) deltas = load_shared_vec<2>(mine + kColumns);
+        const float* const both = statistics + (n % 2 * Memory::kStatistics + column);
+        peaks = load_shared_vec<2>(both);
+        if constexpr (kFirst) deltas = load_shared_vec<2>(both + kColumns);
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -431,8 +435,8 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         s[4 * c + e] = keep ? prob : 0.f;
         if constexpr (kFirst) {
           const float dp = keep ? ds[4 * c + e] * keep_scale : 0.f;
-          if (RICH && !kKeys) row_sums[e / 2] += prob * dp;
           ds[4 * c + e] = prob * (dp - (kKeys ? deltas.v[e % 2] : delta[e / 2]));
+          if (RICH && !kKeys && p.delta_only) delta[e / 2] += prob * dp;
         }
       }
     }
@@ -440,13 +444,13 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
     if constexpr (RICH && !kKeys) {
       if (p.dbias) {
         float* const base = p.dbias + (head.b * p.dbias_stride[0] + head.h * p.dbias_stride[1]);
-        for_each_score<false>(ds, mine, start, [&](float& x, int i, int j) {
+        for_each_score<false>(ds, own, start, [&](float& x, int i, int j) {
           if (i < head.queries && j < head.keys) store(base + (i * p.dbias_stride[2] + j * p.dbias_stride[3]), x);
         });
       }
-      if (by_distance.sums) {
+      if (p.drelative) {
         if (Tile::kStages == 1) __syncthreads();  // nobody reads V any more
-        by_distance.add<kColumns>(p, head, first, mine, start, ds, reinterpret_cast<float*>(memory + Memory::kScores));
+        by_distance.add<kColumns>(p, head, first, own, start, ds, reinterpret_cast<float*>(memory + Memory::kScores));
       }
     }
     if constexpr (kFirst) {
@@ -474,12 +478,12 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
                     mine, used, stored, p.dim, p.aligned);
   } else {
     if constexpr (RICH) {
-      if (by_distance.sums) by_distance.finish(p.reach, reinterpret_cast<float*>(memory + Memory::kScores));
+      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(memory + Memory::kScores));
       if (p.delta_only) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = mine + lane / 4 + 8 * half;
-          float sum = row_sums[half];
+          float sum = delta[half];
           sum += __shfl_xor_sync(0xffffffffu, sum, 1);
           sum += __shfl_xor_sync(0xffffffffu, sum, 2);
           if (lane % 4 == 0 && row < head.queries) store_delta(p, head, row, sum);
