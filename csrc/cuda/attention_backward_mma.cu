@@ -58,13 +58,9 @@ void gradients(const AttentionBackward& a, Stream stream) {
 template <class T>
 void choose(const AttentionBackward& a, Stream stream) {
   const bool plain = is_plain(a);
-#ifdef TF_ONLY64
-  if (a.dim <= 64) return plain ? gradients<T, 64, false>(a, stream) : gradients<T, 64, true>(a, stream);
-#else
   if (a.dim <= 64) return plain ? gradients<T, 64, false>(a, stream) : gradients<T, 64, true>(a, stream);
   if (a.dim <= 128) return plain ? gradients<T, 128, false>(a, stream) : gradients<T, 128, true>(a, stream);
   return gradients<T, 256, true>(a, stream);
-#endif
 }
 
 }  // namespace
