@@ -32,6 +32,32 @@ void launch(const BackwardCall& call, Stream stream) {
   TF_LAUNCH(kernel, dim3(unsigned(call.blocks) * call.batch * heads), dim3(kBackwardThreads), bytes, stream, call);
 }
 
+template <class T, int D>
+void bias_gradient(const BackwardCall& call, Stream stream) {
+  using Tile = BackwardTile<D>;
+  const int counts[4] = {call.batch, call.heads, (call.queries + kBackwardRows - 1) / kBackwardRows,
+                         (call.keys + Tile::kColumns - 1) / Tile::kColumns};
+  BiasTiles tiles;
+  unsigned blocks = 1;
+  for (int axis = 0; axis < 4; ++axis) {
+    const bool summed = call.dbias_stride[axis] == 0;
+    tiles.own[axis] = summed ? 1 : counts[axis];
+    tiles.each[axis] = summed ? counts[axis] : 1;
+    blocks *= unsigned(tiles.own[axis]);
+  }
+  const size_t scores = 4 * kBackwardRows * (Tile::kColumns + 1);
+  const size_t bytes = std::max<size_t>(2 * 2 * (Tile::kResident + Tile::kStreamed), scores);
+  auto* const kernel = &attention_backward_bias_kernel<T, D>;
+  TF_LAUNCH(kernel, dim3(blocks), dim3(kBackwardThreads), bytes, stream, call, tiles);
+}
+
+bool bias_broadcasts(const AttentionBackward& a) {
+  const int counts[4] = {a.batch, a.heads, a.queries, a.keys};
+  for (int axis = 0; axis < 4; ++axis)
+    if (a.dbias_stride[axis] == 0 && counts[axis] > 1) return true;
+  return false;
+}
+
 template <class T, int D, bool RICH>
 void gradients(const AttentionBackward& a, Stream stream) {
   BackwardCall keys = call_of(a, kBackwardRows, a.keys, a.key_heads, int64_t(a.heads / a.key_heads) * a.queries);
@@ -52,6 +78,12 @@ void gradients(const AttentionBackward& a, Stream stream) {
     launch<T, D, Side::keys, RICH, Wanted::key>(keys, stream);
     launch<T, D, Side::keys, RICH, Wanted::value>(keys, stream);
   }
+  if constexpr (RICH) {
+    if (a.dbias && bias_broadcasts(a)) {
+      bias_gradient<T, D>(queries, stream);
+      queries.dbias = nullptr;
+    }
+  }
   launch<T, D, Side::queries, RICH, Wanted::all>(queries, stream);
 }
 
@@ -68,9 +100,10 @@ void choose(const AttentionBackward& a, Stream stream) {
 const char* attention_backward_mma_refuses(const AttentionBackward& a) {
   if (a.dtype == DType::f32) return "mma: float32 data, where tensor cores would round to TF32";
   if (a.dim > 256) return "mma: head dims over 256";
-  const int64_t blocks = std::max((int64_t(a.queries) + kDeltaRows - 1) / kDeltaRows * a.heads,
-                                  (int64_t(a.keys) + kBackwardRows - 1) / kBackwardRows * a.key_heads);
-  if (blocks * a.batch > INT32_MAX) return "mma: more blocks than a grid has";
+  const int64_t rows = std::max((int64_t(a.queries) + kDeltaRows - 1) / kDeltaRows * a.heads,
+                                (int64_t(a.keys) + kBackwardRows - 1) / kBackwardRows * a.key_heads);
+  const int64_t tiles = a.dbias ? (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows * ((a.keys + 31) / 32) : 1;
+  if (std::max(rows, tiles * a.heads) * a.batch > INT32_MAX) return "mma: more blocks than a grid has";
   return nullptr;
 }
 
