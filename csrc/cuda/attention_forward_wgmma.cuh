@@ -21,6 +21,7 @@ struct ForwardWgmma {
   int64_t lse_batch, lse_head;
   int32_t heads, groups, batch_heads, queries, keys;  // groups: heads of queries to one of keys
   int32_t blocks, tiles, heads_together;              // tiles = blocks * batch_heads
+  int32_t* counter;  // of tiles handed out, zero before: whoever is free takes the next one; null: in turn
   int32_t left, right;                                // of the window; a large number where unlimited
   bool bottom_right;
   float scale_log2;  // scale * log2(e)
@@ -44,21 +45,30 @@ struct ForwardWgmmaShape {
   static constexpr int Q_BYTES = PANELS * Q_PANEL, KV_BYTES = PANELS * KV_PANEL;
   static_assert(Q_PANEL % 1024 == 0 && KV_PANEL % 1024 == 0);
   static constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
-  static constexpr int SHARED_BYTES = BARRIERS_AT + 8 * (2 + 4 * STAGES);
-  static_assert(SHARED_BYTES <= 227 * 1024);
-};
-
-// The full barriers count bytes that arrive; the empty ones the warps that have read.
-template <class S>
-struct ForwardWgmmaBarriers {
-  uint64_t q_full, q_empty, k_full[S::STAGES], k_empty[S::STAGES], v_full[S::STAGES], v_empty[S::STAGES];
 };
 
 struct ForwardWgmmaTile {
   int32_t b, h, first_q, first_k, queries, keys, offset;  // a query i stands at position i + offset
   int32_t first_row;                                      // within its sequence
   int32_t begin, end;                                     // blocks of keys that some row sees
+  int32_t last;                                           // there is no tile any more, this one included
 };
+
+// The full barriers count bytes that arrive (of tiles, the one who writes); the empty ones the warps that have read.
+template <class S>
+struct ForwardWgmmaBarriers {
+  uint64_t q_full, q_empty;
+  uint64_t k_full[S::STAGES], k_empty[S::STAGES], v_full[S::STAGES], v_empty[S::STAGES];
+  uint64_t tile_full[S::STAGES], tile_empty[S::STAGES];
+  ForwardWgmmaTile tile[S::STAGES];
+};
+
+template <class S>
+constexpr int forward_wgmma_shared_bytes() {
+  constexpr int bytes = S::BARRIERS_AT + sizeof(ForwardWgmmaBarriers<S>);
+  static_assert(bytes <= 227 * 1024);
+  return bytes;
+}
 
 // Tile `index` of all; false: it has no rows. Tiles walk over `heads_together` heads block by block, so that their keys
 // and values stay in the L2 cache; windowed calls start with the last rows, the longest tiles of a causal one.
@@ -95,18 +105,29 @@ TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardW
   return true;
 }
 
-// The tile of this block in each round. Every other round runs backwards: who had the longest one gets the shortest.
-TF_DEVICE int32_t forward_wgmma_index(int32_t round) {
-  const int32_t blocks = gridDim.x, block = blockIdx.x;
-  return round * blocks + (round & 1 ? blocks - 1 - block : block);
-}
-
 // A ring's slot and the parity of its barriers' phase at step `step`.
 template <int STAGES>
 struct RingSlot {
   uint32_t stage, parity;
   TF_DEVICE explicit RingSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
 };
+
+constexpr int TILE_WORDS = sizeof(ForwardWgmmaTile) / sizeof(int32_t);
+
+TF_DEVICE void store_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
+  const int32_t words[TILE_WORDS] = {t.b,      t.h,         t.first_q, t.first_k, t.queries, t.keys,
+                                     t.offset, t.first_row, t.begin,   t.end,     t.last};
+#pragma unroll
+  for (int i = 0; i < TILE_WORDS; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
+}
+
+// Read by all of a warp, and passed around by shuffles, from which the compiler sees that a warp agrees on them.
+TF_DEVICE ForwardWgmmaTile load_tile(const ForwardWgmmaTile* shared) {
+  const int lane = threadIdx.x % 32;
+  const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, TILE_WORDS - 1));
+  auto of = [&](int i) { return __shfl_sync(0xffffffff, word, i); };
+  return {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10)};
+}
 
 template <class S>
 TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full,
@@ -117,17 +138,25 @@ TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* m
     tma_load(shared + panel * panel_bytes, map, full, panel * 64, row, head, batch);
 }
 
-// One thread: fills Q for each tile, and the rings of K and V from its last block of keys to the first.
+// One thread: hands out the tiles, fills Q for each, and the rings of K and V from its last block of keys to the first.
 template <class S>
-TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map,
-                                                      const TensorMap* k_map, const TensorMap* v_map,
-                                                      unsigned char* shared, ForwardWgmmaBarriers<S>* barriers) {
-  uint32_t step = 0, turn = 0;
-  const bool packed = a.cu_q != nullptr;
-  for (int32_t round = 0; forward_wgmma_index(round) < a.tiles; ++round) {
-    ForwardWgmmaTile t;
-    if (!forward_wgmma_tile<S>(a, forward_wgmma_index(round), t) || t.begin >= t.end) continue;
-    const int32_t batch = packed ? 0 : t.b, key_head = t.h / a.groups;
+TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map, const TensorMap* k_map,
+                                     const TensorMap* v_map, unsigned char* shared,
+                                     ForwardWgmmaBarriers<S>* barriers) {
+  uint32_t step = 0, turn = 0, tiles = 0;
+  const int32_t grid = gridDim.x;
+  for (int32_t index = blockIdx.x;;
+       index = a.counter == nullptr ? index + grid : grid + atomicAdd(a.counter, 1)) {
+    ForwardWgmmaTile t{};
+    t.last = index >= a.tiles;
+    if (!t.last && !forward_wgmma_tile<S>(a, index, t)) continue;
+    const RingSlot<S::STAGES> tile_slot(tiles++);
+    mbarrier_wait(&barriers->tile_empty[tile_slot.stage], tile_slot.parity ^ 1);
+    store_tile(&barriers->tile[tile_slot.stage], t);
+    mbarrier_arrive(&barriers->tile_full[tile_slot.stage]);
+    if (t.last) return;
+    if (t.begin >= t.end) continue;
+    const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
     auto load_keys = [&](int32_t n, uint32_t at) {
       const RingSlot<S::STAGES> slot(at);
       mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round
@@ -323,9 +352,12 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
   if (group == 0) named_barrier_arrive(mine, 256);
 
   uint32_t step = 0, turn = 0;
-  for (int32_t round = 0; forward_wgmma_index(round) < a.tiles; ++round) {
-    ForwardWgmmaTile t;
-    if (!forward_wgmma_tile<S>(a, forward_wgmma_index(round), t)) continue;
+  for (uint32_t tiles = 0;; ++tiles) {
+    const RingSlot<S::STAGES> tile_slot(tiles);
+    mbarrier_wait(&barriers->tile_full[tile_slot.stage], tile_slot.parity);
+    const ForwardWgmmaTile t = load_tile(&barriers->tile[tile_slot.stage]);
+    release(&barriers->tile_empty[tile_slot.stage]);  // its shuffles have made the warp wait for every lane's read
+    if (t.last) break;
     const int32_t row = t.first_row + 64 * group + 16 * warp + lane / 4;
     float o[S::D / 2];
 #pragma unroll
@@ -427,6 +459,8 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       mbarrier_init(&barriers->k_empty[stage], S::WARPS);
       mbarrier_init(&barriers->v_full[stage], 1);
       mbarrier_init(&barriers->v_empty[stage], S::WARPS);
+      mbarrier_init(&barriers->tile_full[stage], 1);
+      mbarrier_init(&barriers->tile_empty[stage], S::WARPS);
     }
     mbarrier_fence_init();  // so that TMA, another proxy, finds them
   }
