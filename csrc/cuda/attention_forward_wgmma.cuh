@@ -312,7 +312,7 @@ TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile
     total += __shfl_xor_sync(0xffffffff, total, 1);
     total += __shfl_xor_sync(0xffffffff, total, 2);
     const bool dead = total == 0.f;  // a row with nothing to attend to; NaN is not
-    const float factor = dead ? 0.f : 1.f / total;
+    const float factor = dead ? 0.f : rcp_approx(total);
     const int32_t i = row + 8 * r;
     const bool alive = i < t.queries;
     using T = typename S::T;
@@ -349,7 +349,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     if (lane == 0) mbarrier_arrive(empty);
   };
   const int mine = 1 + group, next = 1 + (group + 1) % S::CONSUMERS;
-  if (group == 0) named_barrier_arrive(mine, 256);
+  if (group == S::CONSUMERS - 1) named_barrier_arrive(next, 256);  // group 0 may begin
 
   uint32_t step = 0, turn = 0;
   for (uint32_t tiles = 0;; ++tiles) {
