@@ -340,10 +340,10 @@ template <class S>
 TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* shared,
                                                       ForwardWgmmaBarriers<S>* barriers, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const uint64_t q_descriptor = wgmma_descriptor(shared + group * 64 * S::ROW_BYTES, 16, 1024);
-  const uint64_t k_descriptor = wgmma_descriptor(shared + S::K_AT, 16, 1024);
+  const uint64_t q_descriptor = wgmma_descriptor(shared + group * 64 * S::ROW_BYTES, 0, 1024, Swizzle::b128);
+  const uint64_t k_descriptor = wgmma_descriptor(shared + S::K_AT, 0, 1024, Swizzle::b128);
   // Transposed: from one panel of 64 columns to the next, and from 8 rows (of the sum) to the next 8.
-  const uint64_t v_descriptor = wgmma_descriptor(shared + S::V_AT, S::KV_PANEL, 1024);
+  const uint64_t v_descriptor = wgmma_descriptor(shared + S::V_AT, S::KV_PANEL, 1024, Swizzle::b128);
   // One arrival a warp, when its part of the product has been read out of shared memory.
   auto release = [&](uint64_t* empty) {
     if (lane == 0) mbarrier_arrive(empty);
