@@ -421,7 +421,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         warpgroup_wait<1>();  // S is there, while O += P V runs on
         register_fence(s);
         release(&barriers->k_empty[key_slot.stage]);
-        mask(s, n);
+        if constexpr (S::WINDOWED) mask(s, n);
         forward_wgmma_softmax(s, state, decay, a.scale_log2);
         register_fence(s);
       }
