@@ -10,7 +10,7 @@ from . import Backend, Call, native
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
-_OPS: dict[str, str] = {}
+_OPS: dict[str, str] = {"attention": "cuda_attention_forward"}
 # What its kernels do not take beyond that: reasons, empty when they take the call.
 _REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
@@ -89,7 +89,21 @@ class CudaBackend(Backend):
             reasons.append(f"the CUDA kernels of {call.op} were not compiled")
         if call.op in _REFUSES:
             reasons += _REFUSES[call.op](call)
+        if call.op == "attention":
+            from . import cuda_attention
+
+            reasons.extend(cuda_attention.why_not(call))
         return tuple(reasons)
+
+    def attention_forward(self, spec, out, lse) -> None:
+        from .cuda_attention import attention_forward
+
+        attention_forward(spec, out, lse)
+
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+        from .cuda_attention import attention_backward
+
+        attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
 
 BACKEND = CudaBackend()
