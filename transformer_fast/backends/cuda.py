@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Callable
 
 import torch
 
@@ -11,8 +10,6 @@ from . import Backend, Call, native
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
 _OPS: dict[str, str] = {"attention": "cuda_attention_forward"}
-# What its kernels do not take beyond that: reasons, empty when they take the call.
-_REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
 _CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
 _ops = torch.ops.transformer_fast
@@ -87,9 +84,7 @@ class CudaBackend(Backend):
             reasons.append(f"there is no CUDA kernel for {call.op}")
         elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
             reasons.append(f"the CUDA kernels of {call.op} were not compiled")
-        if call.op in _REFUSES:
-            reasons += _REFUSES[call.op](call)
-        if call.op == "attention":
+        elif call.op == "attention":
             from . import cuda_attention
 
             reasons.extend(cuda_attention.why_not(call))
