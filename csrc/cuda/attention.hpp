@@ -20,6 +20,7 @@ struct Attention {
   const void *q, *k, *v;
   Rows q_rows, k_rows, v_rows;
   const int32_t *cu_q, *cu_k;  // packed: batch + 1 offsets, on the device; else null
+  int64_t total_q, total_k;    // packed: rows of all sequences, which bounds what TMA may touch
   const int32_t* key_lengths;  // padded: keys in use of each sequence, on the device; or null
   BiasType bias_type;
   const void* bias;
@@ -43,6 +44,7 @@ struct AttentionForward : Attention {
   Rows out_rows;
   float* lse;  // natural logarithm; -inf where a row has nothing to attend to; or null
   int64_t lse_batch, lse_head;
+  int32_t* counter;  // scratch, one: tiles of unequal length go to whichever block is free; or null
 };
 
 struct AttentionBackward : Attention {
