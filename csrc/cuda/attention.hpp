@@ -20,6 +20,7 @@ struct Attention {
   const void *q, *k, *v;
   Rows q_rows, k_rows, v_rows;
   const int32_t *cu_q, *cu_k;  // packed: batch + 1 offsets, on the device; else null
+  int64_t total_queries, total_keys;  // packed: rows of q and of k
   const int32_t* key_lengths;  // padded: keys in use of each sequence, on the device; or null
   BiasType bias_type;
   const void* bias;
@@ -53,7 +54,7 @@ struct AttentionBackward : Attention {
   float* delta;  // scratch, (B, H, Sq) or (H, total): rowsum(grad_out * out) - grad_lse
   void *dq, *dk, *dv;
   Rows dq_rows, dk_rows, dv_rows;
-  float* dq_accumulator;  // scratch where the algorithm sums dQ in float32, else null
+  float* dq_accumulator;  // scratch of as many floats as *_scratch says, aligned to 16 bytes; null where it says none
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
   float* drelative;  // zeros before; or null
@@ -65,6 +66,9 @@ const char* attention_forward_mma_refuses(const AttentionForward&);
 const char* attention_forward_wgmma_refuses(const AttentionForward&);
 const char* attention_backward_mma_refuses(const AttentionBackward&);
 const char* attention_backward_wgmma_refuses(const AttentionBackward&);
+
+// Floats of scratch memory that a call needs.
+int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 
 void attention_forward_mma(const AttentionForward&, Stream);
 void attention_forward_wgmma(const AttentionForward&, Stream);
