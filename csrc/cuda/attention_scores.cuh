@@ -26,7 +26,7 @@ struct Head {  // one head of one sequence; query i stands at position i + offse
   int32_t queries, keys, offset;
 };
 
-__device__ __forceinline__ Head head_of(const Attention& a, int32_t b, int32_t h) {
+TF_DEVICE Head head_of(const Attention& a, int32_t b, int32_t h) {
   Head head{b, h, h / (a.heads / a.key_heads), 0, 0, a.queries, a.keys, 0};
   if (a.cu_q) {
     head.first_q = load(a.cu_q + b);
@@ -41,7 +41,7 @@ __device__ __forceinline__ Head head_of(const Attention& a, int32_t b, int32_t h
 
 // Row 0 of a head: of queries with (head.h, head.first_q), of keys with (head.key_head, head.first_k).
 template <class T>
-__device__ __forceinline__ T* head_rows(T* base, const Rows& rows, int32_t b, int32_t h, int32_t first) {
+TF_DEVICE T* head_rows(T* base, const Rows& rows, int32_t b, int32_t h, int32_t first) {
   return base + (b * rows.batch + h * rows.head + first * rows.row);
 }
 
@@ -52,7 +52,7 @@ struct Range {
 
 // Of `count` elements those in [x - before, x + after] for any x in first .. last; inner: for all of them.
 template <int BLOCK>
-__device__ __forceinline__ Range range_around(int32_t first, int32_t last, int32_t count, int32_t before,
+TF_DEVICE Range range_around(int32_t first, int32_t last, int32_t count, int32_t before,
                                               int32_t after) {
   Range r{0, 0, count, count};
   if (after >= 0) {
@@ -70,41 +70,47 @@ __device__ __forceinline__ Range range_around(int32_t first, int32_t last, int32
 
 // Keys that queries first .. last see.
 template <int BLOCK>
-__device__ __forceinline__ Range key_range(const Attention& a, const Head& head, int32_t first, int32_t last) {
+TF_DEVICE Range key_range(const Attention& a, const Head& head, int32_t first, int32_t last) {
   return range_around<BLOCK>(first + head.offset, last + head.offset, head.keys, a.window_left, a.window_right);
 }
 
 // Queries that see keys first .. last.
 template <int BLOCK>
-__device__ __forceinline__ Range query_range(const Attention& a, const Head& head, int32_t first, int32_t last) {
+TF_DEVICE Range query_range(const Attention& a, const Head& head, int32_t first, int32_t last) {
   return range_around<BLOCK>(first - head.offset, last - head.offset, head.queries, a.window_right, a.window_left);
 }
 
 // Whether some element of the block at `start` takes part; whether none needs a mask.
 template <int BLOCK>
-__device__ __forceinline__ bool is_seen(const Range& r, int32_t start) {
+TF_DEVICE bool is_seen(const Range& r, int32_t start) {
   return start < r.end && start + BLOCK > r.begin;
 }
 template <int BLOCK>
-__device__ __forceinline__ bool is_inner(const Range& r, int32_t start) {
+TF_DEVICE bool is_inner(const Range& r, int32_t start) {
   return start >= r.inner_begin && start + BLOCK <= r.inner_end;
 }
 
 // ---- elements ----------------------------------------------------------------------------------------------------
+// Accumulators of columns 8 n .. 8 n + 7, as mma takes them.
+template <int E>
+TF_DEVICE float (&accumulator(float (&s)[E], int n))[4] {
+  return *reinterpret_cast<float(*)[4]>(&s[4 * n]);
+}
+
 // use(element, query, key) for every accumulator of the thread; query0, key0: of the warp's tile.
 template <bool TRANSPOSED, int E, class Use>
-__device__ __forceinline__ void for_each_score(float (&s)[E], int32_t query0, int32_t key0, Use use) {
-  const int32_t lane = threadIdx.x % 32;
+TF_DEVICE void for_each_score(float (&s)[E], int32_t query0, int32_t key0, Use use) {
+  const int32_t row0 = int32_t(threadIdx.x % 32 / 4), column0 = int32_t(threadIdx.x % 4 * 2);
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    const int32_t row = lane / 4 + e % 4 / 2 * 8, column = e / 4 * 8 + lane % 4 * 2 + e % 2;
+    const int32_t row = row0 + e % 4 / 2 * 8, column = column0 + e / 4 * 8 + e % 2;
     use(s[e], query0 + (TRANSPOSED ? column : row), key0 + (TRANSPOSED ? row : column));
   }
 }
 
 // -inf where lengths and windows forbid: for blocks that are not inner.
 template <bool TRANSPOSED, int E>
-__device__ __forceinline__ void mask_edges(const Attention& a, const Head& head, int32_t query0, int32_t key0,
+TF_DEVICE void mask_edges(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                                            float (&s)[E]) {
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
     const int32_t position = i + head.offset;
@@ -115,7 +121,7 @@ __device__ __forceinline__ void mask_edges(const Attention& a, const Head& head,
 }
 
 template <bool TRANSPOSED, class B, int E>
-__device__ __forceinline__ void add_bias(const Attention& a, const Head& head, int32_t query0, int32_t key0,
+TF_DEVICE void add_bias(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                                          float (&s)[E]) {
   const B* base = static_cast<const B*>(a.bias) + (head.b * a.bias_stride[0] + head.h * a.bias_stride[1]);
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
@@ -125,7 +131,7 @@ __device__ __forceinline__ void add_bias(const Attention& a, const Head& head, i
 }
 
 template <bool TRANSPOSED, int E>
-__device__ __forceinline__ void add_relative(const Attention& a, const Head& head, int32_t query0, int32_t key0,
+TF_DEVICE void add_relative(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                                              float (&s)[E]) {
   constexpr int kQueries = TRANSPOSED ? 2 * E : 16, kKeys = TRANSPOSED ? 16 : 2 * E;
   const float* row = a.relative + head.h * a.relative_stride;
@@ -142,7 +148,7 @@ __device__ __forceinline__ void add_relative(const Attention& a, const Head& hea
 }
 
 template <bool TRANSPOSED, int E>
-__device__ __forceinline__ void apply_mask(const Attention& a, const Head& head, int32_t query0, int32_t key0,
+TF_DEVICE void apply_mask(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                                            float (&s)[E]) {
   const uint8_t* base = a.mask + (head.b * a.mask_stride[0] + head.h * a.mask_stride[1]);
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
@@ -154,7 +160,7 @@ __device__ __forceinline__ void apply_mask(const Attention& a, const Head& head,
 // Products to scores, in natural units, for calls that are not plain: scale, soft cap, biases, mask; edges are apart.
 // slope, with SLOPE: the derivative of the soft cap; score = slope * scale * product + ...
 template <bool TRANSPOSED, bool SLOPE, int E>
-__device__ __forceinline__ void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
+TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                                               float (&s)[E], float (&slope)[SLOPE ? E : 1]) {
   if (a.softcap != 0.f) {
     const float inner = 2.f * kLog2e * a.scale / a.softcap;
@@ -178,7 +184,7 @@ __device__ __forceinline__ void finish_scores(const Attention& a, const Head& he
   if (a.mask) apply_mask<TRANSPOSED>(a, head, query0, key0, s);
 }
 template <bool TRANSPOSED, int E>
-__device__ __forceinline__ void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
+TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                                               float (&s)[E]) {
   float none[1];
   finish_scores<TRANSPOSED, false>(a, head, query0, key0, s, none);
@@ -189,14 +195,14 @@ struct Dropout {
   uint32_t key0, key1, offset, bh, threshold;
 };
 
-__device__ __forceinline__ Dropout dropout_of(const Attention& a, const Head& head) {
+TF_DEVICE Dropout dropout_of(const Attention& a, const Head& head) {
   const uint64_t seed = uint64_t(load(a.rng));
   return {uint32_t(seed), uint32_t(seed >> 32), uint32_t(load(a.rng + 1)), uint32_t(head.b * a.heads + head.h),
           a.threshold};
 }
 
 // Bit l: element (i, 128 * group + 16 * l + column) is kept; column: 0 .. 15.
-__device__ __forceinline__ uint32_t keep_byte(const Dropout& d, uint32_t i, uint32_t group, uint32_t column) {
+TF_DEVICE uint32_t keep_byte(const Dropout& d, uint32_t i, uint32_t group, uint32_t column) {
   uint32_t c0 = 16 * group + column, c1 = i, c2 = d.bh, c3 = d.offset, key0 = d.key0, key1 = d.key1;
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
@@ -224,21 +230,21 @@ struct Kept {
   uint32_t bits[2];
 };
 
-__device__ __forceinline__ Kept kept_of(const Dropout& d, int32_t query0, int32_t key0) {
-  const int32_t lane = threadIdx.x % 32;
+TF_DEVICE Kept kept_of(const Dropout& d, int32_t query0, int32_t key0) {
+  const uint32_t lane = threadIdx.x % 32;
   Kept kept{};
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int c = 0; c < 4; ++c)
-      kept.bits[r] |= keep_byte(d, uint32_t(query0 + lane / 4 + 8 * r), uint32_t(key0) / 128,
-                                uint32_t(c / 2 * 8 + lane % 4 * 2 + c % 2)) << (8 * c);
+      kept.bits[r] |= keep_byte(d, uint32_t(query0) + lane / 4 + 8 * r, uint32_t(key0) / 128,
+                                c / 2 * 8 + lane % 4 * 2 + c % 2) << (8 * c);
   return kept;
 }
 
 // Zeros where elements are dropped. key0: a multiple of 16; the tile lies within one group of 128 keys.
 template <int E>
-__device__ __forceinline__ void drop(const Kept& kept, int32_t key0, float (&p)[E]) {
+TF_DEVICE void drop(const Kept& kept, int32_t key0, float (&p)[E]) {
   const uint32_t lane = uint32_t(key0) % 128 / 16;
 #pragma unroll
   for (int e = 0; e < E; ++e) {

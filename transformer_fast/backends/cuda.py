@@ -1,0 +1,90 @@
+"""CUDA C++ kernels (csrc/cuda), for NVIDIA GPUs from sm_80 on; on CPU tensors under the emulator of tests/."""
+
+import functools
+import os
+
+import torch
+
+from . import Backend, Call, native
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Which native op must have been compiled for an op of ours.
+_OPS: dict[str, str] = {}
+# The code that runs on a GPU of compute capability 8.x, 9.x, ...
+_CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
+_ops = torch.ops.transformer_fast
+
+
+def emulating() -> bool:
+    """tests/cuda_emulator.py sets it, when it has registered the kernels for CPU tensors."""
+    return os.environ.get("TRANSFORMER_FAST_CUDA_EMULATOR") == "1"
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """What the kernels of this build were compiled for, e.g. ("80", "90a"); () when they were not compiled."""
+    return () if native.load() else tuple(_ops.cuda_architectures().split())
+
+
+def _missing() -> str:
+    if native.load():
+        return native.load()
+    if not architectures():
+        return "the native library was built without CUDA kernels (no nvcc, or no GPU was visible: see README.md)"
+    return ""
+
+
+@functools.lru_cache
+def _unsupported(major: int, minor: int) -> str:
+    """Why GPUs of this compute capability cannot run the compiled kernels; empty when they can."""
+    capability = f"the GPU has compute capability {major}.{minor}"
+    if major < 8:
+        return f"{capability}, below 8.0"
+    code = _CODE.get(major)
+    if code is None:
+        return f"{capability}; there are kernels for {', '.join(f'{m}.x' for m in _CODE)}"
+    if code not in architectures():
+        return f"{capability}, and this build has code for sm_{', sm_'.join(architectures())} alone"
+    return ""
+
+
+@functools.cache
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"transformer_fast::{op}", key)
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+
+    def status(self) -> str:
+        missing = _missing()
+        if missing:
+            return f"missing: {missing}. They would bring kernels past what Triton can do on NVIDIA GPUs"
+        note = f"compiled for sm_{', sm_'.join(architectures())}; not yet run on a GPU"
+        if not torch.cuda.is_available():
+            return f"{note}; idle: no NVIDIA GPU is visible"
+        unsupported = _unsupported(*torch.cuda.get_device_capability())
+        return f"{note}; idle: {unsupported}" if unsupported else f"{note}; taken on request, backend('cuda')"
+
+    def why_not(self, call: Call) -> tuple[str, ...]:
+        reasons = []
+        emulated = call.device == "cpu" and emulating()
+        if not emulated:
+            if _missing():
+                reasons.append(_missing())
+            if call.device != "cuda":
+                reasons.append(f"device {call.device} is not cuda")
+            elif architectures() and torch.cuda.is_available():
+                unsupported = _unsupported(*torch.cuda.get_device_capability())
+                if unsupported:
+                    reasons.append(unsupported)
+        if call.dtype not in _DTYPES:
+            reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
+        if call.op not in _OPS:
+            reasons.append(f"there is no CUDA kernel for {call.op}")
+        elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
+            reasons.append(f"the CUDA kernels of {call.op} were not compiled")
+        return tuple(reasons)
+
+
+BACKEND = CudaBackend()
