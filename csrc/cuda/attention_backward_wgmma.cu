@@ -8,10 +8,12 @@ namespace {
 
 constexpr int64_t kL2Bytes = 32 << 20;  // queries and gradients that stay in the L2 cache while a few heads run
 constexpr int kSharedLimit = 227 << 10;
-static_assert(BackwardTile<64>::kBytes <= kSharedLimit && BackwardTile<128>::kBytes <= kSharedLimit);
+static_assert(BackwardTile<64, 128>::kBytes <= kSharedLimit && BackwardTile<128, 80>::kBytes <= kSharedLimit);
 
+// Queries of a tile. The most that registers hold; 80 do not divide 128 keys, which costs masks along a diagonal.
 int32_t tile_of(const AttentionBackward& a) {
-  return a.dim == 64 ? BackwardTile<64>::kQueries : BackwardTile<128>::kQueries;
+  if (a.dim == 64) return 128;
+  return a.window_left < 0 && a.window_right < 0 ? 80 : 64;
 }
 
 // Every sequence starts at a multiple of a tile: see first_tile.
@@ -36,17 +38,17 @@ TensorMap map_of(const AttentionBackward& a, const void* base, const Rows& rows,
   return map;
 }
 
-template <class T, int D>
+template <class T, int D, int M>
 void launch(const AttentionBackward& arguments, Stream stream) {
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, M>;
   BackwardWgmma a{arguments};
   const int64_t tiles = tiles_of(a);
   a.padded_rows = padded_rows(a);
   a.sums = a.dq_accumulator;
-  a.statistics = a.sums + tiles * Tile::kQueries * D;
-  a.ticket = reinterpret_cast<int32_t*>(a.statistics + tiles * Tile::kQueries * 2);
+  a.statistics = a.sums + tiles * M * D;
+  a.ticket = reinterpret_cast<int32_t*>(a.statistics + tiles * M * 2);
   a.turns = a.ticket + 4;
-  a.query_blocks = (a.queries + Tile::kQueries - 1) / Tile::kQueries;
+  a.query_blocks = (a.queries + M - 1) / M;
   a.key_blocks = (a.keys + Tile::kKeys - 1) / Tile::kKeys;
   a.exponent_scale = a.scale * kLog2e;
   // Causal: a head's blocks differ in length. Deterministic: they wait for each other. Then other heads fill the gaps.
@@ -56,17 +58,23 @@ void launch(const AttentionBackward& arguments, Stream stream) {
 
   const bool packed = a.cu_q != nullptr;
   const int64_t queries = packed ? a.total_queries : a.queries, keys = packed ? a.total_keys : a.keys;
-  const TensorMap q = map_of(a, a.q, a.q_rows, queries, a.heads, Tile::kQueries);
+  const TensorMap q = map_of(a, a.q, a.q_rows, queries, a.heads, M);
   const TensorMap k = map_of(a, a.k, a.k_rows, keys, a.key_heads, Tile::kKeys);
   const TensorMap v = map_of(a, a.v, a.v_rows, keys, a.key_heads, Tile::kKeys);
-  const TensorMap grad = map_of(a, a.grad_out, a.grad_out_rows, queries, a.heads, Tile::kQueries);
+  const TensorMap grad = map_of(a, a.grad_out, a.grad_out_rows, queries, a.heads, M);
 
   const dim3 by_queries(unsigned(a.query_blocks) * unsigned(a.batch * a.heads));
   const dim3 by_keys(unsigned(a.key_blocks) * unsigned(a.batch * a.key_heads));
-  TF_LAUNCH((attention_backward_wgmma_prepare<T, D>), by_queries, dim3(256), 0, stream, a);
-  TF_LAUNCH((attention_backward_wgmma_kernel<T, D>), by_keys, dim3(Tile::kThreads), Tile::kBytes, stream, a, q, k, v,
+  TF_LAUNCH((attention_backward_wgmma_prepare<T, D, M>), by_queries, dim3(256), 0, stream, a);
+  TF_LAUNCH((attention_backward_wgmma_kernel<T, D, M>), by_keys, dim3(Tile::kThreads), Tile::kBytes, stream, a, q, k, v,
             grad);
-  TF_LAUNCH((attention_backward_wgmma_finish<T, D>), by_queries, dim3(256), 0, stream, a);
+  TF_LAUNCH((attention_backward_wgmma_finish<T, D, M>), by_queries, dim3(256), 0, stream, a);
+}
+
+template <class T>
+void choose(const AttentionBackward& a, Stream stream) {
+  if (a.dim == 64) return launch<T, 64, 128>(a, stream);
+  return tile_of(a) == 80 ? launch<T, 128, 80>(a, stream) : launch<T, 128, 64>(a, stream);
 }
 
 bool fits_tma(const void* base, const Rows& rows) {
@@ -98,15 +106,11 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
 }
 
 int64_t attention_backward_wgmma_scratch(const AttentionBackward& a) {
-  return tiles_of(a) * (tile_of(a) * (a.dim + 2) + BackwardTile<64>::kParts) + 4;
+  return tiles_of(a) * (tile_of(a) * (a.dim + 2) + BackwardTile<64, 128>::kParts) + 4;
 }
 
 void attention_backward_wgmma(const AttentionBackward& a, Stream stream) {
-  if (a.dim == 64) {
-    a.dtype == DType::bf16 ? launch<bf16_t, 64>(a, stream) : launch<half_t, 64>(a, stream);
-  } else {
-    a.dtype == DType::bf16 ? launch<bf16_t, 128>(a, stream) : launch<half_t, 128>(a, stream);
-  }
+  a.dtype == DType::bf16 ? choose<bf16_t>(a, stream) : choose<half_t>(a, stream);
 }
 
 }  // namespace tf::cuda

@@ -16,22 +16,22 @@
 
 namespace tf::cuda {
 
-template <int D>
+// M queries by 128 keys. Tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle.
+template <int D, int M>
 struct BackwardTile {
-  static_assert(D == 64 || D == 128);
-  static constexpr int kQueries = D == 64 ? 128 : 64, kKeys = 128, kStages = 2;
-  static constexpr int kPanels = D / 64;  // tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle
-  static constexpr int kThreads = 384;    // a producer warpgroup and two of consumers
-  static constexpr int kPart = 64 * 64 / 4;  // floats: what one warp adds to dQ, for each tile of queries
-  static constexpr int kParts = 8;
-  static constexpr int kQueryBytes = kQueries * D * 2, kKeyBytes = kKeys * D * 2, kScoreBytes = kKeys * kQueries * 2;
+  static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
+  static constexpr int kKeys = 128, kStages = 2;
+  static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
+  // dQ^T is computed 64 values of a head by kSumQueries queries a warpgroup, 16 values a warp: its part, in floats.
+  static constexpr int kSumQueries = D == 64 ? M / 2 : M, kPart = 16 * kSumQueries, kParts = 8;
+  static constexpr int kQueryBytes = M * D * 2, kKeyBytes = kKeys * D * 2, kScoreBytes = kKeys * M * 2;
   // Offsets in shared memory.
   static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kGrad = kQ + kStages * kQueryBytes;
   static constexpr int kScore = kGrad + kStages * kQueryBytes, kSum = kScore + 2 * kScoreBytes;
-  static constexpr int kPeak = kSum + kParts * kPart * 4, kDelta = kPeak + kStages * kQueries * 4;
-  static constexpr int kBarriers = kDelta + kStages * kQueries * 4, kIndex = kBarriers + 8 * (1 + 4 * kStages);
+  static constexpr int kPeak = kSum + kParts * kPart * 4, kDelta = kPeak + kStages * M * 4;
+  static constexpr int kBarriers = kDelta + kStages * M * 4, kIndex = kBarriers + 8 * (1 + 4 * kStages);
   static constexpr int kBytes = kIndex + 8;
-  static_assert(kParts * kPart == kQueries * D);
+  static_assert(kParts * kPart == M * D && kPart * 4 >= 16 * D * 2);  // a part holds 16 rows of dK, too
 };
 
 struct BackwardWgmma : AttentionBackward {
@@ -54,10 +54,10 @@ TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head, int32_t h
 }
 
 // ---- before: delta, lse in the units of scores, zeros to add to -------------------------------------------------------
-template <class T, int D>
+template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_wgmma_prepare(const BackwardWgmma a) {
-  using Tile = BackwardTile<D>;
-  constexpr int M = Tile::kQueries, kLanes = D / 8;
+  using Tile = BackwardTile<D, M>;
+  constexpr int kLanes = D / 8;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (blockIdx.x == 0 && threadIdx.x == 0) store(a.ticket, int32_t(0));
@@ -95,31 +95,30 @@ __global__ void __launch_bounds__(256) attention_backward_wgmma_prepare(const Ba
 }
 
 // ---- after: dQ in order, scaled, rounded -------------------------------------------------------------------------------
-template <class T, int D>
+template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_wgmma_finish(const BackwardWgmma a) {
-  using Tile = BackwardTile<D>;
-  constexpr int M = Tile::kQueries;
+  using Tile = BackwardTile<D, M>;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (block * M >= head.queries) return;
   const float* sums = a.sums + (first_tile<M>(a, head, head.h) + block) * (M * D);
   T* dq = head_rows(static_cast<T*>(a.dq), a.dq_rows, head.b, head.h, head.first_q);
   for (int item = threadIdx.x; item < M * D / 16; item += 256) {
-    // Rows r and r + 8 of 8 columns are 16 values side by side: (4 lanes, 2 rows, 2 columns).
-    const int j = item % 8, r = item / 8 % 8, part = item / 64;
+    // Two queries by eight values of a head: in a part they are [query / 8][value % 8][query % 8 / 2][value / 8 % 2][2].
+    const int half = item % 2, pair = item / 2 % 4, warp = item / 8 % 4, rest = item / 32;
+    const int j = rest % (Tile::kSumQueries / 8), group = rest / (Tile::kSumQueries / 8);
     Vec<T, 8> rows[2];
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const Vec<float, 4> x = load_vec<4>(sums + part * Tile::kPart + j * 128 + r * 16 + q * 4);
+    for (int i = 0; i < 8; i++) {
+      const Vec<float, 2> x = load_vec<2>(sums + (group * 4 + warp) * Tile::kPart + ((j * 8 + i) * 4 + pair) * 4 + half * 2);
 #pragma unroll
-      for (int i = 0; i < 4; i++) rows[i / 2].v[2 * q + i % 2] = from_float<T>(x.v[i] * a.scale);
+      for (int e = 0; e < 2; e++) rows[e].v[i] = from_float<T>(x.v[e] * a.scale);
     }
-    const int first = block * M + (D == 64 ? part / 4 * 64 : 0) + part % 4 * 16 + r;
-    const int column = (D == 64 ? 0 : part / 4 * 64) + j * 8;
+    const int32_t row = block * M + (D == 64 ? group * Tile::kSumQueries : 0) + j * 8 + pair * 2;
+    const int column = (D == 64 ? 0 : group * 64) + warp * 16 + half * 8;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int32_t row = first + 8 * half;
-      if (row < head.queries) store_vec(dq + row * a.dq_rows.row + column, rows[half]);
+    for (int e = 0; e < 2; e++) {
+      if (row + e < head.queries) store_vec(dq + (row + e) * a.dq_rows.row + column, rows[e]);
     }
   }
 }
@@ -132,9 +131,8 @@ struct BackwardWork {
   int32_t tiles;  // of all heads of the group
 };
 
-template <int D>
+template <int M, int N>
 TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
-  constexpr int M = BackwardTile<D>::kQueries, N = BackwardTile<D>::kKeys;
   // Key blocks of a few heads after each other, so that L2 holds their queries; the first keys, which causal attention
   // gives the most queries, before the last.
   const int32_t key_heads = a.batch * a.key_heads;
@@ -152,27 +150,26 @@ TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
   return w;
 }
 
-// Bars on the way of a walk over the tiles of every head of the group.
-template <int D>
+// Over the tiles of every head of the group; stage and parity are those of the ring of buffers.
+template <int M, int STAGES>
 struct Walk {
   int32_t head = 0, row, stage = 0, parity = 0;
   TF_DEVICE explicit Walk(const BackwardWork& w) : row(w.queries.begin) {}
   TF_DEVICE void next(const BackwardWork& w) {
-    row += BackwardTile<D>::kQueries;
+    row += M;
     if (row >= w.queries.end) {
       row = w.queries.begin;
       head++;
     }
-    if (++stage == BackwardTile<D>::kStages) {
+    if (++stage == STAGES) {
       stage = 0;
       parity ^= 1;
     }
   }
 };
 
-template <int D>
+template <class Tile>
 struct BackwardShared {
-  using Tile = BackwardTile<D>;
   unsigned char* base;
   TF_DEVICE uint64_t* barrier(int i) const {
     return reinterpret_cast<uint64_t*>(base + Tile::kBarriers) + i;
@@ -195,17 +192,16 @@ TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* 
   }
 }
 
-template <int D>
-TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<D>& shared,
+template <int D, int M, class Tile>
+TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared,
                                         const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
                                         const TensorMap* grad_map) {
-  using Tile = BackwardTile<D>;
-  constexpr int M = Tile::kQueries, N = Tile::kKeys;
+  constexpr int N = Tile::kKeys;
   const int32_t batch = a.cu_q ? 0 : w.head.b, key = w.head.first_k + w.first_key;
   mbarrier_expect_tx(shared.keys_full(), 2 * Tile::kKeyBytes);
   load_tile<D>(shared.base + Tile::kK, k_map, shared.keys_full(), N, key, w.head.key_head, batch);
   load_tile<D>(shared.base + Tile::kV, v_map, shared.keys_full(), N, key, w.head.key_head, batch);
-  Walk<D> at(w);
+  Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
     const int32_t h = w.head.h + at.head, row = w.head.first_q + at.row;
     const float* statistics = a.statistics + (first_tile<M>(a, w.head, h) + at.row / M) * 2 * M;
@@ -282,11 +278,9 @@ TF_DEVICE void pass_turn(int32_t*& turn, int32_t place) {
   turn = nullptr;
 }
 
-template <class T, int D>
-TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w,
-                                        const BackwardShared<D>& shared) {
-  using Tile = BackwardTile<D>;
-  constexpr int M = Tile::kQueries, N = Tile::kKeys;
+template <class T, int D, int M, class Tile>
+TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared) {
+  constexpr int N = Tile::kKeys;
   const int thread = threadIdx.x - 128, lane = thread % 32, warp = thread / 32 % 4;
   // The same in all threads of a warp, and the compiler shall know it.
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
@@ -313,13 +307,13 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w,
   const int32_t key = w.first_key + group * 64 + warp * 16 + lane / 4;
   const uint64_t k_rows = rows_descriptor(base + Tile::kK + group * 64 * 128);
   const uint64_t v_rows = rows_descriptor(base + Tile::kV + group * 64 * 128);
-  // dQ: with D 64 a warpgroup takes 64 of the queries, with D 128 64 of the columns.
+  // dQ^T = K^T dS^T: with D 64 a warpgroup takes half of the queries, with D 128 half of the values of a head.
   const uint64_t k_columns = columns_descriptor(base + Tile::kK + (D == 64 ? 0 : group * N * 128), 16);
 
   int32_t* turn = nullptr;  // to pass on, once what was added to dQ last has arrived
   int32_t place = 0;        // of this block among those that add to it
 
-  Walk<D> at(w);
+  Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
     unsigned char* q_tile = base + Tile::kQ + at.stage * Tile::kQueryBytes;
     unsigned char* grad_tile = base + Tile::kGrad + at.stage * Tile::kQueryBytes;
@@ -392,14 +386,13 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w,
         ds[j / 2][j % 2 * 2 + half] = pack2<T>(s[e] * (dp[e] - x.v[0]), s[e + 1] * (dp[e + 1] - x.v[1]));
       }
     }
-    // dS^T, keys by queries, in panels of 64 queries. Two buffers: the barrier below also tells that both warpgroups
-    // are done with the one before the last.
+    // dS, queries by keys, transposed on its way; a warpgroup's keys are one panel. Two buffers: the barrier below also
+    // tells that both warpgroups are done with the one before the last.
     unsigned char* score = base + Tile::kScore + (i & 1) * Tile::kScoreBytes;
-    unsigned char* score_row = score + (group * 64 + warp * 16 + lane % 16) * 128;
+    unsigned char* score_row = score + group * (M * 128) + (lane / 16 * 8 + lane % 8) * 128 +
+                               ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
-    for (int k = 0; k < M / 16; k++) {
-      stmatrix_x4(score_row + k / 4 * (N * 128) + ((k % 4 * 2 + lane / 16) ^ (lane % 8)) * 16, ds[k]);
-    }
+    for (int k = 0; k < M / 16; k++) stmatrix_x4_trans(score_row + k * (16 * 128), ds[k]);
     fence_async_shared();
 
     register_fence(dv);
@@ -410,13 +403,13 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w,
     warpgroup_commit();
 
     named_barrier_sync(kConsumerBarrier, kConsumers);
-    float dq[32];
+    float dq[Tile::kSumQueries / 2];
     register_fence(dq);
     warpgroup_fence();
-    const uint64_t score_columns = columns_descriptor(score + (D == 64 ? group * N * 128 : 0), 16);
+    const uint64_t score_rows = rows_descriptor(score + (D == 64 ? group * Tile::kSumQueries * 128 : 0));
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
-      wgmma_ss<T, 64, true, true>(dq, score_columns + column_step(k), k_columns + column_step(k), k > 0);
+      wgmma_ss<T, Tile::kSumQueries, true, false>(dq, k_columns + column_step(k), score_rows + row_step(k, M), k > 0);
     }
     warpgroup_commit();
     register_fence(dk);
@@ -436,7 +429,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w,
     if (lane == 0) bulk_wait_read<0>();
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < Tile::kSumQueries / 8; j++) {
       store_shared_vec(sum + (j * 32 + lane) * 4, Vec<float, 4>{dq[j * 4], dq[j * 4 + 1], dq[j * 4 + 2], dq[j * 4 + 3]});
     }
     fence_async_shared();
@@ -470,15 +463,15 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w,
   store_rows<T, D>(dk, a.scale, own, dk_rows, a.dk_rows.row, first, w.head.keys, w.stored);
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(BackwardTile<D>::kThreads, 1)
+template <class T, int D, int M>
+__global__ void __launch_bounds__(BackwardTile<D, M>::kThreads, 1)
     attention_backward_wgmma_kernel(const BackwardWgmma a, TF_GRID_CONSTANT TensorMap q_map,
                                     TF_GRID_CONSTANT TensorMap k_map, TF_GRID_CONSTANT TensorMap v_map,
                                     TF_GRID_CONSTANT TensorMap grad_map) {
 #if TF_SM90A
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, M>;
   TF_SHARED(base);
-  const BackwardShared<D> shared{base};
+  const BackwardShared<Tile> shared{base};
   if (threadIdx.x == 0) {
     mbarrier_init(shared.keys_full(), 1);
     for (int stage = 0; stage < Tile::kStages; stage++) {
@@ -491,14 +484,14 @@ __global__ void __launch_bounds__(BackwardTile<D>::kThreads, 1)
     store_shared(shared.index(), a.deterministic ? atomicAdd(a.ticket, 1) : int32_t(blockIdx.x));
   }
   __syncthreads();
-  const BackwardWork w = backward_work<D>(a, load_shared(shared.index()));
+  const BackwardWork w = backward_work<M, Tile::kKeys>(a, load_shared(shared.index()));
   if (w.first_key >= w.stored) return;
   if (threadIdx.x < 128) {
     registers_decrease<24>();
-    if (threadIdx.x == 0 && w.tiles > 0) produce<D>(a, w, shared, &q_map, &k_map, &v_map, &grad_map);
+    if (threadIdx.x == 0 && w.tiles > 0) produce<D, M>(a, w, shared, &q_map, &k_map, &v_map, &grad_map);
   } else {
     registers_increase<240>();
-    consume<T, D>(a, w, shared);
+    consume<T, D, M>(a, w, shared);
   }
 #endif
 }
