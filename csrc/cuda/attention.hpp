@@ -20,7 +20,7 @@ struct Attention {
   const void *q, *k, *v;
   Rows q_rows, k_rows, v_rows;
   const int32_t *cu_q, *cu_k;  // packed: batch + 1 offsets, on the device; else null
-  int64_t total_queries, total_keys;  // packed: rows of q and of k
+  int64_t total_q, total_k;    // packed: rows of all sequences, which bounds what TMA may touch
   const int32_t* key_lengths;  // padded: keys in use of each sequence, on the device; or null
   BiasType bias_type;
   const void* bias;

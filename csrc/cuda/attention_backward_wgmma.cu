@@ -19,22 +19,39 @@ int32_t tile_of(const AttentionBackward& a) {
 // Every sequence starts at a multiple of a tile: see first_tile.
 int64_t padded_rows(const AttentionBackward& a) {
   const int64_t tile = tile_of(a);
-  return a.cu_q ? (a.total_queries / tile + a.batch) * tile : a.batch * ((a.queries + tile - 1) / tile * tile);
+  return a.cu_q ? (a.total_q / tile + a.batch) * tile : a.batch * ((a.queries + tile - 1) / tile * tile);
 }
 
 int64_t tiles_of(const AttentionBackward& a) { return a.heads * (padded_rows(a) / tile_of(a)); }
 
-TensorMap map_of(const AttentionBackward& a, const void* base, const Rows& rows, int64_t count, int64_t heads,
-                 int32_t box_rows) {
-  const int64_t batch = a.cu_q ? 1 : a.batch;
-  const int64_t sizes[] = {a.dim, count, heads, batch};
-  const int64_t strides[] = {rows.row * 2, rows.head * 2, a.cu_q ? rows.row * 2 * count : rows.batch * 2};
-  const int32_t box[] = {64, box_rows, 1, 1};
+struct Extents {
+  int64_t rows, heads, batch;
+};
+Extents query_extents(const AttentionBackward& a) {
+  return a.cu_q ? Extents{a.total_q, a.heads, 1} : Extents{a.queries, a.heads, a.batch};
+}
+Extents key_extents(const AttentionBackward& a) {
+  return a.cu_k ? Extents{a.total_k, a.key_heads, 1} : Extents{a.keys, a.key_heads, a.batch};
+}
+
+// 16 bytes are what TMA and a vector are aligned to; an axis of one element is never stepped along.
+bool is_aligned(const void* base, const Rows& rows, const Extents& extents) {
+  const auto fits = [](int64_t stride, int64_t extent) {
+    return extent == 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t(1) << 39));
+  };
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && fits(rows.row, extents.rows) &&
+         fits(rows.head, extents.heads) && fits(rows.batch, extents.batch);
+}
+
+TensorMap map_of(const AttentionBackward& a, const void* base, const Rows& rows, const Extents& extents, int box_rows) {
+  const auto bytes = [](int64_t stride, int64_t extent) { return uint64_t(extent == 1 ? 16 : 2 * stride); };
+  const uint64_t sizes[4] = {uint64_t(a.dim), uint64_t(extents.rows), uint64_t(extents.heads), uint64_t(extents.batch)};
+  const uint64_t strides[3] = {bytes(rows.row, extents.rows), bytes(rows.head, extents.heads),
+                               bytes(rows.batch, extents.batch)};
+  const uint32_t box[4] = {64, uint32_t(box_rows), 1, 1};
   TensorMap map;
-  if (const char* error = make_tensor_map(&map, a.dtype, const_cast<void*>(base), 4, sizes, strides, box,
-                                          Swizzle::bytes128)) {
-    throw std::runtime_error(std::string("attention_backward_wgmma: ") + error);
-  }
+  const std::string error = make_tensor_map(&map, a.dtype, base, 4, sizes, strides, box, Swizzle::b128);
+  if (!error.empty()) throw std::runtime_error("transformer_fast: attention_backward_wgmma: " + error);
   return map;
 }
 
@@ -56,12 +73,10 @@ void launch(const AttentionBackward& arguments, Stream stream) {
   const int64_t together = a.window_right >= 0 || a.deterministic ? kL2Bytes / head_bytes : 1;
   a.heads_together = int32_t(std::clamp<int64_t>(together, 1, int64_t(a.batch) * a.key_heads));
 
-  const bool packed = a.cu_q != nullptr;
-  const int64_t queries = packed ? a.total_queries : a.queries, keys = packed ? a.total_keys : a.keys;
-  const TensorMap q = map_of(a, a.q, a.q_rows, queries, a.heads, M);
-  const TensorMap k = map_of(a, a.k, a.k_rows, keys, a.key_heads, Tile::kKeys);
-  const TensorMap v = map_of(a, a.v, a.v_rows, keys, a.key_heads, Tile::kKeys);
-  const TensorMap grad = map_of(a, a.grad_out, a.grad_out_rows, queries, a.heads, M);
+  const TensorMap q = map_of(a, a.q, a.q_rows, query_extents(a), M);
+  const TensorMap k = map_of(a, a.k, a.k_rows, key_extents(a), Tile::kKeys);
+  const TensorMap v = map_of(a, a.v, a.v_rows, key_extents(a), Tile::kKeys);
+  const TensorMap grad = map_of(a, a.grad_out, a.grad_out_rows, query_extents(a), M);
 
   const dim3 by_queries(unsigned(a.query_blocks) * unsigned(a.batch * a.heads));
   const dim3 by_keys(unsigned(a.key_blocks) * unsigned(a.batch * a.key_heads));
@@ -77,16 +92,6 @@ void choose(const AttentionBackward& a, Stream stream) {
   return tile_of(a) == 80 ? launch<T, 128, 80>(a, stream) : launch<T, 128, 64>(a, stream);
 }
 
-bool fits_tma(const void* base, const Rows& rows) {
-  const auto fits = [](int64_t stride) { return stride > 0 && stride % 8 == 0 && stride < (int64_t(1) << 39); };
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && fits(rows.row) && fits(rows.head) &&
-         (rows.batch == 0 || fits(rows.batch));
-}
-
-bool fits_vectors(const void* base, const Rows& rows) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && rows.batch % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
-}
-
 }  // namespace
 
 const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
@@ -94,11 +99,15 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
   if (a.dim != 64 && a.dim != 128) return "wgmma: head dims other than 64 and 128";
   if (!is_plain(a)) return "wgmma: biases, masks, soft cap, dropout and scales that are not positive";
   if (a.dbias || a.drelative) return "wgmma: gradients of biases";
-  if (a.batch == 0 || a.queries == 0 || a.keys == 0) return "wgmma: empty tensors";
-  if (!fits_tma(a.q, a.q_rows) || !fits_tma(a.k, a.k_rows) || !fits_tma(a.v, a.v_rows) ||
-      !fits_tma(a.grad_out, a.grad_out_rows) || !fits_vectors(a.out, a.out_rows) || !fits_vectors(a.dq, a.dq_rows) ||
-      !fits_vectors(a.dk, a.dk_rows) || !fits_vectors(a.dv, a.dv_rows)) {
-    return "wgmma: tensors whose base and strides are not multiples of 16 bytes, or that repeat rows";
+  if (a.batch == 0 || a.queries == 0 || a.keys == 0 || (a.cu_q && (a.total_q == 0 || a.total_k == 0))) {
+    return "wgmma: empty tensors";
+  }
+  const Extents queries = query_extents(a), keys = key_extents(a);
+  if (!is_aligned(a.q, a.q_rows, queries) || !is_aligned(a.out, a.out_rows, queries) ||
+      !is_aligned(a.grad_out, a.grad_out_rows, queries) || !is_aligned(a.dq, a.dq_rows, queries) ||
+      !is_aligned(a.k, a.k_rows, keys) || !is_aligned(a.v, a.v_rows, keys) || !is_aligned(a.dk, a.dk_rows, keys) ||
+      !is_aligned(a.dv, a.dv_rows, keys)) {
+    return "wgmma: addresses or strides that are not positive multiples of 16 bytes";
   }
   const int64_t blocks = int64_t(a.batch) * a.heads * (std::max(a.queries, a.keys) / 64 + 1);
   if (blocks > INT32_MAX) return "wgmma: more blocks than a grid has";

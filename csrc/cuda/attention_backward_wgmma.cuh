@@ -224,10 +224,10 @@ constexpr int kConsumers = 256, kConsumerBarrier = 1;
 // Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis, or transposed: then a
 // panel is 64 of the M or N axis wide and the next one is `leading` bytes on. Eight rows are 1024 bytes either way.
 TF_DEVICE uint64_t rows_descriptor(const unsigned char* tile) {
-  return wgmma_descriptor(tile, 16, 1024, Swizzle::bytes128);
+  return wgmma_descriptor(tile, 16, 1024, Swizzle::b128);
 }
 TF_DEVICE uint64_t columns_descriptor(const unsigned char* tile, int leading) {
-  return wgmma_descriptor(tile, leading, 1024, Swizzle::bytes128);
+  return wgmma_descriptor(tile, leading, 1024, Swizzle::b128);
 }
 // How far step k, 16 values of the K axis, lies from step 0, in a descriptor's units of 16 bytes.
 TF_DEVICE constexpr uint64_t row_step(int k, int rows) { return (k / 4 * rows * 128 + k % 4 * 32) / 16; }
