@@ -6,8 +6,10 @@
 //
 //   #include "cuda.hpp"
 //   #if TF_CUDA_KERNELS
-//   namespace tf::cuda { namespace { void norm_forward(Tensor x, ...) { Device device(x); ... launcher(a, device.stream()); } } }
-//   TF_CUDA_IMPL(m) { m.impl("cuda_norm_forward", TORCH_BOX(&tf::cuda::norm_forward)); }
+//   namespace tf::cuda::bindings {  // not the namespace of the launchers: names would be mixed up
+//   void norm_forward(Tensor x, ...) { Device device(x); ... cuda::norm_forward(arguments, device.stream()); }
+//   }
+//   TF_CUDA_IMPL(m) { m.impl("cuda_norm_forward", TORCH_BOX(&tf::cuda::bindings::norm_forward)); }
 //   #endif
 //   TF_CUDA_SCHEMA(m) { m.def("cuda_norm_forward(Tensor x, ...) -> ()"); }
 #pragma once

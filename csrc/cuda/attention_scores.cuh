@@ -6,6 +6,7 @@
 // TRANSPOSED the other way round.
 #pragma once
 #include "attention.hpp"
+#include "philox.cuh"
 #include "ptx.cuh"
 #include "simt.cuh"
 
@@ -192,36 +193,21 @@ TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query
 
 // ---- dropout: the bits of csrc/cpu/philox.hpp ----------------------------------------------------------------------
 struct Dropout {
-  uint32_t key0, key1, offset, bh, threshold;
+  PhiloxKey key;
+  uint32_t bh, threshold;
 };
 
 TF_DEVICE Dropout dropout_of(const Attention& a, const Head& head) {
-  const uint64_t seed = uint64_t(load(a.rng));
-  return {uint32_t(seed), uint32_t(seed >> 32), uint32_t(load(a.rng + 1)), uint32_t(head.b * a.heads + head.h),
-          a.threshold};
+  return {philox_key(a.rng), uint32_t(head.b * a.heads + head.h), a.threshold};
 }
 
 // Bit l: element (i, 128 * group + 16 * l + column) is kept; column: 0 .. 15.
 TF_DEVICE uint32_t keep_byte(const Dropout& d, uint32_t i, uint32_t group, uint32_t column) {
-  uint32_t c0 = 16 * group + column, c1 = i, c2 = d.bh, c3 = d.offset, key0 = d.key0, key1 = d.key1;
+  const PhiloxWords words = philox(16 * group + column, i, d.bh, d.key);
+  uint32_t bits = 0;
 #pragma unroll
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
-    c1 = uint32_t(p1);
-    c3 = uint32_t(p0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  const uint32_t words[4] = {c0, c1, c2, c3};
-  uint32_t kept = 0;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    kept |= uint32_t((words[w] & 0xffffu) >= d.threshold) << w;
-    kept |= uint32_t((words[w] >> 16) >= d.threshold) << (w + 4);
-  }
-  return kept;
+  for (int l = 0; l < 8; ++l) bits |= uint32_t(kept(words, l, d.threshold)) << l;
+  return bits;
 }
 
 // What a thread keeps of its two rows of accumulators (queries) in the 128 columns of a group: every bit of eight

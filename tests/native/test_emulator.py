@@ -3,6 +3,7 @@
 import cuda_emulator
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(params=[(True, 0), (True, 7), (False, 1)], ids=["late", "late-other-order", "at-once"])
@@ -27,3 +28,20 @@ def test_dropped_barrier(emulator):
     x, y = _random(5, 1000), np.full(5, np.nan, np.float32)
     emulator.row_sum(x, y, False)
     assert np.isnan(y).any()
+
+
+def _bits(t):
+    return t.view(torch.int16).numpy().view(np.uint16)
+
+
+def _ring(emulator, name=""):
+    a, b = torch.randn(128, 320).bfloat16(), torch.randn(160, 320).bfloat16()
+    c = np.full((128, 160), np.nan, np.float32)
+    getattr(emulator, f"ring_gemm{name}")(_bits(a), _bits(b), c)
+    return c, (a.double() @ b.double().T).numpy()
+
+
+@pytest.mark.quick
+def test_ring_of_tma_and_wgmma(emulator):
+    c, truth = _ring(emulator)
+    np.testing.assert_allclose(c, truth, atol=1e-4)

@@ -2,14 +2,17 @@
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 
-from . import Backend, Call, native
+from . import Backend, Call, cuda_attention, native
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
-_OPS: dict[str, str] = {}
+_OPS: dict[str, str] = {"attention": "cuda_attention_forward"}
+# What its kernels do not take beyond that: reasons, empty when they take the call.
+_REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {"attention": cuda_attention.why_not}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
 _CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
 _ops = torch.ops.transformer_fast
@@ -84,7 +87,19 @@ class CudaBackend(Backend):
             reasons.append(f"there is no CUDA kernel for {call.op}")
         elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
             reasons.append(f"the CUDA kernels of {call.op} were not compiled")
+        if call.op in _REFUSES:
+            reasons += _REFUSES[call.op](call)
         return tuple(reasons)
+
+    def attention_forward(self, spec, out, lse) -> None:
+        from .cuda_attention import attention_forward
+
+        attention_forward(spec, out, lse)
+
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+        from .cuda_attention import attention_backward
+
+        attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
 
 BACKEND = CudaBackend()

@@ -49,7 +49,8 @@ void to_scheduler() {
 void entry() {
   try {
     (*kernel)();
-    thread_exits();
+    bulk_thread_exits();
+    products_thread_exits();
   } catch (...) {
     fault = std::current_exception();
   }
@@ -128,7 +129,11 @@ void run_block() {
     block->ready[i / kWarp] |= 1u << (i % kWarp);
   }
   std::memset(block->shared, 0xff, block->shared_bytes);  // NaN in every floating type
-  block_begins();
+  races_begin();
+  copies_begin();
+  mbarriers_begin();
+  bulk_begin();
+  products_begin();
   int spins = 0;
   for (;;) {
     std::vector<unsigned> order;
@@ -140,7 +145,7 @@ void run_block() {
       run_warp(order[random() % order.size()]);
       continue;
     }
-    if (finish_some_async()) {
+    if (finish_some_load()) {
       spins = 0;
       continue;
     }
@@ -155,7 +160,8 @@ void run_block() {
     if (!running) break;
     if (!spinning || ++spins > kSpins) fail_deadlock();
   }
-  block_ends();
+  bulk_end();
+  mbarriers_end();
 }
 
 unsigned char* shared_memory() {
@@ -287,7 +293,6 @@ void launch(const char* name, dim3 grid, dim3 shape_of_block, size_t shared_byte
     std::string where = ", at block " + shape(here.id);
     if (here.current) where += ", thread " + shape(here.current->id);
     block = nullptr;
-    block_abandoned();
     throw std::runtime_error(configuration() + where + ": " + error.what());
   }
   block = nullptr;

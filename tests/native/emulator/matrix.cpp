@@ -40,6 +40,25 @@ void execute_ldmatrix(void* const* payloads, unsigned) {
   }
 }
 
+void execute_stmatrix(void* const* payloads, unsigned) {
+  const auto lane_of = [&](unsigned l) { return static_cast<Rows*>(payloads[l]); };
+  const Rows& first = *lane_of(0);
+  for (int m = 0; m < first.matrices; ++m) {
+    uint16_t values[8][8];
+    for (unsigned l = 0; l < kWarp; ++l) {
+      const unsigned i = l / 4, j = 2 * (l % 4);
+      const uint32_t r = lane_of(l)->registers[m];
+      (first.transposed ? values[j][i] : values[i][j]) = uint16_t(r);
+      (first.transposed ? values[j + 1][i] : values[i][j + 1]) = uint16_t(r >> 16);
+    }
+    for (unsigned i = 0; i < 8; ++i) {
+      unsigned char* row = const_cast<unsigned char*>(lane_of(unsigned(m) * 8 + i)->row);
+      check_shared(row, 16, 16, true);
+      std::memcpy(row, values[i], 16);
+    }
+  }
+}
+
 struct Fragments {
   bool half;
   float* d;
@@ -87,6 +106,11 @@ void execute_mma(void* const* payloads, unsigned) {
 void ldmatrix(uint32_t* registers, int matrices, bool transposed, const void* shared_row) {
   Rows rows{registers, matrices, transposed, static_cast<const unsigned char*>(shared_row)};
   warp_instruction("ldmatrix", ~0u, &rows, execute_ldmatrix);
+}
+
+void stmatrix(const uint32_t* registers, int matrices, bool transposed, void* shared_row) {
+  Rows rows{const_cast<uint32_t*>(registers), matrices, transposed, static_cast<const unsigned char*>(shared_row)};
+  warp_instruction("stmatrix", ~0u, &rows, execute_stmatrix);
 }
 
 void mma_m16n8k16(bool half, float* d, const uint32_t* a, const uint32_t* b) {

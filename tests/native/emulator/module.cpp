@@ -29,5 +29,6 @@ PYBIND11_MODULE(cuda_emulator_library, m) {
     return d;
   });
   m.def("reset_counters", [] { emulator::counters = {}; });
-  tf::toys::bind(m);
+  tf::toys::bind_sm80(m);
+  tf::toys::bind_sm90(m);
 }

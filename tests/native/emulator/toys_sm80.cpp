@@ -3,24 +3,6 @@
 
 namespace tf::toys {
 using namespace tf::cuda;
-namespace py = pybind11;
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-template <class T>
-const T* in(const Array<T>& a) {
-  emulator::add_range(a.data(), size_t(a.nbytes()), false);
-  return a.data();
-}
-template <class T>
-T* out(Array<T>& a) {
-  emulator::add_range(a.mutable_data(), size_t(a.nbytes()), true);
-  return a.mutable_data();
-}
-struct Clear {
-  ~Clear() { emulator::clear_ranges(); }
-};
 
 template <bool Barrier>
 __global__ void __launch_bounds__(128) row_sum(const float* x, float* y, int width) {
@@ -38,7 +20,7 @@ __global__ void __launch_bounds__(128) row_sum(const float* x, float* y, int wid
   }
 }
 
-void bind(py::module_& m) {
+void bind_sm80(py::module_& m) {
   m.def("row_sum", [](Array<float> x, Array<float> y, bool barrier) {
     Clear clear;
     const float* px = in(x);
