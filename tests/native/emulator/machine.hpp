@@ -54,7 +54,7 @@ struct Block {
   std::array<NamedBarrier, 16> barriers;
 };
 
-extern thread_local Block* block __attribute__((tls_model("initial-exec")));
+extern Block* block;
 
 inline unsigned lane() { return block->current->index % kWarp; }
 
