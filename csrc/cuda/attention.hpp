@@ -56,7 +56,8 @@ struct AttentionBackward : Attention {
   float* dq_accumulator;  // scratch where the algorithm sums dQ in float32, else null
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  float* drelative;  // zeros before; or null
+  // (batch, heads, ceil(queries / 64), 2 * reach + 1), zeros before: sums of dS of each block of queries; or null
+  float* drelative;
   bool deterministic;
 };
 
