@@ -58,7 +58,8 @@ struct AttentionBackward : Attention {
   float* dq_accumulator;  // scratch of as many floats as *_scratch says, aligned to 16 bytes; null where it says none
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  float* drelative;  // zeros before; or null
+  // (batch, heads, ceil(queries / 64), 2 * reach + 1), zeros before: sums of dS of each block of queries; or null
+  float* drelative;
   bool deterministic;
 };
 

@@ -25,7 +25,7 @@ BackwardCall call_of(const AttentionBackward& a, int rows, int length, int heads
 
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
 void launch(const BackwardCall& call, Stream stream) {
-  using Memory = BackwardMemory<D, SIDE, WANTED>;
+  using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
   const int heads = SIDE == Side::keys ? call.key_heads : call.heads;
   const size_t bytes = call.drelative && SIDE == Side::queries ? Memory::kBytesWithScores : Memory::kBytes;
   auto* const kernel = &attention_backward_kernel<T, D, SIDE, RICH, WANTED>;
@@ -34,7 +34,7 @@ void launch(const BackwardCall& call, Stream stream) {
 
 template <class T, int D>
 void bias_gradient(const BackwardCall& call, Stream stream) {
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, true>;
   const int counts[4] = {call.batch, call.heads, (call.queries + kBackwardRows - 1) / kBackwardRows,
                          (call.keys + Tile::kColumns - 1) / Tile::kColumns};
   BiasTiles tiles;
@@ -102,7 +102,7 @@ const char* attention_backward_mma_refuses(const AttentionBackward& a) {
   if (a.dim > 256) return "mma: head dims over 256";
   const int64_t rows = std::max((int64_t(a.queries) + kDeltaRows - 1) / kDeltaRows * a.heads,
                                 (int64_t(a.keys) + kBackwardRows - 1) / kBackwardRows * a.key_heads);
-  const int64_t tiles = a.dbias ? (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows * ((a.keys + 31) / 32) : 1;
+  const int64_t tiles = a.dbias ? (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows * ((a.keys + 15) / 16) : 1;
   if (std::max(rows, tiles * a.heads) * a.batch > INT32_MAX) return "mma: more blocks than a grid has";
   return nullptr;
 }

@@ -24,10 +24,10 @@ struct BackwardCall : AttentionBackward {
 
 constexpr int kBackwardThreads = 128, kBackwardRows = 64;
 
-template <int D>
+template <int D, bool RICH>
 struct BackwardTile {
-  static constexpr int kColumns = D <= 64 ? 64 : 32;  // rows of a streamed tile, columns of the scores
-  static constexpr int kStages = D <= 128 ? 2 : 1;
+  static constexpr int kColumns = D > 128 ? 16 : D > 64 || RICH ? 32 : 64;  // rows of a streamed tile, columns of scores
+  static constexpr int kStages = 2;
   static constexpr int kResident = kBackwardRows * D, kStreamed = kColumns * D;  // elements
 };
 
@@ -204,18 +204,20 @@ __global__ void __launch_bounds__(kBackwardThreads)
 // ---- gradients -------------------------------------------------------------------------------------------------------
 // Bytes of shared memory: the resident tiles, the streamed ones, then by side two buffers of a streamed tile's lse, delta
 // and dropout bits, or dS of a tile, for its sums by distance.
-template <int D, Side SIDE, Wanted WANTED>
+template <int D, Side SIDE, bool RICH, Wanted WANTED>
 struct BackwardMemory {
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, RICH>;
   static constexpr int kStreamed = (WANTED == Wanted::value ? 1 : 2) * Tile::kResident * 2;
   static constexpr int kMore = kStreamed + Tile::kStages * 2 * Tile::kStreamed * 2;
   static constexpr int kStatistics = 2 * Tile::kColumns;  // floats of one buffer
   static constexpr int kKept = 16 * Tile::kColumns;       // bytes of one buffer
   static constexpr int kPitch = Tile::kColumns + 1;       // of dS: a diagonal meets no bank twice
   static constexpr int kBytes = kMore + (SIDE == Side::keys ? 2 * (4 * kStatistics + kKept) : 0);
-  // One stage has room for dS where V was.
-  static constexpr int kScores = Tile::kStages == 1 ? kStreamed + Tile::kStreamed * 2 : kBytes;
-  static constexpr int kBytesWithScores = Tile::kStages == 1 ? kBytes : kBytes + 4 * kBackwardRows * kPitch;
+  static constexpr int kScores = 4 * kBackwardRows * kPitch;
+  // Large head dims leave no room for dS in the 99 KB of some GPUs: it takes the place of V.
+  static constexpr bool kInPlace = D > 128;
+  static constexpr int kBytesWithScores = kInPlace ? kBytes : kBytes + kScores;
+  static_assert(!kInPlace || kScores <= Tile::kStreamed * 2);
 };
 
 // Sums of dS by distance for one block of queries: (2 * reach + 1) of its own, each element added by one thread in one
@@ -279,8 +281,8 @@ struct DistanceSums {
 
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
 __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF_GRID_CONSTANT BackwardCall p) {
-  using Tile = BackwardTile<D>;
-  using Memory = BackwardMemory<D, SIDE, WANTED>;
+  using Tile = BackwardTile<D, RICH>;
+  using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
   constexpr bool kKeys = SIDE == Side::keys;
   constexpr bool kFirst = WANTED != Wanted::value, kSecond = kKeys && WANTED != Wanted::key;  // dK or dQ; dV
   constexpr int kColumns = Tile::kColumns, kScores = kColumns / 2;
@@ -394,7 +396,7 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
     const bool more = n + 1 < total;
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before it any more
-    if (Tile::kStages > 1 && more) load_streamed(n + 1, next_h, next_start);
+    if (more) load_streamed(n + 1, next_h, next_start);
     float statistic = 0.f;
     if (kKeys && more) statistic = load_statistic(next_h, next_start);
 
@@ -449,8 +451,10 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         });
       }
       if (p.drelative) {
-        if (Tile::kStages == 1) __syncthreads();  // nobody reads V any more
-        by_distance.add<kColumns>(p, head, first, own, start, ds, reinterpret_cast<float*>(memory + Memory::kScores));
+        if (Memory::kInPlace) __syncthreads();  // nobody reads V any more
+        float* const scores = Memory::kInPlace ? reinterpret_cast<float*>(streamed(n) + Tile::kStreamed)
+                                               : reinterpret_cast<float*>(memory + Memory::kBytes);
+        by_distance.add<kColumns>(p, head, first, own, start, ds, scores);
       }
     }
     if constexpr (kFirst) {
@@ -459,10 +463,6 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         for (int e = 0; e < kScores; ++e) ds[e] *= slope[e];
       }
       if (!(RICH && !kKeys && p.delta_only)) multiply_columns<D>(ds, tile1, sum1);
-    }
-    if (Tile::kStages == 1) {
-      __syncthreads();
-      if (more) load_streamed(n + 1, next_h, next_start);
     }
     if (kKeys && more) store_statistic(n + 1, next_h, next_start, statistic);
   }
@@ -478,7 +478,7 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
                     mine, used, stored, p.dim, p.aligned);
   } else {
     if constexpr (RICH) {
-      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(memory + Memory::kScores));
+      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
       if (p.delta_only) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -506,7 +506,7 @@ struct BiasTiles {  // sequences, heads, tiles of queries, of keys: how many dbi
 template <class T, int D>
 __global__ void __launch_bounds__(kBackwardThreads)
     attention_backward_bias_kernel(TF_GRID_CONSTANT BackwardCall p, const BiasTiles tiles) {
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, true>;
   constexpr int kColumns = Tile::kColumns, kScores = kColumns / 2, kPitch = kColumns + 1;
   TF_SHARED(memory);
   T* const q = reinterpret_cast<T*>(memory);
