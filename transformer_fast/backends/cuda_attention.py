@@ -29,13 +29,12 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    accumulator = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
     relative = arguments[10]
     drelative = None if dtable is None else torch.zeros_like(relative)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
-        accumulator, dq, dk, dv, dbias, drelative,
+        dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
         # A product, as index_add's atomics would add in any order.
