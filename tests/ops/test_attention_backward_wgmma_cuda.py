@@ -1,6 +1,6 @@
-"""The backward of attention on wgmma (sm_90a) against float64: on a GPU of compute capability 9.0 where there is one, else
-under the emulator. Outputs and their log-sum-exp are those of plain PyTorch in float64, rounded: no forward kernel takes
-part."""
+"""The backward of attention on wgmma (sm_90a) against float64: on a GPU of compute capability 9.0 where there is one,
+else under the emulator. Outputs and their log-sum-exp are those of plain PyTorch in float64, rounded: no forward kernel
+takes part."""
 
 import contextlib
 import math
@@ -98,20 +98,20 @@ def _products(spec):
 CAUSAL = {"window_right": 0}
 FROM_THE_END = {"window_right": 0, "bottom_right": 1}
 PADDED = {
-    "full": dict(sq=256, sk=256),
-    "full_128": dict(d=128, sq=160, sk=256),
-    "ragged": dict(sq=150, sk=200, h=2, b=2),
-    "ragged_128": dict(d=128, sq=170, sk=130, b=2),
+    "full": {"sq": 256, "sk": 256},
+    "full_128": {"d": 128, "sq": 160, "sk": 256},
+    "ragged": {"sq": 150, "sk": 200, "h": 2, "b": 2},
+    "ragged_128": {"d": 128, "sq": 170, "sk": 130, "b": 2},
     "causal": dict(sq=300, sk=300, **CAUSAL),
     "causal_128": dict(d=128, sq=200, sk=200, **CAUSAL),
     "causal_from_the_end": dict(sq=140, sk=300, **FROM_THE_END),
     "queries_without_keys": dict(d=128, sq=260, sk=150, **FROM_THE_END),
     "keys_without_queries": dict(sq=100, sk=300, **CAUSAL),
-    "window": dict(sq=300, sk=300, window_left=70, window_right=20),
-    "window_128": dict(d=128, sq=280, sk=280, window_left=40, window_right=0),
+    "window": {"sq": 300, "sk": 300, "window_left": 70, "window_right": 20},
+    "window_128": {"d": 128, "sq": 280, "sk": 280, "window_left": 40, "window_right": 0},
     "grouped": dict(h=4, hk=2, sq=140, sk=140, **CAUSAL),
-    "grouped_128": dict(d=128, h=3, hk=1, sq=100, sk=140),
-    "scale": dict(sq=130, sk=130, scale=0.3),
+    "grouped_128": {"d": 128, "h": 3, "hk": 1, "sq": 100, "sk": 140},
+    "scale": {"sq": 130, "sk": 130, "scale": 0.3},
 }  # fmt: skip
 
 
@@ -151,10 +151,10 @@ def test_key_lengths(d, device, machine):
 
 
 PACKED = {
-    "self": dict(lengths_q=(150, 1, 0, 290), lengths_k=(150, 1, 0, 290)),
+    "self": {"lengths_q": (150, 1, 0, 290), "lengths_k": (150, 1, 0, 290)},
     "causal_128": dict(d=128, lengths_q=(100, 33, 170), lengths_k=(100, 33, 170), **CAUSAL),
-    "cross_grouped": dict(h=2, hk=1, lengths_q=(90, 140, 20), lengths_k=(40, 0, 300)),
-    "cross_128": dict(d=128, lengths_q=(170, 3, 80), lengths_k=(64, 200, 31)),
+    "cross_grouped": {"h": 2, "hk": 1, "lengths_q": (90, 140, 20), "lengths_k": (40, 0, 300)},
+    "cross_128": {"d": 128, "lengths_q": (170, 3, 80), "lengths_k": (64, 200, 31)},
 }  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def test_packed_sequences_do_not_touch_each_other(d, device, machine):
         assert torch.equal(x[:first], y[:first])
 
 
-@pytest.mark.parametrize("case", [dict(sq=260, sk=300), dict(d=128, sq=200, sk=300, h=2, hk=1, **CAUSAL)])
+@pytest.mark.parametrize("case", [{"sq": 260, "sk": 300}, dict(d=128, sq=200, sk=300, h=2, hk=1, **CAUSAL)])
 def test_deterministic(case, device, machine):
     spec = _padded(device, BF16, **case)
     torch.use_deterministic_algorithms(True)
