@@ -103,6 +103,8 @@ void fill(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const
   a.q_rows = rows_of(q);
   a.k_rows = rows_of(k);
   a.v_rows = rows_of(v);
+  a.total_q = packed ? q.size(0) : 0;
+  a.total_k = packed ? k.size(0) : 0;
   a.cu_q = integers(cu_seqlens_q, a.batch + 1);
   a.cu_k = integers(cu_seqlens_k, a.batch + 1);
   a.key_lengths = integers(key_lengths, a.batch);
@@ -160,7 +162,13 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
     a.lse_batch = batch_stride(*lse);
     a.lse_head = lse->stride(-2);
   }
-  choose(kernels, a, "forward").run(a, device.stream());
+  const auto& kernel = choose(kernels, a, "forward");
+  std::optional<Tensor> counter;
+  if (kernel.run == attention_forward_wgmma) {
+    counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    a.counter = write<int32_t>(*counter);
+  }
+  kernel.run(a, device.stream());
 }
 
 void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,

@@ -44,6 +44,7 @@ struct AttentionForward : Attention {
   Rows out_rows;
   float* lse;  // natural logarithm; -inf where a row has nothing to attend to; or null
   int64_t lse_batch, lse_head;
+  int32_t* counter;  // scratch, one: tiles of unequal length go to whichever block is free; or null
 };
 
 struct AttentionBackward : Attention {

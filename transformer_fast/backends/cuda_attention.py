@@ -5,19 +5,15 @@ import torch
 from . import relative_bias
 from .philox import threshold
 
-WIDEST = 256
 _HALF = (torch.bfloat16, torch.float16)
 _ops = torch.ops.transformer_fast
 
 
 def why_not(call) -> tuple[str, ...]:
-    """What no CUDA attention kernel takes; what depends on strides and devices the native op itself refuses."""
-    reasons = []
-    if call.dtype not in _HALF:
-        reasons.append(f"attention in {str(call.dtype).removeprefix('torch.')}: tensor cores would round it to TF32")
-    if call.size > WIDEST:
-        reasons.append(f"head dim {call.size} is over {WIDEST}")
-    return tuple(reasons)
+    """What no CUDA attention kernel takes; what depends on strides and the GPU the native op itself refuses."""
+    if call.dtype in _HALF:
+        return ()
+    return (f"there is none for {str(call.dtype).removeprefix('torch.')} attention: tensor cores would round to TF32",)
 
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
