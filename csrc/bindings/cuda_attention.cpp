@@ -93,8 +93,6 @@ void fill(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const
   a.dim = narrow(q.size(-1));
   a.queries = narrow(packed ? max_seqlen_q : q.size(2));
   a.keys = narrow(packed ? max_seqlen_k : k.size(2));
-  a.total_q = packed ? q.size(0) : 0;
-  a.total_k = packed ? k.size(0) : 0;
   STD_TORCH_CHECK(a.key_heads > 0 && a.heads % a.key_heads == 0 && k.size(-1) == a.dim && v.size(-1) == a.dim,
                   "transformer_fast: query, key and value do not fit each other");
   a.q = read(q);
@@ -232,8 +230,8 @@ TF_CUDA_IMPL(m) {
 // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
 // 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
 // beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's
-// shape. drelative: float32, zeros, of relative's shape.
+// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros, of
+// relative's shape.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \

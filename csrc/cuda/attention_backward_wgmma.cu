@@ -77,10 +77,10 @@ void launch(const AttentionBackward& arguments, Stream stream) {
 
   const dim3 by_queries(unsigned(a.query_blocks) * unsigned(a.batch * a.heads));
   const dim3 by_keys(unsigned(a.key_blocks) * unsigned(a.batch * a.key_heads));
-  TF_LAUNCH((attention_backward_wgmma_prepare<T, D, M>), by_queries, dim3(256), 0, stream, a);
+  TF_LAUNCH((attention_backward_prepare_kernel<T, D, M>), by_queries, dim3(256), 0, stream, a);
   TF_LAUNCH((attention_backward_wgmma_kernel<T, D, M>), by_keys, dim3(Tile::kThreads), Tile::kBytes, stream, a, q, k, v,
             grad);
-  TF_LAUNCH((attention_backward_wgmma_finish<T, D, M>), by_queries, dim3(256), 0, stream, a);
+  TF_LAUNCH((attention_backward_finish_kernel<T, D, M>), by_queries, dim3(256), 0, stream, a);
 }
 
 template <class T>

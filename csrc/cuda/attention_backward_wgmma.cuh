@@ -54,7 +54,7 @@ TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
 
 // ---- before: delta, lse in the units of scores, zeros to add to -------------------------------------------------------
 template <class T, int D, int M>
-__global__ void __launch_bounds__(256) attention_backward_wgmma_prepare(const BackwardWgmma a) {
+__global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
   using Tile = BackwardTile<D, M>;
   constexpr int kLanes = D / 8;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(256) attention_backward_wgmma_prepare(const Ba
 
 // ---- after: dQ in order, scaled, rounded -------------------------------------------------------------------------------
 template <class T, int D, int M>
-__global__ void __launch_bounds__(256) attention_backward_wgmma_finish(const BackwardWgmma a) {
+__global__ void __launch_bounds__(256) attention_backward_finish_kernel(const BackwardWgmma a) {
   using Tile = BackwardTile<D, M>;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
