@@ -24,6 +24,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# With CUDA kernels for every architecture where nvcc is; TRANSFORMER_FAST_CUDA_ARCHS names others, or none.
+wheel: export TRANSFORMER_FAST_CUDA_ARCHS ?= $(if $(shell command -v nvcc),all,none)
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 

@@ -2,6 +2,9 @@
 
 Everything degrades: no compiler, no torch at build time or no nvcc leaves that part out, and
 `transformer-fast info` says so. Set TRANSFORMER_FAST_REQUIRE_NATIVE=1 to make a failed build an error.
+
+CUDA code is compiled for the GPUs that torch sees here, so by default for none where there is no GPU.
+TRANSFORMER_FAST_CUDA_ARCHS asks for others: "all", "none", or a list of 80, 90a, 100, 120.
 """
 
 import os
@@ -25,11 +28,56 @@ X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx2", "-mfma", "-mf16c",
                "-mprefer-vector-width=512"],
 }  # fmt: skip
+# What a GPU of compute capability 8.x, 9.x, ... runs. Files with _wgmma in their names have code for sm_90a alone.
+CUDA_ARCHS = {8: "80", 9: "90a", 10: "100", 12: "120"}
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
 
 
 def isas() -> dict[str, list[str]]:
     return X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+
+
+def cuda_archs() -> list[str]:
+    """The architectures to compile CUDA code for; empty where there is nothing to compile."""
+    asked = os.environ.get("TRANSFORMER_FAST_CUDA_ARCHS", "").strip()
+    if asked == "none":
+        return []
+    if not list((CSRC / "cuda").glob("*.cu")):
+        return []
+    known = list(CUDA_ARCHS.values())
+    if asked:
+        archs = known if asked == "all" else asked.replace(",", " ").split()
+        unknown = [a for a in archs if a not in known]
+        if unknown:
+            raise ValueError(f"TRANSFORMER_FAST_CUDA_ARCHS: {', '.join(unknown)} unknown; wanted {', '.join(known)}")
+    else:
+        archs = visible_archs()
+    if archs and not shutil.which(nvcc()):
+        if asked and os.environ.get("TRANSFORMER_FAST_REQUIRE_NATIVE") == "1":
+            raise OSError(f"TRANSFORMER_FAST_CUDA_ARCHS={asked} needs {nvcc()}, which is not on PATH")
+        print(f"transformer_fast: no {nvcc()} on PATH, built without CUDA kernels", file=sys.stderr)
+        return []
+    return archs
+
+
+def visible_archs() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    majors = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
+    return [CUDA_ARCHS[major] for major in sorted(majors) if major in CUDA_ARCHS]
+
+
+def nvcc() -> str:
+    return os.environ.get("NVCC", "nvcc")
+
+
+def gencode(source: pathlib.Path, archs: list[str]) -> list[str]:
+    if "_wgmma" in source.stem:  # elsewhere its kernels are empty: their host code is there to say no
+        archs = ["90a"] if "90a" in archs else archs[:1]
+    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
 
 
 def torch_paths() -> tuple[list[str], str]:
@@ -43,8 +91,8 @@ def torch_paths() -> tuple[list[str], str]:
 class Plan:
     """Object files to compile (source, flags, object) and the link line."""
 
-    def __init__(self, build: pathlib.Path, output: pathlib.Path):
-        self.build, self.output = build, output
+    def __init__(self, build: pathlib.Path, output: pathlib.Path, archs: list[str]):
+        self.build, self.output, self.archs = build, output, archs
         self.cxx = os.environ.get("CXX", "g++")
         includes, self.torch_lib = torch_paths()
         includes = [*includes, sysconfig.get_paths()["include"], str(CSRC)]
@@ -53,24 +101,34 @@ class Plan:
         isa_list = "#define TF_ISA_LIST(X) " + " ".join(f"X({name})" for name in isas()) + "\n"
         build.mkdir(parents=True, exist_ok=True)
         config = build / "isa_list.h"
-        if not config.exists() or config.read_text() != isa_list:
-            config.write_text(isa_list)
+        cuda_archs = f'#define TF_WITH_CUDA "{" ".join(archs)}"\n'
+        for file, text in ((config, isa_list), (build / "cuda_archs.h", cuda_archs)):
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
         binding = [*common, "-O2", "-include", str(config), "-DTORCH_TARGET_VERSION=0x020b000000000000",
                    "-DPy_LIMITED_API=0x030a0000", *(f"-I{i}" for i in includes)]  # fmt: skip
         self.objects: list[tuple[list[str], pathlib.Path, pathlib.Path]] = []
         for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("bindings/*.cpp")]):
-            self.add(source, [self.cxx, *binding], f"binding.{source.stem}")
+            cuda = archs and (source.stem == "ops" or source.stem.startswith("cuda_"))
+            with_cuda = ["-include", str(build / "cuda_archs.h")] if cuda else []
+            self.add(source, [self.cxx, *binding, *with_cuda], f"binding.{source.stem}")
         for name, flags in isas().items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 self.add(source, [self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],
                          f"{name}.{source.stem}")  # fmt: skip
+        for source in sorted((CSRC / "cuda").glob("*.cu")) if archs else []:
+            self.add(source, [nvcc(), *CUDA_FLAGS, *gencode(source, archs), f"-I{CSRC}", f"-I{CSRC}/cuda"],
+                     f"cuda.{source.stem}")  # fmt: skip
 
     def add(self, source: pathlib.Path, command: list[str], stem: str) -> None:
         self.objects.append((command, source, self.build / f"{stem}.o"))
 
     def link(self) -> list[str]:
-        return [self.cxx, "-shared", "-o", str(self.output), *(str(o) for _, _, o in self.objects),
-                f"-L{self.torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]  # fmt: skip
+        # CUDA's runtime is linked in, and the driver found at run time: the library loads where there is no CUDA.
+        linker = [nvcc(), "-ccbin", self.cxx, "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+        return [*(linker if self.archs else [self.cxx]), "-shared", "-o", str(self.output),
+                *(str(o) for _, _, o in self.objects),
+                f"-L{self.torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10"]  # fmt: skip
 
     def run(self) -> None:
         ninja = ninja_command()
@@ -105,8 +163,15 @@ class BuildNative(build_ext):
         output.unlink(missing_ok=True)  # never ship an older build when this one fails
         build = ROOT / "build" / f"native-{platform.machine()}"
         try:
-            plan = Plan(build, build / "_C.abi3.so")
-            plan.run()
+            try:
+                plan = Plan(build, build / "_C.abi3.so", cuda_archs())
+                plan.run()
+            except subprocess.CalledProcessError as error:
+                if not plan.archs or os.environ.get("TRANSFORMER_FAST_REQUIRE_NATIVE") == "1":
+                    raise
+                print(f"transformer_fast: built without CUDA kernels ({error})", file=sys.stderr)
+                plan = Plan(build, build / "_C.abi3.so", [])
+                plan.run()
             shutil.copy2(plan.output, output)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("TRANSFORMER_FAST_REQUIRE_NATIVE") == "1":

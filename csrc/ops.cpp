@@ -58,10 +58,20 @@ void cpu_set_isa(std::string name) {
   STD_TORCH_CHECK(false, "transformer_fast: no CPU kernels were compiled for instruction set ", name);
 }
 
+// What the CUDA kernels of this build were compiled for: "80 90a ..."; "" when there are none.
+std::string cuda_architectures() {
+#ifdef TF_WITH_CUDA
+  return TF_WITH_CUDA;
+#else
+  return "";
+#endif
+}
+
 }  // namespace tf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_set_isa(str name) -> ()");
+  m.def("cuda_architectures() -> str");  // the schemas of the CUDA kernels' ops: csrc/bindings/cuda_*.cpp
   // Data is (rows, width) with last stride 1, or contiguous (..., width); weight, bias, mean and rstd are float32 vectors; results are contiguous.
   m.def(
       "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
@@ -134,6 +144,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_set_isa", TORCH_BOX(&tf::cpu_set_isa));
+  m.impl("cuda_architectures", TORCH_BOX(&tf::cuda_architectures));
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

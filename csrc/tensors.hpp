@@ -24,21 +24,33 @@ inline DType dtype_of(const Tensor& t) {
     default: STD_TORCH_CHECK(false, "transformer_fast: dtype must be float32, bfloat16 or float16");
   }
 }
+#ifdef TF_EMULATE
+// The emulator holds every access of a kernel against the tensors that its binding has read or written.
+void name_tensor(const Tensor& t, const void* data, bool writable);
+void forget_tensors();
+#else
+inline void name_tensor(const Tensor&, const void*, bool) {}
+#endif
+
 template <class T = void>
 const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
+  const void* data = t.const_data_ptr();
+  name_tensor(t, data, false);
+  return static_cast<const T*>(data);
 }
 template <class T = void>
 const T* read(const OptionalTensor& t) {
-  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+  return t.has_value() ? read<T>(*t) : nullptr;
 }
 template <class T = void>
 T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+  void* data = t.mutable_data_ptr();
+  name_tensor(t, data, true);
+  return static_cast<T*>(data);
 }
 template <class T = void>
 T* write(const OptionalTensor& t) {
-  return t.has_value() ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+  return t.has_value() ? write<T>(*t) : nullptr;
 }
 
 // rng is an int64 tensor {seed, offset} on the CPU, or absent when nothing is dropped.

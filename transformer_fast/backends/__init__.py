@@ -16,8 +16,9 @@ import torch
 
 __all__ = ["Backend", "Call", "ORDER", "backend", "explain", "info", "select"]
 
-ORDER = {"cuda": ("triton", "sdpa", "eager"), "cpu": ("cpu", "eager")}
-NAMES = ("eager", "cpu", "triton", "sdpa")
+# "cuda" stands behind "triton" until a GPU has shown it faster: measured.py then puts it first where it is.
+ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
+NAMES = ("eager", "cpu", "triton", "cuda", "sdpa")
 
 
 class Call(NamedTuple):
@@ -75,7 +76,7 @@ def get(name: str) -> Backend:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend ("eager", "cpu", "triton", "sdpa"). Process-wide, as the
+    """Force every op inside the block onto one backend ("eager", "cpu", "triton", "cuda", "sdpa"). Process-wide, as the
     backward pass may run on another thread. Raises ValueError for an unknown name; a call that the backend
     cannot take raises BackendError with the reasons."""
     global _forced
@@ -169,5 +170,6 @@ def info() -> dict[str, str]:
         if not native_reason
         else f"missing: {native_reason}. They would bring fused attention, norms and activations on the CPU",
         "Triton kernels": triton_backend.status(),  # type: ignore[attr-defined]
+        "CUDA kernels": get("cuda").status(),  # type: ignore[attr-defined]
         "forced backend": forced_name() or "none",
     }

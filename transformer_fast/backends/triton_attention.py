@@ -1,8 +1,5 @@
 """Launches the Triton attention kernels (kernels/attention_*.py) for an AttentionSpec."""
 
-import functools
-from collections.abc import Callable
-
 import torch
 import triton
 
@@ -15,7 +12,7 @@ from ..kernels.attention_backward import (
 from ..kernels.attention_bias_backward import _attention_backward_bias_kernel
 from ..kernels.attention_decode import _attention_combine_kernel, _attention_decode_kernel
 from ..kernels.attention_forward import _attention_forward_kernel
-from .eager import relative_buckets
+from . import relative_bias
 from .philox import keep_scale, threshold
 
 LOG2E = 1.4426950408889634
@@ -42,7 +39,7 @@ class Launch:
         rich = dropout or bool(spec.softcap) or any(t is not None for t in (spec.bias, spec.mask, spec.relative_bias))
         self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), rich, self.queries)
         self.block_d = max(16, triton.next_power_of_2(self.head_dim))
-        self.reach, lookup = _relative_lookup(spec)
+        self.reach, relative = relative_bias.lookup(spec)
         softcap = float(spec.softcap)
         single = q.dtype == torch.float32
         folded = not rich and not single and spec.scale > 0
@@ -53,7 +50,7 @@ class Launch:
             "key_lengths_ptr": None if spec.key_lengths is None else spec.key_lengths.contiguous(),
             "bias_ptr": spec.bias,
             "mask_ptr": None if spec.mask is None else spec.mask.view(torch.uint8),
-            "relative_ptr": lookup,
+            "relative_ptr": relative,
             "rng_ptr": spec.rng.contiguous() if dropout else None,
         }
         self.scalars = {
@@ -112,31 +109,6 @@ def _wide(arguments) -> bool:
 def _broadcast_strides(name: str, t: torch.Tensor | None) -> dict[str, int]:
     steps = (0, 0, 0, 0) if t is None else (0 if n == 1 else s for n, s in zip(t.shape, t.stride()))
     return {f"stride_{name}_{axis}": step for axis, step in zip("bhmn", steps)}
-
-
-def _relative_lookup(spec) -> tuple[int, torch.Tensor | None]:
-    """reach, and the bias of each head at distances -reach .. reach, (H, 2 * reach + 1) float32. Farther keys share
-    the bucket at the end."""
-    table = spec.relative_bias
-    if table is None:
-        return 0, None
-    reach, bucket = _buckets(spec)
-    return reach, table.float().t().index_select(1, bucket)
-
-
-def _buckets(spec) -> tuple[int, torch.Tensor]:
-    table = spec.relative_bias
-    reach = max(spec.relative_max_distance, table.shape[0])
-    build: Callable[..., torch.Tensor] = _bucket_vector
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        build = _bucket_vector.__wrapped__  # memory of a graph's pool must not outlive it in the cache
-    return reach, build(table.shape[0], spec.relative_max_distance, spec.relative_bidirectional, reach, table.device)
-
-
-@functools.lru_cache(maxsize=32)
-def _bucket_vector(buckets, max_distance, bidirectional, reach, device) -> torch.Tensor:
-    distance = torch.arange(-reach, reach + 1, device=device)
-    return relative_buckets(distance, buckets, max_distance, bidirectional).to(torch.int32)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -322,7 +294,7 @@ def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delt
     buckets, bucket, bucket_sums = 0, None, None
     if dtable is not None:
         buckets = max(16, triton.next_power_of_2(dtable.shape[0]))
-        bucket = _buckets(call.spec)[1]
+        bucket = relative_bias.buckets(call.spec)[1]
         bucket_sums = dtable.new_zeros((call.batch, call.heads, blocks, buckets))
     arguments = call.arguments(
         _attention_backward_query_kernel,

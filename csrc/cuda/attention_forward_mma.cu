@@ -1,0 +1,62 @@
+// Chooses the tile of a forward call on mma.sync and launches it.
+#include "attention_forward_mma.cuh"
+
+#include <algorithm>
+
+namespace tf::cuda {
+namespace {
+
+constexpr int64_t kL2Bytes = 32 << 20;  // keys and values that stay in the L2 cache while the blocks of a few heads run
+
+bool is_aligned(const void* base, const Rows& rows) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && rows.batch % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
+}
+
+bool is_aligned(const AttentionForward& a) {
+  return a.dim % 8 == 0 && is_aligned(a.q, a.q_rows) && is_aligned(a.k, a.k_rows) && is_aligned(a.v, a.v_rows) &&
+         is_aligned(a.out, a.out_rows);
+}
+
+template <class Tile>
+void launch(const AttentionForward& a, Stream stream) {
+  const int32_t blocks = (a.queries + Tile::kRows - 1) / Tile::kRows, batch_heads = a.batch * a.heads;
+  const int64_t bytes = std::max<int64_t>(1, int64_t(4) * a.keys * a.dim);
+  const int64_t together = std::max<int64_t>(1, kL2Bytes / bytes) * (a.heads / a.key_heads);
+  const BlockOrder order{blocks, batch_heads, int32_t(std::min<int64_t>(together, batch_heads)), a.window_right >= 0};
+  const float to_log2 = Tile::RICH ? kLog2e : a.scale * kLog2e;
+  TF_LAUNCH((attention_forward_mma_kernel<Tile>), dim3(unsigned(blocks) * unsigned(batch_heads)),
+            dim3(Tile::kThreads), Tile::kSharedBytes, stream, a, order, to_log2,
+            is_aligned(a));
+}
+
+template <class T>
+void choose(const AttentionForward& a, Stream stream) {
+  if (is_plain(a) && is_aligned(a)) {
+    if (a.dim <= 32) return launch<ForwardTile<T, 32, 2, 64, false, 3>>(a, stream);
+    if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 64, false, 3>>(a, stream);
+    if (a.dim <= 128) return launch<ForwardTile<T, 128, 2, 64, false, 2>>(a, stream);
+    return launch<ForwardTile<T, 256, 1, 32, false, 2>>(a, stream);
+  }
+  if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 32, true, 2>>(a, stream);
+  if (a.dim <= 128) return launch<ForwardTile<T, 128, 2, 32, true, 2>>(a, stream);
+  return launch<ForwardTile<T, 256, 1, 32, true, 2>>(a, stream);
+}
+
+}  // namespace
+
+const char* attention_forward_mma_refuses(const AttentionForward& a) {
+  if (a.dtype == DType::f32) return "mma: float32 data, where tensor cores would round to TF32";
+  if (a.dim > 256) return "mma: head dims over 256";
+  const int64_t rows = int64_t(a.batch) * a.heads * ((int64_t(a.queries) + 63) / 64);
+  if (rows > INT32_MAX) return "mma: more blocks of queries than a grid has";
+  return nullptr;
+}
+
+void attention_forward_mma(const AttentionForward& a, Stream stream) {
+  if (a.dtype == DType::bf16)
+    choose<bf16_t>(a, stream);
+  else
+    choose<half_t>(a, stream);
+}
+
+}  // namespace tf::cuda

@@ -1,0 +1,288 @@
+// Attention, forward, for sm_80 and up: FlashAttention-2 (Dao, 2023) with mma.sync m16n8k16.
+//
+//   out = softmax(score) V      lse = log sum exp(score)
+//
+// Four warps share a block of queries, each with M * 16 rows of its own, and walk over blocks of N keys. Q, one block of
+// K and one of V lie in shared memory, 16-byte chunks XOR-swizzled so that ldmatrix meets no bank twice; cp.async brings
+// V during Q K^T and the next K during softmax and P V. P goes from accumulators to operand in registers.
+#pragma once
+#include "attention_scores.cuh"
+
+namespace tf::cuda {
+
+// Programs walk over `heads_together` heads block by block, so that their keys and values stay in the L2 cache; where
+// keys past the diagonal are not seen, from the last block, the longest one, to the first.
+struct BlockOrder {
+  int32_t blocks, batch_heads, heads_together;
+  bool descending;
+};
+
+template <class T_, int D_, int M_, int N_, bool RICH_, int BLOCKS_>
+struct ForwardTile {
+  using T = T_;  // half_t or bf16_t
+  static constexpr int D = D_, M = M_, N = N_;  // D: head dims up to it, filled with zeros
+  static constexpr bool RICH = RICH_;           // any feature that is_plain() excludes, rows of any alignment
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * M * kWarps;
+  static constexpr bool kWide = D > 64;
+  static constexpr int kBlocks = BLOCKS_;  // that a multiprocessor is to hold: bounds the registers
+  static constexpr int kSharedBytes = (kRows + 2 * N) * D * int(sizeof(T)) + 2 * int(sizeof(T*));
+};
+
+// Element offset of 16-byte chunk `chunk` of row `row` of a tile of D columns.
+template <int D>
+TF_DEVICE uint32_t swizzled(uint32_t row, uint32_t chunk) {
+  return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
+}
+
+// A value that the compiler cannot see through: what follows from it is computed again, not kept in registers.
+TF_DEVICE uint32_t opaque(uint32_t x) {
+#ifndef TF_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read.
+// ANY: rows need not be aligned to 16 bytes.
+template <int D, int ROWS, int THREADS, bool ANY, class T>
+TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, uint32_t first, uint32_t limit, uint32_t dim,
+                                          bool aligned) {
+  constexpr uint32_t kChunks = D / 8, kStep = THREADS / kChunks;
+  static_assert(THREADS % kChunks == 0 && ROWS % kStep == 0);
+  const uint32_t thread = opaque(threadIdx.x), chunk = thread % kChunks, row0 = thread / kChunks;
+  const T* from = rows + ((first + row0) * stride + chunk * 8);
+  if (!ANY || aligned) {
+    const bool wide = chunk * 8 < dim;
+#pragma unroll
+    for (uint32_t row = row0; row < ROWS; row += kStep) {
+      const bool inside = wide && first + row < limit;
+      cp_async_16(tile + swizzled<D>(row, chunk), inside ? from : rows, inside);
+      from += kStep * stride;
+    }
+  } else {
+#pragma unroll 1
+    for (uint32_t row = row0; row < ROWS; row += kStep) {
+      Vec<T, 8> values;
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        values.v[c] = first + row < limit && chunk * 8 + c < dim ? load(from + c) : from_float<T>(0.f);
+      store_shared_vec(tile + swizzled<D>(row, chunk), values);
+      from += kStep * stride;
+    }
+  }
+}
+
+// s += 16 rows of a times N rows of b, both in shared memory: S of one m16 tile for M tiles at once.
+template <class Tile>
+TF_DEVICE void multiply_keys(const typename Tile::T* q, const typename Tile::T* k, uint32_t first_row,
+                                              float (&s)[Tile::M][Tile::N / 2]) {
+  constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    const uint32_t lane = opaque(threadIdx.x) % 32;
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      ldmatrix_x4(a[m], q + swizzled<D>(first_row + 16 * m + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+      uint32_t b[4];
+      ldmatrix_x4(b, k + swizzled<D>(n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        mma_m16n8k16<typename Tile::T>(accumulator(s[m], n / 8), a[m], low);
+        mma_m16n8k16<typename Tile::T>(accumulator(s[m], n / 8 + 1), a[m], high);
+      }
+    }
+  }
+}
+
+// o += P V; p: pairs of P, in the order of accumulators, which is that of operands.
+template <class Tile>
+TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const typename Tile::T* v,
+                                                float (&o)[Tile::M][Tile::D / 2]) {
+  constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
+  using T = typename Tile::T;
+#pragma unroll
+  for (int step = 0; step < N / 16; ++step) {
+    const uint32_t lane = opaque(threadIdx.x) % 32;
+#pragma unroll
+    for (int d = 0; d < D; d += 16) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, v + swizzled<D>(16 * step + lane % 16, d / 8 + lane / 16));
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const auto& a = *reinterpret_cast<const uint32_t(*)[4]>(&p[m][4 * step]);
+        mma_m16n8k16<T>(accumulator(o[m], d / 8), a, low);
+        mma_m16n8k16<T>(accumulator(o[m], d / 8 + 1), a, high);
+      }
+    }
+  }
+}
+
+struct Work {
+  Head head;
+  int32_t block;
+};
+
+TF_DEVICE Work work_of(const Attention& a, const BlockOrder& order, uint32_t program) {
+  const uint32_t many = uint32_t(order.blocks * order.heads_together), group = program / many, rest = program % many;
+  const uint32_t first = group * uint32_t(order.heads_together);
+  const uint32_t together = min(uint32_t(order.heads_together), uint32_t(order.batch_heads) - first);
+  const uint32_t bh = first + rest % together, block = rest / together;
+  return {head_of(a, int32_t(bh) / a.heads, int32_t(bh) % a.heads),
+          order.descending ? order.blocks - 1 - int32_t(block) : int32_t(block)};
+}
+
+// exp(score) = 2 ^ (to_log2 * what the accumulators hold)
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    attention_forward_mma_kernel(TF_GRID_CONSTANT AttentionForward a, const BlockOrder order,
+                                 const float to_log2, const bool aligned) {
+  using T = typename Tile::T;
+  constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
+  TF_SHARED(memory);
+  T* const q = reinterpret_cast<T*>(memory);
+  T* const k = q + Tile::kRows * D;
+  T* const v = k + N * D;
+  // Where the rows of K and V start: wide heads, short of registers, read it again for each block.
+  const T** const starts = reinterpret_cast<const T**>(v + N * D);
+
+  const Work work = work_of(a, order, blockIdx.x);
+  const Head head = work.head;
+  const int32_t first = work.block * Tile::kRows;
+  if (first >= head.queries) return;
+
+  const T* const q_rows = head_rows(static_cast<const T*>(a.q), a.q_rows, head.b, head.h, head.first_q);
+  const T* const k_rows = head_rows(static_cast<const T*>(a.k), a.k_rows, head.b, head.key_head, head.first_k);
+  const T* const v_rows = head_rows(static_cast<const T*>(a.v), a.v_rows, head.b, head.key_head, head.first_k);
+  if (Tile::kWide && threadIdx.x == 0) {
+    store_shared(starts, k_rows);
+    store_shared(starts + 1, v_rows);
+  }
+  const Range keys = key_range<N>(a, head, first, min(first + Tile::kRows, head.queries) - 1);
+
+  const uint32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * M;
+  const int32_t mine = first + int32_t(warp_row);  // the first query of this warp
+  Dropout dropout{};
+  Kept kept[M] = {};
+  int32_t kept_group = -1;
+  if (Tile::RICH && a.threshold) dropout = dropout_of(a, head);
+
+  float o[M][D / 2] = {}, peak[M][2], total[M][2] = {};
+#pragma unroll
+  for (int m = 0; m < M; ++m) peak[m][0] = peak[m][1] = -kInfinity;
+
+  load_rows<D, Tile::kRows, Tile::kThreads, Tile::RICH>(q, q_rows, a.q_rows.row, first, head.queries, a.dim, aligned);
+  if (keys.begin < keys.end)
+    load_rows<D, N, Tile::kThreads, Tile::RICH>(k, k_rows, a.k_rows.row, keys.begin, head.keys, a.dim, aligned);
+  cp_async_commit();
+
+  for (int32_t start = keys.begin; start < keys.end; start += N) {
+    const int32_t top = int32_t(opaque(uint32_t(mine)));
+    const Range own = key_range<N>(a, head, top, min(top + 16 * M, head.queries) - 1);
+    const bool seen = top < head.queries && is_seen<N>(own, start), inner = is_inner<N>(own, start);
+    float s[M][N / 2] = {};
+    cp_async_wait<0>();
+    __syncthreads();  // K is there, and nobody reads V any more
+    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, Tile::kWide ? load_shared(starts + 1) : v_rows, a.v_rows.row,
+                                                  start, head.keys, a.dim, aligned);
+    cp_async_commit();
+    if (seen) multiply_keys<Tile>(q, k, warp_row, s);
+    cp_async_wait<0>();
+    __syncthreads();  // V is there, and nobody reads K any more
+    if (start + N < keys.end)
+      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, Tile::kWide ? load_shared(starts) : k_rows, a.k_rows.row,
+                                                    start + N, head.keys, a.dim, aligned);
+    cp_async_commit();
+    if (!seen) continue;
+
+    if (Tile::RICH && a.threshold && start / 128 != kept_group) {
+      kept_group = start / 128;
+#pragma unroll
+      for (int m = 0; m < M; ++m) kept[m] = kept_of(dropout, mine + 16 * m, start);
+    }
+    uint32_t p[M][N / 4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if constexpr (Tile::RICH) finish_scores<false>(a, head, mine + 16 * m, start, s[m]);
+      if (!inner) mask_edges<false>(a, head, mine + 16 * m, start, s[m]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float highest = peak[m][r];
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) highest = fmaxf(highest, fmaxf(s[m][4 * n + 2 * r], s[m][4 * n + 2 * r + 1]));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        // A row that has seen nothing yet: 2 ^ (-inf - 0) is 0, 2 ^ (-inf + inf) would be NaN.
+        const float shift = highest == -kInfinity ? 0.f : highest * to_log2;
+        const float decay = exp2_approx(peak[m][r] * to_log2 - shift);
+        peak[m][r] = highest;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          o[m][4 * n + 2 * r] *= decay;
+          o[m][4 * n + 2 * r + 1] *= decay;
+        }
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {
+          const int e = 4 * n + 2 * r;
+          float left = exp2_approx(s[m][e] * to_log2 - shift), right = exp2_approx(s[m][e + 1] * to_log2 - shift);
+          sum += left + right;
+          if (Tile::RICH && a.threshold) {
+            left = keeps(kept[m], start, e) ? left : 0.f;
+            right = keeps(kept[m], start, e + 1) ? right : 0.f;
+          }
+          p[m][2 * n + r] = pack2<T>(left, right);
+        }
+        total[m][r] = total[m][r] * decay + sum;
+      }
+    }
+    multiply_values<Tile>(p, v, o);
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // Q is there even without keys; from here on each warp has its own rows of it for the output
+
+  const Work again = work_of(a, order, opaque(blockIdx.x));  // registers are for the loop
+  const Head end = again.head;
+  const int32_t own_first = again.block * Tile::kRows + int32_t(warp_row);
+  float* const lse = a.lse ? a.lse + (end.b * a.lse_batch + end.h * a.lse_head + end.first_q) : nullptr;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = total[m][r];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const bool dead = sum == 0.f;  // NaN is not
+      const float factor = dead ? 0.f : (Tile::RICH ? a.keep_scale : 1.f) / sum;
+      const uint32_t row = 16 * m + lane / 4 + 8 * r;
+      const int32_t i = own_first + int32_t(row);
+      if (lse && lane % 4 == 0 && i < end.queries)
+        store(lse + i, dead ? -kInfinity : (peak[m][r] * to_log2 + log2f(sum)) * kLn2);
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+        store_shared(reinterpret_cast<uint32_t*>(q + swizzled<D>(warp_row + row, n) + lane % 4 * 2),
+                     pack2<T>(o[m][4 * n + 2 * r] * factor, o[m][4 * n + 2 * r + 1] * factor));
+    }
+  __syncwarp();
+  T* const out = head_rows(static_cast<T*>(a.out), a.out_rows, end.b, end.h, end.first_q);
+#pragma unroll 4
+  for (uint32_t at = lane; at < 16 * M * (D / 8); at += 32) {
+    const uint32_t row = at / (D / 8), chunk = at % (D / 8);
+    if (own_first + row >= uint32_t(end.queries) || chunk * 8 >= uint32_t(a.dim)) continue;
+    const Vec<T, 8> values = load_shared_vec<8>(q + swizzled<D>(warp_row + row, chunk));
+    T* const to = out + ((own_first + row) * a.out_rows.row + chunk * 8);
+    if (!Tile::RICH || aligned) {
+      store_vec(to, values);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        if (chunk * 8 + c < uint32_t(a.dim)) store(to + c, values.v[c]);
+    }
+  }
+}
+
+}  // namespace tf::cuda

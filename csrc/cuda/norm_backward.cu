@@ -1,0 +1,300 @@
+// layer_norm, rms_norm and their residual + dropout fusions, backward. With g = weight * dy and xhat = (v - mean) * rstd,
+//
+//   dv = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dx = dv * dropout factors
+//   dweight = sum over rows of dy * xhat                          dbias = sum over rows of dy
+//
+// A few blocks a multiprocessor walk over the rows, once; each leaves its share of dweight and dbias in `partial`, which a
+// second kernel adds in a fixed order. No atomics: the same bits every time.
+#include "norm_row.cuh"
+
+namespace tf::cuda {
+namespace {
+
+constexpr int kSumColumns = 32, kSumRows = 16;  // a block of norm_parameters_kernel
+
+// What the threads of a row hold of it, kPacks packs each, as it was read: the loads of a row are all under way together.
+template <class T, int kWidth, int kPacks>
+struct BackwardPacks {
+  Pack<T, kWidth> grad_y[kPacks], v[kPacks];
+  float mean, rstd;
+
+  TF_DEVICE void read(const NormBackward& p, int64_t row, int first, int step) {
+    const bool exists = row < p.rows;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = first + i * step;
+      const bool inside = exists && column < p.width;
+      grad_y[i] = read_pack<T, kWidth>(static_cast<const T*>(p.grad_y) + row * p.grad_y_stride, column, inside);
+      v[i] = read_pack<T, kWidth>(static_cast<const T*>(p.v) + row * p.v_stride, column, inside);
+    }
+    mean = exists && p.mean ? load(p.mean + row) : 0.f;
+    rstd = exists ? load(p.rstd + row) : 0.f;
+  }
+};
+
+// From the first-level cache in every row: registers are short.
+template <class T, int kWidth>
+TF_DEVICE void read_weight(const NormBackward& p, int column, float (&weight)[kWidth]) {
+#pragma unroll
+  for (float& w : weight) w = 1.f;
+  if (p.weight.data && column < p.width) read_parameter<T>(p.weight, column, weight);
+}
+
+template <class T, int kWidth>
+TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row, int column, bool inside,
+                               float (&grad)[kWidth]) {
+  Pack<T, kWidth> out;
+  const int64_t place = row * p.width + column;
+  if (inside) {
+    out.set(grad);
+    out.write(static_cast<T*>(p.grad_v) + place);
+  }
+  if (!p.grad_x) return;
+  drop_row(p.dropout, key, row, column, grad);
+  if (inside) {
+    out.set(grad);
+    out.write(static_cast<T*>(p.grad_x) + place);
+  }
+}
+
+// Adds what the rows of a block hold of a parameter's gradient and writes it to `partial`.
+template <int kWidth, int kPacks>
+TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float (&grad)[kPacks][kWidth], float* scratch) {
+  const int step = blockDim.x * kWidth, width = step * kPacks;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    float* to = scratch + threadIdx.y * width + i * step + threadIdx.x * kWidth;
+#pragma unroll
+    for (int e = 0; e < kWidth; e += 4) {
+      store_shared_vec(to + e, Vec<float, 4>{{grad[i][e], grad[i][e + 1], grad[i][e + 2], grad[i][e + 3]}});
+    }
+  }
+  __syncthreads();
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  for (int column = thread; column < p.width; column += threads) {
+    float total = 0.f;
+    for (int y = 0; y < int(blockDim.y); ++y) total += load_shared(scratch + y * width + column);
+    store(partial + int64_t(blockIdx.x) * p.width + column, total);
+  }
+  __syncthreads();
+}
+
+// kPacks packs of a row a thread. kAhead: the next row is read while this one is computed.
+template <class T, int kPacks, bool kAhead>
+__global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormBackward p) {
+  constexpr int kWidth = 16 / sizeof(T);
+  TF_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  const int first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
+  const int64_t rows = int64_t(gridDim.x) * blockDim.y;
+  const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
+  float grad_weight[kPacks][kWidth] = {}, grad_bias[kPacks][kWidth] = {};
+  int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  BackwardPacks<T, kWidth, kPacks> now, next;
+  now.read(p, row, first, step);
+  int turn = 0;
+  for (int64_t block_row = row - threadIdx.y; block_row < p.rows; block_row += rows, row += rows, turn ^= 1) {
+    if constexpr (kAhead) next.read(p, row + rows, first, step);
+    float sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float dy[kWidth], xhat[kWidth], weight[kWidth];
+      now.grad_y[i].get(dy);
+      now.v[i].get(xhat);
+      read_weight<T>(p, first + i * step, weight);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {  // outside the row dy is 0, so what xhat is does not matter
+        xhat[e] = (xhat[e] - now.mean) * now.rstd;
+        const float g = dy[e] * weight[e];
+        sums[0] += g * xhat[e];
+        sums[1] += g;
+        grad_weight[i][e] += dy[e] * xhat[e];
+        grad_bias[i][e] += dy[e];
+      }
+    }
+    row_sum<true>(sums, scratch, turn);
+    const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      now.grad_y[i].forget();
+      now.v[i].forget();
+      float grad[kWidth], xhat[kWidth], beside[kWidth], weight[kWidth];
+      now.grad_y[i].get(grad);
+      now.v[i].get(xhat);
+      read_weight<T>(p, first + i * step, weight);
+      read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, first + i * step,
+                           p.grad_sum && row < p.rows && first + i * step < p.width)
+          .get(beside);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        xhat[e] = (xhat[e] - now.mean) * now.rstd;
+        grad[e] = (grad[e] * weight[e] - across - xhat[e] * along) * now.rstd + beside[e];
+      }
+      const int column = first + i * step;
+      write_gradients<T>(p, key, row, column, row < p.rows && column < p.width, grad);
+    }
+    if constexpr (kAhead) {
+      now = next;
+    } else {
+      now.read(p, row + rows, first, step);
+    }
+  }
+  if (!p.partial) return;
+  __syncthreads();  // row_sum has read its scratch
+  float* partial = p.partial;
+  if (p.grad_weight) {
+    write_partial(p, partial, grad_weight, scratch);
+    partial += int64_t(gridDim.x) * p.width;
+  }
+  if (p.grad_bias) write_partial(p, partial, grad_bias, scratch);
+}
+
+// Rows too wide for registers, or not aligned (kWidth 1): each is read twice, the second time from the caches, and the
+// sums over rows live in `partial`, each of them touched by one thread only.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(const NormBackward p) {
+  TF_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  const int step = blockDim.x * kWidth, first = threadIdx.x * kWidth;
+  const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
+  float* grad_weight = p.grad_weight ? p.partial + int64_t(blockIdx.x) * p.width : nullptr;
+  float* grad_bias = p.grad_bias ? p.partial + ((p.grad_weight ? int64_t(gridDim.x) : 0) + blockIdx.x) * p.width : nullptr;
+  for (int column = first; column < p.width; column += step) {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      if (grad_weight) store(grad_weight + column + e, 0.f);
+      if (grad_bias) store(grad_bias + column + e, 0.f);
+    }
+  }
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, turn ^= 1) {
+    float sums[2] = {};
+    BackwardPacks<T, kWidth, 1> now;
+    float dy[kWidth], xhat[kWidth], weight[kWidth];
+    const auto read = [&](int column) {
+      now.read(p, row, column, 0);
+      now.grad_y[0].get(dy);
+      now.v[0].get(xhat);
+#pragma unroll
+      for (float& x : xhat) x = (x - now.mean) * now.rstd;
+      read_weight<T>(p, column, weight);
+    };
+    for (int column = first; column < p.width; column += step) {
+      read(column);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        sums[0] += dy[e] * weight[e] * xhat[e];
+        sums[1] += dy[e] * weight[e];
+      }
+    }
+    row_sum<true>(sums, scratch, turn);
+    const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
+    for (int base = 0; base < p.width; base += step) {  // whole warps: they draw the dropout mask together
+      const int column = base + first;
+      const bool inside = column < p.width;
+      float grad[kWidth], beside[kWidth];
+      read(column);
+      read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, column, inside && p.grad_sum)
+          .get(beside);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        grad[e] = (dy[e] * weight[e] - across - xhat[e] * along) * now.rstd + beside[e];
+        if (grad_weight && inside) store(grad_weight + column + e, load(grad_weight + column + e) + dy[e] * xhat[e]);
+        if (grad_bias && inside) store(grad_bias + column + e, load(grad_bias + column + e) + dy[e]);
+      }
+      write_gradients<T>(p, key, row, column, inside, grad);
+    }
+  }
+}
+
+// Block (columns, gradient): adds the parts of the blocks of a backward kernel.
+__global__ void __launch_bounds__(kSumColumns* kSumRows) norm_parameters_kernel(const NormBackward p, int blocks) {
+  TF_SHARED(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  const int column = blockIdx.x * kSumColumns + threadIdx.x;
+  const float* from = p.partial + int64_t(blockIdx.y) * blocks * p.width + column;
+  float total = 0.f;
+  if (column < p.width) {
+#pragma unroll 8
+    for (int b = threadIdx.y; b < blocks; b += kSumRows) total += load(from + int64_t(b) * p.width);
+  }
+  store_shared(sums + threadIdx.y * kSumColumns + threadIdx.x, total);
+  __syncthreads();
+  if (threadIdx.y || column >= p.width) return;
+#pragma unroll
+  for (int y = 1; y < kSumRows; ++y) total += load_shared(sums + y * kSumColumns + threadIdx.x);
+  store((blockIdx.y || !p.grad_weight ? p.grad_bias : p.grad_weight) + column, total);
+}
+
+struct Plan {
+  bool packs, wide;  // 16 bytes at a time; beyond the registers
+  int most;          // packs a thread
+  dim3 block;
+  int64_t blocks;
+};
+
+int vector_width(const NormBackward& p) { return p.dtype == DType::f32 ? 4 : 8; }
+
+Plan plan_of(const NormBackward& p) {
+  const int width = vector_width(p);
+  Plan plan;
+  plan.packs = p.width % width == 0 && p.grad_y_stride % width == 0 && p.grad_sum_stride % width == 0 &&
+               p.v_stride % width == 0 && aligned(p.grad_y) && aligned(p.grad_sum) && aligned(p.v) &&
+               aligned(p.weight.data) && aligned(p.grad_v) && aligned(p.grad_x);
+  const int columns = plan.packs ? p.width / width : p.width, sms = multiprocessors();
+  const int most = 16 / width;  // 16 elements a thread
+  plan.wide = !plan.packs || columns > most * kNormThreads;
+  if (plan.wide) {
+    const int threads = std::min(kNormThreads, row_threads(columns, 1, true));
+    plan.block = dim3(threads);
+    plan.blocks = std::min<int64_t>(p.rows, sms * (kNormThreads / threads));
+    return plan;
+  }
+  plan.most = columns <= 32 ? 1 : std::min(most, columns <= 2 * kNormThreads ? 2 : 4);
+  const int threads = row_threads(columns, plan.most, p.grad_x);
+  int rows = kNormThreads / threads;
+  if (threads > 32) rows = std::min(rows, 15);
+  while (rows > 1 && rows * threads > 32 && (p.rows + rows - 1) / rows < sms) rows = (rows + 1) / 2;
+  plan.block = dim3(threads, rows);
+  plan.blocks = std::min<int64_t>((p.rows + rows - 1) / rows, sms);
+  return plan;
+}
+
+template <class T>
+void launch(const NormBackward& p, const Plan& plan, Stream stream) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const dim3 grid(unsigned(plan.blocks));
+  const int threads = plan.block.x * plan.block.y;
+  const int parts = p.partial ? threads * plan.most * kWidth * int(sizeof(float)) : 0;
+  const int bytes = std::max(row_sum_bytes(2), plan.wide ? 0 : parts);
+  if (!plan.packs) {
+    TF_LAUNCH((norm_backward_wide_kernel<T, 1>), grid, plan.block, bytes, stream, p);
+  } else if (plan.wide) {
+    TF_LAUNCH((norm_backward_wide_kernel<T, kWidth>), grid, plan.block, bytes, stream, p);
+  } else if (plan.most == 1) {
+    TF_LAUNCH((norm_backward_kernel<T, 1, true>), grid, plan.block, bytes, stream, p);
+  } else if (plan.most == 2) {
+    TF_LAUNCH((norm_backward_kernel<T, 2, true>), grid, plan.block, bytes, stream, p);
+  } else if constexpr (kWidth == 4) {
+    TF_LAUNCH((norm_backward_kernel<T, 4, false>), grid, plan.block, bytes, stream, p);
+  }
+  if (!p.partial) return;
+  const dim3 columns(unsigned((p.width + kSumColumns - 1) / kSumColumns), p.grad_weight && p.grad_bias ? 2 : 1);
+  TF_LAUNCH(norm_parameters_kernel, columns, dim3(kSumColumns, kSumRows), kSumColumns * kSumRows * sizeof(float), stream,
+            p, int(plan.blocks));
+}
+
+}  // namespace
+
+int64_t norm_backward_blocks(const NormBackward& p) { return plan_of(p).blocks; }
+
+void norm_backward(const NormBackward& p, Stream stream) {
+  const Plan plan = plan_of(p);
+  switch (p.dtype) {
+    case DType::f32: return launch<float>(p, plan, stream);
+    case DType::bf16: return launch<bf16_t>(p, plan, stream);
+    case DType::f16: return launch<half_t>(p, plan, stream);
+  }
+}
+
+}  // namespace tf::cuda

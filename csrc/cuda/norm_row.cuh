@@ -1,0 +1,168 @@
+// What the norm kernels share: how the threads of a block own rows, 16-byte packs of elements, sums over a row.
+//
+// A block is (threads of a row, rows). A row has a power of two up to 32 of threads, or a multiple of 32.
+#pragma once
+#include "norm.hpp"
+#include "philox.cuh"
+#include "ptx.cuh"
+#include "simt.cuh"
+
+#include <algorithm>
+
+namespace tf::cuda {
+
+constexpr int kNormThreads = 512;
+
+// The elements that one thread reads at once: 16 bytes, or one element where rows are not aligned for that.
+template <class T, int kWidth>
+struct Pack {
+  static_assert(kWidth == 1 || kWidth * sizeof(T) == 16);
+  static constexpr int kColumns = kWidth;
+  uint32_t word[kWidth == 1 ? 1 : 4];
+
+  TF_DEVICE void clear() {
+#pragma unroll
+    for (uint32_t& w : word) w = 0;
+  }
+  TF_DEVICE void read(const T* from) {
+    if constexpr (kWidth == 1) {
+      word[0] = float_bits(to_float(load(from)));
+    } else {
+      const Vec<uint32_t, 4> four = load_vec<4>(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[i] = four.v[i];
+    }
+  }
+  TF_DEVICE void write(T* to) const {
+    if constexpr (kWidth == 1) {
+      store(to, from_float<T>(bits_float(word[0])));
+    } else {
+      store_vec(reinterpret_cast<uint32_t*>(to), Vec<uint32_t, 4>{{word[0], word[1], word[2], word[3]}});
+    }
+  }
+  TF_DEVICE void get(float (&f)[kWidth]) const {
+    if constexpr (kWidth == 8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 two = unpack2<T>(word[i]);
+        f[2 * i] = two.x;
+        f[2 * i + 1] = two.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) f[i] = bits_float(word[i]);
+    }
+  }
+  // Makes the compiler read the words again: it would keep what get() gave, twice the registers, across a barrier.
+  TF_DEVICE void forget() {
+#ifndef TF_EMULATE
+#pragma unroll
+    for (uint32_t& w : word) asm volatile("" : "+r"(w));
+#endif
+  }
+  // Rounds to T.
+  TF_DEVICE void set(const float (&f)[kWidth]) {
+    if constexpr (kWidth == 8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[i] = pack2<T>(f[2 * i], f[2 * i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) word[i] = float_bits(to_float(from_float<T>(f[i])));
+    }
+  }
+
+ private:
+  static TF_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+  static TF_DEVICE uint32_t float_bits(float f) { return __float_as_uint(f); }
+};
+
+template <class T, int kWidth>
+TF_DEVICE Pack<T, kWidth> read_pack(const T* row, int column, bool inside) {
+  Pack<T, kWidth> pack;
+  pack.clear();
+  if (inside) pack.read(row + column);
+  return pack;
+}
+
+// kWidth values of weight or bias, which the caller knows to be there.
+template <class T, int kWidth>
+TF_DEVICE void read_parameter(Parameter p, int column, float (&f)[kWidth]) {
+  if (p.wide) {
+    const float* from = static_cast<const float*>(p.data) + column;
+    if constexpr (kWidth == 1) {
+      f[0] = load(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; i += 4) {
+        const Vec<float, 4> four = load_vec<4>(from + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) f[i + j] = four.v[j];
+      }
+    }
+  } else {
+    Pack<T, kWidth> pack;
+    pack.read(static_cast<const T*>(p.data) + column);
+    pack.get(f);
+  }
+}
+
+// Multiplies f by the dropout factors of columns column .. column + kWidth of a row. With more than one column to a
+// thread, all lanes of the warp must be here, with one row.
+template <int kWidth>
+TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int column, float (&f)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    f[0] *= keeps(key, 0, uint32_t(row), uint32_t(column), d.threshold) ? d.keep_scale : 0.f;
+  } else {
+    const uint32_t kept = warp_keep_bits<kWidth>(key, uint32_t(row), uint32_t(column), d.threshold);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) f[i] *= kept >> i & 1 ? d.keep_scale : 0.f;
+  }
+}
+
+// Bytes of shared memory that row_sum takes.
+constexpr int row_sum_bytes(int values) { return 2 * (kNormThreads / 32) * values * int(sizeof(float)); }
+
+// Sums v over the threads of a row; every thread gets the sums, added in one order. Calls alternate turn 0 and 1.
+// kNamed: the warps of a row meet at a barrier of their own (at most 15 rows of several warps), else the block is one row.
+template <bool kNamed, int kValues>
+TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
+  const int threads = blockDim.x;
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) {
+    if (offset < threads) {
+#pragma unroll
+      for (float& value : v) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    }
+  }
+  if (threads <= 32) return;
+  const int warps = threads / 32, warp = threadIdx.x / 32;
+  float* row = scratch + (turn * int(blockDim.y) + int(threadIdx.y)) * warps * kValues;
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) store_shared(row + warp * kValues + i, v[i]);
+  }
+  if constexpr (kNamed) {
+    named_barrier_sync(1 + threadIdx.y, threads);
+  } else {
+    __syncthreads();
+  }
+#pragma unroll
+  for (float& value : v) value = 0.f;
+  for (int w = 0; w < warps; ++w) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] += load_shared(row + w * kValues + i);
+  }
+}
+
+// Threads of a row of `packs` packs, at most `most` a thread.
+inline int row_threads(int packs, int most, bool whole_warps) {
+  const int threads = (packs + most - 1) / most;
+  if (threads > 32 || whole_warps) return (threads + 31) / 32 * 32;
+  int power = 4;
+  while (power < threads) power *= 2;
+  return power;
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace tf::cuda

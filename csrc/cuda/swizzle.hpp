@@ -1,0 +1,12 @@
+// How TMA and wgmma spread rows over the banks of shared memory: of every address, the 16-byte chunk within the span is
+// xor-ed with the number of the 128-byte line, modulo the chunks of the span.
+#pragma once
+#include <cstdint>
+
+namespace tf::cuda {
+
+enum class Swizzle : int32_t { none = 0, b32 = 1, b64 = 2, b128 = 3 };  // the span: bytes of a row
+
+constexpr uint32_t swizzle_span(Swizzle s) { return s == Swizzle::none ? 16 : 16u << int32_t(s); }
+
+}  // namespace tf::cuda

@@ -1,0 +1,134 @@
+"""CUDA C++ kernels (csrc/cuda), for NVIDIA GPUs from sm_80 on; on CPU tensors under the emulator of tests/."""
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+
+from . import Backend, Call, cuda_attention, native, verified
+from .philox import keep_scale, threshold
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Which native op must have been compiled for an op of ours.
+_OPS: dict[str, str] = {"attention": "cuda_attention_forward", "norm": "cuda_norm_forward"}
+# What its kernels do not take beyond that: reasons, empty when they take the call.
+_REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {"attention": cuda_attention.why_not}
+# The code that runs on a GPU of compute capability 8.x, 9.x, ...
+_CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
+_ops = torch.ops.transformer_fast
+
+
+def emulating() -> bool:
+    """tests/cuda_emulator.py sets it, when it has registered the kernels for CPU tensors."""
+    return os.environ.get("TRANSFORMER_FAST_CUDA_EMULATOR") == "1"
+
+
+def verified_on_gpu() -> frozenset[str]:
+    """Ops whose CUDA kernels have passed their tests on a GPU, as the ledger in benchmarks/results says."""
+    return frozenset(op for op in _OPS if f"cuda {op}" in verified.names())
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """What the kernels of this build were compiled for, e.g. ("80", "90a"); () when they were not compiled."""
+    return () if native.load() else tuple(_ops.cuda_architectures().split())
+
+
+def _missing() -> str:
+    if native.load():
+        return native.load()
+    if not architectures():
+        return "the native library was built without CUDA kernels (no nvcc, or no GPU was visible: see README.md)"
+    return ""
+
+
+@functools.lru_cache
+def _unsupported(major: int, minor: int) -> str:
+    """Why GPUs of this compute capability cannot run the compiled kernels; empty when they can."""
+    capability = f"the GPU has compute capability {major}.{minor}"
+    if major < 8:
+        return f"{capability}, below 8.0"
+    code = _CODE.get(major)
+    if code is None:
+        return f"{capability}; there are kernels for {', '.join(f'{m}.x' for m in _CODE)}"
+    if code not in architectures():
+        return f"{capability}, and this build has code for sm_{', sm_'.join(architectures())} alone"
+    return ""
+
+
+@functools.cache
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"transformer_fast::{op}", key)
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+
+    def status(self) -> str:
+        missing = _missing()
+        if missing:
+            return f"missing: {missing}. They would bring kernels past what Triton can do on NVIDIA GPUs"
+        unverified = ", ".join(sorted(_OPS.keys() - verified_on_gpu()))
+        note = f"compiled for sm_{', sm_'.join(architectures())}"
+        note += f"; not yet run on a GPU: {unverified}" if unverified else ""
+        if not torch.cuda.is_available():
+            return f"{note}; idle: no NVIDIA GPU is visible"
+        unsupported = _unsupported(*torch.cuda.get_device_capability())
+        return f"{note}; idle: {unsupported}" if unsupported else f"{note}; taken on request, backend('cuda')"
+
+    def why_not(self, call: Call) -> tuple[str, ...]:
+        reasons = []
+        emulated = call.device == "cpu" and emulating()
+        if not emulated:
+            if _missing():
+                reasons.append(_missing())
+            if call.device != "cuda":
+                reasons.append(f"device {call.device} is not cuda")
+            elif architectures() and torch.cuda.is_available():
+                unsupported = _unsupported(*torch.cuda.get_device_capability())
+                if unsupported:
+                    reasons.append(unsupported)
+        if call.dtype not in _DTYPES:
+            reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
+        if call.op not in _OPS:
+            reasons.append(f"there is no CUDA kernel for {call.op}")
+        elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
+            reasons.append(f"the CUDA kernels of {call.op} were not compiled")
+        if call.op in _REFUSES:
+            reasons += _REFUSES[call.op](call)
+        return tuple(reasons)
+
+    def attention_forward(self, spec, out, lse) -> None:
+        from .cuda_attention import attention_forward
+
+        attention_forward(spec, out, lse)
+
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+        from .cuda_attention import attention_backward
+
+        attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
+
+    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
+        dtype = spec.x.dtype
+        _ops.cuda_norm_forward.default(
+            spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), spec.rng, spec.eps,
+            spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+        )  # fmt: skip
+
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
+        _ops.cuda_norm_backward.default(
+            grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), mean, rstd, spec.rng,
+            threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight, grad_bias,
+        )  # fmt: skip
+
+
+def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Contiguous, in float32 or `dtype`: the kernels read either."""
+    if t is None:
+        return None
+    t = t.detach()
+    return (t if t.dtype in (dtype, torch.float32) else t.to(torch.float32)).contiguous()
+
+
+BACKEND = CudaBackend()

@@ -1,0 +1,64 @@
+"""Calls the CUDA C++ attention kernels (csrc/cuda/attention_*) for an AttentionSpec."""
+
+import torch
+
+from . import relative_bias
+from .philox import threshold
+
+BLOCK_QUERIES = 64  # kBackwardRows in csrc/cuda/attention_backward_mma.cuh
+_HALF = (torch.bfloat16, torch.float16)
+_ops = torch.ops.transformer_fast
+
+
+def why_not(call) -> tuple[str, ...]:
+    """What no CUDA attention kernel takes; what depends on strides and the GPU the native op itself refuses."""
+    if call.dtype in _HALF:
+        return ()
+    return (f"there is none for {str(call.dtype).removeprefix('torch.')} attention: tensor cores would round to TF32",)
+
+
+def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Write out and lse of a call; see ops/_attention_op.py for the spec."""
+    _ops.cuda_attention_forward.default(*_arguments(spec), out, lse)
+
+
+def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
+    arguments = _arguments(spec)
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    relative, drelative = arguments[10], None
+    if dtable is not None:  # sums of each block of queries: atomics would add in any order
+        sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
+        blocks = -(-spec.max_seqlen_q // BLOCK_QUERIES)
+        drelative = relative.new_zeros((sequences, relative.shape[0], blocks, relative.shape[1]))
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+    _ops.cuda_attention_backward.default(
+        grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
+        dq, dk, dv, dbias, drelative,
+    )  # fmt: skip
+    if drelative is not None:
+        # A product, as index_add's atomics would add in any order.
+        buckets = torch.arange(dtable.shape[0], device=dtable.device)
+        member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
+        dtable.copy_(member @ drelative.sum((0, 2), dtype=torch.float64).t())
+
+
+def _arguments(spec) -> tuple:
+    """What forward and backward share, in the order of the native schema."""
+    bias = spec.bias
+    if bias is not None:
+        bias = bias.detach()
+        if bias.dtype not in (torch.float32, *_HALF):
+            bias = bias.to(torch.float32)
+    drop = threshold(spec.dropout_p) if spec.rng is not None else 0
+    relative = relative_bias.lookup(spec)[1]
+    return (
+        spec.query, spec.key, spec.value, bias, spec.mask, _int32(spec.key_lengths), _int32(spec.cu_seqlens_q),
+        _int32(spec.cu_seqlens_k), spec.max_seqlen_q, spec.max_seqlen_k,
+        None if relative is None else relative.detach().contiguous(), spec.rng.contiguous() if drop else None,
+        spec.scale, bool(spec.bottom_right), spec.window_left, spec.window_right, spec.softcap, drop,
+    )  # fmt: skip
+
+
+def _int32(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.to(torch.int32).contiguous()
