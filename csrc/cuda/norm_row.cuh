@@ -76,8 +76,8 @@ struct Pack {
   static TF_DEVICE uint32_t float_bits(float f) { return __float_as_uint(f); }
 };
 
-template <class T, int kWidth, class Column>
-TF_DEVICE Pack<T, kWidth> read_pack(const T* row, Column column, bool inside) {
+template <class T, int kWidth>
+TF_DEVICE Pack<T, kWidth> read_pack(const T* row, int column, bool inside) {
   Pack<T, kWidth> pack;
   pack.clear();
   if (inside) pack.read(row + column);
@@ -86,7 +86,7 @@ TF_DEVICE Pack<T, kWidth> read_pack(const T* row, Column column, bool inside) {
 
 // kWidth values of weight or bias, which the caller knows to be there.
 template <class T, int kWidth>
-TF_DEVICE void read_parameter(Parameter p, int64_t column, float (&f)[kWidth]) {
+TF_DEVICE void read_parameter(Parameter p, int column, float (&f)[kWidth]) {
   if (p.wide) {
     const float* from = static_cast<const float*>(p.data) + column;
     if constexpr (kWidth == 1) {
@@ -109,7 +109,7 @@ TF_DEVICE void read_parameter(Parameter p, int64_t column, float (&f)[kWidth]) {
 // Multiplies f by the dropout factors of columns column .. column + kWidth of a row. With more than one column to a
 // thread, all lanes of the warp must be here, with one row.
 template <int kWidth>
-TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int64_t column, float (&f)[kWidth]) {
+TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int column, float (&f)[kWidth]) {
   if constexpr (kWidth == 1) {
     f[0] *= keeps(key, 0, uint32_t(row), uint32_t(column), d.threshold) ? d.keep_scale : 0.f;
   } else {
@@ -155,9 +155,9 @@ TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
 }
 
 // Threads of a row of `packs` packs, at most `most` a thread.
-inline int row_threads(int64_t packs, int most, bool whole_warps) {
-  int64_t threads = (packs + most - 1) / most;
-  if (threads > 32 || whole_warps) return int((threads + 31) / 32 * 32);
+inline int row_threads(int packs, int most, bool whole_warps) {
+  const int threads = (packs + most - 1) / most;
+  if (threads > 32 || whole_warps) return (threads + 31) / 32 * 32;
   int power = 4;
   while (power < threads) power *= 2;
   return power;

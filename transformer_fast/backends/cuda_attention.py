@@ -26,7 +26,6 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    accumulator = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
     relative, drelative = arguments[10], None
     if dtable is not None:  # sums of each block of queries: atomics would add in any order
         sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
@@ -35,7 +34,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
-        accumulator, dq, dk, dv, dbias, drelative,
+        dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
         # A product, as index_add's atomics would add in any order.
