@@ -144,8 +144,8 @@ def test_probabilities_know_every_feature(heads, alignment, causal, lengths):
     q, k, v = _qkv(hk=2)
     kw = {
         "is_causal": causal, "causal_alignment": alignment, "window": (3, 2), "softcap": 2.0, "scale": 0.7,
-        "relative_bias": tf.RelativeBias(torch.randn(8, 4, dtype=torch.float64), 20), "attn_mask": torch.rand(5, 9) > 0.2,
-        "bias": torch.randn(2, 4, 1, 9, dtype=torch.float64),
+        "relative_bias": tf.RelativeBias(torch.randn(8, 4, dtype=torch.float64), 20),
+        "attn_mask": torch.rand(5, 9) > 0.2, "bias": torch.randn(2, 4, 1, 9, dtype=torch.float64),
         "key_lengths": None if lengths is None else torch.tensor(lengths),
     }  # fmt: skip
     out, lse = tf.scaled_dot_product_attention(q, k, v, enable_gqa=True, return_lse=True, **kw)
