@@ -11,8 +11,8 @@ of its own, as Triton interprets in pytest's. By hand, under any Triton, everyth
 prints a line for each kernel of every case, says which fail the file's `check`, and exits with 1 if any does.
 `--record` writes the summary that is committed, benchmarks/results/ahead-of-time/triton-<version>.csv. Everything takes
 hours on two cores: `--minutes` stops in between, what is compiled is kept, and the record says how many of how many.
-Reports are kept in $TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types, options,
-GPU and Triton.
+Reports are kept in $TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types,
+options, GPU and Triton.
 """
 
 import argparse

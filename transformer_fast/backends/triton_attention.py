@@ -39,14 +39,15 @@ class Launch:
         self.queries, self.keys = spec.max_seqlen_q, spec.max_seqlen_k
         self.batch = spec.cu_seqlens_q.shape[0] - 1 if self.packed else q.shape[0]
         dropout = spec.rng is not None and threshold(spec.dropout_p) > 0
-        rich = dropout or bool(spec.softcap) or any(t is not None for t in (spec.bias, spec.mask, spec.relative_bias))
-        self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), rich, self.queries)
+        left, right = spec.window_left, spec.window_right
+        plain = not (dropout or spec.softcap) and all(t is None for t in (spec.bias, spec.mask, spec.relative_bias))
+        kind = "relative" if spec.relative_bias is not None else "plain" if plain and left < 0 else "rich"
+        self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), kind, self.queries)
         self.block_d = max(16, triton.next_power_of_2(self.head_dim))
         self.reach, lookup = _relative_lookup(spec)
         softcap = float(spec.softcap)
         single = q.dtype == torch.float32
-        folded = not rich and not single and spec.scale > 0
-        left, right = spec.window_left, spec.window_right
+        folded = plain and not single and spec.scale > 0
         self.pointers = {
             "cu_q_ptr": spec.cu_seqlens_q,
             "cu_k_ptr": spec.cu_seqlens_k,
@@ -287,7 +288,10 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
 
 
 def _key_gradients(call: Launch, shared, dk, dv) -> None:
-    config = configurations.select("backward_key", call.shape)
+    shape = call.shape
+    if call.groups > 1 and shape.kind == "plain":  # the loop over heads keeps registers
+        shape = shape._replace(kind="rich")
+    config = configurations.select("backward_key", shape)
     blocks = triton.cdiv(call.keys, config.block_n)
     batch_heads = call.batch * call.key_heads
     queries_bytes = 2 * call.groups * call.queries * call.head_dim * dk.element_size()
