@@ -4,8 +4,8 @@
     python benchmarks/tune.py --kernel forward --width 64 128
 
 Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on calls of
-16k tokens, hidden 2048: plain (causal), rich (a bias and dropout) and with a relative bias. A candidate replaces the row
-only when it is at least 2% faster. An offline tool: nothing is ever tuned while a model runs.
+16k tokens, hidden 2048: plain (causal), rich (a bias and dropout) and with a relative bias. A candidate replaces one of
+the table only when it is at least 2% faster. An offline tool: nothing is ever tuned while a model runs.
 """
 
 import argparse
