@@ -68,6 +68,7 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("backward_key", "sm_80", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "sm_120", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "sm_120", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1)),
+    ("backward_key", "sm_80", 128, HALF): (Config(32, 128, 8, 1), Config(16, 64, 8, 1)),
     ("backward_key", "sm_80", 256, HALF): (Config(32, 64, 8, 1), Config(16, 32, 8, 1)),
     ("backward_key", "sm_120", 256, HALF): (Config(16, 64, 8, 1), Config(16, 32, 8, 1)),
     ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
