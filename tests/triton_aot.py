@@ -16,6 +16,7 @@ options, GPU and Triton.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import hashlib
@@ -220,6 +221,17 @@ RECORD = [
 ]  # fmt: skip
 
 
+def _spread(jobs: list[Job]) -> list[Job]:
+    """In an order in which a run that is stopped has seen every kernel, type and architecture about equally often."""
+    seen: collections.Counter = collections.Counter()
+    turns = []
+    for job in jobs:
+        group = job.launch.kernel.fn.__name__, job.dtype, job.arch
+        turns.append(seen[group])
+        seen[group] += 1
+    return [job for _, job in sorted(zip(turns, jobs), key=lambda pair: pair[0])]
+
+
 def fails(job: Job, report: dict) -> bool:
     try:
         job.file.check(report)
@@ -301,7 +313,8 @@ def main() -> int:
             found.setdefault(job.case, []).append(report)
         print(json.dumps(found))
         return 0
-    failed, end = 0, time.monotonic() + args.minutes * 60
+    jobs = _spread(jobs)
+    done, failed, end = 0, 0, time.monotonic() + args.minutes * 60
     for done, (job, report) in enumerate(reports(jobs, args.processes), 1):
         print(f"{done}/{len(jobs)} {job.case}:", *(f"{k}={v}" for k, v in report.items()), flush=True)
         if fails(job, report):
