@@ -257,7 +257,8 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     delta, peak = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
     rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
-    block = 64
+    # More of float32 or of a wide head spills: the compiler aims at many programs a multiprocessor.
+    block = max(16, min(64, 8192 // (call.block_d * out.element_size())))
     _attention_delta_kernel[(triton.cdiv(call.queries, block), call.batch * call.heads)](
         out_ptr=out, grad_out_ptr=grad_out, lse_ptr=lse,
         grad_lse_ptr=grad_lse,
