@@ -81,6 +81,7 @@ def _attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> N
     packed = [leaf(length + 3, 3, head_dim) for _ in range(3)]
     bounds = torch.tensor([0, length, length + 3], dtype=torch.int32, device=device)
     tf.varlen_attention(*packed, bounds, softcap=5.0).sum().backward()
+    tf.additive_attention(q[:, 0], k[:, 0], v[:, 0], leaf(head_dim), key_lengths=lengths).sum().backward()
 
 
 def _plain_attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> None:

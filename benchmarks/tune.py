@@ -3,9 +3,9 @@
     python benchmarks/tune.py                     every class of this GPU's architecture, some minutes
     python benchmarks/tune.py --kernel forward --width 64 128
 
-Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on a plain
-and a rich call (causal + dropout) of 16k tokens, hidden 2048. A candidate replaces the row only when it is at least 2%
-faster. An offline tool: nothing is ever tuned while a model runs.
+Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on calls of
+16k tokens, hidden 2048: plain (causal), rich (a bias and dropout) and with a relative bias. A candidate replaces one of
+the table only when it is at least 2% faster. An offline tool: nothing is ever tuned while a model runs.
 """
 
 import argparse
@@ -49,9 +49,9 @@ def rewrite(source: str, table: dict) -> str:
     """The text of attention_configurations.py with `table` in the place of its TABLE."""
     names = {False: "HALF", True: "SINGLE"}
     rows = []
-    for (kernel, architecture, width, single), pair in table.items():
-        plain, rich = (f"Config({', '.join(map(str, config))})" for config in pair)
-        rows.append(f'    ("{kernel}", "{architecture}", {width}, {names[single]}): ({plain}, {rich}),\n')
+    for (kernel, architecture, width, single), kinds in table.items():
+        configs = ", ".join(f"Config({', '.join(map(str, config))})" for config in kinds)
+        rows.append(f'    ("{kernel}", "{architecture}", {width}, {names[single]}): ({configs}),\n')
     found, count = re.subn(r"(?ms)^(TABLE: .*? = \{\n).*?^\}", lambda m: m[1] + "".join(rows) + "}", source)
     if count != 1:
         raise ValueError(f"attention_configurations.py: wanted one TABLE, found {count}")
@@ -74,9 +74,14 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
         return torch.randn(batch, heads, rows, shape.width, device="cuda", dtype=dtype, requires_grad=True)
 
     q, k, v = data(queries), data(length), data(length)
-    rich = {"bias": torch.randn(1, heads, queries, length, device="cuda", requires_grad=True)}
-    rich |= {"dropout_p": 0.1} if kernel != "decode" else {}
-    arguments = rich if shape.rich else {"is_causal": kernel != "decode"}
+    bias = torch.randn(1, heads, queries, length, device="cuda", requires_grad=True)
+    relative = torch.randn(32, heads, device="cuda", requires_grad=True)
+    arguments = {
+        "plain": {"is_causal": kernel != "decode"},
+        "rich": {"bias": bias} | ({"dropout_p": 0.1} if kernel != "decode" else {}),
+        "relative": {"relative_bias": tf.RelativeBias(relative)},
+    }[shape.kind]
+    leaves = [q, k, v] + {"plain": [], "rich": [bias], "relative": [relative]}[shape.kind]
 
     def seconds(config: Config) -> float:
         configurations.select = lambda name, s: config if name == kernel else select(name, s)
@@ -84,7 +89,6 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
             with tf.backend("triton"):
                 out = tf.scaled_dot_product_attention(q, k, v, **arguments)
                 if kernel.startswith("backward"):
-                    leaves = [q, k, v] + ([rich["bias"]] if kernel == "backward_bias" else [])
                     grad = torch.ones_like(out)
                     return triton.testing.do_bench(
                         lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), return_mode="median"
@@ -114,16 +118,14 @@ def main() -> None:
     for kernel, width, single in itertools.product(options.kernel, options.width, (False, True)):
         if single and not options.single:
             continue
-        pair = []
-        for rich in (False, True):
-            shape = configurations.Shape(architecture, width, single, rich)
+        found = []
+        for kind in configurations.KINDS:
+            shape = configurations.Shape(architecture, width, single, kind)
             old = configurations.select(kernel, shape)
-            needless = kernel == "backward_bias" and not rich  # it runs for a bias only
-            pair.append(old if needless else best(old, candidates(kernel), timer(kernel, shape)))
-            print(
-                f"{architecture} {kernel} width {width} {'rich' if rich else 'plain'}: {old} -> {pair[-1]}", flush=True
-            )
-        table[kernel, architecture, width, single] = (pair[0], pair[1])
+            needless = kernel == "backward_bias" and kind != "rich"  # it runs for a bias only
+            found.append(old if needless else best(old, candidates(kernel), timer(kernel, shape)))
+            print(f"{architecture} {kernel} width {width} {kind}: {old} -> {found[-1]}", flush=True)
+        table[kernel, architecture, width, single] = tuple(found)
     path = pathlib.Path(configurations.__file__)
     path.write_text(rewrite(path.read_text(), table))
 

@@ -15,6 +15,7 @@ TILE = 2048  # elements of a program of NUM_WARPS warps: 16 a thread
 BLOCK = 256  # columns: divides the widths of transformers, so that no lane idles
 NUM_WARPS = 4
 PROGRAMS = 8  # walking programs a multiprocessor
+REGISTERS = 72  # of 16-bit backwards without a gate: left to itself, ptxas (Triton 3.6) spills some to have but 64
 
 
 @triton.jit
@@ -141,6 +142,7 @@ def bias_activation_backward(
         grad, x, bias, gate, grad_x, grad_gate, partial,
         grad.stride(0), x.stride(0), 0 if gate is None else gate.stride(0), rows, width,
         ACTIVATION=activation, EVEN=width % block == 0, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS,
+        maxnreg=REGISTERS if gate is None and x.element_size() == 2 else None,
     )  # fmt: skip
     if partial is not None:
         column_sum(partial, grad_bias)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 KERNELS = ("forward", "backward_key", "backward_query", "backward_bias", "decode")
+KINDS = ("plain", "rich", "relative")
 
 
 class Config(NamedTuple):
@@ -23,13 +24,15 @@ class Shape(NamedTuple):
     """What a configuration depends on.
 
     architecture: one of ARCHITECTURES. width: head dim rounded up to 64, 128 or 256. single: float32 data.
-    rich: a bias, mask, relative bias, soft cap or dropout. short: at most 64 queries a sequence.
+    kind: how many registers a call needs beside its tiles: "relative" for a relative bias (five loops, one for each
+    part of the keys), "rich" for another bias, a mask, a soft cap, dropout or a window on the left, else "plain".
+    short: at most 64 queries a sequence.
     """
 
     architecture: str
     width: int
     single: bool = False
-    rich: bool = False
+    kind: str = "plain"
     short: bool = False
 
 
@@ -43,33 +46,44 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_120"
 
 
-def shape(
-    capability: tuple[int, int], head_dim: int, itemsize: int, rich: bool, queries: int
-) -> Shape:  # fmt: skip
+def shape(capability: tuple[int, int], head_dim: int, itemsize: int, kind: str, queries: int) -> Shape:
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    return Shape(architecture(capability), width, itemsize == 4, rich, queries <= 64)
+    return Shape(architecture(capability), width, itemsize == 4, kind, queries <= 64)
 
 
 HALF, SINGLE = False, True
 
-# (kernel, architecture or "" for those without a row of their own, width, single) -> (plain, rich)
-TABLE: dict[tuple[str, str, int, bool], tuple[Config, Config]] = {
+# (kernel, architecture or "" for those without a row of their own, width, single) -> one a kind; a relative bias takes
+# the rich one where it has none of its own.
+TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("forward", "", 64, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
     ("forward", "", 128, HALF): (Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     ("forward", "", 256, HALF): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", "sm_90", 64, HALF): (Config(128, 64, 4, 3), Config(128, 64, 8, 2)),
+    ("forward", "sm_80", 128, HALF): (Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 2)),
     ("forward", "sm_120", 64, HALF): (Config(128, 64, 8, 2), Config(128, 64, 8, 1)),
-    ("forward", "sm_120", 128, HALF): (Config(128, 64, 8, 2), Config(128, 32, 8, 1)),
+    ("forward", "sm_120", 128, HALF): (Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 2)),
     ("forward", "sm_120", 256, HALF): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
     ("backward_key", "", 64, HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
-    ("backward_key", "sm_120", 64, HALF): (Config(32, 128, 8, 1), Config(32, 64, 4, 1)),
+    ("backward_key", "sm_80", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
+    ("backward_key", "sm_120", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "sm_120", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1)),
+    ("backward_key", "sm_80", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1)),
+    ("backward_key", "sm_80", 256, HALF): (Config(32, 64, 8, 1), Config(16, 32, 8, 1)),
+    ("backward_key", "sm_120", 256, HALF): (Config(16, 64, 8, 1), Config(16, 32, 8, 1)),
     ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "", 256, HALF): (Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
     ("backward_query", "", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("backward_query", "sm_80", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
+    ("backward_query", "sm_120", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
     ("backward_query", "", 128, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
     ("backward_query", "", 256, HALF): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
     ("backward_bias", "", 64, HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    ("backward_bias", "sm_80", 64, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    ("backward_bias", "sm_80", 128, HALF): (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
+    ("backward_bias", "sm_120", 64, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    ("backward_bias", "sm_120", 128, HALF): (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
+    ("backward_bias", "sm_120", 256, HALF): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("backward_bias", "", 128, HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
     ("backward_bias", "", 256, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
     ("decode", "", 64, HALF): (Config(16, 128, 4, 3), Config(16, 128, 4, 3)),
@@ -95,10 +109,10 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, Config]] = {
 
 def select(kernel: str, shape: Shape) -> Config:
     """The configuration of `kernel` ("forward", ...) for a call of this shape."""
-    pair = TABLE.get((kernel, shape.architecture, shape.width, shape.single))
-    if pair is None:
-        pair = TABLE[kernel, "", shape.width, shape.single]
-    config = pair[shape.rich]
+    kinds = TABLE.get((kernel, shape.architecture, shape.width, shape.single))
+    if kinds is None:
+        kinds = TABLE[kernel, "", shape.width, shape.single]
+    config = kinds[min(KINDS.index(shape.kind), len(kinds) - 1)]
     if shape.short and shape.width == 64 and kernel in ("forward", "backward_query") and config.block_m > 64:
         # Half of a tile of 128 queries would be padding.
         config = config._replace(block_m=64, num_warps=4)

@@ -2,17 +2,23 @@
 
 A test file lists its launches in `cases(arch, everything)`: names and functions that call a launcher of kernels/
 on meta tensors; without `everything`, as many as a test run has time for. `aot_reports` compiles them in a process
-of its own, as Triton interprets in pytest's. By hand, under any Triton, everything:
+of its own, as Triton interprets in pytest's. By hand, under any Triton, everything or a share of it:
 
-    python tests/triton_aot.py tests/native/test_triton_layer_norm_aot.py 80 90 100 120
+    python tests/triton_aot.py
+    python tests/triton_aot.py tests/native/test_triton_layer_norm_aot.py --arch 80 90 --only bfloat16
+    python tests/triton_aot.py --record [--minutes 30]
 
 prints a line for each kernel of every case, says which fail the file's `check`, and exits with 1 if any does.
-`--only TEXT` takes the cases with TEXT in their names. Two processes compile; reports are kept in
-$TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types, options, GPU and Triton.
+`--record` writes the summary that is committed, benchmarks/results/ahead-of-time/triton-<version>.csv. Everything takes
+hours on two cores: `--minutes` stops in between, what is compiled is kept, and the record says how many of how many.
+Reports are kept in $TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types,
+options, GPU and Triton.
 """
 
 import argparse
+import collections
 import contextlib
+import csv
 import hashlib
 import importlib.util
 import json
@@ -23,13 +29,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Bytes of shared memory that one block may use.
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 ARCHS = tuple(SHARED_MEMORY)
 PROCESSES = 2
+HALVES = {"bfloat16": "*bf16", "float16": "*fp16"}
 
 
 class Launch(NamedTuple):
@@ -121,20 +131,24 @@ def assert_runs_well(report: dict, registers: int = 255) -> None:
 
 
 class Job(NamedTuple):
-    """One kernel to compile. key: what its report depends on."""
+    """One kernel to compile. key: what its report depends on. dtype: of the data."""
 
+    file: ModuleType
     case: str
     launch: Launch
     arch: int
+    dtype: str
     key: str
 
 
-def _jobs(cases: dict[str, Callable[[], None]], arch: int) -> Iterator[Job]:
-    """The kernels that the cases launch, each once, under the first case that launches it."""
+def _jobs(file: ModuleType, arch: int, everything: bool, only: str = "") -> Iterator[Job]:
+    """The kernels that a file's cases launch, each once, under the first case that launches it."""
     import triton
 
     seen = set()
-    for name, call in cases.items():
+    for name, call in file.cases(arch, everything=everything).items():
+        if only not in name:
+            continue
         with recorded() as launches:
             call()
         for launch in launches:
@@ -143,7 +157,9 @@ def _jobs(cases: dict[str, Callable[[], None]], arch: int) -> Iterator[Job]:
             key = hashlib.sha256(text.encode()).hexdigest()
             if key not in seen:
                 seen.add(key)
-                yield Job(name, launch, arch, key)
+                kinds = set(source.signature.values())
+                dtype = next((name for name, kind in HALVES.items() if kind in kinds), "float32")
+                yield Job(file, name, launch, arch, dtype, key)
 
 
 def _folder() -> pathlib.Path:
@@ -154,17 +170,28 @@ def _folder() -> pathlib.Path:
 _pending: list[Job] = []  # forked workers find their jobs here: launches do not pickle
 
 
+def _report_path(job: Job) -> pathlib.Path:
+    return _folder() / "reports" / f"{job.key}.json"
+
+
+def known(job: Job) -> dict | None:
+    """The report of a kernel that has been compiled before."""
+    path = _report_path(job)
+    return json.loads(path.read_text()) | {"dtype": job.dtype} if path.exists() else None
+
+
 def _compile(index: int) -> dict:
     job = _pending[index]
-    path = _folder() / "reports" / f"{job.key}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    report = known(job)
+    if report is not None:
+        return report
+    path = _report_path(job)
     report = aot_report(job.launch, job.arch)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(report))
     fresh.replace(path)
-    return report
+    return report | {"dtype": job.dtype}
 
 
 def reports(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict]]:
@@ -180,7 +207,7 @@ def reports(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict]]:
 def aot_reports(file: str, arch: int) -> dict[str, list[dict]]:
     """Case name -> reports of the test run's cases of a test file, compiled in another process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, file, str(arch), "--json"]
+    command = [sys.executable, __file__, file, "--arch", str(arch), "--json"]
     if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
         command.append("--processes=1")  # the workers fill the cores already
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -188,46 +215,116 @@ def aot_reports(file: str, arch: int) -> dict[str, list[dict]]:
     return json.loads(result.stdout)
 
 
+RECORD = [
+    "triton", "commit", "kernel", "dtype", "arch", "configurations", "compiled", "failed", "most_registers",
+    "most_shared_bytes", "spill_instructions", "wgmma",
+]  # fmt: skip
+
+
+def _spread(jobs: list[Job]) -> list[Job]:
+    """In an order in which a run that is stopped has seen every kernel, type and architecture about equally often."""
+    seen: collections.Counter = collections.Counter()
+    turns = []
+    for job in jobs:
+        group = job.launch.kernel.fn.__name__, job.dtype, job.arch
+        turns.append(seen[group])
+        seen[group] += 1
+    return [job for _, job in sorted(zip(turns, jobs), key=lambda pair: pair[0])]
+
+
+def fails(job: Job, report: dict) -> bool:
+    try:
+        job.file.check(report)
+    except AssertionError:
+        return True
+    return False
+
+
+def summary(jobs: list[Job], triton: str, commit: str) -> list[dict]:
+    """A row of RECORD for every kernel, data type and architecture, from the reports that are there.
+
+    wgmma: "yes" where every configuration has Hopper's matrix instruction, "some" or "no"; empty off sm_90."""
+    groups: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.launch.kernel.fn.__name__, job.dtype, job.arch), []).append(job)
+    rows = []
+    for (kernel, dtype, arch), group in sorted(groups.items()):
+        found = [(job, report) for job in group if (report := known(job)) is not None]
+        hopper = {bool(report["wgmma"]) for _, report in found} if arch == 90 else set()
+        values = [
+            triton, commit, kernel.strip("_"), dtype, f"sm_{arch}", len(group), len(found),
+            sum(fails(*pair) for pair in found), *(max((r[k] for _, r in found), default="") for k in
+            ("registers", "shared", "spills")), "" if not hopper else "some" if len(hopper) == 2 else
+            "yes" if hopper == {True} else "no",
+        ]  # fmt: skip
+        rows.append(dict(zip(RECORD, values)))
+    return rows
+
+
+def _write_record(jobs: list[Job]) -> pathlib.Path:
+    import triton
+
+    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "kernels", "transformer_fast/backends"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    path = ROOT / "benchmarks" / "results" / "ahead-of-time" / f"triton-{triton.__version__}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, RECORD, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(summary(jobs, triton.__version__, commit))
+    return path
+
+
+def _load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a test file with cases(arch, everything) and check(report)")
-    parser.add_argument("archs", nargs="*", type=int, help="80, 90, 100, 120; default: all")
+    parser.add_argument(
+        "files", nargs="*", help="test files with cases(arch, everything) and check(report); default: all"
+    )
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--json", action="store_true", help="the test run's cases of one GPU, as JSON")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; what is compiled is kept")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/ahead-of-time")
+    parser.add_argument("--json", action="store_true", help="the test run's cases, as JSON")
     return parser
 
 
 def main() -> int:
     args = _parser().parse_args()
     # Kernels import as transformer_fast.kernels from the checkout this file is in.
-    sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+    sys.path.append(str(ROOT))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     os.environ.setdefault("TRITON_CACHE_DIR", str(_folder()))
-    spec = importlib.util.spec_from_file_location("aot_cases", args.file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    jobs, names = [], {}
-    for arch in args.archs or ARCHS:
-        cases = module.cases(arch, everything=not args.json)
-        cases = {name: call for name, call in cases.items() if args.only in name}
-        names |= dict.fromkeys(cases)
-        jobs += _jobs(cases, arch)
+    files = args.files or sorted(map(str, ROOT.glob("tests/native/test_triton_*_aot.py")))
+    jobs = [
+        job for file in map(_load, files) for arch in args.arch for job in _jobs(file, arch, not args.json, args.only)
+    ]
     if args.json:
-        found: dict[str, list[dict]] = {name: [] for name in names}
+        found: dict[str, list[dict]] = {}
         for job, report in reports(jobs, args.processes):
-            found[job.case].append(report)
+            found.setdefault(job.case, []).append(report)
         print(json.dumps(found))
         return 0
-    failed = 0
+    jobs = _spread(jobs)
+    done, failed, end = 0, 0, time.monotonic() + args.minutes * 60
     for done, (job, report) in enumerate(reports(jobs, args.processes), 1):
         print(f"{done}/{len(jobs)} {job.case}:", *(f"{k}={v}" for k, v in report.items()), flush=True)
-        try:
-            module.check(report)
-        except AssertionError:
+        if fails(job, report):
             failed += 1
             print("  FAILED", flush=True)
-    print(f"{len(jobs)} kernels, {failed} failed")
+        if time.monotonic() > end:
+            break
+    print(f"{done} of {len(jobs)} kernels, {failed} failed")
+    if args.record:
+        print(_write_record(jobs))
     return bool(failed)
 
 

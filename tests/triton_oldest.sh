@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The ahead-of-time checks under the oldest Triton this package supports:
-#   bash tests/triton_oldest.sh [VENV [ARGUMENTS OF triton_aot.py, without the file]]
+#   bash tests/triton_oldest.sh [VENV [ARGUMENTS OF triton_aot.py]]
 # VENV is made where it does not exist, beside the packages of $PYTHON: only Triton differs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,9 +14,4 @@ if [ ! -x "$VENV/bin/python" ]; then
   "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/others.pth"
 fi
 "$VENV/bin/python" -c 'import triton; print("Triton", triton.__version__); assert triton.__version__.startswith("3.6.")'
-failed=0
-for file in ${FILES:-tests/native/test_triton_*_aot.py}; do
-  echo "== $file"
-  "$VENV/bin/python" tests/triton_aot.py "$file" "$@" || failed=1
-done
-exit "$failed"
+exec "$VENV/bin/python" tests/triton_aot.py "$@"

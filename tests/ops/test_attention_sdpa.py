@@ -115,8 +115,19 @@ def test_it_stands_between_triton_and_plain_torch_on_cuda():
     assert text.index("triton:") < text.index("sdpa:") < text.index("eager:")
     assert "length 512" in text
     assert measured.LINES or "not yet run on a GPU" in text
+    if not torch.cuda.is_available():
+        assert "sdpa: could, comes later" in text  # says nothing of a GPU it cannot see
     odd = backends.get("sdpa").why_not(Call("attention", "cuda", torch.float16, 37))
     assert odd == ("head dim 37 is not a multiple of 8",)
+
+
+@pytest.mark.quick
+def test_explain_says_what_is_forced():
+    call = Call("norm", "cpu", torch.float32, 8)
+    with tf.backend("eager"):
+        assert tf.explain(tuple(call)).endswith("eager: forced")
+    with tf.backend("sdpa"):
+        assert "sdpa: forced, but cannot: torch's fused kernels are for attention" in tf.explain(call)
 
 
 @pytest.mark.quick

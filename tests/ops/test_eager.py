@@ -136,6 +136,24 @@ def test_probabilities_are_the_softmax():
     torch.testing.assert_close(tf.attention_probabilities(q, k, lse, attn_mask=mask, heads=[3, 0]), p[:, [3, 0]])
 
 
+@pytest.mark.parametrize("heads", [None, [2, 1]])
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [9, 7]])
+def test_probabilities_know_every_feature(heads, alignment, causal, lengths):
+    q, k, v = _qkv(hk=2)
+    kw = {
+        "is_causal": causal, "causal_alignment": alignment, "window": (3, 2), "softcap": 2.0, "scale": 0.7,
+        "relative_bias": tf.RelativeBias(torch.randn(8, 4, dtype=torch.float64), 20),
+        "attn_mask": torch.rand(5, 9) > 0.2, "bias": torch.randn(2, 4, 1, 9, dtype=torch.float64),
+        "key_lengths": None if lengths is None else torch.tensor(lengths),
+    }  # fmt: skip
+    out, lse = tf.scaled_dot_product_attention(q, k, v, enable_gqa=True, return_lse=True, **kw)
+    p = tf.attention_probabilities(q, k, lse, heads=heads, **kw)
+    chosen = heads or range(4)
+    torch.testing.assert_close(p @ v[:, [i // 2 for i in chosen]], out[:, list(chosen)])
+
+
 def test_norms_are_torchs():
     x, w, b = torch.randn(3, 4, 6), torch.randn(4, 6), torch.randn(4, 6)
     torch.testing.assert_close(tf.layer_norm(x, (4, 6), w, b, 1e-3), F.layer_norm(x, (4, 6), w, b, 1e-3))

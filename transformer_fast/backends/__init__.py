@@ -139,12 +139,18 @@ def _describe(call: Call) -> str:
 
 
 def explain(call: Call) -> str:
-    """Which backend runs `call` and why each earlier one does not.
+    """Which backend runs `call`, why each earlier one does not, and what a forced one cannot.
 
     >>> explain(Call("norm", "cpu", torch.float32, 768))
     """
+    call = Call(*call)
     lines = [_describe(call)]
-    chosen, line = select(call).name, _measured(call)
+    forced, line = forced_name(), _measured(call)
+    if forced:
+        reasons = get(forced).why_not(call)
+        lines.append(f"  {forced}: forced" + (", but cannot: " + "; ".join(reasons) if reasons else ""))
+        return "\n".join(lines)
+    chosen = select(call).name
     for name in _order(call):
         reasons = get(name).why_not(call)
         text = "chosen" if name == chosen else "; ".join(reasons) or "could, comes later"

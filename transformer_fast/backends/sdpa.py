@@ -54,7 +54,7 @@ class SdpaBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.device == "cuda" and call.size % 8:
             reasons.append(f"head dim {call.size} is not a multiple of 8")
-        if call.device == "cuda" and call.dtype == torch.bfloat16 and not _ampere():
+        if call.device == "cuda" and call.dtype == torch.bfloat16 and _before_ampere():
             reasons.append("the GPU is older than sm_80 and has no bfloat16")
         reasons += [_LACKS[feature] for feature in call.features if feature in _LACKS]
         return tuple(reasons)
@@ -91,8 +91,8 @@ class SdpaBackend(Backend):
             target.copy_(gradient.view(b, h, groups, s, d).sum(2, dtype=torch.float32) if groups > 1 else gradient)
 
 
-def _ampere() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+def _before_ampere() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 
 
 def _inputs(spec) -> _Inputs:
@@ -145,7 +145,7 @@ def _kernels(inputs: _Inputs) -> _Kernels:
     if not q.is_cuda:
         return _Kernels(_cpu_forward, _cpu_backward)
     square = not inputs.causal or q.shape[2] == k.shape[2]  # flash aligns causal masks bottom-right
-    if inputs.mask is None and square and q.dtype != torch.float32 and _ampere():
+    if inputs.mask is None and square and q.dtype != torch.float32 and not _before_ampere():
         return _Kernels(_flash_forward, _flash_backward)
     return _Kernels(_efficient_forward, _efficient_backward)
 

@@ -36,14 +36,15 @@ class Launch:
         self.queries, self.keys = spec.max_seqlen_q, spec.max_seqlen_k
         self.batch = spec.cu_seqlens_q.shape[0] - 1 if self.packed else q.shape[0]
         dropout = spec.rng is not None and threshold(spec.dropout_p) > 0
-        rich = dropout or bool(spec.softcap) or any(t is not None for t in (spec.bias, spec.mask, spec.relative_bias))
-        self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), rich, self.queries)
+        left, right = spec.window_left, spec.window_right
+        plain = not (dropout or spec.softcap) and all(t is None for t in (spec.bias, spec.mask, spec.relative_bias))
+        kind = "relative" if spec.relative_bias is not None else "plain" if plain and left < 0 else "rich"
+        self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), kind, self.queries)
         self.block_d = max(16, triton.next_power_of_2(self.head_dim))
         self.reach, relative = relative_bias.lookup(spec)
         softcap = float(spec.softcap)
         single = q.dtype == torch.float32
-        folded = not rich and not single and spec.scale > 0
-        left, right = spec.window_left, spec.window_right
+        folded = plain and not single and spec.scale > 0
         self.pointers = {
             "cu_q_ptr": spec.cu_seqlens_q,
             "cu_k_ptr": spec.cu_seqlens_k,
@@ -228,7 +229,8 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     delta, peak = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
     rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
-    block = 64
+    # More of float32 or of a wide head spills: the compiler aims at many programs a multiprocessor.
+    block = max(16, min(64, 8192 // (call.block_d * out.element_size())))
     _attention_delta_kernel[(triton.cdiv(call.queries, block), call.batch * call.heads)](
         out_ptr=out, grad_out_ptr=grad_out, lse_ptr=lse,
         grad_lse_ptr=grad_lse,
@@ -259,7 +261,10 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
 
 
 def _key_gradients(call: Launch, shared, dk, dv) -> None:
-    config = configurations.select("backward_key", call.shape)
+    shape = call.shape
+    if call.groups > 1 and shape.kind == "plain":  # the loop over heads keeps registers
+        shape = shape._replace(kind="rich")
+    config = configurations.select("backward_key", shape)
     blocks = triton.cdiv(call.keys, config.block_n)
     batch_heads = call.batch * call.key_heads
     queries_bytes = 2 * call.groups * call.queries * call.head_dim * dk.element_size()

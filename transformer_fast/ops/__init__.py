@@ -3,13 +3,8 @@
 from ._common import concrete
 from .activation import bias_activation
 from .additive_attention import additive_attention
-from .attention import (
-    RelativeBias,
-    attention_probabilities,
-    qkv_attention,
-    scaled_dot_product_attention,
-    varlen_attention,
-)
+from .attention import RelativeBias, qkv_attention, scaled_dot_product_attention, varlen_attention
+from .attention_probabilities import attention_probabilities
 from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding_layer_norm

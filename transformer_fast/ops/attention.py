@@ -76,6 +76,10 @@ def scaled_dot_product_attention(
 
     Returns (B, H, Sq, D), laid out as (B, Sq, H, D); with return_lse also the natural-log-sum-exp of the scores,
     (B, H, Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients.
+    Gradients are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
+    torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once for
+    dK, dV and once for dQ: seven where a backward that adds dQ atomically has five. A gradient to bias or relative_bias,
+    and at most 128 keys, cost two more again, for a delta without the output's rounding.
     Raises TypeError or ValueError naming the argument.
     Source: Vaswani et al., 2017, section 3.2; Dao, "FlashAttention-2", 2023.
     """
@@ -235,55 +239,6 @@ def qkv_attention(
     else:
         out, lse = qkv_attention_op(*args)
     return (out, lse) if return_lse else out
-
-
-def attention_probabilities(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    scale: float | None = None,
-    heads: list[int] | None = None,
-    bias: torch.Tensor | None = None,
-    attn_mask: torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-) -> torch.Tensor:
-    """exp(scale * Q K^T + bias - lse): the attention weights of chosen heads, from the saved log-sum-exp.
-
-    query (B, H, Sq, D), key (B, Hk, Sk, D), lse (B, H, Sq) as scaled_dot_product_attention returned it for the
-    same arguments. heads: indices, default all. Returns (B, len(heads), Sq, Sk) in query's dtype, before
-    dropout, differentiable; rows with nothing to attend to are zero.
-    """
-    b, h, sq, d = query.shape
-    if lse.shape != (b, h, sq):
-        raise ValueError(f"lse: wanted shape {(b, h, sq)}, got {tuple(lse.shape)}")
-    sk = key.shape[2]
-    mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
-    key = key.repeat_interleave(h // key.shape[1], dim=1) if key.shape[1] != h else key
-    if heads is not None:
-        bad = [i for i in heads if not 0 <= i < h]
-        if bad:
-            raise ValueError(f"heads: wanted indices in [0, {h}), got {bad}")
-        query, key, lse = query[:, heads], key[:, heads], lse[:, heads]
-        bias = bias[:, heads] if bias is not None and bias.shape[1] != 1 else bias
-        mask = mask[:, heads] if mask is not None and mask.shape[1] != 1 else mask
-    wide = lse.dtype
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(wide) * _scale(scale, d)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
-    dead = (lse == -math.inf).unsqueeze(-1)
-    if key_lengths is not None:
-        dead = dead | (torch.arange(sk, device=key.device) >= key_lengths.view(-1, 1, 1, 1))
-    if mask is not None:
-        dead = dead | ~mask
-    if is_causal:
-        dead = dead | torch.ones(sq, sk, dtype=torch.bool, device=key.device).triu(1)
-    return p.masked_fill(dead, 0.0).to(query.dtype)
 
 
 def _attend_to_parts(qkv, cu_seqlens, max_seqlen, is_causal, scale, return_lse):
@@ -487,7 +442,6 @@ def _scale(scale: float | None, d: int) -> float:
 
 __all__ = [
     "RelativeBias",
-    "attention_probabilities",
     "qkv_attention",
     "scaled_dot_product_attention",
     "varlen_attention",

@@ -1,0 +1,82 @@
+"""Attention weights of chosen heads, out of the log-sum-exp that attention leaves behind."""
+
+import math
+
+import torch
+
+from ._attention_op import CAUSAL
+from .attention import RelativeBias, _check_lengths, _check_relative, _check_window, _scale, _split_mask
+
+__all__ = ["attention_probabilities"]
+
+
+def attention_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float | None = None,
+    heads: list[int] | None = None,
+    bias: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    relative_bias: RelativeBias | None = None,
+) -> torch.Tensor:
+    """exp(scale * Q K^T + bias - lse): the attention weights of chosen heads, from the saved log-sum-exp.
+
+    query (B, H, Sq, D), key (B, Hk, Sk, D), lse (B, H, Sq) as scaled_dot_product_attention returned it for the
+    same arguments. heads: indices, default all; only theirs are computed. Returns (B, len(heads), Sq, Sk) in query's
+    dtype, before dropout, differentiable; rows with nothing to attend to are zero. Raises TypeError or ValueError
+    naming the argument.
+    """
+    b, h, sq, d = query.shape
+    sk = key.shape[2]
+    if lse.shape != (b, h, sq):
+        raise ValueError(f"lse: wanted shape {(b, h, sq)}, got {tuple(lse.shape)}")
+    if causal_alignment not in CAUSAL:
+        raise ValueError(f"causal_alignment: wanted 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
+    left, right = _check_window(window)
+    if is_causal:
+        right = 0
+    table, distance, bidirectional = _check_relative(relative_bias, query)
+    if key_lengths is not None:
+        _check_lengths("key_lengths", key_lengths, b, sk, query)
+    chosen = list(range(h)) if heads is None else heads
+    bad = [i for i in chosen if not 0 <= i < h]
+    if bad:
+        raise ValueError(f"heads: wanted indices in [0, {h}), got {bad}")
+    if heads is not None:
+        query, lse = query[:, chosen], lse[:, chosen]
+        bias, mask = (t if t is None or t.shape[1] == 1 else t[:, chosen] for t in (bias, mask))
+    if heads is not None or key.shape[1] != h:
+        key = key[:, [i // (h // key.shape[1]) for i in chosen]]
+
+    column = torch.arange(sk, device=query.device)
+    position = torch.arange(sq, device=query.device)[:, None]
+    if causal_alignment == "bottom_right":
+        position = position + ((sk if key_lengths is None else key_lengths.view(-1, 1, 1, 1)) - sq)
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(lse.dtype) * _scale(scale, d)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if table is not None:
+        relative = RelativeBias(table[:, chosen], distance, bidirectional)
+        rows = position.expand(b, 1, sq, 1).reshape(-1)  # each sequence its own where lengths place the queries
+        scores = scores + relative.matrix(rows, sk)[0].unflatten(1, (b, sq)).transpose(0, 1)
+    dead = (lse == -math.inf).unsqueeze(-1)
+    if left >= 0:
+        dead = dead | (column < position - left)
+    if right >= 0:
+        dead = dead | (column > position + right)
+    if key_lengths is not None:
+        dead = dead | (column >= key_lengths.view(-1, 1, 1, 1))
+    if mask is not None:
+        dead = dead | ~mask
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
+    return p.masked_fill(dead, 0.0).to(query.dtype)
