@@ -4,7 +4,7 @@
 #include "activation_math.hpp"
 #include "decoder_step_attention.hpp"
 #include "kernels.hpp"
-#include "linear_panel.hpp"
+#include "linear_direct.hpp"
 #include "parallel.hpp"
 
 namespace tf::TF_ISA {
@@ -55,12 +55,32 @@ void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows,
   }
 }
 
-void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, float* sums) {
-  const int64_t at = panel * w.in * kPanel;
-  if (w.storage == DType::f32)
-    multiply_rows<kRows>(rows, x, ldx, static_cast<const float*>(w.panels) + at, w.in, sums);
-  else
-    multiply_rows<kRows>(rows, x, ldx, static_cast<const bf16*>(w.panels) + at, w.in, sums);
+int64_t panels_of(const StepWeight& w) { return (w.out + kPanel - 1) / kPanel; }
+
+constexpr int64_t kTogether = 8;  // panels that are computed together, at most
+constexpr int64_t kPanelSums = kRows * kPanel;
+
+// sums (panels, kRows, 32): those of `count` panels from `panel` on.
+template <class W>
+void multiply(const StepWeight& w, int64_t panel, int64_t count, int rows, const float* x, int64_t ldx, float* sums) {
+  const W* data = static_cast<const W*>(w.data);
+  if (w.layout == WeightLayout::columns) {
+    const int64_t begin = panel * kPanel, columns = w.out - begin < count * kPanel ? w.out - begin : count * kPanel;
+    return multiply_columns_of<kRows>(rows, x, ldx, data + begin, w.stride, columns, w.in, sums);
+  }
+  for (int64_t p = panel; p < panel + count; ++p, sums += kPanelSums) {
+    if (w.layout == WeightLayout::panels) {
+      multiply_rows<kRows>(rows, x, ldx, data + p * w.in * kPanel, w.in, sums);
+      continue;
+    }
+    const int64_t begin = p * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
+    multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, sums);
+  }
+}
+
+void multiply(const StepWeight& w, int64_t panel, int64_t count, int rows, const float* x, int64_t ldx, float* sums) {
+  w.storage == DType::f32 ? multiply<float>(w, panel, count, rows, x, ldx, sums)
+                          : multiply<bf16>(w, panel, count, rows, x, ldx, sums);
 }
 
 template <class C>  // element of the caches
@@ -76,10 +96,10 @@ class Walk {
       const int64_t heads = p_.heads * p_.head_dim;
       sublayer(l.attention_norm, l.attention_output, b_.context, heads, [&](const float* in) {
         Finish f{b_.qkv, 3 * heads};
-        linear(l.qkv, in, p_.width, f);
+        linear(l.qkv, 3, in, p_.width, f);
         self_attention(l);
       });
-      if (l.cross_query.panels)
+      if (l.cross_query.data)
         sublayer(l.cross_norm, l.cross_output, b_.context, heads, [&](const float* in) {
           Finish f{b_.qkv, 3 * heads};
           linear(l.cross_query, in, p_.width, f);
@@ -89,7 +109,7 @@ class Walk {
         Finish f{b_.inner, p_.feed_forward};
         f.has_activation = true;
         f.activation = p_.activation;
-        f.gate = l.gate.panels ? &l.gate : nullptr;
+        f.gate = l.gate.data ? &l.gate : nullptr;
         linear(l.up, in, p_.width, f);
       });
     }
@@ -149,30 +169,59 @@ class Walk {
     });
   }
 
-  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
-    const int64_t panels = (w.out + kPanel - 1) / kPanel;
-    int64_t chunk = panels / (8 * threads_);
+  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, x, ldx, f); }
+
+  // Of up to three weights side by side.
+  void linear(const StepWeight* weights, int count, const float* x, int64_t ldx, Finish f) {
+    int64_t panels = 0, items = 0, shares[3] = {}, ends[3] = {};
+    for (int i = 0; i < count; ++i) panels += weights[i].data ? panels_of(weights[i]) : 0;
+    for (int i = 0; i < count; ++i) {
+      const int64_t own = weights[i].data ? panels_of(weights[i]) : 0;
+      shares[i] = 1;
+      if (weights[i].layout == WeightLayout::columns) {  // items of one size, as many for each thread
+        const int64_t wanted = (own + kTogether - 1) / kTogether, even = 2 * threads_;
+        const int64_t parts = (wanted + even - 1) / even * even;
+        shares[i] = (own + parts - 1) / parts;
+      }
+      ends[i] = items += (own + shares[i] - 1) / shares[i];
+    }
+    int64_t chunk = items == panels ? panels / (8 * threads_) : 1;
     chunk = chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
-    team_.phase(panels, chunk, [&](int64_t p) {
-      alignas(64) float sums[kRows * kPanel], gates[kRows * kPanel];
-      for (int64_t r = 0; r < s_.rows; r += kRows) {
-        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
-        multiply(w, p, rows, x + r * ldx, ldx, sums);
-        if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, gates);
-        const float* g = f.gate ? gates : nullptr;
+    team_.phase(items, chunk, [&](int64_t item) {
+      int i = 0;
+      int64_t offset = 0;
+      for (; item >= ends[i]; ++i) offset += weights[i].out;
+      Finish own = f;
+      own.y += offset;
+      product(weights[i], (item - (i ? ends[i - 1] : 0)) * shares[i], shares[i], x, ldx, own);
+    });
+  }
+
+  // The columns of `count` panels from `panel` on, of all rows.
+  void product(const StepWeight& w, int64_t panel, int64_t count, const float* x, int64_t ldx, const Finish& f) {
+    alignas(64) float sums[kTogether * kPanelSums], gates[kTogether * kPanelSums];
+    const int64_t panels = panels_of(w);
+    if (count > panels - panel) count = panels - panel;
+    for (int64_t r = 0; r < s_.rows; r += kRows) {
+      const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
+      multiply(w, panel, count, rows, x + r * ldx, ldx, sums);
+      if (f.gate) multiply(*f.gate, panel, count, rows, x + r * ldx, ldx, gates);
+      for (int64_t i = 0; i < count; ++i) {
+        const float *s = sums + i * kPanelSums, *g = f.gate ? gates + i * kPanelSums : nullptr;
+        const int64_t column = (panel + i) * kPanel;
         if (!f.has_activation) {
-          finish_columns(w, f, r, rows, p * kPanel, sums, g, [](Vec v) { return v; });
+          finish_columns(w, f, r, rows, column, s, g, [](Vec v) { return v; });
           continue;
         }
         with_activation(f.activation, [&](auto activation) {
-          finish_columns(w, f, r, rows, p * kPanel, sums, g, [](Vec v) {
+          finish_columns(w, f, r, rows, column, s, g, [](Vec v) {
             Vec y, slope;
             decltype(activation)::compute(v, y, slope);
             return y;
           });
         });
       }
-    });
+    }
   }
 
   // f(row, head) for all. Rows of one prompt are neighbours, and so one after the other here: the keys of a head that

@@ -11,16 +11,24 @@ struct StepNorm {  // absent when eps is negative
   bool rms;
 };
 
-struct StepWeight {  // y = x W^T + bias, W in panels; absent when panels is null
+enum class WeightLayout {
+  panels,   // (ceil(out / 32), in, 32), see linear.hpp
+  rows,     // (out, in)
+  columns,  // (in, out)
+};
+
+struct StepWeight {  // y = x W^T + bias; absent when data is null
   DType storage;
-  const void* panels;
+  WeightLayout layout;
+  const void* data;
   const float* bias;
-  int64_t out, in;
+  int64_t out, in, stride;  // of rows or columns
 };
 
 struct DecoderLayer {
   StepNorm attention_norm, cross_norm, output_norm;
-  StepWeight qkv, attention_output, cross_query, cross_output, up, gate, down;
+  StepWeight qkv[3];  // side by side; those that are absent are in the one before
+  StepWeight attention_output, cross_query, cross_output, up, gate, down;
   float scale, cross_scale;               // of the scores
   void *keys, *values;                    // (cache rows, heads, capacity, head_dim)
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention

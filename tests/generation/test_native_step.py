@@ -12,7 +12,7 @@ from transformer_fast.backends import native
 from transformer_fast.generation import native_step
 from transformer_fast.generation.native_step import NativeStepper, set_weight_storage
 from transformer_fast.generation.stepper import Prompt
-from transformer_fast.ops.decoder_step import DecoderCache, PackedDecoder
+from transformer_fast.ops.decoder_step import DecoderCache, DecoderWeights
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
@@ -44,14 +44,14 @@ def random_mask(rows: int, length: int) -> torch.Tensor:
     return mask
 
 
-def packed(model: Decoder, storage=torch.float32) -> PackedDecoder:
-    return PackedDecoder(model.step_description().tensors(), storage)
+def weights_of(model: Decoder, storage=None) -> DecoderWeights:
+    return DecoderWeights(model.step_description().tensors(), storage)
 
 
-def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storage=torch.float32, capacity=2):
+def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storage=None, capacity=2):
     """Logits (R, T, V) of the native step, column by column."""
     rows, length = ids.shape
-    cache = DecoderCache(packed(model, storage), rows, capacity, None if states is None else states.shape[:2])
+    cache = DecoderCache(weights_of(model, storage), rows, capacity, None if states is None else states.shape[:2])
     if states is not None:
         stepper = NativeStepper(
             model, Prompt(ids, inputs={"encoder_outputs": (states,), "attention_mask": states_mask})
@@ -85,8 +85,9 @@ def test_families(isa, family, dtype):
             states_mask = random_mask(rows, 7)
             states_mask[:, 3] = True
             inputs |= {"states": states, "states_mask": states_mask}
-        storage = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        compare(model, ids, decode(model, ids, storage=storage, **inputs), **inputs)
+        compare(model, ids, decode(model, ids, **inputs), **inputs)
+        if dtype == torch.bfloat16:  # every number of it is one of float32
+            compare(model, ids, decode(model, ids, storage=torch.float32, **inputs), **inputs)
 
 
 @pytest.mark.quick
@@ -133,9 +134,9 @@ def test_storage_in_bfloat16(isa):
         if hasattr(module, "weight") and module.weight.dim() == 2:
             module.weight.data = module.weight.bfloat16().float()
     compare(model, ids, decode(model, ids, storage=torch.bfloat16))
-    half, whole = packed(model, torch.bfloat16), packed(model)
-    biases = sum(t.nbytes for w in (*whole.weights, whole.head) for t in w[1::2] if t is not None)
-    assert 2 * (half.nbytes - biases) == whole.nbytes - biases
+    copied = sum(32 * -(-t.shape[0] // 32) * t.shape[1] for w in (*weights_of(model).weights, weights_of(model).head)
+                 for t in w[::2] if t is not None)  # fmt: skip
+    assert weights_of(model, torch.bfloat16).copied_bytes == 2 * copied
 
 
 def test_long_context():
@@ -220,21 +221,37 @@ def test_key_values_are_those_of_the_rows():
     assert not before[0][0][:3, :, 0].any() and before[0][0][3:, :, 0].all()  # the first prompt's padding
 
 
-def test_weights_are_packed_once_and_again_when_they_change():
+def test_weights_are_read_in_place_or_copied_once_and_again_when_they_change():
     model = make("marian")
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
-    kept = native_step._packed[model]
-    assert torch.equal(NativeStepper(model, prompt).start(), first) and native_step._packed[model] is kept
-    model.layers[1]["up"].weight.mul_(2)
+    assert model not in native_step._copies
+    model.layers[1]["up"].weight.data.mul_(2)  # a write that torch does not count
     changed = NativeStepper(model, prompt).start().clone()
-    assert native_step._packed[model] is not kept and not torch.equal(changed, first)
+    assert not torch.equal(changed, first)
     set_weight_storage(model, torch.bfloat16)
-    rounded = NativeStepper(model, prompt).start()
-    assert native_step._packed[model].storage == torch.bfloat16
-    assert 0 < (rounded - changed).abs().max() < 0.1 * changed.abs().max()
+    rounded = NativeStepper(model, prompt).start().clone()
+    kept = native_step._copies[model]
+    assert kept.storage == torch.bfloat16 and 0 < (rounded - changed).abs().max() < 0.1 * changed.abs().max()
+    assert torch.equal(NativeStepper(model, prompt).start(), rounded) and native_step._copies[model] is kept
+    model.layers[1]["up"].weight.mul_(0.5)
+    assert not torch.equal(NativeStepper(model, prompt).start(), rounded)
+    assert native_step._copies[model] is not kept
     set_weight_storage(model, None)
-    assert torch.equal(NativeStepper(model, prompt).start(), changed)
+    assert torch.equal(NativeStepper(model, prompt).start(), first)
+
+
+def test_a_decoder_takes_no_memory_of_its_own():
+    for family in FAMILIES:
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = make(family, 0, dtype).step_description().tensors()
+            weights = DecoderWeights(tensors)
+            assert weights.copied_bytes == 0
+            lie = {t.data_ptr() for t in tensors.sources()}
+            read = [t for w in (*weights.weights, weights.head) for t in w[::2] if t is not None]
+            assert read and all(t.data_ptr() in lie for t in read)
+            assert DecoderWeights(tensors, torch.float32).copied_bytes == (0 if dtype == torch.float32 else sum(
+                4 * 32 * -(-t.shape[0] // 32) * t.shape[1] for t in read))  # fmt: skip
 
 
 def test_past_the_positions():

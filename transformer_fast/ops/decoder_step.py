@@ -14,7 +14,7 @@ from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
 from .packed_weight import _PANEL, _identity
 
-__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "Norm", "PackedDecoder", "Projection"]
+__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
 
 _ops = torch.ops.transformer_fast
 
@@ -41,21 +41,13 @@ class Projection(NamedTuple):
         return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
 
     def parts(self) -> list[torch.Tensor]:
-        """Weights (out_i, in) that fill whole panels but for the last, with one stride 1."""
+        """The weights (out_i, in), where they lie if they have a stride 1."""
         weights = [w.detach().t() if self.transposed else w.detach() for w in self.weights]
-        if any(w.shape[0] % _PANEL for w in weights[:-1]):
-            weights = [torch.cat(weights)]
-        return [w if 1 in w.stride() else w.contiguous() for w in weights]
+        return [w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous() for w in weights]
 
-    def bias(self) -> torch.Tensor | None:
-        if all(b is None for b in self.biases):
-            return None
-        outs = 1 if self.transposed else 0
-        parts = [
-            w.new_zeros(w.shape[outs], dtype=torch.float32) if b is None else b.detach().to(torch.float32).reshape(-1)
-            for w, b in zip(self.weights, self.biases)
-        ]
-        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    def bias(self, index: int) -> torch.Tensor | None:
+        b = self.biases[index]
+        return None if b is None else b.detach().to(torch.float32).reshape(-1).contiguous()
 
 
 @dataclass
@@ -84,6 +76,8 @@ class DecoderLayerTensors:
         return (
             self.qkv, self.attention_output, self.cross_query, self.cross_output, self.up, self.gate, self.down,
         )  # fmt: skip
+
+    PLACES = (3, 1, 1, 1, 1, 1, 1)  # weights in each of them, at most
 
 
 @dataclass
@@ -120,33 +114,36 @@ class DecoderTensors:
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
-class PackedDecoder:
-    """A snapshot of a decoder's weights in the layout of the step, for inference.
+class DecoderWeights:
+    """A decoder's weights as the step reads them: where they lie, or a copy in another dtype.
 
-    storage: torch.float32 or torch.bfloat16; sums and activations are float32 always. It takes a copy of all weights in
-    the storage's dtype but for the embedding tables, which are read where they are. It does not follow later changes
-    of the weights: ask matches and pack again when that says False.
+    storage: torch.float32 or torch.bfloat16, or None for the weights' own; sums and activations are float32 always.
+    Weights of that dtype are read in place, (out, in) or (in, out), and cost no memory. All others but the embedding
+    tables are copied into it, in a layout for few rows. Copies (those of biases and norms that are not float32 too) do
+    not follow later changes of the weights: ask matches and make it again when that says False.
     """
 
-    def __init__(self, tensors: DecoderTensors, storage: torch.dtype):
+    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None):
         if reason := native.load():
             raise RuntimeError(reason)
-        if storage not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"storage: wanted torch.float32 or torch.bfloat16, got {storage}")
+        if storage not in (torch.float32, torch.bfloat16, None):
+            raise TypeError(f"storage: wanted torch.float32, torch.bfloat16 or None, got {storage}")
         self.tensors, self.storage = tensors, storage
         self._identities = [_identity(t) for t in tensors.sources()]
         projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [0 if p is None else -(-p.shape[0] // _PANEL) * p.shape[1] * _PANEL for p in projections]
+        sizes = [_copied_elements(p, storage) for p in projections]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
-        arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
-        packed = [
-            (None, None) if p is None else _pack(p, part) for p, part in zip(projections, arena.split(sizes))
-        ]  # fmt: skip
-        self.head = list(packed.pop())
-        count = len(packed) // max(1, len(tensors.layers))
+        arena = memory.empty((sum(sizes),), storage or torch.float32, torch.device("cpu"))
+        self.copied_bytes = arena.nbytes
+        slots = len(DecoderLayerTensors.PLACES)
+        pairs = [
+            _pairs(p, part, DecoderLayerTensors.PLACES[i % slots])
+            for i, (p, part) in enumerate(zip(projections, arena.split(sizes)))
+        ]
+        self.head = pairs.pop()[:2]
         self.weights = [
-            [t for pair in packed[i * count : (i + 1) * count] for t in pair] for i in range(len(tensors.layers))
+            [t for slot in pairs[i * slots : (i + 1) * slots] for t in slot] for i in range(len(tensors.layers))
         ]
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
         self.stack_norms = _norm_arguments((tensors.embedding_norm, tensors.final_norm))
@@ -155,10 +152,6 @@ class PackedDecoder:
             distance = -torch.arange(tensors.relative_max_distance + 1)
             buckets = relative_buckets(distance, tensors.relative.shape[0], tensors.relative_max_distance, False)
             self.relative = tensors.relative.detach()[buckets].t().to(torch.float32).contiguous()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for w in (*self.weights, self.head) for t in w if t is not None)
 
     def matches(self, tensors: DecoderTensors) -> bool:
         """True while `tensors` are the very tensors this was made from, unchanged by any in-place operation (writes
@@ -169,15 +162,27 @@ class PackedDecoder:
         )
 
 
-def _pack(p: Projection, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out, inner = p.shape
-    panels = part.view(-1, inner, _PANEL)
-    begin = 0
-    for weight in p.parts():
-        end = begin - (-weight.shape[0] // _PANEL)
-        _ops.cpu_pack_weight.default(weight, panels[begin:end])
-        begin = end
-    return panels, p.bias()
+def _copied_elements(p: Projection | None, storage: torch.dtype | None) -> int:
+    if p is None or storage is None or all(w.dtype == storage for w in p.weights):
+        return 0
+    return sum(_panels(w) * w.shape[1] * _PANEL for w in p.parts())
+
+
+def _panels(weight: torch.Tensor) -> int:
+    return -(-weight.shape[0] // _PANEL)
+
+
+def _pairs(p: Projection | None, copy: torch.Tensor, places: int) -> list[torch.Tensor | None]:
+    """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not empty."""
+    found: list[torch.Tensor | None] = []
+    for i, weight in enumerate([] if p is None else p.parts()):
+        if copy.numel():
+            size = _panels(weight) * weight.shape[1] * _PANEL
+            panels, copy = copy[:size].view(-1, weight.shape[1], _PANEL), copy[size:]
+            _ops.cpu_pack_weight.default(weight, panels)
+            weight = panels
+        found += [weight, p.bias(i)]
+    return found + [None] * (2 * places - len(found))
 
 
 def _norm_arguments(norms: tuple[Norm | None, ...]) -> tuple[list[torch.Tensor | None], list[float]]:
@@ -201,14 +206,14 @@ class DecoderCache:
     sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
     """
 
-    packed: PackedDecoder
+    weights: DecoderWeights
     rows: int
     capacity: int
     cross_shape: tuple[int, int] | None = None
     length: int = field(default=0, init=False)
 
     def __post_init__(self):
-        t = self.packed.tensors
+        t = self.weights.tensors
         self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 else torch.float32
         self.live = self.rows
         device, layers = torch.device("cpu"), len(t.layers)
@@ -229,23 +234,23 @@ class DecoderCache:
         self._make_plan()
 
     def _room(self, rows: int, length: int) -> torch.Tensor:
-        t = self.packed.tensors
+        t = self.weights.tensors
         shape = (len(t.layers), rows, t.heads, length, t.head_dim)
         return memory.empty(shape, self.dtype, torch.device("cpu"))
 
     def _make_plan(self) -> None:
-        packed, t = self.packed, self.packed.tensors
+        weights, t = self.weights, self.weights.tensors
         self._tables = [p if p is None else p.detach().contiguous() for p in (t.token, t.position)]
         _ops.cpu_decoder_plan_stack.default(
-            self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *packed.stack_norms, t.rms,
-            t.pre_norm, ACTIVATIONS.index(t.activation), packed.head, t.head_scale, self._vocabulary, packed.relative,
+            self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *weights.stack_norms, t.rms,
+            t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, weights.relative,
             len(t.layers), t.heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
             0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
         )  # fmt: skip
         for i, layer in enumerate(t.layers):
             cross = (None, None) if self.cross_keys is None else (self.cross_keys[i], self.cross_values[i])
             _ops.cpu_decoder_plan_layer.default(
-                self._plan, i, *packed.norms[i], t.rms, packed.weights[i], [self.keys[i], self.values[i], *cross],
+                self._plan, i, *weights.norms[i], t.rms, weights.weights[i], [self.keys[i], self.values[i], *cross],
                 layer.scale, layer.cross_scale,
             )  # fmt: skip
 
