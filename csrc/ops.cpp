@@ -111,6 +111,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   // in norms and weights; a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
   m.def("cpu_decoder_plan_bytes(int layers) -> int");
   m.def("cpu_decoder_phase_bytes(int layers) -> int");
+  m.def("cpu_decoder_split_floats(Tensor weight) -> int");  // of the workspace, a row
   m.def(
       "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
       "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "

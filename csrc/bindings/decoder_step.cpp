@@ -41,6 +41,9 @@ StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
   return w;
 }
 
+// Floats a row of the workspace for the products with this weight.
+int64_t decoder_split_floats(Tensor weight) { return split_floats(weight_of({weight, OptionalTensor()}, 0, 0)); }
+
 int64_t bytes_of(const StepWeight& w) { return w.out * w.in * (w.storage == DType::f32 ? 4 : 2); }
 
 void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
@@ -76,7 +79,8 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.cross_capacity = cross_capacity;
   p.weight_bytes = bytes_of(p.head);
   const int64_t inner = heads * head_dim, floats = rows * (2 * p.width + 4 * inner + feed_forward);
-  STD_TORCH_CHECK(int64_t(workspace.numel()) >= floats, "workspace: wanted ", floats, " elements");
+  p.split_room = rows > 0 ? (int64_t(workspace.numel()) - floats) / rows : 0;
+  STD_TORCH_CHECK(int64_t(workspace.numel()) >= floats && split_floats(p.head) <= p.split_room, "workspace: too small");
   p.workspace = write<float>(workspace);
   p.counters = static_cast<PhaseCounter*>(phases.mutable_data_ptr());
 }
@@ -96,7 +100,6 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   for (size_t i = 0; i < 3; ++i) {
     l.qkv[i] = weight_of(weights, 2 * i, weights[2].has_value() ? inner : 3 * inner);
     outs += l.qkv[i].out;
-    p.weight_bytes += bytes_of(l.qkv[i]);
   }
   STD_TORCH_CHECK(outs == 3 * inner, "weights: wanted ", 3 * inner, " columns of queries, keys and values, got ", outs);
   l.attention_output = weight_of(weights, 6, p.width);
@@ -105,8 +108,13 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   l.up = weight_of(weights, 12, p.feed_forward);
   l.gate = weight_of(weights, 14, p.feed_forward);
   l.down = weight_of(weights, 16, p.width);
-  for (const StepWeight* w : {&l.attention_output, &l.cross_query, &l.cross_output, &l.up, &l.gate, &l.down})
+  for (const StepWeight* w : {&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.attention_output, &l.cross_query, &l.cross_output,
+                              &l.up, &l.gate, &l.down}) {
     p.weight_bytes += bytes_of(*w);
+    STD_TORCH_CHECK(split_floats(*w) <= p.split_room, "workspace: too small");
+  }
+  STD_TORCH_CHECK(!l.gate.data || (l.gate.layout != WeightLayout::columns && l.up.layout != WeightLayout::columns),
+                  "gate: wanted weights (out, in)");
   l.scale = float(scale);
   l.cross_scale = float(cross_scale);
   l.keys = write(caches[0]);
@@ -143,6 +151,7 @@ void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor tabl
 }  // namespace tf
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_decoder_split_floats", TORCH_BOX(&tf::decoder_split_floats));
   m.impl("cpu_decoder_plan_stack", TORCH_BOX(&tf::decoder_plan_stack));
   m.impl("cpu_decoder_plan_layer", TORCH_BOX(&tf::decoder_plan_layer));
   m.impl("cpu_decoder_step", TORCH_BOX(&tf::decoder_step));

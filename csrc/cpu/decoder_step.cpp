@@ -10,8 +10,10 @@
 namespace tf::TF_ISA {
 namespace {
 
+constexpr int64_t kSplitWidth = 1024;  // columns of a weight (in, out) that are gone through together, at most
+
 struct Buffers {  // (rows, ...) each
-  float *x, *normed, *qkv, *context, *inner;
+  float *x, *normed, *qkv, *context, *inner, *split;
 };
 
 Buffers buffers_of(const DecoderPlan& p) {
@@ -22,6 +24,7 @@ Buffers buffers_of(const DecoderPlan& p) {
   b.qkv = b.normed + p.rows * p.width;
   b.context = b.qkv + p.rows * 3 * heads;
   b.inner = b.context + p.rows * heads;
+  b.split = b.inner + p.rows * p.feed_forward;
   return b;
 }
 
@@ -57,30 +60,19 @@ void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows,
 
 int64_t panels_of(const StepWeight& w) { return (w.out + kPanel - 1) / kPanel; }
 
-constexpr int64_t kTogether = 8;  // panels that are computed together, at most
-constexpr int64_t kPanelSums = kRows * kPanel;
-
-// sums (panels, kRows, 32): those of `count` panels from `panel` on.
+// sums (kRows, 32): those of a panel. first: of the blocks of rows that it meets.
 template <class W>
-void multiply(const StepWeight& w, int64_t panel, int64_t count, int rows, const float* x, int64_t ldx, float* sums) {
+void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
   const W* data = static_cast<const W*>(w.data);
-  if (w.layout == WeightLayout::columns) {
-    const int64_t begin = panel * kPanel, columns = w.out - begin < count * kPanel ? w.out - begin : count * kPanel;
-    return multiply_columns_of<kRows>(rows, x, ldx, data + begin, w.stride, columns, w.in, sums);
-  }
-  for (int64_t p = panel; p < panel + count; ++p, sums += kPanelSums) {
-    if (w.layout == WeightLayout::panels) {
-      multiply_rows<kRows>(rows, x, ldx, data + p * w.in * kPanel, w.in, sums);
-      continue;
-    }
-    const int64_t begin = p * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
-    multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, sums);
-  }
+  if (w.layout == WeightLayout::panels)
+    return multiply_rows<kRows>(rows, x, ldx, data + panel * w.in * kPanel, w.in, sums);
+  const int64_t begin = panel * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
+  multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, first, sums);
 }
 
-void multiply(const StepWeight& w, int64_t panel, int64_t count, int rows, const float* x, int64_t ldx, float* sums) {
-  w.storage == DType::f32 ? multiply<float>(w, panel, count, rows, x, ldx, sums)
-                          : multiply<bf16>(w, panel, count, rows, x, ldx, sums);
+void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
+  w.storage == DType::f32 ? multiply<float>(w, panel, rows, x, ldx, first, sums)
+                          : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
 }
 
 template <class C>  // element of the caches
@@ -173,55 +165,82 @@ class Walk {
 
   // Of up to three weights side by side.
   void linear(const StepWeight* weights, int count, const float* x, int64_t ldx, Finish f) {
-    int64_t panels = 0, items = 0, shares[3] = {}, ends[3] = {};
-    for (int i = 0; i < count; ++i) panels += weights[i].data ? panels_of(weights[i]) : 0;
+    int64_t panels = 0, ends[3] = {};
+    bool split = false;
     for (int i = 0; i < count; ++i) {
-      const int64_t own = weights[i].data ? panels_of(weights[i]) : 0;
-      shares[i] = 1;
-      if (weights[i].layout == WeightLayout::columns) {  // items of one size, as many for each thread
-        const int64_t wanted = (own + kTogether - 1) / kTogether, even = 2 * threads_;
-        const int64_t parts = (wanted + even - 1) / even * even;
-        shares[i] = (own + parts - 1) / parts;
-      }
-      ends[i] = items += (own + shares[i] - 1) / shares[i];
+      split |= weights[i].data && weights[i].layout == WeightLayout::columns;
+      ends[i] = panels += weights[i].data ? panels_of(weights[i]) : 0;
     }
-    int64_t chunk = items == panels ? panels / (8 * threads_) : 1;
-    chunk = chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
-    team_.phase(items, chunk, [&](int64_t item) {
+    if (split) {
+      for (int i = 0; i < count && weights[i].data; f.y += weights[i++].out)
+        weights[i].layout == WeightLayout::columns ? split_linear(weights[i], x, ldx, f) : linear(weights[i], x, ldx, f);
+      return;
+    }
+    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
       int i = 0;
-      int64_t offset = 0;
-      for (; item >= ends[i]; ++i) offset += weights[i].out;
       Finish own = f;
-      own.y += offset;
-      product(weights[i], (item - (i ? ends[i - 1] : 0)) * shares[i], shares[i], x, ldx, own);
+      for (; p >= ends[i]; ++i) own.y += weights[i].out;
+      const StepWeight& w = weights[i];
+      p -= i ? ends[i - 1] : 0;
+      alignas(64) float sums[kRows * kPanel], gates[kRows * kPanel];
+      for (int64_t r = 0; r < s_.rows; r += kRows) {
+        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
+        multiply(w, p, rows, x + r * ldx, ldx, r == 0, sums);
+        if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, r == 0, gates);
+        finish(w, own, r, rows, p * kPanel, sums, f.gate ? gates : nullptr);
+      }
     });
   }
 
-  // The columns of `count` panels from `panel` on, of all rows.
-  void product(const StepWeight& w, int64_t panel, int64_t count, const float* x, int64_t ldx, const Finish& f) {
-    alignas(64) float sums[kTogether * kPanelSums], gates[kTogether * kPanelSums];
-    const int64_t panels = panels_of(w);
-    if (count > panels - panel) count = panels - panel;
-    for (int64_t r = 0; r < s_.rows; r += kRows) {
-      const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
-      multiply(w, panel, count, rows, x + r * ldx, ldx, sums);
-      if (f.gate) multiply(*f.gate, panel, count, rows, x + r * ldx, ldx, gates);
-      for (int64_t i = 0; i < count; ++i) {
-        const float *s = sums + i * kPanelSums, *g = f.gate ? gates + i * kPanelSums : nullptr;
-        const int64_t column = (panel + i) * kPanel;
-        if (!f.has_activation) {
-          finish_columns(w, f, r, rows, column, s, g, [](Vec v) { return v; });
-          continue;
-        }
-        with_activation(f.activation, [&](auto activation) {
-          finish_columns(w, f, r, rows, column, s, g, [](Vec v) {
-            Vec y, slope;
-            decltype(activation)::compute(v, y, slope);
-            return y;
-          });
-        });
+  // Of a weight (in, out). Its rows are read from end to end, which memory likes best, and so the products with some of
+  // them are done first and added up afterwards. The parts do not depend on the number of threads.
+  void split_linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
+    const int64_t blocks = (w.in + kSplitDepth - 1) / kSplitDepth, panels = panels_of(w), ldo = panels * kPanel;
+    const int64_t cuts = (w.out + kSplitWidth - 1) / kSplitWidth, width = (panels + cuts - 1) / cuts * kPanel;
+    team_.phase(blocks * cuts, 1, [&](int64_t item) {
+      const int64_t begin = item / cuts * kSplitDepth, column = item % cuts * width;
+      const int64_t depth = w.in - begin < kSplitDepth ? w.in - begin : kSplitDepth;
+      const int64_t columns = w.out - column < width ? w.out - column : width, at = begin * w.stride + column;
+      for (int64_t r = 0; r < s_.rows && columns > 0; r += kRows) {
+        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
+        const float* from = x + r * ldx + begin;
+        float* to = b_.split + (item / cuts * s_.rows + r) * ldo + column;
+        if (w.storage == DType::f32)
+          multiply_columns_of<kRows>(rows, from, ldx, static_cast<const float*>(w.data) + at, w.stride, columns, depth,
+                                     to, ldo);
+        else
+          multiply_columns_of<kRows>(rows, from, ldx, static_cast<const bf16*>(w.data) + at, w.stride, columns, depth,
+                                     to, ldo);
       }
-    }
+    });
+    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
+      alignas(64) float sums[kPanel];
+      for (int64_t r = 0; r < s_.rows; ++r) {
+        for (int c = 0; c < kPanel; c += kWidth) {
+          Vec sum = {};
+          for (int64_t i = 0; i < blocks; ++i) sum = sum + load(b_.split + (i * s_.rows + r) * ldo + p * kPanel + c);
+          store(sums + c, sum);
+        }
+        finish(w, f, r, 1, p * kPanel, sums, nullptr);
+      }
+    });
+  }
+
+  int64_t chunk_of(int64_t panels) const {
+    const int64_t chunk = panels / (8 * threads_);
+    return chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
+  }
+
+  void finish(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
+              const float* gates) {
+    if (!f.has_activation) return finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) { return v; });
+    with_activation(f.activation, [&](auto activation) {
+      finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) {
+        Vec y, slope;
+        decltype(activation)::compute(v, y, slope);
+        return y;
+      });
+    });
   }
 
   // f(row, head) for all. Rows of one prompt are neighbours, and so one after the other here: the keys of a head that

@@ -34,7 +34,14 @@ struct DecoderLayer {
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
 };
 
-constexpr int64_t kLayerPhases = 11, kStackPhases = 4;
+constexpr int64_t kLayerPhases = 21, kStackPhases = 4;  // at most
+
+// Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each.
+constexpr int64_t kSplitDepth = 128;
+static inline int64_t split_floats(const StepWeight& w) {
+  if (!w.data || w.layout != WeightLayout::columns) return 0;
+  return (w.in + kSplitDepth - 1) / kSplitDepth * ((w.out + kPanel - 1) / kPanel * kPanel);
+}
 
 // Followed in memory by its layers; made by bindings/decoder_step.cpp.
 struct DecoderPlan {
@@ -52,7 +59,8 @@ struct DecoderPlan {
   int64_t relative_count;
   int64_t capacity, cross_capacity;
   int64_t weight_bytes;
-  float* workspace;        // step_workspace() floats
+  int64_t split_room;      // floats a row for split_floats()
+  float* workspace;        // the buffers of all rows (decoder_step.cpp), then split_floats() of each
   PhaseCounter* counters;  // kLayerPhases * layers + kStackPhases
 };
 static inline DecoderLayer* layers_of(DecoderPlan* p) { return reinterpret_cast<DecoderLayer*>(p + 1); }

@@ -77,8 +77,6 @@ class DecoderLayerTensors:
             self.qkv, self.attention_output, self.cross_query, self.cross_output, self.up, self.gate, self.down,
         )  # fmt: skip
 
-    PLACES = (3, 1, 1, 1, 1, 1, 1)  # weights in each of them, at most
-
 
 @dataclass
 class DecoderTensors:
@@ -136,15 +134,15 @@ class DecoderWeights:
         # half as long again.
         arena = memory.empty((sum(sizes),), storage or torch.float32, torch.device("cpu"))
         self.copied_bytes = arena.nbytes
-        slots = len(DecoderLayerTensors.PLACES)
-        pairs = [
-            _pairs(p, part, DecoderLayerTensors.PLACES[i % slots])
-            for i, (p, part) in enumerate(zip(projections, arena.split(sizes)))
-        ]
-        self.head = pairs.pop()[:2]
-        self.weights = [
-            [t for slot in pairs[i * slots : (i + 1) * slots] for t in slot] for i in range(len(tensors.layers))
-        ]
+        pieces = iter(arena.split(sizes))
+        self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
+        for layer in tensors.layers:
+            whole = layer.gate is not None  # the products that a gate is for are not done in parts
+            slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
+            self.weights.append([t for p, places in slots for t in _pairs(p, next(pieces), places, whole)])
+        self.head = _pairs(tensors.head, next(pieces), 1)
+        read = [t for slots in (*self.weights, self.head) for t in slots[::2] if t is not None]
+        self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
         self.stack_norms = _norm_arguments((tensors.embedding_norm, tensors.final_norm))
         self.relative = None
@@ -172,10 +170,13 @@ def _panels(weight: torch.Tensor) -> int:
     return -(-weight.shape[0] // _PANEL)
 
 
-def _pairs(p: Projection | None, copy: torch.Tensor, places: int) -> list[torch.Tensor | None]:
-    """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not empty."""
+def _pairs(p: Projection | None, copy: torch.Tensor, places: int, rows: bool = False) -> list[torch.Tensor | None]:
+    """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not empty.
+    rows: as (out, in) only."""
     found: list[torch.Tensor | None] = []
     for i, weight in enumerate([] if p is None else p.parts()):
+        if rows and not copy.numel():
+            weight = weight.contiguous()
         if copy.numel():
             size = _panels(weight) * weight.shape[1] * _PANEL
             panels, copy = copy[:size].view(-1, weight.shape[1], _PANEL), copy[size:]
@@ -226,8 +227,8 @@ class DecoderCache:
             self.cross_lengths = torch.zeros(self.cross_shape[0], dtype=torch.int32)
         self._feed_forward = t.layers[0].up.shape[0] if t.layers else 0
         self._vocabulary = t.head.shape[0]
-        floats = self.rows * (2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward)
-        self._workspace = memory.empty((floats,), torch.float32, device)
+        floats = 2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward + self.weights.split_floats
+        self._workspace = memory.empty((self.rows * floats,), torch.float32, device)
         self._phases = torch.empty(_ops.cpu_decoder_phase_bytes.default(layers), dtype=torch.uint8)
         self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
         self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
