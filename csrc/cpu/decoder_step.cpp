@@ -10,7 +10,8 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kSplitWidth = 1024;  // columns of a weight (in, out) that are gone through together, at most
+// Columns of a weight (in, out) that are gone through together, at most: their sums must stay near.
+constexpr int64_t split_width(int64_t rows) { return rows < 4 ? 1024 : 256; }
 
 struct Buffers {  // (rows, ...) each
   float *x, *normed, *qkv, *context, *inner, *split;
@@ -196,7 +197,7 @@ class Walk {
   // them are done first and added up afterwards. The parts do not depend on the number of threads.
   void split_linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
     const int64_t blocks = (w.in + kSplitDepth - 1) / kSplitDepth, panels = panels_of(w), ldo = panels * kPanel;
-    const int64_t cuts = (w.out + kSplitWidth - 1) / kSplitWidth, width = (panels + cuts - 1) / cuts * kPanel;
+    const int64_t cuts = (w.out + split_width(s_.rows) - 1) / split_width(s_.rows), width = (panels + cuts - 1) / cuts * kPanel;
     team_.phase(blocks * cuts, 1, [&](int64_t item) {
       const int64_t begin = item / cuts * kSplitDepth, column = item % cuts * width;
       const int64_t depth = w.in - begin < kSplitDepth ? w.in - begin : kSplitDepth;

@@ -12,7 +12,7 @@ from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
 import transformer_fast as tf
 from transformer_fast.backends import native
-from transformer_fast.generation import native_step, set_weight_storage
+from transformer_fast.generation import set_weight_storage
 from transformer_fast.generation.native_step import NativeStepper
 
 if native.load():

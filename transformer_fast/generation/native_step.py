@@ -180,25 +180,27 @@ def _norm(module: Any) -> Norm | None:
     return Norm(module.weight, getattr(module, "bias", None), eps)
 
 
-# ---- copies of weights in another dtype, kept between generations -------------------------------------
-_storage: weakref.WeakKeyDictionary[nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
+# ---- copies of weights, kept between generations ------------------------------------------------------
+_storage: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype | None, bool]] = weakref.WeakKeyDictionary()
 _copies: weakref.WeakKeyDictionary[nn.Module, DecoderWeights] = weakref.WeakKeyDictionary()
 
 
-def set_weight_storage(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Decode on the CPU with model's weights in dtype: torch.bfloat16 halves what a step of a float32 model reads and
-    rounds the weights to 8 bits, sums stay float32; None is the weights' own dtype.
+def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool = True) -> None:
+    """Choose how decoding on the CPU reads model's weights. Without a call: a copy in their own dtype.
 
-    Weights of that dtype are read where they are. Of others the first generation makes a copy, which lives as long as
-    the model, beside its own weights. A model that is wanted in bfloat16 only takes half the memory and is as fast
-    after model.to(torch.bfloat16), without this.
+    copy: the first generation copies the decoder's weights into a layout for few rows, and keeps the copy as long as
+        the model: as much memory again as they take in dtype. copy=False reads them where they are: generation then
+        takes the memory of the model alone, and up to a quarter longer.
+    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits,
+        sums stay float32. None: the weights' own. Where the original is not needed in float32, model.to(torch.bfloat16)
+        is as fast, for half the memory.
+    Raises TypeError for another dtype, and ValueError for one without a copy.
     """
     if dtype not in (*_FLOATS, None):
         raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
-    if dtype is None:
-        _storage.pop(model, None)
-    else:
-        _storage[model] = dtype
+    if dtype is not None and not copy:
+        raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
+    _storage[model] = (dtype, copy)
     _copies.pop(model, None)
 
 
@@ -206,7 +208,7 @@ def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderW
     tensors, weights = description.tensors(), _copies.get(model)
     if weights is None or not weights.matches(tensors):
         _copies.pop(model, None)
-        weights = DecoderWeights(tensors, _storage.get(model))
+        weights = DecoderWeights(tensors, *_storage.get(model, (None, True)))
         if weights.copied_bytes:  # what is read in place must not be kept from being freed
             _copies[model] = weights
     return weights

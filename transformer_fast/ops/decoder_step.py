@@ -113,26 +113,29 @@ class DecoderTensors:
 
 
 class DecoderWeights:
-    """A decoder's weights as the step reads them: where they lie, or a copy in another dtype.
+    """A decoder's weights as the step reads them: a copy laid out for few rows, or in place.
 
-    storage: torch.float32 or torch.bfloat16, or None for the weights' own; sums and activations are float32 always.
-    Weights of that dtype are read in place, (out, in) or (in, out), and cost no memory. All others but the embedding
-    tables are copied into it, in a layout for few rows. Copies (those of biases and norms that are not float32 too) do
-    not follow later changes of the weights: ask matches and make it again when that says False.
+    storage: torch.float32 or torch.bfloat16, of a copy; None for the weights' own dtype. Sums and activations are
+    float32 always. copy: of all weights but the embedding tables, which is as much memory again; without it they are
+    read where they lie, (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms
+    that are not float32 too, do not follow later changes of the weights: ask matches and make it again when that says
+    False.
     """
 
-    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None):
+    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None, copy: bool = True):
         if reason := native.load():
             raise RuntimeError(reason)
-        if storage not in (torch.float32, torch.bfloat16, None):
+        if storage is None:
+            storage = torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32
+        elif storage not in (torch.float32, torch.bfloat16):
             raise TypeError(f"storage: wanted torch.float32, torch.bfloat16 or None, got {storage}")
         self.tensors, self.storage = tensors, storage
         self._identities = [_identity(t) for t in tensors.sources()]
         projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [_copied_elements(p, storage) for p in projections]
+        sizes = [_panel_elements(p) if copy and p is not None else 0 for p in projections]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
-        arena = memory.empty((sum(sizes),), storage or torch.float32, torch.device("cpu"))
+        arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
         self.copied_bytes = arena.nbytes
         pieces = iter(arena.split(sizes))
         self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
@@ -160,9 +163,7 @@ class DecoderWeights:
         )
 
 
-def _copied_elements(p: Projection | None, storage: torch.dtype | None) -> int:
-    if p is None or storage is None or all(w.dtype == storage for w in p.weights):
-        return 0
+def _panel_elements(p: Projection) -> int:
     return sum(_panels(w) * w.shape[1] * _PANEL for w in p.parts())
 
 
