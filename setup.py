@@ -7,6 +7,7 @@ Everything degrades: no compiler, no torch at build time or no nvcc leaves that 
 import os
 import pathlib
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SOURCE_HASH = runpy.run_path(str(ROOT / "transformer_fast/backends/source_hash.py"))["source_hash"](ROOT)
 CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 X86_ISAS = {
     "baseline": [],
@@ -59,7 +61,8 @@ class Plan:
                    "-DPy_LIMITED_API=0x030a0000", *(f"-I{i}" for i in includes)]  # fmt: skip
         self.objects: list[tuple[list[str], pathlib.Path, pathlib.Path]] = []
         for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("bindings/*.cpp")]):
-            self.add(source, [self.cxx, *binding], f"binding.{source.stem}")
+            stamp = [f"-DTF_SOURCE_HASH={SOURCE_HASH}"] if source.name == "ops.cpp" else []
+            self.add(source, [self.cxx, *binding, *stamp], f"binding.{source.stem}")
         for name, flags in isas().items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 self.add(source, [self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],

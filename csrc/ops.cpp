@@ -14,6 +14,10 @@ extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, 
   if (n <= grain) return body(0, n, context);
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
+#define TF_TEXT_OF(x) #x
+#define TF_TEXT(x) TF_TEXT_OF(x)
+extern "C" __attribute__((visibility("default"))) const char* const tf_source_hash = TF_TEXT(TF_SOURCE_HASH);  // setup.py
+
 extern "C" int tf_num_threads() { return int(torch::stable::get_num_threads()); }
 extern "C" void tf_yield() { std::this_thread::yield(); }
 
