@@ -10,6 +10,7 @@ TRANSFORMER_FAST_CUDA_ARCHS asks for others: "all", "none", or a list of 80, 90a
 import os
 import pathlib
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SOURCE_HASH = runpy.run_path(str(ROOT / "transformer_fast/backends/source_hash.py"))["source_hash"](ROOT)
 CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 X86_ISAS = {
     "baseline": [],
@@ -110,8 +112,10 @@ class Plan:
         self.objects: list[tuple[list[str], pathlib.Path, pathlib.Path]] = []
         for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("bindings/*.cpp")]):
             cuda = archs and (source.stem == "ops" or source.stem.startswith("cuda_"))
-            with_cuda = ["-include", str(build / "cuda_archs.h")] if cuda else []
-            self.add(source, [self.cxx, *binding, *with_cuda], f"binding.{source.stem}")
+            extra = ["-include", str(build / "cuda_archs.h")] if cuda else []
+            if source.name == "ops.cpp":
+                extra.append(f"-DTF_SOURCE_HASH={SOURCE_HASH}")
+            self.add(source, [self.cxx, *binding, *extra], f"binding.{source.stem}")
         for name, flags in isas().items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 self.add(source, [self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],

@@ -103,10 +103,20 @@ def _run(model, inputs: Inputs) -> Callable:
     return call
 
 
-def _ours(inputs: Inputs, storage: torch.dtype | None = None) -> Callable:
-    model = getattr(tf, inputs.kind).from_pretrained(inputs.checkpoint)
-    if storage is not None:
-        tf.generation.set_weight_storage(model, storage)
+# How the weights are held: what a result says of them, the model's dtype and set_weight_storage's arguments.
+_WEIGHTS: dict[str, tuple[str, torch.dtype, dict]] = {
+    "": ("fp32", torch.float32, {}),
+    "in-place": ("fp32, weights in place", torch.float32, {"copy": False}),
+    "bf16-weights": ("fp32, weights stored in bf16", torch.float32, {"dtype": torch.bfloat16}),
+    "bf16": ("bf16, peer fp32", torch.bfloat16, {}),
+}
+
+
+def _ours(inputs: Inputs, weights: str = "") -> Callable:
+    _, dtype, storage = _WEIGHTS[weights]
+    model = getattr(tf, inputs.kind).from_pretrained(inputs.checkpoint, dtype=dtype)
+    if storage:
+        tf.generation.set_weight_storage(model, **storage)
     return _run(model, inputs)
 
 
@@ -167,25 +177,26 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
 
 def _case(
     name: str, model: str, lengths: list[int], tokens: int, beams: int, bar: float, device: str,
-    storage: torch.dtype | None = None,
+    weights: str = "",
 ) -> Case:  # fmt: skip
-    ours = partial(_ours, storage=storage)
+    ours = partial(_ours, weights=weights)
     candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
-    if storage is not None:
+    if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
     candidates += [
         Candidate(f"CTranslate2 {kind}", partial(_ctranslate2, compute_type=kind), ("ctranslate2", "transformers"),
                   works_on=("cpu",), settle=0.25)
         for kind in ("float32", "int8")
+        if weights != "in-place"  # beside the copy's case
     ]  # fmt: skip
     how = "greedy" if beams == 1 else f"beam {beams}"
     return Case(
-        name=f"generation/{name}",
+        name=f"generation/{name}" + (weights and f"-{weights}"),
         title=f"{model}, {how}, {len(lengths)} prompts of up to {max(lengths)} tokens, {tokens} new tokens",
         inputs=partial(_make_inputs, model, lengths, tokens, beams, device),
         candidates=tuple(candidates),
         peer=HF_SDPA,
-        dtype="fp32" if storage is None else "fp32, weights stored in bf16",
+        dtype=_WEIGHTS[weights][0],
         shape=f"{len(lengths)} x {max(lengths)}, {tokens} new",
         bar=Bar(bar),
         result=None,  # the next token of random weights is a matter of rounding; tests hold that tokens are HF's
@@ -194,17 +205,17 @@ def _case(
 
 def generation_cases(device: str) -> list[Case]:
     ragged = shapes.ragged_lengths(8, mean=24, longest=48)
-    cases = [
-        _case("gpt2-b1", "gpt2", [32], 64, 1, 1.2, device),
-        _case("gpt2-b8", "gpt2", [32] * 8, 64, 1, 2.0, device),
-        _case("marian-greedy-b8", "marian", ragged, 32, 1, 3.0, device),
-        _case("marian-beam4-b8", "marian", ragged, 32, 4, 3.0, device),
-        _case("t5-small-greedy-b8", "t5-small", ragged, 32, 1, 2.2, device),
-        _case("bart-base-beam4-b4", "bart-base", [512] * 4, 32, 4, 2.0, device),
+    work = [
+        ("gpt2-b1", "gpt2", [32], 64, 1, 1.2),
+        ("gpt2-b8", "gpt2", [32] * 8, 64, 1, 2.0),
+        ("marian-greedy-b8", "marian", ragged, 32, 1, 3.0),
+        ("marian-beam4-b8", "marian", ragged, 32, 4, 3.0),
+        ("t5-small-greedy-b8", "t5-small", ragged, 32, 1, 2.2),
+        ("bart-base-beam4-b4", "bart-base", [512] * 4, 32, 4, 2.0),
     ]
+    cases = [_case(*w, device) for w in work]
     if device == "cpu":
-        cases += [
-            _case("gpt2-b1-bf16-weights", "gpt2", [32], 64, 1, 2.2, device, torch.bfloat16),
-            _case("gpt2-b8-bf16-weights", "gpt2", [32] * 8, 64, 1, 3.3, device, torch.bfloat16),
-        ]
+        cases += [_case(*w, device, "in-place") for w in work]
+        for weights in ("bf16-weights", "bf16"):
+            cases += [_case(*work[0][:5], 2.2, device, weights), _case(*work[1][:5], 3.3, device, weights)]
     return cases

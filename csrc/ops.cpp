@@ -14,6 +14,10 @@ extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, 
   if (n <= grain) return body(0, n, context);
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
+#define TF_TEXT_OF(x) #x
+#define TF_TEXT(x) TF_TEXT_OF(x)
+extern "C" __attribute__((visibility("default"))) const char* const tf_source_hash = TF_TEXT(TF_SOURCE_HASH);  // setup.py
+
 extern "C" int tf_num_threads() { return int(torch::stable::get_num_threads()); }
 extern "C" void tf_yield() { std::this_thread::yield(); }
 
@@ -121,6 +125,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   // in norms and weights; a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
   m.def("cpu_decoder_plan_bytes(int layers) -> int");
   m.def("cpu_decoder_phase_bytes(int layers) -> int");
+  m.def("cpu_decoder_split_floats(Tensor weight) -> int");  // of the workspace, a row
   m.def(
       "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
       "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "

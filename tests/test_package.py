@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -105,3 +106,26 @@ def test_forced_instruction_set(isa):
             _python(code, TRANSFORMER_FAST_CPU_ISA=isa)
     elif native.load() == "":
         assert _python(code, TRANSFORMER_FAST_CPU_ISA=isa) == isa
+
+
+@pytest.mark.skipif(bool(native.load()), reason=f"no native library: {native.load()}")
+def test_a_library_of_other_sources_is_noticed(tmp_path):
+    """In a checkout whose sources have changed since the build; a wheel has none beside it."""
+    for folder in ("csrc", "transformer_fast"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = "import transformer_fast as tf; print(tf.__file__, tf.info()['native CPU kernels']); tf.backends.native.load()"
+
+    def run():
+        done = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(str(tmp_path)) and "active" in done.stdout, done.stderr
+        return done.stderr.count("RuntimeWarning"), done.stderr
+
+    same = native.stale() == ""
+    assert run()[0] == (not same)
+    with (tmp_path / "csrc" / "cpu" / "norm.cpp").open("a") as f:
+        f.write("// changed\n")
+    count, said = run()
+    assert count == 1 and f"cd {tmp_path} && python setup.py build_ext --inplace" in said
+    shutil.rmtree(tmp_path / "csrc")
+    assert run()[0] == 0

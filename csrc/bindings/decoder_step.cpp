@@ -21,17 +21,28 @@ StepNorm norm_of(const OptionalTensors& tensors, size_t at, double eps, bool rms
   return {read<float>(tensors[at]), read<float>(tensors[at + 1]), float(eps), rms};
 }
 
-// tensors[at]: panels (ceil(out / 32), in, 32), tensors[at + 1]: bias
+// tensors[at]: panels (ceil(out / 32), in, 32), or the weight (out, in) with one stride 1; tensors[at + 1]: bias
 StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
   StepWeight w{};
   if (!tensors[at].has_value()) return w;
-  w.storage = dtype_of(*tensors[at]);
-  w.panels = read(*tensors[at]);
+  const Tensor& t = *tensors[at];
+  w.storage = dtype_of(t);
+  w.data = read(t);
   w.bias = read<float>(tensors[at + 1]);
-  w.out = out;
-  w.in = tensors[at]->size(1);
+  w.in = t.size(1);
+  if (t.dim() == 3) {
+    w.out = out;
+    return w;
+  }
+  w.out = t.size(0);
+  w.layout = w.in == 1 || t.stride(1) == 1 ? WeightLayout::rows : WeightLayout::columns;
+  w.stride = t.stride(w.layout == WeightLayout::rows ? 0 : 1);
+  STD_TORCH_CHECK(w.layout == WeightLayout::rows || w.out == 1 || t.stride(0) == 1, "weight: wanted one stride 1");
   return w;
 }
+
+// Floats a row of the workspace for the products with this weight.
+int64_t decoder_split_floats(Tensor weight) { return split_floats(weight_of({weight, OptionalTensor()}, 0, 0)); }
 
 int64_t bytes_of(const StepWeight& w) { return w.out * w.in * (w.storage == DType::f32 ? 4 : 2); }
 
@@ -68,12 +79,13 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.cross_capacity = cross_capacity;
   p.weight_bytes = bytes_of(p.head);
   const int64_t inner = heads * head_dim, floats = rows * (2 * p.width + 4 * inner + feed_forward);
-  STD_TORCH_CHECK(int64_t(workspace.numel()) >= floats, "workspace: wanted ", floats, " elements");
+  p.split_room = rows > 0 ? (int64_t(workspace.numel()) - floats) / rows : 0;
+  STD_TORCH_CHECK(int64_t(workspace.numel()) >= floats && split_floats(p.head) <= p.split_room, "workspace: too small");
   p.workspace = write<float>(workspace);
   p.counters = static_cast<PhaseCounter*>(phases.mutable_data_ptr());
 }
 
-// norms: attention, cross, output; weights: qkv, attention_output, cross_query, cross_output, up, gate, down;
+// norms: attention, cross, output; weights: query (with all after it when they are absent), key, value, attention_output, cross_query, cross_output, up, gate, down;
 // caches: keys, values, cross keys, cross values.
 void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::vector<double> eps, bool rms,
                         OptionalTensors weights, OptionalTensors caches, double scale, double cross_scale) {
@@ -84,15 +96,25 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   l.attention_norm = norm_of(norms, 0, eps[0], rms);
   l.cross_norm = norm_of(norms, 2, eps[1], rms);
   l.output_norm = norm_of(norms, 4, eps[2], rms);
-  l.qkv = weight_of(weights, 0, 3 * inner);
-  l.attention_output = weight_of(weights, 2, p.width);
-  l.cross_query = weight_of(weights, 4, inner);
-  l.cross_output = weight_of(weights, 6, p.width);
-  l.up = weight_of(weights, 8, p.feed_forward);
-  l.gate = weight_of(weights, 10, p.feed_forward);
-  l.down = weight_of(weights, 12, p.width);
-  for (const StepWeight* w : {&l.qkv, &l.attention_output, &l.cross_query, &l.cross_output, &l.up, &l.gate, &l.down})
+  int64_t outs = 0;
+  for (size_t i = 0; i < 3; ++i) {
+    l.qkv[i] = weight_of(weights, 2 * i, weights[2].has_value() ? inner : 3 * inner);
+    outs += l.qkv[i].out;
+  }
+  STD_TORCH_CHECK(outs == 3 * inner, "weights: wanted ", 3 * inner, " columns of queries, keys and values, got ", outs);
+  l.attention_output = weight_of(weights, 6, p.width);
+  l.cross_query = weight_of(weights, 8, inner);
+  l.cross_output = weight_of(weights, 10, p.width);
+  l.up = weight_of(weights, 12, p.feed_forward);
+  l.gate = weight_of(weights, 14, p.feed_forward);
+  l.down = weight_of(weights, 16, p.width);
+  for (const StepWeight* w : {&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.attention_output, &l.cross_query, &l.cross_output,
+                              &l.up, &l.gate, &l.down}) {
     p.weight_bytes += bytes_of(*w);
+    STD_TORCH_CHECK(split_floats(*w) <= p.split_room, "workspace: too small");
+  }
+  STD_TORCH_CHECK(!l.gate.data || (l.gate.layout != WeightLayout::columns && l.up.layout != WeightLayout::columns),
+                  "gate: wanted weights (out, in)");
   l.scale = float(scale);
   l.cross_scale = float(cross_scale);
   l.keys = write(caches[0]);
@@ -129,6 +151,7 @@ void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor tabl
 }  // namespace tf
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_decoder_split_floats", TORCH_BOX(&tf::decoder_split_floats));
   m.impl("cpu_decoder_plan_stack", TORCH_BOX(&tf::decoder_plan_stack));
   m.impl("cpu_decoder_plan_layer", TORCH_BOX(&tf::decoder_plan_layer));
   m.impl("cpu_decoder_step", TORCH_BOX(&tf::decoder_step));

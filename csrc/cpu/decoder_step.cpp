@@ -4,14 +4,17 @@
 #include "activation_math.hpp"
 #include "decoder_step_attention.hpp"
 #include "kernels.hpp"
-#include "linear_panel.hpp"
+#include "linear_direct.hpp"
 #include "parallel.hpp"
 
 namespace tf::TF_ISA {
 namespace {
 
+// Columns of a weight (in, out) that are gone through together, at most: their sums must stay near.
+constexpr int64_t split_width(int64_t rows) { return rows < 4 ? 1024 : 256; }
+
 struct Buffers {  // (rows, ...) each
-  float *x, *normed, *qkv, *context, *inner;
+  float *x, *normed, *qkv, *context, *inner, *split;
 };
 
 Buffers buffers_of(const DecoderPlan& p) {
@@ -22,6 +25,7 @@ Buffers buffers_of(const DecoderPlan& p) {
   b.qkv = b.normed + p.rows * p.width;
   b.context = b.qkv + p.rows * 3 * heads;
   b.inner = b.context + p.rows * heads;
+  b.split = b.inner + p.rows * p.feed_forward;
   return b;
 }
 
@@ -55,12 +59,21 @@ void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows,
   }
 }
 
-void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, float* sums) {
-  const int64_t at = panel * w.in * kPanel;
-  if (w.storage == DType::f32)
-    multiply_rows<kRows>(rows, x, ldx, static_cast<const float*>(w.panels) + at, w.in, sums);
-  else
-    multiply_rows<kRows>(rows, x, ldx, static_cast<const bf16*>(w.panels) + at, w.in, sums);
+int64_t panels_of(const StepWeight& w) { return (w.out + kPanel - 1) / kPanel; }
+
+// sums (kRows, 32): those of a panel. first: of the blocks of rows that it meets.
+template <class W>
+void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
+  const W* data = static_cast<const W*>(w.data);
+  if (w.layout == WeightLayout::panels)
+    return multiply_rows<kRows>(rows, x, ldx, data + panel * w.in * kPanel, w.in, sums);
+  const int64_t begin = panel * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
+  multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, first, sums);
+}
+
+void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
+  w.storage == DType::f32 ? multiply<float>(w, panel, rows, x, ldx, first, sums)
+                          : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
 }
 
 template <class C>  // element of the caches
@@ -76,10 +89,10 @@ class Walk {
       const int64_t heads = p_.heads * p_.head_dim;
       sublayer(l.attention_norm, l.attention_output, b_.context, heads, [&](const float* in) {
         Finish f{b_.qkv, 3 * heads};
-        linear(l.qkv, in, p_.width, f);
+        linear(l.qkv, 3, in, p_.width, f);
         self_attention(l);
       });
-      if (l.cross_query.panels)
+      if (l.cross_query.data)
         sublayer(l.cross_norm, l.cross_output, b_.context, heads, [&](const float* in) {
           Finish f{b_.qkv, 3 * heads};
           linear(l.cross_query, in, p_.width, f);
@@ -89,7 +102,7 @@ class Walk {
         Finish f{b_.inner, p_.feed_forward};
         f.has_activation = true;
         f.activation = p_.activation;
-        f.gate = l.gate.panels ? &l.gate : nullptr;
+        f.gate = l.gate.data ? &l.gate : nullptr;
         linear(l.up, in, p_.width, f);
       });
     }
@@ -149,29 +162,85 @@ class Walk {
     });
   }
 
-  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
-    const int64_t panels = (w.out + kPanel - 1) / kPanel;
-    int64_t chunk = panels / (8 * threads_);
-    chunk = chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
-    team_.phase(panels, chunk, [&](int64_t p) {
+  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, x, ldx, f); }
+
+  // Of up to three weights side by side.
+  void linear(const StepWeight* weights, int count, const float* x, int64_t ldx, Finish f) {
+    int64_t panels = 0, ends[3] = {};
+    bool split = false;
+    for (int i = 0; i < count; ++i) {
+      split |= weights[i].data && weights[i].layout == WeightLayout::columns;
+      ends[i] = panels += weights[i].data ? panels_of(weights[i]) : 0;
+    }
+    if (split) {
+      for (int i = 0; i < count && weights[i].data; f.y += weights[i++].out)
+        weights[i].layout == WeightLayout::columns ? split_linear(weights[i], x, ldx, f) : linear(weights[i], x, ldx, f);
+      return;
+    }
+    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
+      int i = 0;
+      Finish own = f;
+      for (; p >= ends[i]; ++i) own.y += weights[i].out;
+      const StepWeight& w = weights[i];
+      p -= i ? ends[i - 1] : 0;
       alignas(64) float sums[kRows * kPanel], gates[kRows * kPanel];
       for (int64_t r = 0; r < s_.rows; r += kRows) {
         const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
-        multiply(w, p, rows, x + r * ldx, ldx, sums);
-        if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, gates);
-        const float* g = f.gate ? gates : nullptr;
-        if (!f.has_activation) {
-          finish_columns(w, f, r, rows, p * kPanel, sums, g, [](Vec v) { return v; });
-          continue;
-        }
-        with_activation(f.activation, [&](auto activation) {
-          finish_columns(w, f, r, rows, p * kPanel, sums, g, [](Vec v) {
-            Vec y, slope;
-            decltype(activation)::compute(v, y, slope);
-            return y;
-          });
-        });
+        multiply(w, p, rows, x + r * ldx, ldx, r == 0, sums);
+        if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, r == 0, gates);
+        finish(w, own, r, rows, p * kPanel, sums, f.gate ? gates : nullptr);
       }
+    });
+  }
+
+  // Of a weight (in, out). Its rows are read from end to end, which memory likes best, and so the products with some of
+  // them are done first and added up afterwards. The parts do not depend on the number of threads.
+  void split_linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
+    const int64_t blocks = (w.in + kSplitDepth - 1) / kSplitDepth, panels = panels_of(w), ldo = panels * kPanel;
+    const int64_t cuts = (w.out + split_width(s_.rows) - 1) / split_width(s_.rows), width = (panels + cuts - 1) / cuts * kPanel;
+    team_.phase(blocks * cuts, 1, [&](int64_t item) {
+      const int64_t begin = item / cuts * kSplitDepth, column = item % cuts * width;
+      const int64_t depth = w.in - begin < kSplitDepth ? w.in - begin : kSplitDepth;
+      const int64_t columns = w.out - column < width ? w.out - column : width, at = begin * w.stride + column;
+      for (int64_t r = 0; r < s_.rows && columns > 0; r += kRows) {
+        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
+        const float* from = x + r * ldx + begin;
+        float* to = b_.split + (item / cuts * s_.rows + r) * ldo + column;
+        if (w.storage == DType::f32)
+          multiply_columns_of<kRows>(rows, from, ldx, static_cast<const float*>(w.data) + at, w.stride, columns, depth,
+                                     to, ldo);
+        else
+          multiply_columns_of<kRows>(rows, from, ldx, static_cast<const bf16*>(w.data) + at, w.stride, columns, depth,
+                                     to, ldo);
+      }
+    });
+    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
+      alignas(64) float sums[kPanel];
+      for (int64_t r = 0; r < s_.rows; ++r) {
+        for (int c = 0; c < kPanel; c += kWidth) {
+          Vec sum = {};
+          for (int64_t i = 0; i < blocks; ++i) sum = sum + load(b_.split + (i * s_.rows + r) * ldo + p * kPanel + c);
+          store(sums + c, sum);
+        }
+        finish(w, f, r, 1, p * kPanel, sums, nullptr);
+      }
+    });
+  }
+
+  int64_t chunk_of(int64_t panels) const {
+    const int64_t chunk = panels / (8 * threads_);
+    return chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
+  }
+
+  void finish(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
+              const float* gates) {
+    if (!f.has_activation) return finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) { return v; });
+    with_activation(f.activation, [&](auto activation) {
+      finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) {
+        Vec y, slope;
+        decltype(activation)::compute(v, y, slope);
+        return y;
+      });
     });
   }
 

@@ -11,22 +11,37 @@ struct StepNorm {  // absent when eps is negative
   bool rms;
 };
 
-struct StepWeight {  // y = x W^T + bias, W in panels; absent when panels is null
+enum class WeightLayout {
+  panels,   // (ceil(out / 32), in, 32), see linear.hpp
+  rows,     // (out, in)
+  columns,  // (in, out)
+};
+
+struct StepWeight {  // y = x W^T + bias; absent when data is null
   DType storage;
-  const void* panels;
+  WeightLayout layout;
+  const void* data;
   const float* bias;
-  int64_t out, in;
+  int64_t out, in, stride;  // of rows or columns
 };
 
 struct DecoderLayer {
   StepNorm attention_norm, cross_norm, output_norm;
-  StepWeight qkv, attention_output, cross_query, cross_output, up, gate, down;
+  StepWeight qkv[3];  // side by side; those that are absent are in the one before
+  StepWeight attention_output, cross_query, cross_output, up, gate, down;
   float scale, cross_scale;               // of the scores
   void *keys, *values;                    // (cache rows, heads, capacity, head_dim)
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
 };
 
-constexpr int64_t kLayerPhases = 11, kStackPhases = 4;
+constexpr int64_t kLayerPhases = 21, kStackPhases = 4;  // at most
+
+// Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each.
+constexpr int64_t kSplitDepth = 128;
+static inline int64_t split_floats(const StepWeight& w) {
+  if (!w.data || w.layout != WeightLayout::columns) return 0;
+  return (w.in + kSplitDepth - 1) / kSplitDepth * ((w.out + kPanel - 1) / kPanel * kPanel);
+}
 
 // Followed in memory by its layers; made by bindings/decoder_step.cpp.
 struct DecoderPlan {
@@ -44,7 +59,8 @@ struct DecoderPlan {
   int64_t relative_count;
   int64_t capacity, cross_capacity;
   int64_t weight_bytes;
-  float* workspace;        // step_workspace() floats
+  int64_t split_room;      // floats a row for split_floats()
+  float* workspace;        // the buffers of all rows (decoder_step.cpp), then split_floats() of each
   PhaseCounter* counters;  // kLayerPhases * layers + kStackPhases
 };
 static inline DecoderLayer* layers_of(DecoderPlan* p) { return reinterpret_cast<DecoderLayer*>(p + 1); }

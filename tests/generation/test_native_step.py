@@ -12,7 +12,7 @@ from transformer_fast.backends import native
 from transformer_fast.generation import native_step
 from transformer_fast.generation.native_step import NativeStepper, set_weight_storage
 from transformer_fast.generation.stepper import Prompt
-from transformer_fast.ops.decoder_step import DecoderCache, PackedDecoder
+from transformer_fast.ops.decoder_step import DecoderCache, DecoderWeights
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
@@ -44,14 +44,14 @@ def random_mask(rows: int, length: int) -> torch.Tensor:
     return mask
 
 
-def packed(model: Decoder, storage=torch.float32) -> PackedDecoder:
-    return PackedDecoder(model.step_description().tensors(), storage)
+def weights_of(model: Decoder, storage=None, copy=True) -> DecoderWeights:
+    return DecoderWeights(model.step_description().tensors(), storage, copy)
 
 
-def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storage=torch.float32, capacity=2):
+def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storage=None, copy=True, capacity=2):
     """Logits (R, T, V) of the native step, column by column."""
     rows, length = ids.shape
-    cache = DecoderCache(packed(model, storage), rows, capacity, None if states is None else states.shape[:2])
+    cache = DecoderCache(weights_of(model, storage, copy), rows, capacity, None if states is None else states.shape[:2])
     if states is not None:
         stepper = NativeStepper(
             model, Prompt(ids, inputs={"encoder_outputs": (states,), "attention_mask": states_mask})
@@ -74,7 +74,8 @@ def compare(model: Decoder, ids, actual, **inputs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_families(isa, family, dtype):
+@pytest.mark.parametrize("copy", [True, False], ids=["copy", "in-place"])
+def test_families(isa, family, dtype, copy):
     """Rows of every count that the registers are split by, growing caches, padding in the prompt and in the source."""
     for seed, rows in enumerate((1, 9)):
         model = make(family, seed, dtype)
@@ -85,8 +86,9 @@ def test_families(isa, family, dtype):
             states_mask = random_mask(rows, 7)
             states_mask[:, 3] = True
             inputs |= {"states": states, "states_mask": states_mask}
-        storage = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        compare(model, ids, decode(model, ids, storage=storage, **inputs), **inputs)
+        compare(model, ids, decode(model, ids, copy=copy, **inputs), **inputs)
+        if dtype == torch.bfloat16 and copy:  # every number of it is one of float32
+            compare(model, ids, decode(model, ids, storage=torch.float32, **inputs), **inputs)
 
 
 @pytest.mark.quick
@@ -117,11 +119,12 @@ def test_options():
         head_bias=st.booleans(),
         embed_scale=st.sampled_from([1.0, 3.5]),
         rows=st.sampled_from([2, 8, 17, 33]),
+        copy=st.booleans(),
     )
-    def property(rows, **options):
+    def property(rows, copy, **options):
         torch.manual_seed(1)
         model, ids = Decoder(**options).eval(), torch.randint(VOCABULARY, (rows, 9))
-        compare(model, ids, decode(model, ids))
+        compare(model, ids, decode(model, ids, copy=copy))
 
     property()
 
@@ -133,9 +136,7 @@ def test_storage_in_bfloat16(isa):
         if hasattr(module, "weight") and module.weight.dim() == 2:
             module.weight.data = module.weight.bfloat16().float()
     compare(model, ids, decode(model, ids, storage=torch.bfloat16))
-    half, whole = packed(model, torch.bfloat16), packed(model)
-    biases = sum(t.nbytes for w in (*whole.weights, whole.head) for t in w[1::2] if t is not None)
-    assert 2 * (half.nbytes - biases) == whole.nbytes - biases
+    assert 2 * weights_of(model, torch.bfloat16).copied_bytes == weights_of(model).copied_bytes > 0
 
 
 def test_long_context():
@@ -144,14 +145,17 @@ def test_long_context():
     compare(model, ids, decode(model, ids, capacity=300))
 
 
-def test_threads_do_not_change_the_result():
+@pytest.mark.parametrize("copy", [True, False], ids=["copy", "in-place"])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_wide_weights_and_threads(copy, rows):
+    """The result does not depend on the number of threads, (in, out) weights read in place in several parts."""
     torch.manual_seed(0)
     model = Decoder(width=512, heads=8, head_dim=64, inner=2048, cross=False, layers=2).eval()  # enough for threads
-    ids, before, found = torch.randint(VOCABULARY, (3, 6)), torch.get_num_threads(), []
+    ids, before, found = torch.randint(VOCABULARY, (rows, 6)), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found.append(decode(model, ids))
+            found.append(decode(model, ids, copy=copy))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], f) for f in found[1:])
@@ -220,21 +224,41 @@ def test_key_values_are_those_of_the_rows():
     assert not before[0][0][:3, :, 0].any() and before[0][0][3:, :, 0].all()  # the first prompt's padding
 
 
-def test_weights_are_packed_once_and_again_when_they_change():
+def test_weights_are_copied_once_and_again_when_they_change():
     model = make("marian")
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
-    kept = native_step._packed[model]
-    assert torch.equal(NativeStepper(model, prompt).start(), first) and native_step._packed[model] is kept
+    kept = native_step._copies[model]
+    assert torch.equal(NativeStepper(model, prompt).start(), first) and native_step._copies[model] is kept
     model.layers[1]["up"].weight.mul_(2)
     changed = NativeStepper(model, prompt).start().clone()
-    assert native_step._packed[model] is not kept and not torch.equal(changed, first)
+    assert native_step._copies[model] is not kept and not torch.equal(changed, first)
     set_weight_storage(model, torch.bfloat16)
     rounded = NativeStepper(model, prompt).start()
-    assert native_step._packed[model].storage == torch.bfloat16
+    assert native_step._copies[model].storage == torch.bfloat16
     assert 0 < (rounded - changed).abs().max() < 0.1 * changed.abs().max()
     set_weight_storage(model, None)
     assert torch.equal(NativeStepper(model, prompt).start(), changed)
+
+
+def test_weights_in_place():
+    """No memory for them, nothing kept between generations, and every change of them is seen."""
+    for family in FAMILIES:
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = make(family, 0, dtype).step_description().tensors()
+            weights = DecoderWeights(tensors, copy=False)
+            lie = {t.data_ptr() for t in tensors.sources()}
+            read = [t for w in (*weights.weights, weights.head) for t in w[::2] if t is not None]
+            assert read and all(t.data_ptr() in lie for t in read) and weights.copied_bytes == 0
+    model = make("marian")
+    set_weight_storage(model, copy=False)
+    prompt = seq2seq_prompt(model, 2, 1)
+    first = NativeStepper(model, prompt).start().clone()
+    assert model not in native_step._copies
+    model.layers[1]["up"].weight.data.mul_(2)  # a write that torch does not count
+    assert not torch.equal(NativeStepper(model, prompt).start(), first)
+    with pytest.raises(ValueError, match="read in place have their own"):
+        set_weight_storage(model, torch.bfloat16, copy=False)
 
 
 def test_past_the_positions():

@@ -1,10 +1,14 @@
 """Loads the native library, if it was built, and says why not if it was not."""
 
+import ctypes
 import functools
 import os
 import pathlib
+import warnings
 
 import torch
+
+from .source_hash import source_hash
 
 _LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "_C.abi3.so"
 
@@ -19,7 +23,26 @@ def load() -> str:
     except OSError as error:
         return f"the native library does not load: {error}"
     set_isa(default_isa())
+    if reason := stale():
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return ""
+
+
+def stale(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
+    """'' unless the sources lie beside the package, as in an editable install, and the library was built from others;
+    then what to do about it."""
+    if not ((root / "csrc" / "ops.cpp").exists() and (root / "setup.py").exists()):
+        return ""
+    try:
+        built = ctypes.c_char_p.in_dll(ctypes.CDLL(str(_LIBRARY)), "tf_source_hash").value
+    except ValueError:  # older than the stamp
+        built = None
+    if built == source_hash(root).encode():
+        return ""
+    return (
+        f"{_LIBRARY} was built from other sources than those in {root / 'csrc'}, and may not do what they say; build it "
+        f"again: cd {root} && python setup.py build_ext --inplace"
+    )
 
 
 def _has_avx512_bf16() -> bool:

@@ -16,7 +16,7 @@ from ..backends import native
 from ..layers.projection import is_plain, is_transposed, linear, packed_linear
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
-from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, Norm, PackedDecoder, Projection
+from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
 from .model_step import ModelStepper
 from .stepper import Prompt
 
@@ -181,34 +181,38 @@ def _norm(module: Any) -> Norm | None:
     return Norm(module.weight, getattr(module, "bias", None), eps)
 
 
-# ---- packed weights, kept between generations ----------------------------------------------------
-_storage: weakref.WeakKeyDictionary[nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
-_packed: weakref.WeakKeyDictionary[nn.Module, PackedDecoder] = weakref.WeakKeyDictionary()
+# ---- copies of weights, kept between generations ------------------------------------------------------
+_storage: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype | None, bool]] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[nn.Module, DecoderWeights] = weakref.WeakKeyDictionary()
 
 
-def set_weight_storage(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep the copy of model's weights that decoding on the CPU reads in dtype: torch.bfloat16 halves what a step reads
-    and rounds the weights to 8 bits, sums stay float32; None is the weights' own dtype.
+def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool = True) -> None:
+    """Choose how decoding on the CPU reads model's weights. Without a call: a copy in their own dtype.
 
-    The copy is made by the first generation and lives as long as the model: it takes as much memory again as the
-    decoder's weights in that dtype.
+    copy: the first generation copies the decoder's weights into a layout for few rows, and keeps the copy as long as
+        the model: as much memory again as they take in dtype. copy=False reads them where they are: generation then
+        takes the memory of the model alone, and up to a quarter longer.
+    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits,
+        sums stay float32. None: the weights' own. Where the original is not needed in float32, model.to(torch.bfloat16)
+        is as fast, for half the memory.
+    Raises TypeError for another dtype, and ValueError for one without a copy.
     """
     if dtype not in (*_FLOATS, None):
         raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
-    if dtype is None:
-        _storage.pop(model, None)
-    else:
-        _storage[model] = dtype
-    _packed.pop(model, None)
+    if dtype is not None and not copy:
+        raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
+    _storage[model] = (dtype, copy)
+    _copies.pop(model, None)
 
 
-def _packed_decoder(model: nn.Module, description: StepDescription) -> PackedDecoder:
-    tensors, packed = description.tensors(), _packed.get(model)
-    if packed is None or not packed.matches(tensors):
-        _packed.pop(model, None)
-        storage = _storage.get(model) or (torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32)
-        packed = _packed[model] = PackedDecoder(tensors, storage)
-    return packed
+def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderWeights:
+    tensors, weights = description.tensors(), _copies.get(model)
+    if weights is None or not weights.matches(tensors):
+        _copies.pop(model, None)
+        weights = DecoderWeights(tensors, *_storage.get(model, (None, True)))
+        if weights.copied_bytes:  # what is read in place must not be kept from being freed
+            _copies[model] = weights
+    return weights
 
 
 class NativeStepper:
@@ -252,12 +256,12 @@ class NativeStepper:
     # ---- Stepper ----
     def start(self) -> torch.Tensor:
         prompt, description = self._prompt, self._description
-        packed = _packed_decoder(self._model, description)
+        weights = _decoder_weights(self._model, description)
         batch, length = prompt.input_ids.shape
         states = encoder_states(prompt)
         room = length + min(max(prompt.max_length - length, 1), 512)
         shape = None if states is None else (states.shape[0], states.shape[1])
-        cache = self._cache = DecoderCache(packed, prompt.rows, room, shape)
+        cache = self._cache = DecoderCache(weights, prompt.rows, room, shape)
         mask = self._mask()
         if states is not None:
             self._load_encoder(cache, states)

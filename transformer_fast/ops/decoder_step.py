@@ -14,7 +14,7 @@ from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
 from .packed_weight import _PANEL, _identity
 
-__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "Norm", "PackedDecoder", "Projection"]
+__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
 
 _ops = torch.ops.transformer_fast
 
@@ -41,21 +41,13 @@ class Projection(NamedTuple):
         return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
 
     def parts(self) -> list[torch.Tensor]:
-        """Weights (out_i, in) that fill whole panels but for the last, with one stride 1."""
+        """The weights (out_i, in), where they lie if they have a stride 1."""
         weights = [w.detach().t() if self.transposed else w.detach() for w in self.weights]
-        if any(w.shape[0] % _PANEL for w in weights[:-1]):
-            weights = [torch.cat(weights)]
-        return [w if 1 in w.stride() else w.contiguous() for w in weights]
+        return [w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous() for w in weights]
 
-    def bias(self) -> torch.Tensor | None:
-        if all(b is None for b in self.biases):
-            return None
-        outs = 1 if self.transposed else 0
-        parts = [
-            w.new_zeros(w.shape[outs], dtype=torch.float32) if b is None else b.detach().to(torch.float32).reshape(-1)
-            for w, b in zip(self.weights, self.biases)
-        ]
-        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    def bias(self, index: int) -> torch.Tensor | None:
+        b = self.biases[index]
+        return None if b is None else b.detach().to(torch.float32).reshape(-1).contiguous()
 
 
 @dataclass
@@ -120,34 +112,40 @@ class DecoderTensors:
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
-class PackedDecoder:
-    """A snapshot of a decoder's weights in the layout of the step, for inference.
+class DecoderWeights:
+    """A decoder's weights as the step reads them: a copy laid out for few rows, or in place.
 
-    storage: torch.float32 or torch.bfloat16; sums and activations are float32 always. It takes a copy of all weights in
-    the storage's dtype but for the embedding tables, which are read where they are. It does not follow later changes
-    of the weights: ask matches and pack again when that says False.
+    storage: torch.float32 or torch.bfloat16, of a copy; None for the weights' own dtype. Sums and activations are
+    float32 always. copy: of all weights but the embedding tables, which is as much memory again; without it they are
+    read where they lie, (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms
+    that are not float32 too, do not follow later changes of the weights: ask matches and make it again when that says
+    False.
     """
 
-    def __init__(self, tensors: DecoderTensors, storage: torch.dtype):
+    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None, copy: bool = True):
         if reason := native.load():
             raise RuntimeError(reason)
-        if storage not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"storage: wanted torch.float32 or torch.bfloat16, got {storage}")
+        if storage is None:
+            storage = torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32
+        elif storage not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"storage: wanted torch.float32, torch.bfloat16 or None, got {storage}")
         self.tensors, self.storage = tensors, storage
         self._identities = [_identity(t) for t in tensors.sources()]
         projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [0 if p is None else -(-p.shape[0] // _PANEL) * p.shape[1] * _PANEL for p in projections]
+        sizes = [_panel_elements(p) if copy and p is not None else 0 for p in projections]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
         arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
-        packed = [
-            (None, None) if p is None else _pack(p, part) for p, part in zip(projections, arena.split(sizes))
-        ]  # fmt: skip
-        self.head = list(packed.pop())
-        count = len(packed) // max(1, len(tensors.layers))
-        self.weights = [
-            [t for pair in packed[i * count : (i + 1) * count] for t in pair] for i in range(len(tensors.layers))
-        ]
+        self.copied_bytes = arena.nbytes
+        pieces = iter(arena.split(sizes))
+        self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
+        for layer in tensors.layers:
+            whole = layer.gate is not None  # the products that a gate is for are not done in parts
+            slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
+            self.weights.append([t for p, places in slots for t in _pairs(p, next(pieces), places, whole)])
+        self.head = _pairs(tensors.head, next(pieces), 1)
+        read = [t for slots in (*self.weights, self.head) for t in slots[::2] if t is not None]
+        self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
         self.stack_norms = _norm_arguments((tensors.embedding_norm, tensors.final_norm))
         self.relative = None
@@ -155,10 +153,6 @@ class PackedDecoder:
             distance = -torch.arange(tensors.relative_max_distance + 1)
             buckets = relative_buckets(distance, tensors.relative.shape[0], tensors.relative_max_distance, False)
             self.relative = tensors.relative.detach()[buckets].t().to(torch.float32).contiguous()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for w in (*self.weights, self.head) for t in w if t is not None)
 
     def matches(self, tensors: DecoderTensors) -> bool:
         """True while `tensors` are the very tensors this was made from, unchanged by any in-place operation (writes
@@ -169,15 +163,28 @@ class PackedDecoder:
         )
 
 
-def _pack(p: Projection, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out, inner = p.shape
-    panels = part.view(-1, inner, _PANEL)
-    begin = 0
-    for weight in p.parts():
-        end = begin - (-weight.shape[0] // _PANEL)
-        _ops.cpu_pack_weight.default(weight, panels[begin:end])
-        begin = end
-    return panels, p.bias()
+def _panel_elements(p: Projection) -> int:
+    return sum(_panels(w) * w.shape[1] * _PANEL for w in p.parts())
+
+
+def _panels(weight: torch.Tensor) -> int:
+    return -(-weight.shape[0] // _PANEL)
+
+
+def _pairs(p: Projection | None, copy: torch.Tensor, places: int, rows: bool = False) -> list[torch.Tensor | None]:
+    """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not empty.
+    rows: as (out, in) only."""
+    found: list[torch.Tensor | None] = []
+    for i, weight in enumerate([] if p is None else p.parts()):
+        if rows and not copy.numel():
+            weight = weight.contiguous()
+        if copy.numel():
+            size = _panels(weight) * weight.shape[1] * _PANEL
+            panels, copy = copy[:size].view(-1, weight.shape[1], _PANEL), copy[size:]
+            _ops.cpu_pack_weight.default(weight, panels)
+            weight = panels
+        found += [weight, p.bias(i)]
+    return found + [None] * (2 * places - len(found))
 
 
 def _norm_arguments(norms: tuple[Norm | None, ...]) -> tuple[list[torch.Tensor | None], list[float]]:
@@ -201,14 +208,14 @@ class DecoderCache:
     sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
     """
 
-    packed: PackedDecoder
+    weights: DecoderWeights
     rows: int
     capacity: int
     cross_shape: tuple[int, int] | None = None
     length: int = field(default=0, init=False)
 
     def __post_init__(self):
-        t = self.packed.tensors
+        t = self.weights.tensors
         self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 else torch.float32
         self.live = self.rows
         device, layers = torch.device("cpu"), len(t.layers)
@@ -221,31 +228,31 @@ class DecoderCache:
             self.cross_lengths = torch.zeros(self.cross_shape[0], dtype=torch.int32)
         self._feed_forward = t.layers[0].up.shape[0] if t.layers else 0
         self._vocabulary = t.head.shape[0]
-        floats = self.rows * (2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward)
-        self._workspace = memory.empty((floats,), torch.float32, device)
+        floats = 2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward + self.weights.split_floats
+        self._workspace = memory.empty((self.rows * floats,), torch.float32, device)
         self._phases = torch.empty(_ops.cpu_decoder_phase_bytes.default(layers), dtype=torch.uint8)
         self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
         self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
         self._make_plan()
 
     def _room(self, rows: int, length: int) -> torch.Tensor:
-        t = self.packed.tensors
+        t = self.weights.tensors
         shape = (len(t.layers), rows, t.heads, length, t.head_dim)
         return memory.empty(shape, self.dtype, torch.device("cpu"))
 
     def _make_plan(self) -> None:
-        packed, t = self.packed, self.packed.tensors
+        weights, t = self.weights, self.weights.tensors
         self._tables = [p if p is None else p.detach().contiguous() for p in (t.token, t.position)]
         _ops.cpu_decoder_plan_stack.default(
-            self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *packed.stack_norms, t.rms,
-            t.pre_norm, ACTIVATIONS.index(t.activation), packed.head, t.head_scale, self._vocabulary, packed.relative,
+            self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *weights.stack_norms, t.rms,
+            t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, weights.relative,
             len(t.layers), t.heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
             0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
         )  # fmt: skip
         for i, layer in enumerate(t.layers):
             cross = (None, None) if self.cross_keys is None else (self.cross_keys[i], self.cross_values[i])
             _ops.cpu_decoder_plan_layer.default(
-                self._plan, i, *packed.norms[i], t.rms, packed.weights[i], [self.keys[i], self.values[i], *cross],
+                self._plan, i, *weights.norms[i], t.rms, weights.weights[i], [self.keys[i], self.values[i], *cross],
                 layer.scale, layer.cross_scale,
             )  # fmt: skip
 
