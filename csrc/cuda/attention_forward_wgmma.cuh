@@ -7,25 +7,9 @@
 // ones, and does the softmax between them while the tensor cores work on P V and on the other group's products: named
 // barriers pass the tensor cores from group to group. P never leaves the registers.
 #pragma once
-#include "attention.hpp"
-#include "ptx.cuh"
-#include "simt.cuh"
+#include "attention_forward_wgmma_tiles.cuh"
 
 namespace tf::cuda {
-
-struct ForwardWgmma {
-  const int32_t *cu_q, *cu_k, *key_lengths;
-  void* out;
-  float* lse;  // or null
-  Rows out_rows;
-  int64_t lse_batch, lse_head;
-  int32_t heads, groups, batch_heads, queries, keys;  // groups: heads of queries to one of keys
-  int32_t blocks, tiles, heads_together;              // tiles = blocks * batch_heads
-  int32_t* counter;  // of tiles handed out, zero before: whoever is free takes the next one; null: in turn
-  int32_t left, right;                                // of the window; a large number where unlimited
-  bool bottom_right;
-  float scale_log2;  // scale * log2(e)
-};
 
 // Sizes of a kernel. WINDOWED: causal or a sliding window; else every query sees every key.
 template <class T_, int D_, int BM_, int BN_, bool WINDOWED_>
@@ -47,13 +31,6 @@ struct ForwardWgmmaShape {
   static constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
 };
 
-struct ForwardWgmmaTile {
-  int32_t b, h, first_q, first_k, queries, keys, offset;  // a query i stands at position i + offset
-  int32_t first_row;                                      // within its sequence
-  int32_t begin, end;                                     // blocks of keys that some row sees
-  int32_t last;                                           // there is no tile any more, this one included
-};
-
 // The full barriers count bytes that arrive (of tiles, the one who writes); the empty ones the warps that have read.
 template <class S>
 struct ForwardWgmmaBarriers {
@@ -70,73 +47,12 @@ constexpr int forward_wgmma_shared_bytes() {
   return bytes;
 }
 
-// Tile `index` of all; false: it has no rows. Tiles walk over `heads_together` heads block by block, so that their keys
-// and values stay in the L2 cache; windowed calls start with the last rows, the longest tiles of a causal one.
-template <class S>
-TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardWgmmaTile& t) {
-  const int32_t group = index / (a.blocks * a.heads_together);
-  const int32_t size = min(a.heads_together, a.batch_heads - group * a.heads_together);
-  const int32_t rest = index - group * a.blocks * a.heads_together;
-  const int32_t block = rest / size;
-  const int32_t bh = group * a.heads_together + rest - block * size;
-  t.b = bh / a.heads;
-  t.h = bh - t.b * a.heads;
-  t.first_row = (S::WINDOWED ? a.blocks - 1 - block : block) * S::BM;
-  t.first_q = t.first_k = t.offset = 0;
-  t.queries = a.queries;
-  t.keys = a.keys;
-  if (a.cu_q != nullptr) {
-    t.first_q = load(a.cu_q + t.b);
-    t.first_k = load(a.cu_k + t.b);
-    t.queries = load(a.cu_q + t.b + 1) - t.first_q;
-    t.keys = load(a.cu_k + t.b + 1) - t.first_k;
-  }
-  if (t.first_row >= t.queries) return false;
-  if (a.key_lengths != nullptr) t.keys = min(max(load(a.key_lengths + t.b), 0), t.keys);
-  if (a.bottom_right) t.offset = t.keys - t.queries;
-  int32_t begin = 0, end = t.keys;
-  if (S::WINDOWED) {
-    const int32_t last = min(t.first_row + S::BM, t.queries) - 1;
-    begin = max(t.first_row + t.offset - a.left, 0);
-    end = min(end, last + t.offset + a.right + 1);
-  }
-  t.begin = begin / S::BN;
-  t.end = end > begin ? (end + S::BN - 1) / S::BN : t.begin;
-  return true;
-}
-
 // A ring's slot and the parity of its barriers' phase at step `step`.
 template <int STAGES>
 struct RingSlot {
   uint32_t stage, parity;
   TF_DEVICE explicit RingSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
 };
-
-// The tile after `index`, for all of a warp: the next one that no other block has, or this block's next in turn.
-TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
-  const int32_t grid = gridDim.x;
-  if (a.counter == nullptr) return index + grid;
-  int32_t taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
-  return grid + __shfl_sync(0xffffffff, taken, 0);
-}
-
-constexpr int TILE_WORDS = sizeof(ForwardWgmmaTile) / sizeof(int32_t);
-
-TF_DEVICE void store_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
-  const int32_t words[TILE_WORDS] = {t.b,      t.h,         t.first_q, t.first_k, t.queries, t.keys,
-                                     t.offset, t.first_row, t.begin,   t.end,     t.last};
-#pragma unroll
-  for (int i = 0; i < TILE_WORDS; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
-}
-
-// Read by all of a warp, and passed around by shuffles, from which the compiler sees that a warp agrees on them.
-TF_DEVICE ForwardWgmmaTile load_tile(const ForwardWgmmaTile* shared) {
-  const int lane = threadIdx.x % 32;
-  const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, TILE_WORDS - 1));
-  auto of = [&](int i) { return __shfl_sync(0xffffffff, word, i); };
-  return {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10)};
-}
 
 template <class S>
 TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full,
@@ -167,11 +83,11 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
                                      ForwardWgmmaBarriers<S>* barriers) {
   uint32_t step = 0, turn = 0, tiles = 0, tails = 0;
   const bool leader = threadIdx.x == 0;
+  ForwardWgmmaSearch search{0, 0};
   int32_t index = blockIdx.x;
   for (;; index = forward_wgmma_next(a, index)) {
     ForwardWgmmaTile t{};
-    t.last = index >= a.tiles;
-    if (!t.last && !forward_wgmma_tile<S>(a, index, t)) continue;
+    t.last = !forward_wgmma_tile<S>(a, index, search, t);
     if (leader) {
       const RingSlot<S::STAGES> slot(tiles);
       mbarrier_wait(&barriers->tile_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round

@@ -100,6 +100,13 @@ def test_packed(d, kw):
     _packed([200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
 
 
+def test_many_packed_sequences():
+    """More than the loader looks at at once, tiles of several sequences and none among them."""
+    lengths = [(5 * n) % 7 for n in range(70)]
+    lengths[40] = 200
+    _packed(lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
+
+
 def test_packed_projection_is_read_in_place():
     qkv = torch.randn(300, 3, 2, 64).half()
     cu = torch.tensor([0, 17, 300], dtype=torch.int32)
