@@ -49,9 +49,9 @@ constexpr int forward_wgmma_shared_bytes() {
 
 // A ring's slot and the parity of its barriers' phase at step `step`.
 template <int STAGES>
-struct RingSlot {
+struct ForwardWgmmaSlot {
   uint32_t stage, parity;
-  TF_DEVICE explicit RingSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
+  TF_DEVICE explicit ForwardWgmmaSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
 };
 
 template <class S>
@@ -89,9 +89,9 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     ForwardWgmmaTile t{};
     t.last = !forward_wgmma_tile<S>(a, index, search, t);
     if (leader) {
-      const RingSlot<S::STAGES> slot(tiles);
+      const ForwardWgmmaSlot<S::STAGES> slot(tiles);
       mbarrier_wait(&barriers->tile_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round
-      store_tile(&barriers->tile[slot.stage], t);
+      post_tile(&barriers->tile[slot.stage], t);
       mbarrier_arrive(&barriers->tile_full[slot.stage]);
     }
     ++tiles;
@@ -99,7 +99,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     if (t.begin >= t.end) continue;
     const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
     auto load_keys = [&](int32_t row, uint32_t at) {
-      const RingSlot<S::STAGES> slot(at);
+      const ForwardWgmmaSlot<S::STAGES> slot(at);
       mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);
       forward_wgmma_load_tile<S>(shared + S::K_AT + slot.stage * S::KV_BYTES, k_map, &barriers->k_full[slot.stage],
                                  S::KV_PANEL, row, key_head, batch);
@@ -116,7 +116,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     if (a.cu_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
 #pragma unroll 1
     for (int32_t left = t.end - t.begin; left > 0; --left, ++step, row -= S::BN) {
-      const RingSlot<S::STAGES> slot(step);
+      const ForwardWgmmaSlot<S::STAGES> slot(step);
       unsigned char* values = shared + S::V_AT + slot.stage * S::KV_BYTES;
       if (leader) {
         if (left > 1) load_keys(row - S::BN, step + 1);
@@ -161,7 +161,7 @@ TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S:
 
 // What a thread holds of its two rows, lane / 4 and 8 below: accumulator elements 4 j + i are of row i / 2, column
 // 8 j + lane % 4 * 2 + i % 2.
-struct RowState {
+struct ForwardWgmmaRows {
   float peak[2], total[2];  // largest score so far, before the scale; this thread's part of sum exp(score - peak)
 };
 
@@ -191,7 +191,7 @@ TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a,
 
 // Scores to exp(score - peak), in place; decay: what the sums so far are to be multiplied by.
 template <int N>
-TF_DEVICE void forward_wgmma_softmax(float (&s)[N], RowState& state, float (&decay)[2],
+TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2],
                                                       float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -247,7 +247,7 @@ TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
 // next one begins, are left alone.
 template <class S>
 TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile& t, int32_t row,
-                                                    const float (&o)[S::D / 2], RowState& state) {
+                                                    const float (&o)[S::D / 2], ForwardWgmmaRows& state) {
   const int quad_lane = threadIdx.x % 4;
   const int64_t batch = a.cu_q != nullptr ? 0 : t.b;
 #pragma unroll
@@ -297,16 +297,16 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 
   uint32_t step = 0, turn = 0;
   for (uint32_t tiles = 0;; ++tiles) {
-    const RingSlot<S::STAGES> tile_slot(tiles);
+    const ForwardWgmmaSlot<S::STAGES> tile_slot(tiles);
     mbarrier_wait(&barriers->tile_full[tile_slot.stage], tile_slot.parity);
-    const ForwardWgmmaTile t = load_tile(&barriers->tile[tile_slot.stage]);
+    const ForwardWgmmaTile t = read_tile(&barriers->tile[tile_slot.stage]);
     release(&barriers->tile_empty[tile_slot.stage]);  // its shuffles have made the warp wait for every lane's read
     if (t.last) break;
     const int32_t row = t.first_row + 64 * group + 16 * warp + lane / 4;
     float o[S::D / 2];
 #pragma unroll
     for (float& x : o) x = 0.f;
-    RowState state{{-INFINITY, -INFINITY}, {0.f, 0.f}};
+    ForwardWgmmaRows state{{-INFINITY, -INFINITY}, {0.f, 0.f}};
     if (t.begin < t.end) {
       // Blocks that every row sees whole need no mask.
       int32_t inner_begin = 0, inner_end = t.keys;
@@ -319,13 +319,13 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         if (n >= inner_end || (S::WINDOWED && n < inner_begin))
           forward_wgmma_mask<S>(s, a, t, row, n * S::BN + lane % 4 * 2);
       };
-      auto keys_at = [&](const RingSlot<S::STAGES>& slot) { return k_descriptor + slot.stage * (S::KV_BYTES >> 4); };
-      auto values_at = [&](const RingSlot<S::STAGES>& slot) { return v_descriptor + slot.stage * (S::KV_BYTES >> 4); };
+      auto keys_at = [&](const ForwardWgmmaSlot<S::STAGES>& slot) { return k_descriptor + slot.stage * (S::KV_BYTES >> 4); };
+      auto values_at = [&](const ForwardWgmmaSlot<S::STAGES>& slot) { return v_descriptor + slot.stage * (S::KV_BYTES >> 4); };
 
       float s[S::BN / 2], decay[2];
       uint32_t p[S::BN / 16][4];
       {
-        const RingSlot<S::STAGES> slot(step);
+        const ForwardWgmmaSlot<S::STAGES> slot(step);
         mbarrier_wait(&barriers->q_full, turn & 1);
         mbarrier_wait(&barriers->k_full[slot.stage], slot.parity);
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(slot));
@@ -339,7 +339,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
       auto turn_over = [&](int32_t n) {
         warpgroup_wait<0>();
         register_fence(o);
-        if (n < t.end - 2) release(&barriers->v_empty[RingSlot<S::STAGES>(step - 1).stage]);
+        if (n < t.end - 2) release(&barriers->v_empty[ForwardWgmmaSlot<S::STAGES>(step - 1).stage]);
         forward_wgmma_pack<S>(p, s);
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
@@ -350,7 +350,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 #pragma unroll 1
       for (; n >= t.begin; --n, ++step) {
         turn_over(n);
-        const RingSlot<S::STAGES> key_slot(step + 1), value_slot(step);
+        const ForwardWgmmaSlot<S::STAGES> key_slot(step + 1), value_slot(step);
         mbarrier_wait(&barriers->k_full[key_slot.stage], key_slot.parity);
         named_barrier_sync(mine, 256);  // the tensor cores are this group's
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(key_slot));
@@ -366,7 +366,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
       }
       release(&barriers->q_empty);
       turn_over(n);
-      const RingSlot<S::STAGES> slot(step);
+      const ForwardWgmmaSlot<S::STAGES> slot(step);
       mbarrier_wait(&barriers->v_full[slot.stage], slot.parity);
       forward_wgmma_output<S>(o, p, values_at(slot));
       warpgroup_wait<0>();

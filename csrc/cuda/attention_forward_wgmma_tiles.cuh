@@ -110,19 +110,19 @@ TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
   return grid + __shfl_sync(0xffffffff, taken, 0);
 }
 
-constexpr int TILE_WORDS = sizeof(ForwardWgmmaTile) / sizeof(int32_t);
+constexpr int kTileWords = sizeof(ForwardWgmmaTile) / sizeof(int32_t);
 
-TF_DEVICE void store_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
-  const int32_t words[TILE_WORDS] = {t.b,      t.h,         t.first_q, t.first_k, t.queries, t.keys,
+TF_DEVICE void post_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
+  const int32_t words[kTileWords] = {t.b,      t.h,         t.first_q, t.first_k, t.queries, t.keys,
                                      t.offset, t.first_row, t.begin,   t.end,     t.last};
 #pragma unroll
-  for (int i = 0; i < TILE_WORDS; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
+  for (int i = 0; i < kTileWords; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
 }
 
 // Read by all of a warp, and passed around by shuffles, from which the compiler sees that a warp agrees on them.
-TF_DEVICE ForwardWgmmaTile load_tile(const ForwardWgmmaTile* shared) {
+TF_DEVICE ForwardWgmmaTile read_tile(const ForwardWgmmaTile* shared) {
   const int lane = threadIdx.x % 32;
-  const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, TILE_WORDS - 1));
+  const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, kTileWords - 1));
   auto of = [&](int i) { return __shfl_sync(0xffffffff, word, i); };
   return {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10)};
 }
