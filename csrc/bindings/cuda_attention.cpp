@@ -18,6 +18,7 @@ TF_OPTIONAL void attention_forward_wgmma(const AttentionForward&, Stream);
 TF_OPTIONAL const char* attention_backward_mma_refuses(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_mma(const AttentionBackward&, Stream);
 TF_OPTIONAL const char* attention_backward_wgmma_refuses(const AttentionBackward&);
+TF_OPTIONAL int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_wgmma(const AttentionBackward&, Stream);
 
 namespace {
@@ -26,6 +27,7 @@ template <class Call>
 struct Kernel {
   const char* (*refuses)(const Call&);
   void (*run)(const Call&, Stream);
+  int64_t (*scratch)(const Call&) = nullptr;  // floats, where the kernel wants some
 };
 
 // The first that takes the call; an error with every reason when none does.
@@ -216,10 +218,10 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                         int64_t max_seqlen_k, OptionalTensor relative, OptionalTensor rng, double scale,
                         bool bottom_right, int64_t window_left, int64_t window_right, double softcap,
-                        int64_t threshold, bool deterministic, Tensor delta, OptionalTensor dq_accumulator, Tensor dq,
-                        Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor drelative) {
+                        int64_t threshold, bool deterministic, Tensor delta, Tensor dq, Tensor dk, Tensor dv,
+                        OptionalTensor dbias, OptionalTensor drelative) {
   static const Kernel<AttentionBackward> kernels[] = {
-      {attention_backward_wgmma_refuses, attention_backward_wgmma},
+      {attention_backward_wgmma_refuses, attention_backward_wgmma, attention_backward_wgmma_scratch},
       {attention_backward_mma_refuses, attention_backward_mma},
   };
   Device device(q);
@@ -239,7 +241,6 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     a.grad_lse_head = grad_lse->stride(-2);
   }
   a.delta = write<float>(delta);
-  a.dq_accumulator = write<float>(dq_accumulator);
   a.dq = write(dq);
   a.dk = write(dk);
   a.dv = write(dv);
@@ -250,9 +251,21 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     a.dbias = write<float>(*dbias);
     broadcast_strides(*dbias, a.dbias_stride);
   }
-  a.drelative = write<float>(drelative);
+  if (drelative.has_value()) {
+    STD_TORCH_CHECK(drelative->is_contiguous() && drelative->dim() == 4 && drelative->size(0) == a.batch &&
+                        drelative->size(1) == a.heads && drelative->size(2) == (a.queries + 63) / 64 &&
+                        drelative->size(3) == 2 * a.reach + 1,
+                    "transformer_fast: drelative must be (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1)");
+    a.drelative = write<float>(*drelative);
+  }
   a.deterministic = deterministic;
-  choose(kernels, a, "backward").run(a, device.stream());
+  const Kernel<AttentionBackward>& kernel = choose(kernels, a, "backward");
+  OptionalTensor scratch;
+  if (kernel.scratch) {
+    scratch = torch::stable::new_empty(q, {kernel.scratch(a)}, ScalarType::Float);
+    a.scratch = write<float>(*scratch);
+  }
+  kernel.run(a, device.stream());
 }
 
 }  // namespace
@@ -268,8 +281,8 @@ TF_CUDA_IMPL(m) {
 // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
 // 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
 // beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta, dq_accumulator (of dq's shape, contiguous): scratch. dbias: float32, zeros, of bias's
-// shape. drelative: float32, zeros, of relative's shape.
+// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros,
+// (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1), contiguous: to be summed over B and blocks of queries.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \
@@ -284,6 +297,6 @@ TF_CUDA_SCHEMA(m) {
       "int max_seqlen_k, Tensor? relative, float scale, bool bottom_right, int window_left, int window_right, "
       "float softcap, Tensor(c!) out, Tensor(d!) lse) -> ()");
   m.def("cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
-        "bool deterministic, Tensor(a!) delta, Tensor(b!)? dq_accumulator, Tensor(c!) dq, Tensor(d!) dk, "
-        "Tensor(e!) dv, Tensor(f!)? dbias, Tensor(g!)? drelative) -> ()");
+        "bool deterministic, Tensor(a!) delta, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv, "
+        "Tensor(e!)? dbias, Tensor(f!)? drelative) -> ()");
 }

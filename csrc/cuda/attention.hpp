@@ -55,10 +55,11 @@ struct AttentionBackward : Attention {
   float* delta;  // scratch, (B, H, Sq) or (H, total): rowsum(grad_out * out) - grad_lse
   void *dq, *dk, *dv;
   Rows dq_rows, dk_rows, dv_rows;
-  float* dq_accumulator;  // scratch of as many floats as *_scratch says, aligned to 16 bytes; null where it says none
+  float* scratch;         // as many floats as the kernel's *_scratch says, aligned to 16 bytes; null without one
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  float* drelative;  // zeros before; or null
+  // (batch, heads, ceil(queries / 64), 2 * reach + 1), zeros before: sums of dS of each block of queries; or null
+  float* drelative;
   bool deterministic;
 };
 
@@ -68,12 +69,10 @@ const char* attention_forward_wgmma_refuses(const AttentionForward&);
 const char* attention_backward_mma_refuses(const AttentionBackward&);
 const char* attention_backward_wgmma_refuses(const AttentionBackward&);
 
-// Floats of scratch memory that a call needs.
-int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
-
 void attention_forward_mma(const AttentionForward&, Stream);
 void attention_forward_wgmma(const AttentionForward&, Stream);
 void attention_backward_mma(const AttentionBackward&, Stream);
+int64_t attention_backward_wgmma_scratch(const AttentionBackward&);  // floats
 void attention_backward_wgmma(const AttentionBackward&, Stream);
 
 }  // namespace tf::cuda

@@ -16,13 +16,10 @@ int32_t tile_of(const AttentionBackward& a) {
   return a.window_left < 0 && a.window_right < 0 ? 80 : 64;
 }
 
-// Every sequence starts at a multiple of a tile: see first_tile.
-int64_t padded_rows(const AttentionBackward& a) {
+int64_t head_tiles(const AttentionBackward& a) {  // see first_tile
   const int64_t tile = tile_of(a);
-  return a.cu_q ? (a.total_q / tile + a.batch) * tile : a.batch * ((a.queries + tile - 1) / tile * tile);
+  return a.cu_q ? a.total_q / tile + a.batch : a.batch * ((a.queries + tile - 1) / tile);
 }
-
-int64_t tiles_of(const AttentionBackward& a) { return a.heads * (padded_rows(a) / tile_of(a)); }
 
 struct Extents {
   int64_t rows, heads, batch;
@@ -59,9 +56,9 @@ template <class T, int D, int M>
 void launch(const AttentionBackward& arguments, Stream stream) {
   using Tile = BackwardTile<D, M>;
   BackwardWgmma a{arguments};
-  const int64_t tiles = tiles_of(a);
-  a.padded_rows = padded_rows(a);
-  a.sums = a.dq_accumulator;
+  a.head_tiles = head_tiles(a);
+  const int64_t tiles = a.heads * a.head_tiles;
+  a.sums = a.scratch;
   a.statistics = a.sums + tiles * M * D;
   a.ticket = reinterpret_cast<int32_t*>(a.statistics + tiles * M * 2);
   a.turns = a.ticket + 4;
@@ -80,10 +77,10 @@ void launch(const AttentionBackward& arguments, Stream stream) {
 
   const dim3 by_queries(unsigned(a.query_blocks) * unsigned(a.batch * a.heads));
   const dim3 by_keys(unsigned(a.key_blocks) * unsigned(a.batch * a.key_heads));
-  TF_LAUNCH((attention_backward_wgmma_prepare<T, D, M>), by_queries, dim3(256), 0, stream, a);
+  TF_LAUNCH((attention_backward_prepare_kernel<T, D, M>), by_queries, dim3(256), 0, stream, a);
   TF_LAUNCH((attention_backward_wgmma_kernel<T, D, M>), by_keys, dim3(Tile::kThreads), Tile::kBytes, stream, a, q, k, v,
             grad);
-  TF_LAUNCH((attention_backward_wgmma_finish<T, D, M>), by_queries, dim3(256), 0, stream, a);
+  TF_LAUNCH((attention_backward_finish_kernel<T, D, M>), by_queries, dim3(256), 0, stream, a);
 }
 
 template <class T>
@@ -95,6 +92,7 @@ void choose(const AttentionBackward& a, Stream stream) {
 }  // namespace
 
 const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
+  if (compute_capability() != 90) return "wgmma: GPUs other than sm_90";
   if (a.dtype == DType::f32) return "wgmma: float32 data, where tensor cores would round to TF32";
   if (a.dim != 64 && a.dim != 128) return "wgmma: head dims other than 64 and 128";
   if (!is_plain(a)) return "wgmma: biases, masks, soft cap, dropout and scales that are not positive";
@@ -102,6 +100,7 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
   if (a.batch == 0 || a.queries == 0 || a.keys == 0 || (a.cu_q && (a.total_q == 0 || a.total_k == 0))) {
     return "wgmma: empty tensors";
   }
+  if (a.keys < 32) return "wgmma: fewer than 32 keys, which leave the rounding of the output in the gradients";
   const Extents queries = query_extents(a), keys = key_extents(a);
   if (!is_aligned(a.q, a.q_rows, queries) || !is_aligned(a.out, a.out_rows, queries) ||
       !is_aligned(a.grad_out, a.grad_out_rows, queries) || !is_aligned(a.dq, a.dq_rows, queries) ||
@@ -115,7 +114,7 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
 }
 
 int64_t attention_backward_wgmma_scratch(const AttentionBackward& a) {
-  return tiles_of(a) * (tile_of(a) * (a.dim + 2) + BackwardTile<64, 128>::kParts) + 4;
+  return a.heads * head_tiles(a) * (tile_of(a) * (a.dim + 2) + BackwardTile<64, 128>::kParts) + 4;
 }
 
 void attention_backward_wgmma(const AttentionBackward& a, Stream stream) {

@@ -35,34 +35,33 @@ struct BackwardTile {
 };
 
 struct BackwardWgmma : AttentionBackward {
-  // Rows of queries in scratch memory: every sequence starts at a multiple of a tile.
-  int64_t padded_rows;  // of one head
-  float* sums;          // dQ, unscaled: (heads, padded_rows / tile, parts, part)
-  float* statistics;    // (heads, padded_rows / tile, 2, tile): lse in powers of two, +inf for rows without keys; delta
-  int32_t* turns;       // deterministic: (heads, padded_rows / tile, parts): how many key blocks have added theirs
-  int32_t* ticket;      // deterministic: blocks take their work in this order, whatever the order they start in
+  // Scratch memory is in tiles of queries, and every sequence starts a tile.
+  int64_t head_tiles;  // of one head
+  float* sums;         // dQ, unscaled: (heads, head_tiles, parts, part)
+  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf for rows without keys; delta
+  int32_t* turns;      // deterministic: (heads, head_tiles, parts): how many key blocks have added theirs
+  int32_t* ticket;     // deterministic: blocks take their work in this order, whatever the order they start in
   int32_t key_blocks, query_blocks, heads_together;
   float exponent_scale;
 };
 
-// The tile of scratch memory that holds query 0 of a head.
+// The tile of scratch memory with query 0 of a sequence, among those of one head. Packed: as (first_q + M b) / M would
+// have it, which leaves room for every sequence's last tile without a sum over the sequences before.
 template <int M>
-TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head, int32_t h) {
-  const int64_t row = a.cu_q ? head.first_q / M * int64_t(M) + int64_t(head.b) * M
-                             : int64_t(head.b) * a.query_blocks * M;
-  return (h * a.padded_rows + row) / M;
+TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
+  return a.cu_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
 }
 
 // ---- before: delta, lse in the units of scores, zeros to add to -------------------------------------------------------
 template <class T, int D, int M>
-__global__ void __launch_bounds__(256) attention_backward_wgmma_prepare(const BackwardWgmma a) {
+__global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
   using Tile = BackwardTile<D, M>;
   constexpr int kLanes = D / 8;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (blockIdx.x == 0 && threadIdx.x == 0) store(a.ticket, int32_t(0));
   if (block * M >= head.queries) return;
-  const int64_t tile = first_tile<M>(a, head, head.h) + block;
+  const int64_t tile = head.h * a.head_tiles + first_tile<M>(a, head) + block;
   const T* out = head_rows(static_cast<const T*>(a.out), a.out_rows, head.b, head.h, head.first_q);
   const T* grad = head_rows(static_cast<const T*>(a.grad_out), a.grad_out_rows, head.b, head.h, head.first_q);
   float* statistics = a.statistics + tile * 2 * M;
@@ -96,12 +95,12 @@ __global__ void __launch_bounds__(256) attention_backward_wgmma_prepare(const Ba
 
 // ---- after: dQ in order, scaled, rounded -------------------------------------------------------------------------------
 template <class T, int D, int M>
-__global__ void __launch_bounds__(256) attention_backward_wgmma_finish(const BackwardWgmma a) {
+__global__ void __launch_bounds__(256) attention_backward_finish_kernel(const BackwardWgmma a) {
   using Tile = BackwardTile<D, M>;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (block * M >= head.queries) return;
-  const float* sums = a.sums + (first_tile<M>(a, head, head.h) + block) * (M * D);
+  const float* sums = a.sums + (head.h * a.head_tiles + first_tile<M>(a, head) + block) * (M * D);
   T* dq = head_rows(static_cast<T*>(a.dq), a.dq_rows, head.b, head.h, head.first_q);
   for (int item = threadIdx.x; item < M * D / 16; item += 256) {
     // Two queries by eight values of a head: in a part they are [query / 8][value % 8][query % 8 / 2][value / 8 % 2][2].
@@ -128,7 +127,8 @@ struct BackwardWork {
   Head head;  // of the first of the query heads
   int32_t first_key, stored, group;
   Range queries;
-  int32_t tiles;  // of all heads of the group
+  int32_t tiles;       // of all heads of the group
+  int64_t first_tile;  // in scratch memory: of query 0 of the first head
 };
 
 template <int M, int N>
@@ -146,6 +146,7 @@ TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
   w.first_key = index % span / heads * N;
   w.queries = query_range<M>(a, w.head, w.first_key, w.first_key + N - 1);
   const bool none = w.first_key >= w.head.keys || w.queries.end <= w.queries.begin;
+  w.first_tile = w.head.h * a.head_tiles + first_tile<M>(a, w.head);
   w.tiles = none ? 0 : (w.queries.end - w.queries.begin + M - 1) / M * w.group;
   return w;
 }
@@ -204,7 +205,7 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
   Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
     const int32_t h = w.head.h + at.head, row = w.head.first_q + at.row;
-    const float* statistics = a.statistics + (first_tile<M>(a, w.head, h) + at.row / M) * 2 * M;
+    const float* statistics = a.statistics + (w.first_tile + at.head * a.head_tiles + at.row / M) * (2 * M);
     if (i >= Tile::kStages) mbarrier_wait(shared.query_empty(at.stage), at.parity ^ 1);
     mbarrier_expect_tx(shared.query_full(at.stage), Tile::kQueryBytes + M * 4);
     load_tile<D>(shared.base + Tile::kQ + at.stage * Tile::kQueryBytes, q_map, shared.query_full(at.stage), M, row, h,
@@ -395,6 +396,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     for (int k = 0; k < M / 16; k++) stmatrix_x4_trans(score_row + k * (16 * 128), ds[k]);
     fence_async_shared();
 
+    register_fence(p);
+    register_fence(ds);
     register_fence(dv);
     warpgroup_fence();
     const uint64_t grad_columns = columns_descriptor(grad_tile, M * 128);
@@ -435,7 +438,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     fence_async_shared();
     __syncwarp();
     if (lane == 0) {
-      const int64_t tile = first_tile<M>(a, w.head, w.head.h + at.head) + at.row / M;
+      const int64_t tile = w.first_tile + at.head * a.head_tiles + at.row / M;
       if (a.deterministic) {
         turn = a.turns + tile * Tile::kParts + part;
         place = (w.first_key - key_range<N>(a, w.head, at.row, at.row + M - 1).begin) / N;
