@@ -36,7 +36,7 @@ struct ForwardWgmmaShape {
   static constexpr int CONSUMERS = BM / 64, WARPS = 4 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
   static constexpr int STAGES = 2;
   // Registers of a thread after the loader has given its own to the others: 64 Ki a block at most, in steps of 8.
-  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 56, REGISTERS = CONSUMERS == 2 ? 232 : 152;
+  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, REGISTERS = CONSUMERS == 2 ? 232 : 160;
   static_assert(128 * (LOADER_REGISTERS + CONSUMERS * REGISTERS) <= 65536);
   // A tile lies as D / 64 panels of rows of 128 bytes (64 columns), which is what a 128-byte swizzle spans. Its pattern
   // repeats every 8 rows, 1024 bytes, and follows from address bits: tiles must begin at multiples of 1024.
@@ -182,36 +182,38 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     if (t.last) return;
     if (t.begin >= t.end) continue;
     const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
-    // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
-    const bool tail = t.end * S::BN > t.keys && (a.cu_k != nullptr || a.key_lengths != nullptr);
-    auto load_keys = [&](int32_t n, uint32_t at) {
+    auto load_keys = [&](int32_t row, uint32_t at) {
       const RingSlot<S::STAGES> slot(at);
       mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);
       forward_wgmma_load_tile<S>(shared + S::K_AT + slot.stage * S::KV_BYTES, k_map, &barriers->k_full[slot.stage],
-                                 S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
+                                 S::KV_PANEL, row, key_head, batch);
     };
+    int32_t row = t.first_k + (t.end - 1) * S::BN;
     if (leader) {
-      load_keys(t.end - 1, step);
+      load_keys(row, step);
       mbarrier_wait(&barriers->q_empty, (turn & 1) ^ 1);
       forward_wgmma_load_tile<S>(shared, q_map, &barriers->q_full, S::Q_PANEL, t.first_q + t.first_row, t.h, batch);
     }
     ++turn;
+    // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
+    int32_t tail = t.keys - (t.end - 1) * S::BN;  // rows that are of the sequence, in the last block
+    if (a.cu_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
 #pragma unroll 1
-    for (int32_t n = t.end - 1; n >= t.begin; --n, ++step) {
+    for (int32_t left = t.end - t.begin; left > 0; --left, ++step, row -= S::BN) {
       const RingSlot<S::STAGES> slot(step);
-      const bool clear = tail && n == t.end - 1;
       unsigned char* values = shared + S::V_AT + slot.stage * S::KV_BYTES;
       if (leader) {
-        if (n > t.begin) load_keys(n - 1, step + 1);
+        if (left > 1) load_keys(row - S::BN, step + 1);
         mbarrier_wait(&barriers->v_empty[slot.stage], slot.parity ^ 1);
-        forward_wgmma_load_tile<S>(values, v_map, clear ? &barriers->v_loaded : &barriers->v_full[slot.stage],
-                                   S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
+        forward_wgmma_load_tile<S>(values, v_map, tail < S::BN ? &barriers->v_loaded : &barriers->v_full[slot.stage],
+                                   S::KV_PANEL, row, key_head, batch);
       }
-      if (clear) {
+      if (tail < S::BN) {
         __syncwarp();
         mbarrier_wait(&barriers->v_loaded, tails++ & 1);
-        forward_wgmma_clear_tail<S>(values, t.keys - n * S::BN);
+        forward_wgmma_clear_tail<S>(values, tail);
         if (leader) mbarrier_arrive(&barriers->v_full[slot.stage]);
+        tail = S::BN;
       }
     }
   }

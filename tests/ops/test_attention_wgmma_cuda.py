@@ -16,7 +16,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def _kernel(late=True, seed=0, wgmma=True):
-    """Inside, the cuda backend runs under the emulator; after it, wgmma says whether this kernel was to take the call."""
+    """Inside, the cuda backend runs under the emulator. wgmma: whether this kernel is to take the call."""
     with cuda_emulator.active(late=late, seed=seed), tf.backend("cuda"):
         library = cuda_emulator.library()
         library.reset_counters()
@@ -58,7 +58,8 @@ CASES = {
     "causal_bottom_right": {"sq": 150, "sk": 300, "h": 1, **BOTTOM_RIGHT},
     "rows_without_keys": {"sq": 300, "sk": 70, **BOTTOM_RIGHT},
     "window": {"sq": 300, "sk": 300, "h": 1, "window": (70, 30)},
-    "window_within_a_tile": {"sq": 260, "sk": 500, "h": 1, "d": 64, "window": (9, 0), "causal_alignment": "bottom_right"},
+    "window_within_a_tile": {"sq": 260, "sk": 500, "h": 1, "d": 64, "window": (9, 0),
+                             "causal_alignment": "bottom_right"},
     "window_left": {"sq": 200, "sk": 400, "h": 1, "d": 64, "window": (150, None)},
     "grouped_heads": {"sq": 130, "sk": 140, "h": 6, "hk": 2, "is_causal": True},
     "scale": {"sq": 130, "sk": 200, "d": 64, "scale": 0.5},
