@@ -207,7 +207,13 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     a.dbias = write<float>(*dbias);
     broadcast_strides(*dbias, a.dbias_stride);
   }
-  a.drelative = write<float>(drelative);
+  if (drelative.has_value()) {
+    STD_TORCH_CHECK(drelative->is_contiguous() && drelative->dim() == 4 && drelative->size(0) == a.batch &&
+                        drelative->size(1) == a.heads && drelative->size(2) == (a.queries + 63) / 64 &&
+                        drelative->size(3) == 2 * a.reach + 1,
+                    "transformer_fast: drelative must be (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1)");
+    a.drelative = write<float>(*drelative);
+  }
   a.deterministic = deterministic;
   const Kernel<AttentionBackward>& kernel = choose(kernels, a, "backward");
   OptionalTensor scratch;
@@ -230,8 +236,8 @@ TF_CUDA_IMPL(m) {
 // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
 // 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
 // beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros, of
-// relative's shape.
+// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros,
+// (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1), contiguous: to be summed over B and blocks of queries.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \

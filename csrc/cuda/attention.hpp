@@ -58,7 +58,8 @@ struct AttentionBackward : Attention {
   float* scratch;         // as many floats as the kernel's *_scratch says, aligned to 16 bytes; null without one
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  float* drelative;  // zeros before; or null
+  // (batch, heads, ceil(queries / 64), 2 * reach + 1), zeros before: sums of dS of each block of queries; or null
+  float* drelative;
   bool deterministic;
 };
 

@@ -1,117 +1,25 @@
-// Launches the backward of attention on mma.sync: delta, the key side, the query side.
-#include "attention_backward_mma.cuh"
-
-#include <algorithm>
+// What the backward of attention on mma.sync takes; its kernels for bfloat16.
+#include "attention_backward_mma_launch.cuh"
 
 namespace tf::cuda {
-namespace {
 
-constexpr int64_t kL2Bytes = 32 << 20;  // what a few heads stream stays in the L2 cache while their blocks run
-constexpr int kFewKeys = 128;           // rows of so few do not average the rounding of the output in delta away
-
-bool is_aligned(const void* base, const Rows& rows) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && rows.batch % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
-}
-
-BackwardCall call_of(const AttentionBackward& a, int rows, int length, int heads, int64_t streamed) {
-  const int64_t bytes = std::max<int64_t>(1, 4 * streamed * a.dim), batch_heads = int64_t(a.batch) * heads;
-  const int64_t together = std::max<int64_t>(1, kL2Bytes / bytes) * (heads / a.key_heads);
-  BackwardCall call{a, (length + rows - 1) / rows, int32_t(std::min(together, batch_heads)), false, false};
-  call.aligned = a.dim % 8 == 0 && is_aligned(a.q, a.q_rows) && is_aligned(a.k, a.k_rows) && is_aligned(a.v, a.v_rows) &&
-                 is_aligned(a.out, a.out_rows) && is_aligned(a.grad_out, a.grad_out_rows) &&
-                 is_aligned(a.dq, a.dq_rows) && is_aligned(a.dk, a.dk_rows) && is_aligned(a.dv, a.dv_rows);
-  return call;
-}
-
-template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
-void launch(const BackwardCall& call, Stream stream) {
-  using Memory = BackwardMemory<D, SIDE, WANTED>;
-  const int heads = SIDE == Side::keys ? call.key_heads : call.heads;
-  const size_t bytes = call.drelative && SIDE == Side::queries ? Memory::kBytesWithScores : Memory::kBytes;
-  auto* const kernel = &attention_backward_kernel<T, D, SIDE, RICH, WANTED>;
-  TF_LAUNCH(kernel, dim3(unsigned(call.blocks) * call.batch * heads), dim3(kBackwardThreads), bytes, stream, call);
-}
-
-template <class T, int D>
-void bias_gradient(const BackwardCall& call, Stream stream) {
-  using Tile = BackwardTile<D>;
-  const int counts[4] = {call.batch, call.heads, (call.queries + kBackwardRows - 1) / kBackwardRows,
-                         (call.keys + Tile::kColumns - 1) / Tile::kColumns};
-  BiasTiles tiles;
-  unsigned blocks = 1;
-  for (int axis = 0; axis < 4; ++axis) {
-    const bool summed = call.dbias_stride[axis] == 0;
-    tiles.own[axis] = summed ? 1 : counts[axis];
-    tiles.each[axis] = summed ? counts[axis] : 1;
-    blocks *= unsigned(tiles.own[axis]);
-  }
-  const size_t scores = 4 * kBackwardRows * (Tile::kColumns + 1);
-  const size_t bytes = std::max<size_t>(2 * 2 * (Tile::kResident + Tile::kStreamed), scores);
-  auto* const kernel = &attention_backward_bias_kernel<T, D>;
-  TF_LAUNCH(kernel, dim3(blocks), dim3(kBackwardThreads), bytes, stream, call, tiles);
-}
-
-bool bias_broadcasts(const AttentionBackward& a) {
-  const int counts[4] = {a.batch, a.heads, a.queries, a.keys};
-  for (int axis = 0; axis < 4; ++axis)
-    if (a.dbias_stride[axis] == 0 && counts[axis] > 1) return true;
-  return false;
-}
-
-template <class T, int D, bool RICH>
-void gradients(const AttentionBackward& a, Stream stream) {
-  BackwardCall keys = call_of(a, kBackwardRows, a.keys, a.key_heads, int64_t(a.heads / a.key_heads) * a.queries);
-  BackwardCall queries = call_of(a, kBackwardRows, a.queries, a.heads, a.keys);
-  if (a.dbias || a.drelative || a.keys <= kFewKeys) {
-    BackwardCall delta = queries;
-    delta.delta_only = true;
-    delta.dbias = delta.drelative = nullptr;
-    launch<T, D, Side::queries, true, Wanted::all>(delta, stream);
-  } else {
-    const BackwardCall delta = call_of(a, kDeltaRows, a.queries, a.heads, 0);
-    auto* const kernel = &attention_backward_delta_kernel<T>;
-    TF_LAUNCH(kernel, dim3(unsigned(delta.blocks) * a.batch * a.heads), dim3(kBackwardThreads), 0, stream, delta);
-  }
-  if constexpr (D <= 128) {
-    launch<T, D, Side::keys, RICH, Wanted::all>(keys, stream);
-  } else {
-    launch<T, D, Side::keys, RICH, Wanted::key>(keys, stream);
-    launch<T, D, Side::keys, RICH, Wanted::value>(keys, stream);
-  }
-  if constexpr (RICH) {
-    if (a.dbias && bias_broadcasts(a)) {
-      bias_gradient<T, D>(queries, stream);
-      queries.dbias = nullptr;
-    }
-  }
-  launch<T, D, Side::queries, RICH, Wanted::all>(queries, stream);
-}
-
-template <class T>
-void choose(const AttentionBackward& a, Stream stream) {
-  const bool plain = is_plain(a);
-  if (a.dim <= 64) return plain ? gradients<T, 64, false>(a, stream) : gradients<T, 64, true>(a, stream);
-  if (a.dim <= 128) return plain ? gradients<T, 128, false>(a, stream) : gradients<T, 128, true>(a, stream);
-  return gradients<T, 256, true>(a, stream);
-}
-
-}  // namespace
+extern template void attention_backward_mma_of<half_t>(const AttentionBackward&, Stream);
 
 const char* attention_backward_mma_refuses(const AttentionBackward& a) {
   if (a.dtype == DType::f32) return "mma: float32 data, where tensor cores would round to TF32";
   if (a.dim > 256) return "mma: head dims over 256";
   const int64_t rows = std::max((int64_t(a.queries) + kDeltaRows - 1) / kDeltaRows * a.heads,
                                 (int64_t(a.keys) + kBackwardRows - 1) / kBackwardRows * a.key_heads);
-  const int64_t tiles = a.dbias ? (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows * ((a.keys + 31) / 32) : 1;
+  const int64_t tiles = a.dbias ? (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows * ((a.keys + 15) / 16) : 1;
   if (std::max(rows, tiles * a.heads) * a.batch > INT32_MAX) return "mma: more blocks than a grid has";
   return nullptr;
 }
 
 void attention_backward_mma(const AttentionBackward& a, Stream stream) {
   if (a.dtype == DType::bf16) {
-    choose<bf16_t>(a, stream);
+    attention_backward_mma_of<bf16_t>(a, stream);
   } else {
-    choose<half_t>(a, stream);
+    attention_backward_mma_of<half_t>(a, stream);
   }
 }
 

@@ -1,10 +1,10 @@
 // Attention, backward, for sm_80 and up: mma.sync m16n8k16 on tiles that cp.async brings and ldmatrix reads.
 //
 //   P = exp(score - lse)    dV = P^T dO    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
-//   dQ = scale * dS K       dK = scale * dS^T Q           dbias = dS    drelative[distance] = sum of dS over its elements
+//   dQ = scale * dS K       dK = scale * dS^T Q           dbias = dS    drelative[distance] = sum of dS along it
 //
-// One source, two sides: a block holds 64 rows of one pair of operands (queries: Q and dO; keys: K and V) and walks over
-// tiles of the other pair. No sum crosses blocks, so gradients are the same bits every time, with no atomics, no
+// One source, two sides: a block holds 64 rows of one pair of operands (queries: Q and dO; keys: K and V) and walks
+// over tiles of the other pair. No sum crosses blocks, so gradients are the same bits every time, with no atomics, no
 // semaphore and no float32 dQ in memory, which a key-side kernel that adds to dQ reads and writes once a block of keys.
 // The price is Q K^T and dO V^T twice: seven products where that kernel has five.
 #pragma once
@@ -24,10 +24,11 @@ struct BackwardCall : AttentionBackward {
 
 constexpr int kBackwardThreads = 128, kBackwardRows = 64;
 
-template <int D>
+template <int D, bool RICH>
 struct BackwardTile {
-  static constexpr int kColumns = D <= 64 ? 64 : 32;  // rows of a streamed tile, columns of the scores
-  static constexpr int kStages = D <= 128 ? 2 : 1;
+  // Rows of a streamed tile, columns of the scores: as many as the registers have room for.
+  static constexpr int kColumns = D > 128 ? 16 : D > 64 || RICH ? 32 : 64;
+  static constexpr int kStages = 2;
   static constexpr int kResident = kBackwardRows * D, kStreamed = kColumns * D;  // elements
 };
 
@@ -42,37 +43,48 @@ TF_DEVICE BackwardPlace place_of(const BackwardCall& p, int program, int heads, 
   return {descending ? p.blocks - 1 - block : block, bh / heads, bh % heads};
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------
+// x, of which the compiler knows nothing: what is computed from it within a loop stays there, where hoisting it would
+// cost more registers than there are.
+TF_DEVICE int opaque(int x) {
+#ifndef TF_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 // Element offset of 16-byte chunk `chunk` of row `row` of a tile of D columns.
 template <int D>
 TF_DEVICE int swizzled(int row, int chunk) {
   return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
 }
 
-// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read.
-template <int D, int ROWS, int THREADS, class T>
+// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read. ANY:
+// rows need not be aligned to 16 bytes.
+template <int D, int ROWS, bool ANY, class T>
 TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, int first, int limit, int dim, bool aligned) {
-  constexpr int kChunks = D / 8, kAll = ROWS * kChunks;
-  static_assert(kAll % THREADS == 0);
-  if (aligned) {
+  constexpr int kChunks = D / 8, kStep = kBackwardThreads / kChunks;
+  static_assert(kBackwardThreads % kChunks == 0 && ROWS % kStep == 0);
+  const int thread = opaque(threadIdx.x), chunk = thread % kChunks, row0 = thread / kChunks;
+  const T* from = rows + ((first + row0) * stride + chunk * 8);
+  if (!ANY || aligned) {
+    const int end = chunk * 8 < dim ? limit - first : 0;
 #pragma unroll
-    for (int x = 0; x < kAll / THREADS; ++x) {
-      const int at = x * THREADS + int(threadIdx.x), row = at / kChunks, chunk = at % kChunks;
-      const bool inside = first + row < limit && chunk * 8 < dim;
-      cp_async_16(tile + swizzled<D>(row, chunk), rows + (inside ? (first + row) * stride + chunk * 8 : 0), inside);
+    for (int step = 0; step < ROWS; step += kStep) {
+      const bool inside = row0 + step < end;
+      cp_async_16(tile + swizzled<D>(row0 + step, chunk), inside ? from : rows, inside);
+      from += kStep * stride;
     }
     return;
   }
 #pragma unroll 1
-  for (int at = int(threadIdx.x); at < kAll; at += THREADS) {
-    const int row = at / kChunks, chunk = at % kChunks;
+  for (int row = row0; row < ROWS; row += kStep) {
     Vec<T, 8> values;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const bool inside = first + row < limit && chunk * 8 + c < dim;
-      values.v[c] = inside ? load(rows + ((first + row) * stride + chunk * 8 + c)) : from_float<T>(0.f);
-    }
+    for (int c = 0; c < 8; ++c)
+      values.v[c] = first + row < limit && chunk * 8 + c < dim ? load(from + c) : from_float<T>(0.f);
     store_shared_vec(tile + swizzled<D>(row, chunk), values);
+    from += kStep * stride;
   }
 }
 
@@ -117,7 +129,7 @@ TF_DEVICE void multiply_columns(const float (&s)[E], const T* b_tile, float (&su
 
 // The 16 rows of this warp, times scale, to rows `first` .. of out, by way of its own rows of `tile`. Rows from `used`
 // on are zeros, those from `limit` on are not there.
-template <int D, class T>
+template <int D, bool ANY, class T>
 TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* out, int64_t stride, int first, int used,
                           int limit, int dim, bool aligned) {
   const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
@@ -128,7 +140,8 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* ou
     const bool kept = first + row < used;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      const float low = kept ? sum[4 * n + 2 * half] * scale : 0.f, high = kept ? sum[4 * n + 2 * half + 1] * scale : 0.f;
+      const float low = kept ? sum[4 * n + 2 * half] * scale : 0.f;
+      const float high = kept ? sum[4 * n + 2 * half + 1] * scale : 0.f;
       store_shared(reinterpret_cast<uint32_t*>(tile + swizzled<D>(own + row, n) + lane % 4 * 2), pack2<T>(low, high));
     }
   }
@@ -139,7 +152,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* ou
     if (first + row >= limit || chunk * 8 >= dim) continue;
     const Vec<T, 8> values = load_shared_vec<8>(tile + swizzled<D>(own + row, chunk));
     T* const to = out + ((first + row) * stride + chunk * 8);
-    if (aligned) {
+    if (!ANY || aligned) {
       store_vec(to, values);
     } else {
 #pragma unroll
@@ -149,16 +162,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* ou
   }
 }
 
-// x, of which the compiler knows nothing: what is computed from it within a loop stays there, where hoisting it would
-// cost more registers than there are.
-TF_DEVICE int opaque(int x) {
-#ifndef TF_EMULATE
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
-// ---- delta -----------------------------------------------------------------------------------------------------------
+// ---- delta ----------------------------------------------------------------------------------------------------------
 TF_DEVICE int64_t lse_place(const AttentionBackward& a, const Head& head) {
   return head.b * a.lse_batch + head.h * a.lse_head + head.first_q;
 }
@@ -201,21 +205,23 @@ __global__ void __launch_bounds__(kBackwardThreads)
   if (row < head.queries && lane == 0) store_delta(p, head, row, sum);
 }
 
-// ---- gradients -------------------------------------------------------------------------------------------------------
-// Bytes of shared memory: the resident tiles, the streamed ones, then by side two buffers of a streamed tile's lse, delta
-// and dropout bits, or dS of a tile, for its sums by distance.
-template <int D, Side SIDE, Wanted WANTED>
+// ---- gradients ------------------------------------------------------------------------------------------------------
+// Bytes of shared memory: the resident tiles, the streamed ones, then by side two buffers of a streamed tile's lse,
+// delta and dropout bits, or dS of a tile, for its sums by distance.
+template <int D, Side SIDE, bool RICH, Wanted WANTED>
 struct BackwardMemory {
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, RICH>;
   static constexpr int kStreamed = (WANTED == Wanted::value ? 1 : 2) * Tile::kResident * 2;
   static constexpr int kMore = kStreamed + Tile::kStages * 2 * Tile::kStreamed * 2;
   static constexpr int kStatistics = 2 * Tile::kColumns;  // floats of one buffer
   static constexpr int kKept = 16 * Tile::kColumns;       // bytes of one buffer
   static constexpr int kPitch = Tile::kColumns + 1;       // of dS: a diagonal meets no bank twice
   static constexpr int kBytes = kMore + (SIDE == Side::keys ? 2 * (4 * kStatistics + kKept) : 0);
-  // One stage has room for dS where V was.
-  static constexpr int kScores = Tile::kStages == 1 ? kStreamed + Tile::kStreamed * 2 : kBytes;
-  static constexpr int kBytesWithScores = Tile::kStages == 1 ? kBytes : kBytes + 4 * kBackwardRows * kPitch;
+  static constexpr int kScores = 4 * kBackwardRows * kPitch;
+  // Large head dims leave no room for dS in the 99 KB of some GPUs: it takes the place of V.
+  static constexpr bool kInPlace = D > 128;
+  static constexpr int kBytesWithScores = kInPlace ? kBytes : kBytes + kScores;
+  static_assert(!kInPlace || kScores <= Tile::kStreamed * 2);
 };
 
 // Sums of dS by distance for one block of queries: (2 * reach + 1) of its own, each element added by one thread in one
@@ -243,8 +249,9 @@ struct DistanceSums {
       }
     });
     if (farthest <= -reach || nearest >= reach) return;
-    for_each_score<false>(ds, mine, start,
-                          [&](float& x, int i, int j) { store_shared(scores + ((i - first) * kPitch + j - start), x); });
+    for_each_score<false>(ds, mine, start, [&](float& x, int i, int j) {
+      store_shared(scores + ((i - first) * kPitch + j - start), x);
+    });
     __syncthreads();
     const int diagonal = int(threadIdx.x) - (kBackwardRows - 1);  // column - row
     const int distance = nearest + int(threadIdx.x);
@@ -277,10 +284,11 @@ struct DistanceSums {
   }
 };
 
+// RICH: any feature that is_plain() excludes, rows of any alignment.
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
 __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF_GRID_CONSTANT BackwardCall p) {
-  using Tile = BackwardTile<D>;
-  using Memory = BackwardMemory<D, SIDE, WANTED>;
+  using Tile = BackwardTile<D, RICH>;
+  using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
   constexpr bool kKeys = SIDE == Side::keys;
   constexpr bool kFirst = WANTED != Wanted::value, kSecond = kKeys && WANTED != Wanted::key;  // dK or dQ; dV
   constexpr int kColumns = Tile::kColumns, kScores = kColumns / 2;
@@ -303,12 +311,12 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
 
   const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: the first row of this warp
   const auto load_queries = [&](auto rows, T* tile, const void* base, const Rows& strides, int h, int start) {
-    load_rows<D, decltype(rows)::value, kBackwardThreads>(
+    load_rows<D, decltype(rows)::value, RICH>(
         tile, head_rows(static_cast<const T*>(base), strides, opaque(head.b), h, head.first_q), strides.row, start,
         head.queries, p.dim, p.aligned);
   };
   const auto load_keys = [&](auto rows, T* tile, const void* base, const Rows& strides, int start) {
-    load_rows<D, decltype(rows)::value, kBackwardThreads>(
+    load_rows<D, decltype(rows)::value, RICH>(
         tile, head_rows(static_cast<const T*>(base), strides, opaque(head.b), head.key_head, head.first_k), strides.row,
         start, head.keys, p.dim, p.aligned);
   };
@@ -394,7 +402,7 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
     const bool more = n + 1 < total;
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before it any more
-    if (Tile::kStages > 1 && more) load_streamed(n + 1, next_h, next_start);
+    if (more) load_streamed(n + 1, next_h, next_start);
     float statistic = 0.f;
     if (kKeys && more) statistic = load_statistic(next_h, next_start);
 
@@ -449,8 +457,10 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         });
       }
       if (p.drelative) {
-        if (Tile::kStages == 1) __syncthreads();  // nobody reads V any more
-        by_distance.add<kColumns>(p, head, first, own, start, ds, reinterpret_cast<float*>(memory + Memory::kScores));
+        if (Memory::kInPlace) __syncthreads();  // nobody reads V any more
+        float* const scores = Memory::kInPlace ? reinterpret_cast<float*>(streamed(n) + Tile::kStreamed)
+                                               : reinterpret_cast<float*>(memory + Memory::kBytes);
+        by_distance.add<kColumns>(p, head, first, own, start, ds, scores);
       }
     }
     if constexpr (kFirst) {
@@ -460,25 +470,21 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
       }
       if (!(RICH && !kKeys && p.delta_only)) multiply_columns<D>(ds, tile1, sum1);
     }
-    if (Tile::kStages == 1) {
-      __syncthreads();
-      if (more) load_streamed(n + 1, next_h, next_start);
-    }
     if (kKeys && more) store_statistic(n + 1, next_h, next_start, statistic);
   }
 
   if constexpr (kKeys) {
     if constexpr (kFirst)
-      store_rows<D>(sum1, p.scale, resident1,
+      store_rows<D, RICH>(sum1, p.scale, resident1,
                     head_rows(static_cast<T*>(p.dk), p.dk_rows, head.b, head.key_head, head.first_k), p.dk_rows.row,
                     mine, used, stored, p.dim, p.aligned);
     if constexpr (kSecond)
-      store_rows<D>(sum2, keep_scale, resident2,
+      store_rows<D, RICH>(sum2, keep_scale, resident2,
                     head_rows(static_cast<T*>(p.dv), p.dv_rows, head.b, head.key_head, head.first_k), p.dv_rows.row,
                     mine, used, stored, p.dim, p.aligned);
   } else {
     if constexpr (RICH) {
-      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(memory + Memory::kScores));
+      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
       if (p.delta_only) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -491,117 +497,9 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         return;
       }
     }
-    store_rows<D>(sum1, p.scale, resident1,
+    store_rows<D, RICH>(sum1, p.scale, resident1,
                   head_rows(static_cast<T*>(p.dq), p.dq_rows, head.b, head.h, head.first_q), p.dq_rows.row, mine, used,
                   used, p.dim, p.aligned);
-  }
-}
-
-// ---- a bias that broadcasts ------------------------------------------------------------------------------------------
-struct BiasTiles {  // sequences, heads, tiles of queries, of keys: how many dbias has, and how many one of it sums over
-  int32_t own[4], each[4];
-};
-
-// One block owns a tile of dbias and walks over everything that shares it, computing dS again.
-template <class T, int D>
-__global__ void __launch_bounds__(kBackwardThreads)
-    attention_backward_bias_kernel(TF_GRID_CONSTANT BackwardCall p, const BiasTiles tiles) {
-  using Tile = BackwardTile<D>;
-  constexpr int kColumns = Tile::kColumns, kScores = kColumns / 2, kPitch = kColumns + 1;
-  TF_SHARED(memory);
-  T* const q = reinterpret_cast<T*>(memory);
-  T* const grad_out = q + Tile::kResident;
-  T* const k = grad_out + Tile::kResident;
-  T* const v = k + Tile::kStreamed;
-  int rest = blockIdx.x, own[4];
-#pragma unroll
-  for (int axis = 3; axis >= 0; --axis) {
-    own[axis] = rest % tiles.own[axis];
-    rest /= tiles.own[axis];
-  }
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
-  const int count = tiles.each[0] * tiles.each[1] * tiles.each[2] * tiles.each[3];
-  float sum[kScores] = {};
-#pragma unroll 1
-  for (int n = 0; n < count; ++n) {
-    const int start = (own[3] + n % tiles.each[3]) * kColumns;
-    const int first = (own[2] + n / tiles.each[3] % tiles.each[2]) * kBackwardRows;
-    const int group = n / (tiles.each[3] * tiles.each[2]);
-    const Head head = head_of(p, own[0] + group / tiles.each[1], own[1] + group % tiles.each[1]);
-    if (first >= head.queries) continue;
-    const Range range = key_range<kColumns>(p, head, first, min(first + kBackwardRows, head.queries) - 1);
-    if (!is_seen<kColumns>(range, start)) continue;
-    __syncthreads();  // nobody reads the tiles before these any more
-    const auto load_queries = [&](T* tile, const void* base, const Rows& rows) {
-      load_rows<D, kBackwardRows, kBackwardThreads>(
-          tile, head_rows(static_cast<const T*>(base), rows, head.b, head.h, head.first_q), rows.row, first,
-          head.queries, p.dim, p.aligned);
-    };
-    const auto load_keys = [&](T* tile, const void* base, const Rows& rows) {
-      load_rows<D, kColumns, kBackwardThreads>(
-          tile, head_rows(static_cast<const T*>(base), rows, head.b, head.key_head, head.first_k), rows.row, start,
-          head.keys, p.dim, p.aligned);
-    };
-    load_queries(q, p.q, p.q_rows);
-    load_queries(grad_out, p.grad_out, p.grad_out_rows);
-    load_keys(k, p.k, p.k_rows);
-    load_keys(v, p.v, p.v_rows);
-    cp_async_commit();
-    float peak[2], delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first + warp_row + lane / 4 + 8 * half;
-      const int64_t place = lse_place(p, head) + row;
-      peak[half] = row < head.queries ? peak_of(load(p.lse + place)) : kInfinity;
-      delta[half] = row < head.queries ? load(p.delta + place) : 0.f;
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    float s[kScores] = {}, dp[kScores] = {};
-    multiply_rows<D>(grad_out, v, dp);
-    multiply_rows<D>(q, k, s);
-    finish_scores<false>(p, head, first + warp_row, start, s);
-    if (!is_inner<kColumns>(range, start)) mask_edges<false>(p, head, first + warp_row, start, s);
-    if (p.threshold) drop(kept_of(dropout_of(p, head), first + warp_row, start), start, dp);
-    const float keep_scale = p.threshold ? p.keep_scale : 1.f;
-#pragma unroll
-    for (int e = 0; e < kScores; ++e)
-      sum[e] += exp2_approx(s[e] * kLog2e - peak[e % 4 / 2]) * (dp[e] * keep_scale - delta[e % 4 / 2]);
-  }
-
-  __syncthreads();
-  float* const all = reinterpret_cast<float*>(memory);
-  for_each_score<false>(sum, warp_row, 0, [&](float& x, int i, int j) { store_shared(all + (i * kPitch + j), x); });
-  __syncthreads();
-  const int first = own[2] * kBackwardRows, start = own[3] * kColumns, thread = threadIdx.x;
-  const int64_t row_stride = p.dbias_stride[2], column_stride = p.dbias_stride[3];
-  float* const to = p.dbias + (own[0] * p.dbias_stride[0] + own[1] * p.dbias_stride[1]) + first * row_stride +
-                    start * column_stride;
-  if (row_stride && column_stride) {
-    for (int e = thread; e < kBackwardRows * kColumns; e += kBackwardThreads) {
-      const int i = e / kColumns, j = e % kColumns;
-      if (first + i < p.queries && start + j < p.keys)
-        store(to + (i * row_stride + j * column_stride), load_shared(all + (i * kPitch + j)));
-    }
-  } else if (column_stride) {
-    float total = 0.f;
-    if (thread >= kColumns || start + thread >= p.keys) return;
-    for (int i = 0; i < kBackwardRows; ++i) total += load_shared(all + (i * kPitch + thread));
-    store(to + thread * column_stride, total);
-  } else {
-    float total = 0.f;
-    if (thread < kBackwardRows)
-      for (int j = 0; j < kColumns; ++j) total += load_shared(all + (thread * kPitch + j));
-    if (row_stride) {
-      if (thread < kBackwardRows && first + thread < p.queries) store(to + thread * row_stride, total);
-      return;
-    }
-    __syncthreads();
-    if (thread < kBackwardRows) store_shared(all + thread, total);
-    __syncthreads();
-    if (thread > 0) return;
-    for (int i = 1; i < kBackwardRows; ++i) total += load_shared(all + i);
-    store(to, total);
   }
 }
 

@@ -23,18 +23,21 @@ void launch(const AttentionForward& a, Stream stream) {
   const int64_t bytes = std::max<int64_t>(1, int64_t(4) * a.keys * a.dim);
   const int64_t together = std::max<int64_t>(1, kL2Bytes / bytes) * (a.heads / a.key_heads);
   const BlockOrder order{blocks, batch_heads, int32_t(std::min<int64_t>(together, batch_heads)), a.window_right >= 0};
+  const float to_log2 = Tile::RICH ? kLog2e : a.scale * kLog2e;
   TF_LAUNCH((attention_forward_mma_kernel<Tile>), dim3(unsigned(blocks) * unsigned(batch_heads)),
-            dim3(Tile::kThreads), Tile::kSharedBytes, stream, a, order, is_aligned(a));
+            dim3(Tile::kThreads), Tile::kSharedBytes, stream, a, order, to_log2,
+            is_aligned(a));
 }
 
 template <class T>
 void choose(const AttentionForward& a, Stream stream) {
   if (is_plain(a) && is_aligned(a)) {
-    if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 64, false, 2>>(a, stream);
+    if (a.dim <= 32) return launch<ForwardTile<T, 32, 2, 64, false, 3>>(a, stream);
+    if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 64, false, 3>>(a, stream);
     if (a.dim <= 128) return launch<ForwardTile<T, 128, 2, 64, false, 2>>(a, stream);
     return launch<ForwardTile<T, 256, 1, 32, false, 2>>(a, stream);
   }
-  if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 64, true, 2>>(a, stream);
+  if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 32, true, 2>>(a, stream);
   if (a.dim <= 128) return launch<ForwardTile<T, 128, 2, 32, true, 2>>(a, stream);
   return launch<ForwardTile<T, 256, 1, 32, true, 2>>(a, stream);
 }

@@ -23,8 +23,9 @@ struct ForwardTile {
   static constexpr int D = D_, M = M_, N = N_;  // D: head dims up to it, filled with zeros
   static constexpr bool RICH = RICH_;           // any feature that is_plain() excludes, rows of any alignment
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * M * kWarps;
+  static constexpr bool kWide = D > 64;
   static constexpr int kBlocks = BLOCKS_;  // that a multiprocessor is to hold: bounds the registers
-  static constexpr int kSharedBytes = (kRows + 2 * N) * D * int(sizeof(T));
+  static constexpr int kSharedBytes = (kRows + 2 * N) * D * int(sizeof(T)) + 2 * int(sizeof(T*));
 };
 
 // Element offset of 16-byte chunk `chunk` of row `row` of a tile of D columns.
@@ -97,20 +98,15 @@ TF_DEVICE void multiply_keys(const typename Tile::T* q, const typename Tile::T* 
   }
 }
 
-// o += P V, P being the accumulators p rounded to T.
+// o += P V; p: pairs of P, in the order of accumulators, which is that of operands.
 template <class Tile>
-TF_DEVICE void multiply_values(const float (&p)[Tile::M][Tile::N / 2], const typename Tile::T* v,
+TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const typename Tile::T* v,
                                                 float (&o)[Tile::M][Tile::D / 2]) {
   constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
   using T = typename Tile::T;
 #pragma unroll
   for (int step = 0; step < N / 16; ++step) {
     const uint32_t lane = opaque(threadIdx.x) % 32;
-    uint32_t a[M][4];
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) a[m][r] = pack2<T>(p[m][8 * step + 2 * r], p[m][8 * step + 2 * r + 1]);
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
       uint32_t b[4];
@@ -118,42 +114,58 @@ TF_DEVICE void multiply_values(const float (&p)[Tile::M][Tile::N / 2], const typ
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        mma_m16n8k16<T>(accumulator(o[m], d / 8), a[m], low);
-        mma_m16n8k16<T>(accumulator(o[m], d / 8 + 1), a[m], high);
+        const auto& a = *reinterpret_cast<const uint32_t(*)[4]>(&p[m][4 * step]);
+        mma_m16n8k16<T>(accumulator(o[m], d / 8), a, low);
+        mma_m16n8k16<T>(accumulator(o[m], d / 8 + 1), a, high);
       }
     }
   }
 }
 
+struct Work {
+  Head head;
+  int32_t block;
+};
+
+TF_DEVICE Work work_of(const Attention& a, const BlockOrder& order, uint32_t program) {
+  const uint32_t many = uint32_t(order.blocks * order.heads_together), group = program / many, rest = program % many;
+  const uint32_t first = group * uint32_t(order.heads_together);
+  const uint32_t together = min(uint32_t(order.heads_together), uint32_t(order.batch_heads) - first);
+  const uint32_t bh = first + rest % together, block = rest / together;
+  return {head_of(a, int32_t(bh) / a.heads, int32_t(bh) % a.heads),
+          order.descending ? order.blocks - 1 - int32_t(block) : int32_t(block)};
+}
+
+// exp(score) = 2 ^ (to_log2 * what the accumulators hold)
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     attention_forward_mma_kernel(TF_GRID_CONSTANT AttentionForward a, const BlockOrder order,
-                                 const bool aligned) {
+                                 const float to_log2, const bool aligned) {
   using T = typename Tile::T;
   constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
   TF_SHARED(memory);
   T* const q = reinterpret_cast<T*>(memory);
   T* const k = q + Tile::kRows * D;
   T* const v = k + N * D;
+  // Where the rows of K and V start: wide heads, short of registers, read it again for each block.
+  const T** const starts = reinterpret_cast<const T**>(v + N * D);
 
-  const int32_t many = order.blocks * order.heads_together, group = int32_t(blockIdx.x) / many;
-  const int32_t rest = int32_t(blockIdx.x) % many;
-  const int32_t together = min(order.heads_together, order.batch_heads - group * order.heads_together);
-  const int32_t block = order.descending ? order.blocks - 1 - rest / together : rest / together;
-  const int32_t bh = group * order.heads_together + rest % together;
-  const Head head = head_of(a, bh / a.heads, bh % a.heads);
-  const int32_t first = block * Tile::kRows;
+  const Work work = work_of(a, order, blockIdx.x);
+  const Head head = work.head;
+  const int32_t first = work.block * Tile::kRows;
   if (first >= head.queries) return;
 
   const T* const q_rows = head_rows(static_cast<const T*>(a.q), a.q_rows, head.b, head.h, head.first_q);
   const T* const k_rows = head_rows(static_cast<const T*>(a.k), a.k_rows, head.b, head.key_head, head.first_k);
   const T* const v_rows = head_rows(static_cast<const T*>(a.v), a.v_rows, head.b, head.key_head, head.first_k);
+  if (Tile::kWide && threadIdx.x == 0) {
+    store_shared(starts, k_rows);
+    store_shared(starts + 1, v_rows);
+  }
   const Range keys = key_range<N>(a, head, first, min(first + Tile::kRows, head.queries) - 1);
 
   const uint32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * M;
   const int32_t mine = first + int32_t(warp_row);  // the first query of this warp
-  // exp(score) = 2 ^ (to_log2 * what the accumulators hold)
-  const float to_log2 = Tile::RICH ? kLog2e : a.scale * kLog2e;
   Dropout dropout{};
   Kept kept[M] = {};
   int32_t kept_group = -1;
@@ -175,13 +187,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     float s[M][N / 2] = {};
     cp_async_wait<0>();
     __syncthreads();  // K is there, and nobody reads V any more
-    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, v_rows, a.v_rows.row, start, head.keys, a.dim, aligned);
+    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, Tile::kWide ? load_shared(starts + 1) : v_rows, a.v_rows.row,
+                                                  start, head.keys, a.dim, aligned);
     cp_async_commit();
     if (seen) multiply_keys<Tile>(q, k, warp_row, s);
     cp_async_wait<0>();
     __syncthreads();  // V is there, and nobody reads K any more
     if (start + N < keys.end)
-      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, k_rows, a.k_rows.row, start + N, head.keys, a.dim, aligned);
+      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, Tile::kWide ? load_shared(starts) : k_rows, a.k_rows.row,
+                                                    start + N, head.keys, a.dim, aligned);
     cp_async_commit();
     if (!seen) continue;
 
@@ -190,6 +204,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
       for (int m = 0; m < M; ++m) kept[m] = kept_of(dropout, mine + 16 * m, start);
     }
+    uint32_t p[M][N / 4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       if constexpr (Tile::RICH) finish_scores<false>(a, head, mine + 16 * m, start, s[m]);
@@ -205,29 +220,35 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         const float shift = highest == -kInfinity ? 0.f : highest * to_log2;
         const float decay = exp2_approx(peak[m][r] * to_log2 - shift);
         peak[m][r] = highest;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          o[m][4 * n + 2 * r] *= decay;
+          o[m][4 * n + 2 * r + 1] *= decay;
+        }
         float sum = 0.f;
 #pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& x = s[m][4 * n + 2 * r + c];
-            x = exp2_approx(x * to_log2 - shift);
-            sum += x;
+        for (int n = 0; n < N / 8; ++n) {
+          const int e = 4 * n + 2 * r;
+          float left = exp2_approx(s[m][e] * to_log2 - shift), right = exp2_approx(s[m][e + 1] * to_log2 - shift);
+          sum += left + right;
+          if (Tile::RICH && a.threshold) {
+            left = keeps(kept[m], start, e) ? left : 0.f;
+            right = keeps(kept[m], start, e + 1) ? right : 0.f;
           }
+          p[m][2 * n + r] = pack2<T>(left, right);
+        }
         total[m][r] = total[m][r] * decay + sum;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-          for (int c = 0; c < 2; ++c) o[m][4 * n + 2 * r + c] *= decay;
       }
-      if (Tile::RICH && a.threshold) drop(kept[m], start, s[m]);
     }
-    multiply_values<Tile>(s, v, o);
+    multiply_values<Tile>(p, v, o);
   }
   cp_async_wait<0>();
   __syncthreads();  // Q is there even without keys; from here on each warp has its own rows of it for the output
 
-  float* const lse = a.lse ? a.lse + (head.b * a.lse_batch + head.h * a.lse_head + head.first_q) : nullptr;
+  const Work again = work_of(a, order, opaque(blockIdx.x));  // registers are for the loop
+  const Head end = again.head;
+  const int32_t own_first = again.block * Tile::kRows + int32_t(warp_row);
+  float* const lse = a.lse ? a.lse + (end.b * a.lse_batch + end.h * a.lse_head + end.first_q) : nullptr;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -238,8 +259,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const bool dead = sum == 0.f;  // NaN is not
       const float factor = dead ? 0.f : (Tile::RICH ? a.keep_scale : 1.f) / sum;
       const uint32_t row = 16 * m + lane / 4 + 8 * r;
-      const int32_t i = mine + int32_t(row);
-      if (lse && lane % 4 == 0 && i < head.queries)
+      const int32_t i = own_first + int32_t(row);
+      if (lse && lane % 4 == 0 && i < end.queries)
         store(lse + i, dead ? -kInfinity : (peak[m][r] * to_log2 + log2f(sum)) * kLn2);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
@@ -247,13 +268,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                      pack2<T>(o[m][4 * n + 2 * r] * factor, o[m][4 * n + 2 * r + 1] * factor));
     }
   __syncwarp();
-  T* const out = head_rows(static_cast<T*>(a.out), a.out_rows, head.b, head.h, head.first_q);
+  T* const out = head_rows(static_cast<T*>(a.out), a.out_rows, end.b, end.h, end.first_q);
 #pragma unroll 4
   for (uint32_t at = lane; at < 16 * M * (D / 8); at += 32) {
     const uint32_t row = at / (D / 8), chunk = at % (D / 8);
-    if (mine + row >= uint32_t(head.queries) || chunk * 8 >= uint32_t(a.dim)) continue;
+    if (own_first + row >= uint32_t(end.queries) || chunk * 8 >= uint32_t(a.dim)) continue;
     const Vec<T, 8> values = load_shared_vec<8>(q + swizzled<D>(warp_row + row, chunk));
-    T* const to = out + ((mine + row) * a.out_rows.row + chunk * 8);
+    T* const to = out + ((own_first + row) * a.out_rows.row + chunk * 8);
     if (!Tile::RICH || aligned) {
       store_vec(to, values);
     } else {

@@ -36,7 +36,7 @@ struct ForwardWgmmaShape {
   static constexpr int CONSUMERS = BM / 64, WARPS = 4 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
   static constexpr int STAGES = 2;
   // Registers of a thread after the loader has given its own to the others: 64 Ki a block at most, in steps of 8.
-  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, REGISTERS = CONSUMERS == 2 ? 240 : 160;
+  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 56, REGISTERS = CONSUMERS == 2 ? 232 : 152;
   static_assert(128 * (LOADER_REGISTERS + CONSUMERS * REGISTERS) <= 65536);
   // A tile lies as D / 64 panels of rows of 128 bytes (64 columns), which is what a 128-byte swizzle spans. Its pattern
   // repeats every 8 rows, 1024 bytes, and follows from address bits: tiles must begin at multiples of 1024.
@@ -57,7 +57,7 @@ struct ForwardWgmmaTile {
 // The full barriers count bytes that arrive (of tiles, the one who writes); the empty ones the warps that have read.
 template <class S>
 struct ForwardWgmmaBarriers {
-  uint64_t q_full, q_empty;
+  uint64_t q_full, q_empty, v_loaded;
   uint64_t k_full[S::STAGES], k_empty[S::STAGES], v_full[S::STAGES], v_empty[S::STAGES];
   uint64_t tile_full[S::STAGES], tile_empty[S::STAGES];
   ForwardWgmmaTile tile[S::STAGES];
@@ -112,6 +112,15 @@ struct RingSlot {
   TF_DEVICE explicit RingSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
 };
 
+// The tile after `index`, for all of a warp: the next one that no other block has, or this block's next in turn.
+TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
+  const int32_t grid = gridDim.x;
+  if (a.counter == nullptr) return index + grid;
+  int32_t taken = 0;
+  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
+  return grid + __shfl_sync(0xffffffff, taken, 0);
+}
+
 constexpr int TILE_WORDS = sizeof(ForwardWgmmaTile) / sizeof(int32_t);
 
 TF_DEVICE void store_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
@@ -138,43 +147,73 @@ TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* m
     tma_load(shared + panel * panel_bytes, map, full, panel * 64, row, head, batch);
 }
 
-// One thread: hands out the tiles, fills Q for each, and the rings of K and V from its last block of keys to the first.
+// The rows of V past the keys, which may hold anything (the next sequence), to zeros: P is 0 there, but 0 * NaN is NaN.
+template <class S>
+TF_DEVICE void forward_wgmma_clear_tail(unsigned char* v, int32_t rows) {
+  const int chunks = (S::BN - rows) * (S::ROW_BYTES / 16);
+  for (int panel = 0; panel < S::PANELS; ++panel) {
+    uint32_t* tail = reinterpret_cast<uint32_t*>(v + panel * S::KV_PANEL + rows * S::ROW_BYTES);
+    for (int i = threadIdx.x % 32; i < chunks; i += 32) store_shared_vec(tail + 4 * i, Vec<uint32_t, 4>{});
+  }
+  fence_async_shared();  // ordinary stores, to be read by wgmma and overwritten by TMA: both are of another proxy
+  __syncwarp();
+}
+
+// One warp, its first lane but for the clearing of tails: hands out the tiles, fills Q for each, and the rings of K and
+// V from the last block of keys to the first.
 template <class S>
 TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map, const TensorMap* k_map,
                                      const TensorMap* v_map, unsigned char* shared,
                                      ForwardWgmmaBarriers<S>* barriers) {
-  uint32_t step = 0, turn = 0, tiles = 0;
-  const int32_t grid = gridDim.x;
-  for (int32_t index = blockIdx.x;;
-       index = a.counter == nullptr ? index + grid : grid + atomicAdd(a.counter, 1)) {
+  uint32_t step = 0, turn = 0, tiles = 0, tails = 0;
+  const bool leader = threadIdx.x == 0;
+  int32_t index = blockIdx.x;
+  for (;; index = forward_wgmma_next(a, index)) {
     ForwardWgmmaTile t{};
     t.last = index >= a.tiles;
     if (!t.last && !forward_wgmma_tile<S>(a, index, t)) continue;
-    const RingSlot<S::STAGES> tile_slot(tiles++);
-    mbarrier_wait(&barriers->tile_empty[tile_slot.stage], tile_slot.parity ^ 1);
-    store_tile(&barriers->tile[tile_slot.stage], t);
-    mbarrier_arrive(&barriers->tile_full[tile_slot.stage]);
+    if (leader) {
+      const RingSlot<S::STAGES> slot(tiles);
+      mbarrier_wait(&barriers->tile_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round
+      store_tile(&barriers->tile[slot.stage], t);
+      mbarrier_arrive(&barriers->tile_full[slot.stage]);
+    }
+    ++tiles;
     if (t.last) return;
     if (t.begin >= t.end) continue;
     const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
+    // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
+    const bool tail = t.end * S::BN > t.keys && (a.cu_k != nullptr || a.key_lengths != nullptr);
     auto load_keys = [&](int32_t n, uint32_t at) {
       const RingSlot<S::STAGES> slot(at);
-      mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round
+      mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);
       forward_wgmma_load_tile<S>(shared + S::K_AT + slot.stage * S::KV_BYTES, k_map, &barriers->k_full[slot.stage],
                                  S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
     };
-    load_keys(t.end - 1, step);
-    mbarrier_wait(&barriers->q_empty, (turn & 1) ^ 1);
-    forward_wgmma_load_tile<S>(shared, q_map, &barriers->q_full, S::Q_PANEL, t.first_q + t.first_row, t.h, batch);
-#pragma unroll 1
-    for (int32_t n = t.end - 1; n >= t.begin; --n, ++step) {
-      if (n > t.begin) load_keys(n - 1, step + 1);
-      const RingSlot<S::STAGES> slot(step);
-      mbarrier_wait(&barriers->v_empty[slot.stage], slot.parity ^ 1);
-      forward_wgmma_load_tile<S>(shared + S::V_AT + slot.stage * S::KV_BYTES, v_map, &barriers->v_full[slot.stage],
-                                 S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
+    if (leader) {
+      load_keys(t.end - 1, step);
+      mbarrier_wait(&barriers->q_empty, (turn & 1) ^ 1);
+      forward_wgmma_load_tile<S>(shared, q_map, &barriers->q_full, S::Q_PANEL, t.first_q + t.first_row, t.h, batch);
     }
     ++turn;
+#pragma unroll 1
+    for (int32_t n = t.end - 1; n >= t.begin; --n, ++step) {
+      const RingSlot<S::STAGES> slot(step);
+      const bool clear = tail && n == t.end - 1;
+      unsigned char* values = shared + S::V_AT + slot.stage * S::KV_BYTES;
+      if (leader) {
+        if (n > t.begin) load_keys(n - 1, step + 1);
+        mbarrier_wait(&barriers->v_empty[slot.stage], slot.parity ^ 1);
+        forward_wgmma_load_tile<S>(values, v_map, clear ? &barriers->v_loaded : &barriers->v_full[slot.stage],
+                                   S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
+      }
+      if (clear) {
+        __syncwarp();
+        mbarrier_wait(&barriers->v_loaded, tails++ & 1);
+        forward_wgmma_clear_tail<S>(values, t.keys - n * S::BN);
+        if (leader) mbarrier_arrive(&barriers->v_full[slot.stage]);
+      }
+    }
   }
 }
 
@@ -267,19 +306,6 @@ TF_DEVICE void forward_wgmma_pack(uint32_t (&p)[S::BN / 16][4], const float (&s)
   for (int n = 0; n < S::BN / 16; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) p[n][i] = pack2<typename S::T>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
-}
-
-// The rows of V past the keys, which may hold anything (the next sequence), to zeros: P is 0 there, but 0 * NaN is NaN.
-// Each warpgroup clears all of them for itself; who comes later writes the zeros that lie there.
-template <class S>
-TF_DEVICE void forward_wgmma_clear_tail(unsigned char* v, int32_t rows, int group) {
-  const int chunks = (S::BN - rows) * (S::ROW_BYTES / 16);
-  for (int panel = 0; panel < S::PANELS; ++panel) {
-    uint32_t* tail = reinterpret_cast<uint32_t*>(v + panel * S::KV_PANEL + rows * S::ROW_BYTES);
-    for (int i = threadIdx.x % 128; i < chunks; i += 128) store_shared_vec(tail + 4 * i, Vec<uint32_t, 4>{});
-  }
-  fence_async_shared();  // ordinary stores, to be read by wgmma and overwritten by TMA
-  named_barrier_sync(1 + S::CONSUMERS + group, 128);
 }
 
 // Four lanes hold the columns of a row in turn, two each. Transposed among them every lane has 8 in a row: 16 bytes.
@@ -390,11 +416,6 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         release(&barriers->k_empty[slot.stage]);
         mask(s, t.end - 1);
         forward_wgmma_softmax(s, state, decay, a.scale_log2);
-        if (t.end * S::BN > t.keys && (a.cu_k != nullptr || a.key_lengths != nullptr)) {  // else TMA fills in zeros
-          mbarrier_wait(&barriers->v_full[slot.stage], slot.parity);
-          forward_wgmma_clear_tail<S>(shared + S::V_AT + slot.stage * S::KV_BYTES, t.keys - (t.end - 1) * S::BN,
-                                      group);
-        }
       }
       // The last product is done: P's registers are free for the next one, O's for the change of peak.
       auto turn_over = [&](int32_t n) {
@@ -454,6 +475,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     tma_prefetch(&v_map);
     mbarrier_init(&barriers->q_full, 1);
     mbarrier_init(&barriers->q_empty, S::WARPS);
+    mbarrier_init(&barriers->v_loaded, 1);
     for (int stage = 0; stage < S::STAGES; ++stage) {
       mbarrier_init(&barriers->k_full[stage], 1);
       mbarrier_init(&barriers->k_empty[stage], S::WARPS);
@@ -469,7 +491,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     registers_decrease<S::LOADER_REGISTERS>();
-    if (threadIdx.x == 0) forward_wgmma_produce<S>(a, &q_map, &k_map, &v_map, shared, barriers);
+    if (threadIdx.x < 32) forward_wgmma_produce<S>(a, &q_map, &k_map, &v_map, shared, barriers);
   } else {
     registers_increase<S::REGISTERS>();
     forward_wgmma_consume<S>(a, shared, barriers, warpgroup - 1);

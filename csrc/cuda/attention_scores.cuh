@@ -228,15 +228,17 @@ TF_DEVICE Kept kept_of(const Dropout& d, int32_t query0, int32_t key0) {
   return kept;
 }
 
-// Zeros where elements are dropped. key0: a multiple of 16; the tile lies within one group of 128 keys.
+// Of element e of a tile that lies within one group of 128 keys. key0: a multiple of 16.
+TF_DEVICE bool keeps(const Kept& kept, int32_t key0, int e) {
+  return (kept.bits[e % 4 / 2] >> (uint32_t(key0) % 128 / 16)) >> (8 * (e / 4 % 2 * 2 + e % 2) + e / 8) & 1u;
+}
+
+// Zeros where elements are dropped.
 template <int E>
 TF_DEVICE void drop(const Kept& kept, int32_t key0, float (&p)[E]) {
-  const uint32_t lane = uint32_t(key0) % 128 / 16;
 #pragma unroll
-  for (int e = 0; e < E; ++e) {
-    const int n = e / 4, bit = 8 * (n % 2 * 2 + e % 2) + n / 2;
-    if (!((kept.bits[e % 4 / 2] >> lane) >> bit & 1u)) p[e] = 0.f;
-  }
+  for (int e = 0; e < E; ++e)
+    if (!keeps(kept, key0, e)) p[e] = 0.f;
 }
 
 }  // namespace tf::cuda

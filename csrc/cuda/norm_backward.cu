@@ -112,13 +112,6 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
         grad_bias[i][e] += dy[e];
       }
     }
-    Pack<T, kWidth> grad_sum[kPacks];
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const bool inside = p.grad_sum && row < p.rows && first + i * step < p.width;
-      grad_sum[i] = read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride,
-                                         first + i * step, inside);
-    }
     row_sum<true>(sums, scratch, turn);
     const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
 #pragma unroll
@@ -129,7 +122,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
       now.grad_y[i].get(grad);
       now.v[i].get(xhat);
       read_weight<T>(p, first + i * step, weight);
-      grad_sum[i].get(beside);
+      read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, first + i * step,
+                           p.grad_sum && row < p.rows && first + i * step < p.width)
+          .get(beside);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
         xhat[e] = (xhat[e] - now.mean) * now.rstd;
@@ -157,11 +152,10 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
 // Rows too wide for registers, or not aligned (kWidth 1): each is read twice, the second time from the caches, and the
 // sums over rows live in `partial`, each of them touched by one thread only.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kNormThreads) norm_backward_wide_kernel(const NormBackward p) {
+__global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(const NormBackward p) {
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const int step = blockDim.x * kWidth, first = threadIdx.x * kWidth;
-  const int end = (p.width + step - 1) / step * step;  // the threads of a row go round together
   const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
   float* grad_weight = p.grad_weight ? p.partial + int64_t(blockIdx.x) * p.width : nullptr;
   float* grad_bias = p.grad_bias ? p.partial + ((p.grad_weight ? int64_t(gridDim.x) : 0) + blockIdx.x) * p.width : nullptr;
@@ -195,7 +189,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_wide_kernel(const 
     }
     row_sum<true>(sums, scratch, turn);
     const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
-    for (int column = first; column < end; column += step) {
+    for (int base = 0; base < p.width; base += step) {  // whole warps: they draw the dropout mask together
+      const int column = base + first;
       const bool inside = column < p.width;
       float grad[kWidth], beside[kWidth];
       read(column);

@@ -138,9 +138,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const N
   float* scratch = reinterpret_cast<float*>(shared);
   const auto row = forward_row<T, kWidth>(p);
   const int step = blockDim.x * kWidth, first = threadIdx.x * kWidth;
-  const int end = (p.width + step - 1) / step * step;  // the threads of a row go round together
   float mean = 0.f, total[1] = {}, squares[1] = {};
-  for (int column = first; column < end; column += step) {
+  for (int column = first; column - first < p.width; column += step) {
     const auto v = row.v(column);
     row.write_sum(v, column);
     total[0] += row.sum(v, column);
@@ -149,11 +148,11 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const N
     row_sum<false>(total, scratch, 0);
     mean = total[0] * p.inverse;
   }
-  for (int column = first; column < end; column += step) squares[0] += row.squares(row.v(column), column, mean);
+  for (int column = first; column - first < p.width; column += step) squares[0] += row.squares(row.v(column), column, mean);
   row_sum<false>(squares, scratch, 1);
   const float rstd = 1.f / sqrtf(squares[0] * p.inverse + p.eps);
   row.write_statistics(mean, rstd);
-  for (int column = first; column < end; column += step) row.write_y(row.v(column), column, mean, rstd);
+  for (int column = first; column - first < p.width; column += step) row.write_y(row.v(column), column, mean, rstd);
 }
 
 bool in_packs(const NormForward& p, int width) {

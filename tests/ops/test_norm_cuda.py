@@ -57,8 +57,8 @@ def test_drawn_shapes(device):
 
 # Threads to a row from 4 of a warp to 16 warps, packs to a thread from 1 to 4, and what is too wide for registers.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, width", [(1, 5), (37, 16), (21, 64), (9, 512), (70, 768), (7, 1024), (6, 2304), (5, 4096),
-                                         (5, 8192), (5, 8200), (2, 16400)])  # fmt: skip
+@pytest.mark.parametrize("rows, width", [(1, 5), (37, 16), (21, 64), (9, 512), (70, 768), (7, 1024), (6, 2304),
+                                         (5, 4096), (5, 8192), (5, 8200), (2, 16400)])  # fmt: skip
 def test_widths(device, dtype, rows, width):
     check("cuda", device, rows, width, dtype, add=True)
 

@@ -5,6 +5,7 @@ import torch
 from . import relative_bias
 from .philox import threshold
 
+BLOCK_QUERIES = 64  # kBackwardRows in csrc/cuda/attention_backward_mma.cuh
 _HALF = (torch.bfloat16, torch.float16)
 _ops = torch.ops.transformer_fast
 
@@ -25,8 +26,11 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    relative = arguments[10]
-    drelative = None if dtable is None else torch.zeros_like(relative)
+    relative, drelative = arguments[10], None
+    if dtable is not None:  # sums of each block of queries: atomics would add in any order
+        sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
+        blocks = -(-spec.max_seqlen_q // BLOCK_QUERIES)
+        drelative = relative.new_zeros((sequences, relative.shape[0], blocks, relative.shape[1]))
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
@@ -36,7 +40,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         # A product, as index_add's atomics would add in any order.
         buckets = torch.arange(dtable.shape[0], device=dtable.device)
         member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
-        dtable.copy_(member @ drelative.double().t())
+        dtable.copy_(member @ drelative.sum((0, 2), dtype=torch.float64).t())
 
 
 def _arguments(spec) -> tuple:
