@@ -394,7 +394,6 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
                                ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int k = 0; k < M / 16; k++) stmatrix_x4_trans(score_row + k * (16 * 128), ds[k]);
-    fence_async_shared();
 
     register_fence(p);
     register_fence(ds);
@@ -405,6 +404,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     for (int k = 0; k < M / 16; k++) wgmma_rs<T, D, true>(dv, p[k], grad_columns + column_step(k), true);
     warpgroup_commit();
 
+    fence_async_shared();
     named_barrier_sync(kConsumerBarrier, kConsumers);
     float dq[Tile::kSumQueries / 2];
     register_fence(dq);
