@@ -55,10 +55,10 @@ struct AttentionBackward : Attention {
   float* delta;  // scratch, (B, H, Sq) or (H, total): rowsum(grad_out * out) - grad_lse
   void *dq, *dk, *dv;
   Rows dq_rows, dk_rows, dv_rows;
-  float* dq_accumulator;  // scratch where the algorithm sums dQ in float32, else null
+  float* scratch;         // as many floats as the kernel's *_scratch says, aligned to 16 bytes; null without one
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  float* drelative;  // zeros before; or null
+  float* drelative;       // (heads, 2 * reach + 1), zeros before; or null
   bool deterministic;
 };
 
@@ -71,6 +71,8 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward&);
 void attention_forward_mma(const AttentionForward&, Stream);
 void attention_forward_wgmma(const AttentionForward&, Stream);
 void attention_backward_mma(const AttentionBackward&, Stream);
+int64_t attention_backward_mma_scratch(const AttentionBackward&);  // floats
+int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 void attention_backward_wgmma(const AttentionBackward&, Stream);
 
 }  // namespace tf::cuda

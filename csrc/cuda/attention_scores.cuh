@@ -6,6 +6,7 @@
 // TRANSPOSED the other way round.
 #pragma once
 #include "attention.hpp"
+#include "philox.cuh"
 #include "ptx.cuh"
 #include "simt.cuh"
 
@@ -20,7 +21,7 @@ inline bool is_plain(const Attention& a) {
 }
 
 // ---- which keys, which queries ---------------------------------------------------------------------------------------
-struct Head {  // one head of one sequence; query i stands at position i + offset
+struct alignas(16) Head {  // one head of one sequence; query i stands at position i + offset
   int32_t b, h, key_head;
   int32_t first_q, first_k;  // rows before it in packed tensors
   int32_t queries, keys, offset;
@@ -46,7 +47,7 @@ TF_DEVICE T* head_rows(T* base, const Rows& rows, int32_t b, int32_t h, int32_t 
 }
 
 // [begin, end) is worth a visit; blocks within [inner_begin, inner_end) need no mask. All but end are multiples of BLOCK.
-struct Range {
+struct alignas(16) Range {
   int32_t begin, inner_begin, inner_end, end;
 };
 
@@ -192,36 +193,21 @@ TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query
 
 // ---- dropout: the bits of csrc/cpu/philox.hpp ----------------------------------------------------------------------
 struct Dropout {
-  uint32_t key0, key1, offset, bh, threshold;
+  PhiloxKey key;
+  uint32_t bh, threshold;
 };
 
 TF_DEVICE Dropout dropout_of(const Attention& a, const Head& head) {
-  const uint64_t seed = uint64_t(load(a.rng));
-  return {uint32_t(seed), uint32_t(seed >> 32), uint32_t(load(a.rng + 1)), uint32_t(head.b * a.heads + head.h),
-          a.threshold};
+  return {philox_key(a.rng), uint32_t(head.b * a.heads + head.h), a.threshold};
 }
 
 // Bit l: element (i, 128 * group + 16 * l + column) is kept; column: 0 .. 15.
 TF_DEVICE uint32_t keep_byte(const Dropout& d, uint32_t i, uint32_t group, uint32_t column) {
-  uint32_t c0 = 16 * group + column, c1 = i, c2 = d.bh, c3 = d.offset, key0 = d.key0, key1 = d.key1;
+  const PhiloxWords words = philox(16 * group + column, i, d.bh, d.key);
+  uint32_t bits = 0;
 #pragma unroll
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
-    c1 = uint32_t(p1);
-    c3 = uint32_t(p0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  const uint32_t words[4] = {c0, c1, c2, c3};
-  uint32_t kept = 0;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    kept |= uint32_t((words[w] & 0xffffu) >= d.threshold) << w;
-    kept |= uint32_t((words[w] >> 16) >= d.threshold) << (w + 4);
-  }
-  return kept;
+  for (int l = 0; l < 8; ++l) bits |= uint32_t(kept(words, l, d.threshold)) << l;
+  return bits;
 }
 
 // What a thread keeps of its two rows of accumulators (queries) in the 128 columns of a group: every bit of eight
@@ -242,15 +228,17 @@ TF_DEVICE Kept kept_of(const Dropout& d, int32_t query0, int32_t key0) {
   return kept;
 }
 
-// Zeros where elements are dropped. key0: a multiple of 16; the tile lies within one group of 128 keys.
+// Of element e of a tile that lies within one group of 128 keys. key0: a multiple of 16.
+TF_DEVICE bool keeps(const Kept& kept, int32_t key0, int e) {
+  return (kept.bits[e % 4 / 2] >> (uint32_t(key0) % 128 / 16)) >> (8 * (e / 4 % 2 * 2 + e % 2) + e / 8) & 1u;
+}
+
+// Zeros where elements are dropped.
 template <int E>
 TF_DEVICE void drop(const Kept& kept, int32_t key0, float (&p)[E]) {
-  const uint32_t lane = uint32_t(key0) % 128 / 16;
 #pragma unroll
-  for (int e = 0; e < E; ++e) {
-    const int n = e / 4, bit = 8 * (n % 2 * 2 + e % 2) + n / 2;
-    if (!((kept.bits[e % 4 / 2] >> lane) >> bit & 1u)) p[e] = 0.f;
-  }
+  for (int e = 0; e < E; ++e)
+    if (!keeps(kept, key0, e)) p[e] = 0.f;
 }
 
 }  // namespace tf::cuda

@@ -20,7 +20,7 @@ Counters counters;
 namespace {
 
 constexpr size_t kStack = 256 * 1024;  // of a fiber; pages that are not touched cost nothing
-constexpr int kSpins = 200000;         // rounds in which nobody but spinning threads ran: nobody will help them
+constexpr int kSpins = 20000;         // rounds in which nobody but spinning threads ran: nobody will help them
 
 void* scheduler_sp = nullptr;
 const std::function<void()>* kernel = nullptr;
@@ -153,13 +153,13 @@ void run_block() {
     bool spinning = false, running = false;
     for (Thread& t : block->all) {
       running |= t.wait != Wait::done;
-      if (t.wait == Wait::spin) {
-        wake(t);
-        spinning = true;
-      }
+      spinning |= t.wait == Wait::spin;
     }
     if (!running) break;
     if (!spinning || ++spins > kSpins) fail_deadlock();
+    for (Thread& t : block->all) {
+      if (t.wait == Wait::spin) wake(t);
+    }
   }
   bulk_end();
   mbarriers_end();
