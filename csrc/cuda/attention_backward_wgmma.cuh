@@ -18,7 +18,7 @@ namespace tf::cuda {
 
 // M queries by 128 keys. Tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle.
 template <int D, int M>
-struct BackwardTile {
+struct BackwardWgmmaTile {
   static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
   static constexpr int kKeys = 128, kStages = 2;
   static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
@@ -55,7 +55,7 @@ TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
 // ---- before: delta, lse in the units of scores, zeros to add to -----------------------------------------------------
 template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   constexpr int kLanes = D / 8;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const B
 // ---- after: dQ in order, scaled, rounded ----------------------------------------------------------------------------
 template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_finish_kernel(const BackwardWgmma a) {
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (block * M >= head.queries) return;
@@ -469,12 +469,12 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
 }
 
 template <class T, int D, int M>
-__global__ void __launch_bounds__(BackwardTile<D, M>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardWgmmaTile<D, M>::kThreads, 1)
     attention_backward_wgmma_kernel(const BackwardWgmma a, TF_GRID_CONSTANT TensorMap q_map,
                                     TF_GRID_CONSTANT TensorMap k_map, TF_GRID_CONSTANT TensorMap v_map,
                                     TF_GRID_CONSTANT TensorMap grad_map) {
 #if TF_SM90A
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   TF_SHARED(base);
   const BackwardShared<Tile> shared{base};
   if (threadIdx.x == 0) {
