@@ -165,7 +165,7 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
   const auto& kernel = choose(kernels, a, "forward");
   std::optional<Tensor> counter;
   if (kernel.run == attention_forward_wgmma) {
-    counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    counter = new_scratch(q, {1}, ScalarType::Int);
     a.counter = write<int32_t>(*counter);
   }
   kernel.run(a, device.stream());
@@ -208,7 +208,7 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
   a.splits = attention_decode_splits(a);
   OptionalTensor partial;
   if (const int64_t floats = attention_decode_scratch(a)) {
-    partial = torch::stable::new_empty(lse, {floats});
+    partial = new_scratch(lse, {floats}, ScalarType::Float);
     a.partial = write<float>(*partial);
   }
   attention_decode(a, device.stream());
@@ -262,7 +262,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
   OptionalTensor scratch;
   const int64_t floats = kernel.scratch ? kernel.scratch(a) : 0;
   if (floats) {
-    scratch = torch::stable::new_empty(q, {floats}, ScalarType::Float);
+    scratch = new_scratch(q, {floats}, ScalarType::Float);
     a.scratch = write<float>(*scratch);
   }
   kernel.run(a, device.stream());

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import relative_bias
+from . import memory, relative_bias
 from .philox import threshold
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -49,7 +49,7 @@ def _decode(arguments: tuple, new_key, new_value, out, lse) -> None:
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    delta = memory.empty(lse.shape, torch.float32, lse.device)
     drelative = None if dtable is None else torch.zeros_like(arguments[10])
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
