@@ -55,8 +55,8 @@ struct ForwardWgmmaSlot {
 };
 
 template <class S>
-TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full,
-                                                        int panel_bytes, int32_t row, int32_t head, int32_t batch) {
+TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int panel_bytes,
+                                       int32_t row, int32_t head, int32_t batch) {
   mbarrier_expect_tx(full, S::PANELS * panel_bytes);  // before the loads: the phase must not end on a part of them
 #pragma unroll
   for (int panel = 0; panel < S::PANELS; ++panel)
@@ -81,6 +81,7 @@ template <class S>
 TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map, const TensorMap* k_map,
                                      const TensorMap* v_map, unsigned char* shared,
                                      ForwardWgmmaBarriers<S>* barriers) {
+  using Slot = ForwardWgmmaSlot<S::STAGES>;
   uint32_t step = 0, turn = 0, tiles = 0, tails = 0;
   const bool leader = threadIdx.x == 0;
   ForwardWgmmaSearch search{0, 0};
@@ -89,7 +90,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     ForwardWgmmaTile t{};
     t.last = !forward_wgmma_tile<S>(a, index, search, t);
     if (leader) {
-      const ForwardWgmmaSlot<S::STAGES> slot(tiles);
+      const Slot slot(tiles);
       mbarrier_wait(&barriers->tile_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round
       post_tile(&barriers->tile[slot.stage], t);
       mbarrier_arrive(&barriers->tile_full[slot.stage]);
@@ -99,7 +100,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     if (t.begin >= t.end) continue;
     const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
     auto load_keys = [&](int32_t row, uint32_t at) {
-      const ForwardWgmmaSlot<S::STAGES> slot(at);
+      const Slot slot(at);
       mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);
       forward_wgmma_load_tile<S>(shared + S::K_AT + slot.stage * S::KV_BYTES, k_map, &barriers->k_full[slot.stage],
                                  S::KV_PANEL, row, key_head, batch);
@@ -116,7 +117,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     if (a.cu_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
 #pragma unroll 1
     for (int32_t left = t.end - t.begin; left > 0; --left, ++step, row -= S::BN) {
-      const ForwardWgmmaSlot<S::STAGES> slot(step);
+      const Slot slot(step);
       unsigned char* values = shared + S::V_AT + slot.stage * S::KV_BYTES;
       if (leader) {
         if (left > 1) load_keys(row - S::BN, step + 1);
@@ -142,20 +143,19 @@ TF_DEVICE void forward_wgmma_scores(float (&s)[S::BN / 2], uint64_t q, uint64_t 
 #pragma unroll
   for (int d = 0; d < S::D / 16; ++d) {
     const int inside = d % 4 * 32;
-    wgmma_ss<typename S::T, S::BN, 0, 0>(s, q + ((d / 4 * S::Q_PANEL + inside) >> 4),
-                                         k + ((d / 4 * S::KV_PANEL + inside) >> 4), d > 0);
+    wgmma_ss<typename S::T, S::BN>(s, q + ((d / 4 * S::Q_PANEL + inside) >> 4),
+                                   k + ((d / 4 * S::KV_PANEL + inside) >> 4), d > 0);
   }
   warpgroup_commit();
 }
 
 // Issues O += P V. V is read transposed (its columns are contiguous), 16 rows a step.
 template <class S>
-TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S::BN / 16][4],
-                                                     uint64_t v) {
+TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S::BN / 16][4], uint64_t v) {
   warpgroup_fence();  // also orders the registers of P and O, just written, before the reads of wgmma
 #pragma unroll
   for (int n = 0; n < S::BN / 16; ++n)
-    wgmma_rs<typename S::T, S::D, 1>(o, p[n], v + (n * 16 * S::ROW_BYTES >> 4), true);
+    wgmma_rs<typename S::T, S::D, true>(o, p[n], v + (n * 16 * S::ROW_BYTES >> 4), true);
   warpgroup_commit();
 }
 
@@ -166,8 +166,8 @@ struct ForwardWgmmaRows {
 };
 
 template <class S>
-TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a,
-                                                   const ForwardWgmmaTile& t, int32_t row, int32_t column) {
+TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a, const ForwardWgmmaTile& t,
+                                  int32_t row, int32_t column) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int32_t first = 0, last = t.keys - 1;
@@ -191,8 +191,7 @@ TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a,
 
 // Scores to exp(score - peak), in place; decay: what the sums so far are to be multiplied by.
 template <int N>
-TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2],
-                                                      float scale_log2) {
+TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2], float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float peak = state.peak[r];
@@ -247,7 +246,7 @@ TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
 // next one begins, are left alone.
 template <class S>
 TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile& t, int32_t row,
-                                                    const float (&o)[S::D / 2], ForwardWgmmaRows& state) {
+                                   const float (&o)[S::D / 2], ForwardWgmmaRows& state) {
   const int quad_lane = threadIdx.x % 4;
   const int64_t batch = a.cu_q != nullptr ? 0 : t.b;
 #pragma unroll
@@ -282,7 +281,8 @@ TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile
 
 template <class S>
 TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* shared,
-                                                      ForwardWgmmaBarriers<S>* barriers, int group) {
+                                     ForwardWgmmaBarriers<S>* barriers, int group) {
+  using Slot = ForwardWgmmaSlot<S::STAGES>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint64_t q_descriptor = wgmma_descriptor(shared + group * 64 * S::ROW_BYTES, 0, 1024, Swizzle::b128);
   const uint64_t k_descriptor = wgmma_descriptor(shared + S::K_AT, 0, 1024, Swizzle::b128);
@@ -297,7 +297,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 
   uint32_t step = 0, turn = 0;
   for (uint32_t tiles = 0;; ++tiles) {
-    const ForwardWgmmaSlot<S::STAGES> tile_slot(tiles);
+    const Slot tile_slot(tiles);
     mbarrier_wait(&barriers->tile_full[tile_slot.stage], tile_slot.parity);
     const ForwardWgmmaTile t = read_tile(&barriers->tile[tile_slot.stage]);
     release(&barriers->tile_empty[tile_slot.stage]);  // its shuffles have made the warp wait for every lane's read
@@ -319,13 +319,13 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         if (n >= inner_end || (S::WINDOWED && n < inner_begin))
           forward_wgmma_mask<S>(s, a, t, row, n * S::BN + lane % 4 * 2);
       };
-      auto keys_at = [&](const ForwardWgmmaSlot<S::STAGES>& slot) { return k_descriptor + slot.stage * (S::KV_BYTES >> 4); };
-      auto values_at = [&](const ForwardWgmmaSlot<S::STAGES>& slot) { return v_descriptor + slot.stage * (S::KV_BYTES >> 4); };
+      auto keys_at = [&](const Slot& slot) { return k_descriptor + slot.stage * (S::KV_BYTES >> 4); };
+      auto values_at = [&](const Slot& slot) { return v_descriptor + slot.stage * (S::KV_BYTES >> 4); };
 
       float s[S::BN / 2], decay[2];
       uint32_t p[S::BN / 16][4];
       {
-        const ForwardWgmmaSlot<S::STAGES> slot(step);
+        const Slot slot(step);
         mbarrier_wait(&barriers->q_full, turn & 1);
         mbarrier_wait(&barriers->k_full[slot.stage], slot.parity);
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(slot));
@@ -339,7 +339,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
       auto turn_over = [&](int32_t n) {
         warpgroup_wait<0>();
         register_fence(o);
-        if (n < t.end - 2) release(&barriers->v_empty[ForwardWgmmaSlot<S::STAGES>(step - 1).stage]);
+        if (n < t.end - 2) release(&barriers->v_empty[Slot(step - 1).stage]);
         forward_wgmma_pack<S>(p, s);
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
@@ -350,7 +350,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 #pragma unroll 1
       for (; n >= t.begin; --n, ++step) {
         turn_over(n);
-        const ForwardWgmmaSlot<S::STAGES> key_slot(step + 1), value_slot(step);
+        const Slot key_slot(step + 1), value_slot(step);
         mbarrier_wait(&barriers->k_full[key_slot.stage], key_slot.parity);
         named_barrier_sync(mine, 256);  // the tensor cores are this group's
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(key_slot));
@@ -366,7 +366,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
       }
       release(&barriers->q_empty);
       turn_over(n);
-      const ForwardWgmmaSlot<S::STAGES> slot(step);
+      const Slot slot(step);
       mbarrier_wait(&barriers->v_full[slot.stage], slot.parity);
       forward_wgmma_output<S>(o, p, values_at(slot));
       warpgroup_wait<0>();

@@ -61,8 +61,8 @@ TF_DEVICE bool forward_wgmma_packed(const ForwardWgmma& a, int32_t index, Forwar
 }
 
 // Tile `index` of all; false: there are no more. Tiles of padded tensors walk over `heads_together` heads block by
-// block, so that their keys and values stay in the L2 cache, those of packed ones over the heads of a sequence. Windowed
-// calls start with the last rows, the longest tiles of a causal one.
+// block, so that their keys and values stay in the L2 cache, those of packed ones over the heads of a sequence.
+// Windowed calls start with the last rows, the longest tiles of a causal one.
 template <class S>
 TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search,
                                   ForwardWgmmaTile& t) {
