@@ -186,16 +186,22 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
                          int64_t window_right, double softcap, Tensor out, Tensor lse) {
   Device device(q);
   AttentionDecode a{};
-  fill(a, q, k, v, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative,
-       OptionalTensor(), scale, bottom_right, window_left, window_right, softcap, 0);
+  const bool wide = key_lengths.has_value() && key_lengths->scalar_type() == ScalarType::Long;
+  fill(a, q, k, v, bias, mask, wide ? OptionalTensor() : key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+       max_seqlen_k, relative, OptionalTensor(), scale, bottom_right, window_left, window_right, softcap, 0);
   a.out = write(out);
   a.out_rows = rows_of(out);
   float_rows(lse, "lse");
   a.lse = write<float>(lse);
   a.lse_batch = batch_stride(lse);
   a.lse_head = lse.stride(-2);
+  if (wide) {
+    STD_TORCH_CHECK(key_lengths->dim() == 1 && key_lengths->size(0) == a.batch && key_lengths->is_contiguous(),
+                    "transformer_fast: lengths must be a contiguous vector of ", a.batch);
+    a.wide_lengths = read<int64_t>(key_lengths);
+  }
   if (new_k.has_value()) {
-    STD_TORCH_CHECK(new_v.has_value() && a.key_lengths, "transformer_fast: new keys want new values and key_lengths");
+    STD_TORCH_CHECK(new_v.has_value() && key_lengths.has_value(), "transformer_fast: new keys want new values and key_lengths");
     write(k);  // the kernel extends them
     write(v);
     a.new_k = read(new_k);
@@ -290,7 +296,7 @@ TF_CUDA_IMPL(m) {
 TF_CUDA_SCHEMA(m) {
   m.def("cuda_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
   // With new_key and new_value key and value are a cache, changed in place: row key_lengths[b] + i gets new row i, and
-  // query i stands there.
+  // query i stands there. key_lengths: int32 or int64.
   m.def(
       "cuda_attention_decode(Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor? new_key, Tensor? new_value, "
       "Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, "

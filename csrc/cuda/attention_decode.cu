@@ -86,7 +86,7 @@ void run(const AttentionDecode& p, const Plan& plan, Stream stream) {
   uint32_t* counters = p.splits > 1 && tiles * chunks <= kArrivals ? slot_of(stream) : nullptr;
   const int states = kDecodeWarps * kRows * (plan.lanes * kPacks * plan.width + 2);
   const int bytes = int(sizeof(float)) * std::max(states, counters ? kRows * (kMostSplits + 2) : 0);
-  TF_LAUNCH((attention_decode_kernel<T, kRows, kPacks, kKeys, kPlain>), dim3(p.splits, tiles, chunks),
+  TF_LAUNCH((attention_decode_kernel<T, kRows, kPacks, kKeys, kPlain>), dim3(tiles, p.splits, chunks),
             dim3(kDecodeThreads), bytes, stream, p, plan.lanes, counters);
   if (p.splits == 1 || counters) return;
   TF_LAUNCH((attention_decode_join_kernel<T>), dim3(tiles, rows_of(p)), dim3(kDecodeThreads),
@@ -97,11 +97,12 @@ template <class T>
 void launch(const AttentionDecode& p, Stream stream) {
   const Plan plan = plan_of(p);
   if constexpr (sizeof(T) == 4) {
-    if (!plan.plain) return plan.packs == 1 ? run<T, 2, 1, 4, false>(p, plan, stream) : run<T, 2, 2, 2, false>(p, plan, stream);
-    if (plan.packs == 2) return plan.rows == 1 ? run<T, 1, 2, 4, true>(p, plan, stream) : run<T, 4, 2, 2, true>(p, plan, stream);
-  } else {
-    if (!plan.plain) return run<T, 2, 1, 4, false>(p, plan, stream);
+    if (plan.packs == 2) {
+      if (!plan.plain) return run<T, 2, 2, 2, false>(p, plan, stream);
+      return plan.rows == 1 ? run<T, 1, 2, 4, true>(p, plan, stream) : run<T, 4, 2, 2, true>(p, plan, stream);
+    }
   }
+  if (!plan.plain) return run<T, 2, 1, 4, false>(p, plan, stream);
   return plan.rows == 1 ? run<T, 1, 1, 8, true>(p, plan, stream) : run<T, 4, 1, 4, true>(p, plan, stream);
 }
 
@@ -111,7 +112,7 @@ const char* attention_decode_refuses(const AttentionDecode& p) {
   if (p.threshold) return "decode attention has no dropout";
   if (p.dim > 256) return "head dim over 256";
   if (rows_of(p) > kDecodeRows) return "more than 16 queries, counting those of heads that share keys";
-  if (int64_t(p.batch) * p.key_heads > 65535) return "more than 65535 sequences times key heads";
+  if (int64_t(p.batch) * p.key_heads >= INT64_C(1) << 31) return "too many sequences times key heads";
   if (p.new_k && p.cu_q) return "new keys for packed sequences";
   return nullptr;
 }

@@ -1,6 +1,6 @@
 // The kernels of attention_decode.cu.
 //
-// Rows are the queries of the heads that share a key head; block (split, sequence and key head, chunk) attends kRows of
+// Rows are the queries of the heads that share a key head; block (sequence and key head, split, chunk) attends kRows of
 // them to its share of the keys. A key belongs to `lanes` neighbouring threads, each of which reads 16 bytes of it at a
 // time, straight into registers, and keeps the same columns of q and of the output: there is no exchange but the sum of a
 // product over those lanes, and nobody waits for anybody until the block's states are joined at the end. The loads of
@@ -133,7 +133,8 @@ TF_DEVICE void join_parts(const AttentionDecode& p, const Head& head, int32_t ti
     for (int d = thread; d < p.dim; d += kDecodeThreads) {
       float sum = 0.f;
 #pragma unroll 4
-      for (int s = 0; s < p.splits; ++s) sum += load_shared(weights + r * kMostSplits + s) * load(decode_part(p, row, s) + d);
+      for (int s = 0; s < p.splits; ++s)
+        sum += load_shared(weights + r * kMostSplits + s) * load(decode_part(p, row, s) + d);
       write_out<T>(p, head, decode_row(p, head, first + r), d, load_shared(ends + 2 * r), load_shared(ends + 2 * r + 1),
                    sum);
     }
@@ -144,6 +145,10 @@ TF_DEVICE void join_parts(const AttentionDecode& p, const Head& head, int32_t ti
 TF_DEVICE Head decode_head(const AttentionDecode& p, int32_t tile, int32_t& stored) {
   const int32_t b = tile / p.key_heads;
   Head head = head_of(p, b, (tile - b * p.key_heads) * (p.heads / p.key_heads));
+  if (p.wide_lengths) {
+    head.keys = int32_t(min(max(load(p.wide_lengths + b), int64_t(0)), int64_t(head.keys)));
+    if (p.bottom_right) head.offset = head.keys - head.queries;
+  }
   stored = head.keys;
   if (p.new_k) {
     head.offset = stored;
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const int32_t thread = threadIdx.x, slice = thread % lanes, groups = kDecodeThreads / lanes;
-  const int32_t split = blockIdx.x, tile = blockIdx.y, first = blockIdx.z * kRows;
+  const int32_t tile = blockIdx.x, split = blockIdx.y, first = blockIdx.z * kRows;
   int32_t stored;
   const Head head = decode_head(p, tile, stored);
 
@@ -189,12 +194,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     }
   }
 
-  T* k = head_rows(static_cast<T*>(const_cast<void*>(p.k)), p.k_rows, head.b, head.h / (p.heads / p.key_heads), head.first_k);
-  T* v = head_rows(static_cast<T*>(const_cast<void*>(p.v)), p.v_rows, head.b, head.h / (p.heads / p.key_heads), head.first_k);
+  T* k = head_rows(static_cast<T*>(const_cast<void*>(p.k)), p.k_rows, head.b, head.key_head, head.first_k);
+  T* v = head_rows(static_cast<T*>(const_cast<void*>(p.v)), p.v_rows, head.b, head.key_head, head.first_k);
   const T *new_k = nullptr, *new_v = nullptr;
   if (p.new_k) {
-    new_k = head_rows(static_cast<const T*>(p.new_k), p.new_k_rows, head.b, head.h / (p.heads / p.key_heads), 0);
-    new_v = head_rows(static_cast<const T*>(p.new_v), p.new_v_rows, head.b, head.h / (p.heads / p.key_heads), 0);
+    new_k = head_rows(static_cast<const T*>(p.new_k), p.new_k_rows, head.b, head.key_head, 0);
+    new_v = head_rows(static_cast<const T*>(p.new_v), p.new_v_rows, head.b, head.key_head, 0);
   }
   const Range range = key_range<1>(p, head, 0, head.queries - 1);
   const int32_t share = (max(range.end - range.begin, 0) + p.splits - 1) / p.splits;

@@ -19,18 +19,17 @@ def why_not(call) -> tuple[str, ...]:
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out and lse of a call; see ops/_attention_op.py for the spec."""
-    arguments = _arguments(spec)
-    if _few(spec) and not arguments[-1]:
-        _decode(arguments, None, None, out, lse)
-        return
-    _ops.cuda_attention_forward.default(*arguments, out, lse)
+    if _few(spec) and not (spec.rng is not None and threshold(spec.dropout_p)):
+        _decode(spec, None, None, out, lse)
+    else:
+        _ops.cuda_attention_forward.default(*_arguments(spec), out, lse)
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
     """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
     if not _few(spec):
         return False
-    _decode(_arguments(spec), key, value, out, lse)
+    _decode(spec, key, value, out, lse)
     return True
 
 
@@ -39,8 +38,13 @@ def _few(spec) -> bool:
     return spec.max_seqlen_q * (spec.query.shape[1] // spec.key.shape[1]) <= DECODE_ROWS
 
 
-def _decode(arguments: tuple, new_key, new_value, out, lse) -> None:
-    query, key, value, *middle, _rng, scale, bottom_right, left, right, softcap, _threshold = arguments
+def _decode(spec, new_key, new_value, out, lse) -> None:
+    lengths = spec.key_lengths
+    if lengths is not None:  # as they are: a conversion would cost as much as a short call
+        lengths = (lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.to(torch.int64)).contiguous()
+    arguments = _arguments(spec._replace(key_lengths=None))
+    query, key, value, bias, mask, _, *middle, _rng, scale, bottom_right, left, right, softcap, _threshold = arguments
+    middle = [bias, mask, lengths, *middle]
     _ops.cuda_attention_decode.default(
         query, key, value, new_key, new_value, *middle, scale, bottom_right, left, right, softcap, out, lse
     )
