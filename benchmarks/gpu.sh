@@ -32,20 +32,20 @@ for module in hypothesis matplotlib psutil tqdm accelerate liger_kernel; do
   have "$module" || echo "not installed: $module: what needs it is left out"
 done
 
-step build 100 "$PYTHON" setup.py -q build_ext --inplace
+step build 90 "$PYTHON" setup.py -q build_ext --inplace
 step tests 150 "$PYTHON" -m pytest tests/ops tests/native -m gpu --junitxml="$FOLDER/tests.xml"
 step ledger 10 "$PYTHON" benchmarks/ledger.py "$FOLDER"
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    step "sanitizer-$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py
+  for tool in memcheck racecheck synccheck; do
+    step "sanitizer-$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py
   done
 else
-  echo "compute-sanitizer is not on PATH: memory and race checks not run" | tee "$FOLDER/sanitizer.log"
+  echo "compute-sanitizer is not on PATH: memory, race and barrier checks not run" | tee "$FOLDER/sanitizer.log"
 fi
 # With the peers that compile, on the shapes that decide; then the rest of the grid without.
 step benchmark-compiled 60 "$PYTHON" benchmarks/run.py --device cuda --quick --slow --no-memory --no-plots \
   --only 'attention-*ward/bf16-*s4096*,t5-bias-*s2048,norm-*layer-norm-32768x1024' --output "$FOLDER"
-step benchmark 180 "$PYTHON" benchmarks/run.py --device cuda --quick --no-memory --output "$FOLDER" --missing
+step benchmark 160 "$PYTHON" benchmarks/run.py --device cuda --quick --no-memory --output "$FOLDER" --missing
 
 echo "results: $FOLDER"
 exit "$failed"

@@ -21,6 +21,7 @@ __all__ = ["gpu_cases"]
 
 BF16 = torch.bfloat16
 DROPOUT = 0.1
+OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels, where OURS runs what is chosen by default
 SDPA, FLASH, CUDNN, FLEX = "torch SDPA", "SDPA flash", "SDPA cuDNN", "flex_attention"
 TORCH, COMPILE, LIGER = "torch", "torch.compile", "Liger"
 FILL = 0.4  # share of real tokens in a padded batch
@@ -78,6 +79,22 @@ def _training(function: Callable) -> Callable:
     return prepare
 
 
+def _cuda_candidate(prepare: Callable) -> Candidate:
+    """The same call through the CUDA C++ kernels. The backend is chosen in each call, forward and backward."""
+
+    def prepare_on_cuda(x):
+        with tf.backend("cuda"):
+            call = prepare(x)
+
+        def forced():
+            with tf.backend("cuda"):
+                return call()
+
+        return forced
+
+    return Candidate(OURS_CUDA, prepare_on_cuda, works_on=("cuda",))
+
+
 # ---- attention ---------------------------------------------------------------------------------------
 def _qkv(shape: shapes.AttentionShape, device: str, tiny: bool, grad: bool) -> SimpleNamespace:
     """(B, S, H, D) in memory, seen as (B, H, S, D), as models hand them over."""
@@ -123,6 +140,7 @@ def _attention(kind: str, shape, causal: bool, device: str, wrap: Callable, flop
         inputs=lambda tiny: _qkv(shape, device, tiny, kind == "backward"),
         candidates=(
             Candidate(OURS, wrap(partial(_ours, causal=causal))),
+            _cuda_candidate(wrap(partial(_ours, causal=causal))),
             Candidate(FLASH, wrap(partial(_torch, causal=causal, only=SDPBackend.FLASH_ATTENTION))),
             Candidate(CUDNN, wrap(partial(_torch, causal=causal, only=SDPBackend.CUDNN_ATTENTION)), **cuda),
             Candidate(FLEX, _flex(wrap, causal), slow=True, **cuda),
@@ -156,6 +174,9 @@ def _padded(shape: shapes.AttentionShape, device: str) -> Case:
         x.mask = (torch.arange(x.q.shape[2], device=device) < x.lengths[:, None])[:, None, None, :]
         return x
 
+    def ours(x):
+        return tf.scaled_dot_product_attention(x.q, x.k, x.v, key_lengths=x.lengths)
+
     def real(out, x):
         return out.transpose(1, 2)[x.mask[:, 0, 0]]
 
@@ -164,7 +185,8 @@ def _padded(shape: shapes.AttentionShape, device: str) -> Case:
         title=f"attention bf16, {tuple(shape)}, {FILL:.0%} of the tokens real",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, _forward(lambda x: tf.scaled_dot_product_attention(x.q, x.k, x.v, key_lengths=x.lengths))),
+            Candidate(OURS, _forward(ours)),
+            _cuda_candidate(_forward(ours)),
             Candidate(SDPA, _forward(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, x.mask))),
         ),
         peer=SDPA,
@@ -217,6 +239,7 @@ def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
         inputs=inputs,
         candidates=(
             Candidate(OURS, wrap(ours)),
+            _cuda_candidate(wrap(ours)),
             Candidate(SDPA, wrap(materialised)),
             Candidate(FLEX, _flex(wrap, False, _t5_flex), slow=True, comparable=False, works_on=("cuda",)),
         ),
@@ -231,12 +254,17 @@ def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
 
 def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
     b, h, s, d = shape
+
+    def ours(x):
+        return tf.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT)
+
     return Case(
         name=f"attention-dropout/bf16-{shape.name}",
         title=f"attention with dropout, forward + backward bf16, {tuple(shape)}",
         inputs=lambda tiny: _qkv(shape, device, tiny, True),
         candidates=(
-            Candidate(OURS, _training(lambda x: tf.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
+            Candidate(OURS, _training(ours)),
+            _cuda_candidate(_training(ours)),
             Candidate(SDPA, _training(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
         ),
         peer=SDPA,
@@ -264,6 +292,9 @@ def _decode(batch: int, context: int, device: str) -> Case:
         x.last = torch.full((b,), length - 1, device=device)
         return x
 
+    def ours(x):
+        return tf.kv_cache_attention(x.q, x.k, x.v, x.keys, x.values, x.last)
+
     def torch_static(x):
         x.keys[:, :, -1:] = x.k
         x.values[:, :, -1:] = x.v
@@ -274,7 +305,8 @@ def _decode(batch: int, context: int, device: str) -> Case:
         title=f"one decoding step bf16, {batch} sequences, context {context}",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, _forward(lambda x: tf.kv_cache_attention(x.q, x.k, x.v, x.keys, x.values, x.last))),
+            Candidate(OURS, _forward(ours)),
+            _cuda_candidate(_forward(ours)),
             Candidate(SDPA, _forward(torch_static)),
         ),
         peer=SDPA,
@@ -308,6 +340,7 @@ def _norm(what: str, rows_width, training: bool, device: str, ours, theirs, lige
 
     candidates = [
         Candidate(OURS, wrap(ours)),
+        _cuda_candidate(wrap(ours)),
         Candidate(TORCH, wrap(theirs)),
         Candidate(COMPILE, lambda x: wrap(torch.compile(theirs, dynamic=False))(x), slow=True, works_on=("cuda",)),
     ]

@@ -1,28 +1,62 @@
-"""Every op once, forward and backward, on small awkward shapes: what compute-sanitizer watches in gpu.sh."""
+"""Every op once, forward and backward, on small awkward shapes: what compute-sanitizer watches in gpu.sh.
+
+On a GPU the ops that have CUDA C++ kernels go through those too, whichever is chosen by default.
+"""
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 import transformer_fast as tf
+from transformer_fast.backends import BackendError
 
 
 def main(device: str = "cuda") -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for rows, width in ((1, 1), (3, 100), (17, 768), (5, 1025)):
+            _norms(rows, width, dtype, device)
             _rows(rows, width, dtype, device)
         for length, head_dim in ((1, 64), (65, 64), (130, 40)):
             _attention(length, head_dim, dtype, device)
         _decoding(dtype, device)
     if device == "cuda":
         torch.cuda.synchronize()
+        with tf.backend("cuda"):
+            for name, reasons in cuda_calls(device):
+                print(f"CUDA C++, {name}: {reasons or 'run'}")
+        torch.cuda.synchronize()
 
 
-def _rows(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+def cuda_calls(device: str) -> Iterator[tuple[str, str]]:
+    """Runs what the CUDA C++ kernels take, under backend("cuda"): (what, why it was refused or "")."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        calls = {f"norms {r}x{w}": partial(_norms, r, w) for r, w in ((1, 1), (3, 100), (17, 768), (5, 1025))}
+        for length, head_dim in ((1, 64), (65, 64), (130, 128), (130, 40)):
+            calls[f"attention {length}, {head_dim}"] = partial(_attention, length, head_dim)
+            calls[f"attention without features {length}, {head_dim}"] = partial(_plain_attention, length, head_dim)
+        calls["decoding"] = _decoding
+        for name, call in calls.items():
+            try:
+                call(dtype, device)
+            except BackendError as error:
+                yield f"{name}, {dtype}", str(error)
+            else:
+                yield f"{name}, {dtype}", ""
+
+
+def _norms(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
     x, residual = (torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     tf.layer_norm(x, (width,), weight, bias).sum().backward()
     tf.rms_norm(x, (width,), weight).sum().backward()
     y, total = tf.add_layer_norm(x, residual, weight, bias, dropout_p=0.1)
     (y.sum() + total.sum()).backward()
+
+
+def _rows(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.randn(width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     tf.bias_activation(x, bias, "gelu").sum().backward()
     tf.dropout(x, 0.2).sum().backward()
     tf.cross_entropy(x, torch.zeros(rows, dtype=torch.int64, device=device), label_smoothing=0.1).backward()
@@ -47,6 +81,14 @@ def _attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> N
     packed = [leaf(length + 3, 3, head_dim) for _ in range(3)]
     bounds = torch.tensor([0, length, length + 3], dtype=torch.int32, device=device)
     tf.varlen_attention(*packed, bounds, softcap=5.0).sum().backward()
+
+
+def _plain_attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """What the kernels of one architecture take: nothing but causal, grouped heads, lengths."""
+    q, k, v = (torch.randn(2, h, length, head_dim, device=device, dtype=dtype, requires_grad=True) for h in (4, 2, 2))
+    lengths = torch.tensor([length, length // 2], device=device)
+    for options in ({}, {"is_causal": True}, {"key_lengths": lengths}):
+        tf.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).sum().backward()
 
 
 def _decoding(dtype: torch.dtype, device: str) -> None:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformer_fast.benchmarks import run
 from transformer_fast.benchmarks.case import OURS, missing
-from transformer_fast.benchmarks.gpu_cases import gpu_cases
+from transformer_fast.benchmarks.gpu_cases import OURS_CUDA, gpu_cases
 from transformer_fast.benchmarks.model_cases import gpu_model_cases
 
 OPS = {case.name: case for case in gpu_cases("cpu")}
 MODELS = {case.name: case for case in gpu_model_cases("cpu")}
-ONLY_ON_A_GPU = ("SDPA cuDNN", "Liger")
+ONLY_ON_A_GPU = ("SDPA cuDNN", "Liger", OURS_CUDA)
 
 
 @pytest.fixture

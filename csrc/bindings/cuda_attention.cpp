@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/attention.hpp"
+#include "cuda/attention_decode.hpp"
 
 namespace tf::cuda {
 
@@ -17,6 +18,8 @@ TF_OPTIONAL void attention_forward_wgmma(const AttentionForward&, Stream);
 TF_OPTIONAL const char* attention_backward_mma_refuses(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_mma(const AttentionBackward&, Stream);
 TF_OPTIONAL const char* attention_backward_wgmma_refuses(const AttentionBackward&);
+TF_OPTIONAL int64_t attention_backward_mma_scratch(const AttentionBackward&);
+TF_OPTIONAL int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_wgmma(const AttentionBackward&, Stream);
 
 namespace {
@@ -25,6 +28,7 @@ template <class Call>
 struct Kernel {
   const char* (*refuses)(const Call&);
   void (*run)(const Call&, Stream);
+  int64_t (*scratch)(const Call&) = nullptr;  // floats, where the kernel wants some
 };
 
 // The first that takes the call; an error with every reason when none does.
@@ -99,6 +103,8 @@ void fill(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const
   a.q_rows = rows_of(q);
   a.k_rows = rows_of(k);
   a.v_rows = rows_of(v);
+  a.total_q = packed ? q.size(0) : 0;
+  a.total_k = packed ? k.size(0) : 0;
   a.cu_q = integers(cu_seqlens_q, a.batch + 1);
   a.cu_k = integers(cu_seqlens_k, a.batch + 1);
   a.key_lengths = integers(key_lengths, a.batch);
@@ -156,7 +162,56 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
     a.lse_batch = batch_stride(*lse);
     a.lse_head = lse->stride(-2);
   }
-  choose(kernels, a, "forward").run(a, device.stream());
+  const auto& kernel = choose(kernels, a, "forward");
+  std::optional<Tensor> counter;
+  if (kernel.run == attention_forward_wgmma) {
+    counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    a.counter = write<int32_t>(*counter);
+  }
+  kernel.run(a, device.stream());
+}
+
+Rows new_rows(const OptionalTensor& t, const Attention& a) {
+  if (!t.has_value()) return {};
+  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == a.batch && t->size(1) == a.key_heads && t->size(2) == a.queries &&
+                      t->size(3) == a.dim && dtype_of(*t) == a.dtype,
+                  "transformer_fast: new keys and values must be as the queries, with the cache's heads");
+  return rows_of(*t);
+}
+
+void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, OptionalTensor new_v, OptionalTensor bias,
+                         OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
+                         OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                         OptionalTensor relative, double scale, bool bottom_right, int64_t window_left,
+                         int64_t window_right, double softcap, Tensor out, Tensor lse) {
+  Device device(q);
+  AttentionDecode a{};
+  fill(a, q, k, v, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative,
+       OptionalTensor(), scale, bottom_right, window_left, window_right, softcap, 0);
+  a.out = write(out);
+  a.out_rows = rows_of(out);
+  float_rows(lse, "lse");
+  a.lse = write<float>(lse);
+  a.lse_batch = batch_stride(lse);
+  a.lse_head = lse.stride(-2);
+  if (new_k.has_value()) {
+    STD_TORCH_CHECK(new_v.has_value() && a.key_lengths, "transformer_fast: new keys want new values and key_lengths");
+    write(k);  // the kernel extends them
+    write(v);
+    a.new_k = read(new_k);
+    a.new_v = read(new_v);
+    a.new_k_rows = new_rows(new_k, a);
+    a.new_v_rows = new_rows(new_v, a);
+  }
+  const char* reason = attention_decode_refuses(a);
+  STD_TORCH_CHECK(!reason, "transformer_fast: the CUDA decoding kernel does not take this call: ", reason ? reason : "");
+  a.splits = attention_decode_splits(a);
+  OptionalTensor partial;
+  if (const int64_t floats = attention_decode_scratch(a)) {
+    partial = torch::stable::new_empty(lse, {floats});
+    a.partial = write<float>(*partial);
+  }
+  attention_decode(a, device.stream());
 }
 
 void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
@@ -164,11 +219,11 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                         int64_t max_seqlen_k, OptionalTensor relative, OptionalTensor rng, double scale,
                         bool bottom_right, int64_t window_left, int64_t window_right, double softcap,
-                        int64_t threshold, bool deterministic, Tensor delta, OptionalTensor dq_accumulator, Tensor dq,
-                        Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor drelative) {
+                        int64_t threshold, bool deterministic, Tensor delta, Tensor dq, Tensor dk, Tensor dv,
+                        OptionalTensor dbias, OptionalTensor drelative) {
   static const Kernel<AttentionBackward> kernels[] = {
-      {attention_backward_wgmma_refuses, attention_backward_wgmma},
-      {attention_backward_mma_refuses, attention_backward_mma},
+      {attention_backward_wgmma_refuses, attention_backward_wgmma, attention_backward_wgmma_scratch},
+      {attention_backward_mma_refuses, attention_backward_mma, attention_backward_mma_scratch},
   };
   Device device(q);
   AttentionBackward a{};
@@ -187,7 +242,6 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     a.grad_lse_head = grad_lse->stride(-2);
   }
   a.delta = write<float>(delta);
-  a.dq_accumulator = write<float>(dq_accumulator);
   a.dq = write(dq);
   a.dk = write(dk);
   a.dv = write(dv);
@@ -198,9 +252,20 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     a.dbias = write<float>(*dbias);
     broadcast_strides(*dbias, a.dbias_stride);
   }
-  a.drelative = write<float>(drelative);
+  if (drelative.has_value()) {
+    STD_TORCH_CHECK(relative.has_value() && drelative->is_contiguous() && drelative->numel() == relative->numel(),
+                    "transformer_fast: drelative must be contiguous, of relative's shape");
+    a.drelative = write<float>(*drelative);
+  }
   a.deterministic = deterministic;
-  choose(kernels, a, "backward").run(a, device.stream());
+  const Kernel<AttentionBackward>& kernel = choose(kernels, a, "backward");
+  OptionalTensor scratch;
+  const int64_t floats = kernel.scratch ? kernel.scratch(a) : 0;
+  if (floats) {
+    scratch = torch::stable::new_empty(q, {floats}, ScalarType::Float);
+    a.scratch = write<float>(*scratch);
+  }
+  kernel.run(a, device.stream());
 }
 
 }  // namespace
@@ -208,6 +273,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
 
 TF_CUDA_IMPL(m) {
   m.impl("cuda_attention_forward", TORCH_BOX(&tf::cuda::attention_forward));
+  m.impl("cuda_attention_decode", TORCH_BOX(&tf::cuda::attention_decode_op));
   m.impl("cuda_attention_backward", TORCH_BOX(&tf::cuda::attention_backward));
 }
 #endif
@@ -215,15 +281,22 @@ TF_CUDA_IMPL(m) {
 // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
 // 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
 // beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta, dq_accumulator (of dq's shape, contiguous): scratch. dbias: float32, zeros, of bias's
-// shape. drelative: float32, zeros, of relative's shape.
+// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros, of
+// relative's shape.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \
   "bool bottom_right, int window_left, int window_right, float softcap, int threshold, "
 TF_CUDA_SCHEMA(m) {
   m.def("cuda_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  // With new_key and new_value key and value are a cache, changed in place: row key_lengths[b] + i gets new row i, and
+  // query i stands there.
+  m.def(
+      "cuda_attention_decode(Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor? new_key, Tensor? new_value, "
+      "Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, Tensor? relative, float scale, bool bottom_right, int window_left, int window_right, "
+      "float softcap, Tensor(c!) out, Tensor(d!) lse) -> ()");
   m.def("cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
-        "bool deterministic, Tensor(a!) delta, Tensor(b!)? dq_accumulator, Tensor(c!) dq, Tensor(d!) dk, "
-        "Tensor(e!) dv, Tensor(f!)? dbias, Tensor(g!)? drelative) -> ()");
+        "bool deterministic, Tensor(a!) delta, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv, "
+        "Tensor(e!)? dbias, Tensor(f!)? drelative) -> ()");
 }

@@ -17,7 +17,12 @@ RowDropout dropout_of(const OptionalTensor& rng, int64_t threshold, double keep_
   return {read<int64_t>(rng), uint32_t(threshold), float(keep_scale)};
 }
 
-void norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor rng,
+int32_t width_of(const Matrix& m) {
+  STD_TORCH_CHECK(m.width <= kWidestNorm, "transformer_fast: rows of ", m.width, " elements; wanted at most ", kWidestNorm);
+  return int32_t(m.width);
+}
+
+void forward_op(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor rng,
                   double eps, bool rms, int64_t threshold, double keep_scale, Tensor y, OptionalTensor sum,
                   OptionalTensor mean, OptionalTensor rstd) {
   const Device device(x);
@@ -33,16 +38,17 @@ void norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, Opti
   a.rstd = write<float>(rstd);
   const Matrix m = matrix_of(x);
   a.rows = m.rows;
-  a.width = m.width;
+  a.width = width_of(m);
+  a.inverse = 1.f / float(m.width);
   a.x_stride = m.stride;
   a.residual_stride = row_stride(residual);
   a.eps = float(eps);
   a.rms = rms;
   a.dropout = dropout_of(rng, threshold, keep_scale);
-  cuda::norm_forward(a, device.stream());
+  norm_forward(a, device.stream());
 }
 
-void norm_backward(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTensor weight, OptionalTensor mean,
+void backward_op(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTensor weight, OptionalTensor mean,
                    Tensor rstd, OptionalTensor rng, int64_t threshold, double keep_scale, Tensor grad_v,
                    OptionalTensor grad_x, OptionalTensor grad_weight, OptionalTensor grad_bias) {
   const Device device(v);
@@ -60,7 +66,8 @@ void norm_backward(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTen
   a.grad_bias = write<float>(grad_bias);
   const Matrix m = matrix_of(v);
   a.rows = m.rows;
-  a.width = m.width;
+  a.width = width_of(m);
+  a.inverse = 1.f / float(m.width);
   a.grad_y_stride = matrix_of(grad_y).stride;
   a.grad_sum_stride = row_stride(grad_sum);
   a.v_stride = m.stride;
@@ -71,15 +78,15 @@ void norm_backward(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTen
     partial = torch::stable::new_empty(rstd, {wanted, norm_backward_blocks(a), a.width});
     a.partial = write<float>(*partial);
   }
-  cuda::norm_backward(a, device.stream());
+  norm_backward(a, device.stream());
 }
 
 }  // namespace
 }  // namespace tf::cuda
 
 TF_CUDA_IMPL(m) {
-  m.impl("cuda_norm_forward", TORCH_BOX(&tf::cuda::norm_forward));
-  m.impl("cuda_norm_backward", TORCH_BOX(&tf::cuda::norm_backward));
+  m.impl("cuda_norm_forward", TORCH_BOX(&tf::cuda::forward_op));
+  m.impl("cuda_norm_backward", TORCH_BOX(&tf::cuda::backward_op));
 }
 #endif
 

@@ -20,6 +20,7 @@ struct Attention {
   const void *q, *k, *v;
   Rows q_rows, k_rows, v_rows;
   const int32_t *cu_q, *cu_k;  // packed: batch + 1 offsets, on the device; else null
+  int64_t total_q, total_k;    // packed: rows of all sequences, which bounds what TMA may touch
   const int32_t* key_lengths;  // padded: keys in use of each sequence, on the device; or null
   BiasType bias_type;
   const void* bias;
@@ -43,6 +44,7 @@ struct AttentionForward : Attention {
   Rows out_rows;
   float* lse;  // natural logarithm; -inf where a row has nothing to attend to; or null
   int64_t lse_batch, lse_head;
+  int32_t* counter;  // scratch, one: tiles of unequal length go to whichever block is free; or null
 };
 
 struct AttentionBackward : Attention {
@@ -53,10 +55,10 @@ struct AttentionBackward : Attention {
   float* delta;  // scratch, (B, H, Sq) or (H, total): rowsum(grad_out * out) - grad_lse
   void *dq, *dk, *dv;
   Rows dq_rows, dk_rows, dv_rows;
-  float* dq_accumulator;  // scratch where the algorithm sums dQ in float32, else null
+  float* scratch;         // as many floats as the kernel's *_scratch says, aligned to 16 bytes; null without one
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  float* drelative;  // zeros before; or null
+  float* drelative;       // (heads, 2 * reach + 1), zeros before; or null
   bool deterministic;
 };
 
@@ -69,6 +71,8 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward&);
 void attention_forward_mma(const AttentionForward&, Stream);
 void attention_forward_wgmma(const AttentionForward&, Stream);
 void attention_backward_mma(const AttentionBackward&, Stream);
+int64_t attention_backward_mma_scratch(const AttentionBackward&);  // floats
+int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 void attention_backward_wgmma(const AttentionBackward&, Stream);
 
 }  // namespace tf::cuda

@@ -7,6 +7,7 @@
 // V during Q K^T and the next K during softmax and P V. P goes from accumulators to operand in registers.
 #pragma once
 #include "attention_scores.cuh"
+#include "attention_tiles.cuh"
 
 namespace tf::cuda {
 
@@ -26,50 +27,6 @@ struct ForwardTile {
   static constexpr int kBlocks = BLOCKS_;  // that a multiprocessor is to hold: bounds the registers
   static constexpr int kTileBytes = (kRows + 2 * N) * D * int(sizeof(T));
 };
-
-// Element offset of 16-byte chunk `chunk` of row `row` of a tile of D columns.
-template <int D>
-TF_DEVICE uint32_t swizzled(uint32_t row, uint32_t chunk) {
-  return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
-}
-
-// A value that the compiler cannot see through: what follows from it is computed again, not kept in registers.
-TF_DEVICE uint32_t opaque(uint32_t x) {
-#ifndef TF_EMULATE
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
-// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read.
-// ANY: rows need not be aligned to 16 bytes.
-template <int D, int ROWS, int THREADS, bool ANY, class T>
-TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, uint32_t first, uint32_t limit, uint32_t dim,
-                                          bool aligned) {
-  constexpr uint32_t kChunks = D / 8, kStep = THREADS / kChunks;
-  static_assert(THREADS % kChunks == 0 && ROWS % kStep == 0);
-  const uint32_t thread = opaque(threadIdx.x), chunk = thread % kChunks, row0 = thread / kChunks;
-  const T* from = rows + ((first + row0) * stride + chunk * 8);
-  if (!ANY || aligned) {
-    const bool wide = chunk * 8 < dim;
-#pragma unroll
-    for (uint32_t row = row0; row < ROWS; row += kStep) {
-      const bool inside = wide && first + row < limit;
-      cp_async_16(tile + swizzled<D>(row, chunk), inside ? from : rows, inside);
-      from += kStep * stride;
-    }
-  } else {
-#pragma unroll 1
-    for (uint32_t row = row0; row < ROWS; row += kStep) {
-      Vec<T, 8> values;
-#pragma unroll
-      for (int c = 0; c < 8; ++c)
-        values.v[c] = first + row < limit && chunk * 8 + c < dim ? load(from + c) : from_float<T>(0.f);
-      store_shared_vec(tile + swizzled<D>(row, chunk), values);
-      from += kStep * stride;
-    }
-  }
-}
 
 // s += 16 rows of a times N rows of b, both in shared memory: S of one m16 tile for M tiles at once.
 template <class Tile>

@@ -4,6 +4,8 @@
 
 namespace tf::cuda {
 
+constexpr int64_t kWidestNorm = int64_t(1) << 30;  // so that columns are int32
+
 using Stream = void*;  // cudaStream_t
 
 struct Parameter {  // a (width,) vector: float, or of the rows' dtype
@@ -23,9 +25,10 @@ struct NormForward {
   Parameter weight, bias;
   void *y, *sum;       // sum may be null: v
   float *mean, *rstd;  // may be null; mean unused for rms
-  int64_t rows, width;
+  int64_t rows;
+  int32_t width;
   int64_t x_stride, residual_stride;  // between rows; y and sum are contiguous
-  float eps;
+  float eps, inverse;  // inverse: 1 / width
   bool rms;
   RowDropout dropout;
 };
@@ -38,8 +41,10 @@ struct NormBackward {
   void *grad_v, *grad_x;     // contiguous; grad_x may be null: grad_v times the dropout factors
   float *grad_weight, *grad_bias;  // may be null
   float* partial;  // (wanted gradients, blocks, width): the sums of each block; null when neither is wanted
-  int64_t rows, width;
+  int64_t rows;
+  int32_t width;
   int64_t grad_y_stride, grad_sum_stride, v_stride;
+  float inverse;  // 1 / width
   RowDropout dropout;
 };
 

@@ -18,12 +18,11 @@ struct BackwardPacks {
   Pack<T, kWidth> grad_y[kPacks], v[kPacks];
   float mean, rstd;
 
-  template <class Column>
-  TF_DEVICE void read(const NormBackward& p, int64_t row, Column first, Column step) {
+  TF_DEVICE void read(const NormBackward& p, int64_t row, int first, int step) {
     const bool exists = row < p.rows;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const Column column = first + i * step;
+      const int column = first + i * step;
       const bool inside = exists && column < p.width;
       grad_y[i] = read_pack<T, kWidth>(static_cast<const T*>(p.grad_y) + row * p.grad_y_stride, column, inside);
       v[i] = read_pack<T, kWidth>(static_cast<const T*>(p.v) + row * p.v_stride, column, inside);
@@ -34,15 +33,15 @@ struct BackwardPacks {
 };
 
 // From the first-level cache in every row: registers are short.
-template <class T, int kWidth, class Column>
-TF_DEVICE void read_weight(const NormBackward& p, Column column, float (&weight)[kWidth]) {
+template <class T, int kWidth>
+TF_DEVICE void read_weight(const NormBackward& p, int column, float (&weight)[kWidth]) {
 #pragma unroll
   for (float& w : weight) w = 1.f;
   if (p.weight.data && column < p.width) read_parameter<T>(p.weight, column, weight);
 }
 
 template <class T, int kWidth>
-TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row, int64_t column, bool inside,
+TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row, int column, bool inside,
                                float (&grad)[kWidth]) {
   Pack<T, kWidth> out;
   const int64_t place = row * p.width + column;
@@ -75,7 +74,7 @@ TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float 
   for (int column = thread; column < p.width; column += threads) {
     float total = 0.f;
     for (int y = 0; y < int(blockDim.y); ++y) total += load_shared(scratch + y * width + column);
-    store(partial + blockIdx.x * p.width + column, total);
+    store(partial + int64_t(blockIdx.x) * p.width + column, total);
   }
   __syncthreads();
 }
@@ -88,7 +87,6 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
   float* scratch = reinterpret_cast<float*>(shared);
   const int first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
   const int64_t rows = int64_t(gridDim.x) * blockDim.y;
-  const float inverse = 1.f / float(p.width);
   const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
   float grad_weight[kPacks][kWidth] = {}, grad_bias[kPacks][kWidth] = {};
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -114,15 +112,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
         grad_bias[i][e] += dy[e];
       }
     }
-    Pack<T, kWidth> grad_sum[kPacks];
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const bool inside = p.grad_sum && row < p.rows && first + i * step < p.width;
-      grad_sum[i] = read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride,
-                                         first + i * step, inside);
-    }
     row_sum<true>(sums, scratch, turn);
-    const float along = sums[0] * inverse, across = p.mean ? sums[1] * inverse : 0.f;
+    const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       now.grad_y[i].forget();
@@ -131,7 +122,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
       now.grad_y[i].get(grad);
       now.v[i].get(xhat);
       read_weight<T>(p, first + i * step, weight);
-      grad_sum[i].get(beside);
+      read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, first + i * step,
+                           p.grad_sum && row < p.rows && first + i * step < p.width)
+          .get(beside);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
         xhat[e] = (xhat[e] - now.mean) * now.rstd;
@@ -151,7 +144,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
   float* partial = p.partial;
   if (p.grad_weight) {
     write_partial(p, partial, grad_weight, scratch);
-    partial += gridDim.x * p.width;
+    partial += int64_t(gridDim.x) * p.width;
   }
   if (p.grad_bias) write_partial(p, partial, grad_bias, scratch);
 }
@@ -159,16 +152,14 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
 // Rows too wide for registers, or not aligned (kWidth 1): each is read twice, the second time from the caches, and the
 // sums over rows live in `partial`, each of them touched by one thread only.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kNormThreads) norm_backward_wide_kernel(const NormBackward p) {
+__global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(const NormBackward p) {
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
-  const int64_t step = int64_t(blockDim.x) * kWidth, first = threadIdx.x * kWidth;
-  const int64_t end = (p.width + step - 1) / step * step;  // the threads of a row go round together
-  const float inverse = 1.f / float(p.width);
+  const int step = blockDim.x * kWidth, first = threadIdx.x * kWidth;
   const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
-  float* grad_weight = p.grad_weight ? p.partial + blockIdx.x * p.width : nullptr;
-  float* grad_bias = p.grad_bias ? p.partial + ((p.grad_weight ? gridDim.x : 0) + blockIdx.x) * p.width : nullptr;
-  for (int64_t column = first; column < p.width; column += step) {
+  float* grad_weight = p.grad_weight ? p.partial + int64_t(blockIdx.x) * p.width : nullptr;
+  float* grad_bias = p.grad_bias ? p.partial + ((p.grad_weight ? int64_t(gridDim.x) : 0) + blockIdx.x) * p.width : nullptr;
+  for (int column = first; column < p.width; column += step) {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       if (grad_weight) store(grad_weight + column + e, 0.f);
@@ -180,15 +171,15 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_wide_kernel(const 
     float sums[2] = {};
     BackwardPacks<T, kWidth, 1> now;
     float dy[kWidth], xhat[kWidth], weight[kWidth];
-    const auto read = [&](int64_t column) {
-      now.read(p, row, column, int64_t(0));
+    const auto read = [&](int column) {
+      now.read(p, row, column, 0);
       now.grad_y[0].get(dy);
       now.v[0].get(xhat);
 #pragma unroll
       for (float& x : xhat) x = (x - now.mean) * now.rstd;
       read_weight<T>(p, column, weight);
     };
-    for (int64_t column = first; column < p.width; column += step) {
+    for (int column = first; column < p.width; column += step) {
       read(column);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
@@ -197,8 +188,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_wide_kernel(const 
       }
     }
     row_sum<true>(sums, scratch, turn);
-    const float along = sums[0] * inverse, across = p.mean ? sums[1] * inverse : 0.f;
-    for (int64_t column = first; column < end; column += step) {
+    const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
+    for (int base = 0; base < p.width; base += step) {  // whole warps: they draw the dropout mask together
+      const int column = base + first;
       const bool inside = column < p.width;
       float grad[kWidth], beside[kWidth];
       read(column);
@@ -219,12 +211,12 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_wide_kernel(const 
 __global__ void __launch_bounds__(kSumColumns* kSumRows) norm_parameters_kernel(const NormBackward p, int blocks) {
   TF_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
-  const int64_t column = int64_t(blockIdx.x) * kSumColumns + threadIdx.x;
+  const int column = blockIdx.x * kSumColumns + threadIdx.x;
   const float* from = p.partial + int64_t(blockIdx.y) * blocks * p.width + column;
   float total = 0.f;
   if (column < p.width) {
 #pragma unroll 8
-    for (int b = threadIdx.y; b < blocks; b += kSumRows) total += load(from + b * p.width);
+    for (int b = threadIdx.y; b < blocks; b += kSumRows) total += load(from + int64_t(b) * p.width);
   }
   store_shared(sums + threadIdx.y * kSumColumns + threadIdx.x, total);
   __syncthreads();
@@ -249,7 +241,7 @@ Plan plan_of(const NormBackward& p) {
   plan.packs = p.width % width == 0 && p.grad_y_stride % width == 0 && p.grad_sum_stride % width == 0 &&
                p.v_stride % width == 0 && aligned(p.grad_y) && aligned(p.grad_sum) && aligned(p.v) &&
                aligned(p.weight.data) && aligned(p.grad_v) && aligned(p.grad_x);
-  const int64_t columns = plan.packs ? p.width / width : p.width, sms = multiprocessors();
+  const int columns = plan.packs ? p.width / width : p.width, sms = multiprocessors();
   const int most = 16 / width;  // 16 elements a thread
   plan.wide = !plan.packs || columns > most * kNormThreads;
   if (plan.wide) {
@@ -258,7 +250,7 @@ Plan plan_of(const NormBackward& p) {
     plan.blocks = std::min<int64_t>(p.rows, sms * (kNormThreads / threads));
     return plan;
   }
-  plan.most = columns <= 32 ? 1 : std::min<int64_t>(most, columns <= 2 * kNormThreads ? 2 : 4);
+  plan.most = columns <= 32 ? 1 : std::min(most, columns <= 2 * kNormThreads ? 2 : 4);
   const int threads = row_threads(columns, plan.most, p.grad_x);
   int rows = kNormThreads / threads;
   if (threads > 32) rows = std::min(rows, 15);

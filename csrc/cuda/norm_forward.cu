@@ -13,16 +13,16 @@ struct ForwardRow {
   const int64_t row;
   const bool exists;
 
-  TF_DEVICE bool inside(int64_t column) const { return exists && column < p.width; }
+  TF_DEVICE bool inside(int column) const { return exists && column < p.width; }
 
-  TF_DEVICE P x(int64_t column) const {
+  TF_DEVICE P x(int column) const {
     return read_pack<T, kWidth>(static_cast<const T*>(p.x) + row * p.x_stride, column, inside(column));
   }
-  TF_DEVICE P residual(int64_t column) const {
+  TF_DEVICE P residual(int column) const {
     return read_pack<T, kWidth>(static_cast<const T*>(p.residual) + row * p.residual_stride, column, inside(column));
   }
   // residual + dropout(x), rounded to T: what is normalised is what is returned. Whole warps call it.
-  TF_DEVICE void combine(P& x, const P& residual, int64_t column) const {
+  TF_DEVICE void combine(P& x, const P& residual, int column) const {
     float v[kWidth], r[kWidth];
     x.get(v);
     if (p.dropout.threshold) drop_row(p.dropout, key, row, column, v);
@@ -33,16 +33,16 @@ struct ForwardRow {
     }
     x.set(v);
   }
-  TF_DEVICE P v(int64_t column) const {
+  TF_DEVICE P v(int column) const {
     P pack = x(column), other;
     if (p.residual) other = residual(column);
     if (p.residual || p.dropout.threshold) combine(pack, other, column);
     return pack;
   }
-  TF_DEVICE void write_sum(const P& v, int64_t column) const {
+  TF_DEVICE void write_sum(const P& v, int column) const {
     if (p.sum && inside(column)) v.write(static_cast<T*>(p.sum) + row * p.width + column);
   }
-  TF_DEVICE void write_y(const P& v, int64_t column, float mean, float rstd) const {
+  TF_DEVICE void write_y(const P& v, int column, float mean, float rstd) const {
     if (!inside(column)) return;
     float y[kWidth], w[kWidth];
     v.get(y);
@@ -62,14 +62,14 @@ struct ForwardRow {
     out.set(y);
     out.write(static_cast<T*>(p.y) + row * p.width + column);
   }
-  TF_DEVICE float sum(const P& v, int64_t column) const {
+  TF_DEVICE float sum(const P& v, int column) const {
     float f[kWidth], total = 0.f;
     v.get(f);  // zeros outside
 #pragma unroll
     for (float x : f) total += x;
     return total;
   }
-  TF_DEVICE float squares(const P& v, int64_t column, float mean) const {
+  TF_DEVICE float squares(const P& v, int column, float mean) const {
     float f[kWidth], total = 0.f;
     if (column >= p.width) return 0.f;
     v.get(f);
@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormFo
   float* scratch = reinterpret_cast<float*>(shared);
   const auto row = forward_row<T, kWidth>(p);
   const int first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
-  const float inverse = 1.f / float(p.width);
   Pack<T, kWidth> v[kPacks], residual[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) v[i] = row.x(first + i * step);
@@ -119,13 +118,13 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormFo
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) total[0] += row.sum(v[i], first + i * step);
     row_sum<false>(total, scratch, 0);
-    mean = total[0] * inverse;
+    mean = total[0] * p.inverse;
   }
   float squares[1] = {};
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) squares[0] += row.squares(v[i], first + i * step, mean);
   row_sum<false>(squares, scratch, 1);
-  const float rstd = 1.f / sqrtf(squares[0] * inverse + p.eps);
+  const float rstd = 1.f / sqrtf(squares[0] * p.inverse + p.eps);
   row.write_statistics(mean, rstd);
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) row.write_y(v[i], first + i * step, mean, rstd);
@@ -138,24 +137,22 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const N
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const auto row = forward_row<T, kWidth>(p);
-  const int64_t step = int64_t(blockDim.x) * kWidth, first = threadIdx.x * kWidth;
-  const int64_t end = (p.width + step - 1) / step * step;  // the threads of a row go round together
-  const float inverse = 1.f / float(p.width);
+  const int step = blockDim.x * kWidth, first = threadIdx.x * kWidth;
   float mean = 0.f, total[1] = {}, squares[1] = {};
-  for (int64_t column = first; column < end; column += step) {
+  for (int column = first; column - first < p.width; column += step) {
     const auto v = row.v(column);
     row.write_sum(v, column);
     total[0] += row.sum(v, column);
   }
   if (!p.rms) {
     row_sum<false>(total, scratch, 0);
-    mean = total[0] * inverse;
+    mean = total[0] * p.inverse;
   }
-  for (int64_t column = first; column < end; column += step) squares[0] += row.squares(row.v(column), column, mean);
+  for (int column = first; column - first < p.width; column += step) squares[0] += row.squares(row.v(column), column, mean);
   row_sum<false>(squares, scratch, 1);
-  const float rstd = 1.f / sqrtf(squares[0] * inverse + p.eps);
+  const float rstd = 1.f / sqrtf(squares[0] * p.inverse + p.eps);
   row.write_statistics(mean, rstd);
-  for (int64_t column = first; column < end; column += step) row.write_y(row.v(column), column, mean, rstd);
+  for (int column = first; column - first < p.width; column += step) row.write_y(row.v(column), column, mean, rstd);
 }
 
 bool in_packs(const NormForward& p, int width) {
@@ -167,7 +164,7 @@ template <class T>
 void launch(const NormForward& p, Stream stream) {
   constexpr int kWidth = 16 / sizeof(T);
   const bool packs = in_packs(p, kWidth), dropout = p.dropout.threshold;
-  const int64_t columns = packs ? p.width / kWidth : p.width;
+  const int columns = packs ? p.width / kWidth : p.width;
   const bool wide = !packs || columns > 4 * kNormThreads;
   // One pack a thread up to a warp; then up to four, so that rows of 1024 16-bit elements need no barrier.
   const int most = columns <= 32 ? 1 : columns <= 64 ? 2 : 4;

@@ -170,6 +170,14 @@ TF_DEVICE void register_fence(float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// The same of left operands in registers.
+template <int n>
+TF_DEVICE void register_fence(uint32_t (&a)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+  }
+}
 
 }  // namespace tf::cuda
 

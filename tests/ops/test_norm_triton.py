@@ -7,6 +7,7 @@ import torch
 import triton_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norm_cases import NAMES, check, run
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 import transformer_fast as tf
@@ -15,7 +16,6 @@ from transformer_fast.backends.philox import keep_mask_2d, keep_scale
 from transformer_fast.backends.triton import BACKEND
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("y", "sum", "grad_x", "grad_residual", "grad_weight", "grad_bias")
 
 
 @pytest.fixture(autouse=True)
@@ -35,56 +35,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "WIDE_BACKWARD", kernels.Config(2, 128, 4, programs=2))
 
 
-def _run(backend, tensors, rms, add, p, rng, dtype):
-    """y, sum and the gradients, through the raw functions of a backend: dropout's random numbers are given."""
-    from transformer_fast.ops.norm import NormSpec
-
-    x, residual, weight, bias, grad_y, grad_sum = (None if t is None else t.to(dtype) for t in tensors)
-    if not add:
-        residual = grad_sum = None
-    rows, width = x.shape
-    kept = add or p > 0
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def new(*shape, like=dtype):
-        return memory.empty(shape, like, x.device)
-
-    y, total = new(rows, width), new(rows, width) if kept else None
-    mean, rstd = None if rms else new(rows, like=wide), new(rows, like=wide)
-    backend.norm_forward(NormSpec(x, residual, weight, bias, rng, 1e-5, rms, p), y, total, mean, rstd)
-    v = total if kept else x
-    grad_v, grad_x = new(rows, width), new(rows, width) if p else None
-    grad_weight = None if weight is None else new(width, like=wide)
-    grad_bias = None if bias is None else new(width, like=wide)
-    backend.norm_backward(
-        NormSpec(v, None, weight, None, rng, 1e-5, rms, p), grad_y, grad_sum, mean, rstd,
-        grad_v, grad_x, grad_weight, grad_bias,
-    )  # fmt: skip
-    parameters = [None if g is None else g.to(dtype) for g in (grad_weight, grad_bias)]
-    return y, total, grad_x if p else grad_v, grad_v if add else None, *parameters
-
-
-def _check(device, rows, width, dtype, *, rms=False, add=False, p=0.0, affine=(True, True), stride=None, offset=0.0):
-    from transformer_fast.backends import get
-
-    def draw(*shape):
-        return torch.randn(shape, device=device).to(dtype)
-
-    storage = width + (stride or 0)
-    x, residual, grad_y, grad_sum = (draw(rows, storage)[:, :width] for _ in range(4))
-    x += offset
-    weight = draw(width) if affine[0] else None
-    bias = draw(width) if affine[1] and not rms else None
-    rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=device) if p else None
-    tensors = (x, residual, weight, bias, grad_y, grad_sum)
-    features = (rms, add, p, rng)
-    ours = _run(BACKEND, tensors, *features, dtype)
-    eager = _run(get("eager"), tensors, *features, dtype)
-    truth = _run(get("eager"), tensors, *features, torch.float64)
-    for name, a, t, e in zip(NAMES, ours, truth, eager):
-        assert (a is None) == (t is None), name
-        if a is not None:
-            assert_as_accurate(a, t, e, OUTPUT if name in ("y", "sum") else GRADIENT, name)
+def _check(*args, **options):
+    check("triton", *args, **options)
 
 
 @pytest.mark.quick
@@ -155,8 +107,8 @@ def test_dropout_mask_bit_for_bit(device, width, small_blocks):
 def test_gradients_of_parameters_are_the_same_bits_every_time(device):
     tensors = (*(torch.randn(60, 80, device=device) for _ in range(2)), *(torch.randn(80, device=device),) * 2)
     tensors += tuple(torch.randn(60, 80, device=device) for _ in range(2))
-    first = _run(BACKEND, tensors, False, True, 0.0, None, torch.bfloat16)
-    again = _run(BACKEND, tensors, False, True, 0.0, None, torch.bfloat16)
+    first = run(BACKEND, tensors, False, True, 0.0, None, torch.bfloat16)
+    again = run(BACKEND, tensors, False, True, 0.0, None, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 

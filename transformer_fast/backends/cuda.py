@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from . import Backend, Call, cuda_attention, native
+from . import Backend, Call, cuda_attention, native, verified
+from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
-_OPS: dict[str, str] = {"attention": "cuda_attention_forward"}
+_OPS: dict[str, str] = {"attention": "cuda_attention_forward", "norm": "cuda_norm_forward"}
 # What its kernels do not take beyond that: reasons, empty when they take the call.
 _REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {"attention": cuda_attention.why_not}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
@@ -21,6 +22,11 @@ _ops = torch.ops.transformer_fast
 def emulating() -> bool:
     """tests/cuda_emulator.py sets it, when it has registered the kernels for CPU tensors."""
     return os.environ.get("TRANSFORMER_FAST_CUDA_EMULATOR") == "1"
+
+
+def verified_on_gpu() -> frozenset[str]:
+    """Ops whose CUDA kernels have passed their tests on a GPU, as the ledger in benchmarks/results says."""
+    return frozenset(op for op in _OPS if f"cuda {op}" in verified.names())
 
 
 @functools.cache
@@ -63,7 +69,9 @@ class CudaBackend(Backend):
         missing = _missing()
         if missing:
             return f"missing: {missing}. They would bring kernels past what Triton can do on NVIDIA GPUs"
-        note = f"compiled for sm_{', sm_'.join(architectures())}; not yet run on a GPU"
+        unverified = ", ".join(sorted(_OPS.keys() - verified_on_gpu()))
+        note = f"compiled for sm_{', sm_'.join(architectures())}"
+        note += f"; not yet run on a GPU: {unverified}" if unverified else ""
         if not torch.cuda.is_available():
             return f"{note}; idle: no NVIDIA GPU is visible"
         unsupported = _unsupported(*torch.cuda.get_device_capability())
@@ -96,10 +104,35 @@ class CudaBackend(Backend):
 
         attention_forward(spec, out, lse)
 
+    def attention_append(self, spec, key, value, out, lse) -> None:
+        if not cuda_attention.attention_append(spec, key, value, out, lse):
+            super().attention_append(spec, key, value, out, lse)
+
     def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
         from .cuda_attention import attention_backward
 
         attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
+
+    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
+        dtype = spec.x.dtype
+        _ops.cuda_norm_forward.default(
+            spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), spec.rng, spec.eps,
+            spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+        )  # fmt: skip
+
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
+        _ops.cuda_norm_backward.default(
+            grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), mean, rstd, spec.rng,
+            threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight, grad_bias,
+        )  # fmt: skip
+
+
+def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Contiguous, in float32 or `dtype`: the kernels read either."""
+    if t is None:
+        return None
+    t = t.detach()
+    return (t if t.dtype in (dtype, torch.float32) else t.to(torch.float32)).contiguous()
 
 
 BACKEND = CudaBackend()

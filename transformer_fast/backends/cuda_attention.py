@@ -6,6 +6,7 @@ from . import relative_bias
 from .philox import threshold
 
 _HALF = (torch.bfloat16, torch.float16)
+DECODE_ROWS = 16  # kDecodeRows of csrc/cuda/attention_decode.hpp
 _ops = torch.ops.transformer_fast
 
 
@@ -18,20 +19,42 @@ def why_not(call) -> tuple[str, ...]:
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out and lse of a call; see ops/_attention_op.py for the spec."""
-    _ops.cuda_attention_forward.default(*_arguments(spec), out, lse)
+    arguments = _arguments(spec)
+    if _few(spec) and not arguments[-1]:
+        _decode(arguments, None, None, out, lse)
+        return
+    _ops.cuda_attention_forward.default(*arguments, out, lse)
+
+
+def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
+    """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
+    if not _few(spec):
+        return False
+    _decode(_arguments(spec), key, value, out, lse)
+    return True
+
+
+def _few(spec) -> bool:
+    """What the decoding kernel takes: few rows of queries for each key head, where tensor cores would idle."""
+    return spec.max_seqlen_q * (spec.query.shape[1] // spec.key.shape[1]) <= DECODE_ROWS
+
+
+def _decode(arguments: tuple, new_key, new_value, out, lse) -> None:
+    query, key, value, *middle, _rng, scale, bottom_right, left, right, softcap, _threshold = arguments
+    _ops.cuda_attention_decode.default(
+        query, key, value, new_key, new_value, *middle, scale, bottom_right, left, right, softcap, out, lse
+    )
 
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    accumulator = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
-    relative = arguments[10]
-    drelative = None if dtable is None else torch.zeros_like(relative)
+    drelative = None if dtable is None else torch.zeros_like(arguments[10])
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
-        accumulator, dq, dk, dv, dbias, drelative,
+        dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
         # A product, as index_add's atomics would add in any order.

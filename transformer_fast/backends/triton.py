@@ -3,13 +3,11 @@
 import contextlib
 import functools
 import importlib.util
-import json
 import os
-import pathlib
 
 import torch
 
-from . import Backend, Call, memory
+from . import Backend, Call, memory, verified
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,14 +17,10 @@ _OPS = frozenset(
 _WIDEST_EMBEDDING = 4096  # kernels/embedding.py holds a row in registers
 
 
-@functools.cache
 def verified_on_gpu() -> frozenset[str]:
     """Ops whose kernels have passed their tests on a GPU, as the ledger in benchmarks/results says. The others are
     proven under Triton's interpreter and by compiling them ahead of time only; `info` says so."""
-    spec = importlib.util.find_spec("transformer_fast.benchmarks")
-    folders = (spec.submodule_search_locations or ()) if spec else ()
-    runs = (run for folder in folders for run in pathlib.Path(folder).glob("results/cuda-*/*/verified.json"))
-    return frozenset(op for run in runs for op in json.loads(run.read_text())) & _OPS
+    return verified.names() & _OPS
 
 
 @functools.cache

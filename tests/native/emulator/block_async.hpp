@@ -20,6 +20,7 @@ bool finish_some_load();
 
 void mbarrier_complete(uint32_t offset, uint32_t bytes);  // bytes have arrived
 uint32_t mbarrier_checked(const void* bar);               // its offset in shared memory
+void mbarrier_load_starts(uint32_t bar, uint32_t shared, uint32_t bytes);
 
 // Acts in the name of a thread, for messages, where the scheduler itself is at work.
 class InNameOf {
@@ -31,13 +32,18 @@ class InNameOf {
   Thread* before_;
 };
 
-// Shared memory as TMA and wgmma see it, which other threads' plain writes reach through fence_async_shared alone.
-void touch_shared_async(uint32_t offset, uint32_t bytes, bool write);
-
-// For the detector of races.
+// The detector of races (race.cpp). Asynchronous accesses are of the current thread; a load is written by its mbarrier,
+// a read may take place at any time from start to end.
 void races_begin();
+void async_load_starts(uint32_t offset, uint32_t bytes, unsigned mbarrier, uint64_t phase);
+void async_read_starts(uint32_t offset, uint32_t bytes);
+void async_read_ends(uint32_t offset, uint32_t bytes);
 void barrier_arrived(int id);
 void barrier_complete(int id);
 void barrier_passed(int id, Thread& thread);
+unsigned mbarrier_meeting();  // a new mbarrier's number
+void mbarrier_arrived(unsigned number);
+void mbarrier_phase_over(unsigned number, uint64_t phase);
+void mbarrier_passed(unsigned number);
 
 }  // namespace tf::emulator

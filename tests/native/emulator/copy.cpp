@@ -18,7 +18,7 @@ struct Copies {
   std::vector<Copy> open;                 // not committed yet
   std::deque<std::vector<Copy>> groups;  // oldest first
 };
-thread_local std::vector<Copies> copies;  // of each thread of the block
+std::vector<Copies> copies;  // of each thread of the block
 
 void run(const Copy& c) {
   if (c.valid) {

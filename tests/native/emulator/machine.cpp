@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "async.hpp"
@@ -12,23 +13,23 @@
 
 namespace tf::emulator {
 
-thread_local Block* block = nullptr;
+Block* block = nullptr;
 Settings settings;
 Counters counters;
 
 namespace {
 
 constexpr size_t kStack = 256 * 1024;  // of a fiber; pages that are not touched cost nothing
-constexpr int kSpins = 200000;         // rounds in which nobody but spinning threads ran: nobody will help them
+constexpr int kSpins = 20000;         // rounds in which nobody but spinning threads ran: nobody will help them
 
-thread_local void* scheduler_sp = nullptr;
-thread_local const std::function<void()>* kernel = nullptr;
-thread_local std::exception_ptr fault;
-thread_local uint64_t random_state = 0;
+void* scheduler_sp = nullptr;
+const std::function<void()>* kernel = nullptr;
+std::exception_ptr fault;
+uint64_t random_state = 0;
 
 char* stacks(unsigned threads) {
-  thread_local char* memory = nullptr;
-  thread_local unsigned count = 0;
+  static char* memory = nullptr;
+  static unsigned count = 0;
   if (count < threads) {
     if (memory) munmap(memory, count * kStack);
     void* fresh = mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
@@ -152,20 +153,20 @@ void run_block() {
     bool spinning = false, running = false;
     for (Thread& t : block->all) {
       running |= t.wait != Wait::done;
-      if (t.wait == Wait::spin) {
-        wake(t);
-        spinning = true;
-      }
+      spinning |= t.wait == Wait::spin;
     }
     if (!running) break;
     if (!spinning || ++spins > kSpins) fail_deadlock();
+    for (Thread& t : block->all) {
+      if (t.wait == Wait::spin) wake(t);
+    }
   }
   bulk_end();
   mbarriers_end();
 }
 
 unsigned char* shared_memory() {
-  thread_local unsigned char* memory = static_cast<unsigned char*>(std::aligned_alloc(1024, 256 * 1024));
+  static unsigned char* memory = static_cast<unsigned char*>(std::aligned_alloc(1024, 256 * 1024));
   return memory;
 }
 
@@ -268,7 +269,8 @@ void launch(const char* name, dim3 grid, dim3 shape_of_block, size_t shared_byte
   if (threads == 0 || threads > 1024 || shape_of_block.z > 64 || grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 ||
       grid.y > 65535 || grid.z == 0 || grid.z > 65535 || shared_bytes > 227 * 1024)
     throw std::runtime_error(configuration() + ": invalid configuration argument");
-  if (block) throw std::runtime_error(configuration() + ": launched from inside a kernel");
+  static std::mutex one_at_a_time;  // Python may have several threads; the machine is one
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   Block here;
   here.grid = grid;
   here.shape = shape_of_block;

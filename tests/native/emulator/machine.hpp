@@ -54,7 +54,7 @@ struct Block {
   std::array<NamedBarrier, 16> barriers;
 };
 
-extern thread_local Block* block __attribute__((tls_model("initial-exec")));
+extern Block* block;
 
 inline unsigned lane() { return block->current->index % kWarp; }
 
@@ -80,7 +80,7 @@ extern thread_local Range last_range __attribute__((tls_model("initial-exec")));
 void find_range(uintptr_t address, size_t bytes, bool write);  // sets last_range or fails
 [[noreturn]] void fail_alignment(const char* space, uintptr_t address, size_t alignment);
 [[noreturn]] void fail_shared(uintptr_t address, size_t bytes);
-void touch_shared(uint32_t offset, uint32_t bytes, bool write);
+void touch_shared(uint32_t offset, uint32_t bytes, bool write, const void* value);  // value: what is written, if known
 
 inline void check_global(const void* p, size_t bytes, size_t alignment, bool write) {
   const auto address = reinterpret_cast<uintptr_t>(p);
@@ -88,11 +88,11 @@ inline void check_global(const void* p, size_t bytes, size_t alignment, bool wri
   if (address < last_range.begin || address + bytes > last_range.end || (write && !last_range.writable))
     find_range(address, bytes, write);
 }
-inline uint32_t check_shared(const void* p, size_t bytes, size_t alignment, bool write) {
+inline uint32_t check_shared(const void* p, size_t bytes, size_t alignment, bool write, const void* value = nullptr) {
   const auto address = reinterpret_cast<uintptr_t>(p), base = reinterpret_cast<uintptr_t>(block->shared);
   if (address < base || address + bytes > base + block->shared_bytes) fail_shared(address, bytes);
   if (address % alignment) fail_alignment("shared", address - base, alignment);
-  touch_shared(uint32_t(address - base), uint32_t(bytes), write);
+  touch_shared(uint32_t(address - base), uint32_t(bytes), write, value);
   return uint32_t(address - base);
 }
 

@@ -53,7 +53,7 @@ void execute_stmatrix(void* const* payloads, unsigned) {
     }
     for (unsigned i = 0; i < 8; ++i) {
       unsigned char* row = const_cast<unsigned char*>(lane_of(unsigned(m) * 8 + i)->row);
-      check_shared(row, 16, 16, true);
+      check_shared(row, 16, 16, true, values[i]);
       std::memcpy(row, values[i], 16);
     }
   }

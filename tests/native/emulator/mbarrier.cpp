@@ -12,11 +12,11 @@ struct Barrier {
   uint32_t count = 0;
   int64_t arrivals = 0, bytes = 0;  // still to come in this phase
   uint64_t phase = 0;               // number of phases that are over
-  unsigned owner = 0;
+  unsigned owner = 0, number = 0;   // number: for the detector of races
   bool fenced = false;
   std::vector<bool> carried, seen;  // of each phase: whether it brought bytes, whether anyone waited for it
 };
-thread_local std::map<uint32_t, Barrier> barriers;
+std::map<uint32_t, Barrier> barriers;
 
 std::string name(uint32_t offset) { return "mbarrier at shared offset " + std::to_string(offset); }
 
@@ -40,7 +40,7 @@ Barrier& at(uint32_t offset) {
 void advance(uint32_t offset, Barrier& b) {
   if (b.arrivals > 0 || b.bytes != 0) return;
   b.arrivals = b.count;
-  ++b.phase;
+  mbarrier_phase_over(b.number, b.phase++);
   for (Thread& t : block->all) {
     if (t.wait == Wait::mbarrier && t.address == offset) wake(t);
   }
@@ -63,6 +63,7 @@ void mbarrier_init(uint64_t* bar, uint32_t count) {
   b.count = count;
   b.arrivals = count;
   b.owner = block->current->index;
+  b.number = mbarrier_meeting();
   barriers[offset] = b;
   *bar = kMagic;
 }
@@ -79,6 +80,7 @@ void mbarrier_arrive(uint64_t* bar, uint32_t expected) {
     if (b.bytes >= (1 << 20)) fail(name(offset) + ": more than 2^20 - 1 bytes expected");
     mark(b.carried, b.phase);
   }
+  mbarrier_arrived(b.number);
   if (--b.arrivals < 0) fail(name(offset) + ": more arrivals than its count, " + std::to_string(b.count));
   advance(offset, b);
 }
@@ -96,6 +98,7 @@ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   if (parity > 1) fail(name(offset) + ": parity " + std::to_string(parity) + " is neither 0 nor 1");
   if ((b.phase & 1u) != parity) {
     if (b.phase) mark(b.seen, b.phase - 1);
+    mbarrier_passed(b.number);
     return;
   }
   const uint64_t awaited = b.phase;
@@ -105,6 +108,12 @@ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   sleep(Wait::mbarrier, "mbarrier");
   if (b.phase > awaited + 1) fail(name(offset) + " went on two phases before this thread saw the end of phase " + std::to_string(awaited));
   mark(b.seen, awaited);
+  mbarrier_passed(b.number);
+}
+
+void mbarrier_load_starts(uint32_t bar, uint32_t shared, uint32_t bytes) {
+  const Barrier& b = at(bar);
+  async_load_starts(shared, bytes, b.number, b.phase);
 }
 
 void mbarriers_begin() { barriers.clear(); }

@@ -69,6 +69,8 @@ inline void warpgroup_wait() {
 }
 template <int n>
 inline void register_fence(float (&)[n]) {}
+template <int n>
+inline void register_fence(uint32_t (&)[n][4]) {}
 
 template <class T, int N, bool ATrans = false, bool BTrans = false>
 inline void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {

@@ -63,7 +63,7 @@ inline T load_shared(const T* shared) {
 }
 template <class T>
 inline void store_shared(T* shared, T value) {
-  emulator::check_shared(shared, sizeof(T), sizeof(T), true);
+  emulator::check_shared(shared, sizeof(T), sizeof(T), true, &value);
   *shared = value;
 }
 template <int N, class T>
@@ -76,7 +76,7 @@ inline Vec<T, N> load_shared_vec(const T* shared) {
 }
 template <class T, int N>
 inline void store_shared_vec(T* shared, const Vec<T, N>& value) {
-  emulator::check_shared(shared, sizeof value, sizeof value, true);
+  emulator::check_shared(shared, sizeof value, sizeof value, true, &value);
   std::memcpy(shared, &value, sizeof value);
 }
 

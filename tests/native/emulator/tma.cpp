@@ -15,7 +15,7 @@ struct Transfer {
   uint32_t shared, bytes, bar;
   unsigned thread;
   bool add = false;
-  bool taken = false;                 // a store's source has been read
+  bool taken = false, waited = false;  // a store's source has been read, and that has been waited for
   std::vector<unsigned char> staged;  // and is here
 };
 
@@ -70,14 +70,12 @@ void load(const Transfer& t) {
         std::memcpy(block->shared + swizzled(t.shared + offset + c, t.map.swizzle), row.data() + c, 16);
     });
   }
-  touch_shared_async(t.shared, t.bytes, true);
   mbarrier_complete(t.bar, t.bytes);
 }
 
 void take(Transfer& t) {
   if (t.taken) return;
   const InNameOf name(t.thread);
-  touch_shared_async(t.shared, t.bytes, false);
   t.staged.resize(t.bytes);
   for (uint32_t c = 0; c < t.bytes; c += 16)
     std::memcpy(t.staged.data() + c, block->shared + swizzled(t.shared + c, t.map.swizzle), 16);
@@ -114,13 +112,13 @@ struct Stores {
   std::vector<Transfer> open;
   std::deque<std::vector<Transfer>> groups;
 };
-thread_local std::vector<Transfer> loads;   // under way, of the whole block
-thread_local std::vector<Stores> stores;  // of each thread
+std::vector<Transfer> loads;   // under way, of the whole block
+std::vector<Stores> stores;  // of each thread
 
 Transfer checked(const TensorMap& map, const void* shared, const Coordinates& at, int coordinates) {
   if (map.rank != coordinates)
     fail("TMA: " + std::to_string(coordinates) + " coordinates for a tensor map of rank " + std::to_string(map.rank));
-  Transfer t{map, at, 0, box_bytes(map), 0, block->current->index, false, false, {}};
+  Transfer t{map, at, 0, box_bytes(map), 0, block->current->index, false, false, false, {}};
   const auto address = reinterpret_cast<uintptr_t>(shared), base = reinterpret_cast<uintptr_t>(block->shared);
   if (address < base || address + t.bytes > base + block->shared_bytes) fail_shared(address, t.bytes);
   t.shared = uint32_t(address - base);
@@ -137,19 +135,20 @@ Transfer checked_row(const void* global, const void* shared, uint32_t bytes, boo
   if (address % 16) fail_alignment("shared", address, 16);
   TensorMap row{};
   row.base = static_cast<unsigned char*>(const_cast<void*>(global));
-  return {row, {}, uint32_t(address - base), bytes, 0, block->current->index, false, false, {}};
+  return {row, {}, uint32_t(address - base), bytes, 0, block->current->index, false, false, false, {}};
 }
 
 void start_load(Transfer t, uint64_t* bar) {
   ++counters.tma_loads;
   t.bar = mbarrier_checked(bar);
-  touch_shared_async(t.shared, t.bytes, true);
+  mbarrier_load_starts(t.bar, t.shared, t.bytes);
   if (!settings.late) return load(t);
   std::memset(block->shared + t.shared, 0xff, t.bytes);
   loads.push_back(t);
 }
 
 void start_store(Transfer t) {
+  async_read_starts(t.shared, t.bytes);
   if (!settings.late) put(t);
   stores[block->current->index].open.push_back(std::move(t));
 }
@@ -209,15 +208,16 @@ void bulk_commit() {
 
 void bulk_wait(int left, bool read_only) {
   Stores& mine = stores[block->current->index];
-  if (!read_only) {
-    while (int(mine.groups.size()) > left) {
-      if (settings.late) std::for_each(mine.groups.front().begin(), mine.groups.front().end(), put);
-      mine.groups.pop_front();
-    }
-    return;
-  }
   for (int g = 0; g + left < int(mine.groups.size()); ++g) {
-    for (Transfer& t : mine.groups[size_t(g)]) take(t);
+    for (Transfer& t : mine.groups[size_t(g)]) {
+      take(t);
+      if (!t.waited) async_read_ends(t.shared, t.bytes);
+      t.waited = true;
+    }
+  }
+  while (!read_only && int(mine.groups.size()) > left) {
+    if (settings.late) std::for_each(mine.groups.front().begin(), mine.groups.front().end(), put);
+    mine.groups.pop_front();
   }
 }
 
@@ -240,7 +240,7 @@ void bulk_thread_exits() {
   if (!mine.open.empty()) fail("exits with bulk stores that bulk_commit has not closed");
   for (auto& group : mine.groups) {
     for (Transfer& t : group) {
-      if (!t.taken) fail("exits before bulk_wait_read: the stores may read shared memory that is gone");
+      if (!t.waited) fail("exits before bulk_wait_read: the stores may read shared memory that is gone");
     }
     if (settings.late) std::for_each(group.begin(), group.end(), put);
   }

@@ -33,9 +33,9 @@ struct Warp {
   std::deque<uint64_t> groups;         // `issued` at each commit that is not waited for
   bool fenced = false, open = false;   // open: issued and not committed
 };
-thread_local std::vector<Warpgroup> warpgroups;
-thread_local std::vector<Warp> warps;
-thread_local std::vector<std::map<float*, std::unique_ptr<Accumulator>>> accumulators;  // of each thread
+std::vector<Warpgroup> warpgroups;
+std::vector<Warp> warps;
+std::vector<std::map<float*, std::unique_ptr<Accumulator>>> accumulators;  // of each thread
 
 Warp& my_warp() { return warps[block->current->index / kWarp]; }
 
@@ -88,9 +88,13 @@ struct Descriptor {
         out[i * 16 + k] = decode(half, bits);
       }
     }
-    // One access a 16-byte chunk.
-    for (uint32_t i = 0; i < rows; i += transposed ? 8 : 1) {
-      for (uint32_t k = 0; k < 16; k += transposed ? 1 : 8) touch_shared_async(offset(transposed, i, k), 16, false);
+  }
+
+  // f(offset) for every 16-byte chunk of rows from .. to.
+  template <class F>
+  void chunks(bool transposed, uint32_t from, uint32_t to, F&& f) const {
+    for (uint32_t i = from; i < to; i += transposed ? 8 : 1) {
+      for (uint32_t k = 0; k < 16; k += transposed ? 1 : 8) f(offset(transposed, i, k));
     }
   }
 };
@@ -99,7 +103,7 @@ void run(Operation& op) {
   ++counters.wgmma;
   const Product& p = op.product;
   const auto n = uint32_t(p.n);
-  static thread_local std::vector<float> a(64 * 16), b(256 * 16), bt(256 * 16), d(64 * 256);
+  static std::vector<float> a(64 * 16), b(256 * 16), bt(256 * 16), d(64 * 256);
   if (p.a_shared) {
     Descriptor(p.a).read(p.a_transposed, p.half, 64, a.data());
   } else {
@@ -148,6 +152,16 @@ void deliver(std::map<float*, std::unique_ptr<Accumulator>>& mine, uint64_t fini
   }
 }
 
+// For the detector of races: what one warp reads of shared memory, its own 16 rows of A.
+void touch(const Product& p, unsigned warp_of_group, void (*access)(uint32_t, uint32_t)) {
+  const auto chunk = [&](uint32_t offset) {
+    if (offset + 16 > block->shared_bytes) fail_shared(reinterpret_cast<uintptr_t>(block->shared) + offset, 16);
+    access(offset, 16);
+  };
+  if (p.a_shared) Descriptor(p.a).chunks(p.a_transposed, warp_of_group * 16, warp_of_group * 16 + 16, chunk);
+  Descriptor(p.b).chunks(p.b_transposed, 0, uint32_t(p.n), chunk);
+}
+
 struct Issue {
   const Product* product;
   float* d;
@@ -191,6 +205,7 @@ void execute_issue(void* const* payloads, unsigned) {
     op.accumulators[place] = slot.get();
     if (lane_of(l).a) std::copy_n(lane_of(l).a, 4, op.a[place].begin());
   }
+  touch(p, thread % kGroup / kWarp, async_read_starts);
   op.warps |= 1u << (thread % kGroup / kWarp);
   if (op.warps != 0xf) return;
   if (!settings.late) {
@@ -242,16 +257,15 @@ void warpgroup_wait(int left) {
   // The last lane of the warp to come through here retires the groups.
   warp_instruction("wgmma.wait_group", ~0u, &finished, [](void* const* payloads, unsigned) {
     Warp& warp = my_warp();
+    const unsigned place = block->current->index % kGroup / kWarp;
+    Warpgroup& mine = warpgroups[block->current->index / kGroup];
+    for (uint64_t i = warp.finished; i < *static_cast<uint64_t*>(payloads[0]); ++i)
+      touch(mine.operations[i - mine.first].product, place, async_read_ends);
     warp.finished = *static_cast<uint64_t*>(payloads[0]);
     while (!warp.groups.empty() && warp.groups.front() <= warp.finished) warp.groups.pop_front();
-    const unsigned group = block->current->index / kGroup;
-    Warpgroup& all = warpgroups[group];
     uint64_t oldest = ~uint64_t(0);
-    for (unsigned i = 0; i < 4; ++i) oldest = std::min(oldest, warps[group * 4 + i].finished);
-    while (all.first < oldest) {
-      all.operations.pop_front();
-      ++all.first;
-    }
+    for (unsigned i = 0; i < 4; ++i) oldest = std::min(oldest, warps[block->current->index / kGroup * 4 + i].finished);
+    for (; mine.first < oldest; ++mine.first) mine.operations.pop_front();
   });
 }
 

@@ -1,0 +1,480 @@
+// Attention, backward, for sm_80 and up: mma.sync m16n8k16 on tiles that cp.async brings and ldmatrix reads.
+//
+//   P = exp(score - lse)    dV = P^T dO    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
+//   dQ = scale * dS K       dK = scale * dS^T Q           dbias = dS    drelative[distance] = sum of dS along it
+//
+// One source, two sides: a block holds 64 rows of one pair of operands (queries: Q and dO; keys: K and V) and walks
+// over tiles of the other pair. No sum crosses blocks, so gradients are the same bits every time, with no atomics, no
+// semaphore and no float32 dQ in memory, which a key-side kernel that adds to dQ reads and writes once a block of keys.
+// The price is Q K^T and dO V^T twice: seven products where that kernel has five.
+#pragma once
+#include "attention_scores.cuh"
+#include "attention_tiles.cuh"
+
+namespace tf::cuda::backward_mma {
+
+enum class Side { queries, keys };
+enum class Wanted { all, key, value };  // which of dK and dV a key-side block sums: registers hold both up to D = 128
+
+struct BackwardCall : AttentionBackward {
+  int32_t blocks;          // of a head
+  int32_t heads_together;  // run block by block, so that what they stream stays in the L2 cache
+  bool aligned;            // rows can be moved by 16 bytes
+  bool delta_only;         // rowsum(P * dP) - dlse into delta, and nothing else
+};
+
+constexpr int kBackwardThreads = 128, kBackwardRows = 64;
+
+template <int D, bool RICH>
+struct BackwardTile {
+  // Rows of a streamed tile, columns of the scores: as many as the registers have room for.
+  static constexpr int kColumns = D > 128 ? 16 : D > 64 || RICH ? 32 : 64;
+  static constexpr int kStages = 2, kBlocks = D <= 64 ? 3 : 2;  // kBlocks: of a multiprocessor
+  static constexpr int kResident = kBackwardRows * D, kStreamed = kColumns * D;  // elements
+};
+
+struct BackwardPlace {
+  int block, b, h;
+};
+
+TF_DEVICE BackwardPlace place_of(const BackwardCall& p, int program, int heads, bool descending) {
+  const int many = p.blocks * p.heads_together, group = program / many, rest = program % many;
+  const int together = min(p.heads_together, p.batch * heads - group * p.heads_together);
+  const int block = rest / together, bh = group * p.heads_together + rest % together;
+  return {descending ? p.blocks - 1 - block : block, bh / heads, bh % heads};
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+// s += A B^T: the 16 rows of A of this warp by the 2 E rows of B.
+template <int D, class T, int E>
+TF_DEVICE void multiply_rows(const T* a_tile, const T* b_tile, float (&s)[E]) {
+  const int lane = threadIdx.x % 32, a_row = threadIdx.x / 32 * 16 + lane % 16, b_row = lane % 8 + lane / 16 * 8;
+#pragma unroll 4
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t a[4];
+    ldmatrix_x4(a, a_tile + swizzled<D>(a_row, 2 * step + lane / 16));
+#pragma unroll
+    for (int n = 0; n < E / 8; ++n) {
+      uint32_t b[4];
+      ldmatrix_x4(b, b_tile + swizzled<D>(16 * n + b_row, 2 * step + lane / 8 % 2));
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<T>(accumulator(s, 2 * n), a, low);
+      mma_m16n8k16<T>(accumulator(s, 2 * n + 1), a, high);
+    }
+  }
+}
+
+// sum += S B, S being accumulators, rounded to T.
+template <int D, class T, int E>
+TF_DEVICE void multiply_columns(const float (&s)[E], const T* b_tile, float (&sum)[D / 2]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < E / 8; ++n) {
+    uint32_t a[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = pack2<T>(s[8 * n + 2 * r], s[8 * n + 2 * r + 1]);
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, b_tile + swizzled<D>(16 * n + lane % 16, 2 * d + lane / 16));
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<T>(accumulator(sum, 2 * d), a, low);
+      mma_m16n8k16<T>(accumulator(sum, 2 * d + 1), a, high);
+    }
+  }
+}
+
+// The 16 rows of this warp, times scale, to rows `first` .. of out, by way of its own rows of `tile`. Rows from `used`
+// on are zeros, those from `limit` on are not there.
+template <int D, bool ANY, class T>
+TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* out, int64_t stride, int first, int used,
+                          int limit, int dim, bool aligned) {
+  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    const bool kept = first + row < used;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float low = kept ? sum[4 * n + 2 * half] * scale : 0.f;
+      const float high = kept ? sum[4 * n + 2 * half + 1] * scale : 0.f;
+      store_shared(reinterpret_cast<uint32_t*>(tile + swizzled<D>(own + row, n) + lane % 4 * 2), pack2<T>(low, high));
+    }
+  }
+  __syncwarp();
+#pragma unroll 4
+  for (int at = lane; at < 16 * (D / 8); at += 32) {
+    const int row = at / (D / 8), chunk = at % (D / 8);
+    if (first + row >= limit || chunk * 8 >= dim) continue;
+    const Vec<T, 8> values = load_shared_vec<8>(tile + swizzled<D>(own + row, chunk));
+    T* const to = out + ((first + row) * stride + chunk * 8);
+    if (!ANY || aligned) {
+      store_vec(to, values);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        if (chunk * 8 + c < dim) store(to + c, values.v[c]);
+    }
+  }
+}
+
+// ---- delta ----------------------------------------------------------------------------------------------------------
+TF_DEVICE int64_t lse_place(const AttentionBackward& a, const Head& head) {
+  return head.b * a.lse_batch + head.h * a.lse_head + head.first_q;
+}
+
+// In units of log 2; a row with nothing to attend to gets +inf, which makes its P zero.
+TF_DEVICE float peak_of(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2e; }
+
+TF_DEVICE void store_delta(const AttentionBackward& a, const Head& head, int row, float sum) {
+  if (a.grad_lse) sum -= load(a.grad_lse + (head.b * a.grad_lse_batch + head.h * a.grad_lse_head + head.first_q + row));
+  const int64_t place = lse_place(a, head) + row;
+  store(a.delta + place, load(a.lse + place) == -kInfinity ? 0.f : sum);
+}
+
+constexpr int kDeltaLanes = 8, kDeltaRows = kBackwardThreads / kDeltaLanes;  // threads of a row, rows of a block
+
+template <class T>
+__global__ void __launch_bounds__(kBackwardThreads)
+    attention_backward_delta_kernel(TF_GRID_CONSTANT BackwardCall p) {
+  const BackwardPlace at = place_of(p, blockIdx.x, p.heads, false);
+  const Head head = head_of(p, at.b, at.h);
+  const int row = at.block * kDeltaRows + int(threadIdx.x) / kDeltaLanes, lane = threadIdx.x % kDeltaLanes;
+  float sum = 0.f;
+  if (row < head.queries) {
+    const T* const out =
+        head_rows(static_cast<const T*>(p.out), p.out_rows, at.b, at.h, head.first_q) + row * p.out_rows.row;
+    const T* const grad = head_rows(static_cast<const T*>(p.grad_out), p.grad_out_rows, at.b, at.h, head.first_q) +
+                          row * p.grad_out_rows.row;
+    if (p.aligned) {
+      for (int d = lane * 8; d < p.dim; d += kDeltaLanes * 8) {
+        const Vec<T, 8> o = load_vec<8>(out + d), g = load_vec<8>(grad + d);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum += to_float(o.v[e]) * to_float(g.v[e]);
+      }
+    } else {
+      for (int d = lane; d < p.dim; d += kDeltaLanes) sum += to_float(load(out + d)) * to_float(load(grad + d));
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kDeltaLanes; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (row < head.queries && lane == 0) store_delta(p, head, row, sum);
+}
+
+// ---- gradients ------------------------------------------------------------------------------------------------------
+// Bytes of shared memory: the resident tiles, the streamed ones, then by side two buffers of a streamed tile's lse,
+// delta and dropout bits, or dS of a tile, for its sums by distance.
+template <int D, Side SIDE, bool RICH, Wanted WANTED>
+struct BackwardMemory {
+  using Tile = BackwardTile<D, RICH>;
+  static constexpr int kStreamed = (WANTED == Wanted::value ? 1 : 2) * Tile::kResident * 2;
+  static constexpr int kMore = kStreamed + Tile::kStages * 2 * Tile::kStreamed * 2;
+  static constexpr int kStatistics = 2 * Tile::kColumns;  // floats of one buffer
+  static constexpr int kKept = 16 * Tile::kColumns;       // bytes of one buffer
+  static constexpr int kPitch = Tile::kColumns + 1;       // of dS: a diagonal meets no bank twice
+  static constexpr int kBytes = kMore + (SIDE == Side::keys ? 2 * (4 * kStatistics + kKept) : 0);
+  static constexpr int kScores = 4 * kBackwardRows * kPitch;
+  // Large head dims leave no room for dS in the 99 KB of some GPUs: it takes the place of V.
+  static constexpr bool kInPlace = D > 128;
+  static constexpr int kBytesWithScores = kInPlace ? kBytes : kBytes + kScores;
+  static_assert(!kInPlace || kScores <= Tile::kStreamed * 2);
+};
+
+// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own in the scratch, which is (heads, batch,
+// blocks, 2 * reach + 1), zeros before. One thread adds to an element, in one order; what lies at the ends and beyond
+// stays in registers until finish().
+struct DistanceSums {
+  float low, high;
+
+  static TF_DEVICE float* place(const BackwardCall& p, const Head& head, int block) {
+    return p.scratch + (int64_t(head.h * p.batch + head.b) * p.blocks + block) * (2 * p.reach + 1);
+  }
+
+  template <int COLUMNS, int E>
+  TF_DEVICE void add(const BackwardCall& p, const Head& head, int first, int mine, int start, float (&ds)[E],
+                     float* scores) {
+    constexpr int kPitch = COLUMNS + 1;
+    const int nearest = start - (first + kBackwardRows - 1 + head.offset);
+    const int farthest = start + COLUMNS - 1 - (first + head.offset);
+    const int reach = p.reach;
+    for_each_score<false>(ds, mine, start, [&](float& x, int i, int j) {
+      const int distance = j - i - head.offset;
+      if (distance <= -reach) {
+        low += x;
+      } else if (distance >= reach) {
+        high += x;
+      }
+    });
+    if (farthest <= -reach || nearest >= reach) return;
+    for_each_score<false>(ds, mine, start, [&](float& x, int i, int j) {
+      store_shared(scores + ((i - first) * kPitch + j - start), x);
+    });
+    __syncthreads();
+    const int diagonal = int(threadIdx.x) - (kBackwardRows - 1);  // column - row
+    const int distance = nearest + int(threadIdx.x);
+    if (diagonal < COLUMNS && distance > -reach && distance < reach) {
+      float sum = 0.f;
+      for (int row = max(0, -diagonal); row < min(kBackwardRows, COLUMNS - diagonal); ++row)
+        sum += load_shared(scores + (row * kPitch + row + diagonal));
+      float* const to = place(p, head, first / kBackwardRows) + (distance + reach);
+      store(to, load(to) + sum);
+    }
+  }
+
+  TF_DEVICE void finish(const BackwardCall& p, const Head& head, int first, float* shared) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      low += __shfl_xor_sync(0xffffffffu, low, step);
+      high += __shfl_xor_sync(0xffffffffu, high, step);
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+      store_shared(shared + threadIdx.x / 32, low);
+      store_shared(shared + 4 + threadIdx.x / 32, high);
+    }
+    __syncthreads();
+    if (threadIdx.x < 2) {
+      float sum = 0.f;
+      for (int w = 0; w < 4; ++w) sum += load_shared(shared + (4 * threadIdx.x + w));
+      store(place(p, head, first / kBackwardRows) + 2 * p.reach * int(threadIdx.x), sum);
+    }
+  }
+};
+
+// The sum of what DistanceSums leaves over sequences and blocks of queries.
+static __global__ void __launch_bounds__(kBackwardThreads)
+    attention_backward_distance_kernel(TF_GRID_CONSTANT BackwardCall p) {
+  const int distances = 2 * p.reach + 1, place = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (place >= p.heads * distances) return;
+  const float* from = p.scratch + (int64_t(place / distances) * p.batch * p.blocks * distances + place % distances);
+  float sum = 0.f, lost = 0.f;  // Kahan's: most distances share the ends, long sums of small terms
+  for (int n = p.batch * p.blocks; n > 0; --n, from += distances) {
+    const float term = load(from) - lost, next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
+  store(p.drelative + place, sum);
+}
+
+// RICH: any feature that is_plain() excludes, rows of any alignment.
+template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
+__global__ void __launch_bounds__(kBackwardThreads, BackwardTile<D, RICH>::kBlocks)
+    attention_backward_kernel(TF_GRID_CONSTANT BackwardCall p) {
+  using Tile = BackwardTile<D, RICH>;
+  using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
+  constexpr bool kKeys = SIDE == Side::keys;
+  constexpr bool kFirst = WANTED != Wanted::value, kSecond = kKeys && WANTED != Wanted::key;  // dK or dQ; dV
+  constexpr int kColumns = Tile::kColumns, kScores = kColumns / 2;
+  TF_SHARED(memory);
+  T* const resident1 = reinterpret_cast<T*>(memory);                // K or Q
+  T* const resident2 = resident1 + (kFirst ? Tile::kResident : 0);  // V or dO
+  float* const statistics = reinterpret_cast<float*>(memory + Memory::kMore);
+  uint8_t* const kept_bytes = memory + Memory::kMore + 8 * Memory::kStatistics;
+
+  const int groups = p.heads / p.key_heads;
+  const BackwardPlace at = place_of(p, blockIdx.x, kKeys ? p.key_heads : p.heads, !kKeys && p.window_right >= 0);
+  Head head = head_of(p, at.b, kKeys ? at.h * groups : at.h);
+  const int first = at.block * kBackwardRows;
+  const int used = kKeys ? head.keys : head.queries, stored = kKeys && !p.cu_k ? p.keys : used;
+  if (first >= stored) return;
+  const int last = min(first + kBackwardRows, used) - 1;
+  const Range range = kKeys ? query_range<kColumns>(p, head, first, last) : key_range<kColumns>(p, head, first, last);
+  const int tiles = first < used ? (range.end - range.begin + kColumns - 1) / kColumns : 0;
+  const int total = kKeys ? tiles * groups : tiles;
+
+  const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: the first row of this warp
+  const auto load_queries = [&](auto rows, T* tile, const void* base, const Rows& strides, int h, int start) {
+    const T* const from = head_rows(static_cast<const T*>(base), strides, int(opaque(head.b)), h, head.first_q);
+    load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.queries, p.dim,
+                                                                p.aligned);
+  };
+  const auto load_keys = [&](auto rows, T* tile, const void* base, const Rows& strides, int start) {
+    const int b = int(opaque(head.b));
+    const T* const from = head_rows(static_cast<const T*>(base), strides, b, head.key_head, head.first_k);
+    load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.keys, p.dim,
+                                                                p.aligned);
+  };
+  const auto load_resident = [&] {
+    constexpr std::integral_constant<int, kBackwardRows> rows;
+    if constexpr (kKeys) {
+      load_keys(rows, resident1, p.k, p.k_rows, first);
+      if constexpr (kFirst) load_keys(rows, resident2, p.v, p.v_rows, first);
+    } else {
+      load_queries(rows, resident1, p.q, p.q_rows, head.h, first);
+      load_queries(rows, resident2, p.grad_out, p.grad_out_rows, head.h, first);
+    }
+  };
+  const auto streamed = [&](int n) {
+    return reinterpret_cast<T*>(memory + Memory::kStreamed) + n % Tile::kStages * 2 * Tile::kStreamed;
+  };
+  const auto load_streamed = [&](int n, int h, int start) {
+    constexpr std::integral_constant<int, kColumns> rows;
+    T* const tile = streamed(n);
+    if constexpr (kKeys) {
+      load_queries(rows, tile, p.q, p.q_rows, h, start);
+      load_queries(rows, tile + Tile::kStreamed, p.grad_out, p.grad_out_rows, h, start);
+    } else {
+      load_keys(rows, tile, p.k, p.k_rows, start);
+      load_keys(rows, tile + Tile::kStreamed, p.v, p.v_rows, start);
+    }
+    cp_async_commit();
+  };
+  // Key side: what a thread brings of the statistics of a tile of queries, lse the first kColumns, delta the next.
+  const auto load_statistic = [&](int h, int start) {
+    const int row = start + int(threadIdx.x) % kColumns;
+    if (threadIdx.x >= 2 * kColumns || row >= head.queries) return kInfinity;
+    const int64_t place = head.b * p.lse_batch + h * p.lse_head + head.first_q + row;
+    if (threadIdx.x < kColumns) return peak_of(load(p.lse + place));
+    return kFirst ? load(p.delta + place) : 0.f;
+  };
+  const auto store_statistic = [&](int n, int h, int start, float value) {
+    const bool delta_past = threadIdx.x >= kColumns && start + int(threadIdx.x) % kColumns >= head.queries;
+    if (threadIdx.x < 2 * kColumns)
+      store_shared(statistics + (n % 2 * Memory::kStatistics + int(threadIdx.x)), delta_past ? 0.f : value);
+    if (RICH && p.threshold) {
+      Head other = head;
+      other.h = h;
+      const Dropout dropout = dropout_of(p, other);
+      for (int c = threadIdx.x; c < Memory::kKept; c += kBackwardThreads)
+        store_shared(kept_bytes + (n % 2 * Memory::kKept + c),
+                     uint8_t(keep_byte(dropout, start + c / 16, first / 128, c % 16)));
+    }
+  };
+
+  float peak[2], delta[2];  // delta: with delta_only what has been summed of it
+  if constexpr (!kKeys) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = mine + lane / 4 + 8 * half;
+      const int64_t place = lse_place(p, head) + row;
+      peak[half] = row < head.queries ? peak_of(load(p.lse + place)) : kInfinity;
+      delta[half] = row < head.queries && !(RICH && p.delta_only) ? load(p.delta + place) : 0.f;
+    }
+  }
+  float sum1[kFirst ? D / 2 : 4] = {}, sum2[kSecond ? D / 2 : 4] = {};
+  const float to_log2 = RICH ? kLog2e : p.scale * kLog2e;
+  const float keep_scale = RICH && p.threshold ? p.keep_scale : 1.f;
+  Kept kept{};
+  int kept_group = -1;
+  DistanceSums by_distance{};
+
+  int next_h = head.h, next_start = range.begin;
+  if (total > 0) {
+    load_resident();
+    load_streamed(0, next_h, next_start);
+    if constexpr (kKeys) store_statistic(0, next_h, next_start, load_statistic(next_h, next_start));
+  }
+#pragma unroll 1
+  for (int n = 0; n < total; ++n) {
+    const int start = next_start;
+    head.h = next_h;
+    next_start += kColumns;
+    if (kKeys && next_start >= range.end) {
+      next_start = range.begin;
+      ++next_h;
+    }
+    const bool more = n + 1 < total;
+    cp_async_wait<0>();
+    __syncthreads();  // this tile is there, and nobody reads the one before it any more
+    if (more) load_streamed(n + 1, next_h, next_start);
+    float statistic = 0.f;
+    if (kKeys && more) statistic = load_statistic(next_h, next_start);
+
+    const T* const tile1 = streamed(n);
+    const T* const tile2 = tile1 + Tile::kStreamed;
+    const int own = RICH ? int(opaque(mine)) : mine, query0 = kKeys ? start : own, key0 = kKeys ? own : start;
+    float s[kScores] = {}, ds[kFirst ? kScores : 1] = {}, slope[RICH ? kScores : 1];
+    if constexpr (kFirst) multiply_rows<D>(resident2, tile2, ds);  // dP, until the loop below
+    multiply_rows<D>(resident1, tile1, s);
+    if constexpr (RICH) finish_scores<kKeys, true>(p, head, query0, key0, s, slope);
+    if (!is_inner<kColumns>(range, start)) mask_edges<kKeys>(p, head, query0, key0, s);
+    if (RICH && !kKeys && p.threshold && start / 128 != kept_group) {
+      kept_group = start / 128;
+      kept = kept_of(dropout_of(p, head), own, start);
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns / 8; ++c) {
+      const int column = 8 * c + lane % 4 * 2;
+      Vec<float, 2> peaks{}, deltas{};
+      if constexpr (kKeys) {
+        const float* const both = statistics + (n % 2 * Memory::kStatistics + column);
+        peaks = load_shared_vec<2>(both);
+        if constexpr (kFirst) deltas = load_shared_vec<2>(both + kColumns);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float prob = exp2_approx(s[4 * c + e] * to_log2 - (kKeys ? peaks.v[e % 2] : peak[e / 2]));
+        bool keep = true;
+        if (RICH && p.threshold) {
+          if constexpr (kKeys) {
+            const int place = n % 2 * Memory::kKept + (column + e % 2) * 16 + lane / 4 + e / 2 * 8;
+            keep = load_shared(kept_bytes + place) >> (key0 % 128 / 16) & 1;
+          } else {
+            keep = keeps(kept, key0, 4 * c + e);
+          }
+        }
+        s[4 * c + e] = keep ? prob : 0.f;
+        if constexpr (kFirst) {
+          const float dp = keep ? ds[4 * c + e] * keep_scale : 0.f;
+          ds[4 * c + e] = prob * (dp - (kKeys ? deltas.v[e % 2] : delta[e / 2]));
+          if (RICH && !kKeys && p.delta_only) delta[e / 2] += prob * dp;
+        }
+      }
+    }
+    if constexpr (kSecond) multiply_columns<D>(s, tile2, sum2);
+    if constexpr (RICH && !kKeys) {
+      if (p.dbias) {
+        float* const base = p.dbias + (head.b * p.dbias_stride[0] + head.h * p.dbias_stride[1]);
+        for_each_score<false>(ds, own, start, [&](float& x, int i, int j) {
+          if (i < head.queries && j < head.keys) store(base + (i * p.dbias_stride[2] + j * p.dbias_stride[3]), x);
+        });
+      }
+      if (p.drelative) {
+        if (Memory::kInPlace) __syncthreads();  // nobody reads V any more
+        float* const scores = Memory::kInPlace ? reinterpret_cast<float*>(streamed(n) + Tile::kStreamed)
+                                               : reinterpret_cast<float*>(memory + Memory::kBytes);
+        by_distance.add<kColumns>(p, head, first, own, start, ds, scores);
+      }
+    }
+    if constexpr (kFirst) {
+      if constexpr (RICH) {
+#pragma unroll
+        for (int e = 0; e < kScores; ++e) ds[e] *= slope[e];
+      }
+      if (!(RICH && !kKeys && p.delta_only)) multiply_columns<D>(ds, tile1, sum1);
+    }
+    if (kKeys && more) store_statistic(n + 1, next_h, next_start, statistic);
+  }
+
+  if constexpr (kKeys) {
+    if constexpr (kFirst)
+      store_rows<D, RICH>(sum1, p.scale, resident1,
+                    head_rows(static_cast<T*>(p.dk), p.dk_rows, head.b, head.key_head, head.first_k), p.dk_rows.row,
+                    mine, used, stored, p.dim, p.aligned);
+    if constexpr (kSecond)
+      store_rows<D, RICH>(sum2, keep_scale, resident2,
+                    head_rows(static_cast<T*>(p.dv), p.dv_rows, head.b, head.key_head, head.first_k), p.dv_rows.row,
+                    mine, used, stored, p.dim, p.aligned);
+  } else {
+    if constexpr (RICH) {
+      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
+      if (p.delta_only) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = mine + lane / 4 + 8 * half;
+          float sum = delta[half];
+          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+          if (lane % 4 == 0 && row < head.queries) store_delta(p, head, row, sum);
+        }
+        return;
+      }
+    }
+    store_rows<D, RICH>(sum1, p.scale, resident1,
+                  head_rows(static_cast<T*>(p.dq), p.dq_rows, head.b, head.h, head.first_q), p.dq_rows.row, mine, used,
+                  used, p.dim, p.aligned);
+  }
+}
+
+}  // namespace tf::cuda::backward_mma

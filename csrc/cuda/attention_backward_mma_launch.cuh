@@ -1,0 +1,109 @@
+// Chooses the kernels of a backward call on mma.sync and launches them: delta, the key side, the bias, the query side.
+#pragma once
+#include <algorithm>
+
+#include "attention_backward_bias_mma.cuh"
+
+namespace tf::cuda {
+namespace backward_mma {
+
+constexpr int64_t kL2Bytes = 32 << 20;  // what a few heads stream stays in the L2 cache while their blocks run
+constexpr int kFewKeys = 128;           // rows of so few do not average the rounding of the output in delta away
+
+inline bool is_aligned(const void* base, const Rows& rows) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && rows.batch % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
+}
+
+inline bool is_aligned(const AttentionBackward& a) {
+  return a.dim % 8 == 0 && is_aligned(a.q, a.q_rows) && is_aligned(a.k, a.k_rows) && is_aligned(a.v, a.v_rows) &&
+         is_aligned(a.out, a.out_rows) && is_aligned(a.grad_out, a.grad_out_rows) && is_aligned(a.dq, a.dq_rows) &&
+         is_aligned(a.dk, a.dk_rows) && is_aligned(a.dv, a.dv_rows);
+}
+
+inline BackwardCall call_of(const AttentionBackward& a, int rows, int length, int heads, int64_t streamed) {
+  const int64_t bytes = std::max<int64_t>(1, 4 * streamed * a.dim), batch_heads = int64_t(a.batch) * heads;
+  const int64_t together = std::max<int64_t>(1, kL2Bytes / bytes) * (heads / a.key_heads);
+  return {a, (length + rows - 1) / rows, int32_t(std::min(together, batch_heads)), is_aligned(a), false};
+}
+
+template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
+void launch(const BackwardCall& call, Stream stream) {
+  using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
+  const int heads = SIDE == Side::keys ? call.key_heads : call.heads;
+  const size_t bytes = call.drelative && SIDE == Side::queries ? Memory::kBytesWithScores : Memory::kBytes;
+  const dim3 grid(unsigned(call.blocks) * call.batch * heads);
+  TF_LAUNCH((attention_backward_kernel<T, D, SIDE, RICH, WANTED>), grid, dim3(kBackwardThreads), bytes, stream, call);
+}
+
+template <class T, int D>
+void bias_gradient(const BackwardCall& call, Stream stream) {
+  using Tile = BackwardTile<D, true>;
+  const int counts[4] = {call.batch, call.heads, (call.queries + kBackwardRows - 1) / kBackwardRows,
+                         (call.keys + Tile::kColumns - 1) / Tile::kColumns};
+  BiasTiles tiles;
+  unsigned blocks = 1;
+  for (int axis = 0; axis < 4; ++axis) {
+    const bool summed = call.dbias_stride[axis] == 0;
+    tiles.own[axis] = summed ? 1 : counts[axis];
+    tiles.each[axis] = summed ? counts[axis] : 1;
+    blocks *= unsigned(tiles.own[axis]);
+  }
+  const size_t scores = 4 * kBackwardRows * (Tile::kColumns + 1);
+  const size_t bytes = std::max<size_t>(2 * 2 * (Tile::kResident + Tile::kStreamed), scores);
+  TF_LAUNCH((attention_backward_bias_kernel<T, D>), dim3(blocks), dim3(kBackwardThreads), bytes, stream, call, tiles);
+}
+
+inline bool bias_broadcasts(const AttentionBackward& a) {
+  const int counts[4] = {a.batch, a.heads, a.queries, a.keys};
+  for (int axis = 0; axis < 4; ++axis)
+    if (a.dbias_stride[axis] == 0 && counts[axis] > 1) return true;
+  return false;
+}
+
+template <class T, int D, bool RICH>
+void gradients(const AttentionBackward& a, Stream stream) {
+  BackwardCall keys = call_of(a, kBackwardRows, a.keys, a.key_heads, int64_t(a.heads / a.key_heads) * a.queries);
+  BackwardCall queries = call_of(a, kBackwardRows, a.queries, a.heads, a.keys);
+  if (a.dbias || a.drelative || a.keys <= kFewKeys) {
+    BackwardCall delta = queries;
+    delta.delta_only = true;
+    delta.dbias = delta.drelative = nullptr;
+    launch<T, D, Side::queries, true, Wanted::all>(delta, stream);
+  } else {
+    const BackwardCall delta = call_of(a, kDeltaRows, a.queries, a.heads, 0);
+    const dim3 grid(unsigned(delta.blocks) * a.batch * a.heads);
+    TF_LAUNCH((attention_backward_delta_kernel<T>), grid, dim3(kBackwardThreads), 0, stream, delta);
+  }
+  if constexpr (D <= 128) {
+    launch<T, D, Side::keys, RICH, Wanted::all>(keys, stream);
+  } else {
+    launch<T, D, Side::keys, RICH, Wanted::key>(keys, stream);
+    launch<T, D, Side::keys, RICH, Wanted::value>(keys, stream);
+  }
+  if constexpr (RICH) {
+    if (a.dbias && bias_broadcasts(a)) {
+      bias_gradient<T, D>(queries, stream);
+      queries.dbias = nullptr;
+    }
+  }
+  if (a.drelative) fill_zero(a.scratch, size_t(attention_backward_mma_scratch(a)) * sizeof(float), stream);
+  launch<T, D, Side::queries, RICH, Wanted::all>(queries, stream);
+  if (a.drelative) {
+    const dim3 grid((unsigned(a.heads) * (2 * a.reach + 1) + kBackwardThreads - 1) / kBackwardThreads);
+    TF_LAUNCH(attention_backward_distance_kernel, grid, dim3(kBackwardThreads), 0, stream, queries);
+  }
+}
+
+}  // namespace backward_mma
+
+template <class T>
+void attention_backward_mma_of(const AttentionBackward& a, Stream stream) {
+  const bool plain = is_plain(a) && backward_mma::is_aligned(a);
+  if (a.dim <= 64)
+    return plain ? backward_mma::gradients<T, 64, false>(a, stream) : backward_mma::gradients<T, 64, true>(a, stream);
+  if (a.dim <= 128)
+    return plain ? backward_mma::gradients<T, 128, false>(a, stream) : backward_mma::gradients<T, 128, true>(a, stream);
+  return backward_mma::gradients<T, 256, true>(a, stream);
+}
+
+}  // namespace tf::cuda

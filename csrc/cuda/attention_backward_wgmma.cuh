@@ -1,0 +1,504 @@
+// Attention, backward, for sm_90a: TMA and wgmma (Shah et al., 2024, FlashAttention-3, section 3 and appendix B).
+//
+//     P = exp(scale q k - lse)    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
+//     dV = P^T dO                 dK = scale * dS^T Q                             dQ = scale * dS K
+//
+// A block keeps one tile of 128 keys and values and walks over the queries that see it, over those of every head that
+// shares the key head: dK and dV stay in registers and have one order of summation. Scores are computed transposed,
+// keys by queries, so that P^T and dS^T are left operands of dV and dK as they lie in registers; only dS passes through
+// shared memory, for dQ, where a warpgroup needs the keys of both.
+//
+// dQ is summed over the key blocks in float32 in global memory, by bulk reductions out of shared memory. Its tiles lie
+// there as the accumulators lie in registers; the last kernel puts them in order. Deterministic: for each part of dQ
+// the key blocks take turns, in ascending order.
+#pragma once
+#include "attention_scores.cuh"
+
+namespace tf::cuda {
+
+// M queries by 128 keys. Tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle.
+template <int D, int M>
+struct BackwardWgmmaTile {
+  static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
+  static constexpr int kKeys = 128, kStages = 2;
+  static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
+  // dQ^T is computed 64 values of a head by kSumQueries queries a warpgroup, 16 values a warp: its part, in floats.
+  static constexpr int kSumQueries = D == 64 ? M / 2 : M, kPart = 16 * kSumQueries, kParts = 8;
+  static constexpr int kQueryBytes = M * D * 2, kKeyBytes = kKeys * D * 2, kScoreBytes = kKeys * M * 2;
+  // Offsets in shared memory.
+  static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kGrad = kQ + kStages * kQueryBytes;
+  static constexpr int kScore = kGrad + kStages * kQueryBytes, kSum = kScore + 2 * kScoreBytes;
+  static constexpr int kPeak = kSum + kParts * kPart * 4, kDelta = kPeak + kStages * M * 4;
+  static constexpr int kBarriers = kDelta + kStages * M * 4, kIndex = kBarriers + 8 * (1 + 4 * kStages);
+  static constexpr int kBytes = kIndex + 8;
+  static_assert(kParts * kPart == M * D && kPart * 4 >= 16 * D * 2);  // a part holds 16 rows of dK, too
+};
+
+struct BackwardWgmma : AttentionBackward {
+  // Scratch memory is in tiles of queries, and every sequence starts a tile.
+  int64_t head_tiles;  // of one head
+  float* sums;         // dQ, unscaled: (heads, head_tiles, parts, part)
+  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf without keys; delta
+  int32_t* turns;      // deterministic: (heads, head_tiles, parts): how many key blocks have added theirs
+  int32_t* ticket;     // deterministic: blocks take their work in this order, whatever the order they start in
+  int32_t key_blocks, query_blocks, heads_together;
+  float exponent_scale;
+};
+
+// The tile of scratch memory with query 0 of a sequence, among those of one head. Packed: as (first_q + M b) / M would
+// have it, which leaves room for every sequence's last tile without a sum over the sequences before.
+template <int M>
+TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
+  return a.cu_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
+}
+
+// ---- before: delta, lse in the units of scores, zeros to add to -----------------------------------------------------
+template <class T, int D, int M>
+__global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
+  using Tile = BackwardWgmmaTile<D, M>;
+  constexpr int kLanes = D / 8;
+  const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
+  const Head head = head_of(a, bh / a.heads, bh % a.heads);
+  if (blockIdx.x == 0 && threadIdx.x == 0) store(a.ticket, int32_t(0));
+  if (block * M >= head.queries) return;
+  const int64_t tile = head.h * a.head_tiles + first_tile<M>(a, head) + block;
+  const T* out = head_rows(static_cast<const T*>(a.out), a.out_rows, head.b, head.h, head.first_q);
+  const T* grad = head_rows(static_cast<const T*>(a.grad_out), a.grad_out_rows, head.b, head.h, head.first_q);
+  float* statistics = a.statistics + tile * 2 * M;
+  const int lane = threadIdx.x % kLanes;
+  for (int r = threadIdx.x / kLanes; r < M; r += 256 / kLanes) {
+    const int32_t row = block * M + r;
+    float delta = 0.f;
+    if (row < head.queries) {
+      const Vec<T, 8> x = load_vec<8>(out + row * a.out_rows.row + lane * 8);
+      const Vec<T, 8> y = load_vec<8>(grad + row * a.grad_out_rows.row + lane * 8);
+#pragma unroll
+      for (int i = 0; i < 8; i++) delta += to_float(x.v[i]) * to_float(y.v[i]);
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    if (lane == 0) {
+      float peak = -kInfinity;
+      if (row < head.queries) {
+        const int64_t place = head.first_q + row;
+        peak = load(a.lse + head.b * a.lse_batch + head.h * a.lse_head + place);
+        if (a.grad_lse) delta -= load(a.grad_lse + head.b * a.grad_lse_batch + head.h * a.grad_lse_head + place);
+      }
+      const bool dead = peak == -kInfinity;
+      store(statistics + r, dead ? kInfinity : peak * kLog2e);
+      store(statistics + M + r, dead ? 0.f : delta);
+    }
+  }
+  for (int i = threadIdx.x * 4; i < M * D; i += 256 * 4) store_vec(a.sums + tile * (M * D) + i, Vec<float, 4>{});
+  if (a.deterministic && threadIdx.x < Tile::kParts) store(a.turns + tile * Tile::kParts + threadIdx.x, int32_t(0));
+}
+
+// ---- after: dQ in order, scaled, rounded ----------------------------------------------------------------------------
+template <class T, int D, int M>
+__global__ void __launch_bounds__(256) attention_backward_finish_kernel(const BackwardWgmma a) {
+  using Tile = BackwardWgmmaTile<D, M>;
+  const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
+  const Head head = head_of(a, bh / a.heads, bh % a.heads);
+  if (block * M >= head.queries) return;
+  const float* sums = a.sums + (head.h * a.head_tiles + first_tile<M>(a, head) + block) * (M * D);
+  T* dq = head_rows(static_cast<T*>(a.dq), a.dq_rows, head.b, head.h, head.first_q);
+  for (int item = threadIdx.x; item < M * D / 16; item += 256) {
+    // Two queries by eight values of a head. A part is [query / 8][value % 8][query % 8 / 2][value / 8 % 2][query % 2].
+    const int half = item % 2, pair = item / 2 % 4, warp = item / 8 % 4, rest = item / 32;
+    const int j = rest % (Tile::kSumQueries / 8), group = rest / (Tile::kSumQueries / 8);
+    Vec<T, 8> rows[2];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int place = ((j * 8 + i) * 4 + pair) * 4 + half * 2;
+      const Vec<float, 2> x = load_vec<2>(sums + (group * 4 + warp) * Tile::kPart + place);
+#pragma unroll
+      for (int e = 0; e < 2; e++) rows[e].v[i] = from_float<T>(x.v[e] * a.scale);
+    }
+    const int32_t row = block * M + (D == 64 ? group * Tile::kSumQueries : 0) + j * 8 + pair * 2;
+    const int column = (D == 64 ? 0 : group * 64) + warp * 16 + half * 8;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      if (row + e < head.queries) store_vec(dq + (row + e) * a.dq_rows.row + column, rows[e]);
+    }
+  }
+}
+
+// ---- the work of a block --------------------------------------------------------------------------------------------
+struct BackwardWork {
+  Head head;  // of the first of the query heads
+  int32_t first_key, stored, group;
+  Range queries;
+  int32_t tiles;       // of all heads of the group
+  int64_t first_tile;  // in scratch memory: of query 0 of the first head
+};
+
+template <int M, int N>
+TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
+  // Key blocks of a few heads after each other, so that L2 holds their queries; the first keys, which causal attention
+  // gives the most queries, before the last.
+  const int32_t key_heads = a.batch * a.key_heads;
+  const int32_t span = a.heads_together * a.key_blocks, first_head = index / span * a.heads_together;
+  const int32_t heads = min(a.heads_together, key_heads - first_head);
+  const int32_t bh = first_head + index % span % heads;
+  BackwardWork w;
+  w.group = a.heads / a.key_heads;
+  w.head = head_of(a, bh / a.key_heads, bh % a.key_heads * w.group);
+  w.stored = a.cu_k ? w.head.keys : a.keys;
+  w.first_key = index % span / heads * N;
+  w.queries = query_range<M>(a, w.head, w.first_key, w.first_key + N - 1);
+  const bool none = w.first_key >= w.head.keys || w.queries.end <= w.queries.begin;
+  w.first_tile = w.head.h * a.head_tiles + first_tile<M>(a, w.head);
+  w.tiles = none ? 0 : (w.queries.end - w.queries.begin + M - 1) / M * w.group;
+  return w;
+}
+
+// Over the tiles of every head of the group; stage and parity are those of the ring of buffers.
+template <int M, int STAGES>
+struct Walk {
+  int32_t head = 0, row, stage = 0, parity = 0;
+  TF_DEVICE explicit Walk(const BackwardWork& w) : row(w.queries.begin) {}
+  TF_DEVICE void next(const BackwardWork& w) {
+    row += M;
+    if (row >= w.queries.end) {
+      row = w.queries.begin;
+      head++;
+    }
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <class Tile>
+struct BackwardShared {
+  unsigned char* base;
+  TF_DEVICE uint64_t* barrier(int i) const {
+    return reinterpret_cast<uint64_t*>(base + Tile::kBarriers) + i;
+  }
+  TF_DEVICE int32_t* index() const { return reinterpret_cast<int32_t*>(base + Tile::kIndex); }
+  TF_DEVICE uint64_t* keys_full() const { return barrier(0); }
+  TF_DEVICE uint64_t* query_full(int stage) const { return barrier(1 + stage); }
+  TF_DEVICE uint64_t* query_empty(int stage) const { return barrier(1 + Tile::kStages + stage); }
+  TF_DEVICE uint64_t* grad_full(int stage) const { return barrier(1 + 2 * Tile::kStages + stage); }
+  TF_DEVICE uint64_t* grad_empty(int stage) const { return barrier(1 + 3 * Tile::kStages + stage); }
+};
+
+// ---- producer: one thread -------------------------------------------------------------------------------------------
+template <int D>
+TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int rows,
+                                          int32_t row, int32_t head, int32_t batch) {
+#pragma unroll
+  for (int panel = 0; panel < D / 64; panel++) {
+    tma_load(shared + panel * rows * 128, map, full, panel * 64, row, head, batch);
+  }
+}
+
+template <int D, int M, class Tile>
+TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared,
+                                        const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
+                                        const TensorMap* grad_map) {
+  constexpr int N = Tile::kKeys;
+  const int32_t batch = a.cu_q ? 0 : w.head.b, key = w.head.first_k + w.first_key;
+  mbarrier_expect_tx(shared.keys_full(), 2 * Tile::kKeyBytes);
+  load_tile<D>(shared.base + Tile::kK, k_map, shared.keys_full(), N, key, w.head.key_head, batch);
+  load_tile<D>(shared.base + Tile::kV, v_map, shared.keys_full(), N, key, w.head.key_head, batch);
+  Walk<M, Tile::kStages> at(w);
+  for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
+    const int32_t h = w.head.h + at.head, row = w.head.first_q + at.row;
+    const float* statistics = a.statistics + (w.first_tile + at.head * a.head_tiles + at.row / M) * (2 * M);
+    if (i >= Tile::kStages) mbarrier_wait(shared.query_empty(at.stage), at.parity ^ 1);
+    mbarrier_expect_tx(shared.query_full(at.stage), Tile::kQueryBytes + M * 4);
+    load_tile<D>(shared.base + Tile::kQ + at.stage * Tile::kQueryBytes, q_map, shared.query_full(at.stage), M, row, h,
+                 batch);
+    bulk_load(shared.base + Tile::kPeak + at.stage * M * 4, statistics, M * 4, shared.query_full(at.stage));
+    if (i >= Tile::kStages) mbarrier_wait(shared.grad_empty(at.stage), at.parity ^ 1);
+    mbarrier_expect_tx(shared.grad_full(at.stage), Tile::kQueryBytes + M * 4);
+    load_tile<D>(shared.base + Tile::kGrad + at.stage * Tile::kQueryBytes, grad_map, shared.grad_full(at.stage), M, row,
+                 h, batch);
+    bulk_load(shared.base + Tile::kDelta + at.stage * M * 4, statistics + M, M * 4, shared.grad_full(at.stage));
+  }
+}
+
+// ---- consumers: two warpgroups of 64 keys each ----------------------------------------------------------------------
+constexpr int kConsumers = 256, kConsumerBarrier = 1;
+
+// Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis, or transposed: then a
+// panel is 64 of the M or N axis wide and the next one is `leading` bytes on. Eight rows are 1024 bytes either way.
+TF_DEVICE uint64_t rows_descriptor(const unsigned char* tile) {
+  return wgmma_descriptor(tile, 16, 1024, Swizzle::b128);
+}
+TF_DEVICE uint64_t columns_descriptor(const unsigned char* tile, int leading) {
+  return wgmma_descriptor(tile, leading, 1024, Swizzle::b128);
+}
+// How far step k, 16 values of the K axis, lies from step 0, in a descriptor's units of 16 bytes.
+TF_DEVICE constexpr uint64_t row_step(int k, int rows) { return (k / 4 * rows * 128 + k % 4 * 32) / 16; }
+TF_DEVICE constexpr uint64_t column_step(int k) { return k * 16 * 128 / 16; }
+
+// Rows first .. 128 of a tile become zeros: what lies behind a sequence's end may be inf or NaN, which times zero would
+// be NaN. By `threads` threads.
+template <int D, int Rows>
+TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread, int threads) {
+  const int count = (Rows - first) * (D / 8);
+  for (int i = thread; i < count; i += threads) {  // whole rows of panels: their swizzle does not matter
+    const int row = first + i / (D / 8), chunk = i % (D / 8);
+    store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (Rows * 128) + row * 128 + chunk % 8 * 16),
+                     Vec<uint32_t, 4>{});
+  }
+}
+
+// One warp's 16 rows of dK or dV through its own shared memory to whole rows in global memory; zeros from `keys` on.
+template <class T, int D>
+TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char* shared, T* rows,
+                                           int64_t stride, int32_t first, int32_t keys, int32_t stored) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < D / 8; j++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      unsigned char* row = shared + (lane / 4 + 8 * half) * (D * 2);
+      store_shared(reinterpret_cast<uint32_t*>(row + (j ^ (lane / 4)) * 16 + lane % 4 * 4),
+                   pack2<T>(sum[j * 4 + half * 2] * scale, sum[j * 4 + half * 2 + 1] * scale));
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
+    const unsigned char* from = shared + row * (D * 2) + (chunk ^ (row % 8)) * 16;
+    Vec<T, 8> x = load_shared_vec<8>(reinterpret_cast<const T*>(from));
+    if (first + row >= keys) x = Vec<T, 8>{};
+    if (first + row < stored) store_vec(rows + (first + row) * stride + chunk * 8, x);
+  }
+  __syncwarp();
+}
+
+TF_DEVICE void pass_turn(int32_t*& turn, int32_t place) {
+  if (!turn) return;
+  bulk_wait<0>();
+  store_release(turn, place + 1);
+  turn = nullptr;
+}
+
+template <class T, int D, int M, class Tile>
+TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared) {
+  constexpr int N = Tile::kKeys;
+  const int thread = threadIdx.x - 128, lane = thread % 32, warp = thread / 32 % 4;
+  // The same in all threads of a warp, and the compiler shall know it.
+  const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
+  const int part = group * 4 + warp;
+  unsigned char* base = shared.base;
+  float* sum = reinterpret_cast<float*>(base + Tile::kSum) + part * Tile::kPart;
+
+  float dk[D / 2], dv[D / 2];
+#pragma unroll
+  for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0.f;
+
+  const bool ragged_keys = w.first_key + N > w.head.keys;
+  if (w.tiles > 0) {
+    mbarrier_wait(shared.keys_full(), 0);
+    if (ragged_keys) {
+      clear_rows<D, N>(base + Tile::kK, w.head.keys - w.first_key, thread, kConsumers);
+      clear_rows<D, N>(base + Tile::kV, w.head.keys - w.first_key, thread, kConsumers);
+      fence_async_shared();
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+    }
+  }
+
+  // This thread's keys are key and key + 8; query i sees those with low <= i <= high.
+  const int32_t key = w.first_key + group * 64 + warp * 16 + lane / 4;
+  const uint64_t k_rows = rows_descriptor(base + Tile::kK + group * 64 * 128);
+  const uint64_t v_rows = rows_descriptor(base + Tile::kV + group * 64 * 128);
+  // dQ^T = K^T dS^T: with D 64 a warpgroup takes half of the queries, with D 128 half of the values of a head.
+  const uint64_t k_columns = columns_descriptor(base + Tile::kK + (D == 64 ? 0 : group * N * 128), 16);
+
+  int32_t* turn = nullptr;  // to pass on, once what was added to dQ last has arrived
+  int32_t place = 0;        // of this block among those that add to it
+
+  Walk<M, Tile::kStages> at(w);
+  for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
+    unsigned char* q_tile = base + Tile::kQ + at.stage * Tile::kQueryBytes;
+    unsigned char* grad_tile = base + Tile::kGrad + at.stage * Tile::kQueryBytes;
+    const uint64_t q_rows = rows_descriptor(q_tile), grad_rows = rows_descriptor(grad_tile);
+
+    // S^T = K Q^T, dP^T = V dO^T.
+    float s[M / 2], dp[M / 2];
+    mbarrier_wait(shared.query_full(at.stage), at.parity);
+    if (a.cu_q && at.row + M > w.head.queries) {  // beyond are the rows of the next sequence
+      mbarrier_wait(shared.grad_full(at.stage), at.parity);
+      clear_rows<D, M>(q_tile, w.head.queries - at.row, thread, kConsumers);
+      clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread, kConsumers);
+      fence_async_shared();
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+    }
+    register_fence(s);
+    warpgroup_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      wgmma_ss<T, M, false, false>(s, k_rows + row_step(k, N), q_rows + row_step(k, M), k > 0);
+    }
+    warpgroup_commit();
+    mbarrier_wait(shared.grad_full(at.stage), at.parity);
+    register_fence(dp);
+    warpgroup_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      wgmma_ss<T, M, false, false>(dp, v_rows + row_step(k, N), grad_rows + row_step(k, M), k > 0);
+    }
+    warpgroup_commit();
+    pass_turn(turn, place);
+
+    warpgroup_wait<1>();
+    register_fence(s);
+    if (ragged_keys || at.row < w.queries.inner_begin || at.row + M > w.queries.inner_end) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int32_t mine = key + 8 * half, position = mine - w.head.offset - at.row - lane % 4 * 2;
+        const int32_t low = mine >= w.head.keys ? M : a.window_right < 0 ? 0 : position - a.window_right;
+        const int32_t high = a.window_left < 0 ? M : position + a.window_left;
+#pragma unroll
+        for (int j = 0; j < M / 8; j++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            if (j * 8 + e < low || j * 8 + e > high) s[j * 4 + half * 2 + e] = -kInfinity;
+          }
+        }
+      }
+    }
+    const float* peak = reinterpret_cast<const float*>(base + Tile::kPeak) + at.stage * M + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < M / 8; j++) {
+      const Vec<float, 2> x = load_shared_vec<2>(peak + j * 8);
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_approx(s[j * 4 + e] * a.exponent_scale - x.v[e % 2]);
+    }
+
+    warpgroup_wait<0>();
+    register_fence(dp);
+    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15.
+    uint32_t p[M / 16][4], ds[M / 16][4];
+    const float* delta = reinterpret_cast<const float*>(base + Tile::kDelta) + at.stage * M + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < M / 8; j++) {
+      const Vec<float, 2> x = load_shared_vec<2>(delta + j * 8);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int e = j * 4 + half * 2;
+        p[j / 2][j % 2 * 2 + half] = pack2<T>(s[e], s[e + 1]);
+        ds[j / 2][j % 2 * 2 + half] = pack2<T>(s[e] * (dp[e] - x.v[0]), s[e + 1] * (dp[e + 1] - x.v[1]));
+      }
+    }
+    // dS, queries by keys, transposed on its way; a warpgroup's keys are one panel. Two buffers: the barrier below also
+    // tells that both warpgroups are done with the one before the last.
+    unsigned char* score = base + Tile::kScore + (i & 1) * Tile::kScoreBytes;
+    unsigned char* score_row = score + group * (M * 128) + (lane / 16 * 8 + lane % 8) * 128 +
+                               ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int k = 0; k < M / 16; k++) stmatrix_x4_trans(score_row + k * (16 * 128), ds[k]);
+
+    register_fence(p);
+    register_fence(ds);
+    register_fence(dv);
+    warpgroup_fence();
+    const uint64_t grad_columns = columns_descriptor(grad_tile, M * 128);
+#pragma unroll
+    for (int k = 0; k < M / 16; k++) wgmma_rs<T, D, true>(dv, p[k], grad_columns + column_step(k), true);
+    warpgroup_commit();
+
+    fence_async_shared();
+    named_barrier_sync(kConsumerBarrier, kConsumers);
+    float dq[Tile::kSumQueries / 2];
+    register_fence(dq);
+    warpgroup_fence();
+    const uint64_t score_rows = rows_descriptor(score + (D == 64 ? group * Tile::kSumQueries * 128 : 0));
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+      wgmma_ss<T, Tile::kSumQueries, true, false>(dq, k_columns + column_step(k), score_rows + row_step(k, M), k > 0);
+    }
+    warpgroup_commit();
+    register_fence(dk);
+    warpgroup_fence();
+    const uint64_t q_columns = columns_descriptor(q_tile, M * 128);
+#pragma unroll
+    for (int k = 0; k < M / 16; k++) wgmma_rs<T, D, true>(dk, ds[k], q_columns + column_step(k), true);
+    warpgroup_commit();
+
+    warpgroup_wait<2>();
+    register_fence(dv);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.grad_empty(at.stage));
+
+    warpgroup_wait<1>();
+    register_fence(dq);
+    if (lane == 0) bulk_wait_read<0>();
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < Tile::kSumQueries / 8; j++) {
+      const Vec<float, 4> x{dq[j * 4], dq[j * 4 + 1], dq[j * 4 + 2], dq[j * 4 + 3]};
+      store_shared_vec(sum + (j * 32 + lane) * 4, x);
+    }
+    fence_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+      const int64_t tile = w.first_tile + at.head * a.head_tiles + at.row / M;
+      if (a.deterministic) {
+        turn = a.turns + tile * Tile::kParts + part;
+        place = (w.first_key - key_range<N>(a, w.head, at.row, at.row + M - 1).begin) / N;
+        while (load_acquire(turn) != place) {
+        }
+      }
+      bulk_reduce_add(a.sums + (tile * Tile::kParts + part) * Tile::kPart, sum, Tile::kPart * 4);
+      bulk_commit();
+    }
+
+    warpgroup_wait<0>();
+    register_fence(dk);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.query_empty(at.stage));
+  }
+
+  pass_turn(turn, place);
+  if (lane == 0) bulk_wait_read<0>();
+  __syncwarp();
+  const int32_t first = w.first_key + group * 64 + warp * 16;
+  unsigned char* own = reinterpret_cast<unsigned char*>(sum);
+  T* dk_rows = head_rows(static_cast<T*>(a.dk), a.dk_rows, w.head.b, w.head.key_head, w.head.first_k);
+  T* dv_rows = head_rows(static_cast<T*>(a.dv), a.dv_rows, w.head.b, w.head.key_head, w.head.first_k);
+  store_rows<T, D>(dv, 1.f, own, dv_rows, a.dv_rows.row, first, w.head.keys, w.stored);
+  store_rows<T, D>(dk, a.scale, own, dk_rows, a.dk_rows.row, first, w.head.keys, w.stored);
+}
+
+template <class T, int D, int M>
+__global__ void __launch_bounds__(BackwardWgmmaTile<D, M>::kThreads, 1)
+    attention_backward_wgmma_kernel(const BackwardWgmma a, TF_GRID_CONSTANT TensorMap q_map,
+                                    TF_GRID_CONSTANT TensorMap k_map, TF_GRID_CONSTANT TensorMap v_map,
+                                    TF_GRID_CONSTANT TensorMap grad_map) {
+#if TF_SM90A
+  using Tile = BackwardWgmmaTile<D, M>;
+  TF_SHARED(base);
+  const BackwardShared<Tile> shared{base};
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared.keys_full(), 1);
+    for (int stage = 0; stage < Tile::kStages; stage++) {
+      mbarrier_init(shared.query_full(stage), 1);
+      mbarrier_init(shared.grad_full(stage), 1);
+      mbarrier_init(shared.query_empty(stage), kConsumers / 32);
+      mbarrier_init(shared.grad_empty(stage), kConsumers / 32);
+    }
+    mbarrier_fence_init();
+    store_shared(shared.index(), a.deterministic ? atomicAdd(a.ticket, 1) : int32_t(blockIdx.x));
+  }
+  __syncthreads();
+  const BackwardWork w = backward_work<M, Tile::kKeys>(a, load_shared(shared.index()));
+  if (w.first_key >= w.stored) return;
+  if (threadIdx.x < 128) {
+    registers_decrease<24>();
+    if (threadIdx.x == 0 && w.tiles > 0) produce<D, M>(a, w, shared, &q_map, &k_map, &v_map, &grad_map);
+  } else {
+    registers_increase<240>();
+    consume<T, D, M>(a, w, shared);
+  }
+#endif
+}
+
+}  // namespace tf::cuda

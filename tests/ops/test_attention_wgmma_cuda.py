@@ -1,0 +1,167 @@
+"""The sm_90a attention kernel (TMA, wgmma) against float64, under the emulator of CUDA kernels."""
+
+import contextlib
+import math
+
+import cuda_emulator
+import pytest
+import torch
+from numerics import assert_as_accurate
+
+import transformer_fast as tf
+from transformer_fast.ops import qkv_attention
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def _kernel(late=True, seed=0, wgmma=True):
+    """Inside, the cuda backend runs under the emulator. wgmma: whether this kernel is to take the call."""
+    with cuda_emulator.active(late=late, seed=seed), tf.backend("cuda"):
+        library = cuda_emulator.library()
+        library.reset_counters()
+        yield
+        counters = library.counters()
+    assert (counters["wgmma"] > 0) == wgmma, counters
+    assert (counters["tma_loads"] > 0) == wgmma, counters
+
+
+def _check(function, tensors, wgmma=True, late=True, seed=0, **kw):
+    """out and lse of a call against float64; returns them."""
+    with _kernel(late, seed, wgmma):
+        ours = function(*tensors, return_lse=True, **kw)
+    with tf.backend("eager"):
+        truth = function(*(t.double() for t in tensors), return_lse=True, **kw)
+        eager = function(*tensors, return_lse=True, **kw)
+    for name, *results in zip(("out", "lse"), ours, truth, eager):
+        assert_as_accurate(*results, name=name)
+    return ours
+
+
+def _padded(b=1, h=2, hk=None, sq=200, sk=260, d=128, dtype=torch.bfloat16, **kw):
+    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D)."""
+    sizes = (h, sq), (hk or h, sk), (hk or h, sk)
+    tensors = [torch.randn(b, s, n, d).to(dtype).transpose(1, 2) for n, s in sizes]
+    return _check(tf.scaled_dot_product_attention, tensors, enable_gqa=hk is not None, **kw)
+
+
+BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
+CASES = {
+    "one_tile": {"sq": 128, "sk": 176},
+    "several_tiles_with_ragged_ends": {"sq": 300, "sk": 400},
+    "three_groups": {"sq": 250, "sk": 300, "d": 64},
+    "fewer_keys_than_a_tile": {"sq": 7, "sk": 9, "b": 3, "h": 4},
+    "one_row_one_key": {"sq": 1, "sk": 1, "h": 8, "b": 4, "d": 64},
+    "causal": {"sq": 330, "sk": 330, "h": 1, "is_causal": True},
+    "causal_64": {"sq": 400, "sk": 400, "d": 64, "is_causal": True},
+    "causal_top_left": {"sq": 150, "sk": 300, "is_causal": True},
+    "causal_bottom_right": {"sq": 150, "sk": 300, "h": 1, **BOTTOM_RIGHT},
+    "rows_without_keys": {"sq": 300, "sk": 70, **BOTTOM_RIGHT},
+    "window": {"sq": 300, "sk": 300, "h": 1, "window": (70, 30)},
+    "window_within_a_tile": {"sq": 260, "sk": 500, "h": 1, "d": 64, "window": (9, 0),
+                             "causal_alignment": "bottom_right"},
+    "window_left": {"sq": 200, "sk": 400, "h": 1, "d": 64, "window": (150, None)},
+    "grouped_heads": {"sq": 130, "sk": 140, "h": 6, "hk": 2, "is_causal": True},
+    "scale": {"sq": 130, "sk": 200, "d": 64, "scale": 0.5},
+    "lengths": {"b": 4, "h": 1, "sq": 140, "sk": 300, "key_lengths": torch.tensor([300, 177, 0, 5])},
+    "lengths_and_causal": {"b": 3, "d": 64, "h": 1, "sq": 200, "sk": 300,
+                           "key_lengths": torch.tensor([30, 290, 128]), **BOTTOM_RIGHT},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_padded(case):
+    number = list(CASES).index(case)
+    _padded(dtype=HALF[number % 2], seed=number, late=number % 3 > 0, **CASES[case])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("late, seed", [(False, 1), (True, 2), (True, 3)])
+def test_any_order_of_warps(d, late, seed):
+    _padded(h=3, sq=200, sk=300, d=d, late=late, seed=seed, is_causal=seed == 2)
+
+
+def test_rows_without_keys_are_zeros():
+    out, lse = _padded(sq=300, sk=70, **BOTTOM_RIGHT)
+    assert out[:, :, :230].eq(0).all() and lse[:, :, :230].eq(-math.inf).all()
+
+
+def _packed(queries, keys, h, hk, d, dtype, **kw):
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (queries, keys))
+    tensors = [torch.randn(sum(n), heads, d).to(dtype) for n, heads in ((queries, h), (keys, hk), (keys, hk))]
+    return _check(tf.varlen_attention, tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("kw", [{}, {"is_causal": True}, BOTTOM_RIGHT], ids=["full", "causal", "bottom_right"])
+def test_packed(d, kw):
+    """Sequences of any length beside each other, an empty one and one without keys among them."""
+    _packed([200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
+
+
+def test_many_packed_sequences():
+    """More than the loader looks at at once, tiles of several sequences and none among them."""
+    lengths = [(5 * n) % 7 for n in range(70)]
+    lengths[40] = 200
+    _packed(lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
+
+
+def test_packed_projection_is_read_in_place():
+    qkv = torch.randn(300, 3, 2, 64).half()
+    cu = torch.tensor([0, 17, 300], dtype=torch.int32)
+    _check(lambda x, **kw: qkv_attention(x, cu, **kw), [qkv], is_causal=True)
+
+
+def test_tiles_of_every_length_are_handed_out_once():
+    """Many more tiles than multiprocessors, by the counter and in turn."""
+    _padded(b=2, h=7, sq=300, sk=300, d=64, is_causal=True)
+    _padded(b=2, h=7, sq=200, sk=60, d=64)
+
+
+@pytest.mark.parametrize("d, kw", [(64, {}), (128, {"is_causal": True})])
+def test_what_lies_past_the_keys_is_never_used(d, kw):
+    q, k, v = (torch.randn(2, 1, s, d).half() for s in (150, 300, 300))
+    packed = [torch.randn(n, 1, d).half() for n in (150, 300, 300)]
+    lengths = torch.tensor([170, 33])
+    cu_q, cu_k = torch.tensor([0, 70, 150]), torch.tensor([0, 130, 300])
+    outputs = []
+    for garbage in (0.0, math.nan):
+        for b, n in enumerate(lengths.tolist()):
+            k[b, :, n:], v[b, :, n:] = garbage, garbage
+        for t in packed[1:]:
+            t[130:] = garbage
+        with _kernel():
+            padded = tf.scaled_dot_product_attention(q, k, v, key_lengths=lengths, **kw)
+            first = tf.varlen_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)[:70]
+        outputs.append((padded, first))
+    for clean, dirty in zip(*outputs):
+        assert torch.equal(clean, dirty) and not clean.isnan().any()
+
+
+def test_one_huge_logit():
+    q, k, v = (torch.randn(1, 2, 200, 64).half() for _ in range(3))
+    q[0, 0, 5], k[0, 0, 133] = 30.0, 30.0
+    _check(tf.scaled_dot_product_attention, [q, k, v])
+
+
+REFUSED = {
+    "bias": {"bias": torch.randn(1, 1, 20, 40)},
+    "mask": {"attn_mask": torch.rand(1, 1, 20, 40) > 0.2},
+    "softcap": {"softcap": 3.0},
+    "negative_scale": {"scale": -0.2},
+    "head_dim": {"d": 80},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_the_rest_goes_to_the_other_kernel(case):
+    kw = dict(REFUSED[case])
+    if "bias" in kw:
+        kw["bias"] = kw["bias"].half()
+    _padded(sq=20, sk=40, dtype=torch.float16, wgmma=False, **{"d": 64, **kw})
+
+
+def test_rows_off_16_bytes_go_to_the_other_kernel():
+    wide = torch.randn(1, 2, 60, 68).half()
+    _check(tf.scaled_dot_product_attention, [wide[..., 4:]] * 3, wgmma=False)
