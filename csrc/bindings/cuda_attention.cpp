@@ -201,7 +201,8 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
     a.wide_lengths = read<int64_t>(key_lengths);
   }
   if (new_k.has_value()) {
-    STD_TORCH_CHECK(new_v.has_value() && key_lengths.has_value(), "transformer_fast: new keys want new values and key_lengths");
+    STD_TORCH_CHECK(new_v.has_value() && key_lengths.has_value(),
+                    "transformer_fast: new keys want new values and key_lengths");
     write(k);  // the kernel extends them
     write(v);
     a.new_k = read(new_k);
@@ -210,7 +211,7 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
     a.new_v_rows = new_rows(new_v, a);
   }
   const char* reason = attention_decode_refuses(a);
-  STD_TORCH_CHECK(!reason, "transformer_fast: the CUDA decoding kernel does not take this call: ", reason ? reason : "");
+  STD_TORCH_CHECK(!reason, "transformer_fast: the CUDA decoding kernel refuses: ", reason ? reason : "");
   a.splits = attention_decode_splits(a);
   OptionalTensor partial;
   if (const int64_t floats = attention_decode_scratch(a)) {

@@ -1,6 +1,6 @@
 // Attention of a few queries on a cache of keys and values, split over the GPU (Dao et al., "Flash-Decoding for
-// long-context inference", 2023), in one launch: the new rows are appended by the blocks that come to them, and the last
-// block to finish joins what the splits left. The order of every sum depends on shapes and the GPU alone.
+// long-context inference", 2023), in one launch: the new rows are appended by the blocks that come to them, and the
+// last block to finish joins what the splits left. The order of every sum depends on shapes and the GPU alone.
 #include <algorithm>
 #include <map>
 #include <mutex>

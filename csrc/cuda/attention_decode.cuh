@@ -2,8 +2,8 @@
 //
 // Rows are the queries of the heads that share a key head; block (sequence and key head, split, chunk) attends kRows of
 // them to its share of the keys. A key belongs to `lanes` neighbouring threads, each of which reads 16 bytes of it at a
-// time, straight into registers, and keeps the same columns of q and of the output: there is no exchange but the sum of a
-// product over those lanes, and nobody waits for anybody until the block's states are joined at the end. The loads of
+// time, straight into registers, and keeps the same columns of q and of the output: there is no exchange but the sum of
+// a product over those lanes, and nobody waits for anybody until the block's states are joined at the end. The loads of
 // kKeys keys a thread are under way together.
 #pragma once
 #include "attention_decode.hpp"

@@ -4,8 +4,8 @@
 
 namespace tf::cuda {
 
-// With new_k and new_v, k and v are the cache: query i stands at the place behind those in use where row i of new_k goes,
-// and the kernel writes it there. New rows past the cache's end are dropped.
+// With new_k and new_v, k and v are the cache: query i stands at the place behind those in use where row i of new_k
+// goes, and the kernel writes it there. New rows past the cache's end are dropped.
 struct AttentionDecode : AttentionForward {
   const int64_t* wide_lengths;  // key_lengths as torch makes them, in their place; or null
   const void *new_k, *new_v;

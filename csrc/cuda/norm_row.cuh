@@ -61,7 +61,8 @@ TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int col
 constexpr int row_sum_bytes(int values) { return 2 * (kNormThreads / 32) * values * int(sizeof(float)); }
 
 // Sums v over the threads of a row; every thread gets the sums, added in one order. Calls alternate turn 0 and 1.
-// kNamed: the warps of a row meet at a barrier of their own (at most 15 rows of several warps), else the block is one row.
+// kNamed: the warps of a row meet at a barrier of their own (at most 15 rows of several warps); else a block has one
+// row where rows have several warps.
 template <bool kNamed, int kValues>
 TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
   const int threads = blockDim.x;
