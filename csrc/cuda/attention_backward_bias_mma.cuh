@@ -4,7 +4,7 @@
 #pragma once
 #include "attention_backward_mma.cuh"
 
-namespace tf::cuda {
+namespace tf::cuda::backward_mma {
 
 struct BiasTiles {  // sequences, heads, tiles of queries, of keys: how many dbias has, and how many one of it sums over
   int32_t own[4], each[4];
@@ -113,4 +113,4 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
-}  // namespace tf::cuda
+}  // namespace tf::cuda::backward_mma

@@ -11,7 +11,7 @@
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 
-namespace tf::cuda {
+namespace tf::cuda::backward_mma {
 
 enum class Side { queries, keys };
 enum class Wanted { all, key, value };  // which of dK and dV a key-side block sums: registers hold both up to D = 128
@@ -181,13 +181,14 @@ struct BackwardMemory {
   static_assert(!kInPlace || kScores <= Tile::kStreamed * 2);
 };
 
-// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own, each element added by one thread in one
-// order; what lies at the ends and beyond stays in registers until finish().
+// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own in the scratch, which is (heads, batch,
+// blocks, 2 * reach + 1), zeros before. One thread adds to an element, in one order; what lies at the ends and beyond
+// stays in registers until finish().
 struct DistanceSums {
   float low, high;
 
   static TF_DEVICE float* place(const BackwardCall& p, const Head& head, int block) {
-    return p.drelative + (int64_t(head.b * p.heads + head.h) * p.blocks + block) * (2 * p.reach + 1);
+    return p.scratch + (int64_t(head.h * p.batch + head.b) * p.blocks + block) * (2 * p.reach + 1);
   }
 
   template <int COLUMNS, int E>
@@ -240,6 +241,21 @@ struct DistanceSums {
     }
   }
 };
+
+// The sum of what DistanceSums leaves over sequences and blocks of queries.
+static __global__ void __launch_bounds__(kBackwardThreads)
+    attention_backward_distance_kernel(TF_GRID_CONSTANT BackwardCall p) {
+  const int distances = 2 * p.reach + 1, place = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (place >= p.heads * distances) return;
+  const float* from = p.scratch + (int64_t(place / distances) * p.batch * p.blocks * distances + place % distances);
+  float sum = 0.f, lost = 0.f;  // Kahan's: most distances share the ends, long sums of small terms
+  for (int n = p.batch * p.blocks; n > 0; --n, from += distances) {
+    const float term = load(from) - lost, next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
+  store(p.drelative + place, sum);
+}
 
 // RICH: any feature that is_plain() excludes, rows of any alignment.
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
@@ -461,4 +477,4 @@ __global__ void __launch_bounds__(kBackwardThreads, BackwardTile<D, RICH>::kBloc
   }
 }
 
-}  // namespace tf::cuda
+}  // namespace tf::cuda::backward_mma
