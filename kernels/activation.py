@@ -15,7 +15,6 @@ TILE = 2048  # elements of a program of NUM_WARPS warps: 16 a thread
 BLOCK = 256  # columns: divides the widths of transformers, so that no lane idles
 NUM_WARPS = 4
 PROGRAMS = 8  # walking programs a multiprocessor
-REGISTERS = 72  # of 16-bit backwards without a gate: left to itself, ptxas (Triton 3.6) spills some to have but 64
 
 
 @triton.jit
@@ -106,6 +105,9 @@ def _bias_activation_backward_kernel(
     if partial_ptr is not None:
         partial = tl.program_id(0).to(tl.int64) * width + column
         tl.store(partial_ptr + partial, tl.sum(grad_bias, 0), mask=inside)
+
+
+REGISTERS = 72  # of 16-bit backwards without a gate: left to itself, ptxas (Triton 3.6) spills some to have but 64
 
 
 def _tile(width: int) -> tuple[int, int]:

@@ -291,7 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; what is compiled is kept")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop then (0: compile nothing); what is there is kept"
+    )
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/ahead-of-time")
     parser.add_argument("--json", action="store_true", help="the test run's cases, as JSON")
     return parser
@@ -315,7 +317,7 @@ def main() -> int:
         return 0
     jobs = _spread(jobs)
     done, failed, end = 0, 0, time.monotonic() + args.minutes * 60
-    for done, (job, report) in enumerate(reports(jobs, args.processes), 1):
+    for done, (job, report) in enumerate(reports(jobs, args.processes) if args.minutes else (), 1):
         print(f"{done}/{len(jobs)} {job.case}:", *(f"{k}={v}" for k, v in report.items()), flush=True)
         if fails(job, report):
             failed += 1

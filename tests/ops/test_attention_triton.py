@@ -346,8 +346,8 @@ def test_every_shape_has_a_configuration(monkeypatch):
         for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
             for head_dim in (1, 64, 65, 128, 129, 256):
                 for itemsize in (2, 4):
-                    for rich in (False, True):
-                        shape = configurations.shape(capability, head_dim, itemsize, rich, 10)
+                    for kind in configurations.KINDS:
+                        shape = configurations.shape(capability, head_dim, itemsize, kind, 10)
                         config = configurations.select(kernel, shape)
                         assert all(n & (n - 1) == 0 and n >= 16 for n in config[:2])
     assert configurations.architecture((8, 9)) == "sm_120" and configurations.architecture((9, 0)) == "sm_90"

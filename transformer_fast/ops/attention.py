@@ -78,8 +78,8 @@ def scaled_dot_product_attention(
     (B, H, Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients.
     Gradients are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
     torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once for
-    dK, dV and once for dQ: seven where a backward that adds dQ atomically has five. A gradient to bias or relative_bias,
-    and at most 128 keys, cost two more again, for a delta without the output's rounding.
+    dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
+    relative_bias, and at most 128 keys, cost two more again, for a delta without the output's rounding.
     Raises TypeError or ValueError naming the argument.
     Source: Vaswani et al., 2017, section 3.2; Dao, "FlashAttention-2", 2023.
     """
