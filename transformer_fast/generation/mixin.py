@@ -114,8 +114,7 @@ class GenerationMixin:
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if (
             synced_gpus
-            or type(decoder_cache) is not DynamicCache
-            or decoder_cache.offloading
+            or not self._is_our_cache(decoder_cache, config)
             or config._cache_given
             or not config.use_cache
             or config.output_attentions
@@ -128,6 +127,11 @@ class GenerationMixin:
         dropped = ("past_key_values", "use_cache")
         inputs = {k: _first_copies(v, copies) for k, v in model_kwargs.items() if k not in dropped}
         return choose_stepper(self, Prompt(input_ids[::copies], copies, config.max_length, inputs))
+
+    def _is_our_cache(self, cache: Any, config: Any) -> bool:
+        if hasattr(self, "recurrent_step"):  # its own state, which is no cache of keys that could be returned
+            return cache is None and not config.return_dict_in_generate
+        return type(cache) is DynamicCache and not cache.offloading
 
     def _output(self, stepper: Stepper, record: Record, model_kwargs: dict, name: str, **found):
         encoder_decoder = self.config.is_encoder_decoder
