@@ -15,8 +15,6 @@ from .column_sum import column_sum
 from .layer_norm import backward_config, forward_config
 from .philox import keep_mask
 
-WIDEST = 4096  # columns: a row is held in registers, and a wider one spills
-
 
 @triton.jit
 def _lookup(ids_ptr, table_ptr, entries, stride, row, column, exists, mask):

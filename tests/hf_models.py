@@ -165,11 +165,3 @@ def run_with_gradients(model, inputs, **options) -> tuple[torch.Tensor, dict[str
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
     (out * cotangent.to(out)).sum().backward()
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def pooled(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All gradients as one vector, each scaled by its true size: the errors of a single small tensor are luck, for
-    all its elements inherit one upstream rounding."""
-    largest = max(t.abs().max().item() for t in truth.values())
-    scales = {name: max(t.abs().max().item(), 0.05 * largest) for name, t in truth.items()}
-    return torch.cat([(gradients[name] / scales[name]).flatten() for name in truth])

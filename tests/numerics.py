@@ -41,3 +41,11 @@ def assert_as_accurate(
             f"{name}: {kind} error {ours:.3e} over {bound:.3e} ({factor} x plain PyTorch's {theirs:.3e}, "
             f"floor {floor:.1e}) in {actual.dtype}"
         )
+
+
+def pooled(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All gradients as one vector, each scaled by its true size: the errors of a single small tensor are luck, for
+    all its elements inherit one upstream rounding."""
+    largest = max(t.abs().max().item() for t in truth.values())
+    scales = {name: max(t.abs().max().item(), 0.05 * largest) for name, t in truth.items()}
+    return torch.cat([(gradients[name] / scales[name]).flatten() for name in truth])

@@ -1,24 +1,20 @@
 """generate() by the native step: the tokens of the model's own forward, whatever the prompts and the method."""
 
+import copy
+
 import pytest
 import torch
+from generating_models import SEQ2SEQ, models, prompts, seq2seq_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BartConfig, GPT2Config, MarianConfig, T5Config
-from transformers.models.bart.modeling_bart import BartForConditionalGeneration
-from transformers.models.gpt2 import modeling_gpt2 as hf
-from transformers.models.marian.modeling_marian import MarianMTModel
-from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
+from numerics import assert_as_accurate
 
-import transformer_fast as tf
 from transformer_fast.backends import native
 from transformer_fast.generation import set_weight_storage
 from transformer_fast.generation.native_step import NativeStepper
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
-
-VOCABULARY = 53
 
 
 @pytest.fixture
@@ -28,27 +24,6 @@ def served(monkeypatch):
     start = NativeStepper.start
     monkeypatch.setattr(NativeStepper, "start", lambda self: (count.append(1), start(self))[1])
     return count
-
-
-def models(seed=0, **options):
-    """HF's GPT-2 and ours with the same weights, large enough for decided next tokens."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, **options,
-    )  # fmt: skip
-    theirs, ours = hf.GPT2LMHeadModel(config).eval(), tf.GPT2LMHeadModel(config).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-def prompts(batch, length, side):
-    ids = torch.randint(3, VOCABULARY, (batch, length))
-    lengths = torch.randint(1, length + 1, (batch,))
-    lengths[0] = length
-    kept = torch.arange(length) < lengths[:, None]
-    mask = (kept.flip(1) if side == "left" else kept).long()
-    return ids.masked_fill(mask == 0, 2), mask
 
 
 METHODS = {
@@ -79,40 +54,12 @@ def test_same_tokens_as_hugging_face(served, method):
     assert len(served) >= 4
 
 
-_BART = {
-    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_position_embeddings": 40,
-    "init_std": 0.4, "scale_embedding": True, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1,
-    "decoder_start_token_id": 2, "forced_eos_token_id": 1,
-}  # fmt: skip
-_T5 = {
-    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 2,
-    "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10,
-    "initializer_factor": 2.0, "pad_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 2,
-}  # fmt: skip
-SEQ2SEQ = {
-    "bart": (BartForConditionalGeneration, BartConfig(**_BART)),
-    "marian": (MarianMTModel, MarianConfig(**_BART, activation_function="swish")),
-    "t5": (T5ForConditionalGeneration, T5Config(**_T5)),
-    "t5-v1.1": (
-        T5ForConditionalGeneration, T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_encoder_decoders_as_hugging_face(served, family, beams):
     seen: set[int] = set()
     for seed in range(3):
-        torch.manual_seed(seed)
-        cls, config = SEQ2SEQ[family]
-        theirs, ours = cls(config).eval(), getattr(tf, cls.__name__)(config).eval()
-        if family in ("bart", "marian"):
-            theirs.final_logits_bias.normal_()
-        if family == "t5-v1.1":
-            torch.nn.init.normal_(theirs.lm_head.weight)
-        ours.load_state_dict(theirs.state_dict())
+        theirs, ours = seq2seq_models(family, seed)
         ids, mask = prompts(3, 9, "right")
         kwargs = {"attention_mask": mask, "max_new_tokens": 14, "num_beams": beams, "do_sample": False}
         found = [model.generate(ids, **kwargs) for model in (theirs, ours)]
@@ -126,17 +73,20 @@ def test_scores_and_cache_of_a_generation(served):
     theirs, ours = models()
     ids, mask = prompts(3, 7, "left")
     kwargs = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+    wide = copy.deepcopy(theirs).double()
     theirs = theirs.generate(ids, output_logits=True, **kwargs)
     found = ours.generate(ids, output_logits=True, **kwargs)
-    assert torch.equal(found.sequences, theirs.sequences) and len(found.logits) == len(theirs.logits)
+    assert torch.equal(found.sequences, theirs.sequences)
+    assert len(found.logits) == len(theirs.logits)
     assert len({id(x) for x in found.logits}) == len(found.logits)
-    for a, b in zip(found.logits, theirs.logits):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-    keys, seen = found.past_key_values.layers[1].keys, mask[:, None, :, None].bool()
-    wanted = theirs.past_key_values.layers[1].keys
-    assert keys.shape == wanted.shape
-    assert torch.allclose(keys[:, :, :7] * seen, wanted[:, :, :7] * seen, rtol=1e-3, atol=1e-3)
-    assert torch.allclose(keys[:, :, 7:], wanted[:, :, 7:], rtol=1e-3, atol=1e-3)
+    read = torch.nn.functional.pad(mask, (0, 8), value=1)  # the last token is not read
+    with torch.no_grad():
+        truth = wide(found.sequences[:, :-1], attention_mask=read, position_ids=(read.cumsum(1) - 1).clamp(min=0))
+    assert_as_accurate(torch.stack(found.logits, 1), truth.logits[:, 6:], torch.stack(theirs.logits, 1))
+    keys = [g.past_key_values.layers[1].keys for g in (found, truth, theirs)]
+    assert keys[0].shape == keys[1].shape == keys[2].shape
+    seen = torch.nn.functional.pad(mask.bool(), (0, keys[0].shape[2] - 7), value=True)
+    assert_as_accurate(*(k.transpose(1, 2)[seen] for k in keys))
     assert served
 
 

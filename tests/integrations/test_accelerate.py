@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import transformers as hf
-from hf_models import SEQ2SEQ, TEXT, batch, cast, pooled, run, run_with_gradients, truth, vit
-from numerics import GRADIENT, assert_as_accurate
+from hf_models import SEQ2SEQ, TEXT, batch, cast, run, run_with_gradients, truth, vit
+from numerics import GRADIENT, assert_as_accurate, pooled
 from torch import nn
 
 import transformer_fast

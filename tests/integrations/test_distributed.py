@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from numerics import GRADIENT, assert_as_accurate
+from numerics import GRADIENT, assert_as_accurate, pooled
 from torch import nn
 
 import transformer_fast as tf
@@ -75,8 +75,4 @@ def test_gradients(how, tmp_path):
     mp.spawn(work, (how, str(tmp_path / "rendezvous"), str(result)), nprocs=WORLD)
     found, alone, truth = torch.load(result), one_process(torch.float32), one_process(torch.float64)
     assert found.keys() == alone.keys()
-    # One vector, each parameter by its true size; a key's bias has no gradient but rounding.
-    top = max(g.abs().max().item() for g in truth.values())
-    size = {n: max(g.abs().max().item(), 0.05 * top) for n, g in truth.items()}
-    pooled = [torch.cat([(g[n] / size[n]).flatten() for n in truth]) for g in (found, truth, alone)]
-    assert_as_accurate(*pooled, GRADIENT)
+    assert_as_accurate(*(pooled(g, truth) for g in (found, truth, alone)), GRADIENT)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from hf_models import pooled
-from numerics import GRADIENT, OUTPUT, assert_as_accurate
+from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
 from seq2seq_cases import (
     BATCH,
     CASES,

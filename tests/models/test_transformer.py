@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from hf_models import pooled
-from numerics import GRADIENT, assert_as_accurate
+from numerics import GRADIENT, assert_as_accurate, pooled
 
 import transformer_fast as tf
 from transformer_fast.backends import native

@@ -1,5 +1,7 @@
 """additive_attention: the definition against the paper's formula, every kernel against the definition."""
 
+import functools
+
 import pytest
 import torch
 import triton_interpreter
@@ -296,13 +298,15 @@ def test_gradient_of_one_output_alone(which):
 def test_gradients_of_gradients():
     tensors, cotangents = case()
     found = []
-    for function in (_function, lambda *t: formula(*t, MASK & (torch.arange(7) < torch.tensor([7, 4])[:, None, None]))):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        loss = sum((o * c).sum() for o, c in zip(function(*leaves), cotangents))
+    alive = MASK & (torch.arange(7) < torch.tensor([7, 4])[:, None, None])
+    plain = functools.partial(formula, alive=alive)
+    for function, dtype in ((_function, torch.float32), (plain, torch.float64), (plain, torch.float32)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        loss = sum((o * c.to(dtype)).sum() for o, c in zip(function(*leaves), cotangents))
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for ours, truth, theirs in zip(*found):
+        assert_as_accurate(ours, truth, theirs, GRADIENT)
 
 
 def test_forward_mode():
@@ -310,9 +314,14 @@ def test_forward_mode():
     tangents = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(tensors)]
     alive = MASK & (torch.arange(7) < torch.tensor([7, 4])[:, None, None])
     ours = torch.func.jvp(_function, tuple(tensors), tuple(tangents))[1]
-    theirs = torch.func.jvp(lambda *t: formula(*t, alive), tuple(tensors), tuple(tangents))[1]
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    theirs, truth = (
+        torch.func.jvp(
+            lambda *t: formula(*t, alive), tuple(t.to(dtype) for t in tensors), tuple(t.to(dtype) for t in tangents)
+        )[1]
+        for dtype in (torch.float32, torch.float64)
+    )
+    for results in zip(ours, truth, theirs):
+        assert_as_accurate(*results, GRADIENT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,7 +23,7 @@ from .stepper import Prompt
 __all__ = ["NativeStepper", "StepDescription", "set_weight_storage"]
 
 _FLOATS = (torch.float32, torch.bfloat16)
-_SERVED = {
+SERVED = {
     "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
     "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position",
 }  # fmt: skip
@@ -64,9 +64,10 @@ class StepDescription:
 
     def why_not(self) -> str:
         """'' when the native step computes what the modules would, else the reason why not."""
-        reason = native.load()
-        if reason:
-            return reason
+        return native.load() or self.why_not_modules() or self._why_not_tensors()
+
+    def why_not_modules(self) -> str:
+        """'' when the modules compute what this description says, else the reason why not."""
         if not self.layers:
             return "there are no layers"
         for name, module in self.root.named_modules():
@@ -91,13 +92,13 @@ class StepDescription:
             return "its norms are not all layer norms or all rms norms"
         if _weight_of(self.head) is None:
             return f"the head is a {type(self.head).__name__}, not a plain linear layer"
-        return self._why_not_tensors()
-
-    def _why_not_tensors(self) -> str:
         for name in ("token", "position", "relative_bias"):
             module = getattr(self, name)
             if module is not None and not _is_known(module, nn.Embedding):
                 return f"{name} is a {type(module).__name__}, not a plain embedding"
+        return ""
+
+    def _why_not_tensors(self) -> str:
         for t in self.tensors().sources():
             if type(t) not in (torch.Tensor, nn.Parameter):
                 return f"a weight is a {type(t).__name__}"
@@ -235,7 +236,7 @@ class NativeStepper:
             return "gradients are wanted"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in _SERVED)
+        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in SERVED)
         if odd:
             return f"the prompt has {', '.join(odd)}"
         if not prompt.input_ids.numel() or prompt.input_ids.device.type != "cpu":
@@ -245,7 +246,7 @@ class NativeStepper:
         if any(m is not None and m.dim() != 2 for m in masks):
             return "the prompt has a mask that is not (batch, length)"
         description = describe()
-        states = _encoder_states(prompt)
+        states = encoder_states(prompt)
         if description.has_cross_attention and states is None:
             return "the prompt has no encoder states"
         if states is not None and not description.has_cross_attention:
@@ -257,7 +258,7 @@ class NativeStepper:
         prompt, description = self._prompt, self._description
         weights = _decoder_weights(self._model, description)
         batch, length = prompt.input_ids.shape
-        states = _encoder_states(prompt)
+        states = encoder_states(prompt)
         room = length + min(max(prompt.max_length - length, 1), 512)
         shape = None if states is None else (states.shape[0], states.shape[1])
         cache = self._cache = DecoderCache(weights, prompt.rows, room, shape)
@@ -372,7 +373,7 @@ class NativeStepper:
             cache.load_cross(i, keys, values)
 
 
-def _encoder_states(prompt: Prompt) -> torch.Tensor | None:
+def encoder_states(prompt: Prompt) -> torch.Tensor | None:
     outputs = prompt.inputs.get("encoder_outputs")
     if outputs is None:
         return prompt.inputs.get("encoder_hidden_states")

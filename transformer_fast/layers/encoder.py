@@ -349,7 +349,10 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -
         return out.flatten(-2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
-        k, v = _self_cache(past_key_values).update(k, v, index)
+        cache = _self_cache(past_key_values)
+        if hasattr(cache, "attend"):  # it extends itself while it is read
+            return cache.attend(q, k, v, index, scale, call.relative_bias).transpose(1, 2).flatten(-2)
+        k, v = cache.update(k, v, index)
     mask = call.mask
     if first_only and mask is not None:
         mask = mask[:, :, :1]

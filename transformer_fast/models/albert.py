@@ -12,6 +12,7 @@ from ..layers import SlotTable, encoder_layer
 from ..layers.projection import dropout_p, linear
 from ._base import Adopted, Want, documented_as
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._head_forwards import labelled, spans
 
 __all__ = [
     "AlbertForMaskedLM",
@@ -126,90 +127,24 @@ class AlbertForPreTraining(_AlbertHeads, hf.AlbertForPreTraining):
 
 class AlbertForMaskedLM(_AlbertHeads, hf.AlbertForMaskedLM):
     __doc__ = hf.AlbertForMaskedLM.__doc__
-
-    @documented_as(hf.AlbertForMaskedLM.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._masked_lm(inputs, labels, kwargs)
+    forward = labelled(hf.AlbertForMaskedLM, EncoderHeads._masked_lm)
 
 
 class AlbertForSequenceClassification(_AlbertHeads, hf.AlbertForSequenceClassification):
     __doc__ = hf.AlbertForSequenceClassification.__doc__
-
-    @documented_as(hf.AlbertForSequenceClassification.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._classify_sequences(inputs, labels, kwargs)
+    forward = labelled(hf.AlbertForSequenceClassification, EncoderHeads._classify_sequences)
 
 
 class AlbertForMultipleChoice(_AlbertHeads, hf.AlbertForMultipleChoice):
     __doc__ = hf.AlbertForMultipleChoice.__doc__
-
-    @documented_as(hf.AlbertForMultipleChoice.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._choose(inputs, labels, kwargs)
+    forward = labelled(hf.AlbertForMultipleChoice, EncoderHeads._choose)
 
 
 class AlbertForTokenClassification(_AlbertHeads, hf.AlbertForTokenClassification):
     __doc__ = hf.AlbertForTokenClassification.__doc__
-
-    @documented_as(hf.AlbertForTokenClassification.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._classify_tokens(inputs, labels, kwargs)
+    forward = labelled(hf.AlbertForTokenClassification, EncoderHeads._classify_tokens)
 
 
 class AlbertForQuestionAnswering(_AlbertHeads, hf.AlbertForQuestionAnswering):
     __doc__ = hf.AlbertForQuestionAnswering.__doc__
-
-    @documented_as(hf.AlbertForQuestionAnswering.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._find_spans(inputs, start_positions, end_positions, kwargs)
+    forward = spans(hf.AlbertForQuestionAnswering)

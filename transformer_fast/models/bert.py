@@ -18,6 +18,7 @@ from ..layers import Packing, SlotTable, encoder_layer
 from ..layers.projection import linear
 from ._base import Adopted, Want, documented_as
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._head_forwards import labelled, spans
 from ._heads import IGNORE, is_labelled, vocabulary_logits
 
 __all__ = [
@@ -254,72 +255,19 @@ class BertForNextSentencePrediction(_BertHeads, hf.BertForNextSentencePrediction
 
 class BertForSequenceClassification(_BertHeads, hf.BertForSequenceClassification):
     __doc__ = hf.BertForSequenceClassification.__doc__
-
-    @documented_as(hf.BertForSequenceClassification.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._classify_sequences(inputs, labels, kwargs)
+    forward = labelled(hf.BertForSequenceClassification, EncoderHeads._classify_sequences)
 
 
 class BertForMultipleChoice(_BertHeads, hf.BertForMultipleChoice):
     __doc__ = hf.BertForMultipleChoice.__doc__
-
-    @documented_as(hf.BertForMultipleChoice.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._choose(inputs, labels, kwargs)
+    forward = labelled(hf.BertForMultipleChoice, EncoderHeads._choose)
 
 
 class BertForTokenClassification(_BertHeads, hf.BertForTokenClassification):
     __doc__ = hf.BertForTokenClassification.__doc__
-
-    @documented_as(hf.BertForTokenClassification.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._classify_tokens(inputs, labels, kwargs)
+    forward = labelled(hf.BertForTokenClassification, EncoderHeads._classify_tokens)
 
 
 class BertForQuestionAnswering(_BertHeads, hf.BertForQuestionAnswering):
     __doc__ = hf.BertForQuestionAnswering.__doc__
-
-    @documented_as(hf.BertForQuestionAnswering.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._find_spans(inputs, start_positions, end_positions, kwargs)
+    forward = spans(hf.BertForQuestionAnswering)

@@ -10,6 +10,7 @@ from ..layers import SlotTable, encoder_layer
 from ..layers.projection import linear
 from ._base import Adopted, Want, documented_as
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._head_forwards import labelled_without_types
 
 __all__ = [
     "DistilBertForMaskedLM",
@@ -90,70 +91,22 @@ class DistilBertModel(EncoderBase, hf.DistilBertModel):
 
 class DistilBertForMaskedLM(_DistilBertHeads, hf.DistilBertForMaskedLM):
     __doc__ = hf.DistilBertForMaskedLM.__doc__
-
-    @documented_as(hf.DistilBertForMaskedLM.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        return self._masked_lm(inputs, labels, kwargs)
+    forward = labelled_without_types(hf.DistilBertForMaskedLM, EncoderHeads._masked_lm)
 
 
 class DistilBertForSequenceClassification(_DistilBertHeads, hf.DistilBertForSequenceClassification):
     __doc__ = hf.DistilBertForSequenceClassification.__doc__
-
-    @documented_as(hf.DistilBertForSequenceClassification.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        return self._classify_sequences(inputs, labels, kwargs)
+    forward = labelled_without_types(hf.DistilBertForSequenceClassification, EncoderHeads._classify_sequences)
 
 
 class DistilBertForMultipleChoice(_DistilBertHeads, hf.DistilBertForMultipleChoice):
     __doc__ = hf.DistilBertForMultipleChoice.__doc__
-
-    @documented_as(hf.DistilBertForMultipleChoice.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        return self._choose(inputs, labels, kwargs)
+    forward = labelled_without_types(hf.DistilBertForMultipleChoice, EncoderHeads._choose)
 
 
 class DistilBertForTokenClassification(_DistilBertHeads, hf.DistilBertForTokenClassification):
     __doc__ = hf.DistilBertForTokenClassification.__doc__
-
-    @documented_as(hf.DistilBertForTokenClassification.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        return self._classify_tokens(inputs, labels, kwargs)
+    forward = labelled_without_types(hf.DistilBertForTokenClassification, EncoderHeads._classify_tokens)
 
 
 class DistilBertForQuestionAnswering(_DistilBertHeads, hf.DistilBertForQuestionAnswering):

@@ -154,7 +154,7 @@ _backward_op = _common.define(
 def _setup(ctx, inputs, output):
     x, residual, weight, bias, rng, ctx.eps, ctx.rms, ctx.dropout_p, need_sum, _ = inputs
     _, total, mean, rstd = output
-    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+    ctx.has_residual = residual is not None
     ctx.bias_dtype = bias.dtype if bias is not None else None
     ctx.need_sum = need_sum
     ctx.save_for_backward(total if need_sum else x, weight, mean, rstd, rng)

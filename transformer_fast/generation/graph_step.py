@@ -1,0 +1,278 @@
+"""Decoding on a GPU as one captured CUDA graph a token. Not yet run on a GPU.
+
+Every tensor of a step keeps its place: tokens, positions and lengths in, logits out, keys and values in a cache that
+attention extends where it lies. The first step runs kernel by kernel, the second is captured, the others are replays of
+that: one launch in place of a few hundred. On the CPU (tests) the same steps run without a capture.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..layers import Packing, StackCall
+from ..layers.encoder import encoder_layer
+from ..layers.projection import linear, norm
+from .model_step import ModelStepper
+from .native_step import SERVED, StepDescription, encoder_states
+from .stepper import Prompt
+
+__all__ = ["GraphStepper"]
+
+_GROWTH = 512  # positions allocated beyond what is held: a longer answer moves to a larger cache
+
+
+class AppendedCache:
+    """Keys and values of every layer, (layers, 2, rows, H, capacity, D), extended by the attention that reads them.
+
+    lengths: (rows,) int32, positions held by each row. layers.encoder_layer asks a cache that has `attend` to do so;
+    cross_attention_cache and is_updated are what it wants of an EncoderDecoderCache.
+    """
+
+    def __init__(self, store: torch.Tensor, lengths: torch.Tensor, cross: Any):
+        self.store, self.lengths = store, lengths
+        self.cross_attention_cache = cross
+        self.is_updated = {} if cross is None else dict.fromkeys(range(len(cross.layers)), True)
+
+    def attend(self, query, key, value, index: int, scale: float | None, relative_bias) -> torch.Tensor:
+        """(rows, H, 1, D): one new position a row, on all that the row holds with it."""
+        keys, values = self.store[index]
+        return ops.kv_cache_attention(
+            query, key, value, keys, values, self.lengths, scale=scale, relative_bias=relative_bias
+        )
+
+
+class GraphStepper:
+    """See Stepper."""
+
+    anywhere = False  # also on the CPU, where there is nothing to capture: for tests
+
+    def __init__(self, model: Any, prompt: Prompt):
+        self._model, self._prompt = model, prompt
+        self._description: StepDescription = model.step_description()
+        self._replay: Callable[[], None] | None = None
+        self._steps = 0
+        self._sharing = prompt.copies  # rows for each set of encoder keys
+
+    @classmethod
+    def why_not(cls, model: Any, prompt: Prompt) -> str:
+        describe = getattr(model, "step_description", None)
+        if describe is None:
+            return f"{type(model).__name__} does not describe its decoding step"
+        device = prompt.input_ids.device
+        if device.type != "cuda" and not cls.anywhere:
+            return f"device {device} has no CUDA graphs"
+        if not prompt.input_ids.numel():
+            return f"the prompt has shape {tuple(prompt.input_ids.shape)}"
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+            return "torch.compile is tracing, gradients are wanted or autocast is on"
+        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in SERVED)
+        if odd:
+            return f"the prompt has {', '.join(odd)}"
+        masks = [prompt.inputs.get(f"{p}attention_mask") for p in ("", "decoder_", "encoder_")]
+        if any(m is not None and m.dim() != 2 for m in masks):
+            return "the prompt has a mask that is not (batch, length)"
+        description = describe()
+        if description.has_cross_attention != (encoder_states(prompt) is not None):
+            return "either the decoder's cross-attention or the prompt's encoder states are missing"
+        if description.relative_bias is not None and not bool(_kept(prompt).all()):
+            return "relative positions count padding, which this cache does not hold"
+        reason = description.why_not_modules()
+        if reason:
+            return reason
+        away = {str(t.device) for t in description.tensors().sources()} - {str(device)}
+        return f"weights are on {', '.join(sorted(away))} and the prompt on {device}" if away else ""
+
+    # ---- Stepper -----------------------------------------------------------------------------------
+    def start(self) -> torch.Tensor:
+        prompt, description = self._prompt, self._description
+        inner = ModelStepper(self._model, replace(prompt, copies=1, max_length=0))
+        logits = inner.start()
+        pairs, device = inner.key_values(), prompt.input_ids.device
+        row = torch.arange(prompt.rows, device=device) // prompt.copies
+        kept = _kept(prompt)
+        order, self._lengths = _kept_first(kept)
+        self._lengths = self._lengths[row]
+        batch, heads, self._length, dim = pairs[0][0].shape
+        self._shortest = int(kept.sum(1).min())  # positions before it never move
+        room = self._length + min(max(prompt.max_length - self._length, 1), _GROWTH)
+        store = pairs[0][0].new_empty((len(pairs), 2, prompt.rows, heads, room, dim))
+        by_prompt = store.unflatten(2, (batch, prompt.copies))
+        for index, pair in enumerate(pairs):
+            for kind, states in enumerate(pair):
+                if order is not None:
+                    states = states.take_along_dim(order[:, None, :, None], 2)
+                by_prompt[index, kind, :, :, :, : self._length] = states[:, None]
+        cross, cross_lengths = self._cross(inner)
+        self._cache = AppendedCache(store, self._lengths, cross)
+        self._tokens = torch.zeros(prompt.rows, dtype=torch.int64, device=device)
+        self._positions = self._first_positions(row)
+        states = encoder_states(prompt)
+        relative = description.relative_bias
+        self._call = StackCall(
+            replace(description.spec, causal=False),
+            Packing(prompt.rows, 1),
+            encoder_states=states,  # its keys and values are in the cache: it is not looked at
+            encoder_lengths=cross_lengths,
+            relative_bias=None
+            if relative is None
+            else ops.RelativeBias(relative.weight, description.relative_max_distance, False),
+        )
+        self._logits: torch.Tensor | None = None
+        return logits
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        limit = self._limit()
+        if limit is not None and self._last >= limit:
+            raise ValueError(
+                f"max_new_tokens: position {self._last} is past the model's {limit} positions; ask for fewer tokens"
+            )
+        if self._length == self._cache.store.shape[4]:
+            self._grow()
+        self._tokens.copy_(tokens)
+        if self._replay is None and self._steps and self._tokens.is_cuda:
+            self._replay = self._captured()
+        (self._replay or self._run)()
+        self._steps += 1
+        self._length += 1
+        self._last += 1
+        assert self._logits is not None
+        return self._logits
+
+    def reorder(self, index: torch.Tensor) -> None:
+        part = self._cache.store[:, :, :, :, self._shortest : self._length]
+        part.copy_(part.index_select(2, index))
+
+    def keep(self, index: torch.Tensor) -> None:
+        # What a graph reads and writes keeps its address: other shapes are another graph.
+        store = self._cache.store.index_select(2, index)
+        self._lengths, self._tokens = (t.index_select(0, index) for t in (self._lengths, self._tokens))
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, index)
+        cross = self._cache.cross_attention_cache
+        if cross is not None:
+            self._spread_cross(cross, index)
+        self._cache = AppendedCache(store, self._lengths, cross)
+        self._call.packing = Packing(len(index), 1)
+        self._forget()
+
+    def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        store = self._cache.store[:, :, :, :, : self._length]
+        kept = _kept(self._prompt)
+        if not bool(kept.all()):  # back to the columns they had; what the prompt's padding held is zeros
+            row = torch.arange(self._prompt.rows, device=kept.device) // self._prompt.copies
+            kept = torch.nn.functional.pad(kept, (0, self._length - kept.shape[1]), value=True)[row]
+            place = (kept.cumsum(1) - 1).clamp(min=0)[None, None, :, None, :, None]
+            store = store.take_along_dim(place, 4) * kept[:, None, :, None]
+        return [(pair[0], pair[1]) for pair in store]
+
+    # ---- one step ----------------------------------------------------------------------------------
+    def _run(self) -> None:
+        description, cache = self._description, self._cache
+        x = description.token.weight[self._tokens][:, None]
+        if description.embed_scale != 1:
+            x = x * description.embed_scale
+        if self._positions is not None:
+            x = x + description.position.weight[self._positions][:, None]
+        if description.embedding_norm is not None:
+            x = norm(description.embedding_norm, x)
+        states = () if self._call.encoder_states is None else (self._call.encoder_states,)
+        for index, weights in enumerate(description.layers):
+            x = encoder_layer(weights, x, self._call, index, False, cache, *states)
+        if description.final_norm is not None:
+            x = norm(description.final_norm, x)
+        x = x[:, 0] if description.head_scale == 1 else x[:, 0] * description.head_scale
+        logits = linear(description.head, x)
+        if description.head_bias is not None:
+            logits = logits + description.head_bias.view(-1)
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        self._logits.copy_(logits)
+        self._lengths += 1
+        if self._positions is not None:
+            self._positions += 1
+
+    def _captured(self) -> Callable[[], None]:
+        """One step as a graph, or as it is where something in it cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+        except RuntimeError as error:
+            warnings.warn(f"a decoding step could not be captured, each is launched kernel by kernel: {error}",
+                          stacklevel=2)  # fmt: skip
+            return self._run
+        return graph.replay
+
+    def _forget(self) -> None:
+        self._replay, self._logits, self._steps = None, None, 0
+
+    def _grow(self) -> None:
+        store = self._cache.store
+        shape = (*store.shape[:4], store.shape[4] + _GROWTH, store.shape[5])
+        self._cache.store = store.new_empty(shape)
+        self._cache.store[:, :, :, :, : self._length] = store
+        self._forget()
+
+    # ---- what a step begins with ---------------------------------------------------------------------
+    def _limit(self) -> int | None:
+        position = self._description.position
+        return None if position is None else position.weight.shape[0] - self._description.position_offset
+
+    def _first_positions(self, row: torch.Tensor) -> torch.Tensor | None:
+        """(rows,): where the next token's embedding lies."""
+        given = self._prompt.inputs.get("position_ids")
+        self._last = self._length if given is None else int(given[:, -1].max()) + 1
+        if self._description.position is None:
+            return None
+        if given is None:
+            positions = torch.full_like(row, self._length)
+        else:
+            positions = given.expand(len(self._prompt.input_ids), -1)[row, -1] + 1
+        return positions + self._description.position_offset
+
+    def _cross(self, inner: ModelStepper) -> tuple[Any, torch.Tensor | None]:
+        """The encoder's keys and values, those that its mask keeps first, and how many: attention knows no order."""
+        if inner._cross is None or encoder_states(self._prompt) is None:
+            return None, None
+        cross, inputs = inner._cross.cross_attention_cache, self._prompt.inputs
+        mask = inputs.get("attention_mask" if inputs.get("encoder_outputs") is not None else "encoder_attention_mask")
+        if mask is None or bool((mask != 0).all()):
+            return cross, None
+        order, lengths = _kept_first(mask != 0)
+        assert order is not None
+        for layer in cross.layers:
+            layer.keys, layer.values = (
+                t.take_along_dim(order[:, None, :, None], 2) for t in (layer.keys, layer.values)
+            )
+        return cross, lengths
+
+    def _spread_cross(self, cross: Any, index: torch.Tensor) -> None:
+        """Row r's encoder keys for row index[r], one set a row from now on."""
+        source, self._sharing = index // self._sharing, 1
+        for layer in cross.layers:
+            layer.keys, layer.values = layer.keys.index_select(0, source), layer.values.index_select(0, source)
+        if self._call.encoder_lengths is not None:
+            self._call.encoder_lengths = self._call.encoder_lengths.index_select(0, source)
+
+
+def _kept(prompt: Prompt) -> torch.Tensor:
+    """(B, S) bool: the columns that rows attend to."""
+    name = "attention_mask" if prompt.inputs.get("encoder_outputs") is None else "decoder_attention_mask"
+    mask = prompt.inputs.get(name)
+    if mask is None:
+        return torch.ones_like(prompt.input_ids, dtype=torch.bool)
+    if mask.shape != prompt.input_ids.shape:
+        raise ValueError(f"{name}: wanted shape {tuple(prompt.input_ids.shape)}, got {tuple(mask.shape)}")
+    return mask != 0
+
+
+def _kept_first(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(the columns of each row, those that mask keeps first; None for as they are), how many it keeps, int32."""
+    lengths = mask.sum(1, dtype=torch.int32)
+    if bool(mask.all()):
+        return None, lengths
+    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True), lengths

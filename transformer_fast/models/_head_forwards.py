@@ -1,0 +1,68 @@
+"""The forward of an encoder's heads: HF's arguments by name and in order, for the methods of EncoderHeads."""
+
+from collections.abc import Callable
+
+import torch
+
+from ._base import documented_as
+from ._encoder import EncoderHeads, Inputs
+
+
+def labelled(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
+    """forward of a head with labels, as BERT and ALBERT have it; compute: a method of EncoderHeads."""
+
+    @documented_as(hf_class.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return compute(self, inputs, labels, kwargs)
+
+    return forward
+
+
+def spans(hf_class: type[torch.nn.Module]) -> Callable:
+    """forward of a question answering head, as BERT and ALBERT have it."""
+
+    @documented_as(hf_class.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return EncoderHeads._find_spans(self, inputs, start_positions, end_positions, kwargs)
+
+    return forward
+
+
+def labelled_without_types(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
+    """`labelled` as DistilBERT has it: no token types, and position_ids last."""
+
+    @documented_as(hf_class.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return compute(self, inputs, labels, kwargs)
+
+    return forward
