@@ -114,10 +114,14 @@ def test_a_library_of_other_sources_is_noticed(tmp_path):
     for folder in ("csrc", "transformer_fast"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "setup.py", tmp_path)
-    code = "import transformer_fast as tf; print(tf.__file__, tf.info()['native CPU kernels']); tf.backends.native.load()"
+    code = (
+        "import transformer_fast as tf; print(tf.__file__, tf.info()['native CPU kernels']); tf.backends.native.load()"
+    )
 
     def run():
-        done = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-W", "always", "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stdout.startswith(str(tmp_path)) and "active" in done.stdout, done.stderr
         return done.stderr.count("RuntimeWarning"), done.stderr
 

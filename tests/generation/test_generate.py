@@ -424,6 +424,13 @@ def test_finished_rows_are_no_longer_computed(family, options, by_engine):
         ),
         ({"inputs": torch.ones(1, 3, dtype=torch.long), "max_new_tokens": 0}, "max_new_tokens"),
         ({"inputs": torch.ones(1, 3, dtype=torch.long), "beams": 2}, "beams"),
+        ({"inputs": torch.ones(1, 3, dtype=torch.long), "num_beams": 0}, "num_beams: wanted at least 1, got 0"),
+        ({"inputs": torch.ones(3, dtype=torch.long)}, r"inputs: wanted shape \(batch, length\), got \(3,\)"),
+        ({"inputs": torch.ones(1, 2, 3, dtype=torch.long)}, r"inputs: wanted shape \(batch, length\)"),
+        (
+            {"inputs": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)},
+            r"attention_mask: wanted shape \(1, 3\) as the ids, got \(1, 2\)",
+        ),
         ({"inputs": torch.ones(1, 3, dtype=torch.long), "num_beams": 4, "num_beam_groups": 2}, "trust_remote_code"),
     ],
 )

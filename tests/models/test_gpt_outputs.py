@@ -1,5 +1,7 @@
 """GPT's and GPT-2's outputs and gradients are Hugging Face's, on every row of ragged batches."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -203,6 +205,33 @@ def test_double_heads(name, summary, pair, make_mask):
         gradients.append(by_module(model))
     for part in gradients[1]:
         assert_as_accurate(*(gradients[i][part] for i in (0, 2, 1)), GRADIENT, part)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel"])
+def test_choices_of_a_language_model(name):
+    """ids (B, choices, S), which HF's models take; a 3-D mask only its GPT-2."""
+    config = getattr(transformers, "GPT2Config" if "2" in name else "OpenAIGPTConfig")(
+        vocab_size=90, n_embd=32, n_layer=2, n_head=2, n_positions=20, bos_token_id=1, eos_token_id=2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    theirs, ours = getattr(transformers, name)(config), getattr(transformer_fast, name)(config)
+    ours.load_state_dict(theirs.state_dict())
+    truth = copy.deepcopy(theirs).double()
+    ids, labels = torch.randint(3, 90, (2, 3, 9)), torch.randint(3, 90, (2, 3, 9))
+    labels[0, 1, 3:] = -100
+    calls = [{"labels": labels}, {"token_type_ids": ids}]
+    if name == "GPT2LMHeadModel":
+        mask = torch.ones_like(ids)
+        mask[1, :, 6:] = 0
+        calls.append({"attention_mask": mask})
+    for call in calls:
+        found, exact, plain = (m(ids, **call) for m in (ours, truth, theirs))
+        assert found.logits.shape == plain.logits.shape == (2, 3, 9, 90)
+        kept = call.get("attention_mask", torch.ones_like(ids)) != 0
+        assert_as_accurate(found.logits[kept], exact.logits[kept], plain.logits[kept])
+        if "labels" in call:
+            flat = ours(ids.view(6, 9), labels=labels.view(6, 9))
+            assert torch.equal(found.loss, flat.loss) and torch.equal(found.logits.flatten(0, 1), flat.logits)
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left", "holes"])

@@ -125,6 +125,30 @@ def test_generates_the_same_with_and_without_a_cache(kind, cell):
         assert torch.equal(*found), options
 
 
+@pytest.mark.parametrize("kind, cell", KINDS)
+def test_the_engine_gives_the_tokens_of_hugging_face(kind, cell, monkeypatch):
+    """Rows that end early and leave, beams that change places, shared sources; the same model in HF's own loop."""
+    model, inputs = build(kind, cell), batch()
+    inputs.pop("labels")
+    model.generation_config.eos_token_id = [2, 3, 4, 5]  # a random model ends soon then
+    steps, step = [], model.recurrent_step
+    monkeypatch.setattr(model, "recurrent_step", lambda tokens, *more: steps.append(len(tokens)) or step(tokens, *more))
+    for options in (
+        {"do_sample": False},
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"num_beams": 2, "do_sample": True, "top_k": 9},
+        {"do_sample": True, "num_return_sequences": 3, "top_p": 0.9},
+    ):
+        torch.manual_seed(4)
+        ours, count = model.generate(**inputs, max_new_tokens=14, **options), len(steps)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "_stepper", lambda *args: None)
+            torch.manual_seed(4)
+            theirs = model.generate(**inputs, max_new_tokens=14, **options)
+        assert torch.equal(ours, theirs) and 0 < count == len(steps), options
+    assert len(set(steps)) > 2  # rows did leave
+
+
 @pytest.mark.parametrize("kind", ["additive", "dot"])
 def test_beams_find_what_they_score(kind):
     """Scores of the returned beams are the log probabilities of their tokens under the model."""

@@ -127,3 +127,24 @@ def test_layers_see_packed_rows():
     totals = [int(call[name].sum()) for name in ("attention_mask", "decoder_attention_mask")]
     assert shapes == [(totals[0], 48)] * 2 + [(totals[1], 48)] * 2
     assert output.last_hidden_state[call["decoder_attention_mask"] == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("variant, head", GENERATORS)
+def test_export(variant, head, pair):
+    """torch.export with free batch and lengths; other sizes than those it has seen."""
+    model, plain, truth = make_models(pair, variant, head)
+    size = {name: torch.export.Dim(name, min=2, max=32) for name in ("batch", "source", "target")}
+    source, target = {0: size["batch"], 1: size["source"]}, {0: size["batch"], 1: size["target"]}
+    shapes = {"input_ids": source, "attention_mask": source, "decoder_input_ids": target, "use_cache": None}
+
+    def inputs(batch: int, length: int, steps: int) -> dict:
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[1, length // 2 :] = 0
+        ids = torch.randint(3, VOCABULARY, (batch, length))
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": False,
+                "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, steps))}  # fmt: skip
+
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs(3, 9, 6), dynamic_shapes=shapes).module()
+        call = inputs(5, 13, 4)
+        assert_as_accurate(*(m(**call).logits for m in (exported, truth, plain)))

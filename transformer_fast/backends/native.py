@@ -40,8 +40,8 @@ def stale(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
     if built == source_hash(root).encode():
         return ""
     return (
-        f"{_LIBRARY} was built from other sources than those in {root / 'csrc'}, and may not do what they say; build it "
-        f"again: cd {root} && python setup.py build_ext --inplace"
+        f"{_LIBRARY} was built from other sources than those in {root / 'csrc'}, and may not do what they say; "
+        f"build it again: cd {root} && python setup.py build_ext --inplace"
     )
 
 

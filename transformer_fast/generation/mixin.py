@@ -36,20 +36,29 @@ class GenerationMixin:
 
         generators: one torch.Generator a row (prompts times num_return_sequences) for sampling: each row's draws are
             its own, whatever it is batched with.
-        Raises ValueError for empty batches and prompts.
+        Raises ValueError for empty batches and prompts, and for masks of another shape.
         """
         given = {"inputs": inputs, **{k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "decoder_input_ids")}}
         for name, t in given.items():
-            if isinstance(t, torch.Tensor) and t.dim() > 1:
-                if not t.shape[0]:
-                    raise ValueError(f"{name}: wanted at least one prompt, got shape {tuple(t.shape)}")
-                if not t.shape[1] and kwargs.get("inputs_embeds") is None:
-                    raise ValueError(f"{name}: wanted prompts of at least one token, got shape {tuple(t.shape)}")
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.device.type == "cpu":
-            empty = (mask != 0).any(1).logical_not().nonzero().flatten().tolist()
+            if not isinstance(t, torch.Tensor):
+                continue
+            if name != "inputs_embeds" and t.dim() != 2:
+                raise ValueError(f"{name}: wanted shape (batch, length), got {tuple(t.shape)}")
+            if t.dim() > 1 and not t.shape[0]:
+                raise ValueError(f"{name}: wanted at least one prompt, got shape {tuple(t.shape)}")
+            if t.dim() > 1 and not t.shape[1] and kwargs.get("inputs_embeds") is None:
+                raise ValueError(f"{name}: wanted prompts of at least one token, got shape {tuple(t.shape)}")
+        mask, ids = kwargs.get("attention_mask"), inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            fresh = kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None
+            if fresh and isinstance(ids, torch.Tensor) and mask.shape != ids.shape:
+                raise ValueError(f"attention_mask: wanted shape {tuple(ids.shape)} as the ids, got {tuple(mask.shape)}")
+            empty = (mask != 0).any(1).logical_not().nonzero().flatten().tolist() if mask.device.type == "cpu" else []
             if empty:
                 raise ValueError(f"attention_mask: wanted at least one token a prompt, but rows {empty[:8]} keep none")
+        for name in ("num_beams", "num_return_sequences"):
+            if (count := kwargs.get(name)) is not None and count < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {count}")
         return super().generate(inputs, *args, **kwargs)
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, *args, **more):
@@ -114,8 +123,7 @@ class GenerationMixin:
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if (
             synced_gpus
-            or type(decoder_cache) is not DynamicCache
-            or decoder_cache.offloading
+            or not self._is_our_cache(decoder_cache, config)
             or config._cache_given
             or not config.use_cache
             or config.output_attentions
@@ -128,6 +136,11 @@ class GenerationMixin:
         dropped = ("past_key_values", "use_cache")
         inputs = {k: _first_copies(v, copies) for k, v in model_kwargs.items() if k not in dropped}
         return choose_stepper(self, Prompt(input_ids[::copies], copies, config.max_length, inputs))
+
+    def _is_our_cache(self, cache: Any, config: Any) -> bool:
+        if hasattr(self, "recurrent_step"):  # its own state, which is no cache of keys that could be returned
+            return cache is None and not config.return_dict_in_generate
+        return type(cache) is DynamicCache and not cache.offloading
 
     def _output(self, stepper: Stepper, record: Record, model_kwargs: dict, name: str, **found):
         encoder_decoder = self.config.is_encoder_decoder

@@ -30,7 +30,7 @@ class ModelStepper:
 
     @staticmethod
     def why_not(model: Any, prompt: Prompt) -> str:
-        return ""
+        return "it is recurrent" if hasattr(model, "recurrent_step") else ""
 
     def start(self) -> torch.Tensor:
         model, prompt = self.model, self.prompt

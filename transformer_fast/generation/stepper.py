@@ -72,7 +72,10 @@ class Stepper(Protocol):
 
 
 # (module, class): the first that can decode a prompt is used.
-_STEPPERS = (("native_step", "NativeStepper"), ("graph_step", "GraphStepper"), ("model_step", "ModelStepper"))
+_STEPPERS = (
+    ("recurrent_step", "RecurrentStepper"), ("native_step", "NativeStepper"), ("graph_step", "GraphStepper"),
+    ("model_step", "ModelStepper"),
+)  # fmt: skip
 
 
 def choose_stepper(model: Any, prompt: Prompt) -> Stepper | None:

@@ -21,6 +21,7 @@ __all__ = [
     "causal_logits",
     "classify_last",
     "double_heads",
+    "flatten_labels",
     "flatten_leading",
     "kept_positions",
     "prepare_cache",
@@ -122,6 +123,14 @@ def flatten_leading(kwargs: dict) -> tuple[torch.Size | None, dict]:
         if t is not None and t.dim() == len(leading) + dims:
             found[name] = t.reshape(-1, *t.shape[-dims:])
     return leading, found
+
+
+def flatten_labels(leading: torch.Size | None, labels: torch.Tensor | None, kwargs: dict):
+    """labels, and the shift_labels of kwargs, of the shape that flatten_leading has given to the inputs."""
+    if leading is None:
+        return labels, kwargs
+    flat = {k: kwargs[k].flatten(0, -2) for k in ("shift_labels",) if kwargs.get(k) is not None}
+    return None if labels is None else labels.flatten(0, -2), {**kwargs, **flat}
 
 
 def shifted_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:

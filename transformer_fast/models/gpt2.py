@@ -22,6 +22,7 @@ from ._gpt import (
     causal_logits,
     classify_last,
     double_heads,
+    flatten_labels,
     flatten_leading,
     kept_positions,
     prepare_cache,
@@ -156,17 +157,25 @@ class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadMode
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ):
-        source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
+        leading, inputs = flatten_leading({
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        })  # fmt: skip
+        labels, kwargs = flatten_labels(leading, labels, kwargs)
+        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.n_embd)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         encoded = self.transformer(
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            encoder_hidden_states, encoder_attention_mask, use_cache,
+            **inputs, past_key_values=past_key_values, encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask, use_cache=use_cache,
             want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
         )  # fmt: skip
         loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
         return self._finish(
             CausalLMOutputWithCrossAttentions(
-                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+                loss=loss,
+                logits=logits if leading is None else logits.unflatten(0, leading),
+                past_key_values=encoded.past_key_values,
+                **encoded.extras(cross=True),
             ),
             kwargs,
         )

@@ -21,6 +21,7 @@ from ._gpt import (
     causal_logits,
     classify_last,
     double_heads,
+    flatten_labels,
     flatten_leading,
     kept_positions,
     prepare_cache,
@@ -138,13 +139,19 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
         use_cache: bool | None = None,
         **kwargs,
     ):
-        source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
+        leading, inputs = flatten_leading({
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        })  # fmt: skip
+        labels, kwargs = flatten_labels(leading, labels, kwargs)
+        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.n_embd)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         encoded = self.transformer(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, use_cache,
+            **inputs, past_key_values=past_key_values, use_cache=use_cache,
             want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
         )  # fmt: skip
         loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
+        logits = logits if leading is None else logits.unflatten(0, leading)
         if encoded.past_key_values is None:
             return self._finish(CausalLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
         return self._finish(

@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin as HFGenerationMixin
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
+from ..generation import GenerationMixin
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear
 from ._base import check_inputs, check_integers
@@ -126,6 +127,11 @@ class RecurrentState:
         self.hidden = self.hidden.index_select(1, index)
         self.cell = None if self.cell is None else self.cell.index_select(1, index)
         self.feed = None if self.feed is None else self.feed.index_select(0, index)
+
+    def select(self, index: torch.Tensor) -> None:
+        """Row r becomes row index[r], whatever its sentence."""
+        self.reorder_cache(index)
+        self.keys = self.keys.index_select(0, index)
 
 
 class AttentionRNNPreTrainedModel(LoadingErrors, PreTrainedModel):
@@ -415,7 +421,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
         )
 
 
-class AttentionRNNForConditionalGeneration(AttentionRNNPreTrainedModel, GenerationMixin):
+class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrainedModel, HFGenerationMixin):
     """The encoder-decoder with scores over the target vocabulary; `generate` is Hugging Face's, greedy to beams."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
@@ -432,6 +438,16 @@ class AttentionRNNForConditionalGeneration(AttentionRNNPreTrainedModel, Generati
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         return shift_right(self.config, labels)
+
+    def recurrent_step(
+        self, tokens: torch.Tensor, state: RecurrentState, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits (B, vocab_size) after tokens (B,), which advance `state`; values: (B, Sk, hidden_size), the encoder's
+        states; mask: (B, Sk). forward without what only a first step needs."""
+        decoder = self.model.decoder
+        words = ops.dropout(decoder.embed_tokens(tokens[:, None]), dropout_p(decoder.dropout))
+        readout, _ = decoder(words, values, None if mask is None else (mask != 0)[:, None], state)
+        return linear(self.lm_head, readout[:, 0])
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,57 @@
+"""A recurrent decoder, one token a row and call: its state is its cache, however long the output."""
+
+from typing import Any
+
+import torch
+
+from .stepper import Prompt
+
+__all__ = ["RecurrentStepper"]
+
+
+class RecurrentStepper:
+    """See Stepper. For models with `recurrent_step(tokens, state, values, mask) -> logits`, which advances `state`, and
+    a forward that returns the state it has come to as past_key_values, with select(index) for some of its rows."""
+
+    def __init__(self, model: Any, prompt: Prompt):
+        self._model, self._prompt = model, prompt
+        self._state: Any = None  # of the rows, from start on
+        self._values: Any = None  # (rows, Sk, E), the encoder's states
+        self._mask: torch.Tensor | None = None  # (rows, Sk)
+
+    @staticmethod
+    def why_not(model: Any, prompt: Prompt) -> str:
+        if not hasattr(model, "recurrent_step"):
+            return f"{type(model).__name__} is not recurrent"
+        known = {"encoder_outputs", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in known)
+        return f"the prompt has {', '.join(odd)}" if odd else ""
+
+    def start(self) -> torch.Tensor:
+        prompt = self._prompt
+        encoded, mask = prompt.inputs["encoder_outputs"], prompt.inputs.get("attention_mask")
+        output = self._model(
+            attention_mask=mask, decoder_input_ids=prompt.input_ids, encoder_outputs=encoded, use_cache=True,
+            logits_to_keep=1, return_dict=True,
+        )  # fmt: skip
+        self._state, self._values, self._mask = output.past_key_values, encoded[0], mask
+        if prompt.copies > 1:
+            self._select(torch.arange(prompt.rows, device=prompt.input_ids.device) // prompt.copies)
+        return output.logits[:, -1]
+
+    def _select(self, index: torch.Tensor) -> None:
+        self._state.select(index)
+        self._values = self._values.index_select(0, index)
+        self._mask = None if self._mask is None else self._mask.index_select(0, index)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._model.recurrent_step(tokens, self._state, self._values, self._mask)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        self._state.reorder_cache(index)
+
+    def keep(self, index: torch.Tensor) -> None:
+        self._select(index)
+
+    def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        raise NotImplementedError("a recurrent decoder has no keys and values")
