@@ -81,28 +81,33 @@ class Case:
     def longest(self) -> tuple[int, int]:
         return tuple(max(n) for n in self.counts()) if self.packed else (self.queries, self.keys)
 
-    def run(self, inputs: Inputs, name: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        """out, lse and every gradient, computed in dtype by backend `name`."""
-        leaves = [
-            None if t is None else t.detach().to(dtype).requires_grad_()
-            for t in (inputs.query, inputs.key, inputs.value, inputs.bias, inputs.table)
-        ]
+    def forward(self, leaves, mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse of (query, key, value, bias, table)."""
         q, k, v, bias, table = leaves
         more = {
-            "attn_mask": inputs.mask, "bias": bias, "is_causal": self.is_causal, "softcap": self.softcap,
+            "attn_mask": mask, "bias": bias, "is_causal": self.is_causal, "softcap": self.softcap,
             "causal_alignment": self.causal_alignment, "window": self.window, "scale": self.scale,
             "dropout_p": self.dropout_p, "return_lse": True,
         }  # fmt: skip
         if table is not None:
             more["relative_bias"] = tf.RelativeBias(table, 40, self.bidirectional)
         torch.manual_seed(7)  # one dropout mask
+        if self.packed:
+            cu = [torch.tensor([0, *n]).cumsum(0).int() for n in self.counts()]
+            out, lse = tf.varlen_attention(q, k, v, *cu, **more)
+        else:
+            lengths = None if self.lengths is None else torch.tensor(self.lengths)
+            out, lse = tf.scaled_dot_product_attention(q, k, v, key_lengths=lengths, enable_gqa=True, **more)
+        return out, lse
+
+    def run(self, inputs: Inputs, name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        """out, lse and every gradient, computed in dtype by backend `name`."""
+        leaves = [
+            None if t is None else t.detach().to(dtype).requires_grad_()
+            for t in (inputs.query, inputs.key, inputs.value, inputs.bias, inputs.table)
+        ]
         with backend(name):
-            if self.packed:
-                cu = [torch.tensor([0, *n]).cumsum(0).int() for n in self.counts()]
-                out, lse = tf.varlen_attention(q, k, v, *cu, **more)
-            else:
-                lengths = None if self.lengths is None else torch.tensor(self.lengths)
-                out, lse = tf.scaled_dot_product_attention(q, k, v, key_lengths=lengths, enable_gqa=True, **more)
+            out, lse = self.forward(leaves, inputs.mask)
             wanted = [t for t in leaves if t is not None]
             grads = torch.autograd.grad((out, lse), wanted, (inputs.grad_out.to(dtype), inputs.grad_lse.to(lse.dtype)))
         return [out.detach(), lse.detach(), *grads]

@@ -31,6 +31,8 @@
 #endif
 
 #if TF_CUDA_KERNELS
+#include <cstring>
+#include <initializer_list>
 #ifndef TF_EMULATE
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -66,6 +68,15 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 #endif
+
+// Memory for a kernel's own use; on the device of `like`. It holds anything, under the emulator NaN.
+inline Tensor new_scratch(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+#ifdef TF_EMULATE
+  std::memset(t.mutable_data_ptr(), 0xff, size_t(t.numel()) * t.element_size());
+#endif
+  return t;
+}
 
 }  // namespace tf::cuda
 #endif

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/attention.hpp"
+#include "cuda/attention_decode.hpp"
 
 namespace tf::cuda {
 
@@ -17,6 +18,7 @@ TF_OPTIONAL void attention_forward_wgmma(const AttentionForward&, Stream);
 TF_OPTIONAL const char* attention_backward_mma_refuses(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_mma(const AttentionBackward&, Stream);
 TF_OPTIONAL const char* attention_backward_wgmma_refuses(const AttentionBackward&);
+TF_OPTIONAL int64_t attention_backward_mma_scratch(const AttentionBackward&);
 TF_OPTIONAL int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_wgmma(const AttentionBackward&, Stream);
 
@@ -163,10 +165,60 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
   const auto& kernel = choose(kernels, a, "forward");
   std::optional<Tensor> counter;
   if (kernel.run == attention_forward_wgmma) {
-    counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    counter = new_scratch(q, {1}, ScalarType::Int);
     a.counter = write<int32_t>(*counter);
   }
   kernel.run(a, device.stream());
+}
+
+Rows new_rows(const OptionalTensor& t, const Attention& a) {
+  if (!t.has_value()) return {};
+  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == a.batch && t->size(1) == a.key_heads && t->size(2) == a.queries &&
+                      t->size(3) == a.dim && dtype_of(*t) == a.dtype,
+                  "transformer_fast: new keys and values must be as the queries, with the cache's heads");
+  return rows_of(*t);
+}
+
+void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, OptionalTensor new_v, OptionalTensor bias,
+                         OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
+                         OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                         OptionalTensor relative, double scale, bool bottom_right, int64_t window_left,
+                         int64_t window_right, double softcap, Tensor out, Tensor lse) {
+  Device device(q);
+  AttentionDecode a{};
+  const bool wide = key_lengths.has_value() && key_lengths->scalar_type() == ScalarType::Long;
+  fill(a, q, k, v, bias, mask, wide ? OptionalTensor() : key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+       max_seqlen_k, relative, OptionalTensor(), scale, bottom_right, window_left, window_right, softcap, 0);
+  a.out = write(out);
+  a.out_rows = rows_of(out);
+  float_rows(lse, "lse");
+  a.lse = write<float>(lse);
+  a.lse_batch = batch_stride(lse);
+  a.lse_head = lse.stride(-2);
+  if (wide) {
+    STD_TORCH_CHECK(key_lengths->dim() == 1 && key_lengths->size(0) == a.batch && key_lengths->is_contiguous(),
+                    "transformer_fast: lengths must be a contiguous vector of ", a.batch);
+    a.wide_lengths = read<int64_t>(key_lengths);
+  }
+  if (new_k.has_value()) {
+    STD_TORCH_CHECK(new_v.has_value() && key_lengths.has_value(),
+                    "transformer_fast: new keys want new values and key_lengths");
+    write(k);  // the kernel extends them
+    write(v);
+    a.new_k = read(new_k);
+    a.new_v = read(new_v);
+    a.new_k_rows = new_rows(new_k, a);
+    a.new_v_rows = new_rows(new_v, a);
+  }
+  const char* reason = attention_decode_refuses(a);
+  STD_TORCH_CHECK(!reason, "transformer_fast: the CUDA decoding kernel refuses: ", reason ? reason : "");
+  a.splits = attention_decode_splits(a);
+  OptionalTensor partial;
+  if (const int64_t floats = attention_decode_scratch(a)) {
+    partial = new_scratch(lse, {floats}, ScalarType::Float);
+    a.partial = write<float>(*partial);
+  }
+  attention_decode(a, device.stream());
 }
 
 void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
@@ -178,7 +230,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
                         OptionalTensor dbias, OptionalTensor drelative) {
   static const Kernel<AttentionBackward> kernels[] = {
       {attention_backward_wgmma_refuses, attention_backward_wgmma, attention_backward_wgmma_scratch},
-      {attention_backward_mma_refuses, attention_backward_mma},
+      {attention_backward_mma_refuses, attention_backward_mma, attention_backward_mma_scratch},
   };
   Device device(q);
   AttentionBackward a{};
@@ -208,17 +260,16 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     broadcast_strides(*dbias, a.dbias_stride);
   }
   if (drelative.has_value()) {
-    STD_TORCH_CHECK(drelative->is_contiguous() && drelative->dim() == 4 && drelative->size(0) == a.batch &&
-                        drelative->size(1) == a.heads && drelative->size(2) == (a.queries + 63) / 64 &&
-                        drelative->size(3) == 2 * a.reach + 1,
-                    "transformer_fast: drelative must be (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1)");
+    STD_TORCH_CHECK(relative.has_value() && drelative->is_contiguous() && drelative->numel() == relative->numel(),
+                    "transformer_fast: drelative must be contiguous, of relative's shape");
     a.drelative = write<float>(*drelative);
   }
   a.deterministic = deterministic;
   const Kernel<AttentionBackward>& kernel = choose(kernels, a, "backward");
   OptionalTensor scratch;
-  if (kernel.scratch) {
-    scratch = torch::stable::new_empty(q, {kernel.scratch(a)}, ScalarType::Float);
+  const int64_t floats = kernel.scratch ? kernel.scratch(a) : 0;
+  if (floats) {
+    scratch = new_scratch(q, {floats}, ScalarType::Float);
     a.scratch = write<float>(*scratch);
   }
   kernel.run(a, device.stream());
@@ -229,6 +280,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
 
 TF_CUDA_IMPL(m) {
   m.impl("cuda_attention_forward", TORCH_BOX(&tf::cuda::attention_forward));
+  m.impl("cuda_attention_decode", TORCH_BOX(&tf::cuda::attention_decode_op));
   m.impl("cuda_attention_backward", TORCH_BOX(&tf::cuda::attention_backward));
 }
 #endif
@@ -236,14 +288,21 @@ TF_CUDA_IMPL(m) {
 // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
 // 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
 // beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros,
-// (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1), contiguous: to be summed over B and blocks of queries.
+// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros, of
+// relative's shape.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \
   "bool bottom_right, int window_left, int window_right, float softcap, int threshold, "
 TF_CUDA_SCHEMA(m) {
   m.def("cuda_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  // With new_key and new_value key and value are a cache, changed in place: row key_lengths[b] + i gets new row i, and
+  // query i stands there. key_lengths: int32 or int64.
+  m.def(
+      "cuda_attention_decode(Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor? new_key, Tensor? new_value, "
+      "Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, Tensor? relative, float scale, bool bottom_right, int window_left, int window_right, "
+      "float softcap, Tensor(c!) out, Tensor(d!) lse) -> ()");
   m.def("cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
         "bool deterministic, Tensor(a!) delta, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv, "
         "Tensor(e!)? dbias, Tensor(f!)? drelative) -> ()");

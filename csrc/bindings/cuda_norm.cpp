@@ -18,7 +18,8 @@ RowDropout dropout_of(const OptionalTensor& rng, int64_t threshold, double keep_
 }
 
 int32_t width_of(const Matrix& m) {
-  STD_TORCH_CHECK(m.width <= kWidestNorm, "transformer_fast: rows of ", m.width, " elements; wanted at most ", kWidestNorm);
+  STD_TORCH_CHECK(m.width <= kWidestNorm, "transformer_fast: rows of ", m.width, " elements; wanted at most ",
+                  kWidestNorm);
   return int32_t(m.width);
 }
 
@@ -75,7 +76,7 @@ void backward_op(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTenso
   const int64_t wanted = grad_weight.has_value() + grad_bias.has_value();
   OptionalTensor partial;
   if (wanted) {
-    partial = torch::stable::new_empty(rstd, {wanted, norm_backward_blocks(a), a.width});
+    partial = new_scratch(rstd, {wanted, norm_backward_blocks(a), a.width}, ScalarType::Float);
     a.partial = write<float>(*partial);
   }
   norm_backward(a, device.stream());
@@ -90,8 +91,9 @@ TF_CUDA_IMPL(m) {
 }
 #endif
 
-// Data is (rows, width) with last stride 1; weight and bias are contiguous, float32 or of the data's dtype; mean, rstd and
-// the parameters' gradients are float32 vectors; results are contiguous. threshold, keep_scale: of dropout; 0: none.
+// Data is (rows, width) with last stride 1; weight and bias are contiguous, float32 or of the data's dtype; mean, rstd
+// and the parameters' gradients are float32 vectors; results are contiguous. threshold, keep_scale: of dropout; 0 for
+// none.
 TF_CUDA_SCHEMA(m) {
   m.def(
       "cuda_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "

@@ -1,10 +1,10 @@
-// layer_norm, rms_norm and their residual + dropout fusions, backward. With g = weight * dy and xhat = (v - mean) * rstd,
+// layer_norm, rms_norm and their residual + dropout fusions, backward. With g = weight * dy, xhat = (v - mean) * rstd,
 //
 //   dv = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dx = dv * dropout factors
 //   dweight = sum over rows of dy * xhat                          dbias = sum over rows of dy
 //
-// A few blocks a multiprocessor walk over the rows, once; each leaves its share of dweight and dbias in `partial`, which a
-// second kernel adds in a fixed order. No atomics: the same bits every time.
+// A few blocks a multiprocessor walk over the rows, once; each leaves its share of dweight and dbias in `partial`,
+// which a second kernel adds in a fixed order. No atomics: the same bits every time.
 #include "norm_row.cuh"
 
 namespace tf::cuda {
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kSumColumns = 32, kSumRows = 16;  // a block of norm_parameters_kernel
 
-// What the threads of a row hold of it, kPacks packs each, as it was read: the loads of a row are all under way together.
+// What the threads of a row hold of it, kPacks packs each, as it was read: its loads are all under way together.
 template <class T, int kWidth, int kPacks>
 struct BackwardPacks {
   Pack<T, kWidth> grad_y[kPacks], v[kPacks];
@@ -59,7 +59,8 @@ TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row
 
 // Adds what the rows of a block hold of a parameter's gradient and writes it to `partial`.
 template <int kWidth, int kPacks>
-TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float (&grad)[kPacks][kWidth], float* scratch) {
+TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float (&grad)[kPacks][kWidth],
+                             float* scratch) {
   const int step = blockDim.x * kWidth, width = step * kPacks;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -158,7 +159,8 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(con
   const int step = blockDim.x * kWidth, first = threadIdx.x * kWidth;
   const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
   float* grad_weight = p.grad_weight ? p.partial + int64_t(blockIdx.x) * p.width : nullptr;
-  float* grad_bias = p.grad_bias ? p.partial + ((p.grad_weight ? int64_t(gridDim.x) : 0) + blockIdx.x) * p.width : nullptr;
+  const int64_t bias_row = (p.grad_weight ? int64_t(gridDim.x) : 0) + blockIdx.x;
+  float* grad_bias = p.grad_bias ? p.partial + bias_row * p.width : nullptr;
   for (int column = first; column < p.width; column += step) {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
@@ -280,8 +282,8 @@ void launch(const NormBackward& p, const Plan& plan, Stream stream) {
   }
   if (!p.partial) return;
   const dim3 columns(unsigned((p.width + kSumColumns - 1) / kSumColumns), p.grad_weight && p.grad_bias ? 2 : 1);
-  TF_LAUNCH(norm_parameters_kernel, columns, dim3(kSumColumns, kSumRows), kSumColumns * kSumRows * sizeof(float), stream,
-            p, int(plan.blocks));
+  const dim3 block(kSumColumns, kSumRows);
+  TF_LAUNCH(norm_parameters_kernel, columns, block, block.x * block.y * sizeof(float), stream, p, int(plan.blocks));
 }
 
 }  // namespace

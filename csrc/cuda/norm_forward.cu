@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormFo
   for (int i = 0; i < kPacks; ++i) row.write_y(v[i], first + i * step, mean, rstd);
 }
 
-// Rows too wide for registers, or not aligned (kWidth 1): each is read once for every statistic and once for y, from the
-// caches but for the first time.
+// Rows too wide for registers, or not aligned (kWidth 1): each is read once for every statistic and once for y, from
+// the caches but for the first time. Whole warps go round together: they draw the dropout mask together.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const NormForward p) {
   TF_SHARED(shared);
@@ -148,7 +148,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const N
     row_sum<false>(total, scratch, 0);
     mean = total[0] * p.inverse;
   }
-  for (int column = first; column - first < p.width; column += step) squares[0] += row.squares(row.v(column), column, mean);
+  for (int column = first; column - first < p.width; column += step) {
+    squares[0] += row.squares(row.v(column), column, mean);
+  }
   row_sum<false>(squares, scratch, 1);
   const float rstd = 1.f / sqrtf(squares[0] * p.inverse + p.eps);
   row.write_statistics(mean, rstd);
@@ -168,7 +170,7 @@ void launch(const NormForward& p, Stream stream) {
   const bool wide = !packs || columns > 4 * kNormThreads;
   // One pack a thread up to a warp; then up to four, so that rows of 1024 16-bit elements need no barrier.
   const int most = columns <= 32 ? 1 : columns <= 64 ? 2 : 4;
-  const int threads = wide ? std::min(kNormThreads, row_threads(columns, 4, true)) : row_threads(columns, most, dropout);
+  const int threads = std::min(kNormThreads, row_threads(columns, wide ? 4 : most, wide || dropout));
   const int rows = threads > 32 ? 1 : 128 / threads;
   const dim3 grid(unsigned((p.rows + rows - 1) / rows)), block(threads, rows);
   const int bytes = row_sum_bytes(1);

@@ -104,6 +104,10 @@ class CudaBackend(Backend):
 
         attention_forward(spec, out, lse)
 
+    def attention_append(self, spec, key, value, out, lse) -> None:
+        if not cuda_attention.attention_append(spec, key, value, out, lse):
+            super().attention_append(spec, key, value, out, lse)
+
     def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
         from .cuda_attention import attention_backward
 

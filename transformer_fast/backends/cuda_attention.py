@@ -2,11 +2,11 @@
 
 import torch
 
-from . import relative_bias
+from . import memory, relative_bias
 from .philox import threshold
 
-BLOCK_QUERIES = 64  # kBackwardRows in csrc/cuda/attention_backward_mma.cuh
 _HALF = (torch.bfloat16, torch.float16)
+DECODE_ROWS = 16  # kDecodeRows of csrc/cuda/attention_decode.hpp
 _ops = torch.ops.transformer_fast
 
 
@@ -19,18 +19,42 @@ def why_not(call) -> tuple[str, ...]:
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out and lse of a call; see ops/_attention_op.py for the spec."""
-    _ops.cuda_attention_forward.default(*_arguments(spec), out, lse)
+    if _few(spec) and not (spec.rng is not None and threshold(spec.dropout_p)):
+        _decode(spec, None, None, out, lse)
+    else:
+        _ops.cuda_attention_forward.default(*_arguments(spec), out, lse)
+
+
+def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
+    """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
+    if not _few(spec):
+        return False
+    _decode(spec, key, value, out, lse)
+    return True
+
+
+def _few(spec) -> bool:
+    """What the decoding kernel takes: few rows of queries for each key head, where tensor cores would idle."""
+    return spec.max_seqlen_q * (spec.query.shape[1] // spec.key.shape[1]) <= DECODE_ROWS
+
+
+def _decode(spec, new_key, new_value, out, lse) -> None:
+    lengths = spec.key_lengths
+    if lengths is not None:  # as they are: a conversion would cost as much as a short call
+        lengths = (lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.to(torch.int64)).contiguous()
+    arguments = _arguments(spec._replace(key_lengths=None))
+    query, key, value, bias, mask, _, *middle, _rng, scale, bottom_right, left, right, softcap, _threshold = arguments
+    middle = [bias, mask, lengths, *middle]
+    _ops.cuda_attention_decode.default(
+        query, key, value, new_key, new_value, *middle, scale, bottom_right, left, right, softcap, out, lse
+    )
 
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    relative, drelative = arguments[10], None
-    if dtable is not None:  # sums of each block of queries: atomics would add in any order
-        sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
-        blocks = -(-spec.max_seqlen_q // BLOCK_QUERIES)
-        drelative = relative.new_zeros((sequences, relative.shape[0], blocks, relative.shape[1]))
+    delta = memory.empty(lse.shape, torch.float32, lse.device)
+    drelative = None if dtable is None else torch.zeros_like(arguments[10])
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
@@ -40,7 +64,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         # A product, as index_add's atomics would add in any order.
         buckets = torch.arange(dtable.shape[0], device=dtable.device)
         member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
-        dtable.copy_(member @ drelative.sum((0, 2), dtype=torch.float64).t())
+        dtable.copy_(member @ drelative.double().t())
 
 
 def _arguments(spec) -> tuple:

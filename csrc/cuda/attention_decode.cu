@@ -1,0 +1,139 @@
+// Attention of a few queries on a cache of keys and values, split over the GPU (Dao et al., "Flash-Decoding for
+// long-context inference", 2023), in one launch: the new rows are appended by the blocks that come to them, and the
+// last block to finish joins what the splits left. The order of every sum depends on shapes and the GPU alone.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "attention_decode.cuh"
+
+namespace tf::cuda {
+namespace {
+
+constexpr int kSplitKeys = 64;  // fewer are not worth a block
+constexpr int kBlocks = 4;      // of a multiprocessor, that run at once
+constexpr int kSlots = 64, kArrivals = 2048;
+
+// Blocks that have finished, of each (tile, chunk): zeros between launches. Launches that may run at the same time must
+// not share counters, so each stream and each stream of a graph capture has a slot.
+#ifdef TF_EMULATE
+uint32_t arrivals[kSlots][kArrivals];
+#else
+__device__ uint32_t arrivals[kSlots][kArrivals];
+#endif
+
+uint32_t* slot_of(Stream stream) {
+#ifdef TF_EMULATE
+  emulator::add_range(arrivals, sizeof arrivals, true);
+  return arrivals[0];
+#else
+  static std::mutex mutex;
+  static std::map<std::tuple<int, unsigned long long, unsigned long long>, int> slots;
+  const auto s = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus status;
+  unsigned long long id = 0, capture = 0;
+  int device = 0;
+  void* base = nullptr;
+  detail::check(cudaGetDevice(&device), "cudaGetDevice");
+  detail::check(cudaStreamGetCaptureInfo(s, &status, &capture), "cudaStreamGetCaptureInfo");
+  detail::check(cudaStreamGetId(s, &id), "cudaStreamGetId");
+  if (status != cudaStreamCaptureStatusActive) capture = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(device, id, capture);
+  auto found = slots.find(key);
+  if (found == slots.end()) {
+    if (slots.size() == kSlots) return nullptr;
+    found = slots.emplace(key, int(slots.size())).first;
+  }
+  detail::check(cudaGetSymbolAddress(&base, arrivals), "cudaGetSymbolAddress");
+  return static_cast<uint32_t*>(base) + found->second * kArrivals;
+#endif
+}
+
+struct Plan {
+  bool plain;
+  int width, packs, rows, lanes;  // elements of a pack, packs of a key and rows of a thread, threads of a key
+};
+
+int rows_of(const AttentionDecode& p) { return p.queries * (p.heads / p.key_heads); }
+
+bool in_packs(const void* data, const Rows& rows, int width) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows.batch % width == 0 && rows.head % width == 0 &&
+         rows.row % width == 0;
+}
+
+Plan plan_of(const AttentionDecode& p) {
+  Plan plan;
+  plan.width = p.dtype == DType::f32 ? 4 : 8;
+  plan.plain = p.dim % plan.width == 0 && p.bias_type == BiasType::none && !p.mask && !p.relative && p.softcap == 0.f &&
+               in_packs(p.q, p.q_rows, plan.width) && in_packs(p.k, p.k_rows, plan.width) &&
+               in_packs(p.v, p.v_rows, plan.width) && in_packs(p.new_k, p.new_k_rows, plan.width) &&
+               in_packs(p.new_v, p.new_v_rows, plan.width);
+  const int packs = (p.dim + plan.width - 1) / plan.width;
+  plan.packs = packs > 32 ? 2 : 1;
+  plan.rows = !plan.plain ? 2 : rows_of(p) == 1 ? 1 : 4;
+  plan.lanes = 1;
+  while (plan.lanes * plan.packs < packs) plan.lanes *= 2;
+  return plan;
+}
+
+int chunks_of(const AttentionDecode& p, const Plan& plan) { return (rows_of(p) + plan.rows - 1) / plan.rows; }
+
+template <class T, int kRows, int kPacks, int kKeys, bool kPlain>
+void run(const AttentionDecode& p, const Plan& plan, Stream stream) {
+  const int tiles = p.batch * p.key_heads, chunks = chunks_of(p, plan);
+  uint32_t* counters = p.splits > 1 && tiles * chunks <= kArrivals ? slot_of(stream) : nullptr;
+  const int states = kDecodeWarps * kRows * (plan.lanes * kPacks * plan.width + 2);
+  const int bytes = int(sizeof(float)) * std::max(states, counters ? kRows * (kMostSplits + 2) : 0);
+  TF_LAUNCH((attention_decode_kernel<T, kRows, kPacks, kKeys, kPlain>), dim3(tiles, p.splits, chunks),
+            dim3(kDecodeThreads), bytes, stream, p, plan.lanes, counters);
+  if (p.splits == 1 || counters) return;
+  TF_LAUNCH((attention_decode_join_kernel<T>), dim3(tiles, rows_of(p)), dim3(kDecodeThreads),
+            int(sizeof(float)) * (kMostSplits + 2), stream, p);
+}
+
+template <class T>
+void launch(const AttentionDecode& p, Stream stream) {
+  const Plan plan = plan_of(p);
+  if constexpr (sizeof(T) == 4) {
+    if (plan.packs == 2) {
+      if (!plan.plain) return run<T, 2, 2, 2, false>(p, plan, stream);
+      return plan.rows == 1 ? run<T, 1, 2, 4, true>(p, plan, stream) : run<T, 4, 2, 2, true>(p, plan, stream);
+    }
+  }
+  if (!plan.plain) return run<T, 2, 1, 4, false>(p, plan, stream);
+  return plan.rows == 1 ? run<T, 1, 1, 8, true>(p, plan, stream) : run<T, 4, 1, 4, true>(p, plan, stream);
+}
+
+}  // namespace
+
+const char* attention_decode_refuses(const AttentionDecode& p) {
+  if (p.threshold) return "decode attention has no dropout";
+  if (p.dim > 256) return "head dim over 256";
+  if (rows_of(p) > kDecodeRows) return "more than 16 queries, counting those of heads that share keys";
+  if (int64_t(p.batch) * p.key_heads >= INT64_C(1) << 31) return "too many sequences times key heads";
+  if (p.new_k && p.cu_q) return "new keys for packed sequences";
+  return nullptr;
+}
+
+int32_t attention_decode_splits(const AttentionDecode& p) {
+  const int64_t tiles = int64_t(p.batch) * p.key_heads * chunks_of(p, plan_of(p)), sms = multiprocessors();
+  if (tiles >= 2 * sms) return 1;
+  const int64_t most = std::min<int64_t>((p.keys + kSplitKeys - 1) / kSplitKeys, kMostSplits);
+  return int32_t(std::max<int64_t>(1, std::min(most, kBlocks * sms / tiles)));
+}
+
+int64_t attention_decode_scratch(const AttentionDecode& p) {
+  return p.splits > 1 ? int64_t(p.batch) * p.key_heads * rows_of(p) * p.splits * (p.dim + 2) : 0;
+}
+
+void attention_decode(const AttentionDecode& p, Stream stream) {
+  switch (p.dtype) {
+    case DType::f32: return launch<float>(p, stream);
+    case DType::bf16: return launch<bf16_t>(p, stream);
+    case DType::f16: return launch<half_t>(p, stream);
+  }
+}
+
+}  // namespace tf::cuda
