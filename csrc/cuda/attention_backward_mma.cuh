@@ -29,7 +29,7 @@ template <int D, bool RICH>
 struct BackwardTile {
   // Rows of a streamed tile, columns of the scores: as many as the registers have room for.
   static constexpr int kColumns = D > 128 ? 16 : D > 64 || RICH ? 32 : 64;
-  static constexpr int kStages = 2, kBlocks = D <= 64 ? 3 : 2;  // kBlocks: of a multiprocessor
+  static constexpr int kStages = 2;
   static constexpr int kResident = kBackwardRows * D, kStreamed = kColumns * D;  // elements
 };
 
@@ -259,7 +259,7 @@ static __global__ void __launch_bounds__(kBackwardThreads)
 
 // RICH: any feature that is_plain() excludes, rows of any alignment.
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
-__global__ void __launch_bounds__(kBackwardThreads, BackwardTile<D, RICH>::kBlocks)
+__global__ void __launch_bounds__(kBackwardThreads, 2)
     attention_backward_kernel(TF_GRID_CONSTANT BackwardCall p) {
   using Tile = BackwardTile<D, RICH>;
   using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
@@ -447,15 +447,14 @@ __global__ void __launch_bounds__(kBackwardThreads, BackwardTile<D, RICH>::kBloc
     if (kKeys && more) store_statistic(n + 1, next_h, next_start, statistic);
   }
 
+  const auto store_gradient = [&](const float(&sum)[D / 2], float scale, T* tile, void* base, const Rows& strides,
+                                  int h, int first_row) {
+    T* const to = head_rows(static_cast<T*>(base), strides, head.b, h, first_row);
+    store_rows<D, RICH>(sum, scale, tile, to, strides.row, mine, used, stored, p.dim, p.aligned);
+  };
   if constexpr (kKeys) {
-    if constexpr (kFirst)
-      store_rows<D, RICH>(sum1, p.scale, resident1,
-                    head_rows(static_cast<T*>(p.dk), p.dk_rows, head.b, head.key_head, head.first_k), p.dk_rows.row,
-                    mine, used, stored, p.dim, p.aligned);
-    if constexpr (kSecond)
-      store_rows<D, RICH>(sum2, keep_scale, resident2,
-                    head_rows(static_cast<T*>(p.dv), p.dv_rows, head.b, head.key_head, head.first_k), p.dv_rows.row,
-                    mine, used, stored, p.dim, p.aligned);
+    if constexpr (kFirst) store_gradient(sum1, p.scale, resident1, p.dk, p.dk_rows, head.key_head, head.first_k);
+    if constexpr (kSecond) store_gradient(sum2, keep_scale, resident2, p.dv, p.dv_rows, head.key_head, head.first_k);
   } else {
     if constexpr (RICH) {
       if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
@@ -471,9 +470,7 @@ __global__ void __launch_bounds__(kBackwardThreads, BackwardTile<D, RICH>::kBloc
         return;
       }
     }
-    store_rows<D, RICH>(sum1, p.scale, resident1,
-                  head_rows(static_cast<T*>(p.dq), p.dq_rows, head.b, head.h, head.first_q), p.dq_rows.row, mine, used,
-                  used, p.dim, p.aligned);
+    store_gradient(sum1, p.scale, resident1, p.dq, p.dq_rows, head.h, head.first_q);
   }
 }
 
