@@ -19,7 +19,8 @@
 #define TF_CUDA_KERNELS 1
 #define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m)
 // The main library has the schemas; it is loaded before the emulator is.
-#define TF_CUDA_SCHEMA(m) [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
+#define TF_CUDA_SCHEMA(m) \
+  [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
 #else
 #if defined(TF_WITH_CUDA)
 #define TF_CUDA_KERNELS 1
@@ -31,6 +32,8 @@
 #endif
 
 #if TF_CUDA_KERNELS
+#include <cstring>
+#include <initializer_list>
 #ifndef TF_EMULATE
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -66,6 +69,15 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 #endif
+
+// Memory for a kernel's own use; on the device of `like`. It holds anything, under the emulator NaN.
+inline Tensor new_scratch(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+#ifdef TF_EMULATE
+  std::memset(t.mutable_data_ptr(), 0xff, size_t(t.numel()) * t.element_size());
+#endif
+  return t;
+}
 
 }  // namespace tf::cuda
 #endif

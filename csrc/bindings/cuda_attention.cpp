@@ -18,6 +18,7 @@ TF_OPTIONAL void attention_forward_wgmma(const AttentionForward&, Stream);
 TF_OPTIONAL const char* attention_backward_mma_refuses(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_mma(const AttentionBackward&, Stream);
 TF_OPTIONAL const char* attention_backward_wgmma_refuses(const AttentionBackward&);
+TF_OPTIONAL int64_t attention_backward_mma_scratch(const AttentionBackward&);
 TF_OPTIONAL int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_wgmma(const AttentionBackward&, Stream);
 
@@ -164,7 +165,7 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
   const auto& kernel = choose(kernels, a, "forward");
   std::optional<Tensor> counter;
   if (kernel.run == attention_forward_wgmma) {
-    counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    counter = new_scratch(q, {1}, ScalarType::Int);
     a.counter = write<int32_t>(*counter);
   }
   kernel.run(a, device.stream());
@@ -214,7 +215,7 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
   a.splits = attention_decode_splits(a);
   OptionalTensor partial;
   if (const int64_t floats = attention_decode_scratch(a)) {
-    partial = torch::stable::new_empty(lse, {floats});
+    partial = new_scratch(lse, {floats}, ScalarType::Float);
     a.partial = write<float>(*partial);
   }
   attention_decode(a, device.stream());
@@ -229,7 +230,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
                         OptionalTensor dbias, OptionalTensor drelative) {
   static const Kernel<AttentionBackward> kernels[] = {
       {attention_backward_wgmma_refuses, attention_backward_wgmma, attention_backward_wgmma_scratch},
-      {attention_backward_mma_refuses, attention_backward_mma},
+      {attention_backward_mma_refuses, attention_backward_mma, attention_backward_mma_scratch},
   };
   Device device(q);
   AttentionBackward a{};
@@ -259,17 +260,16 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     broadcast_strides(*dbias, a.dbias_stride);
   }
   if (drelative.has_value()) {
-    STD_TORCH_CHECK(drelative->is_contiguous() && drelative->dim() == 4 && drelative->size(0) == a.batch &&
-                        drelative->size(1) == a.heads && drelative->size(2) == (a.queries + 63) / 64 &&
-                        drelative->size(3) == 2 * a.reach + 1,
-                    "transformer_fast: drelative must be (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1)");
+    STD_TORCH_CHECK(relative.has_value() && drelative->is_contiguous() && drelative->numel() == relative->numel(),
+                    "transformer_fast: drelative must be contiguous, of relative's shape");
     a.drelative = write<float>(*drelative);
   }
   a.deterministic = deterministic;
   const Kernel<AttentionBackward>& kernel = choose(kernels, a, "backward");
   OptionalTensor scratch;
-  if (kernel.scratch) {
-    scratch = torch::stable::new_empty(q, {kernel.scratch(a)}, ScalarType::Float);
+  const int64_t floats = kernel.scratch ? kernel.scratch(a) : 0;
+  if (floats) {
+    scratch = new_scratch(q, {floats}, ScalarType::Float);
     a.scratch = write<float>(*scratch);
   }
   kernel.run(a, device.stream());
@@ -288,8 +288,8 @@ TF_CUDA_IMPL(m) {
 // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
 // 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
 // beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros,
-// (B, H, ceil(max_seqlen_q / 64), 2 * reach + 1), contiguous: to be summed over B and blocks of queries.
+// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros, of
+// relative's shape.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \

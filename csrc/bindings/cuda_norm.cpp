@@ -76,7 +76,7 @@ void backward_op(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTenso
   const int64_t wanted = grad_weight.has_value() + grad_bias.has_value();
   OptionalTensor partial;
   if (wanted) {
-    partial = torch::stable::new_empty(rstd, {wanted, norm_backward_blocks(a), a.width});
+    partial = new_scratch(rstd, {wanted, norm_backward_blocks(a), a.width}, ScalarType::Float);
     a.partial = write<float>(*partial);
   }
   norm_backward(a, device.stream());

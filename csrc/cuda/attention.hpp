@@ -58,8 +58,7 @@ struct AttentionBackward : Attention {
   float* scratch;         // as many floats as the kernel's *_scratch says, aligned to 16 bytes; null without one
   float* dbias;           // zeros before; or null
   int64_t dbias_stride[4];
-  // (batch, heads, ceil(queries / 64), 2 * reach + 1), zeros before: sums of dS of each block of queries; or null
-  float* drelative;
+  float* drelative;       // (heads, 2 * reach + 1), zeros before; or null
   bool deterministic;
 };
 
@@ -72,7 +71,8 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward&);
 void attention_forward_mma(const AttentionForward&, Stream);
 void attention_forward_wgmma(const AttentionForward&, Stream);
 void attention_backward_mma(const AttentionBackward&, Stream);
-int64_t attention_backward_wgmma_scratch(const AttentionBackward&);  // floats
+int64_t attention_backward_mma_scratch(const AttentionBackward&);  // floats
+int64_t attention_backward_wgmma_scratch(const AttentionBackward&);
 void attention_backward_wgmma(const AttentionBackward&, Stream);
 
 }  // namespace tf::cuda

@@ -4,7 +4,7 @@
 #pragma once
 #include "attention_backward_mma.cuh"
 
-namespace tf::cuda {
+namespace tf::cuda::backward_mma {
 
 struct BiasTiles {  // sequences, heads, tiles of queries, of keys: how many dbias has, and how many one of it sums over
   int32_t own[4], each[4];
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (!is_seen<kColumns>(range, start)) continue;
     __syncthreads();  // nobody reads the tiles before these any more
     const auto load_queries = [&](T* tile, const void* base, const Rows& rows) {
-      load_rows<D, kBackwardRows, true>(
+      load_rows<D, kBackwardRows, kBackwardThreads, true>(
           tile, head_rows(static_cast<const T*>(base), rows, head.b, head.h, head.first_q), rows.row, first,
           head.queries, p.dim, p.aligned);
     };
     const auto load_keys = [&](T* tile, const void* base, const Rows& rows) {
-      load_rows<D, kColumns, true>(
+      load_rows<D, kColumns, kBackwardThreads, true>(
           tile, head_rows(static_cast<const T*>(base), rows, head.b, head.key_head, head.first_k), rows.row, start,
           head.keys, p.dim, p.aligned);
     };
@@ -113,4 +113,4 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
-}  // namespace tf::cuda
+}  // namespace tf::cuda::backward_mma

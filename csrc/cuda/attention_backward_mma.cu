@@ -6,6 +6,7 @@ namespace tf::cuda {
 extern template void attention_backward_mma_of<half_t>(const AttentionBackward&, Stream);
 
 const char* attention_backward_mma_refuses(const AttentionBackward& a) {
+  using namespace backward_mma;
   if (a.dtype == DType::f32) return "mma: float32 data, where tensor cores would round to TF32";
   if (a.dim > 256) return "mma: head dims over 256";
   const int64_t rows = std::max((int64_t(a.queries) + kDeltaRows - 1) / kDeltaRows * a.heads,
@@ -13,6 +14,11 @@ const char* attention_backward_mma_refuses(const AttentionBackward& a) {
   const int64_t tiles = a.dbias ? (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows * ((a.keys + 15) / 16) : 1;
   if (std::max(rows, tiles * a.heads) * a.batch > INT32_MAX) return "mma: more blocks than a grid has";
   return nullptr;
+}
+
+int64_t attention_backward_mma_scratch(const AttentionBackward& a) {
+  const int64_t blocks = (int64_t(a.queries) + backward_mma::kBackwardRows - 1) / backward_mma::kBackwardRows;
+  return a.drelative ? a.batch * a.heads * blocks * (2 * int64_t(a.reach) + 1) : 0;
 }
 
 void attention_backward_mma(const AttentionBackward& a, Stream stream) {

@@ -9,8 +9,9 @@
 // The price is Q K^T and dO V^T twice: seven products where that kernel has five.
 #pragma once
 #include "attention_scores.cuh"
+#include "attention_tiles.cuh"
 
-namespace tf::cuda {
+namespace tf::cuda::backward_mma {
 
 enum class Side { queries, keys };
 enum class Wanted { all, key, value };  // which of dK and dV a key-side block sums: registers hold both up to D = 128
@@ -43,51 +44,7 @@ TF_DEVICE BackwardPlace place_of(const BackwardCall& p, int program, int heads, 
   return {descending ? p.blocks - 1 - block : block, bh / heads, bh % heads};
 }
 
-// x, of which the compiler knows nothing: what is computed from it within a loop stays there, where hoisting it would
-// cost more registers than there are.
-TF_DEVICE int opaque(int x) {
-#ifndef TF_EMULATE
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
-// ---- tiles ----------------------------------------------------------------------------------------------------------
-// Element offset of 16-byte chunk `chunk` of row `row` of a tile of D columns.
-template <int D>
-TF_DEVICE int swizzled(int row, int chunk) {
-  return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
-}
-
-// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read. ANY:
-// rows need not be aligned to 16 bytes.
-template <int D, int ROWS, bool ANY, class T>
-TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, int first, int limit, int dim, bool aligned) {
-  constexpr int kChunks = D / 8, kStep = kBackwardThreads / kChunks;
-  static_assert(kBackwardThreads % kChunks == 0 && ROWS % kStep == 0);
-  const int thread = opaque(threadIdx.x), chunk = thread % kChunks, row0 = thread / kChunks;
-  const T* from = rows + ((first + row0) * stride + chunk * 8);
-  if (!ANY || aligned) {
-    const int end = chunk * 8 < dim ? limit - first : 0;
-#pragma unroll
-    for (int step = 0; step < ROWS; step += kStep) {
-      const bool inside = row0 + step < end;
-      cp_async_16(tile + swizzled<D>(row0 + step, chunk), inside ? from : rows, inside);
-      from += kStep * stride;
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int row = row0; row < ROWS; row += kStep) {
-    Vec<T, 8> values;
-#pragma unroll
-    for (int c = 0; c < 8; ++c)
-      values.v[c] = first + row < limit && chunk * 8 + c < dim ? load(from + c) : from_float<T>(0.f);
-    store_shared_vec(tile + swizzled<D>(row, chunk), values);
-    from += kStep * stride;
-  }
-}
-
+// ---- products -------------------------------------------------------------------------------------------------------
 // s += A B^T: the 16 rows of A of this warp by the 2 E rows of B.
 template <int D, class T, int E>
 TF_DEVICE void multiply_rows(const T* a_tile, const T* b_tile, float (&s)[E]) {
@@ -224,13 +181,14 @@ struct BackwardMemory {
   static_assert(!kInPlace || kScores <= Tile::kStreamed * 2);
 };
 
-// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own, each element added by one thread in one
-// order; what lies at the ends and beyond stays in registers until finish().
+// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own in the scratch, which is (heads, batch,
+// blocks, 2 * reach + 1), zeros before. One thread adds to an element, in one order; what lies at the ends and beyond
+// stays in registers until finish().
 struct DistanceSums {
   float low, high;
 
   static TF_DEVICE float* place(const BackwardCall& p, const Head& head, int block) {
-    return p.drelative + (int64_t(head.b * p.heads + head.h) * p.blocks + block) * (2 * p.reach + 1);
+    return p.scratch + (int64_t(head.h * p.batch + head.b) * p.blocks + block) * (2 * p.reach + 1);
   }
 
   template <int COLUMNS, int E>
@@ -284,9 +242,25 @@ struct DistanceSums {
   }
 };
 
+// The sum of what DistanceSums leaves over sequences and blocks of queries.
+static __global__ void __launch_bounds__(kBackwardThreads)
+    attention_backward_distance_kernel(TF_GRID_CONSTANT BackwardCall p) {
+  const int distances = 2 * p.reach + 1, place = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (place >= p.heads * distances) return;
+  const float* from = p.scratch + (int64_t(place / distances) * p.batch * p.blocks * distances + place % distances);
+  float sum = 0.f, lost = 0.f;  // Kahan's: most distances share the ends, long sums of small terms
+  for (int n = p.batch * p.blocks; n > 0; --n, from += distances) {
+    const float term = load(from) - lost, next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
+  store(p.drelative + place, sum);
+}
+
 // RICH: any feature that is_plain() excludes, rows of any alignment.
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
-__global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF_GRID_CONSTANT BackwardCall p) {
+__global__ void __launch_bounds__(kBackwardThreads, 2)
+    attention_backward_kernel(TF_GRID_CONSTANT BackwardCall p) {
   using Tile = BackwardTile<D, RICH>;
   using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
   constexpr bool kKeys = SIDE == Side::keys;
@@ -311,14 +285,15 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
 
   const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: the first row of this warp
   const auto load_queries = [&](auto rows, T* tile, const void* base, const Rows& strides, int h, int start) {
-    load_rows<D, decltype(rows)::value, RICH>(
-        tile, head_rows(static_cast<const T*>(base), strides, opaque(head.b), h, head.first_q), strides.row, start,
-        head.queries, p.dim, p.aligned);
+    const T* const from = head_rows(static_cast<const T*>(base), strides, int(opaque(head.b)), h, head.first_q);
+    load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.queries, p.dim,
+                                                                p.aligned);
   };
   const auto load_keys = [&](auto rows, T* tile, const void* base, const Rows& strides, int start) {
-    load_rows<D, decltype(rows)::value, RICH>(
-        tile, head_rows(static_cast<const T*>(base), strides, opaque(head.b), head.key_head, head.first_k), strides.row,
-        start, head.keys, p.dim, p.aligned);
+    const int b = int(opaque(head.b));
+    const T* const from = head_rows(static_cast<const T*>(base), strides, b, head.key_head, head.first_k);
+    load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.keys, p.dim,
+                                                                p.aligned);
   };
   const auto load_resident = [&] {
     constexpr std::integral_constant<int, kBackwardRows> rows;
@@ -408,7 +383,7 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
 
     const T* const tile1 = streamed(n);
     const T* const tile2 = tile1 + Tile::kStreamed;
-    const int own = RICH ? opaque(mine) : mine, query0 = kKeys ? start : own, key0 = kKeys ? own : start;
+    const int own = RICH ? int(opaque(mine)) : mine, query0 = kKeys ? start : own, key0 = kKeys ? own : start;
     float s[kScores] = {}, ds[kFirst ? kScores : 1] = {}, slope[RICH ? kScores : 1];
     if constexpr (kFirst) multiply_rows<D>(resident2, tile2, ds);  // dP, until the loop below
     multiply_rows<D>(resident1, tile1, s);
@@ -432,13 +407,12 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         const float prob = exp2_approx(s[4 * c + e] * to_log2 - (kKeys ? peaks.v[e % 2] : peak[e / 2]));
         bool keep = true;
         if (RICH && p.threshold) {
-          uint32_t bits;
           if constexpr (kKeys) {
-            bits = load_shared(kept_bytes + (n % 2 * Memory::kKept + (column + e % 2) * 16 + lane / 4 + e / 2 * 8));
+            const int place = n % 2 * Memory::kKept + (column + e % 2) * 16 + lane / 4 + e / 2 * 8;
+            keep = load_shared(kept_bytes + place) >> (key0 % 128 / 16) & 1;
           } else {
-            bits = kept.bits[e / 2] >> (8 * (c % 2 * 2 + e % 2) + c / 2);
+            keep = keeps(kept, key0, 4 * c + e);
           }
-          keep = bits >> (key0 % 128 / 16) & 1;
         }
         s[4 * c + e] = keep ? prob : 0.f;
         if constexpr (kFirst) {
@@ -473,15 +447,14 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
     if (kKeys && more) store_statistic(n + 1, next_h, next_start, statistic);
   }
 
+  const auto store_gradient = [&](const float(&sum)[D / 2], float scale, T* tile, void* base, const Rows& strides,
+                                  int h, int first_row) {
+    T* const to = head_rows(static_cast<T*>(base), strides, head.b, h, first_row);
+    store_rows<D, RICH>(sum, scale, tile, to, strides.row, mine, used, stored, p.dim, p.aligned);
+  };
   if constexpr (kKeys) {
-    if constexpr (kFirst)
-      store_rows<D, RICH>(sum1, p.scale, resident1,
-                    head_rows(static_cast<T*>(p.dk), p.dk_rows, head.b, head.key_head, head.first_k), p.dk_rows.row,
-                    mine, used, stored, p.dim, p.aligned);
-    if constexpr (kSecond)
-      store_rows<D, RICH>(sum2, keep_scale, resident2,
-                    head_rows(static_cast<T*>(p.dv), p.dv_rows, head.b, head.key_head, head.first_k), p.dv_rows.row,
-                    mine, used, stored, p.dim, p.aligned);
+    if constexpr (kFirst) store_gradient(sum1, p.scale, resident1, p.dk, p.dk_rows, head.key_head, head.first_k);
+    if constexpr (kSecond) store_gradient(sum2, keep_scale, resident2, p.dv, p.dv_rows, head.key_head, head.first_k);
   } else {
     if constexpr (RICH) {
       if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
@@ -497,10 +470,8 @@ __global__ void __launch_bounds__(kBackwardThreads) attention_backward_kernel(TF
         return;
       }
     }
-    store_rows<D, RICH>(sum1, p.scale, resident1,
-                  head_rows(static_cast<T*>(p.dq), p.dq_rows, head.b, head.h, head.first_q), p.dq_rows.row, mine, used,
-                  used, p.dim, p.aligned);
+    store_gradient(sum1, p.scale, resident1, p.dq, p.dq_rows, head.h, head.first_q);
   }
 }
 
-}  // namespace tf::cuda
+}  // namespace tf::cuda::backward_mma

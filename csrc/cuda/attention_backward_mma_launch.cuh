@@ -31,8 +31,8 @@ void launch(const BackwardCall& call, Stream stream) {
   using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
   const int heads = SIDE == Side::keys ? call.key_heads : call.heads;
   const size_t bytes = call.drelative && SIDE == Side::queries ? Memory::kBytesWithScores : Memory::kBytes;
-  auto* const kernel = &attention_backward_kernel<T, D, SIDE, RICH, WANTED>;
-  TF_LAUNCH(kernel, dim3(unsigned(call.blocks) * call.batch * heads), dim3(kBackwardThreads), bytes, stream, call);
+  const dim3 grid(unsigned(call.blocks) * call.batch * heads);
+  TF_LAUNCH((attention_backward_kernel<T, D, SIDE, RICH, WANTED>), grid, dim3(kBackwardThreads), bytes, stream, call);
 }
 
 template <class T, int D>
@@ -50,8 +50,7 @@ void bias_gradient(const BackwardCall& call, Stream stream) {
   }
   const size_t scores = 4 * kBackwardRows * (Tile::kColumns + 1);
   const size_t bytes = std::max<size_t>(2 * 2 * (Tile::kResident + Tile::kStreamed), scores);
-  auto* const kernel = &attention_backward_bias_kernel<T, D>;
-  TF_LAUNCH(kernel, dim3(blocks), dim3(kBackwardThreads), bytes, stream, call, tiles);
+  TF_LAUNCH((attention_backward_bias_kernel<T, D>), dim3(blocks), dim3(kBackwardThreads), bytes, stream, call, tiles);
 }
 
 inline bool bias_broadcasts(const AttentionBackward& a) {
@@ -72,8 +71,8 @@ void gradients(const AttentionBackward& a, Stream stream) {
     launch<T, D, Side::queries, true, Wanted::all>(delta, stream);
   } else {
     const BackwardCall delta = call_of(a, kDeltaRows, a.queries, a.heads, 0);
-    auto* const kernel = &attention_backward_delta_kernel<T>;
-    TF_LAUNCH(kernel, dim3(unsigned(delta.blocks) * a.batch * a.heads), dim3(kBackwardThreads), 0, stream, delta);
+    const dim3 grid(unsigned(delta.blocks) * a.batch * a.heads);
+    TF_LAUNCH((attention_backward_delta_kernel<T>), grid, dim3(kBackwardThreads), 0, stream, delta);
   }
   if constexpr (D <= 128) {
     launch<T, D, Side::keys, RICH, Wanted::all>(keys, stream);
@@ -87,7 +86,12 @@ void gradients(const AttentionBackward& a, Stream stream) {
       queries.dbias = nullptr;
     }
   }
+  if (a.drelative) fill_zero(a.scratch, size_t(attention_backward_mma_scratch(a)) * sizeof(float), stream);
   launch<T, D, Side::queries, RICH, Wanted::all>(queries, stream);
+  if (a.drelative) {
+    const dim3 grid((unsigned(a.heads) * (2 * a.reach + 1) + kBackwardThreads - 1) / kBackwardThreads);
+    TF_LAUNCH(attention_backward_distance_kernel, grid, dim3(kBackwardThreads), 0, stream, queries);
+  }
 }
 
 }  // namespace backward_mma

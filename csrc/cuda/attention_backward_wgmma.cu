@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kL2Bytes = 32 << 20;  // queries and gradients that stay in the L2 cache while a few heads run
 constexpr int kSharedLimit = 227 << 10;
-static_assert(BackwardTile<64, 128>::kBytes <= kSharedLimit && BackwardTile<128, 80>::kBytes <= kSharedLimit);
+static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit && BackwardWgmmaTile<128, 80>::kBytes <= kSharedLimit);
 
 // Queries of a tile. The most that registers hold; 80 do not divide 128 keys, which costs masks along a diagonal.
 int32_t tile_of(const AttentionBackward& a) {
@@ -54,7 +54,7 @@ TensorMap map_of(const AttentionBackward& a, const void* base, const Rows& rows,
 
 template <class T, int D, int M>
 void launch(const AttentionBackward& arguments, Stream stream) {
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   BackwardWgmma a{arguments};
   a.head_tiles = head_tiles(a);
   const int64_t tiles = a.heads * a.head_tiles;
@@ -114,7 +114,7 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
 }
 
 int64_t attention_backward_wgmma_scratch(const AttentionBackward& a) {
-  return a.heads * head_tiles(a) * (tile_of(a) * (a.dim + 2) + BackwardTile<64, 128>::kParts) + 4;
+  return a.heads * head_tiles(a) * (tile_of(a) * (a.dim + 2) + BackwardWgmmaTile<64, 128>::kParts) + 4;
 }
 
 void attention_backward_wgmma(const AttentionBackward& a, Stream stream) {

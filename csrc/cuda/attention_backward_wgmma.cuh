@@ -18,7 +18,7 @@ namespace tf::cuda {
 
 // M queries by 128 keys. Tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle.
 template <int D, int M>
-struct BackwardTile {
+struct BackwardWgmmaTile {
   static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
   static constexpr int kKeys = 128, kStages = 2;
   static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
@@ -38,7 +38,7 @@ struct BackwardWgmma : AttentionBackward {
   // Scratch memory is in tiles of queries, and every sequence starts a tile.
   int64_t head_tiles;  // of one head
   float* sums;         // dQ, unscaled: (heads, head_tiles, parts, part)
-  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf for rows without keys; delta
+  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf without keys; delta
   int32_t* turns;      // deterministic: (heads, head_tiles, parts): how many key blocks have added theirs
   int32_t* ticket;     // deterministic: blocks take their work in this order, whatever the order they start in
   int32_t key_blocks, query_blocks, heads_together;
@@ -52,10 +52,10 @@ TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
   return a.cu_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
 }
 
-// ---- before: delta, lse in the units of scores, zeros to add to -------------------------------------------------------
+// ---- before: delta, lse in the units of scores, zeros to add to -----------------------------------------------------
 template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   constexpr int kLanes = D / 8;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
@@ -93,23 +93,24 @@ __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const B
   if (a.deterministic && threadIdx.x < Tile::kParts) store(a.turns + tile * Tile::kParts + threadIdx.x, int32_t(0));
 }
 
-// ---- after: dQ in order, scaled, rounded -------------------------------------------------------------------------------
+// ---- after: dQ in order, scaled, rounded ----------------------------------------------------------------------------
 template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_finish_kernel(const BackwardWgmma a) {
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (block * M >= head.queries) return;
   const float* sums = a.sums + (head.h * a.head_tiles + first_tile<M>(a, head) + block) * (M * D);
   T* dq = head_rows(static_cast<T*>(a.dq), a.dq_rows, head.b, head.h, head.first_q);
   for (int item = threadIdx.x; item < M * D / 16; item += 256) {
-    // Two queries by eight values of a head: in a part they are [query / 8][value % 8][query % 8 / 2][value / 8 % 2][2].
+    // Two queries by eight values of a head. A part is [query / 8][value % 8][query % 8 / 2][value / 8 % 2][query % 2].
     const int half = item % 2, pair = item / 2 % 4, warp = item / 8 % 4, rest = item / 32;
     const int j = rest % (Tile::kSumQueries / 8), group = rest / (Tile::kSumQueries / 8);
     Vec<T, 8> rows[2];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const Vec<float, 2> x = load_vec<2>(sums + (group * 4 + warp) * Tile::kPart + ((j * 8 + i) * 4 + pair) * 4 + half * 2);
+      const int place = ((j * 8 + i) * 4 + pair) * 4 + half * 2;
+      const Vec<float, 2> x = load_vec<2>(sums + (group * 4 + warp) * Tile::kPart + place);
 #pragma unroll
       for (int e = 0; e < 2; e++) rows[e].v[i] = from_float<T>(x.v[e] * a.scale);
     }
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(256) attention_backward_finish_kernel(const Ba
   }
 }
 
-// ---- the work of a block -----------------------------------------------------------------------------------------------
+// ---- the work of a block --------------------------------------------------------------------------------------------
 struct BackwardWork {
   Head head;  // of the first of the query heads
   int32_t first_key, stored, group;
@@ -172,9 +173,7 @@ struct Walk {
 template <class Tile>
 struct BackwardShared {
   unsigned char* base;
-  TF_DEVICE uint64_t* barrier(int i) const {
-    return reinterpret_cast<uint64_t*>(base + Tile::kBarriers) + i;
-  }
+  TF_DEVICE uint64_t* barrier(int i) const { return reinterpret_cast<uint64_t*>(base + Tile::kBarriers) + i; }
   TF_DEVICE int32_t* index() const { return reinterpret_cast<int32_t*>(base + Tile::kIndex); }
   TF_DEVICE uint64_t* keys_full() const { return barrier(0); }
   TF_DEVICE uint64_t* query_full(int stage) const { return barrier(1 + stage); }
@@ -183,10 +182,10 @@ struct BackwardShared {
   TF_DEVICE uint64_t* grad_empty(int stage) const { return barrier(1 + 3 * Tile::kStages + stage); }
 };
 
-// ---- producer: one thread ----------------------------------------------------------------------------------------------
+// ---- producer: one thread -------------------------------------------------------------------------------------------
 template <int D>
-TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int rows,
-                                          int32_t row, int32_t head, int32_t batch) {
+TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int rows, int32_t row,
+                         int32_t head, int32_t batch) {
 #pragma unroll
   for (int panel = 0; panel < D / 64; panel++) {
     tma_load(shared + panel * rows * 128, map, full, panel * 64, row, head, batch);
@@ -195,8 +194,8 @@ TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* 
 
 template <int D, int M, class Tile>
 TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared,
-                                        const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
-                                        const TensorMap* grad_map) {
+                       const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
+                       const TensorMap* grad_map) {
   constexpr int N = Tile::kKeys;
   const int32_t batch = a.cu_q ? 0 : w.head.b, key = w.head.first_k + w.first_key;
   mbarrier_expect_tx(shared.keys_full(), 2 * Tile::kKeyBytes);
@@ -219,7 +218,7 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
   }
 }
 
-// ---- consumers: two warpgroups of 64 keys each -----------------------------------------------------------------------
+// ---- consumers: two warpgroups of 64 keys each ----------------------------------------------------------------------
 constexpr int kConsumers = 256, kConsumerBarrier = 1;
 
 // Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis, or transposed: then a
@@ -234,12 +233,12 @@ TF_DEVICE uint64_t columns_descriptor(const unsigned char* tile, int leading) {
 TF_DEVICE constexpr uint64_t row_step(int k, int rows) { return (k / 4 * rows * 128 + k % 4 * 32) / 16; }
 TF_DEVICE constexpr uint64_t column_step(int k) { return k * 16 * 128 / 16; }
 
-// Rows first .. 128 of a tile become zeros: what lies behind a sequence's end may be inf or NaN, which times zero would
-// be NaN. By `threads` threads.
+// All consumers make zeros of a tile's rows from `first` on: what lies behind a sequence's end may be inf or NaN, which
+// times zero would be NaN.
 template <int D, int Rows>
-TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread, int threads) {
+TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread) {
   const int count = (Rows - first) * (D / 8);
-  for (int i = thread; i < count; i += threads) {  // whole rows of panels: their swizzle does not matter
+  for (int i = thread; i < count; i += kConsumers) {  // whole rows of panels: their swizzle does not matter
     const int row = first + i / (D / 8), chunk = i % (D / 8);
     store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (Rows * 128) + row * 128 + chunk % 8 * 16),
                      Vec<uint32_t, 4>{});
@@ -248,8 +247,8 @@ TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread, int thread
 
 // One warp's 16 rows of dK or dV through its own shared memory to whole rows in global memory; zeros from `keys` on.
 template <class T, int D>
-TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char* shared, T* rows,
-                                           int64_t stride, int32_t first, int32_t keys, int32_t stored) {
+TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char* shared, T* rows, int64_t stride,
+                          int32_t first, int32_t keys, int32_t stored) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
@@ -272,6 +271,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char*
   __syncwarp();
 }
 
+// Deterministic: the next key block may add, as what this thread gave to dQ last has arrived.
 TF_DEVICE void pass_turn(int32_t*& turn, int32_t place) {
   if (!turn) return;
   bulk_wait<0>();
@@ -297,8 +297,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
   if (w.tiles > 0) {
     mbarrier_wait(shared.keys_full(), 0);
     if (ragged_keys) {
-      clear_rows<D, N>(base + Tile::kK, w.head.keys - w.first_key, thread, kConsumers);
-      clear_rows<D, N>(base + Tile::kV, w.head.keys - w.first_key, thread, kConsumers);
+      clear_rows<D, N>(base + Tile::kK, w.head.keys - w.first_key, thread);
+      clear_rows<D, N>(base + Tile::kV, w.head.keys - w.first_key, thread);
       fence_async_shared();
       named_barrier_sync(kConsumerBarrier, kConsumers);
     }
@@ -325,8 +325,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     mbarrier_wait(shared.query_full(at.stage), at.parity);
     if (a.cu_q && at.row + M > w.head.queries) {  // beyond are the rows of the next sequence
       mbarrier_wait(shared.grad_full(at.stage), at.parity);
-      clear_rows<D, M>(q_tile, w.head.queries - at.row, thread, kConsumers);
-      clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread, kConsumers);
+      clear_rows<D, M>(q_tile, w.head.queries - at.row, thread);
+      clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread);
       fence_async_shared();
       named_barrier_sync(kConsumerBarrier, kConsumers);
     }
@@ -394,7 +394,6 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
                                ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int k = 0; k < M / 16; k++) stmatrix_x4_trans(score_row + k * (16 * 128), ds[k]);
-    fence_async_shared();
 
     register_fence(p);
     register_fence(ds);
@@ -405,6 +404,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     for (int k = 0; k < M / 16; k++) wgmma_rs<T, D, true>(dv, p[k], grad_columns + column_step(k), true);
     warpgroup_commit();
 
+    fence_async_shared();
     named_barrier_sync(kConsumerBarrier, kConsumers);
     float dq[Tile::kSumQueries / 2];
     register_fence(dq);
@@ -433,7 +433,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < Tile::kSumQueries / 8; j++) {
-      store_shared_vec(sum + (j * 32 + lane) * 4, Vec<float, 4>{dq[j * 4], dq[j * 4 + 1], dq[j * 4 + 2], dq[j * 4 + 3]});
+      const Vec<float, 4> x{dq[j * 4], dq[j * 4 + 1], dq[j * 4 + 2], dq[j * 4 + 3]};
+      store_shared_vec(sum + (j * 32 + lane) * 4, x);
     }
     fence_async_shared();
     __syncwarp();
@@ -467,12 +468,12 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
 }
 
 template <class T, int D, int M>
-__global__ void __launch_bounds__(BackwardTile<D, M>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardWgmmaTile<D, M>::kThreads, 1)
     attention_backward_wgmma_kernel(const BackwardWgmma a, TF_GRID_CONSTANT TensorMap q_map,
                                     TF_GRID_CONSTANT TensorMap k_map, TF_GRID_CONSTANT TensorMap v_map,
                                     TF_GRID_CONSTANT TensorMap grad_map) {
 #if TF_SM90A
-  using Tile = BackwardTile<D, M>;
+  using Tile = BackwardWgmmaTile<D, M>;
   TF_SHARED(base);
   const BackwardShared<Tile> shared{base};
   if (threadIdx.x == 0) {

@@ -17,6 +17,11 @@ bool is_aligned(const AttentionForward& a) {
          is_aligned(a.out, a.out_rows);
 }
 
+bool has_little_shared_memory() {  // 100 KB a multiprocessor
+  const int capability = compute_capability();
+  return capability == 86 || capability == 89 || capability / 10 == 12;
+}
+
 template <class Tile>
 void launch(const AttentionForward& a, Stream stream) {
   const int32_t blocks = (a.queries + Tile::kRows - 1) / Tile::kRows, batch_heads = a.batch * a.heads;
@@ -25,20 +30,27 @@ void launch(const AttentionForward& a, Stream stream) {
   const BlockOrder order{blocks, batch_heads, int32_t(std::min<int64_t>(together, batch_heads)), a.window_right >= 0};
   const float to_log2 = Tile::RICH ? kLog2e : a.scale * kLog2e;
   TF_LAUNCH((attention_forward_mma_kernel<Tile>), dim3(unsigned(blocks) * unsigned(batch_heads)),
-            dim3(Tile::kThreads), Tile::kSharedBytes, stream, a, order, to_log2,
+            dim3(Tile::kThreads), Tile::kTileBytes + sizeof(Program<typename Tile::T>), stream, a, order, to_log2,
             is_aligned(a));
 }
 
+// Tiles by what holds them back. A plain warp has 32 rows, so that an operand of K or V that ldmatrix brings serves two
+// products: 160 bytes of shared memory a product, 1.25 of the 2 cycles it takes an A100. D 128 fills 255 registers and
+// 64 KB, two blocks a multiprocessor; where that has 100 KB, N = 32 keeps it at two. Past D 128 the output of 16 rows
+// takes half the registers, and ldmatrix, 256 bytes a product, is the bound. Expected, of the mma.sync peak: 55-65% at D
+// 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on features: 16 rows keep their loads
+// in registers, and three blocks a multiprocessor hide them. Not yet run on a GPU.
 template <class T>
 void choose(const AttentionForward& a, Stream stream) {
   if (is_plain(a) && is_aligned(a)) {
     if (a.dim <= 32) return launch<ForwardTile<T, 32, 2, 64, false, 3>>(a, stream);
-    if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 64, false, 3>>(a, stream);
+    if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 64, false, 2>>(a, stream);
+    if (a.dim <= 128 && has_little_shared_memory()) return launch<ForwardTile<T, 128, 2, 32, false, 2>>(a, stream);
     if (a.dim <= 128) return launch<ForwardTile<T, 128, 2, 64, false, 2>>(a, stream);
     return launch<ForwardTile<T, 256, 1, 32, false, 2>>(a, stream);
   }
-  if (a.dim <= 64) return launch<ForwardTile<T, 64, 2, 32, true, 2>>(a, stream);
-  if (a.dim <= 128) return launch<ForwardTile<T, 128, 2, 32, true, 2>>(a, stream);
+  if (a.dim <= 64) return launch<ForwardTile<T, 64, 1, 64, true, 3>>(a, stream);
+  if (a.dim <= 128) return launch<ForwardTile<T, 128, 1, 64, true, 2>>(a, stream);
   return launch<ForwardTile<T, 256, 1, 32, true, 2>>(a, stream);
 }
 

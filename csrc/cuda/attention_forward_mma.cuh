@@ -7,6 +7,7 @@
 // V during Q K^T and the next K during softmax and P V. P goes from accumulators to operand in registers.
 #pragma once
 #include "attention_scores.cuh"
+#include "attention_tiles.cuh"
 
 namespace tf::cuda {
 
@@ -23,54 +24,9 @@ struct ForwardTile {
   static constexpr int D = D_, M = M_, N = N_;  // D: head dims up to it, filled with zeros
   static constexpr bool RICH = RICH_;           // any feature that is_plain() excludes, rows of any alignment
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * M * kWarps;
-  static constexpr bool kWide = D > 64;
   static constexpr int kBlocks = BLOCKS_;  // that a multiprocessor is to hold: bounds the registers
-  static constexpr int kSharedBytes = (kRows + 2 * N) * D * int(sizeof(T)) + 2 * int(sizeof(T*));
+  static constexpr int kTileBytes = (kRows + 2 * N) * D * int(sizeof(T));
 };
-
-// Element offset of 16-byte chunk `chunk` of row `row` of a tile of D columns.
-template <int D>
-TF_DEVICE uint32_t swizzled(uint32_t row, uint32_t chunk) {
-  return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
-}
-
-// A value that the compiler cannot see through: what follows from it is computed again, not kept in registers.
-TF_DEVICE uint32_t opaque(uint32_t x) {
-#ifndef TF_EMULATE
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
-// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read.
-// ANY: rows need not be aligned to 16 bytes.
-template <int D, int ROWS, int THREADS, bool ANY, class T>
-TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, uint32_t first, uint32_t limit, uint32_t dim,
-                                          bool aligned) {
-  constexpr uint32_t kChunks = D / 8, kStep = THREADS / kChunks;
-  static_assert(THREADS % kChunks == 0 && ROWS % kStep == 0);
-  const uint32_t thread = opaque(threadIdx.x), chunk = thread % kChunks, row0 = thread / kChunks;
-  const T* from = rows + ((first + row0) * stride + chunk * 8);
-  if (!ANY || aligned) {
-    const bool wide = chunk * 8 < dim;
-#pragma unroll
-    for (uint32_t row = row0; row < ROWS; row += kStep) {
-      const bool inside = wide && first + row < limit;
-      cp_async_16(tile + swizzled<D>(row, chunk), inside ? from : rows, inside);
-      from += kStep * stride;
-    }
-  } else {
-#pragma unroll 1
-    for (uint32_t row = row0; row < ROWS; row += kStep) {
-      Vec<T, 8> values;
-#pragma unroll
-      for (int c = 0; c < 8; ++c)
-        values.v[c] = first + row < limit && chunk * 8 + c < dim ? load(from + c) : from_float<T>(0.f);
-      store_shared_vec(tile + swizzled<D>(row, chunk), values);
-      from += kStep * stride;
-    }
-  }
-}
 
 // s += 16 rows of a times N rows of b, both in shared memory: S of one m16 tile for M tiles at once.
 template <class Tile>
@@ -122,19 +78,14 @@ TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const 
   }
 }
 
-struct Work {
+// What a program is about, in shared memory behind the tiles: registers are for accumulators.
+template <class T>
+struct Program {
   Head head;
-  int32_t block;
+  Range own[4];       // keys that the queries of each warp see
+  const T *k, *v;     // row 0 of the head
+  int32_t first;      // query of the block
 };
-
-TF_DEVICE Work work_of(const Attention& a, const BlockOrder& order, uint32_t program) {
-  const uint32_t many = uint32_t(order.blocks * order.heads_together), group = program / many, rest = program % many;
-  const uint32_t first = group * uint32_t(order.heads_together);
-  const uint32_t together = min(uint32_t(order.heads_together), uint32_t(order.batch_heads) - first);
-  const uint32_t bh = first + rest % together, block = rest / together;
-  return {head_of(a, int32_t(bh) / a.heads, int32_t(bh) % a.heads),
-          order.descending ? order.blocks - 1 - int32_t(block) : int32_t(block)};
-}
 
 // exp(score) = 2 ^ (to_log2 * what the accumulators hold)
 template <class Tile>
@@ -147,29 +98,33 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   T* const q = reinterpret_cast<T*>(memory);
   T* const k = q + Tile::kRows * D;
   T* const v = k + N * D;
-  // Where the rows of K and V start: wide heads, short of registers, read it again for each block.
-  const T** const starts = reinterpret_cast<const T**>(v + N * D);
+  auto* const program = reinterpret_cast<Program<T>*>(v + N * D);
 
-  const Work work = work_of(a, order, blockIdx.x);
-  const Head head = work.head;
-  const int32_t first = work.block * Tile::kRows;
+  const uint32_t many = uint32_t(order.blocks * order.heads_together), group = blockIdx.x / many;
+  const uint32_t rest = blockIdx.x % many, first_bh = group * uint32_t(order.heads_together);
+  const uint32_t together = min(uint32_t(order.heads_together), uint32_t(order.batch_heads) - first_bh);
+  const int32_t bh = int32_t(first_bh + rest % together), block = int32_t(rest / together);
+  const int32_t first = (order.descending ? order.blocks - 1 - block : block) * Tile::kRows;
+  const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (first >= head.queries) return;
 
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp * 16 * M;
   const T* const q_rows = head_rows(static_cast<const T*>(a.q), a.q_rows, head.b, head.h, head.first_q);
   const T* const k_rows = head_rows(static_cast<const T*>(a.k), a.k_rows, head.b, head.key_head, head.first_k);
-  const T* const v_rows = head_rows(static_cast<const T*>(a.v), a.v_rows, head.b, head.key_head, head.first_k);
-  if (Tile::kWide && threadIdx.x == 0) {
-    store_shared(starts, k_rows);
-    store_shared(starts + 1, v_rows);
+  if (threadIdx.x == 0) {
+    store_shared(&program->head, head);
+    store_shared(&program->k, k_rows);
+    store_shared(&program->v, head_rows(static_cast<const T*>(a.v), a.v_rows, head.b, head.key_head, head.first_k));
+    store_shared(&program->first, first);
   }
+  const int32_t top = first + int32_t(warp_row);
+  if (lane == 0)
+    store_shared(&program->own[warp], top < head.queries
+                                          ? key_range<N>(a, head, top, min(top + 16 * M, head.queries) - 1)
+                                          : Range{0, 0, 0, 0});
   const Range keys = key_range<N>(a, head, first, min(first + Tile::kRows, head.queries) - 1);
-
-  const uint32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * M;
-  const int32_t mine = first + int32_t(warp_row);  // the first query of this warp
-  Dropout dropout{};
   Kept kept[M] = {};
   int32_t kept_group = -1;
-  if (Tile::RICH && a.threshold) dropout = dropout_of(a, head);
 
   float o[M][D / 2] = {}, peak[M][2], total[M][2] = {};
 #pragma unroll
@@ -181,34 +136,42 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   cp_async_commit();
 
   for (int32_t start = keys.begin; start < keys.end; start += N) {
-    const int32_t top = int32_t(opaque(uint32_t(mine)));
-    const Range own = key_range<N>(a, head, top, min(top + 16 * M, head.queries) - 1);
-    const bool seen = top < head.queries && is_seen<N>(own, start), inner = is_inner<N>(own, start);
     float s[M][N / 2] = {};
     cp_async_wait<0>();
     __syncthreads();  // K is there, and nobody reads V any more
-    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, Tile::kWide ? load_shared(starts + 1) : v_rows, a.v_rows.row,
-                                                  start, head.keys, a.dim, aligned);
+    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, load_shared(&program->v), a.v_rows.row, start,
+                                                load_shared(&program->head.keys), a.dim, aligned);
     cp_async_commit();
+    const bool seen = is_seen<N>(load_shared(&program->own[warp]), start);
     if (seen) multiply_keys<Tile>(q, k, warp_row, s);
     cp_async_wait<0>();
     __syncthreads();  // V is there, and nobody reads K any more
     if (start + N < keys.end)
-      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, Tile::kWide ? load_shared(starts) : k_rows, a.k_rows.row,
-                                                    start + N, head.keys, a.dim, aligned);
+      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, load_shared(&program->k), a.k_rows.row, start + N,
+                                                  load_shared(&program->head.keys), a.dim, aligned);
     cp_async_commit();
     if (!seen) continue;
 
+    const int32_t mine = load_shared(&program->first) + int32_t(warp_row);
     if (Tile::RICH && a.threshold && start / 128 != kept_group) {
       kept_group = start / 128;
+      const Dropout dropout = dropout_of(a, load_shared(&program->head));
 #pragma unroll
       for (int m = 0; m < M; ++m) kept[m] = kept_of(dropout, mine + 16 * m, start);
+    }
+    if constexpr (Tile::RICH) {
+      const Head h = load_shared(&program->head);
+#pragma unroll
+      for (int m = 0; m < M; ++m) finish_scores<false>(a, h, mine + 16 * m, start, s[m]);
+    }
+    if (!is_inner<N>(load_shared(&program->own[warp]), start)) {
+      const Head h = load_shared(&program->head);
+#pragma unroll
+      for (int m = 0; m < M; ++m) mask_edges<false>(a, h, mine + 16 * m, start, s[m]);
     }
     uint32_t p[M][N / 4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if constexpr (Tile::RICH) finish_scores<false>(a, head, mine + 16 * m, start, s[m]);
-      if (!inner) mask_edges<false>(a, head, mine + 16 * m, start, s[m]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float highest = peak[m][r];
@@ -245,9 +208,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   cp_async_wait<0>();
   __syncthreads();  // Q is there even without keys; from here on each warp has its own rows of it for the output
 
-  const Work again = work_of(a, order, opaque(blockIdx.x));  // registers are for the loop
-  const Head end = again.head;
-  const int32_t own_first = again.block * Tile::kRows + int32_t(warp_row);
+  const Head end = load_shared(&program->head);
+  const int32_t mine = load_shared(&program->first) + int32_t(warp_row);
   float* const lse = a.lse ? a.lse + (end.b * a.lse_batch + end.h * a.lse_head + end.first_q) : nullptr;
 #pragma unroll
   for (int m = 0; m < M; ++m)
@@ -259,7 +221,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const bool dead = sum == 0.f;  // NaN is not
       const float factor = dead ? 0.f : (Tile::RICH ? a.keep_scale : 1.f) / sum;
       const uint32_t row = 16 * m + lane / 4 + 8 * r;
-      const int32_t i = own_first + int32_t(row);
+      const int32_t i = mine + int32_t(row);
       if (lse && lane % 4 == 0 && i < end.queries)
         store(lse + i, dead ? -kInfinity : (peak[m][r] * to_log2 + log2f(sum)) * kLn2);
 #pragma unroll
@@ -272,9 +234,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll 4
   for (uint32_t at = lane; at < 16 * M * (D / 8); at += 32) {
     const uint32_t row = at / (D / 8), chunk = at % (D / 8);
-    if (own_first + row >= uint32_t(end.queries) || chunk * 8 >= uint32_t(a.dim)) continue;
+    if (mine + row >= uint32_t(end.queries) || chunk * 8 >= uint32_t(a.dim)) continue;
     const Vec<T, 8> values = load_shared_vec<8>(q + swizzled<D>(warp_row + row, chunk));
-    T* const to = out + ((own_first + row) * a.out_rows.row + chunk * 8);
+    T* const to = out + ((mine + row) * a.out_rows.row + chunk * 8);
     if (!Tile::RICH || aligned) {
       store_vec(to, values);
     } else {

@@ -57,6 +57,7 @@ void launch(const AttentionForward& a, Stream stream) {
   p.out_rows = a.out_rows;
   p.lse_batch = a.lse_batch;
   p.lse_head = a.lse_head;
+  p.batch = a.batch;
   p.heads = a.heads;
   p.groups = groups;
   p.batch_heads = a.batch * a.heads;

@@ -7,25 +7,9 @@
 // ones, and does the softmax between them while the tensor cores work on P V and on the other group's products: named
 // barriers pass the tensor cores from group to group. P never leaves the registers.
 #pragma once
-#include "attention.hpp"
-#include "ptx.cuh"
-#include "simt.cuh"
+#include "attention_forward_wgmma_tiles.cuh"
 
 namespace tf::cuda {
-
-struct ForwardWgmma {
-  const int32_t *cu_q, *cu_k, *key_lengths;
-  void* out;
-  float* lse;  // or null
-  Rows out_rows;
-  int64_t lse_batch, lse_head;
-  int32_t heads, groups, batch_heads, queries, keys;  // groups: heads of queries to one of keys
-  int32_t blocks, tiles, heads_together;              // tiles = blocks * batch_heads
-  int32_t* counter;  // of tiles handed out, zero before: whoever is free takes the next one; null: in turn
-  int32_t left, right;                                // of the window; a large number where unlimited
-  bool bottom_right;
-  float scale_log2;  // scale * log2(e)
-};
 
 // Sizes of a kernel. WINDOWED: causal or a sliding window; else every query sees every key.
 template <class T_, int D_, int BM_, int BN_, bool WINDOWED_>
@@ -36,7 +20,7 @@ struct ForwardWgmmaShape {
   static constexpr int CONSUMERS = BM / 64, WARPS = 4 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
   static constexpr int STAGES = 2;
   // Registers of a thread after the loader has given its own to the others: 64 Ki a block at most, in steps of 8.
-  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 56, REGISTERS = CONSUMERS == 2 ? 232 : 152;
+  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, REGISTERS = CONSUMERS == 2 ? 232 : 160;
   static_assert(128 * (LOADER_REGISTERS + CONSUMERS * REGISTERS) <= 65536);
   // A tile lies as D / 64 panels of rows of 128 bytes (64 columns), which is what a 128-byte swizzle spans. Its pattern
   // repeats every 8 rows, 1024 bytes, and follows from address bits: tiles must begin at multiples of 1024.
@@ -45,13 +29,6 @@ struct ForwardWgmmaShape {
   static constexpr int Q_BYTES = PANELS * Q_PANEL, KV_BYTES = PANELS * KV_PANEL;
   static_assert(Q_PANEL % 1024 == 0 && KV_PANEL % 1024 == 0);
   static constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
-};
-
-struct ForwardWgmmaTile {
-  int32_t b, h, first_q, first_k, queries, keys, offset;  // a query i stands at position i + offset
-  int32_t first_row;                                      // within its sequence
-  int32_t begin, end;                                     // blocks of keys that some row sees
-  int32_t last;                                           // there is no tile any more, this one included
 };
 
 // The full barriers count bytes that arrive (of tiles, the one who writes); the empty ones the warps that have read.
@@ -70,77 +47,16 @@ constexpr int forward_wgmma_shared_bytes() {
   return bytes;
 }
 
-// Tile `index` of all; false: it has no rows. Tiles walk over `heads_together` heads block by block, so that their keys
-// and values stay in the L2 cache; windowed calls start with the last rows, the longest tiles of a causal one.
-template <class S>
-TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardWgmmaTile& t) {
-  const int32_t group = index / (a.blocks * a.heads_together);
-  const int32_t size = min(a.heads_together, a.batch_heads - group * a.heads_together);
-  const int32_t rest = index - group * a.blocks * a.heads_together;
-  const int32_t block = rest / size;
-  const int32_t bh = group * a.heads_together + rest - block * size;
-  t.b = bh / a.heads;
-  t.h = bh - t.b * a.heads;
-  t.first_row = (S::WINDOWED ? a.blocks - 1 - block : block) * S::BM;
-  t.first_q = t.first_k = t.offset = 0;
-  t.queries = a.queries;
-  t.keys = a.keys;
-  if (a.cu_q != nullptr) {
-    t.first_q = load(a.cu_q + t.b);
-    t.first_k = load(a.cu_k + t.b);
-    t.queries = load(a.cu_q + t.b + 1) - t.first_q;
-    t.keys = load(a.cu_k + t.b + 1) - t.first_k;
-  }
-  if (t.first_row >= t.queries) return false;
-  if (a.key_lengths != nullptr) t.keys = min(max(load(a.key_lengths + t.b), 0), t.keys);
-  if (a.bottom_right) t.offset = t.keys - t.queries;
-  int32_t begin = 0, end = t.keys;
-  if (S::WINDOWED) {
-    const int32_t last = min(t.first_row + S::BM, t.queries) - 1;
-    begin = max(t.first_row + t.offset - a.left, 0);
-    end = min(end, last + t.offset + a.right + 1);
-  }
-  t.begin = begin / S::BN;
-  t.end = end > begin ? (end + S::BN - 1) / S::BN : t.begin;
-  return true;
-}
-
 // A ring's slot and the parity of its barriers' phase at step `step`.
 template <int STAGES>
-struct RingSlot {
+struct ForwardWgmmaSlot {
   uint32_t stage, parity;
-  TF_DEVICE explicit RingSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
+  TF_DEVICE explicit ForwardWgmmaSlot(uint32_t step) : stage(step % STAGES), parity(step / STAGES & 1) {}
 };
 
-// The tile after `index`, for all of a warp: the next one that no other block has, or this block's next in turn.
-TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
-  const int32_t grid = gridDim.x;
-  if (a.counter == nullptr) return index + grid;
-  int32_t taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
-  return grid + __shfl_sync(0xffffffff, taken, 0);
-}
-
-constexpr int TILE_WORDS = sizeof(ForwardWgmmaTile) / sizeof(int32_t);
-
-TF_DEVICE void store_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
-  const int32_t words[TILE_WORDS] = {t.b,      t.h,         t.first_q, t.first_k, t.queries, t.keys,
-                                     t.offset, t.first_row, t.begin,   t.end,     t.last};
-#pragma unroll
-  for (int i = 0; i < TILE_WORDS; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
-}
-
-// Read by all of a warp, and passed around by shuffles, from which the compiler sees that a warp agrees on them.
-TF_DEVICE ForwardWgmmaTile load_tile(const ForwardWgmmaTile* shared) {
-  const int lane = threadIdx.x % 32;
-  const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, TILE_WORDS - 1));
-  auto of = [&](int i) { return __shfl_sync(0xffffffff, word, i); };
-  return {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10)};
-}
-
 template <class S>
-TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full,
-                                                        int panel_bytes, int32_t row, int32_t head, int32_t batch) {
+TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int panel_bytes,
+                                       int32_t row, int32_t head, int32_t batch) {
   mbarrier_expect_tx(full, S::PANELS * panel_bytes);  // before the loads: the phase must not end on a part of them
 #pragma unroll
   for (int panel = 0; panel < S::PANELS; ++panel)
@@ -165,53 +81,56 @@ template <class S>
 TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map, const TensorMap* k_map,
                                      const TensorMap* v_map, unsigned char* shared,
                                      ForwardWgmmaBarriers<S>* barriers) {
+  using Slot = ForwardWgmmaSlot<S::STAGES>;
   uint32_t step = 0, turn = 0, tiles = 0, tails = 0;
   const bool leader = threadIdx.x == 0;
+  ForwardWgmmaSearch search{0, 0};
   int32_t index = blockIdx.x;
   for (;; index = forward_wgmma_next(a, index)) {
     ForwardWgmmaTile t{};
-    t.last = index >= a.tiles;
-    if (!t.last && !forward_wgmma_tile<S>(a, index, t)) continue;
+    t.last = !forward_wgmma_tile<S>(a, index, search, t);
     if (leader) {
-      const RingSlot<S::STAGES> slot(tiles);
+      const Slot slot(tiles);
       mbarrier_wait(&barriers->tile_empty[slot.stage], slot.parity ^ 1);  // passes at once in a ring's first round
-      store_tile(&barriers->tile[slot.stage], t);
+      post_tile(&barriers->tile[slot.stage], t);
       mbarrier_arrive(&barriers->tile_full[slot.stage]);
     }
     ++tiles;
     if (t.last) return;
     if (t.begin >= t.end) continue;
     const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
-    // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
-    const bool tail = t.end * S::BN > t.keys && (a.cu_k != nullptr || a.key_lengths != nullptr);
-    auto load_keys = [&](int32_t n, uint32_t at) {
-      const RingSlot<S::STAGES> slot(at);
+    auto load_keys = [&](int32_t row, uint32_t at) {
+      const Slot slot(at);
       mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);
       forward_wgmma_load_tile<S>(shared + S::K_AT + slot.stage * S::KV_BYTES, k_map, &barriers->k_full[slot.stage],
-                                 S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
+                                 S::KV_PANEL, row, key_head, batch);
     };
+    int32_t row = t.first_k + (t.end - 1) * S::BN;
     if (leader) {
-      load_keys(t.end - 1, step);
+      load_keys(row, step);
       mbarrier_wait(&barriers->q_empty, (turn & 1) ^ 1);
       forward_wgmma_load_tile<S>(shared, q_map, &barriers->q_full, S::Q_PANEL, t.first_q + t.first_row, t.h, batch);
     }
     ++turn;
+    // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
+    int32_t tail = t.keys - (t.end - 1) * S::BN;  // rows that are of the sequence, in the last block
+    if (a.cu_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
 #pragma unroll 1
-    for (int32_t n = t.end - 1; n >= t.begin; --n, ++step) {
-      const RingSlot<S::STAGES> slot(step);
-      const bool clear = tail && n == t.end - 1;
+    for (int32_t left = t.end - t.begin; left > 0; --left, ++step, row -= S::BN) {
+      const Slot slot(step);
       unsigned char* values = shared + S::V_AT + slot.stage * S::KV_BYTES;
       if (leader) {
-        if (n > t.begin) load_keys(n - 1, step + 1);
+        if (left > 1) load_keys(row - S::BN, step + 1);
         mbarrier_wait(&barriers->v_empty[slot.stage], slot.parity ^ 1);
-        forward_wgmma_load_tile<S>(values, v_map, clear ? &barriers->v_loaded : &barriers->v_full[slot.stage],
-                                   S::KV_PANEL, t.first_k + n * S::BN, key_head, batch);
+        forward_wgmma_load_tile<S>(values, v_map, tail < S::BN ? &barriers->v_loaded : &barriers->v_full[slot.stage],
+                                   S::KV_PANEL, row, key_head, batch);
       }
-      if (clear) {
+      if (tail < S::BN) {
         __syncwarp();
         mbarrier_wait(&barriers->v_loaded, tails++ & 1);
-        forward_wgmma_clear_tail<S>(values, t.keys - n * S::BN);
+        forward_wgmma_clear_tail<S>(values, tail);
         if (leader) mbarrier_arrive(&barriers->v_full[slot.stage]);
+        tail = S::BN;
       }
     }
   }
@@ -224,32 +143,31 @@ TF_DEVICE void forward_wgmma_scores(float (&s)[S::BN / 2], uint64_t q, uint64_t 
 #pragma unroll
   for (int d = 0; d < S::D / 16; ++d) {
     const int inside = d % 4 * 32;
-    wgmma_ss<typename S::T, S::BN, 0, 0>(s, q + ((d / 4 * S::Q_PANEL + inside) >> 4),
-                                         k + ((d / 4 * S::KV_PANEL + inside) >> 4), d > 0);
+    wgmma_ss<typename S::T, S::BN>(s, q + ((d / 4 * S::Q_PANEL + inside) >> 4),
+                                   k + ((d / 4 * S::KV_PANEL + inside) >> 4), d > 0);
   }
   warpgroup_commit();
 }
 
 // Issues O += P V. V is read transposed (its columns are contiguous), 16 rows a step.
 template <class S>
-TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S::BN / 16][4],
-                                                     uint64_t v) {
+TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S::BN / 16][4], uint64_t v) {
   warpgroup_fence();  // also orders the registers of P and O, just written, before the reads of wgmma
 #pragma unroll
   for (int n = 0; n < S::BN / 16; ++n)
-    wgmma_rs<typename S::T, S::D, 1>(o, p[n], v + (n * 16 * S::ROW_BYTES >> 4), true);
+    wgmma_rs<typename S::T, S::D, true>(o, p[n], v + (n * 16 * S::ROW_BYTES >> 4), true);
   warpgroup_commit();
 }
 
 // What a thread holds of its two rows, lane / 4 and 8 below: accumulator elements 4 j + i are of row i / 2, column
 // 8 j + lane % 4 * 2 + i % 2.
-struct RowState {
+struct ForwardWgmmaRows {
   float peak[2], total[2];  // largest score so far, before the scale; this thread's part of sum exp(score - peak)
 };
 
 template <class S>
-TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a,
-                                                   const ForwardWgmmaTile& t, int32_t row, int32_t column) {
+TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a, const ForwardWgmmaTile& t,
+                                  int32_t row, int32_t column) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int32_t first = 0, last = t.keys - 1;
@@ -273,8 +191,7 @@ TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a,
 
 // Scores to exp(score - peak), in place; decay: what the sums so far are to be multiplied by.
 template <int N>
-TF_DEVICE void forward_wgmma_softmax(float (&s)[N], RowState& state, float (&decay)[2],
-                                                      float scale_log2) {
+TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2], float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float peak = state.peak[r];
@@ -329,7 +246,7 @@ TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
 // next one begins, are left alone.
 template <class S>
 TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile& t, int32_t row,
-                                                    const float (&o)[S::D / 2], RowState& state) {
+                                   const float (&o)[S::D / 2], ForwardWgmmaRows& state) {
   const int quad_lane = threadIdx.x % 4;
   const int64_t batch = a.cu_q != nullptr ? 0 : t.b;
 #pragma unroll
@@ -364,7 +281,8 @@ TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile
 
 template <class S>
 TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* shared,
-                                                      ForwardWgmmaBarriers<S>* barriers, int group) {
+                                     ForwardWgmmaBarriers<S>* barriers, int group) {
+  using Slot = ForwardWgmmaSlot<S::STAGES>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint64_t q_descriptor = wgmma_descriptor(shared + group * 64 * S::ROW_BYTES, 0, 1024, Swizzle::b128);
   const uint64_t k_descriptor = wgmma_descriptor(shared + S::K_AT, 0, 1024, Swizzle::b128);
@@ -379,16 +297,16 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 
   uint32_t step = 0, turn = 0;
   for (uint32_t tiles = 0;; ++tiles) {
-    const RingSlot<S::STAGES> tile_slot(tiles);
+    const Slot tile_slot(tiles);
     mbarrier_wait(&barriers->tile_full[tile_slot.stage], tile_slot.parity);
-    const ForwardWgmmaTile t = load_tile(&barriers->tile[tile_slot.stage]);
+    const ForwardWgmmaTile t = read_tile(&barriers->tile[tile_slot.stage]);
     release(&barriers->tile_empty[tile_slot.stage]);  // its shuffles have made the warp wait for every lane's read
     if (t.last) break;
     const int32_t row = t.first_row + 64 * group + 16 * warp + lane / 4;
     float o[S::D / 2];
 #pragma unroll
     for (float& x : o) x = 0.f;
-    RowState state{{-INFINITY, -INFINITY}, {0.f, 0.f}};
+    ForwardWgmmaRows state{{-INFINITY, -INFINITY}, {0.f, 0.f}};
     if (t.begin < t.end) {
       // Blocks that every row sees whole need no mask.
       int32_t inner_begin = 0, inner_end = t.keys;
@@ -401,13 +319,13 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         if (n >= inner_end || (S::WINDOWED && n < inner_begin))
           forward_wgmma_mask<S>(s, a, t, row, n * S::BN + lane % 4 * 2);
       };
-      auto keys_at = [&](const RingSlot<S::STAGES>& slot) { return k_descriptor + slot.stage * (S::KV_BYTES >> 4); };
-      auto values_at = [&](const RingSlot<S::STAGES>& slot) { return v_descriptor + slot.stage * (S::KV_BYTES >> 4); };
+      auto keys_at = [&](const Slot& slot) { return k_descriptor + slot.stage * (S::KV_BYTES >> 4); };
+      auto values_at = [&](const Slot& slot) { return v_descriptor + slot.stage * (S::KV_BYTES >> 4); };
 
       float s[S::BN / 2], decay[2];
       uint32_t p[S::BN / 16][4];
       {
-        const RingSlot<S::STAGES> slot(step);
+        const Slot slot(step);
         mbarrier_wait(&barriers->q_full, turn & 1);
         mbarrier_wait(&barriers->k_full[slot.stage], slot.parity);
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(slot));
@@ -421,7 +339,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
       auto turn_over = [&](int32_t n) {
         warpgroup_wait<0>();
         register_fence(o);
-        if (n < t.end - 2) release(&barriers->v_empty[RingSlot<S::STAGES>(step - 1).stage]);
+        if (n < t.end - 2) release(&barriers->v_empty[Slot(step - 1).stage]);
         forward_wgmma_pack<S>(p, s);
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
@@ -432,7 +350,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 #pragma unroll 1
       for (; n >= t.begin; --n, ++step) {
         turn_over(n);
-        const RingSlot<S::STAGES> key_slot(step + 1), value_slot(step);
+        const Slot key_slot(step + 1), value_slot(step);
         mbarrier_wait(&barriers->k_full[key_slot.stage], key_slot.parity);
         named_barrier_sync(mine, 256);  // the tensor cores are this group's
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(key_slot));
@@ -448,7 +366,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
       }
       release(&barriers->q_empty);
       turn_over(n);
-      const RingSlot<S::STAGES> slot(step);
+      const Slot slot(step);
       mbarrier_wait(&barriers->v_full[slot.stage], slot.parity);
       forward_wgmma_output<S>(o, p, values_at(slot));
       warpgroup_wait<0>();

@@ -21,7 +21,7 @@ inline bool is_plain(const Attention& a) {
 }
 
 // ---- which keys, which queries ---------------------------------------------------------------------------------------
-struct Head {  // one head of one sequence; query i stands at position i + offset
+struct alignas(16) Head {  // one head of one sequence; query i stands at position i + offset
   int32_t b, h, key_head;
   int32_t first_q, first_k;  // rows before it in packed tensors
   int32_t queries, keys, offset;
@@ -47,7 +47,7 @@ TF_DEVICE T* head_rows(T* base, const Rows& rows, int32_t b, int32_t h, int32_t 
 }
 
 // [begin, end) is worth a visit; blocks within [inner_begin, inner_end) need no mask. All but end are multiples of BLOCK.
-struct Range {
+struct alignas(16) Range {
   int32_t begin, inner_begin, inner_end, end;
 };
 

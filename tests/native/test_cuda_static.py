@@ -4,6 +4,7 @@ Every csrc/cuda/*.cu is compiled for each architecture that it is shipped for; r
 of the source, its headers and the compiler.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -13,6 +14,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -22,7 +24,9 @@ CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHS = ("80", "90a", "100", "120")
 NVCC = os.environ.get("NVCC", "nvcc")
-FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "--Werror", "all-warnings", "-Xcompiler", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-fPIC"]
+LINKED = "90a"  # of this architecture the objects are kept, host code and all, and linked
+CACHE = ROOT / "build" / "cuda-static"
 JOBS = [(source.name, arch) for source in SOURCES for arch in ARCHS if "_wgmma" not in source.name or arch == "90a"]
 
 needs_nvcc = pytest.mark.skipif(not shutil.which(NVCC), reason=f"{NVCC} is not on PATH")
@@ -67,34 +71,55 @@ def _opcodes(disassembler: str, cubin: pathlib.Path) -> dict[str, dict[str, int]
     return kernels
 
 
+def _key(name: str, arch: str) -> str:
+    text = sorted(f"{path.relative_to(ROOT)}\n{code}" for path, code in _closure(CSRC / "cuda" / name, {}).items())
+    key = hashlib.sha256("\n".join([*text, arch, *FLAGS, _nvcc_version(), str(_disassembler())]).encode())
+    return f"{name.removesuffix('.cu')}.{arch}.{key.hexdigest()[:16]}"
+
+
+def _object(name: str) -> pathlib.Path:
+    return CACHE / f"{_key(name, LINKED)}.o"
+
+
 @functools.cache
 def _report(name: str, arch: str) -> dict:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cached = CACHE / f"{_key(name, arch)}.json"
+    with open(cached.with_suffix(".lock"), "w") as lock:  # two tests may want it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not cached.exists():
+            report = _compile(name, arch)
+            fresh = cached.with_suffix(".new")
+            fresh.write_text(json.dumps(report))
+            fresh.replace(cached)
+    return json.loads(cached.read_text())
+
+
+def _compile(name: str, arch: str) -> dict:
     source = CSRC / "cuda" / name
-    text = sorted(f"{path.relative_to(ROOT)}\n{code}" for path, code in _closure(source, {}).items())
-    key = hashlib.sha256("\n".join([*text, arch, *FLAGS, _nvcc_version(), str(_disassembler())]).encode()).hexdigest()
-    cached = ROOT / "build" / "cuda-static" / f"{source.stem}.{arch}.{key[:16]}.json"
-    if cached.exists():
-        return json.loads(cached.read_text())
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernels.cubin"
-        command = [NVCC, *FLAGS, f"-arch=sm_{arch}", f"-I{CSRC}", f"-I{CSRC}/cuda", str(source), "-o", str(cubin)]
+        command = [NVCC, *FLAGS, f"-arch=sm_{arch}", f"-I{CSRC}", f"-I{CSRC}/cuda", str(source)]
+        if arch == LINKED:
+            command += ["--keep", "--keep-dir", folder, "-c", "-o", str(_object(name))]
+        else:
+            command += ["-cubin", "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         log = result.stdout + result.stderr
         report = {"ok": result.returncode == 0, "log": log, "kernels": {}, "opcodes": None}
-        if report["ok"]:
-            entries = re.split(r"Compiling entry function '(\w+)'", log)
-            for kernel, said in zip(entries[1::2], entries[2::2]):
-                report["kernels"][kernel] = {
-                    "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-                    "stack": int(re.search(r"(\d+) bytes stack frame", said)[1]),
-                    "spills": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-                }
-            if _disassembler():
-                report["opcodes"] = _opcodes(_disassembler(), cubin)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    fresh = cached.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(report))
-    fresh.replace(cached)
+        if not report["ok"]:
+            return report
+        entries = re.split(r"Compiling entry function '(\w+)'", log)
+        for kernel, said in zip(entries[1::2], entries[2::2]):
+            report["kernels"][kernel] = {
+                "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+                "stack": int(re.search(r"(\d+) bytes stack frame", said)[1]),
+                "spills": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+            }
+        if _disassembler():
+            if arch == LINKED:
+                cubin = next(pathlib.Path(folder).glob("*.cubin"))
+            report["opcodes"] = _opcodes(_disassembler(), cubin)
     return report
 
 
@@ -157,3 +182,34 @@ def test_norms_read_and_write_16_bytes(name, arch):
     opcodes = _instructions(name, arch)
     wide = [k for k, c in opcodes.items() if _has(c, r"LDG\.E\S*\.128") and _has(c, r"STG\.E\S*\.128")]
     assert wide, sorted(opcodes)
+
+
+@needs_nvcc
+def test_library_registers_and_loads_without_a_gpu(tmp_path):
+    """Bindings, launchers and kernels linked as setup.py does: torch finds the ops under the CUDA key."""
+    import torch
+
+    torch_folder = pathlib.Path(torch.__file__).parent
+    cxx = os.environ.get("CXX", "g++")
+    for source in SOURCES:
+        _compiled(source.name, LINKED)
+    bindings = sorted((CSRC / "bindings").glob("cuda_*.cpp"))
+    define = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f'-DTF_WITH_CUDA="{LINKED}"']
+    compile_one = [cxx, "-std=gnu++17", "-O0", "-fPIC", "-fvisibility=hidden", *define, f"-I{CSRC}"]
+    for source in bindings:
+        command = [*compile_one, f"-I{torch_folder}/include", "-c", str(source), "-o", f"{tmp_path}/{source.stem}.o"]
+        subprocess.run(command, check=True)
+    objects = [*tmp_path.glob("*.o"), *(_object(source.name) for source in SOURCES)]
+    link = [NVCC, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-shared", *map(str, objects)]
+    library = tmp_path / "library.so"
+    libraries = [f"-L{torch_folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*link, *libraries, "-o", str(library)], check=True)
+    ops = sorted({op for source in bindings for op in re.findall(r'm\.impl\("(\w+)"', source.read_text())})
+    assert ops
+    check = (
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        f"has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        f"print([op for op in {ops!r} if not has('transformer_fast::' + op, 'CUDA')])"
+    )
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stdout + result.stderr[-2000:]

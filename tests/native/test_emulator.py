@@ -217,6 +217,12 @@ def test_dropped_barrier(emulator):
         emulator.row_sum(_random(5, 1000), _new(5), False)
 
 
+def test_writing_the_same_value_is_no_race(emulator):
+    y = _new(64)
+    emulator.twins(y)
+    assert (y == 3).all()
+
+
 FAULTS = [
     "global memory out of bounds: 4 bytes read",
     "global memory out of bounds: 4 bytes written",
@@ -233,6 +239,10 @@ FAULTS = [
     "shuffle reads lane 31, which takes no part",
     "race on shared memory",
     "misaligned access to shared memory",
+    "used by another thread before mbarrier_fence_init",
+    "was overwritten",
+    "ends with 16 bytes that were expected and did not come",
+    "more arrivals than its count",
 ]
 
 

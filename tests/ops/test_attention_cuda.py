@@ -96,6 +96,14 @@ def test_head_dims(d, causal, rich, device):
     _padded(device, HALF[d // 8 % 2], b=1, sq=203, sk=277, d=d, is_causal=causal, **kw)
 
 
+def test_where_shared_memory_is_100_kb(device):
+    if device == "cuda":
+        pytest.skip("a setting of the emulator")
+    with cuda_emulator.active(compute_capability=120):
+        for causal in (False, True):
+            _padded(device, torch.bfloat16, b=1, sq=150, sk=200, d=128, is_causal=causal)
+
+
 def test_copies_at_once(device):
     """What the emulator does at the last legal moment in the other tests, as early as can be."""
     if device == "cuda":

@@ -16,7 +16,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def _kernel(late=True, seed=0, wgmma=True):
-    """Inside, the cuda backend runs under the emulator; after it, wgmma says whether this kernel was to take the call."""
+    """Inside, the cuda backend runs under the emulator. wgmma: whether this kernel is to take the call."""
     with cuda_emulator.active(late=late, seed=seed), tf.backend("cuda"):
         library = cuda_emulator.library()
         library.reset_counters()
@@ -50,15 +50,16 @@ CASES = {
     "one_tile": {"sq": 128, "sk": 176},
     "several_tiles_with_ragged_ends": {"sq": 300, "sk": 400},
     "three_groups": {"sq": 250, "sk": 300, "d": 64},
-    "fewer_keys_than_a_tile": {"sq": 7, "sk": 9, "b": 3, "h": 4},
-    "one_row_one_key": {"sq": 1, "sk": 1, "h": 8, "b": 4, "d": 64},
+    "fewer_keys_than_a_tile": {"sq": 17, "sk": 9, "b": 3, "h": 4},
+    "one_key": {"sq": 17, "sk": 1, "h": 8, "b": 4, "d": 64},
     "causal": {"sq": 330, "sk": 330, "h": 1, "is_causal": True},
     "causal_64": {"sq": 400, "sk": 400, "d": 64, "is_causal": True},
     "causal_top_left": {"sq": 150, "sk": 300, "is_causal": True},
     "causal_bottom_right": {"sq": 150, "sk": 300, "h": 1, **BOTTOM_RIGHT},
     "rows_without_keys": {"sq": 300, "sk": 70, **BOTTOM_RIGHT},
     "window": {"sq": 300, "sk": 300, "h": 1, "window": (70, 30)},
-    "window_within_a_tile": {"sq": 260, "sk": 500, "h": 1, "d": 64, "window": (9, 0), "causal_alignment": "bottom_right"},
+    "window_within_a_tile": {"sq": 260, "sk": 500, "h": 1, "d": 64, "window": (9, 0),
+                             "causal_alignment": "bottom_right"},
     "window_left": {"sq": 200, "sk": 400, "h": 1, "d": 64, "window": (150, None)},
     "grouped_heads": {"sq": 130, "sk": 140, "h": 6, "hk": 2, "is_causal": True},
     "scale": {"sq": 130, "sk": 200, "d": 64, "scale": 0.5},
@@ -97,6 +98,13 @@ def _packed(queries, keys, h, hk, d, dtype, **kw):
 def test_packed(d, kw):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
     _packed([200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
+
+
+def test_many_packed_sequences():
+    """More than the loader looks at at once, tiles of several sequences and none among them."""
+    lengths = [(5 * n) % 7 for n in range(70)]
+    lengths[40] = 200
+    _packed(lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
 
 
 def test_packed_projection_is_read_in_place():

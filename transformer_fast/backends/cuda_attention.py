@@ -2,10 +2,9 @@
 
 import torch
 
-from . import relative_bias
+from . import memory, relative_bias
 from .philox import threshold
 
-BLOCK_QUERIES = 64  # kBackwardRows in csrc/cuda/attention_backward_mma.cuh
 _HALF = (torch.bfloat16, torch.float16)
 DECODE_ROWS = 16  # kDecodeRows of csrc/cuda/attention_decode.hpp
 _ops = torch.ops.transformer_fast
@@ -54,12 +53,8 @@ def _decode(spec, new_key, new_value, out, lse) -> None:
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     arguments = _arguments(spec)
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    relative, drelative = arguments[10], None
-    if dtable is not None:  # sums of each block of queries: atomics would add in any order
-        sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
-        blocks = -(-spec.max_seqlen_q // BLOCK_QUERIES)
-        drelative = relative.new_zeros((sequences, relative.shape[0], blocks, relative.shape[1]))
+    delta = memory.empty(lse.shape, torch.float32, lse.device)
+    drelative = None if dtable is None else torch.zeros_like(arguments[10])
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
@@ -69,7 +64,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         # A product, as index_add's atomics would add in any order.
         buckets = torch.arange(dtable.shape[0], device=dtable.device)
         member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
-        dtable.copy_(member @ drelative.sum((0, 2), dtype=torch.float64).t())
+        dtable.copy_(member @ drelative.double().t())
 
 
 def _arguments(spec) -> tuple:

@@ -120,6 +120,30 @@ __global__ void __launch_bounds__(64) fault(const float* x, float* y, int kind) 
   if (kind == 14) {
     store_shared_vec(s + t % 16 * 4 + 1, Vec<float, 2>{{1.f, 2.f}});  // misaligned, shared
   }
+  if (kind >= 15) {
+    auto* bar = reinterpret_cast<uint64_t*>(smem);
+    if (t == 0) {
+      mbarrier_init(bar, 1);
+      if (kind != 15) mbarrier_fence_init();
+    }
+    __syncthreads();
+    if (kind == 15 && t == 1) mbarrier_arrive(bar);                   // before the fence
+    if (kind == 16 && t == 0) {
+      store_shared(s, 0.f);  // over the mbarrier
+      mbarrier_arrive(bar);
+    }
+    if (kind >= 17 && t == 0) mbarrier_expect_tx(bar, 16);            // bytes that never come
+    if (kind == 18 && t == 0) mbarrier_arrive(bar);                   // the second of one arrival
+  }
+}
+
+// No fault: both warps write the same value, and each reads what it has written.
+__global__ void __launch_bounds__(64) twins(float* y) {
+  TF_SHARED(smem);
+  auto* s = reinterpret_cast<float*>(smem);
+  store_shared(s + threadIdx.x % 32, 3.f);
+  __syncwarp();
+  store(y + threadIdx.x, load_shared(s + 31 - threadIdx.x % 32));
 }
 
 void bind_sm80(py::module_& m) {
@@ -148,6 +172,10 @@ void bind_sm80(py::module_& m) {
   m.def("copy", [](Array<float> x, Array<float> y, int valid, int bug) {
     const Clear clear;
     TF_LAUNCH(copy, dim3(1), dim3(64), 2048, nullptr, in(x), out(y), valid, bug);
+  });
+  m.def("twins", [](Array<float> y) {
+    const Clear clear;
+    TF_LAUNCH(twins, dim3(1), dim3(64), 128, nullptr, out(y));
   });
   m.def("fault", [](Array<float> x, Array<float> y, int kind) {
     const Clear clear;
