@@ -19,7 +19,8 @@
 #define TF_CUDA_KERNELS 1
 #define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m)
 // The main library has the schemas; it is loaded before the emulator is.
-#define TF_CUDA_SCHEMA(m) [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
+#define TF_CUDA_SCHEMA(m) \
+  [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
 #else
 #if defined(TF_WITH_CUDA)
 #define TF_CUDA_KERNELS 1

@@ -1,5 +1,5 @@
-// Tensors -> pointers and strides for attention on a GPU, and which kernel takes a call. Arguments were checked in Python
-// (ops/attention.py); what is looked at again here is what a wrong value would turn into a wild read.
+// Tensors -> pointers and strides for attention on a GPU, and which kernel takes a call. Arguments were checked in
+// Python (ops/attention.py); what is looked at again here is what a wrong value would turn into a wild read.
 #include "cuda.hpp"
 
 #if TF_CUDA_KERNELS
@@ -152,8 +152,8 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
   };
   Device device(q);
   AttentionForward a{};
-  fill(a, q, k, v, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative, rng, scale,
-       bottom_right, window_left, window_right, softcap, threshold);
+  fill(a, q, k, v, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative, rng,
+       scale, bottom_right, window_left, window_right, softcap, threshold);
   a.out = write(out);
   a.out_rows = rows_of(out);
   if (lse.has_value()) {
@@ -211,7 +211,8 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
     a.new_v_rows = new_rows(new_v, a);
   }
   const char* reason = attention_decode_refuses(a);
-  STD_TORCH_CHECK(!reason, "transformer_fast: the CUDA decoding kernel refuses: ", reason ? reason : "");
+  STD_TORCH_CHECK(!reason,
+                  "transformer_fast: the CUDA decoding kernel does not take this call: ", reason ? reason : "");
   a.splits = attention_decode_splits(a);
   OptionalTensor partial;
   if (const int64_t floats = attention_decode_scratch(a)) {
@@ -234,8 +235,8 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
   };
   Device device(q);
   AttentionBackward a{};
-  fill(a, q, k, v, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative, rng, scale,
-       bottom_right, window_left, window_right, softcap, threshold);
+  fill(a, q, k, v, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative, rng,
+       scale, bottom_right, window_left, window_right, softcap, threshold);
   a.out = read(out);
   a.grad_out = read(grad_out);
   a.out_rows = rows_of(out);
@@ -285,11 +286,11 @@ TF_CUDA_IMPL(m) {
 }
 #endif
 
-// query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias, mask:
-// 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach .. reach, and
-// beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse, delta: float32
-// (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32, zeros, of
-// relative's shape.
+// query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1. bias,
+// mask: 4-D. key_lengths, cu_seqlens: int32. relative: float32 (H, 2 * reach + 1), the bias at distances -reach ..
+// reach, and beyond at its ends. rng: int64 {seed, offset}. threshold: of 65536, dropout; 0 for none. lse, grad_lse,
+// delta: float32 (B, H, Sq) or (H, total_q). delta: scratch. dbias: float32, zeros, of bias's shape. drelative: float32,
+// zeros, of relative's shape.
 #define TF_ATTENTION                                                                                                \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative, Tensor? rng, float scale, "          \

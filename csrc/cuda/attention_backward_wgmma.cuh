@@ -173,9 +173,7 @@ struct Walk {
 template <class Tile>
 struct BackwardShared {
   unsigned char* base;
-  TF_DEVICE uint64_t* barrier(int i) const {
-    return reinterpret_cast<uint64_t*>(base + Tile::kBarriers) + i;
-  }
+  TF_DEVICE uint64_t* barrier(int i) const { return reinterpret_cast<uint64_t*>(base + Tile::kBarriers) + i; }
   TF_DEVICE int32_t* index() const { return reinterpret_cast<int32_t*>(base + Tile::kIndex); }
   TF_DEVICE uint64_t* keys_full() const { return barrier(0); }
   TF_DEVICE uint64_t* query_full(int stage) const { return barrier(1 + stage); }
@@ -186,8 +184,8 @@ struct BackwardShared {
 
 // ---- producer: one thread -------------------------------------------------------------------------------------------
 template <int D>
-TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int rows,
-                                          int32_t row, int32_t head, int32_t batch) {
+TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int rows, int32_t row,
+                         int32_t head, int32_t batch) {
 #pragma unroll
   for (int panel = 0; panel < D / 64; panel++) {
     tma_load(shared + panel * rows * 128, map, full, panel * 64, row, head, batch);
@@ -196,8 +194,8 @@ TF_DEVICE void load_tile(unsigned char* shared, const TensorMap* map, uint64_t* 
 
 template <int D, int M, class Tile>
 TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared,
-                                        const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
-                                        const TensorMap* grad_map) {
+                       const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
+                       const TensorMap* grad_map) {
   constexpr int N = Tile::kKeys;
   const int32_t batch = a.cu_q ? 0 : w.head.b, key = w.head.first_k + w.first_key;
   mbarrier_expect_tx(shared.keys_full(), 2 * Tile::kKeyBytes);
@@ -235,12 +233,12 @@ TF_DEVICE uint64_t columns_descriptor(const unsigned char* tile, int leading) {
 TF_DEVICE constexpr uint64_t row_step(int k, int rows) { return (k / 4 * rows * 128 + k % 4 * 32) / 16; }
 TF_DEVICE constexpr uint64_t column_step(int k) { return k * 16 * 128 / 16; }
 
-// Rows first .. 128 of a tile become zeros: what lies behind a sequence's end may be inf or NaN, which times zero would
-// be NaN. By `threads` threads.
+// All consumers make zeros of a tile's rows from `first` on: what lies behind a sequence's end may be inf or NaN, which
+// times zero would be NaN.
 template <int D, int Rows>
-TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread, int threads) {
+TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread) {
   const int count = (Rows - first) * (D / 8);
-  for (int i = thread; i < count; i += threads) {  // whole rows of panels: their swizzle does not matter
+  for (int i = thread; i < count; i += kConsumers) {  // whole rows of panels: their swizzle does not matter
     const int row = first + i / (D / 8), chunk = i % (D / 8);
     store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (Rows * 128) + row * 128 + chunk % 8 * 16),
                      Vec<uint32_t, 4>{});
@@ -249,8 +247,8 @@ TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread, int thread
 
 // One warp's 16 rows of dK or dV through its own shared memory to whole rows in global memory; zeros from `keys` on.
 template <class T, int D>
-TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char* shared, T* rows,
-                                           int64_t stride, int32_t first, int32_t keys, int32_t stored) {
+TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char* shared, T* rows, int64_t stride,
+                          int32_t first, int32_t keys, int32_t stored) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
@@ -273,6 +271,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char*
   __syncwarp();
 }
 
+// Deterministic: the next key block may add, as what this thread gave to dQ last has arrived.
 TF_DEVICE void pass_turn(int32_t*& turn, int32_t place) {
   if (!turn) return;
   bulk_wait<0>();
@@ -298,8 +297,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
   if (w.tiles > 0) {
     mbarrier_wait(shared.keys_full(), 0);
     if (ragged_keys) {
-      clear_rows<D, N>(base + Tile::kK, w.head.keys - w.first_key, thread, kConsumers);
-      clear_rows<D, N>(base + Tile::kV, w.head.keys - w.first_key, thread, kConsumers);
+      clear_rows<D, N>(base + Tile::kK, w.head.keys - w.first_key, thread);
+      clear_rows<D, N>(base + Tile::kV, w.head.keys - w.first_key, thread);
       fence_async_shared();
       named_barrier_sync(kConsumerBarrier, kConsumers);
     }
@@ -326,8 +325,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     mbarrier_wait(shared.query_full(at.stage), at.parity);
     if (a.cu_q && at.row + M > w.head.queries) {  // beyond are the rows of the next sequence
       mbarrier_wait(shared.grad_full(at.stage), at.parity);
-      clear_rows<D, M>(q_tile, w.head.queries - at.row, thread, kConsumers);
-      clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread, kConsumers);
+      clear_rows<D, M>(q_tile, w.head.queries - at.row, thread);
+      clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread);
       fence_async_shared();
       named_barrier_sync(kConsumerBarrier, kConsumers);
     }

@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
   using P = Pack<T, kWidth>;
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
-  const int32_t thread = threadIdx.x, slice = thread % lanes, groups = kDecodeThreads / lanes;
+  const int32_t shift = __ffs(lanes) - 1;  // lanes is a power of two
+  const int32_t thread = threadIdx.x, slice = thread & (lanes - 1), group = thread >> shift;
+  const int32_t groups = kDecodeThreads >> shift;
   const int32_t tile = blockIdx.x, split = blockIdx.y, first = blockIdx.z * kRows;
   int32_t stored;
   const Head head = decode_head(p, tile, stored);
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     P keys[kKeys][kPacks], values[kKeys][kPacks];
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
-      const int32_t j = start + u * groups + thread / lanes;
+      const int32_t j = start + u * groups + group;
       const bool fresh = new_k && j >= stored;
       const T* from_k = fresh ? new_k + (j - stored) * p.new_k_rows.row : k + j * p.k_rows.row;
       const T* from_v = fresh ? new_v + (j - stored) * p.new_v_rows.row : v + j * p.v_rows.row;
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     if (new_k && start + groups * kKeys > stored && blockIdx.z == 0) {
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) {
-        const int32_t j = start + u * groups + thread / lanes;
+        const int32_t j = start + u * groups + group;
 #pragma unroll
         for (int n = 0; n < kPacks; ++n) {
           const int32_t column = (slice + n * lanes) * kWidth;
@@ -273,20 +275,20 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
       float peak = state[r].peak;
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) {
-        const int32_t j = start + u * groups + thread / lanes;
+        const int32_t j = start + u * groups + group;
         float s = scores[r][u];
         s = kPlain ? s * p.scale : rich_score(p, head, row[r], j, s);
         scores[r][u] = j >= low && j < past ? s : -kInfinity;
         peak = fmaxf(peak, scores[r][u]);
       }
-      const float shift = finite_peak(peak), decay = exponential(state[r].peak, shift);
+      const float reference = finite_peak(peak), decay = exponential(state[r].peak, reference);
       state[r].peak = peak;
       state[r].total *= decay;
 #pragma unroll
       for (float& sum : state[r].sum) sum *= decay;
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) {
-        scores[r][u] = exponential(scores[r][u], shift);
+        scores[r][u] = exponential(scores[r][u], reference);
         state[r].total += scores[r][u];
       }
     }

@@ -37,8 +37,8 @@ void launch(const AttentionForward& a, Stream stream) {
 // Tiles by what holds them back. A plain warp has 32 rows, so that an operand of K or V that ldmatrix brings serves two
 // products: 160 bytes of shared memory a product, 1.25 of the 2 cycles it takes an A100. D 128 fills 255 registers and
 // 64 KB, two blocks a multiprocessor; where that has 100 KB, N = 32 keeps it at two. Past D 128 the output of 16 rows
-// takes half the registers, and ldmatrix, 256 bytes a product, is the bound. Expected, of the mma.sync peak: 55-65% at D
-// 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on features: 16 rows keep their loads
+// takes half the registers, and ldmatrix, 256 bytes a product, is the bound. Expected, of the mma.sync peak: 55-65% at
+// D 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on features: 16 rows keep their loads
 // in registers, and three blocks a multiprocessor hide them. Not yet run on a GPU.
 template <class T>
 void choose(const AttentionForward& a, Stream stream) {

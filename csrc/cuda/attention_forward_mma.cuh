@@ -2,9 +2,9 @@
 //
 //   out = softmax(score) V      lse = log sum exp(score)
 //
-// Four warps share a block of queries, each with M * 16 rows of its own, and walk over blocks of N keys. Q, one block of
-// K and one of V lie in shared memory, 16-byte chunks XOR-swizzled so that ldmatrix meets no bank twice; cp.async brings
-// V during Q K^T and the next K during softmax and P V. P goes from accumulators to operand in registers.
+// Four warps share a block of queries, each with M * 16 rows of its own, and walk over blocks of N keys. Q, one block
+// of K and one of V lie in shared memory, 16-byte chunks XOR-swizzled so that ldmatrix meets no bank twice; cp.async
+// brings V during Q K^T and the next K during softmax and P V. P goes from accumulators to operand in registers.
 #pragma once
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
@@ -28,10 +28,10 @@ struct ForwardTile {
   static constexpr int kTileBytes = (kRows + 2 * N) * D * int(sizeof(T));
 };
 
-// s += 16 rows of a times N rows of b, both in shared memory: S of one m16 tile for M tiles at once.
+// s += Q K^T, of the warp's rows from first_row on and N keys.
 template <class Tile>
 TF_DEVICE void multiply_keys(const typename Tile::T* q, const typename Tile::T* k, uint32_t first_row,
-                                              float (&s)[Tile::M][Tile::N / 2]) {
+                             float (&s)[Tile::M][Tile::N / 2]) {
   constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
@@ -57,7 +57,7 @@ TF_DEVICE void multiply_keys(const typename Tile::T* q, const typename Tile::T* 
 // o += P V; p: pairs of P, in the order of accumulators, which is that of operands.
 template <class Tile>
 TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const typename Tile::T* v,
-                                                float (&o)[Tile::M][Tile::D / 2]) {
+                               float (&o)[Tile::M][Tile::D / 2]) {
   constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
   using T = typename Tile::T;
 #pragma unroll
@@ -82,16 +82,16 @@ TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const 
 template <class T>
 struct Program {
   Head head;
-  Range own[4];       // keys that the queries of each warp see
-  const T *k, *v;     // row 0 of the head
-  int32_t first;      // query of the block
+  Range own[4];  // keys that the queries of each warp see
+  const T *k, *v;  // row 0 of the head
+  int32_t first;  // query of the block
 };
 
 // exp(score) = 2 ^ (to_log2 * what the accumulators hold)
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    attention_forward_mma_kernel(TF_GRID_CONSTANT AttentionForward a, const BlockOrder order,
-                                 const float to_log2, const bool aligned) {
+    attention_forward_mma_kernel(TF_GRID_CONSTANT AttentionForward a, const BlockOrder order, const float to_log2,
+                                 const bool aligned) {
   using T = typename Tile::T;
   constexpr int D = Tile::D, M = Tile::M, N = Tile::N;
   TF_SHARED(memory);

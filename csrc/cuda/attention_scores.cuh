@@ -2,8 +2,8 @@
 // visit, and what happens to one warp's accumulators between Q K^T and the exponent.
 //
 // Accumulators are mma.m16n8's and wgmma's: E of them hold 16 rows and 2 E columns of a warp, element e at row
-// lane / 4 + 8 * (e % 4 / 2) and column 8 * (e / 4) + 2 * (lane % 4) + e % 2. Rows are queries and columns keys, or with
-// TRANSPOSED the other way round.
+// lane / 4 + 8 * (e % 4 / 2) and column 8 * (e / 4) + 2 * (lane % 4) + e % 2. Rows are queries and columns keys, or
+// with TRANSPOSED the other way round.
 #pragma once
 #include "attention.hpp"
 #include "philox.cuh"
@@ -20,7 +20,7 @@ inline bool is_plain(const Attention& a) {
   return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f && !a.threshold;
 }
 
-// ---- which keys, which queries ---------------------------------------------------------------------------------------
+// ---- which keys, which queries ----------------------------------------------------------------
 struct alignas(16) Head {  // one head of one sequence; query i stands at position i + offset
   int32_t b, h, key_head;
   int32_t first_q, first_k;  // rows before it in packed tensors
@@ -46,7 +46,8 @@ TF_DEVICE T* head_rows(T* base, const Rows& rows, int32_t b, int32_t h, int32_t 
   return base + (b * rows.batch + h * rows.head + first * rows.row);
 }
 
-// [begin, end) is worth a visit; blocks within [inner_begin, inner_end) need no mask. All but end are multiples of BLOCK.
+// [begin, end) is worth a visit; blocks within [inner_begin, inner_end) need no mask. All but end are multiples of
+// BLOCK.
 struct alignas(16) Range {
   int32_t begin, inner_begin, inner_end, end;
 };
@@ -54,7 +55,7 @@ struct alignas(16) Range {
 // Of `count` elements those in [x - before, x + after] for any x in first .. last; inner: for all of them.
 template <int BLOCK>
 TF_DEVICE Range range_around(int32_t first, int32_t last, int32_t count, int32_t before,
-                                              int32_t after) {
+                             int32_t after) {
   Range r{0, 0, count, count};
   if (after >= 0) {
     r.end = min(r.end, last + after + 1);
@@ -112,7 +113,7 @@ TF_DEVICE void for_each_score(float (&s)[E], int32_t query0, int32_t key0, Use u
 // -inf where lengths and windows forbid: for blocks that are not inner.
 template <bool TRANSPOSED, int E>
 TF_DEVICE void mask_edges(const Attention& a, const Head& head, int32_t query0, int32_t key0,
-                                           float (&s)[E]) {
+                          float (&s)[E]) {
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
     const int32_t position = i + head.offset;
     const int32_t low = a.window_left < 0 ? 0 : position - a.window_left;
@@ -123,7 +124,7 @@ TF_DEVICE void mask_edges(const Attention& a, const Head& head, int32_t query0, 
 
 template <bool TRANSPOSED, class B, int E>
 TF_DEVICE void add_bias(const Attention& a, const Head& head, int32_t query0, int32_t key0,
-                                         float (&s)[E]) {
+                        float (&s)[E]) {
   const B* base = static_cast<const B*>(a.bias) + (head.b * a.bias_stride[0] + head.h * a.bias_stride[1]);
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
     if (i < head.queries && j < head.keys)
@@ -133,7 +134,7 @@ TF_DEVICE void add_bias(const Attention& a, const Head& head, int32_t query0, in
 
 template <bool TRANSPOSED, int E>
 TF_DEVICE void add_relative(const Attention& a, const Head& head, int32_t query0, int32_t key0,
-                                             float (&s)[E]) {
+                            float (&s)[E]) {
   constexpr int kQueries = TRANSPOSED ? 2 * E : 16, kKeys = TRANSPOSED ? 16 : 2 * E;
   const float* row = a.relative + head.h * a.relative_stride;
   const int32_t lowest = key0 - (query0 + kQueries - 1 + head.offset), highest = lowest + kQueries + kKeys - 2;
@@ -150,7 +151,7 @@ TF_DEVICE void add_relative(const Attention& a, const Head& head, int32_t query0
 
 template <bool TRANSPOSED, int E>
 TF_DEVICE void apply_mask(const Attention& a, const Head& head, int32_t query0, int32_t key0,
-                                           float (&s)[E]) {
+                          float (&s)[E]) {
   const uint8_t* base = a.mask + (head.b * a.mask_stride[0] + head.h * a.mask_stride[1]);
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
     if (i < head.queries && j < head.keys && !load(base + (i * a.mask_stride[2] + j * a.mask_stride[3])))
@@ -162,7 +163,7 @@ TF_DEVICE void apply_mask(const Attention& a, const Head& head, int32_t query0, 
 // slope, with SLOPE: the derivative of the soft cap; score = slope * scale * product + ...
 template <bool TRANSPOSED, bool SLOPE, int E>
 TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
-                                              float (&s)[E], float (&slope)[SLOPE ? E : 1]) {
+                             float (&s)[E], float (&slope)[SLOPE ? E : 1]) {
   if (a.softcap != 0.f) {
     const float inner = 2.f * kLog2e * a.scale / a.softcap;
 #pragma unroll
@@ -186,7 +187,7 @@ TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query
 }
 template <bool TRANSPOSED, int E>
 TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
-                                              float (&s)[E]) {
+                             float (&s)[E]) {
   float none[1];
   finish_scores<TRANSPOSED, false>(a, head, query0, key0, s, none);
 }

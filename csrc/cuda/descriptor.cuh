@@ -3,8 +3,8 @@
 
 namespace tf::cuda {
 
-// 16-bit elements. K-major, the default: rows of swizzle_span bytes along K, eight rows an atom; stride_bytes is from one
-// atom to the next along M or N, leading_bytes is not used (none: from one 8-element column to the next along K).
+// 16-bit elements. K-major, the default: rows of swizzle_span bytes along K, eight rows an atom; stride_bytes is from
+// one atom to the next along M or N, leading_bytes is not used (none: from one 8-element column to the next along K).
 // A step of 16 along K adds 32 bytes to `shared`.
 // Transposed (M or N runs along memory): rows of swizzle_span bytes along M or N, eight values of K an atom;
 // stride_bytes is from one atom to the next along K, leading_bytes from one span to the next along M or N.

@@ -1,5 +1,5 @@
-// Every PTX instruction that the kernels use, one wrapper each (ptx_sm90.cuh: those of sm_90a). Each has a model of what
-// it does in tests/native/emulator/ptx_model.hpp, which takes the place of this file under TF_EMULATE.
+// Every PTX instruction that the kernels use, one wrapper each (ptx_sm90.cuh: those of sm_90a). Each has a model of
+// what it does in tests/native/emulator/ptx_model.hpp, which takes the place of this file under TF_EMULATE.
 #pragma once
 #include "simt.cuh"
 

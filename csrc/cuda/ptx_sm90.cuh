@@ -36,8 +36,9 @@ TF_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity) {
       : "memory");
 }
 
-// ---- TMA: boxes of a tensor, coordinates innermost first, by one thread. Loads fill with zeros out of bounds and count
-// the box's bytes on `bar`; stores leave out what is out of bounds. Shared memory: aligned to 128 bytes, 1024 swizzled.
+// ---- TMA: boxes of a tensor, coordinates innermost first, by one thread. Loads fill with zeros out of bounds and
+// count the box's bytes on `bar`; stores leave out what is out of bounds. Shared memory: aligned to 128 bytes, or to
+// eight spans of the swizzle (1024 bytes for b128).
 using TensorMap = CUtensorMap;
 
 TF_DEVICE void tma_prefetch(const TensorMap* map) {
@@ -52,8 +53,8 @@ TF_DEVICE void tma_load(void* shared, const TensorMap* map, uint64_t* bar, int c
 }
 TF_DEVICE void tma_load(void* shared, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }

@@ -89,7 +89,8 @@ std::string describe(const Thread& t) {
   }
   std::string text = in_warp ? "divergent warp instruction" : at_barrier ? "divergent __syncthreads" : "deadlock";
   for (auto& [what, threads] : waiting) {
-    text += "; " + std::to_string(threads.size()) + " thread(s) from " + std::to_string(threads.front()) + " wait for " + what;
+    text += "; " + std::to_string(threads.size()) + " thread(s) from " + std::to_string(threads.front()) +
+            " wait for " + what;
   }
   throw Fault(text);
 }
@@ -207,10 +208,13 @@ void warp_instruction(const char* what, unsigned mask, void* payload, Execute ex
       continue;
     }
     Thread& t = block->all[first + i];
-    if (t.wait == Wait::done) fail(std::string("divergent warp instruction: ") + what + " waits for lane " + std::to_string(i) + ", which has exited");
+    if (t.wait == Wait::done) 
+      fail(std::string("divergent warp instruction: ") + what + " waits for lane " + std::to_string(i) +
+           ", which has exited");
     if (t.wait == Wait::warp) {
       if (t.mask >> l & 1u && (t.mask != mask || std::strcmp(t.what, what) != 0))
-        fail(std::string("divergent warp instruction: lane ") + std::to_string(l) + " is at " + what + ", lane " + std::to_string(i) + " at " + t.what);
+        fail(std::string("divergent warp instruction: lane ") + std::to_string(l) + " is at " + what +
+             ", lane " + std::to_string(i) + " at " + t.what);
       if (t.mask == mask) {
         payloads[i] = t.payload;
         continue;
@@ -231,7 +235,8 @@ void barrier(int id, unsigned threads, bool wait) {
   const bool whole = threads == 0;
   if (whole) threads = (block->threads + kWarp - 1) / kWarp * kWarp;
   if (id < 0 || id > 15) fail("named barrier " + std::to_string(id) + ": there are 0..15");
-  if (threads % kWarp) fail("named barrier " + std::to_string(id) + ": " + std::to_string(threads) + " is not a multiple of 32");
+  const std::string name = "named barrier " + std::to_string(id);
+  if (threads % kWarp) fail(name + ": " + std::to_string(threads) + " is not a multiple of 32");
   if (whole) threads = block->threads;
   NamedBarrier& b = block->barriers[size_t(id)];
   if (b.arrived == 0) {
@@ -239,8 +244,9 @@ void barrier(int id, unsigned threads, bool wait) {
     b.here.assign(block->threads, false);
   }
   if (b.expected != threads)
-    fail("named barrier " + std::to_string(id) + ": " + std::to_string(threads) + " threads here, " + std::to_string(b.expected) + " where others arrived");
-  if (b.here[me.index]) fail("named barrier " + std::to_string(id) + ": this thread arrives twice in one phase");
+    fail(name + ": " + std::to_string(threads) + " threads here, " + std::to_string(b.expected) +
+         " where others arrived");
+  if (b.here[me.index]) fail(name + ": this thread arrives twice in one phase");
   b.here[me.index] = true;
   barrier_arrived(id);
   if (++b.arrived == b.expected) {

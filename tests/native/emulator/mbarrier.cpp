@@ -106,7 +106,8 @@ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   me.address = offset;
   me.phase = uint32_t(awaited);
   sleep(Wait::mbarrier, "mbarrier");
-  if (b.phase > awaited + 1) fail(name(offset) + " went on two phases before this thread saw the end of phase " + std::to_string(awaited));
+  if (b.phase > awaited + 1)
+    fail(name(offset) + " went on two phases before this thread saw the end of phase " + std::to_string(awaited));
   mark(b.seen, awaited);
   mbarrier_passed(b.number);
 }

@@ -61,8 +61,9 @@ void execute_shuffle(void* const* payloads, unsigned mask) {
   for (unsigned i = 0; i < kWarp; ++i) {
     if (!(mask >> i & 1u)) continue;
     auto* s = static_cast<Shuffle*>(payloads[i]);
-    if (!(mask >> (s->source % kWarp) & 1u)) fail("shuffle reads lane " + std::to_string(s->source % kWarp) + ", which takes no part");
-    s->result = static_cast<Shuffle*>(payloads[s->source % kWarp])->value;
+    const unsigned source = s->source % kWarp;
+    if (!(mask >> source & 1u)) fail("shuffle reads lane " + std::to_string(source) + ", which takes no part");
+    s->result = static_cast<Shuffle*>(payloads[source])->value;
   }
 }
 

@@ -100,7 +100,8 @@ void check_write(uint32_t offset, uint32_t bytes, bool async, unsigned as, uint3
     }
     if (unseen_write) fail_race(w, what, writer_name(word.writer));
     if (reader < count) fail_race(w, what, "read by warp " + std::to_string(reader));
-    if (async && any_writer(w, [&](unsigned by, uint32_t at) { return by < kWarps && at > base && at > mine.fenced[by]; }))
+    const auto unfenced = [&](unsigned by, uint32_t at) { return by < kWarps && at > base && at > mine.fenced[by]; };
+    if (async && any_writer(w, unfenced))
       fail("shared memory at offset " + std::to_string(w * 4) + ": TMA writes over what warp " +
            std::to_string(word.writer) + " wrote, with no fence_async_shared between");
     word.write_half = word.writer == as && word.written == time ? uint8_t(word.write_half | half) : half;

@@ -113,8 +113,8 @@ inline void __syncwarp(unsigned mask = ~0u) {
 }
 template <class V>
 V __shfl_sync(unsigned mask, V v, int source, int width = 32) {
-  const unsigned l = tf::emulator::lane();
-  return tf::emulator::shuffle("__shfl_sync", mask, v, (l & ~unsigned(width - 1)) | (unsigned(source) & unsigned(width - 1)));
+  const unsigned within = unsigned(width - 1);
+  return tf::emulator::shuffle("__shfl_sync", mask, v, (tf::emulator::lane() & ~within) | (unsigned(source) & within));
 }
 template <class V>
 V __shfl_xor_sync(unsigned mask, V v, int flip, int width = 32) {

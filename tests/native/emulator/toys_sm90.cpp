@@ -4,7 +4,8 @@
 namespace tf::toys {
 using namespace tf::cuda;
 
-TensorMap map_of(DType dtype, const void* base, std::vector<uint64_t> sizes, std::vector<uint32_t> box, Swizzle swizzle) {
+TensorMap map_of(DType dtype, const void* base, std::vector<uint64_t> sizes, std::vector<uint32_t> box,
+                 Swizzle swizzle) {
   TensorMap map;
   uint64_t strides[4], bytes = dtype == DType::f32 ? 4 : 2;
   for (size_t i = 0; i + 1 < sizes.size(); ++i) strides[i] = bytes *= sizes[i];
@@ -79,8 +80,8 @@ void ring(Array<uint16_t> a, Array<uint16_t> b, Array<float> c) {
             int(n), int(k));
 }
 
-// C (64, N) = A B over K = 32, both tiles by one TMA load of each span of a row. A: (64, 32) or, transposed, (32, 64) in
-// memory; B: (N, 32) or (32, N). From registers: A's fragments come in `registers` (2, 128, 4).
+// C (64, N) = A B over K = 32, both tiles by one TMA load of each span of a row. A: (64, 32) or, transposed, (32, 64)
+// in memory; B: (N, 32) or (32, N). From registers: A's fragments come in `registers` (2, 128, 4).
 template <class T, int N, bool ATrans, bool BTrans, Swizzle S, bool Registers>
 __global__ void __launch_bounds__(128) product(TF_GRID_CONSTANT TensorMap a, TF_GRID_CONSTANT TensorMap b,
                                                const uint32_t* registers, float* c) {

@@ -181,7 +181,8 @@ void execute_issue(void* const* payloads, unsigned) {
   Warpgroup& wg = warpgroups[group];
   const Product& p = *lane_of(0).product;
   if ((group + 1) * kGroup > block->threads) fail("wgmma: the warpgroup has fewer than 128 threads");
-  if (!warp.fenced) fail("wgmma without warpgroup_fence since the last wait or commit: registers may not be written yet");
+  if (!warp.fenced)
+    fail("wgmma without warpgroup_fence since the last wait or commit: registers may not be written yet");
   const uint64_t index = warp.issued++;
   warp.open = true;
   if (index - wg.first == wg.operations.size()) {
