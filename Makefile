@@ -2,7 +2,7 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/cpu/* csrc/cuda/* setup.py)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/bindings/* csrc/cpu/* csrc/cuda/* setup.py)
 TORCH ?= 2.13.0
 
 .PHONY: demo test test-quick bench lint wheel clean

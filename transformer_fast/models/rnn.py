@@ -22,6 +22,7 @@ from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear
 from ._base import check_inputs, check_integers
 from ._loading import LoadingErrors
+from ._recurrent_state import RecurrentState
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
 
@@ -103,35 +104,6 @@ class AttentionRNNEncoderOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     state: torch.Tensor | None = None
     cell: torch.Tensor | None = None
-
-
-class RecurrentState:
-    """What the decoder carries from step to step: a cache of one position, however long the output.
-
-    hidden, cell: (num_layers, B, hidden_size); feed: (B, hidden_size), Luong's last readout; keys: (B, Sk, width), the
-    encoder's states as the score reads them, projected once.
-    """
-
-    is_compileable = False
-
-    def __init__(self, hidden: torch.Tensor, cell: torch.Tensor | None, keys: torch.Tensor, feed: torch.Tensor | None):
-        self.hidden, self.cell, self.keys, self.feed = hidden, cell, keys, feed
-        self.length = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Beams change places within their sentence, where the keys are the same."""
-        index = beam_idx.to(self.hidden.device)
-        self.hidden = self.hidden.index_select(1, index)
-        self.cell = None if self.cell is None else self.cell.index_select(1, index)
-        self.feed = None if self.feed is None else self.feed.index_select(0, index)
-
-    def select(self, index: torch.Tensor) -> None:
-        """Row r becomes row index[r], whatever its sentence."""
-        self.reorder_cache(index)
-        self.keys = self.keys.index_select(0, index)
 
 
 class AttentionRNNPreTrainedModel(LoadingErrors, PreTrainedModel):
@@ -422,7 +394,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
 
 
 class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrainedModel, HFGenerationMixin):
-    """The encoder-decoder with scores over the target vocabulary; `generate` is Hugging Face's, greedy to beams."""
+    """The encoder-decoder with scores over the target vocabulary; `generate` has Hugging Face's signature."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 

@@ -175,7 +175,9 @@ def _pairs(p: Projection | None, copy: torch.Tensor, places: int, rows: bool = F
     """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not empty.
     rows: as (out, in) only."""
     found: list[torch.Tensor | None] = []
-    for i, weight in enumerate([] if p is None else p.parts()):
+    if p is None:
+        return [None] * (2 * places)
+    for i, weight in enumerate(p.parts()):
         if rows and not copy.numel():
             weight = weight.contiguous()
         if copy.numel():
