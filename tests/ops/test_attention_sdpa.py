@@ -109,10 +109,10 @@ def test_what_it_lacks_is_said(more, reason):
 
 
 @pytest.mark.quick
-def test_it_stands_between_triton_and_plain_torch_on_cuda():
-    assert backends.ORDER["cuda"] == ("triton", "sdpa", "eager")
+def test_it_stands_between_the_kernels_and_plain_torch_on_cuda():
+    assert backends.ORDER["cuda"] == ("triton", "cuda", "sdpa", "eager")
     text = tf.explain(Call("attention", "cuda", torch.bfloat16, 64, ("causal",), 512))
-    assert text.index("triton:") < text.index("sdpa:") < text.index("eager:")
+    assert text.index("triton:") < text.index("cuda:") < text.index("sdpa:") < text.index("eager:")
     assert "length 512" in text
     assert measured.LINES or "not yet run on a GPU" in text
     if not torch.cuda.is_available():
