@@ -226,6 +226,7 @@ def test_key_values_are_those_of_the_rows():
 
 def test_weights_are_copied_once_and_again_when_they_change():
     model = make("marian")
+    set_weight_storage(model, copy=True)
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
     kept = native_step._copies[model]
@@ -237,7 +238,7 @@ def test_weights_are_copied_once_and_again_when_they_change():
     rounded = NativeStepper(model, prompt).start()
     assert native_step._copies[model].storage == torch.bfloat16
     assert 0 < (rounded - changed).abs().max() < 0.1 * changed.abs().max()
-    set_weight_storage(model, None)
+    set_weight_storage(model, copy=True)
     assert torch.equal(NativeStepper(model, prompt).start(), changed)
 
 
@@ -251,7 +252,7 @@ def test_weights_in_place():
             read = [t for w in (*weights.weights, weights.head) for t in w[::2] if t is not None]
             assert read and all(t.data_ptr() in lie for t in read) and weights.copied_bytes == 0
     model = make("marian")
-    set_weight_storage(model, copy=False)
+    set_weight_storage(model)  # its weights are no checkpoint's
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
     assert model not in native_step._copies

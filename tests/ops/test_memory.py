@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 @pytest.mark.parametrize("megabytes", [1, 2, 3, 9])
 def test_advice_covers_whole_pages_inside_the_tensor(megabytes, monkeypatch):
     asked = []
-    monkeypatch.setattr(memory, "_madvise", lambda p, n, advice: asked.append((p.value, n.value, advice)))
+    monkeypatch.setattr(memory, "_madvise", lambda p, n, advice: asked.append((p, n, advice)))
     out = memory.empty((megabytes, 1 << 18), torch.float32, torch.device("cpu"))
     if megabytes < 2:
         assert not asked
@@ -66,6 +66,7 @@ def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
     assert torch.equal(mapped, values)
     if written is not None:
         mapped[written // 4] = values[written // 4] = 7.0
+    assert memory.mirrors_file(mapped) == (written is None)
     before = _pages_of_a_file(mapped)
     memory.unload(mapped)
     after = _pages_of_a_file(mapped)
@@ -76,6 +77,7 @@ def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
 def test_unload_keeps_memory_of_its_own():
     t = torch.randn(1 << 20)
     expected = t.clone()
+    assert not memory.mirrors_file(t)
     memory.unload(t)
     memory.unload(t[:3])
     memory.unload(t.view(1024, 1024).t())

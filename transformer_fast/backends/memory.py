@@ -17,6 +17,8 @@ _PAGE = 2 << 20
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+if _madvise is not None:
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:
@@ -54,25 +56,35 @@ def _use_large_pages(out: torch.Tensor) -> None:
     first = -(-address // _PAGE) * _PAGE
     size = (address + out.nbytes) // _PAGE * _PAGE - first
     if size > 0:
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+        _madvise(first, size, _MADV_HUGEPAGE)
 
 
 _RESIDENT_OR_SWAPPED, _OF_A_FILE = 3 << 62, 1 << 61  # in entries of /proc/self/pagemap
 
 
-def unload(t: torch.Tensor) -> None:
-    """Give back the pages of t that only mirror a mapped file, such as a checkpoint's: the next read brings them back.
-    Nothing happens where a page has been written to since, or the system does not say."""
-    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous():
-        return
-    size = mmap.PAGESIZE
-    first, end = -(-t.data_ptr() // size), (t.data_ptr() + t.nbytes) // size
-    entries = array.array("Q")
+def _pages(t: torch.Tensor) -> range:
+    """The pages that lie whole inside t."""
+    return range(-(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE)
+
+
+def mirrors_file(t: torch.Tensor) -> bool:
+    """True when every page inside t is that of a mapped file, such as a checkpoint's, and none has been written to
+    since; False where t is smaller than a page or the system does not say."""
+    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous() or not _pages(t):
+        return False
+    pages, entries = _pages(t), array.array("Q")
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            file.seek(8 * first)
-            entries.frombytes(file.read(8 * max(end - first, 0)))
+            file.seek(8 * pages[0])
+            entries.frombytes(file.read(8 * len(pages)))
     except (OSError, ValueError):
-        return
-    if len(entries) == end - first and all(e & _OF_A_FILE or not e & _RESIDENT_OR_SWAPPED for e in entries):
-        _madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((end - first) * size), _MADV_DONTNEED)
+        return False
+    return len(entries) == len(pages) and all(e & _OF_A_FILE or not e & _RESIDENT_OR_SWAPPED for e in entries)
+
+
+def unload(t: torch.Tensor) -> None:
+    """Give back the pages of t where it mirrors a file: the next read brings them back. Elsewhere nothing happens."""
+    if mirrors_file(t):
+        assert _madvise is not None
+        pages = _pages(t)
+        _madvise(pages[0] * mmap.PAGESIZE, len(pages) * mmap.PAGESIZE, _MADV_DONTNEED)

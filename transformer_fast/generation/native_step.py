@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..layers.projection import is_plain, is_transposed, linear, packed_linear
+from ..layers.projection import is_plain, is_transposed, linear, packed_linear, reading_copies
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
@@ -187,12 +187,15 @@ _storage: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype | None, bool]] 
 _copies: weakref.WeakKeyDictionary[nn.Module, DecoderWeights] = weakref.WeakKeyDictionary()
 
 
-def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool = True) -> None:
-    """Choose how decoding on the CPU reads model's weights. Without a call: a copy in their own dtype.
+def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool | None = None) -> None:
+    """Choose how decoding on the CPU reads model's weights.
 
-    copy: the first generation copies the decoder's weights into a layout for few rows, and keeps the copy as long as
-        the model: as much memory again as they take in dtype. copy=False reads them where they are: generation then
-        takes the memory of the model alone, and up to a quarter longer.
+    copy: True: the first generation copies the decoder's weights into a layout for few rows and keeps the copy as long
+        as the model; prompts use it too. It takes as much memory again as the weights in dtype, except where they
+        mirror a checkpoint's mapped file (from_pretrained in the checkpoint's own dtype), unchanged: then their own
+        memory is given back until somebody else reads them.
+        False: the weights are read where they are: the memory of the model alone, up to a quarter longer.
+        None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none.
     dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits,
         sums stay float32. None: the weights' own. Where the original is not needed in float32, model.to(torch.bfloat16)
         is as fast, for half the memory.
@@ -200,20 +203,28 @@ def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, co
     """
     if dtype not in (*_FLOATS, None):
         raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
-    if dtype is not None and not copy:
+    if dtype is not None and copy is False:
         raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
-    _storage[model] = (dtype, copy)
     _copies.pop(model, None)
+    _storage.pop(model, None)
+    if copy is not None or dtype is not None:
+        _storage[model] = (dtype, copy is not False)
 
 
 def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderWeights:
     tensors, weights = description.tensors(), _copies.get(model)
     if weights is None or not weights.matches(tensors):
         _copies.pop(model, None)
-        weights = DecoderWeights(tensors, *_storage.get(model, (None, True)))
+        dtype, copy = _storage.get(model) or (None, _gives_back(description, tensors))
+        weights = DecoderWeights(tensors, dtype, copy)
         if weights.copied_bytes:  # what is read in place must not be kept from being freed
             _copies[model] = weights
     return weights
+
+
+def _gives_back(description: StepDescription, tensors: DecoderTensors) -> bool:
+    """Whether the weights take no memory once there is a copy: nothing else reads them, not even the prompts."""
+    return (description.has_cross_attention or tensors.token.dtype == torch.float32) and tensors.mirror_file()
 
 
 class _Loading(StepCache):
@@ -356,8 +367,12 @@ class NativeStepper:
         return logits
 
     def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
-        """The prompt through the model's own forward, with GEMMs of many rows; its keys and values are then copied."""
-        return ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0)).run_prompt(_Loading(cache))
+        """The prompt through the model's own forward, with GEMMs of many rows."""
+        weights, stepper = cache.weights, ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
+        # Products in bfloat16 are faster than with the copy, which is for few rows.
+        copies = weights.copies if weights.tensors.token.dtype == torch.float32 else {}
+        with reading_copies(copies):
+            return stepper.run_prompt(_Loading(cache))
 
     def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
         """Keys and values of the encoder's states, those that the mask keeps first: cross-attention knows no order."""

@@ -33,6 +33,14 @@ class PackedWeight:
         rows = weight if 1 in weight.stride() or inner == 1 else weight.contiguous()
         torch.ops.transformer_fast.cpu_pack_weight.default(rows, self.data)
 
+    @classmethod
+    def of_panels(cls, panels: torch.Tensor, out: int) -> "PackedWeight":
+        """Of panels (ceil(out / 32), in, 32) that are laid out already; matches no weight."""
+        packed = object.__new__(cls)
+        packed.shape, packed.dtype = torch.Size((out, panels.shape[1])), panels.dtype
+        packed.panels, packed.data, packed._source = True, panels, ()
+        return packed
+
     def matches(self, weight: torch.Tensor) -> bool:
         """True while `weight` is the very tensor this was made from, unchanged since by any in-place operation.
 
