@@ -14,6 +14,7 @@ import transformer_fast as tf
 from . import shapes
 from .case import OURS, Bar, Candidate, Case
 from .checkpoints import folder
+from .openvino_generation import openvino_generation
 
 __all__ = ["generation_cases"]
 
@@ -80,7 +81,7 @@ def _make_inputs(name: str, lengths: list[int], tokens: int, beams: int, device:
     kind, config = MODELS[name]
     if tiny:
         name, config = f"{name}-tiny", _TINY.get(kind, _TINY_SEQ2SEQ)
-        lengths, tokens = [5, 3][: len(lengths)], 3
+        lengths, tokens = [5, 3 if len(set(lengths)) > 1 else 5][: len(lengths)], 3
     generator = torch.Generator().manual_seed(0)
     most = 90 if tiny else 30000
     ids = torch.randint(10, most, (len(lengths), max(lengths)), generator=generator)
@@ -189,6 +190,12 @@ def _case(
         for kind in ("float32", "int8")
         if weights != "in-place"  # beside the copy's case
     ]  # fmt: skip
+    if beams == 1 and weights != "in-place":
+        candidates += [
+            Candidate(f"OpenVINO {kind}", partial(openvino_generation, weights=kind), ("openvino", "transformers"),
+                      works_on=("cpu",), settle=0.25)
+            for kind in ("float32", "int8")
+        ]  # fmt: skip
     how = "greedy" if beams == 1 else f"beam {beams}"
     return Case(
         name=f"generation/{name}" + (weights and f"-{weights}"),
