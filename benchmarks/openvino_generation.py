@@ -21,20 +21,20 @@ from .peers import quiet
 
 __all__ = ["openvino_generation"]
 
-_SEQ2SEQ = ("MTModel", "ForConditionalGeneration")
-
 
 def openvino_generation(inputs: Any, weights: str = "float32") -> Callable[[], torch.Tensor]:
-    """The call that gives HF's tokens: (batch, new tokens), for an encoder-decoder the start token first.
+    """The call that gives HF's tokens: (batch, prompt or start token and new tokens).
 
     inputs: generation_cases.Inputs with beams = 1, its prompts of one length where there is no encoder.
     weights: "float32", or "int8" for matrices of 8 bits with one scale a row, as NNCF's INT8_SYM leaves them, and
     activations that the plugin quantises as it goes; all else is float32 with both.
     """
-    if not inputs.kind.endswith(_SEQ2SEQ) and not bool(inputs.mask.all()):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(inputs.checkpoint)
+    if not config.is_encoder_decoder and not bool(inputs.mask.all()):
         raise Unavailable("takes prompts of one length only")
     path = _converted(inputs, weights)
-    config = _load(inputs).config
     decoder = _compile(path / "decoder.xml", weights)
     encoder = _compile(path / "encoder.xml", weights) if (path / "encoder.xml").exists() else None
     rows, ids, mask = len(inputs.ids), inputs.ids.numpy(), inputs.mask.numpy()
@@ -64,12 +64,6 @@ def openvino_generation(inputs: Any, weights: str = "float32") -> Callable[[], t
 
 
 # ---- the step as a traceable module ------------------------------------------------------------------
-def _load(inputs: Any) -> nn.Module:
-    import transformers
-
-    return getattr(transformers, inputs.kind).from_pretrained(inputs.checkpoint, attn_implementation="sdpa").eval()
-
-
 def _cache(pairs: tuple[torch.Tensor, ...]) -> Any:
     """HF's cache holding keys and values, which lie in turns in `pairs`."""
     from transformers import DynamicCache
@@ -163,19 +157,34 @@ def _converted(inputs: Any, weights: str) -> pathlib.Path:
     if not path.exists():
         import openvino
 
+        graphs = _compressed(_converted(inputs, "float32")) if weights == "int8" else _graphs(inputs)
         partial = pathlib.Path(tempfile.mkdtemp(dir=folder()))
-        model = _load(inputs)
-        with quiet(), torch.no_grad():
-            graphs = {"decoder": _convert_step(model)}
-            if model.config.is_encoder_decoder:
-                graphs["encoder"] = _convert_encoder(model)
         for name, graph in graphs.items():
-            if weights == "int8":
-                _compress(graph)
             openvino.save_model(graph, partial / f"{name}.xml", compress_to_fp16=False)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     return path
+
+
+def _graphs(inputs: Any) -> dict[str, Any]:
+    import transformers
+
+    cls = getattr(transformers, inputs.kind)
+    with quiet(), torch.no_grad():
+        model = cls.from_pretrained(inputs.checkpoint, attn_implementation="sdpa").eval()
+        graphs = {"decoder": _convert_step(model)}
+        if model.config.is_encoder_decoder:
+            graphs["encoder"] = _convert_encoder(model)
+    return graphs
+
+
+def _compressed(path: pathlib.Path) -> dict[str, Any]:
+    import openvino
+
+    graphs = {file.stem: openvino.Core().read_model(file) for file in path.glob("*.xml")}
+    for graph in graphs.values():
+        _compress(graph)
+    return graphs
 
 
 def _convert_encoder(model: nn.Module) -> Any:
