@@ -1,6 +1,8 @@
 """Output memory of the ops: one place to allocate, so that tests can poison it and large outputs get large pages."""
 
+import array
 import ctypes
+import mmap
 import os
 import sys
 
@@ -12,6 +14,7 @@ _poison = os.environ.get("TRANSFORMER_FAST_POISON") == "1"
 # times as much; the tensor stays an ordinary one, and where the kernel declines nothing changes.
 _LARGE = 2 << 20
 _PAGE = 2 << 20
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
@@ -52,3 +55,24 @@ def _use_large_pages(out: torch.Tensor) -> None:
     size = (address + out.nbytes) // _PAGE * _PAGE - first
     if size > 0:
         _madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+
+
+_RESIDENT_OR_SWAPPED, _OF_A_FILE = 3 << 62, 1 << 61  # in entries of /proc/self/pagemap
+
+
+def unload(t: torch.Tensor) -> None:
+    """Give back the pages of t that only mirror a mapped file, such as a checkpoint's: the next read brings them back.
+    Nothing happens where a page has been written to since, or the system does not say."""
+    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous():
+        return
+    size = mmap.PAGESIZE
+    first, end = -(-t.data_ptr() // size), (t.data_ptr() + t.nbytes) // size
+    entries = array.array("Q")
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries.frombytes(file.read(8 * max(end - first, 0)))
+    except (OSError, ValueError):
+        return
+    if len(entries) == end - first and all(e & _OF_A_FILE or not e & _RESIDENT_OR_SWAPPED for e in entries):
+        _madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((end - first) * size), _MADV_DONTNEED)

@@ -17,6 +17,7 @@ from ..layers.projection import is_plain, is_transposed, linear, packed_linear
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
+from .cache import StepCache
 from .model_step import ModelStepper
 from .stepper import Prompt
 
@@ -215,6 +216,19 @@ def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderW
     return weights
 
 
+class _Loading(StepCache):
+    """What a model's forward takes for its cache while it runs the prompt: each layer's keys and values are copied to
+    where the steps want them as they come, and so kept once."""
+
+    def __init__(self, cache: DecoderCache):
+        super().__init__()
+        self._decoder = cache
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self._decoder.load(layer_idx, key_states, value_states)
+        return key_states, value_states
+
+
 class NativeStepper:
     """A Stepper on the CPU. Logits are float32 and the caller's until the next call."""
 
@@ -343,11 +357,7 @@ class NativeStepper:
 
     def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
         """The prompt through the model's own forward, with GEMMs of many rows; its keys and values are then copied."""
-        stepper = ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
-        logits = stepper.start()
-        for i, (keys, values) in enumerate(stepper.key_values()):
-            cache.load(i, keys, values)
-        return logits
+        return ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0)).run_prompt(_Loading(cache))
 
     def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
         """Keys and values of the encoder's states, those that the mask keeps first: cross-attention knows no order."""
