@@ -27,6 +27,7 @@ class GenerationMixin:
     """
 
     config: Any
+    generation_config: Any
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
     @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
