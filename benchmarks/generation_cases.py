@@ -131,6 +131,7 @@ _WEIGHTS: dict[str, tuple[str, torch.dtype, dict]] = {
     "": ("fp32", torch.float32, {}),
     "in-place": ("fp32, weights in place", torch.float32, {"copy": False}),
     "bf16-weights": ("fp32, weights stored in bf16", torch.float32, {"dtype": torch.bfloat16}),
+    "int8-weights": ("fp32, weights stored in int8", torch.float32, {"dtype": torch.int8}),
     "bf16": ("bf16, peer fp32", torch.bfloat16, {}),
 }
 
@@ -206,18 +207,13 @@ def _case(
     candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
-    candidates += [
-        Candidate(f"CTranslate2 {kind}", partial(_ctranslate2, compute_type=kind), ("ctranslate2", "transformers"),
-                  works_on=("cpu",), settle=0.25)
-        for kind in ("float32", "int8")
-        if weights != "in-place"  # beside the copy's case
-    ]  # fmt: skip
-    if beams == 1 and weights != "in-place":
-        candidates += [
-            Candidate(f"OpenVINO {kind}", partial(openvino_generation, weights=kind), ("openvino", "transformers"),
-                      works_on=("cpu",), settle=0.25)
-            for kind in ("float32", "int8")
-        ]  # fmt: skip
+    for kind in {"": ("float32", "int8"), "int8-weights": ("int8",)}.get(weights, ()):
+        theirs: Callable = partial(_ctranslate2, compute_type=kind)
+        needs = ("ctranslate2", "transformers")
+        candidates.append(Candidate(f"CTranslate2 {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
+        if beams == 1:
+            theirs, needs = partial(openvino_generation, weights=kind), ("openvino", "transformers")
+            candidates.append(Candidate(f"OpenVINO {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
     how = "greedy" if beams == 1 else f"beam {beams}"
     return Case(
         name=f"generation/{name}" + (weights and f"-{weights}"),
@@ -245,6 +241,6 @@ def generation_cases(device: str) -> list[Case]:
     cases = [_case(*w, device) for w in work]
     if device == "cpu":
         cases += [_case(*w, device, "in-place") for w in work]
-        for weights in ("bf16-weights", "bf16"):
+        for weights in ("bf16-weights", "int8-weights", "bf16"):
             cases += [_case(*work[0][:5], 2.2, device, weights), _case(*work[1][:5], 3.3, device, weights)]
     return cases

@@ -17,6 +17,7 @@ from ..layers.projection import is_plain, is_transposed, linear, packed_linear, 
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
+from ..ops.packed_weight import STORAGES
 from .cache import StepCache
 from .model_step import ModelStepper
 from .stepper import Prompt
@@ -196,13 +197,14 @@ def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, co
         memory is given back until somebody else reads them.
         False: the weights are read where they are: the memory of the model alone, up to a quarter longer.
         None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none.
-    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits,
-        sums stay float32. None: the weights' own. Where the original is not needed in float32, model.to(torch.bfloat16)
-        is as fast, for half the memory.
+    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits;
+        torch.int8 makes it a quarter, round(w / s) with a scale s = max |w| / 127 for each output of a layer. Sums and
+        activations stay float32. None: the weights' own. Where the original is not needed in float32,
+        model.to(torch.bfloat16) is as fast as a copy in it, for half the memory.
     Raises TypeError for another dtype, and ValueError for one without a copy.
     """
-    if dtype not in (*_FLOATS, None):
-        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
+    if dtype not in (*STORAGES, None):
+        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype}")
     if dtype is not None and copy is False:
         raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
     _copies.pop(model, None)

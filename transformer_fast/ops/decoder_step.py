@@ -12,7 +12,7 @@ import torch
 from ..backends import memory, native
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
-from .packed_weight import _PANEL, PackedWeight, _identity
+from .packed_weight import _PANEL, STORAGES, PackedWeight, _identity, panel_rows
 
 __all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
 
@@ -121,11 +121,11 @@ class DecoderTensors:
 class DecoderWeights:
     """A decoder's weights as the step reads them: a copy laid out for few rows, or in place.
 
-    storage: torch.float32 or torch.bfloat16, of a copy; None for the weights' own dtype. Sums and activations are
-    float32 always. copy: of all weights but the embedding tables; those that mirror a checkpoint's file give their
-    memory back for it, else it is as much again. Without it they are read where they lie, (out, in) or (in, out), which
-    takes up to a quarter longer. Copies, those of biases and norms that are not float32 too, do not follow later
-    changes of the weights: ask matches and make it again when that says False.
+    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight), of a copy; None for the weights' own dtype.
+    Sums and activations are float32 always. copy: of all weights but the embedding tables; those that mirror a
+    checkpoint's file give their memory back for it, else it is as much again. Without it they are read where they lie,
+    (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms that are not float32
+    too, do not follow later changes of the weights: ask matches and make it again when that says False.
     copies: those of the weights by their id, for `linear`; empty without copies.
     """
 
@@ -134,12 +134,12 @@ class DecoderWeights:
             raise RuntimeError(reason)
         if storage is None:
             storage = torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32
-        elif storage not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"storage: wanted torch.float32, torch.bfloat16 or None, got {storage}")
+        elif storage not in STORAGES:
+            raise TypeError(f"storage: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {storage}")
         self.tensors, self.storage = tensors, storage
         self._identities = [_identity(t) for t in tensors.sources()]
         projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [_panel_elements(p) if copy and p is not None else 0 for p in projections]
+        sizes = [_panel_elements(p, storage) if copy and p is not None else 0 for p in projections]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
         arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
@@ -183,8 +183,9 @@ class DecoderWeights:
                 weight = weight.contiguous()
             if copy.numel():
                 out, inner = weight.shape
-                size = _panels(weight) * inner * _PANEL
-                panels, copy = copy[:size].view(-1, inner, _PANEL), copy[size:]
+                rows_in = panel_rows(inner, copy.dtype)
+                size = _panels(weight) * rows_in * _PANEL
+                panels, copy = copy[:size].view(-1, rows_in, _PANEL), copy[size:]
                 # Piece by piece, so that there are never two of all of them.
                 step = out if weight.stride(1) != 1 else _PIECE
                 for begin in range(0, out, step):
@@ -197,8 +198,8 @@ class DecoderWeights:
         return found + [None] * (2 * places - len(found))
 
 
-def _panel_elements(p: Projection) -> int:
-    return sum(_panels(w) * w.shape[1] * _PANEL for w in p.parts())
+def _panel_elements(p: Projection, storage: torch.dtype) -> int:
+    return sum(_panels(w) * panel_rows(w.shape[1], storage) * _PANEL for w in p.parts())
 
 
 def _panels(weight: torch.Tensor) -> int:
