@@ -29,6 +29,7 @@ SERVED = {
     "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
     "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position",
 }  # fmt: skip
+_FEW = 512  # tokens of prompts
 _SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
 
 
@@ -194,7 +195,8 @@ def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, co
     copy: True: the first generation copies the decoder's weights into a layout for few rows and keeps the copy as long
         as the model; prompts use it too. It takes as much memory again as the weights in dtype, except where they
         mirror a checkpoint's mapped file (from_pretrained in the checkpoint's own dtype), unchanged: then their own
-        memory is given back until somebody else reads them.
+        memory is given back until somebody else reads them (a bfloat16 model's own forward, prompts of over 512 tokens
+        in all).
         False: the weights are read where they are: the memory of the model alone, up to a quarter longer.
         None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none.
     dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits;
@@ -217,16 +219,11 @@ def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderW
     tensors, weights = description.tensors(), _copies.get(model)
     if weights is None or not weights.matches(tensors):
         _copies.pop(model, None)
-        dtype, copy = _storage.get(model) or (None, _gives_back(description, tensors))
+        dtype, copy = _storage.get(model) or (None, tensors.mirror_file())
         weights = DecoderWeights(tensors, dtype, copy)
         if weights.copied_bytes:  # what is read in place must not be kept from being freed
             _copies[model] = weights
     return weights
-
-
-def _gives_back(description: StepDescription, tensors: DecoderTensors) -> bool:
-    """Whether the weights take no memory once there is a copy: nothing else reads them, not even the prompts."""
-    return (description.has_cross_attention or tensors.token.dtype == torch.float32) and tensors.mirror_file()
 
 
 class _Loading(StepCache):
@@ -371,9 +368,9 @@ class NativeStepper:
     def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
         """The prompt through the model's own forward, with GEMMs of many rows."""
         weights, stepper = cache.weights, ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
-        # Products in bfloat16 are faster than with the copy, which is for few rows.
-        copies = weights.copies if weights.tensors.token.dtype == torch.float32 else {}
-        with reading_copies(copies):
+        # Many rows are faster by torch's products in bfloat16.
+        few = weights.tensors.token.dtype == torch.float32 or self._prompt.input_ids.numel() <= _FEW
+        with reading_copies(weights.copies if few else {}):
             return stepper.run_prompt(_Loading(cache))
 
     def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
