@@ -141,12 +141,12 @@ class Job(NamedTuple):
     key: str
 
 
-def _jobs(file: ModuleType, arch: int, everything: bool, only: str = "") -> Iterator[Job]:
+def _jobs(file: ModuleType, arch: int, scope: str, only: str = "") -> Iterator[Job]:
     """The kernels that a file's cases launch, each once, under the first case that launches it."""
     import triton
 
     seen = set()
-    for name, call in file.cases(arch, everything=everything).items():
+    for name, call in file.cases(arch, scope).items():
         if only not in name:
             continue
         with recorded() as launches:
@@ -285,10 +285,9 @@ def _load(path: str) -> ModuleType:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "files", nargs="*", help="test files with cases(arch, everything) and check(report); default: all"
-    )
+    parser.add_argument("files", nargs="*", help="test files with cases(arch, scope) and check(report); default: all")
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS), help="default: all")
+    parser.add_argument("--every-combination", action="store_true", help="of features, head dims and types: days")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument(
@@ -306,9 +305,8 @@ def main() -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     os.environ.setdefault("TRITON_CACHE_DIR", str(_folder()))
     files = args.files or sorted(map(str, ROOT.glob("tests/native/test_triton_*_aot.py")))
-    jobs = [
-        job for file in map(_load, files) for arch in args.arch for job in _jobs(file, arch, not args.json, args.only)
-    ]
+    scope = "test" if args.json else "every" if args.every_combination else "record"
+    jobs = [job for file in map(_load, files) for arch in args.arch for job in _jobs(file, arch, scope, args.only)]
     if args.json:
         found: dict[str, list[dict]] = {}
         for job, report in reports(jobs, args.processes):

@@ -288,7 +288,8 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
 
 def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta: bool = False) -> None:
     """dQ, dbias and dtable, those that are given, or delta alone."""
-    config = configurations.select("backward_query", call.shape)
+    shape = call.shape._replace(kind="rich") if delta and call.shape.kind == "plain" else call.shape
+    config = configurations.select("backward_query", shape)
     if dq is None and not delta and call.shape.architecture in ("sm_80", "sm_120"):  # operands in registers: no 64 rows
         config = config._replace(block_m=32, block_n=32, num_warps=4)
     if delta:  # the compiler aims at two blocks a multiprocessor: with more tiles in flight it spills
