@@ -46,18 +46,18 @@ FEATURES = {
 # what models call most. One head dim a width of the table, and one that fills its tile in part.
 RECORD = {
     "bfloat16": {
+        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "decode_append"),
+        128: ("causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout", "softcap_window_gqa",
+              "relative_causal_dropout", "decode_append", "decode_append_relative"),
+        80: ("gqa_varlen", "bias_broadcast", "relative_causal_dropout"),
         64: ("short", "causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout",
              "relative_dropout_varlen", "relative_causal_dropout", "decode_append", "decode_mask",
              "decode_append_relative"),
-        128: ("causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout", "softcap_window_gqa",
-              "relative_causal_dropout", "decode_append", "decode_append_relative"),
-        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "decode_append"),
-        80: ("gqa_varlen", "bias_broadcast", "relative_causal_dropout"),
     },
     "float32": {
-        64: ("gqa_varlen", "bias", "bias_broadcast", "relative_causal_dropout", "decode", "decode_append_relative"),
-        128: ("gqa_varlen", "bias_broadcast", "relative_causal_dropout", "decode_append_relative"),
         256: ("gqa_varlen", "bias_broadcast", "decode_append"),
+        128: ("gqa_varlen", "bias_broadcast", "decode_append_relative"),
+        64: ("gqa_varlen", "bias", "bias_broadcast", "relative_causal_dropout", "decode", "decode_append_relative"),
     },
     "float16": {64: ("bias_broadcast", "decode_append")},
 }  # fmt: skip
@@ -107,7 +107,7 @@ def _launch(arch, dtype, head_dim, feature):
 
     backend._capability = lambda device: CAPABILITY[arch]
     backend._multiprocessors = lambda device: MULTIPROCESSORS[arch]
-    triton._hopper = lambda device: arch == 90
+    triton._large_tiles = lambda device: arch in (90, 100)
     spec = _spec(dtype, head_dim, **features)
     call = Call("attention", "cuda", dtype, head_dim, names(spec))
     if triton.BACKEND.why_not(call):
@@ -155,6 +155,9 @@ PRODUCTS = ("_forward_kernel", "_key_kernel", "_query_kernel", "_bias_kernel")
 
 def check(report: dict) -> None:
     triton_aot.assert_runs_well(report)
+    if report["dtype"] != "float32" and report["kernel"].endswith(PRODUCTS):
+        # Else the compiler has put a trap in the kernel's place: it did so for sums that outgrow the tensor memory.
+        assert report["wgmma"] or report["mma"], report
     if report["arch"] == 90 and report["kernel"].endswith(PRODUCTS):
         # 16-bit products run on Hopper's own instruction (float32 ones on neither, as they are exact).
         assert not report["mma"] and bool(report["wgmma"]) == (report["dtype"] != "float32"), report

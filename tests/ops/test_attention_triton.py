@@ -318,10 +318,10 @@ def test_wide_heads_that_spill_are_refused(monkeypatch):
 
     call = Call("attention", "cuda", torch.bfloat16, 136)
     relative, backward = (call._replace(features=(name,)) for name in ("relative_bias", "backward"))
-    for hopper in (False, True):
-        monkeypatch.setattr(triton, "_hopper", lambda device, hopper=hopper: hopper)
+    for large in (False, True):
+        monkeypatch.setattr(triton, "_large_tiles", lambda device, large=large: large)
         refused = [c for c in (call, relative, backward) if any("136" in r for r in triton.BACKEND.why_not(c))]
-        assert refused == [relative, backward][: 1 + hopper]
+        assert refused == [relative, backward][: 1 + large]
         for other in (relative._replace(size=128), backward._replace(size=128), backward._replace(dtype=torch.float32)):
             assert not any("head dims up to" in r for r in triton.BACKEND.why_not(other))
     q = torch.randn(1, 2, 20, 130)

@@ -204,16 +204,17 @@ def _too_wide(call: Call) -> list[str]:
     """Wide heads for which no tile keeps its sums in registers, as tests/triton_aot.py shows."""
     if "relative_bias" in call.features:
         return [f"a relative bias takes head dims up to {_WIDE_HEAD}, not {call.size}: sums do not fit the registers"]
-    if "backward" in call.features and call.dtype != torch.float32 and _hopper(call.device):
+    if "backward" in call.features and call.dtype != torch.float32 and _large_tiles(call.device):
         return [
-            f"gradients on compute capability 9.0 take head dims up to {_WIDE_HEAD}, not {call.size}: the tiles that "
-            "wgmma takes do not fit the registers"
+            f"gradients on compute capability 9.x to 11.x take head dims up to {_WIDE_HEAD}, not {call.size}: sums of "
+            "64 keys, the fewest their tensor cores take, fit neither registers nor tensor memory"
         ]
     return []
 
 
-def _hopper(device: str) -> bool:
-    return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+def _large_tiles(device: str) -> bool:
+    """Whether the GPU's matrix instructions (wgmma, tcgen05) take no fewer than 64 rows."""
+    return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10, 11)
 
 
 def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
