@@ -43,21 +43,22 @@ FEATURES = {
     "decode_mask": {"queries": 1, "mask": True},
 }
 # The record's: in each kind of kernels/attention_configurations.py what asks most of registers and shared memory, and
-# what models call most. One head dim a width of the table, and one that fills its tile in part.
+# what models call most. One head dim a width of the table, and one that fills its tile in part. In float32 all kinds
+# share a row: the heaviest are enough.
 RECORD = {
     "bfloat16": {
-        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "decode_append"),
+        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "decode"),
         128: ("causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout", "softcap_window_gqa",
-              "relative_causal_dropout", "decode_append", "decode_append_relative"),
+              "relative_causal_dropout", "decode", "decode_append_relative"),
         80: ("gqa_varlen", "bias_broadcast", "relative_causal_dropout"),
         64: ("short", "causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout",
-             "relative_dropout_varlen", "relative_causal_dropout", "decode_append", "decode_mask",
+             "relative_dropout_varlen", "relative_causal_dropout", "decode", "decode_append",
              "decode_append_relative"),
     },
     "float32": {
-        256: ("gqa_varlen", "bias_broadcast", "decode_append"),
-        128: ("gqa_varlen", "bias_broadcast", "decode_append_relative"),
-        64: ("gqa_varlen", "bias", "bias_broadcast", "relative_causal_dropout", "decode", "decode_append_relative"),
+        256: ("bias_broadcast", "decode"),
+        128: ("bias_broadcast", "decode"),
+        64: ("bias", "bias_broadcast", "relative_causal_dropout", "decode", "decode_append_relative"),
     },
     "float16": {64: ("bias_broadcast", "decode_append")},
 }  # fmt: skip
