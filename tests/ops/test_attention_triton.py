@@ -318,14 +318,17 @@ def test_wide_heads_that_spill_are_refused(monkeypatch):
 
     call = Call("attention", "cuda", torch.bfloat16, 136)
     relative, backward = (call._replace(features=(name,)) for name in ("relative_bias", "backward"))
+    single = backward._replace(dtype=torch.float32)
     for large in (False, True):
         monkeypatch.setattr(triton, "_large_tiles", lambda device, large=large: large)
-        refused = [c for c in (call, relative, backward) if any("136" in r for r in triton.BACKEND.why_not(c))]
-        assert refused == [relative, backward][: 1 + large]
-        for other in (relative._replace(size=128), backward._replace(size=128), backward._replace(dtype=torch.float32)):
+        tried = (call, single._replace(features=()), relative, single, backward)
+        refused = [c for c in tried if any("136" in r for r in triton.BACKEND.why_not(c))]
+        assert refused == [relative, single, backward][: 2 + large]
+        for other in (relative, backward, single):
+            other = other._replace(size=128)
             assert not any("head dims up to" in r for r in triton.BACKEND.why_not(other))
     q = torch.randn(1, 2, 20, 130)
-    with tf.backend("triton"), pytest.raises(backends.BackendError, match="relative bias takes head dims up to 128"):
+    with tf.backend("triton"), pytest.raises(backends.BackendError, match="relative bias takes head dims up to 64"):
         tf.scaled_dot_product_attention(q, q, q, relative_bias=tf.RelativeBias(torch.randn(8, 2)))
 
 

@@ -78,7 +78,7 @@ class TritonBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in _OPS:
             reasons.append(f"there is no Triton kernel for {call.op}")
-        if call.op == "attention" and call.size > _WIDE_HEAD:
+        if call.op == "attention":
             reasons += _too_wide(call)
         if call.op == "embedding_layer_norm" and call.size > _WIDEST_EMBEDDING:
             reasons.append(f"width {call.size} is over {_WIDEST_EMBEDDING}")
@@ -202,9 +202,17 @@ class TritonBackend(Backend):
 
 def _too_wide(call: Call) -> list[str]:
     """Wide heads for which no tile keeps its sums in registers, as tests/triton_aot.py shows."""
-    if "relative_bias" in call.features:
-        return [f"a relative bias takes head dims up to {_WIDE_HEAD}, not {call.size}: sums do not fit the registers"]
-    if "backward" in call.features and call.dtype != torch.float32 and _large_tiles(call.device):
+    widest = _WIDE_HEAD // 2 if call.dtype == torch.float32 else _WIDE_HEAD
+    if "relative_bias" in call.features and call.size > widest:
+        return [f"a relative bias takes head dims up to {widest}, not {call.size}: its sums do not fit the registers"]
+    if call.size <= _WIDE_HEAD:
+        return []
+    if "backward" in call.features and call.dtype == torch.float32:
+        return [
+            f"gradients in float32 take head dims up to {_WIDE_HEAD}, not {call.size}: exact products keep "
+            "whole rows in registers, which do not hold them"
+        ]
+    if "backward" in call.features and _large_tiles(call.device):
         return [
             f"gradients on compute capability 9.x to 11.x take head dims up to {_WIDE_HEAD}, not {call.size}: sums of "
             "64 keys, the fewest their tensor cores take, fit neither registers nor tensor memory"
