@@ -105,6 +105,18 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
     return seconds
 
 
+def needed(kernel: str, shape: configurations.Shape) -> bool:
+    """Whether calls of this shape launch the kernel: not where the backend refuses them."""
+    from transformer_fast import backends
+
+    if kernel == "backward_bias" and shape.kind != "rich":  # it runs for a bias only
+        return False
+    asked = ("backward",) if kernel.startswith("backward") else ()
+    asked += ("relative_bias",) if shape.kind == "relative" else ()
+    dtype = torch.float32 if shape.single else torch.bfloat16
+    return not backends.get("triton").why_not(backends.Call("attention", "cuda", dtype, shape.width, asked))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", nargs="*", default=list(configurations.KERNELS), choices=configurations.KERNELS)
@@ -122,8 +134,8 @@ def main() -> None:
         for kind in configurations.KINDS:
             shape = configurations.Shape(architecture, width, single, kind)
             old = configurations.select(kernel, shape)
-            needless = kernel == "backward_bias" and kind != "rich"  # it runs for a bias only
-            found.append(old if needless else best(old, candidates(kernel), timer(kernel, shape)))
+            taken = needed(kernel, shape)
+            found.append(best(old, candidates(kernel), timer(kernel, shape)) if taken else old)
             print(f"{architecture} {kernel} width {width} {kind}: {old} -> {found[-1]}", flush=True)
         table[kernel, architecture, width, single] = tuple(found)
     path = pathlib.Path(configurations.__file__)

@@ -159,8 +159,6 @@ def _attention_backward_key_kernel(
         return
     k_ptr = row_pointer(k_ptr, b, hk, first_k, stride_kb, stride_kh, stride_ks)
     v_ptr = row_pointer(v_ptr, b, hk, first_k, stride_vb, stride_vh, stride_vs)
-    dk_ptr = row_pointer(dk_ptr, b, hk, first_k, stride_dkb, stride_dkh, stride_dks)
-    dv_ptr = row_pointer(dv_ptr, b, hk, first_k, stride_dvb, stride_dvh, stride_dvs)
     k = load_tile(k_ptr, first_column, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
     v = load_tile(v_ptr, first_column, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -202,6 +200,13 @@ def _attention_backward_key_kernel(
                     dk, dv, tile, rng_ptr, bias_ptr, mask_ptr, relative_rows, bounds[part], bounds[part + 1], BLOCK_M,
                     BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
                 )  # fmt: skip
+    if cu_k_ptr is not None:  # read again, volatile: through the loops they would take registers that are not there
+        first_k = tl.load(cu_k_ptr + b, volatile=True)
+        stored = tl.load(cu_k_ptr + b + 1, volatile=True) - first_k
+        if key_lengths_ptr is None:
+            keys = stored
+    dk_ptr = row_pointer(dk_ptr, b, hk, first_k, stride_dkb, stride_dkh, stride_dks)
+    dv_ptr = row_pointer(dv_ptr, b, hk, first_k, stride_dvb, stride_dvh, stride_dvs)
     # Rows past the keys that take part hold what a key of zeros would get, inf and NaN included: they are zeros.
     alive = (first_column + tl.arange(0, BLOCK_N) < keys)[:, None]
     store_tile(

@@ -47,3 +47,12 @@ def test_candidates_are_tiles_the_kernels_take(tune, kernel):
     found = list(tune.candidates(kernel))
     assert len(found) == len(set(found)) > 8
     assert all(m & (m - 1) == 0 and n & (n - 1) == 0 and m >= 16 and n >= 16 for m, n, *_ in found)
+
+
+def test_what_never_runs_is_not_timed(tune):
+    wide = tune.configurations.Shape("sm_90", 256)
+    assert tune.needed("forward", wide)
+    assert not tune.needed("forward", wide._replace(kind="relative"))
+    assert tune.needed("backward_key", wide._replace(kind="relative", width=128))
+    assert tune.needed("backward_bias", wide._replace(kind="rich", width=64))
+    assert not tune.needed("backward_bias", wide._replace(width=64))

@@ -1,16 +1,25 @@
 """Compiles Triton kernels for GPUs that are not here, and reports what the compiler made of them.
 
-A test file lists its launches in `cases(arch, everything)`: names and functions that call a launcher of kernels/
-on meta tensors; without `everything`, as many as a test run has time for. `aot_reports` compiles them in a process
-of its own, as Triton interprets in pytest's. By hand, under any Triton, everything or a share of it:
+A test file lists its launches in `cases(arch, scope)`: names and functions that call a launcher of kernels/ on meta
+tensors. The scopes:
+
+- "test": as many as a test run has time for. `aot_reports` compiles them in a process of its own, as Triton interprets
+  in pytest's.
+- "record": every row of the kernels' tables (tile, warps, stages, by width and kind of call), in 16 bits and float32,
+  for every architecture, each with the features that ask most of registers and shared memory. float16 compiles to
+  bfloat16's code but for the type: a sample of it.
+- "every": all features at all widths in all types, most of which repeat each other. Days on two cores.
+
+By hand, under any Triton, the record's kernels or a share of them:
 
     python tests/triton_aot.py
     python tests/triton_aot.py tests/native/test_triton_layer_norm_aot.py --arch 80 90 --only bfloat16
     python tests/triton_aot.py --record [--minutes 30]
 
 prints a line for each kernel of every case, says which fail the file's `check`, and exits with 1 if any does.
-`--record` writes the summary that is committed, benchmarks/results/ahead-of-time/triton-<version>.csv. Everything takes
-hours on two cores: `--minutes` stops in between, what is compiled is kept, and the record says how many of how many.
+`--record` writes the summary that is committed, benchmarks/results/ahead-of-time/triton-<version>.csv. `--minutes`
+stops in between, what is compiled is kept, and the record says how many of how many. `--every-combination` takes the
+last scope.
 Reports are kept in $TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types,
 options, GPU and Triton.
 """
@@ -141,12 +150,12 @@ class Job(NamedTuple):
     key: str
 
 
-def _jobs(file: ModuleType, arch: int, everything: bool, only: str = "") -> Iterator[Job]:
+def _jobs(file: ModuleType, arch: int, scope: str, only: str = "") -> Iterator[Job]:
     """The kernels that a file's cases launch, each once, under the first case that launches it."""
     import triton
 
     seen = set()
-    for name, call in file.cases(arch, everything=everything).items():
+    for name, call in file.cases(arch, scope).items():
         if only not in name:
             continue
         with recorded() as launches:
@@ -285,10 +294,9 @@ def _load(path: str) -> ModuleType:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "files", nargs="*", help="test files with cases(arch, everything) and check(report); default: all"
-    )
+    parser.add_argument("files", nargs="*", help="test files with cases(arch, scope) and check(report); default: all")
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS), help="default: all")
+    parser.add_argument("--every-combination", action="store_true", help='the scope "every": days')
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument(
@@ -306,9 +314,8 @@ def main() -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     os.environ.setdefault("TRITON_CACHE_DIR", str(_folder()))
     files = args.files or sorted(map(str, ROOT.glob("tests/native/test_triton_*_aot.py")))
-    jobs = [
-        job for file in map(_load, files) for arch in args.arch for job in _jobs(file, arch, not args.json, args.only)
-    ]
+    scope = "test" if args.json else "every" if args.every_combination else "record"
+    jobs = [job for file in map(_load, files) for arch in args.arch for job in _jobs(file, arch, scope, args.only)]
     if args.json:
         found: dict[str, list[dict]] = {}
         for job, report in reports(jobs, args.processes):

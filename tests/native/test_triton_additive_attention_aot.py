@@ -37,15 +37,20 @@ def _launch(widths, dtype, everything):
     )  # fmt: skip
 
 
-def cases(arch: int, everything: bool):
-    """In a test run every feature in float32 and bfloat16 at one width."""
+def _chosen(arch: int, scope: str, name: str, dtype: str, full: bool) -> bool:
+    """In a test run every feature in float32 and bfloat16 at one width; in the record at each."""
+    if scope == "test":
+        return full and name == "512" and (dtype == "bfloat16" or (dtype == "float32" and arch != 100))
+    return scope == "every" or (full and (dtype != "float16" or name == "512"))
+
+
+def cases(arch: int, scope: str):
     return {
         f"{name}, {dtype_name}{', every feature' * full}": functools.partial(_launch, widths, dtype, full)
         for name, widths in WIDTHS.items()
         for dtype_name, dtype in DTYPES.items()
         for full in (False, True)
-        if everything
-        or (full and name == "512" and dtype_name != "float16" and (arch != 100 or dtype_name != "float32"))
+        if _chosen(arch, scope, name, dtype_name, full)
     }
 
 

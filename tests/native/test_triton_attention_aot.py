@@ -14,7 +14,8 @@ HEAD_DIMS = (64, 128, 256, 80)
 FEATURES = {
     "plain": {},
     "causal": {"window_right": 0},
-    "short": {"queries": 64},
+    "short": {"queries": 64, "keys": 64},
+    "few_keys": {"queries": 128, "keys": 128},
     "window": {"window_left": 256, "window_right": 256},
     "varlen": {"varlen": True},
     "gqa": {"groups": 4, "window_right": 0},
@@ -28,11 +29,11 @@ FEATURES = {
     "decode": {"queries": 1, "lengths": True, "groups": 4},
     "decode_relative": {"queries": 1, "relative": True},
     "decode_append": {"queries": 1, "lengths": True, "groups": 4, "window_right": 0},
-}
-# What models ask for together: T5 packed and decoding, BERT and GPT in training, Mistral, Gemma 2, a float mask.
-TOGETHER = {
+    # What models ask for together: T5 packed and decoding, BERT and GPT in training, Mistral, Gemma 2, a float mask.
+    "gqa_varlen": {"groups": 4, "window_right": 0, "varlen": True},
     "lengths_dropout": {"lengths": True, "dropout_p": 0.1},
     "mask_dropout": {"mask": True, "dropout_p": 0.1},
+    "mask_lengths_dropout": {"mask": True, "lengths": True, "dropout_p": 0.1},
     "relative_dropout_varlen": {"relative": True, "dropout_p": 0.1, "varlen": True},
     "relative_causal_dropout": {"relative": True, "dropout_p": 0.1, "window_right": 0},
     "window_gqa": {"window_left": 4096, "window_right": 0, "groups": 4},
@@ -41,16 +42,36 @@ TOGETHER = {
     "decode_append_relative": {"queries": 1, "lengths": True, "relative": True, "window_right": 0},
     "decode_mask": {"queries": 1, "mask": True},
 }
-TOGETHER_HEAD_DIMS = (64, 128)
+# The record's: in each kind of kernels/attention_configurations.py what asks most of registers and shared memory, and
+# what models call most. One head dim a width of the table, and one that fills its tile in part. In float32 all kinds
+# share a row: the heaviest are enough.
+RECORD = {
+    "bfloat16": {
+        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "decode"),
+        128: ("causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout", "softcap_window_gqa",
+              "relative_causal_dropout", "decode", "decode_append_relative"),
+        80: ("gqa_varlen", "bias_broadcast", "relative_causal_dropout"),
+        64: ("short", "causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout",
+             "relative_dropout_varlen", "relative_causal_dropout", "decode", "decode_append",
+             "decode_append_relative"),
+    },
+    "float32": {
+        256: ("bias_broadcast", "decode"),
+        128: ("bias_broadcast", "decode"),
+        64: ("bias", "bias_broadcast", "relative_causal_dropout", "decode", "decode_append_relative"),
+    },
+    "float16": {64: ("bias_broadcast", "decode_append")},
+}  # fmt: skip
 
 
 def _spec(
-    dtype, head_dim, queries=2048, groups=1, varlen=False, bias="", mask=False, lengths=False, relative=False, **more
-):
-    """An AttentionSpec of meta tensors: batch 4, 16 heads, 2048 keys, laid out (B, S, H, D) as projections are."""
+    dtype, head_dim, queries=2048, keys=2048, groups=1, varlen=False, bias="", mask=False, lengths=False,
+    relative=False, **more,
+):  # fmt: skip
+    """An AttentionSpec of meta tensors: batch 4, 16 heads, laid out (B, S, H, D) as projections are."""
     from transformer_fast.ops._attention_op import AttentionSpec
 
-    b, h, keys = 4, 16, 2048
+    b, h = 4, 16
     sizes = {"b": b, "h": h, "m": queries, "n": keys}
 
     def tensor(*shape, dtype=dtype):
@@ -77,21 +98,29 @@ def _spec(
 
 
 def _launch(arch, dtype, head_dim, feature):
+    """What a call and its backward pass launch, as far as the backend does not refuse them."""
+    from transformer_fast.backends import Call, triton
     from transformer_fast.backends import triton_attention as backend
+    from transformer_fast.ops._attention_op import features as names
 
-    features = dict((FEATURES | TOGETHER)[feature])
+    features = dict(FEATURES[feature])
     bias_gradient = features.pop("needs_bias_gradient", True)
 
     backend._capability = lambda device: CAPABILITY[arch]
     backend._multiprocessors = lambda device: MULTIPROCESSORS[arch]
+    triton._large_tiles = lambda device: arch in (90, 100)
     spec = _spec(dtype, head_dim, **features)
+    call = Call("attention", "cuda", dtype, head_dim, names(spec))
+    if triton.BACKEND.why_not(call):
+        return
     q, k, v = spec[:3]
     lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1], device="meta")
     if feature.startswith("decode_append"):
         assert backend.attention_append(spec, k[:, :, :1], v[:, :, :1], q, lse)
         return
     backend.attention_forward(spec, q, lse)
-    if not feature.startswith("decode"):
+    backward = call._replace(features=("backward", *call.features))
+    if not feature.startswith("decode") and not triton.BACKEND.why_not(backward):
         dbias, dtable = (None if t is None else t.float() for t in (spec.bias, spec.relative_bias))
         dbias = dbias if bias_gradient else None
         backend.attention_backward(spec, q, None, q, lse, q, k, v, dbias, dtable)
@@ -107,16 +136,19 @@ CORE = {
 }  # fmt: skip
 
 
-def cases(arch: int, everything: bool):
-    chosen = {}
-    together = itertools.product(DTYPES, TOGETHER_HEAD_DIMS, TOGETHER)
-    for case in itertools.chain(itertools.product(DTYPES, HEAD_DIMS, FEATURES), together):
-        if everything or case in CORE[arch]:
-            dtype, head_dim, feature = case
-            chosen[f"{feature}, {dtype}, D {head_dim}"] = functools.partial(
-                _launch, arch, DTYPES[dtype], head_dim, feature
-            )
-    return chosen
+def _chosen(arch: int, scope: str):
+    if scope == "test":
+        return CORE[arch]
+    if scope == "record":
+        return [(dtype, d, feature) for dtype, dims in RECORD.items() for d in dims for feature in dims[d]]
+    return itertools.product(DTYPES, HEAD_DIMS, FEATURES)
+
+
+def cases(arch: int, scope: str):
+    return {
+        f"{feature}, {dtype}, D {head_dim}": functools.partial(_launch, arch, DTYPES[dtype], head_dim, feature)
+        for dtype, head_dim, feature in _chosen(arch, scope)
+    }
 
 
 PRODUCTS = ("_forward_kernel", "_key_kernel", "_query_kernel", "_bias_kernel")
@@ -124,6 +156,9 @@ PRODUCTS = ("_forward_kernel", "_key_kernel", "_query_kernel", "_bias_kernel")
 
 def check(report: dict) -> None:
     triton_aot.assert_runs_well(report)
+    if report["dtype"] != "float32" and report["kernel"].endswith(PRODUCTS):
+        # Else the compiler has put a trap in the kernel's place: it did so for sums that outgrow the tensor memory.
+        assert report["wgmma"] or report["mma"], report
     if report["arch"] == 90 and report["kernel"].endswith(PRODUCTS):
         # 16-bit products run on Hopper's own instruction (float32 ones on neither, as they are exact).
         assert not report["mma"] and bool(report["wgmma"]) == (report["dtype"] != "float32"), report

@@ -24,14 +24,20 @@ def _launch(classes, dtype, weighted, label_smoothing, z_loss):
     cross_entropy_backward(row, logits, target, *options, row, row, logits)
 
 
-def cases(arch: int, everything: bool):
-    """In a test run bfloat16 with every feature, on sm_90 at every size."""
+def _chosen(arch: int, scope: str, dtype: str, name: str, classes: str) -> bool:
+    """In a test run bfloat16 with every feature, on sm_90 at every size; in the record on each GPU, and other types."""
+    if scope == "test":
+        return dtype == "bfloat16" and name != "plain" and (arch == 90 or classes == "t5")
+    return scope == "every" or (name != "plain" and (dtype == "bfloat16" or classes in ("two", "t5")))
+
+
+def cases(arch: int, scope: str):
     return {
         f"{name}, {dtype_name}, {class_name}": functools.partial(_launch, classes, dtype, *features)
         for class_name, classes in CLASSES.items()
         for dtype_name, dtype in DTYPES.items()
         for name, features in FEATURES.items()
-        if everything or (dtype_name == "bfloat16" and name != "plain" and (arch == 90 or class_name == "t5"))
+        if _chosen(arch, scope, dtype_name, name, class_name)
     }
 
 

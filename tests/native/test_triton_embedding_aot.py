@@ -35,16 +35,21 @@ def _launch(width, dtype, dropout):
         embedding.embedding_gradient(v, ids, -1, table)
 
 
-def cases(arch: int, everything: bool):
-    """In a test run bfloat16 with dropout, on sm_90 at every width."""
+def _chosen(arch: int, scope: str, dtype: str, width: str, dropout: bool) -> bool:
+    """In a test run bfloat16 with dropout, on sm_90 at every width; in the record every width, float16 at one."""
+    if scope == "test":
+        widths = {"bfloat16": WIDTHS if arch == 90 else ("bert", "widest"), "float32": ("widest",), "float16": ()}
+        return dropout and width in widths[dtype]
+    return scope == "every" or (dropout and (dtype != "float16" or width == "bert"))
+
+
+def cases(arch: int, scope: str):
     return {
         f"{dtype_name}, {width_name}{', dropout' * dropout}": functools.partial(_launch, width, dtype, dropout)
         for width_name, width in WIDTHS.items()
         for dtype_name, dtype in DTYPES.items()
         for dropout in (False, True)
-        if everything
-        or (dropout and dtype_name == "bfloat16" and (arch == 90 or width_name in ("bert", "widest")))
-        or (dropout and dtype_name == "float32" and width_name == "widest")
+        if _chosen(arch, scope, dtype_name, width_name, dropout)
     }
 
 

@@ -53,26 +53,28 @@ FEATURES = {
 HEAVIEST = "add_layer_norm + dropout"
 
 
-def cases(arch: int, everything: bool):
-    """In a test run: the heaviest features, on sm_90 at every width and elsewhere at the extremes; some light ones."""
-    chosen = {}
-    for width_name, width in WIDTHS.items():
-        for dtype_name, dtype in DTYPES.items():
-            for name, features in FEATURES.items():
-                light = (
-                    name == "layer_norm"
-                    and arch == 90
-                    and dtype == torch.bfloat16
-                    and width_name in ("narrow", "exact")
-                )
-                heavy = (
-                    name == HEAVIEST and dtype != torch.float16 and (arch == 90 or (dtype_name, width_name) in EXTREMES)
-                )
-                if everything or light or heavy:
-                    chosen[f"{name}, {dtype_name}, {width_name}"] = functools.partial(
-                        _launch, arch, width, dtype, **features
-                    )
-    return chosen
+def _chosen(arch: int, scope: str, width: str, dtype: str, name: str) -> bool:
+    """In a test run: the heaviest features, on sm_90 at every width and elsewhere at the extremes; some light ones. In
+    the record: the heaviest at every width, float16 at the widest, every feature at BERT's."""
+    if scope == "test":
+        if name == HEAVIEST:
+            return dtype != "float16" and (arch == 90 or (dtype, width) in EXTREMES)
+        return (arch, dtype, name) == (90, "bfloat16", "layer_norm") and width in ("narrow", "exact")
+    if scope == "record":
+        if dtype == "float16":
+            return name == HEAVIEST and width in ("backward_limit", "looped")
+        return name == HEAVIEST or (width == "bert" and dtype == "bfloat16")
+    return True
+
+
+def cases(arch: int, scope: str):
+    return {
+        f"{name}, {dtype_name}, {width_name}": functools.partial(_launch, arch, width, dtype, **features)
+        for width_name, width in WIDTHS.items()
+        for dtype_name, dtype in DTYPES.items()
+        for name, features in FEATURES.items()
+        if _chosen(arch, scope, width_name, dtype_name, name)
+    }
 
 
 def check(report: dict) -> None:

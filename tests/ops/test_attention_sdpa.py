@@ -1,5 +1,8 @@
 """torch's own attention kernels behind this package's contract (backends/sdpa.py), and the choice among backends."""
 
+import pathlib
+import re
+
 import attention_cases
 import pytest
 import torch
@@ -12,6 +15,7 @@ import transformer_fast as tf
 from transformer_fast import backends
 from transformer_fast.backends import Call, measured
 
+OP_SOURCES = list((pathlib.Path(backends.__file__).parent.parent / "ops").glob("*.py"))
 # In float32 torch's CPU kernel has an approximate exp (20 units in the last place): held against torch itself below.
 HALF = [torch.bfloat16, torch.float16]
 CASES = {
@@ -128,6 +132,19 @@ def test_explain_says_what_is_forced():
         assert tf.explain(tuple(call)).endswith("eager: forced")
     with tf.backend("sdpa"):
         assert "sdpa: forced, but cannot: torch's fused kernels are for attention" in tf.explain(call)
+
+
+@pytest.mark.quick
+def test_explain_knows_the_ops():
+    called = set(re.findall(r'(?:Call\(|select\(\()"(\w+)"', "".join(p.read_text() for p in OP_SOURCES)))
+    assert called == set(backends.OPS)
+    for op in backends.OPS:
+        assert tf.explain(Call(op, "cpu", torch.float32, 8)).startswith(f"{op} on cpu")
+        with pytest.raises(TypeError, match=f"wanted a Call, got an op's name: Call\\('{op}'"):
+            tf.explain(op)
+    for nonsense in ("nonsense", Call("nonsense", "cpu", torch.float32, 8), ("nonsense", "cuda", torch.float16, 64)):
+        with pytest.raises(ValueError, match="no op 'nonsense'; there are additive_attention, attention, .*, norm, "):
+            tf.explain(nonsense)
 
 
 @pytest.mark.quick

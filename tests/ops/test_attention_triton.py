@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 import transformer_fast as tf
+from transformer_fast import backends
 from transformer_fast.backends.philox import keep_mask
 from transformer_fast.ops import qkv_attention
 
@@ -309,6 +310,37 @@ def test_drawn_shapes_and_features(data):
         else:
             kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
     _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64])), **kw)
+
+
+@pytest.mark.quick
+def test_wide_heads_that_spill_are_refused(monkeypatch):
+    from transformer_fast.backends import Call, triton
+
+    call = Call("attention", "cuda", torch.bfloat16, 136)
+    relative, backward = (call._replace(features=(name,)) for name in ("relative_bias", "backward"))
+    single = backward._replace(dtype=torch.float32)
+    for large in (False, True):
+        monkeypatch.setattr(triton, "_large_tiles", lambda device, large=large: large)
+        tried = (call, single._replace(features=()), relative, single, backward)
+        refused = [c for c in tried if any("136" in r for r in triton.BACKEND.why_not(c))]
+        assert refused == [relative, single, backward][: 2 + large]
+        for other in (relative, backward, single):
+            other = other._replace(size=128)
+            assert not any("head dims up to" in r for r in triton.BACKEND.why_not(other))
+    q = torch.randn(1, 2, 20, 130)
+    with tf.backend("triton"), pytest.raises(backends.BackendError, match="relative bias takes head dims up to 64"):
+        tf.scaled_dot_product_attention(q, q, q, relative_bias=tf.RelativeBias(torch.randn(8, 2)))
+
+
+@pytest.mark.parametrize("head_dim", [130, 256])
+@pytest.mark.parametrize("axes", ["bhmn", "mn"])
+def test_wide_heads(head_dim, axes, device, monkeypatch):
+    monkeypatch.undo()  # the table's tiles, not the small ones of this file
+    call = backends.Call("attention", device, torch.bfloat16, head_dim, ("backward",))
+    refused = backends.get("triton").why_not(call)
+    if refused:
+        pytest.skip("; ".join(refused))
+    _padded(device, torch.bfloat16, h=1, hk=1, sq=40, sk=70, d=head_dim, bias=_bias(axes, torch.bfloat16, device))
 
 
 @pytest.mark.gpu

@@ -19,13 +19,17 @@ __all__ = ["Backend", "Call", "ORDER", "backend", "explain", "info", "select"]
 # "cuda" stands behind "triton" until a GPU has shown it faster: measured.py then puts it first where it is.
 ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
 NAMES = ("eager", "cpu", "triton", "cuda", "sdpa")
+OPS = (
+    "additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "linear",
+    "norm", "packed_linear",
+)  # fmt: skip
 
 
 class Call(NamedTuple):
     """What a backend needs to know to say whether it can run a call.
 
-    op: "attention", "norm", "bias_activation", "dropout", ...   device: torch device type   dtype: of the data
-    size: head dim, normalised width, ...   features: sorted names, e.g. ("causal", "dropout")
+    op: one of OPS   device: torch device type   dtype: of the data   size: head dim, normalised width, ...
+    features: sorted names, e.g. ("causal", "dropout"); "backward" for the gradients of attention
     length: the longer of queries and keys, rounded up to a power of two; 0 where no choice depends on it
     """
 
@@ -139,10 +143,16 @@ def _describe(call: Call) -> str:
 
 
 def explain(call: Call) -> str:
-    """Which backend runs `call`, why each earlier one does not, and what a forced one cannot.
+    """Which backend runs `call`, why each earlier one does not, and what a forced one cannot. Raises ValueError for an
+    op that does not exist, TypeError for the name of one in the place of a Call.
 
     >>> explain(Call("norm", "cpu", torch.float32, 768))
     """
+    op = call if isinstance(call, str) else call[0]
+    if op not in OPS:
+        raise ValueError(f"explain: there is no op {op!r}; there are {', '.join(OPS)}")
+    if isinstance(call, str):
+        raise TypeError(f"explain: wanted a Call, got an op's name: Call({op!r}, device, dtype, size) says it all")
     call = Call(*call)
     lines = [_describe(call)]
     forced, line = forced_name(), _measured(call)

@@ -13,7 +13,8 @@ from . import Call
 class Line(NamedTuple):
     """`backend` first for calls like these. Empty tuples and None stand for any.
 
-    lengths: (least, most) of the longer of queries and keys. features: the call's must be among them.
+    lengths: (least, most) of the longer of queries and keys. features: the call's must be among them, but for
+    "backward": a line holds for both passes.
     measured: the folder under benchmarks/results that shows it.
     """
 
@@ -32,7 +33,7 @@ class Line(NamedTuple):
             and (not self.dtypes or call.dtype in self.dtypes)
             and (not self.sizes or call.size in self.sizes)
             and (self.lengths is None or self.lengths[0] <= call.length <= self.lengths[1])
-            and (self.features is None or set(call.features) <= set(self.features))
+            and (self.features is None or set(call.features) - {"backward"} <= set(self.features))
         )
 
 

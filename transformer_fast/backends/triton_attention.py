@@ -288,9 +288,13 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
 
 def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta: bool = False) -> None:
     """dQ, dbias and dtable, those that are given, or delta alone."""
-    config = configurations.select("backward_query", call.shape)
-    if dq is None and not delta and call.shape.architecture in ("sm_80", "sm_120"):  # operands in registers: no 64 rows
-        config = config._replace(block_m=32, block_n=32, num_warps=4)
+    shape = call.shape._replace(kind="rich") if delta and call.shape.kind == "plain" else call.shape
+    config = configurations.select("backward_query", shape)
+    if dq is None and not delta:  # the sums of the table alone
+        if call.shape.architecture in ("sm_80", "sm_120"):  # operands in registers: no 64 rows
+            config = config._replace(block_m=32, block_n=32, num_warps=4)
+        elif not call.shape.single:
+            config = config._replace(block_m=64, block_n=32, num_warps=8)
     if delta:  # the compiler aims at two blocks a multiprocessor: with more tiles in flight it spills
         config = config._replace(num_stages=1)
     blocks = triton.cdiv(call.queries, config.block_m)

@@ -88,10 +88,12 @@ def _placed(spec: AttentionSpec) -> bool:
     return placed and not (same and spec.max_seqlen_q == spec.max_seqlen_k)
 
 
-def choose(spec: AttentionSpec) -> Backend:
+def choose(spec: AttentionSpec, backward: bool = False) -> Backend:
+    """backward: for the gradients, which another backend may compute than the output."""
     q = spec.query
+    asked = ("backward", *features(spec)) if backward else features(spec)
     length = 1 << (max(spec.max_seqlen_q, spec.max_seqlen_k) - 1).bit_length() if q.is_cuda else 0
-    return select(Call("attention", q.device.type, q.dtype, q.shape[-1], features(spec), length))
+    return select(Call("attention", q.device.type, q.dtype, q.shape[-1], asked, length))
 
 
 def _out_like(q: torch.Tensor) -> torch.Tensor:
@@ -171,7 +173,7 @@ def _run_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
             g.zero_()
         return
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    choose(spec).attention_backward(  # type: ignore[attr-defined]
+    choose(spec, backward=True).attention_backward(  # type: ignore[attr-defined]
         spec, grad_out, grad_lse, out, lse, dq, dk, dv,
         dbias if dbias.numel() else None, dtable if dtable.numel() else None,
     )  # fmt: skip
