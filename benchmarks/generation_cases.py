@@ -14,14 +14,18 @@ import transformer_fast as tf
 from . import shapes
 from .case import OURS, Bar, Candidate, Case
 from .checkpoints import folder
+from .openvino_generation import openvino_generation
 
-__all__ = ["generation_cases"]
+__all__ = ["Inputs", "checkpoint", "generation_cases", "make_inputs", "run_generate"]
 
 HF_SDPA = "HF sdpa"
 _SEQ2SEQ = {"vocab_size": 58101, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8,
             "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}  # fmt: skip
 
-# name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small and facebook/bart-base.
+_OUR_TOKENS = {"pad_token_id": 0, "eos_token_id": 2}
+
+# name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small and facebook/bart-base; of
+# the base model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units a direction.
 MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2LMHeadModel", {"bos_token_id": 50256, "eos_token_id": 50256}),
     "marian": ("MarianMTModel", {
@@ -38,12 +42,26 @@ MODELS: dict[str, tuple[str, dict]] = {
         "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "activation_function": "gelu", "bos_token_id": 0,
         "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
     }),
+    # As torch.nn.Transformer has them: norms at the ends, dropout inside the sublayers too.
+    "transformer-base": ("TransformerForConditionalGeneration", {
+        "final_norm": True, "attention_dropout": 0.1, "activation_dropout": 0.1, **_OUR_TOKENS,
+    }),
+    "attention-rnn": ("AttentionRNNForConditionalGeneration", {
+        "vocab_size": 30000, "embedding_size": 620, "hidden_size": 1000, "label_smoothing": 0.1, **_OUR_TOKENS,
+    }),
 }  # fmt: skip
 _TINY = {
     "GPT2LMHeadModel": {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1,
                         "eos_token_id": 1},
     "T5ForConditionalGeneration": {"vocab_size": 99, "d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2,
                                    "d_kv": 16, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+    "TransformerForConditionalGeneration": {
+        **MODELS["transformer-base"][1], "vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+        "num_attention_heads": 2, "ffn_dim": 64,
+    },
+    "AttentionRNNForConditionalGeneration": {
+        **MODELS["attention-rnn"][1], "vocab_size": 99, "embedding_size": 24, "hidden_size": 32,
+    },
 }  # fmt: skip
 _TINY_SEQ2SEQ = {"vocab_size": 99, "decoder_vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
                  "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
@@ -62,36 +80,41 @@ class Inputs(NamedTuple):
     beams: int
 
 
-def _checkpoint(name: str, kind: str, config: dict) -> pathlib.Path:
-    path = folder() / f"generation-{name}"
+def checkpoint(name: str, tiny: bool) -> pathlib.Path:
+    """The folder of a model of MODELS with random weights, or of a tiny one of its kind."""
+    kind = MODELS[name][0]
+    path = folder() / f"generation-{name}{'-tiny' if tiny else ''}"
     if not (path / "config.json").exists():
         import transformers
 
         partial_path = pathlib.Path(tempfile.mkdtemp(dir=folder()))
         torch.manual_seed(0)
-        cls = getattr(transformers, kind)
-        cls(cls.config_class(**config)).save_pretrained(partial_path)
+        cls = getattr(transformers if hasattr(transformers, kind) else tf, kind)
+        cls(cls.config_class(**_config(name, tiny))).save_pretrained(partial_path)
         shutil.rmtree(path, ignore_errors=True)
         partial_path.rename(path)
     return path
 
 
-def _make_inputs(name: str, lengths: list[int], tokens: int, beams: int, device: str, tiny: bool) -> Inputs:
+def _config(name: str, tiny: bool) -> dict:
     kind, config = MODELS[name]
+    return _TINY.get(kind, _TINY_SEQ2SEQ) if tiny else config
+
+
+def make_inputs(name: str, lengths: list[int], tokens: int, beams: int, device: str, tiny: bool) -> Inputs:
     if tiny:
-        name, config = f"{name}-tiny", _TINY.get(kind, _TINY_SEQ2SEQ)
-        lengths, tokens = [5, 3][: len(lengths)], 3
+        lengths, tokens = [5, 3 if len(set(lengths)) > 1 else 5][: len(lengths)], 3
+    config, most = _config(name, tiny), 90 if tiny else 30000
     generator = torch.Generator().manual_seed(0)
-    most = 90 if tiny else 30000
     ids = torch.randint(10, most, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     pad = config.get("pad_token_id", config["eos_token_id"])
     return Inputs(
-        _checkpoint(name, kind, config), kind, ids.where(mask.bool(), pad).to(device), mask.to(device), tokens, beams
+        checkpoint(name, tiny), MODELS[name][0], ids.where(mask.bool(), pad).to(device), mask.to(device), tokens, beams
     )
 
 
-def _run(model, inputs: Inputs) -> Callable:
+def run_generate(model, inputs: Inputs) -> Callable:
     model = model.eval().to(inputs.ids.device)
 
     def call():
@@ -108,6 +131,7 @@ _WEIGHTS: dict[str, tuple[str, torch.dtype, dict]] = {
     "": ("fp32", torch.float32, {}),
     "in-place": ("fp32, weights in place", torch.float32, {"copy": False}),
     "bf16-weights": ("fp32, weights stored in bf16", torch.float32, {"dtype": torch.bfloat16}),
+    "int8-weights": ("fp32, weights stored in int8", torch.float32, {"dtype": torch.int8}),
     "bf16": ("bf16, peer fp32", torch.bfloat16, {}),
 }
 
@@ -117,14 +141,14 @@ def _ours(inputs: Inputs, weights: str = "") -> Callable:
     model = getattr(tf, inputs.kind).from_pretrained(inputs.checkpoint, dtype=dtype)
     if storage:
         tf.generation.set_weight_storage(model, **storage)
-    return _run(model, inputs)
+    return run_generate(model, inputs)
 
 
 def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Callable:
     import transformers
 
     cls = getattr(transformers, inputs.kind)
-    return _run(cls.from_pretrained(inputs.checkpoint, attn_implementation="sdpa", dtype=dtype), inputs)
+    return run_generate(cls.from_pretrained(inputs.checkpoint, attn_implementation="sdpa", dtype=dtype), inputs)
 
 
 class _Tokens:
@@ -183,17 +207,18 @@ def _case(
     candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
-    candidates += [
-        Candidate(f"CTranslate2 {kind}", partial(_ctranslate2, compute_type=kind), ("ctranslate2", "transformers"),
-                  works_on=("cpu",), settle=0.25)
-        for kind in ("float32", "int8")
-        if weights != "in-place"  # beside the copy's case
-    ]  # fmt: skip
+    for kind in {"": ("float32", "int8"), "int8-weights": ("int8",)}.get(weights, ()):
+        theirs: Callable = partial(_ctranslate2, compute_type=kind)
+        needs = ("ctranslate2", "transformers")
+        candidates.append(Candidate(f"CTranslate2 {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
+        if beams == 1:
+            theirs, needs = partial(openvino_generation, weights=kind), ("openvino", "transformers")
+            candidates.append(Candidate(f"OpenVINO {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
     how = "greedy" if beams == 1 else f"beam {beams}"
     return Case(
         name=f"generation/{name}" + (weights and f"-{weights}"),
         title=f"{model}, {how}, {len(lengths)} prompts of up to {max(lengths)} tokens, {tokens} new tokens",
-        inputs=partial(_make_inputs, model, lengths, tokens, beams, device),
+        inputs=partial(make_inputs, model, lengths, tokens, beams, device),
         candidates=tuple(candidates),
         peer=HF_SDPA,
         dtype=_WEIGHTS[weights][0],
@@ -216,6 +241,6 @@ def generation_cases(device: str) -> list[Case]:
     cases = [_case(*w, device) for w in work]
     if device == "cpu":
         cases += [_case(*w, device, "in-place") for w in work]
-        for weights in ("bf16-weights", "bf16"):
+        for weights in ("bf16-weights", "int8-weights", "bf16"):
             cases += [_case(*work[0][:5], 2.2, device, weights), _case(*work[1][:5], 3.3, device, weights)]
     return cases

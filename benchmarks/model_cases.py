@@ -14,7 +14,7 @@ from . import checkpoints, peers, shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable
 from .peers import EncoderInputs
 
-__all__ = ["HF_SDPA", "gpu_model_cases", "model_cases"]
+__all__ = ["HF_SDPA", "TrainingInputs", "gpu_model_cases", "model_cases", "random_batch", "training_step"]
 
 HF_SDPA = "HF sdpa"
 HF_EAGER = "HF eager"
@@ -67,10 +67,12 @@ def _our(name: str):
         raise Unavailable(f"transformer_fast.{name}: {error}") from error
 
 
-def random_batch(lengths: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random token ids, padded on the right, and their attention mask."""
+def random_batch(
+    lengths: list[int], device: str, words: tuple[int, int] = (1000, 30000)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids, padded on the right with 0, and their attention mask."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 30000, (len(lengths), max(lengths)), generator=generator)
+    ids = torch.randint(*words, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return (ids * mask).to(device), mask.to(device)
 
@@ -193,7 +195,7 @@ def _minilm(device: str) -> Case:
 
 
 # ---- fine-tuning -------------------------------------------------------------------------------------
-class _TrainingInputs(NamedTuple):
+class TrainingInputs(NamedTuple):
     checkpoint: object
     ids: torch.Tensor
     mask: torch.Tensor
@@ -201,7 +203,7 @@ class _TrainingInputs(NamedTuple):
     dtype: torch.dtype
 
 
-def _step(make: Callable, inputs: _TrainingInputs) -> Callable:
+def training_step(make: Callable, inputs: TrainingInputs) -> Callable:
     """One step as a Trainer takes it: forward with dropout, loss, backward, fused AdamW."""
     model = make(inputs.checkpoint).train().to(inputs.ids.device, inputs.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -230,12 +232,12 @@ def _hf_classifier(checkpoint, attention: str, change: Callable | None = None):
 def _training(
     name: str, title: str, lengths: list[int], device: str, bar: Bar, model=BERT_BASE, dtype: str = "fp32"
 ) -> Case:
-    def inputs(tiny: bool) -> _TrainingInputs:
+    def inputs(tiny: bool) -> TrainingInputs:
         sizes = [5, 3] if tiny else lengths
         config = ("bert-tiny", shapes.TINY_BERT) if tiny else model
         ids, mask = random_batch(sizes, device)
         labels = torch.arange(len(sizes), device=device) % 2
-        return _TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels, DTYPES[dtype])
+        return TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels, DTYPES[dtype])
 
     def accelerated(model):
         _our("accelerate")(model, verbose=False)
@@ -253,7 +255,7 @@ def _training(
         title=title,
         inputs=inputs,
         candidates=tuple(
-            Candidate(key, partial(_step, make), ("transformers",), slow=key == "torch.compile")
+            Candidate(key, partial(training_step, make), ("transformers",), slow=key == "torch.compile")
             for key, make in makes.items()
         ),
         peer=HF_SDPA,

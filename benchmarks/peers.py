@@ -23,6 +23,7 @@ __all__ = [
     "hugging_face",
     "onnxruntime_encoder",
     "openvino_encoder",
+    "quiet",
 ]
 
 
@@ -83,7 +84,8 @@ def compiled(inputs: EncoderInputs, freezing: bool = False) -> Callable:
 
 
 @contextmanager
-def _quiet():
+def quiet():
+    """Converters' warnings stay out of the progress bar's way."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -143,7 +145,7 @@ def _export_onnx(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
     config = module.model.config
     axes = {0: "batch", 1: "length"}
     plain = path.with_suffix(".plain.onnx")
-    with _quiet():
+    with quiet():
         torch.onnx.export(
             module,
             _example(),
@@ -164,7 +166,7 @@ def openvino_encoder(inputs: EncoderInputs) -> Callable:
     """OpenVINO's CPU plugin, latency hint, float32 arithmetic."""
     import openvino
 
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         ids, mask = _example()
         model = openvino.convert_model(
             _Traceable(inputs.checkpoint, "sdpa"), example_input={"input_ids": ids, "attention_mask": mask}
@@ -189,7 +191,7 @@ def ctranslate2_encoder(inputs: EncoderInputs, compute_type: str) -> Callable:
 
     path = folder() / f"{inputs.checkpoint.name}-ctranslate2"
     if not (path / "model.bin").exists():
-        with _quiet():
+        with quiet():
             converter = ctranslate2.converters.TransformersConverter(str(inputs.checkpoint))
             converter.convert(str(path), force=True)
     encoder = ctranslate2.Encoder(

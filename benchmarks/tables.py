@@ -1,8 +1,8 @@
 """Fill README's tables from the newest committed results: python benchmarks/tables.py [--check].
 
 Between `<!-- results:NAME -->` and `<!-- /results -->` everything is generated. NAME is DEVICE (all tables of the
-newest results whose folder name starts so: "cpu", "cuda") or DEVICE/TABLE with TABLE one of bars, models, attention,
-machine.
+newest results whose folder name starts so: "cpu", "cuda") or DEVICE/TABLE with TABLE one of bars, models, generation,
+attention, machine.
 """
 
 import argparse
@@ -109,15 +109,36 @@ def _models(rows: list[dict], about: dict) -> str:
     peers = [at.get((case["case"], case["peer"])) for case in cases]
     lines.append(_row("peer's time", *(f"{_seconds(p['median_s'])} ({p['candidate']})" if p else "" for p in peers)))
     for name in names:
-        cells = []
-        for case in cases:
-            row = at.get((case["case"], name))
-            text = _ratio(row["ratio_to_peer"]) if row and row["ratio_to_peer"] else ""
-            if row and not row["median_s"] and row["note"]:
-                text = "not installed" if row["note"].startswith("not installed") else "failed"
-            cells.append(f"**{text}**" if name == OURS and text else text)
-        lines.append(_row(name, *cells))
+        lines.append(_row(name, *(_speedup(at.get((case["case"], name))) for case in cases)))
     return "\n".join(lines)
+
+
+def _generation(rows: list[dict], about: dict) -> str:
+    """Generated text, a work a row: the peer's time, and the speed-up of every other candidate over it."""
+    rows = [row for row in rows if row["group"] == "generation"]
+    if not rows:
+        return ""
+    at = {(row["case"], row["candidate"]): row for row in rows}
+    names = list(dict.fromkeys(row["candidate"] for row in rows if row["candidate"] != row["peer"]))
+    lines = _header("generation, speed-up over the peer", "peer's time", *names)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = next(row for row in rows if row["case"] == case)
+        peer = at.get((case, mine["peer"]))
+        time = f"{_seconds(peer['median_s'])} ({peer['candidate']})" if peer and peer["median_s"] else ""
+        lines.append(
+            _row(_work(mine).removeprefix("generation: "), time, *(_speedup(at.get((case, name))) for name in names))
+        )
+    return "\n".join(lines)
+
+
+def _speedup(row: dict | None) -> str:
+    """Of a candidate over its peer, or why there is none."""
+    if row is None:
+        return ""
+    if not row["median_s"] and row["note"]:
+        return "not installed" if row["note"].startswith("not installed") else "failed"
+    text = _ratio(row["ratio_to_peer"]) if row["ratio_to_peer"] else ""
+    return f"**{text}**" if row["candidate"] == OURS and text else text
 
 
 def _attention(rows: list[dict], about: dict) -> str:
@@ -135,7 +156,7 @@ def _attention(rows: list[dict], about: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"machine": _machine, "bars": _bars, "models": _models, "attention": _attention}
+TABLES = {"machine": _machine, "bars": _bars, "models": _models, "generation": _generation, "attention": _attention}
 
 
 def _header(*cells: str) -> list[str]:

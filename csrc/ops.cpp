@@ -102,7 +102,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
 #undef TF_ATTENTION
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
-  m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32)
+  m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
   m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.
   m.def(

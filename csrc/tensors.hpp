@@ -24,6 +24,9 @@ inline DType dtype_of(const Tensor& t) {
     default: STD_TORCH_CHECK(false, "transformer_fast: dtype must be float32, bfloat16 or float16");
   }
 }
+// Of packed weights: int8 too.
+inline DType storage_of(const Tensor& t) { return t.scalar_type() == ScalarType::Char ? DType::i8 : dtype_of(t); }
+inline int64_t bytes_of(DType d) { return d == DType::f32 ? 4 : d == DType::i8 ? 1 : 2; }
 #ifdef TF_EMULATE
 // The emulator holds every access of a kernel against the tensors that its binding has read or written.
 void name_tensor(const Tensor& t, const void* data, bool writable);

@@ -15,9 +15,10 @@ VOCABULARY = 53
 def models(seed=0, **options):
     """HF's GPT-2 and ours with the same weights, large enough for decided next tokens."""
     torch.manual_seed(seed)
+    options = {"n_embd": 32, **options}
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, **options,
+        vocab_size=VOCABULARY, n_positions=64, n_layer=2, n_head=4, initializer_range=0.4, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2, **options,
     )  # fmt: skip
     theirs, ours = hf.GPT2LMHeadModel(config).eval(), tf.GPT2LMHeadModel(config).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -54,10 +55,11 @@ SEQ2SEQ = {
 }  # fmt: skip
 
 
-def seq2seq_models(family: str, seed: int = 0):
+def seq2seq_models(family: str, seed: int = 0, **options):
     """Hugging Face's encoder-decoder and ours with the same weights."""
     torch.manual_seed(seed)
     cls, config = SEQ2SEQ[family]
+    config = type(config)(**config.to_dict() | options)
     theirs, ours = cls(config).eval(), getattr(tf, cls.__name__)(config).eval()
     if family in ("bart", "marian"):
         theirs.final_logits_bias.normal_()

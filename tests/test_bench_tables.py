@@ -28,6 +28,12 @@ def root(tmp_path):
                  "median_s": "9e-6", "bar": "<= 10 us more", "met": "yes", "note": "4.5 us more than bare kernel"},
         empty | {"case": "attention-forward/fp32-b8-s128", "group": "attention-forward", "candidate": OURS,
                  "median_s": "0.001", "tflops": "0.15"},
+        *(empty | {"case": "generation/gpt2-b1", "group": "generation", "peer": "HF sdpa"} | row for row in (
+            {"candidate": OURS, "median_s": "0.5", "ratio_to_peer": "4"},
+            {"candidate": "HF sdpa", "median_s": "2", "ratio_to_peer": "1"},
+            {"candidate": "OpenVINO int8", "median_s": "0.8", "ratio_to_peer": "2.5"},
+            {"candidate": "CTranslate2 int8", "note": "failed: RuntimeError: why"},
+        )),
     ]  # fmt: skip
     ceilings = {"gemm": {"fp32": 2e11, "bf16": 4e11, "fp16": 4e11}, "copy": 4e10}
     results.write(results.result_folder(about, tmp_path), rows, ceilings, about)
@@ -50,6 +56,11 @@ def test_every_table(root):
     assert "fp32 200, bf16 400 GFLOP/s, copy 40 GB/s" in whole and "cpu-test-2c/2026-01-02-abc" in whole
     assert "| OpenVINO | not installed |" in whole and f"| {OURS} | **2.00x** |" in whole
     assert "| attention forward: fp32 b8 s128 | 150 |" in whole
+    assert (
+        "| generation, speed-up over the peer | peer's time | transformer_fast | OpenVINO int8 | CTranslate2 int8 |\n"
+        in whole
+    )
+    assert "| gpt2 b1 | 2.00 s (HF sdpa) | **4.00x** | 2.50x | failed |" in whole
     for name in tables.TABLES:
         assert tables.render(f"cpu/{name}", root) in whole
     with pytest.raises(ValueError, match="no table 'wrong'"):

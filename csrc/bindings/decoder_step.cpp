@@ -21,17 +21,18 @@ StepNorm norm_of(const OptionalTensors& tensors, size_t at, double eps, bool rms
   return {read<float>(tensors[at]), read<float>(tensors[at + 1]), float(eps), rms};
 }
 
-// tensors[at]: panels (ceil(out / 32), in, 32), or the weight (out, in) with one stride 1; tensors[at + 1]: bias
+// tensors[at]: panels (ceil(out / 32), in, 32), in int8 (ceil(out / 32), in + 4, 32), or the weight (out, in) with one stride 1; tensors[at + 1]: bias
 StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
   StepWeight w{};
   if (!tensors[at].has_value()) return w;
   const Tensor& t = *tensors[at];
-  w.storage = dtype_of(t);
+  w.storage = t.dim() == 3 ? storage_of(t) : dtype_of(t);
   w.data = read(t);
   w.bias = read<float>(tensors[at + 1]);
   w.in = t.size(1);
   if (t.dim() == 3) {
     w.out = out;
+    if (w.storage == DType::i8) w.in -= kScaleSlots / kPanel;
     return w;
   }
   w.out = t.size(0);
@@ -44,7 +45,7 @@ StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
 // Floats a row of the workspace for the products with this weight.
 int64_t decoder_split_floats(Tensor weight) { return split_floats(weight_of({weight, OptionalTensor()}, 0, 0)); }
 
-int64_t bytes_of(const StepWeight& w) { return w.out * w.in * (w.storage == DType::f32 ? 4 : 2); }
+int64_t bytes_of(const StepWeight& w) { return w.out * w.in * bytes_of(w.storage); }
 
 void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
                         OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm, int64_t activation,

@@ -21,7 +21,7 @@ void column_sum(Tensor x, Tensor out) {
 void pack_weight(Tensor weight, Tensor packed) {
   PackWeight a{};
   a.dtype = dtype_of(weight);
-  a.storage = dtype_of(packed);
+  a.storage = storage_of(packed);
   a.weight = read(weight);
   a.packed = write(packed);
   a.out = weight.size(0);
@@ -31,7 +31,7 @@ void pack_weight(Tensor weight, Tensor packed) {
 #if defined(__linux__)
   // Streaming a weight through 4 KiB pages spends a good part of its time on their translation.
   const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.packed);
-  const uintptr_t end = begin + size_t(packed.numel()) * (a.storage == DType::f32 ? 4 : 2);
+  const uintptr_t end = begin + size_t(packed.numel() * bytes_of(a.storage));
   const uintptr_t first = (begin + page - 1) & ~(page - 1);
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
@@ -41,7 +41,7 @@ void pack_weight(Tensor weight, Tensor packed) {
 void packed_linear(Tensor x, Tensor packed, OptionalTensor bias, int64_t activation, Tensor y) {
   PackedLinear a{};
   a.dtype = dtype_of(x);
-  a.storage = dtype_of(packed);
+  a.storage = storage_of(packed);
   a.x = read(x);
   a.packed = read(packed);
   a.bias = read<float>(bias);

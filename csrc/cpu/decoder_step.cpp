@@ -66,14 +66,17 @@ template <class W>
 void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
   const W* data = static_cast<const W*>(w.data);
   if (w.layout == WeightLayout::panels)
-    return multiply_rows<kRows>(rows, x, ldx, data + panel * w.in * kPanel, w.in, sums);
-  const int64_t begin = panel * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
-  multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, first, sums);
+    return multiply_rows(rows, x, ldx, data + panel * panel_slots<W>(w.in), w.in, sums);
+  if constexpr (sizeof(W) > 1) {
+    const int64_t begin = panel * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
+    multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, first, sums);
+  }
 }
 
 void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
-  w.storage == DType::f32 ? multiply<float>(w, panel, rows, x, ldx, first, sums)
-                          : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
+  if (w.storage == DType::f32) return multiply<float>(w, panel, rows, x, ldx, first, sums);
+  w.storage == DType::i8 ? multiply<int8_t>(w, panel, rows, x, ldx, first, sums)
+                         : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
 }
 
 template <class C>  // element of the caches

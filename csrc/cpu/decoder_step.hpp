@@ -18,7 +18,7 @@ enum class WeightLayout {
 };
 
 struct StepWeight {  // y = x W^T + bias; absent when data is null
-  DType storage;
+  DType storage;  // f32 or bf16, of panels i8 too
   WeightLayout layout;
   const void* data;
   const float* bias;

@@ -55,8 +55,8 @@ void multiply(const PackedLinear& a) {
       for (int64_t p = begin; p < end; ++p)
         for (int64_t r = block; r < block_end; r += kRows) {
           const int rows = block_end - r < kRows ? int(block_end - r) : kRows;
-          const W* panel = static_cast<const W*>(a.packed) + p * a.in * kPanel;
-          multiply_rows<kRows>(rows, x + r * ldx, ldx, panel, a.in, sums);
+          const W* panel = static_cast<const W*>(a.packed) + p * panel_slots<W>(a.in);
+          multiply_rows(rows, x + r * ldx, ldx, panel, a.in, sums);
           finish_rows<T>(a, r, rows, p * kPanel, sums);
         }
     }
@@ -76,21 +76,58 @@ void store_panel(const float* rows, int64_t depth, bf16* panel) {
     }
 }
 
+constexpr int64_t kDepth = 64;  // inputs that are packed together
+
+// visit(k, rows, depth) for the inputs of a panel: floats (depth, 32), zeros in columns that the weight has not.
+template <class T, class F>
+void visit_panel(const PackWeight& a, int64_t panel, const F& visit) {
+  alignas(64) float rows[kDepth * kPanel];
+  const int64_t columns = a.out - panel * kPanel < kPanel ? a.out - panel * kPanel : kPanel;
+  const T* weight = static_cast<const T*>(a.weight) + panel * kPanel * a.out_stride;
+  for (int64_t k = 0; k < a.in; k += kDepth) {
+    const int64_t depth = a.in - k < kDepth ? a.in - k : kDepth;
+    if (a.in_stride == 1)
+      load_transposed(weight + k, a.out_stride, columns, depth, rows, kPanel);
+    else
+      load_rows(weight + k * a.in_stride, a.in_stride, depth, columns, rows, kPanel);
+    visit(k, static_cast<const float*>(rows), depth);
+  }
+}
+
+template <class T>
+void pack_int8(const PackWeight& a, int64_t p) {
+  int8_t* panel = static_cast<int8_t*>(a.packed) + p * panel_slots<int8_t>(a.in);
+  float scales[kPanel] = {}, inverse[kPanel];
+  visit_panel<T>(a, p, [&](int64_t, const float* rows, int64_t depth) {
+    for (int64_t i = 0; i < depth * kPanel; ++i) {
+      const float size = __builtin_fabsf(rows[i]);
+      if (size > scales[i % kPanel] || size != size) scales[i % kPanel] = size;  // a NaN stays one
+    }
+  });
+  for (int c = 0; c < kPanel; ++c) {
+    inverse[c] = scales[c] > 0.f ? 127.f / scales[c] : 0.f;
+    if (!(inverse[c] <= 3e38f)) inverse[c] = 0.f;  // a column too small to have a scale, or not of numbers
+    scales[c] /= 127.f;
+  }
+  visit_panel<T>(a, p, [&](int64_t k, const float* rows, int64_t depth) {
+    for (int64_t i = 0; i < depth * kPanel; ++i) {
+      const float v = rows[i] * inverse[i % kPanel];
+      panel[k * kPanel + i] = v == v ? int8_t(__builtin_rintf(v)) : int8_t(1);
+    }
+  });
+  __builtin_memcpy(panel + a.in * kPanel, scales, sizeof scales);
+}
+
 template <class T, class W>
 void pack(const PackWeight& a) {
-  constexpr int64_t kDepth = 64;
   parallel_for((a.out + kPanel - 1) / kPanel, 1 + 65536 / (a.in * kPanel + 1), [&](int64_t begin, int64_t end) {
-    alignas(64) float rows[kDepth * kPanel];
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t columns = a.out - p * kPanel < kPanel ? a.out - p * kPanel : kPanel;
-      const T* weight = static_cast<const T*>(a.weight) + p * kPanel * a.out_stride;
-      for (int64_t k = 0; k < a.in; k += kDepth) {
-        const int64_t depth = a.in - k < kDepth ? a.in - k : kDepth;
-        if (a.in_stride == 1)
-          load_transposed(weight + k, a.out_stride, columns, depth, rows, kPanel);
-        else
-          load_rows(weight + k * a.in_stride, a.in_stride, depth, columns, rows, kPanel);
-        store_panel(rows, depth, static_cast<W*>(a.packed) + (p * a.in + k) * kPanel);
+      if constexpr (sizeof(W) == 1) {
+        pack_int8<T>(a, p);
+      } else {
+        visit_panel<T>(a, p, [&](int64_t k, const float* rows, int64_t depth) {
+          store_panel(rows, depth, static_cast<W*>(a.packed) + (p * a.in + k) * kPanel);
+        });
       }
     }
   });
@@ -101,14 +138,16 @@ void pack(const PackWeight& a) {
 void pack_weight(const PackWeight& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    a.storage == DType::f32 ? pack<T, float>(a) : pack<T, bf16>(a);
+    if (a.storage == DType::f32) return pack<T, float>(a);
+    a.storage == DType::i8 ? pack<T, int8_t>(a) : pack<T, bf16>(a);
   });
 }
 
 void packed_linear(const PackedLinear& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    a.storage == DType::f32 ? multiply<T, float>(a) : multiply<T, bf16>(a);
+    if (a.storage == DType::f32) return multiply<T, float>(a);
+    a.storage == DType::i8 ? multiply<T, int8_t>(a) : multiply<T, bf16>(a);
   });
 }
 

@@ -19,8 +19,31 @@ static inline void load_pair(const bf16* w, int g, Vec& low, Vec& high) {
   low = bit_cast<Vec>(words << 16);
   high = bit_cast<Vec>(words & 0xffff0000u);
 }
+static inline Vec widen(const int8_t* w) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return bit_cast<Vec>(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes)));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w));
+  return bit_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = float(w[i]);
+  return v;
+#endif
+}
+static inline void load_pair(const int8_t* w, int g, Vec& low, Vec& high) {
+  low = widen(w + g);
+  high = widen(w + 16 + g);
+}
 
-// out (M, 32) = x (M, in) times one panel.
+// Slots from one panel to the next.
+template <class W>
+constexpr int64_t panel_slots(int64_t in) {
+  return in * kPanel + (sizeof(W) == 1 ? kScaleSlots : 0);
+}
+
+// out (M, 32) = x (M, in) times one panel, without the scales that it may have.
 template <int M, class W>
 static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
   for (int g = 0; g < 16; g += kWidth) {
@@ -49,9 +72,23 @@ static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t 
 }
 
 template <int M, class W>
-static void multiply_rows(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
+static void multiply_panels(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
   if (rows == M) return multiply_panel<M>(x, ldx, panel, in, out);
-  if constexpr (M > 1) multiply_rows<M - 1>(rows, x, ldx, panel, in, out);
+  if constexpr (M > 1) multiply_panels<M - 1>(rows, x, ldx, panel, in, out);
+}
+
+// out (rows, 32) = x (rows, in) times one panel; at most kRows rows.
+template <class W>
+static void multiply_rows(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
+  multiply_panels<kRows>(rows, x, ldx, panel, in, out);
+  if constexpr (sizeof(W) == 1) {
+    const char* scales = reinterpret_cast<const char*>(panel + in * kPanel);
+    for (int64_t c = 0; c < kPanel; c += kWidth) {
+      Vec scale;
+      __builtin_memcpy(&scale, scales + c * int64_t(sizeof(float)), sizeof scale);
+      for (int m = 0; m < rows; ++m) store(out + m * kPanel + c, load(out + m * kPanel + c) * scale);
+    }
+  }
 }
 
 }  // namespace tf::TF_ISA

@@ -431,7 +431,6 @@ def test_finished_rows_are_no_longer_computed(family, options, by_engine):
             {"inputs": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)},
             r"attention_mask: wanted shape \(1, 3\) as the ids, got \(1, 2\)",
         ),
-        ({"inputs": torch.ones(1, 3, dtype=torch.long), "num_beams": 4, "num_beam_groups": 2}, "trust_remote_code"),
     ],
 )
 def test_bad_input(call, message):

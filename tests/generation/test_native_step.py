@@ -129,14 +129,31 @@ def test_options():
     property()
 
 
-def test_storage_in_bfloat16(isa):
-    """With weights that bfloat16 holds exactly nothing is lost; with others it is their rounding alone."""
-    model, ids = make("gpt2"), torch.randint(VOCABULARY, (5, 10))
-    for module in model.modules():
-        if hasattr(module, "weight") and module.weight.dim() == 2:
-            module.weight.data = module.weight.bfloat16().float()
-    compare(model, ids, decode(model, ids, storage=torch.bfloat16))
-    assert 2 * weights_of(model, torch.bfloat16).copied_bytes == weights_of(model).copied_bytes > 0
+def rounded(weight: torch.Tensor, storage: torch.dtype, out: int) -> torch.Tensor:
+    """What storage makes of a weight whose outputs lie along dimension `out`."""
+    if storage == torch.bfloat16:
+        return weight.bfloat16().float()
+    scale = 2.0 ** (weight.abs().amax(1 - out, keepdim=True) / 127).log2().ceil()
+    levels = (weight / scale).round()
+    levels.select(1 - out, 0).fill_(127.0)  # the largest: the scale is then a power of two
+    return levels * scale
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "t5-v1.1"])
+def test_narrow_storage(isa, family, storage):
+    """Nothing is lost of weights that the storage holds exactly."""
+    model, ids = make(family), torch.randint(VOCABULARY, (5, 10))
+    inputs = {}
+    if "cross_query" in model.layers[0]:
+        inputs = {"states": torch.randn(5, 7, model.token.embedding_dim), "states_mask": torch.ones(5, 7).bool()}
+    tensors = model.step_description().tensors()
+    for p in (*(p for layer in tensors.layers for p in layer.projections), tensors.head):
+        for w in () if p is None else p.weights:
+            w.data.copy_(rounded(w.data, storage, 1 if p.transposed else 0) / 32)
+    compare(model, ids, decode(model, ids, storage=storage, **inputs), **inputs)
+    narrow, wide = weights_of(model, storage).copied_bytes, weights_of(model).copied_bytes
+    assert 0 < narrow <= wide / (2 if storage == torch.bfloat16 else 2.5)
 
 
 def test_long_context():
@@ -226,6 +243,7 @@ def test_key_values_are_those_of_the_rows():
 
 def test_weights_are_copied_once_and_again_when_they_change():
     model = make("marian")
+    set_weight_storage(model, copy=True)
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
     kept = native_step._copies[model]
@@ -237,7 +255,7 @@ def test_weights_are_copied_once_and_again_when_they_change():
     rounded = NativeStepper(model, prompt).start()
     assert native_step._copies[model].storage == torch.bfloat16
     assert 0 < (rounded - changed).abs().max() < 0.1 * changed.abs().max()
-    set_weight_storage(model, None)
+    set_weight_storage(model, copy=True)
     assert torch.equal(NativeStepper(model, prompt).start(), changed)
 
 
@@ -251,7 +269,7 @@ def test_weights_in_place():
             read = [t for w in (*weights.weights, weights.head) for t in w[::2] if t is not None]
             assert read and all(t.data_ptr() in lie for t in read) and weights.copied_bytes == 0
     model = make("marian")
-    set_weight_storage(model, copy=False)
+    set_weight_storage(model)  # its weights are no checkpoint's
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
     assert model not in native_step._copies

@@ -1,6 +1,7 @@
 """generate() by the native step: the tokens of the model's own forward, whatever the prompts and the method."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
 
-from transformer_fast.backends import native
-from transformer_fast.generation import set_weight_storage
+from transformer_fast.backends import memory, native
+from transformer_fast.generation import native_step, set_weight_storage
 from transformer_fast.generation.native_step import NativeStepper
 
 if native.load():
@@ -26,6 +27,10 @@ def served(monkeypatch):
     return count
 
 
+# No weight is smaller than a page of memory.
+WIDER = {"d_model": 64, "d_kv": 16, "d_ff": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+
+
 METHODS = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -39,9 +44,10 @@ METHODS = {
 def test_same_tokens_as_hugging_face(served, method):
     @settings(max_examples=4, deadline=None, derandomize=True)
     @given(seed=st.integers(0, 50), batch=st.integers(1, 4), length=st.integers(1, 9),
-           inverse=st.booleans(), side=st.sampled_from(["left", "right"]))  # fmt: skip
-    def property(seed, batch, length, inverse, side):
+           inverse=st.booleans(), side=st.sampled_from(["left", "right"]), copy=st.booleans())  # fmt: skip
+    def property(seed, batch, length, inverse, side, copy):
         theirs, ours = models(seed, scale_attn_by_inverse_layer_idx=inverse)
+        set_weight_storage(ours, copy=copy)
         ids, mask = prompts(batch, length, side)
         kwargs = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **METHODS[method]}
         found = []
@@ -60,6 +66,7 @@ def test_encoder_decoders_as_hugging_face(served, family, beams):
     seen: set[int] = set()
     for seed in range(3):
         theirs, ours = seq2seq_models(family, seed)
+        set_weight_storage(ours, copy=bool(seed % 2))
         ids, mask = prompts(3, 9, "right")
         kwargs = {"attention_mask": mask, "max_new_tokens": 14, "num_beams": beams, "do_sample": False}
         found = [model.generate(ids, **kwargs) for model in (theirs, ours)]
@@ -69,8 +76,10 @@ def test_encoder_decoders_as_hugging_face(served, family, beams):
 
 
 @pytest.mark.quick
-def test_scores_and_cache_of_a_generation(served):
+@pytest.mark.parametrize("copied", [True, False])
+def test_scores_and_cache_of_a_generation(served, copied):
     theirs, ours = models()
+    set_weight_storage(ours, copy=copied)
     ids, mask = prompts(3, 7, "left")
     kwargs = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
     wide = copy.deepcopy(theirs).double()
@@ -105,6 +114,38 @@ def test_bfloat16_models_and_storage(served):
     half = ours.generate(ids, **kwargs)[:, -1]
     assert torch.equal(half[decided], truth.argmax(1)[decided])
     assert decided.any() and len(served) == 2
+
+
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.parametrize("family", ["gpt2", *SEQ2SEQ])
+def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path, monkeypatch):
+    """By itself where nothing is lost by it: the weights give back their memory, and stay what they are."""
+    theirs, built = models(n_embd=64) if family == "gpt2" else seq2seq_models(family, 0, **WIDER)
+    theirs.save_pretrained(tmp_path)
+    ours = type(built).from_pretrained(tmp_path).eval()
+    ids, mask = prompts(3, 9, "right" if family in SEQ2SEQ else "left")
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    wanted = theirs.generate(ids, **kwargs)
+    given_back = []
+    unload = memory.unload
+    monkeypatch.setattr(memory, "unload", lambda t: (given_back.append(t.data_ptr()), unload(t)))
+    for model in (ours, built):
+        assert torch.equal(model.generate(ids, **kwargs), wanted)
+    assert len(served) == 2 and built not in native_step._copies  # what lies in memory of its own is read there
+    copies = native_step._copies[ours]
+    copied = [w for p in copies.tensors.layers[0].projections if p for w in p.weights]
+    assert copied and {w.data_ptr() for w in copied} <= set(given_back)
+    assert all(memory.mirrors_file(w.detach()) for w in copied)
+    for (name, a), b in zip(ours.state_dict().items(), built.state_dict().values()):
+        assert torch.equal(a, b), name
+    with torch.no_grad():
+        copied[0].mul_(1)
+    assert torch.equal(ours.generate(ids, **kwargs), wanted) and ours not in native_step._copies
+    set_weight_storage(ours, torch.bfloat16)
+    ours.generate(ids, **kwargs)
+    assert native_step._copies[ours].storage == torch.bfloat16
+    set_weight_storage(ours)
+    assert torch.equal(ours.generate(ids, **kwargs), wanted) and ours not in native_step._copies
 
 
 def test_what_the_native_step_leaves_to_the_model(served):

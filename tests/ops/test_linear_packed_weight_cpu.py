@@ -1,4 +1,4 @@
-"""Weights packed for few rows: every instruction set, any number of rows, float32 and bfloat16 storage."""
+"""Weights packed for few rows: every instruction set, any number of rows, float32, bfloat16 and int8 storage."""
 
 import pytest
 import torch
@@ -27,7 +27,17 @@ def reference(x, weight, bias, activation):
     return y if activation is None else eager.bias_activation(y, None, None, activation)
 
 
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def held_exactly(w, storage, dtype):
+    """A weight of dtype near w, of which storage loses nothing."""
+    if storage != torch.int8:
+        w = w.to(storage).to(dtype)
+        return w.float().to(storage).to(dtype)
+    w = (40 * w).round().clamp(-127, 127)
+    w[:, -1] = 127.0 * w[:, -1].sign() + (w[:, -1] == 0) * 127.0
+    return (w * 2.0 ** torch.randint(-6, -2, (len(w), 1))).to(dtype)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products(isa, dtype, storage):
     @settings(max_examples=20, deadline=None, derandomize=True)
@@ -43,14 +53,43 @@ def test_products(isa, dtype, storage):
         g = torch.Generator().manual_seed(seed)
         x, w = torch.randn(rows, inner, generator=g).to(dtype), torch.randn(outer, inner, generator=g)
         b = torch.randn(outer, generator=g).to(dtype) if biased else None
-        w = w.to(storage).to(dtype)  # so that storage alone loses nothing
-        if dtype == torch.float16 and storage == torch.bfloat16:
-            w = w.float().bfloat16().half()
+        w = held_exactly(w, storage, dtype)
         y = tf.linear(x, tf.pack_weight(w, storage), b, activation)
-        truth = reference(x.double(), w.to(storage).double(), None if b is None else b.double(), activation)
+        truth = reference(x.double(), w.double(), None if b is None else b.double(), activation)
         assert_as_accurate(y, truth, reference(x, w, b, activation))
 
     property()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_int8_is_the_nearest_of_255_steps(isa, dtype, transposed):
+    w = torch.randn(70, 133) * torch.logspace(-3, 2, 70)[:, None]
+    w[5], w[40] = 0.0, 1e-42  # columns with nothing to scale by
+    w = w.to(dtype)
+    packed = tf.pack_weight(w.t().contiguous().t() if transposed else w, torch.int8)
+    assert packed.data.shape == (3, 137, 32) and packed.shape == w.shape
+    scales = packed.data[:, 133:].flatten(1).view(torch.float32).flatten()[:70]
+    levels = packed.data[:, :133].transpose(1, 2).flatten(0, 1)[:70].float()
+    assert torch.equal(scales, w.float().abs().amax(1) / 127)
+    assert (levels.abs().amax(1)[scales > 1e-30] == 127).all() and not levels[5].any()
+    # Half a step, and the rounding of w / s.
+    assert ((levels * scales[:, None] - w.float()).abs() <= scales[:, None] * (0.5 + 1e-4) + 1e-41).all()
+    x = torch.randn(3, 133)
+    with tf.backend("eager"):
+        plain = tf.linear(x, tf.pack_weight(w.float(), torch.int8))
+    rounded = levels.double() * scales[:, None].double()
+    assert_as_accurate(tf.linear(x, packed), F.linear(x.double(), rounded), F.linear(x, rounded.float()))
+    kept = [i for i in range(70) if i != 40]
+    assert_as_accurate(plain[:, kept], F.linear(x.double(), rounded)[:, kept], F.linear(x, rounded.float())[:, kept])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_does_not_hide_what_is_no_number(bad):
+    w = torch.randn(40, 16)
+    w[7, 3] = bad
+    y = tf.linear(torch.randn(2, 16), tf.pack_weight(w, torch.int8))
+    assert not y[:, 7].isfinite().any() and y[:, :7].isfinite().all() and y[:, 8:].isfinite().all()
 
 
 @pytest.mark.quick

@@ -1,6 +1,9 @@
 """Output memory: large pages are asked for inside a tensor only, and the tensor stays an ordinary one."""
 
+import array
 import copy
+import mmap
+import os
 import pickle
 
 import pytest
@@ -15,7 +18,7 @@ pytestmark = pytest.mark.quick
 @pytest.mark.parametrize("megabytes", [1, 2, 3, 9])
 def test_advice_covers_whole_pages_inside_the_tensor(megabytes, monkeypatch):
     asked = []
-    monkeypatch.setattr(memory, "_madvise", lambda p, n, advice: asked.append((p.value, n.value, advice)))
+    monkeypatch.setattr(memory, "_madvise", lambda p, n, advice: asked.append((p, n, advice)))
     out = memory.empty((megabytes, 1 << 18), torch.float32, torch.device("cpu"))
     if megabytes < 2:
         assert not asked
@@ -42,3 +45,41 @@ def test_small_large_and_non_cpu_outputs_are_poisoned(monkeypatch):
     assert memory.empty((3,), torch.float32, torch.device("cpu")).isnan().all()
     assert memory.empty((2, 1 << 20), torch.float32, torch.device("cpu")).isnan().all()
     assert memory.empty((3,), torch.float32, torch.device("meta")).shape == (3,)
+
+
+def _pages_of_a_file(t: torch.Tensor) -> int:
+    """How many of the pages inside t are resident and mirror a file."""
+    first, end = -(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        file.seek(8 * first)
+        entries = array.array("Q", file.read(8 * (end - first)))
+    return sum(bool(e >> 63 and e & 1 << 61) for e in entries)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.parametrize("written", [None, 0, 3 << 19, (1 << 20) * 4 - 1])
+def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
+    values = torch.randn(1 << 20)
+    path = tmp_path / "weights"
+    path.write_bytes(values.numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=1 << 20, dtype=torch.float32)
+    assert torch.equal(mapped, values)
+    if written is not None:
+        mapped[written // 4] = values[written // 4] = 7.0
+    assert memory.mirrors_file(mapped) == (written is None)
+    before = _pages_of_a_file(mapped)
+    memory.unload(mapped)
+    after = _pages_of_a_file(mapped)
+    assert before > 100 and after == (before if written is not None else 0)
+    assert torch.equal(mapped, values)
+
+
+def test_unload_keeps_memory_of_its_own():
+    t = torch.randn(1 << 20)
+    expected = t.clone()
+    assert not memory.mirrors_file(t)
+    memory.unload(t)
+    memory.unload(t[:3])
+    memory.unload(t.view(1024, 1024).t())
+    memory.unload(t.to("meta"))
+    assert torch.equal(t, expected)

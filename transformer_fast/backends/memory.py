@@ -1,6 +1,8 @@
 """Output memory of the ops: one place to allocate, so that tests can poison it and large outputs get large pages."""
 
+import array
 import ctypes
+import mmap
 import os
 import sys
 
@@ -12,8 +14,11 @@ _poison = os.environ.get("TRANSFORMER_FAST_POISON") == "1"
 # times as much; the tensor stays an ordinary one, and where the kernel declines nothing changes.
 _LARGE = 2 << 20
 _PAGE = 2 << 20
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+if _madvise is not None:
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:
@@ -51,4 +56,35 @@ def _use_large_pages(out: torch.Tensor) -> None:
     first = -(-address // _PAGE) * _PAGE
     size = (address + out.nbytes) // _PAGE * _PAGE - first
     if size > 0:
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+        _madvise(first, size, _MADV_HUGEPAGE)
+
+
+_RESIDENT_OR_SWAPPED, _OF_A_FILE = 3 << 62, 1 << 61  # in entries of /proc/self/pagemap
+
+
+def _pages(t: torch.Tensor) -> range:
+    """The pages that lie whole inside t."""
+    return range(-(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE)
+
+
+def mirrors_file(t: torch.Tensor) -> bool:
+    """True when every page inside t is that of a mapped file, such as a checkpoint's, and none has been written to
+    since; False where t is smaller than a page or the system does not say."""
+    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous() or not _pages(t):
+        return False
+    pages, entries = _pages(t), array.array("Q")
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(8 * pages[0])
+            entries.frombytes(file.read(8 * len(pages)))
+    except (OSError, ValueError):
+        return False
+    return len(entries) == len(pages) and all(e & _OF_A_FILE or not e & _RESIDENT_OR_SWAPPED for e in entries)
+
+
+def unload(t: torch.Tensor) -> None:
+    """Give back the pages of t where it mirrors a file: the next read brings them back. Elsewhere nothing happens."""
+    if mirrors_file(t):
+        assert _madvise is not None
+        pages = _pages(t)
+        _madvise(pages[0] * mmap.PAGESIZE, len(pages) * mmap.PAGESIZE, _MADV_DONTNEED)

@@ -59,87 +59,134 @@ def _select(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return t.gather(1, index) if t.dim() == 2 else t.gather(1, index[..., None].expand(-1, -1, t.shape[2]))
 
 
+class _Search:
+    """The state of every prompt's groups of beams, (G, n, ...) each: a plain search has one group a prompt.
+
+    Scores are summed log-probabilities over length ** length_penalty. `running` are the beams that go on, `ids` the
+    best that have ended.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, groups: int, config: Any):
+        eos, pad = config._eos_token_tensor, config._pad_token_tensor
+        self.config, self.prompt, self.most = config, input_ids.shape[1], config.max_length
+        self.beams = n = config.num_beams // groups
+        self.count = len(input_ids) // n
+        self.k = max(2, 1 + (0 if eos is None else len(eos))) * n
+        device, shape = input_ids.device, (self.count, n)
+        fill = int((pad or eos[0]) if eos is not None else -1)
+        self.running_ids = torch.full((*shape, self.most), fill, dtype=torch.int64, device=device)
+        self.running_ids[:, :, : self.prompt] = input_ids.view(*shape, -1)
+        self.ids = self.running_ids.clone()
+        self.running = torch.full(shape, _NEVER, device=device)
+        self.running[:, 0] = 0.0  # all beams begin alike: only the first counts
+        self.scores = torch.full(shape, _NEVER, device=device)
+        self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.improvable = torch.ones((self.count, 1), dtype=torch.bool, device=device)
+        self.running_from = torch.full((*shape, self.most - self.prompt), -1, dtype=torch.int32, device=device)
+        self.came_from = self.running_from.clone()
+        self.first = torch.arange(self.k, device=device) < n  # only the best n continuations may end
+        self.chosen: torch.Tensor  # (g, n), the tokens of the groups that were extended last
+        self.offset = (torch.arange(self.count, device=device) * n)[:, None]
+
+    def extend(self, groups: slice, log_probs: torch.Tensor, length: int, hits: Any) -> tuple[torch.Tensor, ...]:
+        """Running beams of `groups` by their best continuations: those, (g, k) each, and which of them `hits` ends.
+
+        log_probs: (g * n, V). hits(ids): (rows, length + 1) -> (rows,).
+        """
+        top, beam, token = _continuations(log_probs, self.running[groups], self.k, self.config.do_sample)
+        top_ids = _select(self.running_ids[groups], beam)
+        top_ids[:, :, length] = token
+        top_from = _select(self.running_from[groups], beam)
+        top_from[:, :, length - self.prompt] = beam + self.offset[groups]
+        hit = hits(top_ids[:, :, : length + 1].flatten(0, 1)).view(top.shape)
+        self.running[groups], chosen = torch.topk(top + hit.to(torch.float32) * _NEVER, self.beams)
+        self.running_ids[groups], self.running_from[groups] = _select(top_ids, chosen), _select(top_from, chosen)
+        # Where all end, at the greatest length, nothing goes on: the best are what was chosen.
+        self.chosen = torch.where(hit.all(1, keepdim=True), token[:, : self.beams], token.gather(1, chosen))
+        return top, top_ids, top_from, hit
+
+    def close(self, length: int, top, top_ids, top_from, hit) -> torch.Tensor:
+        """Keep the best of those that end; the groups that are over, (G,) bool. length: with the new token."""
+        config, early = self.config, self.config.early_stopping
+        ends, penalty = hit & self.first, config.length_penalty
+        if bool(ends.any()):  # else nothing could join the ended ones
+            done = top / ((length - self.prompt) ** penalty)
+            blocked = ~self.improvable | (self.ended.all(-1, keepdim=True) & (early is True))
+            done = done + blocked.to(torch.float32) * _NEVER + (~ends).to(torch.float32) * _NEVER
+            self.scores, chosen = torch.topk(torch.cat((self.scores, done), 1), self.beams)
+            self.ids = _select(torch.cat((self.ids, top_ids), 1), chosen)
+            self.came_from = _select(torch.cat((self.came_from, top_from), 1), chosen)
+            self.ended = torch.cat((self.ended, ends), 1).gather(1, chosen)
+        best_length = self.most - self.prompt if early == "never" and penalty > 0.0 else length - self.prompt
+        possible = self.running[:, :1] / (best_length**penalty)
+        worst = torch.where(self.ended, self.scores.amin(1, keepdim=True), _NEVER)
+        self.improvable = self.improvable & (possible > worst).any(-1, keepdim=True)
+        over = ~self.improvable.squeeze(1)
+        return over | self.ended.all(-1) if early is True else over
+
+
 def beam_search(
     stepper: Stepper, input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any, record: Record
 ) -> dict[str, torch.Tensor]:
     """sequences (B * n, longest), sequences_scores (B * n,) and beam_indices (B * n, generated), as HF returns them.
 
-    input_ids: (B * K, S), each prompt K = config.num_beams times. Scores are summed log-probabilities over
-    length ** length_penalty. Source: HF's GenerationMixin._beam_search, whose rules for ending these are.
+    input_ids: (B * K, S), each prompt K = config.num_beams times. With config.num_beam_groups = G > 1 these are G
+    searches of K / G beams; a step goes through them in turn, and from a log-probability (after the processors) it
+    takes diversity_penalty for every beam of the prompt's earlier groups that has chosen the token in this step.
+    Source: HF's GenerationMixin._beam_search, whose rules for ending these are; Vijayakumar et al., Diverse Beam
+    Search, 2016, with Hamming diversity.
     """
-    processors = in_place(processors)
-    pad, eos = config._pad_token_tensor, config._eos_token_tensor
-    beams, penalty, early, max_length = (
-        config.num_beams,
-        config.length_penalty,
-        config.early_stopping,
-        config.max_length,
-    )
-    device = input_ids.device
-    batch, prompt = len(input_ids) // beams, input_ids.shape[1]
-    k = max(2, 1 + (0 if eos is None else len(eos))) * beams
-    fill = int((pad or eos[0]) if eos is not None else -1)
-    running_ids = torch.full((batch, beams, max_length), fill, dtype=torch.int64, device=device)
-    running_ids[:, :, :prompt] = input_ids.view(batch, beams, prompt)
-    ids = running_ids.clone()
-    running = torch.full((batch, beams), _NEVER, device=device)
-    running[:, 0] = 0.0  # all beams begin alike: only the first counts
-    scores = torch.full((batch, beams), _NEVER, device=device)
-    ended = torch.zeros((batch, beams), dtype=torch.bool, device=device)
-    improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
-    running_from = torch.full((batch, beams, max_length - prompt), -1, dtype=torch.int32, device=device)
-    came_from = running_from.clone()
-    first = torch.arange(k, device=device) < beams  # only the best K continuations may end
-    offset = (torch.arange(batch, device=device) * beams)[:, None]
+    processors, beams = in_place(processors), config.num_beams
+    groups = config.num_beam_groups or 1
+    search, batch, length = _Search(input_ids, groups, config), len(input_ids) // beams, input_ids.shape[1]
     live = LiveRows(stepper, batch * beams, fixed=record.active or config.do_sample)
     logits = stepper.start().repeat_interleave(beams, 0)
-    length = prompt
     while True:
-        flat_ids = running_ids[:, :, :length].flatten(0, 1)
+        flat_ids = search.running_ids[:, :, :length].flatten(0, 1)
         raw = logits.to(torch.float32, copy=True) if record.active else None
         logits = logits.to(torch.float32)
         log_probs = processors(flat_ids, torch.log_softmax(logits, -1, out=logits))  # fresh memory would cost more
         if raw is not None:
             record.add(raw, log_probs.clone())
-        top, beam, token = _continuations(log_probs, running, k, config.do_sample)
-
-        top_ids = _select(running_ids, beam)
-        top_ids[:, :, length] = token
-        top_from = _select(running_from, beam)
-        top_from[:, :, length - prompt] = beam + offset
-        hit = criteria(top_ids[:, :, : length + 1].flatten(0, 1), record.scores).view(batch, k)
-
-        going = top + hit.to(torch.float32) * _NEVER
-        running, chosen = torch.topk(going, beams)
-        running_ids, running_from = _select(top_ids, chosen), _select(top_from, chosen)
-
-        if bool((hit & first).any()):  # else nothing could join the ended ones
-            done = top / ((length + 1 - prompt) ** penalty)
-            blocked = ~improvable | (ended.all(-1, keepdim=True) & (early is True))
-            done = done + blocked.to(torch.float32) * _NEVER + (~(hit & first)).to(torch.float32) * _NEVER
-            scores, chosen = torch.topk(torch.cat((scores, done), 1), beams)
-            ids = _select(torch.cat((ids, top_ids), 1), chosen)
-            came_from = _select(torch.cat((came_from, top_from), 1), chosen)
-            ended = torch.cat((ended, hit & first), 1).gather(1, chosen)
-
+        found = []
+        for part, scores in _turns(search, log_probs, groups):
+            found.append(search.extend(part, scores, length, lambda ids: criteria(ids, record.scores)))
+        top, top_ids, top_from, hit = found[0]
+        if groups > 1:
+            top, top_ids, top_from, hit = (torch.stack(t, 1).flatten(0, 1) for t in zip(*found))
         length += 1
-        best_length = max_length - prompt if early == "never" and penalty > 0.0 else length - prompt
-        possible = running[:, :1] / (best_length**penalty)
-        worst = torch.where(ended, scores.amin(1, keepdim=True), _NEVER)
-        improvable = improvable & (possible > worst).any(-1, keepdim=True)
-        over = ~improvable.squeeze(1) | ended.all(-1) if early is True else ~improvable.squeeze(1)
-        go_on = improvable.any() & ~(ended.all() & (early is True)) & ~hit.all()
-        live.reorder(running_from[:, :, length - 1 - prompt].flatten().long())
+        over = search.close(length, top, top_ids, top_from, hit)
+        early = config.early_stopping is True
+        go_on = search.improvable.any() & ~(search.ended.all() & early) & ~hit.all()
+        live.reorder(search.running_from[:, :, length - 1 - search.prompt].flatten().long())
         if not bool(go_on):
             break
-        live.drop(over.repeat_interleave(beams))
-        logits = live.step(running_ids[:, :, length - 1].flatten())
+        live.drop(over.view(batch, groups).all(1).repeat_interleave(beams))
+        logits = live.step(search.running_ids[:, :, length - 1].flatten())
 
     n = config.num_return_sequences
-    came_from = came_from[:, :n].flatten(0, 1)
+    scores, order = search.scores.view(batch, beams).sort(dim=-1, descending=True, stable=True)
+    came_from = _select(search.came_from.view(batch, beams, -1), order[:, :n]).flatten(0, 1)
     generated = int((came_from >= 0).sum(1).max())
+    ids = _select(search.ids.view(batch, beams, -1), order[:, :n]).flatten(0, 1)
     return {
-        "sequences": ids[:, :n].flatten(0, 1)[:, : prompt + generated],
+        "sequences": ids[:, : search.prompt + generated],
         "sequences_scores": scores[:, :n].flatten(),
         "beam_indices": came_from[:, :generated],
     }
+
+
+def _turns(search: _Search, log_probs: torch.Tensor, groups: int):
+    """Which of search's groups choose together, and from what, (rows, V): those of one prompt one after the other."""
+    if groups == 1:
+        yield slice(None), log_probs
+        return
+    by_group = log_probs.unflatten(0, (-1, groups, search.beams))
+    counts = torch.zeros_like(by_group[:, 0, 0])  # (B, V): beams that have chosen a token
+    for g in range(groups):
+        part = slice(g, None, groups)
+        going = search.improvable[part] & ~(
+            search.ended[part].all(-1, keepdim=True) & (search.config.early_stopping is True)
+        )
+        yield part, (by_group[:, g] - search.config.diversity_penalty * counts[:, None]).flatten(0, 1)
+        counts.scatter_add_(1, search.chosen, going.to(counts.dtype).expand(search.chosen.shape))

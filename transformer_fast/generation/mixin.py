@@ -27,6 +27,7 @@ class GenerationMixin:
     """
 
     config: Any
+    generation_config: Any
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
     @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
@@ -56,9 +57,16 @@ class GenerationMixin:
             empty = (mask != 0).any(1).logical_not().nonzero().flatten().tolist() if mask.device.type == "cpu" else []
             if empty:
                 raise ValueError(f"attention_mask: wanted at least one token a prompt, but rows {empty[:8]} keep none")
-        for name in ("num_beams", "num_return_sequences"):
+        for name in ("num_beams", "num_return_sequences", "num_beam_groups"):
             if (count := kwargs.get(name)) is not None and count < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {count}")
+        config = args[0] if args else kwargs.get("generation_config")
+        config = self.generation_config if config is None else config
+        groups = kwargs.get("num_beam_groups", getattr(config, "num_beam_groups", None))
+        if groups is not None and groups > 1 and kwargs.get("custom_generate") is None:
+            if kwargs.get("streamer") is not None:
+                raise ValueError("streamer: wanted None with num_beam_groups > 1: beams cannot be streamed")
+            kwargs["custom_generate"] = type(self)._group_beam_search  # transformers 5 has none of its own
         return super().generate(inputs, *args, **kwargs)
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, *args, **more):
@@ -102,13 +110,18 @@ class GenerationMixin:
         config = generation_config
         if model_kwargs.pop("generators", None) is not None:
             raise ValueError("generators: are for sampling without beams; use torch.manual_seed with num_beams > 1")
+        found = self._search_beams(input_ids, logits_processor, stopping_criteria, config, synced_gpus, model_kwargs)
+        if found is not None:
+            return found
+        return super()._beam_search(input_ids, logits_processor, stopping_criteria, config, synced_gpus, **model_kwargs)
+
+    def _search_beams(self, input_ids, logits_processor, stopping_criteria, config, synced_gpus, model_kwargs) -> Any:
+        """What generate returns, or None when the engine does not take the call."""
         stepper = None
         if not config.low_memory:
             stepper = self._stepper(input_ids, config.num_beams, config, synced_gpus, model_kwargs)
         if stepper is None:
-            return super()._beam_search(
-                input_ids, logits_processor, stopping_criteria, config, synced_gpus, **model_kwargs
-            )
+            return None
         record = Record(config)
         found: dict[str, Any] = beam_search(stepper, input_ids, logits_processor, stopping_criteria, config, record)
         if not record.active:
@@ -116,6 +129,27 @@ class GenerationMixin:
         if not config.output_scores:
             found["sequences_scores"] = None
         return self._output(stepper, record, model_kwargs, "GenerateBeam{}Output", **found)
+
+    def _group_beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        config = generation_config
+        if config.num_beams % config.num_beam_groups:
+            raise ValueError(
+                f"num_beam_groups: wanted a divisor of num_beams = {config.num_beams}, got {config.num_beam_groups}"
+            )
+        if config.do_sample:
+            raise ValueError("do_sample: wanted False with num_beam_groups > 1, whose groups choose in turn, got True")
+        if not (config.diversity_penalty or 0.0) > 0.0:
+            raise ValueError(
+                f"diversity_penalty: wanted a number over 0 with num_beam_groups > 1, whose groups would all find the "
+                f"same, got {config.diversity_penalty}"
+            )
+        result = self._search_beams(input_ids, logits_processor, stopping_criteria, config, False, model_kwargs)
+        if result is None:
+            raise ValueError(
+                "num_beam_groups: groups of beams are searched with a cache of generate's own making only, without "
+                "attentions and hidden states in the output"
+            )
+        return result
 
     def _stepper(self, input_ids, copies: int, config, synced_gpus: bool, model_kwargs: dict) -> Stepper | None:
         """What decodes this call, or None when HF's loop has to."""

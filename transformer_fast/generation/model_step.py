@@ -33,14 +33,19 @@ class ModelStepper:
         return "it is recurrent" if hasattr(model, "recurrent_step") else ""
 
     def start(self) -> torch.Tensor:
-        model, prompt = self.model, self.prompt
-        cache = self.cache if self._cross is None else self._cross
-        inputs = {**prompt.inputs, "past_key_values": cache, "use_cache": True}
-        inputs = model.prepare_inputs_for_generation(prompt.input_ids, is_first_iteration=True, **inputs)
-        logits = model(**inputs, return_dict=True).logits[:, -1]
-        self.cache.open(prompt.copies, prompt.max_length)
+        logits = self.run_prompt(self.cache)
+        self.cache.open(self.prompt.copies, self.prompt.max_length)
         self._prepare()
         return logits
+
+    def run_prompt(self, cache: StepCache) -> torch.Tensor:
+        """The logits after the prompts' last columns, their keys and values in `cache`."""
+        model, prompt = self.model, self.prompt
+        if self._cross is not None:
+            self._cross.self_attention_cache = cache
+        inputs = {**prompt.inputs, "past_key_values": cache if self._cross is None else self._cross, "use_cache": True}
+        inputs = model.prepare_inputs_for_generation(prompt.input_ids, is_first_iteration=True, **inputs)
+        return model(**inputs, return_dict=True).logits[:, -1]
 
     def _prepare(self) -> None:
         """What every later call is given: tensors a row long, except the encoder's where rows share them."""

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..layers.projection import is_plain, is_transposed, linear, packed_linear
+from ..layers.projection import is_plain, is_transposed, linear, packed_linear, reading_copies
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
+from ..ops.packed_weight import STORAGES
+from .cache import StepCache
 from .model_step import ModelStepper
 from .stepper import Prompt
 
@@ -27,6 +29,7 @@ SERVED = {
     "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
     "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position",
 }  # fmt: skip
+_FEW = 512  # tokens of prompts
 _SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
 
 
@@ -186,33 +189,54 @@ _storage: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype | None, bool]] 
 _copies: weakref.WeakKeyDictionary[nn.Module, DecoderWeights] = weakref.WeakKeyDictionary()
 
 
-def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool = True) -> None:
-    """Choose how decoding on the CPU reads model's weights. Without a call: a copy in their own dtype.
+def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool | None = None) -> None:
+    """Choose how decoding on the CPU reads model's weights.
 
-    copy: the first generation copies the decoder's weights into a layout for few rows, and keeps the copy as long as
-        the model: as much memory again as they take in dtype. copy=False reads them where they are: generation then
-        takes the memory of the model alone, and up to a quarter longer.
-    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits,
-        sums stay float32. None: the weights' own. Where the original is not needed in float32, model.to(torch.bfloat16)
-        is as fast, for half the memory.
+    copy: True: the first generation copies the decoder's weights into a layout for few rows and keeps the copy as long
+        as the model; prompts use it too. It takes as much memory again as the weights in dtype, except where they
+        mirror a checkpoint's mapped file (from_pretrained in the checkpoint's own dtype), unchanged: then their own
+        memory is given back until somebody else reads them (a bfloat16 model's own forward, prompts of over 512 tokens
+        in all).
+        False: the weights are read where they are: the memory of the model alone, up to a quarter longer.
+        None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none.
+    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits;
+        torch.int8 makes it a quarter, round(w / s) with a scale s = max |w| / 127 for each output of a layer. Sums and
+        activations stay float32. None: the weights' own. Where the original is not needed in float32,
+        model.to(torch.bfloat16) is as fast as a copy in it, for half the memory.
     Raises TypeError for another dtype, and ValueError for one without a copy.
     """
-    if dtype not in (*_FLOATS, None):
-        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
-    if dtype is not None and not copy:
+    if dtype not in (*STORAGES, None):
+        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype}")
+    if dtype is not None and copy is False:
         raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
-    _storage[model] = (dtype, copy)
     _copies.pop(model, None)
+    _storage.pop(model, None)
+    if copy is not None or dtype is not None:
+        _storage[model] = (dtype, copy is not False)
 
 
 def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderWeights:
     tensors, weights = description.tensors(), _copies.get(model)
     if weights is None or not weights.matches(tensors):
         _copies.pop(model, None)
-        weights = DecoderWeights(tensors, *_storage.get(model, (None, True)))
+        dtype, copy = _storage.get(model) or (None, tensors.mirror_file())
+        weights = DecoderWeights(tensors, dtype, copy)
         if weights.copied_bytes:  # what is read in place must not be kept from being freed
             _copies[model] = weights
     return weights
+
+
+class _Loading(StepCache):
+    """What a model's forward takes for its cache while it runs the prompt: each layer's keys and values are copied to
+    where the steps want them as they come, and so kept once."""
+
+    def __init__(self, cache: DecoderCache):
+        super().__init__()
+        self._decoder = cache
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self._decoder.load(layer_idx, key_states, value_states)
+        return key_states, value_states
 
 
 class NativeStepper:
@@ -342,12 +366,12 @@ class NativeStepper:
         return logits
 
     def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
-        """The prompt through the model's own forward, with GEMMs of many rows; its keys and values are then copied."""
-        stepper = ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
-        logits = stepper.start()
-        for i, (keys, values) in enumerate(stepper.key_values()):
-            cache.load(i, keys, values)
-        return logits
+        """The prompt through the model's own forward, with GEMMs of many rows."""
+        weights, stepper = cache.weights, ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
+        # Many rows are faster by torch's products in bfloat16.
+        few = weights.tensors.token.dtype == torch.float32 or self._prompt.input_ids.numel() <= _FEW
+        with reading_copies(weights.copies if few else {}):
+            return stepper.run_prompt(_Loading(cache))
 
     def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
         """Keys and values of the encoder's states, those that the mask keeps first: cross-attention knows no order."""

@@ -1,12 +1,15 @@
 """Linear, norm and dropout modules through the fused ops; a module that is more than plain is called as it is."""
 
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
+from ..ops.packed_weight import PackedWeight
 from .spec import LayerWeights
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "linear",
     "norm",
     "packed_linear",
+    "reading_copies",
     "register_transposed",
 ]
 
@@ -29,6 +33,33 @@ _TRANSPOSED: set[type[nn.Module]] = set()
 def register_transposed(kind: type[nn.Module]) -> None:
     """Let `linear` compute plain modules of this class, which hold a weight (in, out) and a bias, by the fused ops."""
     _TRANSPOSED.add(kind)
+
+
+# Weights that have a copy laid out for few rows, and which threads read it: (thread, id of the weight) -> the copy.
+_copies: dict[tuple[int, int], PackedWeight] = {}
+
+
+@contextlib.contextmanager
+def reading_copies(copies: Mapping[int, PackedWeight]) -> Iterator[None]:
+    """Inside, on this thread, `linear` multiplies by the copy of a weight in place of the weight where there is one.
+    copies: by the id of the weight, (out, in) whichever way the weight lies. Without gradients only."""
+    keys = {(threading.get_ident(), weight): copy for weight, copy in copies.items()}
+    _copies.update(keys)
+    try:
+        yield
+    finally:
+        for key in keys:
+            del _copies[key]
+
+
+def _weight(module: Any) -> torch.Tensor | PackedWeight:
+    """(out, in) of a plain linear module."""
+    weight = module.weight
+    if not torch.compiler.is_compiling() and _copies:
+        copy = _copies.get((threading.get_ident(), id(weight)))
+        if copy is not None:
+            return copy
+    return weight.t() if is_transposed(module) else weight
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -50,10 +81,8 @@ def is_transposed(module: Any) -> bool:
 
 def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
     """activation(x W^T + b)."""
-    if is_plain(module, nn.Linear):
-        return ops.linear(x, module.weight, module.bias, activation)
-    if is_transposed(module):
-        return ops.linear(x, module.weight.t(), module.bias, activation)
+    if is_plain(module, nn.Linear) or is_transposed(module):
+        return ops.linear(x, _weight(module), module.bias, activation)
     y = module(x)
     return y if activation is None else ops.bias_activation(y, None, activation)
 
@@ -61,7 +90,7 @@ def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch
 def packed_linear(modules: list[Any], x: torch.Tensor) -> torch.Tensor | None:
     """x [W1; W2; ...]^T + [b1; b2; ...] as one GEMM, or None where the modules have to be called one by one."""
     for module in modules:
-        if not is_plain(module, nn.Linear):
+        if not is_plain(module, nn.Linear) or isinstance(_weight(module), PackedWeight):
             return None
     weights = [m.weight for m in modules]
     bare = [m.bias is None for m in modules]

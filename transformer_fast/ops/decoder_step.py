@@ -12,11 +12,12 @@ import torch
 from ..backends import memory, native
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
-from .packed_weight import _PANEL, _identity
+from .packed_weight import _PANEL, STORAGES, PackedWeight, _identity, panel_rows
 
 __all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
 
 _ops = torch.ops.transformer_fast
+_PIECE = 64 * _PANEL  # rows of a weight that are copied at once
 
 
 class Norm(NamedTuple):
@@ -103,6 +104,11 @@ class DecoderTensors:
     relative: torch.Tensor | None = None
     relative_max_distance: int = 128
 
+    def mirror_file(self) -> bool:
+        """True when what a copy would be made of takes no memory but that of a mapped checkpoint."""
+        projections = [p for layer in self.layers for p in layer.projections] + [self.head]
+        return all(memory.mirrors_file(w.detach()) for p in projections if p is not None for w in p.weights)
+
     def sources(self) -> list[torch.Tensor]:
         """Every tensor that the computation reads."""
         norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
@@ -115,11 +121,12 @@ class DecoderTensors:
 class DecoderWeights:
     """A decoder's weights as the step reads them: a copy laid out for few rows, or in place.
 
-    storage: torch.float32 or torch.bfloat16, of a copy; None for the weights' own dtype. Sums and activations are
-    float32 always. copy: of all weights but the embedding tables, which is as much memory again; without it they are
-    read where they lie, (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms
-    that are not float32 too, do not follow later changes of the weights: ask matches and make it again when that says
-    False.
+    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight), of a copy; None for the weights' own dtype.
+    Sums and activations are float32 always. copy: of all weights but the embedding tables; those that mirror a
+    checkpoint's file give their memory back for it, else it is as much again. Without it they are read where they lie,
+    (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms that are not float32
+    too, do not follow later changes of the weights: ask matches and make it again when that says False.
+    copies: those of the weights by their id, for `linear`; empty without copies.
     """
 
     def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None, copy: bool = True):
@@ -127,23 +134,24 @@ class DecoderWeights:
             raise RuntimeError(reason)
         if storage is None:
             storage = torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32
-        elif storage not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"storage: wanted torch.float32, torch.bfloat16 or None, got {storage}")
+        elif storage not in STORAGES:
+            raise TypeError(f"storage: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {storage}")
         self.tensors, self.storage = tensors, storage
         self._identities = [_identity(t) for t in tensors.sources()]
         projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [_panel_elements(p) if copy and p is not None else 0 for p in projections]
+        sizes = [_panel_elements(p, storage) if copy and p is not None else 0 for p in projections]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
         arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
         self.copied_bytes = arena.nbytes
         pieces = iter(arena.split(sizes))
+        self.copies: dict[int, PackedWeight] = {}
         self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
         for layer in tensors.layers:
             whole = layer.gate is not None  # the products that a gate is for are not done in parts
             slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
-            self.weights.append([t for p, places in slots for t in _pairs(p, next(pieces), places, whole)])
-        self.head = _pairs(tensors.head, next(pieces), 1)
+            self.weights.append([t for p, places in slots for t in self._pairs(p, next(pieces), places, whole)])
+        self.head = self._pairs(tensors.head, next(pieces), 1)
         read = [t for slots in (*self.weights, self.head) for t in slots[::2] if t is not None]
         self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
@@ -162,31 +170,40 @@ class DecoderWeights:
             _identity(t) == i for t, i in zip(sources, self._identities)
         )
 
+    def _pairs(
+        self, p: Projection | None, copy: torch.Tensor, places: int, rows: bool = False
+    ) -> list[torch.Tensor | None]:
+        """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not
+        empty. rows: as (out, in) only."""
+        found: list[torch.Tensor | None] = []
+        if p is None:
+            return [None] * (2 * places)
+        for i, weight in enumerate(p.parts()):
+            if rows and not copy.numel():
+                weight = weight.contiguous()
+            if copy.numel():
+                out, inner = weight.shape
+                rows_in = panel_rows(inner, copy.dtype)
+                size = _panels(weight) * rows_in * _PANEL
+                panels, copy = copy[:size].view(-1, rows_in, _PANEL), copy[size:]
+                # Piece by piece, so that there are never two of all of them.
+                step = out if weight.stride(1) != 1 else _PIECE
+                for begin in range(0, out, step):
+                    piece = weight[begin : begin + step]
+                    _ops.cpu_pack_weight.default(piece, panels[begin // _PANEL :][: _panels(piece)])
+                    memory.unload(piece if weight.stride(1) == 1 else piece.t())
+                self.copies[id(p.weights[i])] = PackedWeight.of_panels(panels, out)
+                weight = panels
+            found += [weight, p.bias(i)]
+        return found + [None] * (2 * places - len(found))
 
-def _panel_elements(p: Projection) -> int:
-    return sum(_panels(w) * w.shape[1] * _PANEL for w in p.parts())
+
+def _panel_elements(p: Projection, storage: torch.dtype) -> int:
+    return sum(_panels(w) * panel_rows(w.shape[1], storage) * _PANEL for w in p.parts())
 
 
 def _panels(weight: torch.Tensor) -> int:
     return -(-weight.shape[0] // _PANEL)
-
-
-def _pairs(p: Projection | None, copy: torch.Tensor, places: int, rows: bool = False) -> list[torch.Tensor | None]:
-    """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not empty.
-    rows: as (out, in) only."""
-    found: list[torch.Tensor | None] = []
-    if p is None:
-        return [None] * (2 * places)
-    for i, weight in enumerate(p.parts()):
-        if rows and not copy.numel():
-            weight = weight.contiguous()
-        if copy.numel():
-            size = _panels(weight) * weight.shape[1] * _PANEL
-            panels, copy = copy[:size].view(-1, weight.shape[1], _PANEL), copy[size:]
-            _ops.cpu_pack_weight.default(weight, panels)
-            weight = panels
-        found += [weight, p.bias(i)]
-    return found + [None] * (2 * places - len(found))
 
 
 def _norm_arguments(norms: tuple[Norm | None, ...]) -> tuple[list[torch.Tensor | None], list[float]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..backends import eager, gemm, select
+from ..backends import eager, gemm, memory, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .packed_weight import PackedWeight, linear_packed, pack_weight
@@ -216,6 +216,7 @@ def pack_storage(parameters: Sequence[torch.nn.Parameter]) -> bool:
     with torch.no_grad():
         whole = torch.cat([p.detach() for p in parameters])
         for p, view in zip(parameters, whole.split([p.shape[0] for p in parameters])):
+            memory.unload(p.detach())  # a checkpoint's file stays mapped while any other parameter lies in it
             p.data = view
     return True
 

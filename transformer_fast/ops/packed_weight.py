@@ -8,6 +8,13 @@ from . import _common
 from .activation import ACTIVATIONS, bias_activation
 
 _PANEL = 32  # output columns side by side in the layout: csrc/cpu/linear.hpp
+_SCALES = 4  # rows of an int8 panel that hold its scales
+STORAGES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def panel_rows(inner: int, dtype: torch.dtype) -> int:
+    """Rows of a panel of a weight with `inner` inputs."""
+    return inner + (_SCALES if dtype == torch.int8 else 0)
 
 
 class PackedWeight:
@@ -27,11 +34,20 @@ class PackedWeight:
         call = Call("packed_linear", weight.device.type, torch.float32, inner)
         self.panels = weight.numel() > 0 and weight.dtype != torch.float64 and select(call).name == "cpu"
         if not self.panels:
-            self.data = weight.to(dtype, copy=True)
+            self.data = _rounded(weight) if dtype == torch.int8 else weight.to(dtype, copy=True)
             return
-        self.data = torch.empty((out + _PANEL - 1) // _PANEL, inner, _PANEL, dtype=dtype)
+        self.data = torch.empty((out + _PANEL - 1) // _PANEL, panel_rows(inner, dtype), _PANEL, dtype=dtype)
         rows = weight if 1 in weight.stride() or inner == 1 else weight.contiguous()
         torch.ops.transformer_fast.cpu_pack_weight.default(rows, self.data)
+
+    @classmethod
+    def of_panels(cls, panels: torch.Tensor, out: int) -> "PackedWeight":
+        """Of panels (ceil(out / 32), panel_rows(in), 32) that are laid out already; matches no weight."""
+        packed = object.__new__(cls)
+        inner = panels.shape[1] - panel_rows(0, panels.dtype)
+        packed.shape, packed.dtype = torch.Size((out, inner)), panels.dtype
+        packed.panels, packed.data, packed._source = True, panels, ()
+        return packed
 
     def matches(self, weight: torch.Tensor) -> bool:
         """True while `weight` is the very tensor this was made from, unchanged since by any in-place operation.
@@ -44,6 +60,16 @@ class PackedWeight:
         return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What int8 storage makes of a weight (out, in), in the weight's dtype."""
+    if not weight.numel():
+        return weight.clone()
+    wide = weight.float()
+    size = wide.abs().amax(1, keepdim=True)
+    inverse = 127 / size
+    return ((wide * inverse.where(inverse.isfinite(), 0)).round() * (size / 127)).to(weight.dtype)
+
+
 def _identity(t: torch.Tensor) -> tuple:
     return t.data_ptr(), t.shape, t.stride(), t.dtype, 0 if t.is_inference() else t._version
 
@@ -51,17 +77,17 @@ def _identity(t: torch.Tensor) -> tuple:
 def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
     """Lay weight (out, in) out for linear(x, packed) with few rows (decoding): one pass over it in memory order.
 
-    dtype: torch.float32 or torch.bfloat16 for the storage; sums are float32 always. None: bfloat16 for a bfloat16
-    weight, else float32. A snapshot, for inference: see PackedWeight.matches. Raises TypeError or ValueError naming
-    the argument.
+    dtype: torch.float32, torch.bfloat16 or torch.int8 for the storage; sums are float32 always. int8 keeps round(w / s)
+    with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32. A snapshot, for
+    inference: see PackedWeight.matches. Raises TypeError or ValueError naming the argument.
     """
     _common.check_floating("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
     if dtype is None:
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16 or None, got {dtype}")
+    if dtype not in STORAGES:
+        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype}")
     return PackedWeight(weight, dtype)
 
 

@@ -1,0 +1,34 @@
+"""What the generation cases compare is the same work: other engines give Hugging Face's tokens."""
+
+import pytest
+import torch
+from transformer_fast.benchmarks import cases
+
+GREEDY = ["gpt2-b8", "marian-greedy-b8", "t5-small-greedy-b8"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFORMER_FAST_BENCHMARK_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_openvino_generates_hugging_faces_tokens(name):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    case = cases.find(f"generation/{name}")
+    inputs = case.inputs(True)
+    expected = case.candidate(case.peer).prepare(inputs)()
+    call = case.candidate("OpenVINO float32").prepare(inputs)
+    assert all(torch.equal(call(), expected) for _ in range(2))  # the cache starts empty every time
+    rounded = case.candidate("OpenVINO int8").prepare(inputs)()
+    assert rounded.shape == expected.shape and torch.equal(rounded[:, 0], expected[:, 0])
+
+
+def test_openvino_refuses_padded_prompts_without_an_encoder():
+    from transformer_fast.benchmarks.case import Unavailable
+    from transformer_fast.benchmarks.openvino_generation import openvino_generation
+
+    inputs = cases.find("generation/gpt2-b8").inputs(True)
+    inputs.mask[1, 3:] = 0
+    with pytest.raises(Unavailable, match="one length"):
+        openvino_generation(inputs)
