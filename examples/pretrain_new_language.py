@@ -30,8 +30,8 @@ DATA = pathlib.Path(__file__).resolve().parent / "data" / "esperanto.txt"
 HELD_OUT = 8  # every eighth sentence is never trained on
 DRAWS = 8  # of the masks that the held-out sentences are judged under
 QUESTIONS = [
-    "Hieraŭ la knabo [MASK] leteron.",
-    "Morgaŭ la knabo [MASK] leteron.",
+    "La infanoj [MASK] en la urbo.",
+    "La knabino trinkas [MASK] akvon.",
     "La valo estas [MASK] kaj longa.",
     "La knabino sidas sur la [MASK].",
 ]
