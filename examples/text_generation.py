@@ -3,7 +3,8 @@
     python examples/text_generation.py
 
 The 100 short lives of data/questions.json, made from phrases, are the text: a byte-level BPE tokenizer is trained on
-them, then a GPT-2 of 4 layers learns to write such lives. From the same beginnings it continues greedily, by sampling
+them, then a GPT-2 of 4 layers learns to write such lives. So few are soon learned by heart, so every tenth of them is
+held out, and kept are the weights that did best on those. From the same beginnings it continues greedily, by sampling
 and by beam search. Saved: the model with its tokenizer, and a picture of the learning curve.
 """
 
@@ -25,7 +26,7 @@ import matplotlib.pyplot as plt
 
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "questions.json"
 END = "<|endoftext|>"
-BEGINNINGS = ["Kenji Dubois was born in", "The first teacher was"]
+BEGINNINGS = ["Kenji Dubois was born in", "Elena Weber was born in Prague in 1911. After school"]
 HELD_OUT = 10  # every tenth life is never trained on
 
 
@@ -57,6 +58,7 @@ def encode(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:
 def build_model(tokenizer, arguments: argparse.Namespace) -> tf.GPT2LMHeadModel:
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=arguments.size, n_layer=arguments.layers, n_head=4,
+        resid_pdrop=arguments.dropout, embd_pdrop=arguments.dropout, attn_pdrop=arguments.dropout,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return tf.GPT2LMHeadModel(config)
@@ -65,11 +67,11 @@ def build_model(tokenizer, arguments: argparse.Namespace) -> tf.GPT2LMHeadModel:
 def train(
     model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace
 ) -> tuple[list[float], dict[int, float]]:
-    """Losses of the steps, and of the held-out lives every tenth of the way."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
+    """Losses of the steps, and of the held-out lives every twentieth of the way; the model is left at the best."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
     validation, rng = encode(held_out, tokenizer), random.Random(arguments.seed)
-    losses, checked = [], {}
+    losses, checked, best = [], {}, {}
     bar = tqdm(range(arguments.steps), desc="training", unit="step")
     for step in bar:
         loss = model.train()(**encode(rng.sample(known, arguments.batch_size), tokenizer)).loss
@@ -79,10 +81,13 @@ def train(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if (step + 1) % max(1, arguments.steps // 10) == 0:
+        if (step + 1) % max(1, arguments.steps // 20) == 0 or step + 1 == arguments.steps:
             with torch.no_grad():
                 checked[step + 1] = model.eval()(**validation).loss.item()
+            if checked[step + 1] == min(checked.values()):
+                best = {name: value.clone() for name, value in model.state_dict().items()}
         bar.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{list(checked.values() or [float('nan')])[-1]:.3f}")
+    model.load_state_dict(best)
     return losses, checked
 
 
@@ -108,6 +113,8 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
     axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out lives")
+    best = min(checked, key=checked.get)
+    axes.plot(best, checked[best], "k*", markersize=14, label=f"kept: step {best}", zorder=3)
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy of a token")
     axes.set_ylim(bottom=0)
@@ -121,11 +128,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the tokenizer")
     parser.add_argument("--size", type=int, default=128, help="width of the model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--beginnings", nargs="+", default=BEGINNINGS, metavar="TEXT", help="to be continued")
-    parser.add_argument("--new-tokens", type=int, default=40, help="to write, at most")
+    parser.add_argument("--new-tokens", type=int, default=80, help="to write, at most")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -142,7 +151,9 @@ def main(arguments: argparse.Namespace) -> dict[str, list[str]]:
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens; "
           f"learns from {len(known)} lives")  # fmt: skip
     losses, checked = train(model, tokenizer, known, held_out, arguments)
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, of held-out lives {list(checked.values())[-1]:.3f}")
+    best = min(checked, key=checked.get)
+    print(f"loss {losses[0]:.3f} -> {losses[best - 1]:.3f}, of held-out lives {checked[best]:.3f}: "
+          f"kept from step {best} of {arguments.steps}")  # fmt: skip
     folder, picture = arguments.output / "model", arguments.output / "text_generation.png"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 import transformer_fast as tf
 
@@ -46,15 +47,27 @@ def test_batches(example):
     assert example.decode(batch["labels"][1]) == "1998-03-03" and batch["labels"][0, -1] == example.END
 
 
+@pytest.mark.quick
+def test_least_loss_is_that_of_the_smoothed_labels(example):
+    vocabulary = len(example.ALPHABET) + 3
+    probabilities = torch.full((vocabulary,), example.SMOOTHING / vocabulary, dtype=torch.float64)
+    probabilities[5] += 1 - example.SMOOTHING
+    loss = tf.cross_entropy(probabilities.log()[None], torch.tensor([5]), label_smoothing=example.SMOOTHING)
+    torch.testing.assert_close(loss.item(), example.least_loss(vocabulary))
+
+
 @pytest.mark.parametrize("model", ["transformer", "rnn"])
 def test_shortened_run(example, model, tmp_path, capsys):
     arguments = ["--model", model, "--steps", "40", "--size", "32", "--batch-size", "16", "--test", "20"]
     example.main(example.parse([*arguments, "--output", str(tmp_path)]))
     printed = capsys.readouterr().out
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", printed).groups())
-    assert last < 0.9 * first
+    held_out, least = map(
+        float, re.search(r"held-out dates ([\d.]+) \(smoothed labels allow ([\d.]+)", printed).groups()
+    )
+    assert last < 0.9 * first and least < held_out < first
     assert re.search(r"translated exactly, of 20 held-out dates: [\d.]+% greedily, [\d.]+% with 4 beams", printed)
-    assert len(re.findall(r"^  .+ -> [-\d]*$", printed, re.M)) == 5
+    assert len(re.findall(r"^  .+ -> [-\d]*( \(true: [-\d]{10}\))?$", printed, re.M)) == 5
     for name in ("learning_curve", "attention"):
         picture = tmp_path / f"{model}_{name}.png"
         assert str(picture) in printed and picture.read_bytes().startswith(b"\x89PNG")
