@@ -50,7 +50,9 @@ def rewrite(source: str, table: dict) -> str:
     names = {False: "HALF", True: "SINGLE"}
     rows = []
     for (kernel, architecture, width, single), kinds in table.items():
-        configs = ", ".join(f"Config({', '.join(map(str, config))})" for config in kinds)
+        configs = ", ".join(
+            f"Config({', '.join(str(value) for value in config if value is not None)})" for config in kinds
+        )
         rows.append(f'    ("{kernel}", "{architecture}", {width}, {names[single]}): ({configs}),\n')
     found, count = re.subn(r"(?ms)^(TABLE: .*? = \{\n).*?^\}", lambda m: m[1] + "".join(rows) + "}", source)
     if count != 1:

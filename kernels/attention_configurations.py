@@ -12,12 +12,14 @@ KINDS = ("plain", "rich", "relative")
 
 
 class Config(NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of its load pipeline."""
+    """Queries and keys of a tile, warps of a program, stages of its load pipeline, and the registers a thread may take
+    where ptxas left to itself spills some to have fewer."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 class Shape(NamedTuple):
@@ -104,7 +106,7 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("backward_key", "", 128, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     ("backward_key", "", 256, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     ("backward_query", "", 64, SINGLE): (Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
-    ("backward_query", "", 128, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("backward_query", "", 128, SINGLE): (Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 128)),
     ("backward_query", "", 256, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     ("backward_bias", "", 64, SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     ("backward_bias", "", 128, SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),

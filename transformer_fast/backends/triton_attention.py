@@ -96,6 +96,8 @@ class Launch:
         known = {**self.pointers, **self.scalars, **self.constants, **more}
         known |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WIDE": _wide(known)}
         taken = {name: known[name] for name in kernel.arg_names}
+        if config.max_registers is not None:
+            taken["maxnreg"] = config.max_registers
         return {**taken, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
     def heads_together(self, tensor_bytes: int, most: int) -> int:
