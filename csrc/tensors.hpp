@@ -24,9 +24,15 @@ inline DType dtype_of(const Tensor& t) {
     default: STD_TORCH_CHECK(false, "transformer_fast: dtype must be float32, bfloat16 or float16");
   }
 }
-// Of packed weights: int8 too.
-inline DType storage_of(const Tensor& t) { return t.scalar_type() == ScalarType::Char ? DType::i8 : dtype_of(t); }
-inline int64_t bytes_of(DType d) { return d == DType::f32 ? 4 : d == DType::i8 ? 1 : 2; }
+inline Storage storage_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Storage::f32;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Char: return Storage::i8;
+    default: STD_TORCH_CHECK(false, "transformer_fast: a weight must be float32, bfloat16 or packed int8");
+  }
+}
+inline int64_t bytes_of(Storage s) { return s == Storage::f32 ? 4 : s == Storage::i8 ? 1 : 2; }
 #ifdef TF_EMULATE
 // The emulator holds every access of a kernel against the tensors that its binding has read or written.
 void name_tensor(const Tensor& t, const void* data, bool writable);

@@ -39,7 +39,7 @@ def test_rewrites_the_table_and_nothing_else(tune):
     changed: dict = {}
     exec(tune.rewrite(source, table), changed)
     assert changed["TABLE"] == table != tune.configurations.TABLE
-    assert changed["select"]("forward", changed["Shape"]("sm_90", 64)) == (192, 128, 8, 4)
+    assert changed["select"]("forward", changed["Shape"]("sm_90", 64)) == tune.Config(192, 128, 8, 4)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_key", "backward_query", "backward_bias", "decode"])

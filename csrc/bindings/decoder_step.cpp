@@ -26,13 +26,14 @@ StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
   StepWeight w{};
   if (!tensors[at].has_value()) return w;
   const Tensor& t = *tensors[at];
-  w.storage = t.dim() == 3 ? storage_of(t) : dtype_of(t);
+  w.storage = storage_of(t);
+  STD_TORCH_CHECK(t.dim() == 3 || w.storage != Storage::i8, "weight: int8 is of panels alone");
   w.data = read(t);
   w.bias = read<float>(tensors[at + 1]);
   w.in = t.size(1);
   if (t.dim() == 3) {
     w.out = out;
-    if (w.storage == DType::i8) w.in -= kScaleSlots / kPanel;
+    if (w.storage == Storage::i8) w.in -= kScaleSlots / kPanel;
     return w;
   }
   w.out = t.size(0);

@@ -66,7 +66,7 @@ template <class W>
 void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
   const W* data = static_cast<const W*>(w.data);
   if (w.layout == WeightLayout::panels)
-    return multiply_rows(rows, x, ldx, data + panel * panel_slots<W>(w.in), w.in, sums);
+    return multiply_rows(rows, x, ldx, data + panel * panel_slots<W>(w.in), w.in, first, sums);
   if constexpr (sizeof(W) > 1) {
     const int64_t begin = panel * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
     multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, first, sums);
@@ -74,8 +74,8 @@ void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int6
 }
 
 void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
-  if (w.storage == DType::f32) return multiply<float>(w, panel, rows, x, ldx, first, sums);
-  w.storage == DType::i8 ? multiply<int8_t>(w, panel, rows, x, ldx, first, sums)
+  if (w.storage == Storage::f32) return multiply<float>(w, panel, rows, x, ldx, first, sums);
+  w.storage == Storage::i8 ? multiply<int8_t>(w, panel, rows, x, ldx, first, sums)
                          : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
 }
 
@@ -209,7 +209,7 @@ class Walk {
         const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
         const float* from = x + r * ldx + begin;
         float* to = b_.split + (item / cuts * s_.rows + r) * ldo + column;
-        if (w.storage == DType::f32)
+        if (w.storage == Storage::f32)
           multiply_columns_of<kRows>(rows, from, ldx, static_cast<const float*>(w.data) + at, w.stride, columns, depth,
                                      to, ldo);
         else

@@ -18,7 +18,7 @@ enum class WeightLayout {
 };
 
 struct StepWeight {  // y = x W^T + bias; absent when data is null
-  DType storage;  // f32 or bf16, of panels i8 too
+  Storage storage;  // i8: of panels alone
   WeightLayout layout;
   const void* data;
   const float* bias;

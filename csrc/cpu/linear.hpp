@@ -16,18 +16,21 @@ struct ColumnSum {  // out[c] = sum over r of x[r, c]
 // in its low half and column 16 + i in its high half, which makes widening a shift and a mask. In int8 an input's slots
 // are round(w / scale) of columns 0..31, and after the inputs, in the place of four more, lie the panel's 32 scales in
 // float32, max |w| / 127 of a column.
+enum class Storage : int32_t { f32, bf16, i8 };
 constexpr int64_t kPanel = 32;
 constexpr int64_t kScaleSlots = kPanel * int64_t(sizeof(float));  // int8 slots that a panel's scales take
 
 struct PackWeight {
-  DType dtype, storage;  // of the weight; of the panels: f32, bf16 or i8
-  const void* weight;    // (out, in), one of the strides 1
-  void* packed;          // (ceil(out / 32), in, 32), in i8 (ceil(out / 32), in + 4, 32)
+  DType dtype;         // of the weight
+  Storage storage;     // of the panels
+  const void* weight;  // (out, in), one of the strides 1
+  void* packed;        // (ceil(out / 32), in, 32), in i8 (ceil(out / 32), in + 4, 32)
   int64_t out, in, out_stride, in_stride;
 };
 
 struct PackedLinear {  // y = act(x W^T + bias), summed in float32
-  DType dtype, storage;
+  DType dtype;
+  Storage storage;
   const void *x, *packed;
   const float* bias;  // may be null
   void* y;            // contiguous

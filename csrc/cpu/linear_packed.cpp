@@ -56,7 +56,7 @@ void multiply(const PackedLinear& a) {
         for (int64_t r = block; r < block_end; r += kRows) {
           const int rows = block_end - r < kRows ? int(block_end - r) : kRows;
           const W* panel = static_cast<const W*>(a.packed) + p * panel_slots<W>(a.in);
-          multiply_rows(rows, x + r * ldx, ldx, panel, a.in, sums);
+          multiply_rows(rows, x + r * ldx, ldx, panel, a.in, r == block, sums);
           finish_rows<T>(a, r, rows, p * kPanel, sums);
         }
     }
@@ -138,16 +138,16 @@ void pack(const PackWeight& a) {
 void pack_weight(const PackWeight& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    if (a.storage == DType::f32) return pack<T, float>(a);
-    a.storage == DType::i8 ? pack<T, int8_t>(a) : pack<T, bf16>(a);
+    if (a.storage == Storage::f32) return pack<T, float>(a);
+    a.storage == Storage::i8 ? pack<T, int8_t>(a) : pack<T, bf16>(a);
   });
 }
 
 void packed_linear(const PackedLinear& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    if (a.storage == DType::f32) return multiply<T, float>(a);
-    a.storage == DType::i8 ? multiply<T, int8_t>(a) : multiply<T, bf16>(a);
+    if (a.storage == Storage::f32) return multiply<T, float>(a);
+    a.storage == Storage::i8 ? multiply<T, int8_t>(a) : multiply<T, bf16>(a);
   });
 }
 

@@ -43,17 +43,17 @@ constexpr int64_t panel_slots(int64_t in) {
   return in * kPanel + (sizeof(W) == 1 ? kScaleSlots : 0);
 }
 
-// out (M, 32) = x (M, in) times one panel, without the scales that it may have.
+// out (M, 32) = x (M, in) times one panel, without the scales that it may have. What lies `ahead` is fetched meanwhile.
 template <int M, class W>
-static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
+static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, int64_t ahead, float* out) {
   for (int g = 0; g < 16; g += kWidth) {
     for (int64_t begin = 0; begin < in; begin += kRun) {
       const int64_t end = begin + kRun < in ? begin + kRun : in;
       Vec low[M] = {}, high[M] = {};
       for (int64_t k = begin; k < end; ++k) {
         const W* w = panel + k * kPanel;
-        __builtin_prefetch(w + 4096 / sizeof(W));
-        if (sizeof(W) == 4) __builtin_prefetch(w + 4096 / sizeof(W) + 16);
+        __builtin_prefetch(w + ahead);
+        if (sizeof(W) == 4) __builtin_prefetch(w + ahead + 16);
         Vec w0, w1;
         load_pair(w, g, w0, w1);
         for (int m = 0; m < M; ++m) {
@@ -72,15 +72,17 @@ static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t 
 }
 
 template <int M, class W>
-static void multiply_panels(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
-  if (rows == M) return multiply_panel<M>(x, ldx, panel, in, out);
-  if constexpr (M > 1) multiply_panels<M - 1>(rows, x, ldx, panel, in, out);
+static void multiply_panels(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, int64_t ahead,
+                            float* out) {
+  if (rows == M) return multiply_panel<M>(x, ldx, panel, in, ahead, out);
+  if constexpr (M > 1) multiply_panels<M - 1>(rows, x, ldx, panel, in, ahead, out);
 }
 
-// out (rows, 32) = x (rows, in) times one panel; at most kRows rows.
+// out (rows, 32) = x (rows, in) times one panel; at most kRows rows. first: of the blocks of rows that meet the panel.
+// The others find it in the cache, and fetch the next panel.
 template <class W>
-static void multiply_rows(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, float* out) {
-  multiply_panels<kRows>(rows, x, ldx, panel, in, out);
+static void multiply_rows(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, bool first, float* out) {
+  multiply_panels<kRows>(rows, x, ldx, panel, in, first ? int64_t(4096 / sizeof(W)) : panel_slots<W>(in), out);
   if constexpr (sizeof(W) == 1) {
     const char* scales = reinterpret_cast<const char*>(panel + in * kPanel);
     for (int64_t c = 0; c < kPanel; c += kWidth) {

@@ -4,7 +4,7 @@
 
 namespace tf {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };  // i8: packed weights alone
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct Philox {  // dropout randomness: see philox.hpp
   uint64_t seed = 0, offset = 0;

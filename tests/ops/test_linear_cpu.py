@@ -272,7 +272,7 @@ def test_what_is_never_packed():
         (lambda: tf.packed_linear(torch.randn(2, 4), []), ValueError, "weights.*none"),
         (lambda: tf.packed_linear(torch.randn(2, 4), [torch.randn(5, 4)], []), ValueError, "biases.*1.*0"),
         (lambda: tf.pack_weight(torch.randn(4)), ValueError, r"weight.*\(out, in\)"),
-        (lambda: tf.pack_weight(torch.randn(4, 4), torch.int8), TypeError, "dtype.*int8"),
+        (lambda: tf.pack_weight(torch.randn(4, 4), torch.int16), TypeError, "dtype.*int16"),
         (
             lambda: tf.linear(torch.randn(2, 4, requires_grad=True), tf.pack_weight(torch.randn(5, 4))),
             ValueError,
