@@ -10,6 +10,13 @@ from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 import transformer_fast as tf
 
 VOCABULARY = 53
+METHODS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "n-best": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.4, "early_stopping": True},
+    "penalties": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    "sampled": {"do_sample": True, "top_k": 9, "num_return_sequences": 3},
+}
 
 
 def models(seed=0, **options):

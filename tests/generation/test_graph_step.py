@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generating_models import SEQ2SEQ, models, prompts, seq2seq_models
+from generating_models import METHODS, SEQ2SEQ, models, prompts, seq2seq_models
 from numerics import assert_as_accurate
 from transformers import OpenAIGPTConfig
 
@@ -24,15 +24,6 @@ def served(monkeypatch, device):
     yield found
     if device == "cuda":
         assert all(s._replay is not None and s._replay != s._run for s in found if s._steps > 1)
-
-
-METHODS = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "n-best": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.4, "early_stopping": True},
-    "penalties": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
-    "sampled": {"do_sample": True, "top_k": 9, "num_return_sequences": 3},
-}
 
 
 def check(theirs, ours, device, served, side="right", **kwargs):

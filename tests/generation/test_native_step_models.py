@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from generating_models import SEQ2SEQ, models, prompts, seq2seq_models
+from generating_models import METHODS, SEQ2SEQ, models, prompts, seq2seq_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
@@ -29,15 +29,6 @@ def served(monkeypatch):
 
 # No weight is smaller than a page of memory.
 WIDER = {"d_model": 64, "d_kv": 16, "d_ff": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-
-
-METHODS = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "n-best": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.4, "early_stopping": True},
-    "penalties": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
-    "sampled": {"do_sample": True, "top_k": 9, "num_return_sequences": 3},
-}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,6 +17,11 @@ def _random(*shape):
     return torch.randn(shape).numpy()
 
 
+def _whole(*shape, dtype=torch.float32):
+    """Small whole numbers: their sums of products are exact, in whatever order."""
+    return torch.randint(-8, 9, shape).to(dtype)
+
+
 def _new(*shape, dtype=np.float32):
     return np.full(shape, np.nan if dtype == np.float32 else 0x7FFF, dtype)
 
@@ -32,9 +37,9 @@ def _pairs(lo, hi):
 
 @pytest.mark.quick
 def test_block_sum(emulator):
-    x, y = _random(5, 1000), _new(5)
+    x, y = _whole(5, 1000).numpy(), _new(5)
     emulator.row_sum(x, y, True)
-    np.testing.assert_allclose(y, x.sum(1, dtype=np.float64), atol=1e-4)
+    np.testing.assert_array_equal(y, x.sum(1))
 
 
 def test_shuffles(emulator):
@@ -73,12 +78,12 @@ def _fragment(values, place, count):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mma(emulator, dtype):
-    a, b, c = torch.randn(16, 16, dtype=dtype), torch.randn(16, 8, dtype=dtype), torch.randn(16, 8)
+    a, b, c = _whole(16, 16, dtype=dtype), _whole(16, 8, dtype=dtype), _whole(16, 8)
     fa, fb = _fragment(_bits(a), _a_place, 8), _fragment(_bits(b), _b_place, 4)
     d = np.ascontiguousarray(_fragment(c.numpy(), _d_place, 4))
     emulator.mma(dtype == torch.float16, _pairs(fa[:, ::2], fa[:, 1::2]), _pairs(fb[:, ::2], fb[:, 1::2]), d)
     truth = (c.double() + a.double() @ b.double()).numpy()
-    np.testing.assert_allclose(d, _fragment(truth, _d_place, 4), atol=1e-5)
+    np.testing.assert_array_equal(d, _fragment(truth, _d_place, 4))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -115,7 +120,7 @@ def test_planted_bugs_in_cp_async(bug):
 
 
 def _ring(emulator, name=""):
-    a, b = torch.randn(128, 320).bfloat16(), torch.randn(160, 320).bfloat16()
+    a, b = _whole(128, 320, dtype=torch.bfloat16), _whole(160, 320, dtype=torch.bfloat16)
     c = _new(128, 160)
     getattr(emulator, f"ring_gemm{name}")(_bits(a), _bits(b), c)
     return c, (a.double() @ b.double().T).numpy()
@@ -124,7 +129,7 @@ def _ring(emulator, name=""):
 @pytest.mark.quick
 def test_ring_of_tma_and_wgmma(emulator):
     c, truth = _ring(emulator)
-    np.testing.assert_allclose(c, truth, atol=1e-4)
+    np.testing.assert_array_equal(c, truth)
 
 
 WGMMA = [
@@ -146,7 +151,7 @@ def test_wgmma(emulator, name):
     """Operands along K ("k"), along M or N ("t"), in registers ("r"), under every swizzle."""
     kind, n, a_layout, b_layout, _ = name.split("_")
     dtype = torch.float16 if kind == "f16" else torch.bfloat16
-    a, b, c = torch.randn(64, 32, dtype=dtype), torch.randn(int(n), 32, dtype=dtype), _new(64, int(n))
+    a, b, c = _whole(64, 32, dtype=dtype), _whole(int(n), 32, dtype=dtype), _new(64, int(n))
     registers = np.zeros((2, 4, 32, 4), np.uint32)
     for k in range(2):
         for warp in range(4):
@@ -154,7 +159,7 @@ def test_wgmma(emulator, name):
             registers[k, warp] = _pairs(f[:, ::2], f[:, 1::2])
     operands = [_bits((t.T if layout == "t" else t).contiguous()) for t, layout in ((a, a_layout), (b, b_layout))]
     getattr(emulator, f"wgmma_{name}")(*operands, registers, c)
-    np.testing.assert_allclose(c, (a.double() @ b.double().T).numpy(), atol=1e-4)
+    np.testing.assert_array_equal(c, (a.double() @ b.double().T).numpy())
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (8, 64), (17, 96), (-3, -5), (40, 0)])

@@ -1,6 +1,5 @@
 """Output memory of the ops: one place to allocate, so that tests can poison it and large outputs get large pages."""
 
-import array
 import ctypes
 import mmap
 import os
@@ -50,41 +49,45 @@ def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
 
 def _use_large_pages(out: torch.Tensor) -> None:
     """Ask for large pages in the whole 2 MB pages inside a fresh tensor, and nowhere else."""
-    if _madvise is None or type(out) is not torch.Tensor:
-        return
-    address = out.data_ptr()
-    first = -(-address // _PAGE) * _PAGE
-    size = (address + out.nbytes) // _PAGE * _PAGE - first
-    if size > 0:
-        _madvise(first, size, _MADV_HUGEPAGE)
+    if type(out) is torch.Tensor:
+        _advise(out, _PAGE, _MADV_HUGEPAGE)
 
 
-_RESIDENT_OR_SWAPPED, _OF_A_FILE = 3 << 62, 1 << 61  # in entries of /proc/self/pagemap
+def _pages(t: torch.Tensor, size: int) -> range:
+    """The numbers of the pages of `size` bytes that lie whole inside t."""
+    return range(-(-t.data_ptr() // size), (t.data_ptr() + t.nbytes) // size)
 
 
-def _pages(t: torch.Tensor) -> range:
-    """The pages that lie whole inside t."""
-    return range(-(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE)
+def _advise(t: torch.Tensor, size: int, advice: int) -> None:
+    pages = _pages(t, size)
+    if _madvise is not None and pages:
+        _madvise(pages[0] * size, len(pages) * size, advice)
+
+
+_RESIDENT_OR_SWAPPED, _OF_A_FILE = -1 << 62, 1 << 61  # the upper bits of an entry of /proc/self/pagemap
 
 
 def mirrors_file(t: torch.Tensor) -> bool:
     """True when every page inside t is that of a mapped file, such as a checkpoint's, and none has been written to
     since; False where t is smaller than a page or the system does not say."""
-    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous() or not _pages(t):
+    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous():
         return False
-    pages, entries = _pages(t), array.array("Q")
+    pages = _pages(t, mmap.PAGESIZE)
+    entries = bytearray(8 * len(pages))
+    if not entries:
+        return False
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * pages[0])
-            entries.frombytes(file.read(8 * len(pages)))
-    except (OSError, ValueError):
+            if file.readinto(entries) != len(entries):
+                return False
+    except OSError:
         return False
-    return len(entries) == len(pages) and all(e & _OF_A_FILE or not e & _RESIDENT_OR_SWAPPED for e in entries)
+    flags = torch.frombuffer(entries, dtype=torch.int64)
+    return bool(((flags & _OF_A_FILE != 0) | (flags & _RESIDENT_OR_SWAPPED == 0)).all())
 
 
 def unload(t: torch.Tensor) -> None:
     """Give back the pages of t where it mirrors a file: the next read brings them back. Elsewhere nothing happens."""
     if mirrors_file(t):
-        assert _madvise is not None
-        pages = _pages(t)
-        _madvise(pages[0] * mmap.PAGESIZE, len(pages) * mmap.PAGESIZE, _MADV_DONTNEED)
+        _advise(t, mmap.PAGESIZE, _MADV_DONTNEED)

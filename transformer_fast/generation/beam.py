@@ -82,6 +82,7 @@ class _Search:
         self.scores = torch.full(shape, _NEVER, device=device)
         self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
         self.improvable = torch.ones((self.count, 1), dtype=torch.bool, device=device)
+        self.over = torch.zeros(self.count, dtype=torch.bool, device=device)  # nothing better can come of a group
         self.running_from = torch.full((*shape, self.most - self.prompt), -1, dtype=torch.int32, device=device)
         self.came_from = self.running_from.clone()
         self.first = torch.arange(self.k, device=device) < n  # only the best n continuations may end
@@ -105,8 +106,8 @@ class _Search:
         self.chosen = torch.where(hit.all(1, keepdim=True), token[:, : self.beams], token.gather(1, chosen))
         return top, top_ids, top_from, hit
 
-    def close(self, length: int, top, top_ids, top_from, hit) -> torch.Tensor:
-        """Keep the best of those that end; the groups that are over, (G,) bool. length: with the new token."""
+    def close(self, length: int, top, top_ids, top_from, hit) -> None:
+        """Keep the best of those that end, and see which groups are over. length: with the new token."""
         config, early = self.config, self.config.early_stopping
         ends, penalty = hit & self.first, config.length_penalty
         if bool(ends.any()):  # else nothing could join the ended ones
@@ -121,8 +122,9 @@ class _Search:
         possible = self.running[:, :1] / (best_length**penalty)
         worst = torch.where(self.ended, self.scores.amin(1, keepdim=True), _NEVER)
         self.improvable = self.improvable & (possible > worst).any(-1, keepdim=True)
-        over = ~self.improvable.squeeze(1)
-        return over | self.ended.all(-1) if early is True else over
+        self.over = ~self.improvable.squeeze(1)
+        if early is True:
+            self.over |= self.ended.all(-1)
 
 
 def beam_search(
@@ -155,13 +157,13 @@ def beam_search(
         if groups > 1:
             top, top_ids, top_from, hit = (torch.stack(t, 1).flatten(0, 1) for t in zip(*found))
         length += 1
-        over = search.close(length, top, top_ids, top_from, hit)
+        search.close(length, top, top_ids, top_from, hit)
         early = config.early_stopping is True
         go_on = search.improvable.any() & ~(search.ended.all() & early) & ~hit.all()
         live.reorder(search.running_from[:, :, length - 1 - search.prompt].flatten().long())
         if not bool(go_on):
             break
-        live.drop(over.view(batch, groups).all(1).repeat_interleave(beams))
+        live.drop(search.over.view(batch, groups).all(1).repeat_interleave(beams))
         logits = live.step(search.running_ids[:, :, length - 1].flatten())
 
     n = config.num_return_sequences
@@ -185,8 +187,6 @@ def _turns(search: _Search, log_probs: torch.Tensor, groups: int):
     counts = torch.zeros_like(by_group[:, 0, 0])  # (B, V): beams that have chosen a token
     for g in range(groups):
         part = slice(g, None, groups)
-        going = search.improvable[part] & ~(
-            search.ended[part].all(-1, keepdim=True) & (search.config.early_stopping is True)
-        )
         yield part, (by_group[:, g] - search.config.diversity_penalty * counts[:, None]).flatten(0, 1)
-        counts.scatter_add_(1, search.chosen, going.to(counts.dtype).expand(search.chosen.shape))
+        going = (~search.over[part, None]).to(counts.dtype)
+        counts.scatter_add_(1, search.chosen, going.expand(search.chosen.shape))

@@ -59,7 +59,7 @@ def _weight(module: Any) -> torch.Tensor | PackedWeight:
         copy = _copies.get((threading.get_ident(), id(weight)))
         if copy is not None:
             return copy
-    return weight.t() if is_transposed(module) else weight
+    return weight.t() if type(module) in _TRANSPOSED else weight
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
