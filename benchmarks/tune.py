@@ -4,8 +4,9 @@
     python benchmarks/tune.py --kernel forward --width 64 128
 
 Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on calls of
-16k tokens, hidden 2048: plain (causal), rich (a bias and dropout) and with a relative bias. A candidate replaces one of
-the table only when it is at least 2% faster. An offline tool: nothing is ever tuned while a model runs.
+16k tokens, hidden 2048: plain (causal), rich (a bias and dropout), with a relative bias and with grouped heads. A
+candidate replaces one of the table only when it is at least 2% faster. An offline tool: nothing is ever tuned while a
+model runs.
 """
 
 import argparse
@@ -22,14 +23,15 @@ GAIN = 0.98  # a new configuration must take less than this share of the old one
 TOKENS, HIDDEN = 16384, 2048
 
 
-def candidates(kernel: str) -> Iterator[Config]:
-    """Block sizes, warps and stages worth timing; those that do not fit fail to launch and drop out."""
+def candidates(kernel: str, sliced: int | None = None) -> Iterator[Config]:
+    """Block sizes, warps and stages worth timing; those that do not fit fail to launch and drop out. sliced: their
+    columns, see Config."""
     few, many = (16, 32, 64), (64, 128)
     rows = {"decode": (16,), "backward_key": few + (128,), "backward_bias": (32, 64)}.get(kernel, many)
     columns = {"decode": (32, 64, 128, 256), "backward_key": many, "backward_bias": (32, 64)}.get(kernel, (32, 64, 128))
     for m, n, warps, stages in itertools.product(rows, columns, (4, 8), (1, 2, 3, 4)):
         if m * n >= 32 * 32 or kernel == "decode":
-            yield Config(m, n, warps, stages)
+            yield Config(m, n, warps, stages, columns=sliced)
 
 
 def best(old: Config, choices: Iterator[Config], seconds: Callable[[Config], float]) -> Config:
@@ -45,14 +47,20 @@ def best(old: Config, choices: Iterator[Config], seconds: Callable[[Config], flo
     return fastest
 
 
+def _arguments(config: Config) -> str:
+    if None in config:
+        first = config.index(None)
+        given = [f"{name}={value}" for name, value in config._asdict().items() if value is not None][first:]
+        return ", ".join([*map(str, config[:first]), *given])
+    return ", ".join(map(str, config))
+
+
 def rewrite(source: str, table: dict) -> str:
     """The text of attention_configurations.py with `table` in the place of its TABLE."""
     names = {False: "HALF", True: "SINGLE"}
     rows = []
     for (kernel, architecture, width, single), kinds in table.items():
-        configs = ", ".join(
-            f"Config({', '.join(str(value) for value in config if value is not None)})" for config in kinds
-        )
+        configs = ", ".join(f"Config({_arguments(config)})" for config in kinds) + ("," if len(kinds) == 1 else "")
         rows.append(f'    ("{kernel}", "{architecture}", {width}, {names[single]}): ({configs}),\n')
     found, count = re.subn(r"(?ms)^(TABLE: .*? = \{\n).*?^\}", lambda m: m[1] + "".join(rows) + "}", source)
     if count != 1:
@@ -72,18 +80,21 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
     batch = TOKENS // length
     queries = 1 if kernel == "decode" else length
 
-    def data(rows):
+    def data(rows, heads=heads):
         return torch.randn(batch, heads, rows, shape.width, device="cuda", dtype=dtype, requires_grad=True)
 
-    q, k, v = data(queries), data(length), data(length)
+    key_heads = heads // 4 if shape.kind == "grouped" else heads
+    q, k, v = data(queries), data(length, key_heads), data(length, key_heads)
     bias = torch.randn(1, heads, queries, length, device="cuda", requires_grad=True)
     relative = torch.randn(32, heads, device="cuda", requires_grad=True)
     arguments = {
         "plain": {"is_causal": kernel != "decode"},
+        "grouped": {"is_causal": True, "enable_gqa": True},
         "rich": {"bias": bias} | ({"dropout_p": 0.1} if kernel != "decode" else {}),
-        "relative": {"relative_bias": tf.RelativeBias(relative)},
+        "relative": {"relative_bias": tf.RelativeBias(relative)}
+        | ({"dropout_p": 0.1} if kernel == "backward_table" else {}),  # else its sums come with dQ
     }[shape.kind]
-    leaves = [q, k, v] + {"plain": [], "rich": [bias], "relative": [relative]}[shape.kind]
+    leaves = [q, k, v] + {"rich": [bias], "relative": [relative]}.get(shape.kind, [])
 
     def seconds(config: Config) -> float:
         configurations.select = lambda name, s: config if name == kernel else select(name, s)
@@ -108,15 +119,11 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
 
 
 def needed(kernel: str, shape: configurations.Shape) -> bool:
-    """Whether calls of this shape launch the kernel: not where the backend refuses them."""
-    from transformer_fast import backends
-
-    if kernel == "backward_bias" and shape.kind != "rich":  # it runs for a bias only
+    """Whether calls of this shape launch the kernel."""
+    only = {"backward_bias": "rich", "backward_table": "relative"}
+    if shape.kind == "grouped" and kernel != "backward_key":
         return False
-    asked = ("backward",) if kernel.startswith("backward") else ()
-    asked += ("relative_bias",) if shape.kind == "relative" else ()
-    dtype = torch.float32 if shape.single else torch.bfloat16
-    return not backends.get("triton").why_not(backends.Call("attention", "cuda", dtype, shape.width, asked))
+    return shape.kind == only.get(kernel, shape.kind)
 
 
 def main() -> None:
@@ -137,7 +144,7 @@ def main() -> None:
             shape = configurations.Shape(architecture, width, single, kind)
             old = configurations.select(kernel, shape)
             taken = needed(kernel, shape)
-            found.append(best(old, candidates(kernel), timer(kernel, shape)) if taken else old)
+            found.append(best(old, candidates(kernel, old.columns), timer(kernel, shape)) if taken else old)
             print(f"{architecture} {kernel} width {width} {kind}: {old} -> {found[-1]}", flush=True)
         table[kernel, architecture, width, single] = tuple(found)
     path = pathlib.Path(configurations.__file__)

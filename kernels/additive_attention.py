@@ -201,7 +201,7 @@ def additive_attention_forward(query, key, value, score_weight, bias, mask, key_
     _additive_weights_kernel[(batch * queries,)](
         query, key, score_weight, bias, mask, key_lengths, weights, query.stride(0), query.stride(1), key.stride(0),
         key.stride(1), *((0, 0, 0) if mask is None else mask.stride()), queries, keys, width,
-        EXACT=query.dtype == torch.float32, BLOCK_N=KEYS, BLOCK_D=block, num_warps=4,
+        EXACT=query.dtype == torch.float32, BLOCK_N=KEYS, BLOCK_D=block, num_warps=4, maxnreg=128,
     )  # fmt: skip
     if value.shape[2]:
         _mix(weights, value, out, key_lengths, (queries * keys, keys, 1))
@@ -217,9 +217,10 @@ def additive_attention_backward(
     keys, value_width = value.shape[1:]
     ds = torch.empty_like(weights)
     block = min(64, _columns(value_width))
+    columns = BLOCK_N // 2 if value.element_size() == 4 else BLOCK_N  # exact products need more registers
     _additive_score_gradient_kernel[(batch * triton.cdiv(queries, BLOCK_M),)](
         grad_out, grad_weights, weights, value, key_lengths, ds, value.stride(0), value.stride(1), queries, keys,
-        value_width, PRECISION=_precision(value), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=block, num_warps=4,
+        value_width, PRECISION=_precision(value), BLOCK_M=BLOCK_M, BLOCK_N=columns, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     _mix(weights, grad_out, grad_value, None, (queries * keys, 1, keys))
     parts = torch.empty((batch, queries, width), dtype=torch.float32, device=query.device)

@@ -6,7 +6,8 @@
 One kernel holds a block of keys and walks over the queries (dK, dV: over those of every head that shares the key
 head), another holds a block of queries and walks over the keys (dQ, the bias, the relative table). No atomics: every
 sum has a fixed order, so gradients are the same bits every time. What it costs: Q K^T and dO V^T are computed twice,
-seven matrix products where a backward with atomic additions to dQ has five.
+seven matrix products where a backward with atomic additions to dQ has five. Wide heads whose sums do not fit the
+registers take slices: a program sums some of the columns, and computes the scores for itself.
 
 delta from dO and the output has the output's rounding in it, which a row of few keys, or a gradient that sums dS over
 whole rows (bias, relative table), does not average away: those calls compute delta = rowsum(P * dP) instead, by the
@@ -28,13 +29,17 @@ from .attention_common import (
     load_tile,
     near_keys,
     near_queries,
+    own_columns,
+    product,
     program_block,
+    program_slice,
     query_bounds,
     row_pointer,
     row_pointers,
     sequence,
     store_tile,
     visible,
+    whole_rows,
 )
 
 
@@ -77,9 +82,10 @@ def _accumulate_key_gradients(
     """Rows begin .. end, one of PARTS, onto dK and dV of one tile of keys; scores are [keys, queries]. Rows past the
     last have P = 0 by their peak of +inf, columns past the last are never stored: only windows need a mask."""
     (
-        k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, b, h, bh, stride_qs, stride_gs, stride_bias_b,
-        stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-        queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold, keep_scale,
+        k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, first_d, b, h, bh, stride_qs, stride_gs,
+        stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
+        keep_scale,
     ) = tile  # fmt: skip
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
@@ -90,14 +96,14 @@ def _accumulate_key_gradients(
         start = tl.multiple_of(start, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         position = (row + offset)[None, :]
-        q = load_tile(q_ptr, start, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        q = whole_rows(q_ptr, start, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
         if EDGE:
             peak = tl.load(peak_ptr + row, mask=row < queries, other=float("inf"))
             delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
         else:
             peak = tl.load(peak_ptr + row)
             delta = tl.load(delta_ptr + row)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        scores = product(k, q, PRECISION)
         bias_row = tl.minimum(row, queries - 1)[None, :]
         bias_rows = row_pointers(bias_ptr, b, h, bias_row, stride_bias_b, stride_bias_h, stride_bias_m)
         mask_rows = row_pointers(mask_ptr, b, h, bias_row, stride_mask_b, stride_mask_h, stride_mask_m)
@@ -109,19 +115,23 @@ def _accumulate_key_gradients(
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
             scores = tl.where(alive, scores, float("-inf"))
         p = exponential(scores, peak[None, :], FOLDED, PRECISION == "ieee")
-        grad_out = load_tile(grad_out_ptr, start, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_out = whole_rows(grad_out_ptr, start, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        dp = product(v, grad_out, PRECISION)
         if rng_ptr is not None:
             keep = keep_tile(rng_ptr, bh, row, first_column, threshold, BLOCK_M, BLOCK_N, True)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         else:
             kept = p
-        dv = tl.dot(kept.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+        own = own_columns(
+            grad_out, grad_out_ptr, start, stride_gs, queries, first_d, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE
+        )
+        dv = tl.dot(kept.to(own.dtype), own, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * slope
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        own = own_columns(q, q_ptr, start, stride_qs, queries, first_d, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        dk = tl.dot(ds.to(own.dtype), own, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -147,7 +157,8 @@ def _attention_backward_key_kernel(
 ):  # fmt: skip
     """dK and dV. heads, batch_heads, heads_together count key heads; `keys` is how many rows dK has, so that those past
     key_lengths get their zeros."""
-    block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, False)
+    pid, first_d = program_slice(tl.program_id(0), HEAD_DIM, BLOCK_D)
+    block, bh = program_block(pid, blocks, batch_heads, heads_together, False)
     b = bh // heads
     hk = bh % heads
     first_q, first_k, queries, stored, offset = sequence(b, cu_q_ptr, cu_k_ptr, None, queries, keys, BOTTOM_RIGHT)
@@ -159,8 +170,8 @@ def _attention_backward_key_kernel(
         return
     k_ptr = row_pointer(k_ptr, b, hk, first_k, stride_kb, stride_kh, stride_ks)
     v_ptr = row_pointer(v_ptr, b, hk, first_k, stride_vb, stride_vh, stride_vs)
-    k = load_tile(k_ptr, first_column, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
-    v = load_tile(v_ptr, first_column, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    k = whole_rows(k_ptr, first_column, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    v = whole_rows(v_ptr, first_column, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     last = tl.minimum(first_column + BLOCK_N, keys) - 1
@@ -171,6 +182,7 @@ def _attention_backward_key_kernel(
         inner_begin = begin
         inner_end = begin
         end = begin
+    FAR: tl.constexpr = relative_ptr is not None and HEAD_DIM <= BLOCK_D  # see PARTS
     for g in tl.range(0, GROUPS):
         h = hk * GROUPS + g
         head_q = row_pointer(q_ptr, b, h, first_q, stride_qb, stride_qh, stride_qs)
@@ -183,19 +195,19 @@ def _attention_backward_key_kernel(
             relative_rows = None
         near_begin = inner_begin
         near_end = inner_end
-        if relative_ptr is not None:
+        if FAR:
             near_begin, near_end = near_queries(
                 first_column, first_column + BLOCK_N - 1, inner_begin, inner_end, offset, reach, BLOCK_M
             )
         tile = (
-            k, v, head_q, head_grad, head_delta, head_peak, first_column, b, h, b * (heads * GROUPS) + h, stride_qs,
-            stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h,
-            stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
-            threshold, keep_scale,
+            k, v, head_q, head_grad, head_delta, head_peak, first_column, first_d, b, h, b * (heads * GROUPS) + h,
+            stride_qs, stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b,
+            stride_mask_h, stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap, window_left,
+            window_right, reach, threshold, keep_scale,
         )  # fmt: skip
         bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
         for part in tl.static_range(PARTS):
-            if (part > 0 or RIGHT) and (part % 2 == 0 or relative_ptr is not None):
+            if (part > 0 or RIGHT) and (part % 2 == 0 or FAR):
                 dk, dv = _accumulate_key_gradients(
                     dk, dv, tile, rng_ptr, bias_ptr, mask_ptr, relative_rows, bounds[part], bounds[part + 1], BLOCK_M,
                     BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
@@ -209,12 +221,10 @@ def _attention_backward_key_kernel(
     dv_ptr = row_pointer(dv_ptr, b, hk, first_k, stride_dvb, stride_dvh, stride_dvs)
     # Rows past the keys that take part hold what a key of zeros would get, inf and NaN included: they are zeros.
     alive = (first_column + tl.arange(0, BLOCK_N) < keys)[:, None]
-    store_tile(
-        dk_ptr, first_column, stride_dks, stored, tl.where(alive, dk * grad_scale, 0.0), BLOCK_N, HEAD_DIM, BLOCK_D
-    )
-    store_tile(
-        dv_ptr, first_column, stride_dvs, stored, tl.where(alive, dv * keep_scale, 0.0), BLOCK_N, HEAD_DIM, BLOCK_D
-    )
+    dk = tl.where(alive, dk * grad_scale, 0.0)
+    dv = tl.where(alive, dv * keep_scale, 0.0)
+    store_tile(dk_ptr, first_column, stride_dks, stored, dk, BLOCK_N, HEAD_DIM, BLOCK_D, first_d)
+    store_tile(dv_ptr, first_column, stride_dvs, stored, dv, BLOCK_N, HEAD_DIM, BLOCK_D, first_d)
 
 
 @triton.jit
@@ -228,9 +238,9 @@ def _accumulate_query_gradient(
     """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, dbias, and with BUCKETS sums of dS by bucket.
     With DELTA onto the row sums of P * dP, in dQ's place."""
     (
-        q, grad_out, delta, peak, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n,
-        stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
-        keep_scale,
+        q, grad_out, delta, peak, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n,
+        stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+        threshold, keep_scale,
     ) = tile  # fmt: skip
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
@@ -241,9 +251,9 @@ def _accumulate_query_gradient(
     for start in tl.range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         column = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-        v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = whole_rows(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        v = whole_rows(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        scores = product(q, k, PRECISION)
         scores, slope = finish_scores(
             scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
             relative_rows, reach, far_bias, SOFTCAP, PRECISION == "ieee", EDGE,
@@ -252,7 +262,7 @@ def _accumulate_query_gradient(
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
             scores = tl.where(alive, scores, float("-inf"))
         p = exponential(scores, peak[:, None], FOLDED, PRECISION == "ieee")
-        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        dp = product(grad_out, v, PRECISION)
         if rng_ptr is not None:
             keep = keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -262,7 +272,8 @@ def _accumulate_query_gradient(
             ds = p * (dp - delta[:, None])
             if dbias_rows is not None:
                 places = dbias_rows + column.to(tl.int64) * stride_dbias_n
-                tl.store(places, ds, mask=(row < queries)[:, None] & (column < keys))
+                rows = tl.where(first_d == 0, queries, 0)  # the first slice's
+                tl.store(places, ds, mask=(row < rows)[:, None] & (column < keys))
             if BUCKETS:
                 if FAR:
                     far_sums += tl.sum(ds, 1)
@@ -272,7 +283,8 @@ def _accumulate_query_gradient(
             if SOFTCAP:
                 ds = ds * slope
             if QUERY:
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+                own = own_columns(k, k_ptr, start, stride_ks, keys, first_d, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+                dq = tl.dot(ds.to(own.dtype), own, dq, input_precision=PRECISION)
     if BUCKETS and FAR:
         far_bucket = tl.load(bucket_ptr + PART // 2 * 2 * reach)
         sums += tl.where(tl.arange(0, BUCKETS) == far_bucket, tl.sum(far_sums, 0), 0.0)
@@ -284,14 +296,21 @@ def _bucket_sums(
     ds, nearest, bucket_ptr, reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr,
     DIAGONALS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a tile by bucket. Element (i, j) lies on diagonal j - i + BLOCK_M - 1, whose distance is nearest + that:
-    rows shifted so that diagonals become columns, column sums, then one comparison a bucket."""
+    """Sums of a tile by bucket. Element (i, j) of a group of rows lies on diagonal j - i + ROWS - 1: rows shifted so
+    that diagonals become columns, column sums, then one comparison a bucket. A group has no more rows than columns:
+    most of what is shifted further is empty."""
+    ROWS: tl.constexpr = min(BLOCK_M, BLOCK_N)
+    GROUPS: tl.constexpr = BLOCK_M // ROWS
+    tile = tl.reshape(ds, (GROUPS, ROWS, BLOCK_N))
     diagonal = tl.arange(0, DIAGONALS)
-    j = diagonal[None, :] - (BLOCK_M - 1) + tl.arange(0, BLOCK_M)[:, None]
-    shifted = tl.gather(ds, tl.minimum(tl.maximum(j, 0), BLOCK_N - 1), 1)
-    sums = tl.sum(tl.where((j >= 0) & (j < BLOCK_N), shifted, 0.0), 0)
-    distance = tl.minimum(tl.maximum(nearest + diagonal, -reach), reach)
-    bucket = tl.load(bucket_ptr + (distance + reach))
+    j = (diagonal[None, :] - (ROWS - 1) + tl.arange(0, ROWS)[:, None])[None, :, :]
+    inside = (j >= 0) & (j < BLOCK_N)
+    j = tl.broadcast_to(tl.minimum(tl.maximum(j, 0), BLOCK_N - 1), (GROUPS, ROWS, DIAGONALS))
+    sums = tl.sum(tl.where(inside, tl.gather(tile, j, 2), 0.0), 1)
+    first = nearest + BLOCK_M - ROWS - ROWS * tl.arange(0, GROUPS)
+    distance = tl.minimum(tl.maximum(first[:, None] + diagonal[None, :], -reach), reach)
+    bucket = tl.reshape(tl.load(bucket_ptr + (distance + reach)), (GROUPS * DIAGONALS,))
+    sums = tl.reshape(sums, (GROUPS * DIAGONALS,))
     return tl.sum(tl.where(bucket[:, None] == tl.arange(0, BUCKETS)[None, :], sums[:, None], 0.0), 0)
 
 
@@ -313,9 +332,13 @@ def _attention_backward_query_kernel(
 ):  # fmt: skip
     """dQ, and with it dbias (one not broadcast) and each program's sums of dS by bucket, (B, H, blocks, BUCKETS). With
     DELTA delta alone, into delta_ptr; without dq_ptr the sums alone, which with dQ are too much for the registers at
-    large head dims."""
+    large head dims and with dropout."""
     QUERY: tl.constexpr = dq_ptr is not None
-    block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, RIGHT)
+    pid = tl.program_id(0)
+    first_d = 0
+    if QUERY:  # else nothing is summed by columns
+        pid, first_d = program_slice(pid, HEAD_DIM, BLOCK_D)
+    block, bh = program_block(pid, blocks, batch_heads, heads_together, RIGHT)
     b = bh // heads
     h = bh % heads
     first_q, first_k, queries, keys, offset = sequence(
@@ -344,8 +367,8 @@ def _attention_backward_query_kernel(
     else:
         relative_rows = None
 
-    q = load_tile(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
-    grad_out = load_tile(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    grad_out = whole_rows(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D) if QUERY else (BLOCK_M,), tl.float32)
     sums = tl.zeros((BUCKETS if BUCKETS else 16,), tl.float32)
     last = tl.minimum(first_row + BLOCK_M, queries) - 1
@@ -354,18 +377,19 @@ def _attention_backward_query_kernel(
     )
     near_begin = inner_begin
     near_end = inner_end
-    if relative_ptr is not None:
+    FAR: tl.constexpr = relative_ptr is not None and HEAD_DIM <= BLOCK_D  # see PARTS
+    if FAR:
         near_begin, near_end = near_keys(
             first_row + offset, first_row + BLOCK_M - 1 + offset, inner_begin, inner_end, reach, BLOCK_N
         )
     tile = (
-        q, grad_out, delta, peak, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n,
-        stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
-        keep_scale,
+        q, grad_out, delta, peak, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n,
+        stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+        threshold, keep_scale,
     )  # fmt: skip
     bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
     for part in tl.static_range(PARTS):
-        if (part > 0 or LEFT) and (part % 2 == 0 or relative_ptr is not None):
+        if (part > 0 or LEFT) and (part % 2 == 0 or FAR):
             dq, sums = _accumulate_query_gradient(
                 dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, bounds[part],
                 bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS, DIAGONALS,
@@ -377,7 +401,7 @@ def _attention_backward_query_kernel(
         dq = tl.where(peak == float("inf"), 0.0, dq)
         tl.store(delta_ptr + place, dq, mask=inside)
     if QUERY:
-        store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+        store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D, first_d)
     if BUCKETS:
         program = tl.cast(bh, tl.int64) * blocks + block
         tl.store(bucket_sums_ptr + program * BUCKETS + tl.arange(0, BUCKETS), sums)

@@ -14,11 +14,12 @@ from .attention_common import (
     exponential,
     finish_scores,
     keep_tile,
-    load_tile,
+    product,
     row_pointer,
     row_pointers,
     sequence,
     visible,
+    whole_rows,
 )
 
 
@@ -88,18 +89,18 @@ def _attention_backward_bias_kernel(
                 relative_rows = relative_ptr + h * (2 * reach + 1)
             else:
                 relative_rows = None
-            q = load_tile(head_q, first_row, stride_qs, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
-            k = load_tile(head_k, start, stride_ks, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            q = whole_rows(head_q, first_row, stride_qs, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
+            k = whole_rows(head_k, start, stride_ks, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
+            scores = product(q, k, PRECISION)
             scores, _ = finish_scores(
                 scores, position, column, length_k, score_scale, softcap, bias_rows, stride_bias_n, mask_rows,
                 stride_mask_n, relative_rows, reach, None, SOFTCAP, PRECISION == "ieee", True,
             )  # fmt: skip
             seen = visible(position, column, length_k, window_left, window_right, LEFT, RIGHT)
             p = exponential(tl.where(seen, scores, float("-inf")), peak[:, None], False, PRECISION == "ieee")
-            grad_out = load_tile(head_grad, first_row, stride_gs, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
-            v = load_tile(head_v, start, stride_vs, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
-            dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            grad_out = whole_rows(head_grad, first_row, stride_gs, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
+            v = whole_rows(head_v, start, stride_vs, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
+            dp = product(grad_out, v, PRECISION)
             if rng_ptr is not None:
                 keep = keep_tile(rng_ptr, b * heads + h, row, start, threshold, BLOCK_M, BLOCK_N, False)
                 dp = tl.where(keep, dp * keep_scale, 0.0)

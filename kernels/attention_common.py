@@ -28,6 +28,14 @@ def program_block(pid, blocks, batch_heads, heads_together, DESCENDING: tl.const
 
 
 @triton.jit
+def program_slice(pid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(program without its slice, first column) where a head dim's sums do not fit the registers: one program sums
+    BLOCK_D columns of the result, and computes the scores, which every column needs, for itself."""
+    SLICES: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
+    return pid // SLICES, pid % SLICES * BLOCK_D
+
+
+@triton.jit
 def sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT: tl.constexpr):
     """(first row of the packed queries, of the packed keys, queries, keys, offset) of sequence b. A query i
     stands at position i + offset."""
@@ -56,20 +64,20 @@ def row_pointer(ptr, b, h, first_row, stride_b, stride_h, stride_s):
 @triton.jit
 def load_tile(
     ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, first_d=0,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of a matrix of HEAD_DIM columns, widened to BLOCK_D by zeros; with CHECK, rows from
-    `limit` on are zeros and are not read. WIDE: offsets within the tile need 64 bits."""
+    """Rows first .. first + ROWS of a matrix of HEAD_DIM columns, BLOCK_D columns from first_d on, those past the last
+    zeros; with CHECK, rows from `limit` on are zeros and are not read. WIDE: offsets within the tile need 64 bits."""
     row = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
+    d = first_d + tl.arange(0, BLOCK_D)
     offset = row.to(tl.int64) if WIDE else row
     pointers = ptr + tl.cast(first, tl.int64) * stride + (offset[:, None] * stride + d[None, :])
     if CHECK:
         inside = (first + row < limit)[:, None]
-        if HEAD_DIM != BLOCK_D:
+        if HEAD_DIM % BLOCK_D != 0:
             inside = inside & (d < HEAD_DIM)[None, :]
         tile = tl.load(pointers, mask=inside, other=0.0)
-    elif HEAD_DIM != BLOCK_D:
+    elif HEAD_DIM % BLOCK_D != 0:
         tile = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
@@ -78,14 +86,48 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    ptr, first, stride, limit, tile, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr, first, stride, limit, tile, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first_d=0
 ):  # fmt: skip
     row = first + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
+    d = first_d + tl.arange(0, BLOCK_D)
     inside = (row < limit)[:, None]
-    if HEAD_DIM != BLOCK_D:
+    if HEAD_DIM % BLOCK_D != 0:
         inside = inside & (d < HEAD_DIM)[None, :]
     tl.store(ptr + row.to(tl.int64)[:, None] * stride + d[None, :], tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def whole_rows(
+    ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows as `product` takes them: a tuple of tiles of BLOCK_D columns."""
+    rows = (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE),)
+    for s in tl.static_range(1, (HEAD_DIM + BLOCK_D - 1) // BLOCK_D):
+        rows = rows + (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, s * BLOCK_D),)
+    return rows
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """A B^T of `whole_rows`."""
+    c = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for s in tl.static_range(1, len(a)):
+        c = tl.dot(a[s], tl.trans(b[s]), c, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def own_columns(
+    rows, ptr, first, stride, limit, first_d, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The tile of `whole_rows` from column first_d on, which a program's slice of the result is a product of."""
+    if HEAD_DIM > BLOCK_D:
+        tile = load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, first_d)
+    else:
+        tile = rows[0]
+    return tile
 
 
 @triton.jit
@@ -134,6 +176,7 @@ def query_bounds(
 
 # The keys of a tile of queries come in five parts, and the queries of a tile of keys too:
 # left edge, distances beyond the reach of the relative bias, within it, beyond it on the other side, right edge.
+# Where the head dim is in slices all distances count as within: fewer loops leave more registers.
 PARTS = tl.constexpr(5)
 
 

@@ -7,19 +7,21 @@ from published results of kernels of this design; not yet run on a GPU.
 from typing import NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-KERNELS = ("forward", "backward_key", "backward_query", "backward_bias", "decode")
-KINDS = ("plain", "rich", "relative")
+KERNELS = ("forward", "backward_key", "backward_query", "backward_table", "backward_bias", "decode")
+KINDS = ("plain", "rich", "relative", "grouped")
 
 
 class Config(NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of its load pipeline, and the registers a thread may take
-    where ptxas left to itself spills some to have fewer."""
+    """Queries and keys of a tile, warps of a program, stages of its load pipeline, the registers a thread may take
+    where ptxas left to itself spills some to have fewer, and the columns of the head dim that a program sums where sums
+    of whole rows do not fit the registers."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    columns: int | None = None
 
 
 class Shape(NamedTuple):
@@ -27,7 +29,9 @@ class Shape(NamedTuple):
 
     architecture: one of ARCHITECTURES. width: head dim rounded up to 64, 128 or 256. single: float32 data.
     kind: how many registers a call needs beside its tiles: "relative" for a relative bias (five loops, one for each
-    part of the keys), "rich" for another bias, a mask, a soft cap, dropout or a window on the left, else "plain".
+    part of the keys), "rich" for another bias, a mask, a soft cap, dropout or a window on the left, and for a
+    head dim between 128 and 256, whose columns are masked, else "plain". In "backward_key" a plain call of heads that
+    share keys is "grouped": it has a loop over them.
     short: at most 64 queries a sequence.
     """
 
@@ -50,72 +54,98 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def shape(capability: tuple[int, int], head_dim: int, itemsize: int, kind: str, queries: int) -> Shape:
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    if kind == "plain" and 128 < head_dim < 256:
+        kind = "rich"
     return Shape(architecture(capability), width, itemsize == 4, kind, queries <= 64)
 
 
 HALF, SINGLE = False, True
 
-# (kernel, architecture or "" for those without a row of their own, width, single) -> one a kind; a relative bias takes
-# the rich one where it has none of its own.
+# (kernel, architecture or "" for those without a row of their own, width, single) -> one a kind; where they have
+# none of their own a relative bias and grouped heads take the rich one.
+# fmt: off
 TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("forward", "", 64, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
-    ("forward", "", 128, HALF): (Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-    ("forward", "", 256, HALF): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", "sm_90", 64, HALF): (Config(128, 64, 4, 3), Config(128, 64, 8, 2)),
-    ("forward", "sm_80", 256, HALF): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    ("forward", "sm_90", 256, HALF): (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
-    ("forward", "sm_80", 128, HALF): (Config(128, 32, 8, 3), Config(128, 32, 8, 1), Config(64, 32, 4, 2)),
-    ("forward", "sm_100", 128, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 1), Config(128, 32, 8, 2)),
+    ("forward", "sm_100", 64, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2, 255)),
     ("forward", "sm_120", 64, HALF): (Config(128, 64, 8, 2), Config(128, 64, 8, 1)),
-    ("forward", "sm_120", 128, HALF): (Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 2)),
-    ("forward", "sm_120", 256, HALF): (Config(64, 32, 8, 1), Config(64, 16, 8, 1)),
+    ("forward", "", 128, HALF): (Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+    ("forward", "sm_80", 128, HALF): (Config(128, 32, 8, 3), Config(128, 32, 8, 1), Config(64, 16, 8, 1)),
+    ("forward", "sm_100", 128, HALF): (Config(128, 64, 8, 3), Config(64, 64, 8, 1, 255), Config(128, 32, 8, 2)),
+    ("forward", "sm_120", 128, HALF): (Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 8, 1)),
+    ("forward", "", 256, HALF): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1, columns=128)),
+    ("forward", "sm_80", 256, HALF): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1, columns=128)),
+    ("forward", "sm_90", 256, HALF): (Config(128, 32, 8, 2), Config(128, 32, 8, 2, columns=128), Config(64, 32, 4, 1, columns=64)),
+    ("forward", "sm_100", 256, HALF): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1, 255, 128)),
+    ("forward", "sm_120", 256, HALF): (Config(64, 32, 8, 1), Config(64, 16, 8, 1), Config(64, 32, 8, 1, columns=128)),
     ("backward_key", "", 64, HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
     ("backward_key", "sm_80", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
-    ("backward_key", "sm_90", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 2), Config(16, 128, 8, 1)),
+    ("backward_key", "sm_90", 64, HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 1)),
+    ("backward_key", "sm_100", 64, HALF): (Config(32, 128, 8, 2), Config(32, 128, 8, 1), Config(32, 128, 8, 2)),
     ("backward_key", "sm_120", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
-    ("backward_key", "sm_120", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1)),
-    ("backward_key", "sm_80", 128, HALF): (Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
-    ("backward_key", "sm_80", 256, HALF): (Config(32, 64, 8, 1), Config(16, 32, 8, 1)),
-    ("backward_key", "sm_120", 256, HALF): (Config(16, 64, 8, 1), Config(16, 32, 8, 1)),
     ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
-    ("backward_key", "", 256, HALF): (Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+    ("backward_key", "sm_80", 128, HALF): (Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
+    ("backward_key", "sm_90", 128, HALF): (Config(16, 128, 8, 2), Config(16, 128, 8, 2), Config(16, 128, 8, 1, columns=64), Config(16, 64, 8, 2)),
+    ("backward_key", "sm_120", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1), Config(16, 32, 8, 1)),
+    ("backward_key", "sm_80", 256, HALF): (Config(32, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1, columns=128)),
+    ("backward_key", "sm_90", 256, HALF): (Config(16, 128, 8, 1, columns=64), Config(16, 128, 8, 1, columns=64), Config(16, 64, 4, 1, columns=32)),
+    ("backward_key", "sm_100", 256, HALF): (Config(32, 64, 8, 1, 255, 128),),
+    ("backward_key", "sm_120", 256, HALF): (Config(16, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1, columns=128)),
     ("backward_query", "", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
     ("backward_query", "sm_80", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
-    ("backward_query", "sm_120", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
+    ("backward_query", "sm_120", 64, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1), Config(64, 32, 8, 1, 255)),
     ("backward_query", "", 128, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
-    ("backward_query", "sm_90", 128, HALF): (Config(128, 32, 8, 2), Config(64, 32, 4, 1)),
-    ("backward_query", "", 256, HALF): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
-    ("backward_query", "sm_80", 256, HALF): (Config(64, 32, 8, 1), Config(64, 16, 8, 1)),
-    ("backward_query", "sm_120", 256, HALF): (Config(64, 32, 8, 1), Config(64, 16, 8, 1)),
+    ("backward_query", "sm_90", 128, HALF): (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(64, 16, 8, 1)),
+    ("backward_query", "sm_100", 128, HALF): (Config(128, 32, 8, 2), Config(64, 32, 8, 1, 255)),
+    ("backward_query", "", 256, HALF): (Config(64, 32, 8, 1), Config(64, 16, 8, 1), Config(64, 16, 8, 1, columns=128)),
+    ("backward_query", "sm_90", 256, HALF): (Config(128, 32, 8, 1, columns=128), Config(128, 32, 8, 1, columns=128), Config(128, 16, 8, 1, columns=64)),
+    ("backward_query", "sm_100", 256, HALF): (Config(64, 32, 8, 1, 255, 128),),
+    ("backward_table", "", 64, HALF): (Config(32, 64, 8, 1),),
+    ("backward_table", "sm_90", 64, HALF): (Config(64, 32, 8, 1),),
+    ("backward_table", "sm_100", 64, HALF): (Config(64, 16, 8, 1),),
+    ("backward_table", "", 128, HALF): (Config(32, 64, 8, 1),),
+    ("backward_table", "sm_90", 128, HALF): (Config(64, 32, 8, 1),),
+    ("backward_table", "sm_100", 128, HALF): (Config(64, 16, 8, 1),),
+    ("backward_table", "sm_120", 128, HALF): (Config(16, 32, 4, 1),),
+    ("backward_table", "", 256, HALF): (Config(32, 64, 8, 1),),
+    ("backward_table", "sm_80", 256, HALF): (Config(16, 32, 4, 1),),
+    ("backward_table", "sm_90", 256, HALF): (Config(64, 16, 8, 1),),
+    ("backward_table", "sm_100", 256, HALF): (Config(16, 32, 8, 1),),
+    ("backward_table", "sm_120", 256, HALF): (Config(16, 32, 4, 1),),
     ("backward_bias", "", 64, HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
     ("backward_bias", "sm_80", 64, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
-    ("backward_bias", "sm_80", 128, HALF): (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
     ("backward_bias", "sm_120", 64, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    ("backward_bias", "", 128, HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    ("backward_bias", "sm_80", 128, HALF): (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
     ("backward_bias", "sm_120", 128, HALF): (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
+    ("backward_bias", "", 256, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
     ("backward_bias", "sm_80", 256, HALF): (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     ("backward_bias", "sm_120", 256, HALF): (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
-    ("backward_bias", "", 128, HALF): (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
-    ("backward_bias", "", 256, HALF): (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
     ("decode", "", 64, HALF): (Config(16, 128, 4, 3), Config(16, 128, 4, 3)),
     ("decode", "", 128, HALF): (Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
     ("decode", "", 256, HALF): (Config(16, 32, 4, 3), Config(16, 32, 4, 3)),
     ("forward", "", 64, SINGLE): (Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
     ("forward", "sm_80", 64, SINGLE): (Config(32, 32, 8, 2, 128), Config(32, 32, 8, 2, 128)),
-    ("forward", "", 128, SINGLE): (Config(32, 16, 8, 1, 128), Config(32, 16, 8, 1, 128)),
-    ("forward", "", 256, SINGLE): (Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
+    ("forward", "", 128, SINGLE): (Config(32, 16, 8, 1, 128), Config(32, 16, 8, 1, 128), Config(32, 16, 8, 1, 128, 64)),
+    ("forward", "", 256, SINGLE): (Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 128), Config(32, 16, 8, 1, 128, 64)),
     ("backward_key", "", 64, SINGLE): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
-    ("backward_key", "", 128, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("backward_key", "", 256, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("backward_query", "", 64, SINGLE): (Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
-    ("backward_query", "", 128, SINGLE): (Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 128)),
-    ("backward_query", "", 256, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("backward_bias", "", 64, SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    ("backward_key", "sm_80", 64, SINGLE): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1, 255)),
+    ("backward_key", "", 128, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1, columns=64)),
+    ("backward_key", "", 256, SINGLE): (Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=64)),
+    ("backward_query", "", 64, SINGLE): (Config(16, 32, 8, 1, 128), Config(16, 32, 8, 1, 128), Config(16, 32, 8, 1, 255)),
+    ("backward_query", "", 128, SINGLE): (Config(16, 16, 8, 1, 128),),
+    ("backward_query", "", 256, SINGLE): (Config(16, 16, 8, 1, 128),),
+    ("backward_table", "", 64, SINGLE): (Config(16, 16, 8, 1),),
+    ("backward_table", "", 128, SINGLE): (Config(16, 16, 8, 1, columns=64),),
+    ("backward_table", "", 256, SINGLE): (Config(16, 16, 8, 1, 168, 128),),
+    ("backward_bias", "", 64, SINGLE): (Config(32, 32, 4, 1, columns=32),),
     ("backward_bias", "", 128, SINGLE): (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    ("backward_bias", "", 256, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("backward_bias", "", 256, SINGLE): (Config(16, 16, 8, 1, columns=64),),
     ("decode", "", 64, SINGLE): (Config(16, 64, 8, 2), Config(16, 64, 8, 2)),
-    ("decode", "", 128, SINGLE): (Config(16, 32, 8, 2), Config(16, 32, 8, 2)),
+    ("decode", "", 128, SINGLE): (Config(16, 32, 8, 2, 128),),
     ("decode", "", 256, SINGLE): (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
+# fmt: on
 
 
 def select(kernel: str, shape: Shape) -> Config:
@@ -123,7 +153,10 @@ def select(kernel: str, shape: Shape) -> Config:
     kinds = TABLE.get((kernel, shape.architecture, shape.width, shape.single))
     if kinds is None:
         kinds = TABLE[kernel, "", shape.width, shape.single]
-    config = kinds[min(KINDS.index(shape.kind), len(kinds) - 1)]
+    kind = KINDS.index(shape.kind)
+    if shape.kind == "grouped" and len(kinds) < len(KINDS):
+        kind = KINDS.index("rich")
+    config = kinds[min(kind, len(kinds) - 1)]
     if shape.short and shape.width == 64 and kernel in ("forward", "backward_query") and config.block_m > 64:
         # Half of a tile of 128 queries would be padding.
         config = config._replace(block_m=64, num_warps=4)

@@ -20,12 +20,15 @@ from .attention_common import (
     key_bounds,
     load_tile,
     near_keys,
+    product,
     program_block,
+    program_slice,
     row_pointer,
     row_pointers,
     sequence,
     store_tile,
     visible,
+    whole_rows,
 )
 
 
@@ -39,8 +42,8 @@ def _attend(
     """Keys begin .. end, one of PARTS, onto the state of one tile of queries. peak: largest score so far, total: sum of
     exp(score - peak), acc: sum of exp(score - peak) V."""
     (
-        q, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale,
-        softcap, window_left, window_right, reach, threshold,
+        q, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset,
+        score_scale, softcap, window_left, window_right, reach, threshold,
     ) = tile  # fmt: skip
     EXACT: tl.constexpr = PRECISION == "ieee"
     EDGE: tl.constexpr = PART == 0 or PART == 4
@@ -51,8 +54,8 @@ def _attend(
     for start in tl.range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         column = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = whole_rows(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        scores = product(q, k, PRECISION)
         if not FOLDED:
             scores, _ = finish_scores(
                 scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows,
@@ -77,7 +80,7 @@ def _attend(
         acc = acc * decay[:, None]
         if rng_ptr is not None:
             p = tl.where(keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
-        v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE, first_d)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         peak = new_peak
     return acc, total, peak
@@ -102,7 +105,8 @@ def _attention_forward_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     FOLDED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    block, bh = program_block(tl.program_id(0), blocks, batch_heads, heads_together, RIGHT)
+    pid, first_d = program_slice(tl.program_id(0), HEAD_DIM, BLOCK_D)
+    block, bh = program_block(pid, blocks, batch_heads, heads_together, RIGHT)
     b = bh // heads
     h = bh % heads
     first_q, first_k, queries, keys, offset = sequence(
@@ -125,7 +129,7 @@ def _attention_forward_kernel(
     else:
         relative_rows = None
 
-    q = load_tile(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -135,17 +139,18 @@ def _attention_forward_kernel(
     )
     near_begin = inner_begin
     near_end = inner_end
-    if relative_ptr is not None:
+    FAR: tl.constexpr = relative_ptr is not None and HEAD_DIM <= BLOCK_D  # see PARTS
+    if FAR:
         near_begin, near_end = near_keys(
             first_row + offset, first_row + BLOCK_M - 1 + offset, inner_begin, inner_end, reach, BLOCK_N
         )
     tile = (
-        q, k_ptr, v_ptr, first_row, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset, score_scale,
-        softcap, window_left, window_right, reach, threshold,
+        q, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset,
+        score_scale, softcap, window_left, window_right, reach, threshold,
     )  # fmt: skip
     bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
     for part in tl.static_range(PARTS):
-        if (part > 0 or LEFT) and (part % 2 == 0 or relative_ptr is not None):
+        if (part > 0 or LEFT) and (part % 2 == 0 or FAR):
             acc, total, peak = _attend(
                 acc, total, peak, tile, rng_ptr, bias_rows, mask_rows, relative_rows, bounds[part], bounds[part + 1],
                 BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
@@ -153,7 +158,7 @@ def _attention_forward_kernel(
 
     dead = total == 0.0  # a row with nothing to attend to; NaN is not
     factor = tl.where(dead, 0.0, keep_scale / total)
-    store_tile(out_ptr, first_row, stride_os, queries, acc * factor[:, None], BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_tile(out_ptr, first_row, stride_os, queries, acc * factor[:, None], BLOCK_M, HEAD_DIM, BLOCK_D, first_d)
     lse = (peak + tl.log2(total)) * LN2 if FOLDED else peak + tl.log2(total) * LN2
     lse = tl.where(dead, float("-inf"), lse)
-    tl.store(lse_ptr + row, lse, mask=row < queries)
+    tl.store(lse_ptr + row, lse, mask=row < tl.where(first_d == 0, queries, 0))  # the first slice's

@@ -150,6 +150,9 @@ def _tables(ids, word, type_ids, token_type, position_ids, position):
     )  # fmt: skip
 
 
+REGISTERS = 168  # a thread of the backward may take: it has the gathers' addresses beside a norm's 128
+
+
 def embedding_layer_norm_forward(
     ids, word, type_ids, token_type, position_ids, position, weight, bias, rng, eps, threshold, keep_scale, y, mean,
     rstd,
@@ -179,7 +182,7 @@ def embedding_layer_norm_backward(
     _embedding_backward_kernel[(programs,)](
         grad_y, *_tables(ids, word, type_ids, token_type, position_ids, position), weight, mean, rstd, rng, grad_v,
         partial, rows, width, threshold, keep_scale, WEIGHT=grad_weight is not None, BIAS=grad_bias is not None,
-        ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps,
+        ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, maxnreg=REGISTERS,
     )  # fmt: skip
     if wanted:
         column_sum(partial, *wanted)

@@ -245,6 +245,7 @@ class Config(NamedTuple):
     stages: int = 1
 
 
+REGISTERS = 128  # a thread of a backward may take: ptxas would rather spill some, for more programs
 WIDE_FORWARD = Config(rows=1, block=4096, num_warps=8)
 WIDE_BACKWARD = Config(rows=2, block=1024, num_warps=4, programs=4)
 
@@ -323,7 +324,7 @@ def layer_norm_backward(
         grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), v.stride(0), rows, width, threshold,
         keep_scale,
         WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, EVEN=width % config.block == 0,
-        ROWS=config.rows, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps,
+        ROWS=config.rows, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps, maxnreg=REGISTERS,
     )  # fmt: skip
     if wanted:
         column_sum(partial, *wanted)

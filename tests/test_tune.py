@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 
 import pytest
+from transformer_fast.kernels.attention_configurations import KERNELS
 
 pytestmark = pytest.mark.quick
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,14 +36,14 @@ def test_rewrites_the_table_and_nothing_else(tune):
     table = dict(tune.configurations.TABLE)
     assert tune.rewrite(source, table) == source
     row = "forward", "sm_90", 64, False
-    table[row] = (tune.Config(192, 128, 8, 4), tune.Config(64, 32, 4, 1))
+    table[row] = (tune.Config(192, 128, 8, 4), tune.Config(64, 32, 4, 1, columns=128))
     changed: dict = {}
     exec(tune.rewrite(source, table), changed)
     assert changed["TABLE"] == table != tune.configurations.TABLE
     assert changed["select"]("forward", changed["Shape"]("sm_90", 64)) == tune.Config(192, 128, 8, 4)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward_key", "backward_query", "backward_bias", "decode"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_candidates_are_tiles_the_kernels_take(tune, kernel):
     found = list(tune.candidates(kernel))
     assert len(found) == len(set(found)) > 8
@@ -50,9 +51,9 @@ def test_candidates_are_tiles_the_kernels_take(tune, kernel):
 
 
 def test_what_never_runs_is_not_timed(tune):
-    wide = tune.configurations.Shape("sm_90", 256)
-    assert tune.needed("forward", wide)
-    assert not tune.needed("forward", wide._replace(kind="relative"))
-    assert tune.needed("backward_key", wide._replace(kind="relative", width=128))
-    assert tune.needed("backward_bias", wide._replace(kind="rich", width=64))
-    assert not tune.needed("backward_bias", wide._replace(width=64))
+    plain = tune.configurations.Shape("sm_90", 64)
+    rich, relative, grouped = (plain._replace(kind=kind) for kind in ("rich", "relative", "grouped"))
+    assert all(tune.needed("forward", shape) for shape in (plain, rich, relative))
+    assert [tune.needed("backward_bias", shape) for shape in (plain, rich, relative)] == [False, True, False]
+    assert tune.needed("backward_key", grouped) and not tune.needed("forward", grouped)
+    assert [tune.needed("backward_table", shape) for shape in (plain, rich, relative)] == [False, False, True]

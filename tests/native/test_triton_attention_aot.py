@@ -10,7 +10,7 @@ import triton_aot
 CAPABILITY = {80: (8, 0), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEAD_DIMS = (64, 128, 256, 80)
+HEAD_DIMS = (64, 128, 256, 80, 160)
 FEATURES = {
     "plain": {},
     "causal": {"window_right": 0},
@@ -47,18 +47,20 @@ FEATURES = {
 # share a row: the heaviest are enough.
 RECORD = {
     "bfloat16": {
-        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "decode"),
+        256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "relative_causal_dropout",
+              "decode", "decode_append_relative"),
+        160: ("gqa_varlen", "relative_causal_dropout"),
         128: ("causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout", "softcap_window_gqa",
               "relative_causal_dropout", "decode", "decode_append_relative"),
         80: ("gqa_varlen", "bias_broadcast", "relative_causal_dropout"),
-        64: ("short", "causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout",
+        64: ("short", "causal", "gqa_varlen", "bias", "bias_broadcast", "mask_lengths_dropout", "relative",
              "relative_dropout_varlen", "relative_causal_dropout", "decode", "decode_append",
              "decode_append_relative"),
     },
     "float32": {
-        256: ("bias_broadcast", "decode"),
-        128: ("bias_broadcast", "decode"),
-        64: ("bias", "bias_broadcast", "relative_causal_dropout", "decode", "decode_append_relative"),
+        256: ("gqa_varlen", "bias_broadcast", "softcap_window_gqa", "relative_causal_dropout", "decode"),
+        128: ("bias_broadcast", "relative_causal_dropout", "decode"),
+        64: ("bias", "bias_broadcast", "relative", "relative_causal_dropout", "decode", "decode_append_relative"),
     },
     "float16": {64: ("bias_broadcast", "decode_append")},
 }  # fmt: skip
@@ -98,29 +100,22 @@ def _spec(
 
 
 def _launch(arch, dtype, head_dim, feature):
-    """What a call and its backward pass launch, as far as the backend does not refuse them."""
-    from transformer_fast.backends import Call, triton
+    """What a call and its backward pass launch."""
     from transformer_fast.backends import triton_attention as backend
-    from transformer_fast.ops._attention_op import features as names
 
     features = dict(FEATURES[feature])
     bias_gradient = features.pop("needs_bias_gradient", True)
 
     backend._capability = lambda device: CAPABILITY[arch]
     backend._multiprocessors = lambda device: MULTIPROCESSORS[arch]
-    triton._large_tiles = lambda device: arch in (90, 100)
     spec = _spec(dtype, head_dim, **features)
-    call = Call("attention", "cuda", dtype, head_dim, names(spec))
-    if triton.BACKEND.why_not(call):
-        return
     q, k, v = spec[:3]
     lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1], device="meta")
     if feature.startswith("decode_append"):
         assert backend.attention_append(spec, k[:, :, :1], v[:, :, :1], q, lse)
         return
     backend.attention_forward(spec, q, lse)
-    backward = call._replace(features=("backward", *call.features))
-    if not feature.startswith("decode") and not triton.BACKEND.why_not(backward):
+    if not feature.startswith("decode"):
         dbias, dtable = (None if t is None else t.float() for t in (spec.bias, spec.relative_bias))
         dbias = dbias if bias_gradient else None
         backend.attention_backward(spec, q, None, q, lse, q, k, v, dbias, dtable)

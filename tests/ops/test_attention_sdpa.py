@@ -126,6 +126,28 @@ def test_it_stands_between_the_kernels_and_plain_torch_on_cuda():
 
 
 @pytest.mark.quick
+def test_a_detour_goes_last_of_the_kernels(monkeypatch):
+    """Where Triton computes the scores once for each slice of a wide head, others that can go first."""
+    triton, cuda, sdpa = (backends.get(name) for name in ("triton", "cuda", "sdpa"))
+    for backend in (triton, cuda):
+        monkeypatch.setattr(backend, "why_not", lambda call: ())
+    wide = Call("attention", "cuda", torch.float32, 192, ("backward", "causal"), 256)
+    narrow, forward = wide._replace(size=128), wide._replace(features=("causal",))
+    chosen = {}
+    for name, taken in (("cuda", ()), ("sdpa", (cuda,)), ("triton", (cuda, sdpa))):
+        for backend in taken:
+            monkeypatch.setattr(backend, "why_not", lambda call: ("no",))
+        backends._select.cache_clear()
+        chosen[name] = backends.select(wide).name
+        assert backends.select(narrow).name == backends.select(forward).name == "triton"
+    assert all(name == found for name, found in chosen.items())
+    text = tf.explain(wide)
+    assert text.index("cuda:") < text.index("sdpa:") < text.index("triton: chosen") < text.index("eager:")
+    assert "slices" in text
+    backends._select.cache_clear()
+
+
+@pytest.mark.quick
 def test_explain_says_what_is_forced():
     call = Call("norm", "cpu", torch.float32, 8)
     with tf.backend("eager"):

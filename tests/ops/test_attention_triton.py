@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import unittest.mock
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 import transformer_fast as tf
-from transformer_fast import backends
 from transformer_fast.backends.philox import keep_mask
 from transformer_fast.ops import qkv_attention
 
@@ -30,8 +30,8 @@ def blocks(monkeypatch):
     """Tiles of a size at which short sequences have several; call it to choose others."""
     from transformer_fast.kernels import attention_configurations as configurations
 
-    def choose(block_m=16, block_n=32):
-        config = configurations.Config(block_m, block_n, 4, 1)
+    def choose(block_m=16, block_n=32, columns=None):
+        config = configurations.Config(block_m, block_n, 4, 1, columns=columns)
         monkeypatch.setattr(configurations, "select", lambda kernel, shape: config)
 
     choose()
@@ -138,7 +138,9 @@ def test_bias_gradient_over_the_axes_it_broadcasts_along(axes, device):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_relative_bias_gradient_to_its_table(bidirectional, device):
+@pytest.mark.parametrize("tile", [(16, 32), (64, 16)])
+def test_relative_bias_gradient_to_its_table(tile, bidirectional, device, blocks):
+    blocks(*tile)
     table = torch.randn(8, 2, device=device)
     d = 32 if bidirectional else 80  # wide heads sum for the table in a launch of its own
     _padded(device, torch.float16, sq=50, sk=70, d=d, relative=(table, 12, bidirectional), is_causal=not bidirectional)
@@ -280,6 +282,8 @@ def test_packed_decoding_in_splits(device, monkeypatch):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_drawn_shapes_and_features(data):
+    from transformer_fast.kernels import attention_configurations as configurations
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)  # the data of an example is its own, so that it can be replayed
     draw = data.draw
@@ -309,38 +313,49 @@ def test_drawn_shapes_and_features(data):
             kw["softcap"] = 3.0
         else:
             kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
-    _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64])), **kw)
+    config = configurations.Config(16, 32, 4, 1, columns=draw(st.sampled_from([None, 16])))
+    with unittest.mock.patch.object(configurations, "select", lambda kernel, shape: config):
+        _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64])), **kw)
 
 
-@pytest.mark.quick
-def test_wide_heads_that_spill_are_refused(monkeypatch):
-    from transformer_fast.backends import Call, triton
-
-    call = Call("attention", "cuda", torch.bfloat16, 136)
-    relative, backward = (call._replace(features=(name,)) for name in ("relative_bias", "backward"))
-    single = backward._replace(dtype=torch.float32)
-    for large in (False, True):
-        monkeypatch.setattr(triton, "_large_tiles", lambda device, large=large: large)
-        tried = (call, single._replace(features=()), relative, single, backward)
-        refused = [c for c in tried if any("136" in r for r in triton.BACKEND.why_not(c))]
-        assert refused == [relative, single, backward][: 2 + large]
-        for other in (relative, backward, single):
-            other = other._replace(size=128)
-            assert not any("head dims up to" in r for r in triton.BACKEND.why_not(other))
-    q = torch.randn(1, 2, 20, 130)
-    with tf.backend("triton"), pytest.raises(backends.BackendError, match="relative bias takes head dims up to 64"):
-        tf.scaled_dot_product_attention(q, q, q, relative_bias=tf.RelativeBias(torch.randn(8, 2)))
+@pytest.mark.parametrize("case", ["plain", "bottom_right", "window", "softcap", "grouped_heads"])
+def test_head_dims_in_slices(case, device, blocks):
+    blocks(columns=16)
+    arguments = dict(CASES[case], d=24)
+    if case == "grouped_heads":
+        arguments["hk"] = 2
+    _padded(device, HALF[len(case) % 2], **arguments)
 
 
-@pytest.mark.parametrize("head_dim", [130, 256])
-@pytest.mark.parametrize("axes", ["bhmn", "mn"])
-def test_wide_heads(head_dim, axes, device, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("axes", ["bhmn", "hn", None])
+def test_biases_and_dropout_with_head_dims_in_slices(axes, dtype, device, blocks):
+    blocks(columns=16)
+    kw = (
+        {"relative": (torch.randn(8, 2, device=device), 12, True)}
+        if axes is None
+        else {"bias": _bias(axes, dtype, device)}
+    )
+    _padded(device, dtype, d=24, key_lengths=torch.tensor([40, 13], device=device), dropout_p=0.2, **kw)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("kind", ["bias", "broadcast", "relative"])
+def test_wide_heads(kind, capability, device, monkeypatch):
+    from transformer_fast.backends import triton_attention
+
     monkeypatch.undo()  # the table's tiles, not the small ones of this file
-    call = backends.Call("attention", device, torch.bfloat16, head_dim, ("backward",))
-    refused = backends.get("triton").why_not(call)
-    if refused:
-        pytest.skip("; ".join(refused))
-    _padded(device, torch.bfloat16, h=1, hk=1, sq=40, sk=70, d=head_dim, bias=_bias(axes, torch.bfloat16, device))
+    if device == "cpu":
+        monkeypatch.setattr(triton_attention, "_capability", lambda device: capability)
+    elif capability != (8, 0):
+        pytest.skip("a GPU has one capability")
+    dtype = torch.float32 if capability == (9, 0) and kind == "relative" else torch.bfloat16
+    kw = {
+        "bias": {"bias": _bias("bhmn", dtype, device)},
+        "broadcast": {"bias": _bias("mn", dtype, device)},
+        "relative": {"relative": (torch.randn(8, 1, device=device), 12, True)},
+    }[kind]
+    _padded(device, dtype, b=1, h=1, sq=40, sk=70, d=130 if kind == "broadcast" else 256, **kw)
 
 
 @pytest.mark.gpu

@@ -50,6 +50,10 @@ class Backend:
         """Every reason why this backend cannot run the call; empty when it can."""
         raise NotImplementedError
 
+    def detour(self, call: Call) -> str:
+        """Why this backend, which can run the call, is known to be slow at it: others go before it."""
+        return ""
+
     def attention_append(self, spec, key, value, out, lse) -> None:
         """attention_forward on caches spec.key and spec.value, spec.key_lengths rows of which are in use, after key
         and value have been written behind them, in place."""
@@ -133,7 +137,9 @@ def _measured(call: Call):
 
 def _order(call: Call) -> tuple[str, ...]:
     line = _measured(call)
-    return tuple(dict.fromkeys([*([line.backend] if line else ()), *ORDER.get(call.device, ()), "eager"]))
+    kernels = [name for name in ORDER.get(call.device, ()) if name != "eager"]
+    kernels.sort(key=lambda name: bool(get(name).detour(call)))
+    return tuple(dict.fromkeys([*([line.backend] if line else ()), *kernels, "eager"]))
 
 
 def _describe(call: Call) -> str:
@@ -164,6 +170,8 @@ def explain(call: Call) -> str:
     for name in _order(call):
         reasons = get(name).why_not(call)
         text = "chosen" if name == chosen else "; ".join(reasons) or "could, comes later"
+        if not reasons and get(name).detour(call):
+            text += f" ({get(name).detour(call)})"
         if line and name == line.backend:
             text += f" (measured fastest: {line.measured})"
         lines.append(f"  {name}: {text}")

@@ -14,7 +14,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = frozenset(
     {"additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"}
 )
-_WIDE_HEAD = 128  # the last table of kernels/attention_configurations.py is for head dims over this
+_WIDE_HEAD = 128  # the last rows of kernels/attention_configurations.py are for head dims over this
 _WIDEST_EMBEDDING = 4096  # kernels/embedding.py holds a row in registers
 
 
@@ -78,11 +78,16 @@ class TritonBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in _OPS:
             reasons.append(f"there is no Triton kernel for {call.op}")
-        if call.op == "attention":
-            reasons += _too_wide(call)
         if call.op == "embedding_layer_norm" and call.size > _WIDEST_EMBEDDING:
             reasons.append(f"width {call.size} is over {_WIDEST_EMBEDDING}")
         return tuple(reasons)
+
+    def detour(self, call: Call) -> str:
+        if call.op != "attention" or "backward" not in call.features or call.size <= _WIDE_HEAD:
+            return ""
+        if call.dtype == torch.float32 or _large_tiles(call.device):
+            return f"gradients of head dims over {_WIDE_HEAD} take slices of them, each with the scores computed again"
+        return ""
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         from ..kernels.layer_norm import layer_norm_forward
@@ -198,26 +203,6 @@ class TritonBackend(Backend):
             ):  # fmt: skip
                 if table is not None:
                     embedding_gradient(grad_v, ids, padding, table)
-
-
-def _too_wide(call: Call) -> list[str]:
-    """Wide heads for which no tile keeps its sums in registers, as tests/triton_aot.py shows."""
-    widest = _WIDE_HEAD // 2 if call.dtype == torch.float32 else _WIDE_HEAD
-    if "relative_bias" in call.features and call.size > widest:
-        return [f"a relative bias takes head dims up to {widest}, not {call.size}: its sums do not fit the registers"]
-    if call.size <= _WIDE_HEAD:
-        return []
-    if "backward" in call.features and call.dtype == torch.float32:
-        return [
-            f"gradients in float32 take head dims up to {_WIDE_HEAD}, not {call.size}: exact products keep "
-            "whole rows in registers, which do not hold them"
-        ]
-    if "backward" in call.features and _large_tiles(call.device):
-        return [
-            f"gradients on compute capability 9.x to 11.x take head dims up to {_WIDE_HEAD}, not {call.size}: sums of "
-            "64 keys, the fewest their tensor cores take, fit neither registers nor tensor memory"
-        ]
-    return []
 
 
 def _large_tiles(device: str) -> bool:

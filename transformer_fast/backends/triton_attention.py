@@ -19,7 +19,7 @@ LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
 DECODE_QUERIES, DECODE_ROWS = 16, 32
 FEW_KEYS = 128  # rows of so few keep the rounding of the output: see kernels/attention_backward.py
-WIDEST_WITH_TABLE = 64  # head dims up to which the sums of the relative table fit the registers beside dQ
+WIDEST_WITH_TABLE = 64  # head dims up to which, without dropout, the sums of the table fit the registers beside dQ
 L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
 
 
@@ -73,7 +73,6 @@ class Launch:
         self.constants = {
             "GROUPS": self.groups,
             "HEAD_DIM": self.head_dim,
-            "BLOCK_D": self.block_d,
             "LEFT": left >= 0,
             "RIGHT": right >= 0,
             "BOTTOM_RIGHT": bool(spec.bottom_right),
@@ -95,10 +94,15 @@ class Launch:
         """Keyword arguments of `kernel`, out of what all calls share and `more`; the rest it does not take."""
         known = {**self.pointers, **self.scalars, **self.constants, **more}
         known |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WIDE": _wide(known)}
+        known["BLOCK_D"] = min(self.block_d, config.columns or self.block_d)
         taken = {name: known[name] for name in kernel.arg_names}
         if config.max_registers is not None:
             taken["maxnreg"] = config.max_registers
         return {**taken, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+    def slices(self, config) -> int:
+        """How many programs share a block of the result, each with some of its columns."""
+        return 1 if config.columns is None else triton.cdiv(self.head_dim, config.columns)
 
     def heads_together(self, tensor_bytes: int, most: int) -> int:
         return max(1, min(most, L2_BYTES // max(1, tensor_bytes)))
@@ -162,7 +166,7 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
         blocks=blocks,
         heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
     )
-    _attention_forward_kernel[(blocks * batch_heads,)](**arguments)
+    _attention_forward_kernel[(blocks * batch_heads * call.slices(config),)](**arguments)
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
@@ -238,6 +242,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         grad_lse_ptr=grad_lse,
         delta_ptr=delta, peak_ptr=peak, cu_q_ptr=spec.cu_seqlens_q, **call.strides("o", out), **rows,
         HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block, FOLDED=call.constants["FOLDED"], num_warps=4,
+        maxnreg=128 if call.shape.single else None,
     )  # fmt: skip
     shared = {
         "q_ptr": spec.query,
@@ -254,7 +259,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         _query_gradient(call, shared | {"grad_lse_ptr": grad_lse}, delta=True)
     _key_gradients(call, shared, dk, dv)
     broadcast = dbias is not None and _broadcasts(call, dbias)
-    apart = dtable is not None and call.head_dim > WIDEST_WITH_TABLE
+    apart = dtable is not None and (call.head_dim > WIDEST_WITH_TABLE or call.pointers["rng_ptr"] is not None)
     _query_gradient(call, shared, dq, None if broadcast else dbias, None if apart else dtable)
     if apart:
         _query_gradient(call, shared, dtable=dtable)
@@ -264,8 +269,8 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
 
 def _key_gradients(call: Launch, shared, dk, dv) -> None:
     shape = call.shape
-    if call.groups > 1 and shape.kind == "plain":  # the loop over heads keeps registers
-        shape = shape._replace(kind="rich")
+    if call.groups > 1 and shape.kind == "plain":
+        shape = shape._replace(kind="grouped")
     config = configurations.select("backward_key", shape)
     blocks = triton.cdiv(call.keys, config.block_n)
     batch_heads = call.batch * call.key_heads
@@ -285,18 +290,13 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
             "heads_together": call.heads_together(queries_bytes, batch_heads),
         },
     )
-    _attention_backward_key_kernel[(blocks * batch_heads,)](**arguments)
+    _attention_backward_key_kernel[(blocks * batch_heads * call.slices(config),)](**arguments)
 
 
 def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta: bool = False) -> None:
     """dQ, dbias and dtable, those that are given, or delta alone."""
     shape = call.shape._replace(kind="rich") if delta and call.shape.kind == "plain" else call.shape
-    config = configurations.select("backward_query", shape)
-    if dq is None and not delta:  # the sums of the table alone
-        if call.shape.architecture in ("sm_80", "sm_120"):  # operands in registers: no 64 rows
-            config = config._replace(block_m=32, block_n=32, num_warps=4)
-        elif not call.shape.single:
-            config = config._replace(block_m=64, block_n=32, num_warps=8)
+    config = configurations.select("backward_query" if dq is not None or delta else "backward_table", shape)
     if delta:  # the compiler aims at two blocks a multiprocessor: with more tiles in flight it spills
         config = config._replace(num_stages=1)
     blocks = triton.cdiv(call.queries, config.block_m)
@@ -322,9 +322,10 @@ def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delt
         heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
         BUCKETS=buckets,
         DELTA=delta,
-        DIAGONALS=triton.next_power_of_2(config.block_m + config.block_n),
+        DIAGONALS=triton.next_power_of_2(min(config.block_m, config.block_n) + config.block_n),
     )
-    _attention_backward_query_kernel[(blocks * batch_heads,)](**arguments)
+    slices = 1 if dq is None else call.slices(config)
+    _attention_backward_query_kernel[(blocks * batch_heads * slices,)](**arguments)
     if dtable is not None and bucket_sums is not None:
         dtable.copy_(bucket_sums.sum((0, 2))[:, : dtable.shape[0]].t())
 
