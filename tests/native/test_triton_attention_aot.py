@@ -125,7 +125,7 @@ def _launch(arch, dtype, head_dim, feature):
 CORE = {
     80: {("float32", 64, "plain"), ("bfloat16", 64, "bias_broadcast")},
     90: {("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 64, "relative"),
-         ("bfloat16", 64, "decode_append")},
+         ("bfloat16", 256, "plain"), ("bfloat16", 64, "decode_append")},
     100: {("bfloat16", 128, "causal"), ("bfloat16", 64, "dropout")},
     120: {("bfloat16", 128, "causal"), ("bfloat16", 64, "mask"), ("bfloat16", 64, "decode")},
 }  # fmt: skip
