@@ -112,7 +112,7 @@ _EXPORTS = {
         "linear_cross_entropy",
         "multi_head_attention",
         "pack_weight",
-        "packed_linear",
+        "projections",
         "rms_norm",
         "scaled_dot_product_attention",
         "varlen_attention",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..layers.projection import is_plain, is_transposed, linear, packed_linear, reading_copies
+from ..layers.projection import is_plain, is_transposed, linear, projections, reading_copies
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
@@ -388,13 +388,10 @@ class NativeStepper:
             states = states.take_along_dim(order[..., None], 1)
         for i, w in enumerate(self._description.layers):
             if w.cross_key_value is not None:
-                both = linear(w.cross_key_value, states)
+                pair = linear(w.cross_key_value, states).chunk(2, -1)
             else:
-                both = packed_linear([w.cross_key, w.cross_value], states)
-                if both is None:
-                    both = torch.cat([linear(w.cross_key, states), linear(w.cross_value, states)], -1)
-            keys, values = both.unflatten(-1, (2, spec.num_heads, spec.head_dim)).permute(2, 0, 3, 1, 4)
-            cache.load_cross(i, keys, values)
+                pair = projections([w.cross_key, w.cross_value], states)
+            cache.load_cross(i, *(t.unflatten(-1, (spec.num_heads, spec.head_dim)).transpose(1, 2) for t in pair))
 
 
 def encoder_states(prompt: Prompt) -> torch.Tensor | None:
