@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "transformer_fast" / "_C.abi3.so"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="setup.py lies only in a checkout")
 
@@ -121,3 +124,13 @@ def test_a_failed_compilation_is_noted(tree, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         note = file.read("transformer_fast/_native_missing.txt").decode()
     assert "its build failed" in note and "build again with TRANSFORMER_FAST_NATIVE=1" in note
+
+
+@pytest.mark.skipif(not LIBRARY.exists() or platform.machine() != "x86_64", reason="no library for x86-64 was built")
+def test_the_library_runs_on_older_systems_and_hides_what_it_brings():
+    """glibc 2.28 is what torch's own wheels ask for."""
+    newest = max(int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", LIBRARY.read_bytes()))
+    assert newest <= 28, f"it asks for glibc 2.{newest}"
+    if shutil.which("nm"):
+        exported = subprocess.run(["nm", "-D", "--defined-only", LIBRARY], capture_output=True, text=True, check=True)
+        assert not {"exp", "log", "__libc_single_threaded"} & set(exported.stdout.split())
