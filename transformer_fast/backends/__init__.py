@@ -21,7 +21,7 @@ ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
 NAMES = ("eager", "cpu", "triton", "cuda", "sdpa")
 OPS = (
     "additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "linear",
-    "norm", "packed_linear",
+    "norm", "packed_linear", "rotary_embedding",
 )  # fmt: skip
 
 
