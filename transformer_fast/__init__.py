@@ -116,6 +116,7 @@ _EXPORTS = {
         "pack_weight",
         "packed_linear",
         "rms_norm",
+        "rotary_embedding",
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
