@@ -13,6 +13,7 @@ from .linear import linear, pack_weight, projections
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rotary import rotary_embedding
 
 __all__ = [
     "RelativeBias",
@@ -34,6 +35,7 @@ __all__ = [
     "projections",
     "qkv_attention",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
