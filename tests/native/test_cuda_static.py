@@ -27,7 +27,9 @@ NVCC = os.environ.get("NVCC", "nvcc")
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-fPIC"]
 LINKED = "90a"  # of this architecture the objects are kept, host code and all, and linked
 CACHE = ROOT / "build" / "cuda-static"
+HOST_ONLY = ("stream.cu",)
 JOBS = [(source.name, arch) for source in SOURCES for arch in ARCHS if "_wgmma" not in source.name or arch == "90a"]
+JOBS = [job for job in JOBS if job[0] not in HOST_ONLY]
 
 needs_nvcc = pytest.mark.skipif(not shutil.which(NVCC), reason=f"{NVCC} is not on PATH")
 
