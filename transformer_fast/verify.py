@@ -117,7 +117,7 @@ def _load_ours(checkpoint, theirs) -> tuple[torch.nn.Module, str]:
     import transformer_fast
 
     cls: Any = getattr(transformer_fast, type(theirs).__name__, None)
-    if cls is not None and issubclass(cls, type(theirs)):
+    if cls is not None and transformer_fast.is_ours(cls) and issubclass(cls, type(theirs)):
         with _quiet():
             try:
                 model = cls.from_pretrained(checkpoint, dtype=torch.float32)

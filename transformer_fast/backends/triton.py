@@ -13,6 +13,7 @@ from .philox import keep_scale, threshold
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = frozenset(
     {"additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"}
+    | {"rotary_embedding"}
 )
 _WIDE_HEAD = 128  # the last rows of kernels/attention_configurations.py are for head dims over this
 # kernels/embedding.py holds a row in registers; elsewhere a grid has an axis of column blocks, which ends at 65535.
@@ -52,12 +53,12 @@ class TritonBackend(Backend):
     name = "triton"
 
     def status(self) -> str:
+        if not torch.cuda.is_available():
+            return "idle: no NVIDIA GPU is visible"
         if _missing():
-            return f"missing: {_missing()}. They would bring fused kernels on NVIDIA GPUs"
+            return f"missing: {_missing()}. They would bring fused kernels on this GPU"
         unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
         note = f"; not yet run on a GPU: {unverified}" if unverified else ""
-        if not torch.cuda.is_available():
-            return f"installed, idle: no NVIDIA GPU is visible{note}"
         old = self._old_gpu()
         return f"idle: {old}" if old else f"active{note}"
 
@@ -166,6 +167,12 @@ class TritonBackend(Backend):
         x = x if x.stride(1) == 1 else x.contiguous()
         with _device_of(y):
             dropout_forward(x, _dense(rng), threshold(p), keep_scale(p), y)
+
+    def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
+        from ..kernels.rotary import rotary
+
+        with _device_of(y):
+            rotary(x, cos, sin, positions, interleaved, inverse, y)
 
     def cross_entropy_forward(self, spec, losses, largest, total) -> None:
         from ..kernels.cross_entropy import cross_entropy_forward
