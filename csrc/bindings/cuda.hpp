@@ -15,22 +15,18 @@
 #pragma once
 #include "tensors.hpp"
 
-#if defined(TF_EMULATE)
-#define TF_CUDA_KERNELS 1
-#define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m)
-// The main library has the schemas; it is loaded before the emulator is.
-#define TF_CUDA_SCHEMA(m) \
-  [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
-#else
-#if defined(TF_WITH_CUDA)
+#if defined(TF_EMULATE) || defined(TF_WITH_CUDA)
 #define TF_CUDA_KERNELS 1
 #else
 #define TF_CUDA_KERNELS 0
 #endif
-#ifndef TF_CUDA_KEY  // the tests' stand-in for CUDA registers the same bindings for CPU tensors
-#define TF_CUDA_KEY CUDA
-#endif
-#define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, TF_CUDA_KEY, m)
+#if defined(TF_EMULATE) || defined(TF_CPU_TENSORS)  // in tests: the emulator, and the stand-in for CUDA's runtime
+#define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m)
+// The main library has the schemas; it is loaded before these are.
+#define TF_CUDA_SCHEMA(m) \
+  [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
+#else
+#define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CUDA, m)
 #define TF_CUDA_SCHEMA(m) STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m)
 #endif
 
