@@ -146,6 +146,8 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
                 out = tf.scaled_dot_product_attention(q, k, v, **options)
             with noting("cuda_attention_backward " + name):
                 torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        with noting("cuda_rotary"), torch.no_grad():
+            tf.ops.rotary_embedding(torch.randn(2, 9, 4, 64), torch.randn(9, 32), torch.randn(9, 32))
         query, key, value = (heads(4, 1, grad=False) for _ in range(3))
         caches = [torch.zeros(2, 4, 3000, 64, dtype=torch.bfloat16) for _ in range(2)]
         with noting("cuda_attention_decode"), torch.no_grad():
@@ -167,6 +169,7 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
     assert _names(found["cuda_attention_backward wgmma"], *backward)
     assert _names(found["cuda_attention_forward mma"], "attention_forward_mma_kernel")
     assert _names(found["cuda_attention_decode"], "attention_decode_kernel")
+    assert _names(found["cuda_rotary"], "rotary_kernel")
     persistent = _of(found["cuda_attention_forward wgmma"], "launch")[0]
     assert persistent["grid"] == [16, 1, 1] and 48 << 10 < persistent["shared"] <= 227 << 10
 

@@ -64,12 +64,24 @@ CALLS = {
     "qkv_attention": (
         lambda x, a: tf.ops.qkv_attention(x, a, max_seqlen=22), lambda: {
             "x": torch.randn(40, 3, 2, 16).half(), "a": _integers(0, 22, 40).int()}),
+    "rotary_embedding": (
+        lambda x, c, s, p: tf.ops.rotary_embedding(x, c, s, p), lambda: {
+            "x": torch.randn(2, 6, 3, 16), "c": torch.randn(9, 6), "s": torch.randn(9, 6),
+            "p": torch.arange(12).view(2, 6) % 9}),
     "kv_cache_attention": (None, lambda: {
         "q": _heads(2, 1), "k": _heads(2, 1), "v": _heads(2, 1), "kc": _heads(2, 30), "vc": _heads(2, 30),
         "n": _integers(12, 29)}),
 }  # fmt: skip
-SINGLE = ("layer_norm", "rms_norm", "add_layer_norm")  # the rest of the cuda backend is 16-bit attention
+SINGLE = (
+    "layer_norm",
+    "rms_norm",
+    "add_layer_norm",
+    "rotary_embedding",
+)  # the rest of the cuda backend is 16-bit attention
 OF_CUDA = (*SINGLE, "attention", "attention_relative", "varlen_attention", "qkv_attention", "kv_cache_attention")
+
+
+CONSTANT = (("cross_entropy", "w"), ("rotary_embedding", "c"), ("rotary_embedding", "s"))  # get no gradient
 
 
 def _poisoned(shape, dtype):
@@ -114,7 +126,7 @@ def _run(op, tensors, backend, way=None, dtype=None):
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype)
         t = WAYS[way](t) if way else t
-        constant = not gradients or (op, name) == ("cross_entropy", "w")
+        constant = not gradients or (op, name) in CONSTANT
         leaves[name] = t.requires_grad_() if t.is_floating_point() and not constant else t
     wanted = {n: t for n, t in leaves.items() if t.requires_grad}
     torch.manual_seed(5)
