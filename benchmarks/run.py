@@ -106,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--missing", action="store_true", help="only cases that the output folder does not hold yet")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
-    parser.add_argument("--output", type=pathlib.Path, help="default: benchmarks/results/<device>/<date>-<commit>")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        help="default: <device>/<date>-<commit> in benchmarks/results of a checkout, or in ./transformer_fast_results",
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs a process each")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")

@@ -16,13 +16,29 @@ from rich.table import Table
 
 app = typer.Typer(
     name="transformer-fast",
-    help="Fast kernels for the transformers you already use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
 SAME, NOT_SAME, WRONG = 0, 1, 2
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"transformer-fast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fast kernels for the transformers you already use."""
 
 
 class _Problem(Exception):
@@ -58,13 +74,13 @@ def _version(name: str, brings: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"missing (pip install {name}). It would bring {brings}"
+        return f"missing (pip install {name}). It would bring {brings}" if brings else "not installed"
 
 
 def _nvcc() -> str:
     path = shutil.which("nvcc")
     if path is None:
-        return "missing. It would compile CUDA C++ kernels from source; the Triton kernels do without"
+        return "not installed. It compiles the CUDA C++ kernels from source; the Triton kernels do without"
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -83,15 +99,16 @@ def info() -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")  # never cut: what to type may stand at the end
     rows = {"transformer_fast": __version__, "Python": platform.python_version()}
     rows.update({name: value for name, value in backends.info().items() if name != "forced backend"})
     rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     rows["transformers"] = _version(
         "transformers", 'the models, attn_implementation="transformer_fast", accelerate for its models and verify'
     )
-    rows["triton"] = _version("triton", "fused kernels on NVIDIA GPUs")
-    rows["nvcc"] = _nvcc()
+    if torch.cuda.is_available():
+        rows["triton"] = _version("triton", "fused kernels on NVIDIA GPUs")
+        rows["nvcc"] = _nvcc()
     rows["forced backend"] = backends.info()["forced backend"]
     for name, value in rows.items():
         table.add_row(name, value)
@@ -161,7 +178,7 @@ def demo(
 
 @_command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Run the benchmarks. Every argument goes to benchmarks/run.py; --help shows them."""
+    """Run the benchmarks. Results go to --output, or ./transformer_fast_results; bench --help shows all."""
     _need("bench", torch="torch", tqdm="tqdm", transformers="transformers>=5.17")
     try:
         from .benchmarks import run

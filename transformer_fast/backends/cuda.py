@@ -43,7 +43,7 @@ def _missing() -> str:
     if native.load():
         return native.load()
     if not architectures():
-        return "the native library was built without CUDA kernels (no nvcc, or no GPU was visible: see README.md)"
+        return "the native library was built without CUDA kernels (no nvcc, or no GPU to be seen then)"
     return ""
 
 
@@ -70,14 +70,14 @@ class CudaBackend(Backend):
     name = "cuda"
 
     def status(self) -> str:
+        if not torch.cuda.is_available():
+            return "idle: no NVIDIA GPU is visible"
         missing = _missing()
         if missing:
-            return f"missing: {missing}. They would bring kernels past what Triton can do on NVIDIA GPUs"
+            return f"missing: {missing}. They would bring kernels past what Triton can do on this GPU"
         unverified = ", ".join(sorted(_OPS.keys() - verified_on_gpu()))
         note = f"compiled for sm_{', sm_'.join(architectures())}"
         note += f"; not yet run on a GPU: {unverified}" if unverified else ""
-        if not torch.cuda.is_available():
-            return f"{note}; idle: no NVIDIA GPU is visible"
         unsupported = _unsupported(*torch.cuda.get_device_capability())
         return f"{note}; idle: {unsupported}" if unsupported else f"{note}; taken on request, backend('cuda')"
 

@@ -52,12 +52,12 @@ class TritonBackend(Backend):
     name = "triton"
 
     def status(self) -> str:
+        if not torch.cuda.is_available():
+            return "idle: no NVIDIA GPU is visible"
         if _missing():
-            return f"missing: {_missing()}. They would bring fused kernels on NVIDIA GPUs"
+            return f"missing: {_missing()}. They would bring fused kernels on this GPU"
         unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
         note = f"; not yet run on a GPU: {unverified}" if unverified else ""
-        if not torch.cuda.is_available():
-            return f"installed, idle: no NVIDIA GPU is visible{note}"
         old = self._old_gpu()
         return f"idle: {old}" if old else f"active{note}"
 
