@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from hf_models import DECODERS, ENCODERS, SEQ2SEQ, vit
 from typer.testing import CliRunner
 
@@ -104,7 +105,7 @@ def test_without_typer_or_rich(missing):
 def test_verify_our_own_class(bert):
     result = _invoke("verify", bert)
     assert result.exit_code == 0, result.output
-    assert "BertModel by Hugging Face against transformer_fast.BertModel" in result.output
+    assert f"BertModel of transformers {transformers.__version__} against transformer_fast.BertModel" in result.output
     assert "same: as close to float64 as Hugging Face is, on every row" in result.output
     for dtype in verification.DTYPES:
         for padding in ("right", "left"):

@@ -123,9 +123,10 @@ def verify(
         list[str] | None, typer.Option(help="fp32, bf16, fp16; may be repeated; default all three")
     ] = None,
     gradients: Annotated[bool, typer.Option(help="compare parameter gradients too")] = True,
+    tokens: Annotated[bool, typer.Option(help="compare generated tokens too, where the model generates")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Compare a checkpoint here with Hugging Face: outputs and gradients, every row, both paddings, each dtype."""
+    """Compare a checkpoint with Hugging Face: outputs, gradients and tokens, every row, both paddings, each dtype."""
     _need("verify", torch="torch", transformers="transformers>=5.17")
     import torch
 
@@ -139,25 +140,35 @@ def verify(
     try:
         with errors.status("starting") as status:
             result = compare(
-                checkpoint, dtypes=dtype or list(DTYPES), gradients=gradients, device=device, progress=status.update
+                checkpoint,
+                dtypes=dtype or list(DTYPES),
+                gradients=gradients,
+                tokens=tokens,
+                device=device,
+                progress=status.update,
             )
     except VerifyError as error:
         raise _Problem(str(error)) from error
     console = Console()
     console.print(
-        f"{checkpoint}: {result.model} by Hugging Face against {result.through}", soft_wrap=True, markup=False
+        f"{checkpoint}: {result.model} of transformers {result.release} against {result.through}",
+        soft_wrap=True,
+        markup=False,
     )
     table = Table("dtype", "padding", "compared", "our error", "theirs", "")
     for row in result.rows:
         verdict = {True: "same", False: "NOT THE SAME", None: "not compared"}[row.same]
-        numbers = (f"{row.ours:.1e}", f"{row.theirs:.1e}") if row.same is not None and row.dtype else ("", "")
+        numbers = (f"{row.ours:.1e}", f"{row.theirs:.1e}") if row.same is not None and row.ours else ("", "")
         table.add_row(row.dtype, row.padding, row.what, *numbers, f"{verdict}{': ' if row.note else ''}{row.note}")
     console.print(table, markup=False)
     if not result.same:
         off = sum(row.same is False for row in result.rows)
         console.print(f"NOT the same: {off} of {len(result.rows)} comparisons are off")
         raise typer.Exit(NOT_SAME)
-    console.print("same: as close to float64 as Hugging Face is, on every row")
+    generated = any(row.what.startswith("tokens") and row.same for row in result.rows)
+    console.print(
+        f"same: as close to float64 as Hugging Face is{', and the same tokens' if generated else ''}, on every row"
+    )
     raise typer.Exit(SAME)
 
 
