@@ -8,15 +8,16 @@ namespace tf::TF_ISA {
 namespace {
 
 constexpr int kLanes = 32;  // 64-bit words side by side: enough chains to hide a multiplication
-constexpr uint64_t kPrime = 0xD6E8FEB86659FD93u;
+constexpr uint64_t kSpread = 0xA0761D6478BD642Fu, kPrime = 0xD6E8FEB86659FD93u;  // odd
 
 // Each step is a bijection of the lane for a given word, and of the word for a given lane: words that differ in one
-// place never meet again. The rotation brings high bits down, or changes of two signs would cancel.
+// place never meet again. A product alone leaves a change of the top bit where it is, and changes of two signs could
+// undo each other; so words are mixed before they meet the lane, and the lane is rotated.
 void add_words(uint64_t* lanes, const uint8_t* from) {
   uint64_t words[kLanes];
   __builtin_memcpy(words, from, sizeof words);
   for (int i = 0; i < kLanes; ++i) {
-    const uint64_t v = lanes[i] ^ words[i];
+    const uint64_t word = words[i] * kSpread, v = lanes[i] ^ word ^ word >> 32;
     lanes[i] = (v << 29 | v >> 35) * kPrime;
   }
 }

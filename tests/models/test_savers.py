@@ -1,4 +1,4 @@
-"""Whatever writes a model writes all of it: parameters look to every saver as Hugging Face's do, whatever was computed."""
+"""Whatever writes a model writes all of it: to every saver parameters look as Hugging Face's do."""
 
 import copy
 import pickle
@@ -49,8 +49,9 @@ def layout(model):
     first = {}
     for name, p in model.named_parameters():
         first.setdefault(p.untyped_storage().data_ptr(), name)
+    storages = {n: p.untyped_storage() for n, p in model.named_parameters()}
     return {
-        n: (p.shape, p.stride(), p.storage_offset(), p.untyped_storage().nbytes(), first[p.untyped_storage().data_ptr()])
+        n: (p.shape, p.stride(), p.storage_offset(), storages[n].nbytes(), first[storages[n].data_ptr()])
         for n, p in model.named_parameters()
     }
 
@@ -109,7 +110,8 @@ def pickled(model, folder):
 
 
 SAVERS = [
-    accelerate_model, accelerate_state, hub_model, safetensors_model, shards, torch_file, distributed_checkpoint, pickled,
+    accelerate_model, accelerate_state, hub_model, safetensors_model, shards, torch_file, distributed_checkpoint,
+    pickled,
 ]  # fmt: skip
 
 
