@@ -48,9 +48,7 @@ def int8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group: in
     return y
 
 
-def finish(
-    y: torch.Tensor, bias: torch.Tensor | None, activation: str | None, dtype: torch.dtype
-) -> torch.Tensor:
+def finish(y: torch.Tensor, bias: torch.Tensor | None, activation: str | None, dtype: torch.dtype) -> torch.Tensor:
     """activation(y + bias) in dtype."""
     if bias is not None:
         y = y + bias.float()

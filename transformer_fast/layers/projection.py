@@ -92,9 +92,7 @@ def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch
     return y if activation is None else ops.bias_activation(y, None, activation)
 
 
-def packed_linear(
-    modules: list[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None
-) -> torch.Tensor | None:
+def packed_linear(modules: list[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None) -> torch.Tensor | None:
     """x [W1; W2; ...]^T + [b1; b2; ...] as one GEMM, or None where the modules have to be called one by one.
     int8_dtype: of the result where the modules are Int8Linear; None for x's."""
     if is_int8(*modules):
