@@ -33,7 +33,8 @@ _GPT = {"vocab_size": 80, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions"
 FAMILIES = {
     "bert": ("BertForMaskedLM", lambda: hf.BertConfig(**_WIDE)),
     "distilbert": (
-        "DistilBertForMaskedLM", lambda: hf.DistilBertConfig(vocab_size=80, dim=64, n_layers=2, n_heads=4, hidden_dim=144),
+        "DistilBertForMaskedLM",
+        lambda: hf.DistilBertConfig(vocab_size=80, dim=64, n_layers=2, n_heads=4, hidden_dim=144),
     ),
     "albert": ("AlbertForMaskedLM", lambda: hf.AlbertConfig(**_WIDE, embedding_size=64)),
     "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**_GPT, bos_token_id=1, eos_token_id=2, pad_token_id=0)),

@@ -13,7 +13,7 @@ def groups(width: int, group: int) -> int:
 
 
 def quantize_weight(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight (out, in) -> q int8 (out, in) and scale float32 (out, groups): w = scale q, scale = max |w| / 127 of a group."""
+    """weight (out, in) -> q int8 (out, in), scale float32 (out, groups): w = scale q, with scale = max |w| / 127."""
     out, inner = weight.shape
     wide = F.pad(weight.detach().float(), (0, -inner % group)).view(out, -1, group)
     largest = wide.abs().amax(-1)

@@ -125,8 +125,10 @@ def block_weights(w: Any, spec: Any, attention_norm: Int8Norm | None, output_nor
     gates = (w.gate,) if spec.gated else ()
     if spec.activation is None or not is_int8(w.attention_output, w.up, w.down, *gates):
         return None
-    modules = (w.attention_output, w.up, w.gate if spec.gated else None, w.down)
-    weights = [None if m is None else m.int8_weight() for m in modules]
-    biases = tuple(None if m is None else m.bias for m in modules)
-    found = Int8BlockWeights(*weights, biases, attention_norm, output_norm, rms, spec.activation)  # type: ignore[arg-type]
+    gate = w.gate if spec.gated else None
+    biases = (w.attention_output.bias, w.up.bias, None if gate is None else gate.bias, w.down.bias)
+    found = Int8BlockWeights(
+        w.attention_output.int8_weight(), w.up.int8_weight(), None if gate is None else gate.int8_weight(),
+        w.down.int8_weight(), biases, attention_norm, output_norm, rms, spec.activation,
+    )  # fmt: skip
     return None if found.why_not() else found

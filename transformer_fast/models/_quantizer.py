@@ -1,4 +1,4 @@
-"""int8 through Hugging Face's quantizer registry: from_pretrained(..., quantization_config=Int8Config()), save_pretrained."""
+"""int8 through Hugging Face's quantizer registry: loading with quantization_config=Int8Config(), and saving."""
 
 import re
 from typing import Any

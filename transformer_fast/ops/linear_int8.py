@@ -36,7 +36,7 @@ class Int8Weight:
     __slots__ = ("data", "group", "shape", "_parts")
 
     def __init__(self, q: torch.Tensor, scale: torch.Tensor, group: int = GROUP):
-        """q: int8 (out, in); scale: float32 (out, ceil(in / group)). Raises TypeError or ValueError naming the argument."""
+        """q: int8 (out, in); scale: float32 (out, ceil(in / group)). Raises TypeError or ValueError for others."""
         if q.dtype != torch.int8 or q.dim() != 2:
             raise TypeError(f"q: wanted an int8 tensor (out, in), got {q.dtype} {tuple(q.shape)}")
         if group not in GROUPS:
@@ -130,7 +130,7 @@ def int8_linear(
     lie side by side; biases: (out,) each or None. activation: None or one of bias_activation's names. dtype: of the
     result, default input's. The sums of a group are exact in int32, and added up in float32 in the same order
     everywhere: without an activation every machine gives the same bits. A row with NaN or infinity gives NaN.
-    Returns (..., out). No gradients: raises where one would be wanted. Raises TypeError or ValueError naming the argument.
+    Returns (..., out). Raises TypeError or ValueError naming the argument, also where a gradient would be wanted.
     """
     weights = [weights] if isinstance(weights, Int8Weight) else list(weights)
     biases = [biases] if biases is None or isinstance(biases, torch.Tensor) else list(biases)
@@ -188,7 +188,7 @@ class Int8Norm(NamedTuple):
 
 
 class Int8BlockWeights(NamedTuple):
-    """Of int8_block. biases: of output, up, gate and down. attention_norm: None with norms before. rms: of both norms."""
+    """Of int8_block. biases: of output, up, gate, down. attention_norm: None with norms before. rms: of both norms."""
 
     output: Int8Weight
     up: Int8Weight
