@@ -140,6 +140,15 @@ def test_a_fast_wrong_answer_does_not_count():
 
 
 @pytest.mark.quick
+def test_a_wrong_answer_of_any_backend_of_ours_is_called_so():
+    forced = f"{OURS} cuda"
+    wrong, far = Candidate(forced, costing(1.0, 1.5)), Candidate("rival", costing(1.0, 1.5))
+    rows = measure(case(Candidate(OURS, costing(1.0)), wrong, Candidate("peer", costing(3.0)), far, bar=Bar(1.0)))
+    assert rows[forced]["note"].startswith("WRONG RESULT") and rows[OURS]["met"] == "yes"
+    assert rows["rival"]["note"].startswith("differs")
+
+
+@pytest.mark.quick
 def test_missing_peers_are_rows_not_errors():
     def refuses(inputs):
         raise Unavailable("no such thing here")

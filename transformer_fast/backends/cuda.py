@@ -120,14 +120,15 @@ class CudaBackend(Backend):
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         dtype = spec.x.dtype
         _ops.cuda_norm_forward.default(
-            spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), spec.rng, spec.eps,
-            spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+            spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), _dense(spec.rng),
+            spec.eps, spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
         )  # fmt: skip
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
         _ops.cuda_norm_backward.default(
-            grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), mean, rstd, spec.rng,
-            threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight, grad_bias,
+            grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), _dense(mean), _dense(rstd),
+            _dense(spec.rng), threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight,
+            grad_bias,
         )  # fmt: skip
 
     def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
@@ -140,6 +141,10 @@ def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Non
         return None
     t = t.detach()
     return (t if t.dtype in (dtype, torch.float32) else t.to(torch.float32)).contiguous()
+
+
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 BACKEND = CudaBackend()
