@@ -106,14 +106,14 @@ def verify(
     for padding, inputs, real in batches:
         truths[padding] = _run(reference, inputs, real, padding, torch.float64, gradients)
     for name in dtypes:
-        pair = [_cast(model, DTYPES[name]) for model in (theirs, ours)]
+        plain, mine = (_cast(model, DTYPES[name]) for model in (theirs, ours))
         for padding, inputs, real in batches:
             progress(f"{name}, padding {padding}")
-            eager, found = (_run(model, inputs, real, padding, DTYPES[name], gradients) for model in pair)
+            eager, found = (_run(m, inputs, real, padding, DTYPES[name], gradients) for m in (plain, mine))
             result.rows += _compare(name, padding, real, found, truths[padding], eager)
         if tokens and _generates(theirs):
             progress(f"{name}, tokens")
-            result.rows += _compare_tokens(name, *pair, reference, batches, result.rows)
+            result.rows += _compare_tokens(name, plain, mine, reference, batches, result.rows)
     return result
 
 
@@ -137,7 +137,7 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
         import transformers
     except ImportError as error:
         raise VerifyError(f"verify needs transformers: pip install 'transformers>=5.17' ({error})") from error
-    from .models._loading import model_type_of
+    from .models._loading import explain_broken, local_folder, model_type_of
 
     with _quiet():
         try:
@@ -145,7 +145,11 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
             config = transformers.AutoConfig.from_pretrained(checkpoint)
             named = next(iter(getattr(config, "architectures", None) or ()), "")
             cls = getattr(transformers, named, None) or transformers.AutoModel
-            return cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+            try:
+                return cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+            except Exception as error:
+                explain_broken(error, checkpoint, local_folder(checkpoint, {}))
+                raise
         except Exception as error:  # whatever a broken file makes of a loader, a person gets one line
             text = " ".join(str(error).split())
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error

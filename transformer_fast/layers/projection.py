@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.linear_int8 import Int8Norm
 from ..ops.packed_weight import PackedWeight
+from .quantized import int8_linears, is_int8
 
 __all__ = [
     "add_norm",
@@ -19,6 +21,7 @@ __all__ = [
     "is_transposed",
     "linear",
     "norm",
+    "norm_of",
     "projections",
     "reading_copies",
     "register_transposed",
@@ -81,12 +84,19 @@ def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch
     """activation(x W^T + b)."""
     if is_plain(module, nn.Linear) or is_transposed(module):
         return ops.linear(x, _weight(module), module.bias, activation)
+    if is_int8(module):
+        return module.forward(x, activation)
     y = module(x)
     return y if activation is None else ops.bias_activation(y, None, activation)
 
 
-def projections(modules: Sequence[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """W_i x + b_i of each module; those that are more than plain are called."""
+def projections(
+    modules: Sequence[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """W_i x + b_i of each module; those that are more than plain are called.
+    int8_dtype: of the results where the modules are Int8Linear; None for x's."""
+    if is_int8(*modules):
+        return int8_linears(list(modules), x, int8_dtype).split([m.out_features for m in modules], -1)
     if torch.is_grad_enabled() and all(is_plain(module, nn.Linear) for module in modules):
         return ops.projections(x, [_weight(m) for m in modules], [m.bias for m in modules])
     return tuple(linear(module, x) for module in modules)
@@ -104,6 +114,16 @@ def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if _is_rms_norm(module):
         return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
     return module(x)
+
+
+def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
+    """What a plain norm module holds, and whether it is an RMS norm; None for any other."""
+    if is_plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        return Int8Norm(module.weight, module.bias, module.eps), False
+    if _is_rms_norm(module):
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        return Int8Norm(module.weight, None, eps), True
+    return None
 
 
 def _of_weight(y: torch.Tensor, module: Any) -> torch.Tensor:
