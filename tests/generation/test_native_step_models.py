@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
 
-from transformer_fast.backends import memory
-from transformer_fast.backends.contents import mirror_files, native
+from transformer_fast.backends import memory, native
+from transformer_fast.backends.contents import mirror_files
 from transformer_fast.generation import native_step, set_weight_storage
 from transformer_fast.generation.native_step import NativeStepper
 
