@@ -88,6 +88,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, int activation, "
       "Tensor(a!) grad_x, Tensor(b!)? grad_bias, Tensor(c!)? grad_gate) -> ()");
+  // x, y: (batch, length, heads, width), last stride 1; cos, sin: float32 (positions, half); positions: int64.
+  m.def(
+      "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
+      "-> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
   // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1.
   // lse: float32 (B, H, Sq) or (H, total_q), last stride 1. bias, mask: 4-D. relative: float32 (H, n), a bias for every
@@ -104,6 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
   m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
+  // Of the memory that tensors without gaps in it take, in its order; hashes: int64, as many as there are tensors.
+  m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.
   m.def(
       "cpu_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
@@ -129,11 +135,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
       "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "
-      "float head_scale, int vocabulary, Tensor? relative, int layers, int heads, int head_dim, int feed_forward, "
-      "int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
+      "float head_scale, int vocabulary, Tensor? relative, Tensor? cos, Tensor? sin, bool rotary_interleaved, "
+      "bool parallel, float softcap, float logits_softcap, int layers, int heads, int key_heads, int head_dim, "
+      "int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
   m.def(
       "cpu_decoder_plan_layer(Tensor(a!) plan, int index, Tensor?[] norms, float[] eps, bool rms, Tensor?[] weights, "
-      "Tensor?[] caches, float scale, float cross_scale) -> ()");
+      "Tensor?[] caches, float scale, float cross_scale, int window) -> ()");
   m.def(
       "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");

@@ -3,8 +3,6 @@
 import random
 from dataclasses import dataclass, field
 
-import torch
-
 from transformer_fast.backends import native
 
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
@@ -156,15 +154,14 @@ def _linear(d: Draw) -> None:
     d.call.plain = _PLAIN_ACTIVATION[activation].format(f"F.linear(x, w, {bias})")
 
 
-def _packed_linear(d: Draw) -> None:
+def _projections(d: Draw) -> None:
     inner, count = d.size(1, 60), d.rng.randint(1, 3)
     d.tensor("x", d.shape(inner))
     outs = [d.size(1, 60) for _ in range(count)]
-    weights = ", ".join(d.tensor(f"w{i}", (n, inner)) for i, n in enumerate(outs))
-    biases = ", ".join(d.tensor(f"b{i}", (n,)) for i, n in enumerate(outs)) if d.chance(0.7) else ""
-    joined = f"torch.cat([{biases}])" if biases else "None"
-    d.call.ours = f"tf.packed_linear(x, [{weights}], {f'[{biases}]' if biases else 'None'})"
-    d.call.plain = f"F.linear(x, torch.cat([{weights}]), {joined})"
+    weights = [d.tensor(f"w{i}", (n, inner)) for i, n in enumerate(outs)]
+    biases = [d.maybe(f"b{i}", (n,)) for i, n in enumerate(outs)]
+    d.call.ours = f"tf.projections(x, [{', '.join(weights)}], [{', '.join(biases)}])"
+    d.call.plain = f"({', '.join(f'F.linear(x, {w}, {b})' for w, b in zip(weights, biases))},)"
 
 
 def _pack_weight(d: Draw) -> None:
@@ -364,7 +361,11 @@ def _shapes(d: Draw) -> None:
         d.other("mask", "(torch.rand({n}) > 0.05)", shape[-len(leading) - 2 :], "torch.bool")
         more += ", attn_mask=mask"
     d.call.ours = f"tf.scaled_dot_product_attention(q, k, v, {more})"
-    d.call.setup += ["from torch.nn.attention import sdpa_kernel, SDPBackend", "def math(*args, **more):\n    with sdpa_kernel(SDPBackend.MATH): return F.scaled_dot_product_attention(*args, **more)"]  # noqa: E501
+    d.call.setup.append(
+        "def math(*args, **more):\n"
+        "    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):\n"
+        "        return F.scaled_dot_product_attention(*args, **more)"
+    )
     d.call.plain = f"math(q, k, v, {more})"
     d.call.few = True
 
@@ -446,7 +447,7 @@ OPS = {
     "multi_head_attention": _multi_head,
     "norm": _norm,
     "pack_weight": _pack_weight,
-    "packed_linear": _packed_linear,
+    "projections": _projections,
     "qkv_attention": _qkv,
     "varlen_attention": _varlen,
 }

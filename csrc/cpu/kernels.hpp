@@ -4,11 +4,13 @@
 #include "activation.hpp"
 #include "additive_attention.hpp"
 #include "attention.hpp"
+#include "content_hash.hpp"
 #include "linear.hpp"
 #include "cross_entropy.hpp"
 #include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
+#include "rotary.hpp"
 
 namespace tf {
 
@@ -23,6 +25,7 @@ struct Kernels {
   void (*column_sum)(const ColumnSum&);
   void (*pack_weight)(const PackWeight&);
   void (*packed_linear)(const PackedLinear&);
+  void (*content_hash)(const ContentHash&);
   void (*cross_entropy_forward)(const CrossEntropyForward&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
   void (*embedding_norm_forward)(const EmbeddingNormForward&);
@@ -31,6 +34,7 @@ struct Kernels {
   void (*decoder_step)(const DecoderStep&);
   void (*additive_attention_forward)(const AdditiveAttentionForward&);
   void (*additive_attention_backward)(const AdditiveAttentionBackward&);
+  void (*rotary)(const Rotary&);
 };
 
 #ifdef TF_ISA
@@ -45,6 +49,7 @@ void attention_backward(const AttentionBackward&);
 void column_sum(const ColumnSum&);
 void pack_weight(const PackWeight&);
 void packed_linear(const PackedLinear&);
+void content_hash(const ContentHash&);
 void cross_entropy_forward(const CrossEntropyForward&);
 void cross_entropy_backward(const CrossEntropyBackward&);
 void embedding_norm_forward(const EmbeddingNormForward&);
@@ -53,6 +58,7 @@ void embedding_gradient(const EmbeddingGradient&);
 void decoder_step(const DecoderStep&);
 void additive_attention_forward(const AdditiveAttentionForward&);
 void additive_attention_backward(const AdditiveAttentionBackward&);
+void rotary(const Rotary&);
 }  // namespace TF_ISA
 #endif
 

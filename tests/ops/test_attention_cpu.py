@@ -232,7 +232,7 @@ def test_memory_is_linear(tmp_path):
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("offset", [1.0, 8.0])
 def test_keys_and_values_with_an_offset_of_each_channel(isa, dtype, softcap, offset):
-    """As the biases of their projections make them. A delta from the rounded output is off by as much as the values'."""
+    """As the biases of their projections make them."""
     case = Case(1, 2, 1, 70, 300, 64, dtype, softcap=softcap)
     inputs = case.inputs()
     inputs.key += offset * torch.randn(64).to(dtype)

@@ -70,7 +70,12 @@ def test_masks(name):
 
 @pytest.mark.quick
 def test_lse_has_the_leading_dimensions():
-    for name, shape in (("two dimensions", (5,)), ("three", (3, 5)), ("five", (2, 3, 4, 5)), ("one key head", (3, 4, 5))):
+    for name, shape in (
+        ("two dimensions", (5,)),
+        ("three", (3, 5)),
+        ("five", (2, 3, 4, 5)),
+        ("one key head", (3, 4, 5)),
+    ):
         *shapes, _ = SHAPES[name]
         out, lse = tf.scaled_dot_product_attention(*(torch.randn(s) for s in shapes), return_lse=True)
         assert lse.shape == shape and out.shape == (*shape, 8)
@@ -81,7 +86,9 @@ def test_key_lengths_beyond_four_dimensions():
     q, k = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 4, 9, 8)
     lengths = torch.tensor([[9, 0, 4], [1, 2, 3]])
     out = tf.scaled_dot_product_attention(q, k, k, key_lengths=lengths)
-    flat = tf.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), key_lengths=lengths.flatten())
+    flat = tf.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), key_lengths=lengths.flatten()
+    )
     assert torch.equal(out, flat.view(out.shape))
 
 

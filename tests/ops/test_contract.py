@@ -10,6 +10,7 @@ from transformer_fast.ops import qkv_attention
 CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
 IDS = torch.tensor([[1, 8, 0, 1], [3, 3, 5, 2]])
 TARGET = torch.tensor([3, -100, 0, 19, 7, 7])
+COS = torch.linspace(-1, 1, 36).view(9, 4)
 CLASS_WEIGHT = torch.linspace(0.5, 2, 20)
 
 
@@ -39,6 +40,9 @@ def _calls():
             lambda x: tf.cross_entropy(x, TARGET, CLASS_WEIGHT.to(x.dtype), label_smoothing=0.1, z_loss=0.01),
             (_t(6, 20),),
         ),
+        "rotary_embedding": (
+            lambda x: tf.rotary_embedding(x, COS, COS.flip(0), torch.arange(3, 8)), (_t(2, 5, 3, 12),)
+        ),
         "cross_entropy_in_place": (lambda x: tf.cross_entropy(x * 2, TARGET, inplace_gradient=True), (_t(6, 20),)),
         "linear_cross_entropy": (
             lambda x, w, b: tf.linear_cross_entropy(x, w, TARGET.view(2, 3), b, 2, z_loss=0.01),
@@ -51,8 +55,8 @@ def _calls():
             (_t(9, 24), _t(6, 24), _t(2, 24), _t(24), _t(24)),
         ),
         "linear": (lambda x, w, b: tf.linear(x, w, b, "gelu"), (_t(6, 20), _t(12, 20), _t(12))),
-        "packed_linear": (
-            lambda x, *w: tf.packed_linear(x, w[:3], w[3:]),
+        "projections": (
+            lambda x, *w: tf.projections(x, w[:3], w[3:]),
             (_t(6, 20), *(_t(4, 20) for _ in range(3)), *(_t(4) for _ in range(3))),
         ),
         "attention": (
@@ -123,7 +127,9 @@ SCALARS = {
     "norm dropout": (lambda x, s: tf.add_layer_norm(x, x, dropout_p=s)[0], (0.5, 0.3, 0.2)),
     "dropout": (lambda x, s: tf.dropout(x, s), (0.5, 0.3, 0.2)),
     "label smoothing": (
-        lambda x, s: tf.cross_entropy(x.flatten(0, -2), torch.ones(x[..., 0].numel()).long(), label_smoothing=s, z_loss=s),
+        lambda x, s: tf.cross_entropy(
+            x.flatten(0, -2), torch.ones(x[..., 0].numel()).long(), label_smoothing=s, z_loss=s
+        ),
         (0.1, 0.2, 0.3),
     ),
     "varlen scale": (lambda x, s: tf.varlen_attention(*[x[0, 0][:, None]] * 3, torch.tensor([0, 2, x.shape[2]]), None,

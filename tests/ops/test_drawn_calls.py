@@ -30,7 +30,7 @@ def test_layouts(name, monkeypatch):
             pytest.skip("this torch was built without oneDNN")
         monkeypatch.setattr(gemm, "why_not_onednn", lambda: "" if name == "onednn" else "the test wants torch's own")
         backends._select.cache_clear()
-    products = ("linear", "multi_head_attention", "packed_linear")
+    products = ("linear", "multi_head_attention", "projections")
     ran = 0
     for op in products if name in ("onednn", "blas") else sorted(fuzz_calls.OPS):
         for i in range(25 if len(name) > 3 and op in products else 8):

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
 from .packing import Packing, plan_packing
-from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, packed_linear
+from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
+from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
 
 __all__ = ["StackCall", "encoder_layer", "plan_call", "run_layers"]
@@ -245,7 +247,10 @@ def encoder_layer(
     """
     post = call.spec.norm_position == "post"
     normed = x if post else norm(w.attention_norm, x)
-    mixed = _self_attention(w, normed, call, index, first_only, past_key_values)
+    block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None
+    mixed = _self_attention(w, normed, call, index, first_only, past_key_values, block is not None)
+    if block is not None:
+        return int8_block(mixed, call.packing.first(x) if first_only else x, block)
     mixed = linear(w.attention_output, mixed)
     residual = call.packing.first(x) if first_only else x
     p, p_out = dropout_p(w.attention_output_dropout), dropout_p(w.output_dropout)
@@ -261,6 +266,17 @@ def encoder_layer(
         p = dropout_p(w.cross_output_dropout)
     normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
     return _clamped(residual + ops.dropout(_feed_forward(w, normed, call.spec), p_out), call.spec)
+
+
+def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
+    """The layer after attention as one op, where it is int8 and none of it is somebody else's."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    after, output = norm_of(w.attention_norm), norm_of(w.output_norm)
+    if after is None or output is None or after[1] != output[1]:
+        return None
+    post = spec.norm_position == "post"
+    return block_weights(w, spec, after[0] if post else None, output[0], output[1])
 
 
 def _sum_norm(module, x, residual, p: float, spec: TransformerSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,36 +327,29 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
 
 
 # ---- attention -------------------------------------------------------------------------------------
-def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -> torch.Tensor:
-    """(..., E) -> (..., H * D), before the output projection."""
+def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, int8: bool = False) -> torch.Tensor:
+    """(..., E) -> (..., H * D), before the output projection. int8: that takes any dtype."""
     spec, packing = call.spec, call.packing
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
-    projections = [w.query, w.key, w.value]
-    qkv: Any
-    if w.qkv is not None:
-        qkv = linear(w.qkv, x)
-    else:
-        qkv = None if first_only else packed_linear(projections, x)
     plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
-    if qkv is not None and plain and call.relative_bias is None:
+    plain = plain and call.relative_bias is None
+    dtype = attention_dtype(x) if int8 and plain else None
+    if w.qkv is not None:
+        qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
         qkv = qkv.unflatten(-1, (3, *heads))
-        out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
-        return out.flatten(-2)
-    if qkv is not None:
-        q, k, v = qkv.unflatten(-1, (3, *heads)).unbind(-3)
+        if plain:
+            out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
+            return out.flatten(-2)
+        q, k, v = qkv.unbind(-3)
         if first_only:
             q = packing.first(q) if packing.index is not None else q[:, :1]
     elif first_only:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
-        kv = packed_linear(projections[1:], x)
-        if kv is not None:
-            k, v = kv.unflatten(-1, (2, *heads)).unbind(-3)
-        else:
-            k, v = (linear(m, x).unflatten(-1, heads) for m in projections[1:])
+        k, v = (t.unflatten(-1, heads) for t in projections([w.key, w.value], x))
     else:
-        q, k, v = (linear(m, x).unflatten(-1, heads) for m in projections)
+        q, k, v = (t.unflatten(-1, heads) for t in projections([w.query, w.key, w.value], x, dtype))
     if packing.index is not None:
         if past_key_values is not None:
             k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
@@ -418,21 +427,17 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
         stored = cache.cross_attention_cache.layers[index]
         k, v = stored.keys, stored.values
     else:
-        kv: Any
         if w.cross_key_value is not None:
-            kv = linear(w.cross_key_value, states)
+            k, v = linear(w.cross_key_value, states).unflatten(-1, (2, *heads)).unbind(-3)
         else:
-            kv = packed_linear([w.cross_key, w.cross_value], states)
-            if kv is None:
-                kv = torch.cat([linear(m, states) for m in (w.cross_key, w.cross_value)], -1)
-        kv = kv.unflatten(-1, (2, *heads))
+            k, v = (t.unflatten(-1, heads) for t in projections([w.cross_key, w.cross_value], states))
         lengths_known = call.encoder_mask is None or source is not None
         padding = _is_packed(packing) or _is_packed(source)
         if padding and lengths_known and cache is None and call.cross_attentions is None:
-            return _packed_cross_attention(q, kv, call, index, p)
+            return _packed_cross_attention(q, k, v, call, index, p)
         if _is_packed(source):
-            kv = source.unpack(kv)  # type: ignore[union-attr]
-        k, v = kv.permute(2, 0, 3, 1, 4)
+            k, v = source.unpack(k), source.unpack(v)  # type: ignore[union-attr]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True
@@ -448,12 +453,13 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
     return packing.pack(out.view(rows, length, out.shape[-1]))
 
 
-def _packed_cross_attention(q, kv, call: StackCall, index: int, p: float) -> torch.Tensor:
-    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), kv (total, 2, H, D) or (B, Se, 2, H, D)."""
+def _packed_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> torch.Tensor:
+    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), k, v (total, H, D) or (B, Se, H, D)."""
     shape, source = q.shape, call.encoder_packing
-    (q, cu_q, longest_q), (kv, cu_k, longest_k) = _sequences(q, call.packing), _sequences(kv, source)
+    (q, cu_q, longest_q), (k, cu_k, longest_k) = _sequences(q, call.packing), _sequences(k, source)
+    v = _sequences(v, source)[0]
     out = ops.varlen_attention(
-        q, kv[:, 0], kv[:, 1], cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
+        q, k, v, cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
         attn_mask=None if source is None else source.key_mask,
     )  # fmt: skip
     return out.view(shape).flatten(-2)

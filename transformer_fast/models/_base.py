@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..layers import Packing, StackCall
+from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from ._loading import LoadingErrors
 
 __all__ = [
@@ -17,15 +18,8 @@ __all__ = [
     "activation_name",
     "check_inputs",
     "check_integers",
-    "documented_as",
     "read_flags",
 ]
-
-PADDING_NOTE = """
-
-        Padding is dropped before the first layer and never computed: at positions where attention_mask is 0 the
-        outputs are zeros.
-        """
 
 
 class Want(NamedTuple):
@@ -161,16 +155,6 @@ class ModelMixin(LoadingErrors):
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
         return output if return_dict else output.to_tuple()
-
-
-def documented_as(original):
-    """HF's documentation of the method that this one replaces, with what differs."""
-
-    def decorate(function):
-        function.__doc__ = (original.__doc__ or "").rstrip() + PADDING_NOTE
-        return function
-
-    return decorate
 
 
 _ACTIVATIONS = {

@@ -17,10 +17,11 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .. import ops
+from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, plan_call, run_layers
 from ..layers.embeddings import check_indices
-from ..layers.projection import dropout_p, is_plain, lay_out, linear
+from ..layers.projection import dropout_p, is_plain, linear
 from ._base import Encoded, ModelMixin, Want, check_inputs, read_flags
 from ._heads import IGNORE, classification_loss, is_labelled, span_loss
 
@@ -92,9 +93,6 @@ class StackBase(ModelMixin):
             encoder_states=encoder_states, encoder_mask=encoder_mask, encoder_packing=encoder_packing,
             relative_bias=self._relative_bias(is_decoder), read=want.read, attentions=flags.attentions,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            slots = self._slots()
-            lay_out(slots.read(layer) for layer in layers)
         rows = self._embed(call.packing, input_ids, inputs_embeds, past)
         rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
         return Encoded.of(
@@ -142,7 +140,7 @@ class StackBase(ModelMixin):
         if want is not None:
             return encoded
         output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=encoded.restored(), past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+            last_hidden_state=encoded.restored(), **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )
         return self._finish(output, kwargs)
 
@@ -216,7 +214,7 @@ class Joined(NamedTuple):
         """The fields that outputs of encoder-decoders have in common, by HF's names."""
         decoder, encoder = self
         return {
-            "past_key_values": decoder.past_key_values,
+            CACHE_NAME: decoder.past_key_values,
             "decoder_hidden_states": decoder.hidden_states,
             "decoder_attentions": decoder.attentions,
             "cross_attentions": decoder.cross_attentions,
@@ -310,7 +308,7 @@ class CausalLMHead(ModelMixin):
             kept = encoded._replace(rows=rows, packing=Packing(*rows.shape[:2]))
         loss, logits = vocabulary_loss(self.lm_head, None, kept, labels)
         output = CausalLMOutputWithCrossAttentions(
-            loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+            loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )
         return self._finish(output, kwargs)
 

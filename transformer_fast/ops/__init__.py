@@ -9,10 +9,11 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding_layer_norm
 from .kv_cache_attention import kv_cache_attention
-from .linear import linear, pack_storage, pack_weight, packed_linear
+from .linear import linear, pack_weight, projections
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rotary import rotary_embedding
 
 __all__ = [
     "RelativeBias",
@@ -30,11 +31,11 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "multi_head_attention",
-    "pack_storage",
     "pack_weight",
-    "packed_linear",
+    "projections",
     "qkv_attention",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

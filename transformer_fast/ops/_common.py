@@ -178,8 +178,7 @@ def check_number(name: str, value: float, low: float = -sys.float_info.max, high
     """low <= value <= high; the defaults take every finite number."""
     if type(value) is float and low <= value <= high:  # the usual case, on the path of every call
         return
-    number = isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) or isinstance(value, numbers.Real)
-    if isinstance(value, bool) or not number:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise TypeError(f"{name}: wanted a number, got {_kind(value)}")
     if not low <= value <= high:
         if high < sys.float_info.max:

@@ -9,7 +9,6 @@ from ..backends.eager import relative_buckets
 from ..backends.philox import threshold
 from . import _attention_direct as _direct
 from . import _common
-from ._attention_shapes import shaped
 from ._attention_op import (
     CAUSAL,
     AttentionSpec,
@@ -21,6 +20,7 @@ from ._attention_op import (
     qkv_forward_impl,
     qkv_plain,
 )
+from ._attention_shapes import shaped
 
 
 class RelativeBias(NamedTuple):

@@ -39,9 +39,9 @@ def attention_probabilities(
     """softmax(scale * Q K^T + bias): the attention weights of chosen heads, for a call that has already been made.
 
     query (B, H, Sq, D), key (B, Hk, Sk, D), lse (B, H, Sq) as scaled_dot_product_attention returned it for the
-    same arguments: where it is -inf the weights are zeros. heads: indices, default all; only theirs are computed. Returns (B, len(heads), Sq, Sk) in query's
-    dtype, before dropout, differentiable; rows with nothing to attend to are zero. Raises TypeError or ValueError
-    naming the argument.
+    same arguments: where it is -inf the weights are zeros. heads: indices, default all; only theirs are computed.
+    Returns (B, len(heads), Sq, Sk) in query's dtype, before dropout, differentiable; rows with nothing to attend to are
+    zero. Raises TypeError or ValueError naming the argument.
     """
     for name, t in (("query", query), ("key", key)):
         _common.check_floating(name, t)
@@ -87,7 +87,9 @@ def attention_probabilities(
         position = position + ((sk if key_lengths is None else key_lengths.view(-1, 1, 1, 1)) - sq)
     # Rounded to 16 bits, the products would differ from those that the output was made with.
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
-    query, key = (t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key))  # MKL is more exact
+    query, key = (
+        t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key)
+    )  # MKL is more exact
     scores = torch.matmul(query, key.transpose(-1, -2)) * _scale(scale, d)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

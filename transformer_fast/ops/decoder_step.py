@@ -4,17 +4,27 @@ No autograd and no fake kernel: what can be traced or differentiated is the mode
 on the CPU, where a step of few rows is one pass over the weights and everything beside that pass is loss.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from ..backends import memory, native
+from ..backends.contents import Contents, FileMappings
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
-from .packed_weight import _PANEL, STORAGES, PackedWeight, _identity, panel_rows
+from .packed_weight import _PANEL, STORAGES, PackedWeight, panel_rows
 
-__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
+__all__ = [
+    "DecoderCache",
+    "DecoderCopies",
+    "DecoderLayerTensors",
+    "DecoderTensors",
+    "DecoderWeights",
+    "Norm",
+    "Projection",
+]
 
 _ops = torch.ops.transformer_fast
 _PIECE = 64 * _PANEL  # rows of a weight that are copied at once
@@ -53,7 +63,11 @@ class Projection(NamedTuple):
 
 @dataclass
 class DecoderLayerTensors:
-    """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores."""
+    """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores.
+
+    query_norm, key_norm: of each head, before rotation. attention_after_norm, output_after_norm: of what a sublayer
+    adds to the residual. window: keys that a query sees, its own too; None for all.
+    """
 
     attention_norm: Norm | None
     qkv: Projection
@@ -67,10 +81,18 @@ class DecoderLayerTensors:
     cross_query: Projection | None = None
     cross_output: Projection | None = None
     cross_scale: float = 1.0
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_after_norm: Norm | None = None
+    output_after_norm: Norm | None = None
+    window: int | None = None
 
     @property
     def norms(self) -> tuple[Norm | None, ...]:
-        return self.attention_norm, self.cross_norm, self.output_norm
+        return (
+            self.attention_norm, self.cross_norm, self.output_norm, self.query_norm, self.key_norm,
+            self.attention_after_norm, self.output_after_norm,
+        )  # fmt: skip
 
     @property
     def projections(self) -> tuple[Projection | None, ...]:
@@ -85,7 +107,9 @@ class DecoderTensors:
     token[id] + position[p]), f the layers and the final norm.
 
     token: (tokens, E); position: (positions, E) or None; head: (V, E). relative: T5's (buckets, H) table or None.
-    pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm.
+    pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm. parallel: both sublayers read the same x.
+    key_heads: heads of keys and values, `heads` when None. softcap: of the scores, logits_softcap: of the logits
+    (s tanh(x / s)); 0 for none. rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2).
     """
 
     layers: list[DecoderLayerTensors]
@@ -103,55 +127,93 @@ class DecoderTensors:
     head_scale: float = 1.0
     relative: torch.Tensor | None = None
     relative_max_distance: int = 128
+    key_heads: int | None = None
+    parallel: bool = False
+    softcap: float = 0.0
+    logits_softcap: float = 0.0
+    rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    rotary_interleaved: bool = False
 
-    def mirror_file(self) -> bool:
-        """True when what a copy would be made of takes no memory but that of a mapped checkpoint."""
-        projections = [p for layer in self.layers for p in layer.projections] + [self.head]
-        return all(memory.mirrors_file(w.detach()) for p in projections if p is not None for w in p.weights)
+    def projections(self) -> list[Projection]:
+        found = [p for layer in self.layers for p in layer.projections] + [self.head]
+        return [p for p in found if p is not None]
+
+    def weights(self) -> list[torch.Tensor]:
+        """Of all projections: what is worth a copy."""
+        return [w.detach() for p in self.projections() for w in p.weights]
 
     def sources(self) -> list[torch.Tensor]:
         """Every tensor that the computation reads."""
         norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
-        projections = [p for layer in self.layers for p in layer.projections] + [self.head]
         found = [t for n in norms if n is not None for t in (n.weight, n.bias)]
-        found += [t for p in projections if p is not None for t in (*p.weights, *p.biases)]
+        found += [t for p in self.projections() for t in (*p.weights, *p.biases)]
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
-class DecoderWeights:
-    """A decoder's weights as the step reads them: a copy laid out for few rows, or in place.
+class DecoderCopies:
+    """Copies of a decoder's weights in the layout for few rows, of all but the embedding tables.
 
-    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight), of a copy; None for the weights' own dtype.
-    Sums and activations are float32 always. copy: of all weights but the embedding tables; those that mirror a
-    checkpoint's file give their memory back for it, else it is as much again. Without it they are read where they lie,
-    (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms that are not float32
-    too, do not follow later changes of the weights: ask matches and make it again when that says False.
-    copies: those of the weights by their id, for `linear`; empty without copies.
+    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight); None for the weights' own dtype. Weights
+    that mirror a checkpoint's file give their memory back for their copies, else it is as much again. Copies do not
+    follow later changes of the weights: ask match and make them again when that says False.
     """
 
-    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None, copy: bool = True):
+    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None):
         if reason := native.load():
             raise RuntimeError(reason)
         if storage is None:
             storage = torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32
         elif storage not in STORAGES:
             raise TypeError(f"storage: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {storage}")
-        self.tensors, self.storage = tensors, storage
-        self._identities = [_identity(t) for t in tensors.sources()]
-        projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [_panel_elements(p, storage) if copy and p is not None else 0 for p in projections]
+        self.storage = storage
+        parts = [part for p in tensors.projections() for part in p.parts()]
+        sizes = [_panels(part) * panel_rows(part.shape[1], storage) * _PANEL for part in parts]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
         arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
-        self.copied_bytes = arena.nbytes
-        pieces = iter(arena.split(sizes))
-        self.copies: dict[int, PackedWeight] = {}
+        self.bytes = arena.nbytes
+        self.panels: list[torch.Tensor] = []  # of each weight
+        self._contents, mappings = Contents(), FileMappings()
+        for weight, part, piece in zip(tensors.weights(), parts, arena.split(sizes)):
+            self._contents.note([weight], mappings)
+            self.panels.append(piece.view(-1, panel_rows(part.shape[1], storage), _PANEL))
+            _pack(part, self.panels[-1], mappings)
+
+    def match(self, tensors: DecoderTensors) -> bool:
+        """True when copies of the weights as they are now would be the same: see backends.contents."""
+        return self._contents.same(tensors.weights())
+
+
+def _pack(weight: torch.Tensor, panels: torch.Tensor, mappings: FileMappings) -> None:
+    # Piece by piece, so that there are never two of all of them.
+    step = weight.shape[0] if weight.stride(1) != 1 else _PIECE
+    for begin in range(0, weight.shape[0], step):
+        piece = weight[begin : begin + step]
+        _ops.cpu_pack_weight.default(piece, panels[begin // _PANEL :][: _panels(piece)])
+        memory.unload(piece, mappings)
+
+
+class DecoderWeights:
+    """A decoder's weights as the step reads them now: those there are copies of by these, the others where they lie.
+
+    copies: match tensors, or None: then weights are read (out, in) or (in, out), which takes up to a quarter longer.
+    Sums and activations are float32 always. Made for each generation: biases and norms that are not float32 are
+    converted here.
+    by_weight: the copies by the id of their weight, for `linear`.
+    """
+
+    def __init__(self, tensors: DecoderTensors, copies: DecoderCopies | None = None):
+        if reason := native.load():
+            raise RuntimeError(reason)
+        self.tensors, self.copies = tensors, copies
+        self.by_weight: dict[int, PackedWeight] = {}
+        panels = None if copies is None else iter(copies.panels)
         self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
         for layer in tensors.layers:
             whole = layer.gate is not None  # the products that a gate is for are not done in parts
             slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
-            self.weights.append([t for p, places in slots for t in self._pairs(p, next(pieces), places, whole)])
-        self.head = self._pairs(tensors.head, next(pieces), 1)
+            self.weights.append([t for p, places in slots for t in self._pairs(p, panels, places, whole)])
+        self.head = self._pairs(tensors.head, panels, 1)
         read = [t for slots in (*self.weights, self.head) for t in slots[::2] if t is not None]
         self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
@@ -162,44 +224,22 @@ class DecoderWeights:
             buckets = relative_buckets(distance, tensors.relative.shape[0], tensors.relative_max_distance, False)
             self.relative = tensors.relative.detach()[buckets].t().to(torch.float32).contiguous()
 
-    def matches(self, tensors: DecoderTensors) -> bool:
-        """True while `tensors` are the very tensors this was made from, unchanged by any in-place operation (writes
-        that torch does not count, through .data or numpy, are not seen)."""
-        sources = tensors.sources()
-        return len(sources) == len(self._identities) and all(
-            _identity(t) == i for t, i in zip(sources, self._identities)
-        )
-
     def _pairs(
-        self, p: Projection | None, copy: torch.Tensor, places: int, rows: bool = False
+        self, p: Projection | None, panels: Iterator[torch.Tensor] | None, places: int, rows: bool = False
     ) -> list[torch.Tensor | None]:
-        """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not
-        empty. rows: as (out, in) only."""
+        """weight, bias, weight, bias ... of `places` weights. rows: as (out, in) only."""
         found: list[torch.Tensor | None] = []
         if p is None:
             return [None] * (2 * places)
-        for i, weight in enumerate(p.parts()):
-            if rows and not copy.numel():
-                weight = weight.contiguous()
-            if copy.numel():
-                out, inner = weight.shape
-                rows_in = panel_rows(inner, copy.dtype)
-                size = _panels(weight) * rows_in * _PANEL
-                panels, copy = copy[:size].view(-1, rows_in, _PANEL), copy[size:]
-                # Piece by piece, so that there are never two of all of them.
-                step = out if weight.stride(1) != 1 else _PIECE
-                for begin in range(0, out, step):
-                    piece = weight[begin : begin + step]
-                    _ops.cpu_pack_weight.default(piece, panels[begin // _PANEL :][: _panels(piece)])
-                    memory.unload(piece if weight.stride(1) == 1 else piece.t())
-                self.copies[id(p.weights[i])] = PackedWeight.of_panels(panels, out)
-                weight = panels
-            found += [weight, p.bias(i)]
+        if panels is None:
+            for i, weight in enumerate(p.parts()):
+                found += [weight.contiguous() if rows else weight, p.bias(i)]
+        else:
+            for i, weight in enumerate(p.weights):
+                copy = next(panels)
+                self.by_weight[id(weight)] = PackedWeight.of_panels(copy, weight.shape[1 if p.transposed else 0])
+                found += [copy, p.bias(i)]
         return found + [None] * (2 * places - len(found))
-
-
-def _panel_elements(p: Projection, storage: torch.dtype) -> int:
-    return sum(_panels(w) * panel_rows(w.shape[1], storage) * _PANEL for w in p.parts())
 
 
 def _panels(weight: torch.Tensor) -> int:
@@ -221,9 +261,9 @@ class DecoderCache:
     rows: the most there will be. capacity: positions there is room for at first; it doubles when they are used up.
     cross_shape: (sources, length) of the encoder's states where there is cross-attention.
 
-    keys, values: (layers, rows, H, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D), float32,
-    or bfloat16 for a bfloat16 model. table: (rows, capacity) int32, the cache row that holds a row's key at each
-    position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
+    keys, values: (layers, rows, key heads, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D),
+    float32, or bfloat16 for a bfloat16 model. table: (rows, capacity) int32, the cache row that holds a row's key at
+    each position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
     sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
     """
 
@@ -247,16 +287,25 @@ class DecoderCache:
             self.cross_lengths = torch.zeros(self.cross_shape[0], dtype=torch.int32)
         self._feed_forward = t.layers[0].up.shape[0] if t.layers else 0
         self._vocabulary = t.head.shape[0]
-        floats = 2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward + self.weights.split_floats
+        heads = 2 * t.heads + 2 * self._key_heads
+        floats = 2 * t.token.shape[1] + heads * t.head_dim + self._feed_forward + self.weights.split_floats
         self._workspace = memory.empty((self.rows * floats,), torch.float32, device)
         self._phases = torch.empty(_ops.cpu_decoder_phase_bytes.default(layers), dtype=torch.uint8)
         self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
         self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
-        self._make_plan()
+        self._angles: tuple[torch.Tensor | None, ...] = (None, None)
+        self.cover(self.capacity)
+        if self.weights.tensors.rotary is None:
+            self._make_plan()
+
+    @property
+    def _key_heads(self) -> int:
+        t = self.weights.tensors
+        return t.heads if t.key_heads is None else t.key_heads
 
     def _room(self, rows: int, length: int) -> torch.Tensor:
         t = self.weights.tensors
-        shape = (len(t.layers), rows, t.heads, length, t.head_dim)
+        shape = (len(t.layers), rows, self._key_heads, length, t.head_dim)
         return memory.empty(shape, self.dtype, torch.device("cpu"))
 
     def _make_plan(self) -> None:
@@ -265,15 +314,24 @@ class DecoderCache:
         _ops.cpu_decoder_plan_stack.default(
             self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *weights.stack_norms, t.rms,
             t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, weights.relative,
-            len(t.layers), t.heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
+            *self._angles, t.rotary_interleaved, t.parallel, t.softcap, t.logits_softcap, len(t.layers), t.heads,
+            self._key_heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
             0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
         )  # fmt: skip
         for i, layer in enumerate(t.layers):
             cross = (None, None) if self.cross_keys is None else (self.cross_keys[i], self.cross_values[i])
             _ops.cpu_decoder_plan_layer.default(
                 self._plan, i, *weights.norms[i], t.rms, weights.weights[i], [self.keys[i], self.values[i], *cross],
-                layer.scale, layer.cross_scale,
+                layer.scale, layer.cross_scale, layer.window or 0,
             )  # fmt: skip
+
+    def cover(self, positions: int) -> None:
+        """Make room in cos and sin for positions 0 .. positions - 1, where positions are rotary."""
+        rotary, cos = self.weights.tensors.rotary, self._angles[0]
+        if rotary is not None and (cos is None or cos.shape[0] < positions):
+            rows = positions if cos is None else max(positions, 2 * cos.shape[0])
+            self._angles = tuple(t.to(torch.float32).contiguous() for t in rotary(rows))
+            self._make_plan()
 
     def load(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The prompts' keys and values of one layer, (B, H, S, D) with B <= rows, into cache rows 0..B-1; attend says
@@ -300,7 +358,8 @@ class DecoderCache:
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Append ids (live rows,) int64 at positions (rows of the position table); logits (live rows, V), float32, in
-        memory that the next step writes again. Raises RuntimeError for an id or a position out of range."""
+        memory that the next step writes again. positions: of the tables of positions or of cos and sin. Raises
+        RuntimeError for an id or a position out of range."""
         if self.length == self.capacity:
             self._grow(self.length + 1)
         logits = self._logits[: self.live]

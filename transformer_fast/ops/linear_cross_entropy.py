@@ -135,7 +135,9 @@ def _backward(ctx, grad_loss, *_):
         return *_common.gradients(loss, (hidden, weight, bias), (grad_loss,)), *(None,) * 9
     factor = grad_loss * scale
     # loss.backward() starts with 1; asking costs nothing on a CPU.
-    one = factor.device.type == "cpu" and _common.direct(factor) and not _common.batched(factor) and factor.item() == 1.0
+    one = (
+        factor.device.type == "cpu" and _common.direct(factor) and not _common.batched(factor) and factor.item() == 1.0
+    )
     hidden, weight, bias = (
         None if not need else (grad if one else grad * factor).to(ctx.dtype) for grad, need in zip(grads, ctx.need)
     )

@@ -1,5 +1,7 @@
 """Projections, attention and output projection as one function, without transposed copies."""
 
+from typing import Any
+
 import torch
 
 from . import _common
@@ -31,8 +33,8 @@ def multi_head_attention(
     Returns (B, Sq, E). Raises TypeError or ValueError naming the argument.
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
     """
-    inputs = (("query", query), ("key", key), ("value", value))
-    for name, t in inputs:
+    t: Any
+    for name, t in (("query", query), ("key", key), ("value", value)):
         if t is None and name != "query":
             continue
         _common.check_floating(name, t)
