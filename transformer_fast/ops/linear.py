@@ -15,15 +15,22 @@ __all__ = ["linear", "pack_weight", "projections"]
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has a product of its own for this call, else torch's F.linear makes it."""
-    return _runs_on(input, weight, bias, "linear")
+    return _is_alike(input, weight, bias) and (
+        select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    )
 
 
 def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend computes the gradients of bias and activation together, in 16 bits too."""
-    return input.dtype in (torch.bfloat16, torch.float16) and _runs_on(input, weight, bias, "bias_activation")
+    return (
+        input.dtype in (torch.bfloat16, torch.float16)
+        and _is_alike(input, weight, bias)
+        and select(("bias_activation", "cpu", input.dtype, weight.shape[0], ())).name == "cpu"
+    )
 
 
-def _runs_on(input: torch.Tensor, weight, bias: torch.Tensor | None, op: str) -> bool:
+def _is_alike(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
+    """Plain tensors of one dtype on the CPU."""
     if not _common.plain(input, weight, bias):
         return False
     if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -32,7 +39,7 @@ def _runs_on(input: torch.Tensor, weight, bias: torch.Tensor | None, op: str) ->
         return False
     if 0 in input.shape or 0 in weight.shape:
         return False
-    return select((op, "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    return True
 
 
 def _check(input, weight, bias, activation) -> None:
