@@ -17,7 +17,7 @@ inline int64_t center_floats(const Attention& a) { return int64_t(a.batch) * a.k
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kCenterWarps)
     attention_center_kernel(TF_GRID_CONSTANT Attention a, float* center) {
-  constexpr int kColumns = D / 32;
+  constexpr int kColumns = D / 32, kAhead = 512 / D;  // loads under way: as many as the registers hold
   TF_SHARED(memory);
   float* const sums = reinterpret_cast<float*>(memory);  // (warps, D)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(32 * kCenterWarps)
   const int step = max((head.keys + kCenterKeys - 1) / kCenterKeys, 1), count = (head.keys + step - 1) / step;
   const T* const keys = head_rows(static_cast<const T*>(a.k), a.k_rows, head.b, head.key_head, head.first_k);
   float sum[kColumns] = {};
-#pragma unroll 8
+#pragma unroll(kAhead)
   for (int i = warp; i < count; i += kCenterWarps) {
     const T* const key = keys + int64_t(i) * step * a.k_rows.row;
 #pragma unroll
