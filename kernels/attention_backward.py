@@ -79,10 +79,11 @@ def _attention_delta_kernel(
 ):  # fmt: skip
     """delta, and lse in the units of scores; a row with nothing to attend to gets +inf, which makes its P zero. The
     correction starts with ones. The first program of a key head writes its center, (B, key heads, D)."""
-    b = tl.program_id(1) // heads
-    h = tl.program_id(1) % heads
+    blocks = tl.cdiv(queries, BLOCK_M)  # in one axis: the others of a grid end at 65535
+    bh = tl.program_id(0) // blocks
+    b, h = bh // heads, bh % heads
+    first_row = tl.program_id(0) % blocks * BLOCK_M
     first_q, first_k, queries, keys, _ = sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, False)
-    first_row = tl.program_id(0) * BLOCK_M
     if first_row >= queries:
         return
     if (first_row == 0) & (h % GROUPS == 0):

@@ -1,6 +1,7 @@
 """transformer_fast: fused attention, normalisation and activation kernels, and the models that run on them.
 
-Names are loaded on first use, so importing this package loads neither transformers nor Triton.
+Names are loaded on first use, so importing this package loads neither transformers nor Triton. Names of transformers
+that this package has nothing of its own for are transformers' own, handed on: `is_ours` tells them apart.
 """
 
 import importlib as _importlib
@@ -17,6 +18,7 @@ _EXPORTS = {
     "backends": ["backend", "explain", "info"],
     "collation": ["sentence_pairs"],
     "features": ["layer_features"],
+    "handed_on": ["is_ours"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
     "models.albert": [
@@ -114,22 +116,41 @@ _EXPORTS = {
         "pack_weight",
         "packed_linear",
         "rms_norm",
+        "rotary_embedding",
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
-    "pipelines": ["pipeline"],
+    "pipelines": [
+        "FeatureExtractionPipeline",
+        "FillMaskPipeline",
+        "QuestionAnsweringPipeline",
+        "SummarizationPipeline",
+        "Text2TextGenerationPipeline",
+        "TextClassificationPipeline",
+        "TextGenerationPipeline",
+        "TokenClassificationPipeline",
+        "TranslationPipeline",
+        "ZeroShotClassificationPipeline",
+        "pipeline",
+    ],
 }
 _MODULES = [
     "backends",
     "benchmarks",
     "cli",
+    "collation",
+    "commands",
+    "demo",
+    "features",
     "generation",
+    "handed_on",
     "integrations",
     "kernels",
     "layers",
     "models",
     "ops",
     "pipelines",
+    "verify",
 ]
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -140,15 +161,18 @@ def __getattr__(name: str):
     module = _WHERE.get(name)
     if module is not None:
         value = getattr(_importlib.import_module(f".{module}", __name__), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
+    elif name in _MODULES:
         return _importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    elif name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        value = _importlib.import_module(".handed_on", __name__).find(name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted({*globals(), *_WHERE, *_importlib.import_module(".handed_on", __name__).names()})
 
 
 _import_hook.install()

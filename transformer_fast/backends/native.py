@@ -11,13 +11,14 @@ import torch
 from .source_hash import source_hash
 
 _LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "_C.abi3.so"
+_NOTE = _LIBRARY.with_name("_native_missing.txt")  # setup.py writes there why it built none
 
 
 @functools.cache
 def load() -> str:
     """'' when the native ops are there, else the reason why not."""
     if not _LIBRARY.exists():
-        return "the native library was not built (no C++ compiler when transformer_fast was installed?)"
+        return why_not_built()
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
@@ -26,6 +27,23 @@ def load() -> str:
     if reason := stale():
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return ""
+
+
+def why_not_built(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
+    """Why there is no library, as the build has noted it, or what to do where nothing was built at all."""
+    if _NOTE.exists():
+        return _NOTE.read_text(encoding="utf-8").strip()
+    if (root / "setup.py").exists():
+        return f"it was not built in this checkout: cd {root} && python setup.py build_ext --inplace"
+    return "this copy of transformer_fast has none; install it again, with torch and a C++ compiler there"
+
+
+@functools.cache
+def warn_missing() -> None:
+    """Once a process: the first call that a kernel would have made fast runs in plain PyTorch, and why."""
+    warnings.warn(
+        f"transformer_fast runs in plain PyTorch, without its CPU kernels: {load()}", RuntimeWarning, stacklevel=2
+    )
 
 
 def stale(root: pathlib.Path = _LIBRARY.parent.parent) -> str:

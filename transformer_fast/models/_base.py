@@ -17,15 +17,8 @@ __all__ = [
     "activation_name",
     "check_inputs",
     "check_integers",
-    "documented_as",
     "read_flags",
 ]
-
-PADDING_NOTE = """
-
-        Padding is dropped before the first layer and never computed: at positions where attention_mask is 0 the
-        outputs are zeros.
-        """
 
 
 class Want(NamedTuple):
@@ -161,16 +154,6 @@ class ModelMixin(LoadingErrors):
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
         return output if return_dict else output.to_tuple()
-
-
-def documented_as(original):
-    """HF's documentation of the method that this one replaces, with what differs."""
-
-    def decorate(function):
-        function.__doc__ = (original.__doc__ or "").rstrip() + PADDING_NOTE
-        return function
-
-    return decorate
 
 
 _ACTIVATIONS = {

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from ._base import documented_as
 from ._encoder import EncoderHeads, Inputs
+from ._forward import public_forward
 
 
 def labelled(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
     """forward of a head with labels, as BERT and ALBERT have it; compute: a method of EncoderHeads."""
 
-    @documented_as(hf_class.forward)
+    @public_forward(hf_class.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -31,7 +31,7 @@ def labelled(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
 def spans(hf_class: type[torch.nn.Module]) -> Callable:
     """forward of a question answering head, as BERT and ALBERT have it."""
 
-    @documented_as(hf_class.forward)
+    @public_forward(hf_class.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -52,7 +52,7 @@ def spans(hf_class: type[torch.nn.Module]) -> Callable:
 def labelled_without_types(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
     """`labelled` as DistilBERT has it: no token types, and position_ids last."""
 
-    @documented_as(hf_class.forward)
+    @public_forward(hf_class.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .. import ops
+from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, plan_call, run_layers
 from ..layers.embeddings import check_indices
@@ -142,7 +143,7 @@ class StackBase(ModelMixin):
         if want is not None:
             return encoded
         output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=encoded.restored(), past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+            last_hidden_state=encoded.restored(), **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )
         return self._finish(output, kwargs)
 
@@ -216,7 +217,7 @@ class Joined(NamedTuple):
         """The fields that outputs of encoder-decoders have in common, by HF's names."""
         decoder, encoder = self
         return {
-            "past_key_values": decoder.past_key_values,
+            CACHE_NAME: decoder.past_key_values,
             "decoder_hidden_states": decoder.hidden_states,
             "decoder_attentions": decoder.attentions,
             "cross_attentions": decoder.cross_attentions,
@@ -310,7 +311,7 @@ class CausalLMHead(ModelMixin):
             kept = encoded._replace(rows=rows, packing=Packing(*rows.shape[:2]))
         loss, logits = vocabulary_loss(self.lm_head, None, kept, labels)
         output = CausalLMOutputWithCrossAttentions(
-            loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+            loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )
         return self._finish(output, kwargs)
 

@@ -10,8 +10,9 @@ from transformers.models.albert import modeling_albert as hf
 from .. import ops
 from ..layers import SlotTable, encoder_layer
 from ..layers.projection import dropout_p, linear
-from ._base import Adopted, Want, documented_as
+from ._base import Adopted, Want
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._forward import public_forward
 from ._head_forwards import labelled, spans
 
 __all__ = [
@@ -71,7 +72,7 @@ class AlbertModel(EncoderBase, hf.AlbertModel):
     _slots = SLOTS
     supports_gradient_checkpointing = True  # which HF's ALBERT does not have
 
-    @documented_as(hf.AlbertModel.forward)
+    @public_forward(hf.AlbertModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -107,7 +108,7 @@ class AlbertModel(EncoderBase, hf.AlbertModel):
 class AlbertForPreTraining(_AlbertHeads, hf.AlbertForPreTraining):
     __doc__ = hf.AlbertForPreTraining.__doc__
 
-    @documented_as(hf.AlbertForPreTraining.forward)
+    @public_forward(hf.AlbertForPreTraining.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -9,7 +9,8 @@ from ..generation import GenerationMixin
 from ..layers import Packing
 from ..layers.embeddings import embed
 from ._bart import BartCausalLM, BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
-from ._base import Adopted, Want, documented_as
+from ._base import Adopted, Want
+from ._forward import public_forward
 from ._seq2seq import ClassificationHead, DecoderInputs, QuestionHead
 
 __all__ = [
@@ -68,35 +69,40 @@ class _Embeddings:
 @_ADOPTED.register
 class BartEncoder(_Embeddings, BartEncoderBase, hf.BartEncoder):
     _adopted = _ADOPTED
+    forward = public_forward(hf.BartEncoder.forward)(BartEncoderBase.forward)
 
 
 @_ADOPTED.register
 class BartDecoder(_Embeddings, BartDecoderBase, hf.BartDecoder):
     _adopted = _ADOPTED
+    forward = public_forward(hf.BartDecoder.forward)(BartDecoderBase.forward)
 
 
 @_ADOPTED.register
 class BartModel(BartSeq2Seq, hf.BartModel):
     __doc__ = hf.BartModel.__doc__
     _adopted = _ADOPTED
+    forward = public_forward(hf.BartModel.forward)(BartSeq2Seq.forward)
     _starts_with_input = True
 
 
 class BartForConditionalGeneration(GenerationMixin, BartLMHead, hf.BartForConditionalGeneration):
     __doc__ = hf.BartForConditionalGeneration.__doc__
     _adopted = _ADOPTED
+    forward = public_forward(hf.BartForConditionalGeneration.forward)(BartLMHead.forward)
 
 
 class BartForCausalLM(GenerationMixin, BartCausalLM, hf.BartForCausalLM):
     __doc__ = hf.BartForCausalLM.__doc__
     _adopted = _ADOPTED
+    forward = public_forward(hf.BartForCausalLM.forward)(BartCausalLM.forward)
 
 
 class BartForSequenceClassification(ClassificationHead, hf.BartForSequenceClassification):
     __doc__ = hf.BartForSequenceClassification.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.BartForSequenceClassification.forward)
+    @public_forward(hf.BartForSequenceClassification.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -124,7 +130,7 @@ class BartForQuestionAnswering(QuestionHead, hf.BartForQuestionAnswering):
     __doc__ = hf.BartForQuestionAnswering.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.BartForQuestionAnswering.forward)
+    @public_forward(hf.BartForQuestionAnswering.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -13,11 +13,13 @@ from transformers.modeling_outputs import (
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils import logging
 
+from .._transformers import cached
 from ..generation import GenerationMixin
 from ..layers import Packing, SlotTable, encoder_layer
 from ..layers.projection import linear
-from ._base import Adopted, Want, documented_as
+from ._base import Adopted, Want
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._forward import public_forward
 from ._head_forwards import labelled, spans
 from ._heads import IGNORE, is_labelled, vocabulary_logits
 
@@ -86,7 +88,7 @@ class BertModel(EncoderBase, hf.BertModel):
     _adopted = _ADOPTED
     _slots = SLOTS
 
-    @documented_as(hf.BertModel.forward)
+    @public_forward(hf.BertModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -114,7 +116,7 @@ class BertModel(EncoderBase, hf.BertModel):
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=encoded.restored(),
             pooler_output=encoded.pooled,
-            past_key_values=encoded.past_key_values,
+            **cached(encoded.past_key_values),
             **encoded.extras(cross=True),
         )
         return self._finish(output, kwargs)
@@ -146,7 +148,7 @@ class BertModel(EncoderBase, hf.BertModel):
 class BertForPreTraining(_BertHeads, hf.BertForPreTraining):
     __doc__ = hf.BertForPreTraining.__doc__
 
-    @documented_as(hf.BertForPreTraining.forward)
+    @public_forward(hf.BertForPreTraining.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -169,7 +171,7 @@ class BertForPreTraining(_BertHeads, hf.BertForPreTraining):
 class BertForMaskedLM(_BertHeads, hf.BertForMaskedLM):
     __doc__ = hf.BertForMaskedLM.__doc__
 
-    @documented_as(hf.BertForMaskedLM.forward)
+    @public_forward(hf.BertForMaskedLM.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -190,7 +192,7 @@ class BertForMaskedLM(_BertHeads, hf.BertForMaskedLM):
 class BertLMHeadModel(GenerationMixin, _BertHeads, hf.BertLMHeadModel):
     __doc__ = hf.BertLMHeadModel.__doc__
 
-    @documented_as(hf.BertLMHeadModel.forward)
+    @public_forward(hf.BertLMHeadModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -213,8 +215,8 @@ class BertLMHeadModel(GenerationMixin, _BertHeads, hf.BertLMHeadModel):
                 shifted = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
-        cached = {"past_key_values": past_key_values, "use_cache": use_cache}
-        encoded = self._encode(inputs, Want(read=is_labelled(shifted)), kwargs | cross | cached)
+        stored = {"past_key_values": past_key_values, "use_cache": use_cache}
+        encoded = self._encode(inputs, Want(read=is_labelled(shifted)), kwargs | cross | stored)
         rows, packing = encoded.rows, encoded.packing
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -226,7 +228,7 @@ class BertLMHeadModel(GenerationMixin, _BertHeads, hf.BertLMHeadModel):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return self._finish(
             CausalLMOutputWithCrossAttentions(
-                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras(cross=True)
+                loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras(cross=True)
             ),
             kwargs,
         )
@@ -235,7 +237,7 @@ class BertLMHeadModel(GenerationMixin, _BertHeads, hf.BertLMHeadModel):
 class BertForNextSentencePrediction(_BertHeads, hf.BertForNextSentencePrediction):
     __doc__ = hf.BertForNextSentencePrediction.__doc__
 
-    @documented_as(hf.BertForNextSentencePrediction.forward)
+    @public_forward(hf.BertForNextSentencePrediction.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -8,8 +8,9 @@ from transformers.models.distilbert import modeling_distilbert as hf
 
 from ..layers import SlotTable, encoder_layer
 from ..layers.projection import linear
-from ._base import Adopted, Want, documented_as
+from ._base import Adopted, Want
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._forward import public_forward
 from ._head_forwards import labelled_without_types
 
 __all__ = [
@@ -66,7 +67,7 @@ class DistilBertModel(EncoderBase, hf.DistilBertModel):
     _adopted = _ADOPTED
     _slots = SLOTS
 
-    @documented_as(hf.DistilBertModel.forward)
+    @public_forward(hf.DistilBertModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -112,7 +113,7 @@ class DistilBertForTokenClassification(_DistilBertHeads, hf.DistilBertForTokenCl
 class DistilBertForQuestionAnswering(_DistilBertHeads, hf.DistilBertForQuestionAnswering):
     __doc__ = hf.DistilBertForQuestionAnswering.__doc__
 
-    @documented_as(hf.DistilBertForQuestionAnswering.forward)
+    @public_forward(hf.DistilBertForQuestionAnswering.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

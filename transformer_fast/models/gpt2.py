@@ -14,10 +14,12 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import SlotTable, TransformerSpec, encoder_layer
 from ..layers.projection import dropout_p, linear, register_transposed
-from ._base import Adopted, ModelMixin, Want, activation_name, check_inputs, documented_as
+from ._base import Adopted, ModelMixin, Want, activation_name, check_inputs
+from ._forward import public_forward
 from ._gpt import (
     causal_logits,
     classify_last,
@@ -92,7 +94,7 @@ class _GPT2Mixin(ModelMixin):
 class GPT2Model(_GPT2Mixin, hf.GPT2Model):
     __doc__ = hf.GPT2Model.__doc__
 
-    @documented_as(hf.GPT2Model.forward)
+    @public_forward(hf.GPT2Model.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -123,7 +125,7 @@ class GPT2Model(_GPT2Mixin, hf.GPT2Model):
         states = encoded.restored()
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=states if leading is None else states.unflatten(0, leading),
-            past_key_values=encoded.past_key_values,
+            **cached(encoded.past_key_values),
             **encoded.extras(cross=True),
         )
         return self._finish(output, kwargs)
@@ -141,7 +143,7 @@ class _Described:
 class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadModel):
     __doc__ = hf.GPT2LMHeadModel.__doc__
 
-    @documented_as(hf.GPT2LMHeadModel.forward)
+    @public_forward(hf.GPT2LMHeadModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -174,7 +176,7 @@ class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadMode
             CausalLMOutputWithCrossAttentions(
                 loss=loss,
                 logits=logits if leading is None else logits.unflatten(0, leading),
-                past_key_values=encoded.past_key_values,
+                **cached(encoded.past_key_values),
                 **encoded.extras(cross=True),
             ),
             kwargs,
@@ -184,7 +186,7 @@ class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadMode
 class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2DoubleHeadsModel):
     __doc__ = hf.GPT2DoubleHeadsModel.__doc__
 
-    @documented_as(hf.GPT2DoubleHeadsModel.forward)
+    @public_forward(hf.GPT2DoubleHeadsModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -210,7 +212,7 @@ class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2Doubl
         return self._finish(
             hf.GPT2DoubleHeadsModelOutput(
                 loss=loss, mc_loss=mc_loss, logits=logits, mc_logits=mc_logits,
-                past_key_values=encoded.past_key_values, **encoded.extras(),
+                **cached(encoded.past_key_values), **encoded.extras(),
             ),
             kwargs,
         )  # fmt: skip
@@ -219,7 +221,7 @@ class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2Doubl
 class GPT2ForSequenceClassification(_GPT2Mixin, hf.GPT2ForSequenceClassification):
     __doc__ = hf.GPT2ForSequenceClassification.__doc__
 
-    @documented_as(hf.GPT2ForSequenceClassification.forward)
+    @public_forward(hf.GPT2ForSequenceClassification.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -240,7 +242,7 @@ class GPT2ForSequenceClassification(_GPT2Mixin, hf.GPT2ForSequenceClassification
         loss, logits, encoded = classify_last(self, inputs, self.transformer, labels, kwargs)
         return self._finish(
             SequenceClassifierOutputWithPast(
-                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras()
+                loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
             ),
             kwargs,
         )
@@ -249,7 +251,7 @@ class GPT2ForSequenceClassification(_GPT2Mixin, hf.GPT2ForSequenceClassification
 class GPT2ForTokenClassification(_GPT2Mixin, hf.GPT2ForTokenClassification):
     __doc__ = hf.GPT2ForTokenClassification.__doc__
 
-    @documented_as(hf.GPT2ForTokenClassification.forward)
+    @public_forward(hf.GPT2ForTokenClassification.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -275,7 +277,7 @@ class GPT2ForTokenClassification(_GPT2Mixin, hf.GPT2ForTokenClassification):
 class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
     __doc__ = hf.GPT2ForQuestionAnswering.__doc__
 
-    @documented_as(hf.GPT2ForQuestionAnswering.forward)
+    @public_forward(hf.GPT2ForQuestionAnswering.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -10,6 +10,7 @@ from ..layers import Packing
 from ..layers.embeddings import embed
 from ._bart import BartCausalLM, BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
 from ._base import Adopted
+from ._forward import public_forward
 
 __all__ = ["MarianForCausalLM", "MarianMTModel", "MarianModel"]
 
@@ -57,11 +58,13 @@ class _Embeddings:
 @_ADOPTED.register
 class MarianEncoder(_Embeddings, BartEncoderBase, hf.MarianEncoder):
     _adopted = _ADOPTED
+    forward = public_forward(hf.MarianEncoder.forward)(BartEncoderBase.forward)
 
 
 @_ADOPTED.register
 class MarianDecoder(_Embeddings, BartDecoderBase, hf.MarianDecoder):
     _adopted = _ADOPTED
+    forward = public_forward(hf.MarianDecoder.forward)(BartDecoderBase.forward)
 
     def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
         if inputs_embeds is not None:  # scaled here, unlike the encoder's
@@ -73,13 +76,16 @@ class MarianDecoder(_Embeddings, BartDecoderBase, hf.MarianDecoder):
 class MarianModel(BartSeq2Seq, hf.MarianModel):
     __doc__ = hf.MarianModel.__doc__
     _adopted = _ADOPTED
+    forward = public_forward(hf.MarianModel.forward)(BartSeq2Seq.forward)
 
 
 class MarianMTModel(GenerationMixin, BartLMHead, hf.MarianMTModel):
     __doc__ = hf.MarianMTModel.__doc__
     _adopted = _ADOPTED
+    forward = public_forward(hf.MarianMTModel.forward)(BartLMHead.forward)
 
 
 class MarianForCausalLM(GenerationMixin, BartCausalLM, hf.MarianForCausalLM):
     __doc__ = hf.MarianForCausalLM.__doc__
     _adopted = _ADOPTED
+    forward = public_forward(hf.MarianForCausalLM.forward)(BartCausalLM.forward)

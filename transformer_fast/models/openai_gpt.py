@@ -13,10 +13,12 @@ from transformers.modeling_outputs import (
 from transformers.models.openai import modeling_openai as hf
 from transformers.pytorch_utils import Conv1D
 
+from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import SlotTable, TransformerSpec, encoder_layer
 from ..layers.projection import register_transposed
-from ._base import Adopted, ModelMixin, Want, check_inputs, documented_as
+from ._base import Adopted, ModelMixin, Want, check_inputs
+from ._forward import public_forward
 from ._gpt import (
     causal_logits,
     classify_last,
@@ -79,7 +81,7 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
     __doc__ = hf.OpenAIGPTModel.__doc__
     gradient_checkpointing = False
 
-    @documented_as(hf.OpenAIGPTModel.forward)
+    @public_forward(hf.OpenAIGPTModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -108,7 +110,7 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
         states = encoded.restored()
         output = BaseModelOutputWithPast(
             last_hidden_state=states if leading is None else states.unflatten(0, leading),
-            past_key_values=encoded.past_key_values,
+            **cached(encoded.past_key_values),
             **encoded.extras(),
         )
         return self._finish(output, kwargs)
@@ -125,7 +127,7 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
             position=t.positions_embed,
         )  # fmt: skip
 
-    @documented_as(hf.OpenAIGPTLMHeadModel.forward)
+    @public_forward(hf.OpenAIGPTLMHeadModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -155,9 +157,7 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
         if encoded.past_key_values is None:
             return self._finish(CausalLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
         return self._finish(
-            CausalLMOutputWithPast(
-                loss=loss, logits=logits, past_key_values=encoded.past_key_values, **encoded.extras()
-            ),
+            CausalLMOutputWithPast(loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()),
             kwargs,
         )
 
@@ -165,7 +165,7 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
 class OpenAIGPTDoubleHeadsModel(_OpenAIGPTMixin, hf.OpenAIGPTDoubleHeadsModel):
     __doc__ = hf.OpenAIGPTDoubleHeadsModel.__doc__
 
-    @documented_as(hf.OpenAIGPTDoubleHeadsModel.forward)
+    @public_forward(hf.OpenAIGPTDoubleHeadsModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -196,7 +196,7 @@ class OpenAIGPTDoubleHeadsModel(_OpenAIGPTMixin, hf.OpenAIGPTDoubleHeadsModel):
 class OpenAIGPTForSequenceClassification(_OpenAIGPTMixin, hf.OpenAIGPTForSequenceClassification):
     __doc__ = hf.OpenAIGPTForSequenceClassification.__doc__
 
-    @documented_as(hf.OpenAIGPTForSequenceClassification.forward)
+    @public_forward(hf.OpenAIGPTForSequenceClassification.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

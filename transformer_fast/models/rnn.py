@@ -17,10 +17,12 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
+from .._transformers import cached
 from ..generation import GenerationMixin
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear
 from ._base import check_inputs, check_integers
+from ._forward import public_forward
 from ._loading import LoadingErrors
 from ._recurrent_state import RecurrentState
 from ._seq2seq import shift_right
@@ -201,6 +203,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
     def get_input_embeddings(self):
         return self.embed_tokens
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,
@@ -341,6 +344,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
     def set_input_embeddings(self, value):
         self.encoder.embed_tokens = value
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,
@@ -387,7 +391,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
         keep = config.use_cache if use_cache is None else use_cache
         return Seq2SeqModelOutput(
             last_hidden_state=readout,
-            past_key_values=state if keep else None,  # type: ignore[arg-type]
+            **cached(state if keep else None),
             cross_attentions=(found.unsqueeze(1),) if found is not None else None,  # type: ignore[arg-type]
             encoder_last_hidden_state=values,
         )
@@ -421,6 +425,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         readout, _ = decoder(words, values, None if mask is None else (mask != 0)[:, None], state)
         return linear(self.lm_head, readout[:, 0])
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,
@@ -458,7 +463,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **cached(output.past_key_values),
             cross_attentions=output.cross_attentions,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
         )

@@ -15,7 +15,8 @@ from ..generation import GenerationMixin, StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
-from ._base import Adopted, Encoded, Want, activation_name, documented_as
+from ._base import Adopted, Encoded, Want, activation_name
+from ._forward import public_forward
 from ._heads import is_labelled, token_loss
 from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase, describe_decoder
 
@@ -96,7 +97,7 @@ class T5Block(hf.T5Block):
 class T5Stack(StackBase, hf.T5Stack):
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5Stack.forward)
+    @public_forward(hf.T5Stack.forward)
     def forward(
         self,
         input_ids=None,
@@ -174,7 +175,7 @@ class T5Model(Seq2SeqBase, hf.T5Model):
     __doc__ = hf.T5Model.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5Model.forward)
+    @public_forward(hf.T5Model.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -201,7 +202,7 @@ class T5ForConditionalGeneration(GenerationMixin, Seq2SeqBase, LMHead, hf.T5ForC
     __doc__ = hf.T5ForConditionalGeneration.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5ForConditionalGeneration.forward)
+    @public_forward(hf.T5ForConditionalGeneration.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -238,7 +239,7 @@ class T5EncoderModel(Seq2SeqBase, hf.T5EncoderModel):
     __doc__ = hf.T5EncoderModel.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5EncoderModel.forward)
+    @public_forward(hf.T5EncoderModel.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -256,7 +257,7 @@ class T5ForSequenceClassification(ClassificationHead, hf.T5ForSequenceClassifica
     __doc__ = hf.T5ForSequenceClassification.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5ForSequenceClassification.forward)
+    @public_forward(hf.T5ForSequenceClassification.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -284,7 +285,7 @@ class T5ForTokenClassification(Seq2SeqBase, hf.T5ForTokenClassification):
     __doc__ = hf.T5ForTokenClassification.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5ForTokenClassification.forward)
+    @public_forward(hf.T5ForTokenClassification.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -307,7 +308,7 @@ class T5ForQuestionAnswering(Seq2SeqBase, QuestionHead, hf.T5ForQuestionAnswerin
     __doc__ = hf.T5ForQuestionAnswering.__doc__
     _adopted = _ADOPTED
 
-    @documented_as(hf.T5ForQuestionAnswering.forward)
+    @public_forward(hf.T5ForQuestionAnswering.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -25,12 +25,14 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
+from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, lay_out, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, activation_name, check_inputs, read_flags
+from ._forward import public_forward
 from ._loading import LoadingErrors
 from ._noam_schedule import noam_schedule
 from ._seq2seq import shift_right
@@ -287,6 +289,7 @@ class TransformerEncoder(_Stack):
         layers = [TransformerEncoderLayer(config) for _ in range(config.encoder_layers)]
         super().__init__(config, layers, config.encoder_vocab_size)  # type: ignore[arg-type]
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,
@@ -310,6 +313,7 @@ class TransformerDecoder(_Stack):
         layers = [TransformerDecoderLayer(config) for _ in range(config.decoder_layers)]
         super().__init__(config, layers, config.vocab_size)
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,
@@ -336,7 +340,7 @@ class TransformerDecoder(_Stack):
         )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=encoded.restored(),
-            past_key_values=past_key_values if use_cache else None,
+            **cached(past_key_values if use_cache else None),
             **encoded.extras(cross=True),
         )
 
@@ -380,6 +384,7 @@ class TransformerModel(TransformerPreTrainedModel):
         of scaled words and sinusoids. Raises ValueError where torch's class has no such model: without final_norm."""
         return _torch_transformer.export(self)
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,
@@ -414,7 +419,7 @@ class TransformerModel(TransformerPreTrainedModel):
         )  # fmt: skip
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
-            past_key_values=decoded.past_key_values,
+            **cached(decoded.past_key_values),
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
@@ -451,6 +456,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         return shift_right(self.config, labels)
 
+    @public_forward()
     @can_return_tuple
     def forward(
         self,

@@ -1,0 +1,113 @@
+"""Names of transformers that this package has nothing of its own for, handed on as they are; and names that are gone.
+
+`from transformers import X, Y` keeps working with this package's name in place. transformers is imported when the first
+such name is asked for, not before.
+"""
+
+import difflib
+import sys
+
+__all__ = ["find", "is_ours", "names"]
+
+# What transformers 4 had and 5 has not: what to use today. Names by rule (TF*, Flax*, ...) are found in `_today`.
+_GONE = {
+    "AdamW": "torch.optim.AdamW",
+    "AutoModelForVision2Seq": "AutoModelForImageTextToText",
+    "AutoModelWithLMHead": "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM",
+    "BeamScorer": "generate(num_beams=...)",
+    "BeamSearchScorer": "generate(num_beams=...)",
+    "ConstrainedBeamSearchScorer": "generate(num_beams=...); constraints are no longer there",
+    "DataCollatorForSOP": "sentence_pairs, which makes pairs for sentence order prediction",
+    "DataCollatorForWholeWordMask": "DataCollatorForLanguageModeling(whole_word_mask=True)",
+    "GlueDataset": "the package datasets",
+    "HybridCache": "StaticCache",
+    "LineByLineTextDataset": "the package datasets",
+    "LogitsWarper": "LogitsProcessor",
+    "MODEL_FOR_VISION_2_SEQ_MAPPING": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_WITH_LM_HEAD_MAPPING": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "OffloadedCache": "DynamicCache(offloading=True)",
+    "OffloadedStaticCache": "StaticCache(offloading=True)",
+    "SlidingWindowCache": "StaticCache",
+    "SpecialTokensMixin": "PreTrainedTokenizerBase",
+    "SquadDataset": "the package datasets",
+    "TextDataset": "the package datasets",
+    "TextDatasetForNextSentencePrediction": "sentence_pairs",
+    "Wav2Vec2Tokenizer": "Wav2Vec2CTCTokenizer",
+    "create_optimizer": "torch.optim.AdamW and get_scheduler",
+    "is_flax_available": "nothing: transformers 5 has PyTorch models alone",
+    "is_safetensors_available": "nothing: safetensors is always there",
+    "is_tf_available": "nothing: transformers 5 has PyTorch models alone",
+    "is_torch_tpu_available": "is_torch_xla_available",
+    "prune_layer": "prune_linear_layer of transformers.pytorch_utils",
+}
+_ENDINGS = {"FeatureExtractor": "ImageProcessor", "TokenizerFast": "Tokenizer", "ImageProcessorFast": "ImageProcessor"}
+
+
+def is_ours(thing) -> bool:
+    """Whether a class, a model or a function is this package's own, or else handed on from transformers.
+
+    Args:
+        thing: a class, a function, or an object, whose class is then asked about.
+
+    Returns:
+        True where `thing` is defined in this package. A class that you derive from one of this package's is yours:
+        its forward may be your own.
+
+    Example:
+        >>> import transformer_fast
+        >>> transformer_fast.is_ours(transformer_fast.BertModel), transformer_fast.is_ours(transformer_fast.Trainer)
+        (True, False)
+    """
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.".startswith(f"{__package__}.")
+
+
+def find(name: str):
+    """The object that transformers has under `name`.
+
+    Raises ImportError for a name that transformers 5 has dropped, with today's name (an AttributeError would lose its
+    text in `from transformer_fast import name`); AttributeError for one that never was, with names like it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        if error.name != "transformers":
+            raise
+        raise AttributeError(
+            f"module {__package__!r} has no attribute {name!r} (transformers might have: pip install "
+            "'transformers>=5.17')"
+        ) from None
+    known = set(dir(transformers))
+    if name not in known and (today := _today(name, known)):
+        raise ImportError(f"{name}: transformers {transformers.__version__} does not have it any more; use {today}")
+    try:
+        return getattr(transformers, name)
+    except AttributeError:
+        pass
+    like = difflib.get_close_matches(name, known, n=3, cutoff=0.8)
+    hint = f"; there are {', '.join(like)}" if like else ""
+    raise AttributeError(
+        f"neither {__package__} nor transformers {transformers.__version__} has an attribute {name!r}{hint}"
+    )
+
+
+def names() -> list[str]:
+    """What transformers has, where it is loaded; nothing where it is not."""
+    loaded = sys.modules.get("transformers")
+    return [name for name in dir(loaded) if not name.startswith("_")] if loaded else []
+
+
+def _today(name: str, known: set[str]) -> str:
+    """What to use in the place of a name that is gone; '' where nothing is known of it."""
+    for framework, prefix in (("TensorFlow", "TF"), ("Flax", "Flax")):
+        bare = name.removeprefix(f"{prefix}_").removeprefix(prefix) if name.startswith(prefix) else ""
+        if bare:
+            today = bare if bare in known else _today(bare, known) or "the PyTorch class of the model"
+            return f"{today} (there are no {framework} models in transformers 5)"
+    if name in _GONE:
+        return _GONE[name]
+    for ending, new in _ENDINGS.items():
+        today = f"{name.removesuffix(ending)}{new}"
+        if name.endswith(ending) and today in known:
+            return today
+    return ""

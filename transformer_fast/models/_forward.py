@@ -1,0 +1,121 @@
+"""The way into every model: each public forward is made by `public_forward`."""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from .._transformers import CACHE_NAME, merge_cache_names
+
+__all__ = ["public_forward"]
+
+PADDING_NOTE = """
+
+        Padding is dropped before the first layer and never computed: at positions where attention_mask is 0 the
+        outputs are zeros.
+        """
+# Keywords that have "cache" in their name and hold none.
+_NO_CACHE = ("use_cache", "cache_position")
+# What releases before 5 and other frameworks call a cache: HF's forwards drop such keywords without a word.
+_OTHER_NAMES = ("mems", "state", "layer_past", "past", "past_buckets_states")
+# Given by transformers or by our own models, to forwards that do not name them.
+_COMMON = frozenset(
+    ("attention_mask", "encoder_packing", "logits_to_keep", "num_items_in_batch", "output_attentions",
+     "output_hidden_states", "packed", "position_ids", "return_dict", "use_cache", "want")
+)  # fmt: skip
+
+
+def public_forward(original: Callable | None = None) -> Callable[[Callable], Callable]:
+    """Decorator of a model's forward: makes of `function` what takes the place of `original`, HF's own forward.
+
+    The result has HF's documentation and signature (with what ours takes beside it), for generate and Trainer look at
+    them. The cache is taken under every name that a supported release of transformers has for it and reaches
+    `function` as past_key_values. original: None for models that HF has not; `function` is documented then.
+
+    The result raises ValueError where two names hold different caches, and TypeError for a cache under a name that is
+    unknown or in a model that keeps none: both would be ignored otherwise.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        own = inspect.signature(function)
+        takes_cache = "past_key_values" in own.parameters
+        known = _COMMON.union(own.parameters)
+        signature = _signature(original, own)
+        order, ours = (_positions(s) for s in (signature, own))
+        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(order, ours)))
+
+        @functools.wraps(original or function)
+        def forward(self, *args, **kwargs):
+            if len(args) > alike:  # HF has them in another order: by name, then
+                kwargs = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
+                args = args[:alike]
+            for name in kwargs:
+                if name not in known:
+                    kwargs = _with_one_cache(self, kwargs, takes_cache)
+                    break
+            return function(self, *args, **kwargs)
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        if original is not None:
+            forward.__doc__ = (original.__doc__ or "").rstrip() + PADDING_NOTE
+        return forward
+
+    return decorate
+
+
+def _signature(original: Callable | None, own: inspect.Signature) -> inspect.Signature:
+    """HF's signature with the parameters that only ours has; the cache under the name of this release."""
+    ours = {}
+    for p in own.parameters.values():
+        name = CACHE_NAME if p.name == "past_key_values" else p.name
+        ours[name] = p.replace(name=name)
+    if original is None:
+        return own.replace(parameters=list(ours.values()))
+    theirs = dict(inspect.signature(original).parameters)
+    rest = [p for p in theirs.values() if p.kind is p.VAR_KEYWORD] or [
+        p for p in ours.values() if p.kind is p.VAR_KEYWORD
+    ]
+    named = [p for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [p for name, p in ours.items() if name not in theirs and p.kind is not p.VAR_KEYWORD]
+    return own.replace(parameters=[*named, *extra, *rest])
+
+
+def _positions(signature: inspect.Signature) -> list[str]:
+    """The names of what may be given by position, after self; the cache as past_key_values."""
+    named = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return ["past_key_values" if name == CACHE_NAME else name for name in named[1:]]
+
+
+def _named(names: list[str], values: tuple, arguments: dict, where: str) -> dict:
+    if len(values) > len(names):
+        raise TypeError(f"{where}: {len(values) - len(names)} positional arguments too many")
+    found = dict(zip(names, values))
+    if twice := found.keys() & arguments.keys():
+        raise TypeError(f"{where}: got multiple values for argument {min(twice)!r}")
+    return found | arguments
+
+
+def _with_one_cache(model: Any, arguments: dict, takes_cache: bool) -> dict:
+    """A call's keywords with the cache as past_key_values."""
+    where = f"{type(model).__name__}.forward"
+    arguments = merge_cache_names(arguments, "past_key_values", where)
+    for name, value in arguments.items():
+        if value is None or name in _NO_CACHE or name == "past_key_values":
+            continue
+        if "cache" in name or name.startswith("past_") or name in _OTHER_NAMES:
+            raise TypeError(f"{name}: {where} knows no such argument; a cache is wanted as {CACHE_NAME}")
+    if takes_cache:
+        return arguments
+    cache = arguments.get("past_key_values")
+    if cache is None:
+        return {k: v for k, v in arguments.items() if k != "past_key_values"}
+    if not _hands_on(model):
+        raise TypeError(f"past_key_values: {where} keeps no cache; wanted None, got {type(cache).__name__}")
+    return arguments
+
+
+def _hands_on(model: Any) -> bool:
+    """Whether a model's base takes a cache, which HF's heads hand on to it among their other keywords."""
+    base = getattr(model, "base_model", model)
+    return base is not model and CACHE_NAME in inspect.signature(base.forward).parameters
