@@ -42,8 +42,14 @@ CUDA_ARCHS = {8: "80", 9: "90a", 10: "100", 12: "120"}
 LIBRARY, NOTE = "_C.abi3.so", "_native_missing.txt"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
-
-
+# Of the files with int8 in their names: more sets, with instructions that multiply bytes.
+X86_INT8_ISAS = {
+    "baseline": X86_ISAS["baseline"],
+    "avx2": X86_ISAS["avx2"],
+    "avx_vnni": [*X86_ISAS["avx2"], "-mavxvnni"],
+    "avx512": X86_ISAS["avx512"],
+    "avx512_vnni": [*X86_ISAS["avx512"], "-mavx512vnni"],
+}
 OLDEST_TORCH = (2, 11)
 NO_TORCH = """
 transformer_fast's CPU library is built against your torch, and this build sees none{where}. The command that works:
@@ -97,8 +103,10 @@ def find_torch() -> Torch:
     raise SystemExit(NO_TORCH.format(where=where, what="(what you gave to pip)" if temporary else ROOT))
 
 
-def isas() -> dict[str, list[str]]:
-    return X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+def isas(int8: bool = False) -> dict[str, list[str]]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"baseline": []}
+    return X86_INT8_ISAS if int8 else X86_ISAS
 
 
 def cuda_archs() -> list[str]:
@@ -153,7 +161,10 @@ class Plan:
         includes = [str(torch / "include"), sysconfig.get_paths()["include"], str(CSRC)]
         common = ["-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
                   "-Wno-unused-parameter"]  # fmt: skip
-        isa_list = "#define TF_ISA_LIST(X) " + " ".join(f"X({name})" for name in isas()) + "\n"
+        isa_list = "".join(
+            f"#define {macro}(X) {' '.join(f'X({name})' for name in isas(int8))}\n"
+            for macro, int8 in (("TF_ISA_LIST", False), ("TF_INT8_ISA_LIST", True))
+        )
         build.mkdir(parents=True, exist_ok=True)
         config = build / "isa_list.h"
         cuda_archs = f'#define TF_WITH_CUDA "{" ".join(archs)}"\n'
@@ -169,8 +180,8 @@ class Plan:
             if source.name == "ops.cpp":
                 extra.append(f"-DTF_SOURCE_HASH={SOURCE_HASH}")
             self.add(source, [self.cxx, *binding, *extra], f"binding.{source.stem}")
-        for name, flags in isas().items():
-            for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            for name, flags in isas("int8" in source.stem).items():
                 self.add(source, [self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],
                          f"{name}.{source.stem}")  # fmt: skip
         for source in sorted((CSRC / "cuda").glob("*.cu")) if archs else []:

@@ -85,10 +85,37 @@ def set_isa(name: str) -> None:
     global _current
     torch.ops.transformer_fast.cpu_set_isa(name)
     _current = name
+    within = INT8_ISAS[: INT8_ISAS.index(_INT8_WIDEST[name]) + 1]
+    set_int8_isa([isa for isa in supported_int8_isas() if isa in within][-1])
 
 
 def current_isa() -> str:
     return _current
+
+
+INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+# The widest of the int8 kernels that go with the others' instruction sets.
+_INT8_WIDEST = {"baseline": "baseline", "avx2": "avx_vnni", "avx512": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
+_INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # by torch's capability; else all
+_current_int8 = ""
+
+
+def set_int8_isa(name: str) -> None:
+    """Use the int8 kernels compiled for instruction set `name` from now on (all of the process)."""
+    global _current_int8
+    torch.ops.transformer_fast.cpu_set_int8_isa(name)
+    _current_int8 = name
+
+
+def current_int8_isa() -> str:
+    return _current_int8
+
+
+def supported_int8_isas() -> list[str]:
+    """Compiled instruction sets of the int8 kernels that this processor can run, narrowest first."""
+    allowed = _INT8_ALLOWED.get(torch.backends.cpu.get_cpu_capability())
+    found = torch.ops.transformer_fast.cpu_int8_isas().split()
+    return [name for name in found if allowed is None or name in allowed]
 
 
 def supported_isas() -> list[str]:
