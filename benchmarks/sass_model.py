@@ -152,8 +152,8 @@ def pipes(instructions) -> collections.Counter:
 
 
 def _program(loop: Loop) -> list[tuple]:
-    """What a warpgroup does in an iteration: ("work", clocks alone, share of each pipe), ("product", clocks, last of its
-    group), ("wait", groups), ("sync", barrier), ("arrive", barrier)."""
+    """What a warpgroup does in an iteration: ("work", clocks alone, share of each pipe), ("product", clocks, last of
+    its group), ("wait", groups), ("sync", barrier), ("arrive", barrier)."""
     steps: list[tuple] = []
     pending: list[Instruction] = []
 
@@ -252,7 +252,7 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel to predict. groups: warpgroups that multiply on a multiprocessor, blocks of `together` of them.
-    loaded: bytes that TMA brings or takes of shared memory for one iteration of a block. info: what the compiler said."""
+    loaded: bytes that TMA brings or takes of shared memory for one iteration of a block. info: of the compiler."""
 
     name: str
     loop: Loop
