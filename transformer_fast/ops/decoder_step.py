@@ -13,6 +13,7 @@ import torch
 from ..backends import memory, native
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
+from .linear_int8 import Int8Weight
 from .packed_weight import _PANEL, STORAGES, PackedWeight, _identity, panel_rows
 
 __all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
@@ -30,9 +31,10 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Linear maps of one input side by side: weights (out_i, in), or (in, out_i) when transposed; biases (out_i,)."""
+    """Linear maps of one input side by side: weights (out_i, in), or (in, out_i) when transposed; biases (out_i,).
+    An Int8Weight is read as it is, and makes the arithmetic int8."""
 
-    weights: tuple[torch.Tensor, ...]
+    weights: tuple[torch.Tensor | Int8Weight, ...]
     biases: tuple[torch.Tensor | None, ...]
     transposed: bool = False
 
@@ -42,10 +44,19 @@ class Projection(NamedTuple):
         outs, inner = (1, 0) if self.transposed else (0, 1)
         return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
 
-    def parts(self) -> list[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor | Int8Weight]:
         """The weights (out_i, in), where they lie if they have a stride 1."""
-        weights = [w.detach().t() if self.transposed else w.detach() for w in self.weights]
-        return [w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous() for w in weights]
+        return [self._part(w) for w in self.weights]
+
+    def _part(self, weight: torch.Tensor | Int8Weight) -> torch.Tensor | Int8Weight:
+        if isinstance(weight, Int8Weight):
+            return weight
+        w = weight.detach().t() if self.transposed else weight.detach()
+        return w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the weights lie in."""
+        return [w if isinstance(w, torch.Tensor) else w.data for w in self.weights]  # type: ignore[misc]
 
     def bias(self, index: int) -> torch.Tensor | None:
         b = self.biases[index]
@@ -128,14 +139,15 @@ class DecoderTensors:
     def mirror_file(self) -> bool:
         """True when what a copy would be made of takes no memory but that of a mapped checkpoint."""
         projections = [p for layer in self.layers for p in layer.projections] + [self.head]
-        return all(memory.mirrors_file(w.detach()) for p in projections if p is not None for w in p.weights)
+        weights = [w for p in projections if p is not None for w in p.weights]
+        return all(memory.mirrors_file(w.detach()) for w in weights if isinstance(w, torch.Tensor))
 
     def sources(self) -> list[torch.Tensor]:
         """Every tensor that the computation reads."""
         norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
         projections = [p for layer in self.layers for p in layer.projections] + [self.head]
         found = [t for n in norms if n is not None for t in (n.weight, n.bias)]
-        found += [t for p in projections if p is not None for t in (*p.weights, *p.biases)]
+        found += [t for p in projections if p is not None for t in (*p.tensors(), *p.biases)]
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
@@ -200,6 +212,9 @@ class DecoderWeights:
         if p is None:
             return [None] * (2 * places)
         for i, weight in enumerate(p.parts()):
+            if isinstance(weight, Int8Weight):
+                found += [weight.data, p.bias(i)]
+                continue
             if rows and not copy.numel():
                 weight = weight.contiguous()
             if copy.numel():
@@ -220,7 +235,8 @@ class DecoderWeights:
 
 
 def _panel_elements(p: Projection, storage: torch.dtype) -> int:
-    return sum(_panels(w) * panel_rows(w.shape[1], storage) * _PANEL for w in p.parts())
+    copied = [w for w in p.parts() if isinstance(w, torch.Tensor)]
+    return sum(_panels(w) * panel_rows(w.shape[1], storage) * _PANEL for w in copied)
 
 
 def _panels(weight: torch.Tensor) -> int:
