@@ -100,7 +100,10 @@ def machine(device: str) -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "commit": _git("rev-parse", "--short=10", "HEAD") or f"v{__version__}",
+        # Where the sources were carried to without their history, who carried them says what they are.
+        "commit": os.environ.get("TRANSFORMER_FAST_COMMIT")
+        or _git("rev-parse", "--short=10", "HEAD")
+        or f"v{__version__}",
         "dirty": bool(_git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md")),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -122,10 +125,11 @@ def write(folder: pathlib.Path, rows: list[dict], ceilings: dict, about: dict) -
     kept = {(row["case"], row["candidate"]): row for row in (read(folder) if (folder / "results.csv").exists() else [])}
     measured = {row["case"] for row in rows}
     kept = {key: row for key, row in kept.items() if key[0] not in measured}
-    with open(folder / "results.csv", "w", newline="") as file:
+    with open(folder / "results.csv.new", "w", newline="") as file:  # whole or not at all, whenever a run is ended
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept.values(), *rows])
+    os.replace(folder / "results.csv.new", folder / "results.csv")
     (folder / "ceilings.json").write_text(json.dumps(ceilings, indent=2) + "\n")
     (folder / "machine.json").write_text(json.dumps(about, indent=2) + "\n")
 

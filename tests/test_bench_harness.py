@@ -323,3 +323,21 @@ def test_an_installed_copy_writes_into_the_current_folder(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert results.result_folder(about).resolve() == tmp_path / "transformer_fast_results/cpu-test/2026-01-02-abc"
     assert results.machine("cpu")["commit"] == f"v{transformer_fast.__version__}"  # not that of a repository around it
+
+
+@pytest.mark.quick
+def test_candidates_that_must_not_run_do_not():
+    ran = []
+    wrong = Candidate(f"{OURS} cuda", lambda inputs: ran.append(1))
+    candidates = Candidate(OURS, costing(1.0)), wrong, Candidate("peer", costing(3.0))
+    rows = measure(case(*candidates, bar=Bar(1.0)), without=frozenset([f"{OURS} cuda"]))
+    assert not ran and rows[f"{OURS} cuda"]["note"].startswith("left out") and rows[OURS]["met"] == "yes"
+
+
+@pytest.mark.quick
+def test_an_error_while_it_is_timed_is_a_note():
+    def clock(call, count):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = measure(case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(3.0)), bar=Bar(1.0)), clock=clock)
+    assert "not timed: RuntimeError: CUDA error" in rows[OURS]["note"] and rows[OURS]["met"] == "no"

@@ -10,10 +10,11 @@ from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 import transformer_fast as tf
 
-WIDTH, HALF = 24, torch.float16
+HALF = torch.float16
+SMALL, LARGE = (9, 24), (300, 1100)  # rows and width; large: several tiles and programs, on a GPU
 
 
-def _vector(n=WIDTH):
+def _vector(n):
     return torch.rand(n) + 0.5
 
 
@@ -27,50 +28,51 @@ def _heads(heads, length, dtype=HALF):
 
 # op -> its call and its tensors; floating-point ones want a gradient where `gradients` says so.
 CALLS = {
-    "layer_norm": (lambda x, w, b: tf.layer_norm(x, (WIDTH,), w, b), lambda: {
-        "x": torch.randn(5, 2, WIDTH), "w": _vector(), "b": _vector()}),
-    "rms_norm": (lambda x, w: tf.rms_norm(x, (WIDTH,), w), lambda: {"x": torch.randn(7, WIDTH).half(), "w": _vector()}),
-    "add_layer_norm": (lambda x, r, w, b: tf.add_layer_norm(x, r, w, b, dropout_p=0.2), lambda: {
-        "x": torch.randn(9, WIDTH), "r": torch.randn(9, WIDTH), "w": _vector(), "b": _vector()}),
-    "bias_activation": (lambda x, b, g: tf.bias_activation(x, b, "gelu", gate=g), lambda: {
-        "x": torch.randn(9, WIDTH), "b": _vector(), "g": torch.randn(9, WIDTH)}),
-    "dropout": (lambda x: tf.dropout(x, 0.3), lambda: {"x": torch.randn(9, WIDTH)}),
+    "layer_norm": (lambda x, w, b: tf.layer_norm(x, w.shape, w, b), lambda n, m: {
+        "x": torch.randn(n, 2, m), "w": _vector(m), "b": _vector(m)}),
+    "rms_norm": (lambda x, w: tf.rms_norm(x, w.shape, w), lambda n, m: {
+        "x": torch.randn(n, m).half(), "w": _vector(m)}),
+    "add_layer_norm": (lambda x, r, w, b: tf.add_layer_norm(x, r, w, b, dropout_p=0.2), lambda n, m: {
+        "x": torch.randn(n, m), "r": torch.randn(n, m), "w": _vector(m), "b": _vector(m)}),
+    "bias_activation": (lambda x, b, g: tf.bias_activation(x, b, "gelu", gate=g), lambda n, m: {
+        "x": torch.randn(n, m), "b": _vector(m), "g": torch.randn(n, m)}),
+    "dropout": (lambda x: tf.dropout(x, 0.3), lambda n, m: {"x": torch.randn(n, m)}),
     "cross_entropy": (
-        lambda x, t, w: tf.cross_entropy(x, t, w, label_smoothing=0.1, reduction="none"), lambda: {
-            "x": torch.randn(9, WIDTH), "t": torch.arange(9), "w": _vector()}),
+        lambda x, t, w: tf.cross_entropy(x, t, w, label_smoothing=0.1, reduction="none"), lambda n, m: {
+            "x": torch.randn(n, m), "t": torch.arange(n), "w": _vector(m)}),
     "embedding_layer_norm": (
         lambda i, word, p, position, k, kind, w, b: tf.embedding_layer_norm(
-            i, word, p, position, k, kind, w, b, dropout_p=0.2), lambda: {
-            "i": torch.arange(12).view(3, 4), "word": torch.randn(12, WIDTH), "p": torch.arange(12).view(3, 4) % 5,
-            "position": torch.randn(5, WIDTH), "k": torch.arange(12).view(3, 4) % 2, "kind": torch.randn(2, WIDTH),
-            "w": _vector(), "b": _vector()}),
+            i, word, p, position, k, kind, w, b, dropout_p=0.2), lambda n, m: {
+            "i": torch.arange(2 * n).view(2, n) % 12, "word": torch.randn(12, m),
+            "p": torch.arange(2 * n).view(2, n) % 5, "position": torch.randn(5, m),
+            "k": torch.arange(2 * n).view(2, n) % 2, "kind": torch.randn(2, m), "w": _vector(m), "b": _vector(m)}),
     "additive_attention": (
-        lambda q, k, v, w, b, m, n: tf.additive_attention(q, k, v, w, b, attn_mask=m, key_lengths=n), lambda: {
-            "q": torch.randn(2, 3, WIDTH), "k": torch.randn(2, 5, WIDTH), "v": torch.randn(2, 5, 8), "w": _vector(),
-            "b": _vector(), "m": torch.rand(2, 3, 5) > 0.3, "n": _integers(5, 2)}),
+        lambda q, k, v, w, b, m, n: tf.additive_attention(q, k, v, w, b, attn_mask=m, key_lengths=n), lambda n, m: {
+            "q": torch.randn(2, 3, m), "k": torch.randn(2, n, m), "v": torch.randn(2, n, 8), "w": _vector(m),
+            "b": _vector(m), "m": torch.rand(2, 3, n) > 0.3, "n": _integers(n, 2)}),
     "attention": (
         lambda q, k, v, m, b, n: tf.scaled_dot_product_attention(q, k, v, attn_mask=m, bias=b, key_lengths=n,
-                                                                 enable_gqa=True), lambda: {
-            "q": _heads(4, 20), "k": _heads(2, 18), "v": _heads(2, 18), "m": torch.rand(2, 1, 20, 18) > 0.3,
-            "b": torch.randn(2, 4, 20, 18).half(), "n": _integers(18, 7)}),
+                                                                 enable_gqa=True), lambda n, m: {
+            "q": _heads(4, 20), "k": _heads(2, 2 * n), "v": _heads(2, 2 * n), "m": torch.rand(2, 1, 20, 2 * n) > 0.3,
+            "b": torch.randn(2, 4, 20, 2 * n).half(), "n": _integers(2 * n, 7)}),
     "attention_relative": (
         lambda q, k, v, t: tf.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                           relative_bias=tf.RelativeBias(t, 12, False)), lambda: {
-            "q": _heads(2, 20), "k": _heads(2, 20), "v": _heads(2, 20), "t": torch.randn(8, 2)}),
+                                                           relative_bias=tf.RelativeBias(t, 12, False)), lambda n, m: {
+            "q": _heads(2, 2 * n), "k": _heads(2, 2 * n), "v": _heads(2, 2 * n), "t": torch.randn(8, 2)}),
     "varlen_attention": (
-        lambda q, k, v, a, b: tf.varlen_attention(q, k, v, a, b, max_seqlen_q=20, max_seqlen_k=21), lambda: {
+        lambda q, k, v, a, b: tf.varlen_attention(q, k, v, a, b, max_seqlen_q=20, max_seqlen_k=21), lambda n, m: {
             **{n: torch.randn(40, 2, 16).half() for n in "qkv"}, "a": _integers(0, 20, 40).int(),
             "b": _integers(0, 19, 40).int()}),
     "qkv_attention": (
-        lambda x, a: tf.ops.qkv_attention(x, a, max_seqlen=22), lambda: {
+        lambda x, a: tf.ops.qkv_attention(x, a, max_seqlen=22), lambda n, m: {
             "x": torch.randn(40, 3, 2, 16).half(), "a": _integers(0, 22, 40).int()}),
     "rotary_embedding": (
-        lambda x, c, s, p: tf.ops.rotary_embedding(x, c, s, p), lambda: {
-            "x": torch.randn(2, 6, 3, 16), "c": torch.randn(9, 6), "s": torch.randn(9, 6),
-            "p": torch.arange(12).view(2, 6) % 9}),
-    "kv_cache_attention": (None, lambda: {
-        "q": _heads(2, 1), "k": _heads(2, 1), "v": _heads(2, 1), "kc": _heads(2, 30), "vc": _heads(2, 30),
-        "n": _integers(12, 29)}),
+        lambda x, c, s, p: tf.ops.rotary_embedding(x, c, s, p), lambda n, m: {
+            "x": torch.randn(2, n, 3, 16), "c": torch.randn(9, 6), "s": torch.randn(9, 6),
+            "p": torch.arange(2 * n).view(2, n) % 9}),
+    "kv_cache_attention": (None, lambda n, m: {
+        "q": _heads(2, 1), "k": _heads(2, 1), "v": _heads(2, 1), "kc": _heads(2, 3 * n), "vc": _heads(2, 3 * n),
+        "n": _integers(12, 3 * n - 1)}),
 }  # fmt: skip
 SINGLE = (
     "layer_norm",
@@ -84,18 +86,18 @@ OF_CUDA = (*SINGLE, "attention", "attention_relative", "varlen_attention", "qkv_
 CONSTANT = (("cross_entropy", "w"), ("rotary_embedding", "c"), ("rotary_embedding", "s"))  # get no gradient
 
 
-def _poisoned(shape, dtype):
-    return torch.full(shape, float("nan") if dtype.is_floating_point else 1, dtype=dtype)
+def _poisoned(shape, like):
+    return torch.full(shape, float("nan") if like.is_floating_point() else 1, dtype=like.dtype, device=like.device)
 
 
 def _every_other(t):
-    room = _poisoned((*t.shape, 2), t.dtype)
+    room = _poisoned((*t.shape, 2), t)
     room[..., 1] = t
     return room[..., 1]
 
 
 def _behind_others(t):
-    room = _poisoned((t.numel() + 3,), t.dtype)
+    room = _poisoned((t.numel() + 3,), t)
     room[3:] = t.flatten()
     return room[3:].view(t.shape)
 
@@ -135,35 +137,29 @@ def _run(op, tensors, backend, way=None, dtype=None):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         found = {f"output {i}": o.detach().clone() for i, o in enumerate(outputs)}
         if gradients:
-            arriving = []
+            arriving, drawn = [], torch.Generator().manual_seed(7)
             for o in outputs:
-                g = torch.linspace(-1, 1, o.numel()).view(o.shape)
+                g = torch.randn(o.shape, generator=drawn).half().to(o.device)  # the same in every dtype
                 arriving.append(WAYS[way](g.to(o.dtype)) if way and way != "expanded" else g.to(o.dtype))
             grads = torch.autograd.grad(outputs, list(wanted.values()), arriving)
             found |= {f"gradient of {n}": g for n, g in zip(wanted, grads)}
     return found
 
 
-@pytest.fixture(scope="module", params=["triton", "cuda"])
-def machine(request):
-    if request.param == "triton":
-        return contextlib.nullcontext if torch.cuda.is_available() else triton_interpreter.active, "triton"
-    return cuda_emulator.active, "cuda"
-
-
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("op", list(CALLS))
-def test_any_strides(op, way, machine):
-    running, backend = machine
+def test_any_strides(op, way, backend, device):
     if backend == "cuda" and op not in OF_CUDA:
         pytest.skip(f"the CUDA backend has no {op}")
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter's to check: these tensors are on the CPU")
-    tensors = CALLS[op][1]()
-    if way == "expanded":
-        tensors = {n: WAYS[way](t).contiguous() for n, t in tensors.items()}
-    with running():
-        ours = _run(op, tensors, backend, way)
-    truth, plain = _run(op, tensors, "eager", dtype=torch.float64), _run(op, tensors, "eager")
-    for name, t in ours.items():
-        assert_as_accurate(t, truth[name], plain[name], GRADIENT if name.startswith("grad") else OUTPUT, name)
+    machine = triton_interpreter.active if backend == "triton" else cuda_emulator.active
+    for sizes in (SMALL, LARGE) if device == "cuda" else (SMALL,):
+        tensors = {n: t.to(device) for n, t in CALLS[op][1](*sizes).items()}
+        if way == "expanded":
+            tensors = {n: WAYS[way](t).contiguous() for n, t in tensors.items()}
+        with contextlib.nullcontext() if device == "cuda" else machine():
+            ours = _run(op, tensors, backend, way)
+        truth, plain = _run(op, tensors, "eager", dtype=torch.float64), _run(op, tensors, "eager")
+        for name, t in ours.items():
+            factor = GRADIENT if name.startswith("grad") else OUTPUT
+            assert_as_accurate(t, truth[name], plain[name], factor, f"{name}, {sizes}")

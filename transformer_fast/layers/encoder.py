@@ -10,7 +10,7 @@ from torch import nn
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
 from .packing import Packing, plan_packing
-from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, packed_linear
+from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
 
@@ -339,32 +339,24 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     spec, packing = call.spec, call.packing
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
-    projections = [w.query, w.key, w.value]
-    qkv: Any
     plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
-    dtype = attention_dtype(x) if int8 and plain and call.relative_bias is None else None
+    plain = plain and call.relative_bias is None
+    dtype = attention_dtype(x) if int8 and plain else None
     if w.qkv is not None:
-        qkv = linear(w.qkv, x) if dtype is None else packed_linear([w.qkv], x, dtype)
-    else:
-        qkv = None if first_only else packed_linear(projections, x, dtype)
-    if qkv is not None and plain and call.relative_bias is None:
+        qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
         qkv = qkv.unflatten(-1, (3, *heads))
-        out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
-        return out.flatten(-2)
-    if qkv is not None:
-        q, k, v = qkv.unflatten(-1, (3, *heads)).unbind(-3)
+        if plain:
+            out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
+            return out.flatten(-2)
+        q, k, v = qkv.unbind(-3)
         if first_only:
             q = packing.first(q) if packing.index is not None else q[:, :1]
     elif first_only:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
-        kv = packed_linear(projections[1:], x)
-        if kv is not None:
-            k, v = kv.unflatten(-1, (2, *heads)).unbind(-3)
-        else:
-            k, v = (linear(m, x).unflatten(-1, heads) for m in projections[1:])
+        k, v = (t.unflatten(-1, heads) for t in projections([w.key, w.value], x))
     else:
-        q, k, v = (linear(m, x).unflatten(-1, heads) for m in projections)
+        q, k, v = (t.unflatten(-1, heads) for t in projections([w.query, w.key, w.value], x, dtype))
     if packing.index is not None:
         if past_key_values is not None:
             k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
@@ -442,21 +434,17 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
         stored = cache.cross_attention_cache.layers[index]
         k, v = stored.keys, stored.values
     else:
-        kv: Any
         if w.cross_key_value is not None:
-            kv = linear(w.cross_key_value, states)
+            k, v = linear(w.cross_key_value, states).unflatten(-1, (2, *heads)).unbind(-3)
         else:
-            kv = packed_linear([w.cross_key, w.cross_value], states)
-            if kv is None:
-                kv = torch.cat([linear(m, states) for m in (w.cross_key, w.cross_value)], -1)
-        kv = kv.unflatten(-1, (2, *heads))
+            k, v = (t.unflatten(-1, heads) for t in projections([w.cross_key, w.cross_value], states))
         lengths_known = call.encoder_mask is None or source is not None
         padding = _is_packed(packing) or _is_packed(source)
         if padding and lengths_known and cache is None and call.cross_attentions is None:
-            return _packed_cross_attention(q, kv, call, index, p)
+            return _packed_cross_attention(q, k, v, call, index, p)
         if _is_packed(source):
-            kv = source.unpack(kv)  # type: ignore[union-attr]
-        k, v = kv.permute(2, 0, 3, 1, 4)
+            k, v = source.unpack(k), source.unpack(v)  # type: ignore[union-attr]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True
@@ -472,12 +460,13 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
     return packing.pack(out.view(rows, length, out.shape[-1]))
 
 
-def _packed_cross_attention(q, kv, call: StackCall, index: int, p: float) -> torch.Tensor:
-    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), kv (total, 2, H, D) or (B, Se, 2, H, D)."""
+def _packed_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> torch.Tensor:
+    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), k, v (total, H, D) or (B, Se, H, D)."""
     shape, source = q.shape, call.encoder_packing
-    (q, cu_q, longest_q), (kv, cu_k, longest_k) = _sequences(q, call.packing), _sequences(kv, source)
+    (q, cu_q, longest_q), (k, cu_k, longest_k) = _sequences(q, call.packing), _sequences(k, source)
+    v = _sequences(v, source)[0]
     out = ops.varlen_attention(
-        q, kv[:, 0], kv[:, 1], cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
+        q, k, v, cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
         attn_mask=None if source is None else source.key_mask,
     )  # fmt: skip
     return out.view(shape).flatten(-2)

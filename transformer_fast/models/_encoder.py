@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 from .. import ops
 from ..layers import SlotTable, TransformerSpec, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
-from ..layers.projection import dropout_p, lay_out, linear, norm
+from ..layers.projection import dropout_p, linear, norm
 from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
 from ._heads import classification_loss, is_labelled, masked_lm, span_loss, token_loss
 
@@ -81,8 +81,6 @@ class EncoderBase(ModelMixin):
             past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
             read=want.read, read_first=want.read_first or want.first_only, attentions=flags.attentions,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            lay_out(self._slots.read(layer) for layer in dict.fromkeys(layers))
         rows = embed(
             call.packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None),
             e.LayerNorm, e.dropout, input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds,

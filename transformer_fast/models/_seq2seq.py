@@ -21,7 +21,7 @@ from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, plan_call, run_layers
 from ..layers.embeddings import check_indices
-from ..layers.projection import dropout_p, is_plain, lay_out, linear
+from ..layers.projection import dropout_p, is_plain, linear
 from ._base import Encoded, ModelMixin, Want, check_inputs, read_flags
 from ._heads import IGNORE, classification_loss, is_labelled, span_loss
 
@@ -93,9 +93,6 @@ class StackBase(ModelMixin):
             encoder_states=encoder_states, encoder_mask=encoder_mask, encoder_packing=encoder_packing,
             relative_bias=self._relative_bias(is_decoder), read=want.read, attentions=flags.attentions,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            slots = self._slots()
-            lay_out(slots.read(layer) for layer in layers)
         rows = self._embed(call.packing, input_ids, inputs_embeds, past)
         rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
         return Encoded.of(
