@@ -13,16 +13,9 @@ import torch
 from torch import nn
 
 from ..backends import native
-<<<<<<< HEAD
-from ..layers.projection import is_plain, is_transposed, linear, packed_linear, reading_copies
-from ..layers.quantized import is_int8
-from ..layers.spec import LayerWeights, TransformerSpec
-from ..ops.activation import ACTIVATIONS
-from ..ops.decoder_step import DecoderCache, DecoderLayerTensors, DecoderTensors, DecoderWeights, Norm, Projection
-from ..ops.linear_int8 import Int8Weight
-=======
 from ..backends.contents import mirror_files
 from ..layers.projection import is_plain, is_transposed, linear, projections, reading_copies
+from ..layers.quantized import is_int8
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import (
@@ -34,7 +27,7 @@ from ..ops.decoder_step import (
     Norm,
     Projection,
 )
->>>>>>> main
+from ..ops.linear_int8 import Int8Weight
 from ..ops.packed_weight import STORAGES
 from .cache import StepCache
 from .model_step import ModelStepper
