@@ -254,7 +254,7 @@ def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderW
     if copies is None or not copies.match(tensors):
         _copies.pop(model, None)
         dtype, copy = _storage.get(model) or (None, mirror_files(tensors.weights()))
-        copies = DecoderCopies(tensors, dtype) if copy else None
+        copies = DecoderCopies(tensors, dtype) if copy and tensors.weights() else None
         if copies is not None:
             _copies[model] = copies
     return DecoderWeights(tensors, copies)
