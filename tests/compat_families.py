@@ -5,7 +5,7 @@ import transformers
 
 from transformer_fast import _EXPORTS
 
-VOCABULARY, BATCH, LENGTH, TARGET, CHOICES = 61, 3, 7, 5, 2
+VOCABULARY, BATCH, LENGTH, TARGET, CHOICES = 61, 12, 7, 5, 2
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BERT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -59,7 +59,7 @@ def make_pair(name: str, **changes):
     torch.manual_seed(3)
     theirs = getattr(transformers, name)(make_config(name, **changes))
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):  # Marian's positions are no weights
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if hasattr(theirs, "final_logits_bias"):
             theirs.final_logits_bias.normal_()
@@ -90,6 +90,9 @@ def make_inputs(name: str) -> dict[str, torch.Tensor]:
     if seq2seq and "ForSequenceClassification" in name:
         ids[torch.arange(BATCH), mask.sum(1) - 1] = 2
     call = {"input_ids": ids, "attention_mask": mask}
+    if "DoubleHeads" in name:  # HF's OpenAI GPT takes no mask of three dimensions
+        ids, mask = draw(BATCH * CHOICES, LENGTH), torch.ones_like(mask)
+        call = {"input_ids": ids, "attention_mask": mask}
     if chosen:
         call = {k: v.view(BATCH, CHOICES, LENGTH) for k, v in call.items()}
     if seq2seq and ("ForConditional" in name or "MTModel" in name or name.endswith("Model")):
@@ -102,9 +105,10 @@ def make_inputs(name: str) -> dict[str, torch.Tensor]:
     if "DoubleHeads" in name:
         labels = draw(BATCH, CHOICES, LENGTH).masked_fill(call["attention_mask"] == 0, -100)
         last = call["attention_mask"].sum(-1) - 1
+        del call["attention_mask"]
         return call | {"mc_token_ids": last, "labels": labels, "mc_labels": draw(BATCH, low=0, high=CHOICES)}
     if "QuestionAnswering" in name:
-        return call | {"start_positions": torch.tensor([1, 0, 1]), "end_positions": torch.tensor([4, 3, 1])}
+        return call | {"start_positions": draw(BATCH, low=0, high=2), "end_positions": draw(BATCH, low=0, high=4)}
     if "NextSentence" in name:
         return call | {"labels": draw(BATCH, low=0, high=2)}
     if "ForPreTraining" in name:
@@ -120,10 +124,14 @@ def make_inputs(name: str) -> dict[str, torch.Tensor]:
 def real_parts(output, call: dict) -> dict[str, torch.Tensor]:
     """The output's tensors at the positions that are not padding."""
     found = {}
-    for key, value in output.items():
+    several = {k: v for k, v in output.items() if isinstance(v, tuple)}
+    flat = {f"{key}.{i}": value for key, values in several.items() for i, value in enumerate(values)}
+    for key, value in (dict(output.items()) | flat).items():
         if not isinstance(value, torch.Tensor):
             continue
-        mask = call["attention_mask"]
+        mask = call.get("attention_mask", call["input_ids"] * 0 + 1)
+        if value.shape[:1] != mask.shape[:1]:  # one row per choice
+            mask = mask.flatten(0, -2)
         seen = key.startswith("encoder") or "decoder_input_ids" not in call
         if seen and value.dim() >= mask.dim() and value.shape[: mask.dim()] == mask.shape:
             value = value[mask.bool()]

@@ -33,6 +33,7 @@ class GenerationMixin:
 
     config: Any
     generation_config: Any
+    runs_as_hugging_face = False  # what a call computes is left to HF's loop and forward
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
     @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
@@ -165,7 +166,8 @@ class GenerationMixin:
         cache = model_kwargs.get(CACHE_NAME)
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if (
-            synced_gpus
+            self.runs_as_hugging_face
+            or synced_gpus
             or not self._is_our_cache(decoder_cache, config)
             or (cache is not None and cache not in _MADE)
             or not config.use_cache

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._transformers import cached
+from .._transformers import cached, pad_token
 from .cache import as_hugging_face
 from .processors import in_place
 from .rows import LiveRows
@@ -60,7 +60,7 @@ def sample(
     few are still computed, so the draws are HF's.
     """
     processors = in_place(processors)
-    pad = config._pad_token_tensor
+    pad = pad_token(config)
     ends = any(hasattr(c, "eos_token_id") for c in criteria)
     plain = not processors and not config.do_sample and not record.active
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..layers import Packing, StackCall
 from ._loading import LoadingErrors
+from ._self_check import runs_as_hugging_face
 
 __all__ = [
     "Adopted",
@@ -143,10 +144,13 @@ class ModelMixin(LoadingErrors):
     """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
+    runs_as_hugging_face = False  # where the installed transformers is untested, and a tiny model of the class differs
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopted.adopt(self)  # type: ignore[arg-type]
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
+        if not self.runs_as_hugging_face:
+            self._adopted.adopt(self)  # type: ignore[arg-type]
 
     def _finish(self, output, flags_from: dict):
         """The output as a tuple where return_dict is off."""

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from .._transformers import CACHE_NAME, merge_cache_names
+from .._transformers import CACHE_NAME, IS_TESTED, merge_cache_names
 
 __all__ = ["public_forward"]
 
@@ -47,6 +47,8 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
 
         @functools.wraps(original or function)
         def forward(self, *args, **kwargs):
+            if not IS_TESTED and original is not None and self.runs_as_hugging_face:
+                return original(self, *args, **kwargs)
             if len(args) > alike:  # HF has them in another order: by name, then
                 kwargs = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
                 args = args[:alike]

@@ -1,5 +1,6 @@
 """OpenAI GPT (Radford et al., 2018), every head: HF's parameters and names, our computation."""
 
+import functools
 from typing import Any
 
 import torch
@@ -118,7 +119,13 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
 
 class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadModel):
     __doc__ = hf.OpenAIGPTLMHeadModel.__doc__
-    prepare_inputs_for_generation = HFGenerationMixin.prepare_inputs_for_generation  # HF's own class has no cache
+
+    @functools.wraps(HFGenerationMixin.prepare_inputs_for_generation, assigned=())  # the signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As every decoder's; HF's own class has no cache."""
+        if self.runs_as_hugging_face:
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+        return HFGenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
 
     def step_description(self) -> StepDescription:
         t = self.transformer
