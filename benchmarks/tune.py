@@ -2,17 +2,22 @@
 
     python benchmarks/tune.py                     every class of this GPU's architecture, some minutes
     python benchmarks/tune.py --kernel forward --width 64 128
+    python benchmarks/tune.py --few --seconds 110 --output tiles.json     in a short slot: what matters most
+    python benchmarks/tune.py --apply tiles.json                          elsewhere, afterwards
 
 Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on calls of
 16k tokens, hidden 2048: plain (causal), rich (a bias and dropout), with a relative bias and with grouped heads. A
-candidate replaces one of the table only when it is at least 2% faster. An offline tool: nothing is ever tuned while a
-model runs.
+candidate replaces one of the table only when it is at least 2% faster and gives what the table's gives. --few: plain
+calls of head dims 64 and 128, the nearest candidates alone, written to --output after each. An offline tool: nothing is
+ever tuned while a model runs.
 """
 
 import argparse
 import itertools
+import json
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,6 +26,7 @@ from transformer_fast.kernels.attention_configurations import Config
 
 GAIN = 0.98  # a new configuration must take less than this share of the old one's time
 TOKENS, HIDDEN = 16384, 2048
+DISAGREEMENT = 0.02  # of the largest value: more than two roundings to 16 bits differ
 
 
 def candidates(kernel: str, sliced: int | None = None) -> Iterator[Config]:
@@ -32,6 +38,18 @@ def candidates(kernel: str, sliced: int | None = None) -> Iterator[Config]:
     for m, n, warps, stages in itertools.product(rows, columns, (4, 8), (1, 2, 3, 4)):
         if m * n >= 32 * 32 or kernel == "decode":
             yield Config(m, n, warps, stages, columns=sliced)
+
+
+def nearest(kernel: str, old: Config, most: int = 8) -> list[Config]:
+    """Of `candidates`, those that differ from the table's by one step in one or two ways."""
+
+    def steps(choice: Config) -> int:
+        ratios = zip(choice[:3], old[:3])
+        doublings = sum(abs(a.bit_length() - b.bit_length()) for a, b in ratios)
+        return doublings + abs(choice.num_stages - old.num_stages)
+
+    found = [c._replace(max_registers=old.max_registers) for c in candidates(kernel, old.columns)]
+    return sorted((c for c in found if 0 < steps(c) <= 2), key=steps)[:most]
 
 
 def best(old: Config, choices: Iterator[Config], seconds: Callable[[Config], float]) -> Config:
@@ -95,6 +113,17 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
         | ({"dropout_p": 0.1} if kernel == "backward_table" else {}),  # else its sums come with dQ
     }[shape.kind]
     leaves = [q, k, v] + {"rich": [bias], "relative": [relative]}.get(shape.kind, [])
+    expected: list[torch.Tensor] = []
+
+    def check(found) -> None:
+        """Against the first configuration that was timed, the table's: a fast wrong one must not win."""
+        if shape.kind != "plain":  # dropout draws anew
+            return
+        if not expected:
+            expected.extend(t.clone() for t in found)
+        for t, e in zip(found, expected):
+            if not (t - e).abs().max() <= DISAGREEMENT * e.abs().max():
+                raise RuntimeError("wrong result")
 
     def seconds(config: Config) -> float:
         configurations.select = lambda name, s: config if name == kernel else select(name, s)
@@ -103,9 +132,11 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
                 out = tf.scaled_dot_product_attention(q, k, v, **arguments)
                 if kernel.startswith("backward"):
                     grad = torch.ones_like(out)
+                    check(torch.autograd.grad(out, leaves, grad, retain_graph=True))
                     return triton.testing.do_bench(
                         lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), return_mode="median"
                     )
+                check([out.detach()])
                 with torch.no_grad():
                     return triton.testing.do_bench(
                         lambda: tf.scaled_dot_product_attention(q, k, v, **arguments), return_mode="median"
@@ -131,10 +162,18 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="*", default=list(configurations.KERNELS), choices=configurations.KERNELS)
     parser.add_argument("--width", type=int, nargs="*", default=[64, 128, 256])
     parser.add_argument("--single", action="store_true", help="float32 rows too")
+    parser.add_argument("--few", action="store_true", help="plain calls, head dims 64 and 128, nearest candidates")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="with --few: no candidate after so many")
+    parser.add_argument("--output", type=pathlib.Path, help="with --few: where to write what was found")
+    parser.add_argument("--apply", type=pathlib.Path, metavar="FILE", help="put what --few found into the table")
     options = parser.parse_args()
+    if options.apply:
+        return apply(json.loads(options.apply.read_text()))
     if not torch.cuda.is_available():
         raise SystemExit("tune: there is no NVIDIA GPU here; the table stays as it is")
     architecture = configurations.architecture(torch.cuda.get_device_capability())
+    if options.few:
+        return few(architecture, options.output, time.monotonic() + options.seconds)
     table = dict(configurations.TABLE)
     for kernel, width, single in itertools.product(options.kernel, options.width, (False, True)):
         if single and not options.single:
@@ -147,6 +186,53 @@ def main() -> None:
             found.append(best(old, candidates(kernel, old.columns), timer(kernel, shape)) if taken else old)
             print(f"{architecture} {kernel} width {width} {kind}: {old} -> {found[-1]}", flush=True)
         table[kernel, architecture, width, single] = tuple(found)
+    path = pathlib.Path(configurations.__file__)
+    path.write_text(rewrite(path.read_text(), table))
+
+
+def few(architecture: str, output: pathlib.Path | None, end: float, timer: Callable = timer) -> None:
+    """The fastest of a few candidates for each kernel of plain 16-bit calls, noted after every candidate."""
+    found: list[dict] = []
+    for width, kernel in itertools.product((64, 128), ("forward", "backward_key", "backward_query")):
+        shape = configurations.Shape(architecture, width)
+        old = configurations.select(kernel, shape)
+        entry: dict = {"kernel": kernel, "architecture": architecture, "width": width, "times": []}
+        found.append(entry)
+        seconds = timer(kernel, shape)
+        for config in (old, *nearest(kernel, old)):
+            if time.monotonic() > end:
+                return
+            try:
+                taken, why = seconds(config), ""
+            except RuntimeError as error:
+                taken, why = None, str(error).splitlines()[0][:100]
+            entry["times"].append({"config": list(config), "ms": taken, "why": why})
+            print(f"{architecture} {kernel} width {width} {config}: {taken or why}", flush=True)
+            if output:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                fresh = output.with_suffix(".new")
+                fresh.write_text(json.dumps(found, indent=1))
+                fresh.replace(output)
+
+
+def apply(found: list[dict]) -> None:
+    """The fastest of each entry into the table, where it gains."""
+    table = dict(configurations.TABLE)
+    for entry in found:
+        timed = [t for t in entry["times"] if t["ms"] is not None]
+        if not timed or timed[0] is not entry["times"][0]:  # the table's own was not timed: nothing to compare with
+            continue
+        fastest = min(timed, key=lambda t: t["ms"])
+        if fastest["ms"] >= GAIN * timed[0]["ms"]:
+            continue
+        kernel, architecture, width = entry["kernel"], entry["architecture"], entry["width"]
+        kinds = [
+            configurations.select(kernel, configurations.Shape(architecture, width, kind=kind))
+            for kind in configurations.KINDS
+        ]
+        kinds[0] = Config(*fastest["config"])
+        table[kernel, architecture, width, False] = tuple(kinds)
+        print(f"{architecture} {kernel} width {width} plain: {kinds[0]}")
     path = pathlib.Path(configurations.__file__)
     path.write_text(rewrite(path.read_text(), table))
 

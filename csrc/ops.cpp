@@ -88,6 +88,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, int activation, "
       "Tensor(a!) grad_x, Tensor(b!)? grad_bias, Tensor(c!)? grad_gate) -> ()");
+  // x, y: (batch, length, heads, width), last stride 1; cos, sin: float32 (positions, half); positions: int64.
+  m.def(
+      "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
+      "-> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
   // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1.
   // lse: float32 (B, H, Sq) or (H, total_q), last stride 1. bias, mask: 4-D. relative: float32 (H, n), a bias for every
@@ -129,11 +133,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
       "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "
-      "float head_scale, int vocabulary, Tensor? relative, int layers, int heads, int head_dim, int feed_forward, "
-      "int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
+      "float head_scale, int vocabulary, Tensor? relative, Tensor? cos, Tensor? sin, bool rotary_interleaved, "
+      "bool parallel, float softcap, float logits_softcap, int layers, int heads, int key_heads, int head_dim, "
+      "int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
   m.def(
       "cpu_decoder_plan_layer(Tensor(a!) plan, int index, Tensor?[] norms, float[] eps, bool rms, Tensor?[] weights, "
-      "Tensor?[] caches, float scale, float cross_scale) -> ()");
+      "Tensor?[] caches, float scale, float cross_scale, int window) -> ()");
   m.def(
       "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");

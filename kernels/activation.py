@@ -63,8 +63,9 @@ def _bias_activation_forward_kernel(
     x_ptr, bias_ptr, gate_ptr, y_ptr, x_stride, gate_stride, rows, width,
     ACTIVATION: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(width, BLOCK)  # in one axis: the others of a grid end at 65535
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     mask = (row < rows)[:, None] if EVEN else (row < rows)[:, None] & inside[None, :]
     u = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -81,11 +82,13 @@ def _bias_activation_backward_kernel(
     grad_ptr, x_ptr, bias_ptr, gate_ptr, grad_x_ptr, grad_gate_ptr, partial_ptr, grad_stride, x_stride, gate_stride,
     rows, width, ACTIVATION: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, c) walks over rows p * ROWS, (p + programs) * ROWS, ... of column block c."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Program p * blocks + c walks over rows p * ROWS, (p + programs) * ROWS, ... of column block c."""
+    blocks = tl.cdiv(width, BLOCK)
+    program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first_row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for first_row in range(program * ROWS, rows, programs * ROWS):
         row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] if EVEN else (row < rows)[:, None] & inside[None, :]
         u = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -103,7 +106,7 @@ def _bias_activation_backward_kernel(
         if partial_ptr is not None:
             grad_bias += grad
     if partial_ptr is not None:
-        partial = tl.program_id(0).to(tl.int64) * width + column
+        partial = program.to(tl.int64) * width + column
         tl.store(partial_ptr + partial, tl.sum(grad_bias, 0), mask=inside)
 
 
@@ -120,7 +123,7 @@ def bias_activation_forward(x, bias, gate, activation: str, y) -> None:
     activation: "gelu" (erf), "gelu_tanh", "relu" or "silu"."""
     rows, width = x.shape
     tile_rows, block = _tile(width)
-    _bias_activation_forward_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, block))](
+    _bias_activation_forward_kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(width, block),)](
         x, bias, gate, y, x.stride(0), 0 if gate is None else gate.stride(0), rows, width,
         ACTIVATION=activation, EVEN=width % block == 0, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -140,7 +143,7 @@ def bias_activation_backward(
     if grad_bias is not None:
         programs = min(programs, max(1, multiprocessors * PROGRAMS // column_blocks))
         partial = grad_bias.new_empty((1, programs, width))
-    _bias_activation_backward_kernel[(programs, column_blocks)](
+    _bias_activation_backward_kernel[(programs * column_blocks,)](
         grad, x, bias, gate, grad_x, grad_gate, partial,
         grad.stride(0), x.stride(0), 0 if gate is None else gate.stride(0), rows, width,
         ACTIVATION=activation, EVEN=width % block == 0, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS,

@@ -50,10 +50,11 @@ def _attention_delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """delta, and lse in the units of scores; a row with nothing to attend to gets +inf, which makes its P zero."""
-    b = tl.program_id(1) // heads
-    h = tl.program_id(1) % heads
+    blocks = tl.cdiv(queries, BLOCK_M)  # in one axis: the others of a grid end at 65535
+    bh = tl.program_id(0) // blocks
+    b, h = bh // heads, bh % heads
+    first_row = tl.program_id(0) % blocks * BLOCK_M
     first_q, _, queries, _, _ = sequence(b, cu_q_ptr, cu_q_ptr, None, queries, queries, False)
-    first_row = tl.program_id(0) * BLOCK_M
     if first_row >= queries:
         return
     out_ptr = row_pointer(out_ptr, b, h, first_q, stride_ob, stride_oh, stride_os)

@@ -184,8 +184,8 @@ def _attention_combine_kernel(
 ):  # fmt: skip
     """Program (row, sequence and head): out = sum of exp(lse of a part) * part / sum of exp(lse of a part). Parts are
     (splits, B, H, rows, HEAD_DIM) and (splits, B, H, rows)."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1)
+    i = tl.program_id(0) % rows
+    bh = tl.program_id(0) // rows
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
     place = tl.cast(bh, tl.int64) * rows + i

@@ -12,8 +12,9 @@ ROWS, BLOCK, NUM_WARPS = 8, 256, 4  # 16 elements a thread; not yet run on a GPU
 def _dropout_kernel(
     x_ptr, rng_ptr, y_ptr, x_stride, rows, width, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first_column = tl.program_id(1) * BLOCK
+    blocks = tl.cdiv(width, BLOCK)  # in one axis: the others of a grid end at 65535
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_column = tl.program_id(0) % blocks * BLOCK
     column = first_column + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < width)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -25,6 +26,6 @@ def _dropout_kernel(
 def dropout_forward(x, rng, threshold: int, keep_scale: float, y) -> None:
     """Write y. x: (rows, width), unit stride along the width; rng: {seed, offset} int64; y: contiguous."""
     rows, width = x.shape
-    _dropout_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(width, BLOCK))](
+    _dropout_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(width, BLOCK),)](
         x, rng, y, x.stride(0), rows, width, threshold, keep_scale, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS
     )

@@ -17,7 +17,17 @@ import torch
 def _without_hypothesis() -> types.ModuleType:
     """In its place where it is not installed (a GPU machine without network): drawn tests are skipped and say why."""
     stand_in = types.ModuleType("hypothesis")
-    stand_in.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
+    reason = "hypothesis is not installed"
+
+    def given(*_, **__):
+        def drawn(test):  # a test, or a function that a test calls
+            skipping = lambda *_, **__: pytest.skip(reason)  # noqa: E731
+            skipping.__name__ = test.__name__
+            return pytest.mark.skip(reason=reason)(skipping)
+
+        return drawn
+
+    stand_in.given = given
     stand_in.settings = stand_in.example = lambda *_, **__: lambda test: test
     stand_in.strategies = stand_in.assume = stand_in.HealthCheck = mock.MagicMock()
     return stand_in

@@ -23,12 +23,17 @@ class Decoder(nn.Module):
     def __init__(self, *, width=24, heads=3, head_dim=8, inner=40, layers=2, pre_norm=True, rms=False, bias=True,
                  fused=False, transposed=False, gated=False, activation="gelu_tanh", positions=True, relative=False,
                  cross=False, embedding_norm=False, final_norm=True, embed_scale=1.0, head_scale=1.0, head_bias=False,
-                 scale=None, scale_by_layer=False):  # fmt: skip
+                 scale=None, scale_by_layer=False, key_heads=None, rotary=0, interleaved=False, head_norms=False,
+                 after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0, windows=()):  # fmt: skip
         super().__init__()
-        self.spec = TransformerSpec(heads, head_dim, scale, True, "pre" if pre_norm else "post", activation, gated,
-                                    scale_by_layer)  # fmt: skip
-        self.config = {"embed_scale": embed_scale, "head_scale": head_scale}
-        attention = heads * head_dim
+        self.spec = TransformerSpec(
+            heads, head_dim, scale, True, "pre" if pre_norm else "post", activation, gated,
+            scale_by_layer=scale_by_layer, key_heads=key_heads, parallel=parallel, softcap=softcap, windows=windows,
+            rotary_interleaved=interleaved,
+        )  # fmt: skip
+        self.config = {"embed_scale": embed_scale, "head_scale": head_scale, "logits_softcap": logits_softcap}
+        self.rotary = rotary  # pairs of columns
+        attention, keys = heads * head_dim, self.spec.heads_of_keys * head_dim
 
         def linear(n, m):
             if transposed:
@@ -38,16 +43,22 @@ class Decoder(nn.Module):
                 return module
             return nn.Linear(n, m, bias)
 
-        def norm():
-            module = nn.RMSNorm(width, 1e-6) if rms else nn.LayerNorm(width, 1e-5)
+        def norm(n=width):
+            module = nn.RMSNorm(n, 1e-6) if rms else nn.LayerNorm(n, 1e-5)
             for p in module.parameters():
                 nn.init.uniform_(p, 0.5, 1.5)
             return module
 
         self.layers = nn.ModuleList()
         for _ in range(layers):
-            inputs = {"qkv": 3} if fused else {"query": 1, "key": 1, "value": 1}
-            modules = {name: linear(width, attention * n) for name, n in inputs.items()}
+            inputs = {"query": attention, "key": keys, "value": keys}
+            modules = {
+                name: linear(width, n) for name, n in ({"qkv": attention + 2 * keys} if fused else inputs).items()
+            }
+            if head_norms:
+                modules |= {"query_norm": norm(head_dim), "key_norm": norm(head_dim)}
+            if after_norms:
+                modules |= {"attention_after_norm": norm(), "output_after_norm": norm()}
             modules |= {"attention_output": linear(attention, width), "attention_norm": norm(), "output_norm": norm()}
             modules |= {"up": linear(width, inner), "down": linear(inner, width)}
             if gated:
@@ -72,8 +83,12 @@ class Decoder(nn.Module):
             self, [LayerWeights(**dict(m.items())) for m in self.layers], self.spec, self.token, self.head,
             position=self.position, position_offset=OFFSET, embedding_norm=self.embedding_norm,
             final_norm=self.final_norm, head_bias=self.head_bias, relative_bias=self.relative,
-            relative_max_distance=MAX_DISTANCE, **self.config,
+            relative_max_distance=MAX_DISTANCE, rotary=self.angles if self.rotary else None, **self.config,
         )  # fmt: skip
+
+    def angles(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = torch.arange(positions)[:, None] * 10.0 ** -torch.linspace(0, 2, self.rotary)
+        return angle.cos(), angle.sin()
 
     def to_copy(self, dtype: torch.dtype) -> "Decoder":
         return copy.deepcopy(self).to(dtype)
@@ -83,8 +98,8 @@ class Decoder(nn.Module):
         positions: (R, T); states: (R, Se, E) with states_mask (R, Se)."""
         rows, length = ids.shape
         x = self.token(ids) * self.config["embed_scale"]
+        positions = torch.arange(length).expand(rows, -1) if positions is None else positions
         if self.position is not None:
-            positions = torch.arange(length).expand(rows, -1) if positions is None else positions
             x = x + self.position(positions + OFFSET)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
@@ -100,8 +115,12 @@ class Decoder(nn.Module):
             w = dict(modules.items())
 
             def attend(y, w=w, index=index):
-                qkv = w["qkv"](y).chunk(3, -1) if "qkv" in w else [w[n](y) for n in ("query", "key", "value")]
-                return w["attention_output"](self._attention(*qkv, bias, index))
+                keys = self.spec.heads_of_keys * self.spec.head_dim
+                if "qkv" in w:
+                    qkv = w["qkv"](y).split((self.spec.num_heads * self.spec.head_dim, keys, keys), -1)
+                else:
+                    qkv = [w[n](y) for n in ("query", "key", "value")]
+                return w["attention_output"](self._attention(*self._placed(w, *qkv, positions), bias, index))
 
             def cross(y, w=w, index=index):
                 if "cross_key_value" in w:
@@ -118,25 +137,53 @@ class Decoder(nn.Module):
                 gate = w["gate"](y) if "gate" in w else None
                 return w["down"](eager.bias_activation(w["up"](y), None, gate, self.spec.activation))
 
-            x = self._sublayer(w["attention_norm"], x, attend)
+            if self.spec.parallel:
+                x = x + attend(w["attention_norm"](x)) + feed_forward(w["output_norm"](x))
+                continue
+            x = self._sublayer(w["attention_norm"], x, attend, w.get("attention_after_norm"))
             if "cross_query" in w:
                 x = self._sublayer(w["cross_norm"], x, cross)
-            x = self._sublayer(w["output_norm"], x, feed_forward)
+            x = self._sublayer(w["output_norm"], x, feed_forward, w.get("output_after_norm"))
         if self.final_norm is not None:
             x = self.final_norm(x)
         logits = self.head(x * self.config["head_scale"])
-        return logits if self.head_bias is None else logits + self.head_bias
+        logits = logits if self.head_bias is None else logits + self.head_bias
+        return capped(logits, self.config["logits_softcap"])
 
-    def _sublayer(self, norm, x, f):
-        return x + f(norm(x)) if self.spec.norm_position == "pre" else norm(x + f(x))
+    def _sublayer(self, norm, x, f, after=None):
+        if self.spec.norm_position == "post":
+            return norm(x + f(x))
+        return x + (f(norm(x)) if after is None else after(f(norm(x))))
+
+    def _placed(self, w, q, k, v, positions):
+        """Queries and keys normed per head and rotated."""
+
+        def place(t, norm):
+            t = t.unflatten(-1, (-1, self.spec.head_dim))
+            t = t if norm is None else norm(t)
+            if self.rotary:
+                tables = self.angles(POSITIONS)
+                t = eager.rotary_embedding(t, *tables, positions, self.spec.rotary_interleaved, False)
+            return t.flatten(-2)
+
+        return place(q, w.get("query_norm")), place(k, w.get("key_norm")), v
 
     def _attention(self, q, k, v, bias, index):
-        q, k, v = (t.unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         scale = self.spec.scale_of(index)
         scores = q @ k.transpose(-1, -2) * (self.spec.head_dim**-0.5 if scale is None else scale)
+        scores = capped(scores, self.spec.softcap)
         if bias is not None:
             scores = scores + bias
+        window = self.spec.window_of(index)
+        if window is not None and q.shape[2] == k.shape[2]:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window), -math.inf)
         return (F.softmax(scores, -1) @ v).transpose(1, 2).flatten(-2)
+
+
+def capped(x, softcap):
+    return softcap * torch.tanh(x / softcap) if softcap else x
 
 
 # What the families of the field ask for, by name.
@@ -183,5 +230,53 @@ FAMILIES = {
         "head_dim": 16,
     },  # fmt: skip
     "odd": {"width": 21, "heads": 2, "head_dim": 17, "inner": 33, "gated": True, "activation": "silu", "layers": 3},
+    "llama": {
+        "rms": True,
+        "bias": False,
+        "positions": False,
+        "gated": True,
+        "activation": "silu",
+        "rotary": 4,
+        "heads": 4,
+        "key_heads": 2,
+    },
+    "qwen3": {
+        "rms": True,
+        "bias": False,
+        "positions": False,
+        "gated": True,
+        "activation": "silu",
+        "rotary": 8,
+        "heads": 4,
+        "key_heads": 1,
+        "head_dim": 16,
+        "head_norms": True,
+    },
+    "mistral": {
+        "rms": True,
+        "bias": False,
+        "positions": False,
+        "gated": True,
+        "activation": "silu",
+        "rotary": 4,
+        "windows": (3, None),
+    },
+    "gemma2": {
+        "rms": True,
+        "bias": False,
+        "positions": False,
+        "gated": True,
+        "rotary": 4,
+        "heads": 4,
+        "key_heads": 2,
+        "after_norms": True,
+        "softcap": 0.5,
+        "logits_softcap": 0.7,
+        "windows": (3, None),
+        "embed_scale": 24**0.5,
+        "scale": 0.3,
+    },
+    "neox": {"positions": False, "fused": True, "rotary": 2, "parallel": True},
+    "gptj": {"positions": False, "rotary": 3, "interleaved": True, "parallel": True},
     "even": {"width": 64, "heads": 2, "head_dim": 32, "inner": 128, "cross": True, "layers": 1},
 }

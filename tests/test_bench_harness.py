@@ -11,6 +11,8 @@ from transformer_fast.benchmarks.case import OURS, Bar, Candidate, Case, Unavail
 from transformer_fast.benchmarks.ceilings import Ceilings
 from transformer_fast.benchmarks.timing import Budget, Timing, interleave, percentile, ratios
 
+import transformer_fast
+
 TOP = Ceilings(gemm={"fp32": 2e9, "bf16": 4e9, "fp16": 4e9}, copy=1e9)
 FAST = Budget(rounds=5, seconds=0.0, limit=9.0, sample=0.0, warmup=0.0)
 
@@ -135,6 +137,15 @@ def test_bars(bar, cost, met):
 def test_a_fast_wrong_answer_does_not_count():
     rows = measure(case(Candidate(OURS, costing(1.0, 1.5)), Candidate("peer", costing(3.0)), bar=Bar(1.0)))
     assert rows[OURS]["met"] == "no" and rows[OURS]["note"].startswith("WRONG RESULT")
+
+
+@pytest.mark.quick
+def test_a_wrong_answer_of_any_backend_of_ours_is_called_so():
+    forced = f"{OURS} cuda"
+    wrong, far = Candidate(forced, costing(1.0, 1.5)), Candidate("rival", costing(1.0, 1.5))
+    rows = measure(case(Candidate(OURS, costing(1.0)), wrong, Candidate("peer", costing(3.0)), far, bar=Bar(1.0)))
+    assert rows[forced]["note"].startswith("WRONG RESULT") and rows[OURS]["met"] == "yes"
+    assert rows["rival"]["note"].startswith("differs")
 
 
 @pytest.mark.quick
@@ -302,3 +313,31 @@ def test_command_writes_results_and_plots(tmp_path, monkeypatch, capsys):
         assert (tmp_path / name).stat().st_size > 0
     assert run.main(["--only", "no such case"]) == 1
     assert "no case matches" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_an_installed_copy_writes_into_the_current_folder(monkeypatch, tmp_path):
+    about = {"device": "cpu-test", "time": "2026-01-02T00:00:00", "commit": "abc"}
+    assert results.result_folder(about) == results.ROOT / "cpu-test" / "2026-01-02-abc"
+    monkeypatch.setattr(results, "CHECKOUT", False)
+    monkeypatch.chdir(tmp_path)
+    assert results.result_folder(about).resolve() == tmp_path / "transformer_fast_results/cpu-test/2026-01-02-abc"
+    assert results.machine("cpu")["commit"] == f"v{transformer_fast.__version__}"  # not that of a repository around it
+
+
+@pytest.mark.quick
+def test_candidates_that_must_not_run_do_not():
+    ran = []
+    wrong = Candidate(f"{OURS} cuda", lambda inputs: ran.append(1))
+    candidates = Candidate(OURS, costing(1.0)), wrong, Candidate("peer", costing(3.0))
+    rows = measure(case(*candidates, bar=Bar(1.0)), without=frozenset([f"{OURS} cuda"]))
+    assert not ran and rows[f"{OURS} cuda"]["note"].startswith("left out") and rows[OURS]["met"] == "yes"
+
+
+@pytest.mark.quick
+def test_an_error_while_it_is_timed_is_a_note():
+    def clock(call, count):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = measure(case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(3.0)), bar=Bar(1.0)), clock=clock)
+    assert "not timed: RuntimeError: CUDA error" in rows[OURS]["note"] and rows[OURS]["met"] == "no"

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+import transformers
 from hf_models import DECODERS, ENCODERS, SEQ2SEQ, vit
 from typer.testing import CliRunner
 
+import transformer_fast
 from transformer_fast import verify as verification
 from transformer_fast.commands import app
 
@@ -36,17 +38,46 @@ def bert(tmp_path_factory):
 def test_info():
     result = _invoke("info")
     assert result.exit_code == 0
-    for name in ("transformer_fast", "torch", "transformers", "triton", "native CPU kernels", "Triton kernels", "nvcc"):
+    for name in ("transformer_fast", "torch", "transformers", "native CPU kernels", "Triton kernels"):
         assert name in result.output
-    assert "not yet run on a GPU" in result.output or torch.cuda.is_available()
 
 
 def test_info_says_what_missing_parts_would_bring(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", _no_package)
+    assert "missing (pip install transformers). It would bring the models" in _invoke("info").output
+
+
+def test_info_on_a_machine_without_a_gpu_asks_for_nothing_of_a_gpu(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.metadata.version", _no_package)
+    monkeypatch.setattr("transformer_fast.backends.triton._missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = _invoke("info").output.splitlines()
+    assert [line.split()[0] for line in lines if "missing" in line] == ["transformers"]
+    assert not any("nvcc" in line or "pip install triton" in line for line in lines)
+
+
+def test_info_on_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("importlib.metadata.version", _no_package)
+    monkeypatch.setattr("transformer_fast.backends.triton._missing", lambda: "Triton is not installed")
+    for name, value in (
+        ("is_available", True), ("get_device_name", "NVIDIA H100"), ("get_device_capability", (9, 0)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     output = _invoke("info").output
-    assert "missing (pip install transformers). It would bring the models" in output
-    assert "missing. It would compile CUDA C++ kernels" in output
+    assert "missing (pip install triton). It would bring fused kernels" in output and "NVIDIA H100" in output
+    assert "nvcc" in output and "not installed. It compiles the CUDA C++ kernels" in output
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "transformer_fast"], ["transformer-fast"]])
+def test_version(command):
+    if command[0] == "transformer-fast":
+        result = _invoke("--version")
+        assert result.exit_code == 0 and result.output == f"transformer-fast {transformer_fast.__version__}\n"
+        return
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"transformer-fast {transformer_fast.__version__}\n")
 
 
 def _no_package(name):
@@ -68,15 +99,13 @@ def test_without_typer_or_rich(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from transformer_fast.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == (
-        f"transformer-fast needs {missing}, which is not installed: pip install 'transformer-fast[cli]'"
-    )
+    assert done.stderr.strip() == (f"transformer-fast needs {missing}, which is not installed: pip install typer rich")
 
 
 def test_verify_our_own_class(bert):
     result = _invoke("verify", bert)
     assert result.exit_code == 0, result.output
-    assert "BertModel by Hugging Face against transformer_fast.BertModel" in result.output
+    assert f"BertModel of transformers {transformers.__version__} against transformer_fast.BertModel" in result.output
     assert "same: as close to float64 as Hugging Face is, on every row" in result.output
     for dtype in verification.DTYPES:
         for padding in ("right", "left"):
@@ -152,7 +181,7 @@ def test_verify_corrupt_weights(family, tmp_path):
     {**ENCODERS, **DECODERS}[family]().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    assert str(tmp_path) in _one_line(_invoke("verify", tmp_path))
+    assert f"{file}: is truncated or corrupt" in _one_line(_invoke("verify", tmp_path))
 
 
 def test_verify_unknown_dtype_and_device(bert):

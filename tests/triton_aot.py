@@ -277,10 +277,16 @@ def _write_record(jobs: list[Job]) -> pathlib.Path:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     path = ROOT / "benchmarks" / "results" / "ahead-of-time" / f"triton-{triton.__version__}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = summary(jobs, triton.__version__, commit)
+    if path.exists():  # kernels that this run was not about keep their rows
+        asked = {row["kernel"] for row in rows}
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["kernel"] not in asked]
+    rows.sort(key=lambda row: (row["kernel"], row["dtype"], int(row["arch"].removeprefix("sm_"))))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, RECORD, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(summary(jobs, triton.__version__, commit))
+        writer.writerows(rows)
     return path
 
 

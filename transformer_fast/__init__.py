@@ -21,6 +21,7 @@ _EXPORTS = {
     "handed_on": ["is_ours"],
     "integrations": ["accelerate", "register", "restore"],
     "layers": ["MultiheadAttention"],
+    "models._quantizer": ["Int8Config"],
     "models.albert": [
         "AlbertForMaskedLM",
         "AlbertForMultipleChoice",
@@ -116,6 +117,7 @@ _EXPORTS = {
         "pack_weight",
         "packed_linear",
         "rms_norm",
+        "rotary_embedding",
         "scaled_dot_product_attention",
         "varlen_attention",
     ],
@@ -132,6 +134,7 @@ _EXPORTS = {
         "ZeroShotClassificationPipeline",
         "pipeline",
     ],
+    "quantization": ["quantize", "quantized_modules"],
 }
 _MODULES = [
     "backends",
@@ -149,6 +152,7 @@ _MODULES = [
     "models",
     "ops",
     "pipelines",
+    "quantization",
     "verify",
 ]
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -1,20 +1,22 @@
-"""The command line, `transformer-fast`: info, demo, verify, bench."""
+"""The command line, `transformer-fast` or `python -m transformer_fast`: info, demo, verify, bench."""
 
 import sys
+
+from ._version import __version__
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 not the same (verify), 2 wrong use or something missing."""
+    if sys.argv[1:] == ["--version"]:  # answered before anything has to be installed
+        print(f"transformer-fast {__version__}")
+        return
     try:
         from .commands import app
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
-        print(
-            f"transformer-fast needs {package}, which is not installed: pip install 'transformer-fast[cli]'",
-            file=sys.stderr,
-        )
+        print(f"transformer-fast needs {package}, which is not installed: pip install typer rich", file=sys.stderr)
         sys.exit(2)
     app()
 

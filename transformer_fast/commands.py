@@ -16,13 +16,29 @@ from rich.table import Table
 
 app = typer.Typer(
     name="transformer-fast",
-    help="Fast kernels for the transformers you already use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
 SAME, NOT_SAME, WRONG = 0, 1, 2
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"transformer-fast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fast kernels for the transformers you already use."""
 
 
 class _Problem(Exception):
@@ -58,13 +74,13 @@ def _version(name: str, brings: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"missing (pip install {name}). It would bring {brings}"
+        return f"missing (pip install {name}). It would bring {brings}" if brings else "not installed"
 
 
 def _nvcc() -> str:
     path = shutil.which("nvcc")
     if path is None:
-        return "missing. It would compile CUDA C++ kernels from source; the Triton kernels do without"
+        return "not installed. It compiles the CUDA C++ kernels from source; the Triton kernels do without"
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -83,15 +99,16 @@ def info() -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")  # never cut: what to type may stand at the end
     rows = {"transformer_fast": __version__, "Python": platform.python_version()}
     rows.update({name: value for name, value in backends.info().items() if name != "forced backend"})
     rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     rows["transformers"] = _version(
         "transformers", 'the models, attn_implementation="transformer_fast", accelerate for its models and verify'
     )
-    rows["triton"] = _version("triton", "fused kernels on NVIDIA GPUs")
-    rows["nvcc"] = _nvcc()
+    if torch.cuda.is_available():
+        rows["triton"] = _version("triton", "fused kernels on NVIDIA GPUs")
+        rows["nvcc"] = _nvcc()
     rows["forced backend"] = backends.info()["forced backend"]
     for name, value in rows.items():
         table.add_row(name, value)
@@ -106,9 +123,10 @@ def verify(
         list[str] | None, typer.Option(help="fp32, bf16, fp16; may be repeated; default all three")
     ] = None,
     gradients: Annotated[bool, typer.Option(help="compare parameter gradients too")] = True,
+    tokens: Annotated[bool, typer.Option(help="compare generated tokens too, where the model generates")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Compare a checkpoint here with Hugging Face: outputs and gradients, every row, both paddings, each dtype."""
+    """Compare a checkpoint with Hugging Face: outputs, gradients and tokens, every row, both paddings, each dtype."""
     _need("verify", torch="torch", transformers="transformers>=5.17")
     import torch
 
@@ -122,25 +140,35 @@ def verify(
     try:
         with errors.status("starting") as status:
             result = compare(
-                checkpoint, dtypes=dtype or list(DTYPES), gradients=gradients, device=device, progress=status.update
+                checkpoint,
+                dtypes=dtype or list(DTYPES),
+                gradients=gradients,
+                tokens=tokens,
+                device=device,
+                progress=status.update,
             )
     except VerifyError as error:
         raise _Problem(str(error)) from error
     console = Console()
     console.print(
-        f"{checkpoint}: {result.model} by Hugging Face against {result.through}", soft_wrap=True, markup=False
+        f"{checkpoint}: {result.model} of transformers {result.release} against {result.through}",
+        soft_wrap=True,
+        markup=False,
     )
     table = Table("dtype", "padding", "compared", "our error", "theirs", "")
     for row in result.rows:
         verdict = {True: "same", False: "NOT THE SAME", None: "not compared"}[row.same]
-        numbers = (f"{row.ours:.1e}", f"{row.theirs:.1e}") if row.same is not None and row.dtype else ("", "")
+        numbers = (f"{row.ours:.1e}", f"{row.theirs:.1e}") if row.same is not None and row.ours else ("", "")
         table.add_row(row.dtype, row.padding, row.what, *numbers, f"{verdict}{': ' if row.note else ''}{row.note}")
     console.print(table, markup=False)
     if not result.same:
         off = sum(row.same is False for row in result.rows)
         console.print(f"NOT the same: {off} of {len(result.rows)} comparisons are off")
         raise typer.Exit(NOT_SAME)
-    console.print("same: as close to float64 as Hugging Face is, on every row")
+    generated = any(row.what.startswith("tokens") and row.same for row in result.rows)
+    console.print(
+        f"same: as close to float64 as Hugging Face is{', and the same tokens' if generated else ''}, on every row"
+    )
     raise typer.Exit(SAME)
 
 
@@ -161,7 +189,7 @@ def demo(
 
 @_command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Run the benchmarks. Every argument goes to benchmarks/run.py; --help shows them."""
+    """Run the benchmarks. Results go to --output, or ./transformer_fast_results; bench --help shows all."""
     _need("bench", torch="torch", tqdm="tqdm", transformers="transformers>=5.17")
     try:
         from .benchmarks import run

@@ -1,14 +1,17 @@
-"""verify(checkpoint): does this package compute what Hugging Face computes, for this checkpoint, on every row?"""
+"""verify(checkpoint): does this package compute, and generate, what Hugging Face does, on every row?"""
 
 import collections
 import copy
 import dataclasses
+import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from .verify_tokens import NEW_TOKENS, compare_tokens
 
 __all__ = ["DTYPES", "Row", "Verification", "VerifyError", "verify"]
 
@@ -39,10 +42,11 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Verification:
-    """model: Hugging Face's class. through: what computed ours. rows: every comparison."""
+    """model: Hugging Face's class. through: what computed ours. release: of transformers. rows: every comparison."""
 
     model: str
     through: str
+    release: str
     rows: list[Row]
 
     @property
@@ -55,18 +59,37 @@ def verify(
     *,
     dtypes: Sequence[str] = ("fp32", "bf16", "fp16"),
     gradients: bool = True,
+    tokens: bool = True,
     device: str = "cpu",
     progress: Callable[[str], object] = lambda text: None,
 ) -> Verification:
-    """Load a checkpoint with Hugging Face's class and with ours and compare outputs and parameter gradients.
+    """Load a checkpoint with Hugging Face's class and with ours and compare outputs, parameter gradients and tokens.
 
-    checkpoint: a folder, or a name on the hub. The class is the one config.json names. Ours is the class of that name
-    in this package, or, where there is none, a copy of the model under `accelerate`. dtypes: names in DTYPES.
     Ragged batches of random tokens, right and left padded, in evaluation mode; every position that is not padding is
     compared, and pooled outputs where what they read is not padding. Both are held against the same model in
     float64: ours may be at most OUTPUT_FACTOR (gradients GRADIENT_FACTOR) times as far from it as Hugging Face's
-    eager attention in the same dtype. progress is called before each step.
-    Raises VerifyError, in one line, when the checkpoint or transformers is missing, broken or of no kind known here.
+    eager attention in the same dtype. What generates must generate the same tokens (`verify_tokens`).
+
+    Args:
+        checkpoint: a folder, or a name on the hub. The class is the one config.json names. Ours is the class of that
+            name in this package, or, where there is none, a copy of the model under `accelerate`.
+        dtypes: names in DTYPES.
+        gradients: compare gradients of the parameters.
+        tokens: compare what `generate` gives: greedy, by beams, sampled with a seed, from ragged padded prompts.
+        device: "cpu" or "cuda".
+        progress: called with a text before each step.
+
+    Returns:
+        A `Verification`; its `same` is the verdict.
+
+    Raises:
+        VerifyError: in one line, when the checkpoint or transformers is missing, broken or of no kind known here.
+
+    Example:
+        >>> from transformer_fast.demo import locate
+        >>> from transformer_fast.verify import verify
+        >>> verify(locate(), dtypes=["fp32"], gradients=False).same
+        True
     """
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
@@ -74,7 +97,7 @@ def verify(
     progress("loading")
     theirs = _load_theirs(checkpoint).to(device)
     ours, through = _load_ours(checkpoint, theirs)
-    result = Verification(type(theirs).__name__, through, [])
+    result = Verification(type(theirs).__name__, through, importlib.metadata.version("transformers"), [])
     result.rows.append(_compare_weights(theirs, ours))
     batches = list(_batches(theirs))
     truths = {}
@@ -82,15 +105,30 @@ def verify(
     reference = _reference(theirs)
     for padding, inputs, real in batches:
         truths[padding] = _run(reference, inputs, real, padding, torch.float64, gradients)
-    del reference
     for name in dtypes:
+        plain, mine = (_cast(model, DTYPES[name]) for model in (theirs, ours))
         for padding, inputs, real in batches:
             progress(f"{name}, padding {padding}")
-            eager, found = (
-                _run(_cast(m, DTYPES[name]), inputs, real, padding, DTYPES[name], gradients) for m in (theirs, ours)
-            )
+            eager, found = (_run(m, inputs, real, padding, DTYPES[name], gradients) for m in (plain, mine))
             result.rows += _compare(name, padding, real, found, truths[padding], eager)
+        if tokens and _generates(theirs):
+            progress(f"{name}, tokens")
+            result.rows += _compare_tokens(name, plain, mine, reference, batches, result.rows)
     return result
+
+
+def _generates(model) -> bool:
+    return model.main_input_name == "input_ids" and model.can_generate()
+
+
+def _compare_tokens(name: str, theirs, ours, reference, batches, rows: list[Row]) -> Iterator[Row]:
+    padding = "right" if theirs.config.is_encoder_decoder else "left"
+    inputs = next(inputs for side, inputs, _ in batches if side == padding)
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    logits = [row for row in rows if (row.dtype, row.what) == (name, "logits") and row.same is not None]
+    error = max((max(row.ours, row.theirs) for row in logits), default=torch.finfo(DTYPES[name]).eps)
+    for found in compare_tokens(theirs, ours, reference, inputs, error):
+        yield Row(name, padding, f"tokens, {found.mode}", 0.0, 0.0, found.same, found.note)
 
 
 # ---- loading --------------------------------------------------------------------------------------------
@@ -99,7 +137,7 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
         import transformers
     except ImportError as error:
         raise VerifyError(f"verify needs transformers: pip install 'transformers>=5.17' ({error})") from error
-    from .models._loading import model_type_of
+    from .models._loading import explain_broken, local_folder, model_type_of
 
     with _quiet():
         try:
@@ -107,7 +145,11 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
             config = transformers.AutoConfig.from_pretrained(checkpoint)
             named = next(iter(getattr(config, "architectures", None) or ()), "")
             cls = getattr(transformers, named, None) or transformers.AutoModel
-            return cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+            try:
+                return cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+            except Exception as error:
+                explain_broken(error, checkpoint, local_folder(checkpoint, {}))
+                raise
         except Exception as error:  # whatever a broken file makes of a loader, a person gets one line
             text = " ".join(str(error).split())
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error
@@ -176,7 +218,7 @@ def _batches(model) -> Iterator[tuple[str, dict[str, torch.Tensor], torch.Tensor
         raise VerifyError(
             f"{type(model).__name__}: takes {model.main_input_name}; verify knows models of input_ids and pixel_values"
         )
-    limit = getattr(text, "max_position_embeddings", None) or max(LENGTHS)
+    limit = (getattr(text, "max_position_embeddings", None) or 2 * max(LENGTHS)) - NEW_TOKENS
     lengths = torch.tensor([min(n, max(limit - 4, 1)) for n in LENGTHS])[:, None]
     longest, pad = int(lengths.max()), getattr(text, "pad_token_id", None) or 0
     special = {pad, *(getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "sep", "cls", "mask"))}

@@ -15,18 +15,17 @@
 #pragma once
 #include "tensors.hpp"
 
-#if defined(TF_EMULATE)
-#define TF_CUDA_KERNELS 1
-#define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m)
-// The main library has the schemas; it is loaded before the emulator is.
-#define TF_CUDA_SCHEMA(m) \
-  [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
-#else
-#if defined(TF_WITH_CUDA)
+#if defined(TF_EMULATE) || defined(TF_WITH_CUDA)
 #define TF_CUDA_KERNELS 1
 #else
 #define TF_CUDA_KERNELS 0
 #endif
+#if defined(TF_EMULATE) || defined(TF_CPU_TENSORS)  // in tests: the emulator, and the stand-in for CUDA's runtime
+#define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m)
+// The main library has the schemas; it is loaded before these are.
+#define TF_CUDA_SCHEMA(m) \
+  [[maybe_unused]] static void schema_of_the_main_library(torch::stable::detail::StableLibrary& m)
+#else
 #define TF_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CUDA, m)
 #define TF_CUDA_SCHEMA(m) STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m)
 #endif
@@ -34,6 +33,8 @@
 #if TF_CUDA_KERNELS
 #include <cstring>
 #include <initializer_list>
+
+#include "cuda/stream.hpp"
 #ifndef TF_EMULATE
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -48,16 +49,27 @@ class Device {
   explicit Device(const Tensor&) {}
   Device(const Device&) = delete;
   ~Device() { forget_tensors(); }
+  int32_t index() const { return 0; }
   void* stream() const { return nullptr; }
 };
 #else
+// A function of torch's CUDA part, by name at run time, so that this library loads where torch has none. In that part's
+// own handle: Python loads it with RTLD_LOCAL, where a search of the global names does not look.
+inline void* torch_cuda_function(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* function = library ? dlsym(library, name) : nullptr;
+  if (library) dlclose(library);  // it stays: torch holds it
+  return function ? function : dlsym(RTLD_DEFAULT, name);
+}
+
 class Device {
  public:
   explicit Device(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
-  // torch's current stream on the device. By name at run time, so that this library loads where torch has no CUDA.
+  int32_t index() const { return index_; }
+  // torch's current stream on the device.
   void* stream() const {
     using Get = int32_t (*)(int32_t, void**);
-    static const Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    static const Get get = reinterpret_cast<Get>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
     STD_TORCH_CHECK(get != nullptr, "transformer_fast: this torch was built without CUDA");
     void* stream = nullptr;
     STD_TORCH_CHECK(get(index_, &stream) == 0, "transformer_fast: no current CUDA stream on device ", index_);
@@ -78,6 +90,12 @@ inline Tensor new_scratch(const Tensor& like, std::initializer_list<int64_t> sha
 #endif
   return t;
 }
+
+// kCounters integers that a kernel finds zero and leaves zero, for blocks that must agree on something. Launches of one
+// stream follow one another, so each stream has its own; in a graph capture it is memory of the graph's own pool, cleared
+// whenever the graph runs. null where the stream cannot be told from others: then do without.
+constexpr int32_t kCounters = 2048;
+int32_t* counters_of(const Tensor& like, const Device& device);
 
 }  // namespace tf::cuda
 #endif

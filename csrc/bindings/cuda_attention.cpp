@@ -14,6 +14,7 @@ namespace tf::cuda {
 // A build may lack some of them: wgmma is for sm_90a alone.
 #define TF_OPTIONAL __attribute__((weak))
 TF_OPTIONAL const char* attention_forward_wgmma_refuses(const AttentionForward&);
+TF_OPTIONAL bool attention_forward_wgmma_counts(const AttentionForward&);
 TF_OPTIONAL void attention_forward_wgmma(const AttentionForward&, Stream);
 TF_OPTIONAL const char* attention_backward_mma_refuses(const AttentionBackward&);
 TF_OPTIONAL void attention_backward_mma(const AttentionBackward&, Stream);
@@ -31,15 +32,22 @@ struct Kernel {
   int64_t (*scratch)(const Call&) = nullptr;  // floats, where the kernel wants some
 };
 
-// The first that takes the call; an error with every reason when none does.
-template <class Call, size_t N>
-const Kernel<Call>& choose(const Kernel<Call> (&kernels)[N], const Call& call, const char* what) {
+// launch(kernel) with the first that takes the call; an error with every reason when none does.
+template <class Call, size_t N, class Launch>
+void launch_first(const Kernel<Call> (&kernels)[N], const Call& call, const char* what, Launch&& launch) {
   std::string reasons;
+  const auto add = [&](const std::string& reason) { reasons += (reasons.empty() ? "" : "; ") + reason; };
   for (const Kernel<Call>& kernel : kernels) {
     if (!kernel.refuses) continue;
-    const char* reason = kernel.refuses(call);
-    if (!reason) return kernel;
-    reasons += (reasons.empty() ? "" : "; ") + std::string(reason);
+    if (const char* reason = kernel.refuses(call)) {
+      add(reason);
+      continue;
+    }
+    try {
+      return launch(kernel);
+    } catch (const Refused& reason) {
+      add(reason.what());
+    }
   }
   STD_TORCH_CHECK(false, "transformer_fast: no CUDA kernel of attention ", what,
                   " takes this call: ", reasons.empty() ? std::string("none was compiled") : reasons);
@@ -162,13 +170,11 @@ void attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, Option
     a.lse_batch = batch_stride(*lse);
     a.lse_head = lse->stride(-2);
   }
-  const auto& kernel = choose(kernels, a, "forward");
-  std::optional<Tensor> counter;
-  if (kernel.run == attention_forward_wgmma) {
-    counter = new_scratch(q, {1}, ScalarType::Int);
-    a.counter = write<int32_t>(*counter);
-  }
-  kernel.run(a, device.stream());
+  launch_first(kernels, a, "forward", [&](const Kernel<AttentionForward>& kernel) {
+    const bool counts = kernel.run == attention_forward_wgmma && attention_forward_wgmma_counts(a);
+    a.counters = counts ? counters_of(q, device) : nullptr;
+    kernel.run(a, device.stream());
+  });
 }
 
 Rows new_rows(const OptionalTensor& t, const Attention& a) {
@@ -219,6 +225,10 @@ void attention_decode_op(Tensor q, Tensor k, Tensor v, OptionalTensor new_k, Opt
     partial = new_scratch(lse, {floats}, ScalarType::Float);
     a.partial = write<float>(*partial);
   }
+  const int64_t arrivals = attention_decode_arrivals(a);
+  if (0 < arrivals && arrivals <= kCounters) {
+    a.arrivals = reinterpret_cast<uint32_t*>(counters_of(q, device));
+  }
   attention_decode(a, device.stream());
 }
 
@@ -266,14 +276,13 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
     a.drelative = write<float>(*drelative);
   }
   a.deterministic = deterministic;
-  const Kernel<AttentionBackward>& kernel = choose(kernels, a, "backward");
-  OptionalTensor scratch;
-  const int64_t floats = kernel.scratch ? kernel.scratch(a) : 0;
-  if (floats) {
-    scratch = new_scratch(q, {floats}, ScalarType::Float);
-    a.scratch = write<float>(*scratch);
-  }
-  kernel.run(a, device.stream());
+  launch_first(kernels, a, "backward", [&](const Kernel<AttentionBackward>& kernel) {
+    OptionalTensor scratch;
+    const int64_t floats = kernel.scratch ? kernel.scratch(a) : 0;
+    if (floats) scratch = new_scratch(q, {floats}, ScalarType::Float);
+    a.scratch = floats ? write<float>(*scratch) : nullptr;
+    kernel.run(a, device.stream());
+  });
 }
 
 }  // namespace

@@ -51,18 +51,28 @@ int64_t bytes_of(const StepWeight& w) { return w.out * w.in * bytes_of(w.storage
 void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
                         OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm, int64_t activation,
                         OptionalTensors head, double head_scale, int64_t vocabulary, OptionalTensor relative,
-                        int64_t layers, int64_t heads, int64_t head_dim, int64_t feed_forward, int64_t rows,
-                        int64_t capacity, int64_t cross_capacity, ScalarType cache_dtype) {
+                        OptionalTensor cos, OptionalTensor sin, bool rotary_interleaved, bool parallel, double softcap,
+                        double logits_softcap, int64_t layers, int64_t heads, int64_t key_heads, int64_t head_dim,
+                        int64_t feed_forward, int64_t rows, int64_t capacity, int64_t cross_capacity,
+                        ScalarType cache_dtype) {
   STD_TORCH_CHECK(head_dim <= 256, "head_dim: wanted at most 256, got ", head_dim);
   DecoderPlan& p = plan_of(plan);
   p = DecoderPlan{};
   p.layers = layers;
   p.width = token.size(1);
   p.heads = heads;
+  p.key_heads = key_heads;
   p.head_dim = head_dim;
   p.feed_forward = feed_forward;
   p.rows = rows;
   p.pre_norm = pre_norm;
+  p.parallel = parallel;
+  p.softcap = float(softcap);
+  p.logits_softcap = float(logits_softcap);
+  p.cos = read<float>(cos);
+  p.sin = read<float>(sin);
+  if (cos.has_value()) p.rotary_positions = cos->size(0), p.rotary_half = cos->size(1);
+  p.rotary_interleaved = rotary_interleaved;
   p.activation = Activation(activation);
   p.embedding_dtype = dtype_of(token);
   p.cache_dtype = cache_dtype == ScalarType::Float ? DType::f32 : DType::bf16;
@@ -80,17 +90,18 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.capacity = capacity;
   p.cross_capacity = cross_capacity;
   p.weight_bytes = bytes_of(p.head);
-  const int64_t inner = heads * head_dim, floats = rows * (2 * p.width + 4 * inner + feed_forward);
+  const int64_t inner = (2 * heads + 2 * key_heads) * head_dim, floats = rows * (2 * p.width + inner + feed_forward);
   p.split_room = rows > 0 ? (int64_t(workspace.numel()) - floats) / rows : 0;
   STD_TORCH_CHECK(int64_t(workspace.numel()) >= floats && split_floats(p.head) <= p.split_room, "workspace: too small");
   p.workspace = write<float>(workspace);
   p.counters = static_cast<PhaseCounter*>(phases.mutable_data_ptr());
 }
 
-// norms: attention, cross, output; weights: query (with all after it when they are absent), key, value, attention_output, cross_query, cross_output, up, gate, down;
+// norms: attention, cross, output, query, key, after attention, after output; weights: query (with all after it when they are absent), key, value, attention_output, cross_query, cross_output, up, gate, down;
 // caches: keys, values, cross keys, cross values.
 void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::vector<double> eps, bool rms,
-                        OptionalTensors weights, OptionalTensors caches, double scale, double cross_scale) {
+                        OptionalTensors weights, OptionalTensors caches, double scale, double cross_scale,
+                        int64_t window) {
   DecoderPlan& p = plan_of(plan);
   DecoderLayer& l = layers_of(&p)[index];
   const int64_t inner = p.heads * p.head_dim;
@@ -98,12 +109,17 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   l.attention_norm = norm_of(norms, 0, eps[0], rms);
   l.cross_norm = norm_of(norms, 2, eps[1], rms);
   l.output_norm = norm_of(norms, 4, eps[2], rms);
+  l.query_norm = norm_of(norms, 6, eps[3], rms);
+  l.key_norm = norm_of(norms, 8, eps[4], rms);
+  l.attention_after_norm = norm_of(norms, 10, eps[5], rms);
+  l.output_after_norm = norm_of(norms, 12, eps[6], rms);
+  const int64_t keys = p.key_heads * p.head_dim, all = inner + 2 * keys;
   int64_t outs = 0;
   for (size_t i = 0; i < 3; ++i) {
-    l.qkv[i] = weight_of(weights, 2 * i, weights[2].has_value() ? inner : 3 * inner);
+    l.qkv[i] = weight_of(weights, 2 * i, !weights[2].has_value() ? all : i ? keys : inner);
     outs += l.qkv[i].out;
   }
-  STD_TORCH_CHECK(outs == 3 * inner, "weights: wanted ", 3 * inner, " columns of queries, keys and values, got ", outs);
+  STD_TORCH_CHECK(outs == all, "weights: wanted ", all, " columns of queries, keys and values, got ", outs);
   l.attention_output = weight_of(weights, 6, p.width);
   l.cross_query = weight_of(weights, 8, inner);
   l.cross_output = weight_of(weights, 10, p.width);
@@ -119,6 +135,7 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
                   "gate: wanted weights (out, in)");
   l.scale = float(scale);
   l.cross_scale = float(cross_scale);
+  l.window = window;
   l.keys = write(caches[0]);
   l.values = write(caches[1]);
   l.cross_keys = write(caches[2]);
@@ -145,6 +162,9 @@ void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor tabl
     if (p.position)
       STD_TORCH_CHECK(s.positions[r] >= 0 && s.positions[r] < p.positions, "positions: ", s.positions[r],
                       " is not one of the model's ", p.positions);
+    if (p.cos)
+      STD_TORCH_CHECK(s.positions[r] >= 0 && s.positions[r] < p.rotary_positions, "positions: ", s.positions[r],
+                      " is past the ", p.rotary_positions, " rows of cos and sin");
   }
   kernels().decoder_step(s);
 }

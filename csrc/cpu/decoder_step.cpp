@@ -6,6 +6,7 @@
 #include "kernels.hpp"
 #include "linear_direct.hpp"
 #include "parallel.hpp"
+#include "rotary_head.hpp"
 
 namespace tf::TF_ISA {
 namespace {
@@ -17,23 +18,26 @@ struct Buffers {  // (rows, ...) each
   float *x, *normed, *qkv, *context, *inner, *split;
 };
 
+int64_t qkv_width(const DecoderPlan& p) { return (p.heads + 2 * p.key_heads) * p.head_dim; }
+
 Buffers buffers_of(const DecoderPlan& p) {
   const int64_t heads = p.heads * p.head_dim;
   Buffers b;
   b.x = p.workspace;
   b.normed = b.x + p.rows * p.width;
   b.qkv = b.normed + p.rows * p.width;
-  b.context = b.qkv + p.rows * 3 * heads;
+  b.context = b.qkv + p.rows * qkv_width(p);
   b.inner = b.context + p.rows * heads;
   b.split = b.inner + p.rows * p.feed_forward;
   return b;
 }
 
-// What becomes of a product: y = [y +] activation(scale * product + bias) [* (gate product + gate bias)].
+// What becomes of a product: y = [y +] activation(scale * product + bias) [* (gate product + gate bias)], and
+// softcap * tanh(y / softcap) where there is one.
 struct Finish {
   float* y;
   int64_t stride;
-  float scale = 1.f;
+  float scale = 1.f, softcap = 0.f;
   bool add = false;
   bool has_activation = false;
   Activation activation = Activation::relu;
@@ -54,6 +58,7 @@ void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows,
         const Vec g = load(gates + m * kPanel + c);
         v = v * (f.gate->bias ? g + load(f.gate->bias + column + c, part) : g);
       }
+      if (f.softcap > 0.f) v = tanh_accurate(v * (1.f / f.softcap)) * f.softcap;
       store(y + c, f.add ? v + load(y + c, part) : v, part);
     });
   }
@@ -87,46 +92,56 @@ class Walk {
 
   void run() {
     embed();
+    const int64_t heads = p_.heads * p_.head_dim, outer = qkv_width(p_);
     for (int64_t i = 0; i < p_.layers; ++i) {
       const DecoderLayer& l = layers_of(&p_)[i];
-      const int64_t heads = p_.heads * p_.head_dim;
-      sublayer(l.attention_norm, l.attention_output, b_.context, heads, [&](const float* in) {
-        Finish f{b_.qkv, 3 * heads};
-        linear(l.qkv, 3, in, p_.width, f);
-        self_attention(l);
-      });
-      if (l.cross_query.data)
-        sublayer(l.cross_norm, l.cross_output, b_.context, heads, [&](const float* in) {
-          Finish f{b_.qkv, 3 * heads};
-          linear(l.cross_query, in, p_.width, f);
-          cross_attention(l);
-        });
-      sublayer(l.output_norm, l.down, b_.inner, p_.feed_forward, [&](const float* in) {
-        Finish f{b_.inner, p_.feed_forward};
-        f.has_activation = true;
-        f.activation = p_.activation;
-        f.gate = l.gate.data ? &l.gate : nullptr;
-        linear(l.up, in, p_.width, f);
-      });
+      const float* in = before(l.attention_norm);
+      linear(l.qkv, 3, in, p_.width, Finish{b_.qkv, outer});
+      self_attention(l);
+      if (p_.parallel) in = before(l.output_norm);  // of x as it still is
+      after(l.attention_norm, l.attention_after_norm, l.attention_output, b_.context, heads);
+      if (l.cross_query.data) {
+        linear(l.cross_query, before(l.cross_norm), p_.width, Finish{b_.qkv, outer});
+        cross_attention(l);
+        after(l.cross_norm, StepNorm{nullptr, nullptr, -1.f, false}, l.cross_output, b_.context, heads);
+      }
+      if (!p_.parallel) in = before(l.output_norm);
+      Finish f{b_.inner, p_.feed_forward};
+      f.has_activation = true;
+      f.activation = p_.activation;
+      f.gate = l.gate.data ? &l.gate : nullptr;
+      linear(l.up, in, p_.width, f);
+      after(l.output_norm, l.output_after_norm, l.down, b_.inner, p_.feed_forward);
     }
     const float* last = norm(p_.final_norm, b_.x, b_.normed);
     Finish f{s_.logits, p_.head.out};
     f.scale = p_.head_scale;
+    f.softcap = p_.logits_softcap;
     linear(p_.head, last, p_.width, f);
   }
 
  private:
-  // x + output(body(norm(x))), or norm(x + output(body(x))).
-  template <class Body>
-  void sublayer(const StepNorm& n, const StepWeight& output, const float* inner, int64_t inner_width, const Body& body) {
-    body(p_.pre_norm ? norm(n, b_.x, b_.normed) : b_.x);
-    Finish f{b_.x, p_.width};
-    f.add = true;
-    linear(output, inner, inner_width, f);
+  // What a sublayer reads: norm(x), or x where norms come after the sum.
+  const float* before(const StepNorm& n) { return p_.pre_norm ? norm(n, b_.x, b_.normed) : b_.x; }
+
+  // x + [after norm](output(inner)), and the norm of that where norms come after the sum.
+  void after(const StepNorm& n, const StepNorm& after_norm, const StepWeight& output, const float* inner, int64_t width) {
+    if (after_norm.eps >= 0.f) {
+      linear(output, inner, width, Finish{b_.normed, p_.width});
+      team_.phase(s_.rows, 1, [&](int64_t r) {
+        float *x = b_.x + r * p_.width, *y = b_.normed + r * p_.width;
+        norm_row(after_norm, y, y, p_.width);
+        for_columns(p_.width, [&](int64_t c, auto part) { store(x + c, load(x + c, part) + load(y + c, part), part); });
+      });
+    } else {
+      Finish f{b_.x, p_.width};
+      f.add = true;
+      linear(output, inner, width, f);
+    }
     if (!p_.pre_norm) norm(n, b_.x, b_.x);
   }
 
-  void norm_row(const StepNorm& n, const float* x, float* y) {
+  void norm_row(const StepNorm& n, const float* x, float* y, int64_t width) {
     NormForward a{};
     a.dtype = DType::f32;
     a.x = x;
@@ -136,13 +151,13 @@ class Walk {
     a.eps = n.eps;
     a.rms = n.rms;
     a.rows = 1;
-    a.width = p_.width;
+    a.width = width;
     norm_forward(a);
   }
 
   const float* norm(const StepNorm& n, const float* x, float* y) {
     if (n.eps < 0.f) return x;
-    team_.phase(s_.rows, 1, [&](int64_t r) { norm_row(n, x + r * p_.width, y + r * p_.width); });
+    team_.phase(s_.rows, 1, [&](int64_t r) { norm_row(n, x + r * p_.width, y + r * p_.width, p_.width); });
     return y;
   }
 
@@ -155,7 +170,7 @@ class Walk {
       const Vec v = load(token + c, part) * p_.embed_scale;
       store(x + c, position ? v + load(position + c, part) : v, part);
     });
-    if (p_.embedding_norm.eps >= 0.f) norm_row(p_.embedding_norm, x, x);
+    if (p_.embedding_norm.eps >= 0.f) norm_row(p_.embedding_norm, x, x, p_.width);
   }
 
   void embed() {
@@ -255,19 +270,48 @@ class Walk {
     team_.phase(items, share < 1 ? 1 : share > 4 ? 4 : share, [&](int64_t i) { f(i % s_.rows, i / s_.rows); });
   }
 
+  // This step's key and value of one head, into the caches.
+  void append(const DecoderLayer& l, int64_t r, int64_t head, const float* key, const float* value) {
+    const int64_t at = ((r * p_.key_heads + head) * p_.capacity + s_.length) * p_.head_dim;
+    for_columns(p_.head_dim, [&](int64_t c, auto part) {
+      store(static_cast<C*>(l.keys) + at + c, load(key + c, part), part);
+      store(static_cast<C*>(l.values) + at + c, load(value + c, part), part);
+    });
+  }
+
+  // Norm and rotation of a head of queries or keys, in place.
+  void place_head(const StepNorm& n, float* x, int64_t r) {
+    if (n.eps >= 0.f) norm_row(n, x, x, p_.head_dim);
+    if (!p_.cos) return;
+    const int64_t at = s_.positions[r] * p_.rotary_half;
+    rotate_head(x, x, p_.cos + at, p_.sin + at, p_.rotary_half, p_.rotary_interleaved, 1.f);
+  }
+
+  // Where queries share keys or are changed on the way, keys are in the caches before anybody looks.
+  void place_and_append(const DecoderLayer& l) {
+    const int64_t dim = p_.head_dim, group = p_.heads / p_.key_heads;
+    team_.phase(s_.rows * p_.key_heads, 1, [&](int64_t i) {
+      const int64_t r = i / p_.key_heads, g = i % p_.key_heads;
+      float *row = b_.qkv + r * qkv_width(p_), *key = row + (p_.heads + g) * dim;
+      for (int64_t h = g * group; h < (g + 1) * group; ++h) place_head(l.query_norm, row + h * dim, r);
+      place_head(l.key_norm, key, r);
+      append(l, r, g, key, key + p_.key_heads * dim);
+    });
+  }
+
   void self_attention(const DecoderLayer& l) {
-    const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length;
+    const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length, row = p_.key_heads * cap * dim;
+    const bool apart = p_.cos || l.query_norm.eps >= 0.f || l.key_norm.eps >= 0.f || p_.key_heads != heads;
+    if (apart) place_and_append(l);
     attention_phase([&](int64_t r, int64_t h) {
-      const float* q = b_.qkv + r * 3 * heads * dim + h * dim;
-      C* keys = static_cast<C*>(l.keys) + h * cap * dim;
-      C* values = static_cast<C*>(l.values) + h * cap * dim;
-      const int64_t row = heads * cap * dim, own = r * row + now * dim;
-      for_columns(dim, [&](int64_t c, auto part) {
-        store(keys + own + c, load(q + heads * dim + c, part), part);
-        store(values + own + c, load(q + 2 * heads * dim + c, part), part);
-      });
+      const float* q = b_.qkv + r * qkv_width(p_) + h * dim;
+      const int64_t head = h / (heads / p_.key_heads);
+      if (!apart) append(l, r, h, q + heads * dim, q + 2 * heads * dim);
+      const C* keys = static_cast<const C*>(l.keys) + head * cap * dim;
+      const C* values = static_cast<const C*>(l.values) + head * cap * dim;
+      const int64_t own = r * row + now * dim;
       const int32_t* table = s_.table + r * cap;
-      int64_t first = 0;
+      int64_t first = l.window && now >= l.window ? now + 1 - l.window : 0;
       while (table[first] < 0) ++first;  // ends at this step's own key
       table += first;
       const int64_t count = now + 1 - first;
@@ -279,6 +323,9 @@ class Walk {
       attend<C>(
           q, dim, l.scale, count, [&](int64_t j) { return keys + at[j]; }, [&](int64_t j) { return values + at[j]; },
           [&](float* scores) {
+            if (p_.softcap > 0.f)
+              for (int64_t j = 0; j < count; j += kWidth)
+                store(scores + j, tanh_accurate(load(scores + j) * (1.f / p_.softcap)) * p_.softcap);
             if (p_.relative) {
               const float* bias = p_.relative + h * p_.relative_count;
               for (int64_t j = 0; j < count; ++j) {
@@ -301,7 +348,7 @@ class Walk {
       const C* keys = static_cast<const C*>(l.cross_keys) + base;
       const C* values = static_cast<const C*>(l.cross_values) + base;
       attend<C>(
-          b_.qkv + r * 3 * heads * dim + h * dim, dim, l.cross_scale, s_.cross_lengths[source],
+          b_.qkv + r * qkv_width(p_) + h * dim, dim, l.cross_scale, s_.cross_lengths[source],
           [&](int64_t j) { return keys + j * dim; }, [&](int64_t j) { return values + j * dim; }, [](float*) {},
           scratch<float>(0, round_up(cap, kWidth)), b_.context + r * heads * dim + h * dim);
     });

@@ -27,14 +27,17 @@ struct StepWeight {  // y = x W^T + bias; absent when data is null
 
 struct DecoderLayer {
   StepNorm attention_norm, cross_norm, output_norm;
+  StepNorm query_norm, key_norm;                       // of each head
+  StepNorm attention_after_norm, output_after_norm;    // of what is added to the residual
   StepWeight qkv[3];  // side by side; those that are absent are in the one before
   StepWeight attention_output, cross_query, cross_output, up, gate, down;
   float scale, cross_scale;               // of the scores
-  void *keys, *values;                    // (cache rows, heads, capacity, head_dim)
+  int64_t window;                         // keys that a query sees, its own too; 0: all
+  void *keys, *values;                    // (cache rows, key heads, capacity, head_dim)
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
 };
 
-constexpr int64_t kLayerPhases = 21, kStackPhases = 4;  // at most
+constexpr int64_t kLayerPhases = 24, kStackPhases = 4;  // at most
 
 // Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each.
 constexpr int64_t kSplitDepth = 128;
@@ -45,8 +48,13 @@ static inline int64_t split_floats(const StepWeight& w) {
 
 // Followed in memory by its layers; made by bindings/decoder_step.cpp.
 struct DecoderPlan {
-  int64_t layers, width, heads, head_dim, feed_forward, rows;  // rows: the most there can be
+  int64_t layers, width, heads, key_heads, head_dim, feed_forward, rows;  // rows: the most there can be
   bool pre_norm;
+  bool parallel;                 // x + attention(norm(x)) + feed_forward(output norm(x))
+  float softcap, logits_softcap;  // s tanh(scores / s); 0: none
+  const float *cos, *sin;        // (rotary_positions, rotary_half): see rotary.hpp; null without rotary positions
+  int64_t rotary_half, rotary_positions;
+  bool rotary_interleaved;
   Activation activation;
   DType embedding_dtype, cache_dtype;
   const void *token, *position;  // (entries, width); position may be null

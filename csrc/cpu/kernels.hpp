@@ -9,6 +9,7 @@
 #include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
+#include "rotary.hpp"
 
 namespace tf {
 
@@ -31,6 +32,7 @@ struct Kernels {
   void (*decoder_step)(const DecoderStep&);
   void (*additive_attention_forward)(const AdditiveAttentionForward&);
   void (*additive_attention_backward)(const AdditiveAttentionBackward&);
+  void (*rotary)(const Rotary&);
 };
 
 #ifdef TF_ISA
@@ -53,6 +55,7 @@ void embedding_gradient(const EmbeddingGradient&);
 void decoder_step(const DecoderStep&);
 void additive_attention_forward(const AdditiveAttentionForward&);
 void additive_attention_backward(const AdditiveAttentionBackward&);
+void rotary(const Rotary&);
 }  // namespace TF_ISA
 #endif
 

@@ -25,5 +25,6 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::decoder_step,
     TF_ISA::additive_attention_forward,
     TF_ISA::additive_attention_backward,
+    TF_ISA::rotary,
 };
 }  // namespace tf

@@ -1,6 +1,7 @@
 // Arguments of the CUDA attention kernels: plain pointers and strides, for bindings that no CUDA header reaches.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
 
 #include "../cpu/types.hpp"
 
@@ -44,7 +45,8 @@ struct AttentionForward : Attention {
   Rows out_rows;
   float* lse;  // natural logarithm; -inf where a row has nothing to attend to; or null
   int64_t lse_batch, lse_head;
-  int32_t* counter;  // scratch, one: tiles of unequal length go to whichever block is free; or null
+  // Two, zeros before and after: tiles of unequal length go to whichever block is free. null: each block has its own.
+  int32_t* counters;
 };
 
 struct AttentionBackward : Attention {
@@ -62,6 +64,11 @@ struct AttentionBackward : Attention {
   bool deterministic;
 };
 
+// What a launcher throws, before it has launched anything, where the driver does not take the call.
+struct Refused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Why a kernel does not take the call (static text), or nullptr: it does.
 const char* attention_forward_mma_refuses(const AttentionForward&);
 const char* attention_forward_wgmma_refuses(const AttentionForward&);
@@ -69,6 +76,7 @@ const char* attention_backward_mma_refuses(const AttentionBackward&);
 const char* attention_backward_wgmma_refuses(const AttentionBackward&);
 
 void attention_forward_mma(const AttentionForward&, Stream);
+bool attention_forward_wgmma_counts(const AttentionForward&);  // whether `counters` are of use
 void attention_forward_wgmma(const AttentionForward&, Stream);
 void attention_backward_mma(const AttentionBackward&, Stream);
 int64_t attention_backward_mma_scratch(const AttentionBackward&);  // floats

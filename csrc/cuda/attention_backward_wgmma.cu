@@ -48,7 +48,7 @@ TensorMap map_of(const AttentionBackward& a, const void* base, const Rows& rows,
   const uint32_t box[4] = {64, uint32_t(box_rows), 1, 1};
   TensorMap map;
   const std::string error = make_tensor_map(&map, a.dtype, base, 4, sizes, strides, box, Swizzle::b128);
-  if (!error.empty()) throw std::runtime_error("transformer_fast: attention_backward_wgmma: " + error);
+  if (!error.empty()) throw Refused("wgmma: " + error);
   return map;
 }
 

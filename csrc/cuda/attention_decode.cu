@@ -2,9 +2,6 @@
 // long-context inference", 2023), in one launch: the new rows are appended by the blocks that come to them, and the
 // last block to finish joins what the splits left. The order of every sum depends on shapes and the GPU alone.
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <tuple>
 
 #include "attention_decode.cuh"
 
@@ -13,43 +10,6 @@ namespace {
 
 constexpr int kSplitKeys = 64;  // fewer are not worth a block
 constexpr int kBlocks = 4;      // of a multiprocessor, that run at once
-constexpr int kSlots = 64, kArrivals = 2048;
-
-// Blocks that have finished, of each (tile, chunk): zeros between launches. Launches that may run at the same time must
-// not share counters, so each stream and each stream of a graph capture has a slot.
-#ifdef TF_EMULATE
-uint32_t arrivals[kSlots][kArrivals];
-#else
-__device__ uint32_t arrivals[kSlots][kArrivals];
-#endif
-
-uint32_t* slot_of(Stream stream) {
-#ifdef TF_EMULATE
-  emulator::add_range(arrivals, sizeof arrivals, true);
-  return arrivals[0];
-#else
-  static std::mutex mutex;
-  static std::map<std::tuple<int, unsigned long long, unsigned long long>, int> slots;
-  const auto s = static_cast<cudaStream_t>(stream);
-  cudaStreamCaptureStatus status;
-  unsigned long long id = 0, capture = 0;
-  int device = 0;
-  void* base = nullptr;
-  detail::check(cudaGetDevice(&device), "cudaGetDevice");
-  detail::check(cudaStreamGetCaptureInfo(s, &status, &capture), "cudaStreamGetCaptureInfo");
-  detail::check(cudaStreamGetId(s, &id), "cudaStreamGetId");
-  if (status != cudaStreamCaptureStatusActive) capture = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(device, id, capture);
-  auto found = slots.find(key);
-  if (found == slots.end()) {
-    if (slots.size() == kSlots) return nullptr;
-    found = slots.emplace(key, int(slots.size())).first;
-  }
-  detail::check(cudaGetSymbolAddress(&base, arrivals), "cudaGetSymbolAddress");
-  return static_cast<uint32_t*>(base) + found->second * kArrivals;
-#endif
-}
 
 struct Plan {
   bool plain;
@@ -83,7 +43,7 @@ int chunks_of(const AttentionDecode& p, const Plan& plan) { return (rows_of(p) +
 template <class T, int kRows, int kPacks, int kKeys, bool kPlain>
 void run(const AttentionDecode& p, const Plan& plan, Stream stream) {
   const int tiles = p.batch * p.key_heads, chunks = chunks_of(p, plan);
-  uint32_t* counters = p.splits > 1 && tiles * chunks <= kArrivals ? slot_of(stream) : nullptr;
+  uint32_t* counters = p.splits > 1 ? p.arrivals : nullptr;
   const int states = kDecodeWarps * kRows * (plan.lanes * kPacks * plan.width + 2);
   const int bytes = int(sizeof(float)) * std::max(states, counters ? kRows * (kMostSplits + 2) : 0);
   TF_LAUNCH((attention_decode_kernel<T, kRows, kPacks, kKeys, kPlain>), dim3(tiles, p.splits, chunks),
@@ -126,6 +86,10 @@ int32_t attention_decode_splits(const AttentionDecode& p) {
 
 int64_t attention_decode_scratch(const AttentionDecode& p) {
   return p.splits > 1 ? int64_t(p.batch) * p.key_heads * rows_of(p) * p.splits * (p.dim + 2) : 0;
+}
+
+int64_t attention_decode_arrivals(const AttentionDecode& p) {
+  return p.splits > 1 ? int64_t(p.batch) * p.key_heads * chunks_of(p, plan_of(p)) : 0;
 }
 
 void attention_decode(const AttentionDecode& p, Stream stream) {

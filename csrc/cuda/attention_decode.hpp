@@ -12,6 +12,8 @@ struct AttentionDecode : AttentionForward {
   Rows new_k_rows, new_v_rows;
   int32_t splits;  // parts that the keys are cut into: attention_decode_splits
   float* partial;  // attention_decode_scratch floats; null with one split
+  // Blocks that have finished, of each (tile, chunk): zeros before and after. null: another launch joins the parts.
+  uint32_t* arrivals;
 };
 
 constexpr int32_t kDecodeRows = 16;  // most queries times heads that share a key head
@@ -19,6 +21,7 @@ constexpr int32_t kDecodeRows = 16;  // most queries times heads that share a ke
 const char* attention_decode_refuses(const AttentionDecode&);
 int32_t attention_decode_splits(const AttentionDecode&);  // on the current device
 int64_t attention_decode_scratch(const AttentionDecode&);
+int64_t attention_decode_arrivals(const AttentionDecode&);  // counters that `arrivals` has; 0: none are wanted
 void attention_decode(const AttentionDecode&, Stream);
 
 }  // namespace tf::cuda

@@ -40,7 +40,7 @@ TensorMap map_of(const AttentionForward& a, const void* base, const Rows& rows, 
   TensorMap map;
   const std::string error =
       make_tensor_map(&map, a.dtype, base, 4, sizes, strides, box, Swizzle::b128);
-  if (!error.empty()) throw std::runtime_error("transformer_fast: attention_forward_wgmma: " + error);
+  if (!error.empty()) throw Refused("wgmma: " + error);
   return map;
 }
 
@@ -72,10 +72,7 @@ void launch(const AttentionForward& a, Stream stream) {
   p.bottom_right = a.bottom_right;
   p.scale_log2 = a.scale * 1.44269504088896341f;
   const int32_t grid = std::min(p.tiles, multiprocessors());
-  if (a.counter && grid < p.tiles && (S::WINDOWED || a.cu_q || a.key_lengths)) {
-    fill_zero(a.counter, sizeof(int32_t), stream);
-    p.counter = a.counter;
-  }
+  if (grid < p.tiles) p.counters = a.counters;
   TF_LAUNCH((attention_forward_wgmma_kernel<S>), dim3(unsigned(grid)), dim3(S::THREADS),
             forward_wgmma_shared_bytes<S>(), stream, map_of(a, a.q, a.q_rows, query_extents(a), S::BM),
             map_of(a, a.k, a.k_rows, key_extents(a), S::BN), map_of(a, a.v, a.v_rows, key_extents(a), S::BN), p);
@@ -114,6 +111,10 @@ const char* attention_forward_wgmma_refuses(const AttentionForward& a) {
       !is_aligned(a.v, a.v_rows, key_extents(a)) || !is_aligned(a.out, a.out_rows, query_extents(a)))
     return "wgmma: tensors or strides that are not multiples of 16 bytes";
   return nullptr;
+}
+
+bool attention_forward_wgmma_counts(const AttentionForward& a) {
+  return a.window_left >= 0 || a.window_right >= 0 || a.cu_q || a.key_lengths;
 }
 
 void attention_forward_wgmma(const AttentionForward& a, Stream stream) {

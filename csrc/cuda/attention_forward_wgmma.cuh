@@ -96,7 +96,10 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
       mbarrier_arrive(&barriers->tile_full[slot.stage]);
     }
     ++tiles;
-    if (t.last) return;
+    if (t.last) {
+      if (leader) forward_wgmma_done(a);
+      return;
+    }
     if (t.begin >= t.end) continue;
     const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
     auto load_keys = [&](int32_t row, uint32_t at) {

@@ -13,7 +13,9 @@ struct ForwardWgmma {
   int64_t lse_batch, lse_head;
   int32_t batch, heads, groups, batch_heads, queries, keys;  // groups: heads of queries to one of keys
   int32_t blocks, tiles, heads_together;                     // of the longest sequence; blocks * batch_heads
-  int32_t* counter;  // of tiles handed out, zero before: whoever is free takes the next one; null: in turn
+  // Tiles handed out, whoever is free takes the next one, and blocks that found none left; zeros before and after. null:
+  // tiles in turn.
+  int32_t* counters;
   int32_t left, right;                                // of the window; a large number where unlimited
   bool bottom_right;
   float scale_log2;  // scale * log2(e)
@@ -104,10 +106,19 @@ TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardW
 // The tile after `index`, for all of a warp: the next one that no other block has, or this block's next in turn.
 TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
   const int32_t grid = gridDim.x;
-  if (a.counter == nullptr) return index + grid;
+  if (a.counters == nullptr) return index + grid;
   int32_t taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
+  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counters, 1);
   return grid + __shfl_sync(0xffffffff, taken, 0);
+}
+
+// By one thread of a block that takes no more tiles. The last block leaves the counters as the next launch wants them.
+TF_DEVICE void forward_wgmma_done(const ForwardWgmma& a) {
+  if (a.counters == nullptr) return;
+  __threadfence();
+  if (atomicAdd(a.counters + 1, 1) != int32_t(gridDim.x) - 1) return;
+  store(a.counters, 0);
+  store(a.counters + 1, 0);
 }
 
 constexpr int kTileWords = sizeof(ForwardWgmmaTile) / sizeof(int32_t);

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_decoders import FAMILIES, POSITIONS, VOCABULARY, Decoder
+from native_decoders import FAMILIES, OFFSET, POSITIONS, VOCABULARY, Decoder
 from numerics import assert_as_accurate
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -60,7 +60,10 @@ def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storag
         cache.sources.copy_(torch.arange(rows))
     found = []
     for t in range(length):
-        positions = None if model.position is None else torch.full((rows,), t + 2)
+        positions = None
+        if model.position is not None or model.rotary:
+            positions = torch.full((rows,), t if model.position is None else t + OFFSET)
+        cache.cover(t + 1)
         found.append(cache.step(ids[:, t], positions).clone())
         if mask is not None:
             cache.table[:, t].masked_fill_(~mask[:, t], -1)

@@ -26,15 +26,17 @@ def _on_the_device(device):
 
 
 @pytest.fixture(autouse=True)
-def blocks(monkeypatch):
-    """Tiles of a size at which short sequences have several; call it to choose others."""
+def blocks(monkeypatch, device):
+    """Under the interpreter, tiles of a size at which short sequences have several; on a GPU, those that are shipped.
+    Call it to choose others."""
     from transformer_fast.kernels import attention_configurations as configurations
 
     def choose(block_m=16, block_n=32, columns=None):
         config = configurations.Config(block_m, block_n, 4, 1, columns=columns)
         monkeypatch.setattr(configurations, "select", lambda kernel, shape: config)
 
-    choose()
+    if device == "cpu":
+        choose()
     return choose
 
 
@@ -240,8 +242,9 @@ def test_gradient_of_a_packed_projection_is_written_in_place(device):
     qkv = torch.randn(40, 3, 2, 32, device=device).half()
     cu = torch.tensor([0, 17, 40], dtype=torch.int32, device=device)
     _check(
-        lambda x, **kw: qkv_attention(x, cu, **kw), {"qkv": qkv}, {"is_causal": True}, (torch.randn(40, 2, 32), None)
-    )
+        lambda x, **kw: qkv_attention(x, cu, **kw), {"qkv": qkv}, {"is_causal": True},
+        (torch.randn(40, 2, 32, device=device), None),
+    )  # fmt: skip
 
 
 DECODING = {
@@ -314,7 +317,8 @@ def test_drawn_shapes_and_features(data):
         else:
             kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
     config = configurations.Config(16, 32, 4, 1, columns=draw(st.sampled_from([None, 16])))
-    with unittest.mock.patch.object(configurations, "select", lambda kernel, shape: config):
+    small = unittest.mock.patch.object(configurations, "select", lambda kernel, shape: config)
+    with contextlib.nullcontext() if device == "cuda" else small:
         _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64])), **kw)
 
 
@@ -358,6 +362,37 @@ def test_wide_heads(kind, capability, device, monkeypatch):
     _padded(device, dtype, b=1, h=1, sq=40, sk=70, d=130 if kind == "broadcast" else 256, **kw)
 
 
+SHIPPED = {
+    "plain": {"sq": 200},
+    "causal": {"sq": 300, "is_causal": True},
+    "grouped": {"h": 4, "hk": 2, "sq": 150, "is_causal": True, "causal_alignment": "bottom_right"},
+    "rich": {"sq": 150, "dropout_p": 0.2, "softcap": 20.0, "window": (200, 100)},
+    "relative": {"sq": 150, "dropout_p": 0.1},
+    "bias": {"sq": 150},
+    "broadcast": {"sq": 150},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("case", list(SHIPPED))
+def test_shipped_tiles(case, d, dtype, device, monkeypatch):
+    """Several tiles each way of the sizes that are shipped, those of sm_90 under the interpreter."""
+    from transformer_fast.backends import triton_attention
+
+    kw = dict(SHIPPED[case])
+    if device == "cpu":
+        if (d, dtype) != (64, torch.bfloat16) or case not in ("plain", "causal"):
+            pytest.skip("a GPU's to check: the interpreter takes minutes for all of them")
+        monkeypatch.undo()
+        monkeypatch.setattr(triton_attention, "_capability", lambda device: (9, 0))
+    if case == "relative":
+        kw["relative"] = torch.randn(8, 1, device=device), 100, True
+    if case in ("bias", "broadcast"):
+        kw["bias"] = _bias("bhmn" if case == "bias" else "mn", dtype, device)
+    _padded(device, dtype, **{"b": 1, "h": 1, "sk": 300, "d": d, **kw})
+
+
 @pytest.mark.gpu
 def test_gradients_are_the_same_bits_every_time():
     if not torch.cuda.is_available():
@@ -370,6 +405,23 @@ def test_gradients_are_the_same_bits_every_time():
             out = tf.scaled_dot_product_attention(q, k, v, bias=bias)
             runs.append(torch.autograd.grad(out.float().square().sum(), (q, k, v, bias)))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "none"])
+def test_float32_products_follow_torch_s_setting(precision, device):
+    """However it was made: reading the older allow_tf32 raises after the newer setting."""
+    import triton_launches
+
+    if device == "cuda":
+        pytest.skip("the same on every device")
+    q, matmul = torch.randn(1, 1, 40, 16), torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        with triton_launches.recorded() as launches, tf.backend("triton"), torch.no_grad():
+            tf.scaled_dot_product_attention(q, q, q)
+    finally:
+        matmul.fp32_precision = before
+    assert [launch.options["PRECISION"] for launch in launches] == ["tf32" if precision == "tf32" else "ieee"]
 
 
 @pytest.mark.quick

@@ -1,4 +1,5 @@
-"""The sm_90a attention kernel (TMA, wgmma) against float64, under the emulator of CUDA kernels."""
+"""The sm_90a attention kernel (TMA, wgmma) against float64: on a GPU of compute capability 9.0 where there is one, else
+under the emulator of CUDA kernels."""
 
 import contextlib
 import math
@@ -14,9 +15,22 @@ from transformer_fast.ops import qkv_attention
 HALF = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def _machine(device):
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma runs on GPUs of compute capability 9.0 alone")
+
+
 @contextlib.contextmanager
-def _kernel(late=True, seed=0, wgmma=True):
-    """Inside, the cuda backend runs under the emulator. wgmma: whether this kernel is to take the call."""
+def _kernel(device, late=True, seed=0, wgmma=True):
+    """Inside, the cuda backend runs, under the emulator where there is no GPU. wgmma: whether this kernel is to take
+    the call."""
+    if device == "cuda":
+        kernels: list[str] = []
+        with tf.backend("cuda"), _launched(kernels):
+            yield
+        assert any("attention_forward_wgmma" in name for name in kernels) == wgmma, kernels
+        return
     with cuda_emulator.active(late=late, seed=seed), tf.backend("cuda"):
         library = cuda_emulator.library()
         library.reset_counters()
@@ -26,9 +40,19 @@ def _kernel(late=True, seed=0, wgmma=True):
     assert (counters["tma_loads"] > 0) == wgmma, counters
 
 
-def _check(function, tensors, wgmma=True, late=True, seed=0, **kw):
+@contextlib.contextmanager
+def _launched(kernels):
+    """Adds the names of the kernels that the GPU has run."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+        torch.cuda.synchronize()
+    kernels += [event.name for event in profile.events()]
+
+
+def _check(device, function, tensors, wgmma=True, late=True, seed=0, **kw):
     """out and lse of a call against float64; returns them."""
-    with _kernel(late, seed, wgmma):
+    with _kernel(device, late, seed, wgmma):
         ours = function(*tensors, return_lse=True, **kw)
     with tf.backend("eager"):
         truth = function(*(t.double() for t in tensors), return_lse=True, **kw)
@@ -38,11 +62,12 @@ def _check(function, tensors, wgmma=True, late=True, seed=0, **kw):
     return ours
 
 
-def _padded(b=1, h=2, hk=None, sq=200, sk=260, d=128, dtype=torch.bfloat16, **kw):
+def _padded(device, b=1, h=2, hk=None, sq=200, sk=260, d=128, dtype=torch.bfloat16, **kw):
     """A call on random (B, H, S, D) tensors laid out as (B, S, H, D)."""
     sizes = (h, sq), (hk or h, sk), (hk or h, sk)
-    tensors = [torch.randn(b, s, n, d).to(dtype).transpose(1, 2) for n, s in sizes]
-    return _check(tf.scaled_dot_product_attention, tensors, enable_gqa=hk is not None, **kw)
+    tensors = [torch.randn(b, s, n, d, device=device).to(dtype).transpose(1, 2) for n, s in sizes]
+    kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kw.items()}
+    return _check(device, tf.scaled_dot_product_attention, tensors, enable_gqa=hk is not None, **kw)
 
 
 BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
@@ -70,68 +95,73 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_padded(case):
+def test_padded(case, device):
     number = list(CASES).index(case)
-    _padded(dtype=HALF[number % 2], seed=number, late=number % 3 > 0, **CASES[case])
+    _padded(device, dtype=HALF[number % 2], seed=number, late=number % 3 > 0, **CASES[case])
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("late, seed", [(False, 1), (True, 2), (True, 3)])
-def test_any_order_of_warps(d, late, seed):
-    _padded(h=3, sq=200, sk=300, d=d, late=late, seed=seed, is_causal=seed == 2)
+def test_any_order_of_warps(d, late, seed, device):
+    _padded(device, h=3, sq=200, sk=300, d=d, late=late, seed=seed, is_causal=seed == 2)
 
 
-def test_rows_without_keys_are_zeros():
-    out, lse = _padded(sq=300, sk=70, **BOTTOM_RIGHT)
+def test_rows_without_keys_are_zeros(device):
+    out, lse = _padded(device, sq=300, sk=70, **BOTTOM_RIGHT)
     assert out[:, :, :230].eq(0).all() and lse[:, :, :230].eq(-math.inf).all()
 
 
-def _packed(queries, keys, h, hk, d, dtype, **kw):
-    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (queries, keys))
-    tensors = [torch.randn(sum(n), heads, d).to(dtype) for n, heads in ((queries, h), (keys, hk), (keys, hk))]
-    return _check(tf.varlen_attention, tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)
+def _packed(device, queries, keys, h, hk, d, dtype, **kw):
+    cu_q, cu_k = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in (queries, keys))
+    tensors = [
+        torch.randn(sum(n), heads, d, device=device).to(dtype) for n, heads in ((queries, h), (keys, hk), (keys, hk))
+    ]
+    return _check(device, tf.varlen_attention, tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)
 
 
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("kw", [{}, {"is_causal": True}, BOTTOM_RIGHT], ids=["full", "causal", "bottom_right"])
-def test_packed(d, kw):
+def test_packed(d, kw, device):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
-    _packed([200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
+    _packed(device, [200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
 
 
-def test_many_packed_sequences():
+def test_many_packed_sequences(device):
     """More than the loader looks at at once, tiles of several sequences and none among them."""
     lengths = [(5 * n) % 7 for n in range(70)]
     lengths[40] = 200
-    _packed(lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
+    _packed(device, lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
 
 
-def test_packed_projection_is_read_in_place():
-    qkv = torch.randn(300, 3, 2, 64).half()
-    cu = torch.tensor([0, 17, 300], dtype=torch.int32)
-    _check(lambda x, **kw: qkv_attention(x, cu, **kw), [qkv], is_causal=True)
+def test_packed_projection_is_read_in_place(device):
+    qkv = torch.randn(300, 3, 2, 64, device=device).half()
+    cu = torch.tensor([0, 17, 300], dtype=torch.int32, device=device)
+    _check(device, lambda x, **kw: qkv_attention(x, cu, **kw), [qkv], is_causal=True)
 
 
-def test_tiles_of_every_length_are_handed_out_once():
-    """Many more tiles than multiprocessors, by the counter and in turn."""
-    _padded(b=2, h=7, sq=300, sk=300, d=64, is_causal=True)
-    _padded(b=2, h=7, sq=200, sk=60, d=64)
+def test_tiles_of_every_length_are_handed_out_once(device):
+    """Many more tiles than multiprocessors, by the counter, which each call finds as the last one left it, and in
+    turn."""
+    for _ in range(2):
+        _padded(device, b=2, h=7, sq=300, sk=300, d=64, is_causal=True)
+    _packed(device, [5, 200, 9], [5, 200, 9], 3, 3, 64, torch.float16, is_causal=True)
+    _padded(device, b=2, h=7, sq=200, sk=60, d=64)
 
 
 @pytest.mark.parametrize("d, kw", [(64, {}), (128, {"is_causal": True})])
-def test_what_lies_past_the_keys_is_never_used(d, kw):
-    q, k, v = (torch.randn(2, 1, s, d).half() for s in (150, 300, 300))
-    packed = [torch.randn(n, 1, d).half() for n in (150, 300, 300)]
-    lengths = torch.tensor([170, 33])
-    cu_q, cu_k = torch.tensor([0, 70, 150]), torch.tensor([0, 130, 300])
+def test_what_lies_past_the_keys_is_never_used(d, kw, device):
+    q, k, v = (torch.randn(2, 1, s, d, device=device).half() for s in (150, 300, 300))
+    packed = [torch.randn(n, 1, d, device=device).half() for n in (150, 300, 300)]
+    lengths = torch.tensor([170, 33], device=device)
+    cu_q, cu_k = (torch.tensor(bounds, device=device) for bounds in ([0, 70, 150], [0, 130, 300]))
     outputs = []
     for garbage in (0.0, math.nan):
         for b, n in enumerate(lengths.tolist()):
             k[b, :, n:], v[b, :, n:] = garbage, garbage
         for t in packed[1:]:
             t[130:] = garbage
-        with _kernel():
+        with _kernel(device):
             padded = tf.scaled_dot_product_attention(q, k, v, key_lengths=lengths, **kw)
             first = tf.varlen_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)[:70]
         outputs.append((padded, first))
@@ -139,10 +169,10 @@ def test_what_lies_past_the_keys_is_never_used(d, kw):
         assert torch.equal(clean, dirty) and not clean.isnan().any()
 
 
-def test_one_huge_logit():
-    q, k, v = (torch.randn(1, 2, 200, 64).half() for _ in range(3))
+def test_one_huge_logit(device):
+    q, k, v = (torch.randn(1, 2, 200, 64, device=device).half() for _ in range(3))
     q[0, 0, 5], k[0, 0, 133] = 30.0, 30.0
-    _check(tf.scaled_dot_product_attention, [q, k, v])
+    _check(device, tf.scaled_dot_product_attention, [q, k, v])
 
 
 REFUSED = {
@@ -155,13 +185,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
-def test_the_rest_goes_to_the_other_kernel(case):
+def test_the_rest_goes_to_the_other_kernel(case, device):
     kw = dict(REFUSED[case])
     if "bias" in kw:
         kw["bias"] = kw["bias"].half()
-    _padded(sq=20, sk=40, dtype=torch.float16, wgmma=False, **{"d": 64, **kw})
+    _padded(device, sq=20, sk=40, dtype=torch.float16, wgmma=False, **{"d": 64, **kw})
 
 
-def test_rows_off_16_bytes_go_to_the_other_kernel():
-    wide = torch.randn(1, 2, 60, 68).half()
-    _check(tf.scaled_dot_product_attention, [wide[..., 4:]] * 3, wgmma=False)
+def test_rows_off_16_bytes_go_to_the_other_kernel(device):
+    wide = torch.randn(1, 2, 60, 68, device=device).half()
+    _check(device, tf.scaled_dot_product_attention, [wide[..., 4:]] * 3, wgmma=False)

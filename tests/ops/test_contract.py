@@ -10,6 +10,7 @@ from transformer_fast.ops import qkv_attention
 CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
 IDS = torch.tensor([[1, 8, 0, 1], [3, 3, 5, 2]])
 TARGET = torch.tensor([3, -100, 0, 19, 7, 7])
+COS = torch.linspace(-1, 1, 36).view(9, 4)
 CLASS_WEIGHT = torch.linspace(0.5, 2, 20)
 
 
@@ -38,6 +39,9 @@ def _calls():
         "cross_entropy": (
             lambda x: tf.cross_entropy(x, TARGET, CLASS_WEIGHT.to(x.dtype), label_smoothing=0.1, z_loss=0.01),
             (_t(6, 20),),
+        ),
+        "rotary_embedding": (
+            lambda x: tf.rotary_embedding(x, COS, COS.flip(0), torch.arange(3, 8)), (_t(2, 5, 3, 12),)
         ),
         "cross_entropy_in_place": (lambda x: tf.cross_entropy(x * 2, TARGET, inplace_gradient=True), (_t(6, 20),)),
         "linear_cross_entropy": (

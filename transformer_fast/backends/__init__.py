@@ -18,10 +18,11 @@ __all__ = ["Backend", "Call", "ORDER", "backend", "explain", "info", "select"]
 
 # "cuda" stands behind "triton" until a GPU has shown it faster: measured.py then puts it first where it is.
 ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("eager", "cpu", "triton", "cuda", "sdpa")
 OPS = (
     "additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "linear",
-    "norm", "packed_linear",
+    "norm", "packed_linear", "rotary_embedding",
 )  # fmt: skip
 
 
@@ -125,8 +126,16 @@ def _select(call: Call | tuple, forced: str | None) -> Backend:
     for name in _order(call):
         candidate = get(name)
         if not candidate.why_not(call):
-            return candidate
-    return get("eager")
+            break
+    if candidate.name == "eager" and call.device == "cpu" and call.dtype in KERNEL_DTYPES and _native().load():
+        _native().warn_missing()
+    return candidate
+
+
+def _native():
+    from . import native
+
+    return native
 
 
 def _measured(call: Call):
@@ -182,15 +191,13 @@ def explain(call: Call) -> str:
 
 def info() -> dict[str, str]:
     """What is active, what is missing and what it would bring; printed by `transformer-fast info`."""
-    from . import native
-
-    native_reason = native.load()
+    native_reason = _native().load()
     triton_backend = get("triton")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: kernels run on the CPU"
     return {
         "torch": torch.__version__,
         "GPU": gpu,
-        "native CPU kernels": f"active ({native.current_isa()})"
+        "native CPU kernels": f"active ({_native().current_isa()})"
         if not native_reason
         else f"missing: {native_reason}. They would bring fused attention, norms and activations on the CPU",
         "Triton kernels": triton_backend.status(),  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from .eager import relative_buckets
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = frozenset(
     {"attention", "norm", "bias_activation", "dropout", "linear", "packed_linear"}
-    | {"additive_attention", "cross_entropy", "embedding_layer_norm"}
+    | {"additive_attention", "cross_entropy", "embedding_layer_norm", "rotary_embedding"}
 )
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
@@ -106,6 +106,9 @@ class CpuBackend(Backend):
 
     def dropout_forward(self, x, rng, p, y) -> None:
         _ops.cpu_dropout_forward.default(x if x.stride(1) == 1 else x.contiguous(), rng, p, y)
+
+    def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
+        _ops.cpu_rotary.default(x, cos, sin, positions, interleaved, inverse, y)
 
     def cross_entropy_forward(self, spec, losses, largest, total) -> None:
         _ops.cpu_cross_entropy_forward.default(*spec, losses, largest, total)

@@ -11,7 +11,11 @@ from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
-_OPS: dict[str, str] = {"attention": "cuda_attention_forward", "norm": "cuda_norm_forward"}
+_OPS: dict[str, str] = {
+    "attention": "cuda_attention_forward",
+    "norm": "cuda_norm_forward",
+    "rotary_embedding": "cuda_rotary",
+}
 # What its kernels do not take beyond that: reasons, empty when they take the call.
 _REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {"attention": cuda_attention.why_not}
 # The code that runs on a GPU of compute capability 8.x, 9.x, ...
@@ -39,7 +43,7 @@ def _missing() -> str:
     if native.load():
         return native.load()
     if not architectures():
-        return "the native library was built without CUDA kernels (no nvcc, or no GPU was visible: see README.md)"
+        return "the native library was built without CUDA kernels (no nvcc, or no GPU to be seen then)"
     return ""
 
 
@@ -66,14 +70,14 @@ class CudaBackend(Backend):
     name = "cuda"
 
     def status(self) -> str:
+        if not torch.cuda.is_available():
+            return "idle: no NVIDIA GPU is visible"
         missing = _missing()
         if missing:
-            return f"missing: {missing}. They would bring kernels past what Triton can do on NVIDIA GPUs"
+            return f"missing: {missing}. They would bring kernels past what Triton can do on this GPU"
         unverified = ", ".join(sorted(_OPS.keys() - verified_on_gpu()))
         note = f"compiled for sm_{', sm_'.join(architectures())}"
         note += f"; not yet run on a GPU: {unverified}" if unverified else ""
-        if not torch.cuda.is_available():
-            return f"{note}; idle: no NVIDIA GPU is visible"
         unsupported = _unsupported(*torch.cuda.get_device_capability())
         return f"{note}; idle: {unsupported}" if unsupported else f"{note}; taken on request, backend('cuda')"
 
@@ -116,15 +120,19 @@ class CudaBackend(Backend):
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         dtype = spec.x.dtype
         _ops.cuda_norm_forward.default(
-            spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), spec.rng, spec.eps,
-            spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+            spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), _dense(spec.rng),
+            spec.eps, spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
         )  # fmt: skip
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
         _ops.cuda_norm_backward.default(
-            grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), mean, rstd, spec.rng,
-            threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight, grad_bias,
+            grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), _dense(mean), _dense(rstd),
+            _dense(spec.rng), threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight,
+            grad_bias,
         )  # fmt: skip
+
+    def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
+        _ops.cuda_rotary.default(x, cos, sin, positions, interleaved, inverse, y)
 
 
 def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -133,6 +141,10 @@ def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Non
         return None
     t = t.detach()
     return (t if t.dtype in (dtype, torch.float32) else t.to(torch.float32)).contiguous()
+
+
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 BACKEND = CudaBackend()

@@ -57,8 +57,8 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     drelative = None if dtable is None else torch.zeros_like(arguments[10])
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
-        grad_out, grad_lse, out, lse.contiguous(), *arguments, torch.are_deterministic_algorithms_enabled(), delta,
-        dq, dk, dv, dbias, drelative,
+        _unit(grad_out), grad_lse, _unit(out), lse.contiguous(), *arguments,
+        torch.are_deterministic_algorithms_enabled(), delta, dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
         # A product, as index_add's atomics would add in any order.
@@ -82,6 +82,10 @@ def _arguments(spec) -> tuple:
         None if relative is None else relative.detach().contiguous(), spec.rng.contiguous() if drop else None,
         spec.scale, bool(spec.bottom_right), spec.window_left, spec.window_right, spec.softcap, drop,
     )  # fmt: skip
+
+
+def _unit(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _int32(t: torch.Tensor | None) -> torch.Tensor | None:

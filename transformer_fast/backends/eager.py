@@ -165,6 +165,19 @@ def bias_activation(x, bias, gate, activation):
     return y if gate is None else y * gate
 
 
+# ---- positions -----------------------------------------------------------------------------------
+def rotary_embedding(x, cos, sin, positions, interleaved, inverse):
+    """x (B, S, H, D), cos and sin (P, R / 2), positions (B, S) or None; differentiable."""
+    half = cos.shape[1]
+    place = slice(x.shape[1]) if positions is None else positions
+    cos, sin = (t[place].unsqueeze(-2).to(x.dtype) for t in (cos, -sin if inverse else sin))
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    pairs = rotated.unflatten(-1, (half, 2) if interleaved else (2, half))
+    x1, x2 = pairs.unbind(-1 if interleaved else -2)
+    y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1 if interleaved else -2).flatten(-2)
+    return torch.cat((y, rest), -1)
+
+
 # ---- embeddings, losses --------------------------------------------------------------------------
 def embedding_layer_norm(spec):
     """(y, mean, rstd) of an EmbeddingSpec, differentiable."""
@@ -267,6 +280,9 @@ class EagerBackend(Backend):
 
     def dropout_forward(self, x, rng, p, y) -> None:
         y.copy_(x * keep_mask_2d(rng, p, *x.shape) * keep_scale(p))
+
+    def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
+        y.copy_(rotary_embedding(x, cos, sin, positions, interleaved, inverse))
 
     def embedding_layer_norm_forward(self, spec, y, mean, rstd) -> None:
         for buffer, result in zip((y, mean, rstd), embedding_layer_norm(spec)):

@@ -11,13 +11,14 @@ import torch
 from .source_hash import source_hash
 
 _LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "_C.abi3.so"
+_NOTE = _LIBRARY.with_name("_native_missing.txt")  # setup.py writes there why it built none
 
 
 @functools.cache
 def load() -> str:
     """'' when the native ops are there, else the reason why not."""
     if not _LIBRARY.exists():
-        return "the native library was not built (no C++ compiler when transformer_fast was installed?)"
+        return why_not_built()
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
@@ -26,6 +27,23 @@ def load() -> str:
     if reason := stale():
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return ""
+
+
+def why_not_built(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
+    """Why there is no library, as the build has noted it, or what to do where nothing was built at all."""
+    if _NOTE.exists():
+        return _NOTE.read_text(encoding="utf-8").strip()
+    if (root / "setup.py").exists():
+        return f"it was not built in this checkout: cd {root} && python setup.py build_ext --inplace"
+    return "this copy of transformer_fast has none; install it again, with torch and a C++ compiler there"
+
+
+@functools.cache
+def warn_missing() -> None:
+    """Once a process: the first call that a kernel would have made fast runs in plain PyTorch, and why."""
+    warnings.warn(
+        f"transformer_fast runs in plain PyTorch, without its CPU kernels: {load()}", RuntimeWarning, stacklevel=2
+    )
 
 
 def stale(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
@@ -67,10 +85,37 @@ def set_isa(name: str) -> None:
     global _current
     torch.ops.transformer_fast.cpu_set_isa(name)
     _current = name
+    within = INT8_ISAS[: INT8_ISAS.index(_INT8_WIDEST[name]) + 1]
+    set_int8_isa([isa for isa in supported_int8_isas() if isa in within][-1])
 
 
 def current_isa() -> str:
     return _current
+
+
+INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+# The widest of the int8 kernels that go with the others' instruction sets.
+_INT8_WIDEST = {"baseline": "baseline", "avx2": "avx_vnni", "avx512": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
+_INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # by torch's capability; else all
+_current_int8 = ""
+
+
+def set_int8_isa(name: str) -> None:
+    """Use the int8 kernels compiled for instruction set `name` from now on (all of the process)."""
+    global _current_int8
+    torch.ops.transformer_fast.cpu_set_int8_isa(name)
+    _current_int8 = name
+
+
+def current_int8_isa() -> str:
+    return _current_int8
+
+
+def supported_int8_isas() -> list[str]:
+    """Compiled instruction sets of the int8 kernels that this processor can run, narrowest first."""
+    allowed = _INT8_ALLOWED.get(torch.backends.cpu.get_cpu_capability())
+    found = torch.ops.transformer_fast.cpu_int8_isas().split()
+    return [name for name in found if allowed is None or name in allowed]
 
 
 def supported_isas() -> list[str]:

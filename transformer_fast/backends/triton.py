@@ -13,9 +13,11 @@ from .philox import keep_scale, threshold
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = frozenset(
     {"additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"}
+    | {"rotary_embedding"}
 )
 _WIDE_HEAD = 128  # the last rows of kernels/attention_configurations.py are for head dims over this
-_WIDEST_EMBEDDING = 4096  # kernels/embedding.py holds a row in registers
+# kernels/embedding.py holds a row in registers; elsewhere a grid has an axis of column blocks, which ends at 65535.
+_WIDEST = {"embedding_layer_norm": 4096, "norm": 2**25, "additive_attention": 2**22}
 
 
 def verified_on_gpu() -> frozenset[str]:
@@ -51,12 +53,12 @@ class TritonBackend(Backend):
     name = "triton"
 
     def status(self) -> str:
+        if not torch.cuda.is_available():
+            return "idle: no NVIDIA GPU is visible"
         if _missing():
-            return f"missing: {_missing()}. They would bring fused kernels on NVIDIA GPUs"
+            return f"missing: {_missing()}. They would bring fused kernels on this GPU"
         unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
         note = f"; not yet run on a GPU: {unverified}" if unverified else ""
-        if not torch.cuda.is_available():
-            return f"installed, idle: no NVIDIA GPU is visible{note}"
         old = self._old_gpu()
         return f"idle: {old}" if old else f"active{note}"
 
@@ -78,8 +80,8 @@ class TritonBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in _OPS:
             reasons.append(f"there is no Triton kernel for {call.op}")
-        if call.op == "embedding_layer_norm" and call.size > _WIDEST_EMBEDDING:
-            reasons.append(f"width {call.size} is over {_WIDEST_EMBEDDING}")
+        if call.size > _WIDEST.get(call.op, call.size):
+            reasons.append(f"width {call.size} is over {_WIDEST[call.op]}")
         return tuple(reasons)
 
     def detour(self, call: Call) -> str:
@@ -94,8 +96,8 @@ class TritonBackend(Backend):
 
         with _device_of(y):
             layer_norm_forward(
-                spec.x, spec.residual, spec.weight, spec.bias, spec.rng, spec.eps, spec.rms, threshold(spec.dropout_p),
-                keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+                spec.x, spec.residual, _dense(spec.weight), _dense(spec.bias), _dense(spec.rng), spec.eps, spec.rms,
+                threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
             )  # fmt: skip
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
@@ -103,8 +105,8 @@ class TritonBackend(Backend):
 
         with _device_of(grad_v):
             layer_norm_backward(
-                grad_y, grad_sum, spec.x, spec.weight, spec.rng, threshold(spec.dropout_p),
-                keep_scale(spec.dropout_p), mean, rstd, grad_v, grad_x, grad_weight, grad_bias,
+                grad_y, grad_sum, spec.x, _dense(spec.weight), _dense(spec.rng), threshold(spec.dropout_p),
+                keep_scale(spec.dropout_p), _dense(mean), _dense(rstd), grad_v, grad_x, grad_weight, grad_bias,
                 _multiprocessors(grad_v.device),
             )  # fmt: skip
 
@@ -133,29 +135,30 @@ class TritonBackend(Backend):
         mask = None if spec.mask is None else spec.mask.view(torch.uint8)
         with _device_of(out):
             additive_attention_forward(
-                *spec[:3], _vector(spec.score_weight), _vector(spec.bias), mask, spec.key_lengths, out, weights
-            )
+                *spec[:3], _vector(spec.score_weight), _vector(spec.bias), mask, _dense(spec.key_lengths), out,
+                weights,
+            )  # fmt: skip
 
     def additive_attention_backward(self, spec, *tensors) -> None:
         from ..kernels.additive_attention import additive_attention_backward
 
         with _device_of(spec.query):
             additive_attention_backward(
-                *spec[:3], _vector(spec.score_weight), _vector(spec.bias), spec.key_lengths, *tensors
+                *spec[:3], _vector(spec.score_weight), _vector(spec.bias), _dense(spec.key_lengths), *tensors
             )
 
     def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
         from ..kernels.activation import bias_activation_forward
 
         with _device_of(y):
-            bias_activation_forward(x, bias, gate, activation, y)
+            bias_activation_forward(x, _dense(bias), gate, activation, y)
 
     def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
         from ..kernels.activation import bias_activation_backward
 
         with _device_of(grad_x):
             bias_activation_backward(
-                grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate, _multiprocessors(grad_x.device)
+                grad, x, _dense(bias), gate, activation, grad_x, grad_bias, grad_gate, _multiprocessors(grad_x.device)
             )
 
     def dropout_forward(self, x, rng, p, y) -> None:
@@ -163,27 +166,38 @@ class TritonBackend(Backend):
 
         x = x if x.stride(1) == 1 else x.contiguous()
         with _device_of(y):
-            dropout_forward(x, rng, threshold(p), keep_scale(p), y)
+            dropout_forward(x, _dense(rng), threshold(p), keep_scale(p), y)
+
+    def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
+        from ..kernels.rotary import rotary
+
+        with _device_of(y):
+            rotary(x, cos, sin, positions, interleaved, inverse, y)
 
     def cross_entropy_forward(self, spec, losses, largest, total) -> None:
         from ..kernels.cross_entropy import cross_entropy_forward
 
         with _device_of(losses):
-            cross_entropy_forward(*spec, losses, largest, total)
+            cross_entropy_forward(
+                spec.logits, _dense(spec.target), _dense(spec.weight), *spec[3:], losses, largest, total
+            )
 
     def cross_entropy_backward(self, spec, grad_losses, largest, total, grad) -> None:
         from ..kernels.cross_entropy import cross_entropy_backward
 
         with _device_of(grad):
-            cross_entropy_backward(grad_losses, *spec, largest, total, grad)
+            cross_entropy_backward(
+                _dense(grad_losses), spec.logits, _dense(spec.target), _dense(spec.weight), *spec[3:], _dense(largest),
+                _dense(total), grad,
+            )  # fmt: skip
 
     def embedding_layer_norm_forward(self, spec, y, mean, rstd) -> None:
         from ..kernels.embedding import embedding_layer_norm_forward
 
         with _device_of(y):
             embedding_layer_norm_forward(
-                *_tables(spec), spec.norm_weight, spec.norm_bias, spec.rng, spec.eps, threshold(spec.dropout_p),
-                keep_scale(spec.dropout_p), y, mean, rstd,
+                *_tables(spec), _dense(spec.norm_weight), _dense(spec.norm_bias), _dense(spec.rng), spec.eps,
+                threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, mean, rstd,
             )  # fmt: skip
 
     def embedding_layer_norm_backward(
@@ -194,8 +208,9 @@ class TritonBackend(Backend):
         with _device_of(grad):
             grad_v = memory.empty(grad.shape, torch.float32, grad.device)
             embedding_layer_norm_backward(
-                grad, *_tables(spec), spec.norm_weight, mean, rstd, spec.rng, threshold(spec.dropout_p),
-                keep_scale(spec.dropout_p), grad_v, grad_weight, grad_bias, _multiprocessors(grad.device),
+                grad, *_tables(spec), _dense(spec.norm_weight), _dense(mean), _dense(rstd), _dense(spec.rng),
+                threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_weight, grad_bias,
+                _multiprocessors(grad.device),
             )  # fmt: skip
             for table, ids, padding in (
                 (grad_word, spec.ids, spec.padding_idx), (grad_position, spec.position_ids, -1),
@@ -208,6 +223,11 @@ class TritonBackend(Backend):
 def _large_tiles(device: str) -> bool:
     """Whether the GPU's matrix instructions (wgmma, tcgen05) take no fewer than 64 rows."""
     return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10, 11)
+
+
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    """As the kernels read vectors: element after element."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _vector(t: torch.Tensor | None) -> torch.Tensor | None:

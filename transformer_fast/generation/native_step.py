@@ -5,7 +5,7 @@ the same for all of them. What the native step cannot serve has a reason (why_no
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,8 @@ class StepDescription:
         first at position_offset (BART: 2).
     head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
     relative_bias: T5's table (buckets, heads) as a module, shared by all layers; relative_max_distance: of its buckets.
+    rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2), of rotary embedding.
+    logits_softcap: logits become logits_softcap * tanh(logits / logits_softcap); 0 for none.
     """
 
     root: nn.Module
@@ -60,6 +62,8 @@ class StepDescription:
     head_scale: float = 1.0
     relative_bias: Any = None
     relative_max_distance: int = 128
+    rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    logits_softcap: float = 0.0
 
     @property
     def has_cross_attention(self) -> bool:
@@ -114,7 +118,10 @@ class StepDescription:
         return ""
 
     def _norms(self) -> list[nn.Module]:
-        found = [n for w in self.layers for n in (w.attention_norm, w.cross_norm, w.output_norm)]
+        found = [
+            n for w in self.layers for n in (w.attention_norm, w.cross_norm, w.output_norm, w.query_norm, w.key_norm,
+                                             w.attention_after_norm, w.output_after_norm)
+        ]  # fmt: skip
         return [n for n in (*found, self.embedding_norm, self.final_norm) if n is not None]
 
     def tensors(self) -> DecoderTensors:
@@ -128,6 +135,8 @@ class StepDescription:
             None if self.position is None else self.position.weight, self.embed_scale, _norm(self.embedding_norm),
             _norm(self.final_norm), self.head_scale,
             None if self.relative_bias is None else self.relative_bias.weight, self.relative_max_distance,
+            key_heads=spec.heads_of_keys, parallel=spec.parallel, softcap=spec.softcap,
+            logits_softcap=self.logits_softcap, rotary=self.rotary, rotary_interleaved=spec.rotary_interleaved,
         )  # fmt: skip
 
     def _layer(self, w: LayerWeights, index: int) -> DecoderLayerTensors:
@@ -139,6 +148,8 @@ class StepDescription:
             None if w.gate is None else _projection(w.gate), _norm(w.cross_norm),
             None if w.cross_query is None else _projection(w.cross_query),
             None if w.cross_output is None else _projection(w.cross_output), scale,
+            _norm(w.query_norm), _norm(w.key_norm), _norm(w.attention_after_norm), _norm(w.output_after_norm),
+            self.spec.window_of(index),
         )  # fmt: skip
 
 
@@ -304,14 +315,15 @@ class NativeStepper:
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        cache, positions = self._cache, self._positions
+        cache, positions, table = self._cache, self._positions, self._description.position
         if positions is None:
             return cache.step(tokens, None)
-        limit = self._description.position.weight.shape[0] - self._description.position_offset
+        limit = self._last + 1 if table is None else table.weight.shape[0] - self._description.position_offset
         if self._last >= limit:
             raise ValueError(
                 f"max_new_tokens: position {self._last} is past the model's {limit} positions; ask for fewer tokens"
             )
+        cache.cover(self._last + 1)
         logits = cache.step(tokens, positions)
         positions += 1
         self._last += 1
@@ -341,7 +353,7 @@ class NativeStepper:
         return mask != 0
 
     def _begin_positions(self, length: int) -> None:
-        if self._description.position is None:
+        if self._description.position is None and self._description.rotary is None:
             return
         given, batch = self._prompt.inputs.get("position_ids"), self._prompt.input_ids.shape[0]
         if given is None:

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
 from .packing import Packing, plan_packing
-from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, packed_linear
+from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, packed_linear
+from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
 
 __all__ = ["StackCall", "encoder_layer", "plan_call", "run_layers"]
@@ -245,7 +247,10 @@ def encoder_layer(
     """
     post = call.spec.norm_position == "post"
     normed = x if post else norm(w.attention_norm, x)
-    mixed = _self_attention(w, normed, call, index, first_only, past_key_values)
+    block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None
+    mixed = _self_attention(w, normed, call, index, first_only, past_key_values, block is not None)
+    if block is not None:
+        return int8_block(mixed, call.packing.first(x) if first_only else x, block)
     mixed = linear(w.attention_output, mixed)
     residual = call.packing.first(x) if first_only else x
     p, p_out = dropout_p(w.attention_output_dropout), dropout_p(w.output_dropout)
@@ -261,6 +266,17 @@ def encoder_layer(
         p = dropout_p(w.cross_output_dropout)
     normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
     return _clamped(residual + ops.dropout(_feed_forward(w, normed, call.spec), p_out), call.spec)
+
+
+def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
+    """The layer after attention as one op, where it is int8 and none of it is somebody else's."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    after, output = norm_of(w.attention_norm), norm_of(w.output_norm)
+    if after is None or output is None or after[1] != output[1]:
+        return None
+    post = spec.norm_position == "post"
+    return block_weights(w, spec, after[0] if post else None, output[0], output[1])
 
 
 def _sum_norm(module, x, residual, p: float, spec: TransformerSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,18 +327,19 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
 
 
 # ---- attention -------------------------------------------------------------------------------------
-def _self_attention(w, x, call: StackCall, index, first_only, past_key_values) -> torch.Tensor:
-    """(..., E) -> (..., H * D), before the output projection."""
+def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, int8: bool = False) -> torch.Tensor:
+    """(..., E) -> (..., H * D), before the output projection. int8: that takes any dtype."""
     spec, packing = call.spec, call.packing
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
     projections = [w.query, w.key, w.value]
     qkv: Any
-    if w.qkv is not None:
-        qkv = linear(w.qkv, x)
-    else:
-        qkv = None if first_only else packed_linear(projections, x)
     plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
+    dtype = attention_dtype(x) if int8 and plain and call.relative_bias is None else None
+    if w.qkv is not None:
+        qkv = linear(w.qkv, x) if dtype is None else packed_linear([w.qkv], x, dtype)
+    else:
+        qkv = None if first_only else packed_linear(projections, x, dtype)
     if qkv is not None and plain and call.relative_bias is None:
         qkv = qkv.unflatten(-1, (3, *heads))
         out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)

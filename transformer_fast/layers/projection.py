@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.linear_int8 import Int8Norm
 from ..ops.packed_weight import PackedWeight
+from .quantized import int8_linears, is_int8
 from .spec import LayerWeights
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "lay_out",
     "linear",
     "norm",
+    "norm_of",
     "packed_linear",
     "reading_copies",
     "register_transposed",
@@ -83,12 +86,17 @@ def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch
     """activation(x W^T + b)."""
     if is_plain(module, nn.Linear) or is_transposed(module):
         return ops.linear(x, _weight(module), module.bias, activation)
+    if is_int8(module):
+        return module.forward(x, activation)
     y = module(x)
     return y if activation is None else ops.bias_activation(y, None, activation)
 
 
-def packed_linear(modules: list[Any], x: torch.Tensor) -> torch.Tensor | None:
-    """x [W1; W2; ...]^T + [b1; b2; ...] as one GEMM, or None where the modules have to be called one by one."""
+def packed_linear(modules: list[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """x [W1; W2; ...]^T + [b1; b2; ...] as one GEMM, or None where the modules have to be called one by one.
+    int8_dtype: of the result where the modules are Int8Linear; None for x's."""
+    if is_int8(*modules):
+        return int8_linears(modules, x, int8_dtype)
     for module in modules:
         if not is_plain(module, nn.Linear) or isinstance(_weight(module), PackedWeight):
             return None
@@ -150,6 +158,16 @@ def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if _is_rms_norm(module):
         return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
     return module(x)
+
+
+def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
+    """What a plain norm module holds, and whether it is an RMS norm; None for any other."""
+    if is_plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        return Int8Norm(module.weight, module.bias, module.eps), False
+    if _is_rms_norm(module):
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        return Int8Norm(module.weight, None, eps), True
+    return None
 
 
 def _of_weight(y: torch.Tensor, module: Any) -> torch.Tensor:

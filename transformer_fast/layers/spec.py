@@ -21,6 +21,11 @@ class TransformerSpec:
     clamp_float16: float16 states that overflowed become the largest numbers again: after each residual sum when
         norms come before, at the end of the layer when they come after.
     scale_by_layer: divides layer i's scale by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx).
+    key_heads: heads of keys and values, each shared by num_heads / key_heads of queries; None: num_heads.
+    parallel: x + attention(norm(x)) + feed_forward(output_norm(x)) (GPT-J, GPT-NeoX, Phi); norm_position "pre" alone.
+    softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); 0 for none.
+    windows: how many keys the queries of each layer see, their own too, None for all; () for all in all layers.
+    rotary_interleaved: which columns are a pair, see ops.rotary_embedding.
     """
 
     num_heads: int
@@ -32,10 +37,27 @@ class TransformerSpec:
     gated: bool = False
     clamp_float16: bool = False
     scale_by_layer: bool = False
+    key_heads: int | None = None
+    parallel: bool = False
+    softcap: float = 0.0
+    windows: tuple[int | None, ...] = ()
+    rotary_interleaved: bool = False
 
     def __post_init__(self):
         if self.norm_position not in ("post", "pre"):
             raise ValueError(f"norm_position: wanted 'post' or 'pre', got {self.norm_position!r}")
+        if self.parallel and self.norm_position != "pre":
+            raise ValueError(f"parallel: wants norm_position 'pre', got {self.norm_position!r}")
+        if self.num_heads % self.heads_of_keys:
+            raise ValueError(f"key_heads: wanted a divisor of num_heads = {self.num_heads}, got {self.key_heads}")
+
+    @property
+    def heads_of_keys(self) -> int:
+        return self.num_heads if self.key_heads is None else self.key_heads
+
+    def window_of(self, index: int) -> int | None:
+        """How many keys the queries of layer `index` see; None for all."""
+        return self.windows[index] if self.windows else None
 
     def scale_of(self, index: int) -> float | None:
         """The scale of layer `index`'s scores; None for 1 / sqrt(head_dim)."""
@@ -73,6 +95,10 @@ class LayerWeights(NamedTuple):
     cross_norm: nn.Module | None = None
     cross_dropout: nn.Module | float | None = None
     cross_output_dropout: nn.Module | float | None = None
+    query_norm: nn.Module | None = None  # of each head, before rotation
+    key_norm: nn.Module | None = None
+    attention_after_norm: nn.Module | None = None  # of what a sublayer adds to the residual
+    output_after_norm: nn.Module | None = None
 
 
 class SlotTable:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..layers import Packing, StackCall
+from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from ._loading import LoadingErrors
 from ._self_check import runs_as_hugging_face
 

@@ -5,7 +5,10 @@ import os
 import pathlib
 import pickle
 import re
+import socket
 import struct
+import urllib.parse
+import urllib.request
 import warnings
 import zipfile
 
@@ -14,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from ._self_check import runs_as_hugging_face
 
-__all__ = ["LoadingErrors", "drop_trust", "local_folder", "model_type_of"]
+__all__ = ["LoadingErrors", "drop_trust", "explain_broken", "local_folder", "model_type_of", "need_hub"]
 
 # Without these a model is not a model.
 _BODY = "embeddings|encoder|decoder|transformer|shared|wte|wpe|h|ln_f|tokens_embed|positions_embed"
@@ -40,6 +43,7 @@ def model_type_of(name, kwargs: dict) -> str | None:
     """
     folder = local_folder(name, kwargs)
     if folder is None:
+        need_hub(name, kwargs)
         config, _ = PreTrainedConfig.get_config_dict(name, **{k: kwargs[k] for k in _HUB if k in kwargs})
         return config.get("model_type")
     file = folder / "config.json"
@@ -59,8 +63,46 @@ def model_type_of(name, kwargs: dict) -> str | None:
     return config.get("model_type")
 
 
+def need_hub(name, kwargs: dict) -> None:
+    """Raises OSError, at once and with what to do, for a name on the hub that is not in its cache while the hub is out
+    of reach. Its client would try for half a minute, and then name neither."""
+    import huggingface_hub
+
+    text = os.fspath(name)
+    known = {k: kwargs[k] for k in ("cache_dir", "revision") if kwargs.get(k)}
+    try:
+        found = huggingface_hub.try_to_load_from_cache(text, "config.json", **known)
+    except (huggingface_hub.errors.HFValidationError, ValueError) as error:
+        raise OSError(f"{text!r}: there is no such folder, and it is no name on the hub either ({error})") from None
+    if isinstance(found, str):
+        return
+    if kwargs.get("local_files_only") or huggingface_hub.constants.HF_HUB_OFFLINE:
+        why = "local_files_only=True" if kwargs.get("local_files_only") else "HF_HUB_OFFLINE is set"
+    elif urllib.request.getproxies():
+        return  # the way out is the proxy's to know
+    else:
+        host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT)
+        port = host.port or (80 if host.scheme == "http" else 443)
+        try:
+            socket.create_connection((host.hostname, port), timeout=5).close()
+            return
+        except OSError as error:
+            why = f"{host.hostname} cannot be reached: {error}"
+    raise OSError(
+        f"{text!r}: there is no such folder, and the hub's copy is not in the cache and cannot be fetched ({why}). "
+        f"Give the path of a checkpoint's folder, or run `hf download {text}` where there is a network"
+    )
+
+
 def drop_trust(kwargs: dict) -> None:
-    """Code in a checkpoint is never run: trust_remote_code is answered, not obeyed."""
+    """Code in a checkpoint is never run: trust_remote_code is answered, not obeyed. Nor are transformers 4's arguments
+    for TensorFlow and Flax: they raise ValueError with what to do today."""
+    for name, what in (("from_tf", "TensorFlow's"), ("from_flax", "Flax's"), ("from_pt", "")):
+        if kwargs.pop(name, False):
+            raise ValueError(
+                f"{name}: transformers 5 has PyTorch models alone; "
+                + (f"save {what} checkpoints as PyTorch's with transformers 4 first" if what else "leave it out")
+            )
     if kwargs.get("trust_remote_code"):
         warnings.warn(
             "trust_remote_code=True has no effect: transformer_fast runs its own code only, never a checkpoint's",
@@ -115,17 +157,23 @@ def _check_missing(cls, name, info: dict) -> None:
         )
 
 
-def _explain(error: Exception, cls, name, config, kwargs) -> None:
-    """Raise a clearer error in place of `error`, or return when it is clear already."""
-    folder = local_folder(name, kwargs)
+def explain_broken(error: Exception, name, folder: pathlib.Path | None) -> None:
+    """Raise ValueError that names the file in place of `error`, where a truncated or corrupt file made it."""
     kind = type(error).__name__
     if kind == "SafetensorError" or isinstance(error, (EOFError, zipfile.BadZipFile)):
         file, reason = _broken(folder), str(error)
         raise ValueError(f"{file or name}: is truncated or corrupt ({reason}); download or save it again") from error
     if isinstance(error, json.JSONDecodeError):
         raise ValueError(f"{name}: its index of weights is not valid JSON ({error})") from error
-    if isinstance(error, struct.error):
-        raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
+    if isinstance(error, struct.error) or (isinstance(error, RuntimeError) and "central directory" in str(error)):
+        reason = str(error).split(". ")[0]
+        raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({reason})") from error
+
+
+def _explain(error: Exception, cls, name, config, kwargs) -> None:
+    """Raise a clearer error in place of `error`, or return when it is clear already."""
+    folder = local_folder(name, kwargs)
+    explain_broken(error, name, folder)
     if isinstance(error, KeyError) and folder is not None:
         config = config or cls.config_class.from_pretrained(folder)
         for name in _ACTIVATIONS:
@@ -138,8 +186,6 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
         raise ValueError(
             f"{_binary(folder) or name}: is corrupt or holds more than tensors{what}; code in a checkpoint is never run"
         ) from error
-    if isinstance(error, RuntimeError) and "central directory" in str(error):
-        raise ValueError(f"{_binary(folder) or name}: is truncated or corrupt ({error})") from error
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
         raise ValueError(
             f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config, kwargs)}. "

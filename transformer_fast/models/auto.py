@@ -1,13 +1,15 @@
-"""AutoModel*: the class of this package for a checkpoint's model_type, by HF's own table of which class does what."""
+"""AutoModel*: the class of this package for a checkpoint's model_type, by HF's own table of which class does what; and
+transformers' own class where this package has none."""
 
 import importlib
+import warnings
 from collections import OrderedDict
 
 import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ._loading import drop_trust, model_type_of
+from ._loading import drop_trust, explain_broken, local_folder, model_type_of
 from .registry import FAMILIES, OWN
 
 __all__ = [
@@ -61,42 +63,56 @@ class _Mapping(OrderedDict):
         self[key] = value
 
 
-def _check(cls, model_type: str | None, registered) -> None:
-    names = cls._model_mapping.names
+def _theirs(cls, model_type: str | None):
+    """transformers' auto class, for a model_type that it has a class for and this package has not; else None."""
+    names, registered = cls._model_mapping.names, list(cls._model_mapping)
     known = sorted(t for t in FAMILIES if _class_for(names, t) is not None)
     if model_type is None or model_type in known or any(model_type == c.model_type for c in registered):
-        return
-    theirs = names.get(model_type)
-    other = (
-        f"transformers.{theirs if isinstance(theirs, str) else cls.__name__} with transformer_fast.accelerate(model)"
+        return None
+    theirs = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in theirs._model_mapping:
+        raise ValueError(
+            f"{cls.__name__}: there is no class for model_type {model_type!r}, in transformers neither; there are "
+            f"{', '.join(known)} here"
+        )
+    warnings.warn(
+        f"{cls.__name__}: this package has no class for model_type {model_type!r}; transformers' own is used, as it is "
+        "(transformer_fast.accelerate(model) makes parts of it fast)",
+        stacklevel=3,
     )
-    unknown = "" if model_type in CONFIG_MAPPING else " (which transformers does not know either)"
-    raise ValueError(
-        f"{cls.__name__}: there is no class for model_type {model_type!r}{unknown}; there are {', '.join(known)}. "
-        f"For others use {other}"
-    )
+    return theirs
 
 
 class _Auto:
-    """Before HF's auto class in the order of bases: our table, and an error that says what there is."""
+    """Before HF's auto class in the order of bases: our table first."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As HF's. Raises ValueError for a model_type this package has no class for."""
+        """As HF's. A checkpoint of a model_type this package has no class for becomes transformers' own model, with a
+        warning. Raises ValueError where transformers has none either, OSError where the hub is needed and cannot be
+        reached."""
         drop_trust(kwargs)
         config = kwargs.get("config")
         if isinstance(config, transformers.PreTrainedConfig):
             model_type = config.model_type
         else:
             model_type = model_type_of(config or pretrained_model_name_or_path, kwargs)
-        _check(cls, model_type, list(cls._model_mapping))
+        if theirs := _theirs(cls, model_type):
+            try:
+                return theirs.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            except Exception as error:
+                explain_broken(
+                    error, pretrained_model_name_or_path, local_folder(pretrained_model_name_or_path, kwargs)
+                )
+                raise
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_config(cls, config, **kwargs):
-        """As HF's. Raises ValueError for a model_type this package has no class for."""
+        """As HF's; transformers' own model, with a warning, for a model_type this package has no class for."""
         drop_trust(kwargs)
-        _check(cls, config.model_type, list(cls._model_mapping))
+        if theirs := _theirs(cls, config.model_type):
+            return theirs.from_config(config, **kwargs)
         return super().from_config(config, **kwargs)
 
 

@@ -13,6 +13,7 @@ from .linear import linear, pack_storage, pack_weight, packed_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rotary import rotary_embedding
 
 __all__ = [
     "RelativeBias",
@@ -35,6 +36,7 @@ __all__ = [
     "packed_linear",
     "qkv_attention",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

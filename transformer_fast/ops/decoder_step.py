@@ -4,6 +4,7 @@ No autograd and no fake kernel: what can be traced or differentiated is the mode
 on the CPU, where a step of few rows is one pass over the weights and everything beside that pass is loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -53,7 +54,11 @@ class Projection(NamedTuple):
 
 @dataclass
 class DecoderLayerTensors:
-    """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores."""
+    """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores.
+
+    query_norm, key_norm: of each head, before rotation. attention_after_norm, output_after_norm: of what a sublayer
+    adds to the residual. window: keys that a query sees, its own too; None for all.
+    """
 
     attention_norm: Norm | None
     qkv: Projection
@@ -67,10 +72,18 @@ class DecoderLayerTensors:
     cross_query: Projection | None = None
     cross_output: Projection | None = None
     cross_scale: float = 1.0
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_after_norm: Norm | None = None
+    output_after_norm: Norm | None = None
+    window: int | None = None
 
     @property
     def norms(self) -> tuple[Norm | None, ...]:
-        return self.attention_norm, self.cross_norm, self.output_norm
+        return (
+            self.attention_norm, self.cross_norm, self.output_norm, self.query_norm, self.key_norm,
+            self.attention_after_norm, self.output_after_norm,
+        )  # fmt: skip
 
     @property
     def projections(self) -> tuple[Projection | None, ...]:
@@ -85,7 +98,9 @@ class DecoderTensors:
     token[id] + position[p]), f the layers and the final norm.
 
     token: (tokens, E); position: (positions, E) or None; head: (V, E). relative: T5's (buckets, H) table or None.
-    pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm.
+    pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm. parallel: both sublayers read the same x.
+    key_heads: heads of keys and values, `heads` when None. softcap: of the scores, logits_softcap: of the logits
+    (s tanh(x / s)); 0 for none. rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2).
     """
 
     layers: list[DecoderLayerTensors]
@@ -103,6 +118,12 @@ class DecoderTensors:
     head_scale: float = 1.0
     relative: torch.Tensor | None = None
     relative_max_distance: int = 128
+    key_heads: int | None = None
+    parallel: bool = False
+    softcap: float = 0.0
+    logits_softcap: float = 0.0
+    rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    rotary_interleaved: bool = False
 
     def mirror_file(self) -> bool:
         """True when what a copy would be made of takes no memory but that of a mapped checkpoint."""
@@ -221,9 +242,9 @@ class DecoderCache:
     rows: the most there will be. capacity: positions there is room for at first; it doubles when they are used up.
     cross_shape: (sources, length) of the encoder's states where there is cross-attention.
 
-    keys, values: (layers, rows, H, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D), float32,
-    or bfloat16 for a bfloat16 model. table: (rows, capacity) int32, the cache row that holds a row's key at each
-    position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
+    keys, values: (layers, rows, key heads, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D),
+    float32, or bfloat16 for a bfloat16 model. table: (rows, capacity) int32, the cache row that holds a row's key at
+    each position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
     sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
     """
 
@@ -247,16 +268,25 @@ class DecoderCache:
             self.cross_lengths = torch.zeros(self.cross_shape[0], dtype=torch.int32)
         self._feed_forward = t.layers[0].up.shape[0] if t.layers else 0
         self._vocabulary = t.head.shape[0]
-        floats = 2 * t.token.shape[1] + 4 * t.heads * t.head_dim + self._feed_forward + self.weights.split_floats
+        heads = 2 * t.heads + 2 * self._key_heads
+        floats = 2 * t.token.shape[1] + heads * t.head_dim + self._feed_forward + self.weights.split_floats
         self._workspace = memory.empty((self.rows * floats,), torch.float32, device)
         self._phases = torch.empty(_ops.cpu_decoder_phase_bytes.default(layers), dtype=torch.uint8)
         self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
         self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
-        self._make_plan()
+        self._angles: tuple[torch.Tensor | None, ...] = (None, None)
+        self.cover(self.capacity)
+        if self.weights.tensors.rotary is None:
+            self._make_plan()
+
+    @property
+    def _key_heads(self) -> int:
+        t = self.weights.tensors
+        return t.heads if t.key_heads is None else t.key_heads
 
     def _room(self, rows: int, length: int) -> torch.Tensor:
         t = self.weights.tensors
-        shape = (len(t.layers), rows, t.heads, length, t.head_dim)
+        shape = (len(t.layers), rows, self._key_heads, length, t.head_dim)
         return memory.empty(shape, self.dtype, torch.device("cpu"))
 
     def _make_plan(self) -> None:
@@ -265,15 +295,24 @@ class DecoderCache:
         _ops.cpu_decoder_plan_stack.default(
             self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *weights.stack_norms, t.rms,
             t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, weights.relative,
-            len(t.layers), t.heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
+            *self._angles, t.rotary_interleaved, t.parallel, t.softcap, t.logits_softcap, len(t.layers), t.heads,
+            self._key_heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
             0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
         )  # fmt: skip
         for i, layer in enumerate(t.layers):
             cross = (None, None) if self.cross_keys is None else (self.cross_keys[i], self.cross_values[i])
             _ops.cpu_decoder_plan_layer.default(
                 self._plan, i, *weights.norms[i], t.rms, weights.weights[i], [self.keys[i], self.values[i], *cross],
-                layer.scale, layer.cross_scale,
+                layer.scale, layer.cross_scale, layer.window or 0,
             )  # fmt: skip
+
+    def cover(self, positions: int) -> None:
+        """Make room in cos and sin for positions 0 .. positions - 1, where positions are rotary."""
+        rotary, cos = self.weights.tensors.rotary, self._angles[0]
+        if rotary is not None and (cos is None or cos.shape[0] < positions):
+            rows = positions if cos is None else max(positions, 2 * cos.shape[0])
+            self._angles = tuple(t.to(torch.float32).contiguous() for t in rotary(rows))
+            self._make_plan()
 
     def load(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The prompts' keys and values of one layer, (B, H, S, D) with B <= rows, into cache rows 0..B-1; attend says
@@ -300,7 +339,8 @@ class DecoderCache:
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Append ids (live rows,) int64 at positions (rows of the position table); logits (live rows, V), float32, in
-        memory that the next step writes again. Raises RuntimeError for an id or a position out of range."""
+        memory that the next step writes again. positions: of the tables of positions or of cos and sin. Raises
+        RuntimeError for an id or a position out of range."""
         if self.length == self.capacity:
             self._grow(self.length + 1)
         logits = self._logits[: self.live]

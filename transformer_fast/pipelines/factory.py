@@ -13,7 +13,7 @@ from transformers.pipelines.base import Pipeline
 from .._transformers import name_or_path
 from ..integrations import accelerate
 from ..models import auto
-from ..models._loading import drop_trust, local_folder
+from ..models._loading import drop_trust, explain_broken, local_folder, need_hub
 from . import transformers_own as own
 from .question_answering import QuestionAnsweringPipeline
 from .text2text import SummarizationPipeline, Text2TextGenerationPipeline, TranslationPipeline
@@ -107,6 +107,10 @@ def pipeline(
         if tokenizer is not None:
             raise ValueError("model: wanted one, as a tokenizer is given: it need not fit the task's default model")
         model = found.default or PIPELINE_REGISTRY.check_task(_ALIASES.get(task, task))[1]["default"]["model"][0]
+        try:
+            need_hub(model, loading)
+        except OSError as error:
+            raise OSError(f"model: none was given for {task!r}, and its default is out of reach: {error}") from None
         warnings.warn(f"model: none given, {model} is used", stacklevel=2)
     source = model
     if isinstance(model, (str, os.PathLike)):
@@ -133,14 +137,19 @@ def pipeline(
 def _load_model(auto_model: str, name: str, config: Any, loads: dict) -> hf.PreTrainedModel:
     """Ours where there is a class for the checkpoint's model_type, else transformers' own, accelerated."""
     loads = {key: value for key, value in loads.items() if value is not None}
-    local_folder(name, loads)  # says that a folder is not there
+    if local_folder(name, loads) is None:  # or says that it is not there
+        need_hub(name, loads)
     if not isinstance(config, hf.PreTrainedConfig):
         hub = {key: value for key, value in loads.items() if key not in ("dtype", "device_map")}
         config = hf.AutoConfig.from_pretrained(config or name, **hub)
     ours = getattr(auto, auto_model, None)
     if ours is not None and type(config) in ours._model_mapping:
         return ours.from_pretrained(name, config=config, **loads)
-    model = getattr(hf, auto_model).from_pretrained(name, config=config, trust_remote_code=False, **loads)
+    try:
+        model = getattr(hf, auto_model).from_pretrained(name, config=config, trust_remote_code=False, **loads)
+    except Exception as error:
+        explain_broken(error, name, local_folder(name, loads))
+        raise
     report = accelerate(model, verbose=False)
     warnings.warn(
         f"{name}: this package has no class for model_type {config.model_type!r} in this task; transformers' "
@@ -155,14 +164,30 @@ def _load_tokenizer(name: str, **loading) -> hf.PreTrainedTokenizerBase:
         return hf.AutoTokenizer.from_pretrained(name, **loading)
     except Exception as error:
         text = str(error).lower()
-        # Without sentencepiece transformers takes the file for tiktoken's, and asks for that.
-        asked = {"sentencepiece": ("sentencepiece", "tiktoken"), "sacremoses": ("sacremoses",)}
-        for package, words in asked.items():
-            if any(word in text for word in words) and importlib.util.find_spec(package) is None:
-                raise ImportError(
-                    f"{name}: its tokenizer needs the package {package}, which is not installed: pip install {package}"
-                ) from error
+        # Without sentencepiece, or without protobuf, transformers takes the file for tiktoken's, and asks for that.
+        asked = {
+            "sentencepiece": (("sentencepiece", "tiktoken", "protobuf"), "sentencepiece"),
+            "protobuf": (("sentencepiece", "tiktoken", "protobuf"), "google.protobuf"),
+            "sacremoses": (("sacremoses",), "sacremoses"),
+        }
+        missing = [
+            package
+            for package, (words, module) in asked.items()
+            if any(word in text for word in words) and not _installed(module)
+        ]
+        if missing:
+            raise ImportError(
+                f"{name}: its tokenizer needs {' and '.join(missing)}, not installed here: pip install "
+                f"{' '.join(missing)}"
+            ) from error
         raise
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it lies in
+        return False
 
 
 def _register() -> None:

@@ -1,0 +1,398 @@
+"""The flight plan of gpu.sh: steps with time limits, results packed into one file all along, made to be killed.
+
+Nothing here imports torch: a broken one, a GPU in an error, a full disk or a missing tool costs the steps that need it.
+A call that is killed, or a step that is, leaves what it had; the next call goes on with the steps that are not done.
+"""
+
+import argparse
+import contextlib
+import filecmp
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STATE = pathlib.Path(os.environ.get("FLIGHT_STATE", "build/flight"))  # survives between the calls to one machine
+KIT = pathlib.Path("build/flight-kit")
+CALL = 285.0  # seconds of one call, what is left of five minutes after the start of Python and the last packing
+PACKING = 10.0  # seconds between two packings while a step runs
+LARGEST = 15 << 20  # bytes of the packed results, of 16 MiB that come back
+LONGEST_LOG = 256 << 10  # bytes of a log that are packed: its beginning and its end
+
+SMOKES = {  # names of benchmarks/smoke.py that a stage needs
+    "cuda-attention-forward": ("cuda-forward-wgmma", "cuda-forward-mma"),
+    "cuda-attention-backward": ("cuda-backward-wgmma", "cuda-backward-mma"),
+    "cuda-decode": ("cuda-decode",),
+    "cuda-norm": ("cuda-norm",),
+    "cuda-rotary": ("cuda-rotary",),
+    "triton-attention": ("triton-attention",),
+    "triton-rows": ("triton-norm",),
+}
+DECISIVE = "attention-{}/bf16-*s4096*,attention-{}/bf16-*s16384*"
+OURS = "transformer_fast"
+GPU_LOST, ATTEMPTS = 3, 3  # a benchmark that ends so goes on in a new process, behind the case that it died of
+
+
+class Step(NamedTuple):
+    """name, also of its log; seconds: its limit; stages: of SMOKES, all of which must have passed; ours: our candidates
+    of a benchmark, groups: of tests, of both of which those whose stages have not passed are left out; always: run in
+    every call."""
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    stages: tuple[str, ...] = ()
+    ours: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    always: bool = False
+
+
+def plan(call: str, results: pathlib.Path) -> list[Step]:
+    """The steps of `first`, `second` or `tune`, most valuable first. Commands begin after the interpreter."""
+    quick = "--quick", "--no-memory", "--no-plots"
+    bench = ("benchmarks/run.py", "--device", "cuda", *quick, "--output", str(results))
+    tests = ("benchmarks/flight_tests.py", "--output", str(results / "tests"))
+
+    def measure(name, seconds, only, *more, cuda=(), triton=()):
+        limits = "--seconds", f"{seconds - 8:.0f}", "--only", only
+        ours = ((OURS, triton), (f"{OURS} cuda", cuda))
+        return Step(f"bench-{name}", seconds, (*bench, *limits, *more), ours=ours)
+
+    def test(name, seconds, *groups, stages=SMOKES):
+        command = (*tests, "--seconds", f"{seconds - 4:.0f}", "--groups")
+        return Step(f"tests-{name}", seconds, command, groups=tuple((g, (g,) if g in stages else ()) for g in groups))
+
+    ledger = Step("ledger", 10, ("benchmarks/ledger.py", str(results)), always=True)
+    smoke = Step("smoke", 45, ("benchmarks/smoke.py", "--output", str(STATE / "smoke.json")))
+    build = Step("build", 120, ("benchmarks/flight.py", "build"))
+    cuda = [name for name in SMOKES if name.startswith("cuda-")]
+    cuda_tests = test("cuda", 90, *cuda)
+    triton_tests = test("triton", 100, "triton-attention", "triton-rows", "graphs")
+    forward, backward = ("cuda-attention-forward",), ("cuda-attention-forward", "cuda-attention-backward")
+    attention = {"triton": ("triton-attention",)}
+    rows = {"cuda": ("cuda-norm",), "triton": ("triton-rows",)}
+    peers = "--missing", "--candidates", "SDPA flash,SDPA cuDNN,cuda"
+    decisive = [
+        measure("attention-forward", 45, DECISIVE.format(*2 * ["forward"]), *peers, cuda=forward, **attention),
+        measure("attention-backward", 50, DECISIVE.format(*2 * ["backward"]), *peers, cuda=backward, **attention),
+        measure("norms", 20, "norm-*-32768x1024", "--missing", "--candidates", "cuda,Liger", **rows),
+        measure("decode", 20, "decode/*", "--missing", cuda=("cuda-decode",), **attention),
+        measure(
+            "bert", 30, "inference/bert-base-bf16-ragged-256", "--missing", "--candidates", "accelerate", **attention
+        ),
+    ]
+    if call == "first":
+        return [build, smoke, cuda_tests, *decisive, triton_tests, ledger]
+    if call == "second":
+        compiled = "attention-*ward/bf16-b4-s4096*,t5-bias-*s2048,norm-*layer-norm-32768x1024"
+        return [
+            build, smoke, cuda_tests, triton_tests, ledger, *decisive,
+            Step("memcheck", 60, ("benchmarks/flight.py", "memcheck")),
+            measure("attention", 60, "attention-*,t5-bias-*", *peers, cuda=backward, **attention),
+            measure("rows", 40, "norm-*,cross-entropy/*", "--missing", "--candidates", "cuda,Liger", **rows),
+            measure("compiled", 50, compiled, "--slow", cuda=backward, **attention),
+            test("models", 40, "models"),
+            Step("ledger", 10, ledger.command, always=True),
+            measure("training", 30, "training/bert-base-*", "--missing", **attention),
+        ]  # fmt: skip
+    if call == "tune":
+        tiles = str(results / "tiles.json")
+        command = ("benchmarks/tune.py", "--few", "--seconds", "110", "--output", tiles)
+        return [Step("tune", 120, command, ("triton-attention",))]
+    raise ValueError(f"gpu.sh: wanted pack, first, second or tune, got {call!r}")
+
+
+class State:
+    """What is done, in a file that is always whole."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.file = folder / "state.json"
+        self.steps: dict[str, dict] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self.steps = json.loads(self.file.read_text())
+
+    def note(self, name: str, **what) -> None:
+        self.steps[name] = what
+        replace(self.file, json.dumps(self.steps, indent=1).encode())
+
+    def done(self, name: str) -> bool:
+        return self.steps.get(name, {}).get("status") == 0
+
+
+def replace(file: pathlib.Path, content: bytes) -> bool:
+    """Writes the file whole or not at all. False, and a line on stderr, where the disk is full."""
+    fresh = file.with_name(f"{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_bytes(content)
+        os.replace(fresh, file)
+    except OSError as error:
+        print(f"flight: {file} was not written: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def shortened(content: bytes) -> bytes:
+    half = LONGEST_LOG // 2
+    return content if len(content) <= LONGEST_LOG else content[:half] + b"\n[...]\n" + content[-half:]
+
+
+def pack(folders: Sequence[pathlib.Path], target: pathlib.Path) -> bool:
+    """Everything of value in one file, with paths from the project's root; logs first, shortened. Built in memory:
+    a full disk loses at most the newest."""
+    buffer, left = io.BytesIO(), LARGEST
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
+        found = (p for folder in folders for p in folder.rglob("*") if "triton-cache" not in p.parts and p.is_file())
+        files = sorted(found, key=_size)
+        for path in files:
+            try:
+                content = path.read_bytes()
+            except OSError:  # gone meanwhile
+                continue
+            if path.suffix in (".log", ".jsonl", ".txt"):
+                content = shortened(content)
+            if path.suffix in (".gz", ".new", ".so") or len(content) > left // 2:
+                continue
+            left -= len(content) // 3  # text packs better than that
+            entry = tarfile.TarInfo(path.as_posix().lstrip("/"))
+            entry.size, entry.mtime = len(content), int(time.time())
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.tell() <= LARGEST and replace(target, buffer.getvalue())
+
+
+def _size(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def end(process: subprocess.Popen) -> None:
+    """The process and all that it started, in a group of its own."""
+    for sign, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+    process.poll()
+
+
+def run(step: Step, limit: float, log: pathlib.Path, python: str, meanwhile: Callable[[], object]) -> int:
+    """The step's exit status, 124 where it was ended at its limit. Its output goes to the log and its last lines here.
+    Every PACKING seconds `meanwhile` is called."""
+    end_at, next_packing = time.monotonic() + limit, time.monotonic() + PACKING
+    try:
+        output = open(log, "ab", buffering=0)  # noqa: SIM115 - closed below; where there is no room, nothing is kept
+    except OSError as error:
+        print(f"flight: no log: {error}", file=sys.stderr)
+        output = open(os.devnull, "ab", buffering=0)  # noqa: SIM115
+    with output:
+        process = subprocess.Popen(
+            [python, *step.command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            while time.monotonic() < end_at:
+                try:
+                    return process.wait(min(0.5, max(0.01, end_at - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    pass
+                if time.monotonic() >= next_packing:
+                    meanwhile()
+                    next_packing = time.monotonic() + PACKING
+            return 124
+        finally:
+            end(process)
+
+
+def not_passed(stages: Sequence[str], smoke: pathlib.Path) -> list[str]:
+    """The smokes of these stages that have not passed; with no smoke results at all, none is missed."""
+    try:
+        found = json.loads(smoke.read_text())
+    except (OSError, ValueError):
+        return []
+    return [name for stage in stages for name in SMOKES[stage] if name in found and not found[name]["passed"]]
+
+
+def fit(step: Step, smoke: pathlib.Path) -> Step | list[str]:
+    """The step without our candidates and the groups of tests whose kernels have not passed; or, where nothing is left
+    of it, what has not."""
+    unfit = not_passed(step.stages, smoke)
+    if unfit:
+        return unfit
+    names = [name for name, stages in step.ours if not_passed(stages, smoke)]
+    more = ("--without", ",".join(names)) if names else ()
+    groups = tuple(name for name, stages in step.groups if not not_passed(stages, smoke))
+    if step.groups and not groups:
+        return [name for _, stages in step.groups for name in not_passed(stages, smoke)]
+    return step._replace(command=(*step.command, *more, *groups))
+
+
+def fly(call: str, steps: Sequence[Step], folders: Sequence[pathlib.Path], target: pathlib.Path, python: str,
+        seconds: float = CALL) -> int:  # fmt: skip
+    """Runs the steps that are not done, as far as the time goes; 0 when all were run and passed."""
+    started, failed = time.monotonic(), 0
+    state = State(STATE)
+    with contextlib.suppress(OSError):
+        (STATE / "logs").mkdir(parents=True, exist_ok=True)
+
+    def packed():
+        return pack([STATE, *folders], target)
+
+    for step in steps:
+        left = seconds - (time.monotonic() - started)
+        key = step.name
+        if state.done(key) and not step.always:
+            print(f"== {step.name}: done before", flush=True)
+            continue
+        if left < min(5.0, step.seconds):
+            print(f"== {step.name}: no time left", flush=True)
+            failed = 1
+            continue
+        fitted = fit(step, STATE / "smoke.json")
+        if isinstance(fitted, list):
+            print(f"== {step.name}: left out, {', '.join(fitted)} did not pass the smoke", flush=True)
+            state.note(key, status="left out", why=fitted, call=call)
+            failed = 1
+            continue
+        state.note(key, status="running", call=call)
+        begun, status, attempt = time.monotonic(), GPU_LOST, 0
+        while status == GPU_LOST and attempt < ATTEMPTS:
+            rest = min(step.seconds - (time.monotonic() - begun), seconds - (time.monotonic() - started))
+            log = STATE / "logs" / f"{step.name}.log"
+            status = run(fitted, max(1.0, rest), log, python, packed)
+            attempt += 1
+        taken = time.monotonic() - begun
+        state.note(key, status=status, seconds=round(taken, 1), call=call)
+        print(f"== {step.name}: exit {status} after {taken:.0f} s", flush=True)
+        _tail(STATE / "logs" / f"{step.name}.log")
+        failed |= status != 0
+        packed()
+    packed()
+    print(f"== results: {target}", flush=True)
+    return int(bool(failed))
+
+
+def _tail(log: pathlib.Path, lines: int = 12) -> None:
+    try:
+        text = log.read_text(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return
+    print("\n".join(f"   {line[:200]}" for line in text), flush=True)
+
+
+def environment(out: pathlib.Path) -> dict[str, str]:
+    """Of the steps: what the kit brings, and nothing that waits for a network."""
+    carried = {"HF_HUB_OFFLINE": "1", "TRITON_CACHE_DIR": str(STATE.resolve() / "triton-cache"), "OMP_NUM_THREADS": "2"}
+    commit = KIT / "commit"
+    if commit.exists():
+        carried["TRANSFORMER_FAST_COMMIT"] = commit.read_text().strip()
+    packages = [p for p in sorted((KIT / "packages").glob("*")) if importlib.util.find_spec(p.name) is None]
+    paths = [os.environ.get("PYTHONPATH", ""), *(str(p.resolve()) for p in packages)]
+    return {**carried, "OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def unpack_kit() -> None:
+    """The library into its place, and the Triton cache where Triton may write to it too."""
+    library, cache = ROOT / "transformer_fast" / "_C.abi3.so", STATE / "triton-cache"
+    carried = KIT / library.name
+    try:
+        if carried.exists() and not (library.exists() and filecmp.cmp(carried, library, shallow=False)):
+            replace(library, carried.read_bytes())
+        if (KIT / "triton-cache.tar.gz").exists() and not cache.exists():
+            fresh = cache.with_name("triton-cache.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            with tarfile.open(KIT / "triton-cache.tar.gz") as tar:
+                tar.extractall(fresh, filter="data")
+            os.replace(fresh, cache)
+    except (OSError, tarfile.TarError) as error:
+        print(f"flight: the kit was not unpacked: {error}", file=sys.stderr)
+
+
+def build() -> int:
+    """A library with CUDA code, where none was carried: of this GPU's architecture alone."""
+    from transformer_fast.backends import cuda, native
+
+    if not native.load() and cuda.architectures():
+        print("the library has code for", *cuda.architectures())
+        return 0
+    print(native.load() or "the library has no CUDA code", "- building", flush=True)
+    return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]).returncode
+
+
+def memcheck() -> int:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not on PATH: memory is not checked")
+        return 0
+    # Inside the blocks of torch's caching allocator it would see nothing.
+    settings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "benchmarks/sanitize.py", "--cuda"]
+    return subprocess.run(command, env=settings).returncode
+
+
+def results_folder() -> pathlib.Path:
+    """benchmarks/results/<device>/<date>-<commit>, the same in every call; found by a process of its own, as torch may
+    hang or crash."""
+    noted = STATE / "folder"
+    if noted.exists():
+        return pathlib.Path(noted.read_text().strip())
+    ask = "from transformer_fast.benchmarks.results import machine, result_folder as f; print(f(machine('cuda')))"
+    try:
+        found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
+        text = found.stdout.strip().splitlines()[-1] if found.returncode == 0 else ""
+    except (subprocess.TimeoutExpired, IndexError):
+        text = ""
+    unknown = ROOT / "benchmarks/results/cuda-unknown" / time.strftime("%Y-%m-%d")
+    folder = pathlib.Path(text).resolve() if text else unknown
+    folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    if text:
+        replace(noted, str(folder).encode())
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("call", choices=("pack", "first", "second", "tune", "build", "memcheck"))
+    parser.add_argument("--seconds", type=float, default=CALL, help="of the call (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    os.chdir(ROOT)
+    if options.call == "build":
+        return build()
+    if options.call == "memcheck":
+        return memcheck()
+    if options.call == "pack":
+        from flight_kit import make  # beside this file
+
+        return make(KIT)
+    out = pathlib.Path(os.environ.get("OUT") or STATE).resolve()
+    started = time.monotonic()
+    with contextlib.suppress(OSError):
+        STATE.mkdir(parents=True, exist_ok=True)
+    os.environ.update(environment(out))
+    # Whatever hangs, the call ends: the packed results are written all along.
+    last = threading.Timer(options.seconds + 10, os._exit, [124])
+    last.daemon = True
+    last.start()
+    unpack_kit()
+    folder = results_folder()
+    steps = plan(options.call, folder)
+    python = os.environ.get("FLIGHT_PYTHON", sys.executable)
+    left = options.seconds - (time.monotonic() - started)
+    status = fly(options.call, steps, [folder], out / "flight.tar.gz", python, left)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+#include <string>
+#include <vector>
+
+#include "cpu/kernels_int8.hpp"
+#include "tensors.hpp"
+
+namespace tf {
+namespace {
+
+using OptionalTensors = std::vector<OptionalTensor>;
+
+#define TF_DECLARE_INT8(isa) extern const Int8Kernels int8_kernels_##isa;
+}  // namespace
+TF_INT8_ISA_LIST(TF_DECLARE_INT8)
+static const Int8Kernels* active_int8 = &int8_kernels_baseline;
+const Int8Kernels& int8_kernels() { return *active_int8; }
+namespace {
+
+void cpu_set_int8_isa(std::string name) {
+#define TF_SELECT_INT8(isa)              \
+  if (name == #isa) {                    \
+    active_int8 = &int8_kernels_##isa;   \
+    return;                              \
+  }
+  TF_INT8_ISA_LIST(TF_SELECT_INT8)
+  STD_TORCH_CHECK(false, "transformer_fast: no int8 kernels were compiled for instruction set ", name);
+}
+
+// Those that were compiled and that the processor has, narrowest first: "baseline avx2 ...".
+std::string cpu_int8_isas() {
+  std::string found = "baseline";
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) found += " avx2";
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found += " avx_vnni";
+  if (avx512) found += " avx512";
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found += " avx512_vnni";
+#endif
+  return found;
+}
+
+void quantize_weight(Tensor weight, int64_t group, Tensor q, Tensor scale) {
+  QuantizeWeight a{};
+  a.dtype = dtype_of(weight);
+  a.weight = read(weight);
+  a.q = write<int8_t>(q);
+  a.scale = write<float>(scale);
+  a.out = weight.size(0);
+  a.in = weight.size(1);
+  a.group = group;
+  a.out_stride = weight.stride(0);
+  a.in_stride = weight.stride(1);
+  int8_kernels().quantize_weight(a);
+}
+
+void pack_int8(Tensor weight, Tensor scale, int64_t group, Tensor packed) {
+  PackInt8 a{};
+  a.weight = read<int8_t>(weight);
+  a.scale = read<float>(scale);
+  a.packed = write<int8_t>(packed);
+  a.out = weight.size(0);
+  a.in = weight.size(1);
+  a.group = group;
+  int8_kernels().pack(a);
+}
+
+void unpack_int8(Tensor packed, int64_t group, Tensor weight, Tensor scale) {
+  UnpackInt8 a{};
+  a.packed = read<int8_t>(packed);
+  a.weight = write<int8_t>(weight);
+  a.scale = write<float>(scale);
+  a.out = weight.size(0);
+  a.in = weight.size(1);
+  a.group = group;
+  int8_kernels().unpack(a);
+}
+
+Int8Weight weight_of(const OptionalTensor& packed, const OptionalTensor& bias, int64_t out, int64_t in, int64_t group) {
+  Int8Weight w{};
+  if (!packed.has_value()) return w;
+  STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Char && packed->size(0) == (out + kPanel - 1) / kPanel &&
+                      packed->size(1) == int8_panel_bytes(in, group),
+                  "packed: wanted int8 panels of a weight (", out, ", ", in, ") in groups of ", group);
+  w.panels = read<int8_t>(*packed);
+  w.bias = read<float>(bias);
+  w.out = out;
+  w.in = in;
+  w.group = group;
+  return w;
+}
+
+void int8_linear(Tensor x, OptionalTensors packed, OptionalTensors biases, std::vector<int64_t> outs, int64_t group,
+                 int64_t activation, Tensor y) {
+  Int8Weight weights[3];
+  STD_TORCH_CHECK(!outs.empty() && outs.size() <= 3, "packed: wanted one to three weights, got ", outs.size());
+  Int8Linear a{};
+  a.x_dtype = dtype_of(x);
+  a.y_dtype = dtype_of(y);
+  a.x = read(x);
+  a.y = write(y);
+  a.rows = x.size(0);
+  a.x_stride = x.stride(0);
+  a.y_stride = y.stride(0);
+  for (size_t i = 0; i < outs.size(); ++i) weights[i] = weight_of(packed[i], biases[i], outs[i], x.size(1), group);
+  a.weights = weights;
+  a.count = int64_t(outs.size());
+  a.has_activation = activation >= 0;
+  a.activation = Activation(activation >= 0 ? activation : 0);
+  int8_kernels().linear(a);
+}
+
+void int8_block(Tensor context, Tensor residual, OptionalTensors packed, OptionalTensors biases, int64_t feed_forward,
+                int64_t group, OptionalTensors norms, std::vector<double> eps, bool rms, int64_t activation, Tensor y) {
+  Int8Block a{};
+  a.dtype = dtype_of(residual);
+  a.context_dtype = dtype_of(context);
+  a.context = read(context);
+  a.residual = read(residual);
+  a.y = write(y);
+  a.rows = residual.size(0);
+  a.width = residual.size(1);
+  a.context_stride = context.stride(0);
+  a.residual_stride = residual.stride(0);
+  a.output = weight_of(packed[0], biases[0], a.width, context.size(1), group);
+  a.up = weight_of(packed[1], biases[1], feed_forward, a.width, group);
+  a.gate = weight_of(packed[2], biases[2], feed_forward, a.width, group);
+  a.down = weight_of(packed[3], biases[3], a.width, feed_forward, group);
+  a.attention_norm = {read<float>(norms[0]), read<float>(norms[1]), float(eps[0]), rms};
+  a.output_norm = {read<float>(norms[2]), read<float>(norms[3]), float(eps[1]), rms};
+  a.activation = Activation(activation);
+  int8_kernels().block(a);
+}
+
+}  // namespace
+}  // namespace tf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
+  m.def("cpu_set_int8_isa(str name) -> ()");
+  m.def("cpu_int8_isas() -> str");
+  // weight: (out, in), any strides; q: int8 (out, in); scale: float32 (out, groups); all contiguous.
+  m.def("cpu_quantize_weight(Tensor weight, int group, Tensor(a!) q, Tensor(b!) scale) -> ()");
+  m.def("cpu_pack_int8(Tensor weight, Tensor scale, int group, Tensor(a!) packed) -> ()");
+  m.def("cpu_unpack_int8(Tensor packed, int group, Tensor(a!) weight, Tensor(b!) scale) -> ()");
+  // x, y, context, residual: (rows, ...), last stride 1; biases and norms float32. activation -1: none.
+  m.def(
+      "cpu_int8_linear(Tensor x, Tensor?[] packed, Tensor?[] biases, int[] outs, int group, int activation, "
+      "Tensor(a!) y) -> ()");
+  m.def(
+      "cpu_int8_block(Tensor context, Tensor residual, Tensor?[] packed, Tensor?[] biases, int feed_forward, int group, "
+      "Tensor?[] norms, float[] eps, bool rms, int activation, Tensor(a!) y) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_set_int8_isa", TORCH_BOX(&tf::cpu_set_int8_isa));
+  m.impl("cpu_int8_isas", TORCH_BOX(&tf::cpu_int8_isas));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_quantize_weight", TORCH_BOX(&tf::quantize_weight));
+  m.impl("cpu_pack_int8", TORCH_BOX(&tf::pack_int8));
+  m.impl("cpu_unpack_int8", TORCH_BOX(&tf::unpack_int8));
+  m.impl("cpu_int8_linear", TORCH_BOX(&tf::int8_linear));
+  m.impl("cpu_int8_block", TORCH_BOX(&tf::int8_block));
+}

@@ -1,0 +1,232 @@
+// Quantising rows, and the product of some of them with panels of an int8 weight (linear_int8.hpp).
+#pragma once
+#include "linear_int8.hpp"
+#include "simd.hpp"
+
+namespace tf::TF_ISA {
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows held in registers: 2 kInt8Rows accumulators
+#else
+constexpr int kInt8Rows = kWidth == 16 ? 8 : 4;
+#endif
+
+typedef uint8_t VecB __attribute__((vector_size(kWidth)));
+
+// A value that has been rounded: nothing is contracted across.
+static inline Vec rounded(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  volatile Vec kept = v;
+  v = kept;
+#endif
+  return v;
+}
+
+static inline VecI to_nearest(Vec v) {
+#if defined(__AVX512F__)
+  return bit_cast<VecI>(_mm512_maskz_cvtps_epi32(0xffff, bit_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<VecI>(_mm256_cvtps_epi32(bit_cast<__m256>(v)));
+#else
+  return __builtin_convertvector((rounded(v) + 12582912.f) - 12582912.f, VecI);  // |v| < 2^22
+#endif
+}
+
+// The least of 0..255 that v is not under, and so the other way, as bytes.
+static inline void store_clamped(uint8_t* to, VecI v) {
+#if defined(__AVX512F__)
+  const __m512i least = _mm512_maskz_max_epi32(0xffff, bit_cast<__m512i>(v), bit_cast<__m512i>(VecI{}));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtusepi32_epi8(0xffff, least));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_packs_epi32(bit_cast<__m256i>(v), bit_cast<__m256i>(v));
+  const __m256i bytes = _mm256_packus_epi16(words, words);
+  const int32_t low = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
+  const int32_t high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
+  __builtin_memcpy(to, &low, 4);
+  __builtin_memcpy(to + 4, &high, 4);
+#else
+  v = v < 0 ? VecI{} : v;
+  v = v > 255 ? broadcast_i(255) : v;
+  const VecB bytes = __builtin_convertvector(v, VecB);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+#endif
+}
+
+// The largest lanes of a and b.
+static inline void largest_of(Vec a, Vec b, float& of_a, float& of_b) {
+  typedef float Quad __attribute__((vector_size(16)));
+  typedef int32_t QuadI __attribute__((vector_size(16)));
+  const auto larger = [](Quad x, Quad y) { return x > y ? x : y; };
+  Quad p[kWidth / 4], q[kWidth / 4];
+  __builtin_memcpy(p, &a, sizeof a);
+  __builtin_memcpy(q, &b, sizeof b);
+#pragma GCC unroll 2
+  for (int n = kWidth / 8; n > 0; n /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < n; ++i) {
+      p[i] = larger(p[i], p[i + n]);
+      q[i] = larger(q[i], q[i + n]);
+    }
+  const QuadI low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
+  const Quad both = larger(__builtin_shuffle(p[0], q[0], low), __builtin_shuffle(p[0], q[0], high));
+  of_a = both[0] > both[1] ? both[0] : both[1];
+  of_b = both[2] > both[3] ? both[2] : both[3];
+}
+
+// acc[lane] += the sum of 4 products u8 x int8 of a lane.
+static inline VecI dot4(VecI acc, VecI u, VecI w) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+  return bit_cast<VecI>(_mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(u), bit_cast<__m512i>(w)));
+#elif defined(__AVXVNNI__)
+  return bit_cast<VecI>(
+      _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(acc), bit_cast<__m256i>(u), bit_cast<__m256i>(w)));
+#else
+  // Bytes 0 and 2, and 1 and 3, as 16-bit numbers: the instruction that multiplies bytes would saturate.
+  typedef int16_t VecS __attribute__((vector_size(kWidth * 4)));
+  typedef uint16_t VecW __attribute__((vector_size(kWidth * 4)));
+  const VecS w_even = bit_cast<VecS>(bit_cast<VecW>(w) << 8) >> 8, w_odd = bit_cast<VecS>(w) >> 8;
+  const VecS u_even = bit_cast<VecS>(u & 0x00ff00ff), u_odd = bit_cast<VecS>(bit_cast<VecW>(u) >> 8);
+#if defined(__AVX512F__)
+  const auto multiply = [](VecS a, VecS b) {
+    return bit_cast<VecI>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  };
+#elif defined(__AVX2__)
+  const auto multiply = [](VecS a, VecS b) {
+    return bit_cast<VecI>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+  };
+#elif defined(__SSE2__)
+  const auto multiply = [](VecS a, VecS b) {
+    typedef short V8 __attribute__((vector_size(16)));
+    return bit_cast<VecI>(__builtin_ia32_pmaddwd128(bit_cast<V8>(a), bit_cast<V8>(b)));
+  };
+#else
+  const auto multiply = [](VecS a, VecS b) {
+    VecI sums;
+    for (int i = 0; i < kWidth; ++i) sums[i] = int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
+    return sums;
+  };
+#endif
+  return acc + multiply(u_even, w_even) + multiply(u_odd, w_odd);
+#endif
+}
+
+// Rows in u8: values (rows, stride), and of each row's groups scale and zero point (rows, groups).
+struct Int8Rows {
+  uint8_t* values;
+  float *scale, *zero;
+  int64_t stride, groups;
+
+  Int8Rows from(int64_t row) const {
+    return {values + row * stride, scale + row * groups, zero + row * groups, stride, groups};
+  }
+};
+// A stride that is no power of two: rows would meet in one set of the cache. A vector may be written past the end.
+static inline int64_t int8_row_stride(int64_t in) { return (in + 127) / 64 * 64; }
+
+// x, n <= group of them -> u8 with scale and zero point. What is not finite makes the scale NaN, and so the results.
+template <class T>
+static inline void quantize_group(const T* x, int64_t n, uint8_t* to, float& scale, float& zero) {
+  Vec low = {}, high = {}, odd = {};
+  for_columns(n, [&](int64_t c, auto part) {
+    const Vec v = load(x + c, part);
+    low = min(v, low);
+    high = max(v, high);
+    odd = fma(v, Vec{}, odd);
+  });
+  float top, bottom;
+  largest_of(high, -low, top, bottom);
+  const float least = -bottom, range = top - least;
+  const bool some = range > 1e-30f;
+  const float inverse = some ? 255.f / range : 0.f;
+  zero = __builtin_rintf(-least * inverse);
+  if (zero != zero) zero = 0.f;
+  scale = (some ? range / 255.f : 0.f) + sum(odd);
+  const VecI shift = broadcast_i(int32_t(zero));
+  for_columns(n, [&](int64_t c, auto part) {
+    store_clamped(to + c, to_nearest(load(x + c, part) * inverse) + shift);
+  });
+}
+
+template <class T>
+static inline void quantize_row(const T* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row) {
+  const Int8Rows r = to.from(row);
+  int64_t g = 0;
+  for (int64_t c = 0; c < n; c += group, ++g)
+    quantize_group(x + c, n - c < group ? n - c : group, r.values + c, r.scale[g], r.zero[g]);
+}
+
+static inline int32_t load_four(const uint8_t* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
+
+// out (M, 32) (+)= x (M, 4 depth) times one group of a panel. Rows are found through every third one.
+template <int M, bool First>
+static void multiply_group(const Int8Rows& x, const int8_t* w, int64_t depth, float* out, int64_t ldo) {
+  for (int c = 0; c < kPanel; c += 2 * kWidth) {
+    VecI acc[M][2] = {};
+    const uint8_t* base[(M + 2) / 3];
+#pragma GCC unroll 4
+    for (int i = 0; i < (M + 2) / 3; ++i) base[i] = x.values + 3 * i * x.stride;
+    const int8_t* p = w + 4 * c;
+    for (int64_t k = 0; k < depth; ++k, p += 4 * kPanel) {
+      __builtin_prefetch(p + 4096);
+      __builtin_prefetch(p + 4096 + 64);
+      VecI w0, w1;
+      __builtin_memcpy(&w0, p, sizeof w0);
+      __builtin_memcpy(&w1, p + 4 * kWidth, sizeof w1);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const VecI u = broadcast_i(load_four(base[m / 3] + m % 3 * x.stride + 4 * k));
+        acc[m][0] = dot4(acc[m][0], u, w0);
+        acc[m][1] = dot4(acc[m][1], u, w1);
+      }
+    }
+    const char* tail = reinterpret_cast<const char*>(w + depth * 4 * kPanel) + c * sizeof(float);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i, tail += kWidth * sizeof(float)) {
+      Vec scales, sums;
+      __builtin_memcpy(&scales, tail, sizeof scales);
+      __builtin_memcpy(&sums, tail + kScaleSlots, sizeof sums);
+      float* to = out + c + i * kWidth;
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m, to += ldo) {
+        const Vec exact = __builtin_convertvector(acc[m][i], Vec) - x.zero[m * x.groups] * sums;
+        const Vec v = rounded(exact * x.scale[m * x.groups] * scales);
+        store(to, First ? v : load(to) + v);
+      }
+    }
+  }
+}
+
+template <int M>
+static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t* w, int64_t depth, float* out,
+                           int64_t ldo) {
+  if (rows >= M)
+    return first ? multiply_group<M, true>(x, w, depth, out, ldo) : multiply_group<M, false>(x, w, depth, out, ldo);
+  if constexpr (M > 1) multiply_group<M - 1>(rows, first, x, w, depth, out, ldo);
+}
+
+// out (rows, 32 count), ldo apart, = x W^T of the columns from 32 panel on.
+static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count, float* out,
+                          int64_t ldo) {
+  const int64_t bytes = int8_panel_bytes(w.in, w.group);
+  for (int64_t p = 0; p < count; ++p) {
+    const int8_t* from = w.panels + (panel + p) * bytes;
+    for (int64_t k = 0, g = 0; k < w.in; k += w.group, ++g) {
+      const int64_t depth = int8_depth(w.in - k < w.group ? w.in - k : w.group) / 4;
+      const Int8Rows part{x.values + k, x.scale + g, x.zero + g, x.stride, x.groups};
+      for (int64_t r = 0; r < rows; r += kInt8Rows)
+        multiply_group<kInt8Rows>(int(rows - r < kInt8Rows ? rows - r : kInt8Rows), g == 0, part.from(r), from, depth,
+                                  out + r * ldo + p * kPanel, ldo);
+      from += depth * 4 * kPanel + 2 * kScaleSlots;
+    }
+  }
+}
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,291 @@
+// Products in int8 with everything around them: a thread takes some rows, quantises them, and finishes what it has
+// multiplied while that is in the cache.
+#include "activation_math.hpp"
+#include "int8_rows.hpp"
+#include "kernels_int8.hpp"
+#include "parallel.hpp"
+
+namespace tf::TF_ISA {
+namespace {
+
+constexpr int64_t kBlock = 48;               // rows that are taken together
+constexpr int64_t kColumns = 4 * kPanel;     // columns that are finished together
+
+// Pieces of one scratch buffer.
+struct Pieces {
+  char* next;
+  static int64_t bytes(int64_t n) { return (n + 63) / 64 * 64; }
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next);
+    next += bytes(count * int64_t(sizeof(T)));
+    return p;
+  }
+};
+
+int64_t rows_bytes(int64_t rows, int64_t in, int64_t group) {
+  return Pieces::bytes(rows * int8_row_stride(in)) + 2 * Pieces::bytes(rows * int8_groups(in, group) * 4);
+}
+Int8Rows take_rows(Pieces& from, int64_t rows, int64_t in, int64_t group) {
+  Int8Rows r;
+  r.stride = int8_row_stride(in);
+  r.groups = int8_groups(in, group);
+  r.values = from.take<uint8_t>(rows * r.stride);
+  r.scale = from.take<float>(rows * r.groups);
+  r.zero = from.take<float>(rows * r.groups);
+  return r;
+}
+
+template <class F>
+void with_optional_activation(bool has, Activation activation, const F& f) {
+  if (!has) return f([](Vec v) { return v; });
+  with_activation(activation, [&](auto kind) {
+    f([](Vec v) {
+      Vec y, slope;
+      decltype(kind)::compute(v, y, slope);
+      return y;
+    });
+  });
+}
+
+// f(column, columns, sums (rows, kColumns)) for the columns [begin, end) of x W^T, begin a multiple of kColumns.
+template <class F>
+void for_products(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t begin, int64_t end, float* sums,
+                  const F& f) {
+  for (int64_t c = begin; c < end; c += kColumns) {
+    const int64_t n = end - c < kColumns ? end - c : kColumns;
+    multiply_int8(w, x, rows, c / kPanel, (n + kPanel - 1) / kPanel, sums, kColumns);
+    f(c, n, static_cast<const float*>(sums));
+  }
+}
+
+template <class Y>
+void linear_columns(const Int8Linear& a, const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows,
+                    int64_t begin, int64_t end, int64_t at, float* sums) {
+  for_products(w, x, rows, begin, end, sums, [&](int64_t c, int64_t n, const float* from) {
+    with_optional_activation(a.has_activation, a.activation, [&](auto act) {
+      for (int64_t m = 0; m < rows; ++m, from += kColumns) {
+        Y* y = static_cast<Y*>(a.y) + (row + m) * a.y_stride + at + c;
+        for_columns(n, [&](int64_t i, auto part) {
+          Vec v = load(from + i);
+          if (w.bias) v = v + load(w.bias + c + i, part);
+          store(y + i, act(v), part);
+        });
+      }
+    });
+  });
+}
+
+// v (n) -> its norm, in place.
+void norm_row(const Int8Norm& a, float* v, int64_t n) {
+  const float inverse = 1.f / float(n);
+  float mean = 0.f, variance;
+  if (a.rms) {
+    variance = inverse * sum(sum_columns(n, [&](int64_t c, auto part) {
+                 const Vec x = load(v + c, part);
+                 return x * x;
+               }));
+  } else {
+    mean = inverse * sum(sum_columns(n, [&](int64_t c, auto part) { return load(v + c, part); }));
+    variance = inverse * sum(sum_columns(n, [&](int64_t c, auto part) {
+                 const Vec d = load(v + c, part, mean) - mean;
+                 return d * d;
+               }));
+  }
+  const float rstd = 1.f / __builtin_sqrtf(variance + a.eps);
+  for_columns(n, [&](int64_t c, auto part) {
+    Vec x = (load(v + c, part) - mean) * rstd;
+    if (a.weight) x = x * load(a.weight + c, part);
+    if (a.bias) x = x + load(a.bias + c, part);
+    store(v + c, x, part);
+  });
+}
+
+template <class T>
+class Block {
+ public:
+  explicit Block(const Int8Block& a) : a_(a) {
+    inner_ = round_up_to(a.up.out, kColumns);
+    Pieces p{static_cast<char*>(tf_scratch(
+        0, rows_bytes(kBlock, a.output.in, a.output.group) + rows_bytes(kBlock, a.width, a.up.group) +
+               rows_bytes(kBlock, inner_, a.down.group) + (a.gate.panels ? 2 : 1) * Pieces::bytes(kBlock * kColumns * 4) +
+               2 * Pieces::bytes(kBlock * width() * 4)))};
+    context_ = take_rows(p, kBlock, a.output.in, a.output.group);
+    x_ = take_rows(p, kBlock, a.width, a.up.group);
+    activated_ = take_rows(p, kBlock, inner_, a.down.group);
+    activated_.groups = int8_groups(a.down.in, a.down.group);
+    sums_ = p.take<float>(kBlock * kColumns);
+    gates_ = a.gate.panels ? p.take<float>(kBlock * kColumns) : nullptr;
+    residual_ = p.take<float>(kBlock * width());
+    normed_ = p.take<float>(kBlock * width());
+  }
+
+  void run(int64_t row, int64_t rows) {
+    after_attention(row, rows);
+    const bool post = a_.attention_norm.eps >= 0.f;
+    for (int64_t m = 0; m < rows; ++m) {
+      float* r = residual_ + m * width();
+      if (post) {
+        norm_row(a_.attention_norm, r, a_.width);
+        quantize_row(r, a_.width, a_.up.group, x_, m);
+      } else {
+        float* y = normed_ + m * width();
+        __builtin_memcpy(y, r, size_t(a_.width) * 4);
+        norm_row(a_.output_norm, y, a_.width);
+        quantize_row(y, a_.width, a_.up.group, x_, m);
+      }
+    }
+    feed_forward(rows);
+    for_products(a_.down, activated_, rows, 0, a_.down.out, sums_, [&](int64_t c, int64_t n, const float* from) {
+      for (int64_t m = 0; m < rows; ++m, from += kColumns) {
+        float* r = residual_ + m * width() + c;
+        T* y = static_cast<T*>(a_.y) + (row + m) * a_.width + c;
+        for_columns(n, [&](int64_t i, auto part) {
+          Vec v = load(from + i);
+          if (a_.down.bias) v = v + load(a_.down.bias + c + i, part);
+          v = v + load(r + i, part);
+          post ? store(r + i, v, part) : store(y + i, v, part);
+        });
+      }
+    });
+    if (!post) return;
+    for (int64_t m = 0; m < rows; ++m) {
+      float* r = residual_ + m * width();
+      norm_row(a_.output_norm, r, a_.width);
+      T* y = static_cast<T*>(a_.y) + (row + m) * a_.width;
+      for_columns(a_.width, [&](int64_t i, auto part) { store(y + i, load(r + i, part), part); });
+    }
+  }
+
+ private:
+  static int64_t round_up_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+  int64_t width() const { return a_.width + kWidth; }
+
+  void after_attention(int64_t row, int64_t rows) {
+    const auto residual_of = [&](int64_t m) {
+      return static_cast<const T*>(a_.residual) + (row + m) * a_.residual_stride;
+    };
+    with_dtype(a_.context_dtype, [&](auto element) {
+      using C = decltype(element);
+      for (int64_t m = 0; m < rows; ++m)
+        quantize_row(static_cast<const C*>(a_.context) + (row + m) * a_.context_stride, a_.output.in, a_.output.group,
+                     context_, m);
+    });
+    for_products(a_.output, context_, rows, 0, a_.output.out, sums_, [&](int64_t c, int64_t n, const float* from) {
+      for (int64_t m = 0; m < rows; ++m, from += kColumns) {
+        const T* before = residual_of(m) + c;
+        float* r = residual_ + m * width() + c;
+        for_columns(n, [&](int64_t i, auto part) {
+          Vec v = load(from + i);
+          if (a_.output.bias) v = v + load(a_.output.bias + c + i, part);
+          store(r + i, v + load(before + i, part), part);
+        });
+      }
+    });
+  }
+
+  // act(up(x)) [* gate(x)], quantised as soon as a group of it is there.
+  void feed_forward(int64_t rows) {
+    const int64_t group = a_.down.group;  // divides kColumns
+    with_activation(a_.activation, [&](auto kind) {
+      for_products(a_.up, x_, rows, 0, a_.up.out, sums_, [&](int64_t c, int64_t n, const float* from) {
+        if (gates_) multiply_int8(a_.gate, x_, rows, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kColumns);
+        for (int64_t m = 0; m < rows; ++m) {
+          float* row = sums_ + m * kColumns;
+          const float* gate = gates_ ? gates_ + m * kColumns : nullptr;
+          for_columns(n, [&](int64_t i, auto part) {
+            Vec v = load(row + i), y, slope;
+            if (a_.up.bias) v = v + load(a_.up.bias + c + i, part);
+            decltype(kind)::compute(v, y, slope);
+            if (gate) {
+              Vec g = load(gate + i);
+              if (a_.gate.bias) g = g + load(a_.gate.bias + c + i, part);
+              y = y * g;
+            }
+            store(row + i, y, part);
+          });
+          const Int8Rows to = activated_.from(m);
+          for (int64_t i = 0; i < n; i += group)
+            quantize_group(row + i, n - i < group ? n - i : group, to.values + c + i, to.scale[(c + i) / group],
+                           to.zero[(c + i) / group]);
+        }
+      });
+    });
+  }
+
+  const Int8Block& a_;
+  int64_t inner_;
+  Int8Rows context_, x_, activated_;
+  float *sums_, *gates_, *residual_, *normed_;
+};
+
+// f(block of rows, part of `parts`) for all, whoever is free.
+template <class Make>
+void share_out(int64_t items, int64_t threads, const Make& make) {
+  int64_t next = 0;
+  if (threads > items) threads = items;
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    auto work = make();
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= items) return;
+      work(item);
+    }
+  });
+}
+
+}  // namespace
+
+void int8_linear(const Int8Linear& a) {
+  const Int8Weight& first = a.weights[0];
+  int64_t columns = 0, ends[4] = {};  // in units of kColumns
+  for (int64_t i = 0; i < a.count; ++i) ends[i] = columns += (a.weights[i].out + kColumns - 1) / kColumns;
+  const int64_t blocks = (a.rows + kBlock - 1) / kBlock, threads = tf_num_threads();
+  // A block of rows is one item where there are many; else its columns are shared out, and quantised by each thread.
+  int64_t parts = (4 * threads + blocks - 1) / blocks;
+  if (blocks >= 8 * threads) parts = 1;
+  if (parts > columns) parts = columns;
+  const double work = double(a.rows) * double(first.in) * double(columns * kColumns);
+  share_out(blocks * parts, work < 1e5 ? 1 : threads, [&] {
+    Pieces p{static_cast<char*>(
+        tf_scratch(0, rows_bytes(kBlock, first.in, first.group) + Pieces::bytes(kBlock * kColumns * 4)))};
+    const Int8Rows x = take_rows(p, kBlock, first.in, first.group);
+    float* sums = p.take<float>(kBlock * kColumns);
+    return [&a, &first, &ends, x, sums, columns, parts, here = int64_t(-1)](int64_t item) mutable {
+      const int64_t block = item / parts, part = item % parts, row = block * kBlock;
+      const int64_t rows = a.rows - row < kBlock ? a.rows - row : kBlock;
+      if (block != here)
+        with_dtype(a.x_dtype, [&](auto element) {
+          using T = decltype(element);
+          for (int64_t m = 0; m < rows; ++m)
+            quantize_row(static_cast<const T*>(a.x) + (row + m) * a.x_stride, first.in, first.group, x, m);
+        });
+      here = block;
+      const int64_t from = columns * part / parts, to = columns * (part + 1) / parts;
+      int64_t at = 0;
+      for (int64_t i = 0, before = 0; i < a.count; before = ends[i], at += a.weights[i].out, ++i) {
+        const int64_t begin = (from > before ? from - before : 0) * kColumns;
+        int64_t end = (to - before) * kColumns;
+        if (end > a.weights[i].out) end = a.weights[i].out;
+        if (begin >= end) continue;
+        with_dtype(a.y_dtype, [&](auto element) {
+          linear_columns<decltype(element)>(a, a.weights[i], x, row, rows, begin, end, at, sums);
+        });
+      }
+    };
+  });
+}
+
+void int8_block(const Int8Block& a) {
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    share_out((a.rows + kBlock - 1) / kBlock, tf_num_threads(), [&] {
+      return [&a, block = Block<T>(a)](int64_t item) mutable {
+        const int64_t row = item * kBlock;
+        block.run(row, a.rows - row < kBlock ? a.rows - row : kBlock);
+      };
+    });
+  });
+}
+
+}  // namespace tf::TF_ISA

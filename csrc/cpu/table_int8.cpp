@@ -1,0 +1,12 @@
+// Compiled once per instruction set of the int8 kernels.
+#include "kernels_int8.hpp"
+
+#define TF_CONCAT_(a, b) a##b
+#define TF_CONCAT(a, b) TF_CONCAT_(a, b)
+
+namespace tf {
+extern const Int8Kernels TF_CONCAT(int8_kernels_, TF_ISA);
+const Int8Kernels TF_CONCAT(int8_kernels_, TF_ISA) = {
+    TF_ISA::quantize_weight, TF_ISA::pack_int8, TF_ISA::unpack_int8, TF_ISA::int8_linear, TF_ISA::int8_block,
+};
+}  // namespace tf

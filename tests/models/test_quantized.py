@@ -1,0 +1,227 @@
+"""Models in int8: accuracy, every family, saving and loading, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from numerics import assert_as_accurate
+from torch import nn
+
+import transformer_fast as tf
+from transformer_fast.backends import eager_int8
+from transformer_fast.layers.quantized import Int8Linear
+
+LENGTHS = (9, 4, 1, 7)
+_WIDE = {
+    "vocab_size": 80,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 144,
+}
+_SEQ2SEQ = {
+    "vocab_size": 80, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 144, "decoder_ffn_dim": 144, "max_position_embeddings": 40,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": 80, "d_model": 64, "d_kv": 16, "d_ff": 144, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+_GPT = {"vocab_size": 80, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 40}
+FAMILIES = {
+    "bert": ("BertForMaskedLM", lambda: hf.BertConfig(**_WIDE)),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        lambda: hf.DistilBertConfig(vocab_size=80, dim=64, n_layers=2, n_heads=4, hidden_dim=144),
+    ),
+    "albert": ("AlbertForMaskedLM", lambda: hf.AlbertConfig(**_WIDE, embedding_size=64)),
+    "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**_GPT, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
+    "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: hf.OpenAIGPTConfig(**_GPT)),
+    "bart": ("BartForConditionalGeneration", lambda: hf.BartConfig(**_SEQ2SEQ)),
+    "marian": ("MarianMTModel", lambda: hf.MarianConfig(**_SEQ2SEQ, activation_function="swish")),
+    "t5": ("T5ForConditionalGeneration", lambda: hf.T5Config(**_T5)),
+    "t5-v1.1": (
+        "T5ForConditionalGeneration",
+        lambda: hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+    "transformer": (
+        "TransformerForConditionalGeneration",
+        lambda: tf.TransformerConfig(
+            vocab_size=80, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=144, decoder_ffn_dim=144,
+        ),
+    ),
+}  # fmt: skip
+GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "t5", "t5-v1.1", "transformer")
+
+
+def _model(family: str):
+    name, config = FAMILIES[family]
+    torch.manual_seed(1)
+    model = getattr(tf, name)(config()).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape) if p.dim() > 1 else p + 0.1 * torch.randn(p.shape))
+    return model
+
+
+def _inputs(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    ids = torch.randint(5, 80, mask.shape, generator=generator).masked_fill(~mask, 0)
+    found = {"input_ids": ids, "attention_mask": mask.long()}
+    if model.config.is_encoder_decoder:
+        found["decoder_input_ids"] = torch.randint(5, 80, (len(LENGTHS), 6), generator=generator)
+    return found, mask if "decoder_input_ids" not in found else torch.ones(len(LENGTHS), 6, dtype=torch.bool)
+
+
+class _Simulated(nn.Module):
+    """The definition of an int8 layer, in plain PyTorch."""
+
+    def __init__(self, of: Int8Linear):
+        super().__init__()
+        self.q, self.scale = of.int8_weight().parts()
+        self.weight, self.bias, self.group = self.q, of.bias, of.group
+
+    def forward(self, x):
+        y = eager_int8.int8_linear(x.reshape(-1, x.shape[-1]), self.q, self.scale, self.group)
+        return eager_int8.finish(y, self.bias, None, x.dtype).view(*x.shape[:-1], -1)
+
+
+def _simulated(model):
+    """The model with the definition in the place of each int8 layer: each is called as a module."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, Int8Linear):
+                parent._modules[name] = _Simulated(child)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_outputs_are_as_accurate_as_the_definition(family):
+    """Its own error, that of the quantisation, is all there is: not more than the same in plain PyTorch."""
+    model = _model(family)
+    inputs, real = _inputs(model)
+    truth = copy.deepcopy(model).double()(**inputs).logits[real]
+    found = tf.quantize(model, "int8")
+    assert found is model and not model.training
+    left = tf.quantized_modules(model).left
+    assert not left, left
+    logits = model(**inputs).logits[real]
+    assert_as_accurate(logits, truth, _simulated(model)(**inputs).logits[real])
+    assert not torch.equal(logits, truth.float())
+
+
+@pytest.mark.parametrize("family", GENERATING)
+@torch.no_grad()
+def test_generates(family):
+    model = tf.quantize(_model(family), "int8")
+    inputs, _ = _inputs(model)
+    prompt = {"input_ids": inputs["input_ids"][:1, :5]}
+    for options in ({}, {"num_beams": 3}):
+        found = model.generate(**prompt, max_new_tokens=8, do_sample=False, **options)
+        assert found.shape[0] == 1 and found.shape[1] > 1
+    # The likeliest token after each prefix, by the forward without a cache.
+    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+    start = 0 if model.config.is_encoder_decoder else 4
+    for end in range(start + 1, len(ids)):
+        given = {"decoder_input_ids": ids[None, :end]} if model.config.is_encoder_decoder else {}
+        logits = model(**(prompt | given if given else {"input_ids": ids[None, :end]})).logits[0, -1]
+        # Equal but for a rounding that turns over a step of the quantisation.
+        assert logits[ids[end]] >= logits.max() - 0.05 * logits.std()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@torch.no_grad()
+def test_saved_and_loaded(family, tmp_path):
+    model = _model(family)
+    cls, inputs = type(model), _inputs(model)[0]
+    model.save_pretrained(tmp_path / "float")
+    whole = sum(f.stat().st_size for f in (tmp_path / "float").glob("*.safetensors"))
+    logits = tf.quantize(model, "int8")(**inputs).logits
+    model.save_pretrained(tmp_path / "int8")
+    saved = sum(f.stat().st_size for f in (tmp_path / "int8").glob("*.safetensors"))
+    assert saved < 0.6 * whole
+    again = cls.from_pretrained(tmp_path / "int8")
+    assert torch.equal(again(**inputs).logits, logits)
+    assert torch.equal(copy.deepcopy(again)(**inputs).logits, logits)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    # Loaded in floating point, quantised on the way; and by Hugging Face's class.
+    on_the_way = cls.from_pretrained(tmp_path / "float", quantization_config=tf.Int8Config())
+    assert torch.equal(on_the_way(**inputs).logits, logits)
+    on_the_way.save_pretrained(tmp_path / "again")
+    assert torch.equal(cls.from_pretrained(tmp_path / "again")(**inputs).logits, logits)
+    theirs = getattr(hf, cls.__name__).from_pretrained(tmp_path / "int8")
+    assert any(isinstance(m, Int8Linear) for m in theirs.modules())
+    assert theirs(**inputs).logits.isfinite().all()
+
+
+def test_what_is_left_alone():
+    model = tf.BertForSequenceClassification(hf.BertConfig(**_WIDE, num_labels=3)).eval()
+    tf.quantize(model, "int8", skip=["bert.encoder.layer.1.output"], group=64)
+    left = tf.quantized_modules(model).left
+    assert left == {
+        "bert.pooler.dense": "it reads one position of each sequence",
+        "bert.encoder.layer.1.output.dense": "it is in skip",
+        "classifier": "it has 3 outputs, under 64",
+    }
+    assert model.bert.encoder.layer[0].output.dense.group == 64
+    with torch.no_grad():
+        assert model(**_inputs(model)[0]).logits.shape == (4, 3)
+
+
+def test_bad_input(tmp_path):
+    model = _model("bert")
+    with pytest.raises(ValueError, match="precision: wanted one of int8, bf16, got 'int4'"):
+        tf.quantize(model, "int4")
+    with pytest.raises(ValueError, match="skip: 'bert.encodr': no such module in BertForMaskedLM"):
+        tf.quantize(model, "int8", skip=["bert.encodr"])
+    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, got 100"):
+        tf.Int8Config(group=100)
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    kept = weight[2, 3].item()
+    with torch.no_grad():
+        weight[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"bert.encoder.layer.1.output.dense: weight: wanted finite numbers"):
+        tf.quantize(model, "int8")
+    assert not any(isinstance(m, Int8Linear) for m in model.modules())
+    with torch.no_grad():
+        weight[2, 3] = kept
+    tf.quantize(model, "int8")
+    with pytest.raises(ValueError, match="model: is quantised already"):
+        tf.quantize(model, "int8")
+    with pytest.raises(ValueError, match="an int8 model is for inference and cannot be trained"):
+        model.train()
+    with pytest.raises(ValueError, match="input: int8 weights have no gradient"):
+        model(inputs_embeds=torch.randn(1, 3, 64, requires_grad=True))
+
+
+def test_bfloat16_where_it_is_multiplied(monkeypatch):
+    from transformer_fast import quantization
+
+    monkeypatch.setattr(quantization.native, "current_isa", lambda: "avx512_bf16")
+    monkeypatch.setattr(quantization.native, "load", lambda: "")
+    assert tf.quantize(_model("bert"), "bf16").dtype == torch.bfloat16
+    monkeypatch.setattr(quantization.native, "current_isa", lambda: "avx2")
+    with pytest.warns(UserWarning, match="no instructions that multiply bfloat16"):
+        assert tf.quantize(_model("bert"), "bf16").dtype == torch.float32
+
+
+@torch.no_grad()
+def test_follows_the_model_about():
+    """Casts, copies and state dicts see the weight as it was given."""
+    model = tf.quantize(_model("bert"), "int8")
+    inputs = _inputs(model)[0]
+    logits = model(**inputs).logits
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    assert state["bert.encoder.layer.0.output.dense.weight"].shape == (64, 144)
+    model.load_state_dict(state)
+    assert torch.equal(model(**inputs).logits, logits)
+    model.to(torch.bfloat16)
+    assert model.bert.encoder.layer[0].output.dense.weight_scale.dtype == torch.float32
+    low = model(**inputs).logits
+    assert low.dtype == torch.bfloat16 and (low.float() - logits).std() < 0.05 * logits.std()

@@ -1,0 +1,43 @@
+"""The rotary embedding kernel, compiled for sm_80, 90, 100 and 120; needs no GPU."""
+
+import functools
+
+import pytest
+import torch
+import triton_aot
+
+SHAPES = {"llama": (128, 64), "neox": (64, 16), "odd": (80, 20)}  # width of a head, pairs that are rotated
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _launch(width, half, dtype, interleaved):
+    from transformer_fast.kernels.rotary import rotary
+
+    x = torch.empty(4, 1024, 12, width, dtype=dtype, device="meta")
+    table = torch.empty(1024, half, device="meta")
+    positions = torch.empty(4, 1024, dtype=torch.int64, device="meta")
+    rotary(x, table, table, positions, interleaved, False, x)
+
+
+def cases(arch: int, scope: str):
+    found = {}
+    for shape_name, (width, half) in SHAPES.items():
+        for dtype_name, dtype in DTYPES.items():
+            for interleaved in (False, True):
+                if scope != "test" or (dtype_name == "bfloat16" and shape_name == "llama"):
+                    name = f"{shape_name}, {dtype_name}{', interleaved' * interleaved}"
+                    found[name] = functools.partial(_launch, width, half, dtype, interleaved)
+    return found
+
+
+def check(report: dict) -> None:
+    triton_aot.assert_runs_well(report, registers=128)
+
+
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_compiles_for(arch):
+    found = triton_aot.aot_reports(__file__, arch)
+    assert {r["kernel"] for reports in found.values() for r in reports} == {"_rotary_kernel"}
+    for reports in found.values():
+        for report in reports:
+            check(report)

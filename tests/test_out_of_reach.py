@@ -1,0 +1,123 @@
+"""Checkpoints that are not there, are cut off, or are of no family here: said at once, by name, with what to do."""
+
+import argparse
+import socket
+import time
+
+import huggingface_hub
+import pytest
+import transformers
+from hf_models import ENCODERS
+
+import transformer_fast as tf
+from transformer_fast.demo.checkpoint import given
+from transformer_fast.models import _loading
+from transformer_fast.pipelines import factory
+
+
+@pytest.fixture(params=["offline", "no network"])
+def cut_off(request, monkeypatch):
+    """Without the hub; gives what the message says of it."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", request.param == "offline")
+
+    def refuse(address, timeout):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    return "HF_HUB_OFFLINE is set" if request.param == "offline" else "cannot be reached: [Errno -2] Name or service"
+
+
+@pytest.mark.parametrize("load", [tf.BertModel.from_pretrained, tf.AutoModel.from_pretrained, given])
+def test_a_name_that_only_the_hub_has(load, cut_off):
+    start = time.perf_counter()
+    with pytest.raises((OSError, argparse.ArgumentTypeError)) as error:
+        load("somebody/no-such-model")
+    assert time.perf_counter() - start < 5
+    assert "'somebody/no-such-model': there is no such folder" in str(error.value) and cut_off in str(error.value)
+    assert "run `hf download somebody/no-such-model`" in str(error.value)
+
+
+def test_a_pipeline_without_a_model(cut_off):
+    with pytest.raises(OSError) as error:
+        tf.pipeline("summarization")
+    assert str(error.value).startswith("model: none was given for 'summarization', and its default is out of reach: ")
+    assert "'sshleifer/distilbart-cnn-12-6'" in str(error.value) and cut_off in str(error.value)
+
+
+def test_a_cached_name_needs_no_network(monkeypatch, cut_off):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    _loading.need_hub("somebody/cached", {})
+
+
+def test_the_hub_is_left_to_a_proxy(monkeypatch, cut_off):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    _loading.need_hub("somebody/else", {})
+
+
+@pytest.mark.parametrize("name", ["./nosuch", "no such", "a/b/c"])
+def test_paths_that_are_not_there(name):
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no (such )?folder"):
+        given(name)
+
+
+@pytest.mark.parametrize("dropped", ["from_tf", "from_flax", "from_pt"])
+@pytest.mark.parametrize("load", [tf.BertModel.from_pretrained, tf.AutoModel.from_pretrained])
+def test_arguments_of_transformers_4(dropped, load):
+    with pytest.raises(ValueError, match=f"{dropped}: transformers 5 has PyTorch models alone"):
+        load("anything", **{dropped: True})
+
+
+def _missing(monkeypatch, *modules):
+    find = factory.importlib.util.find_spec
+    monkeypatch.setattr(
+        factory.importlib.util, "find_spec", lambda name, *a: None if name in modules else find("torch", *a)
+    )
+
+
+@pytest.mark.parametrize(
+    "modules, install",
+    [
+        (["sentencepiece", "google.protobuf"], "sentencepiece protobuf"),
+        (["google.protobuf"], "protobuf"),
+        (["sentencepiece"], "sentencepiece"),
+    ],
+)
+def test_packages_that_a_tokenizer_needs(modules, install, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("Converting from SentencePiece and Tiktoken failed; `tiktoken` is required")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    _missing(monkeypatch, *modules)
+    with pytest.raises(ImportError) as error:
+        factory._load_tokenizer("somewhere")
+    needed = install.replace(" ", " and ")
+    assert str(error.value) == f"somewhere: its tokenizer needs {needed}, not installed here: pip install {install}"
+
+
+@pytest.fixture
+def roberta(tmp_path):
+    ENCODERS["roberta"]().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_family_that_is_not_ours_is_transformers_own(roberta):
+    with pytest.warns(UserWarning, match="no class for model_type 'roberta'; transformers' own is used"):
+        model = tf.AutoModel.from_pretrained(roberta)
+    assert type(model) is transformers.RobertaModel and not tf.is_ours(model)
+    with pytest.warns(UserWarning, match="no class for model_type 'roberta'"):
+        headed = tf.AutoModelForSequenceClassification.from_config(model.config)
+    assert type(headed) is transformers.RobertaForSequenceClassification
+
+
+def test_a_cut_off_file_of_another_family_is_named(roberta):
+    file = roberta / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.warns(UserWarning), pytest.raises(ValueError) as error:
+        tf.AutoModel.from_pretrained(roberta)
+    assert str(error.value).startswith(f"{file}: is truncated or corrupt")
+    with pytest.raises(ValueError) as error:
+        tf.pipeline("feature-extraction", model=roberta)
+    assert str(error.value).startswith(f"{file}: is truncated or corrupt")

@@ -1,0 +1,57 @@
+"""Products in int8 in plain PyTorch: their definition, and what runs where there is no kernel."""
+
+import torch
+import torch.nn.functional as F
+
+from . import eager
+
+_SMALLEST = 1e-30  # a group that spans less than this counts as zeros
+
+
+def groups(width: int, group: int) -> int:
+    return -(-width // group)
+
+
+def quantize_weight(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight (out, in) -> q int8 (out, in), scale float32 (out, groups): w = scale q, with scale = max |w| / 127."""
+    out, inner = weight.shape
+    wide = F.pad(weight.detach().float(), (0, -inner % group)).view(out, -1, group)
+    largest = wide.abs().amax(-1)
+    inverse = torch.where(largest > _SMALLEST, torch.full_like(largest, 127.0) / largest, 0.0)
+    q = (wide * inverse[..., None]).nan_to_num(0.0).round().to(torch.int8)
+    return q.view(out, -1)[:, :inner].contiguous(), largest / 127
+
+
+def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (rows, in) float32 -> u (rows, groups, group) in 0..255, scale and zero point (rows, groups), all float32:
+    x = scale (u - zero). The range of a group takes in 0. Groups with a number that is not finite have scale NaN."""
+    wide = F.pad(x, (0, -x.shape[1] % group)).view(x.shape[0], -1, group)
+    low, high = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
+    span = high - low
+    some = span > _SMALLEST
+    inverse = torch.where(some, torch.full_like(span, 255.0) / span, 0.0)
+    zero = (-low * inverse).nan_to_num(0.0).round()
+    u = ((wide * inverse[..., None]).nan_to_num(0.0).round() + zero[..., None]).clamp(0, 255)
+    odd = (wide * 0).sum(-1)
+    return u, torch.where(some, span / 255, 0.0) + odd, zero
+
+
+def int8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
+    """x (rows, in), q (out, in), scale (out, groups) -> x W^T in float32. The sums of a group are exact."""
+    u, x_scale, zero = quantize_rows(x.float(), group)
+    weight = F.pad(q, (0, -q.shape[1] % group)).view(q.shape[0], -1, group)
+    y = x.new_zeros((x.shape[0], q.shape[0]), dtype=torch.float32)
+    for g in range(scale.shape[1]):
+        # Products of integers below 2^24: float32 adds them without an error.
+        exact = (u[:, g] - zero[:, g, None]) @ weight[:, g].float().t()
+        y = y + exact * x_scale[:, g, None] * scale[:, g]
+    return y
+
+
+def finish(y: torch.Tensor, bias: torch.Tensor | None, activation: str | None, dtype: torch.dtype) -> torch.Tensor:
+    """activation(y + bias) in dtype."""
+    if bias is not None:
+        y = y + bias.float()
+    if activation is not None:
+        y = eager.bias_activation(y, None, None, activation)
+    return y.to(dtype)

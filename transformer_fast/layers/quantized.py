@@ -1,0 +1,134 @@
+"""Linear modules in int8, and the part of a layer that is computed as one when all of its are."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import linear_int8
+from ..ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight
+
+__all__ = ["Int8Linear"]
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b with W in int8 and int8 arithmetic (see ops.int8_linear), in place of an nn.Linear or a Conv1D.
+
+    State: weight int8 (out, in), weight_scale float32 (out, ceil(in / group)), bias (out,) or none. The weight lies in
+    the layout of the kernels from the first call on, and only there.
+    For inference: train(True) and inputs that want a gradient raise ValueError.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, group: int = linear_int8.GROUP,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.group = in_features, out_features, group
+        self.register_buffer("weight", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
+        shape = (out_features, -(-in_features // group))
+        self.register_buffer("weight_scale", torch.zeros(shape, dtype=torch.float32, device=device))
+        b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if b is None else nn.Parameter(b, requires_grad=False)
+        self._int8: Int8Weight | None = None
+        self.training = False
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, group: int = linear_int8.GROUP) -> "Int8Linear":
+        """Of a weight (out, in). Raises ValueError where it is not finite."""
+        q, scale = linear_int8.quantize_weight(weight, group)
+        if not bool(scale.isfinite().all()):
+            raise ValueError("weight: wanted finite numbers, got NaN or infinity")
+        module = cls(weight.shape[1], weight.shape[0], False, group, "meta")
+        module.weight, module.weight_scale = q, scale
+        module.bias = None if bias is None else nn.Parameter(bias.detach().reshape(-1), requires_grad=False)
+        return module
+
+    def int8_weight(self) -> Int8Weight:
+        if self._int8 is None:
+            found = Int8Weight(self.weight, self.weight_scale, self.group)
+            if found.data is not None:  # kept once
+                self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
+            self._int8 = found
+        return self._int8
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight (out, in) that the int8 one stands for, float32."""
+        q, scale = self.int8_weight().parts()
+        return q * scale.repeat_interleave(self.group, 1)[:, : self.in_features]
+
+    def forward(self, input: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        return linear_int8.int8_linear(input, self.int8_weight(), self.bias, activation)
+
+    def train(self, mode: bool = True) -> "Int8Linear":
+        if mode:
+            raise ValueError(
+                "mode: an int8 model is for inference and cannot be trained; train the model before it is quantised"
+            )
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"group={self.group}"
+        )
+
+    # ---- state: always (out, in), whichever way the weight lies -----------------------------------
+    def _restore(self) -> None:
+        if self._int8 is not None and self._int8.data is not None:
+            self.weight, self.weight_scale = self._int8.parts()
+        self._int8 = None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        packed = self._int8
+        if packed is None or packed.data is None:
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = packed.parts()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        return None
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._restore()
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:  # .half() and kin are for the rest of the model
+            self.weight_scale = scale.to(self.weight.device)
+        return self
+
+
+def is_int8(*modules: Any) -> bool:
+    """True when all modules are Int8Linear with nobody's hooks on them."""
+    return all(
+        type(m) is Int8Linear
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        and "forward" not in m.__dict__
+        for m in modules
+    )
+
+
+def int8_linears(modules: list[Any], x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The outputs of up to three Int8Linear of one input side by side, in dtype or x's."""
+    weights = [m.int8_weight() for m in modules]
+    return linear_int8.int8_linear(x, weights, [m.bias for m in modules], None, dtype)
+
+
+def block_weights(w: Any, spec: Any, attention_norm: Int8Norm | None, output_norm: Int8Norm, rms: bool):
+    """What ops.int8_block needs of a layer, or None where a module is not int8 or there is no kernel."""
+    gates = (w.gate,) if spec.gated else ()
+    if spec.activation is None or not is_int8(w.attention_output, w.up, w.down, *gates):
+        return None
+    gate = w.gate if spec.gated else None
+    biases = (w.attention_output.bias, w.up.bias, None if gate is None else gate.bias, w.down.bias)
+    found = Int8BlockWeights(
+        w.attention_output.int8_weight(), w.up.int8_weight(), None if gate is None else gate.int8_weight(),
+        w.down.int8_weight(), biases, attention_norm, output_norm, rms, spec.activation,
+    )  # fmt: skip
+    return None if found.why_not() else found

@@ -1,0 +1,96 @@
+"""int8 through Hugging Face's quantizer registry: loading with quantization_config=Int8Config(), and saving."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..layers.quantized import Int8Linear
+from ..layers.quantizing import replace
+from ..ops.linear_int8 import GROUP, GROUPS
+
+__all__ = ["Int8Config"]
+
+METHOD = "transformer_fast_int8"
+logger = logging.get_logger(__name__)
+
+
+@register_quantization_config(METHOD)
+class Int8Config(QuantizationConfigMixin):
+    """For from_pretrained(..., quantization_config=Int8Config()): linear layers in int8, see transformer_fast.quantize.
+
+    skip: names of modules to leave as they are. group: inputs that share a scale, 32, 64 or 128.
+    Raises ValueError for another group.
+    """
+
+    def __init__(self, skip: Any = (), group: int = GROUP, **kwargs):
+        if group not in GROUPS:
+            raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
+        self.quant_method = METHOD
+        self.skip = list(skip)
+        self.group = group
+
+
+@register_quantizer(METHOD)
+class Int8Quantizer(HfQuantizer):
+    """Replaces modules before an int8 checkpoint is read, and after one in floating point was."""
+
+    quantization_config: Int8Config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype != torch.float32:
+            logger.info(f"What is not int8 is float32, not {dtype}: quantization_config is an Int8Config.")
+        return torch.float32
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        if self.pre_quantized:
+            replace(model, self.quantization_config.skip, self.quantization_config.group, empty=True)
+            untie(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            replace(model, self.quantization_config.skip, self.quantization_config.group)
+            untie(model)
+        model.eval().requires_grad_(False)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def untie(model: nn.Module) -> None:
+    """An output layer in int8 has a weight of its own: forget that it was the embedding table's."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    for prefix, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        start = f"{prefix}." if prefix else ""
+        own = [f"{name[len(start) :]}.weight" for name in names if name.startswith(start)]
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            keys = getattr(part, attribute, None)
+            if keys and isinstance(keys, dict):
+                setattr(part, attribute, {k: v for k, v in keys.items() if not any(_is(k, name) for name in own)})
+
+
+def _is(pattern: str, name: str) -> bool:
+    return pattern == name or re.fullmatch(pattern, name) is not None
+
+
+def mark(model: Any, skip: tuple[str, ...], group: int) -> None:
+    """Let a model that was quantised in memory be saved as one that was loaded so."""
+    config = Int8Config(skip, group)
+    model.hf_quantizer = Int8Quantizer(config, pre_quantized=False)
+    model.is_quantized, model.quantization_method = True, METHOD
+    model.config.quantization_config = config
+    untie(model)

@@ -1,0 +1,257 @@
+"""y = activation(x W^T + b) in int8 arithmetic: weights quantised once, the rows of x as they come."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..backends import eager_int8, memory, native
+from . import _common
+from .activation import ACTIVATIONS
+
+__all__ = [
+    "GROUP",
+    "GROUPS",
+    "Int8BlockWeights",
+    "Int8Norm",
+    "Int8Weight",
+    "attention_dtype",
+    "int8_block",
+    "int8_linear",
+    "quantize_weight",
+]
+
+GROUP = 128  # inputs that share a scale
+GROUPS = (32, 64, 128)
+_PANEL = 32  # output columns side by side: csrc/cpu/linear_int8.hpp
+_ops = torch.ops.transformer_fast
+
+
+class Int8Weight:
+    """A weight (out, in) in int8, for inference: w[n, k] = scale[n, k // group] * q[n, k], q in -127..127.
+
+    shape: (out, in). data: the layout of the kernels, or None where there are none; then q and scale are kept.
+    """
+
+    __slots__ = ("data", "group", "shape", "_parts")
+
+    def __init__(self, q: torch.Tensor, scale: torch.Tensor, group: int = GROUP):
+        """q: int8 (out, in); scale: float32 (out, ceil(in / group)). Raises TypeError or ValueError for others."""
+        if q.dtype != torch.int8 or q.dim() != 2:
+            raise TypeError(f"q: wanted an int8 tensor (out, in), got {q.dtype} {tuple(q.shape)}")
+        if group not in GROUPS:
+            raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
+        wanted = (q.shape[0], eager_int8.groups(q.shape[1], group))
+        if tuple(scale.shape) != wanted or scale.dtype != torch.float32:
+            raise ValueError(f"scale: wanted float32 {wanted}, got {scale.dtype} {tuple(scale.shape)}")
+        if not bool(scale.isfinite().all()):
+            raise ValueError("scale: wanted finite numbers, got NaN or infinity")
+        self.shape, self.group = q.shape, group
+        self.data: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, torch.Tensor] | None = (q, scale)
+        if q.device.type != "cpu" or not q.numel() or native.load():
+            return
+        self.data = torch.empty(_packed_shape(q.shape, group), dtype=torch.int8)
+        _ops.cpu_pack_int8.default(q.contiguous(), scale.contiguous(), group, self.data)
+        self._parts = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, group: int = GROUP) -> "Int8Weight":
+        """Of a floating-point weight (out, in). Raises ValueError where it is not finite."""
+        _common.check_floating("weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
+        return cls(*quantize_weight(weight, group), group)
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q, scale)."""
+        if self._parts is not None:
+            return self._parts
+        q = torch.empty(self.shape, dtype=torch.int8)
+        scale = torch.empty((self.shape[0], eager_int8.groups(self.shape[1], self.group)))
+        _ops.cpu_unpack_int8.default(self.data, self.group, q, scale)
+        return q, scale
+
+    def __repr__(self) -> str:
+        return f"Int8Weight(shape={tuple(self.shape)}, group={self.group})"
+
+
+def _packed_shape(shape: torch.Size, group: int) -> tuple[int, int]:
+    out, inner = shape
+    return -(-out // _PANEL), -(-inner // 4) * 4 * _PANEL + eager_int8.groups(inner, group) * 8 * _PANEL
+
+
+def quantize_weight(weight: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight (out, in), any strides -> q int8 (out, in), scale float32 (out, groups)."""
+    weight = weight.detach()
+    if weight.device.type != "cpu" or weight.dtype == torch.float64 or not weight.numel() or native.load():
+        return eager_int8.quantize_weight(weight, group)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty((weight.shape[0], eager_int8.groups(weight.shape[1], group)))
+    _ops.cpu_quantize_weight.default(weight, group, q, scale)
+    return q, scale
+
+
+# ---- products --------------------------------------------------------------------------------------
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _forward(x, packed, biases, outs, group, activation, dtype):
+    y = memory.empty((*x.shape[:-1], sum(outs)), dtype, x.device)
+    if y.numel():
+        _ops.cpu_int8_linear.default(_rows(x), packed, biases, outs, group, activation, y.view(-1, y.shape[-1]))
+    return y
+
+
+def _fake(x, packed, biases, outs, group, activation, dtype):
+    return x.new_empty((*x.shape[:-1], sum(outs)), dtype=dtype)
+
+
+_op = _common.define(
+    "int8_linear",
+    "(Tensor x, Tensor[] packed, Tensor?[] biases, int[] outs, int group, int activation, ScalarType dtype) -> Tensor",
+    _forward,
+    _fake,
+)
+
+
+def int8_linear(
+    input: torch.Tensor,
+    weights: Int8Weight | Sequence[Int8Weight],
+    biases: torch.Tensor | None | Sequence[torch.Tensor | None] = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """activation(x W^T + b) with x quantised row by row, in groups of inputs with a scale and a zero point each.
+
+    input: (..., in), float16, bfloat16 or float32; weights: one, or up to three of one input and group, whose outputs
+    lie side by side; biases: (out,) each or None. activation: None or one of bias_activation's names. dtype: of the
+    result, default input's. The sums of a group are exact in int32, and added up in float32 in the same order
+    everywhere: without an activation every machine gives the same bits. A row with NaN or infinity gives NaN.
+    Returns (..., out). Raises TypeError or ValueError naming the argument, also where a gradient would be wanted.
+    """
+    weights = [weights] if isinstance(weights, Int8Weight) else list(weights)
+    biases = [biases] if biases is None or isinstance(biases, torch.Tensor) else list(biases)
+    biases = biases * len(weights) if len(biases) == 1 else biases
+    _check(input, weights, biases, activation)
+    dtype = input.dtype if dtype is None else dtype
+    outs, group = [w.shape[0] for w in weights], weights[0].group
+    packed = [w.data for w in weights]
+    if input.device.type == "cpu" and all(p is not None for p in packed) and input.dtype != torch.float64:
+        wide = [None if b is None else b.detach().to(torch.float32).contiguous() for b in biases]
+        code = -1 if activation is None else ACTIVATIONS.index(activation)
+        return _op(input, packed, wide, outs, group, code, dtype)
+    rows = input.reshape(-1, input.shape[-1])
+    found = []
+    for w, b in zip(weights, biases):
+        q, scale = (t.to(input.device) for t in w.parts())
+        found.append(eager_int8.finish(eager_int8.int8_linear(rows, q, scale, group), b, activation, dtype))
+    return torch.cat(found, -1).view(*input.shape[:-1], sum(outs))
+
+
+def _check(input, weights, biases, activation) -> None:
+    _common.check_floating("input", input)
+    if not 1 <= len(weights) <= 3 or len(biases) != len(weights):
+        raise ValueError(f"weights, biases: wanted one to three each, got {len(weights)} and {len(biases)}")
+    first = weights[0]
+    for w, b in zip(weights, biases):
+        if w.shape[1] != first.shape[1] or w.group != first.group:
+            raise ValueError(f"weights: wanted one input width and group, got {', '.join(map(repr, weights))}")
+        if b is not None and tuple(b.shape) != (w.shape[0],):
+            raise ValueError(f"biases: wanted shape ({w.shape[0]},), got {tuple(b.shape)}")
+    if not input.dim() or input.shape[-1] != first.shape[1]:
+        raise ValueError(f"input: wanted shape (..., {first.shape[1]}) as the weight is {tuple(first.shape)}, "
+                         f"got {tuple(input.shape)}")  # fmt: skip
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: {activation!r} is unknown; there are None, {', '.join(ACTIVATIONS)}")
+    if torch.is_grad_enabled() and (input.requires_grad or any(b is not None and b.requires_grad for b in biases)):
+        raise ValueError("input: int8 weights have no gradient and pass none on; call under torch.no_grad(), or train "
+                         "the model before it is quantised")  # fmt: skip
+
+
+def attention_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype for queries, keys and values that are products in int8: bfloat16, whose rounding is far below theirs,
+    where the processor multiplies it; else None, for x's own."""
+    fast = x.dtype == torch.float32 and x.device.type == "cpu" and native.current_isa() == "avx512_bf16"
+    return torch.bfloat16 if fast else None
+
+
+# ---- what follows attention in a layer -----------------------------------------------------------
+class Int8Norm(NamedTuple):
+    """weight, bias: (E,) or None."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+
+class Int8BlockWeights(NamedTuple):
+    """Of int8_block. biases: of output, up, gate, down. attention_norm: None with norms before. rms: of both norms."""
+
+    output: Int8Weight
+    up: Int8Weight
+    gate: Int8Weight | None
+    down: Int8Weight
+    biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+    attention_norm: Int8Norm | None
+    output_norm: Int8Norm
+    rms: bool
+    activation: str
+
+    def why_not(self) -> str:
+        """'' when there is a kernel for them, else the reason why not."""
+        weights = [w for w in (self.output, self.up, self.gate, self.down) if w is not None]
+        if any(w.data is None for w in weights):
+            return native.load() or "a weight is not on the CPU"
+        if len({w.group for w in weights}) > 1:
+            return "the weights are in groups of different lengths"
+        return ""
+
+
+def _block_forward(
+    context, residual, packed, biases, feed_forward, group, norms, eps, rms, activation
+):  # fmt: skip
+    y = memory.empty(residual.shape, residual.dtype, residual.device)
+    if y.numel():
+        _ops.cpu_int8_block.default(
+            _rows(context), _rows(residual), packed, biases, feed_forward, group, norms, eps, rms, activation,
+            y.view(-1, y.shape[-1]),
+        )  # fmt: skip
+    return y
+
+
+def _block_fake(context, residual, packed, biases, feed_forward, group, norms, eps, rms, activation):
+    return residual.new_empty(residual.shape)
+
+
+_block_op = _common.define(
+    "int8_block",
+    "(Tensor context, Tensor residual, Tensor?[] packed, Tensor?[] biases, int feed_forward, int group, "
+    "Tensor?[] norms, float[] eps, bool rms, int activation) -> Tensor",
+    _block_forward,
+    _block_fake,
+)
+
+
+def int8_block(context: torch.Tensor, residual: torch.Tensor, w: Int8BlockWeights) -> torch.Tensor:
+    """What follows attention in a transformer layer, in one pass over the rows.
+
+    r = residual + context W_output^T; with norms after x = attention_norm(r) and output_norm(x + f(x)), with norms
+    before r + f(output_norm(r)); f(x) = (activation(x W_up^T) [* x W_gate^T]) W_down^T. context: (..., heads * D);
+    residual: (..., E). Products as in int8_linear. w.why_not() must be ''. Returns (..., E) in residual's dtype.
+    """
+
+    def wide(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.detach().to(torch.float32).contiguous()
+
+    weights = (w.output, w.up, w.gate, w.down)
+    first, second = w.attention_norm, w.output_norm
+    norms = [None, None] if first is None else [first.weight, first.bias]
+    norms = [wide(t) for t in (*norms, second.weight, second.bias)]
+    return _block_op(
+        context, residual, [None if t is None else t.data for t in weights], [wide(b) for b in w.biases], w.up.shape[0],
+        w.output.group, norms, [-1.0 if first is None else first.eps, second.eps], w.rms,
+        ACTIVATIONS.index(w.activation),
+    )  # fmt: skip

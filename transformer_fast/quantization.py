@@ -1,0 +1,63 @@
+"""quantize(model, "int8" | "bf16"): low precision for inference on the CPU."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backends import native
+from .layers.quantized import Int8Linear
+from .layers.quantizing import Quantized, quantized_modules, replace
+from .ops.linear_int8 import GROUP, GROUPS
+
+__all__ = ["PRECISIONS", "Quantized", "quantize", "quantized_modules"]
+
+PRECISIONS = ("int8", "bf16")
+
+
+def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] = (), group: int = GROUP) -> Any:
+    """The model in low precision, in place, for inference on the CPU; returns it.
+
+    precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an Int8Linear: weights int8, a scale for each
+        `group` inputs of an output; inputs quantised row by row as they come, a scale and a zero point for each `group`
+        of them; exact int32 sums. Attention, norms and embeddings keep their dtype. No calibration data.
+        "bf16": the model in bfloat16, where the processor multiplies it; elsewhere it stays as it is, with a warning.
+    skip: names of modules to leave alone, as in named_modules; a name covers what is inside. Layers with fewer than 64
+        outputs and poolers are left alone too, and so is what is not a plain linear layer (LoRA, hooks, another
+        quantiser's): quantized_modules(model) lists them.
+    group: 32, 64 or 128; a shorter one is more accurate and slower.
+    An output layer that shares its weight with the token embedding gets an int8 copy, and the table stays as it is.
+    Raises ValueError for an unknown precision or group, a name in skip that is not in the model, weights with NaN or
+    infinity (then nothing is changed), and a model that is quantised already.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+    if group not in GROUPS:
+        raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
+    if any(isinstance(m, Int8Linear) for m in model.modules()):
+        raise ValueError("model: is quantised already")
+    if precision == "bf16":
+        return _to_bfloat16(model)
+    skip = tuple(skip)
+    replace(model, skip, group)
+    if hasattr(model, "save_pretrained"):
+        from .models._quantizer import mark
+
+        mark(model, skip, group)
+    return model
+
+
+def _to_bfloat16(model: nn.Module) -> nn.Module:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if device == "cpu" and (native.load() or native.current_isa() != "avx512_bf16"):
+        warnings.warn(
+            "this processor has no instructions that multiply bfloat16 (avx512_bf16), so it would be slower than "
+            "float32: the model stays as it is",
+            stacklevel=3,
+        )
+        return model
+    return model.to(torch.bfloat16).eval().requires_grad_(False)
