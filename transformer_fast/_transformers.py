@@ -132,6 +132,8 @@ class Expected(NamedTuple):
 _LOOP = ("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus")
 _MIXIN = "generation.utils:GenerationMixin"
 _MASKS = "masking_utils"
+_LOADS = ("_load_tokenizer", "_load_processor", "_load_image_processor", "_load_feature_extractor")
+_QUANTIZER = "quantizers.base:HfQuantizer"
 EXPECTED = (
     # Overridden by generation.GenerationMixin, in this order of calls.
     Expected(f"{_MIXIN}.generate", ("self", "inputs", "generation_config"), "overridden"),
@@ -182,8 +184,13 @@ EXPECTED = (
     # Models and loading.
     Expected("modeling_utils:PreTrainedModel._init_weights", ("self", "module"), "overridden by models of our own"),
     Expected("modeling_utils:PreTrainedModel._tied_weights_keys", None, "overridden by models of our own"),
+    Expected("modeling_utils:PreTrainedModel._is_stateful", None, "overridden by recurrent models"),
+    Expected(f"{_QUANTIZER}._process_model_before_weight_loading", ("self", "model"), "overridden"),
+    Expected(f"{_QUANTIZER}._process_model_after_weight_loading", ("self", "model"), "overridden"),
     Expected("modeling_utils:PreTrainedModel._no_split_modules", None, "overridden by models of our own"),
     Expected("modeling_utils:PreTrainedModel.gradient_checkpointing", None, "read"),
+    Expected("modeling_utils:PreTrainedModel._is_hf_initialized", None, "written: what is not drawn again"),
+    Expected("models.mbart.tokenization_mbart:MBartTokenizer._build_translation_inputs", (), "called where it is"),
     Expected("modeling_layers:GradientCheckpointingLayer.__call__", ("self", "args", "kwargs"), "layers are ones"),
     Expected("utils.generic:can_return_tuple", ("func",), "called"),
     Expected("models.auto.auto_factory:_BaseAutoModelClass._model_mapping", None, "overridden: our classes"),
@@ -192,6 +199,9 @@ EXPECTED = (
     Expected("pipelines:PIPELINE_REGISTRY.register_pipeline", ("task", "pipeline_class", "pt_model"), "called"),
     Expected("pipelines.base:Pipeline._sanitize_parameters", ("self", "pipeline_parameters"), "overridden"),
     Expected("pipelines.base:Pipeline._forward", ("self", "input_tensors", "forward_parameters"), "overridden"),
+    *(Expected(f"pipelines.base:Pipeline.{name}", None, "overridden") for name in _LOADS),
+    Expected("pipelines.base:Pipeline._batch_size", None, "read and written"),
+    Expected("pipelines.base:Pipeline._preprocess_params", None, "read"),
     Expected("pipelines.base:Pipeline.preprocess", ("self", "input_", "preprocess_parameters"), "overridden"),
     Expected("pipelines.base:Pipeline.postprocess", ("self", "model_outputs", "postprocess_parameters"), "overridden"),
 )  # fmt: skip

@@ -97,6 +97,8 @@ def _generation_difference(ours: Any, theirs: Any) -> str:
     for beams in (1, 3):
         options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False, "num_beams": beams}
         options |= {"pad_token_id": 0, "eos_token_id": 2}
+        if ours.config.is_encoder_decoder:
+            options["decoder_start_token_id"] = 0
         seen = ours.generate(ids, **options)
         if theirs is None:  # a family of our own: transformers' loop around our forward
             ours.runs_as_hugging_face = True
