@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import output_capturing
 
 __all__ = [
     "CACHE_NAME",
@@ -20,12 +21,15 @@ __all__ = [
     "OLDEST",
     "Expected",
     "cached",
+    "collects_outputs",
     "end_tokens",
     "holds_attention",
+    "is_capturing_hook",
     "merge_cache_names",
     "name_or_path",
     "pad_token",
     "recorded_outputs",
+    "register_outputs",
     "set_attention",
     "stored_attention",
     "takes_attention",
@@ -113,10 +117,26 @@ def holds_attention(config: Any) -> bool:
 
 def recorded_outputs(compiling: bool) -> Any:
     """Names of what transformers collects from submodules in the running forward pass, or None."""
-    from transformers.utils import output_capturing
-
     collector = output_capturing._active_collector
     return collector.global_var if compiling else collector.get()
+
+
+def collects_outputs() -> bool:
+    """True inside a forward of transformers that collects hidden states or attentions by hooks on its layers."""
+    return bool(recorded_outputs(False))
+
+
+def register_outputs(model: Any) -> None:
+    """Tell transformers which layers' outputs a model of this class can return: it asks by the name of the class."""
+    output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
+def is_capturing_hook(hook: Any) -> bool:
+    """True for the hooks that transformers leaves on layers to collect their outputs; they listen on request alone."""
+    return (
+        getattr(hook, "__module__", "") == output_capturing.__name__
+        and getattr(hook, "__name__", "") == "output_capturing_hook"
+    )
 
 
 # ---- the list ---------------------------------------------------------------------------------------------
@@ -179,6 +199,8 @@ EXPECTED = (
     Expected(f"{_MASKS}:sliding_window_overlay", ("sliding_window",), "its result's closure is read"),
     Expected(f"{_MASKS}:sliding_window_bidirectional_overlay", ("sliding_window",), "read by its closure"),
     Expected("utils.output_capturing:_active_collector", None, "read: recorded_outputs"),
+    Expected("utils.output_capturing:_CAN_RECORD_REGISTRY", None, "written: register_outputs"),
+    Expected("modeling_utils:PreTrainedModel._can_record_outputs", None, "read: register_outputs"),
     Expected("modeling_utils:PreTrainedModel._can_set_attn_implementation", (), "called: takes_attention"),
     Expected("configuration_utils:PreTrainedConfig._attn_implementation", None, "read, written"),
     # Models and loading.
