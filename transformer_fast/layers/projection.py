@@ -25,6 +25,7 @@ __all__ = [
     "projections",
     "reading_copies",
     "register_transposed",
+    "rms_norm_of",
 ]
 
 # Classes that compute x W + b with W (in, out), such as HF's Conv1D; families add theirs.
@@ -112,8 +113,13 @@ def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if is_plain(module, nn.LayerNorm):
         return ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     if _is_rms_norm(module):
-        return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
+        return rms_norm_of(module, x)
     return module(x)
+
+
+def rms_norm_of(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a norm computes that _is_rms_norm knows, whatever hooks it has."""
+    return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
 
 
 def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
