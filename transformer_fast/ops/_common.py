@@ -138,7 +138,7 @@ def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> 
     """{seed, offset} for the dropout of one call, from torch's own generator of `device`: so
     manual_seed, fork_rng, checkpointing and CUDA graphs behave as they do for torch's dropout."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: wanted a torch.Generator or None, got {_kind(generator)}")
+        raise TypeError(f"generator: wanted a torch.Generator or None, got {type(generator).__name__}")
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
@@ -152,7 +152,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 # ---- checks: each names the argument, what came and what is wanted -------------------------------
 def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
-        raise TypeError(f"{name}: wanted a tensor, got {_kind(t)}")
+        raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
 
 
 def check_floating(name: str, t: torch.Tensor) -> None:
@@ -169,17 +169,13 @@ def check_same(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor,
         raise TypeError(f"{name}: has dtype {t.dtype} but {other_name} has {other.dtype}; wanted the same dtype")
 
 
-def _kind(value: object) -> str:
-    return "None" if value is None else type(value).__name__
-
-
 # A compiler's symbolic numbers are no float or int, and math.isfinite cannot be traced: comparisons can.
 def check_number(name: str, value: float, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> None:
     """low <= value <= high; the defaults take every finite number."""
     if type(value) is float and low <= value <= high:  # the usual case, on the path of every call
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
-        raise TypeError(f"{name}: wanted a number, got {_kind(value)}")
+        raise TypeError(f"{name}: wanted a number, got {type(value).__name__}")
     if not low <= value <= high:
         if high < sys.float_info.max:
             wanted = f"a number in [{low:g}, {high:g}]"
@@ -192,7 +188,7 @@ def check_number(name: str, value: float, low: float = -sys.float_info.max, high
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: wanted an integer, got {_kind(value)}")
+        raise TypeError(f"{name}: wanted an integer, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"an integer in [{low}, {high}]"
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
@@ -200,7 +196,7 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 def check_flag(name: str, value: bool) -> None:
     if value is None or isinstance(value, (torch.Tensor, str, tuple, list, dict, float)):
-        raise TypeError(f"{name}: wanted True or False, got {_kind(value)}")
+        raise TypeError(f"{name}: wanted True or False, got {type(value).__name__}")
 
 
 def check_probability(name: str, p: float) -> None:

@@ -37,9 +37,7 @@ def _is_alike(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
         return False
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return False
-    if 0 in input.shape or 0 in weight.shape:
-        return False
-    return True
+    return 0 not in input.shape and 0 not in weight.shape
 
 
 def _check(input, weight, bias, activation) -> None:
