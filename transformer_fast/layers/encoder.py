@@ -285,7 +285,14 @@ def encoder_layer(
 
 def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
     """The layer after attention as one op, where it is int8 and none of it is somebody else's."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    dropouts = (w.attention_output_dropout, w.activation_dropout, w.output_dropout)
+    if (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or any(dropout_p(d) for d in dropouts)
+        or spec.parallel
+        or not (w.attention_after_norm is None and w.output_after_norm is None)
+        or (spec.clamp_float16 and x.dtype == torch.float16)
+    ):
         return None
     after, output = norm_of(w.attention_norm), norm_of(w.output_norm)
     if after is None or output is None or after[1] != output[1]:

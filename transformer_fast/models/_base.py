@@ -10,6 +10,7 @@ from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
 from ._loading import LoadingErrors
+from ._self_check import runs_as_hugging_face
 
 __all__ = [
     "Adopted",
@@ -146,6 +147,7 @@ class ModelMixin(LoadingErrors):
     """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
+    runs_as_hugging_face = False  # where the installed transformers is untested, and a tiny model of the class differs
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -154,7 +156,9 @@ class ModelMixin(LoadingErrors):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopted.adopt(self)  # type: ignore[arg-type]
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
+        if not self.runs_as_hugging_face:
+            self._adopted.adopt(self)  # type: ignore[arg-type]
         _stock.remember(self, ModelMixin)  # type: ignore[arg-type]
 
     @classmethod

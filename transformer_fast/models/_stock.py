@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
-from .._transformers import collects_outputs, is_capturing_hook, register_outputs
+from .._transformers import IS_TESTED, collects_outputs, is_capturing_hook, register_outputs
 from ..layers import stock
 from ..layers.quantized import is_int8
 
@@ -33,8 +33,10 @@ def remember(model: nn.Module, kind: type) -> None:
             register_outputs(module)
 
 
-def why_hf_forward(model: nn.Module) -> str:
+def why_hf_forward(model: Any) -> str:
     """'' when the fast path computes what HF's forward of `model` would, as it is now; else the reason why not."""
+    if not IS_TESTED and model.runs_as_hugging_face:
+        return "the installed transformers is untested, and a tiny model of the class differs from its own"
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return "it is being traced"
