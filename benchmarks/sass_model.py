@@ -99,8 +99,8 @@ def main_loop(items: list[str | Instruction]) -> Loop:
 
 
 def _executed(items: list[str | Instruction]) -> list[Instruction]:
-    """Without what a branch leaves out in most iterations: masks and zeros of an edge, sums scaled for a new peak, turns
-    of a deterministic call."""
+    """Without what a branch leaves out in most iterations: masks and zeros of an edge, sums scaled for a new peak,
+    turns of a deterministic call."""
     kept: list[Instruction] = []
     n = 0
     while n < len(items):
