@@ -77,6 +77,13 @@ _EXPORTS = {
         "GPT2LMHeadModel",
         "GPT2Model",
     ],
+    "models.llama": [
+        "LlamaForCausalLM",
+        "LlamaForQuestionAnswering",
+        "LlamaForSequenceClassification",
+        "LlamaForTokenClassification",
+        "LlamaModel",
+    ],
     "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
     "models.openai_gpt": [
         "OpenAIGPTDoubleHeadsModel",

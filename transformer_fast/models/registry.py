@@ -7,6 +7,7 @@ FAMILIES = {
     "bert": "bert",
     "distilbert": "distilbert",
     "gpt2": "gpt2",
+    "llama": "llama",
     "marian": "marian",
     "openai-gpt": "openai_gpt",
     "t5": "t5",
