@@ -77,6 +77,33 @@ _EXPORTS = {
         "GPT2LMHeadModel",
         "GPT2Model",
     ],
+    "models.gemma2": [
+        "Gemma2ForCausalLM",
+        "Gemma2ForSequenceClassification",
+        "Gemma2ForTokenClassification",
+        "Gemma2Model",
+    ],
+    "models.mistral": [
+        "MistralForCausalLM",
+        "MistralForQuestionAnswering",
+        "MistralForSequenceClassification",
+        "MistralForTokenClassification",
+        "MistralModel",
+    ],
+    "models.qwen2": [
+        "Qwen2ForCausalLM",
+        "Qwen2ForQuestionAnswering",
+        "Qwen2ForSequenceClassification",
+        "Qwen2ForTokenClassification",
+        "Qwen2Model",
+    ],
+    "models.qwen3": [
+        "Qwen3ForCausalLM",
+        "Qwen3ForQuestionAnswering",
+        "Qwen3ForSequenceClassification",
+        "Qwen3ForTokenClassification",
+        "Qwen3Model",
+    ],
     "models.llama": [
         "LlamaForCausalLM",
         "LlamaForQuestionAnswering",

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .. import ops
-from .._transformers import cached
+from .._transformers import CACHE_NAME, cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import Rotary, SlotTable, TransformerSpec, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
@@ -75,8 +75,9 @@ class DecoderBase(ModelMixin):
         return spec_of(self.config)
 
     def embed_scale(self) -> float:
-        """What token embeddings are multiplied by, beyond what the table's own module does."""
-        return 1.0
+        """What the module of the token embeddings multiplies its rows by."""
+        scale = getattr(self.embed_tokens, "embed_scale", None)
+        return 1.0 if scale is None else float(scale.to(self.embed_tokens.weight.dtype))
 
     def angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (B, S, R / 2) in float32 of position_ids (B, S), by HF's own rule."""
@@ -119,8 +120,6 @@ class DecoderBase(ModelMixin):
             call.packing, self.embed_tokens, None, None, None, None, input_ids=input_ids, inputs_embeds=inputs_embeds,
             position_ids=None, segment_ids=None,
         )  # fmt: skip
-        if self.embed_scale() != 1.0:
-            rows = rows * torch.tensor(self.embed_scale(), dtype=rows.dtype, device=device)
         rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
         return Encoded.of(norm(self.norm, rows), call, None, past_key_values, flags, len(layers))
 
@@ -140,6 +139,11 @@ def base_forward(hf_class: type):
         **kwargs,
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        if want is None and _is_for_hf(self, attention_mask, past_key_values):
+            return hf_class.forward(
+                self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                **{CACHE_NAME: past_key_values}, **kwargs,
+            )  # fmt: skip
         past_key_values = _prepare_cache(self, past_key_values, use_cache)
         encoded = self.run(
             want or Want(), kwargs, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
@@ -152,6 +156,13 @@ def base_forward(hf_class: type):
         return self._finish(output, kwargs)
 
     return forward
+
+
+def _is_for_hf(model: Any, attention_mask, cache) -> bool:
+    """Masks made per kind of layer, and windows over caches of a fixed size, are HF's own business."""
+    if isinstance(attention_mask, dict):
+        return True
+    return bool(cache is not None and getattr(cache, "is_compileable", False) and model.base_model.spec().windows)
 
 
 def _prepare_cache(model: Any, past_key_values, use_cache: bool | None):
@@ -203,6 +214,11 @@ def causal_forward(hf_class: type):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ):
+        if _is_for_hf(self, attention_mask, past_key_values):
+            return hf_class.forward(
+                self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, labels=labels,
+                use_cache=use_cache, logits_to_keep=logits_to_keep, **{CACHE_NAME: past_key_values}, **kwargs,
+            )  # fmt: skip
         source = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         encoded = self.base_model(
@@ -210,7 +226,13 @@ def causal_forward(hf_class: type):
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
         )  # fmt: skip
-        loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
+        softcap = self.logits_softcap()
+        scored = None if softcap else labels  # the loss is of the capped logits
+        loss, logits = causal_logits(self, encoded, logits_to_keep, scored, shifted, kwargs)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return self._finish(
             CausalLMOutputWithPast(
                 loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
