@@ -124,7 +124,7 @@ class DecoderBase(ModelMixin):
         return Encoded.of(norm(self.norm, rows), call, None, past_key_values, flags, len(layers))
 
 
-def base_forward(hf_class: type):
+def base_forward(hf_class: Any):
     """forward of a base model."""
 
     @public_forward(hf_class.forward)
@@ -198,7 +198,7 @@ class CausalLM(GenerationMixin):
         )  # fmt: skip
 
 
-def causal_forward(hf_class: type):
+def causal_forward(hf_class: Any):
     """forward of a language modelling head."""
 
     @public_forward(hf_class.forward)
@@ -247,6 +247,7 @@ class Heads(ModelMixin):
     """For models with a head of HF's generic kinds; before HF's class."""
 
     config: Any
+    base_model: Any
     score: Any
     qa_outputs: Any
 
@@ -282,7 +283,7 @@ class Heads(ModelMixin):
         )
 
 
-def head_forward(hf_class: type, compute, *, spans: bool = False):
+def head_forward(hf_class: Any, compute, *, spans: bool = False):
     """forward of one of Heads; compute: its method. spans: labels are start_positions and end_positions."""
 
     @public_forward(hf_class.forward)
