@@ -134,10 +134,16 @@ def test_long_texts_progress_and_nothing(tokenizer, capsys):
         ({"layers": "sum_last_four"}, r"layers: the model has hidden states -3..2"),
         ({"pooling": "sum"}, "pooling: wanted one of None, 'cls', .* got 'sum'"),
         ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
-        ({"texts": "cat"}, "texts: wanted a list of texts, got one text"),
         ({"texts": [[5], []]}, "texts: number 1 has no tokens"),
     ],
 )
 def test_bad_input(call, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         layer_features(ours(), **({"texts": TEXTS, "tokenizer": tokenizer} | call))
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_one_text(pooling, tokenizer):
+    one = layer_features(ours(), TEXTS[1], tokenizer, pooling=pooling)
+    (listed,) = layer_features(ours(), [TEXTS[1]], tokenizer, pooling=pooling)
+    assert torch.equal(one, listed) and one.dim() == (2 if pooling is None else 1)

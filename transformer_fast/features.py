@@ -17,7 +17,7 @@ POOLING = (None, "cls", "last", "max", "mean")
 
 def layer_features(
     model: PreTrainedModel,
-    texts: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]],
+    texts: str | Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     layers: str | int | Sequence[int] = "last",
@@ -26,23 +26,43 @@ def layer_features(
     max_length: int | None = None,
     progress: bool = False,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """What layers say of each text: f = h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...] (several), pooled or not.
+    """What layers say of a text: f = h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...] (several), pooled or not.
 
-    model: any text model of this package or of transformers; of a model with a head its base is read, of an
-        encoder-decoder its encoder. It is put in eval mode while this runs; no gradients are taken.
-    texts: texts, pairs of texts, or lists of token ids.
-    layers: "last", "sum_last_four", "concat_last_four" (Devlin et al., "BERT", 2019, table 7), the index of one hidden
-        state (0: the embeddings, -1: the last layer) or several indices, which are concatenated.
-    pooling: None, "cls" (the first token), "last" (the last), "mean" or "max" over the tokens, special ones included;
-        padding takes no part.
-    batch_size: texts at a time; they are computed in an order of length, so that batches hold little padding.
-    max_length: tokens of a text that are read; default: what tokenizer and model take.
-    progress: show a bar.
+    Args:
+        model: any text model of this package or of transformers; of a model with a head its base is read, of an
+            encoder-decoder its encoder. It is put in eval mode while this runs; no gradients are taken.
+        texts: texts, pairs of texts, or lists of token ids; or one text.
+        tokenizer: the model's.
+        layers: "last", "sum_last_four", "concat_last_four", the index of one hidden state (0: the embeddings, -1: the
+            last layer) or several indices, which are concatenated.
+        pooling: None, "cls" (the first token), "last" (the last), "mean" or "max" over the tokens, special ones
+            included; padding takes no part.
+        batch_size: texts at a time; they are computed in an order of length, so that batches hold little padding.
+        max_length: tokens of a text that are read; default: what tokenizer and model take.
+        progress: show a bar.
 
-    Returns float tensors of the model's dtype on the CPU, in the texts' order: (N, D) with pooling, else a list of
-    (tokens, D). D is the model's width, times the number of layers that are concatenated.
-    Raises ValueError for an unknown layers or pooling, a layer that is not there, a text without tokens.
+    Returns:
+        Float tensors of the model's dtype on the CPU, in the texts' order: (N, D) with pooling, else a list of
+        (tokens, D). For one text (D,), or (tokens, D). D is the model's width, times the number of layers that are
+        concatenated.
+
+    Raises:
+        ValueError: for an unknown layers or pooling, a layer that is not there, a text without tokens.
+
+    Source:
+        Devlin et al., "BERT", 2019, section 5.3 and table 7.
+
+    Example:
+        >>> import transformer_fast
+        >>> from transformer_fast.demo import locate  # all-MiniLM-L6-v2
+        >>> tokenizer = transformer_fast.AutoTokenizer.from_pretrained(locate())
+        >>> model = transformer_fast.AutoModel.from_pretrained(locate())
+        >>> transformer_fast.layer_features(model, ["One text.", "Another."], tokenizer, pooling="mean").shape
+        torch.Size([2, 384])
     """
+    if isinstance(texts, str):
+        options: dict = {"layers": layers, "pooling": pooling, "max_length": max_length, "progress": progress}
+        return layer_features(model, [texts], tokenizer, **options)[0]
     base = _base(model)
     depth = base.config.num_hidden_layers
     indices, combine = _layers(layers)
@@ -50,8 +70,6 @@ def layer_features(
         raise ValueError(f"pooling: wanted one of {', '.join(map(repr, POOLING))}, got {pooling!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-    if isinstance(texts, str):
-        raise ValueError("texts: wanted a list of texts, got one text")
     rows = _tokens(texts, tokenizer, _max_length(base, tokenizer, max_length))
     found: list[Any] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))

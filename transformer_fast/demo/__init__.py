@@ -1,6 +1,13 @@
 """The demo: a real BERT on real sentences, with Hugging Face's model and with this package's."""
 
-from .checkpoint import CheckpointMissing
-from .main import DemoResult, run
+import importlib as _importlib
 
-__all__ = ["CheckpointMissing", "DemoResult", "run"]
+from .checkpoint import CheckpointMissing, load_sentences, locate
+
+__all__ = ["CheckpointMissing", "DemoResult", "load_sentences", "locate", "run"]
+
+
+def __getattr__(name: str):
+    if name in ("DemoResult", "run"):  # they need rich, which those who want the checkpoint alone do not
+        return getattr(_importlib.import_module(".main", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,9 @@ from torch import nn
 
 from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
+from . import _stock
 from ._loading import LoadingErrors
+from ._self_check import runs_as_hugging_face
 
 __all__ = [
     "Adopted",
@@ -50,7 +52,7 @@ class Encoded(NamedTuple):
     def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int) -> "Encoded":
         hidden = attentions = cross = last = None
         if flags.hidden_states:
-            last = call.packing.unpack(rows)
+            last, rows = call.packing.show(rows)
             states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
             hidden = tuple(states.get(i) for i in range(layers + 1))
         if flags.attentions:
@@ -144,10 +146,28 @@ class ModelMixin(LoadingErrors):
     """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
+    runs_as_hugging_face = False  # where the installed transformers is untested, and a tiny model of the class differs
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(f"{__package__}."):
+            _stock.watch(cls)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopted.adopt(self)  # type: ignore[arg-type]
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
+        if not self.runs_as_hugging_face:
+            self._adopted.adopt(self)  # type: ignore[arg-type]
+        _stock.remember(self, ModelMixin)  # type: ignore[arg-type]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, as for transformers' classes whose initialisation this is: one seed gives the weights of theirs."""
+        return not cls.__module__.startswith(f"{__package__}.")
+
+    def why_hf_loop(self) -> str:
+        """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
+        return _stock.why_hf_loop(self)
 
     def _finish(self, output, flags_from: dict):
         """The output as a tuple where return_dict is off."""

@@ -15,6 +15,8 @@ import zipfile
 import torch
 from transformers import PreTrainedConfig
 
+from ._self_check import runs_as_hugging_face
+
 __all__ = ["LoadingErrors", "drop_trust", "explain_broken", "local_folder", "model_type_of", "need_hub"]
 
 # Without these a model is not a model.
@@ -118,6 +120,7 @@ class LoadingErrors:
         """As HF's. Raises FileNotFoundError (no folder, no config.json), ValueError (another model_type, a truncated or
         corrupt file, a pickle that is more than tensors, shapes that differ, layers the checkpoint lacks)."""
         name, kind = pretrained_model_name_or_path, cls.config_class.model_type
+        runs_as_hugging_face(cls)  # found here: HF makes the model on no device
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only: wanted True (a checkpoint's pickled code is never run), got False")
         drop_trust(kwargs)

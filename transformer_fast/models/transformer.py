@@ -29,12 +29,13 @@ from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices
-from ..layers.projection import dropout_p, lay_out, linear, norm
+from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, activation_name, check_inputs, read_flags
 from ._forward import public_forward
 from ._loading import LoadingErrors
 from ._noam_schedule import noam_schedule
+from ._self_check import runs_as_hugging_face
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
 from ._sinusoids import SinusoidalPositions
@@ -87,7 +88,7 @@ class TransformerConfig(PreTrainedConfig):
     """
 
     model_type = "transformer_2017"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
 
     vocab_size: int = 37000
@@ -255,8 +256,6 @@ class _Stack(TransformerPreTrainedModel):
             self.spec, attention_mask, batch, length, source.device, past_key_values=past_key_values,
             attentions=flags.attentions, **cross,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            lay_out(SLOTS.read(layer) for layer in self.layers)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         most = self.config.max_position_embeddings
         if isinstance(past, int) and past + length > most:
@@ -444,6 +443,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
             }
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
 
     def step_description(self) -> StepDescription:
         """The decoder, for generation by one native call a token."""

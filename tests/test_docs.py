@@ -1,0 +1,113 @@
+"""README and docs are true: their code runs as it stands, their links lead somewhere, the front page is short."""
+
+import contextlib
+import io
+import pathlib
+import re
+import warnings
+
+import doc_checkpoints
+import pytest
+from typer.testing import CliRunner
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
+# A block that cannot run here has a line before it that says why: <!-- not run: reason -->
+_BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<why>[^>]+) -->\n+)?^(?P<pad> *)```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^ *```$", re.M | re.S
+)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="README and docs lie only in a checkout")
+
+
+def blocks(page: pathlib.Path, kind: str):
+    """(line, code) of each block of a kind that is to run."""
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        if found["kind"] == kind and not found["why"]:
+            code = re.sub(f"^{found['pad']}", "", found["code"], flags=re.M)
+            yield text.count("\n", 0, found.start("code")), code
+
+
+def _name(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    doc_checkpoints.save_all(root)
+    return root
+
+
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    """A folder in which the hub's names are folders."""
+    for owner in hub.iterdir():
+        (tmp_path / owner.name).symlink_to(owner)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=_name)
+def test_code_runs(page, here):
+    """The blocks of a page one after the other, as a reader would paste them."""
+    scope = {"__name__": "__main__"}
+    for line, code in blocks(page, "python"):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(compile("\n" * line + code, str(page), "exec"), scope)
+
+
+def _commands(page: pathlib.Path):
+    for _, code in blocks(page, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            yield line.split("#")[0].split()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_commands_exist(page):
+    """Targets of make, commands and options of transformer-fast, and files that python or bash is given."""
+    from transformer_fast.commands import app
+
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for words in _commands(page):
+        program = words[0] if words else ""
+        if program == "make":
+            assert {w for w in words[1:] if "=" not in w and not w.startswith("-")} <= set(targets), words
+        if program == "transformer-fast" and len(words) > 1:
+            assert CliRunner().invoke(app, [words[1], "--help"]).exit_code == 0, words
+        if program == "transformer-fast" and words[1:2] != ["bench"]:
+            usage = CliRunner(env={"COLUMNS": "200"}).invoke(app, [words[1], "--help"]).output
+            assert all(word in usage for word in words if word.startswith("--")), words
+        for word in words[1:]:
+            if program in ("python", "bash") and word.endswith((".py", ".sh")):
+                assert (ROOT / word).exists(), words
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http", "#", "mailto:")):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.quick
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.quick
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(str(p.relative_to(ROOT / "docs")) for p in PAGES if "docs" in p.parts)
+
+
+@pytest.mark.quick
+def test_blocks_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n```python\nx = 1\n```\n<!-- not run: needs a GPU -->\n```python\ny\n```\n    ```python\n    z\n    ```\n"
+    )
+    assert list(blocks(page, "python")) == [(2, "x = 1\n"), (9, "z\n")]
