@@ -1,8 +1,8 @@
 """What a call of a Triton op costs the host, before the GPU has anything to do: python benchmarks/host_time.py
 
 On a machine without a GPU, over a stand-in for Triton's driver whose launch does nothing: kernels are compiled for
-sm_90 (once, into Triton's cache) and never run. Prints microseconds a call, over those of the bare launches that it makes
-through Triton's own launcher, as medians of interleaved rounds.
+sm_90 (once, into Triton's cache) and never run. Prints microseconds of processor time a call, over those of the bare
+launches that it makes through Triton's own launcher, as medians of interleaved rounds.
 """
 
 import argparse

@@ -8,6 +8,7 @@ handle is not as in the versions known here, every launch goes through Triton's 
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +28,7 @@ class Plan:
 
     def __init__(self, inputs: Sequence[torch.Tensor | None]):
         # Aliases: one tensor given twice has two numbers, or another call's two tensors would become one.
-        self.tensors = [None if t is None else t.detach() for t in inputs]
+        self.tensors: list[Any] = [None if t is None else t.detach() for t in inputs]  # None where there is none
         self.inputs = tuple(self.tensors)
         self.steps: list[Callable] = []
         self.cached = _KNOWN
@@ -47,6 +48,10 @@ class Plan:
         """function(*tensors) in every call."""
         numbers = [self._number(t) for t in tensors]
         self.steps.append(lambda found: function(*[found[i] for i in numbers]))
+
+    def call(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+        """As launch; the way of the launchers in kernels/."""
+        self.launch(kernel, grid, dict(zip(kernel.arg_names, arguments)) | options)
 
     def launch(self, kernel, grid: tuple[int, ...], arguments: dict) -> None:
         """kernel[grid](**arguments) in every call."""
