@@ -179,14 +179,13 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
     """A user's mask as 4-D, a 2-D one as bool."""
     mask = mask.to(device)
     if mask.dim() == 2:
-        if mask.shape != (batch, length):
+        if mask.shape[0] not in (1, batch) or mask.shape[1] != length:
             raise ValueError(f"{name}: wanted shape (batch, length) = {(batch, length)}, got {tuple(mask.shape)}")
-        return (mask if mask.dtype == torch.bool else mask != 0)[:, None, None]
-    if mask.dim() == 3:
-        return mask[:, None]
-    if mask.dim() != 4:
+        return (mask if mask.dtype == torch.bool else mask != 0).expand(batch, length)[:, None, None]
+    if mask.dim() not in (3, 4):
         raise ValueError(f"{name}: wanted 2, 3 or 4 dimensions, got shape {tuple(mask.shape)}")
-    return mask
+    mask = mask if mask.dtype == torch.bool or mask.is_floating_point() else mask != 0
+    return mask[:, None] if mask.dim() == 3 else mask
 
 
 def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
