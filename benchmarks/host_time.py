@@ -85,13 +85,12 @@ def cases():
         "attention backward": (tf.scaled_dot_product_attention(*leaves, is_causal=True), leaves),
         "layer_norm backward": (tf.layer_norm(rows[0], (768,), *rows[1:]), rows),
     }
-    backward = {
-        name: lambda out=out, inputs=inputs, grad=torch.ones_like(out): torch.autograd.grad(
-            out, inputs, grad, retain_graph=True
-        )
-        for name, (out, inputs) in graphs.items()
-    }
-    return forward, backward
+
+    def gradients(out, inputs):
+        grad = torch.ones_like(out)
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    return forward, {name: gradients(*graph) for name, graph in graphs.items()}
 
 
 def bare(call):
