@@ -115,7 +115,7 @@ _EXPORTS = {
         "linear_cross_entropy",
         "multi_head_attention",
         "pack_weight",
-        "packed_linear",
+        "projections",
         "rms_norm",
         "rotary_embedding",
         "scaled_dot_product_attention",

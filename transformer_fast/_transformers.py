@@ -3,8 +3,17 @@
 from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import output_capturing
 
-__all__ = ["CACHE_NAME", "CACHE_NAMES", "cached", "merge_cache_names"]
+__all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "cached",
+    "collects_outputs",
+    "is_capturing_hook",
+    "merge_cache_names",
+    "register_outputs",
+]
 
 # What a release has called the key-value cache, in forward, generate and outputs.
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
@@ -30,3 +39,21 @@ def merge_cache_names(arguments: dict, name: str, where: str) -> dict:
     if any(v is not first for v in caches.values()):
         raise ValueError(f"{', '.join(caches)}: are names of one argument of {where}; wanted one cache, got different")
     return {**{k: v for k, v in arguments.items() if k not in given}, name: first}
+
+
+def collects_outputs() -> bool:
+    """True inside a forward of transformers that collects hidden states or attentions by hooks on its layers."""
+    return bool(output_capturing._active_collector.get())
+
+
+def register_outputs(model: Any) -> None:
+    """Tell transformers which layers' outputs a model of this class can return: it asks by the name of the class."""
+    output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
+def is_capturing_hook(hook: Any) -> bool:
+    """True for the hooks that transformers leaves on layers to collect their outputs; they listen on request alone."""
+    return (
+        getattr(hook, "__module__", "") == output_capturing.__name__
+        and getattr(hook, "__name__", "") == "output_capturing_hook"
+    )

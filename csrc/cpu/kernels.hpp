@@ -4,6 +4,7 @@
 #include "activation.hpp"
 #include "additive_attention.hpp"
 #include "attention.hpp"
+#include "content_hash.hpp"
 #include "linear.hpp"
 #include "cross_entropy.hpp"
 #include "decoder_step.hpp"
@@ -24,6 +25,7 @@ struct Kernels {
   void (*column_sum)(const ColumnSum&);
   void (*pack_weight)(const PackWeight&);
   void (*packed_linear)(const PackedLinear&);
+  void (*content_hash)(const ContentHash&);
   void (*cross_entropy_forward)(const CrossEntropyForward&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
   void (*embedding_norm_forward)(const EmbeddingNormForward&);
@@ -47,6 +49,7 @@ void attention_backward(const AttentionBackward&);
 void column_sum(const ColumnSum&);
 void pack_weight(const PackWeight&);
 void packed_linear(const PackedLinear&);
+void content_hash(const ContentHash&);
 void cross_entropy_forward(const CrossEntropyForward&);
 void cross_entropy_backward(const CrossEntropyBackward&);
 void embedding_norm_forward(const EmbeddingNormForward&);

@@ -12,7 +12,7 @@ from transformer_fast.backends import native
 from transformer_fast.generation import native_step
 from transformer_fast.generation.native_step import NativeStepper, set_weight_storage
 from transformer_fast.generation.stepper import Prompt
-from transformer_fast.ops.decoder_step import DecoderCache, DecoderWeights
+from transformer_fast.ops.decoder_step import DecoderCache, DecoderCopies, DecoderWeights
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
@@ -45,7 +45,8 @@ def random_mask(rows: int, length: int) -> torch.Tensor:
 
 
 def weights_of(model: Decoder, storage=None, copy=True) -> DecoderWeights:
-    return DecoderWeights(model.step_description().tensors(), storage, copy)
+    tensors = model.step_description().tensors()
+    return DecoderWeights(tensors, DecoderCopies(tensors, storage) if copy else None)
 
 
 def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storage=None, copy=True, capacity=2):
@@ -155,7 +156,7 @@ def test_narrow_storage(isa, family, storage):
         for w in () if p is None else p.weights:
             w.data.copy_(rounded(w.data, storage, 1 if p.transposed else 0) / 32)
     compare(model, ids, decode(model, ids, storage=storage, **inputs), **inputs)
-    narrow, wide = weights_of(model, storage).copied_bytes, weights_of(model).copied_bytes
+    narrow, wide = weights_of(model, storage).copies.bytes, weights_of(model).copies.bytes
     assert 0 < narrow <= wide / (2 if storage == torch.bfloat16 else 2.5)
 
 
@@ -267,10 +268,10 @@ def test_weights_in_place():
     for family in FAMILIES:
         for dtype in (torch.float32, torch.bfloat16):
             tensors = make(family, 0, dtype).step_description().tensors()
-            weights = DecoderWeights(tensors, copy=False)
+            weights = DecoderWeights(tensors)
             lie = {t.data_ptr() for t in tensors.sources()}
             read = [t for w in (*weights.weights, weights.head) for t in w[::2] if t is not None]
-            assert read and all(t.data_ptr() in lie for t in read) and weights.copied_bytes == 0
+            assert read and all(t.data_ptr() in lie for t in read)
     model = make("marian")
     set_weight_storage(model)  # its weights are no checkpoint's
     prompt = seq2seq_prompt(model, 2, 1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numerics import assert_as_accurate
 
 from transformer_fast.backends import memory, native
+from transformer_fast.backends.contents import mirror_files
 from transformer_fast.generation import native_step, set_weight_storage
 from transformer_fast.generation.native_step import NativeStepper
 
@@ -119,19 +120,23 @@ def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path,
     wanted = theirs.generate(ids, **kwargs)
     given_back = []
     unload = memory.unload
-    monkeypatch.setattr(memory, "unload", lambda t: (given_back.append(t.data_ptr()), unload(t)))
+    monkeypatch.setattr(memory, "unload", lambda t, files: (given_back.append(t.data_ptr()), unload(t, files)))
     for model in (ours, built):
         assert torch.equal(model.generate(ids, **kwargs), wanted)
     assert len(served) == 2 and built not in native_step._copies  # what lies in memory of its own is read there
     copies = native_step._copies[ours]
-    copied = [w for p in copies.tensors.layers[0].projections if p for w in p.weights]
+    copied = ours.step_description().tensors().weights()
     assert copied and {w.data_ptr() for w in copied} <= set(given_back)
-    assert all(memory.mirrors_file(w.detach()) for w in copied)
+    assert mirror_files(copied)
     for (name, a), b in zip(ours.state_dict().items(), built.state_dict().values()):
         assert torch.equal(a, b), name
-    with torch.no_grad():
-        copied[0].mul_(1)
-    assert torch.equal(ours.generate(ids, **kwargs), wanted) and ours not in native_step._copies
+    copied[0].mul_(1)
+    assert torch.equal(ours.generate(ids, **kwargs), wanted) and native_step._copies[ours] is copies
+    copied[0].mul_(2)  # no checkpoint's any more
+    ours.generate(ids, **kwargs)
+    assert ours not in native_step._copies
+    copied[0].div_(2)
+    assert torch.equal(ours.generate(ids, **kwargs), wanted)
     set_weight_storage(ours, torch.bfloat16)
     ours.generate(ids, **kwargs)
     assert native_step._copies[ours].storage == torch.bfloat16

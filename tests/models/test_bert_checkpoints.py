@@ -96,29 +96,6 @@ def test_weights_changed_in_place_are_used(bert_config, ids):
         assert_as_accurate(model(ids)[0], copy.deepcopy(model).double()(ids)[0], before)
 
 
-def test_projections_lie_side_by_side(bert_config, ids):
-    """Query, key and value are parts of one tensor after the first call, again after .to(), and in inference mode."""
-    from transformer_fast.ops.linear import adjacent
-
-    model = transformer_fast.BertModel(bert_config())
-    attention = model.encoder.layer[1].attention.self
-
-    def joined():
-        return adjacent([attention.query.weight, attention.key.weight, attention.value.weight]) is not None
-
-    assert not joined()
-    with torch.inference_mode():
-        model.eval()(ids)
-    assert joined()
-    model.bfloat16()
-    assert not joined()
-    model.train()(ids)[0].float().sum().backward()  # laid out in inference mode or not, training may use them
-    assert joined()
-    model.float().encoder.layer[1].attention.self.key = torch.nn.Linear(48, 48)
-    model(ids)
-    assert joined()
-
-
 @pytest.mark.quick
 def test_auto_classes(bert_config, tmp_path):
     transformers.BertForPreTraining(bert_config()).save_pretrained(tmp_path)

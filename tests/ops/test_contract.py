@@ -55,8 +55,8 @@ def _calls():
             (_t(9, 24), _t(6, 24), _t(2, 24), _t(24), _t(24)),
         ),
         "linear": (lambda x, w, b: tf.linear(x, w, b, "gelu"), (_t(6, 20), _t(12, 20), _t(12))),
-        "packed_linear": (
-            lambda x, *w: tf.packed_linear(x, w[:3], w[3:]),
+        "projections": (
+            lambda x, *w: tf.projections(x, w[:3], w[3:]),
             (_t(6, 20), *(_t(4, 20) for _ in range(3)), *(_t(4) for _ in range(3))),
         ),
         "attention": (

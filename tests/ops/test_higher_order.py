@@ -70,8 +70,8 @@ OPS = {
         lambda e, p, w, b: F.layer_norm(F.embedding(IDS, e) + p[:3], (8,), w, b, 1e-12),
         [(6, 8), (4, 8), (8,), (8,)],
     ),
-    "packed_linear, tied": (
-        lambda x, w: tf.packed_linear(x, [w, w]), lambda x, w: F.linear(x, torch.cat([w, w])), [(4, 8), (6, 8)],
+    "projections, tied": (
+        lambda x, w: torch.cat(tf.projections(x, [w, w])), lambda x, w: F.linear(x, w).repeat(2, 1), [(4, 8), (6, 8)],
     ),
 }  # fmt: skip
 

@@ -1,7 +1,4 @@
-"""linear and packed_linear: the machine's fastest GEMM, several weights as one, and when torch's own takes over."""
-
-import copy
-import io
+"""linear and projections: the machine's fastest GEMM, several weights of one input, and when torch's own takes over."""
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
 from transformer_fast.backends import eager, gemm, native
-from transformer_fast.ops.linear import adjacent, pack_storage
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
@@ -119,7 +115,7 @@ def test_gradient_of_gradient(route):
 def test_autocast_is_that_of_torch(route):
     x, w, b = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for y in (tf.linear(x, w, b), tf.packed_linear(x, [w, w], [b, b])[:, :5]):
+        for y in (tf.linear(x, w, b), *tf.projections(x, [w, w], [b, b])):
             assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, w, b))
         assert tf.linear(x, w, b, "gelu").dtype == torch.bfloat16
 
@@ -138,9 +134,10 @@ def test_compiles_without_a_break(route):
     check(compiled, lambda x, w, b: reference(x, w, b, "gelu"), (x, w, b), torch.randn(4, 5))
 
 
-# ---- packed_linear -------------------------------------------------------------------------------
-def projections(sizes=(5, 5, 7), inner=6, dtype=torch.float32):
-    return [torch.nn.Linear(inner, n, dtype=dtype) for n in sizes]
+# ---- projections ---------------------------------------------------------------------------------
+def parameters_of(sizes=(5, 5, 7), inner=6, dtype=torch.float32, bare=()):
+    layers = [torch.nn.Linear(inner, n, i not in bare, dtype=dtype) for i, n in enumerate(sizes)]
+    return [layer.weight for layer in layers] + [layer.bias for layer in layers]
 
 
 def one_by_one(x, *parameters):
@@ -150,90 +147,33 @@ def one_by_one(x, *parameters):
 
 def together(x, *parameters):
     n = len(parameters) // 2
-    return tf.packed_linear(x, parameters[:n], parameters[n:])
+    return torch.cat(tf.projections(x, parameters[:n], parameters[n:]), -1)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("frozen", [(), (1,), (0, 4), (0, 1, 2), (0, 1, 2, 3, 4, 5, 6)])
-def test_packed_linear(route, packed, dtype, frozen):
-    layers = projections(dtype=dtype)
-    parameters = [p.weight for p in layers] + [p.bias for p in layers]
-    if packed:
-        assert pack_storage(parameters[:3]) and pack_storage(parameters[3:])
+@pytest.mark.parametrize(
+    "frozen,bare",
+    [((), ()), ((1,), ()), ((0, 4), ()), ((0, 1, 2), (1,)), ((), (0, 1, 2)), ((0, 1, 2, 3, 4, 5, 6), ())],
+)
+def test_projections(route, dtype, frozen, bare):
+    parameters = parameters_of(dtype=dtype, bare=bare)
     x = torch.randn(2, 9, 6, dtype=dtype, requires_grad=True)
     for i in frozen:
-        (x, *parameters)[i].requires_grad_(False)
-    grad = torch.randn(2, 9, 17, dtype=dtype)
-    y, found = together(x, *parameters), []
-    if frozen != tuple(range(7)):
-        wanted = [t for t in (x, *parameters) if t.requires_grad]
-        found = torch.autograd.grad(y, wanted, grad)
-    theirs = run(one_by_one, (x, *parameters), grad)
-    truth = run(one_by_one, (x, *parameters), grad, torch.float64)
-    assert_as_accurate(y.detach(), truth[0], theirs[0])
-    assert len(found) == len(truth[1])
-    for a, t, e in zip(found, truth[1], theirs[1]):
-        assert_as_accurate(a, t, e, GRADIENT)
+        if (x, *parameters)[i] is not None:
+            (x, *parameters)[i].requires_grad_(False)
+    check(together, one_by_one, (x, *parameters), torch.randn(2, 9, 17, dtype=dtype))
 
 
-@pytest.mark.quick
-def test_packing_keeps_parameters_and_their_values():
-    layers = projections()
-    before = [(layer.weight, layer.weight.clone()) for layer in layers]
-    assert adjacent([layer.weight for layer in layers]) is None
-    assert pack_storage([layer.weight for layer in layers])
-    whole = adjacent([layer.weight for layer in layers])
-    assert whole.shape == (17, 6) and whole.data_ptr() == layers[0].weight.data_ptr()
-    for layer, (parameter, value) in zip(layers, before):
-        assert layer.weight is parameter and torch.equal(parameter, value) and parameter.is_leaf
-    with torch.no_grad():
-        layers[1].weight.fill_(3.0)  # what changes a parameter changes the whole
-    assert (whole[5:10] == 3).all() and not (whole[:5] == 3).any()
-    assert pack_storage([layer.weight for layer in layers])  # again: nothing to do
-    assert whole.data_ptr() == layers[0].weight.data_ptr()
-
-
-@pytest.mark.quick
-def test_what_moves_parameters_only_ends_the_sharing():
-    module = torch.nn.ModuleList(projections())
-    pack_storage([layer.weight for layer in module])
-    for moved in (copy.deepcopy(module), copy.deepcopy(module).to(torch.bfloat16)):
-        x = torch.randn(3, 6, dtype=moved[0].weight.dtype)
-        y = tf.packed_linear(x, [layer.weight for layer in moved], [layer.bias for layer in moved])
-        assert_as_accurate(
-            y[:, 5:10].detach(), copy.deepcopy(moved[1]).double()(x.double()).detach(), moved[1](x).detach()
-        )
-        assert pack_storage([layer.weight for layer in moved])
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    buffer.seek(0)
-    for name, value in torch.load(buffer).items():
-        assert torch.equal(value, module.state_dict()[name])
-
-
-@pytest.mark.quick
-def test_training_packed_parameters_is_training_parameters():
-    start = torch.nn.ModuleList(projections())
-    x = torch.randn(8, 6)
-
-    def train(function, model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        for _ in range(5):
-            optimizer.zero_grad()
-            inputs = x.to(model[0].weight.dtype)
-            function(inputs, *(m.weight for m in model), *(m.bias for m in model)).square().mean().backward()
-            optimizer.step()
-        return [p.detach() for p in model.parameters()]
-
-    packed = copy.deepcopy(start)
-    assert pack_storage([layer.weight for layer in packed])
-    ours, theirs = train(together, packed), train(one_by_one, copy.deepcopy(start))
-    truth = train(one_by_one, copy.deepcopy(start).double())
-    for a, t, e in zip(ours, truth, theirs):
-        assert_as_accurate(a, t, e)
-    assert adjacent([layer.weight for layer in packed]) is not None
+def test_projections_that_nothing_is_asked_of(route):
+    """Some outputs are not used, and some use the same weight."""
+    w, b, *_ = [torch.randn(5, 6, requires_grad=True), torch.randn(5, requires_grad=True)]
+    x = torch.randn(4, 6, requires_grad=True)
+    grad = torch.randn(4, 5)
+    check(lambda x, w, b: tf.projections(x, [w, w, w], [b, None, b])[1], lambda x, w, b: F.linear(x, w) + 0 * b.sum(),
+          (x, w, b.detach()), grad)  # fmt: skip
+    check(lambda x, w, b: sum(tf.projections(x, [w, w], [b, None])), lambda x, w, b: 2 * F.linear(x, w) + b,
+          (x, w, b), grad)  # fmt: skip
 
 
 class Wrapped(torch.Tensor):
@@ -241,23 +181,12 @@ class Wrapped(torch.Tensor):
 
 
 @pytest.mark.quick
-def test_what_is_never_packed():
-    a, b = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3, 4))
-    assert not pack_storage([a, a])
-    assert not pack_storage([a, torch.nn.Parameter(torch.randn(3, 5))])
-    assert not pack_storage([a, torch.nn.Parameter(torch.randn(3, 4, dtype=torch.bfloat16))])
-    assert not pack_storage([a, torch.nn.Parameter(torch.randn(3, 4, device="meta"))])
-    assert not pack_storage([a, torch.randn(3, 4).as_subclass(Wrapped)])
-    shared = torch.nn.Parameter(torch.randn(3, 4).share_memory_())
-    assert not pack_storage([a, shared]) and shared.is_shared()
-    whole = torch.randn(6, 4)
-    assert adjacent([whole[3:], whole[:3]]) is None
-    assert adjacent([whole[:3].t(), whole[3:].t()]) is None
-    assert adjacent([whole[:3], whole[3:].as_subclass(Wrapped)]) is None
-    assert adjacent([whole[:3], whole[3:]]).data_ptr() == whole.data_ptr()
-    x = torch.randn(2, 4)
-    assert torch.equal(tf.packed_linear(x, [a, a]), torch.cat([tf.linear(x, a)] * 2, -1))
-    assert tf.packed_linear(x, [a, b.as_subclass(Wrapped)]).shape == (2, 6)
+def test_projections_are_those_of_linear():
+    x, a, b = torch.randn(2, 4), torch.nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
+    for weights in ([a, a], [a, b.as_subclass(Wrapped)], [a.detach(), tf.pack_weight(b)]):
+        with torch.no_grad():
+            wanted = [tf.linear(x, w) for w in weights]
+            assert all(torch.equal(y, z) for y, z in zip(tf.projections(x, weights), wanted))
 
 
 @pytest.mark.quick
@@ -269,8 +198,9 @@ def test_what_is_never_packed():
         (lambda: tf.linear(torch.randn(2, 4), torch.randn(5, 4), torch.randn(4)), ValueError, r"bias.*\(5,\)"),
         (lambda: tf.linear(torch.ones(2, 4, dtype=torch.int32), torch.randn(5, 4)), TypeError, "input.*int32"),
         (lambda: tf.linear(torch.randn(2, 4), torch.randn(5, 4), None, "tanh"), ValueError, "activation.*'tanh'"),
-        (lambda: tf.packed_linear(torch.randn(2, 4), []), ValueError, "weights.*none"),
-        (lambda: tf.packed_linear(torch.randn(2, 4), [torch.randn(5, 4)], []), ValueError, "biases.*1.*0"),
+        (lambda: tf.projections(torch.randn(2, 4), []), ValueError, "weights.*none"),
+        (lambda: tf.projections(torch.randn(2, 4), [torch.randn(5, 4)], []), ValueError, "biases.*1.*0"),
+        (lambda: tf.projections(torch.randn(2, 4), [torch.randn(5, 3)]), ValueError, r"input.*3.*\(2, 4\)"),
         (lambda: tf.pack_weight(torch.randn(4)), ValueError, r"weight.*\(out, in\)"),
         (lambda: tf.pack_weight(torch.randn(4, 4), torch.int16), TypeError, "dtype.*int16"),
         (

@@ -11,6 +11,7 @@ import torch
 
 import transformer_fast as tf
 from transformer_fast.backends import memory
+from transformer_fast.backends.contents import FileMappings, mirror_files
 
 pytestmark = pytest.mark.quick
 
@@ -66,9 +67,9 @@ def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
     assert torch.equal(mapped, values)
     if written is not None:
         mapped[written // 4] = values[written // 4] = 7.0
-    assert memory.mirrors_file(mapped) == (written is None)
+    assert mirror_files([mapped]) == (written is None)
     before = _pages_of_a_file(mapped)
-    memory.unload(mapped)
+    memory.unload(mapped, FileMappings())
     after = _pages_of_a_file(mapped)
     assert before > 100 and after == (before if written is not None else 0)
     assert torch.equal(mapped, values)
@@ -77,9 +78,29 @@ def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
 def test_unload_keeps_memory_of_its_own():
     t = torch.randn(1 << 20)
     expected = t.clone()
-    assert not memory.mirrors_file(t)
-    memory.unload(t)
-    memory.unload(t[:3])
-    memory.unload(t.view(1024, 1024).t())
-    memory.unload(t.to("meta"))
+    assert not mirror_files([t])
+    memory.unload(t, FileMappings())
+    memory.unload(t[:3], FileMappings())
+    memory.unload(t.view(1024, 1024).t(), FileMappings())
+    memory.unload(t.to("meta"), FileMappings())
     assert torch.equal(t, expected)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+def test_what_is_written_while_pages_are_given_back_is_kept(tmp_path, monkeypatch):
+    """By another thread, between the question whether they are unwritten and the moment they go, and right after."""
+    values = torch.randn(1 << 14)
+    path = tmp_path / "weights"
+    path.write_bytes(values.numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=1 << 14, dtype=torch.float32)
+    move = memory._mremap
+
+    def write_around(*args):
+        mapped[2000:2100] = values[2000:2100] = 7.0
+        moved = move(*args)
+        mapped[2100:2200] = values[2100:2200] = 8.0
+        return moved
+
+    monkeypatch.setattr(memory, "_mremap", write_around)
+    memory.unload(mapped, FileMappings())
+    assert torch.equal(mapped, values)

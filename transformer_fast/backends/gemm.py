@@ -43,3 +43,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
     """activation(x W^T + b): x (M, K), weight (N, K), any strides, no size 0, all float32; not differentiable."""
     kind, variant = _POST_OPS[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, kind, [], variant)
+
+
+def linear_plus(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """x W^T + other, other (M, N); else as linear."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")

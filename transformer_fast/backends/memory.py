@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from .contents import FileMappings, unwritten
+
 _poison = os.environ.get("TRANSFORMER_FAST_POISON") == "1"
 
 # From here on fresh memory costs more in page faults than in being written. With 2 MB pages a fault covers 512
@@ -15,9 +17,16 @@ _LARGE = 2 << 20
 _PAGE = 2 << 20
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+_MREMAP_MAYMOVE, _MREMAP_DONTUNMAP = 1, 4
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_madvise, _mremap, _munmap = (getattr(_libc, name, None) for name in ("madvise", "mremap", "munmap"))
 if _madvise is not None:
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+if _mremap is not None and _munmap is not None:
+    _mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    _mremap.restype = ctypes.c_void_p
+    _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:
@@ -64,30 +73,36 @@ def _advise(t: torch.Tensor, size: int, advice: int) -> None:
         _madvise(pages[0] * size, len(pages) * size, advice)
 
 
-_RESIDENT_OR_SWAPPED, _OF_A_FILE = -1 << 62, 1 << 61  # the upper bits of an entry of /proc/self/pagemap
+def unload(t: torch.Tensor, mappings: FileMappings) -> None:
+    """Give back the pages that lie whole inside t where they are a file's, unwritten: the next read brings them back.
 
-
-def mirrors_file(t: torch.Tensor) -> bool:
-    """True when every page inside t is that of a mapped file, such as a checkpoint's, and none has been written to
-    since; False where t is smaller than a page or the system does not say."""
-    if _madvise is None or t.device.type != "cpu" or not t.is_contiguous():
-        return False
+    The pages are moved away rather than dropped: what another thread wrote to one since it was asked about is found
+    there, and put back. Nothing happens to other memory, or where the system cannot do this."""
     pages = _pages(t, mmap.PAGESIZE)
-    entries = bytearray(8 * len(pages))
-    if not entries:
-        return False
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            file.seek(8 * pages[0])
-            if file.readinto(entries) != len(entries):
-                return False
-    except OSError:
-        return False
-    flags = torch.frombuffer(entries, dtype=torch.int64)
-    return bool(((flags & _OF_A_FILE != 0) | (flags & _RESIDENT_OR_SWAPPED == 0)).all())
+    if _mremap is None or _munmap is None or not pages or mappings.find(t) is None:
+        return
+    begin, size = pages[0] * mmap.PAGESIZE, len(pages) * mmap.PAGESIZE
+    if not unwritten([_bytes(begin, size)])[0]:
+        return
+    moved = _mremap(begin, size, size, _MREMAP_MAYMOVE | _MREMAP_DONTUNMAP, None)
+    if moved in (None, _MAP_FAILED):
+        return
+    _put_back(begin, moved, size)
+    _munmap(moved, size)
 
 
-def unload(t: torch.Tensor) -> None:
-    """Give back the pages of t where it mirrors a file: the next read brings them back. Elsewhere nothing happens."""
-    if mirrors_file(t):
-        _advise(t, mmap.PAGESIZE, _MADV_DONTNEED)
+def _put_back(begin: int, moved: int, size: int) -> None:
+    """What was written to the pages at `moved` when they were taken from `begin`."""
+    if _madvise is None or unwritten([_bytes(moved, size)])[0]:
+        return
+    for at in range(0, size, mmap.PAGESIZE):
+        page = _bytes(moved + at, mmap.PAGESIZE)
+        if not unwritten([page])[0]:
+            written = page.clone()
+            _madvise(moved + at, mmap.PAGESIZE, _MADV_DONTNEED)  # the file's own again
+            changed = written != page
+            _bytes(begin + at, mmap.PAGESIZE)[changed] = written[changed]
+
+
+def _bytes(address: int, size: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)

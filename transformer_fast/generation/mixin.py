@@ -54,9 +54,6 @@ class GenerationMixin:
             fresh = kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None
             if fresh and isinstance(ids, torch.Tensor) and mask.shape != ids.shape:
                 raise ValueError(f"attention_mask: wanted shape {tuple(ids.shape)} as the ids, got {tuple(mask.shape)}")
-            empty = (mask != 0).any(1).logical_not().nonzero().flatten().tolist() if mask.device.type == "cpu" else []
-            if empty:
-                raise ValueError(f"attention_mask: wanted at least one token a prompt, but rows {empty[:8]} keep none")
         for name in ("num_beams", "num_return_sequences", "num_beam_groups"):
             if (count := kwargs.get(name)) is not None and count < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {count}")
@@ -165,6 +162,8 @@ class GenerationMixin:
             or config.prefill_chunk_size is not None
             or config.is_assistant
             or torch.compiler.is_compiling()
+            or _has_empty_prompts(model_kwargs)
+            or (hasattr(self, "why_hf_loop") and self.why_hf_loop())
         ):
             return None
         dropped = ("past_key_values", "use_cache")
@@ -180,6 +179,12 @@ class GenerationMixin:
         encoder_decoder = self.config.is_encoder_decoder
         cls = getattr(hf, name.format("EncoderDecoder" if encoder_decoder else "DecoderOnly"))
         return cls(**found, **record.fields(stepper, encoder_decoder))
+
+
+def _has_empty_prompts(model_kwargs: dict) -> bool:
+    """Whether a prompt's mask keeps nothing of it."""
+    masks = (model_kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    return any(not bool((m != 0).any(-1).all()) for m in masks if isinstance(m, torch.Tensor) and m.dim() == 2)
 
 
 def _first_copies(value: Any, copies: int) -> Any:

@@ -2,7 +2,7 @@
 
 from .attention import MultiheadAttention
 from .encoder import StackCall, encoder_layer, plan_call, run_layers
-from .packing import Packing, plan_packing
+from .packing import Packing, compute_padding, documents_of, plan_packing
 from .spec import LayerWeights, SlotTable, TransformerSpec
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "SlotTable",
     "StackCall",
     "TransformerSpec",
+    "compute_padding",
+    "documents_of",
     "encoder_layer",
     "plan_call",
     "plan_packing",

@@ -9,8 +9,8 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
-from .packing import Packing, plan_packing
-from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, packed_linear
+from .packing import Packing, padding_is_computed, plan_documents, plan_packing
+from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
 
@@ -58,6 +58,7 @@ def plan_call(
     encoder_mask: torch.Tensor | None = None,
     encoder_packing: Packing | None = None,
     relative_bias: ops.RelativeBias | None = None,
+    documents: torch.Tensor | None = None,
     read: torch.Tensor | None = None,
     read_first: bool = False,
     attentions: bool = False,
@@ -66,7 +67,9 @@ def plan_call(
 
     attention_mask: None, (B, S) with nonzero for tokens (B, past + S with a cache), (B, Sq, Sk), or 4-D and complete
     in itself (then spec.causal adds nothing). encoder_packing: encoder_states are its rows, else (B, Se, E).
-    relative_bias: distances count the positions between two tokens, padding too. read, read_first: see plan_packing.
+    relative_bias: distances count the positions between two tokens, padding too. documents: (B, S), the one that each
+    position belongs to and that alone it sees; without attention_mask and cache only. read, read_first: see
+    plan_packing.
     """
     call = StackCall(
         spec, Packing(batch, length), causal=spec.causal, relative_bias=relative_bias, encoder_states=encoder_states
@@ -89,14 +92,27 @@ def plan_call(
             call.mask = mask[:, None, None]
         else:
             _drop_padding(call, mask, read, read_first)
+    elif documents is not None:
+        _plan_documents(call, documents.to(device))
     if relative_bias is not None:
         _plan_relative(call, length, device, past_key_values)
     return call
 
 
+def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and ops.concrete(documents) and call.attentions is None:
+        call.packing = plan_documents(documents)
+        return
+    together = documents[:, :, None] == documents[:, None]
+    call.mask = (together.tril() if call.causal else together)[:, None]
+    call.causal = False
+
+
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
     if call.relative_bias is not None:  # what lies between two tokens keeps its place
         read = _span(mask if read is None else mask | read)
+    if padding_is_computed():
+        read = torch.ones_like(mask)
     call.packing = plan_packing(mask, read, read_first)
     call.mask = call.packing.key_mask
 
@@ -223,7 +239,7 @@ def run_layers(
     layers = list(layers)
     for index, layer in enumerate(layers):
         if index in keep_hidden:
-            call.hidden_states[index] = call.packing.unpack(rows)
+            call.hidden_states[index], rows = call.packing.show(rows)
         last = first_only and index == len(layers) - 1
         # By position: reentrant checkpointing differentiates with respect to these alone.
         states = () if call.encoder_states is None else (call.encoder_states,)
@@ -332,32 +348,24 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     spec, packing = call.spec, call.packing
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
-    projections = [w.query, w.key, w.value]
-    qkv: Any
     plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
-    dtype = attention_dtype(x) if int8 and plain and call.relative_bias is None else None
+    plain = plain and call.relative_bias is None
+    dtype = attention_dtype(x) if int8 and plain else None
     if w.qkv is not None:
-        qkv = linear(w.qkv, x) if dtype is None else packed_linear([w.qkv], x, dtype)
-    else:
-        qkv = None if first_only else packed_linear(projections, x, dtype)
-    if qkv is not None and plain and call.relative_bias is None:
+        qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
         qkv = qkv.unflatten(-1, (3, *heads))
-        out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
-        return out.flatten(-2)
-    if qkv is not None:
-        q, k, v = qkv.unflatten(-1, (3, *heads)).unbind(-3)
+        if plain:
+            out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
+            return out.flatten(-2)
+        q, k, v = qkv.unbind(-3)
         if first_only:
             q = packing.first(q) if packing.index is not None else q[:, :1]
     elif first_only:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
-        kv = packed_linear(projections[1:], x)
-        if kv is not None:
-            k, v = kv.unflatten(-1, (2, *heads)).unbind(-3)
-        else:
-            k, v = (linear(m, x).unflatten(-1, heads) for m in projections[1:])
+        k, v = (t.unflatten(-1, heads) for t in projections([w.key, w.value], x))
     else:
-        q, k, v = (linear(m, x).unflatten(-1, heads) for m in projections)
+        q, k, v = (t.unflatten(-1, heads) for t in projections([w.query, w.key, w.value], x, dtype))
     if packing.index is not None:
         if past_key_values is not None:
             k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
@@ -383,6 +391,11 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     packing: Any = call.packing
     scale, cu, longest = call.spec.scale_of(index), packing.cu_seqlens, packing.max_seqlen
     cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
+    if call.attentions is not None and torch.is_grad_enabled():
+        q, k, v = (packing.unpack(t).transpose(1, 2) for t in (q, k, v))
+        mask = packing.mask[:, None, None]
+        out, call.attentions[index] = _weighted(q, k, v, mask, call, call.causal, p, index, bias=call.bias)
+        return packing.pack(out)
     out = ops.varlen_attention(
         q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, scale,
         attn_mask=packing.key_mask, relative_bias=call.relative_bias, return_lse=call.attentions is not None,
@@ -404,6 +417,11 @@ def _padded_attention(
 ):  # fmt: skip
     """q, k, v: (B, H, S, D) -> (B, Sq, H * D)."""
     scale = call.spec.scale_of(index)
+    if weights is not None and torch.is_grad_enabled():
+        if key_lengths is not None:
+            mask = (torch.arange(k.shape[2], device=k.device) < key_lengths[:, None])[:, None, None]
+        out, weights[index] = _weighted(q, k, v, mask, call, causal, p, index, bias=bias)
+        return out.flatten(-2)
     out = ops.scaled_dot_product_attention(
         q, k, v, mask, p, causal, scale, bias=bias, relative_bias=relative_bias, key_lengths=key_lengths,
         causal_alignment="bottom_right" if call.bottom_right else "top_left", return_lse=weights is not None,
@@ -414,6 +432,26 @@ def _padded_attention(
             q, k, lse, scale=scale, is_causal=causal, attn_mask=mask, bias=bias, key_lengths=key_lengths
         )
     return out.transpose(1, 2).flatten(-2)
+
+
+def _weighted(q, k, v, mask, call: StackCall, causal: bool, p: float, index: int, *, bias=None):
+    """(out (B, Sq, H, D), weights (B, H, Sq, Sk)): out is made of the weights, so that its gradient reaches them, which
+    attribution methods read. mask, bias: as in ops.scaled_dot_product_attention."""
+    scale = call.spec.scale_of(index)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    for added in (bias, None if mask is None or mask.dtype == torch.bool else mask):
+        scores = scores if added is None else scores + added
+    seen = mask if mask is not None and mask.dtype == torch.bool else None
+    if causal:
+        sq, sk = scores.shape[-2:]
+        below = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq if call.bottom_right else 0)
+        seen = below if seen is None else seen & below
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0).to(q.dtype)
+    return (ops.dropout(weights, p) @ v).transpose(1, 2), weights
 
 
 def _probabilities(q, k, lse, **masks) -> torch.Tensor:
@@ -435,21 +473,17 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
         stored = cache.cross_attention_cache.layers[index]
         k, v = stored.keys, stored.values
     else:
-        kv: Any
         if w.cross_key_value is not None:
-            kv = linear(w.cross_key_value, states)
+            k, v = linear(w.cross_key_value, states).unflatten(-1, (2, *heads)).unbind(-3)
         else:
-            kv = packed_linear([w.cross_key, w.cross_value], states)
-            if kv is None:
-                kv = torch.cat([linear(m, states) for m in (w.cross_key, w.cross_value)], -1)
-        kv = kv.unflatten(-1, (2, *heads))
+            k, v = (t.unflatten(-1, heads) for t in projections([w.cross_key, w.cross_value], states))
         lengths_known = call.encoder_mask is None or source is not None
         padding = _is_packed(packing) or _is_packed(source)
         if padding and lengths_known and cache is None and call.cross_attentions is None:
-            return _packed_cross_attention(q, kv, call, index, p)
+            return _packed_cross_attention(q, k, v, call, index, p)
         if _is_packed(source):
-            kv = source.unpack(kv)  # type: ignore[union-attr]
-        k, v = kv.permute(2, 0, 3, 1, 4)
+            k, v = source.unpack(k), source.unpack(v)  # type: ignore[union-attr]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True
@@ -465,21 +499,24 @@ def _cross_attention(w, x, states, call: StackCall, index, past_key_values) -> t
     return packing.pack(out.view(rows, length, out.shape[-1]))
 
 
-def _packed_cross_attention(q, kv, call: StackCall, index: int, p: float) -> torch.Tensor:
-    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), kv (total, 2, H, D) or (B, Se, 2, H, D)."""
+def _packed_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> torch.Tensor:
+    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), k, v (total, H, D) or (B, Se, H, D)."""
     shape, source = q.shape, call.encoder_packing
-    (q, cu_q, longest_q), (kv, cu_k, longest_k) = _sequences(q, call.packing), _sequences(kv, source)
+    (q, cu_q, longest_q), (k, cu_k, longest_k) = _sequences(q, call.packing), _sequences(k, source)
+    v = _sequences(v, source)[0]
     out = ops.varlen_attention(
-        q, kv[:, 0], kv[:, 1], cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
+        q, k, v, cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
         attn_mask=None if source is None else source.key_mask,
     )  # fmt: skip
     return out.view(shape).flatten(-2)
 
 
 def _sequences(t: torch.Tensor, packing: Packing | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(rows, where each sequence begins, the longest), packed or not."""
+    """(rows, where each sequence begins, the longest), packed or not. All documents in a row see its encoder states."""
     if packing is not None and packing.index is not None:
-        return t, packing.cu_seqlens, packing.max_seqlen  # type: ignore[return-value]
+        if not packing.documents:
+            return t, packing.cu_seqlens, packing.max_seqlen  # type: ignore[return-value]
+        t = packing.unpack(t)
     batch, length = t.shape[:2]
     cu = torch.arange(batch + 1, dtype=torch.int32, device=t.device) * length
     return t.flatten(0, 1), cu, length

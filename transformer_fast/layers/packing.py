@@ -1,12 +1,14 @@
-"""Dropping padding: which positions of a batch are computed, and the way there and back."""
+"""Dropping padding: which positions of a batch are computed, and the way there and back. And documents in a row."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..ops import concrete
 
-__all__ = ["Packing", "plan_packing"]
+__all__ = ["Packing", "compute_padding", "documents_of", "padding_is_computed", "plan_documents", "plan_packing"]
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Packing:
     mask: bool, (batch, length), True for the positions that are attended to; None when all are.
     kept: bool, (batch, length), when all positions are computed only because lengths cannot be read: True where they
     would have been computed.
+    documents: every position is computed, and the sequences of cu_seqlens are documents, several in a row of the batch.
     """
 
     batch: int
@@ -29,18 +32,29 @@ class Packing:
     key_mask: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    documents: bool = False
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, ...) -> (total, ...); x itself when every position is computed."""
-        return x if self.index is None else x.flatten(0, 1).index_select(0, self.index)
+        if self.index is None:
+            return x
+        return x.flatten(0, 1) if self.documents else x.flatten(0, 1).index_select(0, self.index)
 
     def unpack(self, rows: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """(total, ...) -> (batch, length, ...), `fill` at positions that were not computed."""
         if self.index is None:
             return rows if self.kept is None else rows.masked_fill(~self.kept[..., None], fill)
+        if self.documents:
+            return rows.unflatten(0, (self.batch, self.length))
         # From a plain fresh tensor the copy is in place, with a gradient to rows alone.
         out = rows.new_full((self.batch * self.length, *rows.shape[1:]), fill)
         return out.index_copy_(0, self.index, rows).unflatten(0, (self.batch, self.length))
+
+    def show(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows as (batch, length, ...), rows) to return as a hidden state and to go on with: with gradients on, what
+        follows is made of what is returned, so that its gradient reaches it."""
+        shown = self.unpack(rows)
+        return shown, self.pack(shown) if torch.is_grad_enabled() else rows
 
     def first(self, rows: torch.Tensor) -> torch.Tensor:
         """The first position of each sequence, (batch, ...)."""
@@ -48,6 +62,8 @@ class Packing:
             raise ValueError(f"input_ids: wanted at least one position to pool, got shape {(self.batch, self.length)}")
         if self.index is None:
             return rows[:, 0]
+        if self.documents:
+            return rows[:: self.length]
         return rows.index_select(0, self.cu_seqlens[:-1])  # type: ignore[index]
 
     def positions(self, device: torch.device) -> torch.Tensor:
@@ -57,23 +73,82 @@ class Packing:
         return self.index % self.length
 
 
-@torch.compiler.disable
+_padding_is_computed = False
+
+
+class compute_padding:
+    """Compute what stands at padded positions, as transformers does, in place of zeros.
+
+    compute_padding(True) switches it on and compute_padding(False) off again; `with compute_padding(True):` switches it
+    for the block. Process-wide. Costs what padding costs: dropping it is most of the gain on ragged batches.
+
+    Args:
+        on: whether padding is computed from now on.
+
+    Raises:
+        TypeError: on is not a bool.
+    """
+
+    def __init__(self, on: bool = True):
+        global _padding_is_computed
+        if not isinstance(on, bool):
+            raise TypeError(f"on: wanted True or False, got {on!r}")
+        self._before, _padding_is_computed = _padding_is_computed, on
+
+    def __enter__(self) -> "compute_padding":
+        return self
+
+    def __exit__(self, *error) -> None:
+        global _padding_is_computed
+        _padding_is_computed = self._before
+
+
+def padding_is_computed() -> bool:
+    return _padding_is_computed
+
+
 def plan_packing(mask: torch.Tensor, read: torch.Tensor | None = None, read_first: bool = False) -> Packing:
     """A Packing of the positions where mask holds, and of those whose result is read though they are padding.
 
     mask: (B, S) bool, True for tokens. read: (B, S) bool or None. read_first: the first position of every sequence is
     read. Padding that is read is computed as a query and never attended to, as in a padded batch.
-    Waits for the device once: for the lengths. Where they cannot be read (torch.export, torch.jit.trace, fake tensors)
-    every position is computed.
+    Waits for the device once: for the lengths. Where they cannot be read (torch.export, torch.jit.trace, fake tensors,
+    torch.compile with fullgraph=True) every position is computed.
     """
-    batch, length = mask.shape
-    keep = mask
-    if read is not None:
-        keep = keep | read
-    if read_first and length:
+    if torch.compiler.is_compiling() and _in_one_graph():
+        return _computing_all(mask, _kept(mask, read, read_first))
+    return _plan_packing(mask, read, read_first)
+
+
+def _kept(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor:
+    keep = mask if read is None else mask | read
+    if read_first and mask.shape[1]:
         keep = torch.cat((torch.ones_like(keep[:, :1]), keep[:, 1:]), 1)
+    return keep
+
+
+def _computing_all(mask: torch.Tensor, kept: torch.Tensor | None) -> Packing:
+    return Packing(mask.shape[0], mask.shape[1], key_mask=mask[:, None, None], mask=mask, kept=kept)
+
+
+@torch.compiler.assume_constant_result
+def _in_one_graph() -> bool:
+    """Whether the compiler that is tracing refuses to break the graph. Where torch does not say, it may."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer: Any = InstructionTranslator.current_tx()
+        return bool(tracer.one_graph or tracer.error_on_graph_break)
+    except (ImportError, AttributeError):
+        return True
+
+
+@torch.compiler.disable
+def _plan_packing(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> Packing:
+    batch, length = mask.shape
+    keep = _kept(mask, read, read_first)
     if not concrete(mask):
-        return Packing(batch, length, key_mask=mask[:, None, None], mask=mask, kept=keep)
+        return _computing_all(mask, keep)
     lengths = keep.sum(1, dtype=torch.int32)
     *sizes, padding_read = torch.cat((lengths, (keep & ~mask).any().to(torch.int32).view(1))).tolist()
     total, longest = sum(sizes), max(sizes, default=0)
@@ -91,3 +166,44 @@ def plan_packing(mask: torch.Tensor, read: torch.Tensor | None = None, read_firs
         key_mask[row, column] = mask.flatten()[index]
         key_mask = key_mask[:, None, None]
     return Packing(batch, length, index, cu, longest, key_mask, mask)
+
+
+# ---- documents: several sequences in one row, which do not see one another ----------------------------
+def documents_of(
+    shape: tuple[int, int], position_ids: torch.Tensor | None, options: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """(batch, length) int: the document that each position is in, as transformers' DataCollatorWithFlattening says it;
+    None where nothing says that there is more than one in a row.
+
+    position_ids: (batch or 1, length) or None: a document begins wherever they do not go on by one. options: a
+    forward's other keywords, of which cu_seq_lens_q (documents + 1,), counted through all rows, or seq_idx
+    (batch, length) count first. Raises ValueError for cu_seq_lens_q that do not end with the last position.
+    """
+    batch, length = shape
+    ends, numbers = options.get("cu_seq_lens_q"), options.get("seq_idx")
+    if ends is not None:
+        ends = torch.as_tensor(ends)
+        readable = concrete(ends) and not torch.compiler.is_compiling()
+        if ends.dim() != 1 or (readable and int(ends[-1]) != batch * length):
+            came = f"up to {int(ends[-1])}" if ends.dim() == 1 else f"shape {tuple(ends.shape)}"
+            raise ValueError(f"cu_seq_lens_q: wanted (documents + 1,) from 0 up to {batch * length}, got {came}")
+        row = torch.arange(batch * length, device=ends.device)
+        return torch.bucketize(row, ends[1:-1].to(row.dtype), right=True).view(batch, length)
+    if numbers is not None:
+        return numbers.expand(batch, length)
+    if position_ids is None or not length:
+        return None
+    goes_on = position_ids.diff(dim=-1) == 1
+    if not torch.compiler.is_compiling() and concrete(goes_on) and bool(goes_on.all()):
+        return None
+    return torch.nn.functional.pad((~goes_on).cumsum(-1), (1, 0)).expand(batch, length)
+
+
+def plan_documents(documents: torch.Tensor) -> Packing:
+    """A Packing of all positions in which each document is a sequence. documents: (B, S), see documents_of."""
+    batch, length = documents.shape
+    begins = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True).flatten()
+    starts = begins.nonzero().squeeze(1)
+    cu = torch.nn.functional.pad(starts, (0, 1), value=batch * length)
+    index = torch.arange(batch * length, device=documents.device)
+    return Packing(batch, length, index, cu.to(torch.int32), int(cu.diff().max()), documents=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from .. import ops
 from ..ops.linear_int8 import Int8Norm
 from ..ops.packed_weight import PackedWeight
 from .quantized import int8_linears, is_int8
-from .spec import LayerWeights
 
 __all__ = [
     "add_norm",
@@ -20,13 +19,13 @@ __all__ = [
     "dropout_p",
     "is_plain",
     "is_transposed",
-    "lay_out",
     "linear",
     "norm",
     "norm_of",
-    "packed_linear",
+    "projections",
     "reading_copies",
     "register_transposed",
+    "rms_norm_of",
 ]
 
 # Classes that compute x W + b with W (in, out), such as HF's Conv1D; families add theirs.
@@ -92,58 +91,16 @@ def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch
     return y if activation is None else ops.bias_activation(y, None, activation)
 
 
-def packed_linear(modules: list[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None) -> torch.Tensor | None:
-    """x [W1; W2; ...]^T + [b1; b2; ...] as one GEMM, or None where the modules have to be called one by one.
-    int8_dtype: of the result where the modules are Int8Linear; None for x's."""
+def projections(
+    modules: Sequence[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """W_i x + b_i of each module; those that are more than plain are called.
+    int8_dtype: of the results where the modules are Int8Linear; None for x's."""
     if is_int8(*modules):
-        return int8_linears(modules, x, int8_dtype)
-    for module in modules:
-        if not is_plain(module, nn.Linear) or isinstance(_weight(module), PackedWeight):
-            return None
-    weights = [m.weight for m in modules]
-    bare = [m.bias is None for m in modules]
-    if any(bare) and not all(bare):
-        return None
-    biases = None if all(bare) else [m.bias for m in modules]
-    if not torch.compiler.is_compiling():
-        if biases is not None:  # first: what they leave free then joins what the weights leave
-            _lay_side_by_side(biases)
-        _lay_side_by_side(weights)
-    return ops.packed_linear(x, weights, biases)
-
-
-def lay_out(layers: Iterable[LayerWeights]) -> None:
-    """Give the projections of all layers the storage packed_linear uses. It would do so by itself, layer by layer; done
-    before there are activations it takes no memory beside them."""
-    for w in layers:
-        modules: list[Any] = [w.query, w.key, w.value]
-        if not all(is_plain(m, nn.Linear) for m in modules):
-            return
-        weights, biases = [m.weight for m in modules], [m.bias for m in modules]
-        if not _are_parameters(weights) or _are_adjacent(weights):
-            return
-        if _are_parameters(biases):
-            _lay_side_by_side(biases)
-        _lay_side_by_side(weights)
-
-
-def _are_parameters(tensors: list[Any]) -> bool:
-    return all(type(t) is nn.Parameter for t in tensors)
-
-
-def _are_adjacent(parameters: list[nn.Parameter]) -> bool:
-    first, second = parameters[:2]
-    return first.data_ptr() + first.nbytes == second.data_ptr()
-
-
-def _lay_side_by_side(parameters: list[nn.Parameter]) -> None:
-    """Give parameters one storage when construction, a load or .to() has left each with its own. One that is a part of
-    somebody else's storage (sharded, flattened) stays where it is."""
-    if not _are_parameters(parameters) or _are_adjacent(parameters):
-        return
-    if all(p.untyped_storage().nbytes() == p.nbytes for p in parameters):
-        with torch.inference_mode(False):  # or training could not use them later
-            ops.pack_storage(parameters)
+        return int8_linears(list(modules), x, int8_dtype).split([m.out_features for m in modules], -1)
+    if torch.is_grad_enabled() and all(is_plain(module, nn.Linear) for module in modules):
+        return ops.projections(x, [_weight(m) for m in modules], [m.bias for m in modules])
+    return tuple(linear(module, x) for module in modules)
 
 
 def _is_rms_norm(module: Any) -> bool:
@@ -156,8 +113,13 @@ def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if is_plain(module, nn.LayerNorm):
         return ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     if _is_rms_norm(module):
-        return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
+        return rms_norm_of(module, x)
     return module(x)
+
+
+def rms_norm_of(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a norm computes that _is_rms_norm knows, whatever hooks it has."""
+    return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
 
 
 def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:

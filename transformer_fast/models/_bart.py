@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from ..generation import StepDescription
-from ..layers import SlotTable, TransformerSpec, encoder_layer
+from ..layers import SlotTable, TransformerSpec
 from ._base import Want, activation_name
 from ._heads import is_labelled
+from ._layer import Layer
 from ._seq2seq import CausalLMHead, DecoderInputs, LMHead, Seq2SeqBase, StackBase, describe_decoder
 
 __all__ = ["BartCausalLM", "BartDecoderBase", "BartEncoderBase", "BartLMHead", "BartLayer", "BartSeq2Seq", "SLOTS"]
@@ -36,12 +37,8 @@ SLOTS = SlotTable(
 )
 
 
-class BartLayer:
-    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
-
-    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
-        w = SLOTS.read(self)  # type: ignore[arg-type]
-        return encoder_layer(w, hidden_states, call, index, first_only, past_key_values, encoder_states)
+class BartLayer(Layer):
+    _table = SLOTS
 
 
 class _BartStack(StackBase):

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
+from . import _stock
 from ._loading import LoadingErrors
 
 __all__ = [
@@ -50,7 +51,7 @@ class Encoded(NamedTuple):
     def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int) -> "Encoded":
         hidden = attentions = cross = last = None
         if flags.hidden_states:
-            last = call.packing.unpack(rows)
+            last, rows = call.packing.show(rows)
             states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
             hidden = tuple(states.get(i) for i in range(layers + 1))
         if flags.attentions:
@@ -145,9 +146,24 @@ class ModelMixin(LoadingErrors):
 
     _adopted: Adopted
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(f"{__package__}."):
+            _stock.watch(cls)
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._adopted.adopt(self)  # type: ignore[arg-type]
+        _stock.remember(self, ModelMixin)  # type: ignore[arg-type]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, as for transformers' classes whose initialisation this is: one seed gives the weights of theirs."""
+        return not cls.__module__.startswith(f"{__package__}.")
+
+    def why_hf_loop(self) -> str:
+        """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
+        return _stock.why_hf_loop(self)
 
     def _finish(self, output, flags_from: dict):
         """The output as a tuple where return_dict is off."""

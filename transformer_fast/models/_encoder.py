@@ -15,11 +15,11 @@ from transformers.modeling_outputs import (
 )
 
 from .. import ops
-from ..layers import SlotTable, TransformerSpec, plan_call, run_layers
+from ..layers import SlotTable, TransformerSpec, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
-from ..layers.projection import dropout_p, lay_out, linear, norm
+from ..layers.projection import dropout_p, linear, norm
 from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
-from ._heads import classification_loss, is_labelled, masked_lm, span_loss, token_loss
+from ._heads import classification_loss, is_labelled, masked_lm, per_position, span_loss, token_loss
 
 __all__ = ["EncoderBase", "EncoderHeads", "Inputs", "VocabularyHead"]
 
@@ -35,6 +35,13 @@ class Inputs(NamedTuple):
 
     def given(self) -> dict[str, torch.Tensor]:
         return {name: t for name, t in self._asdict().items() if t is not None}
+
+    def source(self) -> torch.Tensor:
+        """The ids or the embeddings; ValueError where neither or both were given."""
+        if (self.input_ids is None) == (self.inputs_embeds is None):
+            came = "neither" if self.input_ids is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
+        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds  # type: ignore[return-value]
 
 
 class EncoderBase(ModelMixin):
@@ -75,20 +82,23 @@ class EncoderBase(ModelMixin):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         _check(inputs, e, batch, length, past)
         causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
+        documents = None
+        if inputs.attention_mask is None and past_key_values is None:
+            documents = documents_of((batch, length), None, kwargs)
         call = plan_call(
             self._spec(bool(getattr(config, "is_decoder", False) if causal is None else causal)),
             inputs.attention_mask, batch, length, source.device,
             past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
-            read=want.read, read_first=want.read_first or want.first_only, attentions=flags.attentions,
+            documents=documents, read=want.read, read_first=want.read_first or want.first_only,
+            attentions=flags.attentions,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            lay_out(self._slots.read(layer) for layer in dict.fromkeys(layers))
         rows = embed(
             call.packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None),
             e.LayerNorm, e.dropout, input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds,
             position_ids=inputs.position_ids, segment_ids=inputs.token_type_ids, past=past,
         )  # fmt: skip
-        first_only = want.first_only and not (flags.hidden_states or flags.attentions or past_key_values is not None)
+        whole = flags.hidden_states or flags.attentions or past_key_values is not None or documents is not None
+        first_only = want.first_only and not whole
         rows = run_layers(
             layers, self._project(rows), call,
             first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden,
@@ -159,12 +169,14 @@ class EncoderHeads(ModelMixin):
         return masked_lm(self._vocabulary_head().decoder, self._transform(encoded.rows), encoded.packing, labels)
 
     def _masked_lm(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
+        labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
         loss, logits = self._vocabulary(encoded, labels)
         return self._finish(MaskedLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _pre_training(self, inputs: Inputs, labels, pair_label, kwargs: dict):
         """(loss when both labels are given, MLM logits, what pooled rows the pair head reads, extras)."""
+        labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read_first=True, read=is_labelled(labels)), kwargs)
         masked_loss, logits = self._vocabulary(encoded, labels)
         pair_logits = self._pair_logits(encoded.pooled)
@@ -198,6 +210,7 @@ class EncoderHeads(ModelMixin):
         return self._finish(MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _classify_tokens(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
+        labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
         logits = encoded.packing.unpack(linear(self.classifier, rows))

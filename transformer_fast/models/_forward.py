@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._transformers import CACHE_NAME, merge_cache_names
+from ._stock import why_hf_forward
 
 __all__ = ["public_forward"]
 
@@ -34,7 +35,8 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
     `function` as past_key_values. original: None for models that HF has not; `function` is documented then.
 
     The result raises ValueError where two names hold different caches, and TypeError for a cache under a name that is
-    unknown or in a model that keeps none: both would be ignored otherwise.
+    unknown or in a model that keeps none: both would be ignored otherwise. Where a model is not stock (see _stock)
+    `original` runs.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -47,6 +49,8 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
 
         @functools.wraps(original or function)
         def forward(self, *args, **kwargs):
+            if original is not None and kwargs.get("want") is None and (reason := why_hf_forward(self)):
+                return _run_hf(self, original, reason, args, kwargs)
             if len(args) > alike:  # HF has them in another order: by name, then
                 kwargs = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
                 args = args[:alike]
@@ -113,6 +117,14 @@ def _with_one_cache(model: Any, arguments: dict, takes_cache: bool) -> dict:
     if not _hands_on(model):
         raise TypeError(f"past_key_values: {where} keeps no cache; wanted None, got {type(cache).__name__}")
     return arguments
+
+
+def _run_hf(model: Any, original: Callable, reason: str, args: tuple, arguments: dict):
+    where = f"{type(model).__name__}.forward"
+    arguments = merge_cache_names(arguments, CACHE_NAME, where)
+    if CACHE_NAME not in inspect.signature(original).parameters and arguments.pop(CACHE_NAME, None) is not None:
+        raise TypeError(f"{CACHE_NAME}: {where} is transformers' own, which keeps no cache, as {reason}")
+    return original(model, *args, **{k: v for k, v in arguments.items() if k != "want"})
 
 
 def _hands_on(model: Any) -> bool:

@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from .. import ops
-from ..layers import Packing, TransformerSpec, plan_call, run_layers
+from ..layers import Packing, TransformerSpec, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
 from ..layers.projection import linear, norm
 from ._base import Encoded, Want, check_inputs, check_integers, read_flags
@@ -23,7 +23,6 @@ __all__ = [
     "double_heads",
     "flatten_labels",
     "flatten_leading",
-    "kept_positions",
     "prepare_cache",
     "run_gpt",
     "shifted_labels",
@@ -50,18 +49,25 @@ def run_gpt(
     encoder_mask=None,
     past_key_values=None,
     use_cache: bool = False,
+    positions_tell_documents: bool = False,
 ) -> Encoded:
-    """The base model on (B, S) inputs; segments are embedded by the word table, as in both GPTs."""
+    """The base model on (B, S) inputs; segments are embedded by the word table, as in both GPTs.
+
+    positions_tell_documents: position_ids that begin again begin a document that sees no other.
+    """
     config, layers = model.config, model.h
     source = check_inputs(input_ids, inputs_embeds, config.n_embd)
     batch, length = source.shape[:2]
     flags = read_flags(config, kwargs, len(layers))
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past)
+    documents = None
+    if attention_mask is None and past_key_values is None:
+        documents = documents_of((batch, length), position_ids if positions_tell_documents else None, kwargs)
     call = plan_call(
         spec, attention_mask, batch, length, source.device,
         past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
-        read=want.read, read_first=want.read_first, attentions=flags.attentions,
+        documents=documents, read=want.read, read_first=want.read_first, attentions=flags.attentions,
     )  # fmt: skip
     rows = embed(
         call.packing, word, position, None if token_type_ids is None else word, None, model.drop,
@@ -136,26 +142,6 @@ def flatten_labels(leading: torch.Size | None, labels: torch.Tensor | None, kwar
 def shifted_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
     """Position i is scored on the token after it."""
     return F.pad(labels, (0, 1), value=IGNORE)[..., 1:] if given is None and labels is not None else given
-
-
-def kept_positions(
-    source: torch.Tensor, logits_to_keep: int | torch.Tensor, shifted: torch.Tensor | None
-) -> torch.Tensor | None:
-    """(B, S) bool: positions a causal head reads though they may be padding."""
-    read = is_labelled(shifted)
-    if isinstance(logits_to_keep, int) and not logits_to_keep:
-        return read
-    if read is None:
-        read = torch.zeros(source.shape[:2], dtype=torch.bool, device=source.device)
-    if isinstance(logits_to_keep, int):
-        read[:, -logits_to_keep:] = True
-    elif logits_to_keep.dtype == torch.bool:
-        read = read | logits_to_keep
-    elif logits_to_keep.dim() == 2:
-        read = read.scatter(1, logits_to_keep % read.shape[1], True)
-    else:
-        read[:, logits_to_keep] = True
-    return read
 
 
 def causal_logits(

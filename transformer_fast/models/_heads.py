@@ -11,7 +11,9 @@ __all__ = [
     "IGNORE",
     "classification_loss",
     "is_labelled",
+    "kept_positions",
     "masked_lm",
+    "per_position",
     "span_loss",
     "token_loss",
     "vocabulary_logits",
@@ -21,9 +23,37 @@ IGNORE = -100
 _CHUNK = 256  # rows of logits made at a time before they are put in place
 
 
+def per_position(labels: torch.Tensor | None, source: torch.Tensor) -> torch.Tensor | None:
+    """labels (B, S) of source (B, S, ...), where they came in another shape of as many: losses of HF's flatten them."""
+    shape = source.shape[:2]
+    if labels is None or labels.shape == shape or labels.numel() != shape.numel():
+        return labels
+    return labels.reshape(shape)
+
+
 def is_labelled(labels: torch.Tensor | None) -> torch.Tensor | None:
     """(B, S) bool: positions whose logits the loss reads. A label on padding counts, as in HF."""
     return None if labels is None else labels != IGNORE
+
+
+def kept_positions(
+    source: torch.Tensor, logits_to_keep: int | torch.Tensor, shifted: torch.Tensor | None
+) -> torch.Tensor | None:
+    """(B, S) bool: positions a causal head reads though they may be padding."""
+    read = is_labelled(shifted)
+    if isinstance(logits_to_keep, int) and not logits_to_keep:
+        return read
+    if read is None:
+        read = torch.zeros(source.shape[:2], dtype=torch.bool, device=source.device)
+    if isinstance(logits_to_keep, int):
+        read[:, -logits_to_keep:] = True
+    elif logits_to_keep.dtype == torch.bool:
+        read = read | logits_to_keep
+    elif logits_to_keep.dim() == 2:
+        read = read.scatter(1, logits_to_keep % read.shape[1], True)
+    else:
+        read[:, logits_to_keep] = True
+    return read
 
 
 def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -50,6 +80,9 @@ def masked_lm(
     if labels is None:
         return None, vocabulary_logits(decoder, rows, packing)
     _check_labels("labels", labels, (packing.batch, packing.length))
+    if torch.compiler.is_compiling():  # how many are labelled is not known while a graph is made
+        logits = packing.unpack(linear(decoder, rows))
+        return F.cross_entropy(logits.flatten(0, 1), labels.to(rows.device).flatten()), logits
     labels = packing.pack(labels.to(rows.device))
     rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
     chosen = labels != IGNORE

@@ -21,9 +21,9 @@ from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, plan_call, run_layers
 from ..layers.embeddings import check_indices
-from ..layers.projection import dropout_p, is_plain, lay_out, linear
+from ..layers.projection import dropout_p, is_plain, linear
 from ._base import Encoded, ModelMixin, Want, check_inputs, read_flags
-from ._heads import IGNORE, classification_loss, is_labelled, span_loss
+from ._heads import IGNORE, classification_loss, kept_positions, span_loss
 
 __all__ = [
     "CausalLMHead",
@@ -93,9 +93,6 @@ class StackBase(ModelMixin):
             encoder_states=encoder_states, encoder_mask=encoder_mask, encoder_packing=encoder_packing,
             relative_bias=self._relative_bias(is_decoder), read=want.read, attentions=flags.attentions,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            slots = self._slots()
-            lay_out(slots.read(layer) for layer in layers)
         rows = self._embed(call.packing, input_ids, inputs_embeds, past)
         rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
         return Encoded.of(
@@ -298,12 +295,15 @@ class LMHead(ModelMixin):
 class CausalLMHead(ModelMixin):
     """A family's decoder alone as a language model. HF's labels are not shifted here."""
 
+    config: Any
     model: Any
     lm_head: nn.Module
 
     def _causal_lm(self, decoder_call: dict, labels, logits_to_keep, kwargs: dict):
         options = {k: v for k, v in kwargs.items() if k != "return_dict"}
-        encoded = self.model.decoder(**decoder_call, want=Want(read=is_labelled(labels)), **options)
+        source = check_inputs(decoder_call["input_ids"], decoder_call["inputs_embeds"], self.config.d_model)
+        read = kept_positions(source, logits_to_keep, labels)
+        encoded = self.model.decoder(**decoder_call, want=Want(read=read), **options)
         kept = encoded
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             which = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -8,12 +8,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.albert import modeling_albert as hf
 
 from .. import ops
-from ..layers import SlotTable, encoder_layer
+from ..layers import SlotTable
 from ..layers.projection import dropout_p, linear
 from ._base import Adopted, Want
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
+from ._layer import AttentionModule, Layer
 
 __all__ = [
     "AlbertForMaskedLM",
@@ -42,12 +43,16 @@ _ADOPTED = Adopted()
 
 
 @_ADOPTED.register
-class AlbertLayer(hf.AlbertLayer, GradientCheckpointingLayer):
-    """One call of a shared layer on packed rows. (HF's layer has a dropout after the feed-forward block that it does
-    not apply; nor is it applied here.)"""
+class AlbertLayer(Layer, hf.AlbertLayer, GradientCheckpointingLayer):
+    """A shared layer. (HF's layer has a dropout after the feed-forward block that it does not apply; nor is it applied
+    here.)"""
 
-    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+    _table = SLOTS
+
+
+@_ADOPTED.register
+class AlbertAttention(AttentionModule, hf.AlbertAttention):
+    pass
 
 
 class _AlbertHeads(EncoderHeads):

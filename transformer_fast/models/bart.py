@@ -11,6 +11,7 @@ from ..layers.embeddings import embed
 from ._bart import BartCausalLM, BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
 from ._base import Adopted, Want
 from ._forward import public_forward
+from ._layer import AttentionModule
 from ._seq2seq import ClassificationHead, DecoderInputs, QuestionHead
 
 __all__ = [
@@ -31,6 +32,11 @@ class BartEncoderLayer(BartLayer, hf.BartEncoderLayer):
 
 @_ADOPTED.register
 class BartDecoderLayer(BartLayer, hf.BartDecoderLayer):
+    pass
+
+
+@_ADOPTED.register
+class BartAttention(AttentionModule, hf.BartAttention):
     pass
 
 

@@ -15,13 +15,14 @@ from transformers.utils import logging
 
 from .._transformers import cached
 from ..generation import GenerationMixin
-from ..layers import Packing, SlotTable, encoder_layer
+from ..layers import Packing, SlotTable
 from ..layers.projection import linear
-from ._base import Adopted, Want
+from ._base import Adopted, Want, check_inputs
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
-from ._heads import IGNORE, is_labelled, vocabulary_logits
+from ._heads import IGNORE, kept_positions, vocabulary_logits
+from ._layer import AttentionModule, Layer
 
 __all__ = [
     "BertForMaskedLM",
@@ -61,11 +62,18 @@ logger = logging.get_logger(__name__)
 
 
 @_ADOPTED.register
-class BertLayer(hf.BertLayer):
-    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+class BertLayer(Layer, hf.BertLayer):
+    _table = SLOTS
 
-    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states)
+
+@_ADOPTED.register
+class BertSelfAttention(AttentionModule, hf.BertSelfAttention):
+    pass
+
+
+@_ADOPTED.register
+class BertCrossAttention(AttentionModule, hf.BertCrossAttention):
+    pass
 
 
 class _BertHeads(EncoderHeads):
@@ -216,7 +224,9 @@ class BertLMHeadModel(GenerationMixin, _BertHeads, hf.BertLMHeadModel):
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
         stored = {"past_key_values": past_key_values, "use_cache": use_cache}
-        encoded = self._encode(inputs, Want(read=is_labelled(shifted)), kwargs | cross | stored)
+        source = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
+        read = kept_positions(source, logits_to_keep, shifted)
+        encoded = self._encode(inputs, Want(read=read), kwargs | cross | stored)
         rows, packing = encoded.rows, encoded.packing
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

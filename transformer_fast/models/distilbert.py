@@ -6,12 +6,13 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
-from ..layers import SlotTable, encoder_layer
+from ..layers import SlotTable
 from ..layers.projection import linear
 from ._base import Adopted, Want
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled_without_types
+from ._layer import AttentionModule, Layer
 
 __all__ = [
     "DistilBertForMaskedLM",
@@ -39,11 +40,13 @@ _ADOPTED = Adopted()
 
 
 @_ADOPTED.register
-class TransformerBlock(hf.TransformerBlock):
-    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+class TransformerBlock(Layer, hf.TransformerBlock):
+    _table = SLOTS
 
-    def forward(self, hidden_states, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values)
+
+@_ADOPTED.register
+class DistilBertSelfAttention(AttentionModule, hf.DistilBertSelfAttention):
+    pass
 
 
 class _DistilBertHeads(EncoderHeads):

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import SlotTable, TransformerSpec, encoder_layer
+from ..layers import SlotTable, TransformerSpec
 from ..layers.projection import dropout_p, linear, register_transposed
 from ._base import Adopted, ModelMixin, Want, activation_name, check_inputs
 from ._forward import public_forward
@@ -26,12 +26,12 @@ from ._gpt import (
     double_heads,
     flatten_labels,
     flatten_leading,
-    kept_positions,
     prepare_cache,
     run_gpt,
     shifted_labels,
 )
-from ._heads import is_labelled, span_loss, token_loss
+from ._heads import is_labelled, kept_positions, span_loss, token_loss
+from ._layer import AttentionModule, Layer
 
 __all__ = [
     "GPT2DoubleHeadsModel",
@@ -78,11 +78,13 @@ def spec_of(config) -> TransformerSpec:
 
 
 @_ADOPTED.register
-class GPT2Block(hf.GPT2Block):
-    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
+class GPT2Block(Layer, hf.GPT2Block):
+    _table = SLOTS
 
-    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states)
+
+@_ADOPTED.register
+class GPT2Attention(AttentionModule, hf.GPT2Attention):
+    pass
 
 
 class _GPT2Mixin(ModelMixin):
@@ -118,7 +120,8 @@ class GPT2Model(_GPT2Mixin, hf.GPT2Model):
         encoded = run_gpt(
             self, spec_of(self.config), want or Want(), kwargs,
             word=self.wte, position=self.wpe, final_norm=self.ln_f, encoder_states=encoder_hidden_states,
-            encoder_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache, **inputs,
+            encoder_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+            positions_tell_documents=True, **inputs,
         )  # fmt: skip
         if want is not None:
             return encoded

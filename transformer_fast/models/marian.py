@@ -11,6 +11,7 @@ from ..layers.embeddings import embed
 from ._bart import BartCausalLM, BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
 from ._base import Adopted
 from ._forward import public_forward
+from ._layer import AttentionModule
 
 __all__ = ["MarianForCausalLM", "MarianMTModel", "MarianModel"]
 
@@ -24,6 +25,11 @@ class MarianEncoderLayer(BartLayer, hf.MarianEncoderLayer):
 
 @_ADOPTED.register
 class MarianDecoderLayer(BartLayer, hf.MarianDecoderLayer):
+    pass
+
+
+@_ADOPTED.register
+class MarianAttention(AttentionModule, hf.MarianAttention):
     pass
 
 

@@ -13,9 +13,9 @@ from transformers.modeling_outputs import (
 from transformers.models.openai import modeling_openai as hf
 from transformers.pytorch_utils import Conv1D
 
-from .._transformers import cached
+from .._transformers import CACHE_NAMES, cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import SlotTable, TransformerSpec, encoder_layer
+from ..layers import SlotTable, TransformerSpec
 from ..layers.projection import register_transposed
 from ._base import Adopted, ModelMixin, Want, check_inputs
 from ._forward import public_forward
@@ -25,11 +25,13 @@ from ._gpt import (
     double_heads,
     flatten_labels,
     flatten_leading,
-    kept_positions,
     prepare_cache,
     run_gpt,
     shifted_labels,
 )
+from ._heads import kept_positions
+from ._layer import Layer
+from ._stock import why_hf_forward
 
 __all__ = [
     "OpenAIGPTDoubleHeadsModel",
@@ -64,11 +66,8 @@ def spec_of(config) -> TransformerSpec:
 
 
 @_ADOPTED.register
-class Block(hf.Block):
-    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
-
-    def forward(self, x, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), x, call, index, first_only, past_key_values)
+class Block(Layer, hf.Block):
+    _table = SLOTS
 
 
 class _OpenAIGPTMixin(ModelMixin):
@@ -103,7 +102,7 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
         past_key_values, use_cache = prepare_cache(self, past_key_values, bool(use_cache))
         encoded = run_gpt(
             self, spec_of(self.config), want or Want(), kwargs, word=self.tokens_embed, position=self.positions_embed,
-            final_norm=None, past_key_values=past_key_values, use_cache=use_cache, **inputs,
+            final_norm=None, past_key_values=past_key_values, use_cache=use_cache, **inputs,  # type: ignore[arg-type]
         )  # fmt: skip
         if want is not None:
             return encoded
@@ -118,7 +117,14 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
 
 class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadModel):
     __doc__ = hf.OpenAIGPTLMHeadModel.__doc__
-    prepare_inputs_for_generation = HFGenerationMixin.prepare_inputs_for_generation  # HF's own class has no cache
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        if not why_hf_forward(self):
+            return HFGenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
+        # HF's own forward keeps no cache and reads all tokens at every step.
+        dropped = (*CACHE_NAMES, "use_cache", "next_sequence_length", "is_first_iteration")
+        kwargs = {k: v for k, v in kwargs.items() if k not in dropped}
+        return hf.OpenAIGPTLMHeadModel.prepare_inputs_for_generation(self, input_ids, **kwargs)
 
     def step_description(self) -> StepDescription:
         t = self.transformer

@@ -12,12 +12,13 @@ from transformers.models.t5 import modeling_t5 as hf
 
 from .. import ops
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer
+from ..layers import Packing, SlotTable, TransformerSpec
 from ..layers.embeddings import embed
-from ..layers.projection import dropout_p, linear, norm
+from ..layers.projection import dropout_p, linear, norm, rms_norm_of
 from ._base import Adopted, Encoded, Want, activation_name
 from ._forward import public_forward
 from ._heads import is_labelled, token_loss
+from ._layer import AttentionModule, Layer
 from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase, describe_decoder
 
 __all__ = [
@@ -75,22 +76,28 @@ class T5LayerNorm(hf.T5LayerNorm):
 
     @property
     def eps(self) -> float:
+        """HF's variance_epsilon by the name that torch's norms have for it."""
         return self.variance_epsilon
 
+    @eps.setter
+    def eps(self, value: float):
+        self.variance_epsilon = value
+
     def forward(self, hidden_states):
-        return norm(self, hidden_states)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return super().forward(hidden_states)
+        return rms_norm_of(self, hidden_states)
 
 
 @_ADOPTED.register
-class T5Block(hf.T5Block):
-    """One layer on packed rows: (total, E), or (B, S, E) when nothing is padding."""
-
+class T5Block(Layer, hf.T5Block):
     def slots(self) -> SlotTable:
         return SLOTS[self.is_decoder, hasattr(self.layer[-1].DenseReluDense, "wi_1")]
 
-    def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
-        w = self.slots().read(self)
-        return encoder_layer(w, hidden_states, call, index, first_only, past_key_values, encoder_states)
+
+@_ADOPTED.register
+class T5Attention(AttentionModule, hf.T5Attention):
+    pass
 
 
 @_ADOPTED.register

@@ -29,7 +29,7 @@ from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
 from ..layers.embeddings import check_indices
-from ..layers.projection import dropout_p, lay_out, linear, norm
+from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, activation_name, check_inputs, read_flags
 from ._forward import public_forward
@@ -255,8 +255,6 @@ class _Stack(TransformerPreTrainedModel):
             self.spec, attention_mask, batch, length, source.device, past_key_values=past_key_values,
             attentions=flags.attentions, **cross,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            lay_out(SLOTS.read(layer) for layer in self.layers)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         most = self.config.max_position_embeddings
         if isinstance(past, int) and past + length > most:

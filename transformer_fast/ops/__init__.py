@@ -9,7 +9,7 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding_layer_norm
 from .kv_cache_attention import kv_cache_attention
-from .linear import linear, pack_storage, pack_weight, packed_linear
+from .linear import linear, pack_weight, projections
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -31,9 +31,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "multi_head_attention",
-    "pack_storage",
     "pack_weight",
-    "packed_linear",
+    "projections",
     "qkv_attention",
     "rms_norm",
     "rotary_embedding",

@@ -4,18 +4,27 @@ No autograd and no fake kernel: what can be traced or differentiated is the mode
 on the CPU, where a step of few rows is one pass over the weights and everything beside that pass is loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from ..backends import memory, native
+from ..backends.contents import Contents, FileMappings
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
-from .packed_weight import _PANEL, STORAGES, PackedWeight, _identity, panel_rows
+from .packed_weight import _PANEL, STORAGES, PackedWeight, panel_rows
 
-__all__ = ["DecoderCache", "DecoderLayerTensors", "DecoderTensors", "DecoderWeights", "Norm", "Projection"]
+__all__ = [
+    "DecoderCache",
+    "DecoderCopies",
+    "DecoderLayerTensors",
+    "DecoderTensors",
+    "DecoderWeights",
+    "Norm",
+    "Projection",
+]
 
 _ops = torch.ops.transformer_fast
 _PIECE = 64 * _PANEL  # rows of a weight that are copied at once
@@ -125,54 +134,86 @@ class DecoderTensors:
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
     rotary_interleaved: bool = False
 
-    def mirror_file(self) -> bool:
-        """True when what a copy would be made of takes no memory but that of a mapped checkpoint."""
-        projections = [p for layer in self.layers for p in layer.projections] + [self.head]
-        return all(memory.mirrors_file(w.detach()) for p in projections if p is not None for w in p.weights)
+    def projections(self) -> list[Projection]:
+        found = [p for layer in self.layers for p in layer.projections] + [self.head]
+        return [p for p in found if p is not None]
+
+    def weights(self) -> list[torch.Tensor]:
+        """Of all projections: what is worth a copy."""
+        return [w.detach() for p in self.projections() for w in p.weights]
 
     def sources(self) -> list[torch.Tensor]:
         """Every tensor that the computation reads."""
         norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
-        projections = [p for layer in self.layers for p in layer.projections] + [self.head]
         found = [t for n in norms if n is not None for t in (n.weight, n.bias)]
-        found += [t for p in projections if p is not None for t in (*p.weights, *p.biases)]
+        found += [t for p in self.projections() for t in (*p.weights, *p.biases)]
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
-class DecoderWeights:
-    """A decoder's weights as the step reads them: a copy laid out for few rows, or in place.
+class DecoderCopies:
+    """Copies of a decoder's weights in the layout for few rows, of all but the embedding tables.
 
-    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight), of a copy; None for the weights' own dtype.
-    Sums and activations are float32 always. copy: of all weights but the embedding tables; those that mirror a
-    checkpoint's file give their memory back for it, else it is as much again. Without it they are read where they lie,
-    (out, in) or (in, out), which takes up to a quarter longer. Copies, those of biases and norms that are not float32
-    too, do not follow later changes of the weights: ask matches and make it again when that says False.
-    copies: those of the weights by their id, for `linear`; empty without copies.
+    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight); None for the weights' own dtype. Weights
+    that mirror a checkpoint's file give their memory back for their copies, else it is as much again. Copies do not
+    follow later changes of the weights: ask match and make them again when that says False.
     """
 
-    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None, copy: bool = True):
+    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None):
         if reason := native.load():
             raise RuntimeError(reason)
         if storage is None:
             storage = torch.bfloat16 if tensors.token.dtype == torch.bfloat16 else torch.float32
         elif storage not in STORAGES:
             raise TypeError(f"storage: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {storage}")
-        self.tensors, self.storage = tensors, storage
-        self._identities = [_identity(t) for t in tensors.sources()]
-        projections = [p for layer in tensors.layers for p in layer.projections] + [tensors.head]
-        sizes = [_panel_elements(p, storage) if copy and p is not None else 0 for p in projections]
+        self.storage = storage
+        parts = [part for p in tensors.projections() for part in p.parts()]
+        sizes = [_panels(part) * panel_rows(part.shape[1], storage) * _PANEL for part in parts]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
         arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
-        self.copied_bytes = arena.nbytes
-        pieces = iter(arena.split(sizes))
-        self.copies: dict[int, PackedWeight] = {}
+        self.bytes = arena.nbytes
+        self.panels: list[torch.Tensor] = []  # of each weight
+        self._contents, mappings = Contents(), FileMappings()
+        for weight, part, piece in zip(tensors.weights(), parts, arena.split(sizes)):
+            self._contents.note([weight], mappings)
+            self.panels.append(piece.view(-1, panel_rows(part.shape[1], storage), _PANEL))
+            _pack(part, self.panels[-1], mappings)
+
+    def match(self, tensors: DecoderTensors) -> bool:
+        """True when copies of the weights as they are now would be the same: see backends.contents."""
+        return self._contents.same(tensors.weights())
+
+
+def _pack(weight: torch.Tensor, panels: torch.Tensor, mappings: FileMappings) -> None:
+    # Piece by piece, so that there are never two of all of them.
+    step = weight.shape[0] if weight.stride(1) != 1 else _PIECE
+    for begin in range(0, weight.shape[0], step):
+        piece = weight[begin : begin + step]
+        _ops.cpu_pack_weight.default(piece, panels[begin // _PANEL :][: _panels(piece)])
+        memory.unload(piece, mappings)
+
+
+class DecoderWeights:
+    """A decoder's weights as the step reads them now: those there are copies of by these, the others where they lie.
+
+    copies: match tensors, or None: then weights are read (out, in) or (in, out), which takes up to a quarter longer.
+    Sums and activations are float32 always. Made for each generation: biases and norms that are not float32 are
+    converted here.
+    by_weight: the copies by the id of their weight, for `linear`.
+    """
+
+    def __init__(self, tensors: DecoderTensors, copies: DecoderCopies | None = None):
+        if reason := native.load():
+            raise RuntimeError(reason)
+        self.tensors, self.copies = tensors, copies
+        self.by_weight: dict[int, PackedWeight] = {}
+        panels = None if copies is None else iter(copies.panels)
         self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
         for layer in tensors.layers:
             whole = layer.gate is not None  # the products that a gate is for are not done in parts
             slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
-            self.weights.append([t for p, places in slots for t in self._pairs(p, next(pieces), places, whole)])
-        self.head = self._pairs(tensors.head, next(pieces), 1)
+            self.weights.append([t for p, places in slots for t in self._pairs(p, panels, places, whole)])
+        self.head = self._pairs(tensors.head, panels, 1)
         read = [t for slots in (*self.weights, self.head) for t in slots[::2] if t is not None]
         self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
@@ -183,44 +224,22 @@ class DecoderWeights:
             buckets = relative_buckets(distance, tensors.relative.shape[0], tensors.relative_max_distance, False)
             self.relative = tensors.relative.detach()[buckets].t().to(torch.float32).contiguous()
 
-    def matches(self, tensors: DecoderTensors) -> bool:
-        """True while `tensors` are the very tensors this was made from, unchanged by any in-place operation (writes
-        that torch does not count, through .data or numpy, are not seen)."""
-        sources = tensors.sources()
-        return len(sources) == len(self._identities) and all(
-            _identity(t) == i for t, i in zip(sources, self._identities)
-        )
-
     def _pairs(
-        self, p: Projection | None, copy: torch.Tensor, places: int, rows: bool = False
+        self, p: Projection | None, panels: Iterator[torch.Tensor] | None, places: int, rows: bool = False
     ) -> list[torch.Tensor | None]:
-        """weight, bias, weight, bias ... of `places` weights; `copy` is where they are to be copied, if it is not
-        empty. rows: as (out, in) only."""
+        """weight, bias, weight, bias ... of `places` weights. rows: as (out, in) only."""
         found: list[torch.Tensor | None] = []
         if p is None:
             return [None] * (2 * places)
-        for i, weight in enumerate(p.parts()):
-            if rows and not copy.numel():
-                weight = weight.contiguous()
-            if copy.numel():
-                out, inner = weight.shape
-                rows_in = panel_rows(inner, copy.dtype)
-                size = _panels(weight) * rows_in * _PANEL
-                panels, copy = copy[:size].view(-1, rows_in, _PANEL), copy[size:]
-                # Piece by piece, so that there are never two of all of them.
-                step = out if weight.stride(1) != 1 else _PIECE
-                for begin in range(0, out, step):
-                    piece = weight[begin : begin + step]
-                    _ops.cpu_pack_weight.default(piece, panels[begin // _PANEL :][: _panels(piece)])
-                    memory.unload(piece if weight.stride(1) == 1 else piece.t())
-                self.copies[id(p.weights[i])] = PackedWeight.of_panels(panels, out)
-                weight = panels
-            found += [weight, p.bias(i)]
+        if panels is None:
+            for i, weight in enumerate(p.parts()):
+                found += [weight.contiguous() if rows else weight, p.bias(i)]
+        else:
+            for i, weight in enumerate(p.weights):
+                copy = next(panels)
+                self.by_weight[id(weight)] = PackedWeight.of_panels(copy, weight.shape[1 if p.transposed else 0])
+                found += [copy, p.bias(i)]
         return found + [None] * (2 * places - len(found))
-
-
-def _panel_elements(p: Projection, storage: torch.dtype) -> int:
-    return sum(_panels(w) * panel_rows(w.shape[1], storage) * _PANEL for w in p.parts())
 
 
 def _panels(weight: torch.Tensor) -> int:

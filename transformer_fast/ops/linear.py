@@ -1,17 +1,16 @@
-"""y = activation(x W^T + b): the fastest GEMM of the machine, and several projections of one input as one."""
+"""y = activation(x W^T + b) by the fastest GEMM of the machine, and several projections of one input."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ..backends import eager, gemm, memory, select
+from ..backends import eager, gemm, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .packed_weight import PackedWeight, linear_packed, pack_weight
 
-__all__ = ["adjacent", "linear", "pack_storage", "pack_weight", "packed_linear"]
+__all__ = ["linear", "pack_weight", "projections"]
 
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
@@ -68,8 +67,15 @@ def _column_sum(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _weight_gradient(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """g^T x, in the layout of the weight: g (M, out), x (M, in)."""
+    if weight.stride(0) == 1 and not weight.is_contiguous():
+        return gemm.linear(x.t(), g.t(), None, None).t()
+    return gemm.linear(g.t(), x.t(), None, None)
+
+
 def _backward(grad, input, weight, bias, pre, activation, need):
-    """Gradients to input, weight (as one matrix) and bias; pre is x W^T, kept when there is an activation."""
+    """Gradients to input, weight and bias; pre is x W^T, kept when there is an activation."""
     x = input.reshape(-1, input.shape[-1])
     g = grad.reshape(-1, weight.shape[0]).contiguous()
     grad_bias = None
@@ -80,60 +86,38 @@ def _backward(grad, input, weight, bias, pre, activation, need):
     elif need[2]:
         grad_bias = _column_sum(g)
     grad_input = gemm.linear(g, weight.t(), None, None).view(input.shape) if need[0] else None
-    grad_weight = None
-    if need[1] and weight.stride(0) == 1 and not weight.is_contiguous():  # a transposed weight: its layout for the sum
-        grad_weight = gemm.linear(x.t(), g.t(), None, None).t()
-    elif need[1]:
-        grad_weight = gemm.linear(g.t(), x.t(), None, None)
-    return grad_input, grad_weight, grad_bias
+    grad_weight = _weight_gradient(g, x, weight) if need[1] else None
+    return grad_input, grad_weight, grad_bias if need[2] else None
 
 
-def _differentiable_backward(grad, input, weights, biases, activation):
+def _differentiable_backward(grad, input, weight, bias, activation):
     """The same through torch's own formulas, for gradients of gradients."""
 
-    def function(input, *parameters):
-        weight = torch.cat(parameters[: len(weights)])
-        bias = torch.cat(parameters[len(weights) :]) if biases else None
+    def function(input, weight, bias):
         y = F.linear(input, weight, bias)
         return (y if activation is None else eager.bias_activation(y, None, None, activation),)
 
-    return _common.gradients(function, (input, *weights, *biases), (grad,))
+    return _common.gradients(function, (input, weight, bias), (grad,))
 
 
 class _Linear(torch.autograd.Function):
-    """One input, n weights that are used as one, and n biases or none."""
-
     @staticmethod
-    def forward(ctx, activation, n, input, *parameters):
-        weights, biases = parameters[:n], parameters[n:]
-        weight, bias = _join(weights), _join(biases)
-        ctx.activation, ctx.n = activation, n
+    def forward(ctx, activation, input, weight, bias):
+        ctx.activation = activation
         if activation is None:
-            ctx.save_for_backward(input, *parameters)
+            ctx.save_for_backward(input, weight, bias)
             return _forward(input, weight, bias, None)
         pre = _forward(input, weight, None, None)
-        ctx.save_for_backward(input, *parameters, pre)
+        ctx.save_for_backward(input, weight, bias, pre)
         return bias_activation(pre, bias, activation)
 
     @staticmethod
     def backward(ctx, grad):
-        saved, n = ctx.saved_tensors, ctx.n
-        needs = ctx.needs_input_grad[2:]
-        input, parameters = saved[0], saved[1 : 1 + len(needs) - 1]
-        weights, biases = parameters[:n], parameters[n:]
+        input, weight, bias, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _differentiable_backward(grad, input, weights, biases, ctx.activation)
-            return None, None, *found
-        pre = None if ctx.activation is None else saved[-1].view(-1, saved[-1].shape[-1])
-        need = (needs[0], any(needs[1 : 1 + n]), any(needs[1 + n :]))
-        grad_input, grad_weight, grad_bias = _backward(
-            grad, input, _join(weights), _join(biases), pre, ctx.activation, need
-        )
-        sizes = [w.shape[0] for w in weights]
-        grad_weights = grad_weight.split(sizes) if need[1] else [None] * n
-        grad_biases = grad_bias.split(sizes) if need[2] else [None] * len(biases)
-        found = (grad_input, *grad_weights, *grad_biases)
-        return None, None, *(g if wanted else None for g, wanted in zip(found, needs))
+            return None, *_differentiable_backward(grad, input, weight, bias, ctx.activation)
+        pre = rest[0].view(-1, rest[0].shape[-1]) if rest else None
+        return None, *_backward(grad, input, weight, bias, pre, ctx.activation, ctx.needs_input_grad[1:])
 
 
 def linear(
@@ -157,93 +141,76 @@ def linear(
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(activation, 1, input, weight, *(() if bias is None else (bias,)))
+        return _Linear.apply(activation, input, weight, bias)
     return _forward(input, weight, bias, activation)
 
 
-# ---- several weights as one ----------------------------------------------------------------------
-def adjacent(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensors as one, joined along their first dimension, without a copy; None unless they are plain contiguous
-    tensors of one dtype and trailing shape that lie one after the other in memory. Not differentiable."""
-    first = tensors[0]
-    if not _common.is_plain(*tensors) or not first.dim():
-        return None
-    size, end, rows = first.element_size(), first.data_ptr(), 0
-    for t in tensors:
-        if t.dtype != first.dtype or t.device != first.device or t.shape[1:] != first.shape[1:]:
-            return None
-        if t.data_ptr() != end or not end or not t.is_contiguous():
-            return None
-        end += t.numel() * size
-        rows += t.shape[0]
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():
-        return None
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+# ---- several projections of one input ------------------------------------------------------------
+class _Projections(torch.autograd.Function):
+    """n weights and n biases (or None) of one input: its gradients are added up by the products that make them."""
+
+    @staticmethod
+    def forward(ctx, n, input, *parameters):
+        ctx.save_for_backward(input, *parameters)
+        ctx.n = n
+        ctx.set_materialize_grads(False)
+        return tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        input, *parameters = ctx.saved_tensors
+        n = ctx.n
+        weights = parameters[:n]
+        if torch.is_grad_enabled():
+
+            def function(input, *parameters):
+                return tuple(F.linear(input, w, b) for w, b in zip(parameters[:n], parameters[n:]))
+
+            return None, *_common.gradients(function, (input, *parameters), grads)
+        need_input, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        x = input.reshape(-1, input.shape[-1])
+        grad_input, grad_weights, grad_biases = None, [None] * n, [None] * n
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            g = grad.reshape(-1, weights[i].shape[0]).contiguous()
+            if needs[n + i]:
+                grad_biases[i] = _column_sum(g)
+            if needs[i]:
+                grad_weights[i] = _weight_gradient(g, x, weights[i])
+            if need_input and grad_input is None:
+                grad_input = gemm.linear(g, weights[i].t(), None, None)
+            elif need_input:
+                grad_input = gemm.linear_plus(g, weights[i].t(), grad_input)
+        if grad_input is not None:
+            grad_input = grad_input.view(input.shape)
+        return None, grad_input, *grad_weights, *grad_biases
 
 
-def _join(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    if len(tensors) < 2:
-        return tensors[0] if tensors else None
-    whole = adjacent(tensors)
-    return torch.cat(list(tensors)) if whole is None else whole
+def projections(
+    input: torch.Tensor,
+    weights: Sequence[torch.Tensor | PackedWeight],
+    biases: Sequence[torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """x W_i^T + b_i for each i: several projections of one input, such as query, key and value.
 
-
-def pack_storage(parameters: Sequence[torch.nn.Parameter]) -> bool:
-    """Lays the parameters one after the other in one new storage, so that packed_linear needs no copy.
-
-    They stay the same objects with the same values: names, optimizers and checkpoints see no change. Returns True
-    when they are adjacent afterwards; False, and nothing is touched, when they are not plain parameters of one
-    dtype, device and trailing shape, when one occurs twice, was made in inference mode, or when another process shares
-    their memory.
-    """
-    first = parameters[0]
-    if adjacent(parameters) is not None:
-        return True
-    if len({id(p) for p in parameters}) < len(parameters) or not first.dim() or not _common.plain(*parameters):
-        return False
-    for p in parameters:
-        if p.dtype != first.dtype or p.device != first.device or p.shape[1:] != first.shape[1:]:
-            return False
-        if (
-            p.device.type not in ("cpu", "cuda")
-            or p.is_shared()
-            or p.is_inference()
-            or not p.is_leaf
-            or p.layout != torch.strided
-        ):
-            return False
-    with torch.no_grad():
-        whole = torch.cat([p.detach() for p in parameters])
-        for p, view in zip(parameters, whole.split([p.shape[0] for p in parameters])):
-            memory.unload(p.detach())  # a checkpoint's file stays mapped while any other parameter lies in it
-            p.data = view
-    return True
-
-
-def packed_linear(
-    input: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None = None
-) -> torch.Tensor:
-    """x [W1; W2; ...]^T + [b1; b2; ...]: several projections of one input as one GEMM, (..., out1 + out2 + ...).
-
-    input: (..., in); weights: (out_i, in) each; biases: (out_i,) each, or None. When the weights lie one after the
-    other in memory (pack_storage) they are used as they lie, else they are joined first. Gradients to every tensor.
+    Each weight is read where it lies. input: (..., in); weights: (out_i, in) each, or pack_weight results (inference
+    only); biases: (out_i,) or None each, or None. Returns (..., out_i) each. Gradients to every tensor; those of the
+    input are added up by the products that make them.
     Raises TypeError or ValueError naming the argument.
     """
     if not weights:
         raise ValueError("weights: wanted at least one, got none")
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases: wanted as many as weights ({len(weights)}), got {len(biases)}")
-    for weight, bias in itertools.zip_longest(weights, biases or ()):
-        _check(input, weight, bias, None)
-    parameters = (*weights, *(biases or ()))
-    if not _common.plain(*parameters):
-        return F.linear(input, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
-    grad = torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in parameters))
-    same = all(p.dtype == input.dtype for p in parameters)
-    if grad:
-        if same and _is_fast(input, weights[0], None):
-            return _Linear.apply(None, len(weights), input, *parameters)
-        if any(p.requires_grad for p in parameters):
-            return F.linear(input, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
-    return linear(input, _join(weights), _join(biases or ()))  # type: ignore[arg-type]
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
+    plain = [w for w in weights if not isinstance(w, PackedWeight)]
+    if torch.is_grad_enabled() and len(plain) == len(weights):
+        for weight, bias in zip(plain, biases):
+            _check(input, weight, bias, None)
+        parameters = (input, *plain, *biases)
+        if any(t is not None and t.requires_grad for t in parameters) and all(
+            _is_fast(input, w, b) for w, b in zip(plain, biases)
+        ):
+            return _Projections.apply(len(plain), *parameters)
+    return tuple(linear(input, w, b) for w, b in zip(weights, biases))

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backends import Call, memory, select
+from ..backends.contents import Contents, FileMappings
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 
@@ -18,24 +19,26 @@ def panel_rows(inner: int, dtype: torch.dtype) -> int:
 
 
 class PackedWeight:
-    """A snapshot of a weight in the layout of the packed kernel, for inference; made by pack_weight.
+    """A copy of a weight in the layout of the packed kernel, for inference; made by pack_weight.
 
     It does not follow later changes of the weight: ask matches(weight) and pack again when that says False.
     shape: (out, in). dtype: of the storage. data: the panels, or the plain weight where there is no kernel for them.
     """
 
-    __slots__ = ("data", "dtype", "panels", "shape", "_source")
+    __slots__ = ("data", "dtype", "panels", "shape", "_contents")
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
         weight = weight.detach()
         self.shape, self.dtype = weight.shape, dtype
-        self._source = _identity(weight)
+        self._contents: Contents | None = None
         out, inner = weight.shape
         call = Call("packed_linear", weight.device.type, torch.float32, inner)
         self.panels = weight.numel() > 0 and weight.dtype != torch.float64 and select(call).name == "cpu"
         if not self.panels:
-            self.data = _rounded(weight) if dtype == torch.int8 else weight.to(dtype, copy=True)
+            self.data = _stored(weight, dtype)
             return
+        self._contents = Contents()
+        self._contents.note([weight], FileMappings())
         self.data = torch.empty((out + _PANEL - 1) // _PANEL, panel_rows(inner, dtype), _PANEL, dtype=dtype)
         rows = weight if 1 in weight.stride() or inner == 1 else weight.contiguous()
         torch.ops.transformer_fast.cpu_pack_weight.default(rows, self.data)
@@ -46,15 +49,22 @@ class PackedWeight:
         packed = object.__new__(cls)
         inner = panels.shape[1] - panel_rows(0, panels.dtype)
         packed.shape, packed.dtype = torch.Size((out, inner)), panels.dtype
-        packed.panels, packed.data, packed._source = True, panels, ()
+        packed.panels, packed.data, packed._contents = True, panels, None
         return packed
 
     def matches(self, weight: torch.Tensor) -> bool:
-        """True while `weight` is the very tensor this was made from, unchanged since by any in-place operation.
+        """True when pack_weight would make the same of `weight` as it is now, whoever has written to it and however.
 
-        Writes that torch does not count, through .data or numpy, are not seen.
+        It is read for that as far as must be: a weight in a checkpoint's mapped file that nobody has written to is
+        known by its pages; else all of it is hashed (or packed again and compared, where there are no panels), at the
+        rate at which memory is read. One in another layout (strides) does not match.
         """
-        return self._source == _identity(weight)
+        weight = weight.detach()
+        if self._contents is not None:
+            return weight.device == self.data.device and self._contents.same([weight])
+        if self.panels or weight.shape != self.shape or weight.device != self.data.device:
+            return False
+        return _same_bits(_stored(weight, self.dtype), self.data)
 
     def __repr__(self) -> str:
         return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -70,15 +80,21 @@ def _rounded(weight: torch.Tensor) -> torch.Tensor:
     return ((wide * inverse.where(inverse.isfinite(), 0)).round() * (size / 127)).to(weight.dtype)
 
 
-def _identity(t: torch.Tensor) -> tuple:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype, 0 if t.is_inference() else t._version
+def _stored(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of the weight as it is without panels."""
+    return _rounded(weight) if dtype == torch.int8 else weight.to(dtype, copy=True)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
 
 
 def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
     """Lay weight (out, in) out for linear(x, packed) with few rows (decoding): one pass over it in memory order.
 
     dtype: torch.float32, torch.bfloat16 or torch.int8 for the storage; sums are float32 always. int8 keeps round(w / s)
-    with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32. A snapshot, for
+    with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32. A copy, for
     inference: see PackedWeight.matches. Raises TypeError or ValueError naming the argument.
     """
     _common.check_floating("weight", weight)

@@ -1,0 +1,69 @@
+"""Layers and attention modules that are called in two ways: by our stack, and by HF's code as HF's own."""
+
+import threading
+from typing import Any
+
+import torch
+
+from ..layers import SlotTable, StackCall, encoder_layer
+
+__all__ = ["AttentionModule", "Layer"]
+
+
+class Layer:
+    """Before HF's layer class: one layer on packed rows when our stack calls (see layers.run_layers), HF's own forward
+    for everybody else."""
+
+    _table: SlotTable
+
+    def slots(self) -> SlotTable:
+        return self._table
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if args and isinstance(args[0], StackCall):
+            return self._packed(hidden_states, *args, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def _packed(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
+        weights = self.slots().read(self)  # type: ignore[arg-type]
+        return encoder_layer(weights, hidden_states, call, index, first_only, past_key_values, encoder_states)
+
+
+_thread = threading.local()
+
+
+class _WithKernel:
+    """A configuration that asks for our attention and is the user's in everything else."""
+
+    _attn_implementation = "transformer_fast"
+
+    def __init__(self, config: Any):
+        self._config = config
+
+    def __getattr__(self, name: str):
+        return getattr(self._config, name)
+
+
+class AttentionModule:
+    """Before HF's class for attention: where its forward would call torch's scaled_dot_product_attention it calls ours,
+    with the same masks. The module's configuration stays as it is; what is compiled or exported keeps torch's."""
+
+    @property
+    def config(self):
+        config = self.__dict__["config"]
+        if torch.compiler.is_compiling() or not getattr(_thread, "attends", False):
+            return config
+        return _WithKernel(config) if config._attn_implementation == "sdpa" else config
+
+    @config.setter
+    def config(self, value):
+        self.__dict__["config"] = value
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        before, _thread.attends = getattr(_thread, "attends", False), True
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _thread.attends = before

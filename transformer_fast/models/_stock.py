@@ -1,0 +1,163 @@
+"""Whether a model's own fast path may run, or HF's code has to: stock models only (see layers.stock)."""
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.pytorch_utils import Conv1D
+
+from .._transformers import collects_outputs, is_capturing_hook, register_outputs
+from ..layers import stock
+from ..layers.quantized import is_int8
+
+__all__ = ["remember", "watch", "why_hf_forward", "why_hf_loop"]
+
+# Of HF's classes for models: what their forwards and loops do not compute with.
+_APART = {
+    "__init__", "_init_weights", "generate", "get_decoder", "get_encoder", "get_input_embeddings",
+    "get_output_embeddings", "set_input_embeddings", "set_output_embeddings", "tie_weights",
+}  # fmt: skip
+_GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
+
+
+def remember(model: nn.Module, kind: type) -> None:
+    """Note what `model` is made of, and each model of class `kind` inside it."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            stock.remember(module)
+            register_outputs(module)
+
+
+def why_hf_forward(model: nn.Module) -> str:
+    """'' when the fast path computes what HF's forward of `model` would, as it is now; else the reason why not."""
+    if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return "it is being traced"
+        if collects_outputs():
+            return "a model around it collects the outputs of its layers"
+    if torch.compiler.is_exporting():
+        return "it is being exported"
+    return _why_not_stock(model)
+
+
+# The forward of every class, by the module that defines it, when this package's models were defined.
+_forwards: dict[str, dict[type, Any]] = {}
+
+
+def watch(ours: type) -> None:
+    """Note the forwards of `ours` and of HF's modules that its models are made of: somebody may replace one."""
+    _forwards.setdefault(ours.__module__, {})[ours] = ours.__dict__.get("forward")
+    for name in {cls.__module__ for cls in ours.__mro__ if cls.__module__.startswith("transformers.models.")}:
+        if name not in _forwards:
+            found = [cls for cls in vars(sys.modules[name]).values() if inspect.isclass(cls)]
+            _forwards[name] = {
+                cls: cls.__dict__.get("forward")
+                for cls in found
+                if issubclass(cls, nn.Module) and cls.__module__ == name
+            }
+
+
+def _replaced_forward(ours: type) -> str:
+    for name in _modules_of(ours):  # type: ignore[arg-type]
+        for cls, forward in _forwards.get(name, {}).items():
+            if cls.__dict__.get("forward") is not forward:
+                return f"the forward of class {cls.__name__} was replaced"
+    return ""
+
+
+@functools.cache
+def _modules_of(ours: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(cls.__module__ for cls in ours.__mro__))
+
+
+@torch.compiler.assume_constant_result
+def _why_not_stock(model: Any) -> str:
+    kind = type(model)
+    ours = _our_class(kind)  # type: ignore[arg-type]
+    if replaced := _replaced_forward(ours):
+        return replaced
+    if kind is not ours:  # a subclass of somebody else's, or FSDP2's
+        methods = stock.methods_over(kind, ours, _computing(ours) - {"forward"})
+        if methods:
+            return f"{kind.__name__} has a {methods[0]} of its own"
+    return stock.why_changed(model, _GENERATION | _APART)
+
+
+def why_hf_loop(model: Any) -> str:
+    """'' when generate may decode with our engine, which calls no method of the model after the prompt."""
+    if reason := why_hf_forward(model):
+        return reason
+    kind = type(model)
+    ours = _our_class(kind)  # type: ignore[arg-type]
+    if methods := stock.methods_over(kind, ours, _computing(ours) | _GENERATION - _APART):
+        return f"{kind.__name__} has a {methods[0]} of its own"
+    if hooks := stock.hooks_on(model):
+        return f"{kind.__name__} has {hooks}"
+    for name in stock.own_methods(model, _APART):
+        if not _hands_on(model.__dict__[name]):
+            return f"{kind.__name__} has a {name} of its own"
+    return ""
+
+
+@functools.cache
+def _our_class(kind: Any) -> type:
+    return next(cls for cls in kind.__mro__ if cls.__module__.startswith(f"{__package__}."))
+
+
+@functools.cache
+def _computing(ours: Any) -> set[str]:
+    """The methods of HF's class for a model that its forward or generate may call."""
+    theirs = [cls for cls in ours.__mro__ if cls.__module__.startswith("transformers.models.")]
+    return {name for cls in theirs for name, value in vars(cls).items() if callable(value)} - _APART
+
+
+def _hands_on(method: Any) -> bool:
+    """True for PEFT's prepare_inputs_for_generation where no prompts are learned: it calls the model's."""
+    owner = getattr(method, "__self__", None)
+    if (
+        getattr(method, "__name__", "") != "prepare_inputs_for_generation"
+        or type(owner).__module__ != "peft.peft_model"
+    ):
+        return False
+    return not owner.active_peft_config.is_prompt_learning
+
+
+# ---- what others may add -----------------------------------------------------------------------------
+def _is_lora(module: Any, kind: type) -> bool:
+    """True for PEFT's LoRA on a linear layer: x W + x A B, row by row."""
+    cls = type(module)
+    if (cls.__module__, cls.__name__) != ("peft.tuners.lora.layer", "Linear") or kind not in (nn.Linear, Conv1D):
+        return False
+    if type(module.base_layer) is not kind or module.lora_variant:
+        return False
+    known = (cls, nn.Linear, Conv1D, nn.ModuleDict, nn.ParameterDict, nn.Dropout, nn.Identity)
+    return all(
+        (type(m) in known or type(m).__module__.startswith("peft."))
+        and not stock.hooks_on(m)
+        and not stock.own_methods(m)
+        and all(type(p) in (nn.Parameter, torch.Tensor) for p in m._parameters.values() if p is not None)
+        for m in module.modules()
+    )
+
+
+def _is_int8(module: Any, kind: type) -> bool:
+    return kind in (nn.Linear, Conv1D) and is_int8(module) and not stock.own_methods(module)
+
+
+stock.allow_leaf(_is_lora)
+stock.allow_leaf(_is_int8)
+
+
+def _is_for_gradients(hook: Any) -> bool:
+    """True for the hook of HF and PEFT that lets embeddings require a gradient, for checkpointing."""
+    return getattr(hook, "__module__", "").startswith(("transformers.", "peft.")) and getattr(
+        hook, "__name__", ""
+    ).startswith("make_inputs_require_grad")
+
+
+stock.allow_hook(is_capturing_hook)
+stock.allow_hook(_is_for_gradients)
