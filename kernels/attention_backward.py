@@ -11,7 +11,17 @@ registers take slices: a program sums some of the columns, and computes the scor
 
 delta from dO and the output has the output's rounding in it, which a row of few keys, or a gradient that sums dS over
 whole rows (bias, relative table), does not average away: those calls compute delta = rowsum(P * dP) instead, by the
-query kernel with DELTA, two more products.
+query kernel with DELTA, two more products. In dQ an error e of delta is -e P K, one mean of the keys a row, which is
+large where the keys have an offset, as a projection's bias gives them. But rows of dS sum to zero (or to dlse), so that
+
+    dQ = scale * sum_j dS_ij (k_j - center)
+
+for any center: with the mean of the keys what is left of the error is as small as without an offset. The query kernel
+sums the rows of dS and takes their product with the center off once, at its end.
+
+A float32 lse of hundreds is rounded so coarsely that rows of P do not sum to one, where plain PyTorch, which takes off
+the largest score, is exact: in float32 the query kernel with DELTA measures what such rows sum to, and `correction`
+divides by it.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -42,21 +52,46 @@ from .attention_common import (
     whole_rows,
 )
 
+PRECISE_LSE = tl.constexpr(16.0)  # a float32 one beyond is rounded more than sums of P are
+CENTER_KEYS = tl.constexpr(1024)  # so many keys at most, evenly spread, tell where their center is
 
-@triton.jit(do_not_specialize=["heads", "queries", "stride_lse_b", "stride_lse_h"])
+
+@triton.jit
+def _center(k_ptr, stride_ks, keys, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean of the keys of a head. Values that are not finite, which a mask may hide from a row, count as zeros."""
+    step = tl.maximum(tl.cdiv(keys, CENTER_KEYS), 1)
+    count = tl.cdiv(keys, step)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in tl.range(0, count, ROWS):
+        k = load_tile(k_ptr, start, tl.cast(stride_ks, tl.int64) * step, count, ROWS, HEAD_DIM, BLOCK_D, True, True)
+        k = k.to(tl.float32)
+        total += tl.sum(tl.where(tl.abs(k) < float("inf"), k, 0.0), 0)
+    return total / tl.maximum(count, 1)
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "keys", "stride_lse_b", "stride_lse_h"])
 def _attention_delta_kernel(
-    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, peak_ptr, cu_q_ptr,
-    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_lse_b, stride_lse_h, heads, queries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
+    out_ptr, grad_out_ptr, k_ptr, lse_ptr, grad_lse_ptr, delta_ptr, peak_ptr, correction_ptr, center_ptr, cu_q_ptr,
+    cu_k_ptr, key_lengths_ptr,
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_kb, stride_kh, stride_ks, stride_lse_b,
+    stride_lse_h, heads, queries, keys,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in the units of scores; a row with nothing to attend to gets +inf, which makes its P zero."""
+    """delta, and lse in the units of scores; a row with nothing to attend to gets +inf, which makes its P zero. The
+    correction starts with ones. The first program of a key head writes its center, (B, key heads, D)."""
     blocks = tl.cdiv(queries, BLOCK_M)  # in one axis: the others of a grid end at 65535
     bh = tl.program_id(0) // blocks
     b, h = bh // heads, bh % heads
     first_row = tl.program_id(0) % blocks * BLOCK_M
-    first_q, _, queries, _, _ = sequence(b, cu_q_ptr, cu_q_ptr, None, queries, queries, False)
+    first_q, first_k, queries, keys, _ = sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, False)
     if first_row >= queries:
         return
+    if (first_row == 0) & (h % GROUPS == 0):
+        k_ptr = row_pointer(k_ptr, b, h // GROUPS, first_k, stride_kb, stride_kh, stride_ks)
+        d = tl.arange(0, BLOCK_D)
+        center = _center(k_ptr, stride_ks, keys, BLOCK_M, HEAD_DIM, BLOCK_D)
+        head = b * (heads // GROUPS) + h // GROUPS
+        tl.store(center_ptr + tl.cast(head, tl.int64) * HEAD_DIM + d, center, mask=d < HEAD_DIM)
     out_ptr = row_pointer(out_ptr, b, h, first_q, stride_ob, stride_oh, stride_os)
     grad_out_ptr = row_pointer(grad_out_ptr, b, h, first_q, stride_gb, stride_gh, stride_gs)
     out = load_tile(out_ptr, first_row, stride_os, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
@@ -71,11 +106,13 @@ def _attention_delta_kernel(
     dead = lse == float("-inf")
     tl.store(delta_ptr + place, tl.where(dead, 0.0, delta), mask=inside)
     tl.store(peak_ptr + place, tl.where(dead, float("inf"), lse * LOG2E if FOLDED else lse), mask=inside)
+    if correction_ptr is not None:
+        tl.store(correction_ptr + place, tl.full((BLOCK_M,), 1.0, tl.float32), mask=inside)
 
 
 @triton.jit
 def _accumulate_key_gradients(
-    dk, dv, tile, rng_ptr, bias_ptr, mask_ptr, relative_rows, begin, end,
+    dk, dv, tile, correction_ptr, rng_ptr, bias_ptr, mask_ptr, relative_rows, begin, end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
@@ -83,10 +120,10 @@ def _accumulate_key_gradients(
     """Rows begin .. end, one of PARTS, onto dK and dV of one tile of keys; scores are [keys, queries]. Rows past the
     last have P = 0 by their peak of +inf, columns past the last are never stored: only windows need a mask."""
     (
-        k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, first_d, b, h, bh, stride_qs, stride_gs,
-        stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h, stride_mask_m,
-        stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach, threshold,
-        keep_scale,
+        k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, first_d, b, h, bh, stride_qs,
+        stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h,
+        stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
+        threshold, keep_scale,
     ) = tile  # fmt: skip
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
@@ -116,6 +153,8 @@ def _accumulate_key_gradients(
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
             scores = tl.where(alive, scores, float("-inf"))
         p = exponential(scores, peak[None, :], FOLDED, PRECISION == "ieee")
+        if correction_ptr is not None:
+            p *= tl.load(correction_ptr + row, mask=row < queries, other=0.0)[None, :]
         grad_out = whole_rows(grad_out_ptr, start, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
         dp = product(v, grad_out, PRECISION)
         if rng_ptr is not None:
@@ -144,8 +183,8 @@ _UNSPECIALIZED = [
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _attention_backward_key_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr,
-    bias_ptr, mask_ptr, relative_ptr, rng_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, correction_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr, rng_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_lse_b, stride_lse_h, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
@@ -190,6 +229,10 @@ def _attention_backward_key_kernel(
         head_grad = row_pointer(grad_out_ptr, b, h, first_q, stride_gb, stride_gh, stride_gs)
         head_delta = row_pointer(delta_ptr, b, h, first_q, stride_lse_b, stride_lse_h, 1)
         head_peak = row_pointer(peak_ptr, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+        if correction_ptr is not None:
+            head_correction = row_pointer(correction_ptr, b, h, first_q, stride_lse_b, stride_lse_h, 1)
+        else:
+            head_correction = None
         if relative_ptr is not None:
             relative_rows = relative_ptr + h * (2 * reach + 1)
         else:
@@ -201,17 +244,18 @@ def _attention_backward_key_kernel(
                 first_column, first_column + BLOCK_N - 1, inner_begin, inner_end, offset, reach, BLOCK_M
             )
         tile = (
-            k, v, head_q, head_grad, head_delta, head_peak, first_column, first_d, b, h, b * (heads * GROUPS) + h,
-            stride_qs, stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b,
-            stride_mask_h, stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap, window_left,
-            window_right, reach, threshold, keep_scale,
+            k, v, head_q, head_grad, head_delta, head_peak, first_column, first_d, b, h,
+            b * (heads * GROUPS) + h, stride_qs, stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+            stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap,
+            window_left, window_right, reach, threshold, keep_scale,
         )  # fmt: skip
         bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
         for part in tl.static_range(PARTS):
             if (part > 0 or RIGHT) and (part % 2 == 0 or FAR):
                 dk, dv = _accumulate_key_gradients(
-                    dk, dv, tile, rng_ptr, bias_ptr, mask_ptr, relative_rows, bounds[part], bounds[part + 1], BLOCK_M,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
+                    dk, dv, tile, head_correction, rng_ptr, bias_ptr, mask_ptr, relative_rows, bounds[part],
+                    bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION,
+                    WIDE, part,
                 )  # fmt: skip
     if cu_k_ptr is not None:  # read again, volatile: through the loops they would take registers that are not there
         first_k = tl.load(cu_k_ptr + b, volatile=True)
@@ -230,14 +274,16 @@ def _attention_backward_key_kernel(
 
 @triton.jit
 def _accumulate_query_gradient(
-    dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, begin, end,
+    dq, excess, weight, sums, tile, correction, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr,
+    begin, end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, QUERY: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, dbias, and with BUCKETS sums of dS by bucket.
-    With DELTA onto the row sums of P * dP, in dQ's place."""
+    """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, the row sums of dS (excess) and, with a soft
+    cap, of P times its slope (weight), dbias, and with BUCKETS sums of dS by bucket. With DELTA onto the row sums of
+    P * dP (dq) and of P (excess)."""
     (
         q, grad_out, delta, peak, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n,
         stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
@@ -263,12 +309,16 @@ def _accumulate_query_gradient(
             alive = visible(position, column, keys, window_left, window_right, LEFT, RIGHT)
             scores = tl.where(alive, scores, float("-inf"))
         p = exponential(scores, peak[:, None], FOLDED, PRECISION == "ieee")
+        if correction is not None and not DELTA:
+            p *= correction[:, None]
         dp = product(grad_out, v, PRECISION)
         if rng_ptr is not None:
             keep = keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         if DELTA:
             dq += tl.sum(p * dp, 1)
+            if correction is not None:
+                excess += tl.sum(p, 1)
         else:
             ds = p * (dp - delta[:, None])
             if dbias_rows is not None:
@@ -281,15 +331,19 @@ def _accumulate_query_gradient(
                 else:
                     nearest = start - (first_row + offset + BLOCK_M - 1)
                     sums += _bucket_sums(ds, nearest, bucket_ptr, reach, BLOCK_M, BLOCK_N, BUCKETS, DIAGONALS)
+            if QUERY:
+                excess += tl.sum(ds, 1)
             if SOFTCAP:
                 ds = ds * slope
+                if QUERY:
+                    weight += tl.sum(p * slope, 1)
             if QUERY:
                 own = own_columns(k, k_ptr, start, stride_ks, keys, first_d, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
                 dq = tl.dot(ds.to(own.dtype), own, dq, input_precision=PRECISION)
     if BUCKETS and FAR:
         far_bucket = tl.load(bucket_ptr + PART // 2 * 2 * reach)
         sums += tl.where(tl.arange(0, BUCKETS) == far_bucket, tl.sum(far_sums, 0), 0.0)
-    return dq, sums
+    return dq, excess, weight, sums
 
 
 @triton.jit
@@ -317,9 +371,9 @@ def _bucket_sums(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _attention_backward_query_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, peak_ptr, dq_ptr, dbias_ptr, bucket_sums_ptr, cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr, bucket_ptr, rng_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, peak_ptr, correction_ptr, center_ptr, dq_ptr,
+    dbias_ptr, bucket_sums_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr, bucket_ptr,
+    rng_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_lse_b, stride_lse_h,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
@@ -329,11 +383,12 @@ def _attention_backward_query_kernel(
     window_right, reach, threshold, keep_scale,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, DELTA: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """dQ, and with it dbias (one not broadcast) and each program's sums of dS by bucket, (B, H, blocks, BUCKETS). With
-    DELTA delta alone, into delta_ptr; without dq_ptr the sums alone, which with dQ are too much for the registers at
-    large head dims and with dropout."""
+    DELTA delta and the correction alone, with LARGE only of blocks where some lse is large; without dq_ptr the sums
+    alone, which with dQ are too much for the registers at large head dims and with dropout."""
     QUERY: tl.constexpr = dq_ptr is not None
     pid = tl.program_id(0)
     first_d = 0
@@ -359,6 +414,9 @@ def _attention_backward_query_kernel(
     place = row_pointer(row, b, h, first_q, stride_lse_b, stride_lse_h, 1)
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     peak = tl.load(peak_ptr + place, mask=inside, other=float("inf"))
+    if LARGE and tl.max(tl.where(peak == float("inf"), 0.0, tl.abs(peak)), 0) <= PRECISE_LSE:
+        return
+    correction = tl.load(correction_ptr + place, mask=inside, other=0.0) if correction_ptr is not None else None
     bias_row = tl.minimum(row, queries - 1)[:, None]
     bias_rows = row_pointers(bias_ptr, b, h, bias_row, stride_bias_b, stride_bias_h, stride_bias_m)
     mask_rows = row_pointers(mask_ptr, b, h, bias_row, stride_mask_b, stride_mask_h, stride_mask_m)
@@ -371,6 +429,8 @@ def _attention_backward_query_kernel(
     q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     grad_out = whole_rows(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D) if QUERY else (BLOCK_M,), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BUCKETS if BUCKETS else 16,), tl.float32)
     last = tl.minimum(first_row + BLOCK_M, queries) - 1
     begin, inner_begin, inner_end, end = key_bounds(
@@ -391,17 +451,28 @@ def _attention_backward_query_kernel(
     bounds = (begin, inner_begin, near_begin, near_end, inner_end, end)
     for part in tl.static_range(PARTS):
         if (part > 0 or LEFT) and (part % 2 == 0 or FAR):
-            dq, sums = _accumulate_query_gradient(
-                dq, sums, tile, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows, bucket_ptr, bounds[part],
-                bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, BUCKETS, DIAGONALS,
-                QUERY, DELTA, PRECISION, WIDE, part,
+            dq, excess, weight, sums = _accumulate_query_gradient(
+                dq, excess, weight, sums, tile, correction, rng_ptr, bias_rows, mask_rows, relative_rows, dbias_rows,
+                bucket_ptr, bounds[part], bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP,
+                FOLDED, BUCKETS, DIAGONALS, QUERY, DELTA, PRECISION, WIDE, part,
             )  # fmt: skip
     if DELTA:
+        if correction_ptr is not None:
+            total = tl.where(excess > 0.0, excess, 1.0)
+            dq /= total
+            tl.store(correction_ptr + place, 1.0 / total, mask=inside)
         if grad_lse_ptr is not None:
             dq -= tl.load(grad_lse_ptr + place, mask=inside, other=0.0)
         dq = tl.where(peak == float("inf"), 0.0, dq)
         tl.store(delta_ptr + place, dq, mask=inside)
     if QUERY:
+        if grad_lse_ptr is not None:
+            excess -= tl.where(peak == float("inf"), 0.0, tl.load(grad_lse_ptr + place, mask=inside, other=0.0))
+        if SOFTCAP:
+            excess *= weight
+        d = first_d + tl.arange(0, BLOCK_D)
+        center_ptr += tl.cast(b * (heads // GROUPS) + h // GROUPS, tl.int64) * HEAD_DIM
+        dq -= excess[:, None] * tl.load(center_ptr + d, mask=d < HEAD_DIM, other=0.0)[None, :]
         store_tile(dq_ptr, first_row, stride_dqs, queries, dq * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D, first_d)
     if BUCKETS:
         program = tl.cast(bh, tl.int64) * blocks + block

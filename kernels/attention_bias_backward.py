@@ -30,8 +30,8 @@ from .attention_common import (
     ]
 )  # fmt: skip
 def _attention_backward_bias_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, dbias_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr,
-    bias_ptr, mask_ptr, relative_ptr, rng_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, delta_ptr, peak_ptr, correction_ptr, dbias_ptr, cu_q_ptr, cu_k_ptr,
+    key_lengths_ptr, bias_ptr, mask_ptr, relative_ptr, rng_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_lse_b, stride_lse_h,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
@@ -98,6 +98,8 @@ def _attention_backward_bias_kernel(
             )  # fmt: skip
             seen = visible(position, column, length_k, window_left, window_right, LEFT, RIGHT)
             p = exponential(tl.where(seen, scores, float("-inf")), peak[:, None], False, PRECISION == "ieee")
+            if correction_ptr is not None:
+                p *= tl.load(correction_ptr + place, mask=row < length_q, other=0.0)[:, None]
             grad_out = whole_rows(head_grad, first_row, stride_gs, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
             v = whole_rows(head_v, start, stride_vs, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
             dp = product(grad_out, v, PRECISION)

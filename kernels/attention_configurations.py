@@ -85,7 +85,7 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("backward_key", "sm_120", 64, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "", 128, HALF): (Config(32, 128, 8, 1), Config(16, 128, 8, 1)),
     ("backward_key", "sm_80", 128, HALF): (Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
-    ("backward_key", "sm_90", 128, HALF): (Config(16, 128, 8, 2), Config(16, 128, 8, 2), Config(16, 128, 8, 1, columns=64), Config(16, 64, 8, 2)),
+    ("backward_key", "sm_90", 128, HALF): (Config(16, 64, 4, 2), Config(16, 128, 8, 2), Config(16, 128, 8, 1, columns=64), Config(16, 64, 8, 2)),
     ("backward_key", "sm_120", 128, HALF): (Config(32, 64, 8, 1), Config(16, 64, 8, 1), Config(16, 32, 8, 1)),
     ("backward_key", "sm_80", 256, HALF): (Config(32, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1, columns=128)),
     ("backward_key", "sm_90", 256, HALF): (Config(16, 128, 8, 1, columns=64), Config(16, 128, 8, 1, columns=64), Config(16, 64, 4, 1, columns=32)),

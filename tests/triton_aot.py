@@ -150,7 +150,7 @@ class Job(NamedTuple):
     key: str
 
 
-def _jobs(file: ModuleType, arch: int, scope: str, only: str = "") -> Iterator[Job]:
+def _jobs(file: ModuleType, arch: int, scope: str, only: str = "", kernels: str = "") -> Iterator[Job]:
     """The kernels that a file's cases launch, each once, under the first case that launches it."""
     import triton
 
@@ -161,6 +161,8 @@ def _jobs(file: ModuleType, arch: int, scope: str, only: str = "") -> Iterator[J
         with recorded() as launches:
             call()
         for launch in launches:
+            if not re.search(kernels, launch.kernel.fn.__name__):
+                continue
             source, options = _source(launch)
             text = " ".join([source.hash(), str(sorted(options.items())), str(arch), triton.__version__])
             key = hashlib.sha256(text.encode()).hexdigest()
@@ -277,17 +279,25 @@ def _write_record(jobs: list[Job]) -> pathlib.Path:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     path = ROOT / "benchmarks" / "results" / "ahead-of-time" / f"triton-{triton.__version__}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = summary(jobs, triton.__version__, commit)
-    if path.exists():  # kernels that this run was not about keep their rows
-        asked = {row["kernel"] for row in rows}
-        with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row["kernel"] not in asked]
-    rows.sort(key=lambda row: (row["kernel"], row["dtype"], int(row["arch"].removeprefix("sm_"))))
+    before = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    rows = merged(before, summary(jobs, triton.__version__, commit))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, RECORD, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def merged(before: list[dict], rows: list[dict]) -> list[dict]:
+    """A record with the rows of this run, which are of its commit, in place of older ones of the same kernels; of a run
+    that compiled a share, kernels that it left out keep the rows, and the commit, that they have."""
+
+    def place(row: dict) -> tuple:
+        return row["kernel"], row["dtype"], int(row["arch"].removeprefix("sm_"))
+
+    found = {place(row): row for row in before}
+    found |= {place(row): row for row in rows if row["compiled"] or place(row) not in found}
+    return [found[key] for key in sorted(found)]
 
 
 def _load(path: str) -> ModuleType:
@@ -304,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--every-combination", action="store_true", help='the scope "every": days')
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--kernels", default="", help="kernels whose name holds this regular expression")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop then (0: compile nothing); what is there is kept"
@@ -321,7 +332,12 @@ def main() -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(_folder()))
     files = args.files or sorted(map(str, ROOT.glob("tests/native/test_triton_*_aot.py")))
     scope = "test" if args.json else "every" if args.every_combination else "record"
-    jobs = [job for file in map(_load, files) for arch in args.arch for job in _jobs(file, arch, scope, args.only)]
+    jobs = [
+        job
+        for file in map(_load, files)
+        for arch in args.arch
+        for job in _jobs(file, arch, scope, args.only, args.kernels)
+    ]
     if args.json:
         found: dict[str, list[dict]] = {}
         for job, report in reports(jobs, args.processes):

@@ -117,5 +117,25 @@ def _compute_in_bfloat16() -> None:
     builder.create_fp_to_fp, builder.create_dot = new_fp_to_fp, new_dot
 
 
+def _multiply_float32_in_order() -> None:
+    """A GPU adds up an exact float32 product by fused multiplications in the order of K, so that A B^T and (B A^T)^T
+    are the same bits; numpy's library sums as the layout suits it."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def new_dot(self, a, b, accumulator, input_precision, *rest):
+        exact = input_precision == interpreter._ir.INPUT_PRECISION.IEEE
+        if not exact or any(t.dtype.scalar != tl.float32 for t in (a, b, accumulator)):
+            return dot(self, a, b, accumulator, input_precision, *rest)
+        total = accumulator.data
+        left, right = a.data.astype(np.float64), b.data.astype(np.float64)
+        for k in range(left.shape[-1]):  # in float64 the product is exact, and its sum all but
+            total = (total + left[..., k, None] * right[..., k, None, :]).astype(np.float32)
+        return interpreter.TensorHandle(total, tl.float32)
+
+    builder.create_dot = new_dot
+
+
 if _LOADED:
     _compute_in_bfloat16()
+    _multiply_float32_in_order()

@@ -1,20 +1,58 @@
-"""Hugging Face transformers' names that differ between its releases, or that it does not promise, in one place."""
+"""What this package uses of transformers that differs between its releases, or that transformers does not promise.
 
-from typing import Any
+Such names are read through the functions here. Those that have to be overridden under their own name, or that Python
+cannot reach through a function, are only listed, in EXPECTED, with what is expected of them; tests compare the list
+with the installed release and with this package's source, so a release that changes one is known by that name.
+"""
 
+import warnings
+from typing import Any, NamedTuple
+
+import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import output_capturing
 
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
+    "EXPECTED",
+    "IS_TESTED",
+    "NEWEST",
+    "OLDEST",
+    "Expected",
     "cached",
     "collects_outputs",
+    "end_tokens",
+    "holds_attention",
     "is_capturing_hook",
     "merge_cache_names",
+    "name_or_path",
+    "pad_token",
+    "recorded_outputs",
     "register_outputs",
+    "set_attention",
+    "stored_attention",
+    "takes_attention",
 ]
 
+# The first and the last release that the tests are run under: (major, minor).
+OLDEST, NEWEST = (5, 17), (5, 24)
+
+
+def _is_tested(version: str) -> bool:
+    return OLDEST <= tuple(int(part) for part in version.split(".")[:2]) <= NEWEST
+
+
+IS_TESTED = _is_tested(transformers.__version__)
+if not IS_TESTED:
+    warnings.warn(
+        f"transformers {transformers.__version__} is not one of the releases that transformer_fast is tested with "
+        f"({OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}). Each model class is compared with transformers' own on "
+        "a tiny model when it is first used; a class that differs runs as transformers' own, without fused kernels",
+        stacklevel=2,
+    )
+
+# ---- the cache --------------------------------------------------------------------------------------------
 # What a release has called the key-value cache, in forward, generate and outputs.
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 # The name in the release that is installed: `cache` since 5.24.
@@ -41,9 +79,51 @@ def merge_cache_names(arguments: dict, name: str, where: str) -> dict:
     return {**{k: v for k, v in arguments.items() if k not in given}, name: first}
 
 
+# ---- generation -------------------------------------------------------------------------------------------
+def end_tokens(generation_config: Any) -> Any:
+    """(n,) int64, the tokens that end a row, or None; generate sets it before a decoding loop begins."""
+    return generation_config._eos_token_tensor
+
+
+def pad_token(generation_config: Any) -> Any:
+    """() int64, what a row that has ended goes on with, or None; set as `end_tokens`."""
+    return generation_config._pad_token_tensor
+
+
+# ---- configurations, attention ----------------------------------------------------------------------------
+def name_or_path(config: Any) -> str:
+    """Where a model was loaded from, "" where it was not."""
+    return getattr(config, "_name_or_path", "")
+
+
+def takes_attention(model: Any) -> bool:
+    """Whether a model asks the attention interface for its attention."""
+    return model._can_set_attn_implementation()
+
+
+def stored_attention(config: Any) -> Any:
+    """The attention implementation that a configuration holds itself, or None."""
+    return config._attn_implementation
+
+
+def set_attention(config: Any, implementation: Any) -> None:
+    """Make a configuration hold this implementation, unchecked."""
+    config._attn_implementation_internal = implementation
+
+
+def holds_attention(config: Any) -> bool:
+    return hasattr(config, "_attn_implementation_internal")
+
+
+def recorded_outputs(compiling: bool) -> Any:
+    """Names of what transformers collects from submodules in the running forward pass, or None."""
+    collector = output_capturing._active_collector
+    return collector.global_var if compiling else collector.get()
+
+
 def collects_outputs() -> bool:
     """True inside a forward of transformers that collects hidden states or attentions by hooks on its layers."""
-    return bool(output_capturing._active_collector.get())
+    return bool(recorded_outputs(False))
 
 
 def register_outputs(model: Any) -> None:
@@ -57,3 +137,93 @@ def is_capturing_hook(hook: Any) -> bool:
         getattr(hook, "__module__", "") == output_capturing.__name__
         and getattr(hook, "__name__", "") == "output_capturing_hook"
     )
+
+
+# ---- the list ---------------------------------------------------------------------------------------------
+class Expected(NamedTuple):
+    """path: "module:Class.attribute" below transformers. parameters: the names a function takes, in order, as far as
+    they matter ("cache" stands for CACHE_NAME); None for what is no function. use: what this package does with it."""
+
+    path: str
+    parameters: tuple[str, ...] | None
+    use: str
+
+
+_LOOP = ("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus")
+_MIXIN = "generation.utils:GenerationMixin"
+_MASKS = "masking_utils"
+_LOADS = ("_load_tokenizer", "_load_processor", "_load_image_processor", "_load_feature_extractor")
+_QUANTIZER = "quantizers.base:HfQuantizer"
+EXPECTED = (
+    # Overridden by generation.GenerationMixin, in this order of calls.
+    Expected(f"{_MIXIN}.generate", ("self", "inputs", "generation_config"), "overridden"),
+    Expected(f"{_MIXIN}._extract_generation_mode_kwargs", ("self", "custom_generate", "kwargs"), "overridden"),
+    Expected(
+        f"{_MIXIN}._prepare_cache_for_generation", ("self", "generation_config", "model_kwargs"),
+        "overridden: remembers the cache it makes",
+    ),
+    Expected(f"{_MIXIN}._sample", (*_LOOP, "streamer"), "overridden: the engine's loop"),
+    Expected(f"{_MIXIN}._beam_search", _LOOP, "overridden: the engine's loop"),
+    Expected(f"{_MIXIN}._supports_default_dynamic_cache", (), "overridden by recurrent models, which make their own"),
+    Expected(
+        f"{_MIXIN}.prepare_inputs_for_generation", ("self", "input_ids", "next_sequence_length", "cache"),
+        "called for the prompt",
+    ),
+    Expected("generation.utils:GenerateDecoderOnlyOutput", ("sequences", "scores", "logits"), "made"),
+    Expected("generation.utils:GenerateEncoderDecoderOutput", ("sequences", "scores", "logits"), "made"),
+    Expected("generation.utils:GenerateBeamDecoderOnlyOutput", ("sequences", "sequences_scores", "scores"), "made"),
+    Expected("generation.utils:GenerateBeamEncoderDecoderOutput", ("sequences", "sequences_scores", "scores"), "made"),
+    Expected("generation.logits_process:MinLengthLogitsProcessor", ("min_length", "eos_token_id"), "read"),
+    Expected(
+        "generation.logits_process:MinNewTokensLengthLogitsProcessor",
+        ("prompt_length_to_skip", "min_new_tokens", "eos_token_id"), "read",
+    ),
+    # Caches.
+    Expected("cache_utils:Cache", ("layers",), "generation.cache.StepCache stands in for it"),
+    Expected("cache_utils:Cache.update", ("self", "key_states", "value_states", "layer_idx"), "overridden, called"),
+    Expected("cache_utils:Cache.get_seq_length", ("self", "layer_idx"), "overridden, called"),
+    Expected("cache_utils:Cache.get_mask_sizes", ("self", "query_length", "layer_idx"), "overridden, called"),
+    Expected("cache_utils:Cache.is_compileable", None, "overridden"),
+    Expected("cache_utils:Cache.is_sliding", None, "overridden"),
+    Expected("cache_utils:EncoderDecoderCache.is_updated", None, "read: which layers' encoder keys are stored"),
+    # Attention and its masks.
+    Expected("modeling_utils:AttentionInterface.register", ("key", "value"), "called"),
+    Expected("masking_utils:AttentionMaskInterface.register", ("key", "value"), "called"),
+    Expected(
+        f"{_MASKS}:sdpa_mask",
+        ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"), "called",
+    ),
+    Expected(f"{_MASKS}:causal_mask_function", ("batch_idx", "head_idx", "q_idx", "kv_idx"), "recognised"),
+    Expected(f"{_MASKS}:bidirectional_mask_function", ("batch_idx", "head_idx", "q_idx", "kv_idx"), "recognised"),
+    Expected(f"{_MASKS}:and_masks", ("mask_functions",), "its result's closure is read"),
+    Expected(f"{_MASKS}:sliding_window_overlay", ("sliding_window",), "its result's closure is read"),
+    Expected(f"{_MASKS}:sliding_window_bidirectional_overlay", ("sliding_window",), "read by its closure"),
+    Expected("utils.output_capturing:_active_collector", None, "read: recorded_outputs"),
+    Expected("utils.output_capturing:_CAN_RECORD_REGISTRY", None, "written: register_outputs"),
+    Expected("modeling_utils:PreTrainedModel._can_record_outputs", None, "read: register_outputs"),
+    Expected("modeling_utils:PreTrainedModel._can_set_attn_implementation", (), "called: takes_attention"),
+    Expected("configuration_utils:PreTrainedConfig._attn_implementation", None, "read, written"),
+    # Models and loading.
+    Expected("modeling_utils:PreTrainedModel._init_weights", ("self", "module"), "overridden by models of our own"),
+    Expected("modeling_utils:PreTrainedModel._tied_weights_keys", None, "overridden by models of our own"),
+    Expected("modeling_utils:PreTrainedModel._is_stateful", None, "overridden by recurrent models"),
+    Expected(f"{_QUANTIZER}._process_model_before_weight_loading", ("self", "model"), "overridden"),
+    Expected(f"{_QUANTIZER}._process_model_after_weight_loading", ("self", "model"), "overridden"),
+    Expected("modeling_utils:PreTrainedModel._no_split_modules", None, "overridden by models of our own"),
+    Expected("modeling_utils:PreTrainedModel.gradient_checkpointing", None, "read"),
+    Expected("modeling_utils:PreTrainedModel._is_hf_initialized", None, "written: what is not drawn again"),
+    Expected("models.mbart.tokenization_mbart:MBartTokenizer._build_translation_inputs", (), "called where it is"),
+    Expected("modeling_layers:GradientCheckpointingLayer.__call__", ("self", "args", "kwargs"), "layers are ones"),
+    Expected("utils.generic:can_return_tuple", ("func",), "called"),
+    Expected("models.auto.auto_factory:_BaseAutoModelClass._model_mapping", None, "overridden: our classes"),
+    Expected("loss.loss_utils:ForCausalLMLoss", ("logits", "labels", "vocab_size"), "recognised"),
+    # Pipelines.
+    Expected("pipelines:PIPELINE_REGISTRY.register_pipeline", ("task", "pipeline_class", "pt_model"), "called"),
+    Expected("pipelines.base:Pipeline._sanitize_parameters", ("self", "pipeline_parameters"), "overridden"),
+    Expected("pipelines.base:Pipeline._forward", ("self", "input_tensors", "forward_parameters"), "overridden"),
+    *(Expected(f"pipelines.base:Pipeline.{name}", None, "overridden") for name in _LOADS),
+    Expected("pipelines.base:Pipeline._batch_size", None, "read and written"),
+    Expected("pipelines.base:Pipeline._preprocess_params", None, "read"),
+    Expected("pipelines.base:Pipeline.preprocess", ("self", "input_", "preprocess_parameters"), "overridden"),
+    Expected("pipelines.base:Pipeline.postprocess", ("self", "model_outputs", "postprocess_parameters"), "overridden"),
+)  # fmt: skip

@@ -17,8 +17,7 @@ const char* attention_backward_mma_refuses(const AttentionBackward& a) {
 }
 
 int64_t attention_backward_mma_scratch(const AttentionBackward& a) {
-  const int64_t blocks = (int64_t(a.queries) + backward_mma::kBackwardRows - 1) / backward_mma::kBackwardRows;
-  return a.drelative ? a.batch * a.heads * blocks * (2 * int64_t(a.reach) + 1) : 0;
+  return center_floats(a) + backward_mma::distance_floats(a);
 }
 
 void attention_backward_mma(const AttentionBackward& a, Stream stream) {

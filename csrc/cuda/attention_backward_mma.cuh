@@ -8,7 +8,7 @@
 // semaphore and no float32 dQ in memory, which a key-side kernel that adds to dQ reads and writes once a block of keys.
 // The price is Q K^T and dO V^T twice: seven products where that kernel has five.
 #pragma once
-#include "attention_scores.cuh"
+#include "attention_center.cuh"
 #include "attention_tiles.cuh"
 
 namespace tf::cuda::backward_mma {
@@ -21,6 +21,7 @@ struct BackwardCall : AttentionBackward {
   int32_t heads_together;  // run block by block, so that what they stream stays in the L2 cache
   bool aligned;            // rows can be moved by 16 bytes
   bool delta_only;         // rowsum(P * dP) - dlse into delta, and nothing else
+  float* center;           // see attention_center.cuh
 };
 
 constexpr int kBackwardThreads = 128, kBackwardRows = 64;
@@ -127,8 +128,12 @@ TF_DEVICE int64_t lse_place(const AttentionBackward& a, const Head& head) {
 // In units of log 2; a row with nothing to attend to gets +inf, which makes its P zero.
 TF_DEVICE float peak_of(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2e; }
 
+TF_DEVICE float load_grad_lse(const AttentionBackward& a, const Head& head, int row) {
+  return load(a.grad_lse + (head.b * a.grad_lse_batch + head.h * a.grad_lse_head + head.first_q + row));
+}
+
 TF_DEVICE void store_delta(const AttentionBackward& a, const Head& head, int row, float sum) {
-  if (a.grad_lse) sum -= load(a.grad_lse + (head.b * a.grad_lse_batch + head.h * a.grad_lse_head + head.first_q + row));
+  if (a.grad_lse) sum -= load_grad_lse(a, head, row);
   const int64_t place = lse_place(a, head) + row;
   store(a.delta + place, load(a.lse + place) == -kInfinity ? 0.f : sum);
 }
@@ -352,6 +357,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       delta[half] = row < head.queries && !(RICH && p.delta_only) ? load(p.delta + place) : 0.f;
     }
   }
+  // Query side, of this thread's two rows: what dS sums to, and P times the slope of a soft cap.
+  float excess[2] = {}, weight[2] = {};
   float sum1[kFirst ? D / 2 : 4] = {}, sum2[kSecond ? D / 2 : 4] = {};
   const float to_log2 = RICH ? kLog2e : p.scale * kLog2e;
   const float keep_scale = RICH && p.threshold ? p.keep_scale : 1.f;
@@ -419,6 +426,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
           const float dp = keep ? ds[4 * c + e] * keep_scale : 0.f;
           ds[4 * c + e] = prob * (dp - (kKeys ? deltas.v[e % 2] : delta[e / 2]));
           if (RICH && !kKeys && p.delta_only) delta[e / 2] += prob * dp;
+          if constexpr (!kKeys) {
+            excess[e / 2] += ds[4 * c + e];
+            if (RICH && p.softcap != 0.f) weight[e / 2] += prob * slope[4 * c + e];
+          }
         }
       }
     }
@@ -469,6 +480,23 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         }
         return;
       }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        excess[half] += __shfl_xor_sync(0xffffffffu, excess[half], step);
+        weight[half] += __shfl_xor_sync(0xffffffffu, weight[half], step);
+      }
+      const int row = mine + lane / 4 + 8 * half;
+      if (p.grad_lse && row < head.queries && peak[half] != kInfinity) excess[half] -= load_grad_lse(p, head, row);
+      if (RICH && p.softcap != 0.f) excess[half] *= weight[half];
+    }
+    const float* const center = center_of(p, p.center, head);
+#pragma unroll
+    for (int e = 0; e < D / 2; ++e) {
+      const int column = e / 4 * 8 + lane % 4 * 2 + e % 2;
+      if (column < p.dim) sum1[e] -= excess[e / 2 % 2] * load(center + column);
     }
     store_gradient(sum1, p.scale, resident1, p.dq, p.dq_rows, head.h, head.first_q);
   }

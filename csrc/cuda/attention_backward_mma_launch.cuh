@@ -23,7 +23,10 @@ inline bool is_aligned(const AttentionBackward& a) {
 inline BackwardCall call_of(const AttentionBackward& a, int rows, int length, int heads, int64_t streamed) {
   const int64_t bytes = std::max<int64_t>(1, 4 * streamed * a.dim), batch_heads = int64_t(a.batch) * heads;
   const int64_t together = std::max<int64_t>(1, kL2Bytes / bytes) * (heads / a.key_heads);
-  return {a, (length + rows - 1) / rows, int32_t(std::min(together, batch_heads)), is_aligned(a), false};
+  BackwardCall call{a, (length + rows - 1) / rows, int32_t(std::min(together, batch_heads)), is_aligned(a), false,
+                    a.scratch};
+  call.scratch = a.scratch + center_floats(a);
+  return call;
 }
 
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
@@ -60,6 +63,12 @@ inline bool bias_broadcasts(const AttentionBackward& a) {
   return false;
 }
 
+// Of DistanceSums.
+inline int64_t distance_floats(const AttentionBackward& a) {
+  const int64_t blocks = (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows;
+  return a.drelative ? a.batch * a.heads * blocks * (2 * int64_t(a.reach) + 1) : 0;
+}
+
 template <class T, int D, bool RICH>
 void gradients(const AttentionBackward& a, Stream stream) {
   BackwardCall keys = call_of(a, kBackwardRows, a.keys, a.key_heads, int64_t(a.heads / a.key_heads) * a.queries);
@@ -86,7 +95,8 @@ void gradients(const AttentionBackward& a, Stream stream) {
       queries.dbias = nullptr;
     }
   }
-  if (a.drelative) fill_zero(a.scratch, size_t(attention_backward_mma_scratch(a)) * sizeof(float), stream);
+  if (a.drelative) fill_zero(queries.scratch, size_t(distance_floats(a)) * sizeof(float), stream);
+  launch_center<T, D>(a, queries.center, stream);
   launch<T, D, Side::queries, RICH, Wanted::all>(queries, stream);
   if (a.drelative) {
     const dim3 grid((unsigned(a.heads) * (2 * a.reach + 1) + kBackwardThreads - 1) / kBackwardThreads);

@@ -1,4 +1,4 @@
-// Lays out the scratch memory of a backward call on wgmma and launches its three kernels.
+// Lays out the scratch memory of a backward call on wgmma and launches its kernels.
 #include "attention_backward_wgmma.cuh"
 
 #include <algorithm>
@@ -8,9 +8,11 @@ namespace {
 
 constexpr int64_t kL2Bytes = 32 << 20;  // queries and gradients that stay in the L2 cache while a few heads run
 constexpr int kSharedLimit = 227 << 10;
-static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit && BackwardWgmmaTile<128, 80>::kBytes <= kSharedLimit);
+static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit && BackwardWgmmaTile<128, 64>::kBytes <= kSharedLimit &&
+              BackwardWgmmaTile<128, 80>::kBytes <= kSharedLimit);
 
-// Queries of a tile. The most that registers hold; 80 do not divide 128 keys, which costs masks along a diagonal.
+// Queries of a tile. The most that registers hold; 80 do not divide 128 keys, which costs masks along a diagonal, and
+// leave no registers for them.
 int32_t tile_of(const AttentionBackward& a) {
   if (a.dim == 64) return 128;
   return a.window_left < 0 && a.window_right < 0 ? 80 : 64;
@@ -60,7 +62,8 @@ void launch(const AttentionBackward& arguments, Stream stream) {
   const int64_t tiles = a.heads * a.head_tiles;
   a.sums = a.scratch;
   a.statistics = a.sums + tiles * M * D;
-  a.ticket = reinterpret_cast<int32_t*>(a.statistics + tiles * M * 2);
+  a.center = a.statistics + tiles * M * 2;
+  a.ticket = reinterpret_cast<int32_t*>(a.center + center_floats(a));
   a.turns = a.ticket + 4;
   a.query_blocks = (a.queries + M - 1) / M;
   a.key_blocks = (a.keys + Tile::kKeys - 1) / Tile::kKeys;
@@ -77,6 +80,7 @@ void launch(const AttentionBackward& arguments, Stream stream) {
 
   const dim3 by_queries(unsigned(a.query_blocks) * unsigned(a.batch * a.heads));
   const dim3 by_keys(unsigned(a.key_blocks) * unsigned(a.batch * a.key_heads));
+  launch_center<T, D>(a, a.center, stream);
   TF_LAUNCH((attention_backward_prepare_kernel<T, D, M>), by_queries, dim3(256), 0, stream, a);
   TF_LAUNCH((attention_backward_wgmma_kernel<T, D, M>), by_keys, dim3(Tile::kThreads), Tile::kBytes, stream, a, q, k, v,
             grad);
@@ -109,12 +113,13 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
     return "wgmma: addresses or strides that are not positive multiples of 16 bytes";
   }
   const int64_t blocks = int64_t(a.batch) * a.heads * (std::max(a.queries, a.keys) / 64 + 1);
-  if (blocks > INT32_MAX) return "wgmma: more blocks than a grid has";
+  if (blocks > INT32_MAX / 8) return "wgmma: more blocks than a grid has";  // and eight parts of dQ for each
   return nullptr;
 }
 
 int64_t attention_backward_wgmma_scratch(const AttentionBackward& a) {
-  return a.heads * head_tiles(a) * (tile_of(a) * (a.dim + 2) + BackwardWgmmaTile<64, 128>::kParts) + 4;
+  return a.heads * head_tiles(a) * (tile_of(a) * (a.dim + 2) + BackwardWgmmaTile<64, 128>::kParts) +
+         center_floats(a) + 4;
 }
 
 void attention_backward_wgmma(const AttentionBackward& a, Stream stream) {

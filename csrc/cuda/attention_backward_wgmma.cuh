@@ -12,116 +12,9 @@
 // there as the accumulators lie in registers; the last kernel puts them in order. Deterministic: for each part of dQ
 // the key blocks take turns, in ascending order.
 #pragma once
-#include "attention_scores.cuh"
+#include "attention_backward_wgmma_tiles.cuh"
 
 namespace tf::cuda {
-
-// M queries by 128 keys. Tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle.
-template <int D, int M>
-struct BackwardWgmmaTile {
-  static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
-  static constexpr int kKeys = 128, kStages = 2;
-  static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
-  // dQ^T is computed 64 values of a head by kSumQueries queries a warpgroup, 16 values a warp: its part, in floats.
-  static constexpr int kSumQueries = D == 64 ? M / 2 : M, kPart = 16 * kSumQueries, kParts = 8;
-  static constexpr int kQueryBytes = M * D * 2, kKeyBytes = kKeys * D * 2, kScoreBytes = kKeys * M * 2;
-  // Offsets in shared memory.
-  static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kGrad = kQ + kStages * kQueryBytes;
-  static constexpr int kScore = kGrad + kStages * kQueryBytes, kSum = kScore + 2 * kScoreBytes;
-  static constexpr int kPeak = kSum + kParts * kPart * 4, kDelta = kPeak + kStages * M * 4;
-  static constexpr int kBarriers = kDelta + kStages * M * 4, kIndex = kBarriers + 8 * (1 + 4 * kStages);
-  static constexpr int kBytes = kIndex + 8;
-  static_assert(kParts * kPart == M * D && kPart * 4 >= 16 * D * 2);  // a part holds 16 rows of dK, too
-};
-
-struct BackwardWgmma : AttentionBackward {
-  // Scratch memory is in tiles of queries, and every sequence starts a tile.
-  int64_t head_tiles;  // of one head
-  float* sums;         // dQ, unscaled: (heads, head_tiles, parts, part)
-  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf without keys; delta
-  int32_t* turns;      // deterministic: (heads, head_tiles, parts): how many key blocks have added theirs
-  int32_t* ticket;     // deterministic: blocks take their work in this order, whatever the order they start in
-  int32_t key_blocks, query_blocks, heads_together;
-  float exponent_scale;
-};
-
-// The tile of scratch memory with query 0 of a sequence, among those of one head. Packed: as (first_q + M b) / M would
-// have it, which leaves room for every sequence's last tile without a sum over the sequences before.
-template <int M>
-TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
-  return a.cu_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
-}
-
-// ---- before: delta, lse in the units of scores, zeros to add to -----------------------------------------------------
-template <class T, int D, int M>
-__global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
-  using Tile = BackwardWgmmaTile<D, M>;
-  constexpr int kLanes = D / 8;
-  const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
-  const Head head = head_of(a, bh / a.heads, bh % a.heads);
-  if (blockIdx.x == 0 && threadIdx.x == 0) store(a.ticket, int32_t(0));
-  if (block * M >= head.queries) return;
-  const int64_t tile = head.h * a.head_tiles + first_tile<M>(a, head) + block;
-  const T* out = head_rows(static_cast<const T*>(a.out), a.out_rows, head.b, head.h, head.first_q);
-  const T* grad = head_rows(static_cast<const T*>(a.grad_out), a.grad_out_rows, head.b, head.h, head.first_q);
-  float* statistics = a.statistics + tile * 2 * M;
-  const int lane = threadIdx.x % kLanes;
-  for (int r = threadIdx.x / kLanes; r < M; r += 256 / kLanes) {
-    const int32_t row = block * M + r;
-    float delta = 0.f;
-    if (row < head.queries) {
-      const Vec<T, 8> x = load_vec<8>(out + row * a.out_rows.row + lane * 8);
-      const Vec<T, 8> y = load_vec<8>(grad + row * a.grad_out_rows.row + lane * 8);
-#pragma unroll
-      for (int i = 0; i < 8; i++) delta += to_float(x.v[i]) * to_float(y.v[i]);
-    }
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
-    if (lane == 0) {
-      float peak = -kInfinity;
-      if (row < head.queries) {
-        const int64_t place = head.first_q + row;
-        peak = load(a.lse + head.b * a.lse_batch + head.h * a.lse_head + place);
-        if (a.grad_lse) delta -= load(a.grad_lse + head.b * a.grad_lse_batch + head.h * a.grad_lse_head + place);
-      }
-      const bool dead = peak == -kInfinity;
-      store(statistics + r, dead ? kInfinity : peak * kLog2e);
-      store(statistics + M + r, dead ? 0.f : delta);
-    }
-  }
-  for (int i = threadIdx.x * 4; i < M * D; i += 256 * 4) store_vec(a.sums + tile * (M * D) + i, Vec<float, 4>{});
-  if (a.deterministic && threadIdx.x < Tile::kParts) store(a.turns + tile * Tile::kParts + threadIdx.x, int32_t(0));
-}
-
-// ---- after: dQ in order, scaled, rounded ----------------------------------------------------------------------------
-template <class T, int D, int M>
-__global__ void __launch_bounds__(256) attention_backward_finish_kernel(const BackwardWgmma a) {
-  using Tile = BackwardWgmmaTile<D, M>;
-  const int32_t block = blockIdx.x % a.query_blocks, bh = blockIdx.x / a.query_blocks;
-  const Head head = head_of(a, bh / a.heads, bh % a.heads);
-  if (block * M >= head.queries) return;
-  const float* sums = a.sums + (head.h * a.head_tiles + first_tile<M>(a, head) + block) * (M * D);
-  T* dq = head_rows(static_cast<T*>(a.dq), a.dq_rows, head.b, head.h, head.first_q);
-  for (int item = threadIdx.x; item < M * D / 16; item += 256) {
-    // Two queries by eight values of a head. A part is [query / 8][value % 8][query % 8 / 2][value / 8 % 2][query % 2].
-    const int half = item % 2, pair = item / 2 % 4, warp = item / 8 % 4, rest = item / 32;
-    const int j = rest % (Tile::kSumQueries / 8), group = rest / (Tile::kSumQueries / 8);
-    Vec<T, 8> rows[2];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int place = ((j * 8 + i) * 4 + pair) * 4 + half * 2;
-      const Vec<float, 2> x = load_vec<2>(sums + (group * 4 + warp) * Tile::kPart + place);
-#pragma unroll
-      for (int e = 0; e < 2; e++) rows[e].v[i] = from_float<T>(x.v[e] * a.scale);
-    }
-    const int32_t row = block * M + (D == 64 ? group * Tile::kSumQueries : 0) + j * 8 + pair * 2;
-    const int column = (D == 64 ? 0 : group * 64) + warp * 16 + half * 8;
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      if (row + e < head.queries) store_vec(dq + (row + e) * a.dq_rows.row + column, rows[e]);
-    }
-  }
-}
 
 // ---- the work of a block --------------------------------------------------------------------------------------------
 struct BackwardWork {
@@ -129,7 +22,7 @@ struct BackwardWork {
   int32_t first_key, stored, group;
   Range queries;
   int32_t tiles;       // of all heads of the group
-  int64_t first_tile;  // in scratch memory: of query 0 of the first head
+  int32_t first_tile;  // in scratch memory: of query 0 of the first head
 };
 
 template <int M, int N>
@@ -147,7 +40,7 @@ TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
   w.first_key = index % span / heads * N;
   w.queries = query_range<M>(a, w.head, w.first_key, w.first_key + N - 1);
   const bool none = w.first_key >= w.head.keys || w.queries.end <= w.queries.begin;
-  w.first_tile = w.head.h * a.head_tiles + first_tile<M>(a, w.head);
+  w.first_tile = int32_t(w.head.h * a.head_tiles + first_tile<M>(a, w.head));
   w.tiles = none ? 0 : (w.queries.end - w.queries.begin + M - 1) / M * w.group;
   return w;
 }
@@ -169,6 +62,11 @@ struct Walk {
     }
   }
 };
+
+template <int M, int STAGES>
+TF_DEVICE int32_t tile_at(const BackwardWgmma& a, const BackwardWork& w, const Walk<M, STAGES>& at) {
+  return w.first_tile + at.head * int32_t(a.head_tiles) + at.row / M;
+}
 
 template <class Tile>
 struct BackwardShared {
@@ -204,7 +102,7 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
   Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
     const int32_t h = w.head.h + at.head, row = w.head.first_q + at.row;
-    const float* statistics = a.statistics + (w.first_tile + at.head * a.head_tiles + at.row / M) * (2 * M);
+    const float* statistics = a.statistics + int64_t(tile_at<M>(a, w, at)) * (2 * M);
     if (i >= Tile::kStages) mbarrier_wait(shared.query_empty(at.stage), at.parity ^ 1);
     mbarrier_expect_tx(shared.query_full(at.stage), Tile::kQueryBytes + M * 4);
     load_tile<D>(shared.base + Tile::kQ + at.stage * Tile::kQueryBytes, q_map, shared.query_full(at.stage), M, row, h,
@@ -220,6 +118,7 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
 
 // ---- consumers: two warpgroups of 64 keys each ----------------------------------------------------------------------
 constexpr int kConsumers = 256, kConsumerBarrier = 1;
+constexpr uint32_t kNoTurn = ~0u;
 
 // Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis, or transposed: then a
 // panel is 64 of the M or N axis wide and the next one is `leading` bytes on. Eight rows are 1024 bytes either way.
@@ -242,6 +141,20 @@ TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread) {
     const int row = first + i / (D / 8), chunk = i % (D / 8);
     store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (Rows * 128) + row * 128 + chunk % 8 * 16),
                      Vec<uint32_t, 4>{});
+  }
+}
+
+// All consumers: keys less their center, rounded. Chunk c of row r lies at c ^ (r % 8), in the widest swizzle.
+template <class T, int D, int N>
+TF_DEVICE void center_keys(const unsigned char* keys, unsigned char* to, const float* center, int thread) {
+#pragma unroll
+  for (int i = thread; i < N * (D / 8); i += kConsumers) {
+    const int row = i / 8 % N, chunk = (i % 8) ^ (row % 8), at = i * 16;
+    Vec<T, 8> x = load_shared_vec<8>(reinterpret_cast<const T*>(keys + at));
+    const Vec<float, 8> c = load_center(center + i / 8 / N * 64 + chunk * 8);
+#pragma unroll
+    for (int e = 0; e < 8; e++) x.v[e] = from_float<T>(to_float(x.v[e]) - c.v[e]);
+    store_shared_vec(reinterpret_cast<T*>(to + at), x);
   }
 }
 
@@ -271,12 +184,12 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char*
   __syncwarp();
 }
 
-// Deterministic: the next key block may add, as what this thread gave to dQ last has arrived.
-TF_DEVICE void pass_turn(int32_t*& turn, int32_t place) {
-  if (!turn) return;
+// Deterministic: the next key block may add, as what this thread gave to dQ last, part `owed` of all, has arrived.
+TF_DEVICE void pass_turn(const BackwardWgmma& a, uint32_t& owed, int32_t place) {
+  if (owed == kNoTurn) return;
   bulk_wait<0>();
-  store_release(turn, place + 1);
-  turn = nullptr;
+  store_release(a.turns + owed, place + 1);
+  owed = kNoTurn;
 }
 
 template <class T, int D, int M, class Tile>
@@ -299,9 +212,11 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     if (ragged_keys) {
       clear_rows<D, N>(base + Tile::kK, w.head.keys - w.first_key, thread);
       clear_rows<D, N>(base + Tile::kV, w.head.keys - w.first_key, thread);
-      fence_async_shared();
       named_barrier_sync(kConsumerBarrier, kConsumers);
     }
+    center_keys<T, D, N>(base + Tile::kK, base + Tile::kCentered, center_of(a, a.center, w.head), thread);
+    fence_async_shared();
+    named_barrier_sync(kConsumerBarrier, kConsumers);
   }
 
   // This thread's keys are key and key + 8; query i sees those with low <= i <= high.
@@ -309,10 +224,10 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
   const uint64_t k_rows = rows_descriptor(base + Tile::kK + group * 64 * 128);
   const uint64_t v_rows = rows_descriptor(base + Tile::kV + group * 64 * 128);
   // dQ^T = K^T dS^T: with D 64 a warpgroup takes half of the queries, with D 128 half of the values of a head.
-  const uint64_t k_columns = columns_descriptor(base + Tile::kK + (D == 64 ? 0 : group * N * 128), 16);
+  const uint64_t k_columns = columns_descriptor(base + Tile::kCentered + (D == 64 ? 0 : group * N * 128), 16);
 
-  int32_t* turn = nullptr;  // to pass on, once what was added to dQ last has arrived
-  int32_t place = 0;        // of this block among those that add to it
+  uint32_t owed = kNoTurn;           // a turn to pass on, once what was added to dQ last has arrived
+  int32_t place = w.first_key / N;  // of this block among those that add to it
 
   Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
@@ -345,16 +260,17 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
       wgmma_ss<T, M, false, false>(dp, v_rows + row_step(k, N), grad_rows + row_step(k, M), k > 0);
     }
     warpgroup_commit();
-    pass_turn(turn, place);
+    pass_turn(a, owed, place);
 
     warpgroup_wait<1>();
     register_fence(s);
-    if (ragged_keys || at.row < w.queries.inner_begin || at.row + M > w.queries.inner_end) {
+    if (ragged_keys || (Tile::kWindows && (at.row < w.queries.inner_begin || at.row + M > w.queries.inner_end))) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int32_t mine = key + 8 * half, position = mine - w.head.offset - at.row - lane % 4 * 2;
-        const int32_t low = mine >= w.head.keys ? M : a.window_right < 0 ? 0 : position - a.window_right;
-        const int32_t high = a.window_left < 0 ? M : position + a.window_left;
+        const bool any_before = !Tile::kWindows || a.window_right < 0, any_after = !Tile::kWindows || a.window_left < 0;
+        const int32_t low = mine >= w.head.keys ? M : any_before ? 0 : position - a.window_right;
+        const int32_t high = any_after ? M : position + a.window_left;
 #pragma unroll
         for (int j = 0; j < M / 8; j++) {
 #pragma unroll
@@ -367,15 +283,34 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     const float* peak = reinterpret_cast<const float*>(base + Tile::kPeak) + at.stage * M + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < M / 8; j++) {
+      if (!Tile::kWindows && j % 4 == 0) __syncwarp();  // keeps ptxas from loading all first: no registers are left
       const Vec<float, 2> x = load_shared_vec<2>(peak + j * 8);
 #pragma unroll
       for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_approx(s[j * 4 + e] * a.exponent_scale - x.v[e % 2]);
     }
 
-    warpgroup_wait<0>();
-    register_fence(dp);
-    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15.
+    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15. dV is issued before the wait for dP: ptxas takes
+    // that wait to be free, and would move it up before the exponentials that are to run under dP, but for this product
+    // that needs them.
     uint32_t p[M / 16][4], ds[M / 16][4];
+#pragma unroll
+    for (int j = 0; j < M / 8; j++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int e = j * 4 + half * 2;
+        p[j / 2][j % 2 * 2 + half] = pack2<T>(s[e], s[e + 1]);
+      }
+    }
+    register_fence(p);
+    register_fence(dv);
+    warpgroup_fence();
+    const uint64_t grad_columns = columns_descriptor(grad_tile, M * 128);
+#pragma unroll
+    for (int k = 0; k < M / 16; k++) wgmma_rs<T, D, true>(dv, p[k], grad_columns + column_step(k), true);
+    warpgroup_commit();
+
+    warpgroup_wait<1>();
+    register_fence(dp);
     const float* delta = reinterpret_cast<const float*>(base + Tile::kDelta) + at.stage * M + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < M / 8; j++) {
@@ -383,8 +318,9 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int e = j * 4 + half * 2;
-        p[j / 2][j % 2 * 2 + half] = pack2<T>(s[e], s[e + 1]);
-        ds[j / 2][j % 2 * 2 + half] = pack2<T>(s[e] * (dp[e] - x.v[0]), s[e + 1] * (dp[e + 1] - x.v[1]));
+        const float2 rounded = unpack2<T>(p[j / 2][j % 2 * 2 + half]);
+        ds[j / 2][j % 2 * 2 + half] =
+            pack2<T>(rounded.x * (dp[e] - x.v[0]), rounded.y * (dp[e + 1] - x.v[1]));
       }
     }
     // dS, queries by keys, transposed on its way; a warpgroup's keys are one panel. Two buffers: the barrier below also
@@ -395,15 +331,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
 #pragma unroll
     for (int k = 0; k < M / 16; k++) stmatrix_x4_trans(score_row + k * (16 * 128), ds[k]);
 
-    register_fence(p);
     register_fence(ds);
-    register_fence(dv);
-    warpgroup_fence();
-    const uint64_t grad_columns = columns_descriptor(grad_tile, M * 128);
-#pragma unroll
-    for (int k = 0; k < M / 16; k++) wgmma_rs<T, D, true>(dv, p[k], grad_columns + column_step(k), true);
-    warpgroup_commit();
-
     fence_async_shared();
     named_barrier_sync(kConsumerBarrier, kConsumers);
     float dq[Tile::kSumQueries / 2];
@@ -439,14 +367,14 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     fence_async_shared();
     __syncwarp();
     if (lane == 0) {
-      const int64_t tile = w.first_tile + at.head * a.head_tiles + at.row / M;
+      const uint32_t to = uint32_t(tile_at<M>(a, w, at)) * Tile::kParts + part;
       if (a.deterministic) {
-        turn = a.turns + tile * Tile::kParts + part;
-        place = (w.first_key - key_range<N>(a, w.head, at.row, at.row + M - 1).begin) / N;
-        while (load_acquire(turn) != place) {
+        owed = to;
+        if (Tile::kWindows) place = (w.first_key - key_range<N>(a, w.head, at.row, at.row + M - 1).begin) / N;
+        while (load_acquire(a.turns + to) != place) {
         }
       }
-      bulk_reduce_add(a.sums + (tile * Tile::kParts + part) * Tile::kPart, sum, Tile::kPart * 4);
+      bulk_reduce_add(a.sums + int64_t(to) * Tile::kPart, sum, Tile::kPart * 4);
       bulk_commit();
     }
 
@@ -456,15 +384,18 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     if (lane == 0) mbarrier_arrive(shared.query_empty(at.stage));
   }
 
-  pass_turn(turn, place);
+  pass_turn(a, owed, place);
   if (lane == 0) bulk_wait_read<0>();
   __syncwarp();
-  const int32_t first = w.first_key + group * 64 + warp * 16;
+  // Worked out again: through the loop it would take registers that are not there.
+  const BackwardWork done = backward_work<M, N>(a, load_shared(shared.index()));
+  const Head& head = done.head;
+  const int32_t first = done.first_key + group * 64 + warp * 16;
   unsigned char* own = reinterpret_cast<unsigned char*>(sum);
-  T* dk_rows = head_rows(static_cast<T*>(a.dk), a.dk_rows, w.head.b, w.head.key_head, w.head.first_k);
-  T* dv_rows = head_rows(static_cast<T*>(a.dv), a.dv_rows, w.head.b, w.head.key_head, w.head.first_k);
-  store_rows<T, D>(dv, 1.f, own, dv_rows, a.dv_rows.row, first, w.head.keys, w.stored);
-  store_rows<T, D>(dk, a.scale, own, dk_rows, a.dk_rows.row, first, w.head.keys, w.stored);
+  T* dk_rows = head_rows(static_cast<T*>(a.dk), a.dk_rows, head.b, head.key_head, head.first_k);
+  T* dv_rows = head_rows(static_cast<T*>(a.dv), a.dv_rows, head.b, head.key_head, head.first_k);
+  store_rows<T, D>(dv, 1.f, own, dv_rows, a.dv_rows.row, first, head.keys, done.stored);
+  store_rows<T, D>(dk, a.scale, own, dk_rows, a.dk_rows.row, first, head.keys, done.stored);
 }
 
 template <class T, int D, int M>

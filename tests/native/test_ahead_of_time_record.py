@@ -39,6 +39,19 @@ def test_sums_up_what_has_been_compiled(monkeypatch):
     assert triton_aot.summary(jobs, "3.9.0", "abc") == [version | row for row in (hopper, blackwell, ampere)]
 
 
+def test_a_share_leaves_the_other_kernels_rows():
+    def row(kernel, arch, commit, compiled=1):
+        return {"kernel": kernel, "dtype": "bfloat16", "arch": f"sm_{arch}", "commit": commit, "compiled": compiled}
+
+    before = [row("a", 80, "old"), row("a", 120, "old"), row("b", 90, "old")]
+    now = [row("a", 80, "new"), row("a", 120, "new", compiled=0), row("c", 90, "new"), row("d", 90, "new", compiled=0)]
+    merged = [(r["kernel"], r["arch"], r["commit"]) for r in triton_aot.merged(before, now)]
+    assert merged == [
+        ("a", "sm_80", "new"), ("a", "sm_120", "old"), ("b", "sm_90", "old"), ("c", "sm_90", "new"),
+        ("d", "sm_90", "new"),
+    ]  # fmt: skip
+
+
 def test_a_record_is_there():
     assert {path.stem for path in RECORDS} >= {"triton-3.6.0", "triton-3.9.0"}
 

@@ -56,15 +56,17 @@ def _check(function, tensors, kw, grads):
     return ours
 
 
-def _padded(device, dtype, b=1, h=2, hk=None, sq=70, sk=100, d=64, **kw):
-    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D), checked against float64."""
+def _padded(device, dtype, b=1, h=2, hk=None, sq=70, sk=100, d=64, offset=0.0, **kw):
+    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D), checked against float64. offset: of keys and
+    values, another for each channel."""
     hk = hk or h
     kw = {n: v(b, h, sq, sk) if callable(v) else v for n, v in kw.items()}
 
-    def heads(n, s):
-        return torch.randn(b, s, n, d, device=device).to(dtype).transpose(1, 2)
+    def heads(n, s, offset=0.0):
+        moved = torch.randn(b, s, n, d, device=device) + offset * torch.randn(b, 1, n, d, device=device)
+        return moved.to(dtype).transpose(1, 2)
 
-    tensors = {"query": heads(h, sq), "key": heads(hk, sk), "value": heads(hk, sk)}
+    tensors = {"query": heads(h, sq), "key": heads(hk, sk, offset), "value": heads(hk, sk, offset)}
     if hk != h:
         kw["enable_gqa"] = True
     grads = torch.randn(b, h, sq, d, device=device), torch.randn(b, h, sq, device=device)
@@ -105,6 +107,14 @@ CASES = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_padded(case, device):
     _padded(device, HALF[len(case) % 2], **CASES[case])
+
+
+@pytest.mark.parametrize("kw", [{"hk": 1}, {"softcap": 3.0}, {"d": 128}], ids=["grouped", "softcap", "head_of_128"])
+@pytest.mark.parametrize("offset", [1.0, 8.0])
+def test_keys_and_values_with_offsets(offset, kw, device):
+    """An error of delta, which the output's rounding makes, is in the query's gradient times a mean of the keys, which
+    an offset of each channel makes large."""
+    _padded(device, HALF[offset == 1], **{"sk": 300, **kw}, offset=offset)
 
 
 @pytest.mark.parametrize("axes", ["bhmn", "hmn", "bn", "m", "n", ""])

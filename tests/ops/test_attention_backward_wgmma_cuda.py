@@ -121,6 +121,18 @@ def test_padded(case, device, machine):
         _check(_padded(device, (BF16, F16)[len(case) % 2], **PADDED[case]), grad_lse=len(case) % 3 > 0)
 
 
+@pytest.mark.parametrize("offset", [1.0, 8.0])
+@pytest.mark.parametrize("case", ["grouped", "full_128", "causal_128"])
+def test_keys_and_values_with_offsets(case, offset, device, machine):
+    """An error of delta, which the output's rounding makes, is in the query's gradient times a mean of the keys, which
+    an offset of each channel makes large."""
+    spec = _padded(device, (BF16, F16)[offset == 1], **PADDED[case] | {"sq": 170, "sk": 300})
+    for t in (spec.key, spec.value):
+        t += (offset * torch.randn(t.shape[1], 1, t.shape[3], device=device)).to(t.dtype)
+    with machine():
+        _check(spec, grad_lse=offset == 1)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("d", [64, 128])

@@ -181,6 +181,41 @@ def test_one_huge_logit(device):
     _check(tf.scaled_dot_product_attention, {"query": q, "key": k, "value": v}, {}, grads)
 
 
+@pytest.mark.parametrize(
+    "keys, size, kw",
+    [(40, 5.0, {}), (150, 10.0, {"dropout_p": 0.2}), (150, 30.0, {"softcap": 500.0}), (150, 10.0, "bias")],
+)
+def test_large_logits_in_float32(keys, size, kw, device):
+    """A log-sum-exp of hundreds is rounded so coarsely that rows of exp(score - lse) do not sum to one."""
+    heads = [torch.randn(1, 1, s, 16, device=device) for s in (40, keys, keys)]
+    tensors = dict(zip(("query", "key", "value"), heads))
+    tensors["query"][:, :, :30] *= size  # a block of rows with small ones stays
+    tensors["key"] *= size
+    if kw == "bias":
+        kw = {"bias": 1000 * torch.randn(1, 1, 40, 1, device=device)}
+    grads = torch.randn(1, 1, 40, 16, device=device), torch.randn(1, 1, 40, device=device)
+    _check(tf.scaled_dot_product_attention, tensors, kw, grads)
+
+
+@pytest.mark.parametrize(
+    "kw", [{}, {"softcap": 3.0}, {"window": (150, 20), "hk": 1}], ids=["plain", "softcap", "grouped"]
+)
+@pytest.mark.parametrize("offset", [1.0, 8.0])
+def test_keys_and_values_with_offsets(offset, kw, device, blocks):
+    """An error of delta, which the output's rounding makes, is in the query's gradient times a mean of the keys, which
+    an offset of each channel makes large."""
+    blocks(32, 64)
+    b, h, sq, sk, d = 1, 2, 64, 300, 64
+    hk = kw.get("hk", h)
+    tensors = {"query": torch.randn(b, h, sq, d, device=device)}
+    for name in ("key", "value"):
+        tensors[name] = torch.randn(b, hk, sk, d, device=device) + offset * torch.randn(b, hk, 1, d, device=device)
+    tensors = {name: t.to(HALF[offset == 1]) for name, t in tensors.items()}
+    kw = {**kw, "enable_gqa": True} if kw.pop("hk", None) else kw
+    grads = torch.randn(b, h, sq, d, device=device), torch.randn(b, h, sq, device=device)
+    _check(tf.scaled_dot_product_attention, tensors, kw, grads)
+
+
 def test_strides_past_32_bits(device):
     """Rows 2^30 elements apart: offsets within one tile need 64 bits."""
     if device == "cuda":

@@ -234,31 +234,38 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     call = Launch(spec)
     lse = lse.contiguous()
     out, grad_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (out, grad_out))
-    delta, peak = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
+    exact = call.constants["PRECISION"] == "ieee"
+    delta, peak, *rest = torch.empty((2 + exact, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
+    correction = rest[0] if exact else None
+    center = torch.empty((call.batch, call.key_heads, call.head_dim), dtype=torch.float32, device=lse.device)
     rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     # More of float32 or of a wide head spills: the compiler aims at many programs a multiprocessor.
     block = max(16, min(64, 8192 // (call.block_d * out.element_size())))
     _attention_delta_kernel[(triton.cdiv(call.queries, block) * call.batch * call.heads,)](
-        out_ptr=out, grad_out_ptr=grad_out, lse_ptr=lse,
-        grad_lse_ptr=grad_lse,
-        delta_ptr=delta, peak_ptr=peak, cu_q_ptr=call.pointers["cu_q_ptr"], **call.strides("o", out), **rows,
-        HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block, FOLDED=call.constants["FOLDED"], num_warps=4,
-        maxnreg=128 if call.shape.single else None,
+        out_ptr=out, grad_out_ptr=grad_out, k_ptr=spec.key, lse_ptr=lse, grad_lse_ptr=grad_lse, delta_ptr=delta,
+        peak_ptr=peak, correction_ptr=correction, center_ptr=center,
+        **{name: call.pointers[name] for name in ("cu_q_ptr", "cu_k_ptr", "key_lengths_ptr")},
+        **call.strides("o", out), **call.strides("k", spec.key), **rows, keys=call.keys,
+        GROUPS=call.groups, HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block,
+        FOLDED=call.constants["FOLDED"], num_warps=4, maxnreg=128 if call.shape.single else None,
     )  # fmt: skip
     shared = {
         "q_ptr": spec.query,
         "k_ptr": spec.key,
         "v_ptr": spec.value,
         "grad_out_ptr": grad_out,
-        "grad_lse_ptr": None,
+        "grad_lse_ptr": grad_lse,
         "delta_ptr": delta,
         "peak_ptr": peak,
+        "correction_ptr": correction,
+        "center_ptr": center,
         "grad_scale": spec.scale,
         **rows,
     }
-    if dbias is not None or dtable is not None or call.keys <= FEW_KEYS:
-        _query_gradient(call, shared | {"grad_lse_ptr": grad_lse}, delta=True)
+    every = dbias is not None or dtable is not None or call.keys <= FEW_KEYS
+    if every or exact:
+        _query_gradient(call, shared, delta=True, large=not every)
     _key_gradients(call, shared, dk, dv)
     broadcast = dbias is not None and _broadcasts(call, dbias)
     apart = dtable is not None and (call.head_dim > WIDEST_WITH_TABLE or call.pointers["rng_ptr"] is not None)
@@ -295,8 +302,8 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
     _attention_backward_key_kernel[(blocks * batch_heads * call.slices(config),)](**arguments)
 
 
-def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta: bool = False) -> None:
-    """dQ, dbias and dtable, those that are given, or delta alone."""
+def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta=False, large=False) -> None:
+    """dQ, dbias and dtable, those that are given, or delta alone, with `large` where some lse is large."""
     shape = call.shape._replace(kind="rich") if delta and call.shape.kind == "plain" else call.shape
     config = configurations.select("backward_query" if dq is not None or delta else "backward_table", shape)
     if delta:  # the compiler aims at two blocks a multiprocessor: with more tiles in flight it spills
@@ -324,6 +331,7 @@ def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delt
         heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
         BUCKETS=buckets,
         DELTA=delta,
+        LARGE=large,
         DIAGONALS=triton.next_power_of_2(min(config.block_m, config.block_n) + config.block_n),
     )
     slices = 1 if dq is None else call.slices(config)

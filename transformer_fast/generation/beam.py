@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .._transformers import end_tokens, pad_token
 from .processors import in_place
 from .rows import LiveRows
 from .sample import Record
@@ -67,7 +68,7 @@ class _Search:
     """
 
     def __init__(self, input_ids: torch.Tensor, groups: int, config: Any):
-        eos, pad = config._eos_token_tensor, config._pad_token_tensor
+        eos, pad = end_tokens(config), pad_token(config)
         self.config, self.prompt, self.most = config, input_ids.shape[1], config.max_length
         self.beams = n = config.num_beams // groups
         self.count = len(input_ids) // n

@@ -1,19 +1,24 @@
 """generate(): HF's signature and results, by this package's engine wherever it can."""
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import utils as hf
 
+from .._transformers import CACHE_NAME, merge_cache_names
 from .beam import beam_search
 from .sample import Record, sample
 from .stepper import Prompt, Stepper, choose_stepper
 
 __all__ = ["GenerationMixin"]
+
+# The caches that HF has made for calls of generate, which nobody else reads. A user's own are not among them.
+_MADE: weakref.WeakSet = weakref.WeakSet()
 
 
 class GenerationMixin:
@@ -28,6 +33,7 @@ class GenerationMixin:
 
     config: Any
     generation_config: Any
+    runs_as_hugging_face = False  # what a call computes is left to HF's loop and forward
     _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
 
     @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
@@ -39,6 +45,7 @@ class GenerationMixin:
             its own, whatever it is batched with.
         Raises ValueError for empty batches and prompts, and for masks of another shape.
         """
+        kwargs = merge_cache_names(kwargs, CACHE_NAME, "generate")
         given = {"inputs": inputs, **{k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "decoder_input_ids")}}
         for name, t in given.items():
             if not isinstance(t, torch.Tensor):
@@ -51,7 +58,7 @@ class GenerationMixin:
                 raise ValueError(f"{name}: wanted prompts of at least one token, got shape {tuple(t.shape)}")
         mask, ids = kwargs.get("attention_mask"), inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            fresh = kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None
+            fresh = kwargs.get(CACHE_NAME) is None and kwargs.get("inputs_embeds") is None
             if fresh and isinstance(ids, torch.Tensor) and mask.shape != ids.shape:
                 raise ValueError(f"attention_mask: wanted shape {tuple(ids.shape)} as the ids, got {tuple(mask.shape)}")
         for name in ("num_beams", "num_return_sequences", "num_beam_groups"):
@@ -72,8 +79,11 @@ class GenerationMixin:
         return found if generators is None else {**found, "generators": generators}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        generation_config._cache_given = model_kwargs.get("past_key_values") is not None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        given = model_kwargs.get(CACHE_NAME)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get(CACHE_NAME)
+        if isinstance(made, Cache):
+            (_MADE.add if given is None else _MADE.discard)(made)
 
     def _sample(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
@@ -150,12 +160,13 @@ class GenerationMixin:
 
     def _stepper(self, input_ids, copies: int, config, synced_gpus: bool, model_kwargs: dict) -> Stepper | None:
         """What decodes this call, or None when HF's loop has to."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if (
-            synced_gpus
+            self.runs_as_hugging_face
+            or synced_gpus
             or not self._is_our_cache(decoder_cache, config)
-            or config._cache_given
+            or (cache is not None and cache not in _MADE)
             or not config.use_cache
             or config.output_attentions
             or config.output_hidden_states
@@ -166,7 +177,7 @@ class GenerationMixin:
             or (hasattr(self, "why_hf_loop") and self.why_hf_loop())
         ):
             return None
-        dropped = ("past_key_values", "use_cache")
+        dropped = (CACHE_NAME, "use_cache")
         inputs = {k: _first_copies(v, copies) for k, v in model_kwargs.items() if k not in dropped}
         return choose_stepper(self, Prompt(input_ids[::copies], copies, config.max_length, inputs))
 

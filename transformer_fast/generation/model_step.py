@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from .._transformers import cached
 from .cache import StepCache, shared_cross_cache
 from .stepper import Prompt
 
@@ -43,7 +44,7 @@ class ModelStepper:
         model, prompt = self.model, self.prompt
         if self._cross is not None:
             self._cross.self_attention_cache = cache
-        inputs = {**prompt.inputs, "past_key_values": cache if self._cross is None else self._cross, "use_cache": True}
+        inputs = {**prompt.inputs, **cached(cache if self._cross is None else self._cross), "use_cache": True}
         inputs = model.prepare_inputs_for_generation(prompt.input_ids, is_first_iteration=True, **inputs)
         return model(**inputs, return_dict=True).logits[:, -1]
 
@@ -68,7 +69,7 @@ class ModelStepper:
             self._position = self._per_row(positions[:, -1:].expand(len(prompt.input_ids), 1)) + 1
         self._type = None if types is None else self._per_row(types[:, -1:])
         cache = self.cache if self._cross is None else self._cross
-        self._fixed: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+        self._fixed: dict[str, Any] = {**cached(cache), "use_cache": True, "return_dict": True}
         taken = (*_PROMPT_ONLY, *(n for n in _PER_STEP if not self.encoder_decoder or n != "attention_mask"))
         for name, value in prompt.inputs.items():
             if name not in taken and name not in self._fixed and value is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .._transformers import CACHE_NAME
 from .stepper import Prompt
 
 __all__ = ["RecurrentStepper"]
@@ -34,7 +35,7 @@ class RecurrentStepper:
             attention_mask=mask, decoder_input_ids=prompt.input_ids, encoder_outputs=encoded, use_cache=True,
             logits_to_keep=1, return_dict=True,
         )  # fmt: skip
-        self._state, self._values, self._mask = output.past_key_values, encoded[0], mask
+        self._state, self._values, self._mask = getattr(output, CACHE_NAME), encoded[0], mask
         if prompt.copies > 1:
             self._select(torch.arange(prompt.rows, device=prompt.input_ids.device) // prompt.copies)
         return output.logits[:, -1]

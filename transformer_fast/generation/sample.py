@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .._transformers import cached, pad_token
 from .cache import as_hugging_face
 from .processors import in_place
 from .rows import LiveRows
@@ -31,7 +32,7 @@ class Record:
     def fields(self, stepper: Stepper, encoder_decoder: bool) -> dict[str, Any]:
         """The fields that all of HF's output classes share."""
         cache = as_hugging_face(stepper.key_values(), encoder_decoder)
-        return {"scores": self.scores, "logits": self.logits, "past_key_values": cache}
+        return {"scores": self.scores, "logits": self.logits, **cached(cache)}
 
 
 def draw(scores: torch.Tensor, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
@@ -59,7 +60,7 @@ def sample(
     few are still computed, so the draws are HF's.
     """
     processors = in_place(processors)
-    pad = config._pad_token_tensor
+    pad = pad_token(config)
     ends = any(hasattr(c, "eos_token_id") for c in criteria)
     plain = not processors and not config.do_sample and not record.active
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)

@@ -137,9 +137,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         previous = vars(module).get(_STATE)
         if previous is not None:
             delattr(module, _STATE)
-            for place, config in _configs(module):
-                if place in previous:
-                    config._attn_implementation_internal = previous[place]
+            _put_back(module, previous)
     return model
 
 
@@ -174,9 +172,11 @@ def _swap_attention(model, report: Report, own: set[int]) -> None:
 
 def _set_attention(model) -> str:
     """'' when the outermost Hugging Face model `model` now attends through us, else the reason why not."""
-    if not model._can_set_attn_implementation():
+    from .._transformers import stored_attention, takes_attention
+
+    if not takes_attention(model):
         return f"{type(model).__name__} has no attention interface in transformers: attention is written into the model"
-    previous = _PreviousAttention({place: config._attn_implementation for place, config in _configs(model)})
+    previous = _PreviousAttention({place: stored_attention(config) for place, config in _configs(model)})
     if set(previous.values()) == {NAME}:
         return f'it was loaded with attn_implementation="{NAME}"'
     try:
@@ -189,17 +189,21 @@ def _set_attention(model) -> str:
 
 
 def _put_back(model, previous) -> None:
+    from .._transformers import set_attention
+
     for place, config in _configs(model):
         if place in previous:
-            config._attn_implementation_internal = previous[place]
+            set_attention(config, previous[place])
 
 
 def _configs(model) -> list[tuple[str, Any]]:
     """Every config object in the model, each once, with a name that a copy of the model gives it too."""
+    from .._transformers import holds_attention
+
     found: dict[int, tuple[str, Any]] = {}
 
     def visit(place: str, config) -> None:
-        if config is None or id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+        if config is None or id(config) in found or not holds_attention(config):
             return
         found[id(config)] = (place, config)
         for name in getattr(config, "sub_configs", {}):

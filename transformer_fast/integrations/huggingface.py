@@ -232,11 +232,9 @@ def _attentions_recorded(module) -> bool:
     """Whether transformers will look for weights although it did not tell: not every model passes the request on."""
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return True
-    from transformers.utils import output_capturing
+    from .._transformers import recorded_outputs
 
-    collector = output_capturing._active_collector
-    keys = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return any("attentions" in key for key in keys or ())
+    return any("attentions" in key for key in recorded_outputs(torch.compiler.is_compiling()) or ())
 
 
 def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,9 @@ from torch import nn
 from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
+from ._explain import explain_model
 from ._loading import LoadingErrors
+from ._self_check import runs_as_hugging_face
 
 __all__ = [
     "Adopted",
@@ -145,6 +147,7 @@ class ModelMixin(LoadingErrors):
     """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
+    runs_as_hugging_face = False  # where the installed transformers is untested, and a tiny model of the class differs
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -153,13 +156,24 @@ class ModelMixin(LoadingErrors):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopted.adopt(self)  # type: ignore[arg-type]
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
+        if not self.runs_as_hugging_face:
+            self._adopted.adopt(self)  # type: ignore[arg-type]
         _stock.remember(self, ModelMixin)  # type: ignore[arg-type]
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """False, as for transformers' classes whose initialisation this is: one seed gives the weights of theirs."""
         return not cls.__module__.startswith(f"{__package__}.")
+
+    def explain(self) -> str:
+        """Which parts of this model take the fast path, and why the others do not; see transformer_fast.explain."""
+        return explain_model(self, ModelMixin)  # type: ignore[arg-type]
+
+    def post_init(self):
+        """As HF's, after the layers have become ours: they take config.gradient_checkpointing where HF's do not."""
+        self._adopted.adopt(self)  # type: ignore[arg-type]
+        super().post_init()  # type: ignore[misc]
 
     def why_hf_loop(self) -> str:
         """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""

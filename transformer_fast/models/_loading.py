@@ -15,6 +15,8 @@ import zipfile
 import torch
 from transformers import PreTrainedConfig
 
+from ._self_check import runs_as_hugging_face
+
 __all__ = ["LoadingErrors", "drop_trust", "explain_broken", "local_folder", "model_type_of", "need_hub"]
 
 # Without these a model is not a model.
@@ -118,6 +120,7 @@ class LoadingErrors:
         """As HF's. Raises FileNotFoundError (no folder, no config.json), ValueError (another model_type, a truncated or
         corrupt file, a pickle that is more than tensors, shapes that differ, layers the checkpoint lacks)."""
         name, kind = pretrained_model_name_or_path, cls.config_class.model_type
+        runs_as_hugging_face(cls)  # found here: HF makes the model on no device
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only: wanted True (a checkpoint's pickled code is never run), got False")
         drop_trust(kwargs)
@@ -136,15 +139,16 @@ class LoadingErrors:
         except Exception as error:
             _explain(error, cls, name, config, kwargs)
             raise
-        if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
-            _check_missing(cls, name, info)
+        if not (want_info or kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None):
+            _check_missing(model, name, info)
         return (model, info) if want_info else model
 
 
-def _check_missing(cls, name, info: dict) -> None:
-    """Heads, poolers and new cross-attention may be absent from a checkpoint (HF warns); the body may not."""
-    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:{_BODY})\.")
-    missing = sorted(k for k in info["missing_keys"] if body.match(k) and "crossattention" not in k)
+def _check_missing(model, name, info: dict) -> None:
+    """Heads, poolers, new cross-attention and sinusoids may be absent from a checkpoint (HF warns); the body may not.
+    Who asks for output_loading_info looks for himself."""
+    body = re.compile(rf"^(?:{model.base_model_prefix}\.)?(?:{_BODY})\.(?!.*(?:crossattention|ln_cross_attn))")
+    missing = sorted(k for k in info["missing_keys"] if body.match(k) and not _is_sinusoid(model, k))
     if missing:
         extra = sorted(info["unexpected_keys"])
         came = f"; it holds others, such as {', '.join(extra[:3])}" if extra else ""
@@ -152,6 +156,15 @@ def _check_missing(cls, name, info: dict) -> None:
             f"{name}: the checkpoint lacks {len(missing)} weights that config.json asks for: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}{came}. Pass ignore_mismatched_sizes=True to start them at random"
         )
+
+
+def _is_sinusoid(model, name: str) -> bool:
+    return "Sinusoidal" in type(model.get_submodule(name.rpartition(".")[0])).__name__
+
+
+class MismatchedShapes(ValueError, RuntimeError):
+    """Weights of other shapes than the configuration's: a ValueError as this package's errors are, and a RuntimeError
+    as HF's."""
 
 
 def explain_broken(error: Exception, name, folder: pathlib.Path | None) -> None:
@@ -184,7 +197,7 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
             f"{_binary(folder) or name}: is corrupt or holds more than tensors{what}; code in a checkpoint is never run"
         ) from error
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-        raise ValueError(
+        raise MismatchedShapes(
             f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config, kwargs)}. "
             "Pass ignore_mismatched_sizes=True to start those at random"
         ) from error

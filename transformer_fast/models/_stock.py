@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
-from .._transformers import collects_outputs, is_capturing_hook, register_outputs
+from .._transformers import IS_TESTED, collects_outputs, is_capturing_hook, register_outputs
 from ..layers import stock
 from ..layers.quantized import is_int8
 
@@ -21,6 +21,7 @@ _APART = {
     "__init__", "_init_weights", "generate", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_output_embeddings", "set_input_embeddings", "set_output_embeddings", "tie_weights",
 }  # fmt: skip
+_DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 _GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
 
 
@@ -32,8 +33,10 @@ def remember(model: nn.Module, kind: type) -> None:
             register_outputs(module)
 
 
-def why_hf_forward(model: nn.Module) -> str:
+def why_hf_forward(model: Any) -> str:
     """'' when the fast path computes what HF's forward of `model` would, as it is now; else the reason why not."""
+    if not IS_TESTED and model.runs_as_hugging_face:
+        return "the installed transformers is untested, and a tiny model of the class differs from its own"
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return "it is being traced"
@@ -91,6 +94,8 @@ def why_hf_loop(model: Any) -> str:
     """'' when generate may decode with our engine, which calls no method of the model after the prompt."""
     if reason := why_hf_forward(model):
         return reason
+    if any(getattr(model.config, name, 1) == 0 for name in _DEPTHS):
+        return "it has no layers"
     kind = type(model)
     ours = _our_class(kind)  # type: ignore[arg-type]
     if methods := stock.methods_over(kind, ours, _computing(ours) | _GENERATION - _APART):

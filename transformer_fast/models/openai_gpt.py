@@ -1,5 +1,6 @@
 """OpenAI GPT (Radford et al., 2018), every head: HF's parameters and names, our computation."""
 
+import functools
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
 class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadModel):
     __doc__ = hf.OpenAIGPTLMHeadModel.__doc__
 
+    @functools.wraps(HFGenerationMixin.prepare_inputs_for_generation, assigned=())  # the signature
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         if not why_hf_forward(self):
             return HFGenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)

@@ -25,6 +25,7 @@ from ._base import check_inputs, check_integers
 from ._forward import public_forward
 from ._loading import LoadingErrors
 from ._recurrent_state import RecurrentState
+from ._self_check import runs_as_hugging_face
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
 
@@ -68,7 +69,7 @@ class AttentionRNNConfig(PreTrainedConfig):
     """
 
     model_type = "attention_rnn"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"num_hidden_layers": "num_layers"}
 
     vocab_size: int = 32000
@@ -422,6 +423,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         self.model = AttentionRNNModel(config)
         self.lm_head = nn.Linear(config.readout_size, config.vocab_size)
         self.post_init()
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

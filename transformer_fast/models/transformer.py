@@ -35,6 +35,7 @@ from ._base import Encoded, activation_name, check_inputs, read_flags
 from ._forward import public_forward
 from ._loading import LoadingErrors
 from ._noam_schedule import noam_schedule
+from ._self_check import runs_as_hugging_face
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
 from ._sinusoids import SinusoidalPositions
@@ -106,7 +107,7 @@ class TransformerConfig(PreTrainedConfig):
     """
 
     model_type = "transformer_2017"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
 
     vocab_size: int = 37000
@@ -461,6 +462,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
             }
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+        self.runs_as_hugging_face = runs_as_hugging_face(type(self))
 
     def step_description(self) -> StepDescription:
         """The decoder, for generation by one native call a token."""

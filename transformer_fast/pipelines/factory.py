@@ -10,6 +10,7 @@ import transformers as hf
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from .._transformers import name_or_path
 from ..integrations import accelerate
 from ..models import auto
 from ..models._loading import drop_trust, explain_broken, local_folder, need_hub
@@ -145,7 +146,7 @@ def pipeline(
     elif not isinstance(model, hf.PreTrainedModel):
         raise TypeError(f"model: wanted a checkpoint's name or a PreTrainedModel, got {type(model).__name__}")
     if tokenizer is None:
-        tokenizer = source if isinstance(source, (str, os.PathLike)) else getattr(model.config, "_name_or_path", "")
+        tokenizer = source if isinstance(source, (str, os.PathLike)) else name_or_path(model.config)
         if not tokenizer:
             raise ValueError("tokenizer: wanted one, as the model was not loaded from a checkpoint that has it")
     if isinstance(tokenizer, (str, os.PathLike)):

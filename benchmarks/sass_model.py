@@ -1,0 +1,395 @@
+"""Predicts the attention kernels' speed on an H100 from their machine code, where no GPU is:
+
+    python benchmarks/sass_model.py [--record]
+
+A kernel's main loop is read off its SASS for sm_90a: matrix products (HGMMA), exponentials (MUFU), arithmetic, bytes of
+shared memory, barriers, and what lies between a product and the wait for it. From that, cycles of an iteration:
+
+- what each unit of a multiprocessor needs at its full rate: tensor cores, MUFU, FMA and ALU pipes, instruction issue,
+  shared memory;
+- a simulation of the warpgroups that share the multiprocessor: products queue at the tensor cores in the order of issue
+  and run behind the warpgroup's back, arithmetic shares the pipes, waits and named barriers hold a warpgroup up.
+
+The larger of the two is the prediction. What it leaves out: prologue and epilogue, masked tiles, L2 and DRAM, the drop
+of the clock under load. So a prediction is of the main loop, at the clock it states, and measured figures of long
+sequences should come to somewhat less. `--record` writes benchmarks/results/predictions/h100.csv.
+"""
+
+import argparse
+import collections
+import csv
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "predictions" / "h100.csv"
+MULTIPROCESSORS, GHZ = 132, 1.755  # H100 SXM, its boost clock
+TENSOR_FMA, SHARED_BYTES = 2048, 128  # a clock and multiprocessor, 16-bit dense
+# Clocks that one warp's instruction takes of its pipe in one of the four parts of a multiprocessor.
+MUFU, ALU, FMA = 8, 2, 1
+PIPES = ("issue", "MUFU", "FMA", "ALU", "shared")
+FMA_PIPE = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "IMAD", "MOV")
+NO_PIPE = ("U", "R2UR", "S2UR", "NOP", "BRA", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "FENCE", "LDC", "ELECT")
+PRODUCT_LATENCY, WAIT_LATENCY, BARRIER_LATENCY = 32, 16, 24  # clocks; published microbenchmarks' order of magnitude
+ITERATIONS = 24  # of a simulation, after as many to settle
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    opcode: str
+    operands: str
+    predicate: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Of one warp: the instructions of an iteration, without blocks that an inner tile jumps over."""
+
+    instructions: tuple[Instruction, ...]
+
+    def count(self, *names: str) -> int:
+        return sum(i.opcode.split(".")[0] in names for i in self.instructions)
+
+
+def parse(sass: str) -> dict[str, list[str | Instruction]]:
+    """Kernel name -> labels and instructions, in order."""
+    kernels: dict[str, list[str | Instruction]] = {}
+    for part in re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]:
+        name, *lines = part.splitlines()
+        items = kernels.setdefault(name.rstrip(":"), [])
+        for line in lines:
+            if label := re.match(r"(\.L_x?_?\w+):", line):
+                items.append(label[1])
+            elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+ +)?([A-Z][\w.]*)\s*([^;]*)", line):
+                items.append(Instruction(found[2], found[3].strip(), (found[1] or "").strip()))
+    return kernels
+
+
+def _target(item) -> str | None:
+    found = re.search(r"`\((\S+)\)", item.operands) if isinstance(item, Instruction) else None
+    return found[1] if found and item.opcode.startswith("BRA") else None
+
+
+def main_loop(items: list[str | Instruction]) -> Loop:
+    """The innermost loop with most products; of several as long ones, the one with fewest choices (masks)."""
+    places = {item: n for n, item in enumerate(items) if isinstance(item, str)}
+    spans = []
+    for end, item in enumerate(items):
+        begin = places.get(_target(item) or "", end)
+        # A wait's spin lies at the kernel's end and comes back by a branch: no loop of work.
+        spins = any(isinstance(i, Instruction) and i.opcode.startswith("SYNCS") for i in items[end - 3 : end])
+        if begin < end and not spins:
+            spans.append((begin, end))
+
+    def products(span) -> int:
+        return sum(isinstance(i, Instruction) and "HGMMA" in i.opcode for i in items[span[0] : span[1]])
+
+    spans = [s for s in spans if products(s)]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    if not inner:
+        raise ValueError("no loop with matrix products")
+    most = max(map(products, inner))
+    loops = [Loop(tuple(_executed(items[b : e + 1]))) for b, e in inner if products((b, e)) == most]
+    return min(loops, key=lambda loop: loop.count("FSEL", "ISETP", "SEL"))
+
+
+def _executed(items: list[str | Instruction]) -> list[Instruction]:
+    """Without what a branch leaves out in most iterations: masks of an edge, sums scaled for a new peak, turns of a
+    deterministic call, spins."""
+    kept: list[Instruction] = []
+    n = 0
+    while n < len(items):
+        item = items[n]
+        if isinstance(item, Instruction):
+            kept.append(item)
+            target = _target(item)
+            if target in items[n + 1 :]:
+                end = n + 1 + items[n + 1 :].index(target)
+                block = [i for i in items[n + 1 : end] if isinstance(i, Instruction)]
+                choices, scaled = (sum(i.opcode == name for i in block) for name in ("FSEL", "FMUL"))
+                rare = choices >= 8 or scaled >= 16 or any(i.opcode.startswith("CCTL") for i in block)
+                if rare and not any("HGMMA" in i.opcode for i in block):
+                    n = end
+                    continue
+        n += 1
+    return kept
+
+
+def product_shape(i: Instruction) -> tuple[int, int, int]:
+    """(N, bytes of shared memory, clocks of the tensor cores) of one HGMMA of 64 x N x 16."""
+    n = int(re.search(r"HGMMA\.64x(\d+)x16", i.opcode)[1])
+    left_in_registers = bool(re.match(r"R\d+\S*, R\d+", i.operands))
+    size = n * 32 + (0 if left_in_registers else 64 * 32)
+    return n, size, max(64 * n * 16 // TENSOR_FMA, size // SHARED_BYTES)
+
+
+def pipes(instructions) -> collections.Counter:
+    """Clocks of one part's pipes, and bytes of shared memory, for one warp."""
+    used: collections.Counter = collections.Counter()
+    for i in instructions:
+        name = i.opcode.split(".")[0]
+        used["issue"] += 1
+        if name == "MUFU":
+            used["MUFU"] += MUFU
+        elif name in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
+            width = re.search(r"\.(64|128)\b", i.opcode)
+            matrices = re.search(r"\.(?:M|MT)88\.(\d)", i.opcode)
+            size = 128 * int(matrices[1]) if matrices else 32 * (int(width[1]) // 8 if width else 4)
+            used["bytes"] += size
+            used["shared"] += 4 * size / SHARED_BYTES  # the four parts share it
+        elif name == "SHFL":
+            used["shared"] += 4
+        elif name in FMA_PIPE:
+            used["FMA"] += FMA
+        elif not name.startswith(NO_PIPE):
+            used["ALU"] += ALU
+    return used
+
+
+def _program(loop: Loop) -> list[tuple]:
+    """What a warpgroup does in an iteration: ("work", clocks alone, share of each pipe), ("product", clocks, last of
+    its group), ("wait", groups), ("sync", barrier), ("arrive", barrier)."""
+    steps: list[tuple] = []
+    pending: list[Instruction] = []
+
+    def flush():
+        if pending:
+            used = pipes(pending)
+            alone = max(used[p] for p in PIPES)
+            steps.append(("work", alone, {p: used[p] / alone for p in PIPES}))
+            pending.clear()
+
+    for i in loop.instructions:
+        pending.append(i)
+        if "HGMMA" in i.opcode:
+            flush()
+            steps.append(("product", product_shape(i)[2], "gsb0" in i.operands))
+        elif i.opcode.startswith("WARPGROUP.DEPBAR"):
+            flush()
+            steps.append(("wait", int(re.search(r"gsb0, (0x\w+)", i.operands)[1], 16)))
+        elif i.opcode.startswith(("BAR.SYNC", "BAR.ARV", "BAR.RED")):
+            flush()
+            own = re.match(r"R\d", i.operands)  # the tensor cores are passed from group to group
+            steps.append(("arrive" if "ARV" in i.opcode else "sync", "turn" if own else "all"))
+    flush()
+    return steps
+
+
+def simulate(loop: Loop, groups: int, together: int) -> float:
+    """Clocks of an iteration in the steady state, with `groups` warpgroups on a multiprocessor, of blocks of `together`
+    that share barriers."""
+    program = _program(loop)
+    now, tensor_free = 0.0, 0.0
+    place, rounds = [0] * groups, [0] * groups
+    left: list[float | None] = [None] * groups  # clocks of work that a group is in the middle of
+    shares: list[dict[str, float]] = [{}] * groups  # of each pipe, in that work
+    ready = [0.0] * groups
+    closed: list[list[float]] = [[] for _ in range(groups)]  # when the groups of products of a warpgroup are done
+    arrived: collections.Counter = collections.Counter()
+    turn = 0
+    marks: list[float] = []
+    while len(marks) < 2 * ITERATIONS:
+        progressed = False
+        for g in range(groups):
+            while left[g] is None and ready[g] <= now:
+                step, block = program[place[g]], g // together
+                if step[0] == "work":
+                    left[g], shares[g] = step[1], step[2]
+                elif step[0] == "product":
+                    tensor_free = max(tensor_free, now) + step[1]
+                    if step[2]:
+                        closed[g].append(tensor_free + PRODUCT_LATENCY)
+                elif step[0] == "wait":
+                    under_way = len(closed[g]) - step[1]
+                    if under_way > 0:
+                        ready[g] = max(now, closed[g][under_way - 1] + WAIT_LATENCY)
+                        closed[g] = closed[g][under_way:]
+                elif step == ("sync", "turn"):
+                    if together * block + turn % together != g:
+                        break
+                elif step == ("arrive", "turn"):
+                    turn += 1
+                elif step[0] == "sync":
+                    key = (block, place[g], rounds[g])
+                    if not arrived[key, g]:
+                        arrived[key, g] = 1
+                        arrived[key] += 1
+                        progressed = True
+                    if arrived[key] < together:
+                        break
+                    ready[g] = now + BARRIER_LATENCY
+                progressed = True
+                place[g] += 1
+                if place[g] == len(program):
+                    place[g] = 0
+                    rounds[g] += 1
+                    if g == 0:
+                        marks.append(now)
+        if progressed:
+            continue
+        busy = [g for g in range(groups) if left[g] is not None]
+        times = [r for r in ready if r > now]
+        slower = max([1.0, *(sum(shares[g][p] for g in busy) for p in PIPES)])
+        if busy:
+            times.append(now + min(left[g] for g in busy) * slower)
+        if not times:
+            raise ValueError("the warpgroups wait for each other")
+        step_to = min(times)
+        for g in busy:
+            left[g] -= (step_to - now) / slower
+            if left[g] <= 1e-9:
+                left[g] = None
+                progressed = True
+        now = step_to
+    return (marks[-1] - marks[ITERATIONS - 1]) / ITERATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel to predict. groups: warpgroups that multiply on a multiprocessor, blocks of `together` of them.
+    loaded: bytes that TMA brings or takes of shared memory for one iteration of a block. info: of the compiler."""
+
+    name: str
+    loop: Loop
+    groups: int
+    together: int
+    loaded: int = 0
+    info: str = ""
+
+
+COLUMNS = [
+    "kernel", "warpgroups", "products", "exponentials", "fma", "alu", "shared_bytes", "tensor_clocks", "mufu_clocks",
+    "fma_clocks", "alu_clocks", "issue_clocks", "shared_clocks", "simulated_clocks", "clocks", "bound_by",
+    "loop_tflops", "ghz", "multiprocessors",
+]  # fmt: skip
+
+
+def predict(kernel: Kernel) -> dict:
+    """A row of COLUMNS. Clocks are those of a multiprocessor, for one iteration of each of its warpgroups."""
+    loop, groups = kernel.loop, kernel.groups
+    shapes = [product_shape(i) for i in loop.instructions if "HGMMA" in i.opcode]
+    used = pipes(loop.instructions)
+    size = groups * (sum(s for _, s, _ in shapes) + 4 * used["bytes"]) + groups // kernel.together * kernel.loaded
+    clocks = {
+        "tensor": groups * sum(64 * n * 16 / TENSOR_FMA for n, _, _ in shapes),
+        "MUFU": groups * used["MUFU"],
+        "FMA": groups * used["FMA"],
+        "ALU": groups * used["ALU"],
+        "issue": groups * used["issue"],
+        "shared memory": size / SHARED_BYTES,
+    }
+    simulated = simulate(loop, groups, kernel.together)
+    most = max(clocks, key=clocks.__getitem__)
+    total = max(simulated, clocks[most])
+    flops = 2 * groups * sum(64 * n * 16 for n, _, _ in shapes)
+    values = [
+        kernel.name, groups, len(shapes), loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
+        *(round(clocks[c]) for c in ("tensor", "MUFU", "FMA", "ALU", "issue", "shared memory")), round(simulated),
+        round(total), most if clocks[most] >= 0.95 * total else "latency of waits",
+        round(flops / total * MULTIPROCESSORS * GHZ / 1000), GHZ, MULTIPROCESSORS,
+    ]  # fmt: skip
+    return dict(zip(COLUMNS, values))
+
+
+def _disassemble(cubin: pathlib.Path) -> dict[str, list[str | Instruction]]:
+    spec = importlib.util.find_spec("triton")
+    shipped = pathlib.Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm" if spec and spec.origin else None
+    tool = shutil.which("nvdisasm") or str(shipped)
+    return parse(subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout)
+
+
+def cuda_kernels() -> list[Kernel]:
+    """The wgmma kernels of csrc/cuda in bfloat16, compiled here."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side in ("forward", "backward"):
+            cubin = pathlib.Path(folder) / f"{side}.cubin"
+            source = ROOT / "csrc" / "cuda" / f"attention_{side}_wgmma.cu"
+            includes = [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda"]
+            subprocess.run(
+                ["nvcc", "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", *includes, source, "-o", cubin], check=True
+            )
+            for name, items in _disassemble(cubin).items():
+                if "bfloat16" not in name or not any("HGMMA" in i.opcode for i in items if isinstance(i, Instruction)):
+                    continue
+                d, m, *rest = map(int, re.findall(r"Li(\d+)E", name))
+                loop = main_loop(items)
+                if side == "forward":
+                    kind = "windowed" if "ELb1E" in name else "full"
+                    label, groups = f"cuda forward D {d} {kind} {m}x{rest[0]}", m // 64
+                    loaded = 2 * rest[0] * d * 2  # keys and values
+                else:
+                    label, groups = f"cuda backward D {d} {m}x128", 2
+                    loaded = 2 * m * d * 2 + m * 8 + m * d * 4  # queries, their gradients, statistics; dQ goes out
+                found.append(Kernel(label, loop, groups, groups, loaded))
+    return sorted(found, key=lambda kernel: kernel.name)
+
+
+def triton_kernels(only: str = "", dims=(64, 128), features=("plain", "causal")) -> list[Kernel]:
+    """The Triton kernels of plain and causal calls on sm_90 in bfloat16, as the installed Triton compiles them."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    def load(path: pathlib.Path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    aot = load(ROOT / "tests" / "triton_aot.py")
+    import sys
+
+    sys.modules["triton_aot"] = aot
+    attention = load(ROOT / "tests" / "native" / "test_triton_attention_aot.py")
+    found = []
+    for head_dim in dims:
+        for feature in features:
+            with aot.recorded() as launches:
+                attention._launch(90, torch.bfloat16, head_dim, feature)
+            for launch in launches:
+                kernel = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel").removeprefix("attention_")
+                if kernel not in ("forward", "backward_key", "backward_query") or only not in kernel:
+                    continue
+                source, options = aot._source(launch)
+                compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(compiled.asm["cubin"])
+                    file.flush()
+                    (items,) = _disassemble(pathlib.Path(file.name)).values()
+                    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+                    usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+                warps, registers = compiled.metadata.num_warps, int(re.search(r"REG:(\d+)", usage)[1])
+                blocks = min(65536 // (registers * warps * 32), 232448 // max(1, compiled.metadata.shared), 16)
+                constants = {p.name: launch.kwargs.get(p.name) for p in launch.kernel.params}
+                tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
+                label = f"triton {triton.__version__} {kernel} D {head_dim} {feature} {tile}"
+                spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in items if isinstance(i, Instruction))
+                info = f"{registers} registers, {compiled.metadata.shared} bytes shared, {spills} spills"
+                found.append(Kernel(label, main_loop(items), max(1, blocks) * warps // 4, warps // 4, 0, info))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
+    parser.add_argument("--cuda-only", action="store_true", help="leave Triton's kernels out")
+    args = parser.parse_args()
+    rows = [predict(kernel) for kernel in cuda_kernels() + ([] if args.cuda_only else triton_kernels())]
+    for row in rows:
+        print(*(f"{name}={value}" for name, value in row.items()))
+    if args.record:
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        with RECORD.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

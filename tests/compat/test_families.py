@@ -1,0 +1,73 @@
+"""Every class: load, forward, backward and outputs as the installed release of transformers has them."""
+
+import pytest
+import torch
+import transformers
+from compat_families import CLASSES, make_config, make_inputs, make_pair, real_parts
+from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
+
+import transformer_fast
+from transformer_fast._transformers import CACHE_NAME
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_forward_and_backward(name):
+    ours, theirs = make_pair(name)
+    truth = getattr(transformers, name)(make_config(name)).double().eval()
+    truth.load_state_dict(theirs.state_dict())
+    for model in (theirs, truth):
+        model.set_attn_implementation("eager")
+    call = make_inputs(name)
+    outputs, gradients, keys = [], [], []
+    for model in (ours, theirs, truth):
+        model.train()  # dropout is 0
+        output = model(**call, output_hidden_states=True)  # a head alone has few numbers: its errors are luck
+        loss = output.get("loss")
+        parts = real_parts(output, call)
+        if loss is None:
+            generator = torch.Generator().manual_seed(5)
+            states = parts["last_hidden_state"]
+            loss = (states * torch.randn(states.shape, generator=generator).to(states)).sum()
+        loss.backward()
+        outputs.append(parts)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        keys.append([key for key in output if key != CACHE_NAME])  # in training ours makes none unasked
+    assert keys[0] == keys[1]
+    assert [g.keys() for g in gradients] == [gradients[2].keys()] * 3
+    for found, factor, kind in ((outputs, OUTPUT, "outputs"), (gradients, GRADIENT, "gradients")):
+        flat = [pooled(tensors, found[2]) for tensors in found]
+        assert_as_accurate(flat[0].float(), flat[2], flat[1].float(), factor, kind)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_outputs_have_this_release_s_names(name):
+    ours, theirs = make_pair(name)
+    call = make_inputs(name)
+    call = {k: v for k, v in call.items() if "label" not in k and not k.endswith("_positions")}
+    with torch.no_grad():
+        for options in ({}, {"output_hidden_states": True, "output_attentions": True}):
+            if "output_attentions" in options:
+                theirs.set_attn_implementation("eager")
+            seen, wanted = ours(**call, **options), theirs(**call, **options)
+            assert list(seen.keys()) == list(wanted.keys())
+            assert len(ours(**call, **options, return_dict=False)) == len(wanted.to_tuple())
+            for key, value in wanted.items():
+                assert type(value) is type(seen[key]), key
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "GPT2LMHeadModel",
+                                  "OpenAIGPTLMHeadModel", "BartForConditionalGeneration", "MarianMTModel",
+                                  "T5ForConditionalGeneration"])  # fmt: skip
+def test_checkpoints_go_both_ways(name, tmp_path):
+    ours, theirs = make_pair(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    loaded, info = getattr(transformer_fast, name).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    back, back_info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    for found in (info, back_info):
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+    wanted = theirs.state_dict()
+    for model in (loaded, back):
+        state = model.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[k], wanted[k]) for k in wanted)

@@ -1,0 +1,67 @@
+"""benchmarks/sass_model.py on machine code small enough to count by hand."""
+
+import pytest
+from transformer_fast.benchmarks import sass_model
+
+pytestmark = pytest.mark.quick
+
+SASS = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   WARPGROUP.ARRIVE ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+{under}
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/              @!P0 BRA `(.L_x_2) ;
+{masks}
+.L_x_2:
+{after}
+        /*00f0*/               @P1 BRA `(.L_x_1) ;
+        /*0100*/                   EXIT ;
+"""
+
+
+def _line(text):
+    return f"        /*0040*/                   {text} ;\n"
+
+
+def _loop(under="", after=""):
+    masks = _line("FSEL R1, R1, -INF , P0") * 8
+    (items,) = sass_model.parse(SASS.format(under=under, masks=masks, after=after)).values()
+    return sass_model.main_loop(items)
+
+
+def test_the_loop_is_found_without_the_masks_of_an_edge():
+    loop = _loop(after=_line("MUFU.EX2 R3, R3") * 3)
+    assert loop.count("HGMMA") == 2 and loop.count("MUFU") == 3 and loop.count("FSEL", "EXIT", "MOV") == 0
+
+
+def test_a_left_operand_in_registers_is_not_read_from_shared_memory():
+    def shape(operands):
+        return sass_model.product_shape(sass_model.Instruction("HGMMA.64x128x16.F32.BF16", operands, ""))
+
+    assert shape("R24, gdesc[UR4], R24") == (128, 128 * 32 + 64 * 32, 64)
+    assert shape("R24, R200, gdesc[UR4].tnspB, R24") == (128, 128 * 32, 64)
+
+
+@pytest.mark.parametrize("exponentials", [8, 100])
+def test_arithmetic_before_the_wait_runs_under_the_products(exponentials):
+    """Two products are 128 clocks of the tensor cores, an exponential 8 of its pipe."""
+    work = _line("MUFU.EX2 R3, R3") * exponentials
+    under, after = (sass_model.simulate(loop, 1, 1) for loop in (_loop(under=work), _loop(after=work)))
+    assert after >= 128 + 8 * exponentials
+    assert max(128, 8 * exponentials) <= under <= max(128, 8 * exponentials) + 80
+
+
+def test_a_second_warpgroup_fills_the_gaps_of_the_first():
+    loop = _loop(after=_line("FADD R3, R3, R4") * 100)
+    alone, both = sass_model.simulate(loop, 1, 1), sass_model.simulate(loop, 2, 1)
+    assert both < 1.6 * alone
+
+
+def test_a_prediction_names_what_binds():
+    row = sass_model.predict(sass_model.Kernel("k", _loop(after=_line("MUFU.EX2 R3, R3") * 100), 3, 1))
+    assert (row["bound_by"], row["tensor_clocks"], row["mufu_clocks"]) == ("MUFU", 384, 2400)
+    assert row["loop_tflops"] == round(2 * 3 * 2 * 64 * 128 * 16 / row["clocks"] * 132 * 1.755 / 1000)
