@@ -90,6 +90,9 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: "eager", "cpu", "triton", "cuda" or "sdpa".
 
+    Returns:
+        A context manager.
+
     Raises:
         ValueError: for an unknown name.
         BackendError: in a call that the backend cannot take, with every reason.
