@@ -14,7 +14,7 @@ NAMES = [
     name for name in tf.__all__
     if name != "__version__" and not re.search("^Auto|Model$|Pipeline$|For[A-Z]", name)
 ]  # fmt: skip
-SECTIONS = r"^(Args|Attributes|Returns|Raises|Source|Example|Yields):$"
+SECTIONS = r"^(Args|Attributes|Returns|Raises|Source|Examples|Yields):$"
 
 
 @pytest.mark.quick
@@ -24,7 +24,7 @@ def test_docstring_is_of_googles_form(name):
     text = inspect.getdoc(thing) or ""
     sections = {found[0]: text[found.end() :] for found in re.finditer(SECTIONS, text, re.M)}
     titles = {found.removesuffix(":") for found in sections}
-    assert "Example" in titles, f"{name}: no example"
+    assert "Examples" in titles, f"{name}: no example"
     if inspect.isfunction(thing):
         assert {"Args", "Returns"} <= titles or not inspect.signature(thing).parameters, titles
         described = re.split(SECTIONS, sections.get("Args:", ""), flags=re.M)[0]

@@ -51,7 +51,7 @@ def sentence_pairs(
     Source:
         Devlin et al., "BERT", 2019, appendix A.2; Lan et al., "ALBERT", 2020, section 3.1.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate
         >>> tokenizer = transformer_fast.AutoTokenizer.from_pretrained(locate())

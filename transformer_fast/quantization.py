@@ -42,7 +42,7 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] =
             infinity (then nothing is changed), and a model that is quantised already.
         TypeError: for a model that is no torch.nn.Module.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate
         >>> model = transformer_fast.quantize(transformer_fast.AutoModel.from_pretrained(locate()).eval())

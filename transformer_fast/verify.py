@@ -85,7 +85,7 @@ def verify(
     Raises:
         VerifyError: in one line, when the checkpoint or transformers is missing, broken or of no kind known here.
 
-    Example:
+    Examples:
         >>> from transformer_fast.demo import locate
         >>> from transformer_fast.verify import verify
         >>> verify(locate(), dtypes=["fp32"], gradients=False).same

@@ -97,7 +97,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: for an unknown name.
         BackendError: in a call that the backend cannot take, with every reason.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> with transformer_fast.backend("eager"):
         ...     y = transformer_fast.layer_norm(torch.randn(2, 8), 8)
@@ -184,7 +184,7 @@ def explain(call: Call) -> str:
         ValueError: for an op that does not exist.
         TypeError: for the name of one in the place of a Call.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> call = transformer_fast.backends.Call("norm", "cpu", torch.float32, 768)
         >>> lines = transformer_fast.explain(call).splitlines()
@@ -221,7 +221,7 @@ def info() -> dict[str, str]:
     Returns:
         A text by name: "torch", "GPU", "native CPU kernels", "Triton kernels", "CUDA kernels", "forced backend".
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> native = transformer_fast.info()["native CPU kernels"]
     """

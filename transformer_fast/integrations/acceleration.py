@@ -79,7 +79,7 @@ def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
     Raises:
         TypeError: when model is not a torch.nn.Module.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
         >>> sorted(transformer_fast.accelerate(model, verbose=False).swapped)
@@ -124,7 +124,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: when model is not a torch.nn.Module.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
         >>> report = transformer_fast.accelerate(model, verbose=False)

@@ -21,7 +21,7 @@ def register() -> None:
     Raises:
         ImportError: where transformers (>= 5.17) is missing.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> transformer_fast.register()
     """

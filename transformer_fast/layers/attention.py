@@ -24,7 +24,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
         >>> ours = transformer_fast.MultiheadAttention(32, 4, batch_first=True)

@@ -81,7 +81,7 @@ def quantized_modules(model: nn.Module) -> Quantized:
     Returns:
         A dict by module name, which prints in groups.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> transformer_fast.quantized_modules(torch.nn.Sequential(torch.nn.Linear(64, 64)))["0"]
         'the model has not been quantised'

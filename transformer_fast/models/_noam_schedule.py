@@ -26,7 +26,7 @@ def noam_schedule(optimizer: torch.optim.Optimizer, d_model: int, warmup: int = 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 5.3.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> optimizer = torch.optim.Adam(torch.nn.Linear(2, 2).parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-9)
         >>> schedule = transformer_fast.noam_schedule(optimizer, d_model=512)

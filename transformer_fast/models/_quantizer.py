@@ -32,7 +32,7 @@ class Int8Config(QuantizationConfigMixin):
     Raises:
         ValueError: for another group.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate
         >>> config = transformer_fast.Int8Config(skip=["pooler"])

@@ -62,7 +62,7 @@ class AttentionRNNConfig(PreTrainedConfig):
         Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015; Luong,
         Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> config = transformer_fast.AttentionRNNConfig(vocab_size=100, embedding_size=16, hidden_size=32)
         >>> model = transformer_fast.AttentionRNNForConditionalGeneration(config)

@@ -100,7 +100,7 @@ class TransformerConfig(PreTrainedConfig):
     Source:
         Vaswani et al., "Attention Is All You Need", 2017.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> config = transformer_fast.TransformerConfig(vocab_size=100, d_model=32, num_attention_heads=4, ffn_dim=64)
         >>> model = transformer_fast.TransformerForConditionalGeneration(config)

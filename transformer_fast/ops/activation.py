@@ -129,7 +129,7 @@ def bias_activation(
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants Improve Transformer", 2020.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> transformer_fast.bias_activation(torch.randn(4, 8), torch.zeros(8), "gelu_tanh").shape
         torch.Size([4, 8])

@@ -240,7 +240,7 @@ def additive_attention(
         Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015, section
         3.1 and appendix A.1.2.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> query, key, value = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 32)
         >>> transformer_fast.additive_attention(query, key, value, torch.randn(16)).shape

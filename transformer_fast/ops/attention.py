@@ -33,7 +33,7 @@ class RelativeBias(NamedTuple):
     Source:
         Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> q, k, v = torch.randn(3, 1, 4, 16, 32).unbind()
         >>> bias = transformer_fast.RelativeBias(torch.randn(32, 4), max_distance=128, bidirectional=True)
@@ -109,7 +109,7 @@ def scaled_dot_product_attention(
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao, "FlashAttention-2", 2023.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
         >>> lengths = torch.tensor([128, 37])
@@ -215,7 +215,7 @@ def varlen_attention(
     Source:
         As scaled_dot_product_attention.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> q, k, v = torch.randn(3, 165, 8, 64).unbind()  # sequences of 128 and 37 tokens
         >>> transformer_fast.varlen_attention(q, k, v, torch.tensor([0, 128, 165], dtype=torch.int32)).shape

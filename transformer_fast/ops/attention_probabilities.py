@@ -54,7 +54,7 @@ def attention_probabilities(
     Source:
         As scaled_dot_product_attention.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> q, k, v = torch.randn(3, 2, 8, 16, 64).unbind()
         >>> out, lse = transformer_fast.scaled_dot_product_attention(q, k, v, return_lse=True)

@@ -217,7 +217,7 @@ def cross_entropy(
         Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; label smoothing: Szegedy et al.,
         "Rethinking the Inception architecture", 2015, section 7; z-loss: Chowdhery et al., "PaLM", 2022, section 5.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> logits, target = torch.randn(4, 1000), torch.tensor([1, 2, -100, 3])
         >>> transformer_fast.cross_entropy(logits, target, label_smoothing=0.1).shape

@@ -57,7 +57,7 @@ def dropout(
     Source:
         Srivastava et al., "Dropout", JMLR 2014; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> transformer_fast.dropout(torch.ones(4, 8), 0.5).shape
         torch.Size([4, 8])

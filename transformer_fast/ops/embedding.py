@@ -278,7 +278,7 @@ def embedding_layer_norm(
     Source:
         Devlin et al., "BERT", 2019, section 3 and figure 2.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> ids, table = torch.tensor([[5, 3, 0]]), torch.randn(10, 16)
         >>> transformer_fast.embedding_layer_norm(ids, table, padding_idx=0).shape

@@ -90,7 +90,7 @@ def kv_cache_attention(
     Source:
         Dao et al., "Flash-Decoding for long-context inference", 2023.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> q, k, v = torch.randn(3, 2, 4, 1, 32).unbind()  # one new token in each of two sequences
         >>> keys, values, lengths = torch.zeros(2, 4, 64, 32), torch.zeros(2, 4, 64, 32), torch.tensor([10, 3])

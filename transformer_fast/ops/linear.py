@@ -144,7 +144,7 @@ def linear(
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, for the default activation of transformers.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> transformer_fast.linear(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(16), "gelu").shape
         torch.Size([4, 16])
@@ -222,7 +222,7 @@ def projections(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> x, weights = torch.randn(4, 8), [torch.randn(16, 8), torch.randn(2, 8)]
         >>> [tuple(y.shape) for y in transformer_fast.projections(x, weights)]

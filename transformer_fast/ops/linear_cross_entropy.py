@@ -193,7 +193,7 @@ def linear_cross_entropy(
     Source:
         Hsu et al., "Liger Kernel", 2024, section 3.2 (fused linear cross entropy).
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> hidden, weight, target = torch.randn(4, 16), torch.randn(1000, 16), torch.randint(1000, (4,))
         >>> transformer_fast.linear_cross_entropy(hidden, weight, target).shape

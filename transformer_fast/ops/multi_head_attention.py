@@ -48,7 +48,7 @@ def multi_head_attention(
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> x, weight, out = torch.randn(2, 5, 32), torch.randn(96, 32), torch.randn(32, 32)
         >>> transformer_fast.multi_head_attention(x, None, None, 4, weight, None, out, None).shape

@@ -308,7 +308,7 @@ def layer_norm(
     Source:
         Ba et al., "Layer Normalization", 2016.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> transformer_fast.layer_norm(torch.randn(4, 768), 768, torch.ones(768), torch.zeros(768)).shape
         torch.Size([4, 768])
@@ -342,7 +342,7 @@ def rms_norm(
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> transformer_fast.rms_norm(torch.randn(4, 768), 768, torch.ones(768), 1e-6).shape
         torch.Size([4, 768])
@@ -385,7 +385,7 @@ def add_layer_norm(
     Source:
         The residual blocks of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> x, residual = torch.randn(2, 4, 768).unbind()
         >>> y, residual = transformer_fast.add_layer_norm(x, residual, torch.ones(768), torch.zeros(768), dropout_p=0.1)
@@ -425,7 +425,7 @@ def add_rms_norm(
         Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019; the residual blocks of Raffel et al.,
         "Exploring the Limits of Transfer Learning", 2020, section 2.1.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> x, residual = torch.randn(2, 4, 768).unbind()
         >>> y, residual = transformer_fast.add_rms_norm(x, residual, torch.ones(768))

@@ -107,7 +107,7 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Packe
     Source:
         Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, for packing.
 
-    Example:
+    Examples:
         >>> import torch, transformer_fast
         >>> packed = transformer_fast.pack_weight(torch.randn(64, 32), torch.int8)
         >>> transformer_fast.linear(torch.randn(1, 32), packed).shape

@@ -116,7 +116,7 @@ def pipeline(
         ImportError: when a tokenizer needs a package that is not installed.
         OSError: for a checkpoint that is not there, and that the hub cannot be asked for.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate
         >>> read = transformer_fast.pipeline("feature-extraction", model=locate())
