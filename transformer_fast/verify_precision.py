@@ -134,7 +134,9 @@ def _run(model, batch: dict[str, torch.Tensor]):
 
 
 def _compare_outputs(exact, low, batches) -> Iterator[Cost]:
-    cosines, means, same, total = [], ([], []), 0, 0
+    cosines: list[torch.Tensor] = []
+    means: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    same, total = 0, 0
     for batch in batches:
         (states, mask, logits), (found, _, others) = _run(exact, batch), _run(low, batch)
         cosines.append(F.cosine_similarity(states[mask], found[mask], dim=-1))
