@@ -352,11 +352,11 @@ def results_folder() -> pathlib.Path:
         text = found.stdout.strip().splitlines()[-1] if found.returncode == 0 else ""
     except (subprocess.TimeoutExpired, IndexError):
         text = ""
-    unknown = ROOT / "benchmarks/results/cuda-unknown" / time.strftime("%Y-%m-%d")
-    folder = pathlib.Path(text).resolve() if text else unknown
+    if not text:
+        return STATE / "results"  # of no known machine: not among those that may be committed
+    folder = pathlib.Path(text).resolve()
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    if text:
-        replace(noted, str(folder).encode())
+    replace(noted, str(folder).encode())
     return folder
 
 

@@ -201,6 +201,7 @@ def test_what_is_missing_costs_its_own_step(device, tmp_path):
         state = next(m for m in tar.getmembers() if m.name.endswith("state.json"))
         noted = json.load(tar.extractfile(state))
     assert len(noted) == 10 and not [name for name, step in noted.items() if step["status"] in (0, "running")]
+    assert (device.state / "results" / "tests").exists() and not list(ROOT.glob("benchmarks/results/cuda-unknown*"))
 
 
 def test_packs_what_fits(tmp_path, monkeypatch):
