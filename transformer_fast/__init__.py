@@ -15,12 +15,12 @@ if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__path__[0]).parent))
 
 _EXPORTS = {
-    "backends": ["backend", "explain", "info"],
+    "backends": ["backend", "info"],
     "collation": ["sentence_pairs"],
     "features": ["layer_features"],
     "handed_on": ["is_ours"],
-    "integrations": ["accelerate", "register", "restore"],
-    "layers": ["MultiheadAttention"],
+    "integrations": ["accelerate", "explain", "register", "restore"],
+    "layers": ["MultiheadAttention", "compute_padding"],
     "models._quantizer": ["Int8Config"],
     "models.albert": [
         "AlbertForMaskedLM",
@@ -76,6 +76,40 @@ _EXPORTS = {
         "GPT2ForTokenClassification",
         "GPT2LMHeadModel",
         "GPT2Model",
+    ],
+    "models.gemma2": [
+        "Gemma2ForCausalLM",
+        "Gemma2ForSequenceClassification",
+        "Gemma2ForTokenClassification",
+        "Gemma2Model",
+    ],
+    "models.mistral": [
+        "MistralForCausalLM",
+        "MistralForQuestionAnswering",
+        "MistralForSequenceClassification",
+        "MistralForTokenClassification",
+        "MistralModel",
+    ],
+    "models.qwen2": [
+        "Qwen2ForCausalLM",
+        "Qwen2ForQuestionAnswering",
+        "Qwen2ForSequenceClassification",
+        "Qwen2ForTokenClassification",
+        "Qwen2Model",
+    ],
+    "models.qwen3": [
+        "Qwen3ForCausalLM",
+        "Qwen3ForQuestionAnswering",
+        "Qwen3ForSequenceClassification",
+        "Qwen3ForTokenClassification",
+        "Qwen3Model",
+    ],
+    "models.llama": [
+        "LlamaForCausalLM",
+        "LlamaForQuestionAnswering",
+        "LlamaForSequenceClassification",
+        "LlamaForTokenClassification",
+        "LlamaModel",
     ],
     "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
     "models.openai_gpt": [

@@ -129,7 +129,7 @@ def _backward(ctx, grad_losses, _largest, _total):
     rows, classes = logits.shape
     own_memory = logits.stride(1) == 1 and (rows <= 1 or logits.stride(0) >= classes)
     # A compiler that traces this plans its memory itself.
-    if ctx.inplace and own_memory and _common.direct(grad_losses):
+    if ctx.inplace and own_memory and _common.direct(grad_losses) and not _common.batched(grad_losses):
         grad = _backward_impl(*arguments, out=logits.detach())
         torch.autograd.graph.increment_version(logits)  # whoever else kept the logits is told
     else:
@@ -151,13 +151,10 @@ _op = _common.define(
 def check_options(ignore_index, reduction, reductions, label_smoothing, z_loss) -> None:
     if reduction not in reductions:
         raise ValueError(f"reduction: wanted one of {', '.join(map(repr, reductions))}, got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: wanted an integer, got {ignore_index!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: wanted a number in [0, 1], got {label_smoothing!r}")
-    _common.check_finite("z_loss", z_loss)
-    if z_loss < 0.0:
-        raise ValueError(f"z_loss: wanted a number >= 0, got {z_loss!r}")
+    _common.check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    _common.check_number("z_loss", z_loss, 0.0)
 
 
 def class_indices(target: torch.Tensor, shape: tuple[int, ...], name: str, like: torch.Tensor) -> torch.Tensor:
@@ -215,6 +212,7 @@ def cross_entropy(
     if input.shape[-1] == 0:
         raise ValueError(f"input: wanted at least one class, got shape {tuple(input.shape)}")
     check_options(ignore_index, reduction, REDUCTIONS, label_smoothing, z_loss)
+    _common.check_flag("inplace_gradient", inplace_gradient)
     target = class_indices(target, tuple(input.shape[:-1]), "input", input)
     wide = loss_dtype(input.dtype)
     if weight is not None:

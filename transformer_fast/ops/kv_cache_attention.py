@@ -5,7 +5,15 @@ import torch
 from ..backends import memory
 from . import _common
 from ._attention_op import AttentionSpec, _lse_shape, _out_like, _unit_stride, choose
-from .attention import RelativeBias, _check_lengths, _check_qkv, _check_relative, _check_window, _scale
+from .attention import (
+    RelativeBias,
+    _check_lengths,
+    _check_qkv,
+    _check_relative,
+    _check_softcap,
+    _check_window,
+    _scale,
+)
 
 
 def _forward(query, key, value, key_cache, value_cache, lengths, table, distance, bidirectional, scale, left, softcap):
@@ -73,8 +81,8 @@ def kv_cache_attention(
     one is wanted; TypeError or ValueError naming an argument. The Triton kernel appends in the launch that attends.
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
     """
-    _common.check_floating("query", query)
     for name, t in (("query", query), ("key", key), ("value", value)):
+        _common.check_floating(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
     _check_qkv(query, key, value)
@@ -82,6 +90,8 @@ def kv_cache_attention(
     for name, t in (("key", key), ("value", value)):
         if t.shape[0] != b or t.shape[2] != n:
             raise ValueError(f"{name}: wanted batch {b} and {n} new rows as query has, got shape {tuple(t.shape)}")
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _common.check_floating(name, t)
     wanted = (b, key.shape[1], key_cache.shape[2] if key_cache.dim() == 4 else "capacity", d)
     for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
         _common.check_same(name, t, "query", query)
@@ -92,9 +102,7 @@ def kv_cache_attention(
     _check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, key_cache, value_cache)):
         raise RuntimeError("kv_cache_attention has no gradient: call it under torch.no_grad()")
-    _common.check_finite("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap!r}")
+    _check_softcap(softcap)
     table, distance, bidirectional = _check_relative(relative_bias, query)
     out, lse = _op(
         query, key, value, key_cache, value_cache, cache_lengths, table, distance, bidirectional, _scale(scale, d),

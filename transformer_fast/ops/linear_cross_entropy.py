@@ -135,7 +135,9 @@ def _backward(ctx, grad_loss, *_):
         return *_common.gradients(loss, (hidden, weight, bias), (grad_loss,)), *(None,) * 9
     factor = grad_loss * scale
     # loss.backward() starts with 1; asking costs nothing on a CPU.
-    one = factor.device.type == "cpu" and _common.direct(factor) and factor.item() == 1.0
+    one = (
+        factor.device.type == "cpu" and _common.direct(factor) and not _common.batched(factor) and factor.item() == 1.0
+    )
     hidden, weight, bias = (
         None if not need else (grad if one else grad * factor).to(ctx.dtype) for grad, need in zip(grads, ctx.need)
     )
@@ -187,8 +189,9 @@ def linear_cross_entropy(
         raise ValueError(f"weight: wanted (V, {hidden.shape[-1]}) with V > 0, got {tuple(weight.shape)}")
     _common.check_vector("bias", bias, weight.shape[0], weight)
     check_options(ignore_index, reduction, ("mean", "sum"), label_smoothing, z_loss)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: wanted at least 1, got {chunk_rows!r}")
+    if chunk_rows is not None:
+        _common.check_integer("chunk_rows", chunk_rows, 1)
+        chunk_rows = min(chunk_rows, 2**62)
     target = class_indices(target, tuple(hidden.shape[:-1]), "hidden", hidden)
     dtype = _common.autocast_dtype(hidden.device)
     if dtype is not None and hidden.dtype != torch.float64:

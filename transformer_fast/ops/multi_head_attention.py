@@ -1,7 +1,10 @@
 """Projections, attention and output projection as one function, without transposed copies."""
 
+from typing import Any
+
 import torch
 
+from . import _common
 from .attention import qkv_attention, scaled_dot_product_attention
 from .linear import linear
 
@@ -27,16 +30,38 @@ def multi_head_attention(
     query: (B, Sq, E); key, value: (B, Sk, E), or None for self-attention (then one GEMM makes all three).
     in_proj_weight: (3E, E), in_proj_bias: (3E,), out_proj_weight: (E, E), as torch.nn.MultiheadAttention names
     and orders them. attn_mask, key_lengths, dropout_p, is_causal, scale: as in scaled_dot_product_attention.
-    Returns (B, Sq, E). Raises ValueError naming the argument.
+    Returns (B, Sq, E). Raises TypeError or ValueError naming the argument.
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
     """
-    if query.dim() != 3:
-        raise ValueError(f"query: wanted 3 dimensions (B, S, E), got shape {tuple(query.shape)}")
+    t: Any
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t is None and name != "query":
+            continue
+        _common.check_floating(name, t)
+        if t.dim() != 3:
+            raise ValueError(f"{name}: wanted 3 dimensions (B, S, E), got shape {tuple(t.shape)}")
+        if t.shape[0] != query.shape[0] or t.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"{name}: wanted batch {query.shape[0]} and width {query.shape[2]} as query has, got shape "
+                f"{tuple(t.shape)}"
+            )
     b, sq, e = query.shape
-    if num_heads < 1 or e % num_heads:
+    keys = query if key is None else key
+    if value is not None and value.shape[1] != keys.shape[1]:
+        raise ValueError(f"value: wanted {keys.shape[1]} positions as key has, got {value.shape[1]}")
+    _common.check_integer("num_heads", num_heads, 1)
+    if e % num_heads:
         raise ValueError(f"num_heads: wanted a divisor of the width {e}, got {num_heads}")
-    if in_proj_weight.shape != (3 * e, e):
-        raise ValueError(f"in_proj_weight: wanted shape {(3 * e, e)}, got {tuple(in_proj_weight.shape)}")
+    for name, t, shape in (
+        ("in_proj_weight", in_proj_weight, (3 * e, e)), ("in_proj_bias", in_proj_bias, (3 * e,)),
+        ("out_proj_weight", out_proj_weight, (e, e)), ("out_proj_bias", out_proj_bias, (e,)),
+    ):  # fmt: skip
+        if t is None and name.endswith("bias"):
+            continue
+        _common.check_floating(name, t)
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
+        _common.check_same(name, t, "query", query, dtype=_common.autocast_dtype(query.device) is None)
     d = e // num_heads
     if key is None and value is None and attn_mask is None:
         qkv = linear(query, in_proj_weight, in_proj_bias).view(b, sq, 3, num_heads, d)

@@ -233,8 +233,7 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         _common.check_vector("weight", weight, width, input)
     if bias is not None:
         _common.check_vector("bias", bias, width, input)
-    if not eps >= 0.0:
-        raise ValueError(f"eps: wanted a number >= 0, got {eps!r}")
+    _common.check_number("eps", eps, 0.0)
     if residual is not None:
         _common.check_floating("residual", residual)
         if residual.device != input.device:
@@ -244,11 +243,14 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         if residual.dtype != input.dtype:
             wide = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(wide), residual.to(wide)
-    if weight is not None and weight.dtype == torch.float64 and input.dtype != torch.float64:
-        raise TypeError(f"weight: has dtype torch.float64 but input has {input.dtype}; wanted the same or float32")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype == torch.float64 and input.dtype != torch.float64:
+            raise TypeError(f"{name}: has dtype torch.float64 but input has {input.dtype}; wanted the same or float32")
     rng = None
-    if p:
+    if p != 0.0 or type(p) is not float:
         _common.check_probability("dropout_p", p)
+        if p == 1.0:  # which the kernels do not do
+            input, p = input * 0, 0.0
         p = p if threshold(p) else 0.0
         if p:
             rng = _common.draw_rng(input.device, generator)
@@ -267,7 +269,10 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
 
 def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
     """torch's normalized_shape may span several dimensions: fold them into one."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"normalized_shape: wanted an integer or a tuple of them, got {type(shape).__name__}")
+    shape = tuple(shape)
     if len(shape) == 1 and input.shape[-1:] == shape:
         return input, weight, bias
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
@@ -275,6 +280,8 @@ def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
     if len(shape) == 1:
         return input, weight, bias
     for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _common.check_floating(name, t)
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
     flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
@@ -331,7 +338,7 @@ def add_layer_norm(
     """s = residual + dropout(x); y = layer_norm(s). Returns (y, s), or y alone with return_sum=False.
 
     input, residual: (..., N), the same shape; where dtypes differ both are promoted. weight, bias: (N,).
-    dropout_p: in [0, 1), 0 in evaluation. Gradients to every tensor, deterministic.
+    dropout_p: in [0, 1], 0 in evaluation. Gradients to every tensor, deterministic.
     Raises TypeError or ValueError naming the argument. Source: the residual blocks of Vaswani et al.,
     "Attention Is All You Need", 2017, section 3.1.
     """

@@ -143,7 +143,7 @@ def linear_packed(
         b = None if bias is None else bias.to(input.dtype)
         if activation is None:
             return F.linear(input, weight.data.to(input.dtype), b)
-        return bias_activation(F.linear(input, weight.data.to(input.dtype)), b, activation)
+        return bias_activation(F.linear(input, weight.data.to(input.dtype), b), None, activation)
     code = -1 if activation is None else ACTIVATIONS.index(activation)
     run = _forward if _common.direct(input, bias) else _op
     return run(input, weight.data, bias, weight.shape[0], code)

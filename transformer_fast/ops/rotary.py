@@ -137,7 +137,7 @@ def _check_positions(positions, tokens: tuple[int, ...], cos) -> torch.Tensor:
         raise TypeError(f"positions: wanted an int32 or int64 tensor, got {got}")
     _common.check_same("positions", positions, "cos", cos, dtype=False)
     shape = tuple(positions.shape)
-    if shape not in (tokens, (1, tokens[-1]), tokens[-1:]):
+    if shape != tokens and shape != (1, tokens[-1]) and shape != tokens[-1:]:
         raise ValueError(f"positions: wanted shape {tokens}, got {shape}")
     if positions.device.type == "cpu" and positions.numel() and _common.concrete(positions):
         low, high = (int(v) for v in positions.aminmax())
