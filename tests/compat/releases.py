@@ -1,7 +1,8 @@
 """Runs tests/compat under other releases of transformers, each in a folder of its own: python tests/compat/releases.py
 
 Without arguments the oldest and the newest that are supported; the pinned one runs with all other tests. Folders are
-kept in .cache, so another run installs nothing. --record adds what passed to benchmarks/results/compatibility.csv.
+kept in .cache, so another run installs nothing. --record adds what passed to benchmarks/results/compatibility.csv and
+to the table in docs/compatibility.md.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "compatibility.csv"
+PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = ("tests/compat", "tests/models/test_forward_contract.py")
 _HTTPX = ("httpx==0.28.1", "httpcore==1.0.9")
 # What a release needs beside itself, where the environment of the pinned one has another version, or none.
@@ -78,6 +80,21 @@ def record(release: str, found: dict[str, int]) -> None:
         writer.writerows(sorted(rows, key=lambda r: [r[k] for k in key]))
 
 
+def table(rows: list[dict]) -> str:
+    """The record as docs/compatibility.md has it."""
+    lines = ["| " + " | ".join(FIELDS) + " |", "|" + " --- |" * len(FIELDS)]
+    return "\n".join([*lines, *("| " + " | ".join(row[k] for k in FIELDS) + " |" for row in rows)]) + "\n"
+
+
+def fill_page() -> None:
+    rows = list(csv.DictReader(RECORD.open()))
+    text = re.sub(
+        r"(?<=<!-- compatibility -->\n).*?(?=<!-- /compatibility -->)", lambda _: "\n" + table(rows) + "\n",
+        PAGE.read_text(), flags=re.S,
+    )  # fmt: skip
+    PAGE.write_text(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("releases", nargs="*", default=DEFAULT, help="such as 5.20.0")
@@ -99,6 +116,8 @@ def main() -> int:
             print(text)
         elif arguments.record:
             record(release, found)
+    if arguments.record and RECORD.is_file():
+        fill_page()
     return int(failed)
 
 
