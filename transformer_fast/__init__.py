@@ -15,12 +15,12 @@ if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__path__[0]).parent))
 
 _EXPORTS = {
-    "backends": ["backend", "explain", "info"],
+    "backends": ["backend", "info"],
     "collation": ["sentence_pairs"],
     "features": ["layer_features"],
     "handed_on": ["is_ours"],
-    "integrations": ["accelerate", "register", "restore"],
-    "layers": ["MultiheadAttention"],
+    "integrations": ["accelerate", "explain", "register", "restore"],
+    "layers": ["MultiheadAttention", "compute_padding"],
     "models._quantizer": ["Int8Config"],
     "models.albert": [
         "AlbertForMaskedLM",

@@ -22,14 +22,23 @@ StepNorm norm_of(const OptionalTensors& tensors, size_t at, double eps, bool rms
 }
 
 // tensors[at]: panels (ceil(out / 32), in, 32), in int8 (ceil(out / 32), in + 4, 32), or the weight (out, in) with one stride 1; tensors[at + 1]: bias
-StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
+// int8 of two dimensions: the panels of linear_int8.hpp, (ceil(out / 32), bytes).
+StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out, int64_t in) {
   StepWeight w{};
   if (!tensors[at].has_value()) return w;
   const Tensor& t = *tensors[at];
   w.storage = storage_of(t);
-  STD_TORCH_CHECK(t.dim() == 3 || w.storage != Storage::i8, "weight: int8 is of panels alone");
   w.data = read(t);
   w.bias = read<float>(tensors[at + 1]);
+  if (t.dim() == 2 && w.storage == Storage::i8) {
+    w.layout = WeightLayout::int8;
+    w.out = out;
+    w.in = in;
+    for (w.group = kInt8Group; w.group > 32 && int8_panel_bytes(in, w.group) < t.size(1);) w.group /= 2;
+    STD_TORCH_CHECK(int8_panel_bytes(in, w.group) == t.size(1) && t.size(0) == (out + kPanel - 1) / kPanel,
+                    "weight: wanted the int8 panels of a weight (", out, ", ", in, ")");
+    return w;
+  }
   w.in = t.size(1);
   if (t.dim() == 3) {
     w.out = out;
@@ -44,7 +53,11 @@ StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out) {
 }
 
 // Floats a row of the workspace for the products with this weight.
-int64_t decoder_split_floats(Tensor weight) { return split_floats(weight_of({weight, OptionalTensor()}, 0, 0)); }
+int64_t decoder_split_floats(Tensor weight) {
+  if (weight.dim() == 2 && weight.scalar_type() == ScalarType::Char)  // no fewer than its inputs take
+    return int8_row_floats(weight.size(1) / kPanel, 32) + 1;
+  return split_floats(weight_of({weight, OptionalTensor()}, 0, 0, 0));
+}
 
 int64_t bytes_of(const StepWeight& w) { return w.out * w.in * bytes_of(w.storage); }
 
@@ -83,7 +96,7 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.embed_scale = float(embed_scale);
   p.embedding_norm = norm_of(norms, 0, eps[0], rms);
   p.final_norm = norm_of(norms, 2, eps[1], rms);
-  p.head = weight_of(head, 0, vocabulary);
+  p.head = weight_of(head, 0, vocabulary, p.width);
   p.head_scale = float(head_scale);
   p.relative = read<float>(relative);
   p.relative_count = relative.has_value() ? relative->size(1) : 0;
@@ -116,16 +129,16 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   const int64_t keys = p.key_heads * p.head_dim, all = inner + 2 * keys;
   int64_t outs = 0;
   for (size_t i = 0; i < 3; ++i) {
-    l.qkv[i] = weight_of(weights, 2 * i, !weights[2].has_value() ? all : i ? keys : inner);
+    l.qkv[i] = weight_of(weights, 2 * i, !weights[2].has_value() ? all : i ? keys : inner, p.width);
     outs += l.qkv[i].out;
   }
   STD_TORCH_CHECK(outs == all, "weights: wanted ", all, " columns of queries, keys and values, got ", outs);
-  l.attention_output = weight_of(weights, 6, p.width);
-  l.cross_query = weight_of(weights, 8, inner);
-  l.cross_output = weight_of(weights, 10, p.width);
-  l.up = weight_of(weights, 12, p.feed_forward);
-  l.gate = weight_of(weights, 14, p.feed_forward);
-  l.down = weight_of(weights, 16, p.width);
+  l.attention_output = weight_of(weights, 6, p.width, inner);
+  l.cross_query = weight_of(weights, 8, inner, p.width);
+  l.cross_output = weight_of(weights, 10, p.width, inner);
+  l.up = weight_of(weights, 12, p.feed_forward, p.width);
+  l.gate = weight_of(weights, 14, p.feed_forward, p.width);
+  l.down = weight_of(weights, 16, p.width, p.feed_forward);
   for (const StepWeight* w : {&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.attention_output, &l.cross_query, &l.cross_output,
                               &l.up, &l.gate, &l.down}) {
     p.weight_bytes += bytes_of(*w);
@@ -133,6 +146,9 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   }
   STD_TORCH_CHECK(!l.gate.data || (l.gate.layout != WeightLayout::columns && l.up.layout != WeightLayout::columns),
                   "gate: wanted weights (out, in)");
+  STD_TORCH_CHECK(!l.gate.data || ((l.gate.layout == WeightLayout::int8) == (l.up.layout == WeightLayout::int8) &&
+                                   l.gate.group == l.up.group),
+                  "gate: wanted int8 as the weights it is for");
   l.scale = float(scale);
   l.cross_scale = float(cross_scale);
   l.window = window;
@@ -147,6 +163,7 @@ void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor tabl
   const DecoderPlan& p = plan_of(plan);
   DecoderStep s{};
   s.plan = &p;
+  s.int8 = &int8_kernels();
   s.ids = read<int64_t>(ids);
   s.positions = read<int64_t>(positions);
   s.table = write<int32_t>(table);

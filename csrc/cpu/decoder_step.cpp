@@ -185,7 +185,14 @@ class Walk {
   // Of up to three weights side by side.
   void linear(const StepWeight* weights, int count, const float* x, int64_t ldx, Finish f) {
     int64_t panels = 0, ends[3] = {};
-    bool split = false;
+    bool split = false, int8 = false, all_int8 = true;
+    for (int i = 0; i < count && weights[i].data; ++i) {
+      int8 |= weights[i].layout == WeightLayout::int8;
+      all_int8 &= weights[i].layout == WeightLayout::int8 && weights[i].group == weights[0].group;
+    }
+    if (int8 && all_int8 && (!f.gate || f.gate->layout == WeightLayout::int8))
+      return int8_linear(weights, count, x, ldx, f);
+    split |= int8;
     for (int i = 0; i < count; ++i) {
       split |= weights[i].data && weights[i].layout == WeightLayout::columns;
       ends[i] = panels += weights[i].data ? panels_of(weights[i]) : 0;
@@ -209,6 +216,43 @@ class Walk {
         finish(w, own, r, rows, p * kPanel, sums, f.gate ? gates : nullptr);
       }
     });
+  }
+
+  // In int8: the rows of x are quantised first.
+  void int8_linear(const StepWeight* weights, int count, const float* x, int64_t ldx, const Finish& f) {
+    Int8Weight parts[3] = {}, gate{};
+    int64_t panels = 0, ends[3] = {};
+    for (int i = 0; i < count; ends[i++] = panels) {
+      if (!weights[i].data) continue;
+      parts[i] = int8_of(weights[i]);
+      panels += panels_of(weights[i]);
+    }
+    if (f.gate) gate = int8_of(*f.gate);
+    Int8Rows rows{};
+    rows.stride = int8_row_stride(parts[0].in);
+    rows.groups = int8_groups(parts[0].in, parts[0].group);
+    rows.scale = b_.split;
+    rows.zero = rows.scale + p_.rows * rows.groups;
+    rows.values = reinterpret_cast<uint8_t*>(rows.zero + p_.rows * rows.groups);
+    team_.phase(s_.rows, 1, [&](int64_t r) { s_.int8->quantize(x + r * ldx, parts[0].in, parts[0].group, rows, r); });
+    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
+      int i = 0;
+      Finish own = f;
+      for (; p >= ends[i]; ++i) own.y += weights[i].out;
+      p -= i ? ends[i - 1] : 0;
+      constexpr int64_t kTogether = 24;
+      alignas(64) float sums[kTogether * kPanel], gates[kTogether * kPanel];
+      for (int64_t r = 0; r < s_.rows; r += kTogether) {
+        const int64_t n = s_.rows - r < kTogether ? s_.rows - r : kTogether;
+        s_.int8->product(parts[i], rows, r, n, p, sums);
+        if (f.gate) s_.int8->product(gate, rows, r, n, p, gates);
+        finish(weights[i], own, r, int(n), p * kPanel, sums, f.gate ? gates : nullptr);
+      }
+    });
+  }
+
+  static Int8Weight int8_of(const StepWeight& w) {
+    return {static_cast<const int8_t*>(w.data), w.bias, w.out, w.in, w.group};
   }
 
   // Of a weight (in, out). Its rows are read from end to end, which memory likes best, and so the products with some of

@@ -1,6 +1,6 @@
 // Arguments of one decoding step: one token a row through a whole decoder, over caches that are written in place.
 #pragma once
-#include "linear.hpp"
+#include "kernels_int8.hpp"
 #include "team.hpp"
 
 namespace tf {
@@ -15,14 +15,16 @@ enum class WeightLayout {
   panels,   // (ceil(out / 32), in, 32), see linear.hpp
   rows,     // (out, in)
   columns,  // (in, out)
+  int8,     // panels of linear_int8.hpp, and int8 arithmetic
 };
 
 struct StepWeight {  // y = x W^T + bias; absent when data is null
-  Storage storage;  // i8: of panels alone
+  Storage storage;  // i8: of panels alone, or of int8
   WeightLayout layout;
   const void* data;
   const float* bias;
   int64_t out, in, stride;  // of rows or columns
+  int64_t group;            // of int8
 };
 
 struct DecoderLayer {
@@ -39,9 +41,11 @@ struct DecoderLayer {
 
 constexpr int64_t kLayerPhases = 24, kStackPhases = 4;  // at most
 
-// Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each.
+// Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each; or that
+// its input takes in int8.
 constexpr int64_t kSplitDepth = 128;
 static inline int64_t split_floats(const StepWeight& w) {
+  if (w.data && w.layout == WeightLayout::int8) return int8_row_floats(w.in, w.group) + 1;
   if (!w.data || w.layout != WeightLayout::columns) return 0;
   return (w.in + kSplitDepth - 1) / kSplitDepth * ((w.out + kPanel - 1) / kPanel * kPanel);
 }
@@ -76,6 +80,7 @@ static inline const DecoderLayer* layers_of(const DecoderPlan* p) { return reint
 
 struct DecoderStep {
   const DecoderPlan* plan;
+  const Int8Kernels* int8;
   const int64_t *ids, *positions;  // (rows,); positions may be null
   int32_t* table;                  // (rows, capacity): which cache row holds the row's key t; -1: none to attend to
   const int32_t* sources;          // (rows,): whose cross keys a row attends to

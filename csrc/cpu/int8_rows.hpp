@@ -114,18 +114,9 @@ static inline VecI dot4(VecI acc, VecI u, VecI w) {
 #endif
 }
 
-// Rows in u8: values (rows, stride), and of each row's groups scale and zero point (rows, groups).
-struct Int8Rows {
-  uint8_t* values;
-  float *scale, *zero;
-  int64_t stride, groups;
-
-  Int8Rows from(int64_t row) const {
-    return {values + row * stride, scale + row * groups, zero + row * groups, stride, groups};
-  }
-};
-// A stride that is no power of two: rows would meet in one set of the cache. A vector may be written past the end.
-static inline int64_t int8_row_stride(int64_t in) { return (in + 127) / 64 * 64; }
+static inline Int8Rows from_row(const Int8Rows& x, int64_t row) {
+  return {x.values + row * x.stride, x.scale + row * x.groups, x.zero + row * x.groups, x.stride, x.groups};
+}
 
 // x, n <= group of them -> u8 with scale and zero point. What is not finite makes the scale NaN, and so the results.
 template <class T>
@@ -153,7 +144,7 @@ static inline void quantize_group(const T* x, int64_t n, uint8_t* to, float& sca
 
 template <class T>
 static inline void quantize_row(const T* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row) {
-  const Int8Rows r = to.from(row);
+  const Int8Rows r = from_row(to, row);
   int64_t g = 0;
   for (int64_t c = 0; c < n; c += group, ++g)
     quantize_group(x + c, n - c < group ? n - c : group, r.values + c, r.scale[g], r.zero[g]);
@@ -222,7 +213,7 @@ static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t
       const int64_t depth = int8_depth(w.in - k < w.group ? w.in - k : w.group) / 4;
       const Int8Rows part{x.values + k, x.scale + g, x.zero + g, x.stride, x.groups};
       for (int64_t r = 0; r < rows; r += kInt8Rows)
-        multiply_group<kInt8Rows>(int(rows - r < kInt8Rows ? rows - r : kInt8Rows), g == 0, part.from(r), from, depth,
+        multiply_group<kInt8Rows>(int(rows - r < kInt8Rows ? rows - r : kInt8Rows), g == 0, from_row(part, r), from, depth,
                                   out + r * ldo + p * kPanel, ldo);
       from += depth * 4 * kPanel + 2 * kScaleSlots;
     }

@@ -11,7 +11,12 @@ struct Int8Kernels {
   void (*unpack)(const UnpackInt8&);
   void (*linear)(const Int8Linear&);
   void (*block)(const Int8Block&);
+  // A row x of n, and the product of rows with 32 columns: out (rows, 32).
+  void (*quantize)(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row);
+  void (*product)(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows, int64_t panel, float* out);
 };
+
+const Int8Kernels& int8_kernels();  // of the instruction set in use
 
 #ifdef TF_ISA
 namespace TF_ISA {
@@ -20,6 +25,8 @@ void pack_int8(const PackInt8&);
 void unpack_int8(const UnpackInt8&);
 void int8_linear(const Int8Linear&);
 void int8_block(const Int8Block&);
+void int8_quantize(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row);
+void int8_product(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows, int64_t panel, float* out);
 }  // namespace TF_ISA
 #endif
 

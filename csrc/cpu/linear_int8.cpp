@@ -204,7 +204,7 @@ class Block {
             }
             store(row + i, y, part);
           });
-          const Int8Rows to = activated_.from(m);
+          const Int8Rows to = from_row(activated_, m);
           for (int64_t i = 0; i < n; i += group)
             quantize_group(row + i, n - i < group ? n - i : group, to.values + c + i, to.scale[(c + i) / group],
                            to.zero[(c + i) / group]);
@@ -235,6 +235,14 @@ void share_out(int64_t items, int64_t threads, const Make& make) {
 }
 
 }  // namespace
+
+void int8_quantize(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row) {
+  quantize_row(x, n, group, to, row);
+}
+
+void int8_product(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows, int64_t panel, float* out) {
+  multiply_int8(w, from_row(x, row), rows, panel, 1, out, kPanel);
+}
 
 void int8_linear(const Int8Linear& a) {
   const Int8Weight& first = a.weights[0];

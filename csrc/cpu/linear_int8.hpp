@@ -47,6 +47,19 @@ struct Int8Weight {  // absent when panels is null
   int64_t out, in, group;
 };
 
+// Rows in u8: values (rows, stride), and of each row's groups scale and zero point (rows, groups).
+struct Int8Rows {
+  uint8_t* values;
+  float *scale, *zero;
+  int64_t stride, groups;
+};
+// A stride that is no power of two: rows would meet in one set of the cache. A vector may be written past the end.
+static inline int64_t int8_row_stride(int64_t in) { return (in + 127) / 64 * 64; }
+// Floats of memory that a row takes.
+static inline int64_t int8_row_floats(int64_t in, int64_t group) {
+  return int8_row_stride(in) / 4 + 2 * int8_groups(in, group);
+}
+
 struct Int8Linear {  // y = act(x W^T + bias), several weights of one input side by side
   DType x_dtype, y_dtype;
   const void* x;

@@ -10,6 +10,8 @@ from torch import nn
 
 import transformer_fast as tf
 from transformer_fast.backends import eager_int8
+from transformer_fast.generation.native_step import NativeStepper
+from transformer_fast.generation.stepper import Prompt
 from transformer_fast.layers.quantized import Int8Linear
 
 LENGTHS = (9, 4, 1, 7)
@@ -133,6 +135,30 @@ def test_generates(family):
         logits = model(**(prompt | given if given else {"input_ids": ids[None, :end]})).logits[0, -1]
         # Equal but for a rounding that turns over a step of the quantisation.
         assert logits[ids[end]] >= logits.max() - 0.05 * logits.std()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 30])
+@pytest.mark.parametrize("family", GENERATING)
+@torch.no_grad()
+def test_native_step_computes_in_int8(family, rows):
+    """One native call a token, as close to float64 as the definition."""
+    model = _model(family)
+    torch.manual_seed(4)
+    ids, given = torch.randint(5, 80, (rows, 7)), {}
+    if model.config.is_encoder_decoder:
+        given = {"encoder_outputs": model.get_encoder()(torch.randint(5, 80, (rows, 9)))}
+    name = "decoder_input_ids" if given else "input_ids"
+    double = copy.deepcopy(model).double()
+    wide = {k: type(v)(last_hidden_state=v[0].double()) for k, v in given.items()}
+    truth = double(**{name: ids}, **wide).logits[:, -1]
+    tf.quantize(model, "int8")
+    simulated = _simulated(model)(**{name: ids}, **given).logits[:, -1]
+    prompt = Prompt(ids[:, :5], 1, 12, given)
+    assert NativeStepper.why_not(model, prompt) == ""
+    stepper = NativeStepper(model, prompt)
+    stepper.start()
+    stepper.step(ids[:, 5])
+    assert_as_accurate(stepper.step(ids[:, 6]), truth, simulated)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])

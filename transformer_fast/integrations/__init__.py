@@ -4,6 +4,7 @@ import importlib as _importlib
 
 _EXPORTS = {
     "acceleration": ["Report", "accelerate", "restore"],
+    "explain": ["explain"],
     "huggingface": ["register"],
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}

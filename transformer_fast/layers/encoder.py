@@ -179,14 +179,13 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
     """A user's mask as 4-D, a 2-D one as bool."""
     mask = mask.to(device)
     if mask.dim() == 2:
-        if mask.shape != (batch, length):
+        if mask.shape[0] not in (1, batch) or mask.shape[1] != length:
             raise ValueError(f"{name}: wanted shape (batch, length) = {(batch, length)}, got {tuple(mask.shape)}")
-        return (mask if mask.dtype == torch.bool else mask != 0)[:, None, None]
-    if mask.dim() == 3:
-        return mask[:, None]
-    if mask.dim() != 4:
+        return (mask if mask.dtype == torch.bool else mask != 0).expand(batch, length)[:, None, None]
+    if mask.dim() not in (3, 4):
         raise ValueError(f"{name}: wanted 2, 3 or 4 dimensions, got shape {tuple(mask.shape)}")
-    return mask
+    mask = mask if mask.dtype == torch.bool or mask.is_floating_point() else mask != 0
+    return mask[:, None] if mask.dim() == 3 else mask
 
 
 def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
@@ -286,7 +285,14 @@ def encoder_layer(
 
 def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
     """The layer after attention as one op, where it is int8 and none of it is somebody else's."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    dropouts = (w.attention_output_dropout, w.activation_dropout, w.output_dropout)
+    if (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or any(dropout_p(d) for d in dropouts)
+        or spec.parallel
+        or not (w.attention_after_norm is None and w.output_after_norm is None)
+        or (spec.clamp_float16 and x.dtype == torch.float16)
+    ):
         return None
     after, output = norm_of(w.attention_norm), norm_of(w.output_norm)
     if after is None or output is None or after[1] != output[1]:

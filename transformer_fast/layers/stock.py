@@ -26,11 +26,13 @@ _NOTE, _LAST = "_made_of", "_last_call"
 
 
 class _Made(NamedTuple):
-    """What a constructor put in one place: the class, (name, value) of its settings, its children by name."""
+    """What a constructor put in one place: the class, (name, value) of its settings, its children by name, and what it
+    set to None, for its forward asks for that."""
 
     kind: type
     settings: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, "_Made"], ...]
+    absent: tuple[str, ...]
 
 
 # ---- what others may add and change nothing ----------------------------------------------------------
@@ -57,7 +59,8 @@ def remember(root: nn.Module) -> None:
 
 def _made(module: nn.Module, seen: dict) -> _Made:
     children = tuple((name, _made(child, seen)) for name, child in module._modules.items() if child is not None)
-    found = _Made(type(module), tuple(_settings(module).items()), children)
+    absent = tuple(name for name, value in module.__dict__.items() if value is None)
+    found = _Made(type(module), tuple(_settings(module).items()), children, absent)
     return seen.setdefault(found, found)
 
 
@@ -191,6 +194,8 @@ def _compare_children(module: nn.Module, made: _Made, path: str) -> str:
         if child is None:
             continue
         if name not in wanted:
+            if not path and type(module) is not made.kind and name not in made.absent:
+                continue  # a subclass's own, of which the forward that it inherits knows nothing
             return f"{prefix}{name} was added"
         if reason := _compare(child, wanted.pop(name), prefix + name, ()):
             return reason

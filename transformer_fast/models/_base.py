@@ -8,6 +8,7 @@ from torch import nn
 from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
+from ._explain import explain_model
 from ._loading import LoadingErrors
 from ._self_check import runs_as_hugging_face
 
@@ -164,6 +165,15 @@ class ModelMixin(LoadingErrors):
     def is_custom_code(cls) -> bool:
         """False, as for transformers' classes whose initialisation this is: one seed gives the weights of theirs."""
         return not cls.__module__.startswith(f"{__package__}.")
+
+    def explain(self) -> str:
+        """Which parts of this model take the fast path, and why the others do not; see transformer_fast.explain."""
+        return explain_model(self, ModelMixin)  # type: ignore[arg-type]
+
+    def post_init(self):
+        """As HF's, after the layers have become ours: they take config.gradient_checkpointing where HF's do not."""
+        self._adopted.adopt(self)  # type: ignore[arg-type]
+        super().post_init()  # type: ignore[misc]
 
     def why_hf_loop(self) -> str:
         """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""

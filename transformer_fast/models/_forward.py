@@ -13,8 +13,10 @@ __all__ = ["public_forward"]
 
 PADDING_NOTE = """
 
-        Padding is dropped before the first layer and never computed: at positions where attention_mask is 0 the
-        outputs are zeros.
+        Padding is dropped before the first layer and not computed: at positions where attention_mask is 0 the outputs
+        are zeros, except where something reads them (a pooler, a label, logits_to_keep).
+        transformer_fast.compute_padding(True) computes them all. A model that was changed (hooks, wrapped or replaced
+        modules) runs transformers' own forward; explain() says so.
         """
 # Keywords that have "cache" in their name and hold none.
 _NO_CACHE = ("use_cache", "cache_position")

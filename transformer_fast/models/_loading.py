@@ -139,15 +139,16 @@ class LoadingErrors:
         except Exception as error:
             _explain(error, cls, name, config, kwargs)
             raise
-        if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
-            _check_missing(cls, name, info)
+        if not (want_info or kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None):
+            _check_missing(model, name, info)
         return (model, info) if want_info else model
 
 
-def _check_missing(cls, name, info: dict) -> None:
-    """Heads, poolers and new cross-attention may be absent from a checkpoint (HF warns); the body may not."""
-    body = re.compile(rf"^(?:{cls.base_model_prefix}\.)?(?:{_BODY})\.")
-    missing = sorted(k for k in info["missing_keys"] if body.match(k) and "crossattention" not in k)
+def _check_missing(model, name, info: dict) -> None:
+    """Heads, poolers, new cross-attention and sinusoids may be absent from a checkpoint (HF warns); the body may not.
+    Who asks for output_loading_info looks for himself."""
+    body = re.compile(rf"^(?:{model.base_model_prefix}\.)?(?:{_BODY})\.(?!.*(?:crossattention|ln_cross_attn))")
+    missing = sorted(k for k in info["missing_keys"] if body.match(k) and not _is_sinusoid(model, k))
     if missing:
         extra = sorted(info["unexpected_keys"])
         came = f"; it holds others, such as {', '.join(extra[:3])}" if extra else ""
@@ -155,6 +156,15 @@ def _check_missing(cls, name, info: dict) -> None:
             f"{name}: the checkpoint lacks {len(missing)} weights that config.json asks for: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}{came}. Pass ignore_mismatched_sizes=True to start them at random"
         )
+
+
+def _is_sinusoid(model, name: str) -> bool:
+    return "Sinusoidal" in type(model.get_submodule(name.rpartition(".")[0])).__name__
+
+
+class MismatchedShapes(ValueError, RuntimeError):
+    """Weights of other shapes than the configuration's: a ValueError as this package's errors are, and a RuntimeError
+    as HF's."""
 
 
 def explain_broken(error: Exception, name, folder: pathlib.Path | None) -> None:
@@ -187,7 +197,7 @@ def _explain(error: Exception, cls, name, config, kwargs) -> None:
             f"{_binary(folder) or name}: is corrupt or holds more than tensors{what}; code in a checkpoint is never run"
         ) from error
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-        raise ValueError(
+        raise MismatchedShapes(
             f"{name}: shapes in the checkpoint differ from config.json's: {_mismatch(cls, folder, config, kwargs)}. "
             "Pass ignore_mismatched_sizes=True to start those at random"
         ) from error

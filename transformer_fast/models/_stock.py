@@ -21,6 +21,7 @@ _APART = {
     "__init__", "_init_weights", "generate", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_output_embeddings", "set_input_embeddings", "set_output_embeddings", "tie_weights",
 }  # fmt: skip
+_DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 _GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
 
 
@@ -93,6 +94,8 @@ def why_hf_loop(model: Any) -> str:
     """'' when generate may decode with our engine, which calls no method of the model after the prompt."""
     if reason := why_hf_forward(model):
         return reason
+    if any(getattr(model.config, name, 1) == 0 for name in _DEPTHS):
+        return "it has no layers"
     kind = type(model)
     ours = _our_class(kind)  # type: ignore[arg-type]
     if methods := stock.methods_over(kind, ours, _computing(ours) | _GENERATION - _APART):

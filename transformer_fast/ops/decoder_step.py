@@ -14,6 +14,7 @@ from ..backends import memory, native
 from ..backends.contents import Contents, FileMappings
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
+from .linear_int8 import Int8Weight
 from .packed_weight import _PANEL, STORAGES, PackedWeight, panel_rows
 
 __all__ = [
@@ -39,9 +40,10 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Linear maps of one input side by side: weights (out_i, in), or (in, out_i) when transposed; biases (out_i,)."""
+    """Linear maps of one input side by side: weights (out_i, in), or (in, out_i) when transposed; biases (out_i,).
+    An Int8Weight is read as it is, and makes the arithmetic int8."""
 
-    weights: tuple[torch.Tensor, ...]
+    weights: tuple[torch.Tensor | Int8Weight, ...]
     biases: tuple[torch.Tensor | None, ...]
     transposed: bool = False
 
@@ -51,10 +53,19 @@ class Projection(NamedTuple):
         outs, inner = (1, 0) if self.transposed else (0, 1)
         return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
 
-    def parts(self) -> list[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor | Int8Weight]:
         """The weights (out_i, in), where they lie if they have a stride 1."""
-        weights = [w.detach().t() if self.transposed else w.detach() for w in self.weights]
-        return [w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous() for w in weights]
+        return [self._part(w) for w in self.weights]
+
+    def _part(self, weight: torch.Tensor | Int8Weight) -> torch.Tensor | Int8Weight:
+        if isinstance(weight, Int8Weight):
+            return weight
+        w = weight.detach().t() if self.transposed else weight.detach()
+        return w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the weights lie in."""
+        return [w if isinstance(w, torch.Tensor) else w.data for w in self.weights]  # type: ignore[misc]
 
     def bias(self, index: int) -> torch.Tensor | None:
         b = self.biases[index]
@@ -139,14 +150,14 @@ class DecoderTensors:
         return [p for p in found if p is not None]
 
     def weights(self) -> list[torch.Tensor]:
-        """Of all projections: what is worth a copy."""
-        return [w.detach() for p in self.projections() for w in p.weights]
+        """Of all projections, those in floating point: what is worth a copy."""
+        return [w.detach() for p in self.projections() for w in p.weights if isinstance(w, torch.Tensor)]
 
     def sources(self) -> list[torch.Tensor]:
         """Every tensor that the computation reads."""
         norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
         found = [t for n in norms if n is not None for t in (n.weight, n.bias)]
-        found += [t for p in self.projections() for t in (*p.weights, *p.biases)]
+        found += [t for p in self.projections() for t in (*p.tensors(), *p.biases)]
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
@@ -166,7 +177,7 @@ class DecoderCopies:
         elif storage not in STORAGES:
             raise TypeError(f"storage: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {storage}")
         self.storage = storage
-        parts = [part for p in tensors.projections() for part in p.parts()]
+        parts = [part for p in tensors.projections() for part in p.parts() if isinstance(part, torch.Tensor)]
         sizes = [_panels(part) * panel_rows(part.shape[1], storage) * _PANEL for part in parts]
         # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
         # half as long again.
@@ -231,14 +242,16 @@ class DecoderWeights:
         found: list[torch.Tensor | None] = []
         if p is None:
             return [None] * (2 * places)
-        if panels is None:
-            for i, weight in enumerate(p.parts()):
-                found += [weight.contiguous() if rows else weight, p.bias(i)]
-        else:
-            for i, weight in enumerate(p.weights):
-                copy = next(panels)
-                self.by_weight[id(weight)] = PackedWeight.of_panels(copy, weight.shape[1 if p.transposed else 0])
-                found += [copy, p.bias(i)]
+        for i, (weight, part) in enumerate(zip(p.weights, p.parts())):
+            read: torch.Tensor | None
+            if isinstance(weight, Int8Weight) or isinstance(part, Int8Weight):
+                read = part.data  # type: ignore[union-attr]
+            elif panels is None:
+                read = part.contiguous() if rows else part
+            else:
+                read = next(panels)
+                self.by_weight[id(weight)] = PackedWeight.of_panels(read, part.shape[0])
+            found += [read, p.bias(i)]
         return found + [None] * (2 * places - len(found))
 
 

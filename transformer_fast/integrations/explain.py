@@ -1,0 +1,43 @@
+"""explain: who computes an op's call, or what of a model runs on this package, and why not the rest."""
+
+from typing import Any
+
+from torch import nn
+
+from .. import backends
+from . import swaps
+from .huggingface import NAME
+
+__all__ = ["explain"]
+
+
+def explain(what: Any) -> str:
+    """What runs fast, what does not, and why.
+
+    Args:
+        what: a backends.Call (op, device, dtype, size, features): which backend runs it, why each earlier one does not,
+            and what a forced one cannot. Or a model: for one of this package, which of its parts take the fast path
+            and what keeps the others in transformers' own forward or loop; for any other, what `accelerate` swapped.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        ValueError: an op that does not exist.
+        TypeError: neither a Call nor a torch.nn.Module.
+    """
+    if not isinstance(what, nn.Module):
+        return backends.explain(what)
+    own = getattr(what, "explain", None)
+    if callable(own) and type(what).__module__.startswith("transformer_fast.") or hasattr(what, "why_hf_loop"):
+        return own()  # type: ignore[misc]
+    parts = [(path, m) for path, m in what.named_modules() if path and hasattr(m, "why_hf_loop")]
+    if parts:  # wrapped: PEFT, DDP
+        outermost = [(path, m) for path, m in parts if not any(path.startswith(f"{other}.") for other, _ in parts)]
+        return "\n".join([type(what).__name__, *(f"{path}: {m.explain()}" for path, m in outermost)])
+    swapped = [(path, m) for path, m in what.named_modules() if isinstance(m, swaps.Swapped)]
+    attends = getattr(getattr(what, "config", None), "_attn_implementation", None) == NAME
+    lines = [f"{type(what).__name__}: not a model of this package; accelerate(model) swaps what can be swapped"]
+    lines.append(f"  attention: {'ours' if attends else 'its own'}")
+    lines += [f"  {path}: {m._kind}" for path, m in swapped]
+    return "\n".join(lines)
