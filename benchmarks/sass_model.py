@@ -99,8 +99,8 @@ def main_loop(items: list[str | Instruction]) -> Loop:
 
 
 def _executed(items: list[str | Instruction]) -> list[Instruction]:
-    """Without what a branch leaves out in most iterations: masks of an edge, sums scaled for a new peak, turns of a
-    deterministic call, spins."""
+    """Without what a branch leaves out in most iterations: masks and zeros of an edge, sums scaled for a new peak,
+    turns of a deterministic call."""
     kept: list[Instruction] = []
     n = 0
     while n < len(items):
@@ -112,7 +112,7 @@ def _executed(items: list[str | Instruction]) -> list[Instruction]:
                 end = n + 1 + items[n + 1 :].index(target)
                 block = [i for i in items[n + 1 : end] if isinstance(i, Instruction)]
                 choices, scaled = (sum(i.opcode == name for i in block) for name in ("FSEL", "FMUL"))
-                rare = choices >= 8 or scaled >= 16 or any(i.opcode.startswith("CCTL") for i in block)
+                rare = choices >= 8 or scaled >= 16 or any(i.opcode.startswith(("CCTL", "BAR")) for i in block)
                 if rare and not any("HGMMA" in i.opcode for i in block):
                     n = end
                     continue

@@ -1,5 +1,7 @@
 """benchmarks/sass_model.py on machine code small enough to count by hand."""
 
+import csv
+
 import pytest
 from transformer_fast.benchmarks import sass_model
 
@@ -65,3 +67,18 @@ def test_a_prediction_names_what_binds():
     row = sass_model.predict(sass_model.Kernel("k", _loop(after=_line("MUFU.EX2 R3, R3") * 100), 3, 1))
     assert (row["bound_by"], row["tensor_clocks"], row["mufu_clocks"]) == ("MUFU", 384, 2400)
     assert row["loop_tflops"] == round(2 * 3 * 2 * 64 * 128 * 16 / row["clocks"] * 132 * 1.755 / 1000)
+
+
+def test_the_predictions_name_every_kernel_of_the_model():
+    with sass_model.RECORD.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == sass_model.COLUMNS
+    names = " ".join(row["kernel"] for row in rows)
+    for head_dim in (64, 128):
+        for kernel in ("forward", "backward_key", "backward_query"):
+            assert f"{kernel} D {head_dim} plain" in names and f"{kernel} D {head_dim} causal" in names
+        for kind in ("full", "windowed"):
+            assert f"cuda forward D {head_dim} {kind}" in names
+        assert f"cuda backward D {head_dim}" in names
+    for row in rows:
+        assert 0 < float(row["loop_tflops"]) <= round(2 * 2048 * 132 * 1.755 / 1000)

@@ -125,10 +125,16 @@ def verify(
     gradients: Annotated[bool, typer.Option(help="compare parameter gradients too")] = True,
     tokens: Annotated[bool, typer.Option(help="compare generated tokens too, where the model generates")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    precision: Annotated[
+        str | None, typer.Option(help="int8 or bf16: say what that costs in accuracy, and compare nothing else")
+    ] = None,
 ) -> None:
     """Compare a checkpoint with Hugging Face: outputs, gradients and tokens, every row, both paddings, each dtype."""
     _need("verify", torch="torch", transformers="transformers>=5.17")
     import torch
+
+    if precision is not None:
+        return _verify_precision(checkpoint, precision)
 
     from .verify import DTYPES, VerifyError
     from .verify import verify as compare
@@ -170,6 +176,31 @@ def verify(
         f"same: as close to float64 as Hugging Face is{', and the same tokens' if generated else ''}, on every row"
     )
     raise typer.Exit(SAME)
+
+
+def _verify_precision(checkpoint: str, precision: str) -> None:
+    from .verify import VerifyError
+    from .verify_precision import verify_precision
+
+    try:
+        with Console(stderr=True).status("starting") as status:
+            report = verify_precision(checkpoint, precision, progress=status.update)
+    except VerifyError as error:
+        raise _Problem(str(error)) from error
+    console = Console()
+    before, after = report.megabytes
+    console.print(
+        f"{checkpoint}: {report.model} in {precision} against itself in float32, on {report.text}; "
+        f"{before:.1f} MB become {after:.1f} MB",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table("compared", "", "")
+    for cost in report.costs:
+        table.add_row(cost.what, cost.value, cost.note)
+    console.print(table, markup=False)
+    for name, why in report.left.items():
+        console.print(f"not in {precision}: {name}: {why}", markup=False)
 
 
 # ---- demo, bench ----------------------------------------------------------------------------------------

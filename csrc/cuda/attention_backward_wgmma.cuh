@@ -219,6 +219,17 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     named_barrier_sync(kConsumerBarrier, kConsumers);
   }
 
+  // Values as left operands: what registers hold of them is read once, not for every tile of queries.
+  uint32_t v[Tile::kValueSteps ? Tile::kValueSteps : 1][4];
+  {
+    const int row = group * 64 + warp * 16 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < Tile::kValueSteps; k++) {
+      const int chunk = (k % 4 * 2 + lane / 16) ^ (row % 8);
+      ldmatrix_x4(v[k], base + Tile::kV + k / 4 * N * 128 + row * 128 + chunk * 16);
+    }
+  }
+
   // This thread's keys are key and key + 8; query i sees those with low <= i <= high.
   const int32_t key = w.first_key + group * 64 + warp * 16 + lane / 4;
   const uint64_t k_rows = rows_descriptor(base + Tile::kK + group * 64 * 128);
@@ -254,10 +265,15 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     warpgroup_commit();
     mbarrier_wait(shared.grad_full(at.stage), at.parity);
     register_fence(dp);
+    if (Tile::kValueSteps) register_fence(v);
     warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-      wgmma_ss<T, M, false, false>(dp, v_rows + row_step(k, N), grad_rows + row_step(k, M), k > 0);
+      if (k < Tile::kValueSteps) {
+        wgmma_rs<T, M, false>(dp, v[k], grad_rows + row_step(k, M), k > 0);
+      } else {
+        wgmma_ss<T, M, false, false>(dp, v_rows + row_step(k, N), grad_rows + row_step(k, M), k > 0);
+      }
     }
     warpgroup_commit();
     pass_turn(a, owed, place);
@@ -283,7 +299,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     const float* peak = reinterpret_cast<const float*>(base + Tile::kPeak) + at.stage * M + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < M / 8; j++) {
-      if (!Tile::kWindows && j % 4 == 0) __syncwarp();  // keeps ptxas from loading all first: no registers are left
+      if (D == 128 && j % 4 == 0) __syncwarp();  // keeps ptxas from loading all first: no registers are left
       const Vec<float, 2> x = load_shared_vec<2>(peak + j * 8);
 #pragma unroll
       for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_approx(s[j * 4 + e] * a.exponent_scale - x.v[e % 2]);

@@ -10,6 +10,7 @@ template <int D, int M>
 struct BackwardWgmmaTile {
   static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
   static constexpr int kKeys = 128, kStages = 2;
+  static constexpr int kValueSteps = M == 80 ? 0 : 4;  // 16 values of a head each, in registers
   static constexpr bool kWindows = D == 64 || M == 64;  // 80 queries: every one sees every key
   static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
   // dQ^T is computed 64 values of a head by kSumQueries queries a warpgroup, 16 values a warp: its part, in floats.

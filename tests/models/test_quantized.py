@@ -13,6 +13,8 @@ from transformer_fast.backends import eager_int8
 from transformer_fast.generation.native_step import NativeStepper
 from transformer_fast.generation.stepper import Prompt
 from transformer_fast.layers.quantized import Int8Linear
+from transformer_fast.verify import VerifyError
+from transformer_fast.verify_precision import verify_precision
 
 LENGTHS = (9, 4, 1, 7)
 _WIDE = {
@@ -251,3 +253,32 @@ def test_follows_the_model_about():
     assert model.bert.encoder.layer[0].output.dense.weight_scale.dtype == torch.float32
     low = model(**inputs).logits
     assert low.dtype == torch.bfloat16 and (low.float() - logits).std() < 0.05 * logits.std()
+
+
+def test_verify_says_what_it_costs(tmp_path):
+    """The costs of nothing are none; those of int8 are few and those of a broken weight many."""
+    model = _model("gpt2")
+    model.save_pretrained(tmp_path)
+    report = verify_precision(tmp_path, "int8")
+    costs = {cost.what: cost.value for cost in report.costs}
+    assert report.model == "GPT2LMHeadModel" and report.text.startswith("random tokens") and not report.left
+    assert report.megabytes[1] < 0.6 * report.megabytes[0]
+    mean, least = (float(t) for t in costs["token cosine"].split(", least "))
+    assert 0.99 < mean < 1 and 0.9 < least < mean
+    assert float(costs["likeliest output the same"][:-1]) > 80
+    assert set(costs) >= {"nearest sentence the same", "generated tokens the same"}
+    with pytest.raises(VerifyError, match="precision: wanted one of int8, bf16, got int3"):
+        verify_precision(tmp_path, "int3")
+    with pytest.raises(VerifyError, match="cannot be loaded|no such|does not"):
+        verify_precision(tmp_path / "nowhere", "int8")
+
+
+def test_verify_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from transformer_fast import commands
+
+    _model("bert").save_pretrained(tmp_path)
+    result = CliRunner().invoke(commands.app, ["verify", str(tmp_path), "--precision", "int8"])
+    assert result.exit_code == 0, result.output
+    assert "token cosine" in result.output and "MB become" in result.output

@@ -175,6 +175,15 @@ def test_one_huge_logit(device):
     _check(device, tf.scaled_dot_product_attention, [q, k, v])
 
 
+def test_a_score_that_is_nan_shows_whatever_pipe_its_exponential_takes(device):
+    q, k, v = (torch.randn(1, 1, s, 64, device=device).half() for s in (64, 200, 200))
+    for column in (56, 59):  # at head dim 64 a polynomial computes 2^x of the second
+        broken = k.clone()
+        broken[:, :, column] = math.nan
+        with _kernel(device):
+            assert tf.scaled_dot_product_attention(q, broken, v).isnan().all()
+
+
 REFUSED = {
     "bias": {"bias": torch.randn(1, 1, 20, 40)},
     "mask": {"attn_mask": torch.rand(1, 1, 20, 40) > 0.2},

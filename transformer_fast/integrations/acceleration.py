@@ -61,17 +61,29 @@ class Report:
 def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
     """Swap attention, norms and activations of a model for this package's, in place; say what was swapped and why not.
 
-    model: any torch.nn.Module. Attention: models of transformers (>= 5.17) with an attention interface get
-        attn_implementation="transformer_fast". Norms: torch.nn.LayerNorm, torch.nn.RMSNorm and modules named *Norm*
-        with one weight (and bias) whose own forward agrees with layer_norm, rms_norm or Gemma's rms_norm with
-        1 + weight. Activations: modules named *gelu*, *silu*, *swish* whose own forward agrees with gelu, gelu_tanh
-        or silu. Agreement is checked by running both on random input.
-    verbose: print the report.
-
     Parameters, their names, state dict, isinstance, hooks, training mode and gradients stay as they are; deepcopy,
     pickle and save_pretrained work, and what is saved loads without this package. Models imported from this package
-    are left: they run on it already. A second call finds nothing more to do. Returns a `Report`; `report.undo()` or
-    `restore(model)` puts everything back. Raises TypeError when model is not a torch.nn.Module.
+    are left: they run on it already. A second call finds nothing more to do.
+
+    Args:
+        model: any torch.nn.Module. Attention: models of transformers (>= 5.17) with an attention interface get
+            attn_implementation="transformer_fast". Norms: torch.nn.LayerNorm, torch.nn.RMSNorm and modules named *Norm*
+            with one weight (and bias) whose own forward agrees with layer_norm, rms_norm or Gemma's rms_norm with
+            1 + weight. Activations: modules named *gelu*, *silu*, *swish* whose own forward agrees with gelu, gelu_tanh
+            or silu. Agreement is checked by running both on random input.
+        verbose: print the report.
+
+    Returns:
+        A `Report`; `report.undo()` or `restore(model)` puts everything back.
+
+    Raises:
+        TypeError: when model is not a torch.nn.Module.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
+        >>> sorted(transformer_fast.accelerate(model, verbose=False).swapped)
+        ['0', '1']
     """
     _check(model)
     report = Report(model, {}, {})
@@ -101,7 +113,23 @@ def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `accelerate`: every class and attention implementation is what it was before. Returns the model."""
+    """Undo `accelerate`: every class and attention implementation is what it was before.
+
+    Args:
+        model: what was given to `accelerate`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: when model is not a torch.nn.Module.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
+        >>> report = transformer_fast.accelerate(model, verbose=False)
+        >>> restored = transformer_fast.restore(model)
+    """
     _check(model)
     for module in model.modules():
         if isinstance(module, swaps.Swapped):
