@@ -78,12 +78,20 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
 
     Parameters, their names, state dict, isinstance, hooks, training mode and gradients stay as they are; deepcopy,
     pickle and save_pretrained work, and what is saved loads without this package. Models imported from this package
-    are left: they run on it already. A second call finds nothing more to do. Returns a `Report`; `report.undo()` or
-    `restore(model)` puts everything back.
+    are left: they run on it already. A second call finds nothing more to do.
+
+    Returns:
+        A `Report`; `report.undo()` or `restore(model)` puts everything back.
 
     Raises:
-        TypeError: model is neither a torch.nn.Module nor holds one. ValueError: the precision is unknown, or the model
-            has no part that can have it.
+        TypeError: model is neither a torch.nn.Module nor holds one.
+        ValueError: the precision is unknown, or the model has no part that can have it.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
+        >>> sorted(transformer_fast.accelerate(model, verbose=False).swapped)
+        ['0', '1']
     """
     model = _module_of(model)
     report = Report(model, {}, {})
@@ -121,7 +129,23 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `accelerate`: every class and attention implementation is what it was before. Returns the model."""
+    """Undo `accelerate`: every class and attention implementation is what it was before.
+
+    Args:
+        model: what was given to `accelerate`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is neither a torch.nn.Module nor holds one.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
+        >>> report = transformer_fast.accelerate(model, verbose=False)
+        >>> restored = transformer_fast.restore(model)
+    """
     model = _module_of(model)
     if "transformers.modeling_utils" in sys.modules:
         from .adoption import release

@@ -40,6 +40,7 @@ def adopt(model: nn.Module) -> tuple[dict[str, type], dict[str, str]]:
     their constructor makes (subclasses, hooks, replaced modules, wrappers that rows without padding cannot go through).
     """
     adopted, left, inside = {}, {}, set()
+    module: Any
     for path, module in list(model.named_modules()):
         if id(module) in inside:
             continue
@@ -80,6 +81,7 @@ def _adopt(module: Any, ours: Any) -> str:
     for m, kind in former.items():
         if type(m) is not kind:
             m.__dict__[_FORMER] = kind
+    part: Any
     for path, part in module.named_modules():
         if isinstance(part, ModelMixin):
             stock.remember(part, fresh.get_submodule(path))

@@ -17,7 +17,13 @@ def register() -> None:
     """Make attn_implementation="transformer_fast" known to transformers.
 
     Importing both packages, in either order, does this by itself; calling it again changes nothing.
-    Raises ImportError where transformers (>= 5.17) is missing.
+
+    Raises:
+        ImportError: where transformers (>= 5.17) is missing.
+
+    Examples:
+        >>> import transformer_fast
+        >>> transformer_fast.register()
     """
     try:
         from transformers.masking_utils import AttentionMaskInterface
