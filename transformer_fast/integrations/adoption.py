@@ -45,7 +45,7 @@ def adopt(model: nn.Module) -> tuple[dict[str, type], dict[str, str]]:
         if id(module) in inside:
             continue
         if isinstance(module, ModelMixin):
-            inside |= {id(m) for m in module.modules()}
+            inside |= {id(m) for m in module.modules()}  # type: ignore[attr-defined]
             continue
         ours = class_for(type(module))
         if ours is None:
@@ -84,7 +84,7 @@ def _adopt(module: Any, ours: Any) -> str:
     part: Any
     for path, part in module.named_modules():
         if isinstance(part, ModelMixin):
-            stock.remember(part, fresh.get_submodule(path))
+            stock.remember(part, fresh.get_submodule(path))  # type: ignore[arg-type]
     return ""
 
 
