@@ -11,6 +11,7 @@ demo: $(STAMP)
 	$(BIN)/transformer-fast demo
 
 test: $(STAMP)
+	$(BIN)/python tests/compat/releases.py
 	$(BIN)/python -m pytest tests -n 2
 
 test-quick: $(STAMP)
