@@ -26,8 +26,20 @@ from ._attention_shapes import shaped
 class RelativeBias(NamedTuple):
     """T5's bucketed relative position bias, computed inside the kernel and never materialised.
 
-    table: (num_buckets, H) float tensor, gets a gradient. max_distance, bidirectional: as in T5
-    (Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1).
+    Attributes:
+        table: (num_buckets, H) float tensor; it gets a gradient.
+        max_distance: as in T5.
+        bidirectional: as in T5.
+
+    Source:
+        Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 1, 4, 16, 32).unbind()
+        >>> bias = transformer_fast.RelativeBias(torch.randn(32, 4), max_distance=128, bidirectional=True)
+        >>> transformer_fast.scaled_dot_product_attention(q, k, v, relative_bias=bias, scale=1.0).shape
+        torch.Size([1, 4, 16, 32])
     """
 
     table: torch.Tensor
@@ -64,26 +76,46 @@ def scaled_dot_product_attention(
 
     Same signature as torch.nn.functional.scaled_dot_product_attention, plus the keywords after `*`.
 
-    query: (B, H, Sq, D); key: (B, Hk, Sk, D); value: (B, Hk, Sk, Dv); float16, bfloat16, float32 (float64 in plain
-        PyTorch); any strides; D and Dv in 1..256. Hk < H needs enable_gqa and H % Hk == 0, or Hk = 1. As in torch, the
-        leading dimensions broadcast, and there may be others: (S, D), (N, S, D), (..., H, S, D).
-    attn_mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or float (added; gets a gradient).
-    bias: a float bias beside a bool attn_mask. key_lengths: (B,) int; keys from there on do not take part.
-    is_causal, causal_alignment: key j is seen from query i when j <= i + offset, offset = 0 ("top_left", torch's)
-        or Sk - Sq with Sk the row's key length ("bottom_right", decoding's).
-    window: (left, right) keys seen before and after position i + offset, None for all of a side.
-    softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
-    relative_bias: adds table[bucket(j - i - offset), h]. dropout_p: counter-based, see backends/philox.py.
-    scale: default 1 / sqrt(D). generator: where dropout's seed is drawn from.
+    Args:
+        query: (B, H, Sq, D), float16, bfloat16, float32 (float64 in plain PyTorch), any strides; D in 1..256. As in
+            torch, the leading dimensions broadcast, and there may be others: (S, D), (N, S, D), (..., H, S, D).
+        key: (B, Hk, Sk, D). Hk < H needs enable_gqa and H % Hk == 0, or Hk = 1.
+        value: (B, Hk, Sk, Dv), Dv in 1..256.
+        attn_mask: broadcasts to (B, H, Sq, Sk); bool (True takes part) or float (added; gets a gradient).
+        dropout_p: of the attention weights, counter-based: one seed gives one mask on every backend.
+        is_causal: key j is seen from query i when j <= i + offset.
+        scale: default 1 / sqrt(D).
+        enable_gqa: allow H to be a multiple of Hk.
+        bias: a float bias beside a bool attn_mask; gets a gradient.
+        key_lengths: (B,) int; keys from there on do not take part.
+        causal_alignment: offset = 0 ("top_left", torch's) or Sk - Sq with Sk the row's key length ("bottom_right",
+            decoding's).
+        window: (left, right) keys seen before and after position i + offset, None for all of a side.
+        softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
+        relative_bias: adds table[bucket(j - i - offset), h].
+        return_lse: return the log-sum-exp of the scores too.
+        generator: where dropout's seed is drawn from.
 
-    Returns (B, H, Sq, Dv), laid out as (B, Sq, H, Dv); with return_lse also the natural-log-sum-exp of the scores,
-    (B, H, Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients.
-    Gradients are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
-    torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once for
-    dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
-    relative_bias, and at most 128 keys, cost two more again, for a delta without the output's rounding.
-    Raises TypeError or ValueError naming the argument.
-    Source: Vaswani et al., 2017, section 3.2; Dao, "FlashAttention-2", 2023.
+    Returns:
+        (B, H, Sq, Dv), laid out as (B, Sq, H, Dv); with return_lse also the natural-log-sum-exp of the scores, (B, H,
+        Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients. Gradients
+        are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
+        torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once
+        for dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
+        relative_bias, and at most 128 keys, cost two more again, for a delta without the output's rounding.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao, "FlashAttention-2", 2023.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
+        >>> lengths = torch.tensor([128, 37])
+        >>> transformer_fast.scaled_dot_product_attention(q, k, v, key_lengths=lengths, is_causal=True).shape
+        torch.Size([2, 8, 128, 64])
     """
     known = None
     if (
@@ -157,13 +189,41 @@ def varlen_attention(
 ):
     """Attention over sequences packed one after the other: no padding is stored, read or computed.
 
-    query: (total_q, H, D); key, value: (total_k, Hk, D), H % Hk == 0. cu_seqlens_q, cu_seqlens_k: (B + 1,) int32,
-    from 0 to the total, never falling; sequence b holds rows cu_seqlens[b] .. cu_seqlens[b + 1]. Without
-    cu_seqlens_k it is cu_seqlens_q. max_seqlen_*: the longest sequence (read from cu_seqlens when not given,
-    which waits for a GPU). attn_mask and bias broadcast to (B, H, max_seqlen_q, max_seqlen_k) and are indexed by
-    positions within the sequence; dropout is too, so a packed and a padded call drop the same elements.
-    The rest, errors and sources as in scaled_dot_product_attention. Returns (total_q, H, D) and, with
-    return_lse, lse (H, total_q).
+    Args:
+        query: (total_q, H, D).
+        key: (total_k, Hk, D), H % Hk == 0.
+        value: (total_k, Hk, D).
+        cu_seqlens_q: (B + 1,) int32, from 0 to the total, never falling; sequence b holds rows cu_seqlens[b] ..
+            cu_seqlens[b + 1].
+        cu_seqlens_k: default cu_seqlens_q.
+        max_seqlen_q: the longest sequence; read from cu_seqlens when not given, which waits for a GPU.
+        max_seqlen_k: as max_seqlen_q.
+        dropout_p: indexed by positions within the sequence, so a packed and a padded call drop the same elements.
+        is_causal: as in scaled_dot_product_attention, as are all that follow.
+        scale: default 1 / sqrt(D).
+        attn_mask: broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions within the sequence.
+        bias: as attn_mask.
+        causal_alignment: "top_left" or "bottom_right".
+        window: (left, right).
+        softcap: c > 0.
+        relative_bias: T5's.
+        return_lse: return the log-sum-exp of the scores too.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (total_q, H, D); with return_lse also lse, (H, total_q).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        As scaled_dot_product_attention.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 165, 8, 64).unbind()  # sequences of 128 and 37 tokens
+        >>> transformer_fast.varlen_attention(q, k, v, torch.tensor([0, 128, 165], dtype=torch.int32)).shape
+        torch.Size([165, 8, 64])
     """
     known = None
     if (
@@ -216,11 +276,27 @@ def qkv_attention(
     generator: torch.Generator | None = None,
     return_lse: bool = False,
 ):
-    """Self-attention on packed projections: qkv (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
+    """Self-attention on packed projections, whose gradient is one tensor: no slices are cut, copied or summed.
 
-    The gradient is one tensor of qkv's shape: no slices are cut, copied or summed. Returns (total, H, D) or
-    (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
-    Other arguments as in varlen_attention and scaled_dot_product_attention.
+    Args:
+        qkv: (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
+        cu_seqlens: as in varlen_attention.
+        max_seqlen: the longest sequence.
+        dropout_p: as in scaled_dot_product_attention, as are all that follow.
+        is_causal: each token sees itself and those before it.
+        scale: default 1 / sqrt(D).
+        key_lengths: (B,) int, for (B, S, 3, H, D).
+        generator: where dropout's seed is drawn from.
+        return_lse: return the log-sum-exp of the scores too.
+
+    Returns:
+        (total, H, D) or (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        As scaled_dot_product_attention.
     """
     packed = cu_seqlens is not None
     _common.check_floating("qkv", qkv)

@@ -38,10 +38,38 @@ def attention_probabilities(
 ) -> torch.Tensor:
     """softmax(scale * Q K^T + bias): the attention weights of chosen heads, for a call that has already been made.
 
-    query (B, H, Sq, D), key (B, Hk, Sk, D), lse (B, H, Sq) as scaled_dot_product_attention returned it for the
-    same arguments: where it is -inf the weights are zeros. heads: indices, default all; only theirs are computed.
-    Returns (B, len(heads), Sq, Sk) in query's dtype, before dropout, differentiable; rows with nothing to attend to are
-    zero. Raises TypeError or ValueError naming the argument.
+    Args:
+        query: (B, H, Sq, D).
+        key: (B, Hk, Sk, D).
+        lse: (B, H, Sq), as scaled_dot_product_attention returned it for the same arguments: where it is -inf the
+            weights are zeros.
+        scale: as in that call, as are all but heads.
+        heads: indices, default all; only theirs are computed.
+        bias: float, broadcasts to (B, H, Sq, Sk).
+        attn_mask: broadcasts to (B, H, Sq, Sk).
+        key_lengths: (B,) int.
+        is_causal: as in that call.
+        causal_alignment: "top_left" or "bottom_right".
+        window: (left, right).
+        softcap: c > 0.
+        relative_bias: T5's.
+
+    Returns:
+        (B, len(heads), Sq, Sk) in query's dtype, before dropout, differentiable; rows with nothing to attend to are
+        zero.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        As scaled_dot_product_attention.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 2, 8, 16, 64).unbind()
+        >>> out, lse = transformer_fast.scaled_dot_product_attention(q, k, v, return_lse=True)
+        >>> transformer_fast.attention_probabilities(q, k, lse, heads=[0, 3]).shape
+        torch.Size([2, 2, 16, 16])
     """
     for name, t in (("query", query), ("key", key)):
         _common.check_floating(name, t)
@@ -59,6 +87,7 @@ def attention_probabilities(
     _check_alignment(causal_alignment)
     _common.check_flag("is_causal", is_causal)
     _check_softcap(softcap)
+    softcap = float(softcap)
     mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
     left, right = _check_window(window)
     if is_causal:

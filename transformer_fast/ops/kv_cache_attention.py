@@ -71,15 +71,39 @@ def kv_cache_attention(
 ):
     """Writes key and value behind the cached ones, then softmax(scale * Q K^T) V over all of them, causal.
 
-    query: (B, H, S, D), key, value: (B, Hk, S, D): S new tokens a sequence, H % Hk == 0. key_cache, value_cache:
-        (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new row i. cache_lengths: (B,) int, rows
-        in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked on a GPU: reading it waits).
-    New token i stands at position cache_lengths[b] + i and sees the keys up to there, within `window`'s left side.
-    The rest as in scaled_dot_product_attention; float16, bfloat16, float32 (float64 in plain PyTorch).
+    New token i stands at position cache_lengths[b] + i and sees the keys up to there, within `window`'s left side. The
+    Triton kernel appends in the launch that attends.
 
-    Returns (B, H, S, D), and with return_lse also the log-sum-exp (B, H, S). No gradients: raises RuntimeError where
-    one is wanted; TypeError or ValueError naming an argument. The Triton kernel appends in the launch that attends.
-    Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+    Args:
+        query: (B, H, S, D), S new tokens a sequence; float16, bfloat16, float32 (float64 in plain PyTorch).
+        key: (B, Hk, S, D), H % Hk == 0.
+        value: as key.
+        key_cache: (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new row i.
+        value_cache: as key_cache.
+        cache_lengths: (B,) int, rows in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked
+            on a GPU: reading it waits).
+        scale: default 1 / sqrt(D).
+        window: (left, right), as in scaled_dot_product_attention.
+        softcap: as there.
+        relative_bias: as there.
+        return_lse: return the log-sum-exp of the scores too.
+
+    Returns:
+        (B, H, S, D), and with return_lse also the log-sum-exp (B, H, S).
+
+    Raises:
+        RuntimeError: where a gradient is wanted; there are none.
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Dao et al., "Flash-Decoding for long-context inference", 2023.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 2, 4, 1, 32).unbind()  # one new token in each of two sequences
+        >>> keys, values, lengths = torch.zeros(2, 4, 64, 32), torch.zeros(2, 4, 64, 32), torch.tensor([10, 3])
+        >>> transformer_fast.kv_cache_attention(q, k, v, keys, values, lengths).shape
+        torch.Size([2, 4, 1, 32])
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)

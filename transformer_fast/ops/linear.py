@@ -152,10 +152,26 @@ def linear(
 ) -> torch.Tensor:
     """y = activation(x W^T + b).
 
-    input: (..., in), float16, bfloat16, float32 (or float64 in plain PyTorch); weight: (out, in), or a pack_weight
-    result (inference only); bias: (out,). Under autocast as torch.nn.functional.linear. activation: None or one of
-    bias_activation's names, fused with the bias. Returns (..., out). Gradients to every tensor.
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        input: (..., in), float16, bfloat16, float32 (or float64 in plain PyTorch). Under autocast as
+            torch.nn.functional.linear.
+        weight: (out, in), or a pack_weight result (inference only).
+        bias: (out,).
+        activation: None or one of bias_activation's names, fused with the bias.
+
+    Returns:
+        (..., out). Gradients to every tensor.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, for the default activation of transformers.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.linear(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(16), "gelu").shape
+        torch.Size([4, 16])
     """
     _check(input, weight, bias, activation)
     if isinstance(weight, PackedWeight):
@@ -181,7 +197,11 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(input, *parameters)
         ctx.n = n
         ctx.set_materialize_grads(False)
-        return tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        found = tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        need_input, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        if not need_input:
+            ctx.mark_non_differentiable(*(y for i, y in enumerate(found) if not (needs[i] or needs[n + i])))
+        return found
 
     @staticmethod
     def backward(ctx, *grads):
@@ -241,10 +261,23 @@ def projections(
 ) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for each i: several projections of one input, such as query, key and value.
 
-    Each weight is read where it lies. input: (..., in); weights: (out_i, in) each, or pack_weight results (inference
-    only); biases: (out_i,) or None each, or None. Returns (..., out_i) each. Gradients to every tensor; those of the
-    input are added up by the products that make them.
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        input: (..., in).
+        weights: (out_i, in) each, or pack_weight results (inference only); each is read where it lies.
+        biases: (out_i,) or None each, or None.
+
+    Returns:
+        A tuple of (..., out_i). Gradients to every tensor; those of the input are added up by the products that make
+        them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, weights = torch.randn(4, 8), [torch.randn(16, 8), torch.randn(2, 8)]
+        >>> [tuple(y.shape) for y in transformer_fast.projections(x, weights)]
+        [(4, 16), (4, 2)]
     """
     for name, tensors in (("weights", weights), ("biases", biases)):
         if not isinstance(tensors, (list, tuple)) and not (tensors is None and name == "biases"):

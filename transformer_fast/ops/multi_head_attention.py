@@ -27,11 +27,35 @@ def multi_head_attention(
 ) -> torch.Tensor:
     """concat_h(softmax(scale * Q_h K_h^T) V_h) W_o + b_o, with Q, K, V = x W_q, x W_k, x W_v.
 
-    query: (B, Sq, E); key, value: (B, Sk, E), or None for self-attention (then one GEMM makes all three).
-    in_proj_weight: (3E, E), in_proj_bias: (3E,), out_proj_weight: (E, E), as torch.nn.MultiheadAttention names
-    and orders them. attn_mask, key_lengths, dropout_p, is_causal, scale: as in scaled_dot_product_attention.
-    Returns (B, Sq, E). Raises TypeError or ValueError naming the argument.
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+    Args:
+        query: (B, Sq, E).
+        key: (B, Sk, E), or None for self-attention (then one matrix product makes query, key and value).
+        value: as key.
+        num_heads: a divisor of E.
+        in_proj_weight: (3E, E), as torch.nn.MultiheadAttention names and orders it.
+        in_proj_bias: (3E,).
+        out_proj_weight: (E, E).
+        out_proj_bias: (E,).
+        attn_mask: as in scaled_dot_product_attention, as are all that follow.
+        key_lengths: (B,) int.
+        dropout_p: of the attention weights.
+        is_causal: each token sees itself and those before it.
+        scale: default 1 / sqrt(E / num_heads).
+
+    Returns:
+        (B, Sq, E).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, weight, out = torch.randn(2, 5, 32), torch.randn(96, 32), torch.randn(32, 32)
+        >>> transformer_fast.multi_head_attention(x, None, None, 4, weight, None, out, None).shape
+        torch.Size([2, 5, 32])
     """
     t: Any
     for name, t in (("query", query), ("key", key), ("value", value)):

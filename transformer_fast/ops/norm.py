@@ -297,10 +297,28 @@ def layer_norm(
 ) -> torch.Tensor:
     """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimensions.
 
-    Same signature as torch.nn.functional.layer_norm. input: (..., *normalized_shape), float16, bfloat16,
-    float32 (or float64 in plain PyTorch); weight, bias: normalized_shape, of input's dtype or float32.
-    Statistics are float32 always. Gradients to input, weight and bias, deterministic.
-    Raises TypeError or ValueError naming the argument. Source: Ba et al., "Layer Normalization", 2016.
+    Same signature as torch.nn.functional.layer_norm. Statistics are float32 always.
+
+    Args:
+        input: (..., *normalized_shape), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        normalized_shape: an int or a sequence of them.
+        weight: normalized_shape, of input's dtype or float32.
+        bias: as weight.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of input's shape and dtype. Gradients to input, weight and bias, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Ba et al., "Layer Normalization", 2016.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.layer_norm(torch.randn(4, 768), 768, torch.ones(768), torch.zeros(768)).shape
+        torch.Size([4, 768])
     """
     if not isinstance(input, torch.Tensor):
         _common.check_floating("input", input)
@@ -314,9 +332,27 @@ def rms_norm(
 ) -> torch.Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimensions.
 
-    Same signature as torch.nn.functional.rms_norm; eps None is the smallest step of input's dtype.
-    Shapes, dtypes and errors as in layer_norm. Source: Zhang and Sennrich, "Root Mean Square Layer
-    Normalization", NeurIPS 2019.
+    Same signature as torch.nn.functional.rms_norm. Statistics are float32 always.
+
+    Args:
+        input: (..., *normalized_shape), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        normalized_shape: an int or a sequence of them.
+        weight: normalized_shape, of input's dtype or float32.
+        eps: added to the mean square; None is the smallest step of input's dtype.
+
+    Returns:
+        A tensor of input's shape and dtype. Gradients to input and weight, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.rms_norm(torch.randn(4, 768), 768, torch.ones(768), 1e-6).shape
+        torch.Size([4, 768])
     """
     _common.check_floating("input", input)
     x, w, _ = _normalized(input, normalized_shape, weight, None)
@@ -335,12 +371,31 @@ def add_layer_norm(
     return_sum: bool = True,
     generator: torch.Generator | None = None,
 ):
-    """s = residual + dropout(x); y = layer_norm(s). Returns (y, s), or y alone with return_sum=False.
+    """s = residual + dropout(x); y = layer_norm(s), in one pass.
 
-    input, residual: (..., N), the same shape; where dtypes differ both are promoted. weight, bias: (N,).
-    dropout_p: in [0, 1], 0 in evaluation. Gradients to every tensor, deterministic.
-    Raises TypeError or ValueError naming the argument. Source: the residual blocks of Vaswani et al.,
-    "Attention Is All You Need", 2017, section 3.1.
+    Args:
+        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        residual: the shape of input; where dtypes differ both are promoted.
+        weight: (N,).
+        bias: (N,).
+        eps: added to the variance.
+        dropout_p: in [0, 1], 0 in evaluation.
+        return_sum: return s too.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (y, s), or y alone with return_sum=False. Gradients to every tensor, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        The residual blocks of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, residual = torch.randn(2, 4, 768).unbind()
+        >>> y, residual = transformer_fast.add_layer_norm(x, residual, torch.ones(768), torch.zeros(768), dropout_p=0.1)
     """
     out = _norm(input, residual, weight, bias, eps, False, dropout_p, return_sum, generator)
     return (out[0], out[1]) if return_sum else out[0]
@@ -356,9 +411,31 @@ def add_rms_norm(
     return_sum: bool = True,
     generator: torch.Generator | None = None,
 ):
-    """s = residual + dropout(x); y = rms_norm(s). Returns (y, s), or y alone with return_sum=False.
+    """s = residual + dropout(x); y = rms_norm(s), in one pass.
 
-    As add_layer_norm, with the root mean square in place of mean and variance (Zhang and Sennrich, 2019).
+    Args:
+        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        residual: the shape of input; where dtypes differ both are promoted.
+        weight: (N,).
+        eps: added to the mean square.
+        dropout_p: in [0, 1], 0 in evaluation.
+        return_sum: return s too.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (y, s), or y alone with return_sum=False. Gradients to every tensor, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019; the residual blocks of Raffel et al.,
+        "Exploring the Limits of Transfer Learning", 2020, section 2.1.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, residual = torch.randn(2, 4, 768).unbind()
+        >>> y, residual = transformer_fast.add_rms_norm(x, residual, torch.ones(768))
     """
     out = _norm(input, residual, weight, None, eps, True, dropout_p, return_sum, generator)
     return (out[0], out[1]) if return_sum else out[0]
