@@ -61,6 +61,8 @@ def run_gpt(
     flags = read_flags(config, kwargs, len(layers))
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past)
+    if not len(layers):  # a cache without layers does not know what it has seen, nor is anything masked
+        attention_mask = None
     documents = None
     if attention_mask is None and past_key_values is None:
         documents = documents_of((batch, length), position_ids if positions_tell_documents else None, kwargs)

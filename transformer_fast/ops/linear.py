@@ -197,7 +197,11 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(input, *parameters)
         ctx.n = n
         ctx.set_materialize_grads(False)
-        return tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        found = tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        need_input, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        if not need_input:
+            ctx.mark_non_differentiable(*(y for i, y in enumerate(found) if not (needs[i] or needs[n + i])))
+        return found
 
     @staticmethod
     def backward(ctx, *grads):
