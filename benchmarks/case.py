@@ -27,7 +27,8 @@ class Candidate:
     prepare(inputs) builds what it needs (model, compiled graph, packed weights) and returns the call to time.
     requires: modules that must be importable. slow: takes long to prepare, left out of quick runs. settle: seconds
     its own worker threads keep spinning after a call. comparable: the output has the peer's shape and order.
-    works_on: device types.
+    works_on: device types. low_precision: its output differs by more than rounding, and the note of its row says by how
+    much: the cosine of its rows to the peer's.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Candidate:
     settle: float = 0.0
     comparable: bool = True
     works_on: tuple[str, ...] = ("cpu", "cuda")
+    low_precision: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import fnmatch
 
 from .case import Case
 from .generation_cases import generation_cases
+from .int8_cases import int8_cases
 from .model_cases import model_cases
 from .op_cases import op_cases
 from .sequence_cases import sequence_cases
@@ -12,7 +13,10 @@ __all__ = ["all_cases", "find", "select"]
 
 
 def all_cases(device: str = "cpu") -> list[Case]:
-    return [*op_cases(device), *model_cases(device), *generation_cases(device), *sequence_cases(device)]
+    return [
+        *op_cases(device), *model_cases(device), *int8_cases(device), *generation_cases(device),
+        *sequence_cases(device),
+    ]  # fmt: skip
 
 
 def select(cases: list[Case], pattern: str | None) -> list[Case]:

@@ -199,9 +199,13 @@ def run(step: Step, limit: float, log: pathlib.Path, python: str, meanwhile: Cal
         print(f"flight: no log: {error}", file=sys.stderr)
         output = open(os.devnull, "ab", buffering=0)  # noqa: SIM115
     with output:
-        process = subprocess.Popen(
-            [python, *step.command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                [python, *step.command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        except OSError as error:
+            print(f"flight: {python} does not start: {error}", file=sys.stderr)
+            return 127
         try:
             while time.monotonic() < end_at:
                 try:
@@ -304,19 +308,13 @@ def environment(out: pathlib.Path) -> dict[str, str]:
 
 
 def unpack_kit() -> None:
-    """The library into its place, and the Triton cache where Triton may write to it too."""
-    library, cache = ROOT / "transformer_fast" / "_C.abi3.so", STATE / "triton-cache"
+    """The library into its place."""
+    library = ROOT / "transformer_fast" / "_C.abi3.so"
     carried = KIT / library.name
     try:
         if carried.exists() and not (library.exists() and filecmp.cmp(carried, library, shallow=False)):
             replace(library, carried.read_bytes())
-        if (KIT / "triton-cache.tar.gz").exists() and not cache.exists():
-            fresh = cache.with_name("triton-cache.new")
-            shutil.rmtree(fresh, ignore_errors=True)
-            with tarfile.open(KIT / "triton-cache.tar.gz") as tar:
-                tar.extractall(fresh, filter="data")
-            os.replace(fresh, cache)
-    except (OSError, tarfile.TarError) as error:
+    except OSError as error:
         print(f"flight: the kit was not unpacked: {error}", file=sys.stderr)
 
 
@@ -354,11 +352,11 @@ def results_folder() -> pathlib.Path:
         text = found.stdout.strip().splitlines()[-1] if found.returncode == 0 else ""
     except (subprocess.TimeoutExpired, IndexError):
         text = ""
-    unknown = ROOT / "benchmarks/results/cuda-unknown" / time.strftime("%Y-%m-%d")
-    folder = pathlib.Path(text).resolve() if text else unknown
+    if not text:
+        return STATE / "results"  # of no known machine: not among those that may be committed
+    folder = pathlib.Path(text).resolve()
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    if text:
-        replace(noted, str(folder).encode())
+    replace(noted, str(folder).encode())
     return folder
 
 

@@ -1,7 +1,8 @@
 """What a GPU machine is to find there, made where there is none: bash benchmarks/gpu.sh pack
 
-build/flight-kit: the library with code for sm_90a, Triton's cache for sm_90 where a Python with Triton 3.6 is named by
-FLIGHT_TRITON_PYTHON, the Python packages that may be missing there, and the name of the commit.
+build/flight-kit: the library with code for sm_90a, the Python packages that may be missing there, and the name of the
+commit. Triton's kernels are compiled there, by all cores at once: its cache is keyed by the bytes of the Triton that is
+installed, which nobody here has.
 """
 
 import importlib.util
@@ -39,8 +40,6 @@ def make(kit: pathlib.Path) -> int:
         shutil.copytree(
             spec.submodule_search_locations[0], target, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
-    if not (kit / "triton-cache.tar.gz").exists():
-        print("no Triton cache: python3.12 tests/triton_cache.py makes one; without it kernels are compiled there")
     size = sum(path.stat().st_size for path in kit.rglob("*") if path.is_file())
     print(
         f"{kit.relative_to(ROOT)}: {size / 2**20:.1f} MiB of {LARGEST >> 20}. To be carried beside the tracked files;"

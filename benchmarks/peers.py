@@ -120,13 +120,24 @@ def _example() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64)
 
 
-def onnxruntime_encoder(inputs: EncoderInputs) -> Callable:
-    """ONNX Runtime with the graph fusions of onnxruntime.transformers."""
+def onnxruntime_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
+    """ONNX Runtime with the graph fusions of onnxruntime.transformers. int8: after its dynamic quantisation."""
     import onnxruntime
 
     path = folder() / f"{inputs.checkpoint.name}.onnx"
     if not path.exists():
         _export_onnx(inputs.checkpoint, path)
+    if int8:
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        whole, path = path, path.with_suffix(".int8.onnx")
+        if not path.exists():
+            with quiet():
+                quantize_dynamic(
+                    whole, path, weight_type=QuantType.QInt8, per_channel=True,
+                    extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of the fused nodes' results
+                )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -162,8 +173,8 @@ def _export_onnx(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
     plain.unlink()
 
 
-def openvino_encoder(inputs: EncoderInputs) -> Callable:
-    """OpenVINO's CPU plugin, latency hint, float32 arithmetic."""
+def openvino_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
+    """OpenVINO's CPU plugin, latency hint, float32 arithmetic. int8: nncf's, which sees two batches."""
     import openvino
 
     with quiet(), torch.no_grad():
@@ -176,6 +187,12 @@ def openvino_encoder(inputs: EncoderInputs) -> Callable:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
+    if int8:
+        import nncf
+
+        seen = nncf.Dataset([{"input_ids": i.numpy(), "attention_mask": m.numpy()} for i, m in inputs.batches[:2]])
+        with quiet():
+            model = nncf.quantize(model, seen, model_type=nncf.ModelType.TRANSFORMER, subset_size=2)
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def forward(ids, mask):

@@ -237,6 +237,8 @@ def _prepare(
             result = [t.detach().double() for t in _tensors(case.result(output, inputs))]
             if name == case.peer:
                 expected = result
+            elif expected is not None and candidate.low_precision:
+                notes[name] = f"cosine to {case.peer}: {_cosine(result, expected)}"
             elif expected is not None:
                 notes[name] = f"differs from {case.peer} by {_difference(result, expected):.1e} of the largest value"
                 if name.split()[0] == OURS and not _difference(result, expected) <= DISAGREEMENT:
@@ -246,6 +248,14 @@ def _prepare(
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [t for item in value for t in _tensors(item)]
+
+
+def _cosine(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
+    """Of the rows, in words."""
+    found = torch.cat(
+        [torch.nn.functional.cosine_similarity(a, e, dim=-1).flatten() for a, e in zip(actual, expected, strict=True)]
+    )
+    return f"mean {found.mean():.5f}, least {found.min():.4f}"
 
 
 def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

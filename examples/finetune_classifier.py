@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
 
 matplotlib.use("Agg")
@@ -74,14 +75,12 @@ def draw(histories: dict[str, list[dict]], baseline: float, path: pathlib.Path) 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder or name of an encoder; default: all-MiniLM-L6-v2")
+    parser = argument_parser(__doc__, "finetune_classifier", "an encoder")
     parser.add_argument("--freeze", action="store_true", help="train the pooler and the head alone")
     parser.add_argument("--epochs", type=int, help="default 3, frozen 10")
     parser.add_argument("--lr", type=float, help="default 1e-4, frozen 2e-3")
     parser.add_argument("--limit", type=int, help="read only so many reviews")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("finetune_classifier"))
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 

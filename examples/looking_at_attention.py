@@ -20,6 +20,7 @@ import transformers
 from tqdm import tqdm
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
 
 matplotlib.use("Agg")
@@ -92,11 +93,9 @@ def save_page(seen: dict[str, tuple[list[str], tuple[torch.Tensor, ...]]], path:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder or name of a BERT; default: all-MiniLM-L6-v2")
-    parser.add_argument("--sentences", nargs="+", default=SENTENCES, metavar="TEXT")
+    parser = argument_parser(__doc__, "looking_at_attention", "a BERT")
+    parser.add_argument("--sentences", nargs="+", default=SENTENCES, metavar="TEXT", help="to look at")
     parser.add_argument("--layer", type=int, default=-1, help="to draw, from 0; negative: from the last")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("looking_at_attention"))
     return parser.parse_args(arguments)
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
 
 matplotlib.use("Agg")
@@ -97,13 +98,11 @@ def draw(losses: list[float], counts: torch.Tensor, path: pathlib.Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder or name of an encoder; default: all-MiniLM-L6-v2")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser = argument_parser(__doc__, "name_tagging", "an encoder")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the training data")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--limit", type=int, help="read only so many sentences")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("name_tagging"))
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 

@@ -21,6 +21,7 @@ import transformers
 from tqdm import tqdm
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
 
 matplotlib.use("Agg")
@@ -126,18 +127,16 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", "--model", help="folder or name of a BERT; default: all-MiniLM-L6-v2")
+    parser = argument_parser(__doc__, "pretrain_new_language", "a BERT")
     parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the new tokenizer, at most")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=400, help="steps of training")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows a step")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--masked", type=float, default=0.25, help="share of the tokens, in training")
     parser.add_argument(
         "--dropout", type=float, default=0.0, help="as little to learn from as here learns best without"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("pretrain_new_language"))
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 

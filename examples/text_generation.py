@@ -20,6 +20,7 @@ import transformers
 from tqdm import tqdm
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -124,21 +125,20 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "text_generation")
     parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the tokenizer")
     parser.add_argument("--size", type=int, default=128, help="width of the model")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
+    parser.add_argument("--steps", type=int, default=200, help="steps of training")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's")
+    parser.add_argument("--dropout", type=float, default=0.2, help="in training")
     parser.add_argument("--beginnings", nargs="+", default=BEGINNINGS, metavar="TEXT", help="to be continued")
     parser.add_argument("--new-tokens", type=int, default=80, help="to write, at most")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--beams", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("text_generation"))
+    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling")
+    parser.add_argument("--beams", type=int, default=4, help="of beam search")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import transformer_fast as tf
+from transformer_fast.demo.arguments import argument_parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -192,19 +193,18 @@ def draw_attention(model, text: str, path: pathlib.Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("transformer", "rnn"), default="transformer")
+    parser = argument_parser(__doc__, "translation_from_scratch")
+    parser.add_argument("--model", choices=("transformer", "rnn"), default="transformer", help="which of the two")
     parser.add_argument("--norm", choices=("post", "pre"), default="post", help="of the Transformer")
     parser.add_argument("--attention", choices=("additive", "dot", "general", "concat"), default="additive",
                         help="score of the recurrent network")  # fmt: skip
     parser.add_argument("--size", type=int, default=128, help="width of the model")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of training")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows a step")
     parser.add_argument("--lr", type=float, help="learning rate; the Transformer's multiplies its schedule")
-    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--beams", type=int, default=4, help="of beam search")
     parser.add_argument("--test", type=int, default=500, help="held-out dates to translate at the end")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("translation_from_scratch"))
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 

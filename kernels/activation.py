@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .column_sum import column_sum
+from .direct import DIRECT
 
 TILE = 2048  # elements of a program of NUM_WARPS warps: 16 a thread
 BLOCK = 256  # columns: divides the widths of transformers, so that no lane idles
@@ -118,19 +119,20 @@ def _tile(width: int) -> tuple[int, int]:
     return TILE // block, block
 
 
-def bias_activation_forward(x, bias, gate, activation: str, y) -> None:
+def bias_activation_forward(x, bias, gate, activation: str, y, plan=DIRECT) -> None:
     """Write y. x, gate: (rows, width), unit stride along the width; bias: (width,); y: (rows, width) contiguous.
     activation: "gelu" (erf), "gelu_tanh", "relu" or "silu"."""
     rows, width = x.shape
     tile_rows, block = _tile(width)
-    _bias_activation_forward_kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(width, block),)](
+    plan.call(
+        _bias_activation_forward_kernel, (triton.cdiv(rows, tile_rows) * triton.cdiv(width, block),),
         x, bias, gate, y, x.stride(0), 0 if gate is None else gate.stride(0), rows, width,
         ACTIVATION=activation, EVEN=width % block == 0, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
 def bias_activation_backward(
-    grad, x, bias, gate, activation: str, grad_x, grad_bias, grad_gate, multiprocessors: int
+    grad, x, bias, gate, activation: str, grad_x, grad_bias, grad_gate, multiprocessors: int, plan=DIRECT
 ) -> None:
     """Write grad_x, and grad_gate where there is a gate, and grad_bias (float32) where given.
 
@@ -142,12 +144,12 @@ def bias_activation_backward(
     partial = None
     if grad_bias is not None:
         programs = min(programs, max(1, multiprocessors * PROGRAMS // column_blocks))
-        partial = grad_bias.new_empty((1, programs, width))
-    _bias_activation_backward_kernel[(programs * column_blocks,)](
-        grad, x, bias, gate, grad_x, grad_gate, partial,
+        partial = plan.empty((1, programs, width), grad_bias.dtype, grad_bias.device)
+    plan.call(
+        _bias_activation_backward_kernel, (programs * column_blocks,), grad, x, bias, gate, grad_x, grad_gate, partial,
         grad.stride(0), x.stride(0), 0 if gate is None else gate.stride(0), rows, width,
         ACTIVATION=activation, EVEN=width % block == 0, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS,
         maxnreg=REGISTERS if gate is None and x.element_size() == 2 else None,
     )  # fmt: skip
     if partial is not None:
-        column_sum(partial, grad_bias)
+        column_sum(partial, grad_bias, plan=plan)

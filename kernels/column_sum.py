@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .direct import DIRECT
+
 
 @triton.jit(do_not_specialize=["partials"])
 def _column_sum_kernel(partial_ptr, first_ptr, second_ptr, partials, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -21,13 +23,14 @@ def _column_sum_kernel(partial_ptr, first_ptr, second_ptr, partials, width, ROWS
         tl.store(second_ptr + column, result, mask=inside)
 
 
-def column_sum(partial, first, second=None) -> None:
+def column_sum(partial, first, second=None, plan=DIRECT) -> None:
     """first[c] = sum over p of partial[0, p, c], and second[c] of partial[1, p, c]; one launch, fixed order.
 
     partial: (1 or 2, partials, width) float32, contiguous; first, second: (width,) float32.
     """
     outputs, partials, width = partial.shape
     block = 16  # few columns a program: width / 16 programs fill a GPU at the widths of transformers
-    _column_sum_kernel[(triton.cdiv(width, block), outputs)](
-        partial, first, second, partials, width, ROWS=64, BLOCK=block, num_warps=4
-    )
+    plan.call(
+        _column_sum_kernel, (triton.cdiv(width, block), outputs), partial, first, second, partials, width, ROWS=64,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .column_sum import column_sum
+from .direct import DIRECT
 from .philox import keep_mask
 
 FORWARD_WIDTH = 16384
@@ -277,7 +278,7 @@ def backward_config(width: int, itemsize: int, dropout: bool) -> Config:
 
 
 def layer_norm_forward(
-    x, residual, weight, bias, rng, eps, rms, threshold, keep_scale, y, sum_out, mean, rstd
+    x, residual, weight, bias, rng, eps, rms, threshold, keep_scale, y, sum_out, mean, rstd, plan=DIRECT
 ) -> None:  # fmt: skip
     """Write y and, where given, sum_out, mean and rstd.
 
@@ -289,16 +290,19 @@ def layer_norm_forward(
     args = (x, residual, weight, bias, rng, y, sum_out, mean, rstd, x.stride(0), 0 if residual is None else
             residual.stride(0), rows, width, eps, threshold, keep_scale)  # fmt: skip
     if width > FORWARD_WIDTH:
-        _layer_norm_forward_wide_kernel[(rows,)](*args, RMS=rms, BLOCK=config.block, num_warps=config.num_warps)
-    else:
-        _layer_norm_forward_kernel[(triton.cdiv(rows, config.rows),)](
-            *args, RMS=rms, EVEN=width == config.block, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps
+        plan.call(
+            _layer_norm_forward_wide_kernel, (rows,), *args, RMS=rms, BLOCK=config.block, num_warps=config.num_warps
         )
+    else:
+        plan.call(
+            _layer_norm_forward_kernel, (triton.cdiv(rows, config.rows),), *args, RMS=rms, EVEN=width == config.block,
+            ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps,
+        )  # fmt: skip
 
 
 def layer_norm_backward(
     grad_y, grad_sum, v, weight, rng, threshold, keep_scale, mean, rstd, grad_v, grad_x, grad_weight, grad_bias,
-    multiprocessors: int,
+    multiprocessors: int, plan=DIRECT,
 ) -> None:  # fmt: skip
     """Write grad_v, and grad_x with dropout, and grad_weight, grad_bias (float32) where given.
 
@@ -311,20 +315,20 @@ def layer_norm_backward(
     programs = max(1, multiprocessors * config.programs // column_blocks)
     programs = min(programs, triton.cdiv(rows, config.rows))
     wanted = [t for t in (grad_weight, grad_bias) if t is not None]
-    partial = rstd.new_empty((len(wanted), programs, width)) if wanted else None
+    partial = plan.empty((len(wanted), programs, width), rstd.dtype, rstd.device) if wanted else None
     row_means = None
     if column_blocks > 1:
-        row_means = rstd.new_empty((2, rows))
-        _layer_norm_backward_means_kernel[(rows,)](
-            grad_y, v, weight, mean, rstd, row_means, grad_y.stride(0), v.stride(0), rows, width,
-            BLOCK=WIDE_FORWARD.block, num_warps=WIDE_FORWARD.num_warps,
+        row_means = plan.empty((2, rows), rstd.dtype, rstd.device)
+        plan.call(
+            _layer_norm_backward_means_kernel, (rows,), grad_y, v, weight, mean, rstd, row_means, grad_y.stride(0),
+            v.stride(0), rows, width, BLOCK=WIDE_FORWARD.block, num_warps=WIDE_FORWARD.num_warps,
         )  # fmt: skip
-    _layer_norm_backward_kernel[(programs, column_blocks)](
-        grad_y, grad_sum, v, weight, mean, rstd, rng, row_means, grad_v, grad_x, partial,
-        grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), v.stride(0), rows, width, threshold,
-        keep_scale,
+    plan.call(
+        _layer_norm_backward_kernel, (programs, column_blocks), grad_y, grad_sum, v, weight, mean, rstd, rng, row_means,
+        grad_v, grad_x, partial, grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), v.stride(0), rows,
+        width, threshold, keep_scale,
         WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, EVEN=width % config.block == 0,
         ROWS=config.rows, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps, maxnreg=REGISTERS,
     )  # fmt: skip
     if wanted:
-        column_sum(partial, *wanted)
+        column_sum(partial, *wanted, plan=plan)

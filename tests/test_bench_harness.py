@@ -341,3 +341,23 @@ def test_an_error_while_it_is_timed_is_a_note():
 
     rows = measure(case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(3.0)), bar=Bar(1.0)), clock=clock)
     assert "not timed: RuntimeError: CUDA error" in rows[OURS]["note"] and rows[OURS]["met"] == "no"
+
+
+def test_low_precision_is_judged_by_its_cosine():
+    half = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+    def giving(value: torch.Tensor):
+        def prepare(inputs):
+            call = lambda: value  # noqa: E731
+            call.cost = 1.0
+            return call
+
+        return prepare
+
+    rows = measure(
+        case(
+            Candidate(OURS, giving(half + torch.tensor([[0.0, 0.1], [0.0, 0.0]])), low_precision=True),
+            Candidate("peer", giving(half)),
+        )
+    )
+    assert rows[OURS]["note"] == "cosine to peer: mean 0.99752, least 0.9950"

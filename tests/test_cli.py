@@ -119,7 +119,7 @@ def mt5():
     return MT5ForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("build", [DECODERS["gemma2"], mt5, vit], ids=["gemma2", "mt5", "vit"])
+@pytest.mark.parametrize("build", [DECODERS["gpt_neox"], mt5, vit], ids=["gpt_neox", "mt5", "vit"])
 def test_verify_through_accelerate(build, tmp_path):
     build().save_pretrained(tmp_path)
     result = verification.verify(tmp_path, dtypes=["fp32", "bf16"])
@@ -136,7 +136,7 @@ def test_verify_our_own_encoder_decoder(tmp_path):
 
 def test_verify_finds_a_wrong_row(tmp_path, monkeypatch):
     """Padding that leaks into one sentence, as a missing mask would make it."""
-    DECODERS["llama"]().save_pretrained(tmp_path)
+    DECODERS["gpt_neox"]().save_pretrained(tmp_path)
     from transformer_fast.integrations import huggingface
 
     right = huggingface._rule
@@ -176,7 +176,7 @@ def test_verify_unknown_kind(tmp_path):
     assert "abacus" in _one_line(_invoke("verify", tmp_path))
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "gpt_neox"])
 def test_verify_corrupt_weights(family, tmp_path):
     {**ENCODERS, **DECODERS}[family]().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import pathlib
 import re
 import warnings
@@ -56,6 +57,21 @@ def test_code_runs(page, here):
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(compile("\n" * line + code, str(page), "exec"), scope)
+
+
+def test_tour_runs(here, monkeypatch):
+    """Every cell, with trainings of two steps."""
+    examples = pathlib.Path("examples")
+    examples.symlink_to(ROOT / "examples")
+    scope = {"__name__": "__main__"}
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        assert not cell["outputs"] and cell["execution_count"] is None, "it is kept without outputs"
+        code = "".join(cell["source"]).replace("STEPS = 60", "STEPS = 2")
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(compile(code, f"tour.ipynb, cell {number}", "exec"), scope)
+    assert pathlib.Path("tour_attention.png").stat().st_size > 1000
 
 
 def _commands(page: pathlib.Path):

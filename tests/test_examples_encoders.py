@@ -268,3 +268,27 @@ def test_lives_are_learned_whole(load):
     for ids, mask, labels, life in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], known):
         assert tokenizer.decode(ids[mask]) == example.END + life + example.END
         assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_arguments(name, capsys, tmp_path, monkeypatch):
+    """--help explains every option and shows its default; output goes where git does not look; errors are said."""
+    monkeypatch.chdir(tmp_path)
+    example = load(name)
+    parsed = example.parse([])
+    assert parsed.output == pathlib.Path("example_output") / name
+    ignored = (EXAMPLES.parent / ".gitignore").read_text().split() if (EXAMPLES.parent / ".git").exists() else None
+    assert ignored is None or "example_output/" in ignored
+    with pytest.raises(SystemExit):
+        example.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option, value in vars(parsed).items():
+        flag = f"--{option.replace('_', '-')}"
+        assert re.search(rf"{flag}( [A-Z_{{][^ ]*( \[[^]]*\])?)? [a-z]", text), f"{flag} has no help"
+        if type(value) in (int, float):
+            assert f"(default: {value})" in text or f"default {value}" in text, flag
+    if hasattr(parsed, "checkpoint"):
+        with pytest.raises(SystemExit) as error:
+            example.parse(["--checkpoint", "./nosuch"])
+        assert error.value.code == 2 and "there is no folder './nosuch'" in capsys.readouterr().err

@@ -131,13 +131,12 @@ def test_nothing_is_begun_without_time_for_it(device):
     assert "state.json" in device.packed()
 
 
-@pytest.mark.parametrize("moment", [0.9, 1.7])
-def test_what_was_done_before_a_kill_is_kept(device, moment):
+@pytest.mark.parametrize("begun", [2, 5])
+def test_what_was_done_before_a_kill_is_kept(device, begun):
     process = device.start("first", STEP_SECONDS="0.4")
     deadline = time.monotonic() + 60
-    while not device.asked() and time.monotonic() < deadline:
+    while len(device.asked()) < begun and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(moment)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = device.asked()
@@ -167,7 +166,7 @@ def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
     begun = time.monotonic()
     step = flight.Step("endless", 2.0, (str(script),))
     status = flight.run(step, step.seconds, tmp_path / "log", sys.executable, lambda: packings.append(1))
-    assert status == 124 and time.monotonic() - begun < 12
+    assert status == 124 and time.monotonic() - begun < 60
     assert len(packings) >= 2 and "begun" in (tmp_path / "log").read_text()
     child = int((tmp_path / "child").read_text())
     state = pathlib.Path(f"/proc/{child}/stat")
@@ -183,6 +182,26 @@ def test_a_full_disk_stops_nothing(device, tmp_path):
     device.record.unlink()
     status, output = device.fly("first", FLIGHT_STATE=str(blocked / "state"), OUT=str(device.out))
     assert len(device.asked()) == len(record.splitlines()) and "no log" in output
+
+
+def test_a_python_that_does_not_start_is_no_end(device):
+    status, output = device.fly("first", FLIGHT_PYTHON="/nowhere/python")
+    assert status == 1 and output.count("does not start") >= 9 and "state.json" in device.packed()
+
+
+def test_what_is_missing_costs_its_own_step(device, tmp_path):
+    """Nothing but Python, and no GPU for those who find a torch: every step fails by itself, and it is written down."""
+    (device.state / "folder").unlink()
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    bare.chmod(0o755)
+    status, output = device.fly("first", FLIGHT_PYTHON=str(bare), PYTHONPATH="")
+    assert status == 1 and "No module named" in output
+    with tarfile.open(device.out / "flight.tar.gz") as tar:
+        state = next(m for m in tar.getmembers() if m.name.endswith("state.json"))
+        noted = json.load(tar.extractfile(state))
+    assert len(noted) == 10 and not [name for name, step in noted.items() if step["status"] in (0, "running")]
+    assert (device.state / "results" / "tests").exists() and not list(ROOT.glob("benchmarks/results/cuda-unknown*"))
 
 
 def test_packs_what_fits(tmp_path, monkeypatch):
@@ -232,7 +251,7 @@ def test_skips():
 
 def _run_tests(folder, *more):
     command = [sys.executable, str(ROOT / "benchmarks" / "flight_tests.py"), "--groups", "mine=test_mine.py"]
-    command += ["--output", str(folder / "out"), "--workers", "2", "--marker", "not none", "--test-limit", "2", *more]
+    command += ["--output", str(folder / "out"), "--workers", "2", "--marker", "not none", "--test-limit", "5", *more]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=100)
 
 
@@ -245,7 +264,7 @@ def test_a_test_that_ruins_its_process_costs_itself_alone(tmp_path):
     assert {name for name, entry in found.items() if entry["outcome"] == "failed"} == {
         "test_fails", "test_leaves_the_gpu_in_an_error", "test_crashes", "test_hangs",
     }  # fmt: skip
-    assert found["test_skips"]["outcome"] == "skipped" and "took over 2 s" in found["test_hangs"]["message"]
+    assert found["test_skips"]["outcome"] == "skipped" and "took over 5 s" in found["test_hangs"]["message"]
     cases = list(xml.etree.ElementTree.parse(report.with_suffix(".xml")).iter("testcase"))
     assert len(cases) == len(found) == 11 and {case.get("classname") for case in cases} == {"test_mine"}
     before = len(report.read_text().splitlines())

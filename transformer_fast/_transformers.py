@@ -128,7 +128,9 @@ def collects_outputs() -> bool:
 
 def register_outputs(model: Any) -> None:
     """Tell transformers which layers' outputs a model of this class can return: it asks by the name of the class."""
-    output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    registry = output_capturing._CAN_RECORD_REGISTRY
+    key: Any = str(model.__class__) if type(registry) is dict else model  # later registries make the name themselves
+    registry[key] = model._can_record_outputs
 
 
 def is_capturing_hook(hook: Any) -> bool:

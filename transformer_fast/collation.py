@@ -30,16 +30,34 @@ def sentence_pairs(
 ) -> list[dict]:
     """Pairs of segments (A, B) from documents, which are lists of sentences; the same for the same seed.
 
-    objective "next_sentence": B follows A (label 0) or, half the time, comes from another document (label 1), under
-        the key next_sentence_label. "sentence_order": B follows A (0) or they are swapped (1), under
-        sentence_order_label. What a random B displaced is used in the next pair.
-    max_length: tokens of a pair with its special tokens. short_probability: how often a pair is made shorter than
-        that, down to two tokens of text, so that models see short ones too.
+    Args:
+        documents: lists of sentences.
+        tokenizer: a fast one.
+        objective: "next_sentence": B follows A (label 0) or, half the time, comes from another document (label 1),
+            under the key next_sentence_label. "sentence_order": B follows A (0) or they are swapped (1), under
+            sentence_order_label. What a random B displaced is used in the next pair.
+        max_length: tokens of a pair with its special tokens.
+        short_probability: how often a pair is made shorter than that, down to two tokens of text, so that models see
+            short ones too.
+        seed: of the draws.
 
-    Returns dicts {"input_ids", "token_type_ids", "special_tokens_mask": lists of int, the label: int}.
-    Raises ValueError for an unknown objective, next_sentence with fewer than two documents, a max_length without room;
-    TypeError for a tokenizer that is not a fast one.
-    Source: Devlin et al., "BERT", 2019, appendix A.2; Lan et al., "ALBERT", 2020, section 3.1.
+    Returns:
+        dicts {"input_ids", "token_type_ids", "special_tokens_mask": lists of int, the label: int}.
+
+    Raises:
+        ValueError: for an unknown objective, next_sentence with fewer than two documents, a max_length without room.
+        TypeError: for a tokenizer that is not a fast one.
+
+    Source:
+        Devlin et al., "BERT", 2019, appendix A.2; Lan et al., "ALBERT", 2020, section 3.1.
+
+    Examples:
+        >>> import transformer_fast
+        >>> from transformer_fast.demo import locate
+        >>> tokenizer = transformer_fast.AutoTokenizer.from_pretrained(locate())
+        >>> documents = [["It rained.", "They stayed in."], ["Ships sailed.", "None came back."]]
+        >>> sorted(transformer_fast.sentence_pairs(documents, tokenizer)[0])
+        ['input_ids', 'next_sentence_label', 'special_tokens_mask', 'token_type_ids']
     """
     if objective not in _LABELS:
         raise ValueError(f"objective: wanted {' or '.join(map(repr, _LABELS))}, got {objective!r}")

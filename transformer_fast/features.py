@@ -52,7 +52,7 @@ def layer_features(
     Source:
         Devlin et al., "BERT", 2019, section 5.3 and table 7.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate  # all-MiniLM-L6-v2
         >>> tokenizer = transformer_fast.AutoTokenizer.from_pretrained(locate())

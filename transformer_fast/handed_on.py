@@ -53,7 +53,7 @@ def is_ours(thing) -> bool:
         True where `thing` is defined in this package. A class that you derive from one of this package's is yours:
         its forward may be your own.
 
-    Example:
+    Examples:
         >>> import transformer_fast
         >>> transformer_fast.is_ours(transformer_fast.BertModel), transformer_fast.is_ours(transformer_fast.Trainer)
         (True, False)

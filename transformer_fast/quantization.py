@@ -18,19 +18,34 @@ PRECISIONS = ("int8", "bf16")
 
 
 def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] = (), group: int = GROUP) -> Any:
-    """The model in low precision, in place, for inference on the CPU; returns it.
+    """The model in low precision, in place, for inference on the CPU.
 
-    precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an Int8Linear: weights int8, a scale for each
-        `group` inputs of an output; inputs quantised row by row as they come, a scale and a zero point for each `group`
-        of them; exact int32 sums. Attention, norms and embeddings keep their dtype. No calibration data.
-        "bf16": the model in bfloat16, where the processor multiplies it; elsewhere it stays as it is, with a warning.
-    skip: names of modules to leave alone, as in named_modules; a name covers what is inside. Layers with fewer than 64
-        outputs and poolers are left alone too, and so is what is not a plain linear layer (LoRA, hooks, another
-        quantiser's): quantized_modules(model) lists them.
-    group: 32, 64 or 128; a shorter one is more accurate and slower.
     An output layer that shares its weight with the token embedding gets an int8 copy, and the table stays as it is.
-    Raises ValueError for an unknown precision or group, a name in skip that is not in the model, weights with NaN or
-    infinity (then nothing is changed), and a model that is quantised already.
+
+    Args:
+        model: any torch.nn.Module.
+        precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an Int8Linear: weights int8, a scale for
+            each `group` inputs of an output; inputs quantised row by row as they come, a scale and a zero point for
+            each `group` of them; exact int32 sums. Attention, norms and embeddings keep their dtype. No calibration
+            data. "bf16": the model in bfloat16, where the processor multiplies it; elsewhere it stays as it is, with a
+            warning.
+        skip: names of modules to leave alone, as in named_modules; a name covers what is inside. Layers with fewer than
+            64 outputs and poolers are left alone too, and so is what is not a plain linear layer (LoRA, hooks, another
+            quantiser's): quantized_modules(model) lists them.
+        group: 32, 64 or 128; a shorter one is more accurate and slower.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for an unknown precision or group, a name in skip that is not in the model, weights with NaN or
+            infinity (then nothing is changed), and a model that is quantised already.
+        TypeError: for a model that is no torch.nn.Module.
+
+    Examples:
+        >>> import transformer_fast
+        >>> from transformer_fast.demo import locate
+        >>> model = transformer_fast.quantize(transformer_fast.AutoModel.from_pretrained(locate()).eval())
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision!r}")

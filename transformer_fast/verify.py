@@ -85,7 +85,7 @@ def verify(
     Raises:
         VerifyError: in one line, when the checkpoint or transformers is missing, broken or of no kind known here.
 
-    Example:
+    Examples:
         >>> from transformer_fast.demo import locate
         >>> from transformer_fast.verify import verify
         >>> verify(locate(), dtypes=["fp32"], gradients=False).same
@@ -155,7 +155,7 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error
 
 
-def _load_ours(checkpoint, theirs) -> tuple[torch.nn.Module, str]:
+def _load_ours(checkpoint, theirs) -> tuple[Any, str]:
     import transformer_fast
 
     cls: Any = getattr(transformer_fast, type(theirs).__name__, None)

@@ -55,7 +55,7 @@ def verify_precision(
     if precision not in PRECISIONS:
         raise VerifyError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision}")
     progress("loading")
-    exact, _ = _load_ours(checkpoint, _load_theirs(checkpoint))
+    exact: Any = _load_ours(checkpoint, _load_theirs(checkpoint))[0]
     size = _megabytes(exact)
     progress(f"to {precision}")
     low = quantize(copy.deepcopy(exact), precision)
@@ -134,7 +134,8 @@ def _run(model, batch: dict[str, torch.Tensor]):
 
 
 def _compare_outputs(exact, low, batches) -> Iterator[Cost]:
-    cosines, means, same, total = [], ([], []), 0, 0
+    cosines, same, total = [], 0, 0
+    means: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     for batch in batches:
         (states, mask, logits), (found, _, others) = _run(exact, batch), _run(low, batch)
         cosines.append(F.cosine_similarity(states[mask], found[mask], dim=-1))

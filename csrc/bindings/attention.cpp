@@ -106,8 +106,10 @@ void fill(Attention& a, const Sequences& s, const Tensor& q, const Tensor& k, co
   a.scale = scale;
   a.softcap = float(softcap);
   a.bottom_right = bottom_right;
-  a.window_left = window_left;
-  a.window_right = window_right;
+  // Farther than any position: sums with positions must not overflow.
+  const int64_t farthest = int64_t(1) << 40;
+  a.window_left = window_left < farthest ? window_left : farthest;
+  a.window_right = window_right < farthest ? window_right : farthest;
   a.dropout = philox_of(rng, dropout_p);
 }
 

@@ -13,6 +13,8 @@ struct Buffers {
   float *lse, *lse_rest;  // in units of log2, and 2^-(what its rounding lost)
   float *delta, *grad_lse;
   float* scale;  // what a row's probabilities are short of summing to one, then the scale of the scores
+  float *ds_sum, *slope_sum;  // sums of a row's ds and of its p * slope
+  float* centre;              // the mean key: (padded dim)
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
 };
 
@@ -22,15 +24,16 @@ Buffers take_buffers(const Attention& a) {
   for (int64_t b = 0; b < a.batch; ++b) longest = a.k_count[b] > longest ? a.k_count[b] : longest;
   const int64_t sequence = longest * padded, copies = a.dtype == DType::f32 ? 2 : 4;
   Arena arena{static_cast<char*>(tf_scratch(
-      0, 5 * Arena::bytes(side) + 3 * Arena::bytes(tile) + 5 * Arena::bytes(kQueries) +
+      0, 5 * Arena::bytes(side) + 3 * Arena::bytes(tile) + 7 * Arena::bytes(kQueries) + Arena::bytes(padded) +
              copies * Arena::bytes(sequence)))};
   Buffers s{};
   float** const sides[] = {&s.queries_t, &s.grads_t, &s.queries, &s.grads, &s.dq};
   for (float** p : sides) *p = arena.take(side);
   float** const tiles[] = {&s.p, &s.ds, &s.slope};
   for (float** p : tiles) *p = arena.take(tile);
-  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale};
+  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale, &s.ds_sum, &s.slope_sum};
   for (float** p : rows) *p = arena.take(kQueries);
+  s.centre = arena.take(padded);
   s.dk = arena.take(sequence);
   s.dv = arena.take(sequence);
   if (copies == 4) {
@@ -141,6 +144,20 @@ void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
   }
 }
 
+// dq -= (sum of ds - grad_lse) * mean key. The ds of a row sum to grad_lse where delta is exact; an error of delta leaves
+// -error * p in them, and -error * sum_j p_j k_j in dq: large where all keys share an offset, as the bias of their
+// projection makes it. Against keys from which their mean was taken, that offset is gone (under a softcap, its share).
+void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
+  for (int64_t c = 0; c < t.lanes; c += kWidth) {
+    Vec excess = load(s.ds_sum + c) - load(s.grad_lse + c);
+    if (a.softcap != 0.f) excess = excess * load(s.slope_sum + c);
+    for (int64_t d = 0; d < a.dim; ++d) {
+      float* dq = s.dq + d * t.lanes + c;
+      store(dq, fma(-excess, broadcast(s.centre[d]), load(dq)));
+    }
+  }
+}
+
 template <class T>
 void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, Operand value_rows,
                    const Buffers& s) {
@@ -208,6 +225,10 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
       if (exact_delta) s.delta[i] *= s.scale[i];
     }
   }
+  for (int64_t c = 0; !exact_delta && c < lanes; c += kWidth) {
+    store(s.ds_sum + c, Vec{});
+    store(s.slope_sum + c, Vec{});
+  }
 
   for (int64_t j = begin; j < end; j = block_end(j, end)) {
     const int64_t keys = block_end(j, end) - j;
@@ -238,6 +259,7 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
         }
       }
     }
+    if (!exact_delta) sum_rows(s.ds_sum, lanes, keys, [&](int64_t x) { return load(s.ds + x); });
     if (a.dbias) add_bias_gradient(a, t, j, keys, s.ds);
     if (a.drelative) {
       float* base = a.drelative + (t.b * a.heads + t.h) * a.relative_stride + a.relative_zero + t.q0 + t.offset - j;
@@ -245,6 +267,8 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
         for (int64_t c = 0; c < lanes; c += kWidth)
           store(base - r + c, load(base - r + c) + load(s.ds + r * lanes + c));
     }
+    if (a.softcap != 0.f && !exact_delta)
+      sum_rows(s.slope_sum, lanes, keys, [&](int64_t x) { return load(s.p + x) * load(s.slope + x); });
     if (a.softcap != 0.f)
       for (int64_t x = 0; x < keys * lanes; x += kWidth) store(s.ds + x, load(s.ds + x) * load(s.slope + x));
 
@@ -252,8 +276,17 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
     gemm(Write::kAdd, keys, padded, t.count, {s.ds, lanes * 4, 4}, s.queries, padded, s.dk + j * padded, padded);
     gemm(j == begin ? Write::kStore : Write::kAdd, a.dim, lanes, keys, {k.data, 4, k.row_bytes}, s.ds, lanes, s.dq, lanes);
   }
+  if (!exact_delta) centre_keys(a, t, s);
   for (int64_t c = 0; c < lanes; c += kWidth) store(s.scale + c, broadcast(float(a.scale)));
   store_transposed(s.dq, lanes, s.scale, dq, a.dq_rows.row, t.count, a.dim);
+}
+
+void mean_row(Operand rows, int64_t count, int64_t dim, float* mean) {
+  const float* row = static_cast<const float*>(rows.data);
+  for (int64_t c = 0; c < dim; ++c) mean[c] = 0.f;
+  for (int64_t j = 0; j < count; ++j, row += rows.row_bytes / 4)
+    for (int64_t c = 0; c < dim; ++c) mean[c] += row[c];
+  for (int64_t c = 0; c < dim; ++c) mean[c] /= float(count);
 }
 
 template <class T>
@@ -271,6 +304,7 @@ void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const 
     key_rows = {s.keys, padded * 4, 4};
     value_rows = {s.values, padded * 4, 4};
   }
+  if (keys > kKeys) mean_row(key_rows, keys, a.dim, s.centre);
   __builtin_memset(s.dk, 0, size_t(keys * padded) * 4);
   __builtin_memset(s.dv, 0, size_t(keys * padded) * 4);
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h)

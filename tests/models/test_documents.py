@@ -115,10 +115,15 @@ def test_what_is_not_packed():
 
 
 @pytest.mark.quick
-def test_cu_seq_lens_of_an_encoder():
+@pytest.mark.parametrize("model", ["stock", "hooked", "hooked, attentions"])
+def test_cu_seq_lens_of_an_encoder(model):
     ours, *_ = bert("BertForSequenceClassification")
     batch = packed(return_flash_attn_kwargs=True)
     batch.pop("labels")
+    if model != "stock":
+        ours.bert.encoder.register_forward_hook(lambda *_: None)
+    if model == "hooked, attentions":
+        batch["output_attentions"] = True
     out = ours(**batch, output_hidden_states=True)
     for part, ids in zip(out.hidden_states[-1][0].split(LENGTHS), batch["input_ids"][0].split(LENGTHS)):
         torch.testing.assert_close(part, ours.bert(ids[None]).last_hidden_state[0])

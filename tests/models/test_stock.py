@@ -4,12 +4,14 @@ import copy
 import functools
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers
 from numerics import assert_as_accurate
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 
 import transformer_fast
@@ -262,6 +264,48 @@ def test_attention_in_the_forward_of_transformers_is_ours(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "transformer_fast", counted)
     model(**inputs("T5ForConditionalGeneration"))
     assert len(calls) == 2  # the encoder's; the decoder is stock, and does not go this way
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize("how", ["offloaded", "sharded", "quantised"])
+def test_libraries_that_change_models(name, how, tmp_path):
+    """accelerate's offloading, FSDP2 of layers (T5 reads its table outside of them), torch's dynamic quantisation."""
+    if how == "sharded":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        out = []
+        for library in (transformer_fast, transformers):
+            model = make(name, library=library)
+            if how == "offloaded":
+                accelerate.cpu_offload(model, execution_device="cpu")
+            elif how == "sharded":
+                for layer in model.get_submodule(LAYERS[name]):
+                    fully_shard(layer)
+                fully_shard(model)
+            else:
+                model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+            out.append(model(**inputs(name, False))[0].detach())
+            if library is transformer_fast:
+                assert why_hf_forward(model)
+                if how == "offloaded" and name != "BertForSequenceClassification":
+                    model.generate(inputs(name)["input_ids"], max_new_tokens=2)
+    finally:
+        if how == "sharded":
+            torch.distributed.destroy_process_group()
+    double = make(name, library=transformers).double()(**inputs(name, False))[0]
+    assert_as_accurate(out[0], double, out[1])
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_compile_in_one_graph(name, changed):
+    model = make(name)
+    if changed:
+        model.get_submodule(LAYERS[name])[0].register_forward_hook(lambda *_: None)
+    call = inputs(name)
+    keep = slice(None) if name != "GPT2LMHeadModel" else call["attention_mask"].bool()
+    found = torch.compile(model, backend="eager", fullgraph=True)(**call)[0][keep]
+    torch.testing.assert_close(found, model(**call)[0][keep])
 
 
 # ---- generation ---------------------------------------------------------------------------------------

@@ -226,3 +226,15 @@ def test_memory_is_linear(tmp_path):
     )
     grown = int(subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout)
     assert grown < 64, f"{grown} MiB more at 12000 positions, where scores alone would be 549 MiB"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("offset", [1.0, 8.0])
+def test_keys_and_values_with_an_offset_of_each_channel(isa, dtype, softcap, offset):
+    """As the biases of their projections make them."""
+    case = Case(1, 2, 1, 70, 300, 64, dtype, softcap=softcap)
+    inputs = case.inputs()
+    inputs.key += offset * torch.randn(64).to(dtype)
+    inputs.value += offset * torch.randn(64).to(dtype)
+    check(case, inputs)

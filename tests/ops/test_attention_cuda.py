@@ -224,7 +224,7 @@ def test_dropout_mask_bit_for_bit(d, device):
     kept = []
     for first in range(0, sk, d):  # values that name the column: out is P, or zero where it was dropped
         v = torch.zeros(b, h, sk, d, device=device).half()
-        columns = torch.arange(first, min(first + d, sk))
+        columns = torch.arange(first, min(first + d, sk), device=device)
         v[:, :, columns, columns - first] = 1
         torch.manual_seed(5)
         with tf.backend("cuda"):

@@ -19,14 +19,14 @@ CU = torch.tensor([0, 3, 8], dtype=torch.int32)
 sdpa, varlen = tf.scaled_dot_product_attention, tf.varlen_attention
 
 ATTENTION = {
-    "rank": (lambda: sdpa(r(5, 16), K, K), ValueError, "query.*4 dimensions"),
+    "rank": (lambda: sdpa(r(16), K, K), ValueError, "query.*4 dimensions"),
     "not a tensor": (lambda: sdpa([1.0], K, K), TypeError, "query.*list"),
     "integers": (lambda: sdpa(torch.ones(2, 4, 5, 16, dtype=torch.int64), K, K), TypeError, "query.*int64"),
     "dtypes": (lambda: sdpa(Q, K.half(), K), TypeError, "key.*float16.*query.*float32"),
     "devices": (lambda: sdpa(Q, K.to("meta"), K), ValueError, "key.*meta.*query.*cpu"),
-    "batch": (lambda: sdpa(Q, K[:1], K[:1]), ValueError, "batch 2"),
+    "batch": (lambda: sdpa(r(3, 4, 5, 16), K, K), ValueError, r"key.*batch \(3,\).*\(2,\)"),
     "head dims": (lambda: sdpa(Q, K[..., :8], K), ValueError, "key.*head dim 16.*8"),
-    "value head dim": (lambda: sdpa(Q, K, K[..., :8]), ValueError, "value.*head dim 16.*8"),
+    "value head dim": (lambda: varlen(P, P, P[..., :8], CU), ValueError, "value.*head dim 16.*8"),
     "head dim 0": (lambda: sdpa(Q[..., :0], K[..., :0], K[..., :0]), ValueError, r"1\.\.256.*0"),
     "head dim 257": (lambda: sdpa(*(r(1, 1, 2, 257) for _ in range(3))), ValueError, r"1\.\.256.*257"),
     "value positions": (lambda: sdpa(Q, K, K[:, :, :3]), ValueError, "value.*9 positions.*3"),
@@ -42,7 +42,7 @@ ATTENTION = {
     "lengths negative": (lambda: sdpa(Q, K, K, key_lengths=torch.tensor([-1, 3])), ValueError, "key_lengths.*-1"),
     "lengths shape": (lambda: sdpa(Q, K, K, key_lengths=torch.tensor([3])), ValueError, r"key_lengths.*\(2,\)"),
     "lengths dtype": (lambda: sdpa(Q, K, K, key_lengths=torch.ones(2)), TypeError, "key_lengths.*float32"),
-    "dropout 1": (lambda: sdpa(Q, K, K, dropout_p=1.0), ValueError, r"dropout_p.*\[0, 1\).*1\.0"),
+    "dropout 1.1": (lambda: sdpa(Q, K, K, dropout_p=1.1), ValueError, r"dropout_p.*\[0, 1\].*1\.1"),
     "dropout -1": (lambda: sdpa(Q, K, K, dropout_p=-0.1), ValueError, "dropout_p.*-0.1"),
     "dropout nan": (lambda: sdpa(Q, K, K, dropout_p=math.nan), ValueError, "dropout_p.*nan"),
     "scale nan": (lambda: sdpa(Q, K, K, scale=math.nan), ValueError, "scale.*nan"),
@@ -110,7 +110,7 @@ LOSSES = {
     "table rank": (lambda: embed(IDS, E[0]), ValueError, r"word_weight.*\(V, N\)"),
     "embedding norm": (lambda: embed(IDS, E, norm_weight=r(5)), ValueError, r"norm_weight.*\(24,\).*\(5,\)"),
     "embedding eps": (lambda: embed(IDS, E, eps=-1.0), ValueError, "eps.*-1"),
-    "embedding dropout": (lambda: embed(IDS, E, dropout_p=1.0), ValueError, "dropout_p"),
+    "embedding dropout": (lambda: embed(IDS, E, dropout_p=1.5), ValueError, "dropout_p"),
     "padding": (lambda: embed(IDS, E, padding_idx=9), ValueError, r"padding_idx.*\[-9, 9\).*9"),
 }  # fmt: skip
 OTHERS = {
@@ -126,7 +126,7 @@ OTHERS = {
     "scalar": (lambda: tf.add_rms_norm(torch.tensor(1.0), torch.tensor(1.0)), ValueError, "scalar"),
     "activation": (lambda: tf.bias_activation(X, None, "tanhshrink"), ValueError, "activation.*tanhshrink.*gelu"),
     "gate": (lambda: tf.bias_activation(X, gate=X[:, :3]), ValueError, "gate"),
-    "dropout p": (lambda: tf.dropout(X, 2), ValueError, r"p: wanted a number in \[0, 1\)"),
+    "dropout p": (lambda: tf.dropout(X, 2), ValueError, r"p: wanted a number in \[0, 1\]"),
     "heads": (
         lambda: tf.multi_head_attention(r(2, 5, 10), None, None, 3, r(30, 10), None, r(10, 10), None),
         ValueError, "num_heads.*10.*3",

@@ -118,6 +118,54 @@ def test_compiles_to_one_graph_with_equal_results(name):
                 torch.testing.assert_close(a, b)
 
 
+SCALARS = {
+    "scale": (lambda x, s: tf.scaled_dot_product_attention(x, x, x, scale=s), (0.25, 0.5, 0.75)),
+    "softcap": (lambda x, s: tf.scaled_dot_product_attention(x, x, x, softcap=s), (5.0, 7.0, 9.0)),
+    "attention dropout": (lambda x, s: tf.scaled_dot_product_attention(x, x, x, dropout_p=s), (0.5, 0.3, 0.2)),
+    "eps": (lambda x, s: tf.layer_norm(x, 16, eps=s), (1e-5, 1e-6, 1e-3)),
+    "rms eps": (lambda x, s: tf.add_rms_norm(x, x, eps=s, dropout_p=0.1)[0], (1e-5, 1e-6, 1e-3)),
+    "norm dropout": (lambda x, s: tf.add_layer_norm(x, x, dropout_p=s)[0], (0.5, 0.3, 0.2)),
+    "dropout": (lambda x, s: tf.dropout(x, s), (0.5, 0.3, 0.2)),
+    "label smoothing": (
+        lambda x, s: tf.cross_entropy(
+            x.flatten(0, -2), torch.ones(x[..., 0].numel()).long(), label_smoothing=s, z_loss=s
+        ),
+        (0.1, 0.2, 0.3),
+    ),
+    "varlen scale": (lambda x, s: tf.varlen_attention(*[x[0, 0][:, None]] * 3, torch.tensor([0, 2, x.shape[2]]), None,
+                                                     x.shape[2], scale=s, dropout_p=s), (0.25, 0.5, 0.75)),
+    "qkv scale": (lambda x, s: qkv_attention(x[:, :, None].expand(-1, -1, 3, -1, -1), scale=s), (0.25, 0.5, 0.75)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("name", SCALARS)
+def test_compiles_where_numbers_and_shapes_change(name, dynamic):
+    function, values = SCALARS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for i, value in enumerate(values):
+        x, results = _t(2, 3, 5 + i, 16), []
+        for f in (function, compiled):
+            torch.manual_seed(7)
+            result = f(x, value)
+            results.append((result, *torch.autograd.grad(result.square().sum(), x)))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("attention_everything", "embedding_layer_norm")])
+def test_compiles_with_dynamic_shapes(name):
+    function, tensors = _calls()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    results = []
+    for f in (function, compiled):
+        torch.manual_seed(7)
+        result = f(*tensors)
+        results.append(torch.autograd.grad(_loss(result), tensors, allow_unused=True))
+    torch.testing.assert_close(*results)
+
+
 def test_compiles_with_inductor():
     x, r, w = _t(6, 24), _t(6, 24), _t(24)
 

@@ -126,6 +126,30 @@ def test_per_sample_gradients(name):
     assert_as_accurate(gradients(ours, torch.float32), truth, same, GRADIENT)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_batched_gradients(name):
+    """What is_grads_batched and vectorized jacobians ask for: one gradient for each of several output gradients."""
+    ours, plain, shapes = OPS[name]
+
+    def gradients(function, dtype):
+        inputs = _arguments(shapes, dtype)
+        out = function(*inputs)
+        batch = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        return torch.autograd.grad(out, inputs, batch, is_grads_batched=True)
+
+    truth, same = (gradients(plain, dtype) for dtype in (torch.float64, torch.float32))
+    for i, triple in enumerate(zip(gradients(ours, torch.float32), truth, same)):
+        assert_as_accurate(*triple, GRADIENT, f"argument {i}")
+
+
+def test_batched_gradients_where_the_loss_overwrites_its_logits():
+    x = torch.randn(4, 6, requires_grad=True)
+    losses = tf.cross_entropy(x * 2, TARGET, reduction="none", inplace_gradient=True)
+    (found,) = torch.autograd.grad(losses, x, torch.eye(4), is_grads_batched=True)
+    (whole,) = torch.autograd.grad(F.cross_entropy(x * 2, TARGET, reduction="sum"), x)
+    torch.testing.assert_close(found.sum(0), whole)
+
+
 def test_dropout_is_the_same_mask_in_gradients_of_gradients():
     x, r = _arguments([(6, 64), (6, 64)], torch.float32)
     torch.manual_seed(3)

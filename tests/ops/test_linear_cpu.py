@@ -89,6 +89,33 @@ def test_strided_tensors(route):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_strided_biases(route, activation):
+    x, w, grad = torch.randn(8, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True), torch.randn(8, 32)
+    for b in (torch.randn(32, 3)[:, 1], torch.ones(1).expand(32), torch.randn(70)[5:69:2]):
+        b = b.detach().requires_grad_()
+        check(lambda *t: tf.linear(*t, activation), lambda *t: reference(*t, activation), (x, w, b), grad)
+        with torch.no_grad():
+            y = tf.projections(x, [w, w], [b, b])[1]
+            assert_as_accurate(y, F.linear(x.double(), w.double(), b.double()), F.linear(x, w, b))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_bias_is_added_before_the_sum_is_rounded(route, dtype, activation):
+    """Else relu's mask is another one wherever the sum is near zero."""
+    x, w, b = (t.to(dtype).requires_grad_() for t in (torch.randn(64, 96), torch.randn(128, 96) / 10, torch.randn(128)))
+    grad = torch.randn(64, 128)
+    plain = lambda *t: reference(*t, activation)  # noqa: E731
+    check(lambda *t: tf.linear(*t, activation), plain, (x, w, b), grad)
+    with torch.no_grad():
+        y = tf.linear(x, w, b, activation)
+        assert_as_accurate(y, plain(*(t.double() for t in (x, w, b))), plain(x, w, b))
+        assert torch.equal(y > 0, F.linear(x, w, b) > 0)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("shape,out", [((0, 5), 3), ((2, 0, 5), 3), ((4, 0), 3), ((4, 5), 0)])
 def test_empty(route, shape, out):
     x, w, b = (torch.randn(s, requires_grad=True) for s in (shape, (out, shape[-1]), (out,)))
@@ -194,6 +221,17 @@ def test_projections_are_those_of_linear():
     "call,error,pattern",
     [
         (lambda: tf.linear(torch.randn(2, 3), torch.randn(5, 4)), ValueError, r"input.*\(\.\.\., 4\).*\(2, 3\)"),
+        (lambda: tf.linear(torch.randn(2, 4), torch.empty(5, 4, device="meta")), ValueError, "weight.*meta.*cpu"),
+        (
+            lambda: tf.linear(torch.randn(2, 4), torch.randn(5, 4), torch.empty(5, device="meta")),
+            ValueError,
+            "bias.*meta.*cpu",
+        ),
+        (
+            lambda: tf.projections(torch.randn(2, 4), [torch.randn(5, 4), torch.empty(5, 4, device="meta")]),
+            ValueError,
+            "weight.*meta.*cpu",
+        ),
         (lambda: tf.linear(torch.randn(2, 4), torch.randn(4)), ValueError, r"weight.*\(out, in\)"),
         (lambda: tf.linear(torch.randn(2, 4), torch.randn(5, 4), torch.randn(4)), ValueError, r"bias.*\(5,\)"),
         (lambda: tf.linear(torch.ones(2, 4, dtype=torch.int32), torch.randn(5, 4)), TypeError, "input.*int32"),

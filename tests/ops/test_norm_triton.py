@@ -178,7 +178,7 @@ def test_why_not_names_each_reason(monkeypatch, device):
     reasons = BACKEND.why_not(Call("sorting", "cpu", torch.float64, 1))
     assert len(reasons) == 3 and "TRITON_INTERPRET=1" in reasons[0]
     with tf.backend("triton"), pytest.raises(RuntimeError, match="float64.*is not"):
-        tf.layer_norm(torch.randn(2, 8, dtype=torch.float64), 8)
+        tf.layer_norm(torch.randn(2, 8, dtype=torch.float64, device=device), 8)
 
 
 def test_info_says_what_no_gpu_has_run(monkeypatch):

@@ -85,9 +85,23 @@ def get(name: str) -> Backend:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend ("eager", "cpu", "triton", "cuda", "sdpa"). Process-wide, as the
-    backward pass may run on another thread. Raises ValueError for an unknown name; a call that the backend
-    cannot take raises BackendError with the reasons."""
+    """Force every op inside the block onto one backend. Process-wide, as the backward pass may run on another thread.
+
+    Args:
+        name: "eager", "cpu", "triton", "cuda" or "sdpa".
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: for an unknown name.
+        BackendError: in a call that the backend cannot take, with every reason.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> with transformer_fast.backend("eager"):
+        ...     y = transformer_fast.layer_norm(torch.randn(2, 8), 8)
+    """
     global _forced
     get(name)
     before, _forced = _forced, name
@@ -158,10 +172,22 @@ def _describe(call: Call) -> str:
 
 
 def explain(call: Call) -> str:
-    """Which backend runs `call`, why each earlier one does not, and what a forced one cannot. Raises ValueError for an
-    op that does not exist, TypeError for the name of one in the place of a Call.
+    """Which backend runs `call`, why each earlier one does not, and what a forced one cannot.
 
-    >>> explain(Call("norm", "cpu", torch.float32, 768))
+    Args:
+        call: a `Call`.
+
+    Returns:
+        A line per backend.
+
+    Raises:
+        ValueError: for an op that does not exist.
+        TypeError: for the name of one in the place of a Call.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> call = transformer_fast.backends.Call("norm", "cpu", torch.float32, 768)
+        >>> lines = transformer_fast.explain(call).splitlines()
     """
     op = call if isinstance(call, str) else call[0]
     if op not in OPS:
@@ -190,7 +216,15 @@ def explain(call: Call) -> str:
 
 
 def info() -> dict[str, str]:
-    """What is active, what is missing and what it would bring; printed by `transformer-fast info`."""
+    """What is active, what is missing and what it would bring; printed by `transformer-fast info`.
+
+    Returns:
+        A text by name: "torch", "GPU", "native CPU kernels", "Triton kernels", "CUDA kernels", "forced backend".
+
+    Examples:
+        >>> import transformer_fast
+        >>> native = transformer_fast.info()["native CPU kernels"]
+    """
     native_reason = _native().load()
     triton_backend = get("triton")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: kernels run on the CPU"

@@ -40,7 +40,12 @@ def _vendor() -> str:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    """activation(x W^T + b): x (M, K), weight (N, K), any strides, no size 0, all float32; not differentiable."""
+    """activation(x W^T + b): x (M, K), weight (N, K), any strides, no size 0, one dtype; not differentiable. An
+    activation is for float32 alone."""
+    if x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, weight, bias)
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()  # oneDNN reads it as if it were
     kind, variant = _POST_OPS[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, kind, [], variant)
 

@@ -92,23 +92,35 @@ class TritonBackend(Backend):
         return ""
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
-        from ..kernels.layer_norm import layer_norm_forward
+        def build(plan):
+            from ..kernels.layer_norm import layer_norm_forward
 
-        with _device_of(y):
-            layer_norm_forward(
-                spec.x, spec.residual, _dense(spec.weight), _dense(spec.bias), _dense(spec.rng), spec.eps, spec.rms,
-                threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
-            )  # fmt: skip
+            first, rest = plan.inputs[:5], plan.inputs[5:]
+            drops = threshold(spec.dropout_p), keep_scale(spec.dropout_p)
+            layer_norm_forward(*first, spec.eps, spec.rms, *drops, *rest, plan)
+
+        inputs = spec.x, spec.residual, _dense(spec.weight), _dense(spec.bias), _dense(spec.rng), y, sum_out, mean, rstd
+        self._launch(("norm", spec.eps, spec.rms, spec.dropout_p), y, inputs, build)
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
-        from ..kernels.layer_norm import layer_norm_backward
+        def build(plan):
+            from ..kernels.layer_norm import layer_norm_backward
 
-        with _device_of(grad_v):
-            layer_norm_backward(
-                grad_y, grad_sum, spec.x, _dense(spec.weight), _dense(spec.rng), threshold(spec.dropout_p),
-                keep_scale(spec.dropout_p), _dense(mean), _dense(rstd), grad_v, grad_x, grad_weight, grad_bias,
-                _multiprocessors(grad_v.device),
-            )  # fmt: skip
+            first, rest = plan.inputs[:5], plan.inputs[5:]
+            drops = threshold(spec.dropout_p), keep_scale(spec.dropout_p)
+            layer_norm_backward(*first, *drops, *rest, _multiprocessors(grad_v.device), plan)
+
+        inputs = (
+            grad_y, grad_sum, spec.x, _dense(spec.weight), _dense(spec.rng), _dense(mean), _dense(rstd), grad_v, grad_x,
+            grad_weight, grad_bias,
+        )  # fmt: skip
+        self._launch(("norm backward", spec.dropout_p), grad_v, inputs, build)
+
+    def _launch(self, key: tuple, output: torch.Tensor, inputs: tuple, build) -> None:
+        from .triton_launch import run
+
+        with _device_of(output):
+            run((*key, output.device), inputs, build)
 
     def attention_forward(self, spec, out, lse) -> None:
         from .triton_attention import attention_forward
@@ -148,18 +160,23 @@ class TritonBackend(Backend):
             )
 
     def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
-        from ..kernels.activation import bias_activation_forward
+        def build(plan):
+            from ..kernels.activation import bias_activation_forward
 
-        with _device_of(y):
-            bias_activation_forward(x, _dense(bias), gate, activation, y)
+            *first, y = plan.inputs
+            bias_activation_forward(*first, activation, y, plan)
+
+        self._launch(("activation", activation), y, (x, _dense(bias), gate, y), build)
 
     def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
-        from ..kernels.activation import bias_activation_backward
+        def build(plan):
+            from ..kernels.activation import bias_activation_backward
 
-        with _device_of(grad_x):
-            bias_activation_backward(
-                grad, x, _dense(bias), gate, activation, grad_x, grad_bias, grad_gate, _multiprocessors(grad_x.device)
-            )
+            first, rest = plan.inputs[:4], plan.inputs[4:]
+            bias_activation_backward(*first, activation, *rest, _multiprocessors(grad_x.device), plan)
+
+        inputs = (grad, x, _dense(bias), gate, grad_x, grad_bias, grad_gate)
+        self._launch(("activation backward", activation), grad_x, inputs, build)
 
     def dropout_forward(self, x, rng, p, y) -> None:
         from ..kernels.dropout import dropout_forward

@@ -12,7 +12,7 @@ from ..kernels.attention_backward import (
 from ..kernels.attention_bias_backward import _attention_backward_bias_kernel
 from ..kernels.attention_decode import _attention_combine_kernel, _attention_decode_kernel
 from ..kernels.attention_forward import _attention_forward_kernel
-from . import relative_bias
+from . import relative_bias, triton_launch
 from .philox import keep_scale, threshold
 
 LOG2E = 1.4426950408889634
@@ -23,43 +23,79 @@ WIDEST_WITH_TABLE = 64  # head dims up to which, without dropout, the sums of th
 L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
 
 
-class Launch:
-    """One call as every kernel takes it: arguments that all share, by name, and the block sizes."""
+INPUTS = 9
 
-    def __init__(self, spec):
-        q, k = spec.query, spec.key
-        self.spec = spec
+
+def _inputs(spec) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a call as the kernels read them: query, key, value, bias, mask, lengths or offsets of sequences,
+    the relative bias at each distance, rng."""
+    dropout = spec.rng is not None and threshold(spec.dropout_p) > 0
+    return (
+        spec.query,
+        spec.key,
+        spec.value,
+        spec.bias,
+        None if spec.mask is None else spec.mask.view(torch.uint8),
+        _dense(spec.key_lengths if spec.cu_seqlens_q is None else spec.cu_seqlens_q),
+        _dense(spec.cu_seqlens_k),
+        relative_bias.lookup(spec)[1],
+        spec.rng.contiguous() if dropout else None,
+    )
+
+
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _key(kind: str, spec) -> tuple:
+    """What a plan depends on beside its tensors. The functions are in it for those who replace them."""
+    table = spec.relative_bias
+    return (
+        kind, spec.query.device, spec[8:10], spec[11:13], spec[14:], table is not None and table.shape[0],
+        spec.cu_seqlens_q is None, configurations.select, splits_of, _capability,
+        spec.query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision,
+    )  # fmt: skip
+
+
+class Launch:
+    """One call as every kernel takes it: arguments that all share, by name, and block sizes. Its tensors are those of
+    a plan, which other calls of its kind replace by theirs."""
+
+    def __init__(self, spec, plan: triton_launch.Plan):
+        q, k, value, bias, mask, lengths, cu_k, relative, rng = plan.inputs[:INPUTS]
+        self.spec, self.plan = spec, plan
+        self.query, self.key, self.value = q, k, value
         self.packed = spec.cu_seqlens_q is not None
         self.head_dim = q.shape[-1]
         self.heads, self.key_heads = q.shape[1], k.shape[1]
         self.groups = self.heads // self.key_heads
         self.queries, self.keys = spec.max_seqlen_q, spec.max_seqlen_k
         self.batch = spec.cu_seqlens_q.shape[0] - 1 if self.packed else q.shape[0]
-        dropout = spec.rng is not None and threshold(spec.dropout_p) > 0
+        dropout = rng is not None
         left, right = spec.window_left, spec.window_right
         plain = not (dropout or spec.softcap) and all(t is None for t in (spec.bias, spec.mask, spec.relative_bias))
         kind = "relative" if spec.relative_bias is not None else "plain" if plain and left < 0 else "rich"
         self.shape = configurations.shape(_capability(q.device), self.head_dim, q.element_size(), kind, self.queries)
         self.block_d = max(16, triton.next_power_of_2(self.head_dim))
-        self.reach, relative = relative_bias.lookup(spec)
+        self.reach = 0 if relative is None else relative.shape[1] // 2
         softcap = float(spec.softcap)
         single = q.dtype == torch.float32
         folded = plain and not single and spec.scale > 0
         self.pointers = {
-            "cu_q_ptr": None if spec.cu_seqlens_q is None else spec.cu_seqlens_q.contiguous(),
-            "cu_k_ptr": None if spec.cu_seqlens_k is None else spec.cu_seqlens_k.contiguous(),
-            "key_lengths_ptr": None if spec.key_lengths is None else spec.key_lengths.contiguous(),
-            "bias_ptr": spec.bias,
-            "mask_ptr": None if spec.mask is None else spec.mask.view(torch.uint8),
+            "cu_q_ptr": lengths if self.packed else None,
+            "cu_k_ptr": cu_k,
+            "key_lengths_ptr": None if self.packed else lengths,
+            "bias_ptr": bias,
+            "mask_ptr": mask,
             "relative_ptr": relative,
-            "rng_ptr": spec.rng.contiguous() if dropout else None,
+            "rng_ptr": rng,
         }
         self.scalars = {
             **self.strides("q", q),
             **self.strides("k", k),
-            **self.strides("v", spec.value),
-            **_broadcast_strides("bias", spec.bias),
-            **_broadcast_strides("mask", spec.mask),
+            **self.strides("v", value),
+            **_broadcast_strides("bias", bias),
+            **_broadcast_strides("mask", mask),
             "queries": self.queries,
             "keys": self.keys,
             "score_scale": spec.scale / softcap if softcap else spec.scale * (LOG2E if folded else 1.0),
@@ -144,10 +180,18 @@ def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out and lse of a call; see ops/_attention_op.py for the spec."""
-    call = Launch(spec)
-    if _few(call) and call.pointers["rng_ptr"] is None:
-        _decode(call, out, lse)
-        return
+
+    def build(plan):
+        call = Launch(spec, plan)
+        if _few(spec) and call.pointers["rng_ptr"] is None:
+            _decode(call, *plan.inputs[INPUTS:])
+        else:
+            _forward(call, *plan.inputs[INPUTS:])
+
+    triton_launch.run(_key("forward", spec), (*_inputs(spec), out, lse), build)
+
+
+def _forward(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
     config = configurations.select("forward", call.shape)
     blocks = triton.cdiv(call.queries, config.block_m)
     batch_heads = call.batch * call.heads
@@ -155,9 +199,9 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     arguments = call.arguments(
         _attention_forward_kernel,
         config,
-        q_ptr=spec.query,
-        k_ptr=spec.key,
-        v_ptr=spec.value,
+        q_ptr=call.query,
+        k_ptr=call.key,
+        v_ptr=call.value,
         out_ptr=out,
         lse_ptr=lse,
         **call.strides("o", out),
@@ -167,20 +211,24 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
         blocks=blocks,
         heads_together=min(batch_heads, call.groups * call.heads_together(keys_bytes, batch_heads)),
     )
-    _attention_forward_kernel[(blocks * batch_heads * call.slices(config),)](**arguments)
+    call.plan.launch(_attention_forward_kernel, (blocks * batch_heads * call.slices(config),), arguments)
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
     """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
-    call = Launch(spec)
-    if not _few(call):
+    if not _few(spec):
         return False
-    _decode(call, out, lse, key, value)
+
+    def build(plan):
+        _decode(Launch(spec, plan), *plan.inputs[INPUTS:])
+
+    triton_launch.run(_key("append", spec), (*_inputs(spec), out, lse, key, value), build)
     return True
 
 
-def _few(call: Launch) -> bool:
-    return call.queries <= DECODE_QUERIES and call.queries * call.groups <= DECODE_ROWS
+def _few(spec) -> bool:
+    groups = spec.query.shape[1] // spec.key.shape[1]
+    return spec.max_seqlen_q <= DECODE_QUERIES and spec.max_seqlen_q * groups <= DECODE_ROWS
 
 
 def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, new_value=None) -> None:
@@ -195,19 +243,19 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
     if splits > 1:
         # (splits, B, H, Sq, D), or (splits, H, total, D) packed
         rows = out.transpose(0, 1).shape if call.packed else out.shape
-        part = torch.empty((splits, *rows), dtype=torch.float32, device=out.device)
-        part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=out.device)
+        part = call.plan.empty((splits, *rows), torch.float32, out.device)
+        part_lse = call.plan.empty((splits, *lse.shape), torch.float32, out.device)
         one = part[0].transpose(0, 1) if call.packed else part[0]
     arguments = call.arguments(
         _attention_decode_kernel,
         config,
-        q_ptr=spec.query,
-        k_ptr=spec.key,
-        v_ptr=spec.value,
+        q_ptr=call.query,
+        k_ptr=call.key,
+        v_ptr=call.value,
         new_k_ptr=new_key,
         new_v_ptr=new_value,
-        **call.strides("nk", spec.key if new_key is None else new_key),
-        **call.strides("nv", spec.value if new_value is None else new_value),
+        **call.strides("nk", call.key if new_key is None else new_key),
+        **call.strides("nv", call.value if new_value is None else new_value),
         out_ptr=part,
         lse_ptr=part_lse,
         **call.strides("o", out if splits == 1 else one),
@@ -218,49 +266,57 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
         heads=call.key_heads,
         SPLIT=splits > 1,
     )
-    _attention_decode_kernel[(tiles, splits)](**arguments)
+    call.plan.launch(_attention_decode_kernel, (tiles, splits), arguments)
     if splits == 1:
         return
-    queries = lse.shape[-1]
-    strides = call.strides("o", out)
-    _attention_combine_kernel[(lse.numel(),)](
-        part, part_lse, out, lse, part.stride(0), part_lse.stride(0), *strides.values(), call.heads, queries, splits,
-        HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, SPLITS=triton.next_power_of_2(splits), num_warps=4,
-    )  # fmt: skip
+    arguments = {
+        "part_ptr": part, "part_lse_ptr": part_lse, "out_ptr": out, "lse_ptr": lse, "stride_part_split": part.stride(0),
+        "stride_lse_split": part_lse.stride(0), **call.strides("o", out), "heads": call.heads, "rows": lse.shape[-1],
+        "splits": splits, "HEAD_DIM": call.head_dim, "BLOCK_D": call.block_d, "SPLITS": triton.next_power_of_2(splits),
+        "num_warps": 4,
+    }  # fmt: skip
+    call.plan.launch(_attention_combine_kernel, (lse.numel(),), arguments)
 
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
-    call = Launch(spec)
-    lse = lse.contiguous()
     out, grad_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (out, grad_out))
-    exact = call.constants["PRECISION"] == "ieee"
-    delta, peak, *rest = torch.empty((2 + exact, *lse.shape), dtype=torch.float32, device=lse.device).unbind()
-    correction = rest[0] if exact else None
-    center = torch.empty((call.batch, call.key_heads, call.head_dim), dtype=torch.float32, device=lse.device)
-    rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+    bucket = None if dtable is None else relative_bias.buckets(spec)[1]
+    inputs = (*_inputs(spec), grad_out, grad_lse, out, lse.contiguous(), dq, dk, dv, dbias, dtable, bucket)
+    triton_launch.run(_key("backward", spec), inputs, lambda plan: _backward(Launch(spec, plan)))
+
+
+def _backward(call: Launch) -> None:
+    grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable, _ = call.plan.inputs[INPUTS:]
+    exact = call.constants["PRECISION"] == "ieee"
+    delta, peak, *rest = (call.plan.empty(lse.shape, torch.float32, lse.device) for _ in range(2 + exact))
+    correction = rest[0] if exact else None
+    center = call.plan.empty((call.batch, call.key_heads, call.head_dim), torch.float32, lse.device)
+    rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
     # More of float32 or of a wide head spills: the compiler aims at many programs a multiprocessor.
     block = max(16, min(64, 8192 // (call.block_d * out.element_size())))
-    _attention_delta_kernel[(triton.cdiv(call.queries, block) * call.batch * call.heads,)](
-        out_ptr=out, grad_out_ptr=grad_out, k_ptr=spec.key, lse_ptr=lse, grad_lse_ptr=grad_lse, delta_ptr=delta,
-        peak_ptr=peak, correction_ptr=correction, center_ptr=center,
+    arguments = {
+        "out_ptr": out, "grad_out_ptr": grad_out, "k_ptr": call.key, "lse_ptr": lse, "grad_lse_ptr": grad_lse,
+        "delta_ptr": delta, "peak_ptr": peak, "correction_ptr": correction, "center_ptr": center,
         **{name: call.pointers[name] for name in ("cu_q_ptr", "cu_k_ptr", "key_lengths_ptr")},
-        **call.strides("o", out), **call.strides("k", spec.key), **rows, keys=call.keys,
-        GROUPS=call.groups, HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_M=block,
-        FOLDED=call.constants["FOLDED"], num_warps=4, maxnreg=128 if call.shape.single else None,
-    )  # fmt: skip
+        **call.strides("o", out), **call.strides("k", call.key), **rows, "keys": call.keys, "GROUPS": call.groups,
+        "HEAD_DIM": call.head_dim, "BLOCK_D": call.block_d, "BLOCK_M": block, "FOLDED": call.constants["FOLDED"],
+        "num_warps": 4, "maxnreg": 128 if call.shape.single else None,
+    }  # fmt: skip
+    grid = (triton.cdiv(call.queries, block) * call.batch * call.heads,)
+    call.plan.launch(_attention_delta_kernel, grid, arguments)
     shared = {
-        "q_ptr": spec.query,
-        "k_ptr": spec.key,
-        "v_ptr": spec.value,
+        "q_ptr": call.query,
+        "k_ptr": call.key,
+        "v_ptr": call.value,
         "grad_out_ptr": grad_out,
         "grad_lse_ptr": grad_lse,
         "delta_ptr": delta,
         "peak_ptr": peak,
         "correction_ptr": correction,
         "center_ptr": center,
-        "grad_scale": spec.scale,
+        "grad_scale": call.spec.scale,
         **rows,
     }
     every = dbias is not None or dtable is not None or call.keys <= FEW_KEYS
@@ -299,7 +355,7 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
             "heads_together": call.heads_together(queries_bytes, batch_heads),
         },
     )
-    _attention_backward_key_kernel[(blocks * batch_heads * call.slices(config),)](**arguments)
+    call.plan.launch(_attention_backward_key_kernel, (blocks * batch_heads * call.slices(config),), arguments)
 
 
 def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta=False, large=False) -> None:
@@ -310,12 +366,13 @@ def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delt
         config = config._replace(num_stages=1)
     blocks = triton.cdiv(call.queries, config.block_m)
     batch_heads = call.batch * call.heads
-    keys_bytes = 2 * call.keys * call.head_dim * call.spec.query.element_size()
+    keys_bytes = 2 * call.keys * call.head_dim * call.query.element_size()
     buckets, bucket, bucket_sums = 0, None, None
     if dtable is not None:
         buckets = max(16, triton.next_power_of_2(dtable.shape[0]))
-        bucket = relative_bias.buckets(call.spec)[1]
-        bucket_sums = dtable.new_zeros((call.batch, call.heads, blocks, buckets))
+        bucket = call.plan.inputs[-1]
+        sizes = (call.batch, call.heads, blocks, buckets)
+        bucket_sums = call.plan.empty(sizes, dtable.dtype, dtable.device, zeros=True)
     arguments = call.arguments(
         _attention_backward_query_kernel,
         config,
@@ -324,7 +381,7 @@ def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delt
         dbias_ptr=dbias,
         bucket_ptr=bucket,
         bucket_sums_ptr=bucket_sums,
-        **call.strides("dq", call.spec.query if dq is None else dq),
+        **call.strides("dq", call.query if dq is None else dq),
         **_broadcast_strides("dbias", dbias),
         batch_heads=batch_heads,
         blocks=blocks,
@@ -335,9 +392,13 @@ def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delt
         DIAGONALS=triton.next_power_of_2(min(config.block_m, config.block_n) + config.block_n),
     )
     slices = 1 if dq is None else call.slices(config)
-    _attention_backward_query_kernel[(blocks * batch_heads * slices,)](**arguments)
+    call.plan.launch(_attention_backward_query_kernel, (blocks * batch_heads * slices,), arguments)
     if dtable is not None and bucket_sums is not None:
-        dtable.copy_(bucket_sums.sum((0, 2))[:, : dtable.shape[0]].t())
+        call.plan.then(_sum_of_buckets, dtable, bucket_sums)
+
+
+def _sum_of_buckets(dtable: torch.Tensor, sums: torch.Tensor) -> None:
+    dtable.copy_(sums.sum((0, 2))[:, : dtable.shape[0]].t())
 
 
 def _axes(call: Launch) -> tuple[int, int, int, int]:
@@ -358,19 +419,23 @@ def _bias_gradient(call: Launch, shared, dbias) -> None:
     # Enough programs to fill the GPU, as long as their parts stay small beside the keys and values.
     wanted = triton.cdiv(2 * _multiprocessors(dbias.device), programs)
     splits = max(1, min(wanted, count, 2**24 // dbias.numel()))
-    part = dbias.unsqueeze(0) if splits == 1 else dbias.new_empty((splits, *dbias.shape))
+    part = dbias if splits == 1 else call.plan.empty((splits, *dbias.shape), dbias.dtype, dbias.device)
     arguments = call.arguments(
         _attention_backward_bias_kernel,
         config,
         **shared,
         dbias_ptr=part,
-        stride_split=part.stride(0),
-        **_broadcast_strides("dbias", part[0]),
+        stride_split=dbias.numel(),
+        **_broadcast_strides("dbias", dbias),
         **{f"own_{axis}": n for axis, n in zip("bhmn", own)},
         **{f"each_{axis}": n for axis, n in zip("bhmn", each)},
         SUM_M=summed[2],
         SUM_N=summed[3],
     )
-    _attention_backward_bias_kernel[(programs, splits)](**arguments)
+    call.plan.launch(_attention_backward_bias_kernel, (programs, splits), arguments)
     if splits > 1:
-        torch.sum(part, 0, out=dbias)
+        call.plan.then(_sum_of_parts, dbias, part)
+
+
+def _sum_of_parts(dbias: torch.Tensor, part: torch.Tensor) -> None:
+    torch.sum(part, 0, out=dbias)

@@ -40,7 +40,7 @@ def attention_picture(model, tokenizer, sentence: str, path: pathlib.Path) -> pa
         image = axes.imshow(layer[0, head].float().numpy(), cmap="magma", vmin=0.0, vmax=1.0)
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=8)
-        axes.set_title(f"layer {number + 1}, head {head + 1}", fontsize=10)
+        axes.set_title(f"layer {number}, head {head}", fontsize=10)  # from 0, as attentions[layer][:, head]
     figure.colorbar(image, ax=grid, shrink=0.6, label="attention")
     figure.suptitle(sentence)
     figure.savefig(path, dpi=110)

@@ -80,6 +80,9 @@ class GraphStepper:
             return "either the decoder's cross-attention or the prompt's encoder states are missing"
         if description.relative_bias is not None and not bool(_kept(prompt).all()):
             return "relative positions count padding, which this cache does not hold"
+        spec = description.spec
+        if spec.heads_of_keys != spec.num_heads or spec.windows or spec.softcap:
+            return "its attention shares key heads, has windows or a softcap, which a captured step has not"
         reason = description.why_not_modules()
         if reason:
             return reason

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backends import native
 from ..backends.contents import mirror_files
-from ..layers.projection import is_plain, is_transposed, linear, projections, reading_copies
+from ..layers.projection import is_plain, is_rms_norm, is_transposed, linear, projections, reading_copies
 from ..layers.quantized import is_int8
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
@@ -57,6 +57,7 @@ class StepDescription:
     relative_bias: T5's table (buckets, heads) as a module, shared by all layers; relative_max_distance: of its buckets.
     rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2), of rotary embedding.
     logits_softcap: logits become logits_softcap * tanh(logits / logits_softcap); 0 for none.
+    refused: why no step may be made of it; '' where one may.
     """
 
     root: nn.Module
@@ -75,6 +76,7 @@ class StepDescription:
     relative_max_distance: int = 128
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
     logits_softcap: float = 0.0
+    refused: str = ""
 
     @property
     def has_cross_attention(self) -> bool:
@@ -86,6 +88,8 @@ class StepDescription:
 
     def why_not_modules(self) -> str:
         """'' when the modules compute what this description says, else the reason why not."""
+        if self.refused:
+            return self.refused
         if not self.layers:
             return "there are no layers"
         for name, module in self.root.named_modules():
@@ -200,8 +204,7 @@ def _projection(*modules: Any) -> Projection:
 def _norm_kind(module: Any) -> str | None:
     if is_plain(module, nn.LayerNorm):
         return "layer"
-    is_t5 = hasattr(module, "variance_epsilon") and _is_known(module, nn.RMSNorm)  # HF's T5LayerNorm
-    return "rms" if is_plain(module, nn.RMSNorm) or is_t5 else None
+    return "rms" if is_rms_norm(module) else None
 
 
 def _norm(module: Any) -> Norm | None:
@@ -209,6 +212,8 @@ def _norm(module: Any) -> Norm | None:
         return None
     if hasattr(module, "variance_epsilon"):
         return Norm(module.weight, None, module.variance_epsilon)
+    if getattr(module, "adds_one", False):
+        return Norm(1.0 + module.weight.float(), None, module.eps)
     eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
     return Norm(module.weight, getattr(module, "bias", None), eps)
 

@@ -25,6 +25,11 @@ def explain(what: Any) -> str:
     Raises:
         ValueError: an op that does not exist.
         TypeError: neither a Call nor a torch.nn.Module.
+
+    Examples:
+        >>> import transformer_fast
+        >>> from transformer_fast.demo import locate
+        >>> text = transformer_fast.explain(transformer_fast.AutoModel.from_pretrained(locate()))
     """
     if not isinstance(what, nn.Module):
         return backends.explain(what)

@@ -7,7 +7,8 @@ hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels ca
 
 import torch
 
-from ..ops import attention_probabilities, scaled_dot_product_attention
+from ..layers.packing import documents_of, plan_documents
+from ..ops import attention_probabilities, scaled_dot_product_attention, varlen_attention
 from .lazy_mask import LazyMask, MaskRule
 
 NAME = "transformer_fast"
@@ -17,7 +18,13 @@ def register() -> None:
     """Make attn_implementation="transformer_fast" known to transformers.
 
     Importing both packages, in either order, does this by itself; calling it again changes nothing.
-    Raises ImportError where transformers (>= 5.17) is missing.
+
+    Raises:
+        ImportError: where transformers (>= 5.17) is missing.
+
+    Examples:
+        >>> import transformer_fast
+        >>> transformer_fast.register()
     """
     try:
         from transformers.masking_utils import AttentionMaskInterface
@@ -157,6 +164,7 @@ def attention_forward(
     query (B, H, Sq, D), key (B, Hk, Sk, D), value (B, Hk, Sk, Dv), H % Hk == 0, D and Dv in 1..256, any strides.
     attention_mask: what `attention_mask` above returned, or a user's own bool or float mask that broadcasts to
     (B, H, Sq, Sk), which then says everything. Without one, module.is_causal (or is_causal) and sliding_window count.
+    cu_seq_lens_q, seq_idx: documents in a row, which do not see one another (see layers.documents_of).
     position_bias: float, (1 or B, H, Sq, Sk), with gradient. s_aux: (H,) attention sinks, one more logit in every
     softmax's denominator. Returns out (B, Sq, H, Dv) and, when output_attentions asks for them, the attention
     weights (B, H, Sq, Sk) before dropout, else None. Raises NotImplementedError for a paged cache.
@@ -172,6 +180,12 @@ def attention_forward(
     rule, mask, bias = _read_mask(
         module, attention_mask, position_bias, query.shape[0], sq, sk, is_causal, sliding_window
     )
+    documents = documents_of((query.shape[0], sq), None, kwargs) if sq == sk else None
+    if documents is not None:
+        plain = rule is None or (rule.padding is None and rule.key_lengths is None and not rule.shift)
+        if plain and mask is None and bias is None and s_aux is None and not output_attentions:
+            return _documents(query, key, value, documents, rule, dropout, scaling, softcap), None
+        mask, rule = _within_documents(documents, rule, mask, sq), None
     options: dict = {}
     if rule is not None:
         if rule.reach < sk:
@@ -205,6 +219,29 @@ def attention_forward(
             weights = None if weights is None else weights * share
     out = out.transpose(1, 2)
     return (out if out.shape[-1] == width else out[..., :width]), weights
+
+
+def _documents(query, key, value, documents, rule: MaskRule | None, dropout, scaling, softcap) -> torch.Tensor:
+    """(B, S, H, D): every document of a row by itself."""
+    packing = plan_documents(documents)
+    width = value.shape[-1]
+    if width != query.shape[-1]:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = _same_width(query, key, value)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    window = (rule.left, rule.right) if rule is not None and (rule.left is not None or rule.right) else None
+    out = varlen_attention(
+        q, k, v, packing.cu_seqlens, None, packing.max_seqlen, None, dropout, rule is not None and rule.right == 0,  # type: ignore[arg-type]
+        scaling, window=window, softcap=softcap or 0.0,
+    )  # fmt: skip
+    return packing.unpack(out)[..., :width]
+
+
+def _within_documents(documents, rule: MaskRule | None, mask, length: int) -> torch.Tensor:
+    together = (documents[:, :, None] == documents[:, None])[:, None]
+    if rule is not None:
+        mask = rule.dense(documents.shape[0], length, length, documents.device)
+    return together if mask is None else together & mask
 
 
 def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_window):

@@ -1,7 +1,7 @@
 """Layers: what a transformer computes, driven by a TransformerSpec and modules by role. They never name a backend."""
 
 from .attention import MultiheadAttention
-from .encoder import StackCall, encoder_layer, plan_call, run_layers
+from .encoder import Rotary, StackCall, encoder_layer, plan_call, run_layers
 from .packing import Packing, compute_padding, documents_of, plan_packing
 from .spec import LayerWeights, SlotTable, TransformerSpec
 
@@ -9,6 +9,7 @@ __all__ = [
     "LayerWeights",
     "MultiheadAttention",
     "Packing",
+    "Rotary",
     "SlotTable",
     "StackCall",
     "TransformerSpec",

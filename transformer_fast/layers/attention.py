@@ -11,13 +11,26 @@ __all__ = ["MultiheadAttention"]
 class MultiheadAttention(nn.MultiheadAttention):
     """concat_h(softmax(Q_h K_h^T / sqrt(D)) V_h) W_o + b_o: a drop-in for torch.nn.MultiheadAttention.
 
-    The same constructor, parameters, state dict and call; memory linear in the sequence length unless weights are
-    asked for, which come from the saved log-sum-exp. As in torch: inputs (S, B, E), (B, S, E) with batch_first, or
-    (S, E); key_padding_mask (B, Sk), bool True for keys to leave out, or float to add; attn_mask (Sq, Sk) or
-    (B * H, Sq, Sk), bool True for pairs to leave out, or float to add. is_causal means what a causal attn_mask would,
-    which then need not be given. Unlike torch, a query with nothing to attend to gives the output bias, not NaN, and
-    the weights returned while training are those before dropout.
-    Raises ValueError naming the argument. Source: Vaswani et al., 2017, section 3.2.2.
+    The same constructor, parameters, state dict and call; memory linear in the sequence length unless weights are asked
+    for, which come from the saved log-sum-exp. As in torch: inputs (S, B, E), (B, S, E) with batch_first, or (S, E);
+    key_padding_mask (B, Sk), bool True for keys to leave out, or float to add; attn_mask (Sq, Sk) or (B * H, Sq, Sk),
+    bool True for pairs to leave out, or float to add. is_causal means what a causal attn_mask would, which then need
+    not be given. Unlike torch, a query with nothing to attend to gives the output bias, not NaN, and the weights
+    returned while training are those before dropout.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+        >>> ours = transformer_fast.MultiheadAttention(32, 4, batch_first=True)
+        >>> loaded = ours.load_state_dict(theirs.state_dict())
+        >>> ours(*[torch.randn(2, 5, 32)] * 3, need_weights=False)[0].shape
+        torch.Size([2, 5, 32])
     """
 
     def forward(

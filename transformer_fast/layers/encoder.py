@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,31 @@ from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
 
-__all__ = ["StackCall", "encoder_layer", "plan_call", "run_layers"]
+__all__ = ["Rotary", "StackCall", "encoder_layer", "plan_call", "run_layers"]
+
+
+class Rotary(NamedTuple):
+    """cos, sin: float32 (rows, R / 2); positions: the row of each position, as ops.rotary_embedding takes it."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+
+    @classmethod
+    def of(cls, packing: Packing, cos: torch.Tensor, sin: torch.Tensor) -> "Rotary":
+        """From cos and sin (B or 1, S, R / 2) of every position of the batch."""
+        own, index = cos.shape[0] > 1, packing.index
+        if index is not None:
+            positions = index if own else index % packing.length
+        elif own:
+            positions = torch.arange(packing.batch * packing.length, device=cos.device).view(packing.batch, -1)
+        else:
+            positions = None
+        return cls(cos.flatten(0, 1), sin.flatten(0, 1), positions)
+
+    def __call__(self, x: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        """x: (B, S, H, D) or (total, H, D)."""
+        return ops.rotary_embedding(x, self.cos, self.sin, self.positions, interleaved=interleaved)
 
 
 @dataclass
@@ -28,10 +52,13 @@ class StackCall:
     encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
+    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys.
     """
 
     spec: TransformerSpec
     packing: Packing
+    windowed: bool = True
+    rotary: "Rotary | None" = None
     mask: torch.Tensor | None = None
     causal: bool = False
     bottom_right: bool = False
@@ -80,7 +107,7 @@ def plan_call(
         _plan_cross(call, encoder_mask, encoder_packing, past_key_values)
     if attention_mask is not None and attention_mask.dim() > 2:
         call.mask = _expand(attention_mask, "attention_mask", batch, None, device)
-        call.causal = False
+        call.causal = call.windowed = False
     elif past_key_values is not None:
         padding_free = encoder_mask is None or encoder_mask.dim() == 2
         _plan_cached(
@@ -191,7 +218,8 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
 def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
     cache = _self_cache(past_key_values)
     seen = cache.get_seq_length()
-    keys, _ = cache.get_mask_sizes(length, 0)
+    # Layers with a window keep the last keys alone: each cuts the mask to what it holds.
+    keys = seen + length if call.spec.windows else cache.get_mask_sizes(length, 0)[0]
     if attention_mask is not None:
         batch, given = attention_mask.shape
         if batch != call.packing.batch or (isinstance(seen, int) and given != seen + length and given != keys):
@@ -275,12 +303,20 @@ def encoder_layer(
             mixed = linear(_cross(w), _cross_attention(w, x, encoder_states, call, index, past_key_values))
             x = add_norm(w.cross_norm, mixed, x, dropout_p(w.cross_output_dropout))  # type: ignore[arg-type]
         return _clamped(add_norm(w.output_norm, _feed_forward(w, x, call.spec), x, p_out), call.spec)
+    if w.attention_after_norm is not None:
+        mixed = norm(w.attention_after_norm, mixed)
     if encoder_states is not None:
         normed, residual = _sum_norm(_cross_norm(w), mixed, residual, p, call.spec)
         mixed = linear(_cross(w), _cross_attention(w, normed, encoder_states, call, index, past_key_values))
         p = dropout_p(w.cross_output_dropout)
+    if call.spec.parallel:
+        inner = _feed_forward(w, norm(w.output_norm, residual), call.spec)
+        return residual + ops.dropout(mixed, p) + ops.dropout(inner, p_out)
     normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
-    return _clamped(residual + ops.dropout(_feed_forward(w, normed, call.spec), p_out), call.spec)
+    inner = _feed_forward(w, normed, call.spec)
+    if w.output_after_norm is not None:
+        inner = norm(w.output_after_norm, inner)
+    return _clamped(residual + ops.dropout(inner, p_out), call.spec)
 
 
 def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
@@ -293,6 +329,8 @@ def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8
         or not (w.attention_after_norm is None and w.output_after_norm is None)
         or (spec.clamp_float16 and x.dtype == torch.float16)
     ):
+        return None
+    if spec.parallel or w.attention_after_norm is not None or w.output_after_norm is not None:
         return None
     after, output = norm_of(w.attention_norm), norm_of(w.output_norm)
     if after is None or output is None or after[1] != output[1]:
@@ -354,24 +392,29 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     spec, packing = call.spec, call.packing
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
-    plain = call.mask is None and past_key_values is None and call.attentions is None and not first_only
+    placed = call.rotary is not None or w.query_norm is not None
+    plain = call.mask is None and past_key_values is None and call.attentions is None and not (first_only or placed)
     plain = plain and call.relative_bias is None
     dtype = attention_dtype(x) if int8 and plain else None
+    sizes = (spec.num_heads, spec.heads_of_keys, spec.heads_of_keys)
     if w.qkv is not None:
         qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
-        qkv = qkv.unflatten(-1, (3, *heads))
-        if plain:
+        if plain and not _is_special(call, index):
+            qkv = qkv.unflatten(-1, (3, *heads))
             out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
             return out.flatten(-2)
-        q, k, v = qkv.unbind(-3)
-        if first_only:
-            q = packing.first(q) if packing.index is not None else q[:, :1]
-    elif first_only:
+        q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split(sizes, -2)
+    elif first_only and not placed:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
-        k, v = (t.unflatten(-1, heads) for t in projections([w.key, w.value], x))
+        k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in projections([w.key, w.value], x))
     else:
-        q, k, v = (t.unflatten(-1, heads) for t in projections([w.query, w.key, w.value], x, dtype))
+        found = projections([w.query, w.key, w.value], x, dtype)
+        q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in found)
+    if placed:
+        q, k = _placed(w, q, k, call)
+    if first_only and (w.qkv is not None or placed):
+        q = packing.first(q) if packing.index is not None else q[:, :1]
     if packing.index is not None:
         if past_key_values is not None:
             k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
@@ -387,24 +430,51 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     mask = call.mask
     if first_only and mask is not None:
         mask = mask[:, :, :1]
+    if mask is not None and mask.shape[-1] > k.shape[2]:
+        mask = mask[..., -k.shape[2] :]  # a cache that keeps the keys of a window alone
     out = _padded_attention(
-        q, k, v, mask, call, call.causal, p, call.attentions, index, bias=call.bias, relative_bias=call.relative_bias
-    )
+        q, k, v, mask, call, call.causal, p, call.attentions, index, bias=call.bias, relative_bias=call.relative_bias,
+        window=_window(call, index), softcap=spec.softcap,
+    )  # fmt: skip
     return out[:, 0] if first_only else out
+
+
+def _placed(w, q, k, call: StackCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys with the norms of their heads and their rotation."""
+    if w.query_norm is not None:
+        q, k = norm(w.query_norm, q), norm(w.key_norm, k)
+    if call.rotary is not None:
+        q, k = (call.rotary(t, call.spec.rotary_interleaved) for t in (q, k))
+    return q, k
+
+
+def _is_special(call: StackCall, index: int) -> bool:
+    """Whether the scores of a layer are more than products of as many queries as keys."""
+    spec = call.spec
+    return bool(spec.heads_of_keys != spec.num_heads or spec.softcap or _window(call, index))
+
+
+def _window(call: StackCall, index: int) -> tuple[int, int | None] | None:
+    window = call.spec.window_of(index) if call.windowed else None
+    return None if window is None else (window - 1, None)
 
 
 def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     packing: Any = call.packing
     scale, cu, longest = call.spec.scale_of(index), packing.cu_seqlens, packing.max_seqlen
     cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
-    if call.attentions is not None and torch.is_grad_enabled():
+    if call.attentions is not None and (torch.is_grad_enabled() or _is_special(call, index)):
         q, k, v = (packing.unpack(t).transpose(1, 2) for t in (q, k, v))
         mask = packing.mask[:, None, None]
-        out, call.attentions[index] = _weighted(q, k, v, mask, call, call.causal, p, index, bias=call.bias)
+        out, call.attentions[index] = _weighted(
+            q, k, v, mask, call, call.causal, p, index, bias=call.bias, window=_window(call, index),
+            softcap=call.spec.softcap,
+        )  # fmt: skip
         return packing.pack(out)
     out = ops.varlen_attention(
         q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, scale,
         attn_mask=packing.key_mask, relative_bias=call.relative_bias, return_lse=call.attentions is not None,
+        window=_window(call, index), softcap=call.spec.softcap,
     )  # fmt: skip
     if call.attentions is None:
         return out
@@ -419,18 +489,21 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
 
 def _padded_attention(
     q, k, v, mask, call: StackCall, causal: bool, p: float, weights: dict | None, index: int, *, bias=None,
-    relative_bias=None, key_lengths=None,
+    relative_bias=None, key_lengths=None, window=None, softcap=0.0,
 ):  # fmt: skip
-    """q, k, v: (B, H, S, D) -> (B, Sq, H * D)."""
+    """q: (B, H, Sq, D), k, v: (B, key heads, Sk, D) -> (B, Sq, H * D)."""
     scale = call.spec.scale_of(index)
-    if weights is not None and torch.is_grad_enabled():
+    if weights is not None and (torch.is_grad_enabled() or _is_special(call, index)):
         if key_lengths is not None:
             mask = (torch.arange(k.shape[2], device=k.device) < key_lengths[:, None])[:, None, None]
-        out, weights[index] = _weighted(q, k, v, mask, call, causal, p, index, bias=bias)
+        out, weights[index] = _weighted(
+            q, k, v, mask, call, causal, p, index, bias=bias, window=window, softcap=softcap
+        )
         return out.flatten(-2)
     out = ops.scaled_dot_product_attention(
         q, k, v, mask, p, causal, scale, bias=bias, relative_bias=relative_bias, key_lengths=key_lengths,
         causal_alignment="bottom_right" if call.bottom_right else "top_left", return_lse=weights is not None,
+        enable_gqa=k.shape[1] != q.shape[1], window=window, softcap=softcap,
     )  # fmt: skip
     if weights is not None:
         out, lse = out
@@ -440,19 +513,29 @@ def _padded_attention(
     return out.transpose(1, 2).flatten(-2)
 
 
-def _weighted(q, k, v, mask, call: StackCall, causal: bool, p: float, index: int, *, bias=None):
+def _weighted(
+    q, k, v, mask, call: StackCall, causal: bool, p: float, index: int, *, bias=None, window=None, softcap=0.0
+):  # fmt: skip
     """(out (B, Sq, H, D), weights (B, H, Sq, Sk)): out is made of the weights, so that its gradient reaches them, which
     attribution methods read. mask, bias: as in ops.scaled_dot_product_attention."""
     scale = call.spec.scale_of(index)
     wide = torch.promote_types(q.dtype, torch.float32)
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     for added in (bias, None if mask is None or mask.dtype == torch.bool else mask):
         scores = scores if added is None else scores + added
     seen = mask if mask is not None and mask.dtype == torch.bool else None
+    sq, sk = scores.shape[-2:]
+    shift = sk - sq if call.bottom_right else 0
+    every = torch.ones(sq, sk, dtype=torch.bool, device=q.device)
     if causal:
-        sq, sk = scores.shape[-2:]
-        below = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq if call.bottom_right else 0)
-        seen = below if seen is None else seen & below
+        seen = every.tril(shift) if seen is None else seen & every.tril(shift)
+    if window is not None:
+        near = every.triu(shift - window[0])
+        seen = near if seen is None else seen & near
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)

@@ -87,6 +87,16 @@ class compute_padding:
 
     Raises:
         TypeError: on is not a bool.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> from transformer_fast.demo import locate
+        >>> model = transformer_fast.AutoModel.from_pretrained(locate())
+        >>> mask = torch.tensor([[1, 1, 0]])
+        >>> with transformer_fast.compute_padding(True):
+        ...     hidden = model(torch.tensor([[101, 102, 0]]), attention_mask=mask).last_hidden_state
+        >>> bool((hidden[0, 2] == 0).all())
+        False
     """
 
     def __init__(self, on: bool = True):

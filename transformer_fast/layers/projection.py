@@ -18,6 +18,7 @@ __all__ = [
     "add_norm_sum",
     "dropout_p",
     "is_plain",
+    "is_rms_norm",
     "is_transposed",
     "linear",
     "norm",
@@ -103,7 +104,7 @@ def projections(
     return tuple(linear(module, x) for module in modules)
 
 
-def _is_rms_norm(module: Any) -> bool:
+def is_rms_norm(module: Any) -> bool:
     """True for torch's RMSNorm and for a family's own class that says so: `is_rms_norm`, with weight and eps."""
     kind = type(module)
     return (kind is nn.RMSNorm or "is_rms_norm" in kind.__dict__) and is_plain(module, kind)
@@ -112,21 +113,29 @@ def _is_rms_norm(module: Any) -> bool:
 def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if is_plain(module, nn.LayerNorm):
         return ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    if _is_rms_norm(module):
+    if is_rms_norm(module):
         return rms_norm_of(module, x)
     return module(x)
 
 
 def rms_norm_of(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a norm computes that _is_rms_norm knows, whatever hooks it has."""
-    return _of_weight(ops.rms_norm(x, module.weight.shape, module.weight, module.eps), module)
+    """What a norm computes that is_rms_norm knows, whatever hooks it has."""
+    return _of_weight(ops.rms_norm(x, module.weight.shape, _rms_weight(module), module.eps), module)
+
+
+def _rms_weight(module: Any) -> torch.Tensor:
+    """What a family's norm multiplies by: its weight, or Gemma's 1 + weight."""
+    weight = module.weight
+    if not getattr(module, "adds_one", False):
+        return weight
+    return 1.0 + (weight if weight.dtype == torch.float64 else weight.float())
 
 
 def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
     """What a plain norm module holds, and whether it is an RMS norm; None for any other."""
     if is_plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return Int8Norm(module.weight, module.bias, module.eps), False
-    if _is_rms_norm(module):
+    if is_rms_norm(module) and not getattr(module, "adds_one", False):
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
         return Int8Norm(module.weight, None, eps), True
     return None
@@ -150,8 +159,8 @@ def add_norm_sum(
     if is_plain(module, nn.LayerNorm):
         y = ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, **extra)
         return y if return_sum else (y, None)
-    if _is_rms_norm(module):
-        y = ops.add_rms_norm(x, residual, module.weight, module.eps, **extra)
+    if is_rms_norm(module):
+        y = ops.add_rms_norm(x, residual, _rms_weight(module), module.eps, **extra)
         y, total = y if return_sum else (y, None)
         return _of_weight(y, module), total
     total = residual + ops.dropout(x, p)

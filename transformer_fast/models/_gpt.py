@@ -56,11 +56,13 @@ def run_gpt(
     positions_tell_documents: position_ids that begin again begin a document that sees no other.
     """
     config, layers = model.config, model.h
-    source = check_inputs(input_ids, inputs_embeds, config.n_embd)
+    source = check_inputs(input_ids, inputs_embeds, config.hidden_size)
     batch, length = source.shape[:2]
     flags = read_flags(config, kwargs, len(layers))
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past)
+    if not len(layers):  # a cache without layers does not know what it has seen, nor is anything masked
+        attention_mask = None
     documents = None
     if attention_mask is None and past_key_values is None:
         documents = documents_of((batch, length), position_ids if positions_tell_documents else None, kwargs)
@@ -191,7 +193,7 @@ def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict)
     Only those positions go through the head. Raises ValueError for a batch where nothing tells padding apart.
     """
     config, input_ids = model.config, inputs["input_ids"]
-    source = check_inputs(input_ids, inputs["inputs_embeds"], config.n_embd)
+    source = check_inputs(input_ids, inputs["inputs_embeds"], config.hidden_size)
     (batch, length), device = source.shape[:2], source.device
     if not length:
         raise ValueError(f"input_ids: wanted at least one position to classify, got shape {tuple(source.shape)}")
@@ -223,7 +225,7 @@ def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, 
     """Language modelling and multiple choice on (..., S) inputs: (loss, mc_loss, logits (..., S, V), mc_logits (...),
     encoded)."""
     leading, flat = flatten_leading(inputs)
-    source = check_inputs(flat["input_ids"], flat["inputs_embeds"], model.config.n_embd)
+    source = check_inputs(flat["input_ids"], flat["inputs_embeds"], model.config.hidden_size)
     batch, length = source.shape[:2]
     leading = leading or source.shape[:1]
     shifted = None if labels is None else shifted_labels(labels.reshape(-1, labels.shape[-1]), None)

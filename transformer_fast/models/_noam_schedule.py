@@ -10,7 +10,26 @@ def noam_schedule(optimizer: torch.optim.Optimizer, d_model: int, warmup: int = 
     """lr = optimizer's lr * d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), step = 1, 2, ...
 
     The paper's with an optimizer of lr 1 (Adam, betas (0.9, 0.98), eps 1e-9): linear for `warmup` steps, then with the
-    inverse square root. Call step() after each optimizer step. Source: Vaswani et al., 2017, section 5.3.
+    inverse square root. Call step() after each optimizer step.
+
+    Args:
+        optimizer: any of torch's.
+        d_model: the model's width.
+        warmup: steps.
+
+    Returns:
+        A torch.optim.lr_scheduler.LambdaLR.
+
+    Raises:
+        ValueError: for a d_model or warmup under 1.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 5.3.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> optimizer = torch.optim.Adam(torch.nn.Linear(2, 2).parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-9)
+        >>> schedule = transformer_fast.noam_schedule(optimizer, d_model=512)
     """
     if d_model < 1 or warmup < 1:
         raise ValueError(f"d_model, warmup: wanted numbers from 1 on, got {d_model} and {warmup}")

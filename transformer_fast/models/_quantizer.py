@@ -25,8 +25,18 @@ logger = logging.get_logger(__name__)
 class Int8Config(QuantizationConfigMixin):
     """For from_pretrained(..., quantization_config=Int8Config()): linear layers in int8, see transformer_fast.quantize.
 
-    skip: names of modules to leave as they are. group: inputs that share a scale, 32, 64 or 128.
-    Raises ValueError for another group.
+    Args:
+        skip: names of modules to leave as they are.
+        group: inputs that share a scale, 32, 64 or 128.
+
+    Raises:
+        ValueError: for another group.
+
+    Examples:
+        >>> import transformer_fast
+        >>> from transformer_fast.demo import locate
+        >>> config = transformer_fast.Int8Config(skip=["pooler"])
+        >>> model = transformer_fast.AutoModel.from_pretrained(locate(), quantization_config=config)
     """
 
     def __init__(self, skip: Any = (), group: int = GROUP, **kwargs):

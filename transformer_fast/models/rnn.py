@@ -39,18 +39,33 @@ _WIDEST_HEAD = 256  # of scaled_dot_product_attention
 class AttentionRNNConfig(PreTrainedConfig):
     """What a recurrent encoder-decoder with attention is made of.
 
-    vocab_size: of the target, which is scored; encoder_vocab_size: of the source, by default the same.
-    embedding_size: of both.
-    hidden_size: of the decoder and of the encoder's states, whose two directions have half of it each.
-    num_layers: of encoder and decoder. cell: "gru" or "lstm". bidirectional: the encoder.
-    attention: the score of a target state s against a source state h, and with it the decoder:
-        "additive": v . tanh(W s + U h + b) from the state before the step; the context enters the cell and a maxout
-            readout of state, word and context (Bahdanau et al., 2015, appendix A);
-        "dot": s . h, "general": s . W h, "concat": v . tanh(W [s; h]), from the state after the step; the readout is
-            tanh(W [context; state]) (Luong et al., 2015, section 3).
-    attention_size: width of the hidden layer of "additive" and "concat", by default hidden_size.
-    input_feeding: Luong's readout is part of the next step's input (section 3.3); "additive" always feeds its context.
-    dropout: on embeddings, between layers and on the readout. label_smoothing: of the loss.
+    Args:
+        vocab_size: of the target, which is scored.
+        encoder_vocab_size: of the source, by default the same.
+        embedding_size: of both.
+        hidden_size: of the decoder and of the encoder's states, whose two directions have half of it each.
+        num_layers: of encoder and decoder.
+        cell: "gru" or "lstm".
+        bidirectional: the encoder.
+        attention: the score of a target state s against a source state h, and with it the decoder. "additive": v .
+            tanh(W s + U h + b) from the state before the step; the context enters the cell and a maxout readout of
+            state, word and context (Bahdanau et al., 2015, appendix A). "dot": s . h, "general": s . W h, "concat": v .
+            tanh(W [s; h]), from the state after the step; the readout is tanh(W [context; state]) (Luong et al., 2015,
+            section 3).
+        attention_size: width of the hidden layer of "additive" and "concat", by default hidden_size.
+        input_feeding: Luong's readout is part of the next step's input (section 3.3); "additive" always feeds its
+            context.
+        dropout: on embeddings, between layers and on the readout.
+        label_smoothing: of the loss.
+
+    Source:
+        Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015; Luong,
+        Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015.
+
+    Examples:
+        >>> import transformer_fast
+        >>> config = transformer_fast.AttentionRNNConfig(vocab_size=100, embedding_size=16, hidden_size=32)
+        >>> model = transformer_fast.AttentionRNNForConditionalGeneration(config)
     """
 
     model_type = "attention_rnn"

@@ -74,17 +74,36 @@ SLOTS = SlotTable(
 class TransformerConfig(PreTrainedConfig):
     """What a 2017 Transformer is made of; the defaults are the paper's base model (table 3).
 
-    vocab_size: of the target, which is scored; encoder_vocab_size: of the source, by default the same.
-    d_model, num_attention_heads, ffn_dim, encoder_layers, decoder_layers: widths and depths. activation_function: the
-    paper's relu, or another.
-    norm_position: "post", as the paper, or "pre" (Xiong et al., 2020). final_norm: a norm after the last layer of
-    either stack, by default with "pre" only; torch.nn.Transformer always has one.
-    dropout: on embeddings and on what each sublayer adds (section 5.4); attention_dropout, activation_dropout: on
-    attention weights and inside the feed-forward block, which the paper's text does not have and torch.nn.Transformer
-    and tensor2tensor do. label_smoothing: of the loss.
-    share_embeddings: one matrix for source, target and output (section 3.4), by default where the vocabularies are
-    one. tie_word_embeddings: one for target and output. scale_embedding: times sqrt(d_model).
-    max_position_embeddings: sinusoids have no end; so many are tabulated, and longer inputs are refused.
+    Args:
+        vocab_size: of the target, which is scored.
+        encoder_vocab_size: of the source, by default the same.
+        d_model: width of the model.
+        encoder_layers: layers of the encoder.
+        decoder_layers: layers of the decoder.
+        num_attention_heads: a divisor of d_model.
+        ffn_dim: width inside the feed-forward block.
+        activation_function: the paper's relu, or another.
+        norm_position: "post", as the paper, or "pre" (Xiong et al., 2020).
+        final_norm: a norm after the last layer of either stack, by default with "pre" only; torch.nn.Transformer always
+            has one.
+        dropout: on embeddings and on what each sublayer adds (section 5.4).
+        attention_dropout: on attention weights, which the paper's text does not have and torch.nn.Transformer and
+            tensor2tensor do.
+        activation_dropout: inside the feed-forward block, as attention_dropout.
+        label_smoothing: of the loss.
+        share_embeddings: one matrix for source, target and output (section 3.4), by default where the vocabularies are
+            one.
+        tie_word_embeddings: one for target and output.
+        scale_embedding: times sqrt(d_model).
+        max_position_embeddings: sinusoids have no end; so many are tabulated, and longer inputs are refused.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017.
+
+    Examples:
+        >>> import transformer_fast
+        >>> config = transformer_fast.TransformerConfig(vocab_size=100, d_model=32, num_attention_heads=4, ffn_dim=64)
+        >>> model = transformer_fast.TransformerForConditionalGeneration(config)
     """
 
     model_type = "transformer_2017"

@@ -1,6 +1,7 @@
 """What every op file shares: the library the schemas live in, and how a call reaches its kernel."""
 
-import math
+import numbers
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None) -> Callable:
@@ -31,7 +33,7 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
         if _watched():
             return op(*args)
         for t in args:
-            if isinstance(t, torch.Tensor) and (type(t) not in _PLAIN or t.is_meta):
+            if isinstance(t, torch.Tensor) and (type(t) not in _PLAIN or t.is_meta or _batched(t)):
                 return op(*args)
         return run(*args)
 
@@ -62,6 +64,12 @@ def direct(*tensors: torch.Tensor | None) -> bool:
 def plain(*tensors: torch.Tensor | None) -> bool:
     """True when nobody traces, transforms or wraps these tensors: their memory may be worked on as it is."""
     return not _watched() and is_plain(*tensors)
+
+
+def batched(*tensors: torch.Tensor | None) -> bool:
+    """True when one of these stands for a batch of gradients (is_grads_batched, vectorized jacobians): only torch's
+    dispatcher can take such a tensor apart."""
+    return any(t is not None and _batched(t) for t in tensors)
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -129,6 +137,8 @@ def gradients(
 def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
     """{seed, offset} for the dropout of one call, from torch's own generator of `device`: so
     manual_seed, fork_rng, checkpointing and CUDA graphs behave as they do for torch's dropout."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: wanted a torch.Generator or None, got {type(generator).__name__}")
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
@@ -140,9 +150,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 # ---- checks: each names the argument, what came and what is wanted -------------------------------
-def check_floating(name: str, t: torch.Tensor) -> None:
+def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+
+
+def check_floating(name: str, t: torch.Tensor) -> None:
+    if not isinstance(t, torch.Tensor):
+        check_tensor(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name}: wanted a floating-point tensor (float16, bfloat16, float32), got {t.dtype}")
 
@@ -154,14 +169,38 @@ def check_same(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor,
         raise TypeError(f"{name}: has dtype {t.dtype} but {other_name} has {other.dtype}; wanted the same dtype")
 
 
+# A compiler's symbolic numbers are no float or int, and math.isfinite cannot be traced: comparisons can.
+def check_number(name: str, value: float, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> None:
+    """low <= value <= high; the defaults take every finite number."""
+    if type(value) is float and low <= value <= high:  # the usual case, on the path of every call
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
+        raise TypeError(f"{name}: wanted a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        if high < sys.float_info.max:
+            wanted = f"a number in [{low:g}, {high:g}]"
+        elif low > -sys.float_info.max:
+            wanted = f"a finite number >= {low:g}"
+        else:
+            wanted = "a finite number"
+        raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+
+
+def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: wanted an integer, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"an integer in [{low}, {high}]"
+        raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if value is None or isinstance(value, (torch.Tensor, str, tuple, list, dict, float)):
+        raise TypeError(f"{name}: wanted True or False, got {type(value).__name__}")
+
+
 def check_probability(name: str, p: float) -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
-        raise ValueError(f"{name}: wanted a number in [0, 1), got {p!r}")
-
-
-def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: wanted a finite number, got {value!r}")
+    check_number(name, p, 0.0, 1.0)
 
 
 def check_vector(name: str, t: torch.Tensor | None, width: int, reference: torch.Tensor) -> None:

@@ -114,11 +114,25 @@ def bias_activation(
 ) -> torch.Tensor:
     """y = act(x + bias), or act(x + bias) * gate.
 
-    input: (..., N). bias: (N,). gate: the shape of input (for the gated units of T5 v1.1 and kin; both may be
-    column slices of one wider tensor). activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
-    Gradients to every tensor, deterministic. Raises TypeError or ValueError naming the argument.
-    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants Improve
-    Transformer", 2020.
+    Args:
+        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        bias: (N,).
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        gate: the shape of input, for the gated units of T5 v1.1 and kin; both may be column slices of one wider tensor.
+
+    Returns:
+        A tensor of input's shape and dtype. Gradients to every tensor, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants Improve Transformer", 2020.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.bias_activation(torch.randn(4, 8), torch.zeros(8), "gelu_tanh").shape
+        torch.Size([4, 8])
     """
     _common.check_floating("input", input)
     if input.dim() == 0:

@@ -215,18 +215,36 @@ def additive_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """context_i = sum_j w_ij value_j,  w_i = softmax_j(score_weight . tanh(query_i + key_j + bias)).
 
-    query: (B, Sq, D), the decoder's states projected, W_q q; key: (B, Sk, D), the encoder's projected, W_k k, which a
-    decoder does once for all its steps; value: (B, Sk, Dv). float16, bfloat16 or float32 (float64 in plain PyTorch),
-    all the same; score_weight, bias: (D,), of that dtype or float32. attn_mask: bool, broadcasts to (B, Sq, Sk), True
-    takes part. key_lengths: (B,) int; keys from there on do not take part.
+    The hidden layer, (B, Sq, Sk, D), is never stored: kept for the backward pass are the inputs and w in float32.
+    Hidden layer, scores and softmax are float32 inside; deterministic. Under autocast it runs in the dtype of autocast.
 
-    Returns the context (B, Sq, Dv); with return_weights also w, (B, Sq, Sk), of query's dtype, differentiable. A query
-    with nothing to attend to gets zeros and zero gradients. The hidden layer, (B, Sq, Sk, D), is never stored: kept for
-    the backward pass are the inputs and w in float32. Hidden layer, scores and softmax are float32 inside;
-    deterministic. Under autocast it runs in the dtype of autocast.
-    Raises TypeError or ValueError naming the argument.
-    Source: Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015,
-    section 3.1 and appendix A.1.2.
+    Args:
+        query: (B, Sq, D), the decoder's states projected, W_q q; float16, bfloat16 or float32 (float64 in plain
+            PyTorch).
+        key: (B, Sk, D), the encoder's projected, W_k k, which a decoder does once for all its steps; query's dtype.
+        value: (B, Sk, Dv), query's dtype.
+        score_weight: (D,), of query's dtype or float32.
+        bias: (D,), of query's dtype or float32.
+        attn_mask: bool, broadcasts to (B, Sq, Sk); True takes part.
+        key_lengths: (B,) int; keys from there on do not take part.
+        return_weights: return w too.
+
+    Returns:
+        The context (B, Sq, Dv); with return_weights also w, (B, Sq, Sk), of query's dtype, differentiable. A query with
+        nothing to attend to gets zeros and zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015, section
+        3.1 and appendix A.1.2.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> query, key, value = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 32)
+        >>> transformer_fast.additive_attention(query, key, value, torch.randn(16)).shape
+        torch.Size([2, 5, 32])
     """
     for name, t in zip(_FIELDS[:3], (query, key, value)):
         _common.check_floating(name, t)

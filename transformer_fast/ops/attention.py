@@ -20,13 +20,26 @@ from ._attention_op import (
     qkv_forward_impl,
     qkv_plain,
 )
+from ._attention_shapes import shaped
 
 
 class RelativeBias(NamedTuple):
     """T5's bucketed relative position bias, computed inside the kernel and never materialised.
 
-    table: (num_buckets, H) float tensor, gets a gradient. max_distance, bidirectional: as in T5
-    (Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1).
+    Attributes:
+        table: (num_buckets, H) float tensor; it gets a gradient.
+        max_distance: as in T5.
+        bidirectional: as in T5.
+
+    Source:
+        Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 1, 4, 16, 32).unbind()
+        >>> bias = transformer_fast.RelativeBias(torch.randn(32, 4), max_distance=128, bidirectional=True)
+        >>> transformer_fast.scaled_dot_product_attention(q, k, v, relative_bias=bias, scale=1.0).shape
+        torch.Size([1, 4, 16, 32])
     """
 
     table: torch.Tensor
@@ -63,31 +76,53 @@ def scaled_dot_product_attention(
 
     Same signature as torch.nn.functional.scaled_dot_product_attention, plus the keywords after `*`.
 
-    query: (B, H, Sq, D) (or (N, S, D)); key, value: (B, Hk, Sk, D); float16, bfloat16, float32 (float64 in
-        plain PyTorch); any strides; D in 1..256. Hk < H needs enable_gqa and H % Hk == 0.
-    attn_mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or float (added; gets a gradient).
-    bias: a float bias beside a bool attn_mask. key_lengths: (B,) int; keys from there on do not take part.
-    is_causal, causal_alignment: key j is seen from query i when j <= i + offset, offset = 0 ("top_left", torch's)
-        or Sk - Sq with Sk the row's key length ("bottom_right", decoding's).
-    window: (left, right) keys seen before and after position i + offset, None for all of a side.
-    softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
-    relative_bias: adds table[bucket(j - i - offset), h]. dropout_p: counter-based, see backends/philox.py.
-    scale: default 1 / sqrt(D). generator: where dropout's seed is drawn from.
+    Args:
+        query: (B, H, Sq, D), float16, bfloat16, float32 (float64 in plain PyTorch), any strides; D in 1..256. As in
+            torch, the leading dimensions broadcast, and there may be others: (S, D), (N, S, D), (..., H, S, D).
+        key: (B, Hk, Sk, D). Hk < H needs enable_gqa and H % Hk == 0, or Hk = 1.
+        value: (B, Hk, Sk, Dv), Dv in 1..256.
+        attn_mask: broadcasts to (B, H, Sq, Sk); bool (True takes part) or float (added; gets a gradient).
+        dropout_p: of the attention weights, counter-based: one seed gives one mask on every backend.
+        is_causal: key j is seen from query i when j <= i + offset.
+        scale: default 1 / sqrt(D).
+        enable_gqa: allow H to be a multiple of Hk.
+        bias: a float bias beside a bool attn_mask; gets a gradient.
+        key_lengths: (B,) int; keys from there on do not take part.
+        causal_alignment: offset = 0 ("top_left", torch's) or Sk - Sq with Sk the row's key length ("bottom_right",
+            decoding's).
+        window: (left, right) keys seen before and after position i + offset, None for all of a side.
+        softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
+        relative_bias: adds table[bucket(j - i - offset), h].
+        return_lse: return the log-sum-exp of the scores too.
+        generator: where dropout's seed is drawn from.
 
-    Returns (B, H, Sq, D), laid out as (B, Sq, H, D); with return_lse also the natural-log-sum-exp of the scores,
-    (B, H, Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients.
-    Gradients are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
-    torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once for
-    dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
-    relative_bias, and at most 128 keys, cost two more again, for a delta without the output's rounding.
-    Raises TypeError or ValueError naming the argument.
-    Source: Vaswani et al., 2017, section 3.2; Dao, "FlashAttention-2", 2023.
+    Returns:
+        (B, H, Sq, Dv), laid out as (B, Sq, H, Dv); with return_lse also the natural-log-sum-exp of the scores, (B, H,
+        Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients. Gradients
+        are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
+        torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once
+        for dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
+        relative_bias, and at most 128 keys, cost two more again, for a delta without the output's rounding.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao, "FlashAttention-2", 2023.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
+        >>> lengths = torch.tensor([128, 37])
+        >>> transformer_fast.scaled_dot_product_attention(q, k, v, key_lengths=lengths, is_causal=True).shape
+        torch.Size([2, 8, 128, 64])
     """
     known = None
     if (
-        bias is None and key_lengths is None and window is None and relative_bias is None and not dropout_p
-        and softcap == 0.0 and (scale is None or type(scale) is float)
-        and (attn_mask is None or attn_mask.dtype is torch.bool)
+        bias is None and key_lengths is None and window is None and relative_bias is None and dropout_p == 0
+        and type(softcap) is float and softcap == 0.0 and (scale is None or type(scale) is float)
+        and type(is_causal) is bool and type(enable_gqa) is bool and type(causal_alignment) is str
+        and (attn_mask is None or (isinstance(attn_mask, torch.Tensor) and attn_mask.dtype is torch.bool))
     ):  # fmt: skip
         known = _direct.signature(query, key, value, attn_mask, is_causal, scale, enable_gqa, causal_alignment)
         if known is not None:
@@ -98,35 +133,37 @@ def scaled_dot_product_attention(
                 return found
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
-        if t.dim() not in (3, 4):
-            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D) or 3 (N, S, D), got shape {tuple(t.shape)}")
-    three = query.dim() == 3
-    if three:
-        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unsqueeze(1)
+        if t is not query:
+            _common.check_same(name, t, "query", query, dtype=not _autocasts(query))
+    _common.check_flag("enable_gqa", enable_gqa)
     query, key, value = _autocast(query, key, value)
-    b, h, sq, d = query.shape
-    bk, hk, sk, _ = key.shape
+    given = shaped(query, key, value, enable_gqa)
+    as_given = given.query is query and given.key is key and given.value is value
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1] or 1)
+    query, key, value = given[:3]
+    b, h, sq, _ = query.shape
+    sk = key.shape[2]
     _check_qkv(query, key, value)
-    if bk != b or value.shape[0] != b:
-        raise ValueError(f"key, value: wanted batch {b} as query has, got {bk} and {value.shape[0]}")
-    if value.shape[2] != sk:
-        raise ValueError(f"value: wanted {sk} positions as key has, got {value.shape[2]}")
-    if hk != h and not enable_gqa:
-        raise ValueError(f"key: has {hk} heads but query has {h}; pass enable_gqa=True to share key heads")
+    if not as_given:
+        attn_mask, bias = (
+            given.restrict(name, t) if isinstance(t, torch.Tensor) else t
+            for name, t in (("attn_mask", attn_mask), ("bias", bias))
+        )
+        if isinstance(key_lengths, torch.Tensor) and tuple(key_lengths.shape) == given.batch:
+            key_lengths = key_lengths.reshape(-1)
     mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, b, sk, query)
-    if known is not None and causal_alignment in CAUSAL and not three and (attn_mask is None or attn_mask.dim() == 4):
+    if known is not None and causal_alignment in CAUSAL and as_given and (attn_mask is None or attn_mask.dim() == 4):
         _remember(known, query, key, mask, None, is_causal, causal_alignment, scale)
     out = _attend(
         query, key, value, bias, mask, key_lengths, None, None, sq, sk, relative_bias, dropout_p, is_causal,
         causal_alignment, window, softcap, scale, return_lse, generator,
     )  # fmt: skip
-    if three:
-        return (out[0].squeeze(1), out[1].squeeze(1)) if return_lse else out.squeeze(1)
-    return out
+    if as_given:
+        return out
+    return (given.restore(out[0]), given.restore_lse(out[1])) if return_lse else given.restore(out)
 
 
 def varlen_attention(
@@ -152,19 +189,48 @@ def varlen_attention(
 ):
     """Attention over sequences packed one after the other: no padding is stored, read or computed.
 
-    query: (total_q, H, D); key, value: (total_k, Hk, D), H % Hk == 0. cu_seqlens_q, cu_seqlens_k: (B + 1,) int32,
-    from 0 to the total, never falling; sequence b holds rows cu_seqlens[b] .. cu_seqlens[b + 1]. Without
-    cu_seqlens_k it is cu_seqlens_q. max_seqlen_*: the longest sequence (read from cu_seqlens when not given,
-    which waits for a GPU). attn_mask and bias broadcast to (B, H, max_seqlen_q, max_seqlen_k) and are indexed by
-    positions within the sequence; dropout is too, so a packed and a padded call drop the same elements.
-    The rest, errors and sources as in scaled_dot_product_attention. Returns (total_q, H, D) and, with
-    return_lse, lse (H, total_q).
+    Args:
+        query: (total_q, H, D).
+        key: (total_k, Hk, D), H % Hk == 0.
+        value: (total_k, Hk, D).
+        cu_seqlens_q: (B + 1,) int32, from 0 to the total, never falling; sequence b holds rows cu_seqlens[b] ..
+            cu_seqlens[b + 1].
+        cu_seqlens_k: default cu_seqlens_q.
+        max_seqlen_q: the longest sequence; read from cu_seqlens when not given, which waits for a GPU.
+        max_seqlen_k: as max_seqlen_q.
+        dropout_p: indexed by positions within the sequence, so a packed and a padded call drop the same elements.
+        is_causal: as in scaled_dot_product_attention, as are all that follow.
+        scale: default 1 / sqrt(D).
+        attn_mask: broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions within the sequence.
+        bias: as attn_mask.
+        causal_alignment: "top_left" or "bottom_right".
+        window: (left, right).
+        softcap: c > 0.
+        relative_bias: T5's.
+        return_lse: return the log-sum-exp of the scores too.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (total_q, H, D); with return_lse also lse, (H, total_q).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        As scaled_dot_product_attention.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 165, 8, 64).unbind()  # sequences of 128 and 37 tokens
+        >>> transformer_fast.varlen_attention(q, k, v, torch.tensor([0, 128, 165], dtype=torch.int32)).shape
+        torch.Size([165, 8, 64])
     """
     known = None
     if (
         cu_seqlens_k is None and attn_mask is None and bias is None and window is None and relative_bias is None
-        and not dropout_p and softcap == 0.0 and max_seqlen_k in (None, max_seqlen_q)
-        and causal_alignment == "top_left" and (scale is None or type(scale) is float)
+        and dropout_p == 0 and type(softcap) is float and softcap == 0.0 and max_seqlen_k in (None, max_seqlen_q)
+        and causal_alignment == "top_left" and (scale is None or type(scale) is float) and type(is_causal) is bool
+        and isinstance(cu_seqlens_q, torch.Tensor) and (max_seqlen_q is None or type(max_seqlen_q) is int)
     ):  # fmt: skip
         known = _direct.signature(query, key, value, cu_seqlens_q, is_causal, scale)
         if known is not None:
@@ -176,7 +242,7 @@ def varlen_attention(
         if t.dim() != 3:
             raise ValueError(f"{name}: wanted 3 dimensions (total, H, D), got shape {tuple(t.shape)}")
     query, key, value = _autocast(query, key, value)
-    _check_qkv(query, key, value, head_axis=1)
+    _check_qkv(query, key, value)
     if value.shape[0] != key.shape[0]:
         raise ValueError(f"value: wanted {key.shape[0]} rows as key has, got {value.shape[0]}")
     shared = cu_seqlens_k is None
@@ -210,18 +276,34 @@ def qkv_attention(
     generator: torch.Generator | None = None,
     return_lse: bool = False,
 ):
-    """Self-attention on packed projections: qkv (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
+    """Self-attention on packed projections, whose gradient is one tensor: no slices are cut, copied or summed.
 
-    The gradient is one tensor of qkv's shape: no slices are cut, copied or summed. Returns (total, H, D) or
-    (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
-    Other arguments as in varlen_attention and scaled_dot_product_attention.
+    Args:
+        qkv: (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
+        cu_seqlens: as in varlen_attention.
+        max_seqlen: the longest sequence.
+        dropout_p: as in scaled_dot_product_attention, as are all that follow.
+        is_causal: each token sees itself and those before it.
+        scale: default 1 / sqrt(D).
+        key_lengths: (B,) int, for (B, S, 3, H, D).
+        generator: where dropout's seed is drawn from.
+        return_lse: return the log-sum-exp of the scores too.
+
+    Returns:
+        (total, H, D) or (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        As scaled_dot_product_attention.
     """
     packed = cu_seqlens is not None
     _common.check_floating("qkv", qkv)
     if qkv.dim() != (4 if packed else 5) or qkv.shape[-3] != 3:
         wanted = "(total, 3, H, D)" if packed else "(B, S, 3, H, D)"
         raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")
-    if not dropout_p and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not _autocasts(qkv):
+    if dropout_p == 0 and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not _autocasts(qkv):
         return _attend_to_parts(qkv, cu_seqlens, max_seqlen, is_causal, scale, return_lse)
     _check_head_dim("qkv", qkv.shape[-1])
     if packed:
@@ -230,7 +312,8 @@ def qkv_attention(
         longest = qkv.shape[1]
         if key_lengths is not None:
             _check_lengths("key_lengths", key_lengths, qkv.shape[0], longest, qkv)
-    rng, p = _dropout_state(dropout_p, qkv.device, generator)
+    _common.check_flag("is_causal", is_causal)
+    rng, p, nothing = _dropout_state(dropout_p, qkv.device, generator)
     args = (qkv, key_lengths, cu_seqlens, longest, rng, _scale(scale, qkv.shape[-1]), int(bool(is_causal)), p)
     if _common.transformed():
         out, lse = qkv_plain(qkv, args[1:])
@@ -238,6 +321,8 @@ def qkv_attention(
         out, lse = qkv_forward_impl(*args)
     else:
         out, lse = qkv_attention_op(*args)
+    if nothing:
+        out = out * 0
     return (out, lse) if return_lse else out
 
 
@@ -261,18 +346,16 @@ def _attend(
     query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, relative_bias, dropout_p, is_causal,
     causal_alignment, window, softcap, scale, return_lse, generator,
 ):  # fmt: skip
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment: wanted 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    _check_alignment(causal_alignment)
+    _common.check_flag("is_causal", is_causal)
     # Bottom-right also places windows and relative positions, so it is kept when not causal.
     alignment = CAUSAL[causal_alignment]
     left, right = _check_window(window)
     if is_causal:
-        right = 0 if right < 0 else min(right, 0)
-    _common.check_finite("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap!r}")
+        right = 0
+    _check_softcap(softcap)
     table, distance, bidirectional = _check_relative(relative_bias, query)
-    rng, p = _dropout_state(dropout_p, query.device, generator)
+    rng, p, nothing = _dropout_state(dropout_p, query.device, generator)
     args = (
         query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng,
         _scale(scale, query.shape[-1]), alignment, left, right, float(softcap), p,
@@ -283,6 +366,8 @@ def _attend(
         out, lse = forward_impl(*args)
     else:
         out, lse = attention_op(*args)
+    if nothing:
+        out = out * 0
     return (out, lse) if return_lse else out
 
 
@@ -311,25 +396,37 @@ def _check_head_dim(name: str, d: int) -> None:
         raise ValueError(f"{name}: wanted a head dim in 1..256, got {d}")
 
 
-def _check_qkv(query, key, value, head_axis: int = 1) -> None:
+def _check_qkv(query, key, value) -> None:
+    """(B, H, S, D) or (total, H, D) each."""
     _common.check_same("key", key, "query", query)
     _common.check_same("value", value, "query", query)
-    d, h, hk = query.shape[-1], query.shape[head_axis], key.shape[head_axis]
+    d, h, hk = query.shape[-1], query.shape[1], key.shape[1]
     _check_head_dim("query", d)
     if key.shape[-1] != d:
         raise ValueError(f"key: wanted head dim {d} as query has, got {key.shape[-1]}")
     if value.shape[-1] != d:
         raise ValueError(f"value: wanted head dim {d} as query has, got {value.shape[-1]}")
-    if value.shape[head_axis] != hk:
-        raise ValueError(f"value: wanted {hk} heads as key has, got {value.shape[head_axis]}")
+    if value.shape[1] != hk:
+        raise ValueError(f"value: wanted {hk} heads as key has, got {value.shape[1]}")
     if h == 0 or hk == 0 or h % hk:
         raise ValueError(f"key: wanted a number of heads that divides query's {h}, got {hk}")
+
+
+def _check_alignment(alignment: str) -> None:
+    if not isinstance(alignment, str) or alignment not in CAUSAL:
+        raise ValueError(f"causal_alignment: wanted 'top_left' or 'bottom_right', got {alignment!r}")
+
+
+def _check_softcap(softcap: float) -> None:
+    """0 is off."""
+    _common.check_number("softcap", softcap, 0.0)
 
 
 def _split_mask(attn_mask, bias, shape, query):
     """(bool mask, float bias), each 4-D or None and known to broadcast to `shape`."""
     mask = None
     if attn_mask is not None:
+        _common.check_tensor("attn_mask", attn_mask)
         if attn_mask.dtype == torch.bool:
             mask = attn_mask
         elif attn_mask.is_floating_point():
@@ -360,6 +457,10 @@ def _check_integers(name, t, reference) -> None:
         raise ValueError(f"{name}: is on {t.device} but query is on {reference.device}; wanted the same device")
 
 
+# Windows and lengths beyond any tensor mean the same as this one, with which 32-bit positions do not overflow.
+_FARTHEST = 2**30
+
+
 def _check_lengths(name, lengths, batch, longest, reference) -> None:
     _check_integers(name, lengths, reference)
     if lengths.shape != (batch,):
@@ -373,6 +474,9 @@ def _check_lengths(name, lengths, batch, longest, reference) -> None:
 
 def _check_cu_seqlens(name, cu, reference, longest):
     _check_integers(name, cu, reference)
+    if longest is not None:
+        _common.check_integer("max_seqlen", longest, 0)
+        longest = min(longest, _FARTHEST)
     if cu.dim() != 1 or cu.shape[0] < 1:
         raise ValueError(f"{name}: wanted shape (B + 1,), got {tuple(cu.shape)}")
     if _readable(cu):
@@ -399,15 +503,24 @@ def _readable(t: torch.Tensor) -> bool:
 def _check_window(window) -> tuple[int, int]:
     if window is None:
         return -1, -1
-    if len(window) != 2 or any(w is not None and (isinstance(w, bool) or int(w) != w or w < -1) for w in window):
-        raise ValueError(f"window: wanted (left, right), each an integer >= 0 or None for no limit, got {window!r}")
-    return tuple(-1 if w is None else int(w) for w in window)  # type: ignore[return-value]
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"window: wanted (left, right) or None, got {type(window).__name__}")
+    if len(window) != 2:
+        raise ValueError(f"window: wanted (left, right), got {window!r}")
+    for w in window:
+        if w is not None:
+            _common.check_integer("window", w, -1)
+    left, right = (-1 if w is None else min(w, _FARTHEST) for w in window)
+    return left, right
 
 
 def _check_relative(relative: RelativeBias | None, query) -> tuple[torch.Tensor | None, int, bool]:
     if relative is None:
         return None, 0, False
+    if not isinstance(relative, RelativeBias):
+        raise TypeError(f"relative_bias: wanted a RelativeBias, got {type(relative).__name__}")
     table = relative.table
+    _common.check_flag("relative_bias.bidirectional", relative.bidirectional)
     _common.check_floating("relative_bias.table", table)
     heads = query.shape[1]
     buckets = table.shape[0] if table.dim() == 2 else 0
@@ -418,25 +531,27 @@ def _check_relative(relative: RelativeBias | None, query) -> tuple[torch.Tensor 
             f"H = {heads}), got {tuple(table.shape)}"
         )
     exact = buckets // (4 if relative.bidirectional else 2)
+    _common.check_integer("relative_bias.max_distance", relative.max_distance, 0)
     if relative.max_distance <= exact:
         raise ValueError(f"relative_bias.max_distance: wanted more than {exact}, got {relative.max_distance}")
     _common.check_same("relative_bias.table", table, "query", query, dtype=False)
     return table, int(relative.max_distance), bool(relative.bidirectional)
 
 
-def _dropout_state(p: float, device, generator) -> tuple[torch.Tensor | None, float]:
-    if not p:
-        return None, 0.0
+def _dropout_state(p: float, device, generator) -> tuple[torch.Tensor | None, float, bool]:
+    """The random state, the probability of the kernels, and whether everything is dropped, which they do not do."""
     _common.check_probability("dropout_p", p)
+    if p == 1.0:
+        return None, 0.0, True
     if threshold(p) == 0:
-        return None, 0.0
-    return _common.draw_rng(device, generator), float(p)
+        return None, 0.0, False
+    return _common.draw_rng(device, generator), float(p), False
 
 
 def _scale(scale: float | None, d: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(d)
-    _common.check_finite("scale", scale)
+    _common.check_number("scale", scale)
     return float(scale)
 
 

@@ -1,11 +1,21 @@
-"""Attention weights of chosen heads, out of the log-sum-exp that attention leaves behind."""
+"""Attention weights of chosen heads, beside an attention that does not keep them."""
 
 import math
 
 import torch
 
-from ._attention_op import CAUSAL
-from .attention import RelativeBias, _check_lengths, _check_relative, _check_window, _scale, _split_mask
+from . import _common
+from .attention import (
+    RelativeBias,
+    _check_alignment,
+    _check_lengths,
+    _check_qkv,
+    _check_relative,
+    _check_softcap,
+    _check_window,
+    _scale,
+    _split_mask,
+)
 
 __all__ = ["attention_probabilities"]
 
@@ -26,19 +36,58 @@ def attention_probabilities(
     softcap: float = 0.0,
     relative_bias: RelativeBias | None = None,
 ) -> torch.Tensor:
-    """exp(scale * Q K^T + bias - lse): the attention weights of chosen heads, from the saved log-sum-exp.
+    """softmax(scale * Q K^T + bias): the attention weights of chosen heads, for a call that has already been made.
 
-    query (B, H, Sq, D), key (B, Hk, Sk, D), lse (B, H, Sq) as scaled_dot_product_attention returned it for the
-    same arguments. heads: indices, default all; only theirs are computed. Returns (B, len(heads), Sq, Sk) in query's
-    dtype, before dropout, differentiable; rows with nothing to attend to are zero. Raises TypeError or ValueError
-    naming the argument.
+    Args:
+        query: (B, H, Sq, D).
+        key: (B, Hk, Sk, D).
+        lse: (B, H, Sq), as scaled_dot_product_attention returned it for the same arguments: where it is -inf the
+            weights are zeros.
+        scale: as in that call, as are all but heads.
+        heads: indices, default all; only theirs are computed.
+        bias: float, broadcasts to (B, H, Sq, Sk).
+        attn_mask: broadcasts to (B, H, Sq, Sk).
+        key_lengths: (B,) int.
+        is_causal: as in that call.
+        causal_alignment: "top_left" or "bottom_right".
+        window: (left, right).
+        softcap: c > 0.
+        relative_bias: T5's.
+
+    Returns:
+        (B, len(heads), Sq, Sk) in query's dtype, before dropout, differentiable; rows with nothing to attend to are
+        zero.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        As scaled_dot_product_attention.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 2, 8, 16, 64).unbind()
+        >>> out, lse = transformer_fast.scaled_dot_product_attention(q, k, v, return_lse=True)
+        >>> transformer_fast.attention_probabilities(q, k, lse, heads=[0, 3]).shape
+        torch.Size([2, 2, 16, 16])
     """
+    for name, t in (("query", query), ("key", key)):
+        _common.check_floating(name, t)
+        if t.dim() != 4:
+            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
+    _check_qkv(query, key, key)
     b, h, sq, d = query.shape
     sk = key.shape[2]
+    if key.shape[0] != b:
+        raise ValueError(f"key: wanted batch {b} as query has, got {key.shape[0]}")
+    _common.check_floating("lse", lse)
+    _common.check_same("lse", lse, "query", query, dtype=False)
     if lse.shape != (b, h, sq):
         raise ValueError(f"lse: wanted shape {(b, h, sq)}, got {tuple(lse.shape)}")
-    if causal_alignment not in CAUSAL:
-        raise ValueError(f"causal_alignment: wanted 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    _check_alignment(causal_alignment)
+    _common.check_flag("is_causal", is_causal)
+    _check_softcap(softcap)
+    softcap = float(softcap)
     mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
     left, right = _check_window(window)
     if is_causal:
@@ -46,7 +95,12 @@ def attention_probabilities(
     table, distance, bidirectional = _check_relative(relative_bias, query)
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, b, sk, query)
-    chosen = list(range(h)) if heads is None else heads
+    if heads is not None and not isinstance(heads, (list, tuple)):
+        raise TypeError(f"heads: wanted a list of indices or None, got {type(heads).__name__}")
+    chosen = list(range(h)) if heads is None else list(heads)
+    for i in chosen:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"heads: wanted indices, got {type(i).__name__}")
     bad = [i for i in chosen if not 0 <= i < h]
     if bad:
         raise ValueError(f"heads: wanted indices in [0, {h}), got {bad}")
@@ -60,7 +114,12 @@ def attention_probabilities(
     position = torch.arange(sq, device=query.device)[:, None]
     if causal_alignment == "bottom_right":
         position = position + ((sk if key_lengths is None else key_lengths.view(-1, 1, 1, 1)) - sq)
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(lse.dtype) * _scale(scale, d)
+    # Rounded to 16 bits, the products would differ from those that the output was made with.
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, key = (
+        t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key)
+    )  # MKL is more exact
+    scores = torch.matmul(query, key.transpose(-1, -2)) * _scale(scale, d)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -78,5 +137,7 @@ def attention_probabilities(
         dead = dead | (column >= key_lengths.view(-1, 1, 1, 1))
     if mask is not None:
         dead = dead | ~mask
-    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
-    return p.masked_fill(dead, 0.0).to(query.dtype)
+    # Not exp(scores - lse): the gradients by way of scores and of lse would nearly cancel, each rounded by itself.
+    empty = dead.all(-1, keepdim=True)
+    p = torch.softmax(scores.masked_fill(dead, -math.inf).masked_fill(empty, 0.0), -1)
+    return p.masked_fill(dead, 0.0).to(dtype)

@@ -129,7 +129,7 @@ def _backward(ctx, grad_losses, _largest, _total):
     rows, classes = logits.shape
     own_memory = logits.stride(1) == 1 and (rows <= 1 or logits.stride(0) >= classes)
     # A compiler that traces this plans its memory itself.
-    if ctx.inplace and own_memory and _common.direct(grad_losses):
+    if ctx.inplace and own_memory and _common.direct(grad_losses) and not _common.batched(grad_losses):
         grad = _backward_impl(*arguments, out=logits.detach())
         torch.autograd.graph.increment_version(logits)  # whoever else kept the logits is told
     else:
@@ -151,13 +151,12 @@ _op = _common.define(
 def check_options(ignore_index, reduction, reductions, label_smoothing, z_loss) -> None:
     if reduction not in reductions:
         raise ValueError(f"reduction: wanted one of {', '.join(map(repr, reductions))}, got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: wanted an integer, got {ignore_index!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: wanted a number in [0, 1], got {label_smoothing!r}")
-    _common.check_finite("z_loss", z_loss)
-    if z_loss < 0.0:
-        raise ValueError(f"z_loss: wanted a number >= 0, got {z_loss!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: wanted an integer of 64 bits, got {ignore_index!r}")
+    _common.check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    _common.check_number("z_loss", z_loss, 0.0)
 
 
 def class_indices(target: torch.Tensor, shape: tuple[int, ...], name: str, like: torch.Tensor) -> torch.Tensor:
@@ -190,21 +189,38 @@ def cross_entropy(
 ) -> torch.Tensor:
     """loss = (1 - e) w[y] (-log p[y]) + e / V * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2, p = softmax(x).
 
-    As torch.nn.functional.cross_entropy, but for the keyword-only extras and the legacy arguments.
-    input: logits, (N, V), rows may be strided, or (V,); float16, bfloat16, float32 (or float64 in plain PyTorch).
-    torch's (N, C, d1, ...) with the classes second is refused: flatten (B, S, V) to (B * S, V) instead.
-    target: class indices, (N,) or (); class probabilities are refused. A row whose target is ignore_index has
-    neither loss nor gradient. weight: (V,) class weights, without gradient. label_smoothing: e, in [0, 1].
-    reduction: "mean" divides by the sum of w[y] over the rows not ignored (NaN where there are none, as torch),
-    "sum", or "none" for the losses (N,). z_loss: pulls logsumexp towards 0; reduced like the rest, not weighted.
-    inplace_gradient: the backward pass may write the gradient over input, which must not be needed again
-    (autograd raises where it is); it saves memory of the size of input. Ignored when compiled.
+    As torch.nn.functional.cross_entropy, but for the keyword-only extras and the legacy arguments. Kept for the
+    backward pass: input and two numbers a row. Deterministic.
 
-    Computed and returned in float32, whatever the dtype of the logits. Kept for the backward pass: input and
-    two numbers a row. Deterministic. Raises TypeError or ValueError naming the argument; a target outside
-    [0, V) is a ValueError on the CPU, and on a GPU, where looking would stall it, gives that row a loss of NaN.
-    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; label smoothing: Szegedy et
-    al., "Rethinking the Inception architecture", 2015, section 7; z-loss: Chowdhery et al., "PaLM", 2022, section 5.
+    Args:
+        input: logits, (N, V), rows may be strided, or (V,); float16, bfloat16, float32 (or float64 in plain PyTorch).
+            torch's (N, C, d1, ...) with the classes second is refused: flatten (B, S, V) to (B * S, V) instead.
+        target: class indices, (N,) or (); class probabilities are refused.
+        weight: (V,) class weights, without gradient.
+        ignore_index: a row with this target has neither loss nor gradient.
+        reduction: "mean" divides by the sum of w[y] over the rows not ignored (NaN where there are none, as torch),
+            "sum", or "none" for the losses (N,).
+        label_smoothing: e, in [0, 1].
+        z_loss: pulls logsumexp towards 0; reduced like the rest, not weighted.
+        inplace_gradient: the backward pass may write the gradient over input, which must not be needed again (autograd
+            raises where it is); it saves memory of the size of input. Ignored when compiled.
+
+    Returns:
+        A float32 scalar, or (N,), whatever the dtype of the logits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted. A target outside [0, V) is a
+            ValueError on the CPU; on a GPU, where looking would stall it, it gives that row a loss of NaN.
+
+    Source:
+        Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; label smoothing: Szegedy et al.,
+        "Rethinking the Inception architecture", 2015, section 7; z-loss: Chowdhery et al., "PaLM", 2022, section 5.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> logits, target = torch.randn(4, 1000), torch.tensor([1, 2, -100, 3])
+        >>> transformer_fast.cross_entropy(logits, target, label_smoothing=0.1).shape
+        torch.Size([])
     """
     _common.check_floating("input", input)
     if input.dim() not in (1, 2):
@@ -215,6 +231,7 @@ def cross_entropy(
     if input.shape[-1] == 0:
         raise ValueError(f"input: wanted at least one class, got shape {tuple(input.shape)}")
     check_options(ignore_index, reduction, REDUCTIONS, label_smoothing, z_loss)
+    _common.check_flag("inplace_gradient", inplace_gradient)
     target = class_indices(target, tuple(input.shape[:-1]), "input", input)
     wide = loss_dtype(input.dtype)
     if weight is not None:

@@ -40,12 +40,32 @@ def dropout(
 ) -> torch.Tensor:
     """y = keep * x / (1 - p), keep ~ Bernoulli(1 - p), from a counter: nothing but the seed is saved.
 
-    input: (..., N) float tensor. p: in [0, 1), rounded to 1/65536. training: False returns input.
-    Same signature as torch.nn.functional.dropout. Raises TypeError/ValueError naming the argument.
-    Source: Srivastava et al., "Dropout", JMLR 2014.
+    Same signature as torch.nn.functional.dropout, plus generator.
+
+    Args:
+        input: (..., N) float tensor.
+        p: in [0, 1], rounded to 1/65536.
+        training: False returns input.
+        generator: where the seed is drawn from; default torch's own for the device.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Srivastava et al., "Dropout", JMLR 2014; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.dropout(torch.ones(4, 8), 0.5).shape
+        torch.Size([4, 8])
     """
     _common.check_floating("input", input)
     _common.check_probability("p", p)
+    if training and p == 1.0:  # which the kernels do not do
+        return input * 0
     if not training or threshold(p) == 0 or input.numel() == 0:
         return input
     x = input if input.dim() else input[None]

@@ -252,16 +252,37 @@ def embedding_layer_norm(
 ) -> torch.Tensor:
     """y = dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
-    input_ids: int64 or int32 of any shape, (B, S) or packed (T,); position_ids, token_type_ids: the same shape or
-    one that broadcasts to it, each None together with its table. word_weight (V, N), position_weight (P, N),
-    token_type_weight (K, N): float16, bfloat16 or float32 (float64 in plain PyTorch), all the same; norm_weight,
-    norm_bias: (N,), of the tables' dtype or float32. dropout_p: in [0, 1), after the norm as in BERT.
-    padding_idx: this row of word_weight gets no gradient; negative counts from the end, as torch.
-    Returns (*input_ids.shape, N) in the tables' dtype; the sum and its statistics are float32. The gradients (to
-    the tables, norm_weight and norm_bias) are dense and deterministic, summed in float32; nothing of the size of
-    the output is kept for them. Raises TypeError or ValueError naming the argument; an index outside its table is
-    a ValueError on the CPU, and on a GPU, where looking would stall it, gives NaN in that row.
-    Source: Devlin et al., "BERT", 2019, section 3 and figure 2.
+    Args:
+        input_ids: int64 or int32 of any shape, (B, S) or packed (T,).
+        word_weight: (V, N), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        position_ids: the shape of input_ids, or one that broadcasts to it; None together with its table.
+        position_weight: (P, N), of word_weight's dtype.
+        token_type_ids: as position_ids.
+        token_type_weight: (K, N), of word_weight's dtype.
+        norm_weight: (N,), of the tables' dtype or float32.
+        norm_bias: as norm_weight.
+        eps: of the norm.
+        dropout_p: in [0, 1], after the norm as in BERT.
+        padding_idx: this row of word_weight gets no gradient; negative counts from the end, as torch.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (*input_ids.shape, N) in the tables' dtype; the sum and its statistics are float32. The gradients (to the
+        tables, norm_weight and norm_bias) are dense and deterministic, summed in float32; nothing of the size of the
+        output is kept for them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted. An index outside its table is a
+            ValueError on the CPU; on a GPU, where looking would stall it, it gives NaN in that row.
+
+    Source:
+        Devlin et al., "BERT", 2019, section 3 and figure 2.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> ids, table = torch.tensor([[5, 3, 0]]), torch.randn(10, 16)
+        >>> transformer_fast.embedding_layer_norm(ids, table, padding_idx=0).shape
+        torch.Size([1, 3, 16])
     """
     _check_integers("input_ids", input_ids)
     _common.check_floating("word_weight", word_weight)
@@ -280,20 +301,23 @@ def embedding_layer_norm(
             raise TypeError(
                 f"{name}: has dtype {t.dtype} but word_weight has {word_weight.dtype}; wanted that or float32"
             )
-    if not eps >= 0.0:
-        raise ValueError(f"eps: wanted a number >= 0, got {eps!r}")
+    _common.check_number("eps", eps, 0.0)
     _common.check_probability("dropout_p", dropout_p)
     padding = -1
     if padding_idx is not None:
+        _common.check_integer("padding_idx", padding_idx, -(2**63))
         if not -entries <= padding_idx < entries:
             raise ValueError(f"padding_idx: wanted a row of word_weight, in [{-entries}, {entries}), got {padding_idx}")
         padding = padding_idx % entries
-    p = dropout_p if threshold(dropout_p) else 0.0
+    nothing = dropout_p == 1.0  # everything is dropped, which the kernels do not do
+    p = dropout_p if threshold(dropout_p) and not nothing else 0.0
     rng = _common.draw_rng(word_weight.device, generator) if p else None
     tensors = (word_weight, position_weight, token_type_weight, norm_weight, norm_bias)
     ids = input_ids.to(torch.int64)
     lookups = (ids, word_weight, position_ids, position_weight, type_ids, token_type_weight)
     rest = (norm_weight, norm_bias, rng, eps, p, padding)
     if _common.transformed():
-        return _plain(lookups, *rest)
-    return (_forward if _common.direct(*tensors) else _op)(*lookups, *rest)[0]
+        y = _plain(lookups, *rest)
+    else:
+        y = (_forward if _common.direct(*tensors) else _op)(*lookups, *rest)[0]
+    return y * 0 if nothing else y

@@ -5,7 +5,15 @@ import torch
 from ..backends import memory
 from . import _common
 from ._attention_op import AttentionSpec, _lse_shape, _out_like, _unit_stride, choose
-from .attention import RelativeBias, _check_lengths, _check_qkv, _check_relative, _check_window, _scale
+from .attention import (
+    RelativeBias,
+    _check_lengths,
+    _check_qkv,
+    _check_relative,
+    _check_softcap,
+    _check_window,
+    _scale,
+)
 
 
 def _forward(query, key, value, key_cache, value_cache, lengths, table, distance, bidirectional, scale, left, softcap):
@@ -63,18 +71,42 @@ def kv_cache_attention(
 ):
     """Writes key and value behind the cached ones, then softmax(scale * Q K^T) V over all of them, causal.
 
-    query: (B, H, S, D), key, value: (B, Hk, S, D): S new tokens a sequence, H % Hk == 0. key_cache, value_cache:
-        (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new row i. cache_lengths: (B,) int, rows
-        in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked on a GPU: reading it waits).
-    New token i stands at position cache_lengths[b] + i and sees the keys up to there, within `window`'s left side.
-    The rest as in scaled_dot_product_attention; float16, bfloat16, float32 (float64 in plain PyTorch).
+    New token i stands at position cache_lengths[b] + i and sees the keys up to there, within `window`'s left side. The
+    Triton kernel appends in the launch that attends.
 
-    Returns (B, H, S, D), and with return_lse also the log-sum-exp (B, H, S). No gradients: raises RuntimeError where
-    one is wanted; TypeError or ValueError naming an argument. The Triton kernel appends in the launch that attends.
-    Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+    Args:
+        query: (B, H, S, D), S new tokens a sequence; float16, bfloat16, float32 (float64 in plain PyTorch).
+        key: (B, Hk, S, D), H % Hk == 0.
+        value: as key.
+        key_cache: (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new row i.
+        value_cache: as key_cache.
+        cache_lengths: (B,) int, rows in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked
+            on a GPU: reading it waits).
+        scale: default 1 / sqrt(D).
+        window: (left, right), as in scaled_dot_product_attention.
+        softcap: as there.
+        relative_bias: as there.
+        return_lse: return the log-sum-exp of the scores too.
+
+    Returns:
+        (B, H, S, D), and with return_lse also the log-sum-exp (B, H, S).
+
+    Raises:
+        RuntimeError: where a gradient is wanted; there are none.
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Dao et al., "Flash-Decoding for long-context inference", 2023.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> q, k, v = torch.randn(3, 2, 4, 1, 32).unbind()  # one new token in each of two sequences
+        >>> keys, values, lengths = torch.zeros(2, 4, 64, 32), torch.zeros(2, 4, 64, 32), torch.tensor([10, 3])
+        >>> transformer_fast.kv_cache_attention(q, k, v, keys, values, lengths).shape
+        torch.Size([2, 4, 1, 32])
     """
-    _common.check_floating("query", query)
     for name, t in (("query", query), ("key", key), ("value", value)):
+        _common.check_floating(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
     _check_qkv(query, key, value)
@@ -82,6 +114,8 @@ def kv_cache_attention(
     for name, t in (("key", key), ("value", value)):
         if t.shape[0] != b or t.shape[2] != n:
             raise ValueError(f"{name}: wanted batch {b} and {n} new rows as query has, got shape {tuple(t.shape)}")
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _common.check_floating(name, t)
     wanted = (b, key.shape[1], key_cache.shape[2] if key_cache.dim() == 4 else "capacity", d)
     for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
         _common.check_same(name, t, "query", query)
@@ -92,9 +126,7 @@ def kv_cache_attention(
     _check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, key_cache, value_cache)):
         raise RuntimeError("kv_cache_attention has no gradient: call it under torch.no_grad()")
-    _common.check_finite("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap!r}")
+    _check_softcap(softcap)
     table, distance, bidirectional = _check_relative(relative_bias, query)
     out, lse = _op(
         query, key, value, key_cache, value_cache, cache_lengths, table, distance, bidirectional, _scale(scale, d),

@@ -15,21 +15,37 @@ __all__ = ["linear", "pack_weight", "projections"]
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has a product of its own for this call, else torch's F.linear makes it."""
+    return _is_alike(input, weight, bias) and (
+        select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    )
+
+
+def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
+    """True when a backend computes the gradients of bias and activation together, in 16 bits too."""
+    return (
+        input.dtype in (torch.bfloat16, torch.float16)
+        and _is_alike(input, weight, bias)
+        and select(("bias_activation", "cpu", input.dtype, weight.shape[0], ())).name == "cpu"
+    )
+
+
+def _is_alike(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
+    """Plain tensors of one dtype on the CPU."""
     if not _common.plain(input, weight, bias):
         return False
     if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return False
-    if 0 in input.shape or 0 in weight.shape:
-        return False
-    return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    return 0 not in input.shape and 0 not in weight.shape
 
 
 def _check(input, weight, bias, activation) -> None:
     _common.check_floating("input", input)
     if type(weight) is not PackedWeight:
         _common.check_floating("weight", weight)
+        if weight.device != input.device:
+            _common.check_same("weight", weight, "input", input, dtype=False)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation: {activation!r} is unknown; there are None, {', '.join(ACTIVATIONS)}")
     if len(weight.shape) != 2:
@@ -39,6 +55,8 @@ def _check(input, weight, bias, activation) -> None:
                          f"got {tuple(input.shape)}")  # fmt: skip
     if bias is not None:
         _common.check_floating("bias", bias)
+        if bias.device != input.device:
+            _common.check_same("bias", bias, "input", input, dtype=False)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias: wanted shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
@@ -50,7 +68,9 @@ def _plain(input, weight, bias, activation) -> torch.Tensor:
             _common.check_same("bias", bias, "input", input)
     if activation is None:
         return F.linear(input, weight, bias)
-    return bias_activation(F.linear(input, weight), bias, activation)
+    # The bias goes into the product, which adds it before it rounds: a sum of two rounded numbers has another sign now
+    # and then, and relu's gradient another value.
+    return bias_activation(F.linear(input, weight, bias), None, activation)
 
 
 def _forward(input, weight, bias, activation) -> torch.Tensor:
@@ -62,6 +82,8 @@ def _forward(input, weight, bias, activation) -> torch.Tensor:
 
 
 def _column_sum(x: torch.Tensor) -> torch.Tensor:
+    if _common.batched(x):
+        return x.sum(0)
     out = torch.empty(x.shape[1], dtype=torch.float32)
     torch.ops.transformer_fast.cpu_column_sum.default(x, out)
     return out
@@ -75,16 +97,18 @@ def _weight_gradient(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> 
 
 
 def _backward(grad, input, weight, bias, pre, activation, need):
-    """Gradients to input, weight and bias; pre is x W^T, kept when there is an activation."""
+    """Gradients to input, weight and bias; pre is x W^T + b, kept when there is an activation."""
     x = input.reshape(-1, input.shape[-1])
     g = grad.reshape(-1, weight.shape[0]).contiguous()
     grad_bias = None
     if activation is not None:
         g, grad_bias, _ = torch.ops.transformer_fast.bias_activation_backward.default(
-            g, pre, bias, None, activation, need[2]
+            g, pre, None, None, activation, need[2]
         )
     elif need[2]:
         grad_bias = _column_sum(g)
+    if need[2]:
+        grad_bias = grad_bias.to(bias.dtype)
     grad_input = gemm.linear(g, weight.t(), None, None).view(input.shape) if need[0] else None
     grad_weight = _weight_gradient(g, x, weight) if need[1] else None
     return grad_input, grad_weight, grad_bias if need[2] else None
@@ -107,9 +131,9 @@ class _Linear(torch.autograd.Function):
         if activation is None:
             ctx.save_for_backward(input, weight, bias)
             return _forward(input, weight, bias, None)
-        pre = _forward(input, weight, None, None)
+        pre = _forward(input, weight, bias, None)
         ctx.save_for_backward(input, weight, bias, pre)
-        return bias_activation(pre, bias, activation)
+        return bias_activation(pre, None, activation)
 
     @staticmethod
     def backward(ctx, grad):
@@ -128,19 +152,38 @@ def linear(
 ) -> torch.Tensor:
     """y = activation(x W^T + b).
 
-    input: (..., in), float16, bfloat16, float32 (or float64 in plain PyTorch); weight: (out, in), or a pack_weight
-    result (inference only); bias: (out,). Under autocast as torch.nn.functional.linear. activation: None or one of
-    bias_activation's names, fused with the bias. Returns (..., out). Gradients to every tensor.
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        input: (..., in), float16, bfloat16, float32 (or float64 in plain PyTorch). Under autocast as
+            torch.nn.functional.linear.
+        weight: (out, in), or a pack_weight result (inference only).
+        bias: (out,).
+        activation: None or one of bias_activation's names, fused with the bias.
+
+    Returns:
+        (..., out). Gradients to every tensor.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, for the default activation of transformers.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.linear(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(16), "gelu").shape
+        torch.Size([4, 16])
     """
     _check(input, weight, bias, activation)
     if isinstance(weight, PackedWeight):
         return linear_packed(input, weight, bias, activation)
-    if not _is_fast(input, weight, bias):
-        return _plain(input, weight, bias, activation)
-    if torch.is_grad_enabled() and (
+    grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not _is_fast(input, weight, bias) and not (
+        grad and activation is not None and _fuses_gradient(input, weight, bias)
     ):
+        return _plain(input, weight, bias, activation)
+    if grad:
         return _Linear.apply(activation, input, weight, bias)
     return _forward(input, weight, bias, activation)
 
@@ -154,7 +197,11 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(input, *parameters)
         ctx.n = n
         ctx.set_materialize_grads(False)
-        return tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        found = tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        need_input, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        if not need_input:
+            ctx.mark_non_differentiable(*(y for i, y in enumerate(found) if not (needs[i] or needs[n + i])))
+        return found
 
     @staticmethod
     def backward(ctx, *grads):
@@ -194,11 +241,27 @@ def projections(
 ) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for each i: several projections of one input, such as query, key and value.
 
-    Each weight is read where it lies. input: (..., in); weights: (out_i, in) each, or pack_weight results (inference
-    only); biases: (out_i,) or None each, or None. Returns (..., out_i) each. Gradients to every tensor; those of the
-    input are added up by the products that make them.
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        input: (..., in).
+        weights: (out_i, in) each, or pack_weight results (inference only); each is read where it lies.
+        biases: (out_i,) or None each, or None.
+
+    Returns:
+        A tuple of (..., out_i). Gradients to every tensor; those of the input are added up by the products that make
+        them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, weights = torch.randn(4, 8), [torch.randn(16, 8), torch.randn(2, 8)]
+        >>> [tuple(y.shape) for y in transformer_fast.projections(x, weights)]
+        [(4, 16), (4, 2)]
     """
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        if not isinstance(tensors, (list, tuple)) and not (tensors is None and name == "biases"):
+            raise TypeError(f"{name}: wanted a list of tensors, got {type(tensors).__name__}")
     if not weights:
         raise ValueError("weights: wanted at least one, got none")
     if biases is not None and len(biases) != len(weights):

@@ -135,7 +135,9 @@ def _backward(ctx, grad_loss, *_):
         return *_common.gradients(loss, (hidden, weight, bias), (grad_loss,)), *(None,) * 9
     factor = grad_loss * scale
     # loss.backward() starts with 1; asking costs nothing on a CPU.
-    one = factor.device.type == "cpu" and _common.direct(factor) and factor.item() == 1.0
+    one = (
+        factor.device.type == "cpu" and _common.direct(factor) and not _common.batched(factor) and factor.item() == 1.0
+    )
     hidden, weight, bias = (
         None if not need else (grad if one else grad * factor).to(ctx.dtype) for grad, need in zip(grads, ctx.need)
     )
@@ -166,18 +168,38 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """cross_entropy(hidden W^T + b, target) without the (N, V) logits: for language modelling heads whose
-    caller wants only the loss.
+    """cross_entropy(hidden W^T + b, target) without the (N, V) logits: for heads whose caller wants only the loss.
 
-    hidden: (..., D), float16, bfloat16 or float32 (float64 in plain PyTorch); weight: (V, D) and bias: (V,), of
-    hidden's dtype; under autocast all three are cast as torch.nn.functional.linear does. target: hidden's leading
-    dimensions. chunk_rows: rows whose logits exist at one time (default: about 32 MB of logits, on a GPU 256 MB).
-    reduction: "mean" or "sum". The rest as in cross_entropy.
+    The gradients to hidden, weight and bias are computed with the loss, while a chunk's logits are there, and kept for
+    the backward pass: the peak is one chunk of logits above the gradients themselves. On the CPU, ignored rows are left
+    out of the matrix products too. Deterministic.
 
-    The gradients to hidden, weight and bias are computed with the loss, while a chunk's logits are there, and kept
-    for the backward pass: the peak is one chunk of logits above the gradients themselves. On the CPU, ignored rows
-    are left out of the GEMMs too. Returns a float32 scalar. Deterministic. Raises TypeError or ValueError naming
-    the argument. Source: Hsu et al., "Liger Kernel", 2024, section 3.2 (fused linear cross entropy).
+    Args:
+        hidden: (..., D), float16, bfloat16 or float32 (float64 in plain PyTorch); under autocast hidden, weight and
+            bias are cast as torch.nn.functional.linear does.
+        weight: (V, D), of hidden's dtype.
+        target: hidden's leading dimensions.
+        bias: (V,), of hidden's dtype.
+        chunk_rows: rows whose logits exist at one time (default: about 32 MB of logits, on a GPU 256 MB).
+        ignore_index: as in cross_entropy, as are all that follow.
+        reduction: "mean" or "sum".
+        label_smoothing: in [0, 1].
+        z_loss: pulls logsumexp towards 0.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Hsu et al., "Liger Kernel", 2024, section 3.2 (fused linear cross entropy).
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> hidden, weight, target = torch.randn(4, 16), torch.randn(1000, 16), torch.randint(1000, (4,))
+        >>> transformer_fast.linear_cross_entropy(hidden, weight, target).shape
+        torch.Size([])
     """
     _common.check_floating("hidden", hidden)
     _common.check_floating("weight", weight)
@@ -187,8 +209,9 @@ def linear_cross_entropy(
         raise ValueError(f"weight: wanted (V, {hidden.shape[-1]}) with V > 0, got {tuple(weight.shape)}")
     _common.check_vector("bias", bias, weight.shape[0], weight)
     check_options(ignore_index, reduction, ("mean", "sum"), label_smoothing, z_loss)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: wanted at least 1, got {chunk_rows!r}")
+    if chunk_rows is not None:
+        _common.check_integer("chunk_rows", chunk_rows, 1)
+        chunk_rows = min(chunk_rows, 2**62)
     target = class_indices(target, tuple(hidden.shape[:-1]), "hidden", hidden)
     dtype = _common.autocast_dtype(hidden.device)
     if dtype is not None and hidden.dtype != torch.float64:

@@ -1,7 +1,10 @@
 """Projections, attention and output projection as one function, without transposed copies."""
 
+from typing import Any
+
 import torch
 
+from . import _common
 from .attention import qkv_attention, scaled_dot_product_attention
 from .linear import linear
 
@@ -24,19 +27,65 @@ def multi_head_attention(
 ) -> torch.Tensor:
     """concat_h(softmax(scale * Q_h K_h^T) V_h) W_o + b_o, with Q, K, V = x W_q, x W_k, x W_v.
 
-    query: (B, Sq, E); key, value: (B, Sk, E), or None for self-attention (then one GEMM makes all three).
-    in_proj_weight: (3E, E), in_proj_bias: (3E,), out_proj_weight: (E, E), as torch.nn.MultiheadAttention names
-    and orders them. attn_mask, key_lengths, dropout_p, is_causal, scale: as in scaled_dot_product_attention.
-    Returns (B, Sq, E). Raises ValueError naming the argument.
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+    Args:
+        query: (B, Sq, E).
+        key: (B, Sk, E), or None for self-attention (then one matrix product makes query, key and value).
+        value: as key.
+        num_heads: a divisor of E.
+        in_proj_weight: (3E, E), as torch.nn.MultiheadAttention names and orders it.
+        in_proj_bias: (3E,).
+        out_proj_weight: (E, E).
+        out_proj_bias: (E,).
+        attn_mask: as in scaled_dot_product_attention, as are all that follow.
+        key_lengths: (B,) int.
+        dropout_p: of the attention weights.
+        is_causal: each token sees itself and those before it.
+        scale: default 1 / sqrt(E / num_heads).
+
+    Returns:
+        (B, Sq, E).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, weight, out = torch.randn(2, 5, 32), torch.randn(96, 32), torch.randn(32, 32)
+        >>> transformer_fast.multi_head_attention(x, None, None, 4, weight, None, out, None).shape
+        torch.Size([2, 5, 32])
     """
-    if query.dim() != 3:
-        raise ValueError(f"query: wanted 3 dimensions (B, S, E), got shape {tuple(query.shape)}")
+    t: Any
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t is None and name != "query":
+            continue
+        _common.check_floating(name, t)
+        if t.dim() != 3:
+            raise ValueError(f"{name}: wanted 3 dimensions (B, S, E), got shape {tuple(t.shape)}")
+        if t.shape[0] != query.shape[0] or t.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"{name}: wanted batch {query.shape[0]} and width {query.shape[2]} as query has, got shape "
+                f"{tuple(t.shape)}"
+            )
     b, sq, e = query.shape
-    if num_heads < 1 or e % num_heads:
+    keys = query if key is None else key
+    if value is not None and value.shape[1] != keys.shape[1]:
+        raise ValueError(f"value: wanted {keys.shape[1]} positions as key has, got {value.shape[1]}")
+    _common.check_integer("num_heads", num_heads, 1)
+    if e % num_heads:
         raise ValueError(f"num_heads: wanted a divisor of the width {e}, got {num_heads}")
-    if in_proj_weight.shape != (3 * e, e):
-        raise ValueError(f"in_proj_weight: wanted shape {(3 * e, e)}, got {tuple(in_proj_weight.shape)}")
+    for name, t, shape in (
+        ("in_proj_weight", in_proj_weight, (3 * e, e)), ("in_proj_bias", in_proj_bias, (3 * e,)),
+        ("out_proj_weight", out_proj_weight, (e, e)), ("out_proj_bias", out_proj_bias, (e,)),
+    ):  # fmt: skip
+        if t is None and name.endswith("bias"):
+            continue
+        _common.check_floating(name, t)
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
+        _common.check_same(name, t, "query", query, dtype=_common.autocast_dtype(query.device) is None)
     d = e // num_heads
     if key is None and value is None and attn_mask is None:
         qkv = linear(query, in_proj_weight, in_proj_bias).view(b, sq, 3, num_heads, d)

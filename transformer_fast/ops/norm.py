@@ -233,8 +233,7 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         _common.check_vector("weight", weight, width, input)
     if bias is not None:
         _common.check_vector("bias", bias, width, input)
-    if not eps >= 0.0:
-        raise ValueError(f"eps: wanted a number >= 0, got {eps!r}")
+    _common.check_number("eps", eps, 0.0)
     if residual is not None:
         _common.check_floating("residual", residual)
         if residual.device != input.device:
@@ -244,11 +243,14 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         if residual.dtype != input.dtype:
             wide = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(wide), residual.to(wide)
-    if weight is not None and weight.dtype == torch.float64 and input.dtype != torch.float64:
-        raise TypeError(f"weight: has dtype torch.float64 but input has {input.dtype}; wanted the same or float32")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype == torch.float64 and input.dtype != torch.float64:
+            raise TypeError(f"{name}: has dtype torch.float64 but input has {input.dtype}; wanted the same or float32")
     rng = None
-    if p:
+    if p != 0.0 or type(p) is not float:
         _common.check_probability("dropout_p", p)
+        if p == 1.0:  # which the kernels do not do
+            input, p = input * 0, 0.0
         p = p if threshold(p) else 0.0
         if p:
             rng = _common.draw_rng(input.device, generator)
@@ -267,7 +269,10 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
 
 def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
     """torch's normalized_shape may span several dimensions: fold them into one."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"normalized_shape: wanted an integer or a tuple of them, got {type(shape).__name__}")
+    shape = tuple(shape)
     if len(shape) == 1 and input.shape[-1:] == shape:
         return input, weight, bias
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
@@ -275,6 +280,8 @@ def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
     if len(shape) == 1:
         return input, weight, bias
     for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _common.check_floating(name, t)
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
     flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
@@ -290,10 +297,28 @@ def layer_norm(
 ) -> torch.Tensor:
     """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimensions.
 
-    Same signature as torch.nn.functional.layer_norm. input: (..., *normalized_shape), float16, bfloat16,
-    float32 (or float64 in plain PyTorch); weight, bias: normalized_shape, of input's dtype or float32.
-    Statistics are float32 always. Gradients to input, weight and bias, deterministic.
-    Raises TypeError or ValueError naming the argument. Source: Ba et al., "Layer Normalization", 2016.
+    Same signature as torch.nn.functional.layer_norm. Statistics are float32 always.
+
+    Args:
+        input: (..., *normalized_shape), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        normalized_shape: an int or a sequence of them.
+        weight: normalized_shape, of input's dtype or float32.
+        bias: as weight.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of input's shape and dtype. Gradients to input, weight and bias, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Ba et al., "Layer Normalization", 2016.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.layer_norm(torch.randn(4, 768), 768, torch.ones(768), torch.zeros(768)).shape
+        torch.Size([4, 768])
     """
     if not isinstance(input, torch.Tensor):
         _common.check_floating("input", input)
@@ -307,9 +332,27 @@ def rms_norm(
 ) -> torch.Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimensions.
 
-    Same signature as torch.nn.functional.rms_norm; eps None is the smallest step of input's dtype.
-    Shapes, dtypes and errors as in layer_norm. Source: Zhang and Sennrich, "Root Mean Square Layer
-    Normalization", NeurIPS 2019.
+    Same signature as torch.nn.functional.rms_norm. Statistics are float32 always.
+
+    Args:
+        input: (..., *normalized_shape), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        normalized_shape: an int or a sequence of them.
+        weight: normalized_shape, of input's dtype or float32.
+        eps: added to the mean square; None is the smallest step of input's dtype.
+
+    Returns:
+        A tensor of input's shape and dtype. Gradients to input and weight, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.rms_norm(torch.randn(4, 768), 768, torch.ones(768), 1e-6).shape
+        torch.Size([4, 768])
     """
     _common.check_floating("input", input)
     x, w, _ = _normalized(input, normalized_shape, weight, None)
@@ -328,12 +371,31 @@ def add_layer_norm(
     return_sum: bool = True,
     generator: torch.Generator | None = None,
 ):
-    """s = residual + dropout(x); y = layer_norm(s). Returns (y, s), or y alone with return_sum=False.
+    """s = residual + dropout(x); y = layer_norm(s), in one pass.
 
-    input, residual: (..., N), the same shape; where dtypes differ both are promoted. weight, bias: (N,).
-    dropout_p: in [0, 1), 0 in evaluation. Gradients to every tensor, deterministic.
-    Raises TypeError or ValueError naming the argument. Source: the residual blocks of Vaswani et al.,
-    "Attention Is All You Need", 2017, section 3.1.
+    Args:
+        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        residual: the shape of input; where dtypes differ both are promoted.
+        weight: (N,).
+        bias: (N,).
+        eps: added to the variance.
+        dropout_p: in [0, 1], 0 in evaluation.
+        return_sum: return s too.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (y, s), or y alone with return_sum=False. Gradients to every tensor, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        The residual blocks of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, residual = torch.randn(2, 4, 768).unbind()
+        >>> y, residual = transformer_fast.add_layer_norm(x, residual, torch.ones(768), torch.zeros(768), dropout_p=0.1)
     """
     out = _norm(input, residual, weight, bias, eps, False, dropout_p, return_sum, generator)
     return (out[0], out[1]) if return_sum else out[0]
@@ -349,9 +411,31 @@ def add_rms_norm(
     return_sum: bool = True,
     generator: torch.Generator | None = None,
 ):
-    """s = residual + dropout(x); y = rms_norm(s). Returns (y, s), or y alone with return_sum=False.
+    """s = residual + dropout(x); y = rms_norm(s), in one pass.
 
-    As add_layer_norm, with the root mean square in place of mean and variance (Zhang and Sennrich, 2019).
+    Args:
+        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
+        residual: the shape of input; where dtypes differ both are promoted.
+        weight: (N,).
+        eps: added to the mean square.
+        dropout_p: in [0, 1], 0 in evaluation.
+        return_sum: return s too.
+        generator: where dropout's seed is drawn from.
+
+    Returns:
+        (y, s), or y alone with return_sum=False. Gradients to every tensor, deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019; the residual blocks of Raffel et al.,
+        "Exploring the Limits of Transfer Learning", 2020, section 2.1.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> x, residual = torch.randn(2, 4, 768).unbind()
+        >>> y, residual = transformer_fast.add_rms_norm(x, residual, torch.ones(768))
     """
     out = _norm(input, residual, weight, None, eps, True, dropout_p, return_sum, generator)
     return (out[0], out[1]) if return_sum else out[0]

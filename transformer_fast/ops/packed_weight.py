@@ -91,11 +91,27 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
-    """Lay weight (out, in) out for linear(x, packed) with few rows (decoding): one pass over it in memory order.
+    """Lay a weight out for linear(x, packed) with few rows (decoding): one pass over it in memory order.
 
-    dtype: torch.float32, torch.bfloat16 or torch.int8 for the storage; sums are float32 always. int8 keeps round(w / s)
-    with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32. A copy, for
-    inference: see PackedWeight.matches. Raises TypeError or ValueError naming the argument.
+    Args:
+        weight: (out, in), float16, bfloat16 or float32.
+        dtype: torch.float32, torch.bfloat16 or torch.int8 for the storage; sums are float32 always. int8 keeps round(w
+            / s) with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32.
+
+    Returns:
+        A copy, for inference, which does not follow later changes of the weight: see PackedWeight.matches.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source:
+        Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, for packing.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> packed = transformer_fast.pack_weight(torch.randn(64, 32), torch.int8)
+        >>> transformer_fast.linear(torch.randn(1, 32), packed).shape
+        torch.Size([1, 64])
     """
     _common.check_floating("weight", weight)
     if weight.dim() != 2:
@@ -143,7 +159,7 @@ def linear_packed(
         b = None if bias is None else bias.to(input.dtype)
         if activation is None:
             return F.linear(input, weight.data.to(input.dtype), b)
-        return bias_activation(F.linear(input, weight.data.to(input.dtype)), b, activation)
+        return bias_activation(F.linear(input, weight.data.to(input.dtype), b), None, activation)
     code = -1 if activation is None else ACTIVATIONS.index(activation)
     run = _forward if _common.direct(input, bias) else _op
     return run(input, weight.data, bias, weight.shape[0], code)

@@ -92,7 +92,14 @@ def rotary_embedding(
         TypeError, ValueError: naming the argument, what came and what was wanted. Positions are held against P where
             looking is free (on the CPU).
 
-    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.2.
+    Source:
+        Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.2.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> angles = torch.arange(16)[:, None] * 10000.0 ** -(torch.arange(4) / 4)
+        >>> transformer_fast.rotary_embedding(torch.randn(2, 16, 3, 8), angles.cos(), angles.sin()).shape
+        torch.Size([2, 16, 3, 8])
     """
     _common.check_floating("input", input)
     if input.dim() not in (3, 4):
@@ -137,7 +144,7 @@ def _check_positions(positions, tokens: tuple[int, ...], cos) -> torch.Tensor:
         raise TypeError(f"positions: wanted an int32 or int64 tensor, got {got}")
     _common.check_same("positions", positions, "cos", cos, dtype=False)
     shape = tuple(positions.shape)
-    if shape not in (tokens, (1, tokens[-1]), tokens[-1:]):
+    if shape != tokens and shape != (1, tokens[-1]) and shape != tokens[-1:]:
         raise ValueError(f"positions: wanted shape {tokens}, got {shape}")
     if positions.device.type == "cpu" and positions.numel() and _common.concrete(positions):
         low, high = (int(v) for v in positions.aminmax())

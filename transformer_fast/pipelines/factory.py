@@ -82,19 +82,46 @@ def pipeline(
 ) -> Pipeline:
     """A callable text -> answers, as transformers.pipeline gives, on this package's models.
 
-    task: sentiment-analysis / text-classification, ner / token-classification, question-answering, fill-mask,
-        text-generation, summarization, translation (translation_xx_to_yy), text2text-generation, feature-extraction,
-        zero-shot-classification. Those that transformers 5 has are its own pipelines, the others are this package's.
-    model: a checkpoint's folder or name, or a model; default: the one transformers names for the task. A checkpoint of
-        a family this package has no class for is loaded by transformers and given to `accelerate`; a warning says so.
-    tokenizer: its folder or name, or a tokenizer; default: the model's.
-    progress: show a bar over lists, generators and datasets; also an argument of each call.
     Lists are computed in batches of like lengths and come back in their order.
-    device, device_map, dtype, revision, token, model_kwargs, and the task's own arguments: as transformers.pipeline's.
-    trust_remote_code has no effect: code in a checkpoint is never run.
 
-    Raises ValueError for an unknown task, TypeError for a model or tokenizer that is neither, ImportError when a
-    tokenizer needs a package that is not installed.
+    Args:
+        task: sentiment-analysis / text-classification, ner / token-classification, question-answering, fill-mask,
+            text-generation, summarization, translation (translation_xx_to_yy), text2text-generation,
+            feature-extraction, zero-shot-classification. Those that transformers 5 has are its own pipelines, the
+            others are this package's.
+        model: a checkpoint's folder or name, or a model; default: the one transformers names for the task. A checkpoint
+            of a family this package has no class for is loaded by transformers and given to `accelerate`; a warning
+            says so.
+        config: as transformers.pipeline's.
+        tokenizer: its folder or name, or a tokenizer; default: the model's.
+        revision: as transformers.pipeline's, as are token, device, device_map, dtype, model_kwargs, and the task's own
+            arguments.
+        token: for the hub.
+        device: of the model.
+        device_map: of the model's parts.
+        dtype: of the model.
+        torch_dtype: the older name of dtype.
+        trust_remote_code: has no effect: code in a checkpoint is never run.
+        use_fast: a fast tokenizer.
+        model_kwargs: for from_pretrained.
+        pipeline_class: in place of the task's own.
+        progress: show a bar over lists, generators and datasets; also an argument of each call.
+
+    Returns:
+        A pipeline of transformers' kind.
+
+    Raises:
+        ValueError: for an unknown task.
+        TypeError: for a model or tokenizer that is neither.
+        ImportError: when a tokenizer needs a package that is not installed.
+        OSError: for a checkpoint that is not there, and that the hub cannot be asked for.
+
+    Examples:
+        >>> import transformer_fast
+        >>> from transformer_fast.demo import locate
+        >>> read = transformer_fast.pipeline("feature-extraction", model=locate())
+        >>> len(read("One text.")[0][0])
+        384
     """
     found = _find(task)
     loading = {"revision": revision, "token": token}

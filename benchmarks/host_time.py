@@ -1,0 +1,153 @@
+"""What a call of a Triton op costs the host, before the GPU has anything to do: python benchmarks/host_time.py
+
+On a machine without a GPU, over a stand-in for Triton's driver whose launch does nothing: kernels are compiled for
+sm_90 (once, into Triton's cache) and never run. Prints microseconds of processor time a call, over those of the bare
+launches that it makes through Triton's own launcher, as medians of interleaved rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import types
+
+import torch
+
+
+class _Driver:
+    """As much of a CUDA driver as Triton asks for."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", 90, 32)
+        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: (1, 2, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties,
+        )
+        self.launches = 0
+
+    def launcher_cls(self, src, metadata):
+        def launch(*arguments):
+            self.launches += 1
+
+        return launch
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_target(self):
+        return self.target
+
+    def is_active(self):
+        return True
+
+
+def install() -> _Driver:
+    """Makes Triton launch nothing, and the Triton backend take CPU tensors."""
+    import triton
+
+    driver = _Driver()
+    triton.runtime.driver.set_active(driver)
+    from transformer_fast.backends import triton as backend
+
+    backend.interpreting = lambda: True  # it takes CPU tensors
+    return driver
+
+
+def cases():
+    import transformer_fast as tf
+
+    q, k, v = (torch.randn(2, 8, 300, 64).bfloat16() for _ in range(3))
+    cache = [torch.randn(2, 8, 1024, 64).bfloat16() for _ in range(2)]
+    one = torch.randn(2, 8, 1, 64).bfloat16()
+    lengths = torch.tensor([5, 700], dtype=torch.int32)
+    x, residual = (torch.randn(64, 768).bfloat16() for _ in range(2))
+    w, b = torch.randn(768), torch.randn(768)
+    forward = {
+        "attention": lambda: tf.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "decode": lambda: tf.kv_cache_attention(one, one, one, *cache, lengths),
+        "layer_norm": lambda: tf.layer_norm(x, (768,), w, b),
+        "add_layer_norm": lambda: tf.add_layer_norm(x, residual, w, b),
+        "bias_activation": lambda: tf.bias_activation(x, b, "gelu"),
+    }
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    rows = [t.clone().requires_grad_() for t in (x, w, b)]
+    graphs = {
+        "attention backward": (tf.scaled_dot_product_attention(*leaves, is_causal=True), leaves),
+        "layer_norm backward": (tf.layer_norm(rows[0], (768,), *rows[1:]), rows),
+    }
+
+    def gradients(out, inputs):
+        grad = torch.ones_like(out)
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    return forward, {name: gradients(*graph) for name, graph in graphs.items()}
+
+
+def bare(call):
+    """A function that makes the launches of `call` through Triton's launcher, and nothing else."""
+    from triton.runtime.jit import JITFunction
+
+    launches, run = [], JITFunction.run
+
+    def note(self, *arguments, grid, warmup, **options):
+        launches.append((self, arguments, grid, options))
+        return run(self, *arguments, grid=grid, warmup=warmup, **options)
+
+    JITFunction.run = note
+    try:
+        from transformer_fast.backends import triton_launch
+
+        triton_launch.forget()
+        call()
+    finally:
+        JITFunction.run = run
+
+    def again():
+        for kernel, arguments, grid, options in launches:
+            kernel[grid](*arguments, **options)
+
+    return again, len(launches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--calls", type=int, default=200)
+    options = parser.parse_args()
+    if torch.cuda.is_available():
+        sys.exit("host_time: wanted a machine without a GPU")
+    install()
+    torch.set_num_threads(1)
+    import transformer_fast as tf
+
+    def seconds(call):
+        begun = time.thread_time()
+        for _ in range(options.calls):
+            call()
+        return (time.thread_time() - begun) / options.calls * 1e6
+
+    with tf.backend("triton"):
+        forward, backward = cases()
+        for name, call in {**forward, **backward}.items():
+            with torch.set_grad_enabled(name in backward):
+                call()
+                launch, count = bare(call)
+                pairs = [(seconds(call), seconds(launch)) for _ in range(options.rounds)]
+            ours, theirs = (statistics.median(times) for times in zip(*pairs))
+            least = min(a for a, _ in pairs) - min(b for _, b in pairs)
+            text = f"{name:22s} {ours:7.1f} us, {count} bare launches {theirs:7.1f} us"
+            print(f"{text}, over them {ours - theirs:7.1f} us (of the least {least:.1f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""How the launchers of this folder launch and make their own tensors: at once, unless a caller hands them a plan
+(backends/triton_launch.py), which keeps what they decide for the next call of the same kind."""
+
+import torch
+
+
+class Direct:
+    def call(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+        kernel[grid](*arguments, **options)
+
+    def empty(self, shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+DIRECT = Direct()

@@ -1,0 +1,461 @@
+"""One drawn call of each op as source text: tensors of any layout, the call, and the same in plain PyTorch."""
+
+import random
+from dataclasses import dataclass, field
+
+from transformer_fast.backends import native
+
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+ISAS = [] if native.load() else native.supported_isas()  # to draw from
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+_PLAIN_ACTIVATION = {
+    "gelu": "F.gelu({})", "gelu_tanh": "F.gelu({}, approximate='tanh')", "relu": "F.relu({})", "silu": "F.silu({})",
+    None: "{}",
+}  # fmt: skip
+
+
+@dataclass
+class Call:
+    """ours and plain are expressions of `tensors`; plain None: ours on the eager backend. wanted: tensors that get a
+    gradient. few: softmax over so few keys that its gradients are rounding noise."""
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)
+    ours: str = ""
+    plain: str | None = None
+    wanted: list[str] = field(default_factory=list)
+    grad: bool = True
+    few: bool = False
+    isa: str = ""
+
+
+class Draw:
+    def __init__(self, rng: random.Random, layouts: float = 0.5):
+        self.rng, self.layouts, self.call = rng, layouts, Call()
+        self.dtype = rng.choice(DTYPES)
+        self.call.grad = rng.random() < 0.8
+        self.call.isa = rng.choice(ISAS) if ISAS else ""
+
+    def chance(self, p: float = 0.5) -> bool:
+        return self.rng.random() < p
+
+    def size(self, low: int, high: int) -> int:
+        """Small sizes and the sizes around whole vectors and tiles are as likely as all others together."""
+        near = [n for base in (1, 4, 8, 16, 32, 64, 128, 256) for n in (base - 1, base, base + 1) if low <= n <= high]
+        return self.rng.choice(near) if near and self.chance() else self.rng.randint(low, high)
+
+    def shape(self, *last: int) -> tuple[int, ...]:
+        """A few leading dimensions, one of them empty now and then."""
+        leading = [self.size(1, 9) for _ in range(self.rng.randint(0, 3))]
+        if leading and self.chance(0.05):
+            leading[0] = 0
+        return (*leading, *last)
+
+    def layout(self, shape: tuple[int, ...], expand=()) -> tuple[tuple[int, ...], int, int]:
+        """Strides, offset and the storage they need: permuted, padded and stepped dimensions, and one of `expand`
+        expanded."""
+        rng, strides, step = self.rng, [0] * len(shape), 1
+        order = list(range(len(shape)))[::-1]
+        odd = self.chance(self.layouts)
+        expanded = rng.choice(expand) if odd and expand and self.chance(0.3) else None
+        if odd and self.chance():
+            rng.shuffle(order)
+        if odd and self.chance(0.3):
+            step = rng.choice((2, 3))
+        for i in order:
+            if shape[i] == 1 and odd:
+                strides[i] = rng.choice((0, 1, 3, 7, 1000))
+                continue
+            if i == expanded:
+                continue
+            strides[i] = step
+            step *= max(shape[i], 1)
+            if odd and self.chance(0.3):
+                step += rng.choice((1, 2, 5, 16))
+        offset = rng.choice((1, 3, 8)) if odd else 0
+        reach = sum((n - 1) * s for n, s in zip(shape, strides)) if 0 not in shape else 0
+        return tuple(strides), offset, offset + reach + 1
+
+    def tensor(self, name, shape, dtype: str | None = None, scale: float = 1.0, shift: float = 0.0, expand=(0,)):
+        strides, offset, storage = self.layout(tuple(shape), expand)
+        scaled = "" if scale == 1.0 else f".mul({scale})"
+        scaled += "" if shift == 0.0 else f".add({shift})"
+        self.call.tensors[name] = (
+            f"torch.randn({storage}){scaled}.to({dtype or self.dtype}).as_strided({tuple(shape)}, {strides}, {offset})"
+        )
+        if self.chance(0.85):
+            self.call.wanted.append(name)
+        return name
+
+    def other(self, name: str, expression: str, shape, kind: str):
+        """A tensor without gradient: expression makes {n} values of it, kind is its dtype."""
+        strides, offset, storage = self.layout(tuple(shape))
+        source = expression.format(n=storage)
+        self.call.setup.append(f"{name} = {source}.to({kind}).as_strided({tuple(shape)}, {strides}, {offset})")
+        return name
+
+    def integers(self, name: str, low: int, high: int, shape):
+        return self.other(name, f"torch.randint({low}, {max(high, low + 1)}, ({{n}},))", shape,
+                          self.rng.choice(("torch.int64", "torch.int32")))  # fmt: skip
+
+    def parameter_dtype(self) -> str:
+        return self.rng.choice((self.dtype, self.dtype, "torch.float32"))
+
+    def maybe(self, name: str, shape, **more) -> str:
+        return self.tensor(name, shape, **more) if self.chance(0.7) else "None"
+
+
+def _norm(d: Draw) -> None:
+    width = d.size(1, 300)
+    shape = d.shape(width)
+    rms, add = d.chance(), d.chance()
+    kind = d.parameter_dtype()
+    d.tensor("x", shape, shift=d.rng.choice((0.0, 0.0, 3.0)))
+    if add:
+        d.tensor("r", shape)
+    weight = d.maybe("w", (width,), dtype=kind)
+    bias = "None" if rms else d.maybe("b", (width,), dtype=kind)
+    eps = d.rng.choice((1e-5, 1e-6, 1e-12, 0.1))
+    if add:
+        both = d.chance()
+        p = d.rng.choice((0.0, 0.0, 0.3))
+        more = f"{eps}, dropout_p={p}, return_sum={both}"
+        arguments = f"x, r, {weight}, {more}" if rms else f"x, r, {weight}, {bias}, {more}"
+        d.call.ours = f"tf.add_{'rms' if rms else 'layer'}_norm({arguments})"
+    elif rms:
+        d.call.ours = f"tf.rms_norm(x, ({width},), {weight}, {eps})"
+    else:
+        d.call.ours = f"tf.layer_norm(x, ({width},), {weight}, {bias}, {eps})"
+    if width < 8:  # so few elements are normalised to much the same numbers: their gradients are rounding noise
+        d.call.grad = False
+
+
+def _bias_activation(d: Draw) -> None:
+    width = d.size(1, 300)
+    shape = d.shape(width)
+    d.tensor("x", shape, scale=d.rng.choice((1.0, 3.0)))
+    bias = d.maybe("b", (width,), dtype=d.parameter_dtype())
+    gate = d.maybe("g", shape)
+    d.call.ours = f"tf.bias_activation(x, {bias}, {d.rng.choice(ACTIVATIONS)!r}, gate={gate})"
+    d.call.few = "'relu'" in d.call.ours  # a sum near zero has one sign or the other
+
+
+def _dropout(d: Draw) -> None:
+    d.tensor("x", d.shape(d.size(1, 300)))
+    d.call.ours = f"tf.dropout(x, {d.rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))}, {d.chance(0.9)})"
+
+
+def _linear(d: Draw) -> None:
+    inner, outer = d.size(1, 100), d.size(1, 100)
+    d.tensor("x", d.shape(inner))
+    d.tensor("w", (outer, inner), scale=0.2)
+    bias = d.maybe("b", (outer,))
+    activation = d.rng.choice((None, *ACTIVATIONS))
+    d.call.ours = f"tf.linear(x, w, {bias}, {activation!r})"
+    d.call.plain = _PLAIN_ACTIVATION[activation].format(f"F.linear(x, w, {bias})")
+
+
+def _projections(d: Draw) -> None:
+    inner, count = d.size(1, 60), d.rng.randint(1, 3)
+    d.tensor("x", d.shape(inner))
+    outs = [d.size(1, 60) for _ in range(count)]
+    weights = [d.tensor(f"w{i}", (n, inner)) for i, n in enumerate(outs)]
+    biases = [d.maybe(f"b{i}", (n,)) for i, n in enumerate(outs)]
+    d.call.ours = f"tf.projections(x, [{', '.join(weights)}], [{', '.join(biases)}])"
+    d.call.plain = f"({', '.join(f'F.linear(x, {w}, {b})' for w, b in zip(weights, biases))},)"
+
+
+def _pack_weight(d: Draw) -> None:
+    """The weight is rounded when it is packed: plain PyTorch gets it rounded."""
+    inner, outer = d.size(1, 100), d.size(1, 100)
+    d.call.grad = False
+    d.tensor("x", d.shape(inner))
+    d.tensor("w", (outer, inner), scale=0.2)
+    bias = d.maybe("b", (outer,))
+    activation = d.rng.choice((None, *ACTIVATIONS))
+    storage = "torch.bfloat16" if d.dtype == "torch.bfloat16" else "torch.float32"
+    d.call.ours = f"tf.linear(x, tf.pack_weight(w, {storage}), {bias}, {activation!r})"
+    d.call.plain = _PLAIN_ACTIVATION[activation].format(f"F.linear(x, w, {bias})")
+
+
+def _cross_entropy(d: Draw) -> None:
+    rows, classes = d.size(0, 40), d.size(1, 300)
+    d.tensor("x", (rows, classes), scale=d.rng.choice((1.0, 5.0)))
+    d.integers("target", 0, classes, (rows,))
+    weight = d.other("w", "torch.rand({n}).add(0.1)", (classes,), "torch.float32") if d.chance(0.3) else "None"
+    smoothing, z = d.rng.choice((0.0, 0.1, 1.0)), d.rng.choice((0.0, 0.01))
+    ignore = d.rng.choice((-100, 0, 5))
+    reduction = d.rng.choice(("none", "sum") if rows == 0 or ignore >= 0 else ("none", "sum", "mean"))
+    d.call.ours = f"tf.cross_entropy(x, target, {weight}, {ignore}, {reduction!r}, {smoothing}, z_loss={z})"
+    d.call.few = classes < 8
+
+
+def _linear_cross_entropy(d: Draw) -> None:
+    rows, width, classes = d.size(1, 40), d.size(1, 40), d.size(2, 200)
+    d.tensor("x", (rows, width))
+    d.tensor("w", (classes, width), expand=())
+    bias = d.maybe("b", (classes,))
+    d.integers("target", 0, classes, (rows,))
+    chunk = d.rng.choice((None, 1, 7))
+    smoothing = d.rng.choice((0.0, 0.1))
+    d.call.ours = (
+        f"tf.linear_cross_entropy(x, w, target, {bias}, {chunk}, reduction={d.rng.choice(('mean', 'sum'))!r}, "
+        f"label_smoothing={smoothing}, ignore_index={d.rng.choice((-100, 1))})"
+    )
+    more = d.call.ours.split("reduction=")[1].rstrip(")")
+    d.call.plain = f"F.cross_entropy(F.linear(x, w, {bias}).to(torch.promote_types(x.dtype, torch.float32)), target.long(), reduction={more})"  # noqa: E501
+    d.call.few = width < 4 or classes < 8 or rows < 4
+
+
+def _embedding(d: Draw) -> None:
+    width, entries = d.size(2, 200), d.size(1, 30)
+    shape = (d.size(1, 5), d.size(1, 12))
+    d.integers("ids", 0, entries, shape)
+    d.tensor("word", (entries, width))
+    arguments = ["ids", "word"]
+    for name in ("position", "kind"):
+        if d.chance(0.7):
+            n = d.size(1, 20)
+            d.integers(f"{name}_ids", 0, n, shape if d.chance() else (1, shape[1]))
+            arguments += [f"{name}_ids", d.tensor(name, (n, width))]
+        else:
+            arguments += ["None", "None"]
+    dtype = d.parameter_dtype()
+    arguments += [d.maybe("w", (width,), dtype=dtype), d.maybe("b", (width,), dtype=dtype), "1e-5"]
+    padding = d.rng.choice((None, 0, -1))
+    p = d.rng.choice((0.0, 0.2))
+    d.call.ours = f"tf.embedding_layer_norm({', '.join(arguments)}, dropout_p={p}, padding_idx={padding})"
+    if width < 8:  # as above
+        d.call.grad = False
+
+
+def _additive(d: Draw) -> None:
+    batch, queries, keys, width = d.size(1, 3), d.size(1, 20), d.size(1, 40), d.size(1, 70)
+    d.tensor("q", (batch, queries, width))
+    d.tensor("k", (batch, keys, width))
+    d.tensor("v", (batch, keys, d.size(1, 70)))
+    dtype = d.parameter_dtype()
+    d.tensor("s", (width,), dtype=dtype)
+    bias = d.maybe("b", (width,), dtype=dtype)
+    mask = "None"
+    if d.chance(0.4):
+        mask = d.other("mask", "(torch.rand({n}) > 0.3)", (batch, d.rng.choice((1, queries)), keys), "torch.bool")
+    lengths = d.integers("lengths", 0, keys + 1, (batch,)) if d.chance(0.4) else "None"
+    d.call.ours = (
+        f"tf.additive_attention(q, k, v, s, {bias}, {mask}, key_lengths={lengths}, return_weights={d.chance()})"
+    )
+    d.call.few = True
+
+
+def _scores(d: Draw, batch: int, heads: int, queries: int, keys: int) -> list[str]:
+    """Arguments for what comes between the two products."""
+    more = []
+
+    def axes(n):
+        return tuple(m if d.chance(0.6) else 1 for m in n)
+
+    full = (batch, heads, queries, keys)
+    if d.chance(0.25):
+        shape = axes(full)
+        d.other("mask", "(torch.rand({n}) > 0.2)", shape[d.rng.choice((0, 0, 1, 2)) if shape[:2] == (1, 1) else 0 :],
+                "torch.bool")  # fmt: skip
+        more.append("attn_mask=mask")
+    if d.chance(0.25):
+        d.tensor("bias", axes(full), dtype=d.parameter_dtype())
+        more.append("bias=bias")
+    if d.chance(0.5):
+        more.append("is_causal=True")
+    if d.chance(0.5):
+        more.append("causal_alignment='bottom_right'")
+    if d.chance(0.25):
+        left, right = d.rng.choice((None, 0, 3, 60)), d.rng.choice((None, 0, 20, 2**62))
+        more.append(f"window=({left}, {right})")
+    if d.chance(0.2):
+        more.append(f"softcap={d.rng.choice((2.0, 30.0))}")
+    if d.chance(0.3):
+        more.append(f"scale={d.rng.choice((0.3, -0.2, 1.0))}")
+    if d.chance(0.2):
+        both = d.chance()
+        d.tensor("table", (d.rng.choice((4, 8, 32)), heads), dtype=d.parameter_dtype())
+        more.append(f"relative_bias=tf.RelativeBias(table, {d.rng.choice((40, 128))}, {both})")
+    if d.chance(0.25):
+        more.append(f"dropout_p={d.rng.choice((0.1, 0.5))}")
+    if d.chance(0.5):
+        more.append("return_lse=True")
+    return more
+
+
+def _heads(d: Draw) -> tuple[int, int]:
+    shared = d.rng.choice((1, 1, 2, 3))
+    key_heads = d.size(1, 3)
+    return shared * key_heads, key_heads
+
+
+def _attention(d: Draw) -> None:
+    batch, (heads, key_heads) = d.size(1, 3), _heads(d)
+    queries, keys, dim = d.size(1, 150), d.size(1, 300), d.size(1, 100)
+    q_scale, shift = d.rng.choice((1.0, 1.0, 3.0)), d.rng.choice((0.0, 0.0, 3.0))
+    d.tensor("q", (batch, heads, queries, dim), scale=q_scale, expand=(0, 1, 2))
+    d.tensor("k", (batch, key_heads, keys, dim), shift=shift, expand=(0, 1))
+    d.tensor("v", (batch, key_heads, keys, dim), shift=shift, expand=(0, 1))
+    more = _scores(d, batch, heads, queries, keys)
+    if d.chance(0.3):
+        d.integers("lengths", 0, keys + 1, (batch,))
+        more.append("key_lengths=lengths")
+    d.call.ours = f"tf.scaled_dot_product_attention(q, k, v, {', '.join(['enable_gqa=True', *more])})"
+    d.call.few = True
+
+
+def _varlen(d: Draw) -> None:
+    batch, (heads, key_heads), dim = d.size(1, 4), _heads(d), d.size(1, 100)
+    queries, keys = ([d.rng.choice((0, d.size(1, 90))) for _ in range(batch)] for _ in range(2))
+    alike = d.chance()
+    keys = queries if alike else keys
+    d.tensor("q", (sum(queries), heads, dim))
+    d.tensor("k", (sum(keys), key_heads, dim), expand=(1,))
+    d.tensor("v", (sum(keys), key_heads, dim), expand=(1,))
+    more = _scores(d, batch, heads, max(queries), max(keys))
+    cus = []
+    for name, lengths in (("cu_q", queries), ("cu_k", keys))[: 1 if alike else 2]:
+        values = [sum(lengths[:i]) for i in range(batch + 1)]
+        step = d.rng.choice((1, 2))
+        d.call.setup.append(f"{name} = torch.tensor({values}, dtype={d.rng.choice(('torch.int32', 'torch.int64'))})"
+                            f".repeat_interleave({step})[::{step}]")  # fmt: skip
+        cus.append(name)
+    d.call.ours = f"tf.varlen_attention(q, k, v, {', '.join([*cus, *more])})"
+    d.call.few = True
+
+
+def _qkv(d: Draw) -> None:
+    heads, dim, causal, p = d.size(1, 4), d.size(1, 70), d.chance(), d.rng.choice((0.0, 0.2))
+    if d.chance():
+        batch, length = d.size(1, 3), d.size(1, 150)
+        d.tensor("qkv", (batch, length, 3, heads, dim))
+        lengths = d.integers("lengths", 0, length + 1, (batch,)) if d.chance(0.4) else "None"
+        d.call.ours = f"tf.ops.qkv_attention(qkv, None, None, {p}, {causal}, key_lengths={lengths}, return_lse=False)"
+    else:
+        lengths = [d.rng.choice((0, d.size(1, 90))) for _ in range(d.size(1, 4))]
+        d.tensor("qkv", (sum(lengths), 3, heads, dim), expand=(2,))
+        values = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        d.call.setup.append(f"cu = torch.tensor({values}, dtype=torch.int32)")
+        d.call.ours = f"tf.ops.qkv_attention(qkv, cu, None, {p}, {causal})"
+    d.call.few = True
+
+
+def _shapes(d: Draw) -> None:
+    """What torch's own function takes beside (B, H, S, D)."""
+    queries, keys, dim, width = d.size(1, 40), d.size(1, 60), d.size(1, 70), d.size(1, 70)
+    leading = tuple(d.size(1, 3) for _ in range(d.rng.randint(0, 3)))
+
+    def some():
+        shape = tuple(1 if d.chance(0.2) else n for n in leading)
+        return shape[d.rng.randint(0, len(shape)) :] if d.chance(0.3) else shape
+
+    d.tensor("q", (*leading, queries, dim))
+    shared = some()
+    d.tensor("k", (*shared, keys, dim), expand=())
+    d.tensor("v", (*shared, keys, width), expand=())
+    causal = d.chance(0.3)
+    more = f"is_causal={causal}, scale={d.rng.choice((None, 0.3))}"
+    if not causal and d.chance(0.4):
+        shape = (*some(), d.rng.choice((1, queries)), keys)
+        d.other("mask", "(torch.rand({n}) > 0.05)", shape[-len(leading) - 2 :], "torch.bool")
+        more += ", attn_mask=mask"
+    d.call.ours = f"tf.scaled_dot_product_attention(q, k, v, {more})"
+    d.call.setup.append(
+        "def math(*args, **more):\n"
+        "    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):\n"
+        "        return F.scaled_dot_product_attention(*args, **more)"
+    )
+    d.call.plain = f"math(q, k, v, {more})"
+    d.call.few = True
+
+
+def _kv_cache(d: Draw) -> None:
+    batch, (heads, key_heads), dim = d.size(1, 3), _heads(d), d.size(1, 100)
+    new, capacity = d.size(1, 10), d.size(11, 300)
+    d.call.grad = False
+    d.tensor("q", (batch, heads, new, dim))
+    for name, rows in (("k", new), ("v", new), ("key_cache", capacity), ("value_cache", capacity)):
+        d.tensor(name, (batch, key_heads, rows, dim))
+    d.integers("lengths", 0, capacity - new + 1, (batch,))
+    more = []
+    if d.chance(0.3):
+        more.append(f"window=({d.rng.choice((3, 2**62))}, None)")
+    if d.chance(0.3):
+        more.append("softcap=5.0")
+    if d.chance(0.3):
+        d.tensor("table", (8, heads), dtype=d.parameter_dtype())
+        more.append("relative_bias=tf.RelativeBias(table, 40, False)")
+    more = ", ".join(["", *more])
+    d.call.ours = f"tf.kv_cache_attention(q, k, v, key_cache.clone(), value_cache.clone(), lengths{more})"
+
+
+def _multi_head(d: Draw) -> None:
+    batch, queries, keys, heads, dim = d.size(1, 3), d.size(1, 30), d.size(1, 30), d.size(1, 4), d.size(1, 20)
+    e = heads * dim
+    d.tensor("q", (batch, queries, e))
+    others = d.rng.choice(("None, None", "k, None", "k, v"))
+    for name in ("k", "v"):
+        if name in others:
+            d.tensor(name, (batch, keys, e))
+    d.tensor("w", (3 * e, e), scale=0.2, expand=())
+    bias = d.maybe("b", (3 * e,))
+    d.tensor("o", (e, e), scale=0.2, expand=())
+    out = d.maybe("c", (e,))
+    d.call.ours = (
+        f"tf.multi_head_attention(q, {others}, {heads}, w, {bias}, o, {out}, is_causal={d.chance()}, "
+        f"dropout_p={d.rng.choice((0.0, 0.2))})"
+    )
+    d.call.few = True
+
+
+def _probabilities(d: Draw) -> None:
+    batch, (heads, key_heads), queries, keys, dim = d.size(1, 3), _heads(d), d.size(1, 40), d.size(1, 60), d.size(1, 70)
+    d.tensor("q", (batch, heads, queries, dim), scale=d.rng.choice((1.0, 4.0)))
+    d.tensor("k", (batch, key_heads, keys, dim))
+    more = [m for m in _scores(d, batch, heads, queries, keys) if not m.startswith(("dropout_p", "return_lse"))]
+    if d.chance(0.3):
+        d.integers("lengths", 0, keys + 1, (batch,))
+        more.append("key_lengths=lengths")
+    more = ", ".join(["", *more])
+    chosen = d.rng.choice(("", f", heads=[{heads - 1}]"))
+    lse = f"tf.scaled_dot_product_attention(q, k, k, enable_gqa=True, return_lse=True{more})[1]"
+    d.call.ours = f"tf.attention_probabilities(q, k, {lse}{more}{chosen})"
+    d.call.plain = f"_soft(q, k{more}{chosen})"
+    d.call.setup.append(
+        "def _soft(q, k, heads=None, **more):\n"
+        "    one = torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1)\n"
+        "    with tf.backend('eager'):\n"
+        "        out = tf.scaled_dot_product_attention(q, k, one, enable_gqa=True, **more)\n"
+        "    return out if heads is None else out[:, heads]"
+    )
+    d.call.few = True
+
+
+OPS = {
+    "additive_attention": _additive,
+    "attention": _attention,
+    "attention_probabilities": _probabilities,
+    "attention_shapes": _shapes,
+    "bias_activation": _bias_activation,
+    "cross_entropy": _cross_entropy,
+    "dropout": _dropout,
+    "embedding_layer_norm": _embedding,
+    "kv_cache_attention": _kv_cache,
+    "linear": _linear,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "multi_head_attention": _multi_head,
+    "norm": _norm,
+    "pack_weight": _pack_weight,
+    "projections": _projections,
+    "qkv_attention": _qkv,
+    "varlen_attention": _varlen,
+}
+
+
+def draw(op: str, rng: random.Random, layouts: float = 0.5) -> Call:
+    """layouts: the share of tensors that are not contiguous."""
+    d = Draw(rng, layouts)
+    OPS[op](d)
+    return d.call

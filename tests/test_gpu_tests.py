@@ -1,0 +1,60 @@
+"""What of the tests for a GPU can go wrong where there is none: a tensor that is made beside the device."""
+
+import ast
+import pathlib
+
+import pytest
+
+pytestmark = pytest.mark.quick
+FILES = sorted((pathlib.Path(__file__).resolve().parent / "ops").glob("test_*.py"))
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros"}
+MOVES = {"to", "cuda", "tolist", "item"}
+
+
+def _tests_on_a_device(tree: ast.Module):
+    """Functions of a device; not those that skip the GPU."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or _skips_the_gpu(node):
+            continue
+        if "device" in {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}:
+            yield node
+
+
+def _skips_the_gpu(function: ast.FunctionDef) -> bool:
+    tests = (node for node in ast.walk(function) if isinstance(node, ast.If))
+    return any("cuda" in ast.dump(node.test) and "skip" in ast.dump(node.body[0]) for node in tests)
+
+
+def _beside_the_device(function: ast.FunctionDef) -> list[int]:
+    """Lines that make a tensor and neither say where nor move it."""
+    moved, found = set(), []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MOVES:
+            moved |= {id(inner) for inner in ast.walk(node.func.value)}
+        if isinstance(node, (ast.If, ast.IfExp)) and "device" in ast.dump(node.test):
+            moved |= {id(inner) for inner in ast.walk(node)}  # of one kind of device alone
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES):
+            continue
+        of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+        placed = any(keyword.arg in ("device", "generator", None) for keyword in node.keywords)
+        if of_torch and not placed and id(node) not in moved:
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_tensors_are_made_on_the_device(file):
+    wrong = {f.name: lines for f in _tests_on_a_device(ast.parse(file.read_text())) if (lines := _beside_the_device(f))}
+    assert not wrong
+
+
+def test_sees_a_tensor_that_is_made_beside_the_device():
+    source = """
+def test_one(device):
+    x = torch.randn(3, device=device)
+    y = torch.randn(3).half().to(device)
+    check(x, y, torch.randn(40, 2, 32))
+"""
+    (function,) = _tests_on_a_device(ast.parse(source))
+    assert _beside_the_device(function) == [5]

@@ -1,0 +1,54 @@
+"""Versions that stand in several files are one; the files that other programs read can be read."""
+
+import pathlib
+import re
+
+import pytest
+
+import transformer_fast
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(not (ROOT / ".pre-commit-config.yaml").exists(), reason="these files lie only in a checkout"),
+]
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+
+
+def _pins() -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+
+
+def test_versions_agree():
+    version = transformer_fast.__version__
+    released = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {pin for hook in hooks for pin in hook.get("additional_dependencies", [])} == {f"ruff=={_pins()['ruff']}"}
+    assert re.search(r"^TORCH \?= (.*)", (ROOT / "Makefile").read_text(), re.M)[1] == _pins()["torch"]
+
+
+def test_workflows_run_what_there_is():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert files
+    for file in files:
+        for job in yaml.safe_load(file.read_text())["jobs"].values():
+            runs = [step["run"] for step in job["steps"] if "run" in step]
+            assert runs and {name for run in runs for name in re.findall(r"^make ([\w-]+)", run, re.M)} <= targets
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert isinstance(yaml.safe_load(form.read_text()), dict)
+
+
+def test_ci_runs_everything():
+    steps = (ROOT / ".ci/run").read_text().split("\n")
+    assert [step for step in steps if step.startswith("make ")] == ["make lint", "make docs", "make test"]
+
+
+def test_packages_that_make_installs_are_pinned():
+    made = re.findall(r"pip install -q -c constraints.txt ((?:[\w\[\]\"-]+ ?)+)", (ROOT / "Makefile").read_text())
+    names = {re.sub(r"\[.*|\"", "", name) for line in made for name in line.split()} - {"-e", "--no-build-isolation"}
+    names = {name for name in names if name and not name.startswith("-")}
+    assert names and names <= set(_pins())

@@ -1,0 +1,115 @@
+"""Launch plans: what a kind of call launches is worked out once, and then repeated with other tensors.
+
+Grids, block sizes, strides and Triton's own choice of a compiled kernel depend on shapes, strides, dtypes and options
+alone, and cost far more time than a launch. `run` keeps them by a key that holds everything they depend on. A plan is a
+list of steps on numbered tensors: the inputs of the call, then those that it makes. Triton chooses the compiled kernel
+in the first run of a plan; from the second on its handle is launched directly. Under the interpreter, and where the
+handle is not as in the versions known here, every launch goes through Triton's front door.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+_MOST = 1024
+_plans: dict[Hashable, list[Callable]] = {}
+# The launch of a compiled kernel is private to Triton: (grid, stream, function, metadata, hooks, arguments).
+_KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 11)
+
+
+class Plan:
+    """The steps of one kind of call, while they are worked out: with the tensors of the first such call."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor | None]):
+        # Aliases: one tensor given twice has two numbers, or another call's two tensors would become one.
+        self.tensors: list[Any] = [None if t is None else t.detach() for t in inputs]  # None where there is none
+        self.inputs = tuple(self.tensors)
+        self.steps: list[Callable] = []
+        self.cached = _KNOWN
+
+    def _number(self, t: torch.Tensor) -> int:
+        return next(i for i, known in enumerate(self.tensors) if known is t)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, zeros: bool = False):
+        """A tensor of every call's own."""
+        make = torch.zeros if zeros else torch.empty
+        shape = tuple(shape)
+        self.steps.append(lambda tensors: tensors.append(make(shape, dtype=dtype, device=device)))
+        self.tensors.append(torch.empty(shape, dtype=dtype, device=device))
+        return self.tensors[-1]
+
+    def then(self, function: Callable, *tensors: torch.Tensor) -> None:
+        """function(*tensors) in every call."""
+        numbers = [self._number(t) for t in tensors]
+        self.steps.append(lambda found: function(*[found[i] for i in numbers]))
+
+    def call(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+        """As launch; the way of the launchers in kernels/."""
+        self.launch(kernel, grid, dict(zip(kernel.arg_names, arguments)) | options)
+
+    def launch(self, kernel, grid: tuple[int, ...], arguments: dict) -> None:
+        """kernel[grid](**arguments) in every call."""
+        options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+        values = [arguments[name] for name in kernel.arg_names]
+        places = [(i, self._number(v)) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
+        for place, _ in places:
+            values[place] = None
+        self.cached = self.cached and isinstance(kernel, JITFunction)
+        self.steps.append(_Launch(kernel, grid, values, places, options))
+
+
+class _Launch:
+    def __init__(self, kernel, grid, values, places, options):
+        self.kernel, self.grid, self.values, self.places, self.options = kernel, grid, values, places, options
+        self.direct: tuple | None = None
+
+    def __call__(self, tensors) -> None:
+        values = self.values.copy()
+        for place, number in self.places:
+            values[place] = tensors[number]
+        if self.direct is None or _hooked():
+            names = self.kernel.arg_names
+            compiled = self.kernel[self.grid](**dict(zip(names, values)), **self.options)
+            if _KNOWN and isinstance(compiled, CompiledKernel):
+                x, y, z = (*self.grid, 1, 1)[:3]
+                self.direct = compiled.run, (x, y, z), (compiled.function, compiled.packed_metadata, None, None, None)
+            return
+        run, grid, handle = self.direct
+        active = driver.active
+        run(*grid, active.get_current_stream(active.get_current_device()), *handle, *values)
+
+
+def _hooked() -> bool:
+    """Whether a profiler watches launches: then Triton makes them, and tells it of each."""
+    return bool(getattr(knobs.runtime.launch_enter_hook, "calls", None)) or knobs.runtime.debug
+
+
+def run(key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[Plan], None]) -> None:
+    """Launches what `build(plan)` puts into a plan from plan.inputs, or what it put there for an earlier call.
+
+    key: what the plan depends on beside device, dtype, strides and alignment of the inputs, which are added to it.
+    """
+    whole = (key, *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in inputs])
+    steps = _plans.get(whole)
+    if steps is None:
+        plan = Plan(inputs)
+        build(plan)
+        steps = plan.steps
+        if plan.cached:
+            if len(_plans) >= _MOST:
+                _plans.pop(next(iter(_plans)), None)
+            _plans[whole] = steps
+    tensors = list(inputs)
+    for step in steps:
+        step(tensors)
+
+
+def forget() -> None:
+    """All plans, as if no call had been made yet."""
+    _plans.clear()

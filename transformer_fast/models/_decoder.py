@@ -1,0 +1,327 @@
+"""Decoders of today: RMS or layer norm before each sublayer, rotary positions, shared key heads, gated feed-forward."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import logging
+
+from .. import ops
+from .._transformers import CACHE_NAME, cached
+from ..generation import GenerationMixin, StepDescription
+from ..layers import Rotary, SlotTable, TransformerSpec, documents_of, plan_call, run_layers
+from ..layers.embeddings import check_indices, embed
+from ..layers.projection import dropout_p, linear, norm, rms_norm_of
+from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
+from ._forward import public_forward
+from ._gpt import causal_logits, classify_last, shifted_labels
+from ._heads import is_labelled, kept_positions, per_position, span_loss, token_loss
+
+__all__ = ["CausalLM", "DecoderBase", "Heads", "RMSNorm", "base_forward", "causal_forward", "head_forward", "spec_of"]
+
+logger = logging.get_logger(__name__)
+
+
+class RMSNorm:
+    """Before HF's class of a family's RMS norm: computed by ops.rms_norm. adds_one: its factor is 1 + weight."""
+
+    is_rms_norm = True
+    adds_one = False
+
+    def forward(self, hidden_states):
+        return rms_norm_of(self, hidden_states)
+
+
+def spec_of(config, **differences) -> TransformerSpec:
+    """Of a configuration that names its parts as Llama's does."""
+    heads = config.num_attention_heads
+    windows = ()
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is not None:
+        kinds = ["sliding_attention"] * config.num_hidden_layers if kinds is None else kinds
+        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    known = {
+        "num_heads": heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "key_heads": getattr(config, "num_key_value_heads", None),
+        "causal": True,
+        "norm_position": "pre",
+        "gated": True,
+        "windows": windows if any(windows) else (),
+    }
+    if "activation" not in differences:
+        known["activation"] = activation_name(config.hidden_act)
+    return TransformerSpec(**known | differences)
+
+
+class DecoderBase(ModelMixin):
+    """For base models. A family says what its layers compute and where they and the embeddings are."""
+
+    _slots: SlotTable
+    config: Any
+    embed_tokens: Any
+    layers: Any
+    norm: Any
+    rotary_emb: Any
+
+    def spec(self) -> TransformerSpec:
+        return spec_of(self.config)
+
+    def embed_scale(self) -> float:
+        """What the module of the token embeddings multiplies its rows by."""
+        scale = getattr(self.embed_tokens, "embed_scale", None)
+        return 1.0 if scale is None else float(scale.to(self.embed_tokens.weight.dtype))
+
+    def angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (B, S, R / 2) in float32 of position_ids (B, S), by HF's own rule."""
+        like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
+        cos, sin = self.rotary_emb(like, position_ids)
+        half = cos.shape[-1] // 2
+        return cos[..., :half], sin[..., :half]
+
+    def table_of_angles(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (positions, R / 2), float32, on the CPU."""
+        cos, sin = self.angles(torch.arange(positions, device=self.embed_tokens.weight.device)[None])
+        return cos[0].cpu(), sin[0].cpu()
+
+    def angles_are_fixed(self) -> bool:
+        """Whether the angle of a position is the same however long the sequence is."""
+        return getattr(self.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
+
+    def run(self, want: Want, kwargs: dict, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values):
+        config, layers = self.config, list(self.layers[: self.config.num_hidden_layers])
+        source = check_inputs(input_ids, inputs_embeds, config.hidden_size)
+        (batch, length), device = source.shape[:2], source.device
+        flags = read_flags(config, kwargs, len(layers))
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is not None:
+            check_integers("position_ids", position_ids, (batch, length))
+            position_ids = position_ids.view(-1, length)
+        if input_ids is not None:
+            check_indices("input_ids", input_ids, self.embed_tokens.num_embeddings, "config.vocab_size")
+        documents = None
+        if attention_mask is None and past_key_values is None:
+            documents = documents_of((batch, length), position_ids, kwargs)
+        call = plan_call(
+            self.spec(), attention_mask, batch, length, device, past_key_values=past_key_values, documents=documents,
+            read=want.read, read_first=want.read_first, attentions=flags.attentions,
+        )  # fmt: skip
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=device) + past)[None]
+        call.rotary = Rotary.of(call.packing, *self.angles(position_ids))
+        rows = embed(
+            call.packing, self.embed_tokens, None, None, None, None, input_ids=input_ids, inputs_embeds=inputs_embeds,
+            position_ids=None, segment_ids=None,
+        )  # fmt: skip
+        rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
+        return Encoded.of(norm(self.norm, rows), call, None, past_key_values, flags, len(layers))
+
+
+def base_forward(hf_class: Any):
+    """forward of a base model."""
+
+    @public_forward(hf_class.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        if want is None and _is_for_hf(self, attention_mask, past_key_values):
+            return hf_class.forward(
+                self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                **{CACHE_NAME: past_key_values}, **kwargs,
+            )  # fmt: skip
+        past_key_values = _prepare_cache(self, past_key_values, use_cache)
+        encoded = self.run(
+            want or Want(), kwargs, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        )
+        if want is not None:
+            return encoded
+        output = BaseModelOutputWithPast(
+            last_hidden_state=encoded.restored(), **cached(encoded.past_key_values), **encoded.extras()
+        )
+        return self._finish(output, kwargs)
+
+    return forward
+
+
+def _is_for_hf(model: Any, attention_mask, cache) -> bool:
+    """Masks made per kind of layer, and windows over caches of a fixed size, are HF's own business."""
+    if isinstance(attention_mask, dict):
+        return True
+    return bool(cache is not None and getattr(cache, "is_compileable", False) and model.base_model.spec().windows)
+
+
+def _prepare_cache(model: Any, past_key_values, use_cache: bool | None):
+    """HF's rule, but in training a cache is made only when asked for."""
+    if use_cache is None:
+        use_cache = getattr(model.config, "use_cache", False) and not model.training
+    if model.gradient_checkpointing and model.training:
+        if use_cache or past_key_values is not None:
+            logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
+        return None
+    if use_cache and past_key_values is None:
+        return DynamicCache(config=model.config)
+    return past_key_values
+
+
+class CausalLM(GenerationMixin):
+    """For models with a language modelling head; before ModelMixin and HF's class."""
+
+    config: Any
+    lm_head: Any
+
+    def logits_softcap(self) -> float:
+        return 0.0
+
+    def step_description(self: Any) -> StepDescription:
+        body = self.base_model
+        spec = body.spec()
+        return StepDescription(
+            self, [body._slots.read(layer) for layer in body.layers[: self.config.num_hidden_layers]], spec,
+            body.embed_tokens, self.lm_head, embed_scale=body.embed_scale(), final_norm=body.norm,
+            rotary=body.table_of_angles, logits_softcap=self.logits_softcap(),
+            refused="" if body.angles_are_fixed() else "the angles of its rotary positions change with the length",
+        )  # fmt: skip
+
+
+def causal_forward(hf_class: Any):
+    """forward of a language modelling head."""
+
+    @public_forward(hf_class.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        if _is_for_hf(self, attention_mask, past_key_values):
+            return hf_class.forward(
+                self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, labels=labels,
+                use_cache=use_cache, logits_to_keep=logits_to_keep, **{CACHE_NAME: past_key_values}, **kwargs,
+            )  # fmt: skip
+        source = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
+        shifted = shifted_labels(labels, kwargs.get("shift_labels"))
+        encoded = self.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
+        )  # fmt: skip
+        softcap = self.logits_softcap()
+        scored = None if softcap else labels  # the loss is of the capped logits
+        loss, logits = causal_logits(self, encoded, logits_to_keep, scored, shifted, kwargs)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return self._finish(
+            CausalLMOutputWithPast(
+                loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
+            ),
+            kwargs,
+        )  # fmt: skip
+
+    return forward
+
+
+class Heads(ModelMixin):
+    """For models with a head of HF's generic kinds; before HF's class."""
+
+    config: Any
+    base_model: Any
+    score: Any
+    qa_outputs: Any
+
+    def _classify(self, inputs: dict, labels, kwargs: dict):
+        loss, logits, encoded = classify_last(self, inputs, self.base_model, labels, kwargs)
+        output = SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
+        )
+        return self._finish(output, kwargs)
+
+    def _classify_tokens(self, inputs: dict, labels, kwargs: dict):
+        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.hidden_size)
+        labels = per_position(labels, source)
+        encoded = self.base_model(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
+        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
+        logits = encoded.packing.unpack(linear(self.score, rows))
+        loss = None if labels is None else token_loss(logits, labels)
+        return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+
+    def _find_spans(self, inputs: dict, labels, kwargs: dict):
+        """start_logits and end_logits at padding are the dtype's lowest number, so that no argmax picks it. With labels
+        padding is computed, as HF's loss counts it."""
+        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.hidden_size)
+        scored = labels is not None
+        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
+        logits = linear(self.qa_outputs, encoded.rows)
+        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
+        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        loss = span_loss(start, end, *labels) if scored else None
+        return self._finish(
+            QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
+        )
+
+
+def head_forward(hf_class: Any, compute, *, spans: bool = False):
+    """forward of one of Heads; compute: its method. spans: labels are start_positions and end_positions."""
+
+    @public_forward(hf_class.forward)
+    def labelled(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        inputs = _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        return compute(self, inputs | {"use_cache": use_cache}, labels, kwargs)
+
+    @public_forward(hf_class.forward)
+    def spanned(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        whole = start_positions is not None and end_positions is not None
+        return compute(self, inputs, (start_positions, end_positions) if whole else None, kwargs)
+
+    return spanned if spans else labelled
+
+
+def _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds) -> dict:
+    return {
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+        "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+    }  # fmt: skip
