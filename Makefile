@@ -5,16 +5,21 @@ STAMP := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/bindings/* csrc/cpu/* csrc/cuda/* setup.py)
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-quick bench lint docs docs-serve wheel clean
+.PHONY: demo test test-quick sanitize bench lint docs docs-serve wheel clean
 
 demo: $(STAMP)
 	$(BIN)/transformer-fast demo
 
 test: $(STAMP)
+	$(BIN)/python tests/compat/releases.py
 	$(BIN)/python -m pytest tests -n 2
 
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest tests -n 2 -m quick
+
+# csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer, over drawn calls of every op.
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py --minutes $(or $(MINUTES),5) --seed $(or $(SEED),0)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

@@ -8,6 +8,7 @@ models, generation, attention, machine.
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -19,6 +20,7 @@ from transformer_fast.benchmarks.case import OURS
 __all__ = ["PAGES", "TABLES", "fill", "main", "render"]
 
 PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md")]
+PLOTS = results.HERE.parent / "docs" / "images" / "cpu"  # a link to the folder that the tables are of, for its pictures
 _BLOCK = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -40,7 +42,23 @@ def main(argv: list[str] | None = None) -> int:
         else:
             file.write_text(after)
             print(f"{file.name} written")
+    if args.file == PAGES and PLOTS.parent.exists():
+        stale |= _link_plots(args.results, args.check)
     return int(stale)
+
+
+def _link_plots(root: pathlib.Path, check: bool) -> bool:
+    """Whether the pictures of docs are of another folder than the tables and stay so."""
+    newest = results.newest("cpu", root, _committed(root))
+    if newest is None or PLOTS.resolve() == newest.resolve():
+        return False
+    if check:
+        print(f"{PLOTS.name} is out of date: run python benchmarks/tables.py", file=sys.stderr)
+        return True
+    PLOTS.unlink(missing_ok=True)
+    PLOTS.symlink_to(os.path.relpath(newest, PLOTS.parent))
+    print(f"{PLOTS.name} -> {newest}")
+    return False
 
 
 def fill(text: str, root: pathlib.Path = results.ROOT) -> str:

@@ -152,8 +152,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--op", choices=sorted(fuzz_calls.OPS), action="append", help="default: all, in turn")
+    parser.add_argument("--isa", action="append", help="instruction set; default: all of this processor's")
     parser.add_argument("--show", type=int, default=3, help="failures of each op to print")
     arguments = parser.parse_args()
+    fuzz_calls.ISAS = arguments.isa or fuzz_calls.ISAS
     ops, end = arguments.op or sorted(fuzz_calls.OPS), time.monotonic() + 60 * arguments.minutes
     counts, failed = collections.Counter(), collections.Counter()
     round_ = 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformer_fast.backends import native
 
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+ISAS = [] if native.load() else native.supported_isas()  # to draw from
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 _PLAIN_ACTIVATION = {
     "gelu": "F.gelu({})", "gelu_tanh": "F.gelu({}, approximate='tanh')", "relu": "F.relu({})", "silu": "F.silu({})",
@@ -33,7 +34,7 @@ class Draw:
         self.rng, self.layouts, self.call = rng, layouts, Call()
         self.dtype = rng.choice(DTYPES)
         self.call.grad = rng.random() < 0.8
-        self.call.isa = "" if native.load() else rng.choice(native.supported_isas())
+        self.call.isa = rng.choice(ISAS) if ISAS else ""
 
     def chance(self, p: float = 0.5) -> bool:
         return self.rng.random() < p

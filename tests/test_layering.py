@@ -1,4 +1,4 @@
-"""Imports point down: cli, integrations > models > generation > layers > ops > backends > kernels."""
+"""Imports point down: cli, integrations > quantization > models > generation > layers > ops > backends > kernels."""
 
 import ast
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "transformer_fast"
-FLOORS = ["kernels", "backends", "ops", "layers", "generation", "models", "integrations"]
+FLOORS = ["kernels", "backends", "ops", "layers", "generation", "models", "quantization", "integrations"]
 TOP = len(FLOORS)  # cli, demo, verify: they may use everything
 
 

@@ -129,7 +129,7 @@ def collects_outputs() -> bool:
 def register_outputs(model: Any) -> None:
     """Tell transformers which layers' outputs a model of this class can return: it asks by the name of the class."""
     registry = output_capturing._CAN_RECORD_REGISTRY
-    key = str(model.__class__) if type(registry) is dict else model  # later registries make the name themselves
+    key: Any = str(model.__class__) if type(registry) is dict else model  # later registries make the name themselves
     registry[key] = model._can_record_outputs
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import pathlib
 import re
 
@@ -24,6 +25,13 @@ def _find(path: str):
     for name in attributes.split("."):
         found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
     return getattr(found, "__func__", found)
+
+
+@pytest.mark.quick
+def test_release_is_the_one_that_is_asked_for():
+    asked = os.environ.get("TRANSFORMER_FAST_TEST_RELEASE")  # by tests/compat/releases.py
+    assert asked is None or transformers.__version__ == asked
+    assert hf.IS_TESTED
 
 
 @pytest.mark.quick

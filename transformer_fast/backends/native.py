@@ -10,8 +10,9 @@ import torch
 
 from .source_hash import source_hash
 
-_LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "_C.abi3.so"
-_NOTE = _LIBRARY.with_name("_native_missing.txt")  # setup.py writes there why it built none
+_PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+_LIBRARY = pathlib.Path(os.environ.get("TRANSFORMER_FAST_LIBRARY") or _PACKAGE / "_C.abi3.so")
+_NOTE = _PACKAGE / "_native_missing.txt"  # setup.py writes there why it built none
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def load() -> str:
     return ""
 
 
-def why_not_built(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
+def why_not_built(root: pathlib.Path = _PACKAGE.parent) -> str:
     """Why there is no library, as the build has noted it, or what to do where nothing was built at all."""
     if _NOTE.exists():
         return _NOTE.read_text(encoding="utf-8").strip()
@@ -46,7 +47,7 @@ def warn_missing() -> None:
     )
 
 
-def stale(root: pathlib.Path = _LIBRARY.parent.parent) -> str:
+def stale(root: pathlib.Path = _PACKAGE.parent) -> str:
     """'' unless the sources lie beside the package, as in an editable install, and the library was built from others;
     then what to do about it."""
     if not ((root / "csrc" / "ops.cpp").exists() and (root / "setup.py").exists()):

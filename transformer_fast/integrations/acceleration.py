@@ -58,26 +58,34 @@ class Report:
             return path
 
 
-def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
-    """Swap attention, norms and activations of a model for this package's, in place; say what was swapped and why not.
+def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, verbose: bool = True) -> Report:
+    """Make any model fast in place, as far as that can be done, and say what was done and what was left, and why.
+
+    Models of Hugging Face that this package has a class for, at any depth (in a SentenceTransformer, a PEFT model, a
+    module of your own), become of that class: as fast as the model import. Of every other model attention, norms and
+    activations are swapped for this package's.
+
+    Args:
+        model: a torch.nn.Module, or what holds one as its `model` (a pipeline). Attention: models of transformers with
+            an attention interface get attn_implementation="transformer_fast". Norms: torch.nn.LayerNorm,
+            torch.nn.RMSNorm and modules named *Norm* with one weight (and bias) whose own forward agrees with
+            layer_norm, rms_norm or Gemma's rms_norm with 1 + weight. Activations: modules named *gelu*, *silu*,
+            *swish* whose own forward agrees with gelu, gelu_tanh or silu. Agreement is checked by running both on
+            random input.
+        precision: "int8" or "bf16": of the models that became this package's, see `quantize`. It is not undone.
+        adopt: False: no model becomes this package's; attention, norms and activations are swapped in all of them.
+        verbose: print the report.
 
     Parameters, their names, state dict, isinstance, hooks, training mode and gradients stay as they are; deepcopy,
     pickle and save_pretrained work, and what is saved loads without this package. Models imported from this package
     are left: they run on it already. A second call finds nothing more to do.
 
-    Args:
-        model: any torch.nn.Module. Attention: models of transformers (>= 5.17) with an attention interface get
-            attn_implementation="transformer_fast". Norms: torch.nn.LayerNorm, torch.nn.RMSNorm and modules named *Norm*
-            with one weight (and bias) whose own forward agrees with layer_norm, rms_norm or Gemma's rms_norm with
-            1 + weight. Activations: modules named *gelu*, *silu*, *swish* whose own forward agrees with gelu, gelu_tanh
-            or silu. Agreement is checked by running both on random input.
-        verbose: print the report.
-
     Returns:
         A `Report`; `report.undo()` or `restore(model)` puts everything back.
 
     Raises:
-        TypeError: when model is not a torch.nn.Module.
+        TypeError: model is neither a torch.nn.Module nor holds one.
+        ValueError: the precision is unknown, or the model has no part that can have it.
 
     Examples:
         >>> import torch, transformer_fast
@@ -85,8 +93,16 @@ def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
         >>> sorted(transformer_fast.accelerate(model, verbose=False).swapped)
         ['0', '1']
     """
-    _check(model)
+    model = _module_of(model)
     report = Report(model, {}, {})
+    before = {id(m) for m in model.modules() if _is_ours(m)}
+    if adopt and "transformers.modeling_utils" in sys.modules:  # else no module here is transformers'
+        from . import adoption
+
+        adopted, report.left = adoption.adopt(model)
+        report.swapped |= {path: f"transformer_fast.{ours.__name__}" for path, ours in adopted.items()}
+    if precision is not None:
+        _set_precision(model, precision)
     own = {id(m) for module in model.modules() if _is_ours(module) for m in module.modules()}
     _swap_attention(model, report, own)
     for path, module in model.named_modules():
@@ -105,7 +121,7 @@ def accelerate(model: torch.nn.Module, *, verbose: bool = True) -> Report:
         else:
             module.__class__ = swaps.swapped_class(type(module), kind)  # type: ignore[arg-type]
             report.swapped[path] = kind
-    if own:
+    if before:
         report.left["modules of transformer_fast"] = "they run on its kernels already"
     if verbose:
         print(report)
@@ -122,7 +138,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         The model.
 
     Raises:
-        TypeError: when model is not a torch.nn.Module.
+        TypeError: model is neither a torch.nn.Module nor holds one.
 
     Examples:
         >>> import torch, transformer_fast
@@ -130,7 +146,11 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         >>> report = transformer_fast.accelerate(model, verbose=False)
         >>> restored = transformer_fast.restore(model)
     """
-    _check(model)
+    model = _module_of(model)
+    if "transformers.modeling_utils" in sys.modules:
+        from .adoption import release
+
+        release(model)
     for module in model.modules():
         if isinstance(module, swaps.Swapped):
             module.__class__ = module._original
@@ -141,9 +161,25 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _check(model) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+def _module_of(model: Any) -> torch.nn.Module:
+    """A module, or the one that a pipeline holds."""
+    held = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)
+    if not isinstance(held, torch.nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module or what holds one as `model`, got {type(model).__name__}")
+    return held
+
+
+def _set_precision(model: torch.nn.Module, precision: str) -> None:
+    from ..models._base import ModelMixin
+    from ..quantization import quantize
+
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, ModelMixin) and id(module) not in inside:
+            inside |= {id(m) for m in module.modules()}
+            quantize(module, precision)
+    if not inside:
+        raise ValueError(f"precision: there is no part of {type(model).__name__} that could be {precision!r}")
 
 
 def _is_ours(module: torch.nn.Module) -> bool:

@@ -15,7 +15,17 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["allow_hook", "allow_leaf", "hooks_on", "methods_over", "own_methods", "remember", "why_changed"]
+__all__ = [
+    "allow_hook",
+    "allow_leaf",
+    "forget",
+    "hooks_on",
+    "methods_over",
+    "own_methods",
+    "remember",
+    "why_changed",
+    "why_unlike",
+]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Read anew in every call, or of no account: a module in which these differ is as it was made.
@@ -52,9 +62,22 @@ def allow_leaf(test: Callable[[nn.Module, type], bool]) -> None:
 
 
 # ---- the note ----------------------------------------------------------------------------------------
-def remember(root: nn.Module) -> None:
-    """Note what `root` is made of, as its constructor leaves it: an attribute, which copies and pickles keep."""
-    root.__dict__[_NOTE], root.__dict__[_LAST] = _made(root, {}), _LastCall()
+def remember(root: nn.Module, like: nn.Module | None = None) -> None:
+    """Note what `root` is made of, as its constructor leaves it: an attribute, which copies and pickles keep.
+
+    like: what its constructor makes, where `root` itself has been changed since; see why_unlike."""
+    root.__dict__[_NOTE], root.__dict__[_LAST] = _made(root if like is None else like, {}), _LastCall()
+
+
+def forget(root: nn.Module) -> None:
+    """Take back `remember`."""
+    root.__dict__.pop(_NOTE, None)
+    root.__dict__.pop(_LAST, None)
+
+
+def why_unlike(root: nn.Module, like: nn.Module) -> str:
+    """'' when everything below `root` is made as `like` is and carries nothing of anyone else's, else the reason."""
+    return _compare(root, _made(like, {}), "", ())
 
 
 def _made(module: nn.Module, seen: dict) -> _Made:

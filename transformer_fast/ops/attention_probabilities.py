@@ -87,6 +87,7 @@ def attention_probabilities(
     _check_alignment(causal_alignment)
     _common.check_flag("is_causal", is_causal)
     _check_softcap(softcap)
+    softcap = float(softcap)
     mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
     left, right = _check_window(window)
     if is_causal:

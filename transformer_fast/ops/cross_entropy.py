@@ -153,6 +153,8 @@ def check_options(ignore_index, reduction, reductions, label_smoothing, z_loss) 
         raise ValueError(f"reduction: wanted one of {', '.join(map(repr, reductions))}, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: wanted an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: wanted an integer of 64 bits, got {ignore_index!r}")
     _common.check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     _common.check_number("z_loss", z_loss, 0.0)
 

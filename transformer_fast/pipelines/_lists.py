@@ -74,7 +74,8 @@ class ListInputs:
         if self._batch_size is not None:  # type: ignore[attr-defined]
             return self._batch_size  # type: ignore[attr-defined]
         tokenizer = getattr(self, "tokenizer", None)
-        padded = tokenizer is not None and tokenizer.pad_token_id is not None
+        # Padding on the left moves the positions of what comes after it.
+        padded = tokenizer is not None and tokenizer.pad_token_id is not None and tokenizer.padding_side != "left"
         return (self.list_batch_size if padded else None) or 1
 
     def _order(self, inputs: list, kwargs: dict) -> list[int] | None:

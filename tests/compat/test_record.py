@@ -1,0 +1,40 @@
+"""The table of docs/compatibility.md is the record, and covers the ends of the supported range."""
+
+import csv
+import importlib.util
+import pathlib
+
+import pytest
+
+from transformer_fast._transformers import NEWEST, OLDEST
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.quick
+def test_record():
+    spec = importlib.util.spec_from_file_location("releases", ROOT / "tests" / "compat" / "releases.py")
+    releases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(releases)
+    if not releases.RECORD.is_file():
+        pytest.skip("nothing is recorded yet: python tests/compat/releases.py --record 5.17.0 5.20.0 5.24.0")
+    rows = list(csv.DictReader(releases.RECORD.open()))
+    assert "\n" + releases.table(rows) in releases.PAGE.read_text()
+    assert all(row["failed"] == "0" and int(row["passed"]) > 100 for row in rows)
+    recorded = {tuple(int(part) for part in row["transformers"].split(".")[:2]) for row in rows}
+    assert recorded >= {OLDEST, NEWEST}
+    assert {release.rpartition(".")[0] for release in releases.DEFAULT} == {
+        ".".join(map(str, end)) for end in (OLDEST, NEWEST)
+    }
+    assert (
+        f'"transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"' in (ROOT / "pyproject.toml").read_text()
+    )
+
+
+@pytest.mark.quick
+def test_counts():
+    spec = importlib.util.spec_from_file_location("releases", ROOT / "tests" / "compat" / "releases.py")
+    releases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(releases)
+    log = "..F..s.                    [ 50%]\n.E.    [100%]\n=== FAILURES ===\nE   assert x.y\n.not a report\n"
+    assert releases.counts(log) == {"passed": 7, "failed": 2, "skipped": 1}

@@ -1,0 +1,141 @@
+"""Each argument of each op replaced by what it should not be: an error that names an argument, or a result."""
+
+import inspect
+
+import pytest
+import torch
+
+import transformer_fast as tf
+
+
+def r(*shape):
+    return torch.randn(*shape)
+
+
+IDS, LENGTHS = torch.tensor([[1, 2, 0], [0, 3, 1]]), torch.tensor([3, 5])
+ATTENTION = {
+    "query": r(2, 4, 5, 8), "key": r(2, 4, 6, 8), "value": r(2, 4, 6, 8),
+    "attn_mask": torch.ones(5, 6, dtype=torch.bool),
+    "dropout_p": 0.1, "is_causal": True, "scale": 0.5, "enable_gqa": False, "bias": r(5, 6), "key_lengths": LENGTHS,
+    "causal_alignment": "top_left", "window": (3, 0), "softcap": 5.0, "relative_bias": tf.RelativeBias(r(8, 4)),
+    "return_lse": False, "generator": None,
+}  # fmt: skip
+# op: its arguments, each right
+CALLS = {
+    tf.scaled_dot_product_attention: ATTENTION,
+    tf.varlen_attention: {
+        "query": r(8, 4, 8), "key": r(8, 4, 8), "value": r(8, 4, 8), "cu_seqlens_q": torch.tensor([0, 3, 8]),
+        "cu_seqlens_k": torch.tensor([0, 4, 8]), "max_seqlen_q": 5, "max_seqlen_k": 5, "dropout_p": 0.1,
+        "is_causal": True, "scale": 0.5, "attn_mask": None, "bias": r(2, 1, 5, 5), "causal_alignment": "top_left",
+        "window": (3, 0), "softcap": 5.0, "relative_bias": tf.RelativeBias(r(8, 4)), "generator": None,
+    },
+    tf.ops.qkv_attention: {
+        "qkv": r(2, 5, 3, 4, 8), "dropout_p": 0.1, "is_causal": True, "scale": 0.5, "key_lengths": LENGTHS,
+    },
+    tf.kv_cache_attention: {
+        "query": r(2, 4, 1, 8), "key": r(2, 2, 1, 8), "value": r(2, 2, 1, 8), "key_cache": r(2, 2, 9, 8),
+        "value_cache": r(2, 2, 9, 8), "cache_lengths": LENGTHS, "scale": 0.5, "window": (3, None), "softcap": 1.0,
+        "relative_bias": tf.RelativeBias(r(8, 4), 40, False),
+    },
+    tf.attention_probabilities: {
+        "query": r(2, 4, 5, 8), "key": r(2, 2, 6, 8), "lse": r(2, 4, 5), "scale": 0.5, "heads": [1], "bias": r(5, 6),
+        "attn_mask": torch.ones(5, 6, dtype=torch.bool), "key_lengths": LENGTHS, "is_causal": True,
+        "causal_alignment": "top_left", "window": (3, 0), "softcap": 5.0, "relative_bias": tf.RelativeBias(r(8, 4)),
+    },
+    tf.multi_head_attention: {
+        "query": r(2, 5, 8), "key": r(2, 6, 8), "value": r(2, 6, 8), "num_heads": 2, "in_proj_weight": r(24, 8),
+        "in_proj_bias": r(24), "out_proj_weight": r(8, 8), "out_proj_bias": r(8),
+        "attn_mask": torch.ones(5, 6, dtype=torch.bool), "key_lengths": LENGTHS, "dropout_p": 0.1, "is_causal": True,
+        "scale": 0.5,
+    },
+    tf.additive_attention: {
+        "query": r(2, 5, 8), "key": r(2, 6, 8), "value": r(2, 6, 8), "score_weight": r(8), "bias": r(8),
+        "attn_mask": torch.ones(2, 5, 6, dtype=torch.bool), "key_lengths": LENGTHS,
+    },
+    tf.layer_norm: {"input": r(4, 8), "normalized_shape": (8,), "weight": r(8), "bias": r(8), "eps": 1e-5},
+    tf.rms_norm: {"input": r(4, 8), "normalized_shape": (8,), "weight": r(8), "eps": 1e-5},
+    tf.add_layer_norm: {
+        "input": r(4, 8), "residual": r(4, 8), "weight": r(8), "bias": r(8), "eps": 1e-5, "dropout_p": 0.1,
+        "generator": None,
+    },
+    tf.add_rms_norm: {"input": r(4, 8), "residual": r(4, 8), "weight": r(8), "eps": 1e-5, "dropout_p": 0.1},
+    tf.bias_activation: {"input": r(4, 8), "bias": r(8), "activation": "gelu", "gate": r(4, 8)},
+    tf.dropout: {"input": r(4, 8), "p": 0.1, "generator": None},
+    tf.linear: {"input": r(4, 8), "weight": r(6, 8), "bias": r(6), "activation": "gelu"},
+    tf.projections: {"input": r(4, 8), "weights": [r(6, 8), r(3, 8)], "biases": [r(6), None]},
+    tf.pack_weight: {"weight": r(6, 8), "dtype": torch.float32},
+    tf.cross_entropy: {
+        "input": r(6, 9), "target": torch.arange(6), "weight": r(9).abs(), "ignore_index": 2, "reduction": "sum",
+        "label_smoothing": 0.1, "z_loss": 0.1, "inplace_gradient": False,
+    },
+    tf.linear_cross_entropy: {
+        "hidden": r(6, 8), "weight": r(9, 8), "target": torch.arange(6), "bias": r(9), "chunk_rows": 4,
+        "ignore_index": 2, "reduction": "sum", "label_smoothing": 0.1, "z_loss": 0.1,
+    },
+    tf.embedding_layer_norm: {
+        "input_ids": IDS, "word_weight": r(5, 8), "position_ids": IDS, "position_weight": r(5, 8),
+        "token_type_ids": IDS, "token_type_weight": r(5, 8), "norm_weight": r(8), "norm_bias": r(8), "eps": 1e-5,
+        "dropout_p": 0.1, "padding_idx": 1,
+    },
+}  # fmt: skip
+
+
+def _wrong(value):
+    """What somebody could give in the place of value."""
+    yield from (
+        None,
+        "seven",
+        [[1.0]],
+        [],
+        3,
+        -7,
+        2.5,
+        float("nan"),
+        {},
+        object(),
+        torch.float16,
+        2**70,
+        (1, 2, 3),
+        b"",
+    )
+    if isinstance(value, torch.Tensor):
+        yield from (
+            value[0],
+            value[None],
+            value[:0],
+            value[..., :1],
+            value[..., None],
+            value.to("meta"),
+            value.tolist(),
+        )
+        yield from (torch.cat([value, value]), value.to(torch.complex64), value.numpy(), value.bool(), value.int())
+        yield from (value.double(), value.half(), torch.ones((), dtype=value.dtype), torch.cat([value, value], -1))
+        if value.dim() > 1:
+            yield from (value.transpose(0, 1), value[:, :1], value[:, :-1], torch.cat([value] * 3, 1)[:, :3])
+    if isinstance(value, (list, tuple)):
+        yield from (value[0], [*value, None], [*value, "x"], torch.ones(2), [object()] * 2, [[1], [2]])
+    if isinstance(value, tf.RelativeBias):
+        yield from (value._replace(table=t) for t in (None, [1.0], value.table[0], value.table[:, :1], value.table[:1]))
+        yield from (value._replace(max_distance=d) for d in (None, 2.5, "x", -1, 2**70))
+        yield from (value._replace(table=value.table.to("meta")), value._replace(bidirectional="x"), value.table)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+def test_wrong_arguments(op):
+    right = CALLS[op]
+    names = [*inspect.signature(op).parameters, "max_seqlen", "input"]
+    assert set(right) <= set(names)
+    op(**right)
+    failures = []
+    for name, value in right.items():
+        for wrong in _wrong(value):
+            said = f"{name}={type(wrong).__name__} {tuple(wrong.shape) if hasattr(wrong, 'shape') else wrong!r}"
+            try:
+                op(**{**right, name: wrong})
+            except (TypeError, ValueError) as error:
+                if not any(n in str(error) for n in (name, name.rstrip("es"), *names)):
+                    failures.append(f"{said}: {type(error).__name__}: {error}")
+            except Exception as error:  # anything else is raw
+                failures.append(f"{said}: {type(error).__name__}: {str(error)[:100]}")
+    assert not failures, "\n".join(failures)
