@@ -126,19 +126,23 @@ def run_generate(model, inputs: Inputs) -> Callable:
     return call
 
 
-# How the weights are held: what a result says of them, the model's dtype and set_weight_storage's arguments.
+# How the weights are held: what a result says of them, the model's dtype and set_weight_storage's arguments; "int8" is
+# quantize's.
 _WEIGHTS: dict[str, tuple[str, torch.dtype, dict]] = {
     "": ("fp32", torch.float32, {}),
     "in-place": ("fp32, weights in place", torch.float32, {"copy": False}),
     "bf16-weights": ("fp32, weights stored in bf16", torch.float32, {"dtype": torch.bfloat16}),
     "int8-weights": ("fp32, weights stored in int8", torch.float32, {"dtype": torch.int8}),
     "bf16": ("bf16, peer fp32", torch.bfloat16, {}),
+    "int8": ("int8, peer fp32", torch.float32, {}),
 }
 
 
 def _ours(inputs: Inputs, weights: str = "") -> Callable:
     _, dtype, storage = _WEIGHTS[weights]
     model = getattr(tf, inputs.kind).from_pretrained(inputs.checkpoint, dtype=dtype)
+    if weights == "int8":
+        model = tf.quantize(model, "int8")
     if storage:
         tf.generation.set_weight_storage(model, **storage)
     return run_generate(model, inputs)
@@ -207,7 +211,7 @@ def _case(
     candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
-    for kind in {"": ("float32", "int8"), "int8-weights": ("int8",)}.get(weights, ()):
+    for kind in {"": ("float32", "int8"), "int8-weights": ("int8",), "int8": ("int8",)}.get(weights, ()):
         theirs: Callable = partial(_ctranslate2, compute_type=kind)
         needs = ("ctranslate2", "transformers")
         candidates.append(Candidate(f"CTranslate2 {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
@@ -240,7 +244,7 @@ def generation_cases(device: str) -> list[Case]:
     ]
     cases = [_case(*w, device) for w in work]
     if device == "cpu":
-        cases += [_case(*w, device, "in-place") for w in work]
+        cases += [_case(*w, device, weights) for weights in ("in-place", "int8") for w in work]
         for weights in ("bf16-weights", "int8-weights", "bf16"):
             cases += [_case(*work[0][:5], 2.2, device, weights), _case(*work[1][:5], 3.3, device, weights)]
     return cases

@@ -9,9 +9,9 @@ from numerics import assert_as_accurate
 from transformers.modeling_outputs import BaseModelOutput
 
 from transformer_fast.backends import native
-from transformer_fast.generation import native_step
-from transformer_fast.generation.native_step import NativeStepper, set_weight_storage
+from transformer_fast.generation.native_step import NativeStepper
 from transformer_fast.generation.stepper import Prompt
+from transformer_fast.generation.weights import kept_copies, set_weight_storage
 from transformer_fast.ops.decoder_step import DecoderCache, DecoderCopies, DecoderWeights
 
 if native.load():
@@ -250,14 +250,14 @@ def test_weights_are_copied_once_and_again_when_they_change():
     set_weight_storage(model, copy=True)
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
-    kept = native_step._copies[model]
-    assert torch.equal(NativeStepper(model, prompt).start(), first) and native_step._copies[model] is kept
+    kept = kept_copies(model)
+    assert torch.equal(NativeStepper(model, prompt).start(), first) and kept_copies(model) is kept
     model.layers[1]["up"].weight.mul_(2)
     changed = NativeStepper(model, prompt).start().clone()
-    assert native_step._copies[model] is not kept and not torch.equal(changed, first)
+    assert kept_copies(model) is not kept and not torch.equal(changed, first)
     set_weight_storage(model, torch.bfloat16)
     rounded = NativeStepper(model, prompt).start()
-    assert native_step._copies[model].storage == torch.bfloat16
+    assert kept_copies(model).storage == torch.bfloat16
     assert 0 < (rounded - changed).abs().max() < 0.1 * changed.abs().max()
     set_weight_storage(model, copy=True)
     assert torch.equal(NativeStepper(model, prompt).start(), changed)
@@ -276,7 +276,7 @@ def test_weights_in_place():
     set_weight_storage(model)  # its weights are no checkpoint's
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
-    assert model not in native_step._copies
+    assert kept_copies(model) is None
     model.layers[1]["up"].weight.data.mul_(2)  # a write that torch does not count
     assert not torch.equal(NativeStepper(model, prompt).start(), first)
     with pytest.raises(ValueError, match="read in place have their own"):

@@ -12,8 +12,9 @@ from numerics import assert_as_accurate
 
 from transformer_fast.backends import memory, native
 from transformer_fast.backends.contents import mirror_files
-from transformer_fast.generation import native_step, set_weight_storage
+from transformer_fast.generation import set_weight_storage
 from transformer_fast.generation.native_step import NativeStepper
+from transformer_fast.generation.weights import kept_copies
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
@@ -123,25 +124,25 @@ def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path,
     monkeypatch.setattr(memory, "unload", lambda t, files: (given_back.append(t.data_ptr()), unload(t, files)))
     for model in (ours, built):
         assert torch.equal(model.generate(ids, **kwargs), wanted)
-    assert len(served) == 2 and built not in native_step._copies  # what lies in memory of its own is read there
-    copies = native_step._copies[ours]
+    assert len(served) == 2 and kept_copies(built) is None  # what lies in memory of its own is read there
+    copies = kept_copies(ours)
     copied = ours.step_description().tensors().weights()
     assert copied and {w.data_ptr() for w in copied} <= set(given_back)
     assert mirror_files(copied)
     for (name, a), b in zip(ours.state_dict().items(), built.state_dict().values()):
         assert torch.equal(a, b), name
     copied[0].mul_(1)
-    assert torch.equal(ours.generate(ids, **kwargs), wanted) and native_step._copies[ours] is copies
+    assert torch.equal(ours.generate(ids, **kwargs), wanted) and kept_copies(ours) is copies
     copied[0].mul_(2)  # no checkpoint's any more
     ours.generate(ids, **kwargs)
-    assert ours not in native_step._copies
+    assert kept_copies(ours) is None
     copied[0].div_(2)
     assert torch.equal(ours.generate(ids, **kwargs), wanted)
     set_weight_storage(ours, torch.bfloat16)
     ours.generate(ids, **kwargs)
-    assert native_step._copies[ours].storage == torch.bfloat16
+    assert kept_copies(ours).storage == torch.bfloat16
     set_weight_storage(ours)
-    assert torch.equal(ours.generate(ids, **kwargs), wanted) and ours not in native_step._copies
+    assert torch.equal(ours.generate(ids, **kwargs), wanted) and kept_copies(ours) is None
 
 
 def test_what_the_native_step_leaves_to_the_model(served):

@@ -9,7 +9,8 @@ import torch
 from generating_models import models, prompts, seq2seq_models
 
 from transformer_fast.backends import contents
-from transformer_fast.generation import native_step, set_weight_storage
+from transformer_fast.generation import set_weight_storage
+from transformer_fast.generation.weights import kept_copies
 
 pytestmark = pytest.mark.quick
 
@@ -183,13 +184,13 @@ def logits_of(model):
 def test_every_writer_is_seen(kind, writer, tmp_path):
     model = built(kind, tmp_path)
     before = logits_of(model)
-    copies = native_step._copies[model]
-    assert torch.equal(logits_of(model), before) and native_step._copies[model] is copies
+    copies = kept_copies(model)
+    assert torch.equal(logits_of(model), before) and kept_copies(model) is copies
     WRITERS[writer](model)
     after = logits_of(model)
     fresh = copy.deepcopy(model)  # has no copies yet
-    if model in native_step._copies:
-        set_weight_storage(fresh, native_step._copies[model].storage)
+    if kept_copies(model) is not None:
+        set_weight_storage(fresh, kept_copies(model).storage)
     else:
         set_weight_storage(fresh, copy=False)
     assert not torch.equal(after, before) and torch.equal(logits_of(fresh), after)
@@ -204,8 +205,8 @@ def test_generate_after_a_fused_step_is_that_of_the_new_weights(kind, family, tm
     WRITERS["fused AdamW"](model)
     after = model.generate(ids, **options)
     fresh = copy.deepcopy(model)
-    if model in native_step._copies:
-        set_weight_storage(fresh, native_step._copies[model].storage)
+    if kept_copies(model) is not None:
+        set_weight_storage(fresh, kept_copies(model).storage)
     assert not torch.equal(after, before) and torch.equal(fresh.generate(ids, **options), after)
 
 
@@ -238,7 +239,7 @@ def test_what_is_not_a_weight_is_not_remembered(tmp_path):
     """Scales, eps and biases are those of each generation, with the copies that there are."""
     model = built("own memory", tmp_path)
     before = logits_of(model)
-    copies = native_step._copies[model]
+    copies = kept_copies(model)
     block = model.transformer.h[0]
     for change in (
         lambda: setattr(block.ln_1, "eps", 3.0), lambda: block.mlp.c_fc.bias.data.add_(2.0),
@@ -246,5 +247,5 @@ def test_what_is_not_a_weight_is_not_remembered(tmp_path):
     ):  # fmt: skip
         change()
         after = logits_of(model)
-        assert not torch.equal(after, before) and native_step._copies[model] is copies
+        assert not torch.equal(after, before) and kept_copies(model) is copies
         before = after

@@ -282,3 +282,40 @@ def test_verify_command(tmp_path):
     result = CliRunner().invoke(commands.app, ["verify", str(tmp_path), "--precision", "int8"])
     assert result.exit_code == 0, result.output
     assert "token cosine" in result.output and "MB become" in result.output
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "gpt2", "t5", "bart"])
+@torch.no_grad()
+def test_what_follows_attention_is_one_op(family, monkeypatch):
+    from transformer_fast.layers import encoder
+
+    calls, block = [], encoder.int8_block
+    monkeypatch.setattr(encoder, "int8_block", lambda *args: calls.append(args) or block(*args))
+    model = tf.quantize(_model(family), "int8")
+    model(**_inputs(model)[0])
+    assert len(calls) == 2  # of two layers; a decoder's with cross-attention has none
+
+
+@torch.no_grad()
+def test_models_of_hugging_face(tmp_path):
+    """A model that is not ours: its linear layers are, and it is saved and loaded as it is."""
+    torch.manual_seed(2)
+    model = hf.RobertaModel(hf.RobertaConfig(**_WIDE, max_position_embeddings=40)).eval()
+    mask = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+    inputs = {"input_ids": torch.randint(5, 80, mask.shape), "attention_mask": mask.long()}
+    truth = copy.deepcopy(model).double()(**inputs).last_hidden_state[mask]
+    found = tf.quantize(model)(**inputs).last_hidden_state[mask]
+    assert list(tf.quantized_modules(model).left) == ["pooler.dense"]
+    assert_as_accurate(found, truth, _simulated(model)(**inputs).last_hidden_state[mask])
+    model.save_pretrained(tmp_path)
+    again = hf.RobertaModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).last_hidden_state[mask], found)
+
+
+@torch.no_grad()
+def test_compiles():
+    model = tf.quantize(_model("bert"), "int8")
+    inputs = _inputs(model)[0]
+    compiled = torch.compile(model, backend="eager")
+    logits = compiled(**inputs).logits
+    assert_as_accurate(logits, model(**inputs).logits.double(), _simulated(model)(**inputs).logits)

@@ -1,7 +1,8 @@
 """Generation: one engine for every decoder, under Hugging Face's generate."""
 
 from .mixin import GenerationMixin
-from .native_step import StepDescription, set_weight_storage
+from .native_step import StepDescription
 from .stepper import Prompt, Stepper, choose_stepper
+from .weights import set_weight_storage
 
 __all__ = ["GenerationMixin", "Prompt", "StepDescription", "Stepper", "choose_stepper", "set_weight_storage"]

@@ -17,7 +17,8 @@ from ..layers import Packing, StackCall
 from ..layers.encoder import encoder_layer
 from ..layers.projection import linear, norm
 from .model_step import ModelStepper
-from .native_step import SERVED, StepDescription, encoder_states
+from .native_step import StepDescription
+from .prompts import encoder_mask, encoder_states, kept_columns, kept_first, last_positions, why_not_prompt
 from .stepper import Prompt
 
 __all__ = ["GraphStepper"]
@@ -65,20 +66,14 @@ class GraphStepper:
         device = prompt.input_ids.device
         if device.type != "cuda" and not cls.anywhere:
             return f"device {device} has no CUDA graphs"
-        if not prompt.input_ids.numel():
-            return f"the prompt has shape {tuple(prompt.input_ids.shape)}"
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
-            return "torch.compile is tracing, gradients are wanted or autocast is on"
-        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in SERVED)
-        if odd:
-            return f"the prompt has {', '.join(odd)}"
-        masks = [prompt.inputs.get(f"{p}attention_mask") for p in ("", "decoder_", "encoder_")]
-        if any(m is not None and m.dim() != 2 for m in masks):
-            return "the prompt has a mask that is not (batch, length)"
+        if reason := why_not_prompt(prompt):
+            return reason
         description = describe()
         if description.has_cross_attention != (encoder_states(prompt) is not None):
             return "either the decoder's cross-attention or the prompt's encoder states are missing"
-        if description.relative_bias is not None and not bool(_kept(prompt).all()):
+        if description.rotary is not None or description.logits_softcap:
+            return "it has rotary positions or a softcap on its logits, which a captured step has not"
+        if description.relative_bias is not None and not bool(kept_columns(prompt).all()):
             return "relative positions count padding, which this cache does not hold"
         spec = description.spec
         if spec.heads_of_keys != spec.num_heads or spec.windows or spec.softcap:
@@ -96,8 +91,8 @@ class GraphStepper:
         logits = inner.start()
         pairs, device = inner.key_values(), prompt.input_ids.device
         row = torch.arange(prompt.rows, device=device) // prompt.copies
-        kept = _kept(prompt)
-        order, self._lengths = _kept_first(kept)
+        kept = kept_columns(prompt)
+        order, self._lengths = kept_first(kept)
         self._lengths = self._lengths[row]
         batch, heads, self._length, dim = pairs[0][0].shape
         self._shortest = int(kept.sum(1).min())  # positions before it never move
@@ -164,7 +159,7 @@ class GraphStepper:
 
     def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         store = self._cache.store[:, :, :, :, : self._length]
-        kept = _kept(self._prompt)
+        kept = kept_columns(self._prompt)
         if not bool(kept.all()):  # back to the columns they had; what the prompt's padding held is zeros
             row = torch.arange(self._prompt.rows, device=kept.device) // self._prompt.copies
             kept = torch.nn.functional.pad(kept, (0, self._length - kept.shape[1]), value=True)[row]
@@ -227,25 +222,20 @@ class GraphStepper:
 
     def _first_positions(self, row: torch.Tensor) -> torch.Tensor | None:
         """(rows,): where the next token's embedding lies."""
-        given = self._prompt.inputs.get("position_ids")
-        self._last = self._length if given is None else int(given[:, -1].max()) + 1
+        positions = last_positions(self._prompt)
+        self._last = int(positions.max())
         if self._description.position is None:
             return None
-        if given is None:
-            positions = torch.full_like(row, self._length)
-        else:
-            positions = given.expand(len(self._prompt.input_ids), -1)[row, -1] + 1
-        return positions + self._description.position_offset
+        return positions[row] + self._description.position_offset
 
     def _cross(self, inner: ModelStepper) -> tuple[Any, torch.Tensor | None]:
         """The encoder's keys and values, those that its mask keeps first, and how many: attention knows no order."""
         if inner._cross is None or encoder_states(self._prompt) is None:
             return None, None
-        cross, inputs = inner._cross.cross_attention_cache, self._prompt.inputs
-        mask = inputs.get("attention_mask" if inputs.get("encoder_outputs") is not None else "encoder_attention_mask")
-        if mask is None or bool((mask != 0).all()):
+        cross, mask = inner._cross.cross_attention_cache, encoder_mask(self._prompt)
+        if mask is None:
             return cross, None
-        order, lengths = _kept_first(mask != 0)
+        order, lengths = kept_first(mask)
         assert order is not None
         for layer in cross.layers:
             layer.keys, layer.values = (
@@ -260,22 +250,3 @@ class GraphStepper:
             layer.keys, layer.values = layer.keys.index_select(0, source), layer.values.index_select(0, source)
         if self._call.encoder_lengths is not None:
             self._call.encoder_lengths = self._call.encoder_lengths.index_select(0, source)
-
-
-def _kept(prompt: Prompt) -> torch.Tensor:
-    """(B, S) bool: the columns that rows attend to."""
-    name = "attention_mask" if prompt.inputs.get("encoder_outputs") is None else "decoder_attention_mask"
-    mask = prompt.inputs.get(name)
-    if mask is None:
-        return torch.ones_like(prompt.input_ids, dtype=torch.bool)
-    if mask.shape != prompt.input_ids.shape:
-        raise ValueError(f"{name}: wanted shape {tuple(prompt.input_ids.shape)}, got {tuple(mask.shape)}")
-    return mask != 0
-
-
-def _kept_first(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(the columns of each row, those that mask keeps first; None for as they are), how many it keeps, int32."""
-    lengths = mask.sum(1, dtype=torch.int32)
-    if bool(mask.all()):
-        return None, lengths
-    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True), lengths

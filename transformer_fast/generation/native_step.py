@@ -4,7 +4,6 @@ A family says what its decoder is made of by a StepDescription, from `model.step
 the same for all of them. What the native step cannot serve has a reason (why_not) and goes to the next stepper.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,33 +12,27 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..backends.contents import mirror_files
 from ..layers.projection import is_plain, is_rms_norm, is_transposed, linear, projections, reading_copies
 from ..layers.quantized import is_int8
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
 from ..ops.decoder_step import (
     DecoderCache,
-    DecoderCopies,
     DecoderLayerTensors,
     DecoderTensors,
-    DecoderWeights,
     Norm,
     Projection,
 )
 from ..ops.linear_int8 import Int8Weight
-from ..ops.packed_weight import STORAGES
 from .cache import StepCache
 from .model_step import ModelStepper
+from .prompts import encoder_mask, encoder_states, kept_columns, kept_first, last_positions, why_not_prompt
 from .stepper import Prompt
+from .weights import decoder_weights
 
-__all__ = ["NativeStepper", "StepDescription", "set_weight_storage"]
+__all__ = ["NativeStepper", "StepDescription"]
 
 _FLOATS = (torch.float32, torch.bfloat16)
-SERVED = {
-    "attention_mask", "decoder_attention_mask", "position_ids", "encoder_outputs", "encoder_hidden_states",
-    "encoder_attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position",
-}  # fmt: skip
 _FEW = 512  # tokens of prompts
 _SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
 
@@ -218,54 +211,6 @@ def _norm(module: Any) -> Norm | None:
     return Norm(module.weight, getattr(module, "bias", None), eps)
 
 
-# ---- copies of weights, kept between generations ------------------------------------------------------
-_storage: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype | None, bool]] = weakref.WeakKeyDictionary()
-_copies: weakref.WeakKeyDictionary[nn.Module, DecoderCopies] = weakref.WeakKeyDictionary()
-
-
-def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool | None = None) -> None:
-    """Choose how decoding on the CPU reads model's weights.
-
-    copy: True: the first generation copies the decoder's weights into a layout for few rows and keeps the copy as long
-        as the model; prompts use it too. It takes as much memory again as the weights in dtype, except where they
-        mirror a checkpoint's mapped file (from_pretrained in the checkpoint's own dtype), unchanged: then their own
-        memory is given back until somebody else reads them (a bfloat16 model's own forward, prompts of over 512 tokens
-        in all).
-        False: the weights are read where they are: the memory of the model alone, up to a quarter longer.
-        None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none.
-    dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits;
-        torch.int8 makes it a quarter, round(w / s) with a scale s = max |w| / 127 for each output of a layer. Sums and
-        activations stay float32. None: the weights' own. Where the original is not needed in float32,
-        model.to(torch.bfloat16) is as fast as a copy in it, for half the memory.
-
-    Each generation asks whether the copy is still one of the weights as they are now, whoever wrote to them (an
-    optimizer of any kind, `.data`, numpy, a load, merged adapters, another process), and makes it again if not. Weights
-    that mirror a checkpoint's file are known by their pages, else all of them are hashed at the rate at which memory is
-    read: 2.5 ms and 50 ms for the 494 MB of gpt2, on a busy AMD EPYC (Zen 5).
-
-    Raises TypeError for another dtype, and ValueError for one without a copy.
-    """
-    if dtype not in (*STORAGES, None):
-        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype}")
-    if dtype is not None and copy is False:
-        raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
-    _copies.pop(model, None)
-    _storage.pop(model, None)
-    if copy is not None or dtype is not None:
-        _storage[model] = (dtype, copy is not False)
-
-
-def _decoder_weights(model: nn.Module, description: StepDescription) -> DecoderWeights:
-    tensors, copies = description.tensors(), _copies.get(model)
-    if copies is None or not copies.match(tensors):
-        _copies.pop(model, None)
-        dtype, copy = _storage.get(model) or (None, mirror_files(tensors.weights()))
-        copies = DecoderCopies(tensors, dtype) if copy and tensors.weights() else None
-        if copies is not None:
-            _copies[model] = copies
-    return DecoderWeights(tensors, copies)
-
-
 class _Loading(StepCache):
     """What a model's forward takes for its cache while it runs the prompt: each layer's keys and values are copied to
     where the steps want them as they come, and so kept once."""
@@ -294,21 +239,10 @@ class NativeStepper:
         describe = getattr(model, "step_description", None)
         if describe is None:
             return f"{type(model).__name__} does not describe its decoding step"
-        if torch.compiler.is_compiling():
-            return "torch.compile is tracing"
-        if torch.is_grad_enabled():
-            return "gradients are wanted"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is on"
-        odd = sorted(k for k, v in prompt.inputs.items() if v is not None and k not in SERVED)
-        if odd:
-            return f"the prompt has {', '.join(odd)}"
-        if not prompt.input_ids.numel() or prompt.input_ids.device.type != "cpu":
-            return f"the prompt has shape {tuple(prompt.input_ids.shape)} on {prompt.input_ids.device}"
-        mask = prompt.inputs.get("attention_mask")
-        masks = (mask, prompt.inputs.get("decoder_attention_mask"), prompt.inputs.get("encoder_attention_mask"))
-        if any(m is not None and m.dim() != 2 for m in masks):
-            return "the prompt has a mask that is not (batch, length)"
+        if prompt.input_ids.device.type != "cpu":
+            return f"the prompt is on {prompt.input_ids.device}"
+        if reason := why_not_prompt(prompt):
+            return reason
         description = describe()
         states = encoder_states(prompt)
         if description.has_cross_attention and states is None:
@@ -320,16 +254,16 @@ class NativeStepper:
     # ---- Stepper ----
     def start(self) -> torch.Tensor:
         prompt, description = self._prompt, self._description
-        weights = _decoder_weights(self._model, description)
+        weights = decoder_weights(self._model, description.tensors())
         batch, length = prompt.input_ids.shape
         states = encoder_states(prompt)
         room = length + min(max(prompt.max_length - length, 1), 512)
         shape = None if states is None else (states.shape[0], states.shape[1])
         cache = self._cache = DecoderCache(weights, prompt.rows, room, shape)
-        mask = self._mask()
+        mask = kept_columns(prompt)
         if states is not None:
             self._load_encoder(cache, states)
-        self._begin_positions(length)
+        self._begin_positions()
         if prompt.inputs.get("encoder_outputs") is not None and length <= _SHORT:
             logits = self._step_prompt(cache, mask)
         else:
@@ -370,25 +304,10 @@ class NativeStepper:
         return self._cache.gather()
 
     # ---- the prompt ----
-    def _mask(self) -> torch.Tensor:
-        """(B, S): the columns that rows attend to."""
-        inputs = self._prompt.inputs
-        name = "attention_mask" if inputs.get("encoder_outputs") is None else "decoder_attention_mask"
-        mask, shape = inputs.get(name), self._prompt.input_ids.shape
-        if mask is None:
-            return torch.ones(shape, dtype=torch.bool)
-        if mask.shape != shape:
-            raise ValueError(f"{name}: wanted shape {tuple(shape)}, got {tuple(mask.shape)}")
-        return mask != 0
-
-    def _begin_positions(self, length: int) -> None:
+    def _begin_positions(self) -> None:
         if self._description.position is None and self._description.rotary is None:
             return
-        given, batch = self._prompt.inputs.get("position_ids"), self._prompt.input_ids.shape[0]
-        if given is None:
-            positions = torch.full((batch,), length)
-        else:
-            positions = given.expand(batch, -1)[:, -1] + 1
+        positions = last_positions(self._prompt)
         self._last = int(positions.max())
         self._positions = positions + self._description.position_offset
 
@@ -416,16 +335,13 @@ class NativeStepper:
 
     def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
         """Keys and values of the encoder's states, those that the mask keeps first: cross-attention knows no order."""
-        inputs, spec = self._prompt.inputs, self._description.spec
-        mask = inputs.get("attention_mask" if inputs.get("encoder_outputs") is not None else "encoder_attention_mask")
-        order = None
-        if mask is None or bool(mask.all()):
+        spec, mask = self._description.spec, encoder_mask(self._prompt)
+        if mask is None:
             cache.cross_lengths.fill_(states.shape[1])
         else:
-            kept = mask != 0
-            cache.cross_lengths.copy_(kept.sum(1))
-            order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        if order is not None:
+            order, lengths = kept_first(mask)
+            assert order is not None
+            cache.cross_lengths.copy_(lengths)
             states = states.take_along_dim(order[..., None], 1)
         for i, w in enumerate(self._description.layers):
             if w.cross_key_value is not None:
@@ -433,10 +349,3 @@ class NativeStepper:
             else:
                 pair = projections([w.cross_key, w.cross_value], states)
             cache.load_cross(i, *(t.unflatten(-1, (spec.num_heads, spec.head_dim)).transpose(1, 2) for t in pair))
-
-
-def encoder_states(prompt: Prompt) -> torch.Tensor | None:
-    outputs = prompt.inputs.get("encoder_outputs")
-    if outputs is None:
-        return prompt.inputs.get("encoder_hidden_states")
-    return outputs[0] if isinstance(outputs, tuple) else outputs.last_hidden_state

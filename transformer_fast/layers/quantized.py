@@ -48,12 +48,15 @@ class Int8Linear(nn.Module):
         return module
 
     def int8_weight(self) -> Int8Weight:
-        if self._int8 is None:
-            found = Int8Weight(self.weight, self.weight_scale, self.group)
-            if found.data is not None:  # kept once
-                self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
-            self._int8 = found
-        return self._int8
+        return self._packed() if self._int8 is None else self._int8
+
+    @torch.compiler.disable
+    def _packed(self) -> Int8Weight:
+        found = Int8Weight(self.weight, self.weight_scale, self.group)
+        if found.data is not None:  # kept once
+            self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
+        self._int8 = found
+        return found
 
     def dequantized(self) -> torch.Tensor:
         """The weight (out, in) that the int8 one stands for, float32."""
