@@ -108,6 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
   m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
+  // float32: x (rows, in) with last stride 1, weights (out, in) with last stride 1, biases contiguous, y (rows, out).
+  m.def("cpu_rows_linear(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
   // Of the memory that tensors without gaps in it take, in its order; hashes: int64, as many as there are tensors.
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.

@@ -2,6 +2,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <vector>
+
 #include "tensors.hpp"
 
 namespace tf {
@@ -55,6 +57,25 @@ void packed_linear(Tensor x, Tensor packed, OptionalTensor bias, int64_t activat
   kernels().packed_linear(a);
 }
 
+void rows_linear(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases, int64_t activation,
+                 std::vector<Tensor> y) {
+  STD_TORCH_CHECK(biases.size() == weights.size() && y.size() == weights.size(), "weights, biases, y: wanted as many");
+  std::vector<RowsWeight> each;
+  for (size_t i = 0; i < weights.size(); ++i)
+    each.push_back({read<float>(weights[i]), read<float>(biases[i]), write<float>(y[i]), weights[i].size(0),
+                    weights[i].stride(0)});
+  RowsLinear a{};
+  a.x = read<float>(x);
+  a.rows = x.size(0);
+  a.in = x.size(1);
+  a.x_stride = x.stride(0);
+  a.count = int64_t(each.size());
+  a.weights = each.data();
+  a.has_activation = activation >= 0;
+  a.activation = Activation(activation >= 0 ? activation : 0);
+  kernels().rows_linear(a);
+}
+
 }  // namespace
 }  // namespace tf
 
@@ -62,4 +83,5 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_column_sum", TORCH_BOX(&tf::column_sum));
   m.impl("cpu_pack_weight", TORCH_BOX(&tf::pack_weight));
   m.impl("cpu_packed_linear", TORCH_BOX(&tf::packed_linear));
+  m.impl("cpu_rows_linear", TORCH_BOX(&tf::rows_linear));
 }

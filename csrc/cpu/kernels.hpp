@@ -25,6 +25,7 @@ struct Kernels {
   void (*column_sum)(const ColumnSum&);
   void (*pack_weight)(const PackWeight&);
   void (*packed_linear)(const PackedLinear&);
+  void (*rows_linear)(const RowsLinear&);
   void (*content_hash)(const ContentHash&);
   void (*cross_entropy_forward)(const CrossEntropyForward&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
@@ -49,6 +50,7 @@ void attention_backward(const AttentionBackward&);
 void column_sum(const ColumnSum&);
 void pack_weight(const PackWeight&);
 void packed_linear(const PackedLinear&);
+void rows_linear(const RowsLinear&);
 void content_hash(const ContentHash&);
 void cross_entropy_forward(const CrossEntropyForward&);
 void cross_entropy_backward(const CrossEntropyBackward&);

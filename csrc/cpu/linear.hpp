@@ -28,6 +28,20 @@ struct PackWeight {
   int64_t out, in, out_stride, in_stride;
 };
 
+struct RowsWeight {
+  const float *weight, *bias;  // (out, in), rows `stride` apart; bias may be null
+  float* y;                    // (rows, out), contiguous
+  int64_t out, stride;
+};
+
+struct RowsLinear {  // y_i = act(x W_i^T + bias_i), float32
+  const float* x;
+  int64_t rows, in, x_stride, count;
+  const RowsWeight* weights;
+  bool has_activation;
+  Activation activation;
+};
+
 struct PackedLinear {  // y = act(x W^T + bias), summed in float32
   DType dtype;
   Storage storage;

@@ -17,6 +17,7 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::column_sum,
     TF_ISA::pack_weight,
     TF_ISA::packed_linear,
+    TF_ISA::rows_linear,
     TF_ISA::content_hash,
     TF_ISA::cross_entropy_forward,
     TF_ISA::cross_entropy_backward,

@@ -19,7 +19,9 @@ import torch
 __all__ = ["Contents", "FileMappings", "mirror_files", "unwritten"]
 
 _RESIDENT_OR_SWAPPED, _OF_A_FILE = -1 << 62, 1 << 61  # the upper bits of an entry of /proc/self/pagemap
-_STILL = 2 * 10**9  # ns: a file that was written so shortly before may be again without a change of its time
+# Nanoseconds: a file that was written so shortly before may be again without a change of its time, where file systems
+# keep whole seconds; where they keep less, a fortieth.
+_STILL = 2 * 10**9
 
 
 class _File(NamedTuple):
@@ -211,9 +213,11 @@ def _unwritten_files(tensors: Sequence[torch.Tensor], files: Sequence[_File | No
 
 def _settled(file: _File | None) -> _File | None:
     """file where a later writing of it would show in its state."""
-    if file is None or file.state is None or max(file.state[:2]) > time.time_ns() - _STILL:
+    if file is None or file.state is None:
         return None
-    return file
+    last = max(file.state[:2])
+    still = _STILL if last % 10**9 == 0 else _STILL // 40
+    return None if last > time.time_ns() - still else file
 
 
 def _layout(t: torch.Tensor) -> tuple:

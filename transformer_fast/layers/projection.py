@@ -99,7 +99,7 @@ def projections(
     int8_dtype: of the results where the modules are Int8Linear; None for x's."""
     if is_int8(*modules):
         return int8_linears(list(modules), x, int8_dtype).split([m.out_features for m in modules], -1)
-    if torch.is_grad_enabled() and all(is_plain(module, nn.Linear) for module in modules):
+    if all(is_plain(module, nn.Linear) for module in modules):
         return ops.projections(x, [_weight(m) for m in modules], [m.bias for m in modules])
     return tuple(linear(module, x) for module in modules)
 

@@ -6,10 +6,7 @@ namespace tf::cuda {
 
 inline float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x; }
 inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
-inline float log2_approx(float x) { return std::log2(flush(x)); }
 inline float rcp_approx(float x) { return flush(1.f / flush(x)); }
-inline float rsqrt_approx(float x) { return 1.f / std::sqrt(flush(x)); }
-inline float tanh_approx(float x) { return std::tanh(x); }
 
 // Dynamic shared memory begins at 1024 on a GPU too: the first kilobyte is the system's.
 inline uint32_t shared_address(const void* shared) {
@@ -20,9 +17,6 @@ inline uint32_t shared_address(const void* shared) {
 
 inline void cp_async_16(void* shared, const void* global, bool valid = true) {
   emulator::cp_async(shared, global, 16, valid);
-}
-inline void cp_async_4(void* shared, const void* global, bool valid = true) {
-  emulator::cp_async(shared, global, 4, valid);
 }
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int N>
