@@ -42,18 +42,27 @@ def packed(**options) -> dict:
     return dict(DataCollatorWithFlattening(return_tensors="pt", **options)(features))
 
 
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=40,
+    )  # fmt: skip
+    return _models("LlamaForCausalLM", config)
+
+
 @pytest.mark.parametrize("train", [False, True])
-def test_gpt2_packed_by_position_ids(train):
+@pytest.mark.parametrize("family", [gpt2, llama])
+def test_packed_by_position_ids(family, train):
     """Loss, logits and gradients are HF's; no document changes another's."""
     batch, results = packed(), []
-    for model in gpt2():
+    for model in family():
         model.train(train)
         out = model(**batch, use_cache=False)
         targets = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
         loss.backward()
         reported = out.loss if model.dtype == torch.float32 else loss  # HF's is made in float32
-        results.append((reported.view(1), out.logits, model.transformer.h[0].attn.c_attn.weight.grad))
+        results.append((reported.view(1), out.logits, next(p for p in model.parameters() if p.dim() > 1).grad))
     ours, theirs, truth = results
     for i in range(2):
         assert_as_accurate(ours[i], truth[i], theirs[i])

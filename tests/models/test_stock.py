@@ -40,6 +40,10 @@ CONFIGS = {
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40, decoder_start_token_id=2, **SIZES
     ),
+    "LlamaForCausalLM": lambda: transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        max_position_embeddings=40, **SIZES
+    ),
     "T5ForConditionalGeneration": lambda: transformers.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **SIZES
     ),
@@ -47,7 +51,8 @@ CONFIGS = {
 LAYERS = {
     "BertForSequenceClassification": "bert.encoder.layer", "DistilBertForMaskedLM": "distilbert.transformer.layer",
     "AlbertForMaskedLM": "albert.encoder.albert_layer_groups", "GPT2LMHeadModel": "transformer.h",
-    "OpenAIGPTLMHeadModel": "transformer.h", "BartForConditionalGeneration": "model.encoder.layers",
+    "OpenAIGPTLMHeadModel": "transformer.h", "LlamaForCausalLM": "model.layers",
+    "BartForConditionalGeneration": "model.encoder.layers",
     "MarianMTModel": "model.decoder.layers", "T5ForConditionalGeneration": "decoder.block",
 }  # fmt: skip
 ENCODER_DECODERS = ("BartForConditionalGeneration", "MarianMTModel", "T5ForConditionalGeneration")
@@ -342,7 +347,10 @@ def _forgetting(base):
     return {"_update_model_kwargs_for_generation": _update_model_kwargs_for_generation}
 
 
-GENERATORS = ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BartForConditionalGeneration", "T5ForConditionalGeneration"]
+GENERATORS = [
+    "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "LlamaForCausalLM", "BartForConditionalGeneration",
+    "T5ForConditionalGeneration",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GENERATORS)

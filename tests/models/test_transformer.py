@@ -386,3 +386,29 @@ def test_bad_input(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("how", ["subclass", "instance", "hook"])
+def test_generate_calls_what_was_put_in(how):
+    """A forward of somebody's own and hooks run at every step."""
+    seen = []
+
+    class Counted(tf.TransformerForConditionalGeneration):
+        def forward(self, *args, **kwargs):
+            seen.append(1)
+            return super().forward(*args, **kwargs)
+
+    kind = Counted if how == "subclass" else tf.TransformerForConditionalGeneration
+    model = kind(tf.TransformerConfig(**SMALL)).eval()
+    plain = tf.TransformerForConditionalGeneration(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    assert not plain.why_hf_loop()
+    if how == "instance":
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: seen.append(1) or forward(*args, **kwargs)
+    elif how == "hook":
+        model.model.decoder.register_forward_hook(lambda *_: seen.append(1))
+    ids = torch.tensor([[5, 6, 7, 2]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options)) and len(seen) == 4

@@ -98,7 +98,7 @@ def why_hf_loop(model: Any) -> str:
         return "it has no layers"
     kind = type(model)
     ours = _our_class(kind)  # type: ignore[arg-type]
-    if methods := stock.methods_over(kind, ours, _computing(ours) | _GENERATION - _APART):
+    if methods := stock.methods_over(kind, ours, (_computing(ours) | {"forward"} | _GENERATION) - _APART):
         return f"{kind.__name__} has a {methods[0]} of its own"
     if hooks := stock.hooks_on(model):
         return f"{kind.__name__} has {hooks}"

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers
+from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers, stock
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
@@ -39,6 +39,7 @@ from ._self_check import runs_as_hugging_face
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
 from ._sinusoids import SinusoidalPositions
+from ._stock import why_hf_loop
 
 __all__ = [
     "TransformerConfig",
@@ -463,6 +464,11 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
         self.runs_as_hugging_face = runs_as_hugging_face(type(self))
+        stock.remember(self)
+
+    def why_hf_loop(self) -> str:
+        """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
+        return why_hf_loop(self)
 
     def step_description(self) -> StepDescription:
         """The decoder, for generation by one native call a token."""
