@@ -433,6 +433,20 @@ def _probabilities(d: Draw) -> None:
     d.call.few = True
 
 
+def _rotary(d: Draw) -> None:
+    tokens, heads, dim = d.size(1, 20), d.size(1, 4), d.size(2, 100)
+    packed = d.chance()
+    leading = (tokens,) if packed else (d.size(1, 3), tokens)
+    d.tensor("x", (*leading, heads, dim))
+    columns, rows = d.size(1, dim // 2), tokens + d.size(0, 9)
+    for name in ("cos", "sin"):
+        d.other(name, "torch.rand({n})", (rows, columns), d.parameter_dtype())
+    positions = "None"
+    if d.chance():
+        positions = d.integers("positions", 0, rows, leading if d.chance() else (tokens,))
+    d.call.ours = f"tf.rotary_embedding(x, cos, sin, {positions}, interleaved={d.chance()}, inverse={d.chance()})"
+
+
 OPS = {
     "additive_attention": _additive,
     "attention": _attention,
@@ -450,6 +464,7 @@ OPS = {
     "pack_weight": _pack_weight,
     "projections": _projections,
     "qkv_attention": _qkv,
+    "rotary_embedding": _rotary,
     "varlen_attention": _varlen,
 }
 

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import os
+import threading
 
 import pytest
 import torch
@@ -249,3 +250,33 @@ def test_what_is_not_a_weight_is_not_remembered(tmp_path):
         after = logits_of(model)
         assert not torch.equal(after, before) and kept_copies(model) is copies
         before = after
+
+
+def test_threads_generate_while_another_writes(tmp_path):
+    """Nothing fails meanwhile, nothing that was written is lost, and afterwards the weights as they are count."""
+    model = built("mapped", tmp_path)
+    stop, failures = threading.Event(), []
+
+    def generate():
+        while not stop.is_set():
+            try:
+                logits_of(model)
+            except Exception as error:  # reported below, on the test's own thread
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=generate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(6):
+        new = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+        new["lm_head.weight"] = new["transformer.wte.weight"]
+        model.load_state_dict(new)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(torch.equal(value, new[name]) for name, value in model.state_dict().items())
+    fresh = copy.deepcopy(model)
+    set_weight_storage(fresh, copy=False)
+    assert torch.equal(logits_of(model), logits_of(fresh))

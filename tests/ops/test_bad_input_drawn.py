@@ -60,6 +60,9 @@ CALLS = {
     },
     tf.add_rms_norm: {"input": r(4, 8), "residual": r(4, 8), "weight": r(8), "eps": 1e-5, "dropout_p": 0.1},
     tf.bias_activation: {"input": r(4, 8), "bias": r(8), "activation": "gelu", "gate": r(4, 8)},
+    tf.rotary_embedding: {
+        "input": r(2, 5, 3, 8), "cos": r(9, 4), "sin": r(9, 4), "positions": torch.arange(5), "interleaved": False,
+    },
     tf.dropout: {"input": r(4, 8), "p": 0.1, "generator": None},
     tf.linear: {"input": r(4, 8), "weight": r(6, 8), "bias": r(6), "activation": "gelu"},
     tf.projections: {"input": r(4, 8), "weights": [r(6, 8), r(3, 8)], "biases": [r(6), None]},

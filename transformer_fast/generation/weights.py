@@ -64,9 +64,10 @@ def kept_copies(model: nn.Module) -> DecoderCopies | None:
 def decoder_weights(model: nn.Module, tensors: DecoderTensors) -> DecoderWeights:
     """The model's weights `tensors` for a generation, with copies of them where there are to be some."""
     state = _states.setdefault(model, _State())
-    if state.copies is None or not state.copies.match(tensors):
-        state.copies = None
+    copies = state.copies  # another thread may replace them meanwhile
+    if copies is None or not copies.match(tensors):
+        copies = state.copies = None
         dtype, copy = state.asked or (None, mirror_files(tensors.weights()))
         if copy and tensors.weights():  # int8 modules have none to copy
-            state.copies = DecoderCopies(tensors, dtype)
-    return DecoderWeights(tensors, state.copies)
+            copies = state.copies = DecoderCopies(tensors, dtype)
+    return DecoderWeights(tensors, copies)

@@ -195,7 +195,7 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_flag(name: str, value: bool) -> None:
-    if value is None or isinstance(value, (torch.Tensor, str, tuple, list, dict, float)):
+    if not isinstance(value, (bool, int, torch.SymBool, torch.SymInt)) and type(value).__module__ != "numpy":
         raise TypeError(f"{name}: wanted True or False, got {type(value).__name__}")
 
 

@@ -105,6 +105,9 @@ def rotary_embedding(
     if input.dim() not in (3, 4):
         raise ValueError(f"input: wanted (B, S, H, D) or (total, H, D), got shape {tuple(input.shape)}")
     _check_tables(input, cos, sin)
+    _common.check_flag("interleaved", interleaved)
+    _common.check_flag("inverse", inverse)
+    interleaved, inverse = bool(interleaved), bool(inverse)
     tokens = tuple(input.shape[:-2])
     if positions is not None:
         positions = _check_positions(positions, tokens, cos)
