@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "compatibility.csv"
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = ("tests/compat", "tests/models/test_forward_contract.py")
-_HTTPX = ("httpx==0.28.1", "httpcore==1.0.9")
+_HTTPX = ("httpx==0.28.1", "httpcore==1.0.9", "certifi==2026.10.19.post1")
 # What a release needs beside itself, where the environment of the pinned one has another version, or none.
 NEEDS = {"5.17.0": ("huggingface-hub==1.33.0", *_HTTPX), "5.20.0": _HTTPX}
 DEFAULT = ("5.17.0", "5.24.0")
