@@ -15,7 +15,7 @@ if native.load():
 
 @pytest.mark.parametrize("op", sorted(fuzz_calls.OPS))
 def test_drawn(op):
-    count, failures = fuzz.fuzz(op, seed=2026, seconds=4.0)
+    count, failures = fuzz.fuzz(op, seed=2026, seconds=30.0, most=50)
     assert count
     assert not failures, "\n".join(failures[:2])
 
