@@ -132,7 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
     parser.add_argument("--batch-size", type=int, default=16, help="rows a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")
     parser.add_argument("--dropout", type=float, default=0.2, help="in training")
     parser.add_argument("--beginnings", nargs="+", default=BEGINNINGS, metavar="TEXT", help="to be continued")
     parser.add_argument("--new-tokens", type=int, default=80, help="to write, at most")

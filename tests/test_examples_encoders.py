@@ -272,7 +272,7 @@ def test_lives_are_learned_whole(load):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
-def test_arguments(name, capsys, tmp_path, monkeypatch):
+def test_arguments(name, load, capsys, tmp_path, monkeypatch):
     """--help explains every option and shows its default; output goes where git does not look; errors are said."""
     monkeypatch.chdir(tmp_path)
     example = load(name)

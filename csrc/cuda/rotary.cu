@@ -63,7 +63,7 @@ struct Head {  // one head of one token
 
 // Threads of x: over the pairs of a head; of y: over heads.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) rotary_kernel(const Rotary p) {
+__global__ void __launch_bounds__(kThreads, 2) rotary_kernel(const Rotary p) {
   const int64_t rows = p.batch * p.length * p.heads;
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
     const int64_t token = row / p.heads, h = row - token * p.heads, b = token / p.length, t = token - b * p.length;

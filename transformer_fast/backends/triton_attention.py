@@ -302,7 +302,7 @@ def _backward(call: Launch) -> None:
         **{name: call.pointers[name] for name in ("cu_q_ptr", "cu_k_ptr", "key_lengths_ptr")},
         **call.strides("o", out), **call.strides("k", call.key), **rows, "keys": call.keys, "GROUPS": call.groups,
         "HEAD_DIM": call.head_dim, "BLOCK_D": call.block_d, "BLOCK_M": block, "FOLDED": call.constants["FOLDED"],
-        "num_warps": 4, "maxnreg": 128 if call.shape.single else None,
+        "num_warps": 4, "maxnreg": 128,
     }  # fmt: skip
     grid = (triton.cdiv(call.queries, block) * call.batch * call.heads,)
     call.plan.launch(_attention_delta_kernel, grid, arguments)

@@ -12,7 +12,8 @@ __all__ = ["argument_parser"]
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
+        unsaid = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        shown = not unsaid and "default" not in text  # 0 equals False, and is shown
         return f"{text} (default: %(default)s)" if shown else text
 
 

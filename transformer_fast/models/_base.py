@@ -172,7 +172,8 @@ class ModelMixin(LoadingErrors):
 
     def post_init(self):
         """As HF's, after the layers have become ours: they take config.gradient_checkpointing where HF's do not."""
-        self._adopted.adopt(self)  # type: ignore[arg-type]
+        if not runs_as_hugging_face(type(self)):
+            self._adopted.adopt(self)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
 
     def why_hf_loop(self) -> str:
