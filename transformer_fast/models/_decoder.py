@@ -24,9 +24,34 @@ from ._forward import public_forward
 from ._gpt import causal_logits, classify_last, shifted_labels
 from ._heads import is_labelled, kept_positions, per_position, span_loss, token_loss
 
-__all__ = ["CausalLM", "DecoderBase", "Heads", "RMSNorm", "base_forward", "causal_forward", "head_forward", "spec_of"]
+__all__ = [
+    "LLAMA_SLOTS",
+    "CausalLM",
+    "DecoderBase",
+    "Heads",
+    "RMSNorm",
+    "base_forward",
+    "causal_forward",
+    "head_forward",
+    "spec_of",
+]
 
 logger = logging.get_logger(__name__)
+
+# Where the layers of Llama, and of the families that followed it, hold what a layer is made of.
+LLAMA_SLOTS = {
+    "attention_norm": "input_layernorm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_dropout": "self_attn.attention_dropout",
+    "attention_output": "self_attn.o_proj",
+    "output_norm": "post_attention_layernorm",
+    "up": "mlp.gate_proj",  # the one the activation is applied to
+    "activation_fn": "mlp.act_fn",
+    "gate": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 class RMSNorm:

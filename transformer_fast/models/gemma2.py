@@ -4,7 +4,17 @@ from transformers.models.gemma2 import modeling_gemma2 as hf
 
 from ..layers import SlotTable, TransformerSpec
 from ._base import Adopted, activation_name
-from ._decoder import CausalLM, DecoderBase, Heads, RMSNorm, base_forward, causal_forward, head_forward, spec_of
+from ._decoder import (
+    LLAMA_SLOTS,
+    CausalLM,
+    DecoderBase,
+    Heads,
+    RMSNorm,
+    base_forward,
+    causal_forward,
+    head_forward,
+    spec_of,
+)
 from ._layer import AttentionModule, Layer
 
 __all__ = [
@@ -15,17 +25,7 @@ __all__ = [
 ]
 
 SLOTS = SlotTable(
-    attention_norm="input_layernorm",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_dropout="self_attn.attention_dropout",
-    attention_output="self_attn.o_proj",
-    output_norm="pre_feedforward_layernorm",
-    up="mlp.gate_proj",  # the one the activation is applied to
-    activation_fn="mlp.act_fn",
-    gate="mlp.up_proj",
-    down="mlp.down_proj",
+    **LLAMA_SLOTS | {"output_norm": "pre_feedforward_layernorm"},
     attention_after_norm="post_attention_layernorm",
     output_after_norm="post_feedforward_layernorm",
 )

@@ -4,7 +4,7 @@ from transformers.models.llama import modeling_llama as hf
 
 from ..layers import SlotTable
 from ._base import Adopted
-from ._decoder import CausalLM, DecoderBase, Heads, RMSNorm, base_forward, causal_forward, head_forward
+from ._decoder import LLAMA_SLOTS, CausalLM, DecoderBase, Heads, RMSNorm, base_forward, causal_forward, head_forward
 from ._layer import AttentionModule, Layer
 
 __all__ = [
@@ -15,19 +15,7 @@ __all__ = [
     "LlamaModel",
 ]
 
-SLOTS = SlotTable(
-    attention_norm="input_layernorm",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_dropout="self_attn.attention_dropout",
-    attention_output="self_attn.o_proj",
-    output_norm="post_attention_layernorm",
-    up="mlp.gate_proj",  # the one the activation is applied to
-    activation_fn="mlp.act_fn",
-    gate="mlp.up_proj",
-    down="mlp.down_proj",
-)
+SLOTS = SlotTable(**LLAMA_SLOTS)
 _ADOPTED = Adopted()
 
 
