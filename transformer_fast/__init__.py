@@ -118,6 +118,7 @@ _EXPORTS = {
         "LlamaForTokenClassification",
         "LlamaModel",
     ],
+    "models.m2m_100": ["M2M100ForConditionalGeneration", "M2M100Model"],
     "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
     "models.mbart": [
         "MBartForCausalLM",
@@ -132,6 +133,7 @@ _EXPORTS = {
         "OpenAIGPTLMHeadModel",
         "OpenAIGPTModel",
     ],
+    "models.pegasus": ["PegasusForCausalLM", "PegasusForConditionalGeneration", "PegasusModel"],
     "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
     "models.t5": [
         "T5EncoderModel",

@@ -63,8 +63,8 @@ int64_t bytes_of(const StepWeight& w) { return w.out * w.in * bytes_of(w.storage
 
 void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
                         OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm, int64_t activation,
-                        OptionalTensors head, double head_scale, int64_t vocabulary, OptionalTensor relative,
-                        OptionalTensor cos, OptionalTensor sin, bool rotary_interleaved, bool parallel, double softcap,
+                        OptionalTensors head, double head_scale, int64_t vocabulary, OptionalTensor cos,
+                        OptionalTensor sin, bool rotary_interleaved, bool parallel, double softcap,
                         double logits_softcap, int64_t layers, int64_t heads, int64_t key_heads, int64_t head_dim,
                         int64_t feed_forward, int64_t rows, int64_t capacity, int64_t cross_capacity,
                         ScalarType cache_dtype) {
@@ -98,8 +98,6 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.final_norm = norm_of(norms, 2, eps[1], rms);
   p.head = weight_of(head, 0, vocabulary, p.width);
   p.head_scale = float(head_scale);
-  p.relative = read<float>(relative);
-  p.relative_count = relative.has_value() ? relative->size(1) : 0;
   p.capacity = capacity;
   p.cross_capacity = cross_capacity;
   p.weight_bytes = bytes_of(p.head);
@@ -113,8 +111,8 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
 // norms: attention, cross, output, query, key, after attention, after output; weights: query (with all after it when they are absent), key, value, attention_output, cross_query, cross_output, up, gate, down;
 // caches: keys, values, cross keys, cross values.
 void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::vector<double> eps, bool rms,
-                        OptionalTensors weights, OptionalTensors caches, double scale, double cross_scale,
-                        int64_t window) {
+                        OptionalTensors weights, OptionalTensors caches, OptionalTensor relative, double scale,
+                        double cross_scale, int64_t window) {
   DecoderPlan& p = plan_of(plan);
   DecoderLayer& l = layers_of(&p)[index];
   const int64_t inner = p.heads * p.head_dim;
@@ -149,6 +147,8 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   STD_TORCH_CHECK(!l.gate.data || ((l.gate.layout == WeightLayout::int8) == (l.up.layout == WeightLayout::int8) &&
                                    l.gate.group == l.up.group),
                   "gate: wanted int8 as the weights it is for");
+  l.relative = read<float>(relative);
+  l.relative_count = relative.has_value() ? relative->size(1) : 0;
   l.scale = float(scale);
   l.cross_scale = float(cross_scale);
   l.window = window;

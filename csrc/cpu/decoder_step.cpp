@@ -370,11 +370,11 @@ class Walk {
             if (p_.softcap > 0.f)
               for (int64_t j = 0; j < count; j += kWidth)
                 store(scores + j, tanh_accurate(load(scores + j) * (1.f / p_.softcap)) * p_.softcap);
-            if (p_.relative) {
-              const float* bias = p_.relative + h * p_.relative_count;
+            if (l.relative) {
+              const float* bias = l.relative + h * l.relative_count;
               for (int64_t j = 0; j < count; ++j) {
                 const int64_t distance = count - 1 - j;
-                scores[j] += bias[distance < p_.relative_count ? distance : p_.relative_count - 1];
+                scores[j] += bias[distance < l.relative_count ? distance : l.relative_count - 1];
               }
             }
             for (int64_t j = 0; j < count; ++j)

@@ -35,6 +35,8 @@ struct DecoderLayer {
   StepWeight attention_output, cross_query, cross_output, up, gate, down;
   float scale, cross_scale;               // of the scores
   int64_t window;                         // keys that a query sees, its own too; 0: all
+  const float* relative;  // (heads, relative_count): a bias for every distance, the last for all beyond; may be null
+  int64_t relative_count;
   void *keys, *values;                    // (cache rows, key heads, capacity, head_dim)
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
 };
@@ -67,8 +69,6 @@ struct DecoderPlan {
   StepNorm embedding_norm, final_norm;
   StepWeight head;
   float head_scale;
-  const float* relative;   // (heads, relative_count): a bias for every distance, the last for all beyond; may be null
-  int64_t relative_count;
   int64_t capacity, cross_capacity;
   int64_t weight_bytes;
   int64_t split_room;      // floats a row for split_floats()

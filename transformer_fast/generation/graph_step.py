@@ -123,13 +123,17 @@ class GraphStepper:
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        limit = self._limit()
+        limit, offset = self._description.most_positions, self._description.position_offset
         if limit is not None and self._last >= limit:
             raise ValueError(
                 f"max_new_tokens: position {self._last} is past the model's {limit} positions; ask for fewer tokens"
             )
         if self._length == self._cache.store.shape[4]:
             self._grow()
+        position = self._description.position
+        if limit is None and position is not None and self._last + offset >= position.weight.shape[0]:
+            position.cover(2 * position.weight.shape[0])
+            self._forget()
         self._tokens.copy_(tokens)
         if self._replay is None and self._steps and self._tokens.is_cuda:
             self._replay = self._captured()
@@ -174,7 +178,8 @@ class GraphStepper:
         if description.embed_scale != 1:
             x = x * description.embed_scale
         if self._positions is not None:
-            x = x + description.position.weight[self._positions][:, None]
+            rows = description.positions(self._tokens, self._positions)
+            x = x + description.position.weight[rows][:, None]
         if description.embedding_norm is not None:
             x = norm(description.embedding_norm, x)
         states = () if self._call.encoder_states is None else (self._call.encoder_states,)
@@ -216,10 +221,6 @@ class GraphStepper:
         self._forget()
 
     # ---- what a step begins with ---------------------------------------------------------------------
-    def _limit(self) -> int | None:
-        position = self._description.position
-        return None if position is None else position.weight.shape[0] - self._description.position_offset
-
     def _first_positions(self, row: torch.Tensor) -> torch.Tensor | None:
         """(rows,): where the next token's embedding lies."""
         positions = last_positions(self._prompt)

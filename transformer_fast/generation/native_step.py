@@ -45,9 +45,11 @@ class StepDescription:
     layers: in order; where there is cross-attention, with the slots cross_query, cross_output, and cross_key and
         cross_value or cross_key_value. spec: of all layers.
     token: the embedding table's module, times embed_scale; position: a module whose `weight` has a row a position, the
-        first at position_offset (BART: 2).
+        first at position_offset (BART: 2). With a method `cover` (a number of rows) the table grows, and no position is
+        the last. position_padding: a token that has no position but the row of its own number.
     head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
-    relative_bias: T5's table (buckets, heads) as a module, shared by all layers; relative_max_distance: of its buckets.
+    relative_bias: T5's table (buckets, heads) as a module, of all layers but those with one in a slot of their own;
+        relative_max_distance: of its buckets.
     rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2), of rotary embedding.
     logits_softcap: logits become logits_softcap * tanh(logits / logits_softcap); 0 for none.
     refused: why no step may be made of it; '' where one may.
@@ -60,6 +62,7 @@ class StepDescription:
     head: Any
     position: Any = None
     position_offset: int = 0
+    position_padding: int | None = None
     embed_scale: float = 1.0
     embedding_norm: nn.Module | None = None
     final_norm: nn.Module | None = None
@@ -74,6 +77,22 @@ class StepDescription:
     @property
     def has_cross_attention(self) -> bool:
         return any(w.cross_query is not None for w in self.layers)
+
+    def positions(self, tokens: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        """The rows of the table for `tokens`, where `following` are those of tokens that have a position."""
+        padding = self.position_padding
+        return following if padding is None else torch.where(tokens == padding, padding, following)
+
+    @property
+    def most_positions(self) -> int | None:
+        """How many positions there are embeddings for; None: any number."""
+        if self.position is None or hasattr(self.position, "cover"):
+            return None
+        return self.position.weight.shape[0] - self.position_offset
+
+    def _longer_positions(self, rows: int) -> torch.Tensor:
+        self.position.cover(rows)
+        return self.position.weight
 
     def why_not(self) -> str:
         """'' when the native step computes what the modules would, else the reason why not."""
@@ -102,6 +121,8 @@ class StepDescription:
                 module = getattr(w, slot)
                 if module is not None and _weight_of(module) is None:
                     return f"{slot} is a {type(module).__name__}, not a plain linear layer"
+            if w.relative_bias is not None and not _is_known(w.relative_bias, nn.Embedding):
+                return f"relative_bias is a {type(w.relative_bias).__name__}, not a plain embedding"
             if w.gate is not None and is_int8(w.gate) != is_int8(w.up):
                 return "of the up and gate projections one is in int8 and the other is not"
         kinds = {_norm_kind(n) for n in self._norms()}
@@ -147,6 +168,7 @@ class StepDescription:
             None if self.relative_bias is None else self.relative_bias.weight, self.relative_max_distance,
             key_heads=spec.heads_of_keys, parallel=spec.parallel, softcap=spec.softcap,
             logits_softcap=self.logits_softcap, rotary=self.rotary, rotary_interleaved=spec.rotary_interleaved,
+            longer_positions=self._longer_positions if hasattr(self.position, "cover") else None,
         )  # fmt: skip
 
     def _layer(self, w: LayerWeights, index: int) -> DecoderLayerTensors:
@@ -159,7 +181,7 @@ class StepDescription:
             None if w.cross_query is None else _projection(w.cross_query),
             None if w.cross_output is None else _projection(w.cross_output), scale,
             _norm(w.query_norm), _norm(w.key_norm), _norm(w.attention_after_norm), _norm(w.output_after_norm),
-            self.spec.window_of(index),
+            self.spec.window_of(index), None if w.relative_bias is None else w.relative_bias.weight,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -278,16 +300,15 @@ class NativeStepper:
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        cache, positions, table = self._cache, self._positions, self._description.position
+        cache, positions, limit = self._cache, self._positions, self._description.most_positions
         if positions is None:
             return cache.step(tokens, None)
-        limit = self._last + 1 if table is None else table.weight.shape[0] - self._description.position_offset
-        if self._last >= limit:
+        if limit is not None and self._last >= limit:
             raise ValueError(
                 f"max_new_tokens: position {self._last} is past the model's {limit} positions; ask for fewer tokens"
             )
-        cache.cover(self._last + 1)
-        logits = cache.step(tokens, positions)
+        cache.cover(self._last + self._description.position_offset + 1)
+        logits = cache.step(tokens, self._description.positions(tokens, positions))
         positions += 1
         self._last += 1
         return logits
@@ -313,14 +334,19 @@ class NativeStepper:
 
     def _step_prompt(self, cache: DecoderCache, mask: torch.Tensor) -> torch.Tensor:
         """A short prompt through the step itself, column by column, with the encoder's states loaded."""
-        ids = self._prompt.input_ids
+        ids, padding = self._prompt.input_ids, self._description.position_padding
         batch, length = ids.shape
         cache.live = batch
         cache.sources[:batch] = torch.arange(batch)
+        if self._positions is not None:
+            cache.cover(self._last + self._description.position_offset)
+        before = None if padding is None else (ids == padding).cumsum(1)  # the others are counted without it
         for column in range(length):
             positions = None
             if self._positions is not None:
                 positions = self._positions - (length - column)
+                if before is not None:
+                    positions = self._description.positions(ids[:, column], positions - before[:, column])
             logits = cache.step(ids[:, column], positions)
             cache.table[:batch, column].masked_fill_(~mask[:, column], -1)
         return logits

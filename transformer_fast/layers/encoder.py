@@ -47,8 +47,8 @@ class StackCall:
 
     packing: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; with a
     packing that leaves positions out, its key_mask is used instead. causal, bottom_right: as in
-    ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention; bias: the same as a matrix,
-    (1, H, Sq, Sk), made only where probabilities are wanted or a cache is longer than what it holds.
+    ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention, with a layer's own table
+    where it has one; bias: the same as a matrix, (1, H, Sq, Sk), made only where probabilities are wanted or a cache is longer than what it holds; bias_of: what RelativeBias.matrix makes it of.
     encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
@@ -64,6 +64,7 @@ class StackCall:
     bottom_right: bool = False
     relative_bias: ops.RelativeBias | None = None
     bias: torch.Tensor | None = None
+    bias_of: tuple[torch.Tensor, int] | None = None
     encoder_states: torch.Tensor | None = None
     encoder_packing: Packing | None = None
     encoder_mask: torch.Tensor | None = None
@@ -71,6 +72,14 @@ class StackCall:
     attentions: dict[int, torch.Tensor] | None = None
     cross_attentions: dict[int, torch.Tensor] | None = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def relative_of(self, w: LayerWeights) -> tuple[ops.RelativeBias | None, torch.Tensor | None]:
+        """relative_bias and bias for the layer of weights w; without padding alone the matrix, where there is one."""
+        relative, bias = self.relative_bias, self.bias
+        if relative is not None and w.relative_bias is not None:
+            relative = relative._replace(table=w.relative_bias.weight)
+            bias = None if self.bias_of is None else relative.matrix(*self.bias_of)
+        return (None if bias is not None and self.packing.index is None else relative), bias
 
 
 def plan_call(
@@ -159,11 +168,8 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
         call.bottom_right = True
     if call.attentions is None and aligned:
         return
-    call.bias = call.relative_bias.matrix(torch.arange(length, device=device) + seen, keys)  # type: ignore[union-attr]
-    if call.mask is not None and call.mask.dtype != torch.bool:
-        call.mask, call.bias = call.mask + call.bias, None
-    if call.packing.index is None:
-        call.relative_bias = None
+    call.bias_of = (torch.arange(length, device=device) + seen, keys)
+    call.bias = call.relative_bias.matrix(*call.bias_of)  # type: ignore[union-attr]
 
 
 def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
@@ -397,6 +403,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     plain = plain and call.relative_bias is None
     dtype = attention_dtype(x) if int8 and plain else None
     sizes = (spec.num_heads, spec.heads_of_keys, spec.heads_of_keys)
+    relative, bias = call.relative_of(w)
     if w.qkv is not None:
         qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
         if plain and not _is_special(call, index):
@@ -419,21 +426,23 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
         if past_key_values is not None:
             k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
             _self_cache(past_key_values).update(k_rows, v_rows, index)
-        out = _packed_attention(q, k, v, call, index, first_only, p)
+        out = _packed_attention(q, k, v, call, index, first_only, p, bias, relative)
         return out.flatten(-2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
         cache = _self_cache(past_key_values)
         if hasattr(cache, "attend"):  # it extends itself while it is read
-            return cache.attend(q, k, v, index, scale, call.relative_bias).transpose(1, 2).flatten(-2)
+            return cache.attend(q, k, v, index, scale, relative).transpose(1, 2).flatten(-2)
         k, v = cache.update(k, v, index)
     mask = call.mask
     if first_only and mask is not None:
         mask = mask[:, :, :1]
     if mask is not None and mask.shape[-1] > k.shape[2]:
         mask = mask[..., -k.shape[2] :]  # a cache that keeps the keys of a window alone
+    if bias is not None and mask is not None and mask.dtype != torch.bool:
+        mask, bias = mask + bias, None
     out = _padded_attention(
-        q, k, v, mask, call, call.causal, p, call.attentions, index, bias=call.bias, relative_bias=call.relative_bias,
+        q, k, v, mask, call, call.causal, p, call.attentions, index, bias=bias, relative_bias=relative,
         window=_window(call, index), softcap=spec.softcap,
     )  # fmt: skip
     return out[:, 0] if first_only else out
@@ -459,7 +468,7 @@ def _window(call: StackCall, index: int) -> tuple[int, int | None] | None:
     return None if window is None else (window - 1, None)
 
 
-def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
+def _packed_attention(q, k, v, call: StackCall, index, first_only, p, bias, relative):
     packing: Any = call.packing
     scale, cu, longest = call.spec.scale_of(index), packing.cu_seqlens, packing.max_seqlen
     cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
@@ -467,13 +476,13 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
         q, k, v = (packing.unpack(t).transpose(1, 2) for t in (q, k, v))
         mask = packing.mask[:, None, None]
         out, call.attentions[index] = _weighted(
-            q, k, v, mask, call, call.causal, p, index, bias=call.bias, window=_window(call, index),
+            q, k, v, mask, call, call.causal, p, index, bias=bias, window=_window(call, index),
             softcap=call.spec.softcap,
         )  # fmt: skip
         return packing.pack(out)
     out = ops.varlen_attention(
         q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, scale,
-        attn_mask=packing.key_mask, relative_bias=call.relative_bias, return_lse=call.attentions is not None,
+        attn_mask=packing.key_mask, relative_bias=relative, return_lse=call.attentions is not None,
         window=_window(call, index), softcap=call.spec.softcap,
     )  # fmt: skip
     if call.attentions is None:
@@ -482,7 +491,7 @@ def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
     lse = packing.unpack(lse.t(), fill=-float("inf")).transpose(1, 2)
     call.attentions[index] = _probabilities(
         packing.unpack(q).transpose(1, 2), packing.unpack(k).transpose(1, 2), lse, scale=scale,
-        attn_mask=packing.mask[:, None, None], is_causal=call.causal, bias=call.bias,
+        attn_mask=packing.mask[:, None, None], is_causal=call.causal, bias=bias,
     )  # fmt: skip
     return out
 

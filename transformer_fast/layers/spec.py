@@ -99,6 +99,7 @@ class LayerWeights(NamedTuple):
     key_norm: nn.Module | None = None
     attention_after_norm: nn.Module | None = None  # of what a sublayer adds to the residual
     output_after_norm: nn.Module | None = None
+    relative_bias: nn.Module | None = None  # (buckets, heads), of this layer's self-attention alone
 
 
 class SlotTable:

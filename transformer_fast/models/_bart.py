@@ -235,7 +235,7 @@ class BartSeq2Seq(Seq2SeqBase):
 
 class BartLMHead(LMHead):
     model: Any
-    final_logits_bias: torch.Tensor
+    final_logits_bias: torch.Tensor | None
 
     def forward(
         self,

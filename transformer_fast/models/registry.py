@@ -13,8 +13,10 @@ FAMILIES = {
     "qwen3": "qwen3",
     "gpt2": "gpt2",
     "llama": "llama",
+    "m2m_100": "m2m_100",
     "marian": "marian",
     "openai-gpt": "openai_gpt",
+    "pegasus": "pegasus",
     "t5": "t5",
     "transformer_2017": "transformer",
 }

@@ -77,7 +77,8 @@ class DecoderLayerTensors:
     """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores.
 
     query_norm, key_norm: of each head, before rotation. attention_after_norm, output_after_norm: of what a sublayer
-    adds to the residual. window: keys that a query sees, its own too; None for all.
+    adds to the residual. window: keys that a query sees, its own too; None for all. relative: the layer's own table of
+    relative positions, see DecoderTensors.
     """
 
     attention_norm: Norm | None
@@ -97,6 +98,7 @@ class DecoderLayerTensors:
     attention_after_norm: Norm | None = None
     output_after_norm: Norm | None = None
     window: int | None = None
+    relative: torch.Tensor | None = None
 
     @property
     def norms(self) -> tuple[Norm | None, ...]:
@@ -117,7 +119,8 @@ class DecoderTensors:
     """The arithmetic of a decoder: logits = head_scale * W_head f(x) + bias with x = embedding_norm(embed_scale *
     token[id] + position[p]), f the layers and the final norm.
 
-    token: (tokens, E); position: (positions, E) or None; head: (V, E). relative: T5's (buckets, H) table or None.
+    token: (tokens, E); position: (positions, E) or None; head: (V, E). longer_positions: a function that gives position
+    with at least so many rows, where it grows. relative: T5's (buckets, H) table, or None; a layer may have its own.
     pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm. parallel: both sublayers read the same x.
     key_heads: heads of keys and values, `heads` when None. softcap: of the scores, logits_softcap: of the logits
     (s tanh(x / s)); 0 for none. rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2).
@@ -144,6 +147,7 @@ class DecoderTensors:
     logits_softcap: float = 0.0
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
     rotary_interleaved: bool = False
+    longer_positions: Callable[[int], torch.Tensor] | None = None
 
     def projections(self) -> list[Projection]:
         found = [p for layer in self.layers for p in layer.projections] + [self.head]
@@ -158,6 +162,7 @@ class DecoderTensors:
         norms = [n for layer in self.layers for n in layer.norms] + [self.embedding_norm, self.final_norm]
         found = [t for n in norms if n is not None for t in (n.weight, n.bias)]
         found += [t for p in self.projections() for t in (*p.tensors(), *p.biases)]
+        found += [layer.relative for layer in self.layers]
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
@@ -229,11 +234,16 @@ class DecoderWeights:
         self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
         self.stack_norms = _norm_arguments((tensors.embedding_norm, tensors.final_norm))
-        self.relative = None
-        if tensors.relative is not None:
-            distance = -torch.arange(tensors.relative_max_distance + 1)
-            buckets = relative_buckets(distance, tensors.relative.shape[0], tensors.relative_max_distance, False)
-            self.relative = tensors.relative.detach()[buckets].t().to(torch.float32).contiguous()
+        shared = self._by_distance(tensors.relative)
+        self.relative = [shared if w.relative is None else self._by_distance(w.relative) for w in tensors.layers]
+
+    def _by_distance(self, table: torch.Tensor | None) -> torch.Tensor | None:
+        """A table (buckets, H) of relative positions as float32 (H, distances)."""
+        if table is None:
+            return None
+        longest = self.tensors.relative_max_distance
+        buckets = relative_buckets(-torch.arange(longest + 1), table.shape[0], longest, False)
+        return table.detach()[buckets].t().to(torch.float32).contiguous()
 
     def _pairs(
         self, p: Projection | None, panels: Iterator[torch.Tensor] | None, places: int, rows: bool = False
@@ -307,9 +317,8 @@ class DecoderCache:
         self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
         self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
         self._angles: tuple[torch.Tensor | None, ...] = (None, None)
-        self.cover(self.capacity)
-        if self.weights.tensors.rotary is None:
-            self._make_plan()
+        self._cover_angles(self.capacity)
+        self._make_plan()
 
     @property
     def _key_heads(self) -> int:
@@ -326,8 +335,8 @@ class DecoderCache:
         self._tables = [p if p is None else p.detach().contiguous() for p in (t.token, t.position)]
         _ops.cpu_decoder_plan_stack.default(
             self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *weights.stack_norms, t.rms,
-            t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, weights.relative,
-            *self._angles, t.rotary_interleaved, t.parallel, t.softcap, t.logits_softcap, len(t.layers), t.heads,
+            t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, *self._angles,
+            t.rotary_interleaved, t.parallel, t.softcap, t.logits_softcap, len(t.layers), t.heads,
             self._key_heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
             0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
         )  # fmt: skip
@@ -335,16 +344,24 @@ class DecoderCache:
             cross = (None, None) if self.cross_keys is None else (self.cross_keys[i], self.cross_values[i])
             _ops.cpu_decoder_plan_layer.default(
                 self._plan, i, *weights.norms[i], t.rms, weights.weights[i], [self.keys[i], self.values[i], *cross],
-                layer.scale, layer.cross_scale, layer.window or 0,
+                weights.relative[i], layer.scale, layer.cross_scale, layer.window or 0,
             )  # fmt: skip
 
     def cover(self, positions: int) -> None:
-        """Make room in cos and sin for positions 0 .. positions - 1, where positions are rotary."""
-        rotary, cos = self.weights.tensors.rotary, self._angles[0]
-        if rotary is not None and (cos is None or cos.shape[0] < positions):
-            rows = positions if cos is None else max(positions, 2 * cos.shape[0])
-            self._angles = tuple(t.to(torch.float32).contiguous() for t in rotary(rows))
+        """Have rows 0 .. positions - 1 in cos and sin, where positions are rotary, and in a table that grows."""
+        t, changed = self.weights.tensors, self._cover_angles(positions)
+        if t.longer_positions is not None and t.position.shape[0] < positions:  # type: ignore[union-attr]
+            t.position, changed = t.longer_positions(max(positions, 2 * t.position.shape[0])), True  # type: ignore[union-attr]
+        if changed:
             self._make_plan()
+
+    def _cover_angles(self, positions: int) -> bool:
+        rotary, cos = self.weights.tensors.rotary, self._angles[0]
+        if rotary is None or (cos is not None and cos.shape[0] >= positions):
+            return False
+        rows = positions if cos is None else max(positions, 2 * cos.shape[0])
+        self._angles = tuple(t.to(torch.float32).contiguous() for t in rotary(rows))
+        return True
 
     def load(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The prompts' keys and values of one layer, (B, H, S, D) with B <= rows, into cache rows 0..B-1; attend says

@@ -1,0 +1,110 @@
+"""M2M100 and NLLB-200 (Fan et al., 2020; NLLB team, 2022), every head: HF's parameters and names, our computation."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.models.m2m_100 import modeling_m2m_100 as hf
+
+from ..generation import GenerationMixin
+from ..layers import Packing
+from ..layers.embeddings import embed
+from ._bart import BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
+from ._base import Adopted
+from ._forward import public_forward
+from ._layer import AttentionModule
+
+__all__ = ["M2M100ForConditionalGeneration", "M2M100Model"]
+
+_ADOPTED = Adopted()
+
+
+@_ADOPTED.register
+class M2M100EncoderLayer(BartLayer, hf.M2M100EncoderLayer):
+    pass
+
+
+@_ADOPTED.register
+class M2M100DecoderLayer(BartLayer, hf.M2M100DecoderLayer):
+    pass
+
+
+@_ADOPTED.register
+class M2M100Attention(AttentionModule, hf.M2M100Attention):
+    pass
+
+
+@_ADOPTED.register
+class M2M100SinusoidalPositionalEmbedding(hf.M2M100SinusoidalPositionalEmbedding):
+    @property
+    def weight(self) -> torch.Tensor:
+        """The table (positions, E), by the name that embeddings have for it."""
+        return self.weights
+
+    def cover(self, rows: int) -> None:
+        """Make the table at least `rows` long."""
+        if rows > self.weights.shape[0]:
+            self.make_weights(rows + self.offset, self.embedding_dim, self.padding_idx)
+
+
+class _Embeddings:
+    """scale * word + sinusoidal position: both stacks begin so. Padding, which its token id tells and not a mask, has a
+    row of its own in the table, and the tokens of one call are counted without it."""
+
+    embed_tokens: Any
+    embed_positions: Any
+    dropout: float
+    training: bool
+
+    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+        table, padding = self.embed_positions, self.embed_positions.padding_idx
+        if isinstance(past, int) or not torch.compiler.is_compiling():
+            table.cover(int(past) + packing.length + padding + 1)
+        if input_ids is None:
+            count = torch.arange(1, packing.length + 1, device=inputs_embeds.device)[None] + past
+        else:
+            seen = input_ids != padding
+            count = (seen.cumsum(1) + past) * seen
+        return embed(
+            packing, self.embed_tokens, self._positions, None, None, self.dropout if self.training else 0.0,
+            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=count + padding, segment_ids=None,
+        )  # fmt: skip
+
+    def _step_parts(self) -> dict[str, Any]:
+        padding = self.embed_positions.padding_idx
+        return super()._step_parts() | {  # type: ignore[misc]
+            "position_offset": padding + 1,
+            "position_padding": padding,
+            "embed_scale": self.embed_tokens.embed_scale,
+        }
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.embed_positions.weights)
+
+
+@_ADOPTED.register
+class M2M100Encoder(_Embeddings, BartEncoderBase, hf.M2M100Encoder):
+    _adopted = _ADOPTED
+    _pre_norm = True
+    forward = public_forward(hf.M2M100Encoder.forward)(BartEncoderBase.forward)
+
+
+@_ADOPTED.register
+class M2M100Decoder(_Embeddings, BartDecoderBase, hf.M2M100Decoder):
+    _adopted = _ADOPTED
+    _pre_norm = True
+    forward = public_forward(hf.M2M100Decoder.forward)(BartDecoderBase.forward)
+
+
+@_ADOPTED.register
+class M2M100Model(BartSeq2Seq, hf.M2M100Model):
+    __doc__ = hf.M2M100Model.__doc__
+    _adopted = _ADOPTED
+    forward = public_forward(hf.M2M100Model.forward)(BartSeq2Seq.forward)
+
+
+class M2M100ForConditionalGeneration(GenerationMixin, BartLMHead, hf.M2M100ForConditionalGeneration):
+    __doc__ = hf.M2M100ForConditionalGeneration.__doc__
+    _adopted = _ADOPTED
+    forward = public_forward(hf.M2M100ForConditionalGeneration.forward)(BartLMHead.forward)
+    final_logits_bias = None
