@@ -177,6 +177,7 @@ _MODULES = [
     "collation",
     "commands",
     "demo",
+    "distributed",
     "features",
     "generation",
     "handed_on",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
-from . import _common
+from . import _common, _parallel
 
 _FIELDS = ("query", "key", "value", "score_weight", "bias")
 
@@ -246,6 +246,7 @@ def additive_attention(
         >>> transformer_fast.additive_attention(query, key, value, torch.randn(16)).shape
         torch.Size([2, 5, 32])
     """
+    _parallel.refuse("additive_attention", "run recurrent models on whole sequences")
     for name, t in zip(_FIELDS[:3], (query, key, value)):
         _common.check_floating(name, t)
     cast = _common.autocast_dtype(query.device)

@@ -3,7 +3,7 @@
 import torch
 
 from ..backends import memory
-from . import _common
+from . import _common, _parallel
 from ._attention_op import AttentionSpec, _lse_shape, _out_like, _unit_stride, choose
 from .attention import (
     RelativeBias,
@@ -105,6 +105,7 @@ def kv_cache_attention(
         >>> transformer_fast.kv_cache_attention(q, k, v, keys, values, lengths).shape
         torch.Size([2, 4, 1, 32])
     """
+    _parallel.refuse("kv_cache_attention", "decode with whole sequences")
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t.dim() != 4:
