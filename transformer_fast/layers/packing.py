@@ -26,7 +26,7 @@ _TORCH = "torch.distributed.tensor.experimental._context_parallel._attention"
 def spread_in_use() -> Any:
     """The context_parallel over more than one process that is in use (see distributed), or None."""
     found = parallel.current()
-    if found is None and _TORCH in sys.modules:
+    if found is None and not torch.compiler.is_compiling() and _TORCH in sys.modules:
         found = importlib.import_module("..distributed", __package__).current()
     return None if found is None or found.size == 1 else found
 
