@@ -76,6 +76,15 @@ _EXPORTS = {
         "DistilBertForTokenClassification",
         "DistilBertModel",
     ],
+    "models.elmo": [
+        "ElmoConfig",
+        "ElmoForPreTraining",
+        "ElmoForSequenceClassification",
+        "ElmoForTokenClassification",
+        "ElmoModel",
+        "ElmoTokenizer",
+        "ScalarMix",
+    ],
     "models.gpt2": [
         "GPT2DoubleHeadsModel",
         "GPT2ForQuestionAnswering",

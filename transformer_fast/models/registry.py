@@ -6,6 +6,7 @@ FAMILIES = {
     "bart": "bart",
     "bert": "bert",
     "distilbert": "distilbert",
+    "elmo": "elmo",
     "gemma2": "gemma2",
     "mistral": "mistral",
     "qwen2": "qwen2",
@@ -21,5 +22,6 @@ FAMILIES = {
 # Those that HF has no class for: what the names of their classes begin with.
 OWN = {
     "attention_rnn": "AttentionRNN",
+    "elmo": "Elmo",
     "transformer_2017": "Transformer",
 }
