@@ -8,6 +8,7 @@ FAMILIES = {
     "distilbert": "distilbert",
     "elmo": "elmo",
     "gemma2": "gemma2",
+    "mbart": "mbart",
     "mistral": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
