@@ -55,7 +55,8 @@ def test_outputs_have_this_release_s_names(name):
                 assert type(value) is type(seen[key]), key
 
 
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "GPT2LMHeadModel",
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "CamembertModel",
+                                  "ElectraForPreTraining", "MPNetForMaskedLM", "GPT2LMHeadModel",
                                   "OpenAIGPTLMHeadModel", "BartForConditionalGeneration", "MarianMTModel",
                                   "T5ForConditionalGeneration"])  # fmt: skip
 def test_checkpoints_go_both_ways(name, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
-from .packing import Packing, padding_is_computed, plan_documents, plan_packing
+from .packing import Packing, padding_is_computed, plan_documents, plan_packing, positions_kept
 from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
@@ -137,7 +137,7 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
 
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
     if call.relative_bias is not None:  # what lies between two tokens keeps its place
-        read = _span(mask if read is None else mask | read)
+        read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
     call.packing = plan_packing(mask, read, read_first)

@@ -5,7 +5,9 @@ FAMILIES = {
     "attention_rnn": "rnn",
     "bart": "bart",
     "bert": "bert",
+    "camembert": "camembert",
     "distilbert": "distilbert",
+    "electra": "electra",
     "gemma2": "gemma2",
     "mistral": "mistral",
     "qwen2": "qwen2",
@@ -13,9 +15,12 @@ FAMILIES = {
     "gpt2": "gpt2",
     "llama": "llama",
     "marian": "marian",
+    "mpnet": "mpnet",
     "openai-gpt": "openai_gpt",
+    "roberta": "roberta",
     "t5": "t5",
     "transformer_2017": "transformer",
+    "xlm-roberta": "xlm_roberta",
 }
 
 # Those that HF has no class for: what the names of their classes begin with.
