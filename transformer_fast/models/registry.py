@@ -9,6 +9,7 @@ FAMILIES = {
     "distilbert": "distilbert",
     "electra": "electra",
     "gemma2": "gemma2",
+    "mbart": "mbart",
     "mistral": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
