@@ -19,7 +19,14 @@ _CONFIGS = {
         "hidden_size": WIDTH, "embedding_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
         "intermediate_size": 80, "classifier_dropout_prob": 0.0,
     },
+    "ModernBert": {
+        "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
+        "local_attention": 6, "global_attn_every_n_layers": 2, "global_rope_theta": 100.0, "local_rope_theta": 10.0,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    },
 }  # fmt: skip
+WITHOUT_POOLER = ("DistilBert", "ModernBert")
+WITHOUT_SEGMENTS = ("DistilBert", "ModernBert")
 HEADS = {
     "Model": ("last_hidden_state", "pooler_output"),
     "ForPreTraining": ("prediction_logits", "seq_relationship_logits", "loss"),
@@ -39,7 +46,7 @@ def encoder_config(family: str, **changes):
 def outputs_of(name: str) -> tuple[str, ...]:
     """The outputs of a class that are compared."""
     family, head = split(name)
-    if name == "DistilBertModel":
+    if head == "Model" and family in WITHOUT_POOLER:
         return ("last_hidden_state",)
     if name == "AlbertForPreTraining":
         return ("prediction_logits", "sop_logits", "loss")
@@ -59,7 +66,7 @@ def config_for(name: str, **changes):
 
 
 def segments_for(name: str, shape) -> dict:
-    return {} if split(name)[0] == "DistilBert" else {"token_type_ids": torch.randint(0, 2, shape)}
+    return {} if split(name)[0] in WITHOUT_SEGMENTS else {"token_type_ids": torch.randint(0, 2, shape)}
 
 
 def labels_for(name: str, mask: torch.Tensor | None, shape) -> dict:

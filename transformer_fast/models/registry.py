@@ -13,6 +13,7 @@ FAMILIES = {
     "gpt2": "gpt2",
     "llama": "llama",
     "marian": "marian",
+    "modernbert": "modernbert",
     "openai-gpt": "openai_gpt",
     "t5": "t5",
     "transformer_2017": "transformer",
