@@ -20,7 +20,14 @@ _EXPORTS = {
     "features": ["layer_features"],
     "handed_on": ["is_ours"],
     "integrations": ["accelerate", "explain", "register", "restore"],
-    "layers": ["MultiheadAttention", "compute_padding"],
+    "layers": [
+        "AdditiveAttention",
+        "DotProductAttention",
+        "MultiHeadAttention",
+        "MultiheadAttention",
+        "compute_padding",
+        "sinusoids",
+    ],
     "models._quantizer": ["Int8Config"],
     "models.albert": [
         "AlbertForMaskedLM",
