@@ -39,6 +39,7 @@ CONFIGS = {
     "openai_gpt": ("OpenAIGPTConfig", {"vocab_size": VOCABULARY, "pad_token_id": 0} | _GPT),
     "bart": ("BartConfig", _BART),
     "marian": ("MarianConfig", _BART | {"scale_embedding": True, "activation_function": "swish"}),
+    "mbart": ("MBartConfig", _BART),
     "t5": ("T5Config", {
         "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
         "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0,
@@ -47,8 +48,9 @@ CONFIGS = {
     }),
 }  # fmt: skip
 CLASSES = {name: family for family in CONFIGS for name in _EXPORTS[f"models.{family}"]}
-SEQ2SEQ = ("bart", "marian", "t5")
-_ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "MarianForCausalLM")
+SEQ2SEQ = ("bart", "marian", "mbart", "t5")
+_ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "MarianForCausalLM",
+              "MBartForCausalLM")  # fmt: skip
 
 
 def make_config(name: str, **changes):

@@ -127,6 +127,13 @@ _EXPORTS = {
         "LlamaModel",
     ],
     "models.marian": ["MarianForCausalLM", "MarianMTModel", "MarianModel"],
+    "models.mbart": [
+        "MBartForCausalLM",
+        "MBartForConditionalGeneration",
+        "MBartForQuestionAnswering",
+        "MBartForSequenceClassification",
+        "MBartModel",
+    ],
     "models.openai_gpt": [
         "OpenAIGPTDoubleHeadsModel",
         "OpenAIGPTForSequenceClassification",

@@ -45,6 +45,7 @@ FAMILIES = {
     "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: hf.OpenAIGPTConfig(**_GPT)),
     "bart": ("BartForConditionalGeneration", lambda: hf.BartConfig(**_SEQ2SEQ)),
     "marian": ("MarianMTModel", lambda: hf.MarianConfig(**_SEQ2SEQ, activation_function="swish")),
+    "mbart": ("MBartForConditionalGeneration", lambda: hf.MBartConfig(**_SEQ2SEQ)),
     "t5": ("T5ForConditionalGeneration", lambda: hf.T5Config(**_T5)),
     "t5-v1.1": (
         "T5ForConditionalGeneration",
@@ -58,7 +59,7 @@ FAMILIES = {
         ),
     ),
 }  # fmt: skip
-GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "t5", "t5-v1.1", "transformer")
+GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "mbart", "t5", "t5-v1.1", "transformer")
 
 
 def _model(family: str):

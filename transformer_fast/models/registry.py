@@ -7,6 +7,7 @@ FAMILIES = {
     "bert": "bert",
     "distilbert": "distilbert",
     "gemma2": "gemma2",
+    "mbart": "mbart",
     "mistral": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
