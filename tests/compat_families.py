@@ -34,6 +34,12 @@ CONFIGS = {
     "camembert": ("CamembertConfig", _BERT),
     "electra": ("ElectraConfig", _BERT | {"embedding_size": 16, "summary_last_dropout": 0.0}),
     "mpnet": ("MPNetConfig", _BERT),
+    "modernbert": ("ModernBertConfig", {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 24, "max_position_embeddings": 40, "local_attention": 4, "global_attn_every_n_layers": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+        "initializer_range": 0.3,
+    }),
     "gpt2": ("GPT2Config", _IDS | _GPT),
     "openai_gpt": ("OpenAIGPTConfig", {"vocab_size": VOCABULARY, "pad_token_id": 0} | _GPT),
     "bart": ("BartConfig", _BART),

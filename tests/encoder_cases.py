@@ -25,9 +25,14 @@ _CONFIGS = {
     "Camembert": _BERT,
     "Electra": _BERT | {"embedding_size": 24, "summary_last_dropout": 0.0},
     "MPNet": _BERT,
+    "ModernBert": {
+        "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
+        "local_attention": 6, "global_attn_every_n_layers": 2, "global_rope_theta": 100.0, "local_rope_theta": 10.0,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    },
 }  # fmt: skip
-WITHOUT_POOLER = ("DistilBert", "Electra")
-WITHOUT_SEGMENTS = ("DistilBert", "MPNet")
+WITHOUT_POOLER = ("DistilBert", "Electra", "ModernBert")
+WITHOUT_SEGMENTS = ("DistilBert", "MPNet", "ModernBert")
 HEADS = {
     "Model": ("last_hidden_state", "pooler_output"),
     "ForPreTraining": ("prediction_logits", "seq_relationship_logits", "loss"),

@@ -109,6 +109,14 @@ _EXPORTS = {
         "Gemma2ForTokenClassification",
         "Gemma2Model",
     ],
+    "models.modernbert": [
+        "ModernBertForMaskedLM",
+        "ModernBertForMultipleChoice",
+        "ModernBertForQuestionAnswering",
+        "ModernBertForSequenceClassification",
+        "ModernBertForTokenClassification",
+        "ModernBertModel",
+    ],
     "models.mistral": [
         "MistralForCausalLM",
         "MistralForQuestionAnswering",

@@ -1,5 +1,6 @@
 """Outputs and gradients of the encoders beside BERT are Hugging Face's, on every row of ragged batches."""
 
+import hf_models  # noqa: F401  registers float64_reference
 import pytest
 import torch
 import transformers
@@ -24,10 +25,10 @@ import transformer_fast
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [("none", F32), ("left", F32), ("holes", F32), ("right", BF16), ("left", F16)]
 SHARED = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
-FAMILIES = ["DistilBert", "Albert", "Roberta", "Electra", "MPNet"]
-# Heads that are BERT's own are taken once more; tests/compat runs every class.
-NAMES = [*(f"{family}{head}" for family in FAMILIES[:2] for head in SHARED), "AlbertForPreTraining",
-         *(f"{family}{head}" for family in FAMILIES[2:] for head in SHARED[:3]), "ElectraForPreTraining",
+FAMILIES = ["DistilBert", "Albert", "ModernBert", "Roberta", "Electra", "MPNet"]
+# Of BERT's likes the heads that are BERT's own are taken once more; tests/compat runs every class.
+NAMES = [*(f"{family}{head}" for family in FAMILIES[:3] for head in SHARED), "AlbertForPreTraining",
+         *(f"{family}{head}" for family in FAMILIES[3:] for head in SHARED[:3]), "ElectraForPreTraining",
          "XLMRobertaForTokenClassification", "CamembertForQuestionAnswering"]  # fmt: skip
 BASE = {family: f"{family}Model" for family in FAMILIES}
 
@@ -91,7 +92,20 @@ SWITCHES = [
     ("Electra", {"hidden_act": "relu", "hidden_size": 30}),
     ("MPNet", {"hidden_act": "quick_gelu", "relative_attention_num_buckets": 40}),
     ("MPNet", {"num_attention_heads": 6, "tie_word_embeddings": False}),
-]
+    ("ModernBert", {"global_attn_every_n_layers": 1}),
+    ("ModernBert", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    ("ModernBert", {"local_attention": 2, "hidden_size": 30, "intermediate_size": 25}),
+    ("ModernBert", {"local_attention": 64}),
+    ("ModernBert", {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}),
+    ("ModernBert", {"decoder_bias": False, "tie_word_embeddings": False, "norm_eps": 1e-3}),
+    ("ModernBert", {"hidden_activation": "quick_gelu", "classifier_activation": "tanh"}),
+    ("ModernBert", {"hidden_activation": "silu", "classifier_activation": "relu"}),
+    ("ModernBert", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("ModernBert", {"rope_parameters": {
+        "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 90.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    }, "max_position_embeddings": 8}),
+]  # fmt: skip
 
 
 @pytest.mark.quick
@@ -125,11 +139,14 @@ def test_classification_problems(family, problem, pair, make_mask):
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
 @pytest.mark.parametrize("name", ["DistilBertModel", "AlbertModel", "DistilBertForSequenceClassification",
-                                  "RobertaModel", "ElectraModel", "MPNetModel",
-                                  "MPNetForSequenceClassification"])  # fmt: skip
+                                  "ModernBertModel", "ModernBertForSequenceClassification", "RobertaModel",
+                                  "ElectraModel", "MPNetModel", "MPNetForSequenceClassification"])  # fmt: skip
 def test_hidden_states_and_attentions(name, kind, pair, make_mask, ids):
     mask = make_mask(kind)
     models = pair(name, config_for(name))
+    if name.startswith("ModernBert"):  # whose eager softmax is of float32 in float64 too
+        models[1].set_attn_implementation("eager")
+        models[2].set_attn_implementation("float64_reference")
     outputs = [m(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True) for m in models]
     ours, theirs, truth = outputs
     assert list(ours.keys()) == list(theirs.keys())
@@ -189,6 +206,8 @@ def test_gradient_checkpointing(family, reentrant, pair, make_mask, ids):
     rates = {"dropout": 0.2, "attention_dropout": 0.2}
     if family != "DistilBert":
         rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    if family == "ModernBert":
+        rates = {"embedding_dropout": 0.2, "attention_dropout": 0.2, "mlp_dropout": 0.2}
     config = encoder_config(family, **rates)
     name = f"{family}ForMaskedLM"
     ours, _, truth = pair(name, config)
@@ -204,7 +223,7 @@ def test_gradient_checkpointing(family, reentrant, pair, make_mask, ids):
         torch.manual_seed(1)
         loss = model(ids, attention_mask=mask, **labels).loss
         loss.backward()
-        results.append([loss.detach().view(1), *by_module(model).values()])
+        results.append([loss.detach().view(1).to(model.dtype), *by_module(model).values()])
     for expected, plain, again in zip(*results):
         assert_as_accurate(again, expected, plain, GRADIENT)
 
@@ -239,6 +258,9 @@ def test_adapters_and_hooks_are_called(family, pair, make_mask, ids):
         if family == "Albert":
             layer = model.encoder.albert_layer_groups[0].albert_layers[0]
             query, norm = layer.attention.query, layer.full_layer_layer_norm
+        elif family == "ModernBert":
+            layer = model.layers[0]
+            query, norm = layer.attn.Wqkv, layer.mlp_norm
         elif family == "DistilBert":
             layer = model.transformer.layer[0]
             query, norm = layer.attention.q_lin, layer.output_layer_norm
@@ -260,6 +282,13 @@ def test_adapters_and_hooks_are_called(family, pair, make_mask, ids):
         ("Albert", {"inputs_embeds": torch.ones(2, 3, WIDTH)}, r"inputs_embeds: wanted \(batch, length, 24\)"),
         ("DistilBert", {"input_ids": torch.full((1, 3), 99)}, r"input_ids: wanted values in \[0, 99\)"),
         ("Albert", {"input_ids": torch.ones(1, 33, dtype=torch.long)}, "max_position_embeddings = 32"),
+        ("ModernBert", {"inputs_embeds": torch.ones(2, 3, 7)}, rf"inputs_embeds: wanted \(batch, length, {WIDTH}\)"),
+        ("ModernBert", {"input_ids": torch.full((1, 3), 99)}, r"input_ids: wanted values in \[0, 99\)"),
+        (
+            "ModernBert",
+            {"input_ids": torch.ones(2, 3, dtype=torch.long), "position_ids": torch.ones(2, 4, dtype=torch.long)},
+            r"position_ids: wanted shape \(2, 3\)",
+        ),
         (
             "Albert",
             {"input_ids": torch.ones(1, 3, dtype=torch.long), "token_type_ids": torch.tensor([[0, 1, 2]])},

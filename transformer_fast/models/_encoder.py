@@ -175,6 +175,14 @@ class EncoderHeads(ModelMixin):
         rows = ops.dropout(self._before_classifier(pooled), dropout_p(self.dropout))  # type: ignore[attr-defined, arg-type]
         return linear(self.classifier, rows)
 
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the head on tokens makes of rows (..., E)."""
+        head = self.qa_outputs if hasattr(self, "qa_outputs") else self.classifier
+        return linear(head, ops.dropout(rows, dropout_p(getattr(self, "dropout", None))))
+
+    def _span_loss(self, start, end, start_positions, end_positions, kwargs: dict) -> torch.Tensor:
+        return span_loss(start, end, start_positions, end_positions)
+
     def _encode(self, inputs: Inputs, want: Want, kwargs: dict) -> Encoded:
         return self.base_model(**inputs.given(), want=want, **kwargs)
 
@@ -231,8 +239,7 @@ class EncoderHeads(ModelMixin):
     def _classify_tokens(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
         labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
-        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
-        logits = encoded.packing.unpack(linear(self.classifier, rows))
+        logits = encoded.packing.unpack(self._logits(encoded.rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
@@ -244,11 +251,10 @@ class EncoderHeads(ModelMixin):
         if scored and source is not None:
             read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
         encoded = self._encode(inputs, Want(read=read), kwargs)
-        rows = ops.dropout(encoded.rows, dropout_p(getattr(self, "dropout", None)))
-        logits = linear(self.qa_outputs, rows)
+        logits = self._logits(encoded.rows)
         logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
         start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
-        loss = span_loss(start, end, start_positions, end_positions) if scored else None
+        loss = self._span_loss(start, end, start_positions, end_positions, kwargs) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
         )

@@ -16,6 +16,7 @@ FAMILIES = {
     "gpt2": "gpt2",
     "llama": "llama",
     "marian": "marian",
+    "modernbert": "modernbert",
     "mpnet": "mpnet",
     "openai-gpt": "openai_gpt",
     "roberta": "roberta",
