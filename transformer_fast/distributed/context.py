@@ -99,16 +99,24 @@ class context_parallel:
         order = self.layout.restoring(t.shape[dim], device=t.device)
         return all_gather(t, self.group).movedim(0, dim).flatten(dim, dim + 1).index_select(dim, order)
 
-    def shard_batch(self, batch: Mapping[str, Any], *, causal_lm: bool = False) -> dict[str, Any]:
+    def shard_batch(
+        self, batch: Mapping[str, Any], *, causal_lm: bool = False, position_ids: bool = True
+    ) -> dict[str, Any]:
         """A model's inputs, the same in every process, as this process's part of them.
 
         Args:
             batch: by Hugging Face's names; (B, S) or (B, S, E) tensors are cut along S. Others stay.
             causal_lm: labels are the next position's token, so they are shifted before they are cut: as shift_labels,
                 which Hugging Face's and this package's causal language models take beside labels.
+            position_ids: add those that count from 0 to a batch without them, which models of Hugging Face's need.
+                False for RoBERTa and its kin, which count otherwise (this package's count by themselves), and for
+                models that take none. Encoder-decoders get none.
 
         Returns:
-            The parts, and position_ids where input_ids or inputs_embeds are.
+            The parts.
+
+        Raises:
+            ValueError: naming the input whose length the chunks do not divide.
         """
         found = dict(batch)
         labels = found.get("labels")
@@ -126,7 +134,7 @@ class context_parallel:
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         source = found.get("input_ids") if found.get("input_ids") is not None else found.get("inputs_embeds")
-        if source is not None and found.get("position_ids") is None and not seq2seq:
+        if position_ids and source is not None and found.get("position_ids") is None and not seq2seq:
             found["position_ids"] = self.positions(source.shape[1], source.device).expand(source.shape[0], -1)
         return found
 
