@@ -74,6 +74,7 @@ SEQ2SEQ = {
     ),
     "bart": lambda: _build(hf.BartForConditionalGeneration, hf.BartConfig, **_SEQ2SEQ),
     "marian": lambda: _build(hf.MarianMTModel, hf.MarianConfig, **_SEQ2SEQ),
+    "mbart": lambda: _build(hf.MBartForConditionalGeneration, hf.MBartConfig, **_SEQ2SEQ),
 }  # fmt: skip
 TEXT = {**ENCODERS, **DECODERS, **SEQ2SEQ}
 

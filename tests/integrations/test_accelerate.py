@@ -28,6 +28,7 @@ KINDS = {
     "t5": {ATTENTION, "rms_norm", "gelu_tanh"},
     "bart": {ATTENTION, "layer_norm", "gelu"},
     "marian": {ATTENTION, "layer_norm", "gelu"},
+    "mbart": {ATTENTION, "layer_norm", "gelu"},
 }
 
 

@@ -1,6 +1,6 @@
 """The encoder stack (also a decoder's without generation tricks): attention, feed-forward and norms, packed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
-from .packing import Packing, padding_is_computed, plan_documents, plan_packing
+from .packing import Packing, padding_is_computed, plan_documents, plan_packing, positions_kept
 from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
@@ -52,13 +52,14 @@ class StackCall:
     encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
-    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys.
+    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
+    one for each layer where layers differ.
     """
 
     spec: TransformerSpec
     packing: Packing
     windowed: bool = True
-    rotary: "Rotary | None" = None
+    rotary: "Rotary | Sequence[Rotary] | None" = None
     mask: torch.Tensor | None = None
     causal: bool = False
     bottom_right: bool = False
@@ -71,6 +72,9 @@ class StackCall:
     attentions: dict[int, torch.Tensor] | None = None
     cross_attentions: dict[int, torch.Tensor] | None = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def rotary_of(self, index: int) -> "Rotary | None":
+        return self.rotary if self.rotary is None or isinstance(self.rotary, Rotary) else self.rotary[index]
 
 
 def plan_call(
@@ -136,8 +140,8 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
 
 
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
-    if call.relative_bias is not None:  # what lies between two tokens keeps its place
-        read = _span(mask if read is None else mask | read)
+    if call.relative_bias is not None or any(call.spec.windows):  # what lies between two tokens keeps its place
+        read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
     call.packing = plan_packing(mask, read, read_first)
@@ -370,11 +374,12 @@ def _cross_norm(w: LayerWeights) -> nn.Module:
 
 def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> torch.Tensor:
     if spec.gated:
-        gate = linear(w.gate, x)  # type: ignore[arg-type]
+        up = linear(w.up, x)
+        up, gate = up.chunk(2, -1) if w.gate is None else (up, linear(w.gate, x))
         if spec.activation is None:
-            inner = w.activation_fn(linear(w.up, x)) * gate  # type: ignore[misc]
+            inner = w.activation_fn(up) * gate  # type: ignore[misc]
         else:
-            inner = ops.bias_activation(linear(w.up, x), None, spec.activation, gate=gate)
+            inner = ops.bias_activation(up, None, spec.activation, gate=gate)
     else:
         inner = linear(w.up, x, spec.activation)
         if spec.activation is None:
@@ -412,7 +417,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
         found = projections([w.query, w.key, w.value], x, dtype)
         q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in found)
     if placed:
-        q, k = _placed(w, q, k, call)
+        q, k = _placed(w, q, k, call, index)
     if first_only and (w.qkv is not None or placed):
         q = packing.first(q) if packing.index is not None else q[:, :1]
     if packing.index is not None:
@@ -439,12 +444,13 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     return out[:, 0] if first_only else out
 
 
-def _placed(w, q, k, call: StackCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _placed(w, q, k, call: StackCall, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys with the norms of their heads and their rotation."""
     if w.query_norm is not None:
         q, k = norm(w.query_norm, q), norm(w.key_norm, k)
-    if call.rotary is not None:
-        q, k = (call.rotary(t, call.spec.rotary_interleaved) for t in (q, k))
+    rotary = call.rotary_of(index)
+    if rotary is not None:
+        q, k = (rotary(t, call.spec.rotary_interleaved) for t in (q, k))
     return q, k
 
 
@@ -456,7 +462,7 @@ def _is_special(call: StackCall, index: int) -> bool:
 
 def _window(call: StackCall, index: int) -> tuple[int, int | None] | None:
     window = call.spec.window_of(index) if call.windowed else None
-    return None if window is None else (window - 1, None)
+    return None if window is None else (window - 1, None if call.spec.causal else window - 1)
 
 
 def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
@@ -535,6 +541,7 @@ def _weighted(
         seen = every.tril(shift) if seen is None else seen & every.tril(shift)
     if window is not None:
         near = every.triu(shift - window[0])
+        near = near if window[1] is None else near.tril(shift + window[1])
         seen = near if seen is None else seen & near
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)

@@ -8,7 +8,15 @@ import torch
 
 from ..ops import concrete
 
-__all__ = ["Packing", "compute_padding", "documents_of", "padding_is_computed", "plan_documents", "plan_packing"]
+__all__ = [
+    "Packing",
+    "compute_padding",
+    "documents_of",
+    "padding_is_computed",
+    "plan_documents",
+    "plan_packing",
+    "positions_kept",
+]
 
 
 @dataclass
@@ -126,11 +134,12 @@ def plan_packing(mask: torch.Tensor, read: torch.Tensor | None = None, read_firs
     torch.compile with fullgraph=True) every position is computed.
     """
     if torch.compiler.is_compiling() and _in_one_graph():
-        return _computing_all(mask, _kept(mask, read, read_first))
+        return _computing_all(mask, positions_kept(mask, read, read_first))
     return _plan_packing(mask, read, read_first)
 
 
-def _kept(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor:
+def positions_kept(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor:
+    """(B, S) bool: what plan_packing computes of its arguments."""
     keep = mask if read is None else mask | read
     if read_first and mask.shape[1]:
         keep = torch.cat((torch.ones_like(keep[:, :1]), keep[:, 1:]), 1)
@@ -156,7 +165,7 @@ def _in_one_graph() -> bool:
 @torch.compiler.disable
 def _plan_packing(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> Packing:
     batch, length = mask.shape
-    keep = _kept(mask, read, read_first)
+    keep = positions_kept(mask, read, read_first)
     if not concrete(mask):
         return _computing_all(mask, keep)
     lengths = keep.sum(1, dtype=torch.int32)

@@ -27,7 +27,16 @@ from transformers.utils.generic import can_return_tuple
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers, stock
+from ..layers import (
+    Packing,
+    SinusoidalPositions,
+    SlotTable,
+    TransformerSpec,
+    encoder_layer,
+    plan_call,
+    run_layers,
+    stock,
+)
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
@@ -38,7 +47,6 @@ from ._noam_schedule import noam_schedule
 from ._self_check import runs_as_hugging_face
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
-from ._sinusoids import SinusoidalPositions
 from ._stock import why_hf_loop
 
 __all__ = [
