@@ -106,12 +106,25 @@ class AdditiveAttentionSpec(NamedTuple):
     key_lengths: torch.Tensor | None
 
 
+class Layout(NamedTuple):
+    """Where the fields of a spec stand. tensors, constants: each of them, in order; order: a spec's fields from
+    (*tensors, *constants)."""
+
+    tensor_count: int
+    tensors: Callable[[tuple], tuple]
+    constants: Callable[[tuple], tuple]
+    order: Callable[[tuple], tuple]
+
+
 @functools.cache
-def _constants_of(kind: type[tuple]) -> Callable[[tuple], tuple]:
-    hints = typing.get_type_hints(kind)
-    return operator.itemgetter(*(i for i, hint in enumerate(hints.values()) if hint in (int, float, bool)))
+def layout(kind: type[tuple]) -> Layout:
+    hints = list(typing.get_type_hints(kind).values())
+    constant = [i for i, hint in enumerate(hints) if hint in (int, float, bool)]
+    tensor = [i for i in range(len(hints)) if i not in constant]
+    places = [*tensor, *constant]
+    order = operator.itemgetter(*(places.index(i) for i in range(len(hints))))
+    return Layout(len(tensor), _getter(tensor), _getter(constant), order)
 
 
-def constants(spec: tuple) -> tuple:
-    """The fields of a spec that are no tensors."""
-    return _constants_of(type(spec))(spec)
+def _getter(index: list[int]) -> Callable[[tuple], tuple]:
+    return operator.itemgetter(*index) if len(index) > 1 else lambda fields: tuple(fields[i] for i in index)

@@ -188,7 +188,7 @@ def _backward(ctx, need, grad_out, grad_lse):
         if grad_lse is not None:
             grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
         return _common.gradients_of(plain, spec, names, (grad_out, grad_lse))
-    needs = bool(need["bias"]), bool(need["relative_bias"])
+    needs = bool(need.bias), bool(need.relative_bias)
     return dict(zip(names, _backward_op(grad_out, grad_lse, out, lse, *spec, *needs)))
 
 

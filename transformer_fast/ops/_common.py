@@ -1,5 +1,6 @@
 """What every op file shares: the library the schemas live in, and how a call reaches its kernel."""
 
+import collections
 import numbers
 import sys
 import typing
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd import forward_ad
 
-from ..backends.specs import SymInt
+from ..backends.specs import SymInt, layout
 
 # Schemas are registered from Python; the raw kernels behind them come from backends/.
 LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
@@ -68,10 +69,15 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
 
 
 def _by_position(backward, names: tuple[str, ...]):
+    needs, place = collections.namedtuple("needs", names), {name: i for i, name in enumerate(names)}
+
     def gradients(ctx, *grads):
-        need = dict(zip(names, ctx.needs_input_grad))
-        found = backward(ctx, need, *grads)
-        return tuple([found.get(name) if need[name] else None for name in names])
+        need = needs._make(ctx.needs_input_grad)
+        found = [None] * len(names)
+        for name, grad in backward(ctx, need, *grads).items():
+            if need[place[name]]:
+                found[place[name]] = grad
+        return tuple(found)
 
     return gradients
 
@@ -88,20 +94,15 @@ def _function(name: str, forward, setup_context, backward) -> type[torch.autogra
 
 def save(ctx, spec: tuple, *others: torch.Tensor) -> None:
     """Keep a spec and other tensors for the backward pass."""
-    ctx.places = [i for i, value in enumerate(spec) if isinstance(value, torch.Tensor)]
-    ctx.spec = type(spec), [None if isinstance(value, torch.Tensor) else value for value in spec]
-    ctx.save_for_backward(*others, *(spec[i] for i in ctx.places))
+    where = layout(type(spec))
+    ctx.kind, ctx.constants = type(spec), where.constants(spec)
+    ctx.save_for_backward(*where.tensors(spec), *others)
 
 
 def saved(ctx) -> tuple:
     """What `save` has kept: the spec, then the other tensors."""
-    tensors = ctx.saved_tensors
-    count = len(tensors) - len(ctx.places)
-    kind, values = ctx.spec
-    values = list(values)
-    for i, t in zip(ctx.places, tensors[count:]):
-        values[i] = t
-    return kind(*values), *tensors[:count]
+    tensors, where = ctx.saved_tensors, layout(ctx.kind)
+    return ctx.kind(*where.order((*tensors[: where.tensor_count], *ctx.constants))), *tensors[where.tensor_count :]
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:

@@ -89,7 +89,7 @@ def _backward(ctx, need, grad):
     if torch.is_grad_enabled():  # gradients of gradients are plain PyTorch's
         found = _common.gradients(lambda *t: (eager.bias_activation(*t, ctx.activation),), tensors, (grad,))
     else:
-        found = _backward_op(grad, *tensors, ctx.activation, bool(need["bias"]))
+        found = _backward_op(grad, *tensors, ctx.activation, bool(need.bias))
     return dict(zip(names, found))
 
 

@@ -133,9 +133,9 @@ def _backward(ctx, need, grad, _mean, _rstd):
     spec, mean, rstd = _common.saved(ctx)
     if torch.is_grad_enabled():  # gradients of gradients
         return _common.gradients_of(_plain, spec, _NAMES, (grad,))
-    needs = [bool(need[name]) for name in _NAMES]
+    needs = [bool(getattr(need, name)) for name in _NAMES]
     found = dict(zip(_NAMES, _backward_op(grad, mean, rstd, *spec, needs)))
-    if need["norm_bias"]:
+    if need.norm_bias:
         found["norm_bias"] = found["norm_bias"].to(spec.norm_bias.dtype)
     return found
 

@@ -137,20 +137,20 @@ def _backward(ctx, need, grad_y, grad_sum, _mean, _rstd):
         grad_sum = None
     if torch.is_grad_enabled():
         return _differentiable_backward(spec, need, ctx.bias_dtype, grad_y, grad_sum)
-    needs = bool(need["weight"]), bool(need["bias"])
+    needs = bool(need.weight), bool(need.bias)
     grad_v, grad_x, weight, bias = _backward_op(grad_y, grad_sum, mean, rstd, *spec, *needs)
     return {
         "x": grad_x if spec.dropout_p else grad_v,
         "residual": grad_v,
         "weight": weight,
-        "bias": bias.to(ctx.bias_dtype) if need["bias"] else None,
+        "bias": bias.to(ctx.bias_dtype) if need.bias else None,
     }
 
 
 def _differentiable_backward(spec, need, bias_dtype, grad_y, grad_sum):
     """The same in plain PyTorch, for gradients of gradients."""
     v, width = spec.x, spec.x.shape[-1]
-    bias = torch.zeros(width, dtype=bias_dtype, device=v.device, requires_grad=True) if need["bias"] else None
+    bias = torch.zeros(width, dtype=bias_dtype, device=v.device, requires_grad=True) if need.bias else None
 
     def y(v, weight, bias):
         rows = v.reshape(-1, width)
