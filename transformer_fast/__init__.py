@@ -253,6 +253,7 @@ _MODULES = [
     "collation",
     "commands",
     "demo",
+    "distributed",
     "features",
     "generation",
     "handed_on",

@@ -4,7 +4,7 @@ import torch
 
 from ..backends import Backend, Call, eager, memory, select
 from ..backends.specs import AdditiveAttentionSpec
-from . import _common
+from . import _common, _parallel
 
 _FIELDS = ("query", "key", "value", "score_weight", "bias")
 
@@ -214,6 +214,7 @@ def additive_attention(
         >>> transformer_fast.additive_attention(query, key, value, torch.randn(16)).shape
         torch.Size([2, 5, 32])
     """
+    _parallel.refuse("additive_attention", "run recurrent models on whole sequences")
     for name, t in zip(_FIELDS[:3], (query, key, value)):
         _common.check_floating(name, t)
     cast = _common.autocast_dtype(query.device)

@@ -4,7 +4,7 @@ import torch
 
 from ..backends import memory
 from ..backends.specs import AttentionSpec
-from . import _common
+from . import _common, _parallel
 from ._attention_op import _lse_shape, _out_like, _unit_stride, choose
 from .attention import (
     RelativeBias,
@@ -108,6 +108,7 @@ def kv_cache_attention(
         >>> transformer_fast.kv_cache_attention(q, k, v, keys, values, lengths).shape
         torch.Size([2, 4, 1, 32])
     """
+    _parallel.refuse("kv_cache_attention", "decode with whole sequences")
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t.dim() != 4:
