@@ -21,6 +21,11 @@ _GPT = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
     "attn_pdrop": 0.0, "summary_first_dropout": 0.0, "initializer_range": 0.3,
 }  # fmt: skip
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0,
+    "eos_token_id": 2, "decoder_start_token_id": 0, "dropout_rate": 0.0, "initializer_factor": 2.0,
+}  # fmt: skip
 CONFIGS = {
     "bert": ("BertConfig", _BERT),
     "distilbert": ("DistilBertConfig", {
@@ -45,18 +50,18 @@ CONFIGS = {
     "bart": ("BartConfig", _BART),
     "marian": ("MarianConfig", _BART | {"scale_embedding": True, "activation_function": "swish"}),
     "mbart": ("MBartConfig", _BART),
-    "t5": ("T5Config", {
-        "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0,
-        "eos_token_id": 2, "decoder_start_token_id": 0, "dropout_rate": 0.0, "initializer_factor": 2.0,
-        "feed_forward_proj": "gated-gelu",
-    }),
+    "pegasus": ("PegasusConfig", _BART),
+    "m2m_100": ("M2M100Config", _BART | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
+    "t5": ("T5Config", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "mt5": ("MT5Config", _T5),
+    "umt5": ("UMT5Config", _T5),
 }  # fmt: skip
 CLASSES = {name: family for family in CONFIGS for name in _EXPORTS[f"models.{family}"]}
 BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")  # decoders where the configuration says so
-SEQ2SEQ = ("bart", "marian", "mbart", "t5")
-_ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "MarianForCausalLM",
-              "MBartForCausalLM")  # fmt: skip
+SEQ2SEQ = ("bart", "marian", "mbart", "pegasus", "m2m_100", "t5", "mt5", "umt5")
+_ONE_STACK = tuple(f"{f}T5{head}" for f in ("", "M", "UM") for head in ("EncoderModel", "ForTokenClassification")) + (
+    "BartForCausalLM", "MarianForCausalLM",
+              "MBartForCausalLM", "PegasusForCausalLM")  # fmt: skip
 
 
 def make_config(name: str, **changes):

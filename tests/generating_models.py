@@ -1,12 +1,26 @@
 """Small random models that generate decided tokens: Hugging Face's and ours with the same weights."""
 
 import torch
-from transformers import BartConfig, GPT2Config, MarianConfig, MBartConfig, T5Config
+from transformers import (
+    BartConfig,
+    GPT2Config,
+    M2M100Config,
+    MarianConfig,
+    MBartConfig,
+    MT5Config,
+    PegasusConfig,
+    T5Config,
+    UMT5Config,
+)
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.models.gpt2 import modeling_gpt2 as hf
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100ForConditionalGeneration
 from transformers.models.marian.modeling_marian import MarianMTModel
 from transformers.models.mbart.modeling_mbart import MBartForConditionalGeneration
+from transformers.models.mt5.modeling_mt5 import MT5ForConditionalGeneration
+from transformers.models.pegasus.modeling_pegasus import PegasusForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
+from transformers.models.umt5.modeling_umt5 import UMT5ForConditionalGeneration
 
 import transformer_fast as tf
 
@@ -57,6 +71,11 @@ SEQ2SEQ = {
     "bart": (BartForConditionalGeneration, BartConfig(**_BART)),
     "marian": (MarianMTModel, MarianConfig(**_BART, activation_function="swish")),
     "mbart": (MBartForConditionalGeneration, MBartConfig(**_BART, forced_bos_token_id=7)),
+    "pegasus": (PegasusForConditionalGeneration, PegasusConfig(**_BART)),
+    # Positions past the first 6 make the table longer; this model takes padding for a token now and then.
+    "m2m_100": (M2M100ForConditionalGeneration, M2M100Config(**_BART | {"max_position_embeddings": 6})),
+    "mt5": (MT5ForConditionalGeneration, MT5Config(**_T5)),
+    "umt5": (UMT5ForConditionalGeneration, UMT5Config(**_T5)),
     "t5": (T5ForConditionalGeneration, T5Config(**_T5)),
     "t5-v1.1": (
         T5ForConditionalGeneration, T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
@@ -72,7 +91,7 @@ def seq2seq_models(family: str, seed: int = 0, **options):
     theirs, ours = cls(config).eval(), getattr(tf, cls.__name__)(config).eval()
     if hasattr(theirs, "final_logits_bias"):
         theirs.final_logits_bias.normal_()
-    if family == "t5-v1.1":
+    if family in ("t5-v1.1", "mt5"):
         torch.nn.init.normal_(theirs.lm_head.weight)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours

@@ -42,6 +42,11 @@ _SEQ2SEQ = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 40,
     "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0, "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 
 ENCODERS = {
     "bert": lambda: _build(hf.BertModel, hf.BertConfig, **_ENCODER),
@@ -67,13 +72,13 @@ DECODERS = {
     ),
 }  # fmt: skip
 SEQ2SEQ = {
-    "t5": lambda: _build(
-        hf.T5ForConditionalGeneration, hf.T5Config, vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2,
-        num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=12, pad_token_id=0,
-        eos_token_id=1, decoder_start_token_id=0, feed_forward_proj="gated-gelu",
-    ),
+    "t5": lambda: _build(hf.T5ForConditionalGeneration, hf.T5Config, feed_forward_proj="gated-gelu", **_T5),
+    "mt5": lambda: _build(hf.MT5ForConditionalGeneration, hf.MT5Config, **_T5),
+    "umt5": lambda: _build(hf.UMT5ForConditionalGeneration, hf.UMT5Config, **_T5),
     "bart": lambda: _build(hf.BartForConditionalGeneration, hf.BartConfig, **_SEQ2SEQ),
     "marian": lambda: _build(hf.MarianMTModel, hf.MarianConfig, **_SEQ2SEQ),
+    "pegasus": lambda: _build(hf.PegasusForConditionalGeneration, hf.PegasusConfig, **_SEQ2SEQ),
+    "m2m_100": lambda: _build(hf.M2M100ForConditionalGeneration, hf.M2M100Config, **_SEQ2SEQ),
     "mbart": lambda: _build(hf.MBartForConditionalGeneration, hf.MBartConfig, **_SEQ2SEQ),
 }  # fmt: skip
 TEXT = {**ENCODERS, **DECODERS, **SEQ2SEQ}
@@ -119,7 +124,7 @@ def truth(model):
 def exact_norms(model):
     """The model, its RMS norms without Hugging Face's detour through float32."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") or type(module).__name__ == "T5LayerNorm":
+        if type(module).__name__.endswith("RMSNorm") or type(module).__name__.endswith("T5LayerNorm"):
             module.forward = functools.partial(_rms_norm, module, offset="Gemma" in type(module).__name__)
     return model
 

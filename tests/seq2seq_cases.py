@@ -22,23 +22,32 @@ VARIANTS = {
     "Bart": ("Bart", {}),
     "Marian": ("Marian", {"scale_embedding": True, "activation_function": "swish"}),
     "MBart": ("MBart", {"scale_embedding": True}),
+    "Pegasus": ("Pegasus", {}),
+    "M2M100": ("M2M100", {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
+    "MT5": ("MT5", {}),
+    "UMT5": ("UMT5", {}),
 }
 HEADS = {
     "T5": ["Model", "ForConditionalGeneration", "EncoderModel", "ForSequenceClassification", "ForTokenClassification",
            "ForQuestionAnswering"],
     "Bart": ["Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQuestionAnswering", "ForCausalLM"],
     "Marian": ["Model", "MTModel", "ForCausalLM"],
+    "Pegasus": ["Model", "ForConditionalGeneration", "ForCausalLM"],
+    "M2M100": ["Model", "ForConditionalGeneration"],
     "MBart": ["Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQuestionAnswering", "ForCausalLM"],
 }  # fmt: skip
+HEADS["MT5"] = HEADS["UMT5"] = HEADS["T5"]
 CASES = [(variant, head) for variant, (family, _) in VARIANTS.items() for head in HEADS[family]]
 GENERATORS = [("T5", "ForConditionalGeneration"), ("T5 v1.1", "ForConditionalGeneration"),
               ("Bart", "ForConditionalGeneration"), ("Marian", "MTModel"),
-              ("MBart", "ForConditionalGeneration")]  # fmt: skip
+              ("MBart", "ForConditionalGeneration"), ("Pegasus", "ForConditionalGeneration"),
+              ("M2M100", "ForConditionalGeneration"), ("MT5", "ForConditionalGeneration"),
+              ("UMT5", "ForConditionalGeneration")]  # fmt: skip
 
 
 def seq2seq_config(variant: str, **changes):
     family, own = VARIANTS[variant]
-    values = _COMMON | (_T5 if family == "T5" else _BART) | own | changes
+    values = _COMMON | (_T5 if "T5" in family else _BART) | own | changes
     return getattr(transformers, f"{family}Config")(**values)
 
 

@@ -171,6 +171,14 @@ _EXPORTS = {
         "MPNetForTokenClassification",
         "MPNetModel",
     ],
+    "models.mt5": [
+        "MT5EncoderModel",
+        "MT5ForConditionalGeneration",
+        "MT5ForQuestionAnswering",
+        "MT5ForSequenceClassification",
+        "MT5ForTokenClassification",
+        "MT5Model",
+    ],
     "models.openai_gpt": [
         "OpenAIGPTDoubleHeadsModel",
         "OpenAIGPTForSequenceClassification",
@@ -210,6 +218,14 @@ _EXPORTS = {
         "XLMRobertaForSequenceClassification",
         "XLMRobertaForTokenClassification",
         "XLMRobertaModel",
+    ],
+    "models.umt5": [
+        "UMT5EncoderModel",
+        "UMT5ForConditionalGeneration",
+        "UMT5ForQuestionAnswering",
+        "UMT5ForSequenceClassification",
+        "UMT5ForTokenClassification",
+        "UMT5Model",
     ],
     "ops": [
         "RelativeBias",

@@ -58,7 +58,9 @@ def test_outputs_have_this_release_s_names(name):
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "CamembertModel",
                                   "ElectraForPreTraining", "MPNetForMaskedLM", "ModernBertForMaskedLM",
                                   "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BartForConditionalGeneration",
-                                  "MarianMTModel", "MBartForConditionalGeneration",
+                                  "MarianMTModel", "MBartForConditionalGeneration", "M2M100ForConditionalGeneration",
+                                  "PegasusForConditionalGeneration", "UMT5ForConditionalGeneration",
+                                 
                                   "T5ForConditionalGeneration"])  # fmt: skip
 def test_checkpoints_go_both_ways(name, tmp_path):
     ours, theirs = make_pair(name)

@@ -10,9 +10,10 @@ import transformer_fast as tf
 from transformer_fast._transformers import CACHE_NAME
 
 DECODERS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "BartForCausalLM", "MarianForCausalLM",
-            "MBartForCausalLM")  # fmt: skip
+            "MBartForCausalLM", "PegasusForCausalLM")  # fmt: skip
 SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
-           "MBartForConditionalGeneration")  # fmt: skip
+           "MBartForConditionalGeneration", "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration",
+           "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration")  # fmt: skip
 METHODS = {
     "greedy": {},
     "beams": {"num_beams": 3},

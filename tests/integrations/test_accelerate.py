@@ -29,6 +29,10 @@ KINDS = {
     "bart": {ATTENTION, "layer_norm", "gelu"},
     "marian": {ATTENTION, "layer_norm", "gelu"},
     "mbart": {ATTENTION, "layer_norm", "gelu"},
+    "pegasus": {ATTENTION, "layer_norm", "gelu"},
+    "m2m_100": {ATTENTION, "layer_norm"},
+    "mt5": {ATTENTION, "rms_norm", "gelu_tanh"},
+    "umt5": {ATTENTION, "rms_norm", "gelu_tanh"},
 }
 
 

@@ -48,6 +48,8 @@ FAMILIES = {
     "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: hf.OpenAIGPTConfig(**_GPT)),
     "bart": ("BartForConditionalGeneration", lambda: hf.BartConfig(**_SEQ2SEQ)),
     "marian": ("MarianMTModel", lambda: hf.MarianConfig(**_SEQ2SEQ, activation_function="swish")),
+    "m2m_100": ("M2M100ForConditionalGeneration", lambda: hf.M2M100Config(**_SEQ2SEQ)),
+    "umt5": ("UMT5ForConditionalGeneration", lambda: hf.UMT5Config(**_T5)),
     "mbart": ("MBartForConditionalGeneration", lambda: hf.MBartConfig(**_SEQ2SEQ)),
     "t5": ("T5ForConditionalGeneration", lambda: hf.T5Config(**_T5)),
     "t5-v1.1": (
@@ -62,7 +64,7 @@ FAMILIES = {
         ),
     ),
 }  # fmt: skip
-GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "mbart", "t5", "t5-v1.1", "transformer")
+GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "mbart", "m2m_100", "umt5", "t5", "t5-v1.1", "transformer")
 
 
 def _model(family: str):

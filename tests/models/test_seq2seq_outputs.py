@@ -189,7 +189,7 @@ def test_gradient_checkpointing(variant, head, reentrant, pair):
     assert_as_accurate(found[2], found[0], found[1], GRADIENT)
 
 
-@pytest.mark.parametrize("variant", ["Bart", "Marian", "MBart"])
+@pytest.mark.parametrize("variant", ["Bart", "Marian", "MBart", "M2M100"])
 def test_layers_are_dropped_as_hugging_face_drops_them(variant, pair):
     settings = {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.4, "encoder_layers": 4, "decoder_layers": 4}
     models = [m.train() for m in make_models(pair, variant, "Model", **settings)]
@@ -228,7 +228,7 @@ def test_autocast_and_compile(variant, head, pair):
             a, b = (m(**call)[0] for m in (ours, theirs))
         assert a.dtype == b.dtype
         assert_as_accurate(a, truth(**call)[0], b)
-        if variant == "T5":
+        if variant in ("T5", "UMT5", "M2M100"):
             compiled = torch.compile(ours, backend="aot_eager")
             compare([{"out": m(**call, use_cache=False)[0]} for m in (compiled, theirs, truth)])
 

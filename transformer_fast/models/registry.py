@@ -20,11 +20,13 @@ FAMILIES = {
     "marian": "marian",
     "modernbert": "modernbert",
     "mpnet": "mpnet",
+    "mt5": "mt5",
     "openai-gpt": "openai_gpt",
     "pegasus": "pegasus",
     "roberta": "roberta",
     "t5": "t5",
     "transformer_2017": "transformer",
+    "umt5": "umt5",
     "xlm-roberta": "xlm_roberta",
 }
 

@@ -1,0 +1,332 @@
+"""What T5 and the families that followed it share: the blocks, named alike in all, and the forward methods of the
+stacks and heads.
+
+The relative position bias is computed inside attention from its table and never exists as a matrix, but where
+attention weights are asked for.
+"""
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, TokenClassifierOutput
+
+from .. import ops
+from ..generation import StepDescription
+from ..layers import Packing, SlotTable, TransformerSpec
+from ..layers.embeddings import embed
+from ..layers.projection import dropout_p, linear, norm, rms_norm_of
+from ._base import Encoded, Want, activation_name
+from ._heads import is_labelled, token_loss
+from ._layer import Layer
+from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase, describe_decoder
+
+__all__ = [
+    "T5BlockBase",
+    "T5Classification",
+    "T5Encoding",
+    "T5Generation",
+    "T5NormBase",
+    "T5Question",
+    "T5Seq2Seq",
+    "T5StackBase",
+    "T5Tagging",
+    "slot_tables",
+]
+
+_SELF = {
+    "query": "layer.0.SelfAttention.q",
+    "key": "layer.0.SelfAttention.k",
+    "value": "layer.0.SelfAttention.v",
+    "attention_dropout": "layer.0.SelfAttention.dropout",
+    "attention_output": "layer.0.SelfAttention.o",
+    "attention_output_dropout": "layer.0.dropout",
+    "attention_norm": "layer.0.layer_norm",
+}
+_CROSS = {
+    "cross_query": "layer.1.EncDecAttention.q",
+    "cross_key": "layer.1.EncDecAttention.k",
+    "cross_value": "layer.1.EncDecAttention.v",
+    "cross_dropout": "layer.1.EncDecAttention.dropout",
+    "cross_output": "layer.1.EncDecAttention.o",
+    "cross_output_dropout": "layer.1.dropout",
+    "cross_norm": "layer.1.layer_norm",
+}
+
+
+def _slots(is_decoder: bool, gated: bool, **more: str) -> SlotTable:
+    block = f"layer.{2 if is_decoder else 1}"
+    inner = f"{block}.DenseReluDense"
+    paths = {
+        "up": f"{inner}.wi_0" if gated else f"{inner}.wi",
+        "activation_fn": f"{inner}.act",
+        "activation_dropout": f"{inner}.dropout",
+        "down": f"{inner}.wo",
+        "output_dropout": f"{block}.dropout",
+        "output_norm": f"{block}.layer_norm",
+    }
+    if gated:
+        paths["gate"] = f"{inner}.wi_1"
+    return SlotTable(**_SELF, **(_CROSS if is_decoder else {}), **paths, **more)
+
+
+def slot_tables(**more: str) -> dict[tuple[bool, bool], SlotTable]:
+    """By whether a block is a decoder's and whether it is gated. more: what a family has beside T5's slots."""
+    return {(d, g): _slots(d, g, **more) for d in (False, True) for g in (False, True)}
+
+
+SLOTS = slot_tables()
+
+
+class T5NormBase:
+    is_rms_norm = True
+    variance_epsilon: float
+
+    @property
+    def eps(self) -> float:
+        """HF's variance_epsilon by the name that torch's norms have for it."""
+        return self.variance_epsilon
+
+    @eps.setter
+    def eps(self, value: float):
+        self.variance_epsilon = value
+
+    def forward(self, hidden_states):
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return super().forward(hidden_states)  # type: ignore[misc]
+        return rms_norm_of(self, hidden_states)
+
+
+class T5BlockBase(Layer):
+    is_decoder: bool
+    layer: Any
+    _tables = SLOTS
+
+    def slots(self) -> SlotTable:
+        return self._tables[self.is_decoder, hasattr(self.layer[-1].DenseReluDense, "wi_1")]
+
+
+class T5StackBase(StackBase):
+    """_tables: as of its blocks."""
+
+    block: Any
+    dropout: Any
+    final_layer_norm: Any
+    is_decoder: bool
+    _tables = SLOTS
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)
+        if self.is_decoder:
+            return self._decode(
+                want, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
+                inputs_embeds, use_cache, kwargs,
+            )  # fmt: skip
+        if use_cache:
+            raise ValueError("use_cache: an encoder has no cache; wanted False or None, got True")
+        return self._encode(want, input_ids, attention_mask, inputs_embeds, kwargs)
+
+    def _layers(self):
+        return self.block
+
+    def _slots(self) -> SlotTable:
+        return self._tables[self.is_decoder, self.config.is_gated_act]
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        config = self.config
+        return TransformerSpec(
+            num_heads=config.num_heads,
+            head_dim=config.d_kv,
+            scale=1.0,
+            causal=causal,
+            norm_position="pre",
+            activation=activation_name(config.dense_act_fn),
+            gated=config.is_gated_act,
+            clamp_float16=True,
+        )
+
+    def _relative_bias(self, causal: bool) -> ops.RelativeBias | None:
+        if not len(self.block):
+            return None
+        block: Any = self.block[0]
+        attention = block.layer[0].SelfAttention
+        table = attention.relative_attention_bias.weight
+        return ops.RelativeBias(table, attention.relative_attention_max_distance, not causal)
+
+    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+        return embed(
+            packing, self.embed_tokens, None, None, None, self.dropout, input_ids=input_ids,
+            inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None,
+        )  # fmt: skip
+
+    def _step_parts(self) -> dict[str, Any]:
+        block: Any = self.block[0]
+        attention = block.layer[0].SelfAttention
+        return {
+            "final_norm": self.final_layer_norm,
+            "relative_bias": attention.relative_attention_bias,
+            "relative_max_distance": attention.relative_attention_max_distance,
+        }
+
+    def _encoder_output(self, encoded: Encoded):
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=encoded.restored(), **encoded.extras(cross=True)
+        )
+
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
+        return ops.dropout(norm(self.final_layer_norm, rows), dropout_p(self.dropout))
+
+
+class T5Seq2Seq(Seq2SeqBase):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache,
+        )  # fmt: skip
+        joined = self._join(given, want or Want(), kwargs)
+        return joined if want is not None else self._joined_output(joined, kwargs)
+
+
+class T5Generation(Seq2SeqBase, LMHead):
+    model_dim: int
+
+    def _head_scale(self) -> float:
+        """What the decoder's states are multiplied by before the head."""
+        return self.model_dim**-0.5 if self.config.scale_decoder_outputs else 1.0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache,
+        )  # fmt: skip
+        if labels is not None:
+            given = given.starting_with(self._shifted, labels)
+        joined = self._join(given, Want(read=is_labelled(labels)), kwargs)
+        if (scale := self._head_scale()) != 1:
+            joined = joined._replace(decoder=joined.decoder._replace(rows=joined.decoder.rows * scale))
+        return self._lm_output(joined, labels, None, kwargs)
+
+    def step_description(self) -> StepDescription:
+        return describe_decoder(self, self.decoder, self.lm_head, head_scale=self._head_scale())  # type: ignore[arg-type]
+
+
+class T5Encoding(Seq2SeqBase):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)
+        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
+        encoded = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, want=want or Want(), **options)
+        return encoded if want is not None else self._finish(self.encoder._encoder_output(encoded), kwargs)
+
+
+class T5Classification(ClassificationHead):
+    transformer: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        ends = self._check_ends(input_ids)
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
+            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
+        ).starting_with(self._shifted, input_ids)  # fmt: skip
+        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
+        joined = self.transformer(**given._asdict(), want=Want(read=ends), **options)
+        return self._classification_output(joined, ends, labels, kwargs)
+
+
+class T5Tagging(Seq2SeqBase):
+    transformer: Any
+    dropout: Any
+    classifier: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
+        encoded = self.transformer(
+            input_ids, attention_mask, inputs_embeds, want=Want(read=is_labelled(labels)), **options
+        )
+        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))
+        logits = encoded.packing.unpack(linear(self.classifier, rows))
+        loss = None if labels is None else token_loss(logits, labels)
+        return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+
+
+class T5Question(Seq2SeqBase, QuestionHead):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        scored = start_positions is not None and end_positions is not None
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
+            inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
+        ).starting_with(self._shifted, input_ids)  # fmt: skip
+        joined = self._join(given, self._question_want(given, scored), kwargs)
+        return self._question_output(joined, start_positions, end_positions, kwargs)
