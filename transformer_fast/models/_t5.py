@@ -78,7 +78,6 @@ SLOTS = slot_tables()
 
 
 class T5NormBase:
-    is_rms_norm = True
     variance_epsilon: float
 
     @property

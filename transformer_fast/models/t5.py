@@ -32,7 +32,7 @@ _ADOPTED = Adopted()
 
 @_ADOPTED.register
 class T5LayerNorm(T5NormBase, hf.T5LayerNorm):
-    pass
+    is_rms_norm = True
 
 
 @_ADOPTED.register

@@ -34,7 +34,7 @@ _ADOPTED = Adopted()
 
 @_ADOPTED.register
 class UMT5LayerNorm(T5NormBase, hf.UMT5LayerNorm):
-    pass
+    is_rms_norm = True
 
 
 @_ADOPTED.register
