@@ -236,6 +236,7 @@ class BartSeq2Seq(Seq2SeqBase):
 class BartLMHead(LMHead):
     model: Any
     final_logits_bias: torch.Tensor | None
+    _caches_beside_labels = False
 
     def forward(
         self,
@@ -254,7 +255,8 @@ class BartLMHead(LMHead):
         """As HF's; padding is dropped where a mask says so, and the logits are zeros there."""
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
+            inputs_embeds, decoder_inputs_embeds,
+            use_cache if labels is None or self._caches_beside_labels else False,
         )  # fmt: skip
         if labels is not None:
             given = given.starting_with(self._shifted, labels)

@@ -108,3 +108,4 @@ class M2M100ForConditionalGeneration(GenerationMixin, BartLMHead, hf.M2M100ForCo
     _adopted = _ADOPTED
     forward = public_forward(hf.M2M100ForConditionalGeneration.forward)(BartLMHead.forward)
     final_logits_bias = None
+    _caches_beside_labels = True
