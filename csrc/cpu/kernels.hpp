@@ -10,6 +10,7 @@
 #include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
+#include "recurrence.hpp"
 #include "rotary.hpp"
 
 namespace tf {
@@ -36,6 +37,8 @@ struct Kernels {
   void (*additive_attention_forward)(const AdditiveAttentionForward&);
   void (*additive_attention_backward)(const AdditiveAttentionBackward&);
   void (*rotary)(const Rotary&);
+  void (*recurrence_forward)(const RecurrenceForward&);
+  void (*recurrence_backward)(const RecurrenceBackward&);
 };
 
 #ifdef TF_ISA
@@ -61,6 +64,8 @@ void decoder_step(const DecoderStep&);
 void additive_attention_forward(const AdditiveAttentionForward&);
 void additive_attention_backward(const AdditiveAttentionBackward&);
 void rotary(const Rotary&);
+void recurrence_forward(const RecurrenceForward&);
+void recurrence_backward(const RecurrenceBackward&);
 }  // namespace TF_ISA
 #endif
 

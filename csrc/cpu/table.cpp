@@ -28,5 +28,7 @@ const Kernels TF_CONCAT(kernels_, TF_ISA) = {
     TF_ISA::additive_attention_forward,
     TF_ISA::additive_attention_backward,
     TF_ISA::rotary,
+    TF_ISA::recurrence_forward,
+    TF_ISA::recurrence_backward,
 };
 }  // namespace tf

@@ -22,7 +22,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("eager", "cpu", "triton", "cuda", "sdpa")
 OPS = (
     "additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "linear",
-    "norm", "packed_linear", "rotary_embedding",
+    "norm", "packed_linear", "recurrence", "rotary_embedding",
 )  # fmt: skip
 
 
