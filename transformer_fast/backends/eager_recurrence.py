@@ -9,7 +9,7 @@ __all__ = ["recurrence", "recurrence_backward"]
 def recurrence(spec) -> tuple[torch.Tensor, ...]:
     """Of a RecurrenceSpec: out, the last hidden state and, of an LSTM, memory (else None), the gates (positions, 4 * H)
     as the kernels keep them, and the memories (positions, H) or None. Differentiable in all tensors."""
-    gates, weight, bias, hidden, memory, sequences, steps, reverse = spec
+    gates, weight, bias, hidden, memory, sequences, steps, reverse, _ = spec
     offsets, lengths = sequences[0][:, None], sequences[1][:, None]
     step = torch.arange(steps, device=gates.device)
     alive = step < lengths

@@ -1,5 +1,6 @@
 """The ops: schema, input checks, fake kernel, autograd and documentation, one file an op."""
 
+from . import _parallel as parallel
 from ._common import concrete
 from .activation import bias_activation
 from .additive_attention import additive_attention
@@ -35,6 +36,7 @@ __all__ = [
     "lstm",
     "multi_head_attention",
     "pack_weight",
+    "parallel",
     "projections",
     "qkv_attention",
     "rms_norm",

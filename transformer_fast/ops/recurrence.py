@@ -1,31 +1,14 @@
 """Recurrent layers: all steps of a GRU or an LSTM in one call, and in one call back."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from ..backends import Backend, Call, eager_recurrence, memory, select
+from ..backends.specs import RecurrenceSpec
 from . import _common
 from .linear import linear
 
 _GATES = {"lstm": 4, "gru": 3}
-
-
-class RecurrenceSpec(NamedTuple):
-    """One call, of an LSTM where there is a memory, else of a GRU. gates: (positions, G * H), what the input gives the
-    gates, unit last stride; weight (G * H, H) and bias (G * H,), of the hidden state; hidden, memory: (B, H), before
-    the first step; sequences: int64 (3, B): where each begins, its length, and their order, longest first; steps: at
-    least the longest; reverse: from the last position of each to its first."""
-
-    gates: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    hidden: torch.Tensor
-    memory: torch.Tensor | None
-    sequences: torch.Tensor
-    steps: int
-    reverse: bool
 
 
 def _select(spec: RecurrenceSpec) -> Backend:
@@ -36,140 +19,114 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _spec(gates, weight, bias, hidden, memory_, sequences, steps, reverse) -> RecurrenceSpec:
-    gates = gates if gates.stride(-1) == 1 else gates.contiguous()
-    memory_ = None if memory_ is None else memory_.contiguous()
-    return RecurrenceSpec(gates, weight, bias, hidden.contiguous(), memory_, sequences, steps, reverse)
-
-
-def _forward(
-    gates: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    hidden: torch.Tensor,
-    memory_: torch.Tensor | None,
-    sequences: torch.Tensor,
-    steps: int,
-    reverse: bool,
-    gaps: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, the last hidden state, the last memory, and where `keep` says so what the backward pass needs; tensors that
-    there are none of are empty. gaps: some positions belong to no sequence, and get zeros."""
-    spec = _spec(gates, weight, bias, hidden, memory_, sequences, steps, reverse)
-    (positions, _), width, device = gates.shape, weight.shape[1], gates.device
-    out = memory.empty((positions, width), gates.dtype, device)
-    last = memory.empty(hidden.shape, gates.dtype, device)
-    last_memory = memory.empty(hidden.shape if memory_ is not None else (0,), gates.dtype, device)
-    wide, rows = _wide(gates.dtype), positions if keep else 0
-    saved = memory.empty((rows, 4 * width), wide, device)
-    memories = memory.empty((rows if memory_ is not None else 0, width), wide, device)
-    buffers = (
-        out, last, None if memory_ is None else last_memory, saved if keep else None,
-        memories if keep and memory_ is not None else None,
+def _laid_out(spec: RecurrenceSpec) -> RecurrenceSpec:
+    gates, before = spec.gates, spec.memory
+    return spec._replace(
+        gates=gates if gates.stride(-1) == 1 else gates.contiguous(), hidden=spec.hidden.contiguous(),
+        memory=None if before is None else before.contiguous(),
     )  # fmt: skip
-    if gaps:
+
+
+def _forward(*args) -> tuple[torch.Tensor, ...]:
+    """Of a spec's fields and `keep`: out, the last hidden state, the last memory, and where `keep` says so what the
+    backward pass needs. Tensors that there are none of are empty; positions that belong to no sequence get zeros."""
+    *fields, keep = args
+    spec = _laid_out(RecurrenceSpec(*fields))
+    gates, hidden, before = spec.gates, spec.hidden, spec.memory
+    (positions, _), width, dtype, device = gates.shape, spec.weight.shape[1], gates.dtype, gates.device
+    out = memory.empty((positions, width), dtype, device)
+    last = memory.empty(hidden.shape, dtype, device)
+    last_memory = memory.empty(hidden.shape if before is not None else (0,), dtype, device)
+    wide, rows = _wide(dtype), positions if keep else 0
+    saved = memory.empty((rows, 4 * width), wide, device)
+    memories = memory.empty((rows if before is not None else 0, width), wide, device)
+    if spec.gaps:
         out.zero_()
-    if positions and steps and hidden.numel():
-        _select(spec).recurrence_forward(spec, *buffers)  # type: ignore[attr-defined]
+    if positions and spec.steps and hidden.numel():
+        lstm = before is not None
+        _select(spec).recurrence_forward(
+            spec, out, last, last_memory if lstm else None, saved if keep else None,
+            memories if keep and lstm else None,
+        )  # fmt: skip
     else:
-        for buffer, result in zip(buffers[:3], (None, hidden, memory_)):
-            if buffer is not None and result is not None:
-                buffer.copy_(result)
         out.zero_()
+        last.copy_(hidden)
+        if before is not None:
+            last_memory.copy_(before)
     return out, last, last_memory, saved, memories
 
 
-def _forward_fake(gates, weight, bias, hidden, memory_, sequences, steps, reverse, gaps, keep):
-    width, wide = weight.shape[1], _wide(gates.dtype)
-    rows = gates.shape[0] if keep else 0
+def _forward_fake(*args):
+    *fields, keep = args
+    spec = RecurrenceSpec(*fields)
+    gates, width, wide = spec.gates, spec.weight.shape[1], _wide(spec.gates.dtype)
+    rows, lstm = gates.shape[0] if keep else 0, spec.memory is not None
     return (
         gates.new_empty((gates.shape[0], width)),
-        gates.new_empty(hidden.shape),
-        gates.new_empty(hidden.shape if memory_ is not None else (0,)),
+        gates.new_empty(spec.hidden.shape),
+        gates.new_empty(spec.hidden.shape if lstm else (0,)),
         gates.new_empty((rows, 4 * width), dtype=wide),
-        gates.new_empty((rows if memory_ is not None else 0, width), dtype=wide),
+        gates.new_empty((rows if lstm else 0, width), dtype=wide),
     )
 
 
-def _backward_impl(
-    grad_out: torch.Tensor | None,
-    grad_last: torch.Tensor | None,
-    grad_last_memory: torch.Tensor | None,
-    out: torch.Tensor,
-    saved: torch.Tensor,
-    memories: torch.Tensor,
-    gates: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    hidden: torch.Tensor,
-    memory_: torch.Tensor | None,
-    sequences: torch.Tensor,
-    steps: int,
-    reverse: bool,
-    gaps: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward_impl(grad_out, grad_last, grad_last_memory, out, saved, memories, *fields) -> tuple[torch.Tensor, ...]:
     """Gradients to gates, weight, bias, hidden and memory (empty where there is none)."""
-    spec = _spec(gates, weight, bias, hidden, memory_, sequences, steps, reverse)
-    shapes = [t.shape if t is not None else (0,) for t in (gates, weight, bias, hidden, memory_)]
-    found = [memory.empty(shape, gates.dtype, gates.device) for shape in shapes]
+    spec = _laid_out(RecurrenceSpec(*fields))
+    shapes = [t.shape if t is not None else (0,) for t in spec[:5]]  # type: ignore[attr-defined]
+    found = [memory.empty(shape, out.dtype, out.device) for shape in shapes]
     grads = [None if g is None else g.contiguous() for g in (grad_out, grad_last, grad_last_memory)]
-    if gaps or not steps:
+    if spec.gaps or not spec.steps:
         found[0].zero_()
-    if gates.numel() and steps and hidden.numel():
-        _select(spec).recurrence_backward(spec, grads, out, saved, memories, *found)  # type: ignore[attr-defined]
+    if spec.gates.numel() and spec.steps and spec.hidden.numel():
+        _select(spec).recurrence_backward(spec, grads, out, saved, memories, *found)
     else:
         found[1].zero_(), found[2].zero_()
         for buffer, grad in zip(found[3:], grads[1:]):
             buffer.zero_() if grad is None or not buffer.numel() else buffer.copy_(grad)
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(found)
 
 
-def _backward_fake(grad_out, grad_last, grad_last_memory, out, saved, memories, gates, weight, bias, hidden, memory_, *_):
-    return tuple(gates.new_empty(t.shape if t is not None else (0,)) for t in (gates, weight, bias, hidden, memory_))
+def _backward_fake(grad_out, grad_last, grad_last_memory, out, saved, memories, *fields):
+    return tuple(out.new_empty(t.shape if t is not None else (0,)) for t in fields[:5])
 
 
-_TENSORS = (
-    "Tensor gates, Tensor weight, Tensor? bias, Tensor hidden, Tensor? memory, Tensor sequences, int steps, "
-    "bool reverse, bool gaps"
-)
+_SPEC = _common.schema_of(RecurrenceSpec)
 _backward_op = _common.define(
     "recurrence_backward",
     "(Tensor? grad_out, Tensor? grad_last, Tensor? grad_last_memory, Tensor out, Tensor saved, Tensor memories, "
-    f"{_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.steps, ctx.reverse, ctx.gaps, _ = inputs
     out, _, _, saved, memories = output
-    ctx.save_for_backward(*tensors, out, saved, memories)
+    _common.save(ctx, RecurrenceSpec(*inputs[:-1]), out, saved, memories)
     ctx.mark_non_differentiable(saved, memories)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_last, grad_last_memory, *_):
-    *tensors, sequences, out, saved, memories = ctx.saved_tensors
-    options = (sequences, ctx.steps, ctx.reverse)
-    grads = (grad_out, grad_last, None if tensors[4] is None else grad_last_memory)
-    nothing = (None,) * 5
+def _plain(spec: RecurrenceSpec) -> tuple[torch.Tensor, ...]:
+    return eager_recurrence.recurrence(spec)[: 2 if spec.memory is None else 3]
+
+
+def _backward(ctx, need, grad_out, grad_last, grad_last_memory, *_):
+    spec, out, saved, memories = _common.saved(ctx)
+    grads = (grad_out, grad_last, None if spec.memory is None else grad_last_memory)
     if all(g is None for g in grads):
-        return (None,) * 5 + nothing
+        return {}
+    fields = tuple(f for f in spec._fields[:5] if getattr(spec, f) is not None)
     if torch.is_grad_enabled():  # gradients of gradients
-
-        def function(*tensors):
-            return eager_recurrence.recurrence(RecurrenceSpec(*tensors, *options))[:3]
-
-        return *_common.gradients(function, tensors, grads), *nothing
-    found = _backward_op(*grads, out, saved, memories, *tensors, *options, ctx.gaps)
-    return *(None if t is None else g for t, g in zip(tensors, found)), *nothing
+        return _common.gradients_of(_plain, spec, fields, grads[: 2 if spec.memory is None else 3])
+    found = dict(zip(spec._fields, _backward_op(*grads, out, saved, memories, *spec)))
+    return {f: found[f] for f in fields}
 
 
 _op = _common.define(
     "recurrence",
-    f"({_TENSORS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_SPEC}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup,
@@ -292,13 +249,13 @@ def _run(cell, input, weight_ih, weight_hh, bias_ih, bias_hh, initial, lengths, 
     rows = input.reshape(-1, input.shape[-1])
     own = rows.dtype == torch.float32 and not _common.transformed()  # in other dtypes torch's product is as fast
     gates = (linear if own else F.linear)(rows, weight_ih, bias_ih)
-    tensors = (gates, weight_hh, bias_hh, hidden, memory_)
+    spec = RecurrenceSpec(gates, weight_hh, bias_hh, hidden, memory_, sequences, steps, bool(reverse), gaps)
     if _common.transformed():
-        found = eager_recurrence.recurrence(RecurrenceSpec(*tensors, sequences, steps, bool(reverse)))
-    elif _common.direct(*tensors):
-        found = _forward(*tensors, sequences, steps, bool(reverse), gaps, False)
+        found = eager_recurrence.recurrence(spec)
+    elif _common.direct(gates, weight_hh, bias_hh, hidden, memory_):
+        found = _forward(*spec, False)
     else:
-        found = _op(*tensors, sequences, steps, bool(reverse), gaps, True)
+        found = _op(*spec, True)
     out, last, last_memory = found[:3]
     return out.view(*input.shape[:-1], width), last, last_memory
 
