@@ -178,6 +178,7 @@ class Worker:
     def __call__(self, batch: dict) -> dict:
         """One block a call. What is wrong with the data is an answer: other blocks go on."""
         block = json.loads(batch["block"][0])
+        began, cpu = time.time(), time.process_time()
         try:
             columns = self.read(block)
             texts = columns.pop(self.arguments.column)
@@ -185,7 +186,8 @@ class Worker:
             error = ""
         except (OSError, ValueError) as found:
             error = f"{block['path']}, rows {block['start']} to {block['stop']}: {' '.join(str(found).split())}"
-        return {"rows": [block["stop"] - block["start"]], "error": [error], "process": [os.getpid()]}
+        spent = {"began": [began], "ended": [time.time()], "cpu": [time.process_time() - cpu]}
+        return {"rows": [block["stop"] - block["start"]], "error": [error], "process": [os.getpid()]} | spent
 
     def read(self, block: dict) -> dict:
         names = list(dict.fromkeys([self.arguments.column, *self.arguments.keep]))
@@ -329,7 +331,7 @@ def check_nodes(arguments: argparse.Namespace) -> None:
 
 
 def run(todo: list[dict], workers: int, arguments: argparse.Namespace):
-    """Blocks through the pool; yields {rows, error, process} as they are done."""
+    """Blocks through the pool; yields {rows, error, process, began, ended, cpu} as they are done."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -321,8 +321,8 @@ class Service:
         return {"waiting": self.waiting, "texts": self.texts, "batches": self.batches}
 
 
-def start(arguments: argparse.Namespace) -> None:
-    """Put the service up, and wait until it answers."""
+def connect(arguments: argparse.Namespace) -> None:
+    """To the cluster, or to a Ray of this machine's, with Serve's HTTP server."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
@@ -330,21 +330,25 @@ def start(arguments: argparse.Namespace) -> None:
         if arguments.address:
             ray.init(address=arguments.address, logging_level="warning")
         else:
-            ray.init(
-                num_cpus=max(arguments.replicas * arguments.threads, os.cpu_count() or 1),
-                include_dashboard=False, object_store_memory=100 * 2**20, logging_level="warning",
-            )  # fmt: skip
+            cores = max(arguments.replicas * arguments.threads, os.cpu_count() or 1)
+            store = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+            ray.init(num_cpus=cores, logging_level="warning", **store)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
+
+
+def start(arguments: argparse.Namespace, name: str = "default", prefix: str = "/") -> None:
+    """Put the service up, and wait until it answers."""
     service = Service.options(
         num_replicas=arguments.replicas,
         ray_actor_options={"num_cpus": arguments.threads},
         # The service itself says 429: Serve must hand it what it is to refuse.
         max_ongoing_requests=16 * arguments.queue,
     )
-    serve.run(service.bind(arguments), route_prefix="/")
+    serve.run(service.bind(arguments), name=name, route_prefix=prefix)
 
 
 def main(arguments: argparse.Namespace) -> None:
+    connect(arguments)
     start(arguments)
     print(f"http://{arguments.host}:{arguments.port}/docs says what it takes; Ctrl-C ends it")
     try:

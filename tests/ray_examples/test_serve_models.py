@@ -2,7 +2,10 @@
 
 import base64
 import concurrent.futures
+import importlib.util
 import json
+import pathlib
+import runpy
 import socket
 import urllib.error
 import urllib.request
@@ -42,7 +45,9 @@ def ask(example, checkpoints):
         port = free.getsockname()[1]
     models = [word for name in ("embed", "classify", "generate") for word in (f"--{name}", str(checkpoints[name]))]
     limits = ["--queue", str(QUEUE), "--inputs", "8", "--threads", "1", "--port", str(port)]
-    serve_models.start(serve_models.parse([*models, *limits]))
+    arguments = serve_models.parse([*models, *limits])
+    serve_models.connect(arguments)
+    serve_models.start(arguments)
 
     def send(path, body=None):
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -120,3 +125,10 @@ def test_the_service(ask, texts, checkpoints, subtests):
     for check in (*checks, a_full_queue_says_429_and_what_was_taken_is_answered):
         with subtests.test(check.__name__):
             check(ask, texts, checkpoints)
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    path = pathlib.Path(__file__).resolve().parents[2] / "examples" / "serve_models.py"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'transformer-fast\[ray\]'"):
+        runpy.run_path(str(path))
