@@ -57,7 +57,8 @@ def test_outputs_have_this_release_s_names(name):
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "ModernBertForMaskedLM",
                                   "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BartForConditionalGeneration",
-                                  "MarianMTModel", "MBartForConditionalGeneration", "T5ForConditionalGeneration"])  # fmt: skip
+                                  "MarianMTModel", "MBartForConditionalGeneration",
+                                  "T5ForConditionalGeneration"])  # fmt: skip
 def test_checkpoints_go_both_ways(name, tmp_path):
     ours, theirs = make_pair(name)
     theirs.save_pretrained(tmp_path / "theirs")
