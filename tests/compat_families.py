@@ -29,6 +29,11 @@ CONFIGS = {
         "max_position_embeddings": 40,
     }),
     "albert": ("AlbertConfig", _BERT | {"embedding_size": 16, "classifier_dropout_prob": 0.0}),
+    "roberta": ("RobertaConfig", _BERT | {"pad_token_id": 0}),
+    "xlm_roberta": ("XLMRobertaConfig", _BERT),
+    "camembert": ("CamembertConfig", _BERT),
+    "electra": ("ElectraConfig", _BERT | {"embedding_size": 16, "summary_last_dropout": 0.0}),
+    "mpnet": ("MPNetConfig", _BERT),
     "modernbert": ("ModernBertConfig", {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
         "intermediate_size": 24, "max_position_embeddings": 40, "local_attention": 4, "global_attn_every_n_layers": 2,
@@ -48,6 +53,7 @@ CONFIGS = {
     }),
 }  # fmt: skip
 CLASSES = {name: family for family in CONFIGS for name in _EXPORTS[f"models.{family}"]}
+BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")  # decoders where the configuration says so
 SEQ2SEQ = ("bart", "marian", "mbart", "t5")
 _ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "MarianForCausalLM",
               "MBartForCausalLM")  # fmt: skip
@@ -56,7 +62,7 @@ _ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "
 def make_config(name: str, **changes):
     config_class, settings = CONFIGS[CLASSES[name]]
     labels = 2 if "QuestionAnswering" in name or name == "AlbertForPreTraining" else 3
-    decoder = {"is_decoder": True} if name == "BertLMHeadModel" else {}
+    decoder = {"is_decoder": True} if name.startswith(BERTS) and ("LMHead" in name or "CausalLM" in name) else {}
     return getattr(transformers, config_class)(**settings | {"num_labels": labels} | decoder | changes)
 
 
@@ -119,6 +125,8 @@ def make_inputs(name: str) -> dict[str, torch.Tensor]:
         return call | {"start_positions": draw(BATCH, low=0, high=2), "end_positions": draw(BATCH, low=0, high=4)}
     if "NextSentence" in name:
         return call | {"labels": draw(BATCH, low=0, high=2)}
+    if name == "ElectraForPreTraining":
+        return call | {"labels": draw(BATCH, LENGTH, low=0, high=2)}
     if "ForPreTraining" in name:
         pair = "next_sentence_label" if name.startswith("Bert") else "sentence_order_label"
         return call | {"labels": labels, pair: draw(BATCH, low=0, high=2)}

@@ -55,7 +55,8 @@ def test_outputs_have_this_release_s_names(name):
                 assert type(value) is type(seen[key]), key
 
 
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "ModernBertForMaskedLM",
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "CamembertModel",
+                                  "ElectraForPreTraining", "MPNetForMaskedLM", "ModernBertForMaskedLM",
                                   "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BartForConditionalGeneration",
                                   "MarianMTModel", "MBartForConditionalGeneration",
                                   "T5ForConditionalGeneration"])  # fmt: skip
