@@ -445,7 +445,11 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
             qkv = qkv.unflatten(-1, (3, *heads))
             out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
             return out.flatten(-2)
-        q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split(sizes, -2)
+        qkv = qkv.unflatten(-1, (-1, spec.head_dim))
+        q, k, v = qkv.split(sizes, -2)
+        if placed and w.query_norm is None:  # side by side they are rotated by one call
+            both = call.rotary_of(index)(qkv[..., : -sizes[2], :], spec.rotary_interleaved)  # type: ignore[misc]
+            (q, k), placed = both.split(sizes[:2], -2), False
     elif first_only and not placed:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
@@ -455,7 +459,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
         q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in found)
     if placed:
         q, k = _placed(w, q, k, call, index)
-    if first_only and (w.qkv is not None or placed):
+    if first_only and (w.qkv is not None or call.rotary is not None or w.query_norm is not None):
         q = packing.first(q) if packing.index is not None else q[:, :1]
     if packing.index is not None:
         if past_key_values is not None:
