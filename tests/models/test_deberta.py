@@ -49,6 +49,7 @@ def test_padding_that_is_read(changes, pair, make_mask, ids):
     with transformer_fast.compute_padding(True):
         outputs[0] = models[0](ids, attention_mask=mask)
     compare(*outputs, None, ("logits",))
+    assert models[0](ids, attention_mask=torch.zeros_like(mask)).logits.shape == (*ids.shape, 4)
 
 
 @pytest.mark.parametrize("kind", ["one label", "some below 0", "all below 0", "shares"])

@@ -68,12 +68,18 @@ class Disentangled:
             return self.packing.pack(out).flatten(-2)
         if self._groups is None:
             return _attend(q, k, v, keys, queries, scale, p, None, None).flatten(-2)
+        if not self._groups:  # no token anywhere
+            return q.flatten(-2)
         sizes = [b * s for (b, s), *_ in self._groups]
         parts = zip(*(t.index_select(0, self._rows).split(sizes) for t in (q, k, v)))  # type: ignore[arg-type]
         found = []
         for group, rows in zip(self._groups, parts):
-            padded = (t.unflatten(0, group.shape) for t in rows)
-            found.append(_attend(*padded, keys, queries, scale, p, group.lengths, group.mask).flatten(0, 1))
+            padded = [t.unflatten(0, group.shape) for t in rows]
+            found.append(
+                _attend(padded[0], padded[1], padded[2], keys, queries, scale, p, group.lengths, group.mask).flatten(
+                    0, 1
+                )
+            )
         return torch.cat(found).index_select(0, self._order).flatten(-2)  # type: ignore[arg-type]
 
     def _of_distances(self, w: LayerWeights, table, heads, scale: float):
@@ -83,7 +89,8 @@ class Disentangled:
         if self.last is not None:  # of short sequences few rows are read
             table = table[self.first : self.last + 1]
         rows = ops.dropout(table, dropout_p(w.position_dropout))
-        places, found = self.places - self.first, []
+        places = self.places - self.first
+        found: list[torch.Tensor | None] = []
         for module, order in ((w.position_key, places.flip(0)), (w.position_query, places)):
             if module is None:
                 found.append(None)

@@ -50,6 +50,7 @@ class EncoderBase(ModelMixin):
     _slots: SlotTable
     config: Any
     embeddings: Any
+    get_input_embeddings: Any
 
     def _spec(self, causal: bool) -> TransformerSpec:
         config = self.config
