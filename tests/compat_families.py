@@ -29,10 +29,22 @@ CONFIGS = {
         "max_position_embeddings": 40,
     }),
     "albert": ("AlbertConfig", _BERT | {"embedding_size": 16, "classifier_dropout_prob": 0.0}),
+    "roberta": ("RobertaConfig", _BERT | {"pad_token_id": 0}),
+    "xlm_roberta": ("XLMRobertaConfig", _BERT),
+    "camembert": ("CamembertConfig", _BERT),
+    "electra": ("ElectraConfig", _BERT | {"embedding_size": 16, "summary_last_dropout": 0.0}),
+    "mpnet": ("MPNetConfig", _BERT),
+    "modernbert": ("ModernBertConfig", {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 24, "max_position_embeddings": 40, "local_attention": 4, "global_attn_every_n_layers": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+        "initializer_range": 0.3,
+    }),
     "gpt2": ("GPT2Config", _IDS | _GPT),
     "openai_gpt": ("OpenAIGPTConfig", {"vocab_size": VOCABULARY, "pad_token_id": 0} | _GPT),
     "bart": ("BartConfig", _BART),
     "marian": ("MarianConfig", _BART | {"scale_embedding": True, "activation_function": "swish"}),
+    "mbart": ("MBartConfig", _BART),
     "t5": ("T5Config", {
         "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
         "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0,
@@ -41,14 +53,16 @@ CONFIGS = {
     }),
 }  # fmt: skip
 CLASSES = {name: family for family in CONFIGS for name in _EXPORTS[f"models.{family}"]}
-SEQ2SEQ = ("bart", "marian", "t5")
-_ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "MarianForCausalLM")
+BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")  # decoders where the configuration says so
+SEQ2SEQ = ("bart", "marian", "mbart", "t5")
+_ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification", "BartForCausalLM", "MarianForCausalLM",
+              "MBartForCausalLM")  # fmt: skip
 
 
 def make_config(name: str, **changes):
     config_class, settings = CONFIGS[CLASSES[name]]
     labels = 2 if "QuestionAnswering" in name or name == "AlbertForPreTraining" else 3
-    decoder = {"is_decoder": True} if name == "BertLMHeadModel" else {}
+    decoder = {"is_decoder": True} if name.startswith(BERTS) and ("LMHead" in name or "CausalLM" in name) else {}
     return getattr(transformers, config_class)(**settings | {"num_labels": labels} | decoder | changes)
 
 
@@ -111,6 +125,8 @@ def make_inputs(name: str) -> dict[str, torch.Tensor]:
         return call | {"start_positions": draw(BATCH, low=0, high=2), "end_positions": draw(BATCH, low=0, high=4)}
     if "NextSentence" in name:
         return call | {"labels": draw(BATCH, low=0, high=2)}
+    if name == "ElectraForPreTraining":
+        return call | {"labels": draw(BATCH, LENGTH, low=0, high=2)}
     if "ForPreTraining" in name:
         pair = "next_sentence_label" if name.startswith("Bert") else "sentence_order_label"
         return call | {"labels": labels, pair: draw(BATCH, low=0, high=2)}

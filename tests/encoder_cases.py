@@ -6,11 +6,12 @@ from numerics import OUTPUT, assert_as_accurate
 
 VOCABULARY, WIDTH, BATCH, LENGTH = 99, 48, 12, 13
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "initializer_range": 0.15, "num_labels": 4}
+_BERT = {
+    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 _CONFIGS = {
-    "Bert": {
-        "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    },
+    "Bert": _BERT,
     "DistilBert": {
         "dim": WIDTH, "n_layers": 2, "n_heads": 3, "hidden_dim": 80, "dropout": 0.0, "attention_dropout": 0.0,
         "qa_dropout": 0.0, "seq_classif_dropout": 0.0,
@@ -19,7 +20,19 @@ _CONFIGS = {
         "hidden_size": WIDTH, "embedding_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
         "intermediate_size": 80, "classifier_dropout_prob": 0.0,
     },
+    "Roberta": _BERT,
+    "XLMRoberta": _BERT,
+    "Camembert": _BERT,
+    "Electra": _BERT | {"embedding_size": 24, "summary_last_dropout": 0.0},
+    "MPNet": _BERT,
+    "ModernBert": {
+        "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
+        "local_attention": 6, "global_attn_every_n_layers": 2, "global_rope_theta": 100.0, "local_rope_theta": 10.0,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    },
 }  # fmt: skip
+WITHOUT_POOLER = ("DistilBert", "Electra", "ModernBert")
+WITHOUT_SEGMENTS = ("DistilBert", "MPNet", "ModernBert")
 HEADS = {
     "Model": ("last_hidden_state", "pooler_output"),
     "ForPreTraining": ("prediction_logits", "seq_relationship_logits", "loss"),
@@ -39,10 +52,12 @@ def encoder_config(family: str, **changes):
 def outputs_of(name: str) -> tuple[str, ...]:
     """The outputs of a class that are compared."""
     family, head = split(name)
-    if name == "DistilBertModel":
+    if head == "Model" and family in WITHOUT_POOLER:
         return ("last_hidden_state",)
     if name == "AlbertForPreTraining":
         return ("prediction_logits", "sop_logits", "loss")
+    if name == "ElectraForPreTraining":
+        return ("logits", "loss")
     return HEADS[head]
 
 
@@ -59,7 +74,7 @@ def config_for(name: str, **changes):
 
 
 def segments_for(name: str, shape) -> dict:
-    return {} if split(name)[0] == "DistilBert" else {"token_type_ids": torch.randint(0, 2, shape)}
+    return {} if split(name)[0] in WITHOUT_SEGMENTS else {"token_type_ids": torch.randint(0, 2, shape)}
 
 
 def labels_for(name: str, mask: torch.Tensor | None, shape) -> dict:
@@ -72,6 +87,8 @@ def labels_for(name: str, mask: torch.Tensor | None, shape) -> dict:
         return {"start_positions": torch.randint(0, 4, (batch,)), "end_positions": torch.randint(0, length, (batch,))}
     if head == "Model":
         return {}
+    if name == "ElectraForPreTraining":
+        return {"labels": torch.randint(0, 2, shape)}
     labels = torch.randint(0, 4, shape).masked_fill(~real | (torch.rand(shape) < 0.4), -100)
     labels[0, 0] = 1
     pair = {"Bert": "next_sentence_label", "Albert": "sentence_order_label"}

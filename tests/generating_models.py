@@ -1,10 +1,11 @@
 """Small random models that generate decided tokens: Hugging Face's and ours with the same weights."""
 
 import torch
-from transformers import BartConfig, GPT2Config, MarianConfig, T5Config
+from transformers import BartConfig, GPT2Config, MarianConfig, MBartConfig, T5Config
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.models.marian.modeling_marian import MarianMTModel
+from transformers.models.mbart.modeling_mbart import MBartForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
 import transformer_fast as tf
@@ -55,6 +56,7 @@ _T5 = {
 SEQ2SEQ = {
     "bart": (BartForConditionalGeneration, BartConfig(**_BART)),
     "marian": (MarianMTModel, MarianConfig(**_BART, activation_function="swish")),
+    "mbart": (MBartForConditionalGeneration, MBartConfig(**_BART, forced_bos_token_id=7)),
     "t5": (T5ForConditionalGeneration, T5Config(**_T5)),
     "t5-v1.1": (
         T5ForConditionalGeneration, T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
@@ -68,7 +70,7 @@ def seq2seq_models(family: str, seed: int = 0, **options):
     cls, config = SEQ2SEQ[family]
     config = type(config)(**config.to_dict() | options)
     theirs, ours = cls(config).eval(), getattr(tf, cls.__name__)(config).eval()
-    if family in ("bart", "marian"):
+    if hasattr(theirs, "final_logits_bias"):
         theirs.final_logits_bias.normal_()
     if family == "t5-v1.1":
         torch.nn.init.normal_(theirs.lm_head.weight)

@@ -207,6 +207,7 @@ FAMILIES = {
         "head_bias": True,
         "embed_scale": 24**0.5,
     },
+    "mbart": {"embedding_norm": True, "cross": True, "activation": "gelu", "head_bias": True, "embed_scale": 24**0.5},
     "t5": {
         "rms": True,
         "bias": False,

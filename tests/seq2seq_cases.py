@@ -21,16 +21,19 @@ VARIANTS = {
     "T5 v1.1": ("T5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "Bart": ("Bart", {}),
     "Marian": ("Marian", {"scale_embedding": True, "activation_function": "swish"}),
+    "MBart": ("MBart", {"scale_embedding": True}),
 }
 HEADS = {
     "T5": ["Model", "ForConditionalGeneration", "EncoderModel", "ForSequenceClassification", "ForTokenClassification",
            "ForQuestionAnswering"],
     "Bart": ["Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQuestionAnswering", "ForCausalLM"],
     "Marian": ["Model", "MTModel", "ForCausalLM"],
+    "MBart": ["Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQuestionAnswering", "ForCausalLM"],
 }  # fmt: skip
 CASES = [(variant, head) for variant, (family, _) in VARIANTS.items() for head in HEADS[family]]
 GENERATORS = [("T5", "ForConditionalGeneration"), ("T5 v1.1", "ForConditionalGeneration"),
-              ("Bart", "ForConditionalGeneration"), ("Marian", "MTModel")]  # fmt: skip
+              ("Bart", "ForConditionalGeneration"), ("Marian", "MTModel"),
+              ("MBart", "ForConditionalGeneration")]  # fmt: skip
 
 
 def seq2seq_config(variant: str, **changes):

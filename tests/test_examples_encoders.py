@@ -292,3 +292,16 @@ def test_arguments(name, load, capsys, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as error:
             example.parse(["--checkpoint", "./nosuch"])
         assert error.value.code == 2 and "there is no folder './nosuch'" in capsys.readouterr().err
+
+
+def test_transformer_classifier(load, tmp_path, capsys):
+    module = load("transformer_classifier")
+    before, after = module.main(module.parse(["--output", str(tmp_path), "--epochs", "8"]))
+    assert before < 0.75 < after
+    assert f"{before:.1%} -> {after:.1%}" in capsys.readouterr().out
+    for name in ("learning_curve.png", "heads.png", "positions.png"):
+        assert is_picture(tmp_path / name)
+    model = module.Classifier(20, 8, 2, 0.0).eval()
+    row = torch.randint(1, 20, (1, 6))
+    padded = torch.nn.functional.pad(row, (0, 3))  # padding changes nothing
+    torch.testing.assert_close(model(padded)[0], model(row)[0])

@@ -135,8 +135,10 @@ def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tenso
     mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
     inputs = {"attention_mask": mask}
     for name in rows[0]:
-        fill = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0
-        inputs[name] = torch.tensor([r[name] + [fill] * (longest - len(r[name])) for r in rows])
+        fill: Any = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+        if isinstance(rows[0][name][0], (list, tuple)):  # ELMo's words are lists of characters
+            fill = [fill] * len(rows[0][name][0])
+        inputs[name] = torch.tensor([list(r[name]) + [fill] * (longest - len(r[name])) for r in rows])
     inputs = {name: t.to(base.device) for name, t in inputs.items()}
     if indices == (-1,):
         return base(**inputs).last_hidden_state, inputs["attention_mask"]

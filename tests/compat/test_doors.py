@@ -6,13 +6,11 @@ import pytest
 import torch
 import transformers
 from compat_families import make_pair
-from hf_models import TEXT, batch, exact_norms, run, truth
+from hf_models import SEQ2SEQ, TEXT, batch, exact_norms, run, truth
 from numerics import OUTPUT, assert_as_accurate
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import transformer_fast
-
-SEQ2SEQ = ("t5", "bart", "marian")
 
 
 @pytest.mark.parametrize("name", TEXT)

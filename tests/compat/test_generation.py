@@ -9,8 +9,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 import transformer_fast as tf
 from transformer_fast._transformers import CACHE_NAME
 
-DECODERS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "BartForCausalLM", "MarianForCausalLM")
-SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel")
+DECODERS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "BartForCausalLM", "MarianForCausalLM",
+            "MBartForCausalLM")  # fmt: skip
+SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
+           "MBartForConditionalGeneration")  # fmt: skip
 METHODS = {
     "greedy": {},
     "beams": {"num_beams": 3},

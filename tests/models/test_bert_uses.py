@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import torch
 import transformers
+from encoder_cases import encoder_config
 from numerics import GRADIENT, assert_as_accurate
 from transformers import BertTokenizer
 
@@ -21,6 +22,9 @@ def tokenizer(tmp_path):
     return BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
 
 
+DECODERS = {"Bert": "BertLMHeadModel", "Roberta": "RobertaForCausalLM", "Electra": "ElectraForCausalLM"}
+
+
 def decoder(bert_config, **changes):
     return bert_config(is_decoder=True, **changes)
 
@@ -28,16 +32,18 @@ def decoder(bert_config, **changes):
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", ["none", "right", "holes"])
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_decoder(kind, use_cache, bert_config, pair, make_mask, ids):
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoder(family, kind, use_cache, pair, make_mask, ids):
+    name, config = DECODERS[family], encoder_config(family, is_decoder=True)
     mask = make_mask(kind)
     if kind == "holes":
         mask[:, 0] = 1
-    outputs = [m(ids, attention_mask=mask, use_cache=use_cache) for m in pair("BertLMHeadModel", decoder(bert_config))]
+    outputs = [m(ids, attention_mask=mask, use_cache=use_cache) for m in pair(name, config)]
     ours, theirs, truth = outputs
     assert list(ours.keys()) == list(theirs.keys())
     parts = [o.logits if mask is None else o.logits[mask.bool()] for o in (ours, truth, theirs)]
     assert_as_accurate(*parts)
-    kept = pair("BertLMHeadModel", decoder(bert_config))[0]
+    kept = pair(name, config)[0]
     assert torch.equal(kept(ids, logits_to_keep=2).logits, kept(ids).logits[:, -2:])
 
 
@@ -56,10 +62,10 @@ def test_decoder_loss(labels_on, kind, bert_config, pair, make_mask, ids):
 
 
 @pytest.mark.parametrize("kind", ["none", "right"])
-@pytest.mark.parametrize("attentions", [False, True])
-def test_cross_attention(kind, attentions, bert_config, pair, make_mask, ids):
+@pytest.mark.parametrize("family, attentions", [("Bert", False), ("Bert", True), ("Roberta", False), ("Electra", True)])
+def test_cross_attention(family, kind, attentions, pair, make_mask, ids):
     mask = make_mask(kind)
-    models = pair("BertModel", decoder(bert_config, add_cross_attention=True))
+    models = pair(f"{family}Model", encoder_config(family, is_decoder=True, add_cross_attention=True))
     states, seen = torch.randn(12, 7, 48), torch.ones(12, 7)
     seen[1, 3:] = 0
     outputs = [
@@ -84,19 +90,23 @@ def test_cross_attention_that_is_not_there(bert_config, ids):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "family, options",
     [
-        {},
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"cache_implementation": "static"},
+        ("Bert", {}),
+        ("Bert", {"use_cache": False}),
+        ("Bert", {"num_beams": 3}),
+        ("Bert", {"cache_implementation": "static"}),
+        ("Roberta", {}),
+        ("Roberta", {"num_beams": 3}),
+        ("Roberta", {"cache_implementation": "static"}),
+        ("Electra", {"num_beams": 3}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_generate(options, padded, bert_config, pair, ids):
+def test_generate(family, options, padded, pair, ids):
     """Greedy and beam search give the tokens that Hugging Face's model gives."""
-    ours, theirs, _ = pair("BertLMHeadModel", decoder(bert_config))
+    ours, theirs, _ = pair(DECODERS[family], encoder_config(family, is_decoder=True))
     theirs.set_attn_implementation("sdpa")
     prompt = ids[:3, :6]
     mask = torch.ones_like(prompt)

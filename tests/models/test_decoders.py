@@ -59,6 +59,17 @@ def compare(ours, theirs, truth, mask, names):
         assert_as_accurate(*parts, OUTPUT, name)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2"])
+def test_windows_over_padding_among_the_tokens(family):
+    """Distances count the padding between two tokens."""
+    models = decoder_cases.models(family, "Model")
+    ids, _ = decoder_cases.batch("none")
+    mask = ((torch.rand(ids.shape) < 0.6) | (torch.arange(ids.shape[1]) == 0)).long()
+    with torch.no_grad():
+        compare(*(m(ids, attention_mask=mask) for m in models), mask, ("last_hidden_state",))
+
+
 @pytest.mark.parametrize("padding, dtype", CASES)
 @pytest.mark.parametrize("family, head", NAMES)
 def test_outputs(family, head, padding, dtype):

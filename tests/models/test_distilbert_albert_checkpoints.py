@@ -1,4 +1,4 @@
-"""DistilBERT's and ALBERT's checkpoints travel between Hugging Face and this package bit for bit, and are trained."""
+"""Checkpoints of the encoders beside BERT travel between Hugging Face and this package bit for bit, and are trained."""
 
 import json
 
@@ -11,8 +11,10 @@ import transformer_fast
 
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
          "ForMultipleChoice"]  # fmt: skip
-FAMILIES = ["DistilBert", "Albert"]
-NAMES = [*(f"{family}{head}" for family in FAMILIES for head in HEADS), "AlbertForPreTraining"]
+FAMILIES = ["DistilBert", "Albert", "Roberta", "XLMRoberta", "Camembert", "Electra", "MPNet", "ModernBert"]
+NAMES = [*(f"{family}{head}" for family in FAMILIES for head in HEADS), "AlbertForPreTraining",
+         "ElectraForPreTraining", "ElectraForCausalLM", "RobertaForCausalLM", "XLMRobertaForCausalLM",
+         "CamembertForCausalLM"]  # fmt: skip
 
 
 def same_weights(a, b) -> None:
@@ -44,28 +46,28 @@ def test_new_heads_sizes_and_dtypes(family, ids, tmp_path):
     classes = getattr(transformer_fast, f"{family}ForSequenceClassification")
     model, info = classes.from_pretrained(tmp_path, num_labels=7, dtype=torch.bfloat16, output_loading_info=True)
     assert model.dtype == torch.bfloat16 and model(ids).logits.shape == (12, 7)
-    assert {"classifier.weight", "classifier.bias"} <= set(info["missing_keys"])
-    assert all("classifier" in key for key in info["missing_keys"])
+    assert info["missing_keys"] and all("classifier" in key or key.startswith("head.") for key in info["missing_keys"])
     model.save_pretrained(tmp_path / "seven")
     with pytest.raises(ValueError, match=r"classifier.* is \(7,.*wanted \(2"):
         classes.from_pretrained(tmp_path / "seven", num_labels=2)
     other = classes.from_pretrained(tmp_path / "seven", num_labels=2, ignore_mismatched_sizes=True)
     assert other(ids).logits.shape == (12, 2)
-    embeddings = [m.embeddings.word_embeddings.weight for m in (other.base_model, base)]
+    embeddings = [m.get_input_embeddings().weight for m in (other.base_model, base)]
     assert torch.equal(embeddings[0].bfloat16(), embeddings[1].bfloat16())
 
 
 @pytest.mark.parametrize(
     "family, changes",
     [("DistilBert", {"n_layers": 3}), ("Albert", {"num_hidden_groups": 3}), ("DistilBert", {"hidden_dim": 96}),
-     ("Albert", {"intermediate_size": 96})],
+     ("Albert", {"intermediate_size": 96}), ("Electra", {"num_hidden_layers": 3}),
+     ("MPNet", {"relative_attention_num_buckets": 40}), ("ModernBert", {"norm_bias": True})],
     ids=str,
 )  # fmt: skip
 def test_a_configuration_that_asks_for_other_weights(family, changes, tmp_path):
     getattr(transformers, f"{family}Model")(encoder_config(family)).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    missing = "n_layers" in changes or "num_hidden_groups" in changes
+    missing = bool({"n_layers", "num_hidden_layers", "num_hidden_groups", "norm_bias"} & set(changes))
     with pytest.raises(ValueError, match="lacks .* weights" if missing else "shapes in the checkpoint differ"):
         getattr(transformer_fast, f"{family}Model").from_pretrained(tmp_path)
 
@@ -102,7 +104,7 @@ def test_resized_embeddings(family, pair, ids, tmp_path):
     same_weights(getattr(transformers, name).from_pretrained(tmp_path), ours)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["DistilBert", "Albert", "MPNet"])
 def test_trainer(family, pair, tmp_path):
     """Three steps of HF's Trainer end where they end with HF's model."""
     from transformers import Trainer, TrainingArguments

@@ -41,10 +41,14 @@ FAMILIES = {
         lambda: hf.DistilBertConfig(vocab_size=80, dim=64, n_layers=2, n_heads=4, hidden_dim=144),
     ),
     "albert": ("AlbertForMaskedLM", lambda: hf.AlbertConfig(**_WIDE, embedding_size=64)),
+    "roberta": ("RobertaForMaskedLM", lambda: hf.RobertaConfig(**_WIDE)),
+    "electra": ("ElectraForMaskedLM", lambda: hf.ElectraConfig(**_WIDE, embedding_size=128)),
+    "mpnet": ("MPNetForMaskedLM", lambda: hf.MPNetConfig(**_WIDE)),
     "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**_GPT, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
     "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: hf.OpenAIGPTConfig(**_GPT)),
     "bart": ("BartForConditionalGeneration", lambda: hf.BartConfig(**_SEQ2SEQ)),
     "marian": ("MarianMTModel", lambda: hf.MarianConfig(**_SEQ2SEQ, activation_function="swish")),
+    "mbart": ("MBartForConditionalGeneration", lambda: hf.MBartConfig(**_SEQ2SEQ)),
     "t5": ("T5ForConditionalGeneration", lambda: hf.T5Config(**_T5)),
     "t5-v1.1": (
         "T5ForConditionalGeneration",
@@ -58,7 +62,7 @@ FAMILIES = {
         ),
     ),
 }  # fmt: skip
-GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "t5", "t5-v1.1", "transformer")
+GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "mbart", "t5", "t5-v1.1", "transformer")
 
 
 def _model(family: str):

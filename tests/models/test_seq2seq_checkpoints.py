@@ -1,4 +1,4 @@
-"""T5, BART and Marian checkpoints travel between Hugging Face and this package bit for bit."""
+"""Checkpoints of encoder-decoders travel between Hugging Face and this package bit for bit."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from numerics import assert_as_accurate
-from seq2seq_cases import CASES, VARIANTS, VOCABULARY, make_inputs, make_labels, real_parts, seq2seq_config
+from seq2seq_cases import CASES, GENERATORS, VARIANTS, VOCABULARY, make_inputs, make_labels, real_parts, seq2seq_config
 
 import transformer_fast
 
@@ -94,12 +94,9 @@ def test_separate_vocabularies(name, tmp_path):
         assert ours(**call).logits.shape[-1] == theirs(**call).logits.shape[-1] == 80
 
 
-@pytest.mark.parametrize("variant", ["T5", "Bart", "Marian"])
-def test_vocabularies_grow(variant):
-    name = {"T5": "T5ForConditionalGeneration", "Bart": "BartForConditionalGeneration", "Marian": "MarianMTModel"}[
-        variant
-    ]
-    model = getattr(transformer_fast, name)(seq2seq_config(variant)).eval()
+@pytest.mark.parametrize("variant, head", GENERATORS)
+def test_vocabularies_grow(variant, head):
+    model = getattr(transformer_fast, class_name(variant, head))(seq2seq_config(variant)).eval()
     call = make_inputs("ForConditionalGeneration", "right")
     before, truth = model(**call).logits, copy.deepcopy(model).double()(**call).logits
     model.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False)
@@ -124,6 +121,12 @@ def test_vocabularies_grow(variant):
         ("Bart", "AutoModelForSequenceClassification", "ForSequenceClassification"),
         ("Bart", "AutoModelForQuestionAnswering", "ForQuestionAnswering"),
         ("Bart", "AutoModelForCausalLM", "ForCausalLM"),
+        ("MBart", "AutoModel", "Model"),
+        ("MBart", "AutoModelForSeq2SeqLM", "ForConditionalGeneration"),
+        ("MBart", "AutoModelForMaskedLM", "ForConditionalGeneration"),
+        ("MBart", "AutoModelForSequenceClassification", "ForSequenceClassification"),
+        ("MBart", "AutoModelForQuestionAnswering", "ForQuestionAnswering"),
+        ("MBart", "AutoModelForCausalLM", "ForCausalLM"),
         ("Marian", "AutoModel", "Model"),
         ("Marian", "AutoModelForSeq2SeqLM", "MTModel"),
         ("Marian", "AutoModelForCausalLM", "ForCausalLM"),

@@ -1,4 +1,4 @@
-"""Outputs and gradients of T5, BART and Marian are Hugging Face's, on every row of ragged batches."""
+"""Outputs and gradients of the encoder-decoders are Hugging Face's, on every row of ragged batches."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from seq2seq_cases import (
     BATCH,
     CASES,
     END,
+    GENERATORS,
+    HEADS,
     SOURCE,
     TARGET,
     VOCABULARY,
@@ -25,7 +27,7 @@ from seq2seq_cases import (
 import transformer_fast
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-BASES = [("T5", "Model"), ("Bart", "Model"), ("Marian", "Model")]
+BASES = [(family, "Model") for family in HEADS]
 
 
 def compare(parts, names=None):
@@ -63,6 +65,21 @@ def test_gradients(variant, head, kind, dtype, pair):
     if dtype == F32:
         for name in theirs:
             assert_as_accurate(ours[name], truth[name], theirs[name], GRADIENT, name)
+
+
+@pytest.mark.parametrize("variant, head", [*GENERATORS, ("Bart", "Model"), ("MBart", "Model")])
+def test_decoder_input_ids_that_the_model_makes(variant, head, pair):
+    """Of labels, or of the encoder's own tokens."""
+    models = make_models(pair, variant, head)
+    call = {"input_ids": torch.randint(3, VOCABULARY, (BATCH, SOURCE))}
+    if head != "Model":
+        call["labels"] = torch.randint(3, VOCABULARY, (BATCH, TARGET)).masked_fill(
+            torch.rand(BATCH, TARGET) < 0.3, -100
+        )
+        call["labels"][:, 0] = 7
+        made, wanted = (m.prepare_decoder_input_ids_from_labels(call["labels"]) for m in models[:2])
+        assert torch.equal(made, wanted)
+    compare([{"out": m(**call)["last_hidden_state" if head == "Model" else "logits"]} for m in models])
 
 
 @pytest.mark.quick
@@ -128,7 +145,7 @@ def test_embeddings_encoder_outputs_and_tuples(variant, head, pair):
 def test_full_masks(shape, variant, head, pair):
     models = (
         make_models(pair, variant, head, decoder_attention_heads=3)
-        if variant != "T5"
+        if "T5" not in variant
         else make_models(pair, variant, head)
     )
     call = make_inputs(head, "none", None)
@@ -172,7 +189,7 @@ def test_gradient_checkpointing(variant, head, reentrant, pair):
     assert_as_accurate(found[2], found[0], found[1], GRADIENT)
 
 
-@pytest.mark.parametrize("variant", ["Bart", "Marian"])
+@pytest.mark.parametrize("variant", ["Bart", "Marian", "MBart"])
 def test_layers_are_dropped_as_hugging_face_drops_them(variant, pair):
     settings = {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.4, "encoder_layers": 4, "decoder_layers": 4}
     models = [m.train() for m in make_models(pair, variant, "Model", **settings)]

@@ -1,4 +1,4 @@
-"""What people do with T5, BART and Marian: translate, summarise, train."""
+"""What people do with encoder-decoders: translate, summarise, train."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_generate_goes_on_from_given_tokens(variant, head, pair):
     assert_as_accurate(outputs[0], outputs[2], outputs[1])
 
 
-@pytest.mark.parametrize("variant", ["Bart", "Marian"])
+@pytest.mark.parametrize("variant", ["Bart", "Marian", "MBart"])
 def test_the_decoder_alone(variant, pair):
     """A language model, and with somebody else's encoder states."""
     ours, theirs, truth = make_models(pair, variant, "ForCausalLM")

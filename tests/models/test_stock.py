@@ -28,6 +28,9 @@ CONFIGS = {
     "AlbertForMaskedLM": lambda: transformers.AlbertConfig(
         embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **SIZES
     ),
+    "ModernBertForMaskedLM": lambda: transformers.ModernBertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, local_attention=4, **SIZES
+    ),
     "GPT2LMHeadModel": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=40, **SIZES),
     # relu: HF makes this family's others at import, of classes that a second import of transformers replaces.
     "OpenAIGPTLMHeadModel": lambda: transformers.OpenAIGPTConfig(
@@ -52,7 +55,8 @@ CONFIGS = {
 }  # fmt: skip
 LAYERS = {
     "BertForSequenceClassification": "bert.encoder.layer", "DistilBertForMaskedLM": "distilbert.transformer.layer",
-    "AlbertForMaskedLM": "albert.encoder.albert_layer_groups", "GPT2LMHeadModel": "transformer.h",
+    "ModernBertForMaskedLM": "model.layers", "AlbertForMaskedLM": "albert.encoder.albert_layer_groups",
+    "GPT2LMHeadModel": "transformer.h",
     "OpenAIGPTLMHeadModel": "transformer.h", "LlamaForCausalLM": "model.layers",
     "BartForConditionalGeneration": "model.encoder.layers",
     "MarianMTModel": "model.decoder.layers", "T5ForConditionalGeneration": "decoder.block",

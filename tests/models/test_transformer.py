@@ -10,7 +10,7 @@ from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
 import transformer_fast as tf
 from transformer_fast.backends import native
 from transformer_fast.generation.native_step import NativeStepper
-from transformer_fast.models._sinusoids import sinusoids
+from transformer_fast.layers import sinusoids
 
 LENGTHS = (9, 4, 1, 7)
 SMALL = {

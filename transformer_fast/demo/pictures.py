@@ -1,4 +1,4 @@
-"""The demo's pictures: attention of chosen heads, and times."""
+"""Pictures: attention of chosen heads, times, sinusoidal positions."""
 
 import pathlib
 
@@ -9,8 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ..benchmarks.timing import Timing
+from ..layers import sinusoids
 
-__all__ = ["attention_picture", "choose_heads", "timing_picture"]
+__all__ = ["attention_picture", "choose_heads", "positions_picture", "timing_picture"]
 
 COLOURS = {"transformer_fast": "#c0392b"}
 
@@ -66,6 +67,26 @@ def timing_picture(timings: dict[str, Timing], lengths: list[int], padded: int, 
     right.set_xlabel("tokens in a sentence")
     right.set_ylabel("sentences")
     right.set_title(f"{sum(lengths):,} real tokens; padded in batches they are {padded:,}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def positions_picture(count: int, width: int, path: pathlib.Path) -> pathlib.Path:
+    """Left: sinusoids of `count` positions, a row each. Right: how alike positions are, from the first, the middle and
+    the last one: the products of their rows, over the largest."""
+    table = sinusoids(torch.arange(count), width)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    image = left.imshow(table.numpy(), cmap="RdBu", vmin=-1.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    left.set_xlabel("dimension")
+    left.set_ylabel("position")
+    figure.colorbar(image, ax=left, label="PE(position, dimension)")
+    alike = table @ table.T / (width / 2)
+    for position in (0, count // 2, count - 1):
+        right.plot(alike[position].numpy(), label=f"from position {position}")
+    right.set_xlabel("position")
+    right.set_ylabel("product of the two rows / (width / 2)")
+    right.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -63,8 +63,9 @@ class ModelStepper:
             self._mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
             self._mask = self._per_row(self._mask)
         self._position = None
+        columns = getattr(self.model, "_positions_are_columns", True)  # where a model is given no positions
         if positions is not None and (
-            self._mask is not None or not bool((positions[:, -1:] == length - 1).all())
+            not columns or self._mask is not None or not bool((positions[:, -1:] == length - 1).all())
         ):  # fmt: skip
             self._position = self._per_row(positions[:, -1:].expand(len(prompt.input_ids), 1)) + 1
         self._type = None if types is None else self._per_row(types[:, -1:])

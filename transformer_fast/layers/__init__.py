@@ -3,13 +3,19 @@
 from .attention import MultiheadAttention
 from .encoder import Rotary, StackCall, encoder_layer, plan_call, run_layers
 from .packing import Packing, compute_padding, documents_of, plan_packing
+from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
+from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
 
 __all__ = [
+    "AdditiveAttention",
+    "DotProductAttention",
     "LayerWeights",
+    "MultiHeadAttention",
     "MultiheadAttention",
     "Packing",
     "Rotary",
+    "SinusoidalPositions",
     "SlotTable",
     "StackCall",
     "TransformerSpec",
@@ -19,4 +25,5 @@ __all__ = [
     "plan_call",
     "plan_packing",
     "run_layers",
+    "sinusoids",
 ]

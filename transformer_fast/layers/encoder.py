@@ -1,6 +1,6 @@
 """The encoder stack (also a decoder's without generation tricks): attention, feed-forward and norms, packed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,7 +9,14 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
-from .packing import Packing, padding_is_computed, plan_documents, plan_packing
+from .packing import (
+    Packing,
+    padding_is_computed,
+    plan_documents,
+    plan_packing,
+    positions_kept,
+    spread_in_use,
+)
 from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
@@ -52,13 +59,14 @@ class StackCall:
     encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
-    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys.
+    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
+    one for each layer where layers differ.
     """
 
     spec: TransformerSpec
     packing: Packing
     windowed: bool = True
-    rotary: "Rotary | None" = None
+    rotary: "Rotary | Sequence[Rotary] | None" = None
     mask: torch.Tensor | None = None
     causal: bool = False
     bottom_right: bool = False
@@ -71,6 +79,9 @@ class StackCall:
     attentions: dict[int, torch.Tensor] | None = None
     cross_attentions: dict[int, torch.Tensor] | None = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def rotary_of(self, index: int) -> "Rotary | None":
+        return self.rotary if self.rotary is None or isinstance(self.rotary, Rotary) else self.rotary[index]
 
 
 def plan_call(
@@ -98,9 +109,13 @@ def plan_call(
     position belongs to and that alone it sees; without attention_mask and cache only. read, read_first: see
     plan_packing.
     """
+    spread = spread_in_use()
     call = StackCall(
-        spec, Packing(batch, length), causal=spec.causal, relative_bias=relative_bias, encoder_states=encoder_states
-    )
+        spec, Packing(batch, length, spread=spread), causal=spec.causal, relative_bias=relative_bias,
+        encoder_states=encoder_states,
+    )  # fmt: skip
+    if spread is not None:
+        _check_spread(past_key_values, attentions)
     if attentions:
         call.attentions, call.cross_attentions = {}, {}
     if encoder_states is not None:
@@ -126,6 +141,16 @@ def plan_call(
     return call
 
 
+def _check_spread(past_key_values, attentions: bool) -> None:
+    if attentions:
+        raise NotImplementedError("output_attentions: wanted False under context_parallel, which keeps no weights")
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if not isinstance(seen, int) or seen:
+        raise NotImplementedError(
+            "past_key_values: a cache cannot be read under context_parallel; wanted none, so generate outside it"
+        )
+
+
 def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
     if not torch.compiler.is_compiling() and ops.concrete(documents) and call.attentions is None:
         call.packing = plan_documents(documents)
@@ -136,8 +161,11 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
 
 
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
-    if call.relative_bias is not None:  # what lies between two tokens keeps its place
-        read = _span(mask if read is None else mask | read)
+    if call.packing.spread is not None:  # all parts are of one length
+        call.mask = mask[:, None, None]
+        return
+    if call.relative_bias is not None or any(call.spec.windows):  # what lies between two tokens keeps its place
+        read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
     call.packing = plan_packing(mask, read, read_first)
@@ -168,9 +196,11 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
 
 def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
     states: Any = call.encoder_states
+    if call.packing.spread is not None:  # nothing was dropped
+        packing = None
     if packing is None and mask is not None:
         mask = _expand(mask, "encoder_attention_mask", states.shape[0], states.shape[1], states.device)
-        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or call.packing.spread is not None:
             call.encoder_mask = mask
             return
         if _all_stored(past_key_values):  # the states are not looked at
@@ -241,7 +271,7 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
         return
     if isinstance(seen, int) and keys == seen + length and call.attentions is None:
         call.bottom_right = True
-        call.causal = length > 1
+        call.causal = length > 1 or call.packing.spread is not None
         return
     seen_by = torch.arange(keys, device=device) <= (torch.arange(length, device=device) + seen)[:, None]
     call.mask = seen_by[None, None] if call.mask is None else call.mask & seen_by
@@ -288,6 +318,17 @@ def encoder_layer(
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
     the Transformer Architecture", 2020, for norm_position "pre".
     """
+    before = spread = call.packing.spread
+    if spread is not None:  # checkpointing calls again when the context may have been left
+        before = ops.parallel.set_current(spread)
+    try:
+        return _encoder_layer(w, x, call, index, first_only, past_key_values, encoder_states)
+    finally:
+        if spread is not None:
+            ops.parallel.set_current(before)
+
+
+def _encoder_layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_values, encoder_states):
     post = call.spec.norm_position == "post"
     normed = x if post else norm(w.attention_norm, x)
     block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None
@@ -370,11 +411,12 @@ def _cross_norm(w: LayerWeights) -> nn.Module:
 
 def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> torch.Tensor:
     if spec.gated:
-        gate = linear(w.gate, x)  # type: ignore[arg-type]
+        up = linear(w.up, x)
+        up, gate = up.chunk(2, -1) if w.gate is None else (up, linear(w.gate, x))
         if spec.activation is None:
-            inner = w.activation_fn(linear(w.up, x)) * gate  # type: ignore[misc]
+            inner = w.activation_fn(up) * gate  # type: ignore[misc]
         else:
-            inner = ops.bias_activation(linear(w.up, x), None, spec.activation, gate=gate)
+            inner = ops.bias_activation(up, None, spec.activation, gate=gate)
     else:
         inner = linear(w.up, x, spec.activation)
         if spec.activation is None:
@@ -412,7 +454,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
         found = projections([w.query, w.key, w.value], x, dtype)
         q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in found)
     if placed:
-        q, k = _placed(w, q, k, call)
+        q, k = _placed(w, q, k, call, index)
     if first_only and (w.qkv is not None or placed):
         q = packing.first(q) if packing.index is not None else q[:, :1]
     if packing.index is not None:
@@ -439,12 +481,13 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
     return out[:, 0] if first_only else out
 
 
-def _placed(w, q, k, call: StackCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _placed(w, q, k, call: StackCall, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys with the norms of their heads and their rotation."""
     if w.query_norm is not None:
         q, k = norm(w.query_norm, q), norm(w.key_norm, k)
-    if call.rotary is not None:
-        q, k = (call.rotary(t, call.spec.rotary_interleaved) for t in (q, k))
+    rotary = call.rotary_of(index)
+    if rotary is not None:
+        q, k = (rotary(t, call.spec.rotary_interleaved) for t in (q, k))
     return q, k
 
 
@@ -456,7 +499,7 @@ def _is_special(call: StackCall, index: int) -> bool:
 
 def _window(call: StackCall, index: int) -> tuple[int, int | None] | None:
     window = call.spec.window_of(index) if call.windowed else None
-    return None if window is None else (window - 1, None)
+    return None if window is None else (window - 1, None if call.spec.causal else window - 1)
 
 
 def _packed_attention(q, k, v, call: StackCall, index, first_only, p):
@@ -535,6 +578,7 @@ def _weighted(
         seen = every.tril(shift) if seen is None else seen & every.tril(shift)
     if window is not None:
         near = every.triu(shift - window[0])
+        near = near if window[1] is None else near.tril(shift + window[1])
         seen = near if seen is None else seen & near
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)

@@ -17,14 +17,16 @@ class TransformerSpec:
     norm_position: "post" (x = norm(x + f(x)): Vaswani et al., 2017, BERT) or "pre" (x = x + f(norm(x)): GPT-2, T5).
         The kind of norm and its eps are the norm modules' own.
     activation: a name that ops.bias_activation knows, or None to call the module in the slot `activation_fn`.
-    gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`.
+    gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`; without that
+        slot `up` makes both, side by side (ModernBERT).
     clamp_float16: float16 states that overflowed become the largest numbers again: after each residual sum when
         norms come before, at the end of the layer when they come after.
     scale_by_layer: divides layer i's scale by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx).
     key_heads: heads of keys and values, each shared by num_heads / key_heads of queries; None: num_heads.
     parallel: x + attention(norm(x)) + feed_forward(output_norm(x)) (GPT-J, GPT-NeoX, Phi); norm_position "pre" alone.
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); 0 for none.
-    windows: how many keys the queries of each layer see, their own too, None for all; () for all in all layers.
+    windows: how many keys the queries of each layer see, their own and those before it, None for all; () for all in
+        all layers. Where it is not causal they see as many after it.
     rotary_interleaved: which columns are a pair, see ops.rotary_embedding.
     """
 

@@ -1,17 +1,42 @@
-"""What BART and Marian share: the layers, named alike in both, and the forward methods of the stacks and heads."""
+"""What BART and the families that followed it share: the layers, named alike in all, the two ways to begin a stack, and
+the forward methods of the stacks and heads."""
 
 from typing import Any
 
 import torch
 
 from ..generation import StepDescription
-from ..layers import SlotTable, TransformerSpec
+from ..layers import Packing, SlotTable, TransformerSpec
+from ..layers.embeddings import embed
+from ..layers.projection import norm
 from ._base import Want, activation_name
 from ._heads import is_labelled
 from ._layer import Layer
-from ._seq2seq import CausalLMHead, DecoderInputs, LMHead, Seq2SeqBase, StackBase, describe_decoder
+from ._seq2seq import (
+    CausalLMHead,
+    ClassificationHead,
+    DecoderInputs,
+    LMHead,
+    QuestionHead,
+    Seq2SeqBase,
+    StackBase,
+    describe_decoder,
+)
 
-__all__ = ["BartCausalLM", "BartDecoderBase", "BartEncoderBase", "BartLMHead", "BartLayer", "BartSeq2Seq", "SLOTS"]
+__all__ = [
+    "BartCausalLM",
+    "BartClassification",
+    "BartDecoderBase",
+    "BartEncoderBase",
+    "BartLMHead",
+    "BartLayer",
+    "BartQuestion",
+    "BartSeq2Seq",
+    "LearnedPositions",
+    "SLOTS",
+    "ScalesGivenEmbeddings",
+    "SinusoidalPositions",
+]
 
 SLOTS = SlotTable(
     query="self_attn.q_proj",
@@ -42,8 +67,12 @@ class BartLayer(Layer):
 
 
 class _BartStack(StackBase):
+    """_pre_norm: norms stand before the sublayers, and one more, `layer_norm`, after the last layer."""
+
     layers: Any
     embed_positions: Any
+    layer_norm: Any
+    _pre_norm = False
 
     def _layers(self):
         return self.layers
@@ -56,9 +85,83 @@ class _BartStack(StackBase):
             num_heads=heads,
             head_dim=self.config.d_model // heads,
             causal=causal,
+            norm_position="pre" if self._pre_norm else "post",
             activation=activation_name(self.config.activation_function),
             clamp_float16=clamp_float16,
         )
+
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
+        return norm(self.layer_norm, rows) if self._pre_norm else rows
+
+    def _step_parts(self) -> dict[str, Any]:
+        return {"position": self.embed_positions, "final_norm": self.layer_norm if self._pre_norm else None}
+
+
+class LearnedPositions:
+    """Before a stack: norm(word + learned position), as BART begins."""
+
+    embed_tokens: Any
+    embed_positions: Any
+    layernorm_embedding: Any
+    dropout: float
+    training: bool
+
+    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+        return embed(
+            packing, self.embed_tokens, self._positions, None, self.layernorm_embedding,
+            self.dropout if self.training else 0.0, input_ids=input_ids, inputs_embeds=inputs_embeds,
+            position_ids=None, segment_ids=None, past=past,
+        )  # fmt: skip
+
+    def _step_parts(self) -> dict[str, Any]:
+        return super()._step_parts() | {  # type: ignore[misc]
+            "position_offset": self.embed_positions.offset,
+            "embed_scale": getattr(self.embed_tokens, "embed_scale", 1.0),
+            "embedding_norm": self.layernorm_embedding,
+        }
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_positions(None, position_ids=ids)[0]
+
+    def _most_positions(self) -> int:
+        return self.embed_positions.num_embeddings - self.embed_positions.offset
+
+
+class SinusoidalPositions:
+    """Before a stack: scale * word + sinusoidal position, as Marian begins."""
+
+    embed_tokens: Any
+    embed_positions: Any
+    embed_scale: float
+    dropout: float
+    training: bool
+
+    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+        return embed(
+            packing, self._words, self._positions, None, None, self.dropout if self.training else 0.0,
+            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None, past=past,
+        )  # fmt: skip
+
+    def _step_parts(self) -> dict[str, Any]:
+        return super()._step_parts() | {"embed_scale": self.embed_scale}  # type: ignore[misc]
+
+    def _words(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(ids) * self.embed_scale
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_positions(None, position_ids=ids)
+
+    def _most_positions(self) -> int:
+        return self.embed_positions.num_embeddings
+
+
+class ScalesGivenEmbeddings(SinusoidalPositions):
+    """A decoder that scales inputs_embeds too, unlike its encoder."""
+
+    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds * self.embed_scale
+        return super()._embed(packing, input_ids, inputs_embeds, past)
 
 
 class BartEncoderBase(_BartStack):
@@ -125,7 +228,7 @@ class BartSeq2Seq(Seq2SeqBase):
             inputs_embeds, decoder_inputs_embeds, use_cache,
         )  # fmt: skip
         if self._starts_with_input:
-            given = given.starting_with(self.config, input_ids)  # type: ignore[attr-defined]
+            given = given.starting_with(self._shifted, input_ids)
         joined = self._join(given, want or Want(), kwargs)
         return joined if want is not None else self._joined_output(joined, kwargs)
 
@@ -154,7 +257,7 @@ class BartLMHead(LMHead):
             inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
         )  # fmt: skip
         if labels is not None:
-            given = given.starting_with(self.config, labels)
+            given = given.starting_with(self._shifted, labels)
         options = {k: v for k, v in kwargs.items() if k != "return_dict"}
         joined = self.model(**given._asdict(), want=Want(read=is_labelled(labels)), **options)
         return self._lm_output(joined, labels, self.final_logits_bias, kwargs)
@@ -187,3 +290,56 @@ class BartCausalLM(CausalLMHead):
 
     def step_description(self) -> StepDescription:
         return describe_decoder(self, self.model.decoder, self.lm_head, cross=False)  # type: ignore[arg-type]
+
+
+class BartClassification(ClassificationHead):
+    model: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        ends = self._check_ends(input_ids)
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
+            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
+        )  # fmt: skip
+        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
+        joined = self.model(**given._asdict(), want=Want(read=ends), **options)
+        return self._classification_output(joined, ends, labels, kwargs)
+
+
+class BartQuestion(QuestionHead):
+    model: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        scored = start_positions is not None and end_positions is not None
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
+            inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
+        )  # fmt: skip
+        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
+        joined = self.model(**given._asdict(), want=self._question_want(given, scored), **options)
+        return self._question_output(joined, start_positions, end_positions, kwargs)

@@ -64,9 +64,17 @@ class EncoderBase(ModelMixin):
         """The layer modules in the order they are called; one that is shared comes again."""
         raise NotImplementedError
 
+    def _positions(self, inputs: Inputs, past) -> torch.Tensor | None:
+        """(B or 1, S): each position's row of the table of positions; None for past, past + 1, ..."""
+        return inputs.position_ids
+
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
         """Between the embeddings and the first layer."""
         return rows
+
+    def _relative_bias(self) -> ops.RelativeBias | None:
+        """Added to the scores of every layer."""
+        return None
 
     def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
         """(B, E) of the first positions -> what heads on whole sequences read."""
@@ -80,7 +88,8 @@ class EncoderBase(ModelMixin):
         batch, length = source.shape[:2]
         flags = read_flags(config, kwargs, len(layers))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        _check(inputs, e, batch, length, past)
+        positions = self._positions(inputs, past)
+        _check(inputs, positions, e, batch, length, past)
         causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
         documents = None
         if inputs.attention_mask is None and past_key_values is None:
@@ -89,16 +98,16 @@ class EncoderBase(ModelMixin):
             self._spec(bool(getattr(config, "is_decoder", False) if causal is None else causal)),
             inputs.attention_mask, batch, length, source.device,
             past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
-            documents=documents, read=want.read, read_first=want.read_first or want.first_only,
-            attentions=flags.attentions,
+            relative_bias=self._relative_bias(), documents=documents, read=want.read,
+            read_first=want.read_first or want.first_only, attentions=flags.attentions,
         )  # fmt: skip
         rows = embed(
             call.packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None),
             e.LayerNorm, e.dropout, input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds,
-            position_ids=inputs.position_ids, segment_ids=inputs.token_type_ids, past=past,
+            position_ids=positions, segment_ids=inputs.token_type_ids, past=past,
         )  # fmt: skip
         whole = flags.hidden_states or flags.attentions or past_key_values is not None or documents is not None
-        first_only = want.first_only and not whole
+        first_only = want.first_only and not whole and call.packing.spread is None
         rows = run_layers(
             layers, self._project(rows), call,
             first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden,
@@ -113,16 +122,20 @@ def _activation(config) -> str | None:
     return activation_name(config.activation if hasattr(config, "activation") else config.hidden_act)
 
 
-def _check(inputs: Inputs, e: Any, batch: int, length: int, past) -> None:
-    positions = e.position_embeddings.num_embeddings
+def _check(inputs: Inputs, positions: torch.Tensor | None, e: Any, batch: int, length: int, past) -> None:
+    size = e.position_embeddings.num_embeddings
     for name, t in (("position_ids", inputs.position_ids), ("token_type_ids", inputs.token_type_ids)):
         if t is not None:
             check_integers(name, t, (batch, length))
     if inputs.position_ids is not None:
-        check_indices("position_ids", inputs.position_ids, positions, "config.max_position_embeddings")
-    elif isinstance(past, int) and past + length > positions:
+        check_indices("position_ids", inputs.position_ids, size, "config.max_position_embeddings")
+    elif positions is not None:
+        meaning = "config.max_position_embeddings; truncate the text: tokenizer(..., truncation=True)"
+        given = "input_ids" if inputs.inputs_embeds is None else "inputs_embeds"
+        check_indices(f"the positions of {given}", positions, size, meaning)
+    elif isinstance(past, int) and past + length > size:
         raise ValueError(
-            f"input_ids: {past + length} positions are past config.max_position_embeddings = {positions}; "
+            f"input_ids: {past + length} positions are past config.max_position_embeddings = {size}; "
             "truncate the text (tokenizer(..., truncation=True))"
         )
     if inputs.input_ids is not None:
@@ -133,7 +146,8 @@ def _check(inputs: Inputs, e: Any, batch: int, length: int, past) -> None:
 
 
 class VocabularyHead(NamedTuple):
-    """norm(act(x W + b)) W_vocabulary + b_vocabulary."""
+    """norm(act(x W + b)) W_vocabulary + b_vocabulary. activation: a module, of the configuration's activation; or the
+    name ops.linear knows one by, for a head that has its own whatever the configuration says."""
 
     dense: nn.Module
     activation: Any
@@ -156,11 +170,25 @@ class EncoderHeads(ModelMixin):
         """A layer of a head's own between pooling and classifier."""
         return pooled
 
+    def _score(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, E) -> (B, labels) of a head on whole sequences."""
+        rows = ops.dropout(self._before_classifier(pooled), dropout_p(self.dropout))  # type: ignore[attr-defined, arg-type]
+        return linear(self.classifier, rows)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the head on tokens makes of rows (..., E)."""
+        head = self.qa_outputs if hasattr(self, "qa_outputs") else self.classifier
+        return linear(head, ops.dropout(rows, dropout_p(getattr(self, "dropout", None))))
+
+    def _span_loss(self, start, end, start_positions, end_positions, kwargs: dict) -> torch.Tensor:
+        return span_loss(start, end, start_positions, end_positions)
+
     def _encode(self, inputs: Inputs, want: Want, kwargs: dict) -> Encoded:
         return self.base_model(**inputs.given(), want=want, **kwargs)
 
     def _transform(self, rows: torch.Tensor) -> torch.Tensor:
-        head, name = self._vocabulary_head(), _activation(self.config)
+        head = self._vocabulary_head()
+        name = head.activation if isinstance(head.activation, str) else _activation(self.config)
         rows = linear(head.dense, rows, name)
         return norm(head.norm, rows if name else head.activation(rows))
 
@@ -191,8 +219,7 @@ class EncoderHeads(ModelMixin):
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:
         encoded = self._encode(inputs, Want(first_only=True), kwargs)
-        rows = ops.dropout(self._before_classifier(encoded.pooled), dropout_p(self.dropout))  # type: ignore[attr-defined, arg-type]
-        return linear(self.classifier, rows), encoded
+        return self._score(encoded.pooled), encoded  # type: ignore[arg-type]
 
     def _classify_sequences(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
         logits, encoded = self._pooled_logits(inputs, kwargs)
@@ -212,8 +239,7 @@ class EncoderHeads(ModelMixin):
     def _classify_tokens(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
         labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
-        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
-        logits = encoded.packing.unpack(linear(self.classifier, rows))
+        logits = encoded.packing.unpack(self._logits(encoded.rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
@@ -225,11 +251,10 @@ class EncoderHeads(ModelMixin):
         if scored and source is not None:
             read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
         encoded = self._encode(inputs, Want(read=read), kwargs)
-        rows = ops.dropout(encoded.rows, dropout_p(getattr(self, "dropout", None)))
-        logits = linear(self.qa_outputs, rows)
+        logits = self._logits(encoded.rows)
         logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
         start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
-        loss = span_loss(start, end, start_positions, end_positions) if scored else None
+        loss = self._span_loss(start, end, start_positions, end_positions, kwargs) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
         )

@@ -66,3 +66,23 @@ def labelled_without_types(hf_class: type[torch.nn.Module], compute: Callable) -
         return compute(self, inputs, labels, kwargs)
 
     return forward
+
+
+def spans_without_types(hf_class: type[torch.nn.Module]) -> Callable:
+    """`spans` as DistilBERT has it: no token types, and position_ids last."""
+
+    @public_forward(hf_class.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return EncoderHeads._find_spans(self, inputs, start_positions, end_positions, kwargs)
+
+    return forward

@@ -1,9 +1,12 @@
 """Heads on packed rows: logits and losses as HF defines them, computed where they are read."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
 from ..layers import Packing
 from ..layers.projection import linear
 
@@ -70,9 +73,9 @@ def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, packing: Packing) 
 
 
 def masked_lm(
-    decoder: nn.Module, rows: torch.Tensor, packing: Packing, labels: torch.Tensor | None
+    decoder: nn.Module, rows: torch.Tensor, packing: Packing, labels: torch.Tensor | None, score: Any = F.cross_entropy
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(cross entropy over the labelled positions or None, logits (B, S, V)).
+    """(cross entropy over the labelled positions or None, logits (B, S, V)). score(logits, labels): a family's own.
 
     In training the logits of labelled and other positions are made apart, so the loss's gradient passes through the
     labelled ones alone; the others still carry theirs to whoever uses the logits.
@@ -82,13 +85,13 @@ def masked_lm(
     _check_labels("labels", labels, (packing.batch, packing.length))
     if torch.compiler.is_compiling():  # how many are labelled is not known while a graph is made
         logits = packing.unpack(linear(decoder, rows))
-        return F.cross_entropy(logits.flatten(0, 1), labels.to(rows.device).flatten()), logits
+        return score(logits.flatten(0, 1), labels.to(rows.device).flatten()), logits
     labels = packing.pack(labels.to(rows.device))
     rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
     chosen = labels != IGNORE
     labelled, others = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
     scores = linear(decoder, rows.index_select(0, labelled))
-    loss = F.cross_entropy(scores, labels.index_select(0, labelled))
+    loss = score(scores, labels.index_select(0, labelled))
     rest = linear(decoder, rows.index_select(0, others))
     to, vocabulary = packing.index, scores.shape[-1]
     out = scores.new_zeros(packing.batch * packing.length, vocabulary)
@@ -134,6 +137,7 @@ def classification_loss(config, logits: torch.Tensor, labels: torch.Tensor) -> t
 
 def span_loss(start_logits, end_logits, start_positions, end_positions) -> torch.Tensor:
     """Mean of the cross entropies of the first and the last token of the answer; positions outside are ignored."""
+    ops.parallel.refuse("start_positions, end_positions: the softmax over positions", "train it on whole sequences")
     ignored = start_logits.size(1)
     losses = []
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):

@@ -20,7 +20,8 @@ _SIZES: dict[str, Any] = {
     "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "ffn_dim": 48, "readout_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 0, "forced_eos_token_id": None,
+    "decoder_start_token_id": 0, "forced_eos_token_id": None, "local_attention": 4, "projection_size": 16,
+    "cell_size": 24, "filters": [[1, 4], [2, 8]],
 }  # fmt: skip
 _PROMPTS = ((5, 17, 33, 8, 2), (0, 0, 21, 40, 2))
 _checking = False

@@ -1,5 +1,6 @@
 """What the encoder-decoder families share: two stacks, how they are joined, and the heads on the decoder."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,10 @@ __all__ = [
     "LMHead",
     "QuestionHead",
     "Seq2SeqBase",
+    "Shifts",
     "StackBase",
     "describe_decoder",
+    "wrap_right",
 ]
 
 logger = logging.get_logger(__name__)
@@ -185,23 +188,39 @@ class DecoderInputs(NamedTuple):
     decoder_inputs_embeds: torch.Tensor | None = None
     use_cache: bool | None = None
 
-    def starting_with(self, config, tokens: torch.Tensor | None) -> "DecoderInputs":
-        """With decoder_input_ids made of `tokens` (labels, or the encoder's own), where none were given."""
+    def starting_with(
+        self, shifted: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor | None
+    ) -> "DecoderInputs":
+        """With decoder_input_ids = shifted(tokens), of labels or of the encoder's own, where none were given."""
         if self.decoder_input_ids is not None or self.decoder_inputs_embeds is not None:
             return self
         if tokens is None:
             raise ValueError("decoder_input_ids: wanted them, or decoder_inputs_embeds, or input_ids, got none")
-        return self._replace(decoder_input_ids=shift_right(config, tokens))
+        return self._replace(decoder_input_ids=shifted(tokens))
 
 
 def shift_right(config, tokens: torch.Tensor) -> torch.Tensor:
     """Tokens (B, S) one position later, behind config.decoder_start_token_id; -100 becomes config.pad_token_id."""
-    for name in ("decoder_start_token_id", "pad_token_id"):
-        if getattr(config, name) is None:
-            raise ValueError(f"config.{name}: wanted a token to make decoder_input_ids with, got None")
+    ops.parallel.refuse("decoder_input_ids: the token before a position", "give the part of decoder_input_ids too")
+    start, padding = (_special_token(config, name) for name in ("decoder_start_token_id", "pad_token_id"))
     shifted = tokens.roll(1, -1)
-    shifted[..., 0] = config.decoder_start_token_id
-    return shifted.masked_fill_(shifted == IGNORE, config.pad_token_id)
+    shifted[..., 0] = start
+    return shifted.masked_fill_(shifted == IGNORE, padding)
+
+
+def wrap_right(config, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, S) one position later, behind the last of each row that is not padding: mBART's language code."""
+    padding = _special_token(config, "pad_token_id")
+    tokens = tokens.masked_fill(tokens == IGNORE, padding)
+    last = (tokens != padding).sum(1, keepdim=True) - 1
+    return torch.cat((tokens.gather(1, last.clamp(min=0)), tokens[:, :-1]), 1)
+
+
+def _special_token(config, name: str) -> int:
+    token = getattr(config, name)
+    if token is None:
+        raise ValueError(f"config.{name}: wanted a token to make decoder_input_ids with, got None")
+    return token
 
 
 class Joined(NamedTuple):
@@ -224,7 +243,16 @@ class Joined(NamedTuple):
         }
 
 
-class Seq2SeqBase(ModelMixin):
+class Shifts(ModelMixin):
+    """For models that make decoder_input_ids of other tokens."""
+
+    config: Any
+
+    def _shifted(self, tokens: torch.Tensor) -> torch.Tensor:
+        return shift_right(self.config, tokens)
+
+
+class Seq2SeqBase(Shifts):
     """For the module that owns `encoder` and `decoder`."""
 
     encoder: Any
@@ -281,10 +309,9 @@ def vocabulary_loss(
     return loss, packing.unpack(logits)
 
 
-class LMHead(ModelMixin):
+class LMHead(Shifts):
     """A language modelling head on the decoder of an encoder-decoder."""
 
-    config: Any
     lm_head: nn.Module
 
     def _lm_output(self, joined: Joined, labels: torch.Tensor | None, bias: torch.Tensor | None, kwargs: dict):
@@ -316,7 +343,7 @@ class CausalLMHead(ModelMixin):
         return self._finish(output, kwargs)
 
 
-class ClassificationHead(ModelMixin):
+class ClassificationHead(Shifts):
     """Classification of sequences by the decoder's state at their last end-of-sequence token."""
 
     config: Any
@@ -324,6 +351,7 @@ class ClassificationHead(ModelMixin):
 
     def _check_ends(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """(B, S) bool: the end-of-sequence tokens, equally many and at least one in each row."""
+        ops.parallel.refuse(f"{type(self).__name__}: the last end token", "classify with whole sequences")
         if input_ids is None:
             raise NotImplementedError(f"inputs_embeds: {type(self).__name__} looks for end tokens in input_ids")
         ends = input_ids.eq(self.config.eos_token_id)
@@ -347,7 +375,7 @@ class ClassificationHead(ModelMixin):
         return self._finish(Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **joined.extras()), kwargs)
 
 
-class QuestionHead(ModelMixin):
+class QuestionHead(Shifts):
     """First and last token of an answer, scored at the decoder's positions."""
 
     qa_outputs: nn.Module

@@ -121,7 +121,9 @@ class AutoModel(_Auto, transformers.AutoModel):
 
 
 class AutoModelForPreTraining(_Auto, transformers.AutoModelForPreTraining):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)  # type: ignore[assignment]
+    _model_mapping = _Mapping(  # type: ignore[assignment]
+        modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES | _own("ForPreTraining")
+    )
 
 
 class AutoModelForMaskedLM(_Auto, transformers.AutoModelForMaskedLM):
@@ -129,7 +131,9 @@ class AutoModelForMaskedLM(_Auto, transformers.AutoModelForMaskedLM):
 
 
 class AutoModelForCausalLM(_Auto, transformers.AutoModelForCausalLM):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # type: ignore[assignment]
+    _model_mapping = _Mapping(  # type: ignore[assignment]
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | _own("ForCausalLM")
+    )
 
 
 class AutoModelForNextSentencePrediction(_Auto, transformers.AutoModelForNextSentencePrediction):
@@ -137,11 +141,15 @@ class AutoModelForNextSentencePrediction(_Auto, transformers.AutoModelForNextSen
 
 
 class AutoModelForSequenceClassification(_Auto, transformers.AutoModelForSequenceClassification):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)  # type: ignore[assignment]
+    _model_mapping = _Mapping(  # type: ignore[assignment]
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES | _own("ForSequenceClassification")
+    )
 
 
 class AutoModelForTokenClassification(_Auto, transformers.AutoModelForTokenClassification):
-    _model_mapping = _Mapping(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)  # type: ignore[assignment]
+    _model_mapping = _Mapping(  # type: ignore[assignment]
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES | _own("ForTokenClassification")
+    )
 
 
 class AutoModelForQuestionAnswering(_Auto, transformers.AutoModelForQuestionAnswering):

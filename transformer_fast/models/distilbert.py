@@ -11,7 +11,7 @@ from ..layers.projection import linear
 from ._base import Adopted, Want
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
 from ._forward import public_forward
-from ._head_forwards import labelled_without_types
+from ._head_forwards import labelled_without_types, spans_without_types
 from ._layer import AttentionModule, Layer
 
 __all__ = [
@@ -115,17 +115,4 @@ class DistilBertForTokenClassification(_DistilBertHeads, hf.DistilBertForTokenCl
 
 class DistilBertForQuestionAnswering(_DistilBertHeads, hf.DistilBertForQuestionAnswering):
     __doc__ = hf.DistilBertForQuestionAnswering.__doc__
-
-    @public_forward(hf.DistilBertForQuestionAnswering.forward)
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        return self._find_spans(inputs, start_positions, end_positions, kwargs)
+    forward = spans_without_types(hf.DistilBertForQuestionAnswering)

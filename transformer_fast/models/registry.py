@@ -5,21 +5,30 @@ FAMILIES = {
     "attention_rnn": "rnn",
     "bart": "bart",
     "bert": "bert",
+    "camembert": "camembert",
     "distilbert": "distilbert",
+    "electra": "electra",
+    "elmo": "elmo",
     "gemma2": "gemma2",
+    "mbart": "mbart",
     "mistral": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gpt2": "gpt2",
     "llama": "llama",
     "marian": "marian",
+    "modernbert": "modernbert",
+    "mpnet": "mpnet",
     "openai-gpt": "openai_gpt",
+    "roberta": "roberta",
     "t5": "t5",
     "transformer_2017": "transformer",
+    "xlm-roberta": "xlm_roberta",
 }
 
 # Those that HF has no class for: what the names of their classes begin with.
 OWN = {
     "attention_rnn": "AttentionRNN",
+    "elmo": "Elmo",
     "transformer_2017": "Transformer",
 }

@@ -229,7 +229,7 @@ class T5ForConditionalGeneration(GenerationMixin, Seq2SeqBase, LMHead, hf.T5ForC
             inputs_embeds, decoder_inputs_embeds, use_cache,
         )  # fmt: skip
         if labels is not None:
-            given = given.starting_with(self.config, labels)
+            given = given.starting_with(self._shifted, labels)
         joined = self._join(given, Want(read=is_labelled(labels)), kwargs)
         if self.config.scale_decoder_outputs:
             rows = joined.decoder.rows * self.model_dim**-0.5
@@ -282,7 +282,7 @@ class T5ForSequenceClassification(ClassificationHead, hf.T5ForSequenceClassifica
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
             inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
-        ).starting_with(self.config, input_ids)  # fmt: skip
+        ).starting_with(self._shifted, input_ids)  # fmt: skip
         options = {k: v for k, v in kwargs.items() if k != "return_dict"}
         joined = self.transformer(**given._asdict(), want=Want(read=ends), **options)
         return self._classification_output(joined, ends, labels, kwargs)
@@ -334,6 +334,6 @@ class T5ForQuestionAnswering(Seq2SeqBase, QuestionHead, hf.T5ForQuestionAnswerin
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
             inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
-        ).starting_with(self.config, input_ids)  # fmt: skip
+        ).starting_with(self._shifted, input_ids)  # fmt: skip
         joined = self._join(given, self._question_want(given, scored), kwargs)
         return self._question_output(joined, start_positions, end_positions, kwargs)

@@ -27,7 +27,16 @@ from transformers.utils.generic import can_return_tuple
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, SlotTable, TransformerSpec, encoder_layer, plan_call, run_layers, stock
+from ..layers import (
+    Packing,
+    SinusoidalPositions,
+    SlotTable,
+    TransformerSpec,
+    encoder_layer,
+    plan_call,
+    run_layers,
+    stock,
+)
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
@@ -38,7 +47,6 @@ from ._noam_schedule import noam_schedule
 from ._self_check import runs_as_hugging_face
 from ._seq2seq import shift_right
 from ._sequence_loss import sequence_loss
-from ._sinusoids import SinusoidalPositions
 from ._stock import why_hf_loop
 
 __all__ = [
@@ -294,7 +302,10 @@ class _Stack(TransformerPreTrainedModel):
         else:
             x = packing.pack(inputs_embeds)
         if attention_mask is not None and attention_mask.dim() == 2 and not self.causal:
-            counted = ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)
+            mask, spread = attention_mask != 0, packing.spread
+            whole = mask if spread is None else spread.unshard(mask)
+            counted = (whole.long().cumsum(1) - 1).clamp(min=0)
+            counted = counted if spread is None else spread.shard(counted)
             positions = packing.pack(counted)
         else:
             positions = packing.positions(x.device) + past

@@ -9,10 +9,29 @@ __all__ = ["SinusoidalPositions", "sinusoids"]
 
 
 def sinusoids(positions: torch.Tensor, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """PE(p, 2i) = sin(p / 10000^(2i / width)), PE(p, 2i + 1) = cos of the same: (*positions.shape, width).
+    """PE(p, 2i) = sin(p / 10000^(2i / width)), PE(p, 2i + 1) = cos of the same angle.
 
-    Source: Vaswani et al., 2017, section 3.5.
+    Args:
+        positions: of any shape and dtype.
+        width: an even number.
+        dtype: of the result; the angles are float64.
+
+    Returns:
+        (*positions.shape, width).
+
+    Raises:
+        ValueError: for an odd width.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.sinusoids(torch.arange(50), 128).shape
+        torch.Size([50, 128])
     """
+    if width < 2 or width % 2:
+        raise ValueError(f"width: wanted an even number, at least 2, got {width}")
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     angles = positions.to(torch.float64)[..., None] * torch.exp(exponents * -math.log(10000.0))
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(dtype)

@@ -1,0 +1,128 @@
+"""One direction of one LSTM layer over sequences without padding. This is the one place that runs the recurrence."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+
+_FEWEST_STEPS = 4  # from so many on it pays to lay a weight out for products with few rows
+
+__all__ = ["LSTM", "TokenOrder", "lstm", "order_tokens"]
+
+
+class TokenOrder(NamedTuple):
+    """How the tokens of a padded batch lie step after step, longest sequence first, as torch's packed sequences do.
+
+    forward, backward: (N,) int64, which of the N tokens (row after row of the batch) stands at each place, for the two
+    directions. steps: (T,) int64 on the CPU, the sequences that have a token at each step. rows: (B',) int64, the row
+    of the batch of each sequence; rows without tokens are not among them. batch: B.
+    """
+
+    forward: torch.Tensor
+    backward: torch.Tensor
+    steps: torch.Tensor
+    rows: torch.Tensor
+    batch: int
+
+
+def order_tokens(mask: torch.Tensor) -> TokenOrder:
+    """mask: (B, T) bool, True for tokens, on whatever side the padding is. Waits for the device once."""
+    ops.parallel.refuse("a recurrent network", "run it on whole sequences")
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=mask.device))
+    rank = (mask.cumsum(1) - 1)[mask]
+    row = mask.nonzero()[:, 0]
+    forward = (rank * len(mask) + place[row]).argsort()
+    backward = ((lengths[row] - 1 - rank) * len(mask) + place[row]).argsort()
+    steps = torch.bincount(rank).cpu() if len(rank) else torch.zeros(0, dtype=torch.int64)
+    return TokenOrder(forward, backward, steps, order[: int(steps[0]) if len(steps) else 0], len(mask))
+
+
+def lstm(
+    x: torch.Tensor,
+    steps: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor],
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias: torch.Tensor,
+    weight_hr: torch.Tensor | None = None,
+    cell_clip: float | None = None,
+    projection_clip: float | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """c = clip(f * c + i * g), h = clip(W_hr (o * tanh(c))), with i, f, g, o of W_ih x + W_hh h + bias.
+
+    x: (N, I), step after step; steps: (T,) int64 on the CPU, never rising, the sequences in each step; state: (h (B,
+    P), c (B, C)) before the first; weight_ih: (4C, I), weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g,
+    o; weight_hr: (P, C), or None where P = C. Returns the h of every step, (N, P), and the last h and c of each
+    sequence.
+    Source: Hochreiter and Schmidhuber, 1997; Sak, Senior and Beaufays, 2014 (the projection).
+    """
+    h, c = state
+    if cell_clip is None and projection_clip is None:
+        weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)] + ([] if weight_hr is None else [weight_hr])
+        out, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, False, False)
+        return out, (h[0], c[0])
+    # torch's cell has no clipping.
+    inputs = ops.linear(x, weight_ih, bias)
+    weight_hh, weight_hr = (_for_many_steps(w, len(steps)) for w in (weight_hh, weight_hr))  # type: ignore[assignment]
+    outputs, last = [], []
+    for gates in inputs.split(steps.tolist()):
+        if len(gates) < len(h):  # the shortest have ended
+            last.append((h[len(gates) :], c[len(gates) :]))
+            h, c = h[: len(gates)], c[: len(gates)]
+        i, f, g, o = (gates + ops.linear(h, weight_hh)).chunk(4, -1)
+        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+        c = c if cell_clip is None else c.clamp(-cell_clip, cell_clip)
+        h = o.sigmoid() * c.tanh()
+        h = h if weight_hr is None else ops.linear(h, weight_hr)
+        h = h if projection_clip is None else h.clamp(-projection_clip, projection_clip)
+        outputs.append(h)
+    last.append((h, c))
+    h, c = (torch.cat(parts[::-1]) for parts in zip(*last))
+    return torch.cat(outputs) if outputs else x.new_zeros(0, h.shape[1]), (h, c)
+
+
+def _for_many_steps(weight: torch.Tensor | None, steps: int):
+    """The weight, or a copy for products with few rows where every step reads it and no gradient is taken."""
+    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu" or torch.is_grad_enabled():
+        return weight
+    return ops.pack_weight(weight) if steps >= _FEWEST_STEPS and ops.concrete(weight) else weight
+
+
+class LSTM(nn.Module):
+    """The weights of one direction of one layer, with one bias, and what clips its values."""
+
+    def __init__(
+        self,
+        input_size: int,
+        cell_size: int,
+        projection_size: int | None = None,
+        cell_clip: float | None = None,
+        projection_clip: float | None = None,
+    ):
+        super().__init__()
+        self.cell_size, self.output_size = cell_size, projection_size or cell_size
+        self.cell_clip, self.projection_clip = cell_clip, projection_clip
+        self.weight_ih = nn.Parameter(torch.empty(4 * cell_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * cell_size, self.output_size))
+        self.bias = nn.Parameter(torch.empty(4 * cell_size))
+        self.weight_hr = nn.Parameter(torch.empty(projection_size, cell_size)) if projection_size else None
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_ih.shape[1]}, {self.cell_size}, output_size={self.output_size}"
+
+    def start(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros."""
+        return self.bias.new_zeros(batch, self.output_size), self.bias.new_zeros(batch, self.cell_size)
+
+    def forward(self, x: torch.Tensor, order: TokenOrder, backward: bool = False) -> torch.Tensor:
+        """x: (N, I), the tokens row after row of the batch; (N, P) in the same order."""
+        index = order.backward if backward else order.forward
+        out, _ = lstm(
+            x.index_select(0, index), order.steps, self.start(len(order.rows)), self.weight_ih, self.weight_hh,
+            self.bias, self.weight_hr, self.cell_clip, self.projection_clip,
+        )  # fmt: skip
+        return torch.zeros_like(out).index_copy(0, index, out)

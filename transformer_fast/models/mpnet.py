@@ -1,0 +1,120 @@
+"""MPNet (Song et al., 2020), every head: BERT's layers with T5's relative bias; HF's parameters and names."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.mpnet import modeling_mpnet as hf
+
+from .. import ops
+from ..layers import SlotTable
+from ._base import Adopted, Want
+from ._bert import BertBase
+from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._forward import public_forward
+from ._head_forwards import labelled_without_types, spans_without_types
+from ._layer import Layer
+from ._roberta import TokenPositions, score_first
+
+__all__ = [
+    "MPNetForMaskedLM",
+    "MPNetForMultipleChoice",
+    "MPNetForQuestionAnswering",
+    "MPNetForSequenceClassification",
+    "MPNetForTokenClassification",
+    "MPNetModel",
+]
+
+SLOTS = SlotTable(
+    query="attention.attn.q",
+    key="attention.attn.k",
+    value="attention.attn.v",
+    attention_dropout="attention.attn.dropout",
+    attention_output="attention.attn.o",
+    attention_output_dropout="attention.dropout",
+    attention_norm="attention.LayerNorm",
+    up="intermediate.dense",
+    activation_fn="intermediate.intermediate_act_fn",
+    down="output.dense",
+    output_dropout="output.dropout",
+    output_norm="output.LayerNorm",
+)
+_ADOPTED = Adopted()
+_BUCKETS, _MAX_DISTANCE = 32, 128  # HF's, whatever the configuration says
+
+
+@_ADOPTED.register
+class MPNetLayer(Layer, hf.MPNetLayer, GradientCheckpointingLayer):
+    _table = SLOTS
+
+
+class _MPNetHeads(EncoderHeads):
+    _adopted = _ADOPTED
+    supports_gradient_checkpointing = True
+    lm_head: Any
+
+    def _vocabulary_head(self) -> VocabularyHead:
+        head = self.lm_head
+        return VocabularyHead(head.dense, "gelu", head.layer_norm, head.decoder)
+
+
+@_ADOPTED.register
+class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
+    __doc__ = hf.MPNetModel.__doc__
+    _adopted = _ADOPTED
+    _slots = SLOTS
+    supports_gradient_checkpointing = True  # which HF's MPNet does not have
+
+    @public_forward(hf.MPNetModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        encoded = self._run(want or Want(read_first=self.pooler is not None), inputs, kwargs)
+        if want is not None:
+            return encoded
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=encoded.restored(), pooler_output=encoded.pooled, **encoded.extras()
+        )
+        output = self._finish(output, kwargs)
+        if isinstance(output, tuple) and encoded.pooled is None:
+            return output[0], None, *output[1:]  # as HF's: what would be the pooler's keeps its place
+        return output
+
+    def _relative_bias(self) -> ops.RelativeBias:
+        return ops.RelativeBias(self.encoder.relative_attention_bias.weight[:_BUCKETS], _MAX_DISTANCE)
+
+
+class MPNetForMaskedLM(_MPNetHeads, hf.MPNetForMaskedLM):
+    __doc__ = hf.MPNetForMaskedLM.__doc__
+    forward = labelled_without_types(hf.MPNetForMaskedLM, EncoderHeads._masked_lm)
+
+
+class MPNetForSequenceClassification(_MPNetHeads, hf.MPNetForSequenceClassification):
+    __doc__ = hf.MPNetForSequenceClassification.__doc__
+    forward = labelled_without_types(hf.MPNetForSequenceClassification, EncoderHeads._classify_sequences)
+
+    def _score(self, pooled: torch.Tensor) -> torch.Tensor:
+        return score_first(self.classifier, pooled)
+
+
+class MPNetForMultipleChoice(_MPNetHeads, hf.MPNetForMultipleChoice):
+    __doc__ = hf.MPNetForMultipleChoice.__doc__
+    forward = labelled_without_types(hf.MPNetForMultipleChoice, EncoderHeads._choose)
+
+
+class MPNetForTokenClassification(_MPNetHeads, hf.MPNetForTokenClassification):
+    __doc__ = hf.MPNetForTokenClassification.__doc__
+    forward = labelled_without_types(hf.MPNetForTokenClassification, EncoderHeads._classify_tokens)
+
+
+class MPNetForQuestionAnswering(_MPNetHeads, hf.MPNetForQuestionAnswering):
+    __doc__ = hf.MPNetForQuestionAnswering.__doc__
+    forward = spans_without_types(hf.MPNetForQuestionAnswering)
