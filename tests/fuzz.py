@@ -13,6 +13,7 @@ import time
 import traceback
 
 import fuzz_calls
+import fuzz_draw
 import torch
 from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
 
@@ -66,8 +67,9 @@ def program(call: fuzz_calls.Call, rng: random.Random, backend: str = "") -> str
 
 def verdict(source: str, call: fuzz_calls.Call, seed: int) -> str:
     """'' when the program runs and is accurate, else what is wrong. The largest error of few elements is luck now and
-    then, of 50 in one call of five where both are as accurate: what seems inaccurate is drawn again with other data, and
-    the errors, ours and plain PyTorch's, are taken together. A true loss stays one, however rare the data that show it."""
+    then (of 50, in one call of five where both are as accurate): what seems inaccurate is drawn again with other data,
+    and the errors, ours and plain PyTorch's, are taken together. A true loss stays one, however rare the data that
+    show it."""
     results: list = []
     wrong = ""
     for count in (1, 8, 64):
@@ -158,7 +160,7 @@ def main() -> int:
     parser.add_argument("--isa", action="append", help="instruction set; default: all of this processor's")
     parser.add_argument("--show", type=int, default=3, help="failures of each op to print")
     arguments = parser.parse_args()
-    fuzz_calls.ISAS = arguments.isa or fuzz_calls.ISAS
+    fuzz_draw.ISAS = arguments.isa or fuzz_draw.ISAS
     ops, end = arguments.op or sorted(fuzz_calls.OPS), time.monotonic() + 60 * arguments.minutes
     counts, failed = collections.Counter(), collections.Counter()
     round_ = 0
