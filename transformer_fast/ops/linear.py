@@ -19,8 +19,10 @@ _FEW_OUTPUTS = 11
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has a product of its own for this call, else torch's F.linear makes it."""
-    return _is_alike(input, weight, bias) and weight.shape[0] > _FEW_OUTPUTS and (
-        select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    return (
+        _is_alike(input, weight, bias)
+        and weight.shape[0] > _FEW_OUTPUTS
+        and (select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu")
     )
 
 
