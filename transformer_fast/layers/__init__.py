@@ -3,6 +3,7 @@
 from .attention import MultiheadAttention
 from .encoder import Rotary, StackCall, encoder_layer, plan_call, run_layers
 from .packing import Packing, compute_padding, documents_of, plan_packing
+from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
 from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
@@ -20,6 +21,7 @@ __all__ = [
     "StackCall",
     "TransformerSpec",
     "compute_padding",
+    "concat_pooling",
     "documents_of",
     "encoder_layer",
     "plan_call",
