@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "transformer_fast"
-FLOORS = ["kernels", "backends", "ops", "layers", "generation", "models", "quantization", "integrations"]
+FLOORS = ["kernels", "backends", "ops", "distributed", "layers", "generation", "models", "quantization", "integrations"]
 TOP = len(FLOORS)  # cli, demo, verify: they may use everything
 
 

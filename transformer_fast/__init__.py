@@ -266,6 +266,7 @@ _MODULES = [
     "collation",
     "commands",
     "demo",
+    "distributed",
     "features",
     "fine_tuning",
     "generation",

@@ -7,8 +7,8 @@ hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels ca
 
 import torch
 
-from ..layers.packing import documents_of, plan_documents
-from ..ops import attention_probabilities, scaled_dot_product_attention, varlen_attention
+from ..layers.packing import documents_of, plan_documents, spread_in_use
+from ..ops import attention_probabilities, parallel, scaled_dot_product_attention, varlen_attention
 from .lazy_mask import LazyMask, MaskRule
 
 NAME = "transformer_fast"
@@ -64,6 +64,8 @@ def attention_mask(
 
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
+    if (spread := spread_in_use()) is not None:
+        return _spread_mask(spread, batch_size, q_length, kv_length, mask_function, attention_mask, device)
     pattern = None if use_vmap or is_tracing(attention_mask) else _pattern(mask_function)
     compiled_decoding = q_length == 1 and not allow_is_causal_skip and pattern is not None and pattern[1] == 0
     rule = None
@@ -113,7 +115,19 @@ def _rule(pattern, q_length, kv_length, q_offset, kv_offset, padding) -> MaskRul
     return MaskRule(reach, padding, key_lengths, left, right, shift)
 
 
-def _pattern(mask_function) -> tuple[int | None, int | None] | None:
+def _spread_mask(spread, batch: int, queries: int, keys: int, mask_function, padding, device) -> LazyMask:
+    """The mask of a sequence that processes share: the pattern, and which of this process's keys are tokens."""
+    pattern = _pattern(mask_function, spread)
+    if pattern is None or (queries != keys and pattern != (None, None)):
+        raise NotImplementedError(
+            "attention_mask: under context_parallel wanted a causal, bidirectional or sliding pattern over one "
+            f"sequence a row without a cache, got {mask_function} for {queries} queries and {keys} keys"
+        )
+    rule = MaskRule(keys, None if padding is None or bool(padding.all()) else padding.bool(), None, *pattern)
+    return LazyMask(rule, batch, queries, keys, torch.device(device))
+
+
+def _pattern(mask_function, spread=None) -> tuple[int | None, int | None] | None:
     """(left, right) limits of what a query sees around its own position, None for no limit; None when unknown.
 
     transformers describes a pattern by nested closures over (batch, head, query, key). They are recognised by their
@@ -127,15 +141,32 @@ def _pattern(mask_function) -> tuple[int | None, int | None] | None:
         return None, None
     code = getattr(mask_function, "__code__", None)
     if code is hf.and_masks().__code__:
-        limits = [_pattern(part) for part in _free_variable(mask_function, "mask_functions")]
+        parts = _free_variable(mask_function, "mask_functions")
+        if spread is not None:  # its parts of a row are not documents
+            parts = [part for part in parts if not _is_jump(part, spread)]
+        limits = [_pattern(part, spread) for part in parts]
         if not limits or None in limits:
             return None
         return tuple(min((v for v in side if v is not None), default=None) for side in zip(*limits))  # type: ignore
+    remapped = getattr(hf, "remap_positions_for_packed_sequence", None)
+    if spread is not None and remapped is not None and code is remapped(None, None).__code__:
+        return _pattern(_free_variable(mask_function, "mask_function"), spread)
     if code is hf.sliding_window_overlay(1).__code__:
         return _free_variable(mask_function, "sliding_window") - 1, None
     if code is hf.sliding_window_bidirectional_overlay(1).__code__:
         return (_free_variable(mask_function, "sliding_window"),) * 2
     return None
+
+
+def _is_jump(mask_function, spread) -> bool:
+    """Whether a rule that keeps documents apart says no more than that a process's two chunks are not neighbours."""
+    from transformers import masking_utils as hf
+
+    if getattr(mask_function, "__code__", None) is not hf.packed_sequence_mask_function(torch.zeros(1)).__code__:
+        return False
+    numbers = _free_variable(mask_function, "packed_sequence_mask")
+    jumps = spread.positions(numbers.shape[1], numbers.device).diff() != 1
+    return bool(((numbers.diff() != 0) == jumps).all())
 
 
 def _free_variable(function, name: str):
@@ -169,6 +200,16 @@ def attention_forward(
     softmax's denominator. Returns out (B, Sq, H, Dv) and, when output_attentions asks for them, the attention
     weights (B, H, Sq, Sk) before dropout, else None. Raises NotImplementedError for a paged cache.
     """
+    spread = spread_in_use()
+    if spread is not None and parallel.current() is not spread:  # torch's own context_parallel
+        before = parallel.set_current(spread)
+        try:
+            return attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, softcap,
+                sliding_window, s_aux, output_attentions, **kwargs,
+            )  # fmt: skip
+        finally:
+            parallel.set_current(before)
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
             'cache: continuous batching (a paged cache) is not supported by attn_implementation="transformer_fast"; '
@@ -259,6 +300,9 @@ def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_wi
     if not is_causal:
         return None, None, position_bias
     # Without a mask, one query is the newest position; several start where the keys start.
+    if (spread := parallel.current()) is not None:
+        left = sliding_window - 1 if sliding_window and sliding_window < sk * spread.size else None
+        return MaskRule(sk, left=left, right=0), None, position_bias
     shift, reach = (sk - 1, sk) if sq == 1 else (0, min(sq, sk))
     left = sliding_window - 1 if sliding_window and sliding_window < reach else None
     right = None if sq == 1 else 0

@@ -59,7 +59,7 @@ def _added(packing, position, segment, position_ids, segment_ids, past, device) 
         rows = position(packing.pack(position_ids.expand(packing.batch, -1)))
     elif position is not None:
         # Few different rows: make each once, then copy.
-        rows = position(torch.arange(packing.length, device=device) + past)
+        rows = position(packing.columns(device) + past)
         kinds = getattr(segment, "num_embeddings", 0) if segment_ids is not None else 1
         if segment is not None and 0 < kinds <= 4:
             rows = (segment(torch.arange(kinds, device=device))[:, None] + rows).flatten(0, 1)
@@ -69,7 +69,8 @@ def _added(packing, position, segment, position_ids, segment_ids, past, device) 
             folded = False
         if folded:
             index = packing.pack(segment_ids.expand(packing.batch, -1)) * packing.length
-            index = index + packing.positions(device)
+            column = torch.arange(packing.length, device=device)
+            index = index + (column if packing.index is None else packing.index % packing.length)
             rows = rows.index_select(0, index.flatten()).unflatten(0, index.shape)
         elif packing.index is not None:
             rows = rows.index_select(0, packing.positions(device))

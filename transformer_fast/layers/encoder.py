@@ -9,7 +9,14 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
-from .packing import Packing, padding_is_computed, plan_documents, plan_packing, positions_kept
+from .packing import (
+    Packing,
+    padding_is_computed,
+    plan_documents,
+    plan_packing,
+    positions_kept,
+    spread_in_use,
+)
 from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of, projections
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
@@ -102,9 +109,13 @@ def plan_call(
     position belongs to and that alone it sees; without attention_mask and cache only. read, read_first: see
     plan_packing.
     """
+    spread = spread_in_use()
     call = StackCall(
-        spec, Packing(batch, length), causal=spec.causal, relative_bias=relative_bias, encoder_states=encoder_states
-    )
+        spec, Packing(batch, length, spread=spread), causal=spec.causal, relative_bias=relative_bias,
+        encoder_states=encoder_states,
+    )  # fmt: skip
+    if spread is not None:
+        _check_spread(past_key_values, attentions)
     if attentions:
         call.attentions, call.cross_attentions = {}, {}
     if encoder_states is not None:
@@ -130,6 +141,16 @@ def plan_call(
     return call
 
 
+def _check_spread(past_key_values, attentions: bool) -> None:
+    if attentions:
+        raise NotImplementedError("output_attentions: wanted False under context_parallel, which keeps no weights")
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if not isinstance(seen, int) or seen:
+        raise NotImplementedError(
+            "past_key_values: a cache cannot be read under context_parallel; wanted none, so generate outside it"
+        )
+
+
 def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
     if not torch.compiler.is_compiling() and ops.concrete(documents) and call.attentions is None:
         call.packing = plan_documents(documents)
@@ -140,6 +161,9 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
 
 
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
+    if call.packing.spread is not None:  # all parts are of one length
+        call.mask = mask[:, None, None]
+        return
     if call.relative_bias is not None or any(call.spec.windows):  # what lies between two tokens keeps its place
         read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
@@ -172,9 +196,11 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
 
 def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
     states: Any = call.encoder_states
+    if call.packing.spread is not None:  # nothing was dropped
+        packing = None
     if packing is None and mask is not None:
         mask = _expand(mask, "encoder_attention_mask", states.shape[0], states.shape[1], states.device)
-        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or call.packing.spread is not None:
             call.encoder_mask = mask
             return
         if _all_stored(past_key_values):  # the states are not looked at
@@ -245,7 +271,7 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
         return
     if isinstance(seen, int) and keys == seen + length and call.attentions is None:
         call.bottom_right = True
-        call.causal = length > 1
+        call.causal = length > 1 or call.packing.spread is not None
         return
     seen_by = torch.arange(keys, device=device) <= (torch.arange(length, device=device) + seen)[:, None]
     call.mask = seen_by[None, None] if call.mask is None else call.mask & seen_by
@@ -292,6 +318,17 @@ def encoder_layer(
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
     the Transformer Architecture", 2020, for norm_position "pre".
     """
+    before = spread = call.packing.spread
+    if spread is not None:  # checkpointing calls again when the context may have been left
+        before = ops.parallel.set_current(spread)
+    try:
+        return _encoder_layer(w, x, call, index, first_only, past_key_values, encoder_states)
+    finally:
+        if spread is not None:
+            ops.parallel.set_current(before)
+
+
+def _encoder_layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_values, encoder_states):
     post = call.spec.norm_position == "post"
     normed = x if post else norm(w.attention_norm, x)
     block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None

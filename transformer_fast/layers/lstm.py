@@ -29,6 +29,7 @@ class TokenOrder(NamedTuple):
 
 def order_tokens(mask: torch.Tensor) -> TokenOrder:
     """mask: (B, T) bool, True for tokens, on whatever side the padding is. Waits for the device once."""
+    ops.parallel.refuse("a recurrent network", "run it on whole sequences")
     lengths = mask.sum(1)
     order = lengths.argsort(descending=True, stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=mask.device))

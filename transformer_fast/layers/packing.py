@@ -1,12 +1,14 @@
 """Dropping padding: which positions of a batch are computed, and the way there and back. And documents in a row."""
 
+import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..ops import concrete
+from ..ops import concrete, parallel
 
 __all__ = [
     "Packing",
@@ -16,7 +18,18 @@ __all__ = [
     "plan_documents",
     "plan_packing",
     "positions_kept",
+    "spread_in_use",
 ]
+
+_TORCH = "torch.distributed.tensor.experimental._context_parallel._attention"
+
+
+def spread_in_use() -> Any:
+    """The context_parallel over more than one process that is in use (see distributed), or None."""
+    found = parallel.current()
+    if found is None and not torch.compiler.is_compiling() and _TORCH in sys.modules:
+        found = importlib.import_module("..distributed", __package__).current()
+    return None if found is None or found.size == 1 else found
 
 
 @dataclass
@@ -30,6 +43,7 @@ class Packing:
     kept: bool, (batch, length), when all positions are computed only because lengths cannot be read: True where they
     would have been computed.
     documents: every position is computed, and the sequences of cu_seqlens are documents, several in a row of the batch.
+    spread: the context_parallel of which this is one process's part; then every position of it is computed.
     """
 
     batch: int
@@ -41,6 +55,7 @@ class Packing:
     mask: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     documents: bool = False
+    spread: Any = None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, ...) -> (total, ...); x itself when every position is computed."""
@@ -68,6 +83,8 @@ class Packing:
         """The first position of each sequence, (batch, ...)."""
         if not self.length:
             raise ValueError(f"input_ids: wanted at least one position to pool, got shape {(self.batch, self.length)}")
+        if self.spread is not None:
+            return self.spread.first(rows)
         if self.index is None:
             return rows[:, 0]
         if self.documents:
@@ -76,9 +93,13 @@ class Packing:
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """The column of each computed position: (total,), or (length,) when all are."""
-        if self.index is None:
-            return torch.arange(self.length, device=device)
-        return self.index % self.length
+        return self.columns(device) if self.index is None else self.index % self.length
+
+    def columns(self, device: torch.device) -> torch.Tensor:
+        """(length,): where the columns of the batch stand in the sequence."""
+        if self.spread is not None:
+            return self.spread.positions(self.length, device)
+        return torch.arange(self.length, device=device)
 
 
 _padding_is_computed = False
@@ -196,10 +217,14 @@ def documents_of(
 
     position_ids: (batch or 1, length) or None: a document begins wherever they do not go on by one. options: a
     forward's other keywords, of which cu_seq_lens_q (documents + 1,), counted through all rows, or seq_idx
-    (batch, length) count first. Raises ValueError for cu_seq_lens_q that do not end with the last position.
+    (batch, length) count first. Raises ValueError for cu_seq_lens_q that do not end with the last position, and
+    NotImplementedError for documents in a row that is spread over processes.
     """
     batch, length = shape
     ends, numbers = options.get("cu_seq_lens_q"), options.get("seq_idx")
+    if (spread := spread_in_use()) is not None:
+        _check_one_document(spread, length, position_ids, ends is not None or numbers is not None)
+        return None
     if ends is not None:
         ends = torch.as_tensor(ends)
         readable = concrete(ends) and not torch.compiler.is_compiling()
@@ -216,6 +241,17 @@ def documents_of(
     if not torch.compiler.is_compiling() and concrete(goes_on) and bool(goes_on.all()):
         return None
     return torch.nn.functional.pad((~goes_on).cumsum(-1), (1, 0)).expand(batch, length)
+
+
+def _check_one_document(spread: Any, length: int, position_ids: torch.Tensor | None, told: bool) -> None:
+    if not told and position_ids is not None and concrete(position_ids):
+        from_first = position_ids - spread.positions(length, position_ids.device)
+        told = bool((from_first != from_first[..., :1]).any())
+    if told:
+        raise NotImplementedError(
+            "position_ids, cu_seq_lens_q, seq_idx: wanted one sequence a row under context_parallel, with position_ids "
+            "as shard_batch makes them, got several documents"
+        )
 
 
 def plan_documents(documents: torch.Tensor) -> Packing:

@@ -139,7 +139,7 @@ class DecoderBase(ModelMixin):
             read=want.read, read_first=want.read_first, attentions=flags.attentions,
         )  # fmt: skip
         if position_ids is None:
-            position_ids = (torch.arange(length, device=device) + past)[None]
+            position_ids = (call.packing.columns(device) + past)[None]
         call.rotary = Rotary.of(call.packing, *self.angles(position_ids))
         rows = embed(
             call.packing, self.embed_tokens, None, None, None, None, input_ids=input_ids, inputs_embeds=inputs_embeds,

@@ -107,7 +107,7 @@ class EncoderBase(ModelMixin):
             position_ids=positions, segment_ids=inputs.token_type_ids, past=past,
         )  # fmt: skip
         whole = flags.hidden_states or flags.attentions or past_key_values is not None or documents is not None
-        first_only = want.first_only and not whole
+        first_only = want.first_only and not whole and call.packing.spread is None
         rows = run_layers(
             layers, self._project(rows), call,
             first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden,

@@ -143,6 +143,8 @@ def flatten_labels(leading: torch.Size | None, labels: torch.Tensor | None, kwar
 
 def shifted_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
     """Position i is scored on the token after it."""
+    if given is None and labels is not None:
+        ops.parallel.refuse("labels: the token after a position", "give shift_labels too, as shard_batch makes them")
     return F.pad(labels, (0, 1), value=IGNORE)[..., 1:] if given is None and labels is not None else given
 
 
@@ -180,6 +182,7 @@ def _like(labels: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 def _keep(states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
     """HF's rule: the last so many positions, these positions, or the True ones of a (B, S) mask (flattened)."""
+    ops.parallel.refuse("logits_to_keep", "wanted 0 there")
     if isinstance(kept, int):
         return states[:, -kept:]
     if kept.dim() == 2:
@@ -192,6 +195,7 @@ def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict)
 
     Only those positions go through the head. Raises ValueError for a batch where nothing tells padding apart.
     """
+    ops.parallel.refuse(f"{type(model).__name__}: the last token", "classify with whole sequences")
     config, input_ids = model.config, inputs["input_ids"]
     source = check_inputs(input_ids, inputs["inputs_embeds"], config.hidden_size)
     (batch, length), device = source.shape[:2], source.device
@@ -224,6 +228,7 @@ def _at(encoded: Encoded, column: torch.Tensor) -> torch.Tensor:
 def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, mc_labels, kwargs: dict):
     """Language modelling and multiple choice on (..., S) inputs: (loss, mc_loss, logits (..., S, V), mc_logits (...),
     encoded)."""
+    ops.parallel.refuse(f"{type(model).__name__}: a choice's token", "run it on whole sequences")
     leading, flat = flatten_leading(inputs)
     source = check_inputs(flat["input_ids"], flat["inputs_embeds"], model.config.hidden_size)
     batch, length = source.shape[:2]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
 from ..layers import Packing
 from ..layers.projection import linear
 
@@ -136,6 +137,7 @@ def classification_loss(config, logits: torch.Tensor, labels: torch.Tensor) -> t
 
 def span_loss(start_logits, end_logits, start_positions, end_positions) -> torch.Tensor:
     """Mean of the cross entropies of the first and the last token of the answer; positions outside are ignored."""
+    ops.parallel.refuse("start_positions, end_positions: the softmax over positions", "train it on whole sequences")
     ignored = start_logits.size(1)
     losses = []
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..generation import GenerationMixin
+from ..layers.packing import spread_in_use
 from ..layers.projection import dropout_p, linear
 from ..ops import dropout
 from ._base import Adopted
@@ -25,14 +26,22 @@ class TokenPositions:
     embeddings: Any
 
     def _positions(self, inputs: Inputs, past) -> torch.Tensor | None:
+        padding, spread = self.embeddings.padding_idx, spread_in_use()
         if inputs.position_ids is not None:
+            if spread is not None and bool((inputs.position_ids < padding).any()):
+                raise ValueError(
+                    f"position_ids: wanted positions from {padding + 1}, config.pad_token_id + 1, or None, got "
+                    f"{int(inputs.position_ids.min())}; shard_batch(..., position_ids=False) gives none"
+                )
             return inputs.position_ids
-        padding = self.embeddings.padding_idx
         if inputs.input_ids is None:
             embeds: Any = inputs.inputs_embeds
-            return torch.arange(embeds.shape[1], device=embeds.device)[None] + (padding + 1)
+            length, device = embeds.shape[1], embeds.device
+            columns = torch.arange(length, device=device) if spread is None else spread.positions(length, device)
+            return columns[None] + (padding + 1)
         real = inputs.input_ids != padding
-        return (real.cumsum(1) + past) * real + padding
+        counted = real.cumsum(1) if spread is None else spread.shard(spread.unshard(real).cumsum(1))
+        return (counted + past) * real + padding
 
 
 def score_first(head: Any, first: torch.Tensor) -> torch.Tensor:

@@ -201,6 +201,7 @@ class DecoderInputs(NamedTuple):
 
 def shift_right(config, tokens: torch.Tensor) -> torch.Tensor:
     """Tokens (B, S) one position later, behind config.decoder_start_token_id; -100 becomes config.pad_token_id."""
+    ops.parallel.refuse("decoder_input_ids: the token before a position", "give the part of decoder_input_ids too")
     start, padding = (_special_token(config, name) for name in ("decoder_start_token_id", "pad_token_id"))
     shifted = tokens.roll(1, -1)
     shifted[..., 0] = start
@@ -350,6 +351,7 @@ class ClassificationHead(Shifts):
 
     def _check_ends(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """(B, S) bool: the end-of-sequence tokens, equally many and at least one in each row."""
+        ops.parallel.refuse(f"{type(self).__name__}: the last end token", "classify with whole sequences")
         if input_ids is None:
             raise NotImplementedError(f"inputs_embeds: {type(self).__name__} looks for end tokens in input_ids")
         ends = input_ids.eq(self.config.eos_token_id)

@@ -118,7 +118,8 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
             call.packing, e.tok_embeddings, None, None, e.norm, e.drop, input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
-        first_only = want.first_only and not (flags.hidden_states or flags.attentions or documents is not None)
+        whole = flags.hidden_states or flags.attentions or documents is not None or call.packing.spread is not None
+        first_only = want.first_only and not whole
         rows = norm(
             self.final_norm, run_layers(layers, rows, call, first_only=first_only, keep_hidden=flags.keep_hidden)
         )
@@ -130,7 +131,7 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
     def _rotary(self, packing: Packing, position_ids: torch.Tensor | None, device) -> list[Rotary]:
         """The angles of each layer: HF's rule for its kind, in float32."""
         if position_ids is None:
-            position_ids = torch.arange(packing.length, device=device)
+            position_ids = packing.columns(device)
         position_ids = position_ids.view(-1, packing.length)
         like = torch.empty(0, dtype=torch.float32, device=device)
         found = {}

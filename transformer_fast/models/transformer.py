@@ -302,7 +302,10 @@ class _Stack(TransformerPreTrainedModel):
         else:
             x = packing.pack(inputs_embeds)
         if attention_mask is not None and attention_mask.dim() == 2 and not self.causal:
-            counted = ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)
+            mask, spread = attention_mask != 0, packing.spread
+            whole = mask if spread is None else spread.unshard(mask)
+            counted = (whole.long().cumsum(1) - 1).clamp(min=0)
+            counted = counted if spread is None else spread.shard(counted)
             positions = packing.pack(counted)
         else:
             positions = packing.positions(x.device) + past

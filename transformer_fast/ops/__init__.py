@@ -1,5 +1,6 @@
 """The ops: schema, input checks, fake kernel, autograd and documentation, one file an op."""
 
+from . import _parallel as parallel
 from ._common import concrete
 from .activation import bias_activation
 from .additive_attention import additive_attention
@@ -32,6 +33,7 @@ __all__ = [
     "linear_cross_entropy",
     "multi_head_attention",
     "pack_weight",
+    "parallel",
     "projections",
     "qkv_attention",
     "rms_norm",

@@ -7,11 +7,12 @@ import torch
 
 from ..backends.eager import relative_buckets
 from ..backends.philox import threshold
+from ..backends.specs import AttentionSpec
 from . import _attention_direct as _direct
-from . import _common
+from . import _common, _parallel
 from ._attention_op import (
     CAUSAL,
-    AttentionSpec,
+    QkvSpec,
     attention_op,
     choose,
     forward_impl,
@@ -117,10 +118,10 @@ def scaled_dot_product_attention(
         >>> transformer_fast.scaled_dot_product_attention(q, k, v, key_lengths=lengths, is_causal=True).shape
         torch.Size([2, 8, 128, 64])
     """
-    known = None
+    known, spread = None, _parallel.current()
     if (
-        bias is None and key_lengths is None and window is None and relative_bias is None and dropout_p == 0
-        and type(softcap) is float and softcap == 0.0 and (scale is None or type(scale) is float)
+        spread is None and bias is None and key_lengths is None and window is None and relative_bias is None
+        and dropout_p == 0 and type(softcap) is float and softcap == 0.0 and (scale is None or type(scale) is float)
         and type(is_causal) is bool and type(enable_gqa) is bool and type(causal_alignment) is str
         and (attn_mask is None or (isinstance(attn_mask, torch.Tensor) and attn_mask.dtype is torch.bool))
     ):  # fmt: skip
@@ -154,7 +155,7 @@ def scaled_dot_product_attention(
             key_lengths = key_lengths.reshape(-1)
     mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
     if key_lengths is not None:
-        _check_lengths("key_lengths", key_lengths, b, sk, query)
+        _check_lengths("key_lengths", key_lengths, b, sk if spread is None else sk * spread.size, query)
     if known is not None and causal_alignment in CAUSAL and as_given and (attn_mask is None or attn_mask.dim() == 4):
         _remember(known, query, key, mask, None, is_causal, causal_alignment, scale)
     out = _attend(
@@ -227,9 +228,10 @@ def varlen_attention(
     """
     known = None
     if (
-        cu_seqlens_k is None and attn_mask is None and bias is None and window is None and relative_bias is None
-        and dropout_p == 0 and type(softcap) is float and softcap == 0.0 and max_seqlen_k in (None, max_seqlen_q)
-        and causal_alignment == "top_left" and (scale is None or type(scale) is float) and type(is_causal) is bool
+        _parallel.current() is None and cu_seqlens_k is None and attn_mask is None and bias is None
+        and window is None and relative_bias is None and dropout_p == 0 and type(softcap) is float and softcap == 0.0
+        and max_seqlen_k in (None, max_seqlen_q) and causal_alignment == "top_left"
+        and (scale is None or type(scale) is float) and type(is_causal) is bool
         and isinstance(cu_seqlens_q, torch.Tensor) and (max_seqlen_q is None or type(max_seqlen_q) is int)
     ):  # fmt: skip
         known = _direct.signature(query, key, value, cu_seqlens_q, is_causal, scale)
@@ -298,13 +300,17 @@ def qkv_attention(
     Source:
         As scaled_dot_product_attention.
     """
-    packed = cu_seqlens is not None
+    packed, spread = cu_seqlens is not None, _parallel.current()
     _common.check_floating("qkv", qkv)
     if qkv.dim() != (4 if packed else 5) or qkv.shape[-3] != 3:
         wanted = "(total, 3, H, D)" if packed else "(B, S, 3, H, D)"
         raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")
-    if dropout_p == 0 and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not _autocasts(qkv):
-        return _attend_to_parts(qkv, cu_seqlens, max_seqlen, is_causal, scale, return_lse)
+    if spread is not None or (
+        dropout_p == 0 and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not _autocasts(qkv)
+    ):
+        return _attend_to_parts(
+            qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
+        )
     _check_head_dim("qkv", qkv.shape[-1])
     if packed:
         cu_seqlens, longest = _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
@@ -316,7 +322,7 @@ def qkv_attention(
     rng, p, nothing = _dropout_state(dropout_p, qkv.device, generator)
     args = (qkv, key_lengths, cu_seqlens, longest, rng, _scale(scale, qkv.shape[-1]), int(bool(is_causal)), p)
     if _common.transformed():
-        out, lse = qkv_plain(qkv, args[1:])
+        out, lse = qkv_plain(QkvSpec(*args))
     elif _common.direct(qkv):
         out, lse = qkv_forward_impl(*args)
     else:
@@ -326,17 +332,19 @@ def qkv_attention(
     return (out, lse) if return_lse else out
 
 
-def _attend_to_parts(qkv, cu_seqlens, max_seqlen, is_causal, scale, return_lse):
-    """qkv_attention without gradients, where views of its parts are as good as the whole."""
+def _attend_to_parts(
+    qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
+):  # fmt: skip
+    """qkv_attention where views of its parts are as good as the whole: without gradients, or spread over processes."""
     query, key, value = qkv.unbind(-3)
     if cu_seqlens is not None:
         return varlen_attention(
-            query, key, value, cu_seqlens, max_seqlen_q=max_seqlen, is_causal=is_causal, scale=scale,
-            return_lse=return_lse,
+            query, key, value, cu_seqlens, max_seqlen_q=max_seqlen, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, generator=generator, return_lse=return_lse,
         )  # fmt: skip
     out = scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=is_causal, scale=scale,
-        return_lse=return_lse,
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), dropout_p=dropout_p, is_causal=is_causal,
+        scale=scale, key_lengths=key_lengths, generator=generator, return_lse=return_lse,
     )  # fmt: skip
     return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
 
@@ -360,7 +368,10 @@ def _attend(
         query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng,
         _scale(scale, query.shape[-1]), alignment, left, right, float(softcap), p,
     )  # fmt: skip
-    if _common.transformed():
+    spread = _parallel.current()
+    if spread is not None:
+        out, lse = spread.attend(AttentionSpec(*args))
+    elif _common.transformed():
         out, lse = plain(AttentionSpec(*args))
     elif _common.direct(query, key, value, bias, table):
         out, lse = forward_impl(*args)
@@ -445,6 +456,9 @@ def _broadcastable(name, t, shape, query):
         return None
     if t.device != query.device:
         raise ValueError(f"{name}: is on {t.device} but query is on {query.device}; wanted the same device")
+    spread = _parallel.current()
+    if spread is not None and t.dim() and t.shape[-1] == shape[-1] * spread.size:  # a column for every position
+        shape = (*shape[:-1], t.shape[-1])
     if t.dim() > 4 or any(n not in (1, m) for n, m in zip(t.shape[::-1], shape[::-1])):
         raise ValueError(f"{name}: wanted a shape that broadcasts to (B, H, Sq, Sk) = {shape}, got {tuple(t.shape)}")
     return t if t.dim() == 4 else t.view((1,) * (4 - t.dim()) + tuple(t.shape))
