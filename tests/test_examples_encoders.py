@@ -308,7 +308,7 @@ def test_transformer_classifier(load, tmp_path, capsys):
 
 
 def test_ulmfit(run):
-    short = ["--limit", "30", "--pretrain", "1", "--adapt", "4", "--classify", "4", "--draws", "1", "--labels", "16"]
+    short = ["--limit", "30", "--pretrain", "1", "--adapt", "3", "--classify", "3", "--draws", "1", "--labels", "16"]
     scores, printed, folder = run("ulmfit", *short, "--size", "16")
     assert list(scores) == ["from nothing", "ULMFiT", "MiniLM, fine-tuned"]
     assert (
@@ -317,7 +317,7 @@ def test_ulmfit(run):
     before, after = (
         float(n) for n in re.search(r"held-out reviews: ([\d.]+) -> ([\d.]+) by adapting", printed).groups()
     )
-    assert after < 0.8 * before  # the reviews' words are learned
+    assert after < 0.9 * before  # the reviews' words are learned
     assert is_picture(folder / "ulmfit.png")
     model = tf.AutoModelForSequenceClassification.from_pretrained(folder / "model")
     assert type(model) is tf.AWDLSTMForSequenceClassification and model.config.id2label == {
