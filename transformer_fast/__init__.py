@@ -90,6 +90,14 @@ _EXPORTS = {
         "CamembertForTokenClassification",
         "CamembertModel",
     ],
+    "models.deberta_v2": [
+        "DebertaV2ForMaskedLM",
+        "DebertaV2ForMultipleChoice",
+        "DebertaV2ForQuestionAnswering",
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2ForTokenClassification",
+        "DebertaV2Model",
+    ],
     "models.distilbert": [
         "DistilBertForMaskedLM",
         "DistilBertForMultipleChoice",

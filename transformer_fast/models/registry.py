@@ -7,6 +7,7 @@ FAMILIES = {
     "bart": "bart",
     "bert": "bert",
     "camembert": "camembert",
+    "deberta-v2": "deberta_v2",
     "distilbert": "distilbert",
     "electra": "electra",
     "elmo": "elmo",
