@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .case import Unavailable
 from .checkpoints import folder
 
 __all__ = [
@@ -45,6 +46,8 @@ class EncoderInputs(NamedTuple):
         """The family's base model of `module` (transformers, transformer_fast), without a pooler."""
         import transformers
 
+        if self.family == "MPNet" and options.pop("attn_implementation", "sdpa") not in ("sdpa", "eager"):
+            raise Unavailable("transformers' MPNet has attention of its own alone")
         if "add_pooling_layer" in inspect.signature(getattr(transformers, f"{self.family}Model").__init__).parameters:
             options["add_pooling_layer"] = False
         model = getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
