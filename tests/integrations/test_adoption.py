@@ -14,7 +14,7 @@ import transformer_fast
 from transformer_fast.integrations.adoption import class_for
 
 MODELS = {**TEXT, **{f: lambda f=f: getattr(hf, f"{f}Model")(encoder_config(f)).eval()
-                      for f in ("XLMRoberta", "Electra", "MPNet")}}  # fmt: skip
+                      for f in ("XLMRoberta", "Electra", "MPNet", "ModernBert", "DebertaV2")}}  # fmt: skip
 OURS = [name for name in MODELS if class_for(type(MODELS[name]()))]
 
 

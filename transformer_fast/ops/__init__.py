@@ -1,7 +1,7 @@
 """The ops: schema, input checks, fake kernel, autograd and documentation, one file an op."""
 
 from . import _parallel as parallel
-from ._common import concrete
+from ._common import concrete, exporting
 from .activation import bias_activation
 from .additive_attention import additive_attention
 from .attention import RelativeBias, qkv_attention, scaled_dot_product_attention, varlen_attention
@@ -14,6 +14,7 @@ from .linear import linear, pack_weight, projections
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .recurrence import gru, lstm
 from .rotary import rotary_embedding
 
 __all__ = [
@@ -27,10 +28,13 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "embedding_layer_norm",
+    "exporting",
+    "gru",
     "kv_cache_attention",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "lstm",
     "multi_head_attention",
     "pack_weight",
     "parallel",
