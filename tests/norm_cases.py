@@ -4,7 +4,7 @@ import torch
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 from transformer_fast.backends import get, memory
-from transformer_fast.ops.norm import NormSpec
+from transformer_fast.backends.specs import NormSpec
 
 NAMES = ("y", "sum", "grad_x", "grad_residual", "grad_weight", "grad_bias")
 

@@ -63,7 +63,7 @@ void weigh_part(const float* p, const T* v, int64_t stride, int64_t keys, int64_
   }
 }
 
-// In short sums: see kDepth in attention_gemm.cpp.
+// Short sums first: a long float32 sum loses bits (`chain` in attention_gemm.cpp).
 template <class T>
 void weigh_values(const float* p, const T* v, int64_t stride, int64_t keys, int64_t dim, float correction,
                   float* out) {

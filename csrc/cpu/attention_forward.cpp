@@ -54,7 +54,7 @@ void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, 
     const Vec shift = load(offset + c);
     Vec sum = Vec{};
     float* p = s.scores + c;
-    for (int64_t j = 0; j < keys; j += 32) {  // short sums first: see kDepth in attention_gemm.cpp
+    for (int64_t j = 0; j < keys; j += 32) {  // short sums first: a long float32 sum loses bits (`chain` in attention_gemm.cpp)
       Vec part = Vec{};
       for (int64_t r = j; r < keys && r < j + 32; ++r, p += t.lanes) {
         const Vec e = exp2((load(p) - shift) * to_log2);

@@ -111,10 +111,6 @@ static inline void for_each_bias(const Attention& a, const Tile& t, int64_t j0, 
     for_each_vector(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, use);
 }
 
-static inline const float* relative_row(const Attention& a, const Tile& t, int64_t j) {
-  return a.relative + t.h * a.relative_stride + a.relative_zero + t.q0 + t.offset - j;
-}
-
 // Products of keys j0.. with the tile's queries -> scores, in place: scale, softcap, biases and mask.
 // slope, where not null: d score / d (scaled product), for a softcap's backward.
 static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores, float* slope) {

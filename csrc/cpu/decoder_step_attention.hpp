@@ -72,7 +72,7 @@ static void attend(const float* query, int64_t dim, float scale, int64_t keys, c
     sums = sums + p;
   }
   const float total = sum(sums), inverse = total > 0.f ? 1.f / total : total == 0.f ? 0.f : total;
-  for (int64_t begin = 0; begin < keys; begin += 64) {  // in short sums: see kDepth in attention_gemm.cpp
+  for (int64_t begin = 0; begin < keys; begin += 64) {  // short sums first: a long float32 sum loses bits
     const int64_t end = begin + 64 < keys ? begin + 64 : keys;
     int64_t c = 0;
     for (; c + 4 * kWidth <= dim; c += 4 * kWidth) add_rows<4, T>(scores, value, begin, end, c, sum_v);

@@ -14,54 +14,42 @@
 
 namespace tf {
 
+// Each kernel and its arguments. A new one is a line here, a function of that name in its own file, and a binding.
+#define TF_KERNELS(X) \
+  X(norm_forward, NormForward) \
+  X(norm_backward, NormBackward) \
+  X(bias_activation_forward, BiasActivationForward) \
+  X(bias_activation_backward, BiasActivationBackward) \
+  X(dropout_forward, DropoutForward) \
+  X(attention_forward, AttentionForward) \
+  X(attention_backward, AttentionBackward) \
+  X(column_sum, ColumnSum) \
+  X(pack_weight, PackWeight) \
+  X(packed_linear, PackedLinear) \
+  X(rows_linear, RowsLinear) \
+  X(content_hash, ContentHash) \
+  X(cross_entropy_forward, CrossEntropyForward) \
+  X(cross_entropy_backward, CrossEntropyBackward) \
+  X(embedding_norm_forward, EmbeddingNormForward) \
+  X(embedding_norm_backward, EmbeddingNormBackward) \
+  X(embedding_gradient, EmbeddingGradient) \
+  X(decoder_step, DecoderStep) \
+  X(additive_attention_forward, AdditiveAttentionForward) \
+  X(additive_attention_backward, AdditiveAttentionBackward) \
+  X(rotary, Rotary)
+
+#define TF_MEMBER(name, Arguments) void (*name)(const Arguments&);
 struct Kernels {
-  void (*norm_forward)(const NormForward&);
-  void (*norm_backward)(const NormBackward&);
-  void (*bias_activation_forward)(const BiasActivationForward&);
-  void (*bias_activation_backward)(const BiasActivationBackward&);
-  void (*dropout_forward)(const DropoutForward&);
-  void (*attention_forward)(const AttentionForward&);
-  void (*attention_backward)(const AttentionBackward&);
-  void (*column_sum)(const ColumnSum&);
-  void (*pack_weight)(const PackWeight&);
-  void (*packed_linear)(const PackedLinear&);
-  void (*rows_linear)(const RowsLinear&);
-  void (*content_hash)(const ContentHash&);
-  void (*cross_entropy_forward)(const CrossEntropyForward&);
-  void (*cross_entropy_backward)(const CrossEntropyBackward&);
-  void (*embedding_norm_forward)(const EmbeddingNormForward&);
-  void (*embedding_norm_backward)(const EmbeddingNormBackward&);
-  void (*embedding_gradient)(const EmbeddingGradient&);
-  void (*decoder_step)(const DecoderStep&);
-  void (*additive_attention_forward)(const AdditiveAttentionForward&);
-  void (*additive_attention_backward)(const AdditiveAttentionBackward&);
-  void (*rotary)(const Rotary&);
+  TF_KERNELS(TF_MEMBER)
 };
+#undef TF_MEMBER
 
 #ifdef TF_ISA
+#define TF_FUNCTION(name, Arguments) void name(const Arguments&);
 namespace TF_ISA {
-void norm_forward(const NormForward&);
-void norm_backward(const NormBackward&);
-void bias_activation_forward(const BiasActivationForward&);
-void bias_activation_backward(const BiasActivationBackward&);
-void dropout_forward(const DropoutForward&);
-void attention_forward(const AttentionForward&);
-void attention_backward(const AttentionBackward&);
-void column_sum(const ColumnSum&);
-void pack_weight(const PackWeight&);
-void packed_linear(const PackedLinear&);
-void rows_linear(const RowsLinear&);
-void content_hash(const ContentHash&);
-void cross_entropy_forward(const CrossEntropyForward&);
-void cross_entropy_backward(const CrossEntropyBackward&);
-void embedding_norm_forward(const EmbeddingNormForward&);
-void embedding_norm_backward(const EmbeddingNormBackward&);
-void embedding_gradient(const EmbeddingGradient&);
-void decoder_step(const DecoderStep&);
-void additive_attention_forward(const AdditiveAttentionForward&);
-void additive_attention_backward(const AdditiveAttentionBackward&);
-void rotary(const Rotary&);
-}  // namespace TF_ISA
+TF_KERNELS(TF_FUNCTION)
+}
+#undef TF_FUNCTION
 #endif
 
 }  // namespace tf

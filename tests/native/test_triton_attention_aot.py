@@ -71,7 +71,7 @@ def _spec(
     relative=False, **more,
 ):  # fmt: skip
     """An AttentionSpec of meta tensors: batch 4, 16 heads, laid out (B, S, H, D) as projections are."""
-    from transformer_fast.ops._attention_op import AttentionSpec
+    from transformer_fast.backends.specs import AttentionSpec
 
     b, h = 4, 16
     sizes = {"b": b, "h": h, "m": queries, "n": keys}

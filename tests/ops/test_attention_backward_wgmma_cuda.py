@@ -11,7 +11,7 @@ import torch
 from numerics import GRADIENT, assert_as_accurate
 
 from transformer_fast.backends import cuda_attention, eager
-from transformer_fast.ops._attention_op import AttentionSpec
+from transformer_fast.backends.specs import AttentionSpec
 
 BF16, F16 = torch.bfloat16, torch.float16
 

@@ -14,7 +14,7 @@ import transformer_fast as tf
 from transformer_fast.backends import Call, memory
 from transformer_fast.backends.cuda import BACKEND
 from transformer_fast.backends.philox import keep_mask_2d, keep_scale
-from transformer_fast.ops.norm import NormSpec
+from transformer_fast.backends.specs import NormSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

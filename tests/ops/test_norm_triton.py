@@ -89,7 +89,7 @@ def test_large_mean_does_not_cancel(device, small_blocks, width):
 @pytest.mark.parametrize("width", [96, 300])
 def test_dropout_mask_bit_for_bit(device, width, small_blocks):
     """Of ones, dropout leaves its mask: forward in the sum, backward in the gradient to x."""
-    from transformer_fast.ops.norm import NormSpec
+    from transformer_fast.backends.specs import NormSpec
 
     p, rows = 0.4, 9
     rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=device)
@@ -184,8 +184,8 @@ def test_why_not_names_each_reason(monkeypatch, device):
 def test_info_says_what_no_gpu_has_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    from transformer_fast.backends.triton import _OPS, verified_on_gpu
+    from transformer_fast.backends.triton import BACKEND, verified_on_gpu
 
-    assert verified_on_gpu() <= _OPS
-    unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
+    assert verified_on_gpu() <= BACKEND.ops()
+    unverified = ", ".join(sorted(BACKEND.ops() - verified_on_gpu()))
     assert not unverified or f"not yet run on a GPU: {unverified}" in BACKEND.status()

@@ -10,60 +10,17 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
-__all__ = ["Backend", "Call", "ORDER", "backend", "explain", "info", "select"]
+from .contract import OPS, Backend, Call
+
+__all__ = ["Backend", "Call", "NAMES", "OPS", "ORDER", "backend", "explain", "info", "select"]
 
 # "cuda" stands behind "triton" until a GPU has shown it faster: measured.py then puts it first where it is.
 ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("eager", "cpu", "triton", "cuda", "sdpa")
-OPS = (
-    "additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "linear",
-    "norm", "packed_linear", "rotary_embedding",
-)  # fmt: skip
-
-
-class Call(NamedTuple):
-    """What a backend needs to know to say whether it can run a call.
-
-    op: one of OPS   device: torch device type   dtype: of the data   size: head dim, normalised width, ...
-    features: sorted names, e.g. ("causal", "dropout"); "backward" for the gradients of attention
-    length: the longer of queries and keys, rounded up to a power of two; 0 where no choice depends on it
-    """
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    size: int
-    features: tuple[str, ...] = ()
-    length: int = 0
-
-
-class Backend:
-    """One way to compute the ops. A subclass implements the raw forward and backward functions."""
-
-    name = ""
-
-    def why_not(self, call: Call) -> tuple[str, ...]:
-        """Every reason why this backend cannot run the call; empty when it can."""
-        raise NotImplementedError
-
-    def detour(self, call: Call) -> str:
-        """Why this backend, which can run the call, is known to be slow at it: others go before it."""
-        return ""
-
-    def attention_append(self, spec, key, value, out, lse) -> None:
-        """attention_forward on caches spec.key and spec.value, spec.key_lengths rows of which are in use, after key
-        and value have been written behind them, in place."""
-        sequences = torch.arange(key.shape[0], device=key.device)[:, None]
-        rows = spec.key_lengths[:, None] + torch.arange(key.shape[2], device=key.device)
-        for cache, new in ((spec.key, key), (spec.value, value)):
-            cache.transpose(1, 2)[sequences, rows] = new.transpose(1, 2)
-        spec = spec._replace(key_lengths=spec.key_lengths + key.shape[2])
-        self.attention_forward(spec, out, lse)  # type: ignore[attr-defined]
+NAMES = tuple(dict.fromkeys(name for names in ORDER.values() for name in names))
 
 
 class BackendError(RuntimeError):
@@ -234,7 +191,7 @@ def info() -> dict[str, str]:
         "native CPU kernels": f"active ({_native().current_isa()})"
         if not native_reason
         else f"missing: {native_reason}. They would bring fused attention, norms and activations on the CPU",
-        "Triton kernels": triton_backend.status(),  # type: ignore[attr-defined]
-        "CUDA kernels": get("cuda").status(),  # type: ignore[attr-defined]
+        "Triton kernels": triton_backend.status(),
+        "CUDA kernels": get("cuda").status(),
         "forced backend": forced_name() or "none",
     }

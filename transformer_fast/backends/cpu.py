@@ -8,16 +8,13 @@ from . import Backend, Call, gemm, memory, native
 from .eager import relative_buckets
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset(
-    {"attention", "norm", "bias_activation", "dropout", "linear", "packed_linear"}
-    | {"additive_attention", "cross_entropy", "embedding_layer_norm", "rotary_embedding"}
-)
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
 
 
 class CpuBackend(Backend):
     name = "cpu"
+    products = frozenset({"linear", "packed_linear"})
 
     def why_not(self, call: Call) -> tuple[str, ...]:
         reasons = []
@@ -28,7 +25,7 @@ class CpuBackend(Backend):
             reasons.append(f"device {call.device} is not cpu")
         if call.dtype not in _DTYPES:
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
-        if call.op not in _OPS:
+        if call.op not in self.ops():
             reasons.append(f"there is no CPU kernel for {call.op}")
         if call.op == "linear" and gemm.why_not_onednn():
             reasons.append(gemm.why_not_onednn())

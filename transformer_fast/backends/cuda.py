@@ -11,7 +11,7 @@ from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
-_OPS: dict[str, str] = {
+_NATIVE: dict[str, str] = {
     "attention": "cuda_attention_forward",
     "norm": "cuda_norm_forward",
     "rotary_embedding": "cuda_rotary",
@@ -30,7 +30,7 @@ def emulating() -> bool:
 
 def verified_on_gpu() -> frozenset[str]:
     """Ops whose CUDA kernels have passed their tests on a GPU, as the ledger in benchmarks/results says."""
-    return frozenset(op for op in _OPS if f"cuda {op}" in verified.names())
+    return frozenset(op for op in CudaBackend.ops() if f"cuda {op}" in verified.names())
 
 
 @functools.cache
@@ -75,7 +75,7 @@ class CudaBackend(Backend):
         missing = _missing()
         if missing:
             return f"missing: {missing}. They would bring kernels past what Triton can do on this GPU"
-        unverified = ", ".join(sorted(_OPS.keys() - verified_on_gpu()))
+        unverified = ", ".join(sorted(self.ops() - verified_on_gpu()))
         note = f"compiled for sm_{', sm_'.join(architectures())}"
         note += f"; not yet run on a GPU: {unverified}" if unverified else ""
         unsupported = _unsupported(*torch.cuda.get_device_capability())
@@ -95,9 +95,9 @@ class CudaBackend(Backend):
                     reasons.append(unsupported)
         if call.dtype not in _DTYPES:
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
-        if call.op not in _OPS:
+        if call.op not in self.ops():
             reasons.append(f"there is no CUDA kernel for {call.op}")
-        elif not reasons and not _has_kernel(_OPS[call.op], "CPU" if emulated else "CUDA"):
+        elif not reasons and not _has_kernel(_NATIVE[call.op], "CPU" if emulated else "CUDA"):
             reasons.append(f"the CUDA kernels of {call.op} were not compiled")
         if call.op in _REFUSES:
             reasons += _REFUSES[call.op](call)

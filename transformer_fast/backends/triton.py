@@ -11,10 +11,6 @@ from . import Backend, Call, memory, verified
 from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = frozenset(
-    {"additive_attention", "attention", "bias_activation", "cross_entropy", "dropout", "embedding_layer_norm", "norm"}
-    | {"rotary_embedding"}
-)
 _WIDE_HEAD = 128  # the last rows of kernels/attention_configurations.py are for head dims over this
 # kernels/embedding.py holds a row in registers; elsewhere a grid has an axis of column blocks, which ends at 65535.
 _WIDEST = {"embedding_layer_norm": 4096, "norm": 2**25, "additive_attention": 2**22}
@@ -23,7 +19,7 @@ _WIDEST = {"embedding_layer_norm": 4096, "norm": 2**25, "additive_attention": 2*
 def verified_on_gpu() -> frozenset[str]:
     """Ops whose kernels have passed their tests on a GPU, as the ledger in benchmarks/results says. The others are
     proven under Triton's interpreter and by compiling them ahead of time only; `info` says so."""
-    return verified.names() & _OPS
+    return verified.names() & TritonBackend.ops()
 
 
 @functools.cache
@@ -57,7 +53,7 @@ class TritonBackend(Backend):
             return "idle: no NVIDIA GPU is visible"
         if _missing():
             return f"missing: {_missing()}. They would bring fused kernels on this GPU"
-        unverified = ", ".join(sorted(_OPS - verified_on_gpu()))
+        unverified = ", ".join(sorted(self.ops() - verified_on_gpu()))
         note = f"; not yet run on a GPU: {unverified}" if unverified else ""
         old = self._old_gpu()
         return f"idle: {old}" if old else f"active{note}"
@@ -78,7 +74,7 @@ class TritonBackend(Backend):
             reasons.append(f"device {call.device} is not cuda (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)")
         if call.dtype not in _DTYPES:
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
-        if call.op not in _OPS:
+        if call.op not in self.ops():
             reasons.append(f"there is no Triton kernel for {call.op}")
         if call.size > _WIDEST.get(call.op, call.size):
             reasons.append(f"width {call.size} is over {_WIDEST[call.op]}")

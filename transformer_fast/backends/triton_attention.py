@@ -14,6 +14,7 @@ from ..kernels.attention_decode import _attention_combine_kernel, _attention_dec
 from ..kernels.attention_forward import _attention_forward_kernel
 from . import relative_bias, triton_launch
 from .philox import keep_scale, threshold
+from .specs import AttentionSpec, layout
 
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
@@ -21,6 +22,8 @@ DECODE_QUERIES, DECODE_ROWS = 16, 32
 FEW_KEYS = 128  # rows of so few keep the rounding of the output: see kernels/attention_backward.py
 WIDEST_WITH_TABLE = 64  # head dims up to which, without dropout, the sums of the table fit the registers beside dQ
 L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
+
+_CONSTANTS = layout(AttentionSpec).constants
 
 
 INPUTS = 9
@@ -51,7 +54,7 @@ def _key(kind: str, spec) -> tuple:
     """What a plan depends on beside its tensors. The functions are in it for those who replace them."""
     table = spec.relative_bias
     return (
-        kind, spec.query.device, spec[8:10], spec[11:13], spec[14:], table is not None and table.shape[0],
+        kind, spec.query.device, _CONSTANTS(spec), table is not None and table.shape[0],
         spec.cu_seqlens_q is None, configurations.select, splits_of, _capability,
         spec.query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision,
     )  # fmt: skip

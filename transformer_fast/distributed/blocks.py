@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.specs import AttentionSpec
 from ..ops import RelativeBias
-from ..ops._attention_op import AttentionSpec
 from .layout import Layout
 
 __all__ = ["Block", "Rows", "blocks", "narrow_bias", "sub_call"]

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..backends.specs import AttentionSpec
 from ..ops import _parallel
-from ..ops._attention_op import AttentionSpec, attention_op
+from ..ops._attention_op import attention_op
 from .collectives import all_gather, from_first
 from .layout import Layout
 from .ring import ring_attention

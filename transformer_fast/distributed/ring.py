@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from ..ops._attention_op import AttentionSpec, _lse_dtype, backward_impl, forward_impl
+from ..backends.specs import AttentionSpec
+from ..ops._attention_op import _lse_dtype, backward_impl, forward_impl
 from .blocks import Rows, blocks, narrow_bias, relative_matrix, sub_call
 from .collectives import Ring, wait
 from .layout import Layout

@@ -8,7 +8,8 @@ Source: Jacobs et al., "DeepSpeed Ulysses", 2023.
 import torch
 import torch.distributed as dist
 
-from ..ops._attention_op import AttentionSpec, attention_op
+from ..backends.specs import AttentionSpec
+from ..ops._attention_op import attention_op
 from .collectives import all_gather, exchange
 from .layout import Layout
 

@@ -3,54 +3,16 @@
 ops/attention.py holds the public functions and their checks; nothing here is called by users.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
+from ..backends.specs import AttentionSpec, SymInt
 from . import _common
 
 CAUSAL = {"top_left": 0, "bottom_right": 1}
-
-
-class AttentionSpec(NamedTuple):
-    """One call, the fields in the schema's order. Padded when cu_seqlens_q is None, else packed.
-
-    Query i of sequence b stands at position i + offset, offset = Sk_b - Sq_b when bottom_right else 0; Sk_b is
-    key_lengths[b] where given. Key j takes part when j < Sk_b, mask holds, and
-    position - window_left <= j <= position + window_right (a side of -1 is unlimited; causal is right = 0).
-    score = softcap(scale * q.k) + bias + relative_bias[bucket(j - position), h].
-    """
-
-    query: torch.Tensor  # (B, H, Sq, D) or (total_q, H, D)
-    key: torch.Tensor
-    value: torch.Tensor
-    bias: torch.Tensor | None  # 4-D, broadcasts to (B, H, Sq, Sk)
-    mask: torch.Tensor | None  # bool, 4-D, broadcasts likewise
-    key_lengths: torch.Tensor | None  # (B,)
-    cu_seqlens_q: torch.Tensor | None  # (B + 1,) int32
-    cu_seqlens_k: torch.Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    relative_bias: torch.Tensor | None  # (buckets, H)
-    relative_max_distance: int
-    relative_bidirectional: bool
-    rng: torch.Tensor | None  # {seed, offset}
-    scale: float
-    bottom_right: int
-    window_left: int
-    window_right: int
-    softcap: float
-    dropout_p: float
-
-
-_SPEC = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? relative_bias, "
-    "int relative_max_distance, bool relative_bidirectional, Tensor? rng, float scale, int bottom_right, "
-    "int window_left, int window_right, float softcap, float dropout_p"
-)
+_SPEC = _common.schema_of(AttentionSpec)
 
 
 def features(spec: AttentionSpec) -> tuple[str, ...]:
@@ -123,7 +85,7 @@ def _run_forward(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     lse = memory.empty(_lse_shape(q), _lse_dtype(q), q.device)
     if out.numel() == 0 or spec.key.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    choose(spec).attention_forward(spec, out, lse)  # type: ignore[attr-defined]
+    choose(spec).attention_forward(spec, out, lse)
     return out, lse
 
 
@@ -173,7 +135,7 @@ def _run_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
             g.zero_()
         return
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    choose(spec, backward=True).attention_backward(  # type: ignore[attr-defined]
+    choose(spec, backward=True).attention_backward(
         spec, grad_out, grad_lse, out, lse, dq, dk, dv,
         dbias if dbias.numel() else None, dtable if dtable.numel() else None,
     )  # fmt: skip
@@ -204,55 +166,30 @@ _backward_op = _common.define(
 )
 
 
-def _setup(ctx, inputs, output):
-    spec = AttentionSpec(*inputs)
-    ctx.set_materialize_grads(False)
-    ctx.constants = spec[8:10] + spec[11:13] + spec[14:]
-    ctx.save_for_backward(*output, *spec[:8], spec.relative_bias, spec.rng)
-
-
-def _backward(ctx, grad_out, grad_lse):
-    out, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, table, rng = ctx.saved_tensors
-    max_q, max_k, distance, bidirectional, *tail = ctx.constants
-    need = ctx.needs_input_grad
-    if grad_out is None and grad_lse is None:
-        return (None,) * 20
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    if torch.is_grad_enabled() and out.numel() and k.numel():
-        return _differentiable_backward(ctx, grad_out, grad_lse)
-    dq, dk, dv, dbias, dtable = _backward_op(
-        grad_out, grad_lse, out, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, max_q, max_k, table, distance,
-        bidirectional, rng, *tail, bool(need[3]), bool(need[10]),
-    )  # fmt: skip
-    grads: list = [None] * 20
-    grads[0], grads[1], grads[2] = dq, dk, dv
-    grads[3] = dbias if need[3] else None
-    grads[10] = dtable if need[10] else None
-    return tuple(grads)
-
-
 def plain(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in plain PyTorch, differentiable in every way."""
     out, lse = eager.attention(spec)
     return out, lse.to(_lse_dtype(spec.query))
 
 
-def _differentiable_backward(ctx, grad_out, grad_lse):
-    """The same in plain PyTorch, for gradients of gradients."""
-    _, lse, q, k, v, bias, mask, lengths, cu_q, cu_k, table, rng = ctx.saved_tensors
-    max_q, max_k, distance, bidirectional, *tail = ctx.constants
-    if grad_lse is not None:
-        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    _common.save(ctx, AttentionSpec(*inputs), *output)
 
-    def function(q, k, v, bias, table):
-        return plain(AttentionSpec(
-            q, k, v, bias, mask, lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng, *tail
-        ))  # fmt: skip
 
-    grads: list = [None] * 20
-    *grads[:4], grads[10] = _common.gradients(function, (q, k, v, bias, table), (grad_out, grad_lse))
-    return tuple(grads)
+def _backward(ctx, need, grad_out, grad_lse):
+    spec, out, lse = _common.saved(ctx)
+    if grad_out is None and grad_lse is None:
+        return {}
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    names = ("query", "key", "value", "bias", "relative_bias")
+    if torch.is_grad_enabled() and out.numel() and spec.key.numel():
+        if grad_lse is not None:
+            grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+        return _common.gradients_of(plain, spec, names, (grad_out, grad_lse))
+    needs = bool(need.bias), bool(need.relative_bias)
+    return dict(zip(names, _backward_op(grad_out, grad_lse, out, lse, *spec, *needs)))
 
 
 attention_op = _common.define(
@@ -261,10 +198,20 @@ attention_op = _common.define(
 
 
 # ---- packed projections: one gradient for query, key and value ---------------------------------------
-_QKV = (
-    "Tensor qkv, Tensor? key_lengths, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? rng, float scale, int causal, "
-    "float dropout_p"
-)
+class QkvSpec(NamedTuple):
+    """Self-attention on one tensor of projections: (B, S, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
+
+    qkv: torch.Tensor
+    key_lengths: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: SymInt
+    rng: torch.Tensor | None
+    scale: float
+    causal: int
+    dropout_p: float
+
+
+_QKV = _common.schema_of(QkvSpec)
 
 
 def _qkv_views(qkv: torch.Tensor, packed: bool) -> tuple[torch.Tensor, ...]:
@@ -272,42 +219,44 @@ def _qkv_views(qkv: torch.Tensor, packed: bool) -> tuple[torch.Tensor, ...]:
     return parts if packed else tuple(t.transpose(1, 2) for t in parts)
 
 
-def _qkv_spec(qkv, key_lengths, cu, longest, rng, scale, causal, p) -> AttentionSpec:
-    q, k, v = _qkv_views(qkv, cu is not None)
-    right = 0 if causal else -1
+def _unpacked(given: QkvSpec) -> AttentionSpec:
+    cu, longest = given.cu_seqlens, given.max_seqlen
+    q, k, v = _qkv_views(given.qkv, cu is not None)
     return AttentionSpec(
-        q, k, v, None, None, key_lengths, cu, cu, longest, longest, None, 0, False, rng, scale, 0, -1, right, 0.0, p
-    )
+        query=q, key=k, value=v, bias=None, mask=None, key_lengths=given.key_lengths, cu_seqlens_q=cu, cu_seqlens_k=cu,
+        max_seqlen_q=longest, max_seqlen_k=longest, relative_bias=None, relative_max_distance=0,
+        relative_bidirectional=False, rng=given.rng, scale=given.scale, bottom_right=0, window_left=-1,
+        window_right=0 if given.causal else -1, softcap=0.0, dropout_p=given.dropout_p,
+    )  # fmt: skip
 
 
 def qkv_forward_impl(*args):
-    spec = _qkv_spec(*args)
+    spec = _unpacked(QkvSpec(*args))
     out, lse = _run_forward(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
 
-def qkv_plain(qkv: torch.Tensor, rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = _qkv_spec(qkv, *rest)
+def qkv_plain(given: QkvSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    spec = _unpacked(given)
     out, lse = plain(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
 
 def _qkv_forward_fake(*args):
-    qkv, packed = args[0], args[2] is not None
-    *rows, _, h, d = qkv.shape
-    lse = (h, *rows) if packed else (rows[0], h, rows[1])
-    return qkv.new_empty((*rows, h, d)), qkv.new_empty(lse, dtype=_lse_dtype(qkv))
+    given = QkvSpec(*args)
+    *rows, _, h, d = given.qkv.shape
+    lse = (h, *rows) if given.cu_seqlens is not None else (rows[0], h, rows[1])
+    return given.qkv.new_empty((*rows, h, d)), given.qkv.new_empty(lse, dtype=_lse_dtype(given.qkv))
 
 
 def qkv_backward_impl(grad_out, out, lse, *args):
-    spec = _unit_stride(_qkv_spec(*args))
-    qkv, packed = args[0], args[2] is not None
-    grad = memory.empty(qkv.shape, qkv.dtype, qkv.device)
-    views = _qkv_views(grad, packed)
+    given = QkvSpec(*args)
+    spec, packed = _unit_stride(_unpacked(given)), given.cu_seqlens is not None
+    grad = memory.empty(given.qkv.shape, given.qkv.dtype, given.qkv.device)
     if not packed:
         grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
-    nothing = qkv.new_empty(0)
-    _run_backward(spec, grad_out, None, out, lse, *views, nothing, nothing)
+    nothing = given.qkv.new_empty(0)
+    _run_backward(spec, grad_out, None, out, lse, *_qkv_views(grad, packed), nothing, nothing)
     return grad
 
 
@@ -324,19 +273,15 @@ _qkv_backward_op = _common.define(
 
 
 def _qkv_setup(ctx, inputs, output):
-    qkv, lengths, cu, longest, rng, *tail = inputs
-    ctx.constants = [longest, *tail]
-    ctx.save_for_backward(*output, qkv, lengths, cu, rng)
+    _common.save(ctx, QkvSpec(*inputs), *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _qkv_backward(ctx, grad_out, _grad_lse):
-    out, lse, qkv, lengths, cu, rng = ctx.saved_tensors
-    longest, *tail = ctx.constants
-    if torch.is_grad_enabled() and qkv.numel():
-        function = functools.partial(qkv_plain, rest=(lengths, cu, longest, rng, *tail))
-        return (*_common.gradients(function, (qkv,), (grad_out,)), *(None,) * 7)
-    return (_qkv_backward_op(grad_out, out, lse, qkv, lengths, cu, longest, rng, *tail), *(None,) * 7)
+def _qkv_backward(ctx, need, grad_out, _grad_lse):
+    given, out, lse = _common.saved(ctx)
+    if torch.is_grad_enabled() and given.qkv.numel():
+        return _common.gradients_of(qkv_plain, given, ("qkv",), (grad_out,))
+    return {"qkv": _qkv_backward_op(grad_out, out, lse, *given)}
 
 
 qkv_attention_op = _common.define(

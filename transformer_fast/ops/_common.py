@@ -1,11 +1,15 @@
 """What every op file shares: the library the schemas live in, and how a call reaches its kernel."""
 
+import collections
 import numbers
 import sys
+import typing
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd import forward_ad
+
+from ..backends.specs import SymInt, layout
 
 # Schemas are registered from Python; the raw kernels behind them come from backends/.
 LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
@@ -15,19 +19,43 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+def schema_of(spec: type[tuple]) -> str:
+    """The arguments of a schema, from a spec's fields."""
+    hints = typing.get_type_hints(spec, include_extras=True)
+    return ", ".join(f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in hints)
+
+
+_SCHEMA_TYPES = {
+    torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", SymInt: "SymInt", int: "int", float: "float", bool: "bool"
+}  # fmt: skip
+
+
 def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None) -> Callable:
-    """Register one op with its fake kernel and, where given, its gradient. Returns what calls it: the registered op
-    where somebody watches (a compiler, a tracer, a mode, a wrapper class), else the same functions without torch's
-    dispatcher, which costs more than a small call itself."""
+    """Register one op with its fake kernel and, where given, its gradient.
+
+    Args:
+        name: of the op.
+        schema: its arguments and results.
+        forward: function of the arguments.
+        fake: the same for tensors without memory.
+        setup_context: (ctx, inputs, output): keeps what the backward pass needs.
+        backward: (ctx, need, *grads) returns gradients by the argument's name; need says which are wanted, by name.
+            A name that is left out, or not wanted, gets None.
+
+    Returns:
+        What calls it: the registered op where somebody watches (a compiler, a tracer, a mode, a wrapper class), else
+        the same functions without torch's dispatcher, which costs more than a small call itself.
+    """
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     qualified = f"transformer_fast::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    op = getattr(torch.ops.transformer_fast, name).default
     run = forward
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-        run = _function(name, forward, setup_context, backward).apply
-    op = getattr(torch.ops.transformer_fast, name).default
+        gradients = _by_position(backward, tuple(a.name for a in op._schema.arguments))
+        torch.library.register_autograd(qualified, gradients, setup_context=setup_context, lib=LIBRARY)
+        run = _function(name, forward, setup_context, gradients).apply
 
     def call(*args):
         if _watched():
@@ -40,6 +68,20 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
     return call
 
 
+def _by_position(backward, names: tuple[str, ...]):
+    needs, place = collections.namedtuple("needs", names), {name: i for i, name in enumerate(names)}
+
+    def gradients(ctx, *grads):
+        need = needs._make(ctx.needs_input_grad)
+        found = [None] * len(names)
+        for name, grad in backward(ctx, need, *grads).items():
+            if need[place[name]]:
+                found[place[name]] = grad
+        return tuple(found)
+
+    return gradients
+
+
 def _function(name: str, forward, setup_context, backward) -> type[torch.autograd.Function]:
     def forward_of(ctx, *args):
         output = forward(*args)
@@ -48,6 +90,19 @@ def _function(name: str, forward, setup_context, backward) -> type[torch.autogra
 
     members = {"forward": staticmethod(forward_of), "backward": staticmethod(backward)}
     return type(f"transformer_fast::{name}", (torch.autograd.Function,), members)
+
+
+def save(ctx, spec: tuple, *others: torch.Tensor) -> None:
+    """Keep a spec and other tensors for the backward pass."""
+    where = layout(type(spec))
+    ctx.kind, ctx.constants = type(spec), where.constants(spec)
+    ctx.save_for_backward(*where.tensors(spec), *others)
+
+
+def saved(ctx) -> tuple:
+    """What `save` has kept: the spec, then the other tensors."""
+    tensors, where = ctx.saved_tensors, layout(ctx.kind)
+    return ctx.kind(*where.order((*tensors[: where.tensor_count], *ctx.constants))), *tensors[where.tensor_count :]
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
@@ -121,7 +176,7 @@ def gradients(
     """Gradients of function(*inputs) that can be differentiated again: what a backward returns under create_graph.
 
     function: plain PyTorch, returns as many tensors as there are grads (None: no gradient arrives there). Returns
-    one gradient an input, None for those that need none.
+    one gradient per input, None for those that need none.
     """
     with torch.enable_grad():
         # Aliases: one tensor given twice has two gradients.
@@ -132,6 +187,18 @@ def gradients(
             [o for o, _ in arriving], wanted, [g for _, g in arriving], create_graph=True, materialize_grads=True
         ))  # fmt: skip
         return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def gradients_of(
+    function: Callable, spec: tuple, names: Sequence[str], grads: Sequence[torch.Tensor | None]
+) -> dict[str, torch.Tensor | None]:
+    """`gradients` to the fields `names` of a spec, by name. function: of the spec."""
+    index = [spec._fields.index(name) for name in names]  # type: ignore[attr-defined]
+
+    def of_fields(*tensors):
+        return function(spec._replace(**dict(zip(names, tensors))))  # type: ignore[attr-defined]
+
+    return dict(zip(names, gradients(of_fields, [spec[i] for i in index], grads)))
 
 
 def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -22,7 +22,7 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | No
     y = memory.empty(x.shape, x.dtype, x.device)
     if y.numel():
         chosen = _select(x, gate is not None)
-        chosen.bias_activation_forward(  # type: ignore[attr-defined]
+        chosen.bias_activation_forward(
             _rows(x), bias, None if gate is None else _rows(gate), activation, y.view(-1, x.shape[-1])
         )
     return y
@@ -47,7 +47,7 @@ def _backward_impl(
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     grad_bias = memory.empty((width if need_bias else 0,), wide, x.device)
     if grad_x.numel():
-        _select(x, gate is not None).bias_activation_backward(  # type: ignore[attr-defined]
+        _select(x, gate is not None).bias_activation_backward(
             _rows(grad),
             _rows(x),
             bias,
@@ -84,15 +84,13 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, bias, gate)
 
 
-def _backward(ctx, grad):
-    x, bias, gate = ctx.saved_tensors
+def _backward(ctx, need, grad):
+    tensors, names = ctx.saved_tensors, ("x", "bias", "gate")
     if torch.is_grad_enabled():  # gradients of gradients are plain PyTorch's
-        return *_common.gradients(
-            lambda *t: (eager.bias_activation(*t, ctx.activation),), (x, bias, gate), (grad,)
-        ), None  # fmt: skip
-    need_bias = bool(ctx.needs_input_grad[1])
-    grad_x, grad_bias, grad_gate = _backward_op(grad, x, bias, gate, ctx.activation, need_bias)
-    return grad_x, grad_bias if need_bias else None, grad_gate if gate is not None else None, None
+        found = _common.gradients(lambda *t: (eager.bias_activation(*t, ctx.activation),), tensors, (grad,))
+    else:
+        found = _backward_op(grad, *tensors, ctx.activation, bool(need.bias))
+    return dict(zip(names, found))
 
 
 _op = _common.define(
@@ -153,5 +151,5 @@ def bias_activation(
     if input.is_contiguous() and (gate is None or gate.is_contiguous()) and input.numel():
         chosen = _select(input, gate is not None)
         if chosen.name == "cpu":
-            return chosen.bias_activation(input, bias, gate, activation)  # type: ignore[attr-defined]
+            return chosen.bias_activation(input, bias, gate, activation)
     return _forward(input, bias, gate, activation)

@@ -1,26 +1,12 @@
 """Additive attention: a small network scores every query against every key, and its hidden layer is never stored."""
 
-from typing import NamedTuple
-
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
+from ..backends.specs import AdditiveAttentionSpec
 from . import _common, _parallel
 
 _FIELDS = ("query", "key", "value", "score_weight", "bias")
-
-
-class AdditiveAttentionSpec(NamedTuple):
-    """One call: query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv) with unit last stride; score_weight and bias (D,);
-    mask bool (B, Sq, Sk), any strides; key_lengths int64 (B,), contiguous."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    score_weight: torch.Tensor
-    bias: torch.Tensor | None
-    mask: torch.Tensor | None
-    key_lengths: torch.Tensor | None
 
 
 def _select(spec: AdditiveAttentionSpec) -> Backend:
@@ -35,27 +21,22 @@ def _unit_stride(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def _spec(query, key, value, *rest) -> AdditiveAttentionSpec:
-    return AdditiveAttentionSpec(_unit_stride(query), _unit_stride(key), _unit_stride(value), *rest)
+def _laid_out(spec: AdditiveAttentionSpec) -> AdditiveAttentionSpec:
+    return spec._replace(
+        query=_unit_stride(spec.query), key=_unit_stride(spec.key), value=_unit_stride(spec.value)
+    )  # fmt: skip
 
 
-def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    score_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(*args) -> tuple[torch.Tensor, torch.Tensor]:
     """The context in query's dtype and the weights, which the backward pass needs, in float32."""
-    spec = _spec(query, key, value, score_weight, bias, mask, key_lengths)
-    batch, queries, _ = query.shape
-    out = memory.empty((batch, queries, value.shape[2]), query.dtype, query.device)
-    weights = memory.empty((batch, queries, key.shape[1]), _wide(query.dtype), query.device)
+    spec = _laid_out(AdditiveAttentionSpec(*args))
+    query, keys = spec.query, spec.key.shape[1]
+    batch, queries, width = query.shape
+    out = memory.empty((batch, queries, spec.value.shape[2]), query.dtype, query.device)
+    weights = memory.empty((batch, queries, keys), _wide(query.dtype), query.device)
     if batch and queries:
-        if key.shape[1] and query.shape[2]:
-            _select(spec).additive_attention_forward(spec, out, weights)  # type: ignore[attr-defined]
+        if keys and width:
+            _select(spec).additive_attention_forward(spec, out, weights)
         else:  # no keys, or scores that are all zero
             for buffer, result in zip((out, weights), eager.additive_attention(spec)):
                 buffer.copy_(result)
@@ -70,26 +51,16 @@ def _forward_fake(query, key, value, *_):
     )
 
 
-def _backward_impl(
-    grad_out: torch.Tensor,
-    grad_weights: torch.Tensor | None,
-    weights: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    score_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward_impl(grad_out, grad_weights, weights, *fields) -> tuple[torch.Tensor, ...]:
     """Gradients to query, key, value, score_weight and bias (empty where there is none)."""
-    spec = _spec(query, key, value, score_weight, bias, mask, key_lengths)
+    spec = _laid_out(AdditiveAttentionSpec(*fields))
+    query, key, value, score_weight, bias, *_ = spec
     device, wide = query.device, weights.dtype
     grad_query = memory.empty(query.shape, wide, device)
     grad_key, grad_value = (memory.empty(t.shape, t.dtype, device) for t in (key, value))
-    grad_score = memory.empty((query.shape[0], query.shape[2]), wide, device)  # one part a sequence
+    grad_score = memory.empty((query.shape[0], query.shape[2]), wide, device)  # one part per sequence
     if weights.numel() and query.shape[2] and value.shape[2]:
-        _select(spec).additive_attention_backward(  # type: ignore[attr-defined]
+        _select(spec).additive_attention_backward(
             spec, grad_out.contiguous(), None if grad_weights is None else grad_weights.contiguous(), weights,
             grad_query, grad_key, grad_value, grad_score,
         )  # fmt: skip
@@ -108,43 +79,40 @@ def _backward_fake(grad_out, grad_weights, weights, query, key, value, score_wei
     )
 
 
-_TENSORS = (
-    "Tensor query, Tensor key, Tensor value, Tensor score_weight, Tensor? bias, Tensor? mask, Tensor? key_lengths"
-)
+_SPEC = _common.schema_of(AdditiveAttentionSpec)
 _backward_op = _common.define(
     "additive_attention_backward",
-    f"(Tensor grad_out, Tensor? grad_weights, Tensor weights, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, Tensor? grad_weights, Tensor weights, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
 
 
+def _plain(spec: AdditiveAttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The context and the weights in plain PyTorch, differentiable in every way."""
+    out, weights = eager.additive_attention(spec)
+    return out, weights.to(_wide(out.dtype))
+
+
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    _common.save(ctx, AdditiveAttentionSpec(*inputs), output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_weights):
-    *tensors, mask, key_lengths, weights = ctx.saved_tensors
+def _backward(ctx, need, grad_out, grad_weights):
+    spec, weights = _common.saved(ctx)
+    if grad_out is None and grad_weights is None:
+        return {}
     if grad_out is None:
-        if grad_weights is None:
-            return (None,) * 7
-        query, _, value, *_ = tensors
-        grad_out = query.new_zeros((*query.shape[:2], value.shape[2]))
+        grad_out = spec.query.new_zeros((*spec.query.shape[:2], spec.value.shape[2]))
     if torch.is_grad_enabled():  # gradients of gradients
-
-        def function(*tensors):
-            out, weights = eager.additive_attention(AdditiveAttentionSpec(*tensors, mask, key_lengths))
-            return out, weights.to(_wide(out.dtype))
-
-        return *_common.gradients(function, tensors, (grad_out, grad_weights)), None, None
-    *found, bias = _backward_op(grad_out, grad_weights, weights, *tensors, mask, key_lengths)
-    return *found, None if tensors[4] is None else bias, None, None
+        return _common.gradients_of(_plain, spec, _FIELDS, (grad_out, grad_weights))
+    return dict(zip(_FIELDS, _backward_op(grad_out, grad_weights, weights, *spec)))
 
 
 _op = _common.define(
     "additive_attention",
-    f"({_TENSORS}) -> (Tensor, Tensor)",
+    f"({_SPEC}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup,

@@ -7,11 +7,12 @@ import torch
 
 from ..backends.eager import relative_buckets
 from ..backends.philox import threshold
+from ..backends.specs import AttentionSpec
 from . import _attention_direct as _direct
 from . import _common, _parallel
 from ._attention_op import (
     CAUSAL,
-    AttentionSpec,
+    QkvSpec,
     attention_op,
     choose,
     forward_impl,
@@ -321,7 +322,7 @@ def qkv_attention(
     rng, p, nothing = _dropout_state(dropout_p, qkv.device, generator)
     args = (qkv, key_lengths, cu_seqlens, longest, rng, _scale(scale, qkv.shape[-1]), int(bool(is_causal)), p)
     if _common.transformed():
-        out, lse = qkv_plain(qkv, args[1:])
+        out, lse = qkv_plain(QkvSpec(*args))
     elif _common.direct(qkv):
         out, lse = qkv_forward_impl(*args)
     else:

@@ -1,28 +1,12 @@
 """Cross entropy over large vocabularies: no probability matrix is kept, and with linear_cross_entropy no logits."""
 
-from typing import NamedTuple
-
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
+from ..backends.specs import CrossEntropySpec
 from . import _common
 
 REDUCTIONS = ("none", "mean", "sum")
-
-
-class CrossEntropySpec(NamedTuple):
-    """One call on (rows, classes) logits. With p = softmax(x), w the class weights (1 where there are none),
-    e the label smoothing and y the target, the loss of a row that is not ignored is
-
-        (1 - e) w[y] (-log p[y]) + e / classes * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2
-    """
-
-    logits: torch.Tensor
-    target: torch.Tensor
-    weight: torch.Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
 
 
 def select_backend(logits: torch.Tensor) -> Backend:
@@ -49,83 +33,67 @@ def check_targets(target: torch.Tensor, classes: int, ignore_index: int) -> None
         )
 
 
-def _forward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    inplace_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses, largest logits and sums of exp(x - largest): the logarithm of it all would round away what the
     gradient needs."""
+    *fields, _inplace_gradient = args
+    spec = CrossEntropySpec(*fields)
+    logits = spec.logits
     rows, classes = logits.shape
-    check_targets(target, classes, ignore_index)
+    check_targets(spec.target, classes, spec.ignore_index)
     losses, largest, total = (memory.empty((rows,), loss_dtype(logits.dtype), logits.device) for _ in range(3))
     if rows:
-        spec = CrossEntropySpec(_unit_rows(logits), target, weight, ignore_index, label_smoothing, z_loss)
-        select_backend(logits).cross_entropy_forward(spec, losses, largest, total)  # type: ignore[attr-defined]
+        spec = spec._replace(logits=_unit_rows(logits))
+        select_backend(logits).cross_entropy_forward(spec, losses, largest, total)
     return losses, largest, total
 
 
-def _forward_fake(logits, target, weight, ignore_index, label_smoothing, z_loss, inplace_gradient):
+def _forward_fake(logits, *_):
     return tuple(logits.new_empty((logits.shape[0],), dtype=loss_dtype(logits.dtype)) for _ in range(3))
 
 
-def _backward_impl(
-    grad_losses: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    largest: torch.Tensor,
-    total: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    logits = _unit_rows(logits)
+def _backward_impl(grad_losses, largest, total, *fields, out: torch.Tensor | None = None) -> torch.Tensor:
+    spec = CrossEntropySpec(*fields)
+    logits = _unit_rows(spec.logits)
     if out is None:
         out = memory.empty(logits.shape, logits.dtype, logits.device)
     if out.numel():
-        spec = CrossEntropySpec(logits, target, weight, ignore_index, label_smoothing, z_loss)
-        select_backend(logits).cross_entropy_backward(  # type: ignore[attr-defined]
-            spec, grad_losses.contiguous(), largest, total, out
+        select_backend(logits).cross_entropy_backward(
+            spec._replace(logits=logits), grad_losses.contiguous(), largest, total, out
         )
     return out
 
 
-def _backward_fake(grad_losses, logits, target, weight, largest, total, ignore_index, label_smoothing, z_loss):
+def _backward_fake(grad_losses, largest, total, logits, *_):
     return logits.new_empty(logits.shape)
 
 
+_SPEC = _common.schema_of(CrossEntropySpec)
 _backward_op = _common.define(
     "cross_entropy_backward",
-    "(Tensor grad_losses, Tensor logits, Tensor target, Tensor? weight, Tensor largest, Tensor total, "
-    "int ignore_index, float label_smoothing, float z_loss) -> Tensor",
+    f"(Tensor grad_losses, Tensor largest, Tensor total, {_SPEC}) -> Tensor",
     _backward_impl,
     _backward_fake,
 )
 
 
 def _setup(ctx, inputs, output):
-    logits, target, weight, *ctx.options, ctx.inplace = inputs
+    *fields, ctx.inplace = inputs
     _, largest, total = output
-    ctx.save_for_backward(logits, target, weight, largest, total)
+    _common.save(ctx, CrossEntropySpec(*fields), largest, total)
     ctx.mark_non_differentiable(largest, total)
 
 
-def _backward(ctx, grad_losses, _largest, _total):
-    logits, *others = ctx.saved_tensors
-    if torch.is_grad_enabled():  # gradients of gradients: the same in plain PyTorch
-        target, weight, *_ = others
+def _plain(spec: CrossEntropySpec) -> tuple[torch.Tensor]:
+    return (eager.cross_entropy(spec),)
 
-        def losses(logits):
-            return (eager.cross_entropy(CrossEntropySpec(logits, target, weight, *ctx.options)),)
 
-        return *_common.gradients(losses, (logits,), (grad_losses,)), *(None,) * 6
-    arguments = (grad_losses, logits.detach(), *others, *ctx.options)
+def _backward(ctx, need, grad_losses, _largest, _total):
+    spec, largest, total = _common.saved(ctx)
+    if torch.is_grad_enabled():  # gradients of gradients
+        return _common.gradients_of(_plain, spec, ("logits",), (grad_losses,))
+    logits = spec.logits
+    arguments = (grad_losses, largest, total, *spec._replace(logits=logits.detach()))
     rows, classes = logits.shape
     own_memory = logits.stride(1) == 1 and (rows <= 1 or logits.stride(0) >= classes)
     # A compiler that traces this plans its memory itself.
@@ -134,13 +102,12 @@ def _backward(ctx, grad_losses, _largest, _total):
         torch.autograd.graph.increment_version(logits)  # whoever else kept the logits is told
     else:
         grad = _backward_op(*arguments)
-    return grad, *(None,) * 6
+    return {"logits": grad}
 
 
 _op = _common.define(
     "cross_entropy",
-    "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, "
-    "bool inplace_gradient) -> (Tensor, Tensor, Tensor)",
+    f"({_SPEC}, bool inplace_gradient) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup,

@@ -12,7 +12,7 @@ def _forward(x: torch.Tensor, rng: torch.Tensor, p: float) -> torch.Tensor:
     chosen = select(("dropout", x.device.type, x.dtype, width, ()))
     y = memory.empty_like(x)
     rows = (x, y) if x.dim() == 2 else (x.reshape(-1, width), y.view(-1, width))
-    chosen.dropout_forward(rows[0], rng, p, rows[1])  # type: ignore[attr-defined]
+    chosen.dropout_forward(rows[0], rng, p, rows[1])
     return y
 
 
@@ -25,9 +25,9 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(rng)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, need, grad):
     (rng,) = ctx.saved_tensors
-    return _op(grad.contiguous(), rng, ctx.p), None, None
+    return {"x": _op(grad.contiguous(), rng, ctx.p)}
 
 
 _op = _common.define(

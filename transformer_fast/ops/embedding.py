@@ -1,30 +1,11 @@
 """The input of BERT-like models: token + position + segment embeddings, normalised, in one pass."""
 
-from typing import NamedTuple
-
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
 from ..backends.philox import threshold
+from ..backends.specs import EmbeddingSpec
 from . import _common
-
-
-class EmbeddingSpec(NamedTuple):
-    """One call: v = word[ids] + token_type[token_type_ids] + position[position_ids], (rows, width); y = dropout(
-    layer_norm(v)). ids are flat int64 and contiguous; a table is (entries, width) with unit stride along the width."""
-
-    ids: torch.Tensor
-    word: torch.Tensor
-    position_ids: torch.Tensor | None
-    position: torch.Tensor | None
-    type_ids: torch.Tensor | None
-    token_type: torch.Tensor | None
-    norm_weight: torch.Tensor | None
-    norm_bias: torch.Tensor | None
-    rng: torch.Tensor | None
-    eps: float
-    dropout_p: float
-    padding_idx: int
 
 
 def _select(spec: EmbeddingSpec) -> Backend:
@@ -57,41 +38,28 @@ def _table(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else _rows(t)
 
 
-def _spec(ids, word, position_ids, position, type_ids, token_type, *rest) -> EmbeddingSpec:
-    return EmbeddingSpec(
-        ids.reshape(-1).contiguous(), _rows(word), _flat(position_ids), _table(position), _flat(type_ids),
-        _table(token_type), *rest,
+def _laid_out(spec: EmbeddingSpec) -> EmbeddingSpec:
+    """As the kernels want it: flat ids, unit stride along the width of the tables."""
+    return spec._replace(
+        ids=spec.ids.reshape(-1).contiguous(), word=_rows(spec.word), position_ids=_flat(spec.position_ids),
+        position=_table(spec.position), type_ids=_flat(spec.type_ids), token_type=_table(spec.token_type),
     )  # fmt: skip
 
 
-def _forward(
-    ids: torch.Tensor,
-    word: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    position: torch.Tensor | None,
-    type_ids: torch.Tensor | None,
-    token_type: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    rng: torch.Tensor | None,
-    eps: float,
-    dropout_p: float,
-    padding_idx: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check_ids("input_ids", ids, word.shape[0])
-    if position is not None:
-        _check_ids("position_ids", position_ids, position.shape[0])
-    if token_type is not None:
-        _check_ids("token_type_ids", type_ids, token_type.shape[0])
-    spec = _spec(
-        ids, word, position_ids, position, type_ids, token_type, norm_weight, norm_bias, rng, eps, dropout_p,
-        padding_idx,
-    )  # fmt: skip
-    rows, width = ids.numel(), word.shape[1]
-    y = memory.empty((*ids.shape, width), word.dtype, word.device)
+def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    spec = EmbeddingSpec(*args)
+    word = spec.word
+    _check_ids("input_ids", spec.ids, word.shape[0])
+    if spec.position is not None:
+        _check_ids("position_ids", spec.position_ids, spec.position.shape[0])
+    if spec.token_type is not None:
+        _check_ids("token_type_ids", spec.type_ids, spec.token_type.shape[0])
+    rows, width = spec.ids.numel(), word.shape[1]
+    y = memory.empty((*spec.ids.shape, width), word.dtype, word.device)
     mean, rstd = (memory.empty((rows,), _stats_dtype(word.dtype), word.device) for _ in range(2))
     if y.numel():
-        _select(spec).embedding_layer_norm_forward(spec, y.view(rows, width), mean, rstd)  # type: ignore[attr-defined]
+        spec = _laid_out(spec)
+        _select(spec).embedding_layer_norm_forward(spec, y.view(rows, width), mean, rstd)
     return y, mean, rstd
 
 
@@ -100,106 +68,81 @@ def _forward_fake(ids, word, *_):
     return word.new_empty((*ids.shape, word.shape[1])), *stats
 
 
-def _backward_impl(
-    grad: torch.Tensor,
-    ids: torch.Tensor,
-    word: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    position: torch.Tensor | None,
-    type_ids: torch.Tensor | None,
-    token_type: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    rng: torch.Tensor | None,
-    eps: float,
-    dropout_p: float,
-    padding_idx: int,
-    need: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to word, position, token_type, norm weight and norm bias; empty when not needed."""
-    width = word.shape[1]
-    spec = _spec(
-        ids, word, position_ids, position, type_ids, token_type, norm_weight, None, rng, eps, dropout_p, padding_idx
-    )
+# What gets a gradient, in the order of the backward op's results and of its `need`.
+_NAMES = ("word", "position", "token_type", "norm_weight", "norm_bias")
+
+
+def _backward_impl(*args) -> tuple[torch.Tensor, ...]:
+    """Gradients to the fields of _NAMES; empty when not needed."""
+    grad, mean, rstd, *fields, need = args
+    spec = EmbeddingSpec(*fields)
+    word, width = spec.word, spec.word.shape[1]
     tables = [
         memory.empty(table.shape if wanted and table is not None else (0,), word.dtype, word.device)
-        for table, wanted in zip((word, position, token_type), need)
+        for table, wanted in zip((word, spec.position, spec.token_type), need)
     ]
     vectors = [memory.empty((width if wanted else 0,), rstd.dtype, word.device) for wanted in need[3:]]
     buffers = [t if wanted else None for t, wanted in zip((*tables, *vectors), need)]
-    if ids.numel() and width:
-        _select(spec).embedding_layer_norm_backward(  # type: ignore[attr-defined]
-            spec, grad.reshape(-1, width).contiguous(), mean, rstd, *buffers
-        )
+    if spec.ids.numel() and width:
+        spec = _laid_out(spec)
+        rows = grad.reshape(-1, width).contiguous()
+        _select(spec).embedding_layer_norm_backward(spec, rows, mean, rstd, *buffers)
     else:
         for buffer in buffers:
             if buffer is not None:
                 buffer.zero_()
-    if norm_weight is not None:
-        vectors = [v.to(norm_weight.dtype) for v in vectors]
-    return *tables, *vectors  # type: ignore[return-value]
+    if spec.norm_weight is not None:
+        vectors = [v.to(spec.norm_weight.dtype) for v in vectors]
+    return *tables, *vectors
 
 
-def _backward_fake(grad, ids, word, position_ids, position, type_ids, token_type, norm_weight, mean, rstd, *rest):
-    need = rest[-1]
-    vector = rstd.dtype if norm_weight is None else norm_weight.dtype
+def _backward_fake(*args):
+    _, _, rstd, *fields, need = args
+    spec = EmbeddingSpec(*fields)
+    word, vector = spec.word, rstd.dtype if spec.norm_weight is None else spec.norm_weight.dtype
     return (
         *(
             word.new_empty(t.shape if wanted and t is not None else (0,))
-            for t, wanted in zip((word, position, token_type), need)
+            for t, wanted in zip((word, spec.position, spec.token_type), need)
         ),
         *(word.new_empty((word.shape[1] if wanted else 0,), dtype=vector) for wanted in need[3:]),
     )
 
 
-_TENSORS = "Tensor ids, Tensor word, Tensor? position_ids, Tensor? position, Tensor? type_ids, Tensor? token_type, "
+_SPEC = _common.schema_of(EmbeddingSpec)
 _backward_op = _common.define(
     "embedding_layer_norm_backward",
-    f"(Tensor grad, {_TENSORS}Tensor? norm_weight, Tensor mean, Tensor rstd, Tensor? rng, float eps, float dropout_p, "
-    "int padding_idx, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor mean, Tensor rstd, {_SPEC}, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
 
 
 def _setup(ctx, inputs, output):
-    *tensors, norm_weight, norm_bias, rng, ctx.eps, ctx.dropout_p, ctx.padding_idx = inputs
     _, mean, rstd = output
-    ctx.save_for_backward(*tensors, norm_weight, norm_bias, mean, rstd, rng)
+    _common.save(ctx, EmbeddingSpec(*inputs), mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _plain(tensors, norm_weight, norm_bias, rng, eps, dropout_p, padding_idx):
+def _plain(spec: EmbeddingSpec) -> tuple[torch.Tensor]:
     """y in plain PyTorch, differentiable in every way."""
-    spec = _spec(*tensors, norm_weight, norm_bias, rng, eps, dropout_p, padding_idx)
-    return eager.embedding_layer_norm(spec)[0].view(*tensors[0].shape, tensors[1].shape[1])
+    return (eager.embedding_layer_norm(_laid_out(spec))[0].view(*spec.ids.shape, spec.word.shape[1]),)
 
 
-def _backward(ctx, grad, _mean, _rstd):
-    *tensors, norm_weight, norm_bias, mean, rstd, rng = ctx.saved_tensors
-    rest = (rng, ctx.eps, ctx.dropout_p, ctx.padding_idx)
+def _backward(ctx, need, grad, _mean, _rstd):
+    spec, mean, rstd = _common.saved(ctx)
     if torch.is_grad_enabled():  # gradients of gradients
-        ids, _, position_ids, _, type_ids, _ = tensors
-
-        def y(word, position, token_type, weight, bias):
-            return (_plain((ids, word, position_ids, position, type_ids, token_type), weight, bias, *rest),)
-
-        found = _common.gradients(y, (*tensors[1::2], norm_weight, norm_bias), (grad,))
-    else:
-        need = [bool(ctx.needs_input_grad[i]) for i in (1, 3, 5, 6, 7)]
-        found = _backward_op(grad, *tensors, norm_weight, mean, rstd, *rest, need)
-        found = [g if n else None for g, n in zip(found, need)]
-        if found[4] is not None:
-            found[4] = found[4].to(norm_bias.dtype)
-    word, position, token_type, weight, bias = found
-    return None, word, None, position, None, token_type, weight, bias, *(None,) * 4
+        return _common.gradients_of(_plain, spec, _NAMES, (grad,))
+    needs = [bool(getattr(need, name)) for name in _NAMES]
+    found = dict(zip(_NAMES, _backward_op(grad, mean, rstd, *spec, needs)))
+    if need.norm_bias:
+        found["norm_bias"] = found["norm_bias"].to(spec.norm_bias.dtype)
+    return found
 
 
 _op = _common.define(
     "embedding_layer_norm",
-    f"({_TENSORS}Tensor? norm_weight, Tensor? norm_bias, Tensor? rng, float eps, float dropout_p, int padding_idx) -> "
-    "(Tensor, Tensor, Tensor)",
+    f"({_SPEC}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup,
@@ -314,10 +257,13 @@ def embedding_layer_norm(
     rng = _common.draw_rng(word_weight.device, generator) if p else None
     tensors = (word_weight, position_weight, token_type_weight, norm_weight, norm_bias)
     ids = input_ids.to(torch.int64)
-    lookups = (ids, word_weight, position_ids, position_weight, type_ids, token_type_weight)
-    rest = (norm_weight, norm_bias, rng, eps, p, padding)
+    spec = EmbeddingSpec(
+        ids=ids, word=word_weight, position_ids=position_ids, position=position_weight, type_ids=type_ids,
+        token_type=token_type_weight, norm_weight=norm_weight, norm_bias=norm_bias, rng=rng, eps=eps, dropout_p=p,
+        padding_idx=padding,
+    )  # fmt: skip
     if _common.transformed():
-        y = _plain(lookups, *rest)
+        y = _plain(spec)[0]
     else:
-        y = (_forward if _common.direct(*tensors) else _op)(*lookups, *rest)[0]
+        y = (_forward if _common.direct(*tensors) else _op)(*spec)[0]
     return y * 0 if nothing else y

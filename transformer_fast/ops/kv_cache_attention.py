@@ -3,8 +3,9 @@
 import torch
 
 from ..backends import memory
+from ..backends.specs import AttentionSpec
 from . import _common, _parallel
-from ._attention_op import AttentionSpec, _lse_shape, _out_like, _unit_stride, choose
+from ._attention_op import _lse_shape, _out_like, _unit_stride, choose
 from .attention import (
     RelativeBias,
     _check_lengths,
@@ -19,8 +20,10 @@ from .attention import (
 def _forward(query, key, value, key_cache, value_cache, lengths, table, distance, bidirectional, scale, left, softcap):
     n, capacity = query.shape[2], key_cache.shape[2]
     spec = AttentionSpec(
-        query, key_cache, value_cache, None, None, lengths, None, None, n, capacity, table, distance, bidirectional,
-        None, scale, 1, left, 0, softcap, 0.0,
+        query=query, key=key_cache, value=value_cache, bias=None, mask=None, key_lengths=lengths, cu_seqlens_q=None,
+        cu_seqlens_k=None, max_seqlen_q=n, max_seqlen_k=capacity, relative_bias=table, relative_max_distance=distance,
+        relative_bidirectional=bidirectional, rng=None, scale=scale, bottom_right=1, window_left=left, window_right=0,
+        softcap=softcap, dropout_p=0.0,
     )  # fmt: skip
     out = _out_like(query)
     lse = memory.empty(_lse_shape(query), torch.promote_types(query.dtype, torch.float32), query.device)

@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from ..backends import eager, memory
+from ..backends.specs import CrossEntropySpec
 from . import _common
-from .cross_entropy import CrossEntropySpec, check_options, check_targets, class_indices, loss_dtype, select_backend
+from .cross_entropy import check_options, check_targets, class_indices, loss_dtype, select_backend
 
 # Logits held at once: about a CPU's last-level cache; on a GPU enough rows to fill it.
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+_NAMES = ("hidden", "weight", "bias")
 _FEWEST_ROWS = 128  # below, the GEMMs slow down
 
 
@@ -73,12 +75,10 @@ def _forward(
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
         spec = CrossEntropySpec(logits, target[part], None, ignore_index, label_smoothing, z_loss)
-        run.cross_entropy_forward(spec, losses[part], largest[part], sums[part])  # type: ignore[attr-defined]
+        run.cross_entropy_forward(spec, losses[part], largest[part], sums[part])
         if not (need_hidden or need_weight or need_bias):
             continue
-        run.cross_entropy_backward(  # type: ignore[attr-defined]
-            spec, row_grads[part], largest[part], sums[part], logits
-        )
+        run.cross_entropy_backward(spec, row_grads[part], largest[part], sums[part], logits)
         if need_hidden and index is None:
             torch.mm(logits, weight, out=grad_hidden[part])
         elif need_hidden and index is not None:
@@ -119,29 +119,27 @@ def _plain(hidden, weight, bias, target, ignore_index, mean, label_smoothing, z_
 
 
 def _setup(ctx, inputs, output):
-    ctx.dtype, ctx.need, ctx.options = inputs[0].dtype, inputs[-3:], inputs[4:8]
+    ctx.dtype, ctx.options = inputs[0].dtype, inputs[4:8]
     # The inputs only for gradients of gradients: the caller holds them anyway.
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx, need, grad_loss, *_):
     hidden, weight, bias, target, *grads, scale = ctx.saved_tensors
     if torch.is_grad_enabled():
 
         def loss(hidden, weight, bias):
             return (_plain(hidden, weight, bias, target, *ctx.options),)
 
-        return *_common.gradients(loss, (hidden, weight, bias), (grad_loss,)), *(None,) * 9
+        return dict(zip(_NAMES, _common.gradients(loss, (hidden, weight, bias), (grad_loss,))))
     factor = grad_loss * scale
     # loss.backward() starts with 1; asking costs nothing on a CPU.
     one = (
         factor.device.type == "cpu" and _common.direct(factor) and not _common.batched(factor) and factor.item() == 1.0
     )
-    hidden, weight, bias = (
-        None if not need else (grad if one else grad * factor).to(ctx.dtype) for grad, need in zip(grads, ctx.need)
-    )
-    return hidden, weight, bias, *(None,) * 9
+    found = [(grad if one else grad * factor).to(ctx.dtype) for grad in grads]
+    return dict(zip(_NAMES, found))
 
 
 _op = _common.define(

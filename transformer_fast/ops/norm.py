@@ -1,27 +1,13 @@
 """layer_norm and rms_norm, alone and fused with the residual addition and dropout before them."""
 
 import itertools
-from typing import NamedTuple
 
 import torch
 
 from ..backends import Backend, eager, memory, select
 from ..backends.philox import keep_mask_2d, keep_scale, threshold
+from ..backends.specs import NormSpec
 from . import _common
-
-
-class NormSpec(NamedTuple):
-    """One call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
-
-    x: torch.Tensor
-    residual: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    rng: torch.Tensor | None
-    eps: float
-    rms: bool
-    dropout_p: float
-
 
 # By (adds, drops, rms): the names in a Call's features.
 _FEATURES = {
@@ -42,31 +28,22 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def _forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    rng: torch.Tensor | None,
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    need_sum: bool,
-    need_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    chosen = _select(x, residual, dropout_p, rms)
+def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the sum, mean and rstd, the last three empty where not asked for."""
+    *fields, need_sum, need_stats = args
+    spec = NormSpec(*fields)
+    x, residual = spec.x, spec.residual
+    chosen = _select(x, residual, spec.dropout_p, spec.rms)
     shape, dtype, device, width = x.shape, x.dtype, x.device, x.shape[-1]
     y = memory.empty(shape, dtype, device)
     rows = y.numel() // width if width else 0
     total = memory.empty(shape if need_sum else (0,), dtype, device)
-    mean = memory.empty(
-        (rows if need_stats and not rms else 0,), torch.float32 if dtype != torch.float64 else dtype, device
-    )
-    rstd = memory.empty((rows if need_stats else 0,), mean.dtype, device)
+    wide = torch.float32 if dtype != torch.float64 else dtype
+    mean = memory.empty((rows if need_stats and not spec.rms else 0,), wide, device)
+    rstd = memory.empty((rows if need_stats else 0,), wide, device)
     if rows:
-        spec = NormSpec(_rows(x), None if residual is None else _rows(residual), weight, bias, rng, eps, rms, dropout_p)
-        chosen.norm_forward(  # type: ignore[attr-defined]
-            spec,
+        chosen.norm_forward(
+            spec._replace(x=_rows(x), residual=None if residual is None else _rows(residual)),
             y.view(rows, width),
             total.view(rows, width) if need_sum else None,
             mean if mean.numel() else None,
@@ -86,34 +63,22 @@ def _forward_fake(x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum,
     )
 
 
-def _backward_impl(
-    grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    rng: torch.Tensor | None,
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to v = residual + dropout(x), to x (empty without dropout: it equals the first), to
-    weight and to bias (empty when not needed)."""
-    chosen = _select(v, None, dropout_p, rms)
+def _backward_impl(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to v = residual + dropout(x), to x (empty without dropout: it equals the first), to weight and to bias
+    (empty when not needed). The spec's x is v."""
+    grad_y, grad_sum, mean, rstd, *fields, need_weight, need_bias = args
+    spec = NormSpec(*fields)
+    v, dropout_p = spec.x, spec.dropout_p
+    chosen = _select(v, None, dropout_p, spec.rms)
     shape, dtype, device, width = v.shape, v.dtype, v.device, v.shape[-1]
     grad_v = memory.empty(shape, dtype, device)
     grad_x = memory.empty(shape if dropout_p else (0,), dtype, device)
-    wide = rstd.dtype
-    grad_weight = memory.empty((width if need_weight else 0,), wide, device)
-    grad_bias = memory.empty((width if need_bias else 0,), wide, device)
+    grad_weight = memory.empty((width if need_weight else 0,), rstd.dtype, device)
+    grad_bias = memory.empty((width if need_bias else 0,), rstd.dtype, device)
     rows = v.numel() // width if width else 0
     if rows:
-        spec = NormSpec(_rows(v), None, weight, None, rng, eps, rms, dropout_p)
-        chosen.norm_backward(  # type: ignore[attr-defined]
-            spec,
+        chosen.norm_backward(
+            spec._replace(x=_rows(v)),
             _rows(grad_y),
             None if grad_sum is None else _rows(grad_sum),
             mean if mean.numel() else None,
@@ -126,83 +91,82 @@ def _backward_impl(
     else:
         grad_weight.zero_()
         grad_bias.zero_()
-    if weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-        grad_bias = grad_bias.to(weight.dtype)
+    if spec.weight is not None:
+        grad_weight = grad_weight.to(spec.weight.dtype)
+        grad_bias = grad_bias.to(spec.weight.dtype)
     return grad_v, grad_x, grad_weight, grad_bias
 
 
-def _backward_fake(grad_y, grad_sum, v, weight, mean, rstd, rng, eps, rms, dropout_p, need_weight, need_bias):
-    dtype = weight.dtype if weight is not None else rstd.dtype
+def _backward_fake(*args):
+    _, _, _, rstd, *fields, need_weight, need_bias = args
+    spec = NormSpec(*fields)
+    v, dtype = spec.x, rstd.dtype if spec.weight is None else spec.weight.dtype
     return (
         v.new_empty(v.shape),
-        v.new_empty(v.shape if dropout_p else (0,)),
+        v.new_empty(v.shape if spec.dropout_p else (0,)),
         v.new_empty((v.shape[-1] if need_weight else 0,), dtype=dtype),
         v.new_empty((v.shape[-1] if need_bias else 0,), dtype=dtype),
     )
 
 
+_SPEC = _common.schema_of(NormSpec)
 _backward_op = _common.define(
     "norm_backward",
-    "(Tensor grad_y, Tensor? grad_sum, Tensor v, Tensor? weight, Tensor mean, Tensor rstd, Tensor? rng, float eps, "
-    "bool rms, float dropout_p, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_y, Tensor? grad_sum, Tensor mean, Tensor rstd, {_SPEC}, bool need_weight, bool need_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
 
 
 def _setup(ctx, inputs, output):
-    x, residual, weight, bias, rng, ctx.eps, ctx.rms, ctx.dropout_p, need_sum, _ = inputs
+    *fields, ctx.need_sum, _ = inputs
+    spec = NormSpec(*fields)
     _, total, mean, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.bias_dtype = bias.dtype if bias is not None else None
-    ctx.need_sum = need_sum
-    ctx.save_for_backward(total if need_sum else x, weight, mean, rstd, rng)
+    ctx.bias_dtype = spec.bias.dtype if spec.bias is not None else None
+    _common.save(ctx, spec._replace(x=total if ctx.need_sum else spec.x, residual=None, bias=None), mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient, rather than a tensor of zeros
 
 
-def _backward(ctx, grad_y, grad_sum, _mean, _rstd):
-    v, weight, mean, rstd, rng = ctx.saved_tensors
-    need = ctx.needs_input_grad
+def _backward(ctx, need, grad_y, grad_sum, _mean, _rstd):
+    spec, mean, rstd = _common.saved(ctx)
     if grad_y is None:
-        grad_y = torch.zeros_like(v)
+        grad_y = torch.zeros_like(spec.x)
+    if not ctx.need_sum:
+        grad_sum = None
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, grad_y, grad_sum, v, weight, rng)
-    grad_v, grad_x, grad_weight, grad_bias = _backward_op(
-        grad_y, grad_sum if ctx.need_sum else None, v, weight, mean, rstd, rng, ctx.eps, ctx.rms, ctx.dropout_p,
-        bool(need[2]), bool(need[3]),
-    )  # fmt: skip
-    return (
-        grad_x if ctx.dropout_p else grad_v,
-        grad_v if ctx.has_residual else None,
-        grad_weight if need[2] else None,
-        grad_bias.to(ctx.bias_dtype) if need[3] else None,
-        *(None,) * 6,
-    )
+        return _differentiable_backward(spec, need, ctx.bias_dtype, grad_y, grad_sum)
+    needs = bool(need.weight), bool(need.bias)
+    grad_v, grad_x, weight, bias = _backward_op(grad_y, grad_sum, mean, rstd, *spec, *needs)
+    return {
+        "x": grad_x if spec.dropout_p else grad_v,
+        "residual": grad_v,
+        "weight": weight,
+        "bias": bias.to(ctx.bias_dtype) if need.bias else None,
+    }
 
 
-def _differentiable_backward(ctx, grad_y, grad_sum, v, weight, rng):
+def _differentiable_backward(spec, need, bias_dtype, grad_y, grad_sum):
     """The same in plain PyTorch, for gradients of gradients."""
-    width, need = v.shape[-1], ctx.needs_input_grad
-    bias = torch.zeros(width, dtype=ctx.bias_dtype, device=v.device, requires_grad=True) if need[3] else None
+    v, width = spec.x, spec.x.shape[-1]
+    bias = torch.zeros(width, dtype=bias_dtype, device=v.device, requires_grad=True) if need.bias else None
 
     def y(v, weight, bias):
         rows = v.reshape(-1, width)
-        return (eager.norm(rows, None, weight, bias, None, ctx.eps, ctx.rms, 0.0)[0].view(v.shape),)
+        return (eager.norm(rows, None, weight, bias, None, spec.eps, spec.rms, 0.0)[0].view(v.shape),)
 
-    grad_v, grad_weight, grad_bias = _common.gradients(y, (v, weight, bias), (grad_y,))
+    grad_v, grad_weight, grad_bias = _common.gradients(y, (v, spec.weight, bias), (grad_y,))
+    found = {"weight": grad_weight, "bias": grad_bias}
     if grad_v is None:
-        return (None, None, grad_weight, grad_bias, *(None,) * 6)
-    if ctx.need_sum and grad_sum is not None:
+        return found
+    if grad_sum is not None:
         grad_v = grad_v + grad_sum
     grad_x = grad_v
-    if ctx.dropout_p:
-        kept = keep_mask_2d(rng, ctx.dropout_p, grad_v.numel() // max(width, 1), width)
-        grad_x = grad_v * kept.view(v.shape) * keep_scale(ctx.dropout_p)
-    return (
-        grad_x if need[0] else None, grad_v if need[1] else None, grad_weight, grad_bias, *(None,) * 6
-    )  # fmt: skip
+    if spec.dropout_p:
+        kept = keep_mask_2d(spec.rng, spec.dropout_p, grad_v.numel() // max(width, 1), width)
+        grad_x = grad_v * kept.view(v.shape) * keep_scale(spec.dropout_p)
+    return {"x": grad_x, "residual": grad_v, **found}
 
 
 def _plain(input, residual, weight, bias, rng, eps, rms, p):
@@ -214,8 +178,7 @@ def _plain(input, residual, weight, bias, rng, eps, rms, p):
 
 _op = _common.define(
     "norm",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, float dropout_p, "
-    "bool need_sum, bool need_stats) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_SPEC}, bool need_sum, bool need_stats) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup,
@@ -260,7 +223,7 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         if input.is_contiguous() and (residual is None or residual.is_contiguous()) and input.numel():
             chosen = _select(input, residual, p, rms)
             if chosen.name == "cpu":
-                return chosen.norm(input, residual, weight, bias, rng, eps, rms, p, need_sum)  # type: ignore[attr-defined]
+                return chosen.norm(input, residual, weight, bias, rng, eps, rms, p, need_sum)
         return _forward(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
     # The backward pass needs v = residual + dropout(x): without either it is x itself.
     keep = need_sum or residual is not None or p > 0

@@ -30,7 +30,7 @@ def _forward(
     """input: (B, S, H, D); positions: (B, S) or None."""
     y = memory.empty(tuple(input.shape), input.dtype, input.device)
     if y.numel():
-        _select(input, interleaved).rotary_embedding(  # type: ignore[attr-defined]
+        _select(input, interleaved).rotary_embedding(
             _unit_stride(input), _table(cos, input), _table(sin, input), positions, interleaved, inverse, y
         )
     return y
@@ -45,10 +45,10 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(cos, sin, positions)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, need, grad):
     cos, sin, positions = ctx.saved_tensors
     # A rotation's transpose is its inverse: the same op, so gradients of gradients come by themselves.
-    return _op(grad, cos, sin, positions, ctx.interleaved, not ctx.inverse), None, None, None, None, None
+    return {"input": _op(grad, cos, sin, positions, ctx.interleaved, not ctx.inverse)}
 
 
 _op = _common.define(

@@ -1,0 +1,172 @@
+"""What a backend is: the raw methods it may override, and the call that it is asked about.
+
+A backend has an op when it overrides the method that `METHODS` names for it. A new op is a method here, a line in
+`METHODS`, an override in eager.py (its definition in plain PyTorch) and one in each backend with a kernel for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .specs import AdditiveAttentionSpec, AttentionSpec, CrossEntropySpec, EmbeddingSpec, NormSpec
+
+Tensor = torch.Tensor
+
+METHODS = {
+    "additive_attention": "additive_attention_forward",
+    "attention": "attention_forward",
+    "bias_activation": "bias_activation_forward",
+    "cross_entropy": "cross_entropy_forward",
+    "dropout": "dropout_forward",
+    "embedding_layer_norm": "embedding_layer_norm_forward",
+    "norm": "norm_forward",
+    "rotary_embedding": "rotary_embedding",
+}
+# Matrix products: ops/linear.py and ops/packed_weight.py call them, and only ask who may.
+PRODUCTS = ("linear", "packed_linear")
+OPS = tuple(sorted((*METHODS, *PRODUCTS)))
+
+
+class Call(NamedTuple):
+    """What a backend needs to know to say whether it can run a call.
+
+    Attributes:
+        op: one of OPS.
+        device: torch's device type.
+        dtype: of the data.
+        size: head dim, normalised width, ...
+        features: sorted names, e.g. ("causal", "dropout"); "backward" for the gradients of attention.
+        length: the longer of queries and keys, rounded up to a power of two; 0 where no choice depends on it.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    size: int
+    features: tuple[str, ...] = ()
+    length: int = 0
+
+
+class Backend:
+    """One way to compute the ops. Raw methods write into buffers that the op has allocated; None is a result that
+    nobody wants. Specs are those of specs.py, with unit stride along the last dimension of their data."""
+
+    name = ""
+    products: frozenset[str] = frozenset()
+
+    # ---- the choice --------------------------------------------------------------------------------
+    def why_not(self, call: Call) -> tuple[str, ...]:
+        """Every reason why this backend cannot run the call; empty when it can."""
+        raise NotImplementedError
+
+    def detour(self, call: Call) -> str:
+        """Why this backend, which can run the call, is known to be slow at it: others go before it."""
+        return ""
+
+    def status(self) -> str:
+        """Whether it is active here, for `transformer-fast info`."""
+        return "active"
+
+    @classmethod
+    def ops(cls) -> frozenset[str]:
+        """The ops that this backend has kernels for: those whose method it overrides, and its matrix products."""
+        found = {op for op, method in METHODS.items() if getattr(cls, method) is not getattr(Backend, method)}
+        return frozenset(found | cls.products)
+
+    # ---- attention ---------------------------------------------------------------------------------
+    def attention_forward(self, spec: AttentionSpec, out: Tensor, lse: Tensor) -> None:
+        raise NotImplementedError
+
+    def attention_append(self, spec: AttentionSpec, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        """attention_forward on caches spec.key and spec.value, spec.key_lengths rows of which are in use, after key
+        and value have been written behind them, in place."""
+        assert spec.key_lengths is not None
+        sequences = torch.arange(key.shape[0], device=key.device)[:, None]
+        rows = spec.key_lengths[:, None] + torch.arange(key.shape[2], device=key.device)
+        for cache, new in ((spec.key, key), (spec.value, value)):
+            cache.transpose(1, 2)[sequences, rows] = new.transpose(1, 2)
+        spec = spec._replace(key_lengths=spec.key_lengths + key.shape[2])
+        self.attention_forward(spec, out, lse)
+
+    def attention_backward(
+        self, spec: AttentionSpec, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, dq: Tensor,
+        dk: Tensor, dv: Tensor, dbias: Tensor | None, dtable: Tensor | None,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    def additive_attention_forward(self, spec: AdditiveAttentionSpec, out: Tensor, weights: Tensor) -> None:
+        raise NotImplementedError
+
+    def additive_attention_backward(
+        self, spec: AdditiveAttentionSpec, grad_out: Tensor, grad_weights: Tensor | None, weights: Tensor,
+        grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, grad_score: Tensor,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    # ---- norms and what is done row by row -----------------------------------------------------------
+    def norm_forward(
+        self, spec: NormSpec, y: Tensor, sum_out: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+    ) -> None:
+        raise NotImplementedError
+
+    def norm_backward(
+        self, spec: NormSpec, grad_y: Tensor, grad_sum: Tensor | None, mean: Tensor | None, rstd: Tensor,
+        grad_v: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    def norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, rng: Tensor | None,
+        eps: float, rms: bool, dropout_p: float, need_sum: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """norm_forward without gradients, for contiguous tensors: (y, sum or None). Asked of the CPU's backend alone,
+        where a small call costs less than the preparations for norm_forward."""
+        raise NotImplementedError
+
+    def bias_activation_forward(
+        self, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, y: Tensor
+    ) -> None:
+        raise NotImplementedError
+
+    def bias_activation_backward(
+        self, grad: Tensor, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, grad_x: Tensor,
+        grad_bias: Tensor | None, grad_gate: Tensor | None,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    def bias_activation(self, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+        """bias_activation_forward without gradients, for contiguous tensors; as norm."""
+        raise NotImplementedError
+
+    def dropout_forward(self, x: Tensor, rng: Tensor, p: float, y: Tensor) -> None:
+        raise NotImplementedError
+
+    def rotary_embedding(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        interleaved: bool,
+        inverse: bool,
+        y: Tensor,
+    ) -> None:
+        raise NotImplementedError
+
+    def embedding_layer_norm_forward(self, spec: EmbeddingSpec, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
+        raise NotImplementedError
+
+    def embedding_layer_norm_backward(
+        self, spec: EmbeddingSpec, grad: Tensor, mean: Tensor, rstd: Tensor, grad_word: Tensor | None,
+        grad_position: Tensor | None, grad_type: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    # ---- losses --------------------------------------------------------------------------------------
+    def cross_entropy_forward(self, spec: CrossEntropySpec, losses: Tensor, largest: Tensor, total: Tensor) -> None:
+        raise NotImplementedError
+
+    def cross_entropy_backward(
+        self, spec: CrossEntropySpec, grad_losses: Tensor, largest: Tensor, total: Tensor, grad: Tensor
+    ) -> None:
+        raise NotImplementedError

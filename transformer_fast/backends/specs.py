@@ -1,0 +1,130 @@
+"""One call of an op, by name: what travels through schema, fake, autograd and backends.
+
+A registered op's schema is made from the fields of its spec (ops/_common.py), in their order, and so is what its
+backward pass keeps: a new argument is one field here.
+"""
+
+import functools
+import operator
+import typing
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import torch
+
+# An integer that a compiler may leave open.
+SymInt = Annotated[int, "SymInt"]
+
+
+class AttentionSpec(NamedTuple):
+    """One call. Padded when cu_seqlens_q is None, else packed.
+
+    Query i of sequence b stands at position i + offset, offset = Sk_b - Sq_b when bottom_right else 0; Sk_b is
+    key_lengths[b] where given. Key j takes part when j < Sk_b, mask holds, and
+    position - window_left <= j <= position + window_right (a side of -1 is unlimited; causal is right = 0).
+    score = softcap(scale * q.k) + bias + relative_bias[bucket(j - position), h].
+    """
+
+    query: torch.Tensor  # (B, H, Sq, D) or (total_q, H, D)
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None  # 4-D, broadcasts to (B, H, Sq, Sk)
+    mask: torch.Tensor | None  # bool, 4-D, broadcasts likewise
+    key_lengths: torch.Tensor | None  # (B,)
+    cu_seqlens_q: torch.Tensor | None  # (B + 1,) int32
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: SymInt
+    max_seqlen_k: SymInt
+    relative_bias: torch.Tensor | None  # (buckets, H)
+    relative_max_distance: int
+    relative_bidirectional: bool
+    rng: torch.Tensor | None  # {seed, offset}
+    scale: float
+    bottom_right: int
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+
+
+class NormSpec(NamedTuple):
+    """One call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
+
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    rng: torch.Tensor | None
+    eps: float
+    rms: bool
+    dropout_p: float
+
+
+class CrossEntropySpec(NamedTuple):
+    """One call on (rows, classes) logits. With p = softmax(x), w the class weights (1 where there are none),
+    e the label smoothing and y the target, the loss of a row that is not ignored is
+
+        (1 - e) w[y] (-log p[y]) + e / classes * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2
+    """
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+
+class EmbeddingSpec(NamedTuple):
+    """One call: v = word[ids] + token_type[token_type_ids] + position[position_ids], (rows, width); y = dropout(
+    layer_norm(v)). ids are flat int64 and contiguous; a table is (entries, width) with unit stride along the width."""
+
+    ids: torch.Tensor
+    word: torch.Tensor
+    position_ids: torch.Tensor | None
+    position: torch.Tensor | None
+    type_ids: torch.Tensor | None
+    token_type: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    rng: torch.Tensor | None
+    eps: float
+    dropout_p: float
+    padding_idx: int
+
+
+class AdditiveAttentionSpec(NamedTuple):
+    """One call: query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv) with unit last stride; score_weight and bias (D,);
+    mask bool (B, Sq, Sk), any strides; key_lengths int64 (B,), contiguous."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    score_weight: torch.Tensor
+    bias: torch.Tensor | None
+    mask: torch.Tensor | None
+    key_lengths: torch.Tensor | None
+
+
+class Layout(NamedTuple):
+    """Where the fields of a spec stand. tensors, constants: each of them, in order; order: a spec's fields from
+    (*tensors, *constants)."""
+
+    tensor_count: int
+    tensors: Callable[[tuple], tuple]
+    constants: Callable[[tuple], tuple]
+    order: Callable[[tuple], tuple]
+
+
+@functools.cache
+def layout(kind: type[tuple]) -> Layout:
+    hints = list(typing.get_type_hints(kind).values())
+    constant = [i for i, hint in enumerate(hints) if hint in (int, float, bool)]
+    tensor = [i for i in range(len(hints)) if i not in constant]
+    places = [*tensor, *constant]
+    order = operator.itemgetter(*(places.index(i) for i in range(len(hints))))
+    return Layout(len(tensor), _getter(tensor), _getter(constant), order)
+
+
+def _getter(index: list[int]) -> Callable[[tuple], tuple]:
+    return operator.itemgetter(*index) if len(index) > 1 else lambda fields: tuple(fields[i] for i in index)
