@@ -1,5 +1,5 @@
-"""Data parallel and fully sharded training, each family: two processes get the gradients that one gets on both halves of
-a batch."""
+"""Data parallel and fully sharded training of each family: two processes get the gradients that one gets on both halves
+of a batch."""
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ DECODERS = {
 IDS = {"vocab_size": 61, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
 OURS = {
     "TransformerForConditionalGeneration": ("TransformerConfig", {
-        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0,
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+        "dropout": 0.0,
     }),
     "AttentionRNNForConditionalGeneration": ("AttentionRNNConfig", {
         "embedding_size": 16, "hidden_size": 32, "dropout": 0.0,
