@@ -92,11 +92,12 @@ def build(arguments: argparse.Namespace):
     if arguments.model == "transformer":
         config = tf.TransformerConfig(
             vocab_size=vocabulary, d_model=size, encoder_layers=2, decoder_layers=2, num_attention_heads=4,
-            ffn_dim=4 * size, norm_position=arguments.norm, dropout=0.1, label_smoothing=SMOOTHING, **ids,
+            ffn_dim=4 * size, norm_position=arguments.norm, dropout=arguments.dropout, label_smoothing=SMOOTHING, **ids,
         )  # fmt: skip
         return tf.TransformerForConditionalGeneration(config)
     config = tf.AttentionRNNConfig(
-        vocab_size=vocabulary, embedding_size=size // 2, hidden_size=size, attention=arguments.attention, dropout=0.1,
+        vocab_size=vocabulary, embedding_size=size // 2, hidden_size=size, attention=arguments.attention,
+        dropout=arguments.dropout,
         label_smoothing=SMOOTHING, **ids,
     )  # fmt: skip
     return tf.AttentionRNNForConditionalGeneration(config)
@@ -207,6 +208,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="learning rate; the Transformer's multiplies its schedule")
     parser.add_argument("--beams", type=int, default=4, help="of beam search")
     parser.add_argument("--test", type=int, default=500, help="held-out dates to translate at the end")
+    parser.add_argument("--dropout", type=float, default=0.1, help="in training")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 

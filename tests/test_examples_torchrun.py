@@ -24,7 +24,7 @@ two_processes = pytest.mark.skipif(
 )
 WRITING = ["--size", "32", "--layers", "2", "--vocabulary", "300", "--dropout", "0", "--new-tokens", "2",
            "--beginnings", "Kenji"]  # fmt: skip
-TRANSLATING = ["--model", "rnn", "--size", "32", "--batch-size", "9", "--test", "2", "--beams", "2"]
+TRANSLATING = ["--model", "rnn", "--size", "32", "--batch-size", "9", "--test", "2", "--beams", "2", "--dropout", "0"]
 
 
 def load(name: str):
@@ -120,8 +120,8 @@ def test_killed_and_resumed_fully_sharded(tmp_path, monkeypatch):
 @two_processes
 def test_data_parallel(tmp_path, monkeypatch):
     """Rows and labels that two processes cannot share evenly."""
-    given = [*TRANSLATING, "--steps", "10"]
-    printed = finished(start("translation_from_scratch", tmp_path / "two", *given, "--save-every", "10"))
+    given = [*TRANSLATING, "--steps", "4"]
+    printed = finished(start("translation_from_scratch", tmp_path / "two", *given, "--save-every", "4"))
     assert printed.count("saved") == 1
     assert_learned_alike("translation_from_scratch", tmp_path / "two", tmp_path, monkeypatch, *given)
 
