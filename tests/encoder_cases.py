@@ -25,13 +25,17 @@ _CONFIGS = {
     "Camembert": _BERT,
     "Electra": _BERT | {"embedding_size": 24, "summary_last_dropout": 0.0},
     "MPNet": _BERT,
+    "DebertaV2": _BERT | {  # HF rounds sqrt(3 D) to float32, in float64 too: a square
+        "num_attention_heads": 4, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 6,
+        "share_att_key": True, "norm_rel_ebd": "layer_norm", "type_vocab_size": 2,
+    },
     "ModernBert": {
         "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
         "local_attention": 6, "global_attn_every_n_layers": 2, "global_rope_theta": 100.0, "local_rope_theta": 10.0,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
     },
 }  # fmt: skip
-WITHOUT_POOLER = ("DistilBert", "Electra", "ModernBert")
+WITHOUT_POOLER = ("DistilBert", "Electra", "ModernBert", "DebertaV2")
 WITHOUT_SEGMENTS = ("DistilBert", "MPNet", "ModernBert")
 HEADS = {
     "Model": ("last_hidden_state", "pooler_output"),

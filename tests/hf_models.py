@@ -45,7 +45,7 @@ _SEQ2SEQ = {
 
 ENCODERS = {
     "bert": lambda: _build(hf.BertModel, hf.BertConfig, **_ENCODER),
-    "roberta": lambda: _build(hf.RobertaModel, hf.RobertaConfig, **_ENCODER),
+    "ernie": lambda: _build(hf.ErnieModel, hf.ErnieConfig, **_ENCODER),  # of which this package has nothing
     "distilbert": lambda: _build(
         hf.DistilBertModel, hf.DistilBertConfig, vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48
     ),

@@ -98,26 +98,26 @@ def test_packages_that_a_tokenizer_needs(modules, install, monkeypatch):
 
 
 @pytest.fixture
-def roberta(tmp_path):
-    ENCODERS["roberta"]().save_pretrained(tmp_path)
+def ernie(tmp_path):
+    ENCODERS["ernie"]().save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_a_family_that_is_not_ours_is_transformers_own(roberta):
-    with pytest.warns(UserWarning, match="no class for model_type 'roberta'; transformers' own is used"):
-        model = tf.AutoModel.from_pretrained(roberta)
-    assert type(model) is transformers.RobertaModel and not tf.is_ours(model)
-    with pytest.warns(UserWarning, match="no class for model_type 'roberta'"):
+def test_a_family_that_is_not_ours_is_transformers_own(ernie):
+    with pytest.warns(UserWarning, match="no class for model_type 'ernie'; transformers' own is used"):
+        model = tf.AutoModel.from_pretrained(ernie)
+    assert type(model) is transformers.ErnieModel and not tf.is_ours(model)
+    with pytest.warns(UserWarning, match="no class for model_type 'ernie'"):
         headed = tf.AutoModelForSequenceClassification.from_config(model.config)
-    assert type(headed) is transformers.RobertaForSequenceClassification
+    assert type(headed) is transformers.ErnieForSequenceClassification
 
 
-def test_a_cut_off_file_of_another_family_is_named(roberta):
-    file = roberta / "model.safetensors"
+def test_a_cut_off_file_of_another_family_is_named(ernie):
+    file = ernie / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.warns(UserWarning), pytest.raises(ValueError) as error:
-        tf.AutoModel.from_pretrained(roberta)
+        tf.AutoModel.from_pretrained(ernie)
     assert str(error.value).startswith(f"{file}: is truncated or corrupt")
     with pytest.raises(ValueError) as error:
-        tf.pipeline("feature-extraction", model=roberta)
+        tf.pipeline("feature-extraction", model=ernie)
     assert str(error.value).startswith(f"{file}: is truncated or corrupt")

@@ -56,6 +56,7 @@ def test_outputs_have_this_release_s_names(name):
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "AlbertModel", "DistilBertModel", "CamembertModel",
+                                  "DebertaV2ForMaskedLM",
                                   "ElectraForPreTraining", "MPNetForMaskedLM", "ModernBertForMaskedLM",
                                   "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BartForConditionalGeneration",
                                   "MarianMTModel", "MBartForConditionalGeneration",

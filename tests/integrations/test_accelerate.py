@@ -17,7 +17,7 @@ from transformer_fast.integrations.swaps import Swapped
 ATTENTION = 'attn_implementation="transformer_fast"'
 KINDS = {
     "bert": {ATTENTION, "layer_norm", "gelu"},
-    "roberta": {ATTENTION, "layer_norm", "gelu"},
+    "ernie": {ATTENTION, "layer_norm", "gelu"},
     "distilbert": {ATTENTION, "layer_norm", "gelu"},
     "albert": {ATTENTION, "layer_norm", "gelu_tanh"},
     "gpt2": {ATTENTION, "layer_norm", "gelu_tanh"},

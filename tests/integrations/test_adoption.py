@@ -6,13 +6,16 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from encoder_cases import encoder_config
 from hf_models import ENCODERS, SEQ2SEQ, TEXT, batch, run
 from torch import nn
 
 import transformer_fast
 from transformer_fast.integrations.adoption import class_for
 
-OURS = [name for name in TEXT if class_for(type(TEXT[name]()))]
+MODELS = {**TEXT, **{f: lambda f=f: getattr(hf, f"{f}Model")(encoder_config(f)).eval()
+                      for f in ("XLMRoberta", "Electra", "MPNet", "ModernBert", "DebertaV2")}}  # fmt: skip
+OURS = [name for name in MODELS if class_for(type(MODELS[name]()))]
 
 
 def classes_of(model):
@@ -21,7 +24,7 @@ def classes_of(model):
 
 @pytest.mark.parametrize("family", OURS)
 def test_becomes_ours_and_goes_back(family):
-    model = TEXT[family]()
+    model = MODELS[family]()
     inputs = batch("left", seq2seq=family in SEQ2SEQ)
     before, state = classes_of(model), {k: t.data_ptr() for k, t in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}

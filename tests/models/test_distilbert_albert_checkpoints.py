@@ -11,7 +11,7 @@ import transformer_fast
 
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
          "ForMultipleChoice"]  # fmt: skip
-FAMILIES = ["DistilBert", "Albert", "Roberta", "XLMRoberta", "Camembert", "Electra", "MPNet", "ModernBert"]
+FAMILIES = ["DistilBert", "Albert", "Roberta", "XLMRoberta", "Camembert", "Electra", "MPNet", "ModernBert", "DebertaV2"]
 NAMES = [*(f"{family}{head}" for family in FAMILIES for head in HEADS), "AlbertForPreTraining",
          "ElectraForPreTraining", "ElectraForCausalLM", "RobertaForCausalLM", "XLMRobertaForCausalLM",
          "CamembertForCausalLM"]  # fmt: skip
@@ -46,7 +46,9 @@ def test_new_heads_sizes_and_dtypes(family, ids, tmp_path):
     classes = getattr(transformer_fast, f"{family}ForSequenceClassification")
     model, info = classes.from_pretrained(tmp_path, num_labels=7, dtype=torch.bfloat16, output_loading_info=True)
     assert model.dtype == torch.bfloat16 and model(ids).logits.shape == (12, 7)
-    assert info["missing_keys"] and all("classifier" in key or key.startswith("head.") for key in info["missing_keys"])
+    assert info["missing_keys"] and all(
+        "classifier" in key or key.startswith(("head.", "pooler.")) for key in info["missing_keys"]
+    )
     model.save_pretrained(tmp_path / "seven")
     with pytest.raises(ValueError, match=r"classifier.* is \(7,.*wanted \(2"):
         classes.from_pretrained(tmp_path / "seven", num_labels=2)
@@ -60,14 +62,15 @@ def test_new_heads_sizes_and_dtypes(family, ids, tmp_path):
     "family, changes",
     [("DistilBert", {"n_layers": 3}), ("Albert", {"num_hidden_groups": 3}), ("DistilBert", {"hidden_dim": 96}),
      ("Albert", {"intermediate_size": 96}), ("Electra", {"num_hidden_layers": 3}),
-     ("MPNet", {"relative_attention_num_buckets": 40}), ("ModernBert", {"norm_bias": True})],
+     ("MPNet", {"relative_attention_num_buckets": 40}), ("ModernBert", {"norm_bias": True}),
+     ("DebertaV2", {"share_att_key": False})],
     ids=str,
 )  # fmt: skip
 def test_a_configuration_that_asks_for_other_weights(family, changes, tmp_path):
     getattr(transformers, f"{family}Model")(encoder_config(family)).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    missing = bool({"n_layers", "num_hidden_layers", "num_hidden_groups", "norm_bias"} & set(changes))
+    missing = bool({"n_layers", "num_hidden_layers", "num_hidden_groups", "norm_bias", "share_att_key"} & set(changes))
     with pytest.raises(ValueError, match="lacks .* weights" if missing else "shapes in the checkpoint differ"):
         getattr(transformer_fast, f"{family}Model").from_pretrained(tmp_path)
 

@@ -25,10 +25,10 @@ import transformer_fast
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [("none", F32), ("left", F32), ("holes", F32), ("right", BF16), ("left", F16)]
 SHARED = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
-FAMILIES = ["DistilBert", "Albert", "ModernBert", "Roberta", "Electra", "MPNet"]
+FAMILIES = ["DistilBert", "Albert", "ModernBert", "DebertaV2", "Roberta", "Electra", "MPNet"]
 # Of BERT's likes the heads that are BERT's own are taken once more; tests/compat runs every class.
-NAMES = [*(f"{family}{head}" for family in FAMILIES[:3] for head in SHARED), "AlbertForPreTraining",
-         *(f"{family}{head}" for family in FAMILIES[3:] for head in SHARED[:3]), "ElectraForPreTraining",
+NAMES = [*(f"{family}{head}" for family in FAMILIES[:4] for head in SHARED), "AlbertForPreTraining",
+         *(f"{family}{head}" for family in FAMILIES[4:] for head in SHARED[:3]), "ElectraForPreTraining",
          "XLMRobertaForTokenClassification", "CamembertForQuestionAnswering"]  # fmt: skip
 BASE = {family: f"{family}Model" for family in FAMILIES}
 
@@ -92,6 +92,17 @@ SWITCHES = [
     ("Electra", {"hidden_act": "relu", "hidden_size": 30}),
     ("MPNet", {"hidden_act": "quick_gelu", "relative_attention_num_buckets": 40}),
     ("MPNet", {"num_attention_heads": 6, "tie_word_embeddings": False}),
+    ("DebertaV2", {"share_att_key": False}),
+    ("DebertaV2", {"pos_att_type": ["c2p"], "num_attention_heads": 6, "norm_rel_ebd": "none"}),
+    ("DebertaV2", {"pos_att_type": "p2c", "share_att_key": False, "num_attention_heads": 6}),
+    ("DebertaV2", {"pos_att_type": [], "num_attention_heads": 3}),
+    ("DebertaV2", {"relative_attention": False}),
+    ("DebertaV2", {"position_buckets": -1, "max_relative_positions": 5}),
+    ("DebertaV2", {"position_buckets": 40, "max_relative_positions": 80}),
+    ("DebertaV2", {"position_biased_input": False, "type_vocab_size": 0, "hidden_act": "quick_gelu"}),
+    ("DebertaV2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    ("DebertaV2", {"conv_kernel_size": 5, "conv_groups": 2, "embedding_size": 24}),
+    ("DebertaV2", {"legacy": False}),
     ("ModernBert", {"global_attn_every_n_layers": 1}),
     ("ModernBert", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
     ("ModernBert", {"local_attention": 2, "hidden_size": 30, "intermediate_size": 25}),
@@ -140,7 +151,8 @@ def test_classification_problems(family, problem, pair, make_mask):
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
 @pytest.mark.parametrize("name", ["DistilBertModel", "AlbertModel", "DistilBertForSequenceClassification",
                                   "ModernBertModel", "ModernBertForSequenceClassification", "RobertaModel",
-                                  "ElectraModel", "MPNetModel", "MPNetForSequenceClassification"])  # fmt: skip
+                                  "ElectraModel", "MPNetModel", "MPNetForSequenceClassification",
+                                  "DebertaV2Model", "DebertaV2ForSequenceClassification"])  # fmt: skip
 def test_hidden_states_and_attentions(name, kind, pair, make_mask, ids):
     mask = make_mask(kind)
     models = pair(name, config_for(name))
@@ -188,7 +200,7 @@ def test_inputs_embeds_positions_and_tuples(family, pair, make_mask, ids):
     assert list(pooled(ids).keys()) == ["last_hidden_state"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "DebertaV2"])  # HF's embeddings take none
 def test_full_masks(family, pair, ids):
     models = pair(BASE[family], encoder_config(family))
     allowed = (torch.rand(BATCH, 1, 13, 13) < 0.7) | torch.eye(13, dtype=torch.bool)
@@ -266,7 +278,8 @@ def test_adapters_and_hooks_are_called(family, pair, make_mask, ids):
             query, norm = layer.attention.q_lin, layer.output_layer_norm
         else:
             layer = model.encoder.layer[0]
-            query = layer.attention.attn.q if family == "MPNet" else layer.attention.self.query
+            names = {"MPNet": "attention.attn.q", "DebertaV2": "attention.self.query_proj"}
+            query = layer.get_submodule(names.get(family, "attention.self.query"))
             norm = layer.output.LayerNorm
         query.register_forward_hook(lambda module, args, y: 2 * y)
         norm.register_forward_hook(lambda module, args, y: y + 0.5)
@@ -282,6 +295,11 @@ def test_adapters_and_hooks_are_called(family, pair, make_mask, ids):
         ("Albert", {"inputs_embeds": torch.ones(2, 3, WIDTH)}, r"inputs_embeds: wanted \(batch, length, 24\)"),
         ("DistilBert", {"input_ids": torch.full((1, 3), 99)}, r"input_ids: wanted values in \[0, 99\)"),
         ("Albert", {"input_ids": torch.ones(1, 33, dtype=torch.long)}, "max_position_embeddings = 32"),
+        (
+            "DebertaV2",
+            {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 1, 3, 3)},
+            r"attention_mask: wanted shape \(2, 3\), got \(2, 1, 3, 3\)",
+        ),
         ("ModernBert", {"inputs_embeds": torch.ones(2, 3, 7)}, rf"inputs_embeds: wanted \(batch, length, {WIDTH}\)"),
         ("ModernBert", {"input_ids": torch.full((1, 3), 99)}, r"input_ids: wanted values in \[0, 99\)"),
         (

@@ -11,8 +11,8 @@ import transformer_fast as tf
 from transformer_fast import _EXPORTS
 from transformer_fast._transformers import CACHE_NAME
 
-_FAMILIES = ("albert", "bart", "bert", "camembert", "distilbert", "electra", "gpt2", "marian", "mbart", "mpnet",
-             "openai_gpt", "roberta", "t5", "xlm_roberta")  # fmt: skip
+_FAMILIES = ("albert", "bart", "bert", "camembert", "deberta_v2", "distilbert", "electra", "gpt2", "marian", "mbart",
+             "modernbert", "mpnet", "openai_gpt", "roberta", "t5", "xlm_roberta")  # fmt: skip
 NAMES = [name for family in _FAMILIES for name in _EXPORTS[f"models.{family}"]]
 STACKS = [("bart", "BartEncoder"), ("bart", "BartDecoder"), ("marian", "MarianEncoder"), ("marian", "MarianDecoder"),
           ("mbart", "MBartEncoder"), ("mbart", "MBartDecoder"),

@@ -44,6 +44,11 @@ FAMILIES = {
     "roberta": ("RobertaForMaskedLM", lambda: hf.RobertaConfig(**_WIDE)),
     "electra": ("ElectraForMaskedLM", lambda: hf.ElectraConfig(**_WIDE, embedding_size=128)),
     "mpnet": ("MPNetForMaskedLM", lambda: hf.MPNetConfig(**_WIDE)),
+    "modernbert": ("ModernBertForMaskedLM", lambda: hf.ModernBertConfig(**_WIDE, local_attention=4, pad_token_id=0)),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        lambda: hf.DebertaV2Config(**_WIDE, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4),
+    ),
     "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**_GPT, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
     "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: hf.OpenAIGPTConfig(**_GPT)),
     "bart": ("BartForConditionalGeneration", lambda: hf.BartConfig(**_SEQ2SEQ)),

@@ -118,12 +118,12 @@ def test_models_and_tokenizers_as_objects(checkpoint, tokenizer, texts):
 
 
 def test_a_family_that_only_transformers_has(tmp_path, tokenizer, texts):
-    config = transformers.RobertaConfig(
+    config = transformers.ErnieConfig(
         vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         initializer_range=0.3, pad_token_id=0,
     )  # fmt: skip
-    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no class for model_type 'roberta'.*RobertaFor.* parts of it accelerated"):
+    transformers.ErnieForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no class for model_type 'ernie'.*ErnieFor.* parts of it accelerated"):
         ours = transformer_fast.pipeline("sentiment-analysis", tmp_path, tokenizer=tokenizer)
     assert ours.model.config._attn_implementation == "transformer_fast"
     theirs = transformers.pipeline("text-classification", str(tmp_path), tokenizer=tokenizer, device="cpu")

@@ -1,14 +1,17 @@
 """Layers: what a transformer computes, driven by a TransformerSpec and modules by role. They never name a backend."""
 
 from .attention import MultiheadAttention
+from .disentangled import Disentangled
 from .encoder import Rotary, StackCall, encoder_layer, plan_call, run_layers
-from .packing import Packing, compute_padding, documents_of, plan_packing
+from .packing import Packing, compute_padding, documents_of, padding_is_computed, plan_packing, positions_kept
+from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
 from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
 
 __all__ = [
     "AdditiveAttention",
+    "Disentangled",
     "DotProductAttention",
     "LayerWeights",
     "MultiHeadAttention",
@@ -20,10 +23,13 @@ __all__ = [
     "StackCall",
     "TransformerSpec",
     "compute_padding",
+    "concat_pooling",
     "documents_of",
     "encoder_layer",
+    "padding_is_computed",
     "plan_call",
     "plan_packing",
+    "positions_kept",
     "run_layers",
     "sinusoids",
 ]

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, attention_dtype, int8_block
+from .disentangled import Disentangled
 from .packing import (
     Packing,
     padding_is_computed,
@@ -60,7 +61,8 @@ class StackCall:
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
     windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
-    one for each layer where layers differ.
+    one for each layer where layers differ. disentangled: takes the place of self-attention; distances: the table it
+    reads.
     """
 
     spec: TransformerSpec
@@ -72,6 +74,8 @@ class StackCall:
     bottom_right: bool = False
     relative_bias: ops.RelativeBias | None = None
     bias: torch.Tensor | None = None
+    disentangled: Disentangled | None = None
+    distances: torch.Tensor | None = None
     encoder_states: torch.Tensor | None = None
     encoder_packing: Packing | None = None
     encoder_mask: torch.Tensor | None = None
@@ -164,7 +168,8 @@ def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None
     if call.packing.spread is not None:  # all parts are of one length
         call.mask = mask[:, None, None]
         return
-    if call.relative_bias is not None or any(call.spec.windows):  # what lies between two tokens keeps its place
+    placed = call.relative_bias is not None or call.spec.disentangled or any(call.spec.windows)
+    if placed:  # what lies between two tokens keeps its place
         read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
@@ -299,7 +304,7 @@ def run_layers(
             call.hidden_states[index], rows = call.packing.show(rows)
         last = first_only and index == len(layers) - 1
         # By position: reentrant checkpointing differentiates with respect to these alone.
-        states = () if call.encoder_states is None else (call.encoder_states,)
+        states = tuple(t for t in (call.encoder_states, call.distances) if t is not None)
         rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
     return rows if layers or not first_only else call.packing.first(rows)
 
@@ -312,8 +317,9 @@ def encoder_layer(
     first_only: bool = False,
     past_key_values: Any = None,
     encoder_states: torch.Tensor | None = None,
+    distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x: (B, S, E) or packed (total, E) -> the same, or (B, E) with first_only. encoder_states: call.encoder_states.
+    """x: (B, S, E) or packed (total, E) -> the same, or (B, E) with first_only. encoder_states, distances: call's.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
     the Transformer Architecture", 2020, for norm_position "pre".
@@ -322,17 +328,22 @@ def encoder_layer(
     if spread is not None:  # checkpointing calls again when the context may have been left
         before = ops.parallel.set_current(spread)
     try:
-        return _encoder_layer(w, x, call, index, first_only, past_key_values, encoder_states)
+        return _encoder_layer(w, x, call, index, first_only, past_key_values, encoder_states, distances)
     finally:
         if spread is not None:
             ops.parallel.set_current(before)
 
 
-def _encoder_layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_values, encoder_states):
+def _encoder_layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_values, encoder_states, distances):
     post = call.spec.norm_position == "post"
     normed = x if post else norm(w.attention_norm, x)
     block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None
-    mixed = _self_attention(w, normed, call, index, first_only, past_key_values, block is not None)
+    if call.disentangled is not None:
+        sizes, scale = (call.spec.num_heads, call.spec.head_dim), call.spec.scale
+        mixed = call.disentangled.attend(w, normed, distances, sizes, scale, call.attentions, index)  # type: ignore[arg-type]
+        mixed = call.packing.first(mixed) if first_only else mixed
+    else:
+        mixed = _self_attention(w, normed, call, index, first_only, past_key_values, block is not None)
     if block is not None:
         return int8_block(mixed, call.packing.first(x) if first_only else x, block)
     mixed = linear(w.attention_output, mixed)
@@ -445,7 +456,11 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
             qkv = qkv.unflatten(-1, (3, *heads))
             out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
             return out.flatten(-2)
-        q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split(sizes, -2)
+        qkv = qkv.unflatten(-1, (-1, spec.head_dim))
+        q, k, v = qkv.split(sizes, -2)
+        if placed and w.query_norm is None:  # side by side they are rotated by one call
+            both = call.rotary_of(index)(qkv[..., : -sizes[2], :], spec.rotary_interleaved)  # type: ignore[misc]
+            (q, k), placed = both.split(sizes[:2], -2), False
     elif first_only and not placed:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
@@ -455,7 +470,7 @@ def _self_attention(w, x, call: StackCall, index, first_only, past_key_values, i
         q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in found)
     if placed:
         q, k = _placed(w, q, k, call, index)
-    if first_only and (w.qkv is not None or placed):
+    if first_only and (w.qkv is not None or call.rotary is not None or w.query_norm is not None):
         q = packing.first(q) if packing.index is not None else q[:, :1]
     if packing.index is not None:
         if past_key_values is not None:

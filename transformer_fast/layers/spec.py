@@ -28,6 +28,7 @@ class TransformerSpec:
     windows: how many keys the queries of each layer see, their own and those before it, None for all; () for all in
         all layers. Where it is not causal they see as many after it.
     rotary_interleaved: which columns are a pair, see ops.rotary_embedding.
+    disentangled: scores have terms of contents and distances (DeBERTa), see Disentangled.
     """
 
     num_heads: int
@@ -44,6 +45,7 @@ class TransformerSpec:
     softcap: float = 0.0
     windows: tuple[int | None, ...] = ()
     rotary_interleaved: bool = False
+    disentangled: bool = False
 
     def __post_init__(self):
         if self.norm_position not in ("post", "pre"):
@@ -101,6 +103,9 @@ class LayerWeights(NamedTuple):
     key_norm: nn.Module | None = None
     attention_after_norm: nn.Module | None = None  # of what a sublayer adds to the residual
     output_after_norm: nn.Module | None = None
+    position_key: nn.Module | None = None  # of the table of distances
+    position_query: nn.Module | None = None
+    position_dropout: nn.Module | float | None = None
 
 
 class SlotTable:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 )
 
 from .. import ops
-from ..layers import SlotTable, TransformerSpec, documents_of, plan_call, run_layers
+from ..layers import Packing, SlotTable, StackCall, TransformerSpec, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
 from ..layers.projection import dropout_p, linear, norm
 from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
@@ -50,6 +50,7 @@ class EncoderBase(ModelMixin):
     _slots: SlotTable
     config: Any
     embeddings: Any
+    get_input_embeddings: Any
 
     def _spec(self, causal: bool) -> TransformerSpec:
         config = self.config
@@ -76,43 +77,56 @@ class EncoderBase(ModelMixin):
         """Added to the scores of every layer."""
         return None
 
+    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
+        """options: of plan_call."""
+        bias = self._relative_bias()
+        return plan_call(spec, inputs.attention_mask, batch, length, device, relative_bias=bias, **options)
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        """The rows that the first layer reads."""
+        e = self.embeddings
+        rows = embed(
+            packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None), e.LayerNorm,
+            e.dropout, input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions,
+            segment_ids=inputs.token_type_ids, past=past,
+        )  # fmt: skip
+        return self._project(rows)
+
+    def _last(self, rows: torch.Tensor) -> torch.Tensor:
+        """After the last layer."""
+        return rows
+
     def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
         """(B, E) of the first positions -> what heads on whole sequences read."""
-        raise NotImplementedError
+        return first
 
     def _run(
         self, want: Want, inputs: Inputs, kwargs: dict, past_key_values=None, encoder_states=None, encoder_mask=None
     ) -> Encoded:
-        config, layers, e = self.config, list(self._layers()), self.embeddings
-        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, e.word_embeddings.embedding_dim)
+        config, layers, words = self.config, list(self._layers()), self.get_input_embeddings()
+        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim)
         batch, length = source.shape[:2]
         flags = read_flags(config, kwargs, len(layers))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = self._positions(inputs, past)
-        _check(inputs, positions, e, batch, length, past)
+        _check(inputs, positions, words, self.embeddings, batch, length, past)
         causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
         documents = None
         if inputs.attention_mask is None and past_key_values is None:
             documents = documents_of((batch, length), None, kwargs)
-        call = plan_call(
-            self._spec(bool(getattr(config, "is_decoder", False) if causal is None else causal)),
-            inputs.attention_mask, batch, length, source.device,
-            past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
-            relative_bias=self._relative_bias(), documents=documents, read=want.read,
-            read_first=want.read_first or want.first_only, attentions=flags.attentions,
+        call = self._plan(
+            self._spec(bool(getattr(config, "is_decoder", False) if causal is None else causal)), inputs, batch, length,
+            source.device, past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
+            documents=documents, read=want.read, read_first=want.read_first or want.first_only,
+            attentions=flags.attentions,
         )  # fmt: skip
-        rows = embed(
-            call.packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None),
-            e.LayerNorm, e.dropout, input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds,
-            position_ids=positions, segment_ids=inputs.token_type_ids, past=past,
-        )  # fmt: skip
+        rows = self._embed(call.packing, inputs, positions, past)
         whole = flags.hidden_states or flags.attentions or past_key_values is not None or documents is not None
         first_only = want.first_only and not whole and call.packing.spread is None
         rows = run_layers(
-            layers, self._project(rows), call,
-            first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden,
-        )  # fmt: skip
-        pooled = None
+            layers, rows, call, first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden
+        )
+        rows, pooled = self._last(rows), None
         if want.first_only or want.read_first:
             pooled = self._pool(rows if first_only else call.packing.first(rows))
         return Encoded.of(None if first_only else rows, call, pooled, past_key_values, flags, len(layers))
@@ -122,12 +136,15 @@ def _activation(config) -> str | None:
     return activation_name(config.activation if hasattr(config, "activation") else config.hidden_act)
 
 
-def _check(inputs: Inputs, positions: torch.Tensor | None, e: Any, batch: int, length: int, past) -> None:
-    size = e.position_embeddings.num_embeddings
+def _check(inputs: Inputs, positions: torch.Tensor | None, words: Any, e: Any, batch: int, length: int, past) -> None:
+    table, kinds = (getattr(e, name, None) for name in ("position_embeddings", "token_type_embeddings"))
     for name, t in (("position_ids", inputs.position_ids), ("token_type_ids", inputs.token_type_ids)):
         if t is not None:
             check_integers(name, t, (batch, length))
-    if inputs.position_ids is not None:
+    size = 0 if table is None else table.num_embeddings
+    if table is None:
+        pass
+    elif inputs.position_ids is not None:
         check_indices("position_ids", inputs.position_ids, size, "config.max_position_embeddings")
     elif positions is not None:
         meaning = "config.max_position_embeddings; truncate the text: tokenizer(..., truncation=True)"
@@ -139,10 +156,9 @@ def _check(inputs: Inputs, positions: torch.Tensor | None, e: Any, batch: int, l
             "truncate the text (tokenizer(..., truncation=True))"
         )
     if inputs.input_ids is not None:
-        check_indices("input_ids", inputs.input_ids, e.word_embeddings.num_embeddings, "config.vocab_size")
-    if inputs.token_type_ids is not None:
-        kinds = e.token_type_embeddings.num_embeddings
-        check_indices("token_type_ids", inputs.token_type_ids, kinds, "config.type_vocab_size")
+        check_indices("input_ids", inputs.input_ids, words.num_embeddings, "config.vocab_size")
+    if inputs.token_type_ids is not None and kinds is not None:
+        check_indices("token_type_ids", inputs.token_type_ids, kinds.num_embeddings, "config.type_vocab_size")
 
 
 class VocabularyHead(NamedTuple):

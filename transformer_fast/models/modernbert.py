@@ -9,10 +9,10 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.models.modernbert import modeling_modernbert as hf
 
 from .. import ops
-from ..layers import Packing, Rotary, SlotTable, TransformerSpec, documents_of, plan_call, run_layers
-from ..layers.embeddings import check_indices, embed
+from ..layers import Packing, Rotary, SlotTable, StackCall, TransformerSpec
+from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
-from ._base import Adopted, Encoded, Want, activation_name, check_inputs, check_integers, read_flags
+from ._base import Adopted, Encoded, Want, activation_name
 from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
 from ._forward import public_forward
 from ._heads import is_labelled, masked_lm, per_position
@@ -97,36 +97,10 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
     def _kinds(self) -> list[str]:
         return [layer.attention_type for layer in self.layers]
 
-    def _run(self, want: Want, inputs: Inputs, kwargs: dict, *args) -> Encoded:  # type: ignore[override]
-        layers, e = list(self.layers), self.embeddings
-        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, e.tok_embeddings.embedding_dim)
-        (batch, length), device = source.shape[:2], source.device
-        flags = read_flags(self.config, kwargs, len(layers))
-        if inputs.position_ids is not None:
-            check_integers("position_ids", inputs.position_ids, (batch, length))
-        if inputs.input_ids is not None:
-            check_indices("input_ids", inputs.input_ids, e.tok_embeddings.num_embeddings, "config.vocab_size")
-        documents = None
-        if inputs.attention_mask is None:
-            documents = documents_of((batch, length), None, kwargs)
-        call = plan_call(
-            self._spec(), inputs.attention_mask, batch, length, device, documents=documents, read=want.read,
-            read_first=want.read_first or want.first_only, attentions=flags.attentions,
-        )  # fmt: skip
+    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
+        call = super()._plan(spec, inputs, batch, length, device, **options)
         call.rotary = self._rotary(call.packing, inputs.position_ids, device)
-        rows = embed(
-            call.packing, e.tok_embeddings, None, None, e.norm, e.drop, input_ids=inputs.input_ids,
-            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
-        )  # fmt: skip
-        whole = flags.hidden_states or flags.attentions or documents is not None or call.packing.spread is not None
-        first_only = want.first_only and not whole
-        rows = norm(
-            self.final_norm, run_layers(layers, rows, call, first_only=first_only, keep_hidden=flags.keep_hidden)
-        )
-        pooled = None
-        if want.first_only or want.read_first:
-            pooled = rows if first_only else call.packing.first(rows)
-        return Encoded.of(None if first_only else rows, call, pooled, None, flags, len(layers))
+        return call
 
     def _rotary(self, packing: Packing, position_ids: torch.Tensor | None, device) -> list[Rotary]:
         """The angles of each layer: HF's rule for its kind, in float32."""
@@ -140,6 +114,16 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
             half = cos.shape[-1] // 2
             found[kind] = Rotary.of(packing, cos[..., :half], sin[..., :half])
         return [found[kind] for kind in self._kinds()]
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        e = self.embeddings
+        return embed(
+            packing, e.tok_embeddings, None, None, e.norm, e.drop, input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
+        )  # fmt: skip
+
+    def _last(self, rows: torch.Tensor) -> torch.Tensor:
+        return norm(self.final_norm, rows)
 
 
 class _ModernBertHeads(EncoderHeads):
@@ -184,6 +168,7 @@ class _ModernBertHeads(EncoderHeads):
         if self.config.classifier_pooling == "cls":
             encoded = self._encode(inputs, Want(first_only=True), kwargs)
             return self._logits(encoded.pooled), encoded  # type: ignore[arg-type]
+        ops.parallel.refuse("config.classifier_pooling='mean'", "'cls' reads the first position")
         encoded = self._encode(inputs, Want(), kwargs)
         return self._logits(self._mean(encoded.restored(), inputs)), encoded
 

@@ -3,9 +3,11 @@
 FAMILIES = {
     "albert": "albert",
     "attention_rnn": "rnn",
+    "awd_lstm": "awd_lstm",
     "bart": "bart",
     "bert": "bert",
     "camembert": "camembert",
+    "deberta-v2": "deberta_v2",
     "distilbert": "distilbert",
     "electra": "electra",
     "elmo": "elmo",
@@ -29,6 +31,7 @@ FAMILIES = {
 # Those that HF has no class for: what the names of their classes begin with.
 OWN = {
     "attention_rnn": "AttentionRNN",
+    "awd_lstm": "AWDLSTM",
     "elmo": "Elmo",
     "transformer_2017": "Transformer",
 }
