@@ -26,7 +26,7 @@ def minilm() -> pathlib.Path:
 
 def random_bert(name: str, config: dict, family: str = "Bert") -> pathlib.Path:
     """A Hugging Face checkpoint folder of `config` with random weights (seed 0) and MiniLM's tokenizer,
-    which has BERT's vocabulary. family: Bert, DistilBert or Albert."""
+    which has BERT's vocabulary. family: the prefix of its classes' names."""
     path = folder() / f"{name}-{zlib.crc32(repr(sorted(config.items())).encode()):08x}"
     if not (path / "config.json").exists():
         import torch

@@ -33,6 +33,15 @@ def model_cases(device: str) -> list[Case]:
                  Bar(3.0), ("distilbert-base", shapes.DISTILBERT_BASE), family="DistilBert"),
         _encoder("albert-base-ragged-32", "albert-base, 32 ragged sentences (mean 40, max 128)", ragged, device,
                  Bar(3.0), ("albert-base", shapes.ALBERT_BASE), family="Albert"),
+        *(
+            _encoder(f"{name}-ragged-32", f"{name}, 32 ragged sentences (mean 40, max 128)", ragged, device, Bar(3.0),
+                     (name, config), family=family)
+            for name, config, family in (
+                ("roberta-base", shapes.ROBERTA_BASE, "Roberta"),
+                ("electra-base", shapes.ELECTRA_BASE, "Electra"),
+                ("mpnet-base", shapes.MPNET_BASE, "MPNet"),
+            )
+        ),
         _encoder("bert-base-full-8x128", "bert-base, 8 x 128 full", full, device, Bar(1.15)),
         _training("ragged-16x128", "bert-base fine-tuning step, ragged 16 x 128 (mean 40)",
                   shapes.ragged_lengths(16), device, Bar(2.2)),

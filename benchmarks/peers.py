@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .case import Unavailable
 from .checkpoints import folder
 
 __all__ = [
@@ -42,7 +43,9 @@ class EncoderInputs(NamedTuple):
 
     def load(self, module: Any, **options: Any) -> Any:
         """The family's base model of `module` (transformers, transformer_fast), without a pooler."""
-        if self.family != "DistilBert":
+        if self.family == "MPNet" and options.pop("attn_implementation", "sdpa") not in ("sdpa", "eager"):
+            raise Unavailable("transformers' MPNet has attention of its own alone")
+        if self.family not in ("DistilBert", "Electra"):
             options["add_pooling_layer"] = False
         model = getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
         return model.to(self.device, self.dtype)

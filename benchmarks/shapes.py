@@ -4,8 +4,8 @@ import random
 from typing import NamedTuple
 
 __all__ = [
-    "ALBERT_BASE", "BERT_BASE", "DISTILBERT_BASE", "MINILM", "POINTWISE", "TINY", "TINY_BERT", "AttentionShape",
-    "ragged_lengths",
+    "ALBERT_BASE", "BERT_BASE", "DISTILBERT_BASE", "ELECTRA_BASE", "MINILM", "MPNET_BASE", "POINTWISE", "ROBERTA_BASE",
+    "TINY", "TINY_BERT", "AttentionShape", "ragged_lengths",
 ]  # fmt: skip
 
 
@@ -70,7 +70,17 @@ ALBERT_BASE = {
     "intermediate_size": 3072,
     "hidden_act": "gelu_new",
 }
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+ROBERTA_BASE = {
+    **_BASE, "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+ELECTRA_BASE = {**_BASE, "vocab_size": 30522, "embedding_size": 768}
+MPNET_BASE = {**_BASE, "vocab_size": 30527, "max_position_embeddings": 514, "layer_norm_eps": 1e-5}
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
 TINY = {
+    "Roberta": {**ROBERTA_BASE, **_SMALL},
+    "Electra": {**ELECTRA_BASE, **_SMALL, "embedding_size": 32},
+    "MPNet": {**MPNET_BASE, **_SMALL},
     "DistilBert": {"vocab_size": 30522, "dim": 64, "n_layers": 1, "n_heads": 1, "hidden_dim": 128},
     "Albert": {**ALBERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
                "intermediate_size": 128},

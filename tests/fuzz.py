@@ -13,6 +13,7 @@ import time
 import traceback
 
 import fuzz_calls
+import fuzz_draw
 import torch
 from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
 
@@ -66,19 +67,21 @@ def program(call: fuzz_calls.Call, rng: random.Random, backend: str = "") -> str
 
 def verdict(source: str, call: fuzz_calls.Call, seed: int) -> str:
     """'' when the program runs and is accurate, else what is wrong. The largest error of few elements is luck now and
-    then: what seems inaccurate is drawn again with other data, and the errors are taken together."""
-    try:
-        results = [_results(source, call, seed)]
+    then (of 50, in one call of five where both are as accurate): what seems inaccurate is drawn again with other data,
+    and the errors, ours and plain PyTorch's, are taken together. A true loss stays one, however rare the data that
+    show it."""
+    results: list = []
+    wrong = ""
+    for count in (1, 8, 64):
         try:
+            results += [_results(source, call, seed + i) for i in range(len(results), count)]
             _check(results, call)
-        except AssertionError:
-            results += [_results(source, call, seed + i) for i in range(1, 8)]
-            _check(results, call)
-    except AssertionError as error:
-        return str(error)
-    except Exception:  # whatever a call raises is a finding
-        return traceback.format_exc(limit=-3)
-    return ""
+            return ""
+        except AssertionError as error:
+            wrong = str(error)
+        except Exception:  # whatever a call raises is a finding
+            return traceback.format_exc(limit=-3)
+    return wrong
 
 
 def _results(source: str, call: fuzz_calls.Call, seed: int) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -117,6 +120,8 @@ def _check(results: list[dict], call: fuzz_calls.Call) -> None:
         if not call.few:
             raise
         ours, truth, same = ({n: t[i].double() for n, t in grads.items()} for i in range(3))
+        if not any(t.any() for t in truth.values()):  # nothing to hold them against
+            raise
         whole = [pooled(t, truth) for t in (ours, truth, same)]
         floor = max(torch.finfo(t[0].dtype).eps for t in grads.values())
         error, theirs = ((t - whole[1]).abs().max().item() for t in (whole[0], whole[2]))
@@ -155,7 +160,7 @@ def main() -> int:
     parser.add_argument("--isa", action="append", help="instruction set; default: all of this processor's")
     parser.add_argument("--show", type=int, default=3, help="failures of each op to print")
     arguments = parser.parse_args()
-    fuzz_calls.ISAS = arguments.isa or fuzz_calls.ISAS
+    fuzz_draw.ISAS = arguments.isa or fuzz_draw.ISAS
     ops, end = arguments.op or sorted(fuzz_calls.OPS), time.monotonic() + 60 * arguments.minutes
     counts, failed = collections.Counter(), collections.Counter()
     round_ = 0

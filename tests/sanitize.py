@@ -42,7 +42,7 @@ def main() -> int:
 
     arguments = sys.argv[1:]
     isas = [isa for option, isa in zip(arguments, arguments[1:]) if option == "--isa"] or native.supported_isas()
-    library = build(isas)
+    library = build([*isas, *(native._INT8_WIDEST[isa] for isa in isas)])  # with the int8 kernels that go with them
     compiler = os.environ.get("CXX", "g++")
     runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {

@@ -305,3 +305,24 @@ def test_transformer_classifier(load, tmp_path, capsys):
     row = torch.randint(1, 20, (1, 6))
     padded = torch.nn.functional.pad(row, (0, 3))  # padding changes nothing
     torch.testing.assert_close(model(padded)[0], model(row)[0])
+
+
+def test_ulmfit(run):
+    short = ["--limit", "30", "--pretrain", "1", "--adapt", "3", "--classify", "3", "--draws", "1", "--labels", "16"]
+    scores, printed, folder = run("ulmfit", *short, "--size", "16")
+    assert list(scores) == ["from nothing", "ULMFiT", "MiniLM, fine-tuned"]
+    assert (
+        all(0 <= score <= 1 for score in scores.values()) and f"ULMFiT               {scores['ULMFiT']:.1%}" in printed
+    )
+    before, after = (
+        float(n) for n in re.search(r"held-out reviews: ([\d.]+) -> ([\d.]+) by adapting", printed).groups()
+    )
+    assert after < 0.9 * before  # the reviews' words are learned
+    assert is_picture(folder / "ulmfit.png")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert type(model) is tf.AWDLSTMForSequenceClassification and model.config.id2label == {
+        0: "negative",
+        1: "positive",
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.decode(tokenizer("Great value!")["input_ids"]).startswith("[END] ")

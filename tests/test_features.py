@@ -41,12 +41,13 @@ def pool(states, how):
         "last": lambda s: s[-1],
         "mean": lambda s: s.mean(0),
         "max": lambda s: s.amax(0),
+        "concat": lambda s: torch.cat((s[-1], s.amax(0), s.mean(0))),
     }
     return rules[how](states)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("pooling", [None, "cls", "last", "mean", "max"])
+@pytest.mark.parametrize("pooling", [None, "cls", "concat", "last", "mean", "max"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_every_text_as_if_alone(pooling, batch_size, whose, tokenizer):

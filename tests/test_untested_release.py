@@ -44,6 +44,9 @@ bert = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attent
 for name, settings in (
     ("T5ForConditionalGeneration", hf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)),
     ("ModernBertForSequenceClassification", hf.ModernBertConfig(**bert, pad_token_id=0)),
+    ("RobertaForCausalLM", hf.RobertaConfig(**bert, is_decoder=True)),
+    ("CamembertForSequenceClassification", hf.CamembertConfig(**bert)),
+    ("ElectraForPreTraining", hf.ElectraConfig(**bert)), ("MPNetForMultipleChoice", hf.MPNetConfig(**bert)),
     ("BertForMaskedLM", hf.BertConfig(**bert)), ("BertLMHeadModel", hf.BertConfig(**bert, is_decoder=True)),
     ("BartForSequenceClassification", hf.BartConfig(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1)),
     ("OpenAIGPTLMHeadModel", hf.OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4)),

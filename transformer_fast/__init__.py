@@ -18,6 +18,12 @@ _EXPORTS = {
     "backends": ["backend", "info"],
     "collation": ["sentence_pairs"],
     "features": ["layer_features"],
+    "fine_tuning": [
+        "GradualUnfreezing",
+        "discriminative_learning_rates",
+        "layer_groups",
+        "slanted_triangular_schedule",
+    ],
     "handed_on": ["is_ours"],
     "integrations": ["accelerate", "explain", "register", "restore"],
     "layers": [
@@ -26,6 +32,7 @@ _EXPORTS = {
         "MultiHeadAttention",
         "MultiheadAttention",
         "compute_padding",
+        "concat_pooling",
         "sinusoids",
     ],
     "models._quantizer": ["Int8Config"],
@@ -49,6 +56,12 @@ _EXPORTS = {
         "AutoModelForSeq2SeqLM",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+    ],
+    "models.awd_lstm": [
+        "AWDLSTMConfig",
+        "AWDLSTMForCausalLM",
+        "AWDLSTMForSequenceClassification",
+        "AWDLSTMModel",
     ],
     "models.bart": [
         "BartForCausalLM",
@@ -263,6 +276,7 @@ _MODULES = [
     "demo",
     "distributed",
     "features",
+    "fine_tuning",
     "generation",
     "handed_on",
     "integrations",

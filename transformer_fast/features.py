@@ -7,12 +7,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .layers import concat_pooling
 from .models._base import ModelMixin
 
 __all__ = ["layer_features"]
 
 LAYERS = {"last": (-1,), "sum_last_four": (-4, -3, -2, -1), "concat_last_four": (-4, -3, -2, -1)}
-POOLING = (None, "cls", "last", "max", "mean")
+POOLING = (None, "cls", "concat", "last", "max", "mean")
 
 
 def layer_features(
@@ -36,7 +37,7 @@ def layer_features(
         layers: "last", "sum_last_four", "concat_last_four", the index of one hidden state (0: the embeddings, -1: the
             last layer) or several indices, which are concatenated.
         pooling: None, "cls" (the first token), "last" (the last), "mean" or "max" over the tokens, special ones
-            included; padding takes no part.
+            included, or "concat": [last; max; mean]; padding takes no part.
         batch_size: texts at a time; they are computed in an order of length, so that batches hold little padding.
         max_length: tokens of a text that are read; default: what tokenizer and model take.
         progress: show a bar.
@@ -44,7 +45,7 @@ def layer_features(
     Returns:
         Float tensors of the model's dtype on the CPU, in the texts' order: (N, D) with pooling, else a list of
         (tokens, D). For one text (D,), or (tokens, D). D is the model's width, times the number of layers that are
-        concatenated.
+        concatenated, and three times that with "concat".
 
     Raises:
         ValueError: for an unknown layers or pooling, a layer that is not there, a text without tokens.
@@ -87,7 +88,7 @@ def layer_features(
         model.train(training)
     if pooling is None:
         return found
-    width = base.config.hidden_size * (len(indices) if combine == "concat" else 1)
+    width = base.config.hidden_size * (len(indices) if combine == "concat" else 1) * (3 if pooling == "concat" else 1)
     return torch.stack(found) if found else torch.empty(0, width, dtype=base.dtype)
 
 
@@ -160,6 +161,8 @@ def _pool(states: torch.Tensor, mask: torch.Tensor, pooling: str | None):
         return states[:, 0]
     if pooling == "last":
         return states[torch.arange(len(states), device=states.device), lengths - 1]
+    if pooling == "concat":
+        return concat_pooling(states, mask)
     padding = (mask == 0)[..., None]
     if pooling == "max":
         return states.masked_fill(padding, -torch.inf).amax(1)

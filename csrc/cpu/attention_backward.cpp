@@ -119,7 +119,7 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
 }
 
 constexpr float kPreciseLse = 24.f;  // in units of log2
-constexpr int64_t kFewQueries = 16, kShortChain = 16;
+constexpr int64_t kFewQueries = 16;
 
 float largest_lse(const Buffers& s, int64_t lanes) {
   float largest = 0.f;
@@ -171,12 +171,12 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0, one_block = block_end(begin, end) == end;
   const float to_log2 = log2_factor(a);
 
-  const int64_t chain = t.count <= kFewQueries ? kShortChain : kChain;
+  const auto chain = [&](int64_t keys) { return chain_of(t.count < keys ? t.count : keys); };
   const auto from = [](Operand rows, int64_t j) {
     return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
   };
   const auto probabilities = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes, nullptr, chain);
+    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes, nullptr, chain(keys));
     if (!fold) finish_scores(a, t, j, keys, s.p, a.softcap != 0.f ? s.slope : nullptr);
     mask_edges(a, t, j, keys, s.p);
     for (int64_t c = 0; one_block && c < lanes; c += kWidth) {
@@ -196,7 +196,7 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   // anew for nothing, few queries for little; a large log-sum-exp is rounded so coarsely that rows would not sum to one.
   const bool exact_delta = one_block || t.count <= kFewQueries;
   const auto value_gradients = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(value_rows, j), s.grads_t, lanes, s.ds, lanes, nullptr, chain);
+    gemm(Write::kStore, keys, lanes, a.dim, from(value_rows, j), s.grads_t, lanes, s.ds, lanes, nullptr, chain(keys));
   };
   if (exact_delta || largest_lse(s, lanes) > kPreciseLse) {
     for (int64_t c = 0; c < lanes; c += kWidth) {

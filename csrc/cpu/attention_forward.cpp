@@ -117,7 +117,7 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
         load_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
         rows = {s.keys, padded * 4, 4};
       }
-      gemm(Write::kStore, keys, lanes, a.dim, rows, s.queries, lanes, s.scores, lanes);
+      gemm(Write::kStore, keys, lanes, a.dim, rows, s.queries, lanes, s.scores, lanes, nullptr, chain_of(keys));
     }
     if (!fold) finish_scores(a, t, j, keys, s.scores, nullptr);
     mask_edges(a, t, j, keys, s.scores);

@@ -22,8 +22,10 @@ struct Operand {  // A
 };
 
 // m, n, depth: sizes, depth in words. column_scale: n floats, for kScaleAdd. chain: sums run over so many products at
-// a time; one long chain would lose what is small beside a large first term.
-constexpr int64_t kChain = 64;
+// a time; one long chain would lose what is small beside a large first term. Where there are few rows, libraries make
+// dot products, whose sums run side by side: ours run in short chains there, and lose as little.
+constexpr int64_t kChain = 64, kShortChain = 16, kFewRows = 16;
+static inline int64_t chain_of(int64_t rows) { return rows <= kFewRows ? kShortChain : kChain; }
 void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, const float* column_scale = nullptr, int64_t chain = kChain);
 // The same on words of two bf16. Only where kHasBf16Dot.

@@ -101,7 +101,7 @@ void backward_segment(const CrossEntropyBackward& a, int64_t r, int64_t begin, i
   const float smoothing = float(a.label_smoothing), share = smoothing / float(a.classes), uniform = g * share;
   const float hit = float(1.0 - a.label_smoothing) * (a.weight ? a.weight[y] : 1.f);
   const float z = a.z_loss > 0 ? float(2 * a.z_loss * (largest + __builtin_log(double(a.total[r])))) : 0.f;
-  const float scale = g * (hit + smoothing * w_mean + z), factor = inverse * scale;
+  const float along = hit + smoothing * w_mean + z, factor = inverse * g * along;
   const bool here = begin <= y && y < end;
   const float x_y = here ? to_float(x[y - begin]) : 0.f;  // before it may be written over
   for_columns(n, [&](int64_t c, auto part) {
@@ -114,7 +114,8 @@ void backward_segment(const CrossEntropyBackward& a, int64_t r, int64_t begin, i
   });
   if (here) {
     const float p = __builtin_expf(x_y - largest) * inverse;
-    from_float(grad[y - begin], p * scale - g * (hit + share * (weight ? weight[y - begin] : 1.f)));
+    const float against = hit + share * (weight ? weight[y - begin] : 1.f);
+    from_float(grad[y - begin], (p * along - against) * g);  // exactly 0 where p is 1
   }
 }
 

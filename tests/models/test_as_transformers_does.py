@@ -229,7 +229,7 @@ def test_explain():
     gpt.prepare_inputs_for_generation = lambda *a, **k: None
     assert "generate: transformers' own loop, as GPT2LMHeadModel has a prepare_inputs_for_generation" in gpt.explain()
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
-    other = transformers.RobertaModel(transformers.RobertaConfig(**sizes | SPECIAL))
+    other = transformers.ErnieModel(transformers.ErnieConfig(**sizes | SPECIAL))
     transformer_fast.accelerate(other, verbose=False)
     text = transformer_fast.explain(other)
     assert "attention: ours" in text and "embeddings.LayerNorm: layer_norm" in text

@@ -31,6 +31,12 @@ CONFIGS = {
     "ModernBertForMaskedLM": lambda: transformers.ModernBertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, local_attention=4, **SIZES
     ),
+    "MPNetForMaskedLM": lambda: transformers.MPNetConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **SIZES
+    ),
+    "ElectraForPreTraining": lambda: transformers.ElectraConfig(
+        embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **SIZES
+    ),
     "GPT2LMHeadModel": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=40, **SIZES),
     # relu: HF makes this family's others at import, of classes that a second import of transformers replaces.
     "OpenAIGPTLMHeadModel": lambda: transformers.OpenAIGPTConfig(
@@ -56,6 +62,7 @@ CONFIGS = {
 LAYERS = {
     "BertForSequenceClassification": "bert.encoder.layer", "DistilBertForMaskedLM": "distilbert.transformer.layer",
     "ModernBertForMaskedLM": "model.layers", "AlbertForMaskedLM": "albert.encoder.albert_layer_groups",
+    "MPNetForMaskedLM": "mpnet.encoder.layer", "ElectraForPreTraining": "electra.encoder.layer",
     "GPT2LMHeadModel": "transformer.h",
     "OpenAIGPTLMHeadModel": "transformer.h", "LlamaForCausalLM": "model.layers",
     "BartForConditionalGeneration": "model.encoder.layers",

@@ -153,7 +153,7 @@ def test_compiles_where_numbers_and_shapes_change(name, dynamic):
         torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("attention_everything", "embedding_layer_norm")])
+@pytest.mark.parametrize("name", CALLS)
 def test_compiles_with_dynamic_shapes(name):
     function, tensors = _calls()[name]
     torch._dynamo.reset()

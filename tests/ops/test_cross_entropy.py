@@ -181,6 +181,17 @@ def test_nothing_counted(kernels):
         assert empty.grad.shape == (0, 7)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_class_has_a_gradient_of_exactly_zero(kernels, smoothing):
+    """Its probability is 1 whatever the logit: what is left is rounding, and none is due."""
+    torch.manual_seed(0)
+    logits = torch.randn(40, 1, requires_grad=True)
+    with tf.backend(kernels):
+        losses = tf.cross_entropy(logits, torch.zeros(40).long(), torch.rand(1) + 0.1, reduction="none",
+                                  label_smoothing=smoothing)  # fmt: skip
+    assert not torch.autograd.grad(losses, logits, torch.randn(40))[0].any()
+
+
 def test_ignore_index_may_be_a_class(kernels):
     logits, target, _, grad = case(8, 20, torch.float32, ignored=0.0)
     target[:3] = 4

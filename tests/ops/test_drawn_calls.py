@@ -1,12 +1,17 @@
 """A short share of tests/fuzz.py: every op with drawn shapes, layouts, dtypes, features and instruction sets."""
 
+import importlib
+import inspect
+import pkgutil
 import random
+import re
 
 import fuzz
 import fuzz_calls
 import pytest
 import torch
 
+from transformer_fast import ops
 from transformer_fast.backends import gemm, native
 
 if native.load():
@@ -18,6 +23,25 @@ def test_drawn(op):
     count, failures = fuzz.fuzz(op, seed=2026, seconds=30.0, most=50)
     assert count
     assert not failures, "\n".join(failures[:2])
+
+
+def test_every_op_is_drawn():
+    """What the package and the modules of ops/ export as functions, but for those that compute nothing."""
+    modules = [
+        importlib.import_module(f"{ops.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(ops.__path__)
+        if m.name[0] != "_"
+    ]
+    names = {(m, name) for m in (ops, *modules) for name in getattr(m, "__all__", ())}
+    exported = {name for m, name in names if inspect.isfunction(getattr(m, name))} - {"concrete", "attention_dtype"}
+    drawn: set[str] = set()
+    for op in fuzz_calls.OPS:
+        for i in range(30):
+            call = fuzz_calls.draw(op, random.Random(f"{op} {i}"))
+            drawn.update(re.findall(r"(\w+)\(", "\n".join([call.ours, *call.setup])))
+    assert len(exported) > 20
+    missing = exported - drawn
+    assert not missing
 
 
 @pytest.mark.parametrize("name", ["eager", "cpu", "sdpa", "onednn", "blas"])

@@ -1,5 +1,7 @@
 """linear and projections: the machine's fastest GEMM, several weights of one input, and when torch's own takes over."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,6 +228,39 @@ def test_projections_of_few_rows(isa, monkeypatch):
     finally:
         native.set_isa(before)
         backends._select.cache_clear()
+
+
+@pytest.mark.parametrize("out", [1, 2, 7, 11])
+def test_few_outputs_are_as_exact_as_dot_products(route, out):
+    torch.manual_seed(0)
+    x, w = torch.randn(500, 256), torch.randn(out, 256)
+    for activation in (None, "gelu"):
+        plain = lambda x, w: reference(x, w, None, activation)  # noqa: B023, E731
+        assert_as_accurate(tf.linear(x, w, None, activation), plain(x.double(), w.double()), plain(x, w))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_onednn_gets_no_weight_with_gaps(route, activation, monkeypatch):
+    """It has plain loops alone for those, a thousand times slower than its kernels."""
+    x = torch.randn(70, 40, requires_grad=True)
+    gaps = torch.randn(20, 50)[:, 5:45], torch.randn(50, 20)[5:45].t(), torch.randn(50, 90)[5:45, 7:27].t()
+    seen, packet = [], torch.ops.mkldnn._linear_pointwise
+
+    def default(x, w, *more):
+        seen.append(w)
+        return packet.default(x, w, *more)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", types.SimpleNamespace(default=default))
+    for w in gaps:
+        check(
+            lambda x, w, b: tf.linear(x, w, b, activation),
+            lambda x, w, b: reference(x, w, b, activation),
+            (x, w.requires_grad_(), None),
+            torch.randn(70, 20),
+        )
+    assert bool(seen) == (route == "onednn")
+    for w in seen:
+        assert w.stride() in ((w.shape[1], 1), (1, w.shape[0]))
 
 
 class Wrapped(torch.Tensor):

@@ -169,6 +169,7 @@ def test_definition_runs_where_there_is_no_kernel(monkeypatch):
     monkeypatch.setattr(linear_int8.native, "load", lambda: "not here")
     w = Int8Weight.of(weight)
     assert w.data is None and torch.equal(product(x, w, bias, "relu"), packed)
+    assert product(x[:0], w, bias).shape == (0, 40)
 
 
 def test_bad_input():

@@ -57,6 +57,26 @@ def test_as_transformers(task, ours_and_theirs, texts):
     assert_same(list(ours(data)), unwrapped)
 
 
+@pytest.mark.parametrize(
+    "task, name",
+    [("fill-mask", "XLMRobertaForMaskedLM"), ("ner", "ElectraForTokenClassification"),
+     ("sentiment-analysis", "MPNetForSequenceClassification")],
+)  # fmt: skip
+def test_other_encoders(task, name, tokenizer, texts, tmp_path):
+    theirs = getattr(transformers, name)
+    config = theirs.config_class(
+        vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        initializer_range=0.3, pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    theirs(config).save_pretrained(tmp_path)
+    ours = transformer_fast.pipeline(task, tmp_path, tokenizer=tokenizer)
+    assert type(ours.model) is getattr(transformer_fast, name)
+    if task == "fill-mask":
+        texts = [t.replace(" the ", " [MASK] ", 1) if " the " in t else "[MASK] " + t for t in texts]
+    wanted = transformers.pipeline(task, str(tmp_path), tokenizer=tokenizer, device="cpu")
+    assert_same(ours(texts), wanted(texts))
+
+
 @pytest.mark.parametrize("task", ["sentiment-analysis", "token-classification", "fill-mask"])
 def test_lists_are_batched_by_length(task, ours_and_theirs, texts, monkeypatch):
     head, changes, arguments = CASES[task]

@@ -15,17 +15,17 @@ def groups(width: int, group: int) -> int:
 def quantize_weight(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (out, in) -> q int8 (out, in), scale float32 (out, groups): w = scale q, with scale = max |w| / 127."""
     out, inner = weight.shape
-    wide = F.pad(weight.detach().float(), (0, -inner % group)).view(out, -1, group)
+    wide = F.pad(weight.detach().float(), (0, -inner % group)).view(out, groups(inner, group), group)
     largest = wide.abs().amax(-1)
     inverse = torch.where(largest > _SMALLEST, torch.full_like(largest, 127.0) / largest, 0.0)
     q = (wide * inverse[..., None]).nan_to_num(0.0).round().to(torch.int8)
-    return q.view(out, -1)[:, :inner].contiguous(), largest / 127
+    return q.flatten(1)[:, :inner].contiguous(), largest / 127
 
 
 def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (rows, in) float32 -> u (rows, groups, group) in 0..255, scale and zero point (rows, groups), all float32:
     x = scale (u - zero). The range of a group takes in 0. Groups with a number that is not finite have scale NaN."""
-    wide = F.pad(x, (0, -x.shape[1] % group)).view(x.shape[0], -1, group)
+    wide = F.pad(x, (0, -x.shape[1] % group)).view(x.shape[0], groups(x.shape[1], group), group)
     low, high = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
     span = high - low
     some = span > _SMALLEST
@@ -39,7 +39,7 @@ def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
 def int8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
     """x (rows, in), q (out, in), scale (out, groups) -> x W^T in float32. The sums of a group are exact."""
     u, x_scale, zero = quantize_rows(x.float(), group)
-    weight = F.pad(q, (0, -q.shape[1] % group)).view(q.shape[0], -1, group)
+    weight = F.pad(q, (0, -q.shape[1] % group)).view(q.shape[0], groups(q.shape[1], group), group)
     y = x.new_zeros((x.shape[0], q.shape[0]), dtype=torch.float32)
     for g in range(scale.shape[1]):
         # Products of integers below 2^24: float32 adds them without an error.

@@ -5,6 +5,8 @@ import pathlib
 
 import torch
 
+from . import eager
+
 # What oneDNN calls our activations, and the variant.
 _POST_OPS = {
     None: ("none", ""),
@@ -44,6 +46,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
     activation is for float32 alone."""
     if x.dtype != torch.float32:
         return torch.nn.functional.linear(x, weight, bias)
+    if not _is_dense(weight):
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y if activation is None else eager.bias_activation(y, None, None, activation)
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()  # oneDNN reads it as if it were
     kind, variant = _POST_OPS[activation]
@@ -52,4 +57,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
 
 def linear_plus(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """x W^T + other, other (M, N); else as linear."""
+    if not _is_dense(weight):
+        return torch.addmm(other, x, weight.t())
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    """False where the rows (or columns) do not follow one another: for those oneDNN has plain loops alone, a thousand
+    times slower."""
+    rows, columns = weight.shape
+    return weight.stride() in ((columns, 1), (1, rows))

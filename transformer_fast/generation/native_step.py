@@ -176,7 +176,9 @@ def _is_hooked(module: nn.Module) -> bool:
 def _is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True for `kind` itself and the variants that models define; False for what adapters make of them."""
     cls = type(module)
-    return cls is kind or cls.__module__.startswith(("transformers.models.", f"{__package__.split('.')[0]}.models."))
+    package = __package__.split(".")[0]
+    known = ("transformers.models.", f"{package}.models.", f"{package}.layers.")
+    return cls is kind or cls.__module__.startswith(known)
 
 
 def _weight_of(module: Any) -> torch.Tensor | Int8Weight | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers import stock
 from ..models._base import ModelMixin
+from ..models._layer import CONFIG
 from ..models.registry import FAMILIES
 
 __all__ = ["adopt", "class_for", "release"]
@@ -77,6 +78,7 @@ def _adopt(module: Any, ours: Any) -> str:
     if reason:
         for m, kind in former.items():
             m.__class__ = kind
+            m.__dict__.pop(CONFIG, None)
         return reason
     for m, kind in former.items():
         if type(m) is not kind:
@@ -104,4 +106,5 @@ def release(model: nn.Module) -> None:
         former = module.__dict__.pop(_FORMER, None)
         if former is not None:
             module.__class__ = former
+            module.__dict__.pop(CONFIG, None)
             stock.forget(module)

@@ -17,7 +17,7 @@ import torch
 from ..ops import bias_activation, layer_norm, rms_norm
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps")
-_NORM_NAME = re.compile(r"norm", re.IGNORECASE)
+_NORM_NAME = re.compile(r"norm(?!alize$)", re.IGNORECASE)  # sentence-transformers' Normalize makes unit vectors
 _ACTIVATION_NAME = re.compile(r"gelu|silu|swish", re.IGNORECASE)
 
 

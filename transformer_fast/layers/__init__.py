@@ -4,6 +4,7 @@ from .attention import MultiheadAttention
 from .disentangled import Disentangled
 from .encoder import Rotary, StackCall, encoder_layer, plan_call, run_layers
 from .packing import Packing, compute_padding, documents_of, padding_is_computed, plan_packing, positions_kept
+from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
 from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
@@ -22,6 +23,7 @@ __all__ = [
     "StackCall",
     "TransformerSpec",
     "compute_padding",
+    "concat_pooling",
     "documents_of",
     "encoder_layer",
     "padding_is_computed",

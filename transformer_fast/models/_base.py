@@ -9,6 +9,7 @@ from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
+from ._layer import AttentionModule
 from ._loading import LoadingErrors
 from ._self_check import runs_as_hugging_face
 
@@ -141,6 +142,8 @@ class Adopted:
             ours = self._classes.get(type(module))
             if ours is not None:
                 module.__class__ = ours
+                if isinstance(module, AttentionModule):
+                    module.keep_config()
 
 
 class ModelMixin(LoadingErrors):

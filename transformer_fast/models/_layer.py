@@ -7,7 +7,11 @@ import torch
 
 from ..layers import SlotTable, StackCall, encoder_layer
 
-__all__ = ["AttentionModule", "Layer"]
+__all__ = ["CONFIG", "AttentionModule", "Layer"]
+
+# Where an attention module keeps its configuration beside __dict__["config"], which torch 2.11's compiler takes for
+# the property below again, without end.
+CONFIG = "_config_of_layer"
 
 
 class Layer:
@@ -50,7 +54,7 @@ class AttentionModule:
 
     @property
     def config(self):
-        config = self.__dict__["config"]
+        config = self._config_of_layer
         if torch.compiler.is_compiling() or not getattr(_thread, "attends", False):
             return config
         return _WithKernel(config) if config._attn_implementation == "sdpa" else config
@@ -58,6 +62,10 @@ class AttentionModule:
     @config.setter
     def config(self, value):
         self.__dict__["config"] = value
+        self.keep_config()
+
+    def keep_config(self) -> None:
+        self.__dict__[CONFIG] = self.__dict__["config"]
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

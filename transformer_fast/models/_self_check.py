@@ -56,7 +56,7 @@ def _difference(cls: Any) -> str:
     """'' where ours and transformers' own do the same, else what differs."""
     default = cls.config_class().to_dict()
     config = cls.config_class(**{k: v for k, v in _SIZES.items() if k in default})
-    if "LMHead" in cls.__name__ and "is_decoder" in default:
+    if any(kind in cls.__name__ for kind in ("LMHead", "CausalLM")) and "is_decoder" in default:
         config.is_decoder = True
     hugging_face = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.models.")), None)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():

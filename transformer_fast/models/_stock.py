@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
+from .. import ops
 from .._transformers import IS_TESTED, collects_outputs, is_capturing_hook, register_outputs
 from ..layers import stock
 from ..layers.quantized import is_int8
@@ -21,6 +22,8 @@ _APART = {
     "__init__", "_init_weights", "generate", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_output_embeddings", "set_input_embeddings", "set_output_embeddings", "tie_weights",
 }  # fmt: skip
+# assume_constant_result takes a module for an argument.
+_COMPILER_SEES_MODELS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 _DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 _GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
 
@@ -42,8 +45,10 @@ def why_hf_forward(model: Any) -> str:
             return "it is being traced"
         if collects_outputs():
             return "a model around it collects the outputs of its layers"
-    if torch.compiler.is_exporting():
+    if ops.exporting():
         return "it is being exported"
+    if torch.compiler.is_compiling() and not _COMPILER_SEES_MODELS:
+        return f"the compiler of torch {torch.__version__} cannot ask what a model is made of"
     return _why_not_stock(model)
 
 

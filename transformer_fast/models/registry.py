@@ -3,6 +3,7 @@
 FAMILIES = {
     "albert": "albert",
     "attention_rnn": "rnn",
+    "awd_lstm": "awd_lstm",
     "bart": "bart",
     "bert": "bert",
     "camembert": "camembert",
@@ -30,6 +31,7 @@ FAMILIES = {
 # Those that HF has no class for: what the names of their classes begin with.
 OWN = {
     "attention_rnn": "AttentionRNN",
+    "awd_lstm": "AWDLSTM",
     "elmo": "Elmo",
     "transformer_2017": "Transformer",
 }

@@ -84,7 +84,7 @@ class T5LayerNorm(hf.T5LayerNorm):
         self.variance_epsilon = value
 
     def forward(self, hidden_states):
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if ops.exporting() or torch.jit.is_tracing():
             return super().forward(hidden_states)
         return rms_norm_of(self, hidden_states)
 

@@ -1,7 +1,7 @@
 """The ops: schema, input checks, fake kernel, autograd and documentation, one file an op."""
 
 from . import _parallel as parallel
-from ._common import concrete
+from ._common import concrete, exporting
 from .activation import bias_activation
 from .additive_attention import additive_attention
 from .attention import RelativeBias, qkv_attention, scaled_dot_product_attention, varlen_attention
@@ -27,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "embedding_layer_norm",
+    "exporting",
     "kv_cache_attention",
     "layer_norm",
     "linear",

@@ -140,11 +140,16 @@ def concrete(t: torch.Tensor) -> bool:
     return not (
         type(t) not in _PLAIN
         or t.is_meta
-        or torch.compiler.is_exporting()
+        or exporting()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     )
+
+
+def exporting() -> bool:
+    """torch.compiler.is_exporting(), which the compiler of torch 2.11 takes for True wherever it traces."""
+    return torch.compiler._is_exporting_flag
 
 
 def _watched() -> bool:

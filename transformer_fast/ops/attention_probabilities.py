@@ -117,10 +117,11 @@ def attention_probabilities(
         position = position + ((sk if key_lengths is None else key_lengths.view(-1, 1, 1, 1)) - sq)
     # Rounded to 16 bits, the products would differ from those that the output was made with.
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
-    query, key = (
-        t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key)
-    )  # MKL is more exact
-    scores = torch.matmul(query, key.transpose(-1, -2)) * _scale(scale, d)
+    query, key = (t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key))
+    # Keys as rows, heads and sequences one dimension before the transpose: the dot products that MKL makes of few rows
+    # are more exact than what it does with a copy that matmul would make of transposed keys.
+    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)).view(b, len(chosen), sq, sk)
+    scores = scores * _scale(scale, d)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:

@@ -13,10 +13,16 @@ from .packed_weight import PackedWeight, linear_packed, pack_weight
 __all__ = ["linear", "pack_weight", "projections"]
 
 
+# Up to here MKL makes dot products, whose sums run side by side: twice as exact as oneDNN's, and no slower.
+_FEW_OUTPUTS = 11
+
+
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has a product of its own for this call, else torch's F.linear makes it."""
-    return _is_alike(input, weight, bias) and (
-        select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    return (
+        _is_alike(input, weight, bias)
+        and weight.shape[0] > _FEW_OUTPUTS
+        and (select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu")
     )
 
 

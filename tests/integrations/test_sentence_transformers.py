@@ -1,0 +1,156 @@
+"""sentence-transformers' models made fast in place: the same embeddings, scores and gradients."""
+
+import pytest
+import torch
+import transformers as hf
+from encoder_cases import encoder_config
+from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
+
+import transformer_fast
+from transformer_fast.demo.checkpoint import load_sentences, locate
+
+st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+TEXTS = [*load_sentences()[:10], "Short.", ""]
+PAIRS = list(zip(TEXTS, reversed(TEXTS)))
+FAST = "transformer_fast.{}".format
+
+
+@pytest.fixture
+def minilm():
+    return st.SentenceTransformer(str(locate()), device="cpu")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """small("RobertaForMaskedLM") -> the folder of a tiny random model with MiniLM's tokenizer."""
+
+    def make(name: str, **changes) -> str:
+        family = name.partition("For")[0].removesuffix("Model")
+        config = encoder_config(family, vocab_size=30522, max_position_embeddings=160, pad_token_id=0, **changes)
+        getattr(hf, name)(config).save_pretrained(tmp_path)
+        hf.AutoTokenizer.from_pretrained(locate()).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return make
+
+
+def made_fast(model, path: str, name: str):
+    report = transformer_fast.accelerate(model, verbose=False)
+    assert report.swapped == {path: FAST(name)} and not report.left
+    assert "the fast path" in transformer_fast.explain(model)
+    return report
+
+
+def test_the_real_model(minilm):
+    wanted = minilm.encode(TEXTS, convert_to_tensor=True)
+    tokens = minilm.encode(TEXTS, output_value="token_embeddings")
+    report = made_fast(minilm, "0.model", "BertModel")
+    torch.testing.assert_close(minilm.encode(TEXTS, batch_size=5, convert_to_tensor=True), wanted)
+    for found, before in zip(minilm.encode(TEXTS, output_value="token_embeddings"), tokens):
+        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+    report.undo()
+    assert torch.equal(minilm.encode(TEXTS, convert_to_tensor=True), wanted)
+
+
+def test_encoded_by_other_processes(minilm):
+    wanted = minilm.encode(TEXTS)
+    made_fast(minilm, "0.model", "BertModel")
+    pool = minilm.start_multi_process_pool(["cpu"])  # the model travels there by pickle
+    try:
+        found = minilm.encode(TEXTS, pool=pool)
+    finally:
+        minilm.stop_multi_process_pool(pool)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("family", ["Roberta", "MPNet", "Electra"])
+@torch.no_grad()
+def test_kinds_of_pooling(family, small):
+    """None of them reads the zeros that stand where padding was."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    model = st.SentenceTransformer(modules=[Transformer(small(f"{family}Model"))], device="cpu")
+    kinds = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+    poolings = [Pooling(model[0].get_embedding_dimension(), kind) for kind in kinds]
+    batch = model.preprocess(TEXTS)
+    wanted = model[0](dict(batch))
+    wanted = [pool(dict(wanted))["sentence_embedding"] for pool in poolings]
+    made_fast(model, "0.model", f"{family}Model")
+    found = model[0](dict(batch))
+    for pool, before in zip(poolings, wanted):
+        torch.testing.assert_close(pool(dict(found))["sentence_embedding"], before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Bert"])
+def test_cross_encoder(family, small):
+    model = st.CrossEncoder(small(f"{family}ForSequenceClassification", num_labels=1), device="cpu")
+    wanted = model.predict(PAIRS)
+    made_fast(model, "0.model", f"{family}ForSequenceClassification")
+    torch.testing.assert_close(torch.tensor(model.predict(PAIRS, batch_size=5)), torch.tensor(wanted))
+    ranked = model.rank(TEXTS[0], TEXTS, top_k=3)
+    assert len(ranked) == 3
+
+
+def test_sparse_encoder(small):
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    transformer = Transformer(small("DistilBertForMaskedLM"), transformer_task="fill-mask")
+    model = st.SparseEncoder(modules=[transformer, SpladePooling()], device="cpu")
+    wanted = model.encode(TEXTS).to_dense()
+    made_fast(model, "0.model", "DistilBertForMaskedLM")
+    found = model.encode(TEXTS, batch_size=5).to_dense()
+    assert found.shape == (len(TEXTS), 30522)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_loss_of_theirs(small):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    folder, found = small("RobertaModel"), []
+    for kind in ("ours", "theirs", "truth"):
+        transformer = Transformer(folder)
+        model = st.SentenceTransformer(modules=[transformer, Pooling(48, "mean")], device="cpu")
+        if kind == "ours":
+            made_fast(model, "0.model", "RobertaModel")
+        elif kind == "truth":
+            model.double()
+        model.train()  # dropout is 0
+        features = [model.preprocess(TEXTS[:5]), model.preprocess(TEXTS[5:10])]
+        loss = MultipleNegativesRankingLoss(model)(features, None)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach().view(1), gradients))
+    ours, theirs, truth = found
+    assert ours[1].keys() == theirs[1].keys()
+    assert_as_accurate(ours[0], truth[0], theirs[0], OUTPUT)
+    flat = [pooled(gradients, truth[1]) for _, gradients in found]
+    assert_as_accurate(flat[0], flat[2], flat[1], GRADIENT)
+
+
+def test_trainer(small, tmp_path):
+    """Steps of its Trainer end where they end with transformers' model, and what it saves is read again."""
+    datasets = pytest.importorskip("datasets", reason="datasets, which its Trainer wants, is not installed")
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    data = datasets.Dataset.from_dict({"a": TEXTS[:4], "b": TEXTS[2:6], "label": [0.0, 1.0] * 2})
+    folder, losses = small("MPNetModel"), []
+    for name in ("theirs", "ours"):
+        model = st.SentenceTransformer(modules=[Transformer(folder), Pooling(48, "mean")], device="cpu")
+        if name == "ours":
+            made_fast(model, "0.model", "MPNetModel")
+        arguments = st.SentenceTransformerTrainingArguments(
+            str(tmp_path / name), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
+            logging_steps=1, learning_rate=1e-3, seed=3, use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = st.SentenceTransformerTrainer(model, arguments, data, loss=CosineSimilarityLoss(model))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert type(again[0].model) is hf.MPNetModel
+    wanted, found = (m.encode(TEXTS, convert_to_tensor=True) for m in (model, again))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
