@@ -40,6 +40,8 @@ def model_cases(device: str) -> list[Case]:
                 ("roberta-base", shapes.ROBERTA_BASE, "Roberta"),
                 ("electra-base", shapes.ELECTRA_BASE, "Electra"),
                 ("mpnet-base", shapes.MPNET_BASE, "MPNet"),
+                ("modernbert-base", shapes.MODERNBERT_BASE, "ModernBert"),
+                ("deberta-v3-base", shapes.DEBERTA_BASE, "DebertaV2"),
             )
         ),
         _encoder("bert-base-full-8x128", "bert-base, 8 x 128 full", full, device, Bar(1.15)),
@@ -89,7 +91,8 @@ def random_batch(
 def _encoder_flops(lengths: list[int], config: dict) -> float:
     """Of the real tokens alone: projections, feed-forward and attention."""
     width, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-    per_token = 2 * (4 * width * width + 2 * width * inner)
+    products = 3 if config is shapes.MODERNBERT_BASE else 2  # of the feed-forward block
+    per_token = 2 * (4 * width * width + products * width * inner)
     return float(layers * sum(n * per_token + 4 * n * n * width for n in lengths))
 
 
@@ -100,12 +103,12 @@ def _ours(inputs: EncoderInputs) -> Callable:
     return peers.run_batches(lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state, inputs)
 
 
-def _accelerated(inputs: EncoderInputs) -> Callable:
+def _accelerated(inputs: EncoderInputs, attention: str = "sdpa") -> Callable:
     def change(model):
         _our("accelerate")(model, verbose=False)
         return model
 
-    return peers.hugging_face(inputs, change=change)
+    return peers.hugging_face(inputs, attention, change)
 
 
 def _attention_door(inputs: EncoderInputs) -> Callable:
@@ -123,8 +126,18 @@ def _sorted_by_length(inputs: EncoderInputs) -> Callable:
     return peers.hugging_face(inputs._replace(batches=groups))
 
 
-def _encoder_candidates(sortable: bool, exported: bool = True) -> tuple[Candidate, ...]:
+_NO_INTERFACE = ("DebertaV2",)  # transformers' class has one attention, its own
+_NO_CONVERTER = ("DebertaV2", "ModernBert")  # CTranslate2 has none
+
+
+def _encoder_candidates(sortable: bool, exported: bool = True, family: str = "Bert") -> tuple[Candidate, ...]:
     needs = ("transformers",)
+    if family in _NO_INTERFACE:
+        return (
+            Candidate(OURS, _ours, needs),
+            Candidate(HF_EAGER, partial(peers.hugging_face, attention="eager"), needs),
+            Candidate("HF with accelerate()", partial(_accelerated, attention="eager"), needs),
+        )
     candidates = [
         Candidate(OURS, _ours, needs),
         Candidate(HF_SDPA, peers.hugging_face, needs),
@@ -136,6 +149,8 @@ def _encoder_candidates(sortable: bool, exported: bool = True) -> tuple[Candidat
             "torch.compile + freezing", partial(peers.compiled, freezing=True), needs, slow=True, works_on=("cpu",)
         ),
     ]
+    if family in _NO_CONVERTER:
+        return tuple(candidates)
     if sortable:
         candidates.append(Candidate("HF sdpa, sorted in 8s", _sorted_by_length, needs, comparable=False))
     foreign = {"works_on": ("cpu",), "settle": 0.25}
@@ -169,11 +184,11 @@ def _encoder(
         name=f"inference/{name}",
         title=title,
         inputs=inputs,
-        candidates=_encoder_candidates(ragged, exported=family == "Bert"),
-        peer=HF_SDPA,
+        candidates=_encoder_candidates(ragged, exported=family == "Bert", family=family),
+        peer=HF_EAGER if family in _NO_INTERFACE else HF_SDPA,
         dtype=dtype,
         shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
-        flops=_encoder_flops(lengths, model[1] if family == "Bert" else shapes.BERT_BASE)
+        flops=_encoder_flops(lengths, model[1] if family in ("Bert", "ModernBert") else shapes.BERT_BASE)
         / (1 + (family == "DistilBert")),
         bar=bar,
         result=peers.gather,

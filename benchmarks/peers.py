@@ -4,6 +4,7 @@ Each function takes an EncoderInputs and returns the call to time. All get the s
 of torch, float32 (unless the name says int8) and the settings their documentation advises for latency.
 """
 
+import inspect
 import logging
 import pathlib
 import warnings
@@ -43,9 +44,11 @@ class EncoderInputs(NamedTuple):
 
     def load(self, module: Any, **options: Any) -> Any:
         """The family's base model of `module` (transformers, transformer_fast), without a pooler."""
+        import transformers
+
         if self.family == "MPNet" and options.pop("attn_implementation", "sdpa") not in ("sdpa", "eager"):
             raise Unavailable("transformers' MPNet has attention of its own alone")
-        if self.family not in ("DistilBert", "Electra"):
+        if "add_pooling_layer" in inspect.signature(getattr(transformers, f"{self.family}Model").__init__).parameters:
             options["add_pooling_layer"] = False
         model = getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
         return model.to(self.device, self.dtype)

@@ -42,7 +42,38 @@ def sequence_cases(device: str) -> list[Case]:
         _generation("transformer-base", 4),
         _training("attention-rnn"),
         _generation("attention-rnn", 1),
+        _recurrent_layer("lstm"),
+        _recurrent_layer("gru"),
     ]
+
+
+def _recurrent_layer(cell: str) -> Case:
+    """Forward and backward of one layer, 32 sequences of 50 steps, width 512, against torch's own."""
+    peer = f"nn.{cell.upper()}"
+
+    def inputs(tiny: bool) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        batch, steps, width = (2, 3, 16) if tiny else (32, 50, 512)
+        layer = getattr(torch.nn, cell.upper())(width, width, batch_first=True)
+        return layer, torch.randn(batch, steps, width), torch.randn(batch, steps, width)
+
+    def prepare(given: tuple, call: Callable) -> Callable:
+        layer, x, cotangent = given
+        leaves = [x.requires_grad_(), *layer.parameters()]
+        return lambda: torch.autograd.grad(call(layer, *leaves), leaves, cotangent)
+
+    return Case(
+        name=f"recurrence/{cell}",
+        title=f"one {cell.upper()} layer of width 512, forward and backward, 32 sequences of 50 steps",
+        inputs=inputs,
+        candidates=(
+            Candidate(OURS, partial(prepare, call=lambda layer, *leaves: getattr(tf, cell)(*leaves)[0])),
+            Candidate(peer, partial(prepare, call=lambda layer, x, *_: layer(x)[0])),
+        ),
+        peer=peer,
+        dtype="fp32",
+        shape="32 x 50 x 512",
+    )
 
 
 def _load(path: Any, name: str) -> Any:

@@ -4,8 +4,8 @@ import random
 from typing import NamedTuple
 
 __all__ = [
-    "ALBERT_BASE", "BERT_BASE", "DISTILBERT_BASE", "ELECTRA_BASE", "MINILM", "MPNET_BASE", "POINTWISE", "ROBERTA_BASE",
-    "TINY", "TINY_BERT", "AttentionShape", "ragged_lengths",
+    "ALBERT_BASE", "BERT_BASE", "DEBERTA_BASE", "DISTILBERT_BASE", "ELECTRA_BASE", "MINILM", "MODERNBERT_BASE",
+    "MPNET_BASE", "POINTWISE", "ROBERTA_BASE", "TINY", "TINY_BERT", "AttentionShape", "ragged_lengths",
 ]  # fmt: skip
 
 
@@ -76,6 +76,11 @@ ROBERTA_BASE = {
 }  # fmt: skip
 ELECTRA_BASE = {**_BASE, "vocab_size": 30522, "embedding_size": 768}
 MPNET_BASE = {**_BASE, "vocab_size": 30527, "max_position_embeddings": 514, "layer_norm_eps": 1e-5}
+MODERNBERT_BASE = {**_BASE, "vocab_size": 50368, "num_hidden_layers": 22, "intermediate_size": 1152}
+DEBERTA_BASE = {  # v3
+    **_BASE, "vocab_size": 128100, "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm",
+    "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
 TINY = {
     "Roberta": {**ROBERTA_BASE, **_SMALL},
@@ -84,6 +89,8 @@ TINY = {
     "DistilBert": {"vocab_size": 30522, "dim": 64, "n_layers": 1, "n_heads": 1, "hidden_dim": 128},
     "Albert": {**ALBERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
                "intermediate_size": 128},
+    "ModernBert": {**MODERNBERT_BASE, **_SMALL, "num_hidden_layers": 2},
+    "DebertaV2": {**DEBERTA_BASE, **_SMALL},
 }  # fmt: skip
 
 

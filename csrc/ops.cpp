@@ -154,6 +154,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_additive_attention_backward(Tensor grad_out, Tensor? grad_weights, Tensor weights, " TF_ADDITIVE
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_score_weight) -> ()");
 #undef TF_ADDITIVE
+  // A GRU, or with a memory an LSTM. gates: (positions, gates * width), last stride 1; panels: of cpu_pack_weight, of
+  // each gate's (width, width) for the forward pass, of the transposed weight for the backward pass. hidden, memory:
+  // (batch, width). sequences: int64 (3, batch), where each begins, its length, and which are the longest, from the
+  // first on. bias, saved (positions, 4 * width), memories: float32. All but gates is contiguous.
+  m.def(
+      "cpu_recurrence_forward(Tensor gates, Tensor panels, Tensor? bias, Tensor hidden, Tensor? memory, "
+      "Tensor sequences, int steps, bool reverse, Tensor(a!) out, Tensor(b!) last_hidden, Tensor(c!)? last_memory, "
+      "Tensor(d!)? saved, Tensor(e!)? memories) -> ()");
+  m.def(
+      "cpu_recurrence_backward(Tensor? grad_out, Tensor? grad_last_hidden, Tensor? grad_last_memory, Tensor panels, "
+      "Tensor hidden, Tensor? memory, Tensor sequences, int steps, bool reverse, Tensor out, Tensor saved, "
+      "Tensor? memories, Tensor(a!) grad_gates, Tensor(b!)? grad_products, Tensor(c!) grad_hidden, "
+      "Tensor(d!)? grad_memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

@@ -20,6 +20,7 @@ import transformers
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
+from transformer_fast.demo.training import world_size
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,7 +76,7 @@ def draw(histories: dict[str, list[dict]], baseline: float, path: pathlib.Path) 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "finetune_classifier", "an encoder")
+    parser = argument_parser(__doc__, "finetune_classifier", "an encoder", training=True)
     parser.add_argument("--freeze", action="store_true", help="train the pooler and the head alone")
     parser.add_argument("--epochs", type=int, help="default 3, frozen 10")
     parser.add_argument("--lr", type=float, help="default 1e-4, frozen 2e-3")
@@ -99,11 +100,15 @@ def finetune(
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            str(arguments.output / "trainer"), num_train_epochs=arguments.epochs or (10 if frozen else 3),
-            learning_rate=arguments.lr or (2e-3 if frozen else 1e-4), per_device_train_batch_size=16,
-            per_device_eval_batch_size=32, logging_steps=2, eval_strategy="epoch", eval_on_start=True,
-            save_strategy="no", report_to=[], seed=arguments.seed, use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=False,
+            str(arguments.output / f"trainer_{WAYS[FROZEN if frozen else ALL]}"),
+            num_train_epochs=arguments.epochs or (10 if frozen else 3),
+            learning_rate=arguments.lr or (2e-3 if frozen else 1e-4),
+            per_device_train_batch_size=max(1, 16 // (world_size() * arguments.accumulate)),
+            per_device_eval_batch_size=32, logging_steps=2, eval_strategy="epoch", eval_on_start=True, report_to=[],
+            seed=arguments.seed, use_cpu=not torch.cuda.is_available(), disable_tqdm=False,
+            gradient_accumulation_steps=arguments.accumulate, gradient_checkpointing=arguments.checkpointing,
+            save_strategy="steps" if arguments.save_every else "no", save_steps=arguments.save_every or 500,
+            save_total_limit=2, **sharding(model, arguments),
         ),
         train_dataset=rows[:cut],
         eval_dataset=rows[cut:],
@@ -112,8 +117,19 @@ def finetune(
     )  # fmt: skip
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.add_callback(Progress)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
     return trainer
+
+
+def sharding(model, arguments: argparse.Namespace) -> dict:
+    """What makes Trainer share a model by FSDP2, layer by layer."""
+    if not arguments.fsdp:
+        return {}
+    if not torch.cuda.is_available():
+        raise SystemExit("--fsdp: Trainer shares a model between GPUs alone, got none; leave it out")
+    layers = {type(layer).__name__ for layer in model.base_model.encoder.layer}
+    settings = {"version": 2, "transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "FULL_STATE_DICT"}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": settings}
 
 
 def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -128,11 +144,15 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
         if arguments.freeze and way != FROZEN:
             continue
         trainer = finetune(way == FROZEN, rows, checkpoint, tokenizer, arguments)
-        trainer.model.save_pretrained(arguments.output / folder)
+        trainer.save_model(str(arguments.output / folder))
+        if not trainer.is_world_process_zero():
+            continue
         tokenizer.save_pretrained(arguments.output / folder)
         histories[way] = trainer.state.log_history
         scores = [entry["eval_accuracy"] for entry in histories[way] if "eval_accuracy" in entry]
         results[way] = scores[0], scores[-1]
+    if not results:  # of processes beside the first
+        return results
     print(f"accuracy on {len(held_out)} held-out reviews (always the commoner class: {baseline:.1%}):")
     for way, (before, after) in results.items():
         print(f"  {way:16} {before:.1%} -> {after:.1%}")

@@ -9,17 +9,18 @@ tokenizer, and a picture of the loss and of which tags are taken for which on th
 """
 
 import argparse
+import itertools
 import pathlib
 
 import matplotlib
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
+from transformer_fast.demo.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,21 +49,11 @@ def encode(sentence: tuple[list[str], list[str]], tokenizer) -> dict:
     return {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "labels": labels}
 
 
-def train(model, batches, epochs: int, lr: float) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    losses = []
-    model.train()
-    with tqdm(total=epochs * len(batches), desc="training") as bar:
-        for _ in range(epochs):
-            for batch in batches:
-                loss = model(**batch).loss
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
-                bar.update()
-    return losses
+def train(training: Training, batches, epochs: int) -> None:
+    passes = itertools.chain.from_iterable(itertools.repeat(batches, epochs))
+    for _, bar in training.steps(epochs * len(batches), "training"):
+        bar.set_postfix(loss=f"{training.step(dict(next(passes))):.3f}")
+        training.save_if_due()
 
 
 @torch.no_grad()
@@ -98,7 +89,7 @@ def draw(losses: list[float], counts: torch.Tensor, path: pathlib.Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "name_tagging", "an encoder")
+    parser = argument_parser(__doc__, "name_tagging", "an encoder", training=True)
     parser.add_argument("--epochs", type=int, default=4, help="passes over the training data")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--limit", type=int, help="read only so many sentences")
@@ -106,8 +97,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> float:
-    """Share of the held-out words that get their tag."""
+def main(arguments: argparse.Namespace) -> float | None:
+    """Share of the held-out words that get their tag; None in processes beside the first."""
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
@@ -115,17 +106,24 @@ def main(arguments: argparse.Namespace) -> float:
     rows = [encode(sentence, tokenizer) for sentence in read(DATA)[: arguments.limit]]
     cut = 3 * len(rows) // 4
     collate = transformers.DataCollatorForTokenClassification(tokenizer)
-    batches = DataLoader(rows[:cut], 16, shuffle=True, collate_fn=collate)
+    order = torch.Generator().manual_seed(arguments.seed)
+    batches = DataLoader(rows[:cut], 16, shuffle=True, generator=order, collate_fn=collate)
     held_out = DataLoader(rows[cut:], 32, collate_fn=collate)
     names = {"id2label": dict(enumerate(TAGS)), "label2id": {tag: i for i, tag in enumerate(TAGS)}}
     model = tf.AutoModelForTokenClassification.from_pretrained(checkpoint, **names)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters learn from {cut} sentences")
-    losses = train(model, batches, arguments.epochs, arguments.lr)
+    training = Training(
+        model, arguments, lambda weights: torch.optim.AdamW(weights, lr=arguments.lr), seed=arguments.seed
+    )
+    train(training, batches, arguments.epochs)
+    losses, folder = training.losses, arguments.output / "model"
+    if not training.finish(folder):
+        return None
+    model = tf.AutoModelForTokenClassification.from_pretrained(folder)
     counts = confusion(model, held_out)
     share = (counts.diagonal().sum() / counts.sum()).item()
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {share:.1%} of {int(counts.sum())} held-out words tagged right")
-    folder, picture = arguments.output / "model", arguments.output / "name_tagging.png"
-    model.save_pretrained(folder)
+    picture = arguments.output / "name_tagging.png"
     tokenizer.save_pretrained(folder)
     draw(losses, counts, picture)
     print(f"  {NEW}")

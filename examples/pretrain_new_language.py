@@ -18,11 +18,11 @@ import matplotlib
 import tokenizers
 import torch
 import transformers
-from tqdm import tqdm
 
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
+from transformer_fast.demo.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -82,37 +82,34 @@ def judge(model, sentences: list[str], tokenizer) -> float:
     total = count = 0
     with torch.no_grad():
         for _ in range(DRAWS):
-            batch = collate(rows)
+            batch = collate(rows).to(model.device)
             masked = (batch["labels"] != -100).sum().item()
             total += model.eval()(**batch).loss.item() * masked
             count += masked
     return total / count
 
 
-def train(
-    model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace
-) -> tuple[list[float], dict[int, float]]:
-    """Losses of the steps, and of the held-out sentences before and every tenth of the way."""
+def train(model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace) -> Training:
+    """The held-out sentences are judged before and every tenth of the way."""
     collate = transformers.DataCollatorForLanguageModeling(
         tokenizer, mlm_probability=arguments.masked, seed=arguments.seed
     )
     rows, rng = [tokenizer(sentence) for sentence in known], random.Random(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
-    losses, checked = [], {0: judge(model, held_out, tokenizer)}
-    bar = tqdm(range(arguments.steps), desc="pre-training", unit="step")
-    for step in bar:
-        loss = model.train()(**collate(rng.sample(rows, min(arguments.batch_size, len(rows))))).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    training = Training(
+        model, arguments, lambda weights: torch.optim.AdamW(weights, lr=arguments.lr),
+        lambda optimizer: transformers.get_linear_schedule_with_warmup(
+            optimizer, arguments.steps // 10, arguments.steps
+        ),
+        clip=1.0, seed=arguments.seed,
+    )  # fmt: skip
+    held = training.check(lambda: judge(model, held_out, tokenizer))
+    for step, bar in training.steps(arguments.steps, "pre-training"):
+        loss = training.step(dict(collate(rng.sample(rows, min(arguments.batch_size, len(rows))))))
         if (step + 1) % max(1, arguments.steps // 10) == 0 or step + 1 == arguments.steps:
-            checked[step + 1] = judge(model, held_out, tokenizer)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{list(checked.values())[-1]:.3f}")
-    return losses, checked
+            held = training.check(lambda: judge(model, held_out, tokenizer))
+        bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{held:.3f}")
+        training.save_if_due()
+    return training
 
 
 def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> None:
@@ -127,7 +124,7 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "pretrain_new_language", "a BERT")
+    parser = argument_parser(__doc__, "pretrain_new_language", "a BERT", training=True)
     parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the new tokenizer, at most")
     parser.add_argument("--steps", type=int, default=400, help="steps of training")
     parser.add_argument("--batch-size", type=int, default=32, help="rows a step")
@@ -140,8 +137,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Masked-language-model loss of the held-out sentences before and after."""
+def main(arguments: argparse.Namespace) -> tuple[float, float] | None:
+    """Masked-language-model loss of the held-out sentences before and after; None in processes beside the first."""
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
@@ -154,12 +151,14 @@ def main(arguments: argparse.Namespace) -> tuple[float, float]:
     shared = replace_vocabulary(model, old, tokenizer)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters learn from {len(known)} sentences; "
           f"{shared} of {len(tokenizer)} tokens keep their embeddings")  # fmt: skip
-    losses, checked = train(model, tokenizer, known, held_out, arguments)
+    training = train(model, tokenizer, known, held_out, arguments)
+    losses, checked, folder = training.losses, training.checked, arguments.output / "model"
+    if not training.finish(folder):
+        return None
     before, after = checked[0], checked[arguments.steps]
     print(f"masked-language-model loss of {len(held_out)} held-out sentences: {before:.3f} -> {after:.3f}, "
           f"perplexity {math.exp(before):.0f} -> {math.exp(after):.0f}")  # fmt: skip
-    folder, picture = arguments.output / "model", arguments.output / "pretrain_new_language.png"
-    model.save_pretrained(folder)
+    picture = arguments.output / "pretrain_new_language.png"
     tokenizer.save_pretrained(folder)
     draw(losses, checked, picture)
     fill = tf.pipeline("fill-mask", str(folder))

@@ -22,11 +22,11 @@ from collections import Counter
 import matplotlib
 import torch
 import transformers
-from tqdm import tqdm
 
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import locate
+from transformer_fast.demo.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -79,23 +79,21 @@ def sample(rows: list[dict], tokenizer, count: int, others: int, rng: random.Ran
     return {name: value[chosen] for name, value in batch.items()}
 
 
-def train(model, tokenizer, rows: list[dict], arguments: argparse.Namespace) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
-    rng, losses = random.Random(arguments.seed), []
-    model.train()
-    bar = tqdm(range(arguments.steps), desc="training", unit="step")
-    for step in bar:
+def train(model, tokenizer, rows: list[dict], arguments: argparse.Namespace) -> Training:
+    training = Training(
+        model, arguments, lambda weights: torch.optim.AdamW(weights, lr=arguments.lr),
+        lambda optimizer: transformers.get_linear_schedule_with_warmup(
+            optimizer, arguments.steps // 10, arguments.steps
+        ),
+        clip=1.0, seed=arguments.seed,
+    )  # fmt: skip
+    rng = random.Random(arguments.seed)
+    for step, bar in training.steps(arguments.steps, "training"):
         others = OTHERS[len(OTHERS) * step // arguments.steps]
-        loss = model(**sample(rows, tokenizer, arguments.batch_size, others, rng)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(lives=1 + others, loss=f"{losses[-1]:.3f}")
-    return losses
+        loss = training.step(sample(rows, tokenizer, arguments.batch_size, others, rng))
+        bar.set_postfix(lives=1 + others, loss=f"{loss:.3f}")
+        training.save_if_due()
+    return training
 
 
 def f1(found: str, true: str) -> float:
@@ -141,7 +139,7 @@ def draw(losses: list[float], model, tokenizer, row: dict, path: pathlib.Path) -
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "reading_answers", "a BERT")
+    parser = argument_parser(__doc__, "reading_answers", "a BERT", training=True)
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
     parser.add_argument("--batch-size", type=int, default=16, help="windows a step")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate")
@@ -150,8 +148,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """(exact match, F1) of the held-out questions in single lives and in one long text."""
+def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]] | None:
+    """(exact match, F1) of the held-out questions in single lives and in one long text; None in other processes."""
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
@@ -162,10 +160,13 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
     rows = read(DATA)
     known, held_out = ([row for row in rows if (row["context_id"] % 5 == 0) == held] for held in (False, True))
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters learn from {len(known)} questions")
-    losses = train(model, tokenizer, known, arguments)
+    training = train(model, tokenizer, known, arguments)
+    losses, folder = training.losses, arguments.output / "model"
+    if not training.finish(folder):
+        return None
+    model = tf.AutoModelForQuestionAnswering.from_pretrained(folder)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    folder, picture = arguments.output / "model", arguments.output / "reading_answers.png"
-    model.save_pretrained(folder)
+    picture = arguments.output / "reading_answers.png"
     tokenizer.save_pretrained(folder)
     rng = random.Random(arguments.seed)
     draw(losses, model, tokenizer, join(held_out[0], [held_out[-1]["context"]], rng), picture)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
+from transformer_fast.demo.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,31 +66,31 @@ def build_model(tokenizer, arguments: argparse.Namespace) -> tf.GPT2LMHeadModel:
     return tf.GPT2LMHeadModel(config)
 
 
-def train(
-    model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace
-) -> tuple[list[float], dict[int, float]]:
-    """Losses of the steps, and of the held-out lives every twentieth of the way; the model is left at the best."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
+def train(model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace) -> Training:
+    """The held-out lives are judged every twentieth of the way; the model is left at the best."""
+    training = Training(
+        model, arguments,
+        lambda weights: torch.optim.AdamW(weights, lr=arguments.lr, weight_decay=arguments.weight_decay),
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps),
+        clip=1.0, seed=arguments.seed,
+    )  # fmt: skip
     validation, rng = encode(held_out, tokenizer), random.Random(arguments.seed)
-    losses, checked, best = [], {}, {}
-    bar = tqdm(range(arguments.steps), desc="training", unit="step")
-    for step in bar:
-        loss = model.train()(**encode(rng.sample(known, arguments.batch_size), tokenizer)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    validation, held = {name: t.to(training.device) for name, t in validation.items()}, float("nan")
+    for step, bar in training.steps(arguments.steps, "training"):
+        loss = training.step(encode(rng.sample(known, arguments.batch_size), tokenizer))
         if (step + 1) % max(1, arguments.steps // 20) == 0 or step + 1 == arguments.steps:
-            with torch.no_grad():
-                checked[step + 1] = model.eval()(**validation).loss.item()
-            if checked[step + 1] == min(checked.values()):
-                best = {name: value.clone() for name, value in model.state_dict().items()}
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{list(checked.values() or [float('nan')])[-1]:.3f}")
-    model.load_state_dict(best)
-    return losses, checked
+            held = training.check(lambda: judge(model, validation))
+            if held == min(training.checked.values()):
+                training.keep()
+        bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{held:.3f}")
+        training.save_if_due()
+    training.use_kept()
+    return training
+
+
+@torch.no_grad()
+def judge(model, batch: dict[str, torch.Tensor]) -> float:
+    return model.eval()(**batch).loss.item()
 
 
 def write(folder: pathlib.Path, beginnings: list[str], arguments: argparse.Namespace) -> dict[str, list[str]]:
@@ -125,7 +126,7 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "text_generation")
+    parser = argument_parser(__doc__, "text_generation", training=True)
     parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the tokenizer")
     parser.add_argument("--size", type=int, default=128, help="width of the model")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
@@ -142,7 +143,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> dict[str, list[str]]:
+def main(arguments: argparse.Namespace) -> dict[str, list[str]] | None:
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     known, held_out = read(DATA)
@@ -150,12 +151,14 @@ def main(arguments: argparse.Namespace) -> dict[str, list[str]]:
     model = build_model(tokenizer, arguments)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens; "
           f"learns from {len(known)} lives")  # fmt: skip
-    losses, checked = train(model, tokenizer, known, held_out, arguments)
+    training = train(model, tokenizer, known, held_out, arguments)
+    losses, checked, folder = training.losses, training.checked, arguments.output / "model"
+    if not training.finish(folder):
+        return None
     best = min(checked, key=checked.get)
     print(f"loss {losses[0]:.3f} -> {losses[best - 1]:.3f}, of held-out lives {checked[best]:.3f}: "
           f"kept from step {best} of {arguments.steps}")  # fmt: skip
-    folder, picture = arguments.output / "model", arguments.output / "text_generation.png"
-    model.save_pretrained(folder)
+    picture = arguments.output / "text_generation.png"
     tokenizer.save_pretrained(folder)
     draw(losses, checked, picture)
     found = write(folder, arguments.beginnings, arguments)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
+from transformer_fast.demo.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -91,11 +92,12 @@ def build(arguments: argparse.Namespace):
     if arguments.model == "transformer":
         config = tf.TransformerConfig(
             vocab_size=vocabulary, d_model=size, encoder_layers=2, decoder_layers=2, num_attention_heads=4,
-            ffn_dim=4 * size, norm_position=arguments.norm, dropout=0.1, label_smoothing=SMOOTHING, **ids,
+            ffn_dim=4 * size, norm_position=arguments.norm, dropout=arguments.dropout, label_smoothing=SMOOTHING, **ids,
         )  # fmt: skip
         return tf.TransformerForConditionalGeneration(config)
     config = tf.AttentionRNNConfig(
-        vocab_size=vocabulary, embedding_size=size // 2, hidden_size=size, attention=arguments.attention, dropout=0.1,
+        vocab_size=vocabulary, embedding_size=size // 2, hidden_size=size, attention=arguments.attention,
+        dropout=arguments.dropout,
         label_smoothing=SMOOTHING, **ids,
     )  # fmt: skip
     return tf.AttentionRNNForConditionalGeneration(config)
@@ -108,36 +110,38 @@ def least_loss(vocabulary: int) -> float:
     return -true * math.log(true) - (vocabulary - 1) * other * math.log(other)
 
 
-def train(model, arguments: argparse.Namespace, rng: random.Random) -> tuple[list[float], dict[int, float]]:
-    """Losses of the steps, and of held-out dates every tenth of the way. The weights are left at the mean of those at
-    the last five twentieths, as in section 6.1 of the Transformer's paper."""
+def train(model, arguments: argparse.Namespace, rng: random.Random) -> tuple[Training, float]:
+    """The training, in which held-out dates are judged every tenth of the way, and their loss in the end. The weights
+    are left at the mean of those at the last five twentieths, as in section 6.1 of the Transformer's paper."""
     if arguments.model == "transformer":  # section 5.3 of the paper
-        optimizer = torch.optim.Adam(model.parameters(), arguments.lr or 1.0, (0.9, 0.98), 1e-9)
-        schedule = tf.noam_schedule(optimizer, arguments.size, max(1, arguments.steps // 5))
+        training = Training(
+            model, arguments, lambda weights: torch.optim.Adam(weights, arguments.lr or 1.0, (0.9, 0.98), 1e-9),
+            lambda optimizer: tf.noam_schedule(optimizer, arguments.size, max(1, arguments.steps // 5)),
+            clip=1.0, seed=arguments.seed,
+        )  # fmt: skip
     else:
-        optimizer = torch.optim.Adam(model.parameters(), arguments.lr or 2e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
-    validation = batch(pairs(200, random.Random(1), held_out=True))
-    losses, checked, last = [], {}, torch.optim.swa_utils.AveragedModel(model)
-    progress = tqdm(range(arguments.steps), desc=f"training the {arguments.model}", unit="step")
-    for step in progress:
-        loss = model.train()(**batch(pairs(arguments.batch_size, rng, held_out=False))).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
+        training = Training(
+            model, arguments, lambda weights: torch.optim.Adam(weights, arguments.lr or 2e-3),
+            lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps),
+            clip=1.0, seed=arguments.seed,
+        )  # fmt: skip
+    validation, held = batch(pairs(200, random.Random(1), held_out=True)), float("nan")
+    validation = {name: t.to(training.device) for name, t in validation.items()}
+    for step, bar in training.steps(arguments.steps, f"training the {arguments.model}"):
+        loss = training.step(batch(pairs(arguments.batch_size, rng, held_out=False)))
         if (step + 1) % max(1, arguments.steps // 20) == 0 and step + 1 > 0.75 * arguments.steps:
-            last.update_parameters(model)
+            training.keep(average=True)
         if (step + 1) % max(1, arguments.steps // 10) == 0:
-            with torch.no_grad():
-                checked[step + 1] = model.eval()(**validation).loss.item()
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{list(checked.values() or [float('nan')])[-1]:.3f}")
-    model.load_state_dict(last.module.state_dict())
-    with torch.no_grad():
-        checked[arguments.steps] = model.eval()(**validation).loss.item()
-    return losses, checked
+            held = training.check(lambda: judge(model, validation))
+        bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{held:.3f}")
+        training.save_if_due()
+    training.use_kept()
+    return training, judge(model, validation)
+
+
+@torch.no_grad()
+def judge(model, examples: dict[str, torch.Tensor]) -> float:
+    return model.eval()(**examples).loss.item()
 
 
 def translate(model, texts: list[str], beams: int) -> list[str]:
@@ -193,7 +197,7 @@ def draw_attention(model, text: str, path: pathlib.Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "translation_from_scratch")
+    parser = argument_parser(__doc__, "translation_from_scratch", training=True)
     parser.add_argument("--model", choices=("transformer", "rnn"), default="transformer", help="which of the two")
     parser.add_argument("--norm", choices=("post", "pre"), default="post", help="of the Transformer")
     parser.add_argument("--attention", choices=("additive", "dot", "general", "concat"), default="additive",
@@ -204,6 +208,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="learning rate; the Transformer's multiplies its schedule")
     parser.add_argument("--beams", type=int, default=4, help="of beam search")
     parser.add_argument("--test", type=int, default=500, help="held-out dates to translate at the end")
+    parser.add_argument("--dropout", type=float, default=0.1, help="in training")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
@@ -214,7 +219,11 @@ def main(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     model = build(arguments)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
-    losses, checked = train(model, arguments, rng)
+    training, held = train(model, arguments, rng)
+    losses, checked = training.losses, training.checked | {arguments.steps: held}
+    if not training.finish(arguments.output / arguments.model):
+        return
+    model = type(model).from_pretrained(arguments.output / arguments.model)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, of held-out dates {list(checked.values())[-1]:.3f} "
           f"(smoothed labels allow {least_loss(len(ALPHABET) + 3):.3f})")  # fmt: skip
     examples = pairs(arguments.test, random.Random(2), held_out=True)
@@ -227,7 +236,6 @@ def main(arguments: argparse.Namespace) -> None:
     curve, attention = (arguments.output / f"{arguments.model}_{name}.png" for name in ("learning_curve", "attention"))
     draw_learning_curve(losses, checked, curve)
     draw_attention(model, "tuesday, the 3rd of march 1998", attention)
-    model.save_pretrained(arguments.output / arguments.model)
     print(f"saved {curve}, {attention} and the model in {arguments.output / arguments.model}")
 
 

@@ -153,6 +153,19 @@ def _additive(d: Draw) -> None:
     d.call.few = True
 
 
+def _recurrence(d: Draw) -> None:
+    batch, steps, inputs, width = d.size(1, 9), d.size(1, 9), d.size(1, 40), d.size(1, 70)
+    cell, gates = d.rng.choice((("lstm", 4), ("gru", 3)))
+    d.tensor("x", (batch, steps, inputs))
+    d.tensor("w", (gates * width, inputs))
+    d.tensor("u", (gates * width, width))
+    biases = [d.maybe(name, (gates * width,)) for name in ("b", "c")]
+    lengths = d.integers("lengths", 0, steps + 1, (batch,)) if d.chance() else "None"
+    call = f"tf.{cell}(x, w, u, {', '.join(biases)}, lengths={lengths}, reverse={d.chance()})"
+    d.call.ours = f"(lambda out, last: out)(*{call})"
+    d.call.few = True
+
+
 def _scores(d: Draw, batch: int, heads: int, queries: int, keys: int) -> list[str]:
     """Arguments for what comes between the two products."""
     more = []
@@ -370,6 +383,7 @@ OPS = {
     "pack_weight": _pack_weight,
     "projections": _projections,
     "qkv_attention": _qkv,
+    "recurrence": _recurrence,
     "rotary_embedding": _rotary,
     "varlen_attention": _varlen,
     **fuzz_int8.OPS,

@@ -297,6 +297,16 @@ def test_op_cases_agree_with_their_peer_on_small_inputs(name):
     assert run._difference(*[[t.detach().double() for t in out] for out in outputs]) < run.DISAGREEMENT
 
 
+@pytest.mark.parametrize("name", ["inference/modernbert-base-ragged-32", "inference/deberta-v3-base-ragged-32"])
+def test_encoder_cases_agree_with_their_peer_on_small_inputs(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRANSFORMER_FAST_BENCHMARK_CACHE", str(tmp_path))
+    found = cases.find(name)
+    inputs = found.inputs(True)
+    candidates = (OURS, found.peer, "HF with accelerate()")
+    ours, *others = [found.result(found.candidate(c).prepare(inputs)(), inputs).double() for c in candidates]
+    assert all(run._difference([ours], [other]) < run.DISAGREEMENT for other in others)
+
+
 def test_command_writes_results_and_plots(tmp_path, monkeypatch, capsys):
     absent = Candidate("absent", costing(1.0), ("not_here",))
     fake = case(Candidate(OURS, costing(1.0)), Candidate("peer", costing(3.0)), absent, bar=Bar(1.0))

@@ -60,6 +60,15 @@ def test_training_steps_have_dropout(name):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("name", names("recurrence/"))
+def test_recurrent_layers_are_torchs(name):
+    given = CASES[name].inputs(True)
+    ours, theirs = (candidate.prepare(given)() for candidate in CASES[name].candidates)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.quick
 def test_sequence_cases_are_among_all():
     assert set(CASES) <= {case.name for case in cases.all_cases("cpu")}
     assert not sequence_cases("cuda")

@@ -1,6 +1,7 @@
 """README and docs are true: their code runs as it stands, their links lead somewhere, the front page is short."""
 
 import contextlib
+import csv
 import io
 import json
 import pathlib
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
+TOUR = ROOT / "docs" / "tour.md"
 # A block that cannot run here has a line before it that says why: <!-- not run: reason -->
 _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<why>[^>]+) -->\n+)?^(?P<pad> *)```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^ *```$", re.M | re.S
@@ -49,7 +51,7 @@ def here(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=_name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p != TOUR and any(blocks(p, "python"))], ids=_name)
 def test_code_runs(page, here):
     """The blocks of a page one after the other, as a reader would paste them."""
     scope = {"__name__": "__main__"}
@@ -57,6 +59,30 @@ def test_code_runs(page, here):
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(compile("\n" * line + code, str(page), "exec"), scope)
+
+
+@pytest.mark.quick
+def test_tour_and_notebook_are_in_step():
+    """The page's blocks are the notebook's first cells, which test_tour_runs runs; its pictures are those they save."""
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    written = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    found = [code.rstrip("\n") for _, code in blocks(TOUR, "python")]
+    assert len(found) >= 7 and written[: len(found)] == found
+    page = TOUR.read_text(encoding="utf-8")
+    headings = re.findall(r"^## \d\. .*", page, re.M)
+    told = [line for cell in cells if cell["cell_type"] == "markdown" for line in cell["source"]]
+    assert headings == [line.strip() for line in told if re.match(r"## \d\. ", line)]
+    saved = set(re.findall(r'"(tour_\w+\.png)"', page)) - {"tour_attention.png"}  # whose picture is the demo's
+    assert saved == set(re.findall(r"images/tour/(tour_\w+\.png)", page)) and len(headings) == len(saved) + 1
+
+
+@pytest.mark.quick
+def test_times_of_the_tour_are_measured():
+    page = TOUR.read_text(encoding="utf-8")
+    (name,) = re.findall(r"benchmarks/results/tour/[\w.-]+\.csv", page)
+    with (ROOT / name).open(encoding="utf-8") as file:
+        measured = [f"| {row['station']} | {row['cpu_seconds']} s |" for row in csv.DictReader(file)][1:]
+    assert measured == re.findall(r"^\| \d\..*", page, re.M)
 
 
 def test_tour_runs(here, monkeypatch):

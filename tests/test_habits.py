@@ -6,6 +6,7 @@ import re
 import pytest
 
 import transformer_fast
+from transformer_fast._version import TRANSFORMERS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,7 @@ def test_versions_agree():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert {pin for hook in hooks for pin in hook.get("additional_dependencies", [])} == {f"ruff=={_pins()['ruff']}"}
+    assert f'"{TRANSFORMERS}"' in (ROOT / "pyproject.toml").read_text()
     assert re.search(r"^TORCH \?= (.*)", (ROOT / "Makefile").read_text(), re.M)[1] == _pins()["torch"]
 
 

@@ -99,7 +99,9 @@ def test_without_transformers():
         "try: tf.set_seed\n"
         "except AttributeError as error: print(error)"
     )
-    assert "has no attribute 'set_seed' (transformers might have: pip install 'transformers>=5.17')" in _python(code)
+    assert "has no attribute 'set_seed' (transformers might have: pip install 'transformers>=5.17,<5.25')" in _python(
+        code
+    )
 
 
 def test_star_import_is_this_package_alone():

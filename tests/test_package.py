@@ -118,6 +118,21 @@ def test_forced_instruction_set(isa):
 
 
 @pytest.mark.skipif(bool(native.load()), reason=f"no native library: {native.load()}")
+def test_a_library_without_an_op_that_is_asked_for(monkeypatch):
+    """One built from older sources runs nothing, and says what to do."""
+
+    def set_isa(name):
+        raise AttributeError("'_OpNamespace' object has no attribute 'cpu_int8_isas'")
+
+    monkeypatch.setattr(native, "set_isa", set_isa)
+    monkeypatch.setattr(native, "stale", lambda: "it was built from other sources; build it again")
+    assert native.load.__wrapped__() == "it was built from other sources; build it again"
+    monkeypatch.setattr(native, "stale", lambda: "")
+    with pytest.raises(AttributeError, match="cpu_int8_isas"):
+        native.load.__wrapped__()
+
+
+@pytest.mark.skipif(bool(native.load()), reason=f"no native library: {native.load()}")
 def test_a_library_of_other_sources_is_noticed(tmp_path):
     """In a checkout whose sources have changed since the build; a wheel has none beside it."""
     for folder in ("csrc", "transformer_fast"):

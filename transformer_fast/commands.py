@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ._version import TRANSFORMERS
+
 app = typer.Typer(
     name="transformer-fast",
     no_args_is_help=True,
@@ -130,7 +132,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare a checkpoint with Hugging Face: outputs, gradients and tokens, every row, both paddings, each dtype."""
-    _need("verify", torch="torch", transformers="transformers>=5.17")
+    _need("verify", torch="torch", transformers=TRANSFORMERS)
     import torch
 
     if precision is not None:
@@ -209,7 +211,7 @@ def demo(
     output: Annotated[pathlib.Path, typer.Argument(help="folder for the pictures")] = pathlib.Path("demo_output"),
 ) -> None:
     """Encode real sentences with a real BERT, by Hugging Face and by this package: same result, time, memory."""
-    _need("demo", torch="torch", transformers="transformers>=5.17", tqdm="tqdm", matplotlib="matplotlib")
+    _need("demo", torch="torch", transformers=TRANSFORMERS, tqdm="tqdm", matplotlib="matplotlib")
     from .demo import CheckpointMissing, run
 
     try:
@@ -221,7 +223,7 @@ def demo(
 @_command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Run the benchmarks. Results go to --output, or ./transformer_fast_results; bench --help shows all."""
-    _need("bench", torch="torch", tqdm="tqdm", transformers="transformers>=5.17")
+    _need("bench", torch="torch", tqdm="tqdm", transformers=TRANSFORMERS)
     try:
         from .benchmarks import run
     except ModuleNotFoundError as error:

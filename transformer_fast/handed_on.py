@@ -7,6 +7,8 @@ such name is asked for, not before.
 import difflib
 import sys
 
+from ._version import TRANSFORMERS
+
 __all__ = ["find", "is_ours", "names"]
 
 # What transformers 4 had and 5 has not: what to use today. Names by rule (TF*, Flax*, ...) are found in `_today`.
@@ -74,8 +76,7 @@ def find(name: str):
         if error.name != "transformers":
             raise
         raise AttributeError(
-            f"module {__package__!r} has no attribute {name!r} (transformers might have: pip install "
-            "'transformers>=5.17')"
+            f"module {__package__!r} has no attribute {name!r} (transformers might have: pip install '{TRANSFORMERS}')"
         ) from None
     known = set(dir(transformers))
     if name not in known and (today := _today(name, known)):

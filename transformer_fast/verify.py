@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._version import TRANSFORMERS
 from .verify_tokens import NEW_TOKENS, compare_tokens
 
 __all__ = ["DTYPES", "Row", "Verification", "VerifyError", "verify"]
@@ -136,7 +137,7 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise VerifyError(f"verify needs transformers: pip install 'transformers>=5.17' ({error})") from error
+        raise VerifyError(f"verify needs transformers: pip install '{TRANSFORMERS}' ({error})") from error
     from .models._loading import explain_broken, local_folder, model_type_of
 
     with _quiet():

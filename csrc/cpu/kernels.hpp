@@ -10,6 +10,7 @@
 #include "decoder_step.hpp"
 #include "embedding.hpp"
 #include "norm.hpp"
+#include "recurrence.hpp"
 #include "rotary.hpp"
 
 namespace tf {
@@ -36,7 +37,9 @@ namespace tf {
   X(decoder_step, DecoderStep) \
   X(additive_attention_forward, AdditiveAttentionForward) \
   X(additive_attention_backward, AdditiveAttentionBackward) \
-  X(rotary, Rotary)
+  X(rotary, Rotary) \
+  X(recurrence_forward, RecurrenceForward) \
+  X(recurrence_backward, RecurrenceBackward)
 
 #define TF_MEMBER(name, Arguments) void (*name)(const Arguments&);
 struct Kernels {

@@ -1,78 +1,124 @@
-"""Data parallel and fully sharded training: two processes get the gradients that one gets on both halves of a batch."""
+"""Data parallel and fully sharded training of each family: two processes get the gradients that one gets on both halves
+of a batch."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
+from compat_families import BATCH, make_config, make_inputs
 from numerics import GRADIENT, assert_as_accurate, pooled
 from torch import nn
 
 import transformer_fast as tf
+from transformer_fast.models._layer import Layer
 
 WORLD = 2
+_DECODER = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+DECODERS = {
+    "LlamaForCausalLM": ("LlamaConfig", {}),
+    "MistralForCausalLM": ("MistralConfig", {"sliding_window": 4}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {}),
+    "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 8}),
+    "Gemma2ForCausalLM": ("Gemma2Config", {"head_dim": 8, "sliding_window": 4}),
+}
+IDS = {"vocab_size": 61, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+OURS = {
+    "TransformerForConditionalGeneration": ("TransformerConfig", {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+        "dropout": 0.0,
+    }),
+    "AttentionRNNForConditionalGeneration": ("AttentionRNNConfig", {
+        "embedding_size": 16, "hidden_size": 32, "dropout": 0.0,
+    }),
+}  # fmt: skip
+FAMILIES = [
+    "BertForSequenceClassification", "DistilBertForMaskedLM", "AlbertForMaskedLM", "RobertaForMaskedLM",
+    "ElectraForMaskedLM", "MPNetForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel",
+    "BartForConditionalGeneration", "MarianMTModel", "T5ForConditionalGeneration", *DECODERS, *OURS,
+]  # fmt: skip
 
 
-def make_model():
-    from transformers import BertConfig
-
+def make_model(name: str):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=32,
-    )  # fmt: skip
-    return tf.BertForSequenceClassification(config).train()
+    if name in DECODERS:
+        config_class, settings = DECODERS[name]
+        return getattr(tf, name)(getattr(transformers, config_class)(**_DECODER | settings)).train()
+    if name in OURS:
+        config_class, settings = OURS[name]
+        return getattr(tf, name)(getattr(tf, config_class)(**IDS | settings)).train()
+    return getattr(tf, name)(make_config(name)).train()
 
 
-def batch(rank: int) -> dict:
-    generator = torch.Generator().manual_seed(rank)
-    lengths = torch.randint(3, 17, (4, 1), generator=generator)
-    return {
-        "input_ids": torch.randint(1, 99, (4, 16), generator=generator),
-        "attention_mask": (torch.arange(16) < lengths).long(),
-        "labels": torch.randint(0, 2, (4,), generator=generator),
-    }
+def batch(name: str, rank: int) -> dict:
+    """This process's rows of one batch with padding."""
+    like = "GPT2LMHeadModel" if name in DECODERS else "BartForConditionalGeneration" if name in OURS else name
+    inputs = make_inputs(like)
+    rows = slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD)
+    return {key: value[rows] for key, value in inputs.items()}
 
 
-def one_process(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    model = make_model().to(dtype)
-    sum(model(**batch(rank)).loss for rank in range(WORLD)).div(WORLD).backward()
+def one_process(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    model = make_model(name).to(dtype)
+    sum(model(**batch(name, rank)).loss for rank in range(WORLD)).div(WORLD).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def data_parallel(rank: int) -> dict[str, torch.Tensor]:
-    model = nn.parallel.DistributedDataParallel(make_model())
-    model(**batch(rank)).loss.backward()
+def data_parallel(name: str, rank: int) -> dict[str, torch.Tensor]:
+    model = nn.parallel.DistributedDataParallel(make_model(name), find_unused_parameters=True)
+    model(**batch(name, rank)).loss.backward()
     return {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
 
 
-def fully_sharded(rank: int) -> dict[str, torch.Tensor]:
+def fully_sharded(name: str, rank: int) -> dict[str, torch.Tensor]:
+    """Each layer, then the model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh, model = init_device_mesh("cpu", (WORLD,)), make_model()
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
+    mesh, model = init_device_mesh("cpu", (WORLD,)), make_model(name)
+    for module in [m for m in model.modules() if isinstance(m, Layer)]:
+        fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model(**batch(rank)).loss.backward()
+    model(**batch(name, rank)).loss.backward()
     return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def work(rank: int, how, rendezvous: str, result: str) -> None:
+WAYS = {"data parallel": data_parallel, "fully sharded": fully_sharded}
+
+
+def work(rank: int, rendezvous: str, result: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    found = how(rank)
+    found = {}
+    for name in FAMILIES:
+        for way, run in WAYS.items():
+            try:
+                found[name, way] = run(name, rank)
+            except Exception as error:  # in both of them
+                found[name, way] = f"{type(error).__name__}: {error}"
     if rank == 0:
         torch.save(found, result)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("how", [data_parallel, fully_sharded], ids=lambda f: f.__name__)
-def test_gradients(how, tmp_path):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch was built without torch.distributed's gloo backend")
-    result = tmp_path / "gradients.pt"
-    mp.spawn(work, (how, str(tmp_path / "rendezvous"), str(result)), nprocs=WORLD)
-    found, alone, truth = torch.load(result), one_process(torch.float32), one_process(torch.float64)
-    assert found.keys() == alone.keys()
-    assert_as_accurate(*(pooled(g, truth) for g in (found, truth, alone)), GRADIENT)
+    folder = tmp_path_factory.mktemp("gradients")
+    mp.spawn(work, (str(folder / "rendezvous"), str(folder / "found.pt")), nprocs=WORLD)
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients(found, name):
+    alone, truth = one_process(name, torch.float32), one_process(name, torch.float64)
+    for way in WAYS:
+        gradients = found[name, way]
+        assert not isinstance(gradients, str), f"{way}: {gradients}"
+        assert gradients.keys() == alone.keys(), way
+        assert_as_accurate(*(pooled(g, truth) for g in (gradients, truth, alone)), GRADIENT, name=way)

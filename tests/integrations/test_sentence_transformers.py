@@ -1,5 +1,7 @@
 """sentence-transformers' models made fast in place: the same embeddings, scores and gradients."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -41,26 +43,36 @@ def made_fast(model, path: str, name: str):
     return report
 
 
+def truth_of(model):
+    return copy.deepcopy(model).double()
+
+
+def embeddings(model, **options) -> torch.Tensor:
+    return torch.as_tensor(model.encode(TEXTS, **options))
+
+
 def test_the_real_model(minilm):
-    wanted = minilm.encode(TEXTS, convert_to_tensor=True)
-    tokens = minilm.encode(TEXTS, output_value="token_embeddings")
+    def tokens(model):
+        return torch.cat(model.encode(TEXTS, output_value="token_embeddings"))
+
+    truth = truth_of(minilm)
+    wanted, wanted_tokens = embeddings(minilm), tokens(minilm)
     report = made_fast(minilm, "0.model", "BertModel")
-    torch.testing.assert_close(minilm.encode(TEXTS, batch_size=5, convert_to_tensor=True), wanted)
-    for found, before in zip(minilm.encode(TEXTS, output_value="token_embeddings"), tokens):
-        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+    assert_as_accurate(embeddings(minilm, batch_size=5), embeddings(truth, convert_to_tensor=True), wanted)
+    assert_as_accurate(tokens(minilm), tokens(truth), wanted_tokens)
     report.undo()
-    assert torch.equal(minilm.encode(TEXTS, convert_to_tensor=True), wanted)
+    assert torch.equal(embeddings(minilm), wanted)
 
 
 def test_encoded_by_other_processes(minilm):
-    wanted = minilm.encode(TEXTS)
+    truth, wanted = embeddings(truth_of(minilm), convert_to_tensor=True), embeddings(minilm)
     made_fast(minilm, "0.model", "BertModel")
     pool = minilm.start_multi_process_pool(["cpu"])  # the model travels there by pickle
     try:
-        found = minilm.encode(TEXTS, pool=pool)
+        found = embeddings(minilm, pool=pool)
     finally:
         minilm.stop_multi_process_pool(pool)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+    assert_as_accurate(found, truth, wanted)
 
 
 @pytest.mark.parametrize("family", ["Roberta", "MPNet", "Electra"])
@@ -72,21 +84,25 @@ def test_kinds_of_pooling(family, small):
     model = st.SentenceTransformer(modules=[Transformer(small(f"{family}Model"))], device="cpu")
     kinds = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
     poolings = [Pooling(model[0].get_embedding_dimension(), kind) for kind in kinds]
-    batch = model.preprocess(TEXTS)
-    wanted = model[0](dict(batch))
-    wanted = [pool(dict(wanted))["sentence_embedding"] for pool in poolings]
+
+    def pooled_by_each(transformer):
+        states = transformer(dict(batch))
+        return torch.stack([pool(dict(states))["sentence_embedding"] for pool in poolings])
+
+    batch, truth = model.preprocess(TEXTS), truth_of(model)
+    wanted = pooled_by_each(model[0])
     made_fast(model, "0.model", f"{family}Model")
-    found = model[0](dict(batch))
-    for pool, before in zip(poolings, wanted):
-        torch.testing.assert_close(pool(dict(found))["sentence_embedding"], before, rtol=1e-4, atol=1e-5)
+    found, exact = pooled_by_each(model[0]), pooled_by_each(truth[0])
+    for kind, *parts in zip(kinds, found, exact, wanted):
+        assert_as_accurate(*parts, name=kind)
 
 
 @pytest.mark.parametrize("family", ["Roberta", "Bert"])
 def test_cross_encoder(family, small):
     model = st.CrossEncoder(small(f"{family}ForSequenceClassification", num_labels=1), device="cpu")
-    wanted = model.predict(PAIRS)
+    truth, wanted = (m.predict(PAIRS, convert_to_tensor=True) for m in (truth_of(model), model))
     made_fast(model, "0.model", f"{family}ForSequenceClassification")
-    torch.testing.assert_close(torch.tensor(model.predict(PAIRS, batch_size=5)), torch.tensor(wanted))
+    assert_as_accurate(model.predict(PAIRS, batch_size=5, convert_to_tensor=True), truth, wanted)
     ranked = model.rank(TEXTS[0], TEXTS, top_k=3)
     assert len(ranked) == 3
 
@@ -97,11 +113,11 @@ def test_sparse_encoder(small):
 
     transformer = Transformer(small("DistilBertForMaskedLM"), transformer_task="fill-mask")
     model = st.SparseEncoder(modules=[transformer, SpladePooling()], device="cpu")
-    wanted = model.encode(TEXTS).to_dense()
+    truth, wanted = (m.encode(TEXTS).to_dense() for m in (truth_of(model), model))
     made_fast(model, "0.model", "DistilBertForMaskedLM")
     found = model.encode(TEXTS, batch_size=5).to_dense()
     assert found.shape == (len(TEXTS), 30522)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert_as_accurate(found, truth, wanted)
 
 
 def test_gradients_of_a_loss_of_theirs(small):
@@ -152,5 +168,4 @@ def test_trainer(small, tmp_path):
     model.save_pretrained(str(tmp_path / "saved"))
     again = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert type(again[0].model) is hf.MPNetModel
-    wanted, found = (m.encode(TEXTS, convert_to_tensor=True) for m in (model, again))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert_as_accurate(embeddings(model), embeddings(truth_of(again), convert_to_tensor=True), embeddings(again))

@@ -11,17 +11,24 @@ from numerics import GRADIENT, assert_as_accurate, pooled
 import transformer_fast as tf
 from transformer_fast.models.rnn import SCORES, RecurrentState
 
-KINDS = [*itertools.product(SCORES, ("gru", "lstm")), ("no feeding", "gru")]
+SETTINGS = {
+    "no feeding": {"attention": "dot", "input_feeding": False},
+    "additive after": {"attention": "additive", "attention_placing": "after"},
+    "general before": {"attention": "general", "attention_placing": "before"},
+    "peeky": {"attention": "none", "context": "every_step"},
+}
+KINDS = [
+    *itertools.product(SCORES, ("gru", "lstm")), ("no feeding", "gru"), ("additive after", "lstm"),
+    ("general before", "gru"), ("none", "lstm"), ("none", "gru"), ("peeky", "gru"), ("peeky", "lstm"),
+]  # fmt: skip
 LENGTHS = (7, 3, 1, 5)
 
 
 def build(kind="additive", cell="gru", **settings):
     torch.manual_seed(1)
-    feeding = kind != "no feeding"
     defaults = {
         "vocab_size": 37, "encoder_vocab_size": 43, "embedding_size": 20, "hidden_size": 24, "num_layers": 2,
-        "attention_size": 18, "cell": cell, "attention": kind if feeding else "dot", "input_feeding": feeding,
-        "initializer_range": 0.3,
+        "attention_size": 18, "cell": cell, "initializer_range": 0.3, **SETTINGS.get(kind, {"attention": kind}),
     }  # fmt: skip
     config = tf.AttentionRNNConfig(**{**defaults, **settings})
     return tf.AttentionRNNForConditionalGeneration(config).eval()
@@ -66,7 +73,14 @@ def written_out(model, inputs):
         state = (state, decoder.initial_cell(last[1])) if lstm else state
         feed = h.new_zeros(config.hidden_size)
         for word in decoder.embed_tokens(words):
-            if score.kind == "additive":
+            if score.kind == "none":
+                context, w = last[0][-1, 0], h.new_zeros(len(h))
+                seen = [word, context] if config.context == "every_step" else [word]
+                out, state = decoder.rnn(torch.cat(seen)[None, None], state)
+                read = out[0, 0]
+                if config.context == "every_step":
+                    read = decoder.readout(torch.cat([read, word, context])).view(-1, 2).amax(1)
+            elif config.attention_placing == "before":
                 context, w = attend(score, (state[0] if lstm else state)[-1, 0], h)
                 out, state = decoder.rnn(torch.cat([word, context])[None, None], state)
                 read = decoder.readout(torch.cat([out[0, 0], word, context])).view(-1, 2).amax(1)
@@ -97,9 +111,10 @@ def test_is_the_papers_formulas(kind, cell, padding):
     for name, m in (("truth", truth_model), ("plain", model), ("ours", model)):
         if name == "ours":
             out = m(**inputs, output_attentions=True)
-            outputs = out.logits, out.cross_attentions[0][:, 0]
+            outputs = (out.logits,) if out.cross_attentions is None else (out.logits, out.cross_attentions[0][:, 0])
+            assert (len(outputs) == 1) == (model.config.attention == "none")
         else:
-            outputs = written_out(m, inputs)
+            outputs = written_out(m, inputs)[: 1 if model.config.attention == "none" else 2]
         results[name] = [o.detach() for o in outputs], gradients(m, outputs)
     (truth, truth_grads), (plain, plain_grads), (ours, our_grads) = (results[n] for n in ("truth", "plain", "ours"))
     for name, a, t, p in zip(("logits", "weights"), ours, truth, plain):
@@ -247,7 +262,44 @@ def test_loss():
     assert start[:, 0].eq(1).all() and start[1, -1] == 0 and torch.equal(start[0, 1:], inputs["labels"][0, :-1])
 
 
-@pytest.mark.parametrize("kind, cell", [("additive", "gru"), ("general", "lstm")])
+@pytest.mark.quick
+@pytest.mark.parametrize("kind, cell", [("additive", "gru"), ("dot", "gru"), ("none", "lstm"), ("peeky", "gru")])
+def test_teacher_forcing(kind, cell):
+    """Never forced: the loss of what greedy decoding was given. Half: some inputs are the right ones. In evaluation,
+    and at 1: all are."""
+    model, inputs = build(kind, cell, dropout=0.0), batch()
+    forced = model(**inputs, output_attentions=True)
+    model.config.teacher_forcing = 0.0
+    assert torch.equal(model(**inputs).logits, forced.logits)
+    model.train()
+    free = model(**inputs, output_attentions=True)
+    said = free.logits.argmax(-1)
+    starts = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    given = torch.cat((starts[:, :1], said[:, :-1]), 1)
+    source = {k: v for k, v in inputs.items() if k != "labels"}
+    again = model.eval()(**source, decoder_input_ids=given, output_attentions=True)
+    torch.testing.assert_close(free.logits, again.logits)
+    if kind in ("additive", "dot"):
+        torch.testing.assert_close(free.cross_attentions[0], again.cross_attentions[0])
+    free.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.train().config.teacher_forcing = 0.5
+    torch.manual_seed(0)
+    half = model(**inputs).logits
+    torch.testing.assert_close(half[:, 0], free.logits[:, 0])  # the first input is always the start
+    assert not torch.equal(half, free.logits) and not torch.equal(half, forced.logits)
+
+
+@pytest.mark.quick
+def test_configurations_of_before():
+    """A checkpoint's config without the newer settings is the decoder that its attention has always meant."""
+    for attention, placing in (("additive", "before"), ("dot", "after"), ("concat", "after")):
+        config = tf.AttentionRNNConfig.from_dict({"attention": attention, "hidden_size": 8, "embedding_size": 6})
+        assert (config.attention_placing, config.teacher_forcing) == (placing, 1.0)
+        assert config.readout_size == (6 if attention == "additive" else 8)
+
+
+@pytest.mark.parametrize("kind, cell", [("additive", "gru"), ("general", "lstm"), ("none", "lstm"), ("peeky", "gru")])
 def test_learns_to_reverse(kind, cell):
     model = build(kind, cell, num_layers=1, hidden_size=48, initializer_range=0.1, dropout=0.0).train()
     g = torch.Generator().manual_seed(0)
@@ -293,6 +345,11 @@ INPUTS = batch()
 BAD = {
     "score": (lambda: tf.AttentionRNNConfig(attention="cosine"), ValueError, "attention.*'additive'.*'cosine'"),
     "cell": (lambda: tf.AttentionRNNConfig(cell="elman"), ValueError, "cell.*'gru', 'lstm'.*'elman'"),
+    "placing": (
+        lambda: tf.AttentionRNNConfig(attention_placing="inside"), ValueError, "attention_placing.*'before'.*'inside'",
+    ),
+    "context": (lambda: tf.AttentionRNNConfig(context="every_step"), ValueError, 'context.*"initial".*every_step'),
+    "teacher forcing": (lambda: tf.AttentionRNNConfig(teacher_forcing=1.5), ValueError, r"teacher_forcing.*1\].*1.5"),
     "odd width": (lambda: tf.AttentionRNNConfig(hidden_size=5), ValueError, "hidden_size.*even.*5"),
     "tied widths": (
         lambda: tf.AttentionRNNConfig(attention="dot", hidden_size=8, tie_word_embeddings=True), ValueError,

@@ -52,6 +52,14 @@ CALLS = {
         "query": r(2, 5, 8), "key": r(2, 6, 8), "value": r(2, 6, 8), "score_weight": r(8), "bias": r(8),
         "attn_mask": torch.ones(2, 5, 6, dtype=torch.bool), "key_lengths": LENGTHS,
     },
+    tf.lstm: {
+        "input": r(2, 5, 8), "weight_ih": r(16, 8), "weight_hh": r(16, 4), "bias_ih": r(16), "bias_hh": r(16),
+        "initial": (r(2, 4), r(2, 4)), "lengths": LENGTHS, "reverse": True,
+    },
+    tf.gru: {
+        "input": r(5, 8), "weight_ih": r(12, 8), "weight_hh": r(12, 4), "bias_ih": r(12), "bias_hh": r(12),
+        "initial": r(2, 4), "cu_seqlens": torch.tensor([0, 2, 5]), "max_seqlen": 3, "reverse": False,
+    },
     tf.layer_norm: {"input": r(4, 8), "normalized_shape": (8,), "weight": r(8), "bias": r(8), "eps": 1e-5},
     tf.rms_norm: {"input": r(4, 8), "normalized_shape": (8,), "weight": r(8), "eps": 1e-5},
     tf.add_layer_norm: {

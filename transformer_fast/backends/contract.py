@@ -4,11 +4,12 @@ A backend has an op when it overrides the method that `METHODS` names for it. A 
 `METHODS`, an override in eager.py (its definition in plain PyTorch) and one in each backend with a kernel for it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from .specs import AdditiveAttentionSpec, AttentionSpec, CrossEntropySpec, EmbeddingSpec, NormSpec
+from .specs import AdditiveAttentionSpec, AttentionSpec, CrossEntropySpec, EmbeddingSpec, NormSpec, RecurrenceSpec
 
 Tensor = torch.Tensor
 
@@ -20,6 +21,7 @@ METHODS = {
     "dropout": "dropout_forward",
     "embedding_layer_norm": "embedding_layer_norm_forward",
     "norm": "norm_forward",
+    "recurrence": "recurrence_forward",
     "rotary_embedding": "rotary_embedding",
 }
 # Matrix products: ops/linear.py and ops/packed_weight.py call them, and only ask who may.
@@ -160,6 +162,20 @@ class Backend:
         self, spec: EmbeddingSpec, grad: Tensor, mean: Tensor, rstd: Tensor, grad_word: Tensor | None,
         grad_position: Tensor | None, grad_type: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
     ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    # ---- recurrent layers ----------------------------------------------------------------------------
+    def recurrence_forward(
+        self, spec: RecurrenceSpec, out: Tensor, last: Tensor, last_memory: Tensor | None, saved: Tensor | None,
+        memories: Tensor | None,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    def recurrence_backward(
+        self, spec: RecurrenceSpec, grads: Sequence[Tensor | None], out: Tensor, saved: Tensor, memories: Tensor,
+        grad_gates: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_hidden: Tensor, grad_memory: Tensor,
+    ) -> None:  # fmt: skip
+        """grads: of out, the last hidden state and the last memory. A result that there is no tensor for is empty."""
         raise NotImplementedError
 
     # ---- losses --------------------------------------------------------------------------------------

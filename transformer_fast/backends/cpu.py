@@ -66,6 +66,30 @@ class CpuBackend(Backend):
             grad_out, grad_weights, weights, *_additive_arguments(spec), grad_query, grad_key, grad_value, grad_score
         )
 
+    def recurrence_forward(self, spec, out, last, last_memory, saved, memories) -> None:
+        _ops.cpu_recurrence_forward.default(
+            spec.gates, gate_panels(spec.weight), _float(spec.bias), *spec[3:8], out, last, last_memory, saved, memories
+        )
+
+    def recurrence_backward(
+        self, spec, grads, out, saved, memories, grad_gates, grad_weight, grad_bias, grad_hidden, grad_memory
+    ) -> None:
+        lstm = spec.memory is not None
+        grad_products = grad_gates if lstm else memory.empty_like(grad_gates)
+        if not lstm and grad_gates.shape[0]:  # where no sequence is
+            grad_products.zero_()
+        _ops.cpu_recurrence_backward.default(
+            *grads, back_panels(spec.weight), *spec[3:8], out, saved, memories if lstm else None, grad_gates,
+            None if lstm else grad_products, grad_hidden, grad_memory if lstm else None,
+        )  # fmt: skip
+        before = _states_before(spec, out)
+        if spec.gates.dtype == torch.float32 and not gemm.why_not_onednn():
+            grad_weight.copy_(gemm.linear(grad_products.t(), before.t(), None, None))
+        else:
+            torch.mm(grad_products.t(), before, out=grad_weight)
+        if spec.bias is not None:
+            grad_bias.copy_(grad_products.sum(0, dtype=torch.float32))
+
     def norm(self, x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum):
         """norm_forward without gradients, for contiguous tensors: (y, sum or None) and nothing else is made."""
         y = memory.empty_like(x)
@@ -152,6 +176,45 @@ def _attention_arguments(spec, relative, zero) -> tuple:
 def _additive_arguments(spec) -> tuple:
     query, key, value, score_weight, bias, *masks = spec
     return query, key, value, _float(score_weight), _float(bias), *masks
+
+
+_PANEL = 32  # columns of a packed weight: csrc/cpu/linear.hpp
+
+
+def gate_panels(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (G * H, H) for the steps of a recurrent layer: each gate's panels."""
+    rows, width = weight.shape
+    of_each = -(-width // _PANEL)
+    panels = memory.empty((rows // width * of_each, width, _PANEL), torch.float32, weight.device)
+    weight = _unit_stride(weight.detach())
+    if width % _PANEL == 0:
+        _ops.cpu_pack_weight.default(weight, panels)
+    else:
+        for part, place in zip(weight.split(width), panels.split(of_each)):
+            _ops.cpu_pack_weight.default(part, place)
+    return panels
+
+
+def back_panels(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight for the steps back."""
+    rows, width = weight.shape
+    panels = memory.empty((-(-width // _PANEL), rows, _PANEL), torch.float32, weight.device)
+    _ops.cpu_pack_weight.default(_unit_stride(weight.detach()).t(), panels)
+    return panels
+
+
+def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
+    """The hidden state before each position's step; anything where no sequence is."""
+    before = torch.zeros_like(out)
+    begins, lengths = spec.sequences[0], spec.sequences[1]
+    some = lengths > 0
+    if spec.reverse:
+        before[:-1] = out[1:]
+        begins = begins + lengths - 1
+    else:
+        before[1:] = out[:-1]
+    before[begins[some]] = spec.hidden[some]
+    return before
 
 
 _LANES = 64  # queries of a tile: the kernel reads so far past a row of `relative`

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Backend, Call
+from .eager_recurrence import recurrence, recurrence_backward
 from .philox import keep_mask, keep_mask_2d, keep_scale
 
 
@@ -250,6 +251,14 @@ class EagerBackend(Backend):
 
     def additive_attention_backward(self, spec, grad_out, grad_weights, weights, *buffers) -> None:
         additive_attention_backward(spec, grad_out, grad_weights, buffers)
+
+    def recurrence_forward(self, spec, *buffers) -> None:
+        for buffer, result in zip(buffers, recurrence(spec)):
+            if buffer is not None:
+                buffer.copy_(result)
+
+    def recurrence_backward(self, spec, grads, out, saved, memories, *buffers) -> None:
+        recurrence_backward(spec, grads, buffers)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         results = norm(*spec)

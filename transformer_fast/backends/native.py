@@ -24,8 +24,14 @@ def load() -> str:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"the native library does not load: {error}"
-    set_isa(default_isa())
-    if reason := stale():
+    reason = stale()
+    try:
+        set_isa(default_isa())
+    except AttributeError:  # an op that these Python sources ask for, and older ones had not
+        if reason:
+            return reason
+        raise
+    if reason:
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return ""
 

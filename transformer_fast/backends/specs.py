@@ -47,6 +47,20 @@ class AttentionSpec(NamedTuple):
     dropout_p: float
 
 
+class RecurrenceSpec(NamedTuple):
+    """One call, of an LSTM where there is a memory, else of a GRU; G gates of width H."""
+
+    gates: torch.Tensor  # (positions, G * H), what the input gives the gates
+    weight: torch.Tensor  # (G * H, H), of the hidden state
+    bias: torch.Tensor | None  # (G * H,), beside it
+    hidden: torch.Tensor  # (B, H), before the first step
+    memory: torch.Tensor | None  # (B, H)
+    sequences: torch.Tensor  # int64 (3, B): where each begins, its length, and their order, longest first
+    steps: SymInt  # at least the longest
+    reverse: bool  # from the last position of each to its first
+    gaps: bool  # some positions belong to no sequence
+
+
 class NormSpec(NamedTuple):
     """One call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
 

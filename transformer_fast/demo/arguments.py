@@ -17,12 +17,19 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)" if shown else text
 
 
-def argument_parser(description: str, name: str, checkpoint: str = "") -> argparse.ArgumentParser:
-    """With --output, and --checkpoint where that says of what. The others are the example's own, each with a help."""
+def argument_parser(
+    description: str, name: str, checkpoint: str = "", training: bool = False
+) -> argparse.ArgumentParser:
+    """With --output, --checkpoint where that says of what, and those of `training`. The others are the example's own,
+    each with a help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     if checkpoint:
         text = f"folder or name of {checkpoint}; default: all-MiniLM-L6-v2"
         parser.add_argument("--checkpoint", type=given, help=text)
     folder = pathlib.Path("example_output") / name
     parser.add_argument("--output", type=pathlib.Path, default=folder, help="folder for what is saved")
+    if training:
+        from .training import add_training_arguments
+
+        add_training_arguments(parser)
     return parser

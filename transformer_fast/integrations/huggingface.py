@@ -7,6 +7,7 @@ hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels ca
 
 import torch
 
+from .._version import TRANSFORMERS
 from ..layers.packing import documents_of, plan_documents, spread_in_use
 from ..ops import attention_probabilities, parallel, scaled_dot_product_attention, varlen_attention
 from .lazy_mask import LazyMask, MaskRule
@@ -30,7 +31,7 @@ def register() -> None:
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
-        raise ImportError(f"register needs transformers >= 5.17 (pip install 'transformers>=5.17'): {error}") from error
+        raise ImportError(f"register needs transformers: pip install '{TRANSFORMERS}' ({error})") from error
     # Both or neither: without a mask function transformers passes no mask, and padding would be attended to.
     AttentionMaskInterface.register(NAME, attention_mask)
     AttentionInterface.register(NAME, attention_forward)

@@ -14,6 +14,7 @@ from .linear import linear, pack_weight, projections
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .recurrence import gru, lstm
 from .rotary import rotary_embedding
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "dropout",
     "embedding_layer_norm",
     "exporting",
+    "gru",
     "kv_cache_attention",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "lstm",
     "multi_head_attention",
     "pack_weight",
     "parallel",

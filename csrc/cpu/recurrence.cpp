@@ -1,0 +1,277 @@
+// A GRU or LSTM through all its steps in one call: threads that do not sleep share out 32 columns of the state at a
+// time, all gates of them, so that a step is one product, the gates' arithmetic on what it leaves in the cache, and one
+// meeting of the threads. Sequences that have ended are not computed.
+#include "recurrence.hpp"
+
+#include "attention_tile.hpp"
+#include "kernels.hpp"
+#include "linear_panel.hpp"
+#include "parallel.hpp"
+#include "team.hpp"
+
+namespace tf::TF_ISA {
+namespace {
+
+constexpr int64_t kTogether = 4 * kRows;  // rows that pass over a panel together
+
+static inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The states of the sequences in the order of their lengths, and what a step is made of.
+class Steps {
+ public:
+  explicit Steps(const Recurrence& a)
+      : a_(a),
+        gates_(gates_of(a.cell)),
+        panels_((a.width + kPanel - 1) / kPanel),
+        padded_(round_up(a.width, kPanel)),
+        blocks_((a.batch + kTogether - 1) / kTogether) {}
+
+  int64_t sequence(int64_t row) const { return a_.order[row]; }
+  int64_t length(int64_t row) const { return a_.lengths[sequence(row)]; }
+  int64_t position(int64_t row, int64_t step) const {
+    return a_.offsets[sequence(row)] + (a_.reverse ? length(row) - 1 - step : step);
+  }
+  // Rows that have a step `step`: the first ones.
+  int64_t live(int64_t step) const {
+    if (step >= a_.steps) return 0;
+    int64_t n = a_.batch;
+    while (n && length(n - 1) <= step) --n;
+    return n;
+  }
+
+  // f(step, row, rows, panel) for each block of rows and 32 columns of a step, on threads that meet after every step.
+  template <class F>
+  void run(int64_t first, int64_t last, const F& f) const {
+    const int64_t direction = first <= last ? 1 : -1, count = (last - first) * direction + 1;
+    PhaseCounter* counters = scratch<PhaseCounter>(3, count);
+    __builtin_memset(static_cast<void*>(counters), 0, size_t(count) * sizeof(PhaseCounter));
+    // A meeting costs as much as some ten thousand products.
+    const int64_t work = a_.batch * a_.width * gates_ * a_.width, useful = 1 + work / (1 << 17);
+    const int64_t threads = least(least(tf_num_threads(), useful), panels_ * blocks_);
+    parallel_for(threads, 1, [&](int64_t, int64_t) {
+      Team team(counters);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t step = first + i * direction, rows = step < 0 ? a_.batch : live(step);
+        const int64_t blocks = (rows + kTogether - 1) / kTogether, items = panels_ * blocks;
+        team.phase(items, 1 + items / (8 * threads), [&](int64_t item) {
+          const int64_t row = item % blocks * kTogether;
+          f(step, row, least(kTogether, rows - row), item / blocks);
+        });
+      }
+    });
+  }
+
+ protected:
+  const Recurrence& a_;
+  int64_t gates_, panels_, padded_, blocks_;
+};
+
+template <class T>
+class Forward : Steps {
+ public:
+  explicit Forward(const RecurrenceForward& a) : Steps(a), a_(a), out_(static_cast<T*>(a.out)) {
+    const int64_t plane = a.batch * padded_;
+    hidden_[0] = scratch<float>(4, 3 * plane);
+    hidden_[1] = hidden_[0] + plane;
+    memory_ = hidden_[1] + plane;
+  }
+
+  void run() {
+    const int64_t h = a_.width;
+    for (int64_t r = 0; r < a_.batch; ++r) {
+      const int64_t b = sequence(r) * h;
+      const bool none = !length(r);
+      for_columns(h, [&](int64_t c, auto part) {
+        const auto begin = [&](const void* from, float* to, void* last) {
+          const Vec v = load(static_cast<const T*>(from) + b + c, part);
+          store(to + r * padded_ + c, v);
+          if (none) store(static_cast<T*>(last) + b + c, v, part);
+        };
+        begin(a_.hidden, hidden_[0], a_.last_hidden);
+        if (a_.cell == Cell::lstm) begin(a_.memory, memory_, a_.last_memory);
+      });
+    }
+    Steps::run(0, a_.steps - 1, [&](int64_t step, int64_t row, int64_t rows, int64_t panel) {
+      block(step, row, rows, panel);
+    });
+  }
+
+ private:
+  void block(int64_t step, int64_t row, int64_t rows, int64_t panel) {
+    alignas(64) float sums[4][kTogether * kPanel];
+    const float* x = hidden_[step & 1] + row * padded_;
+    for (int64_t g = 0; g < gates_; ++g) {
+      const float* weight = a_.panels + (g * panels_ + panel) * a_.width * kPanel;
+      for (int64_t r = 0; r < rows; r += kRows)
+        multiply_rows(int(least(kRows, rows - r)), x + r * padded_, padded_, weight, a_.width, r == 0,
+                      sums[g] + r * kPanel);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      a_.cell == Cell::lstm ? lstm_row(step, row + r, panel, sums, r * kPanel)
+                            : gru_row(step, row + r, panel, sums, r * kPanel);
+  }
+
+  // f(column, column in the panel, part) for those of a panel.
+  template <class F>
+  void columns(int64_t panel, const F& f) const {
+    const int64_t first = panel * kPanel;
+    for_columns(least(kPanel, a_.width - first), [&](int64_t c, auto part) { f(first + c, c, part); });
+  }
+
+  const T* gates(int64_t at) const { return static_cast<const T*>(a_.gates) + at * a_.gates_stride; }
+
+  template <class Part>
+  void give(int64_t step, int64_t row, int64_t at, int64_t c, Part part, Vec hidden) {
+    store(hidden_[(step + 1) & 1] + row * padded_ + c, hidden);
+    store(out_ + at * a_.width + c, hidden, part);
+    if (step + 1 == length(row)) store(static_cast<T*>(a_.last_hidden) + sequence(row) * a_.width + c, hidden, part);
+  }
+
+  void lstm_row(int64_t step, int64_t row, int64_t panel, const float (*sums)[kTogether * kPanel], int64_t from) {
+    const int64_t h = a_.width, at = position(row, step);
+    const T* x = gates(at);
+    columns(panel, [&](int64_t c, int64_t k, auto part) {
+      Vec v[4];
+      for (int g = 0; g < 4; ++g) {
+        v[g] = load(sums[g] + from + k) + load(x + g * h + c, part);
+        if (a_.bias) v[g] = v[g] + load(a_.bias + g * h + c, part);
+        v[g] = g == 2 ? tanh_accurate(v[g]) : sigmoid(v[g]);
+      }
+      float* memory = memory_ + row * padded_ + c;
+      const Vec m = fma(v[1], load(memory), v[0] * v[2]);
+      store(memory, m);
+      give(step, row, at, c, part, v[3] * tanh_accurate(m));
+      if (step + 1 == length(row)) store(static_cast<T*>(a_.last_memory) + sequence(row) * h + c, m, part);
+      if (!a_.saved) return;
+      for (int g = 0; g < 4; ++g) store(a_.saved + (at * 4 + g) * h + c, v[g], part);
+      store(a_.memories + at * h + c, m, part);
+    });
+  }
+
+  void gru_row(int64_t step, int64_t row, int64_t panel, const float (*sums)[kTogether * kPanel], int64_t from) {
+    const int64_t h = a_.width, at = position(row, step);
+    const T* x = gates(at);
+    columns(panel, [&](int64_t c, int64_t k, auto part) {
+      Vec v[3], in[3];
+      for (int g = 0; g < 3; ++g) {
+        v[g] = load(sums[g] + from + k);
+        in[g] = load(x + g * h + c, part);
+        if (a_.bias) v[g] = v[g] + load(a_.bias + g * h + c, part);
+      }
+      const Vec reset = sigmoid(in[0] + v[0]), update = sigmoid(in[1] + v[1]);
+      const Vec fresh = tanh_accurate(fma(reset, v[2], in[2]));
+      const Vec before = load(hidden_[step & 1] + row * padded_ + c);
+      give(step, row, at, c, part, fma(update, before - fresh, fresh));
+      if (!a_.saved) return;
+      float* saved = a_.saved + at * 4 * h + c;
+      store(saved, reset, part);
+      store(saved + h, update, part);
+      store(saved + 2 * h, fresh, part);
+      store(saved + 3 * h, v[2], part);
+    });
+  }
+
+  const RecurrenceForward& a_;
+  T* out_;
+  float *hidden_[2], *memory_;
+};
+
+template <class T>
+class Backward : Steps {
+ public:
+  explicit Backward(const RecurrenceBackward& a)
+      : Steps(a), a_(a), inner_(gates_ * a.width), stride_(round_up(inner_, kWidth)) {
+    const int64_t plane = a.batch * stride_;
+    flow_[0] = scratch<float>(4, 2 * plane + a.batch * padded_);
+    flow_[1] = flow_[0] + plane;
+    carry_ = flow_[1] + plane;
+  }
+
+  void run() {
+    Steps::run(a_.steps - 1, -1, [&](int64_t step, int64_t row, int64_t rows, int64_t panel) {
+      // What the step after it sends back; rows that have none begin with the gradient of the last state.
+      alignas(64) float back[kTogether * kPanel];
+      const int64_t after = step < 0 ? live(0) : live(step + 1), met = after < row ? 0 : least(rows, after - row);
+      const float *x = flow_[(step + 1) & 1] + row * stride_, *weight = a_.panels + panel * inner_ * kPanel;
+      for (int64_t r = 0; r < met; r += kRows)
+        multiply_rows(int(least(kRows, met - r)), x + r * stride_, stride_, weight, inner_, r == 0, back + r * kPanel);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t first = panel * kPanel;
+        for_columns(least(kPanel, a_.width - first), [&](int64_t c, auto part) {
+          one(step, row + r, first + c, part, r < met ? back + r * kPanel + c : nullptr);
+        });
+      }
+    });
+  }
+
+ private:
+  template <class Part>
+  static Vec maybe(const void* p, int64_t at, Part part) {
+    return p ? load(static_cast<const T*>(p) + at, part) : Vec{};
+  }
+
+  // kWidth columns of one row's step. back: what comes through the product, or null where the row ends here.
+  template <class Part>
+  void one(int64_t step, int64_t row, int64_t c, Part part, const float* back) {
+    const int64_t h = a_.width, b = sequence(row), end = b * h + c;
+    const bool lstm = a_.cell == Cell::lstm;
+    float* carry = carry_ + row * padded_ + c;
+    Vec grad = back ? load(back) : maybe(a_.grad_last_hidden, end, part), carried = Vec{};
+    if (back)
+      carried = load(carry);
+    else if (lstm)
+      carried = maybe(a_.grad_last_memory, end, part);
+    if (!lstm) grad = grad + carried;
+    if (step < 0) {
+      store(static_cast<T*>(a_.grad_hidden) + end, grad, part);
+      if (lstm) store(static_cast<T*>(a_.grad_memory) + end, carried, part);
+      return;
+    }
+    const int64_t at = position(row, step), before = at + (a_.reverse ? 1 : -1);
+    grad = grad + maybe(a_.grad_out, at * h + c, part);
+    const float* saved = a_.saved + at * 4 * h + c;
+    Vec s[4], d[4];
+    for (int g = 0; g < 4; ++g) s[g] = load(saved + g * h, part);
+    if (lstm) {
+      const Vec m = tanh_accurate(load(a_.memories + at * h + c, part));
+      const Vec previous = step ? load(a_.memories + before * h + c, part) : maybe(a_.memory, end, part);
+      const Vec dm = fma(grad * s[3], 1.f - m * m, carried);
+      d[0] = dm * s[2] * (s[0] * (1.f - s[0]));
+      d[1] = dm * previous * (s[1] * (1.f - s[1]));
+      d[2] = dm * s[0] * (1.f - s[2] * s[2]);
+      d[3] = grad * m * (s[3] * (1.f - s[3]));
+      store(carry, dm * s[1]);
+    } else {
+      const Vec previous = step ? maybe(a_.out, before * h + c, part) : maybe(a_.hidden, end, part);
+      d[2] = grad * (1.f - s[1]) * (1.f - s[2] * s[2]);
+      d[1] = grad * (previous - s[2]) * (s[1] * (1.f - s[1]));
+      d[0] = d[2] * s[3] * (s[0] * (1.f - s[0]));
+      store(carry, grad * s[1]);
+    }
+    float* flow = flow_[step & 1] + row * stride_ + c;
+    T* gates = static_cast<T*>(a_.grad_gates) + at * inner_ + c;
+    for (int g = 0; g < gates_; ++g) {
+      store(gates + g * h, d[g], part);
+      if (!lstm && g == 2) d[g] = d[g] * s[0];  // of W_n h + b_n, which the reset gate multiplies
+      store(flow + g * h, d[g], part);
+      if (a_.grad_products) store(static_cast<T*>(a_.grad_products) + at * inner_ + g * h + c, d[g], part);
+    }
+  }
+
+  const RecurrenceBackward& a_;
+  int64_t inner_, stride_;
+  float *flow_[2], *carry_;
+};
+
+}  // namespace
+
+void recurrence_forward(const RecurrenceForward& a) {
+  with_dtype(a.dtype, [&](auto element) { Forward<decltype(element)>(a).run(); });
+}
+
+void recurrence_backward(const RecurrenceBackward& a) {
+  with_dtype(a.dtype, [&](auto element) { Backward<decltype(element)>(a).run(); });
+}
+
+}  // namespace tf::TF_ISA

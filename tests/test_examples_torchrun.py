@@ -1,0 +1,179 @@
+"""The examples that train, under torchrun: two processes learn what one does, and a killed run goes on."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from numerics import GRADIENT, assert_as_accurate
+
+from transformer_fast.demo.training import Training
+
+EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+pytest.importorskip("matplotlib", reason="matplotlib, which draws the pictures, is not installed")
+two_processes = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no torch.distributed with gloo"
+)
+WRITING = ["--size", "32", "--layers", "2", "--vocabulary", "300", "--dropout", "0", "--new-tokens", "2",
+           "--beginnings", "Kenji"]  # fmt: skip
+TRANSLATING = ["--model", "rnn", "--size", "32", "--batch-size", "9", "--test", "2", "--beams", "2", "--dropout", "0"]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(name: str, output: pathlib.Path, *arguments: str) -> subprocess.Popen:
+    """Two processes of an example."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMER_FAST_POISON": "0", "MPLBACKEND": "Agg"}
+    return subprocess.Popen(
+        [*command, str(EXAMPLES / f"{name}.py"), "--output", str(output), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen) -> str:
+    try:
+        printed, _ = process.communicate(timeout=500)
+    finally:
+        kill(process)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With its workers, which torchrun starts in sessions of their own."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for one in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def progress(output: pathlib.Path) -> dict:
+    return json.loads(max(output.glob("checkpoints/[0-9]*/progress.json")).read_text())
+
+
+def alone(name: str, output: pathlib.Path, monkeypatch, dtype: torch.dtype, *arguments: str) -> torch.Tensor:
+    """Losses of one process, in float32 or in float64."""
+    module = load(name)
+    losses = []
+    learn = Training.step
+
+    def step(self, batch):
+        self.module.to(dtype)
+        losses.append(learn(self, batch))
+        return losses[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "step", step)
+        patched.setattr(Training, "finish", lambda *_: False)
+        module.main(module.parse(["--output", str(output), *arguments]))
+    return torch.tensor(losses, dtype=dtype)
+
+
+def assert_learned_alike(name, output, tmp_path, monkeypatch, *arguments: str) -> None:
+    """The losses that two processes left in `output` are those of one."""
+    losses = progress(output)["losses"]
+    truth, plain = (
+        alone(name, tmp_path / "one", monkeypatch, dtype, *arguments) for dtype in (torch.float64, torch.float32)
+    )
+    assert_as_accurate(torch.tensor(losses), truth, plain, GRADIENT)
+
+
+@two_processes
+def test_killed_and_resumed_fully_sharded(tmp_path, monkeypatch):
+    """Layers computed again, two parts a step, a kill without warning."""
+    given = [*WRITING, "--steps", "6"]
+    many = [*given, "--fsdp", "--accumulate", "2", "--checkpointing", "--save-every", "2"]
+    output = tmp_path / "two"
+    process = start("text_generation", output, *many)
+    try:
+        deadline = time.monotonic() + 500
+        while not list(output.glob("checkpoints/[0-9]*/progress.json")):
+            assert process.poll() is None, process.stdout.read()[-3000:]
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        kill(process)
+    assert not (output / "model").exists()  # it was killed on the way
+    printed = finished(start("text_generation", output, *many, "--resume"))
+    assert "goes on after step" in printed and "saved" in printed
+    assert len(progress(output)["losses"]) == 6
+    assert_learned_alike("text_generation", output, tmp_path, monkeypatch, *given)
+    assert (output / "model" / "model.safetensors").is_file()
+
+
+@two_processes
+def test_data_parallel(tmp_path, monkeypatch):
+    """Rows and labels that two processes cannot share evenly."""
+    given = [*TRANSLATING, "--steps", "4"]
+    printed = finished(start("translation_from_scratch", tmp_path / "two", *given, "--save-every", "4"))
+    assert printed.count("saved") == 1
+    assert_learned_alike("translation_from_scratch", tmp_path / "two", tmp_path, monkeypatch, *given)
+
+
+@two_processes
+def test_trainer_data_parallel(tmp_path):
+    arguments = ["--limit", "30", "--epochs", "1", "--freeze", "--accumulate", "2"]
+    printed = finished(start("finetune_classifier", tmp_path, *arguments))
+    assert printed.count("accuracy on 10 held-out reviews") == 1
+    assert (tmp_path / "frozen" / "model.safetensors").is_file()
+
+
+def test_resumed_run_is_the_run(tmp_path, monkeypatch):
+    """With dropout, and weights kept on the way: nothing differs."""
+    module, arguments = load("text_generation"), [*WRITING, "--dropout", "0.1", "--steps", "8", "--save-every", "3"]
+    learn, stop = Training.step, []
+
+    def step(self, batch):
+        if stop and len(self.losses) == 5 and self._at >= self._done:
+            raise KeyboardInterrupt
+        return learn(self, batch)
+
+    monkeypatch.setattr(Training, "step", step)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    module.main(module.parse(["--output", str(whole), *arguments]))
+    stop.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(module.parse(["--output", str(cut), *arguments]))
+    stop.clear()
+    module.main(module.parse(["--output", str(cut), *arguments, "--resume"]))
+    assert progress(whole) == progress(cut) and len(progress(cut)["losses"]) == 6
+    saved = [_weights(folder) for folder in (whole, cut)]
+    assert saved[0].keys() == saved[1].keys()
+    for name, t in saved[0].items():
+        assert torch.equal(t, saved[1][name]), name
+
+
+def _weights(output: pathlib.Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(output / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fsdp"], "--fsdp: wanted several processes, so start it with torchrun"),
+        (["--accumulate", "0"], "--accumulate: wanted at least 1, got 0"),
+        (["--resume"], "--resume: wanted what --save-every saved in"),
+    ],
+)
+def test_refusals(arguments, said, tmp_path):
+    module = load("text_generation")
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        module.main(module.parse(["--output", str(tmp_path), *WRITING, "--steps", "1", *arguments]))

@@ -1,0 +1,141 @@
+"""A weight that every step of a loop multiplies by: laid out once, and its gradient one product over all the steps."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..backends import gemm
+from .packed_weight import PackedWeight, linear_packed, pack_weight
+
+__all__ = ["StepWeight", "gru_step", "lstm_step"]
+
+
+class StepWeight:
+    """y_t = x_t W^T of the steps t of one pass; made for each pass, at most `steps` of which multiply.
+
+    Per step torch would add an outer product of the weight's size to the gradient: here each step leaves its rows, and
+    the pass one product. Once differentiable. weight: (out, in), on the CPU, float32, bfloat16 or float16; x_t: (rows,
+    in) of its dtype.
+    """
+
+    def __init__(self, weight: torch.Tensor, steps: int, rows: int):
+        self._weight = weight.detach()
+        self._packed = pack_weight(self._weight, torch.float32)
+        self._back: PackedWeight | None = None
+        self.inputs: list[torch.Tensor] = []
+        self._places: tuple[torch.Tensor, ...] = ()
+        if weight.requires_grad and torch.is_grad_enabled():
+            self._places = _Shared.apply(self.inputs, weight, steps, rows)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.product(x)
+        place = self._places[len(self.inputs)] if self._places else None
+        self.inputs.append(x.detach())
+        return _Step.apply(self, x, place)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return linear_packed(x, self._packed, None, None)
+
+    def back(self, grad: torch.Tensor) -> torch.Tensor:
+        if self._back is None:
+            self._back = pack_weight(self._weight.t(), torch.float32)
+        with torch.no_grad():
+            return linear_packed(grad, self._back, None, None)
+
+
+class _Shared(torch.autograd.Function):
+    """The weight's node in the graph: a place for each step's gradient, of no memory."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, steps, rows):
+        ctx.inputs = inputs
+        ctx.set_materialize_grads(False)
+        return tuple(weight.new_empty(1).expand(rows, weight.shape[0]) for _ in range(steps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        pairs = [(g, x) for g, x in zip(grads, ctx.inputs) if g is not None]
+        if not pairs:
+            return None, None, None, None
+        g, x = (torch.cat(rows) for rows in zip(*pairs))
+        if g.dtype == torch.float32 and not gemm.why_not_onednn():
+            return None, gemm.linear(g.t(), x.t(), None, None), None, None
+        return None, g.t() @ x, None, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, owner, x, place):
+        ctx.owner = owner
+        return owner.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        back = ctx.owner.back(grad) if ctx.needs_input_grad[1] else None
+        return None, back, grad
+
+
+class _Gru(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates, products, hidden):
+        width = hidden.shape[1]
+        both = torch.sigmoid(gates[:, : 2 * width] + products[:, : 2 * width])
+        reset, update = both.split(width, 1)
+        fresh = torch.tanh(torch.addcmul(gates[:, 2 * width :], reset, products[:, 2 * width :]))
+        ctx.save_for_backward(both, fresh, products, hidden)
+        return torch.lerp(fresh, hidden, update)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        both, fresh, products, hidden = ctx.saved_tensors
+        width = hidden.shape[1]
+        reset, update = both.split(width, 1)
+        grad_gates = torch.empty_like(products)
+        back, slope = grad * update, both * (1 - both)
+        new = (grad - back) * (1 - fresh * fresh)
+        torch.mul(new * products[:, 2 * width :], slope[:, :width], out=grad_gates[:, :width])
+        torch.mul(grad * (hidden - fresh), slope[:, width:], out=grad_gates[:, width : 2 * width])
+        grad_gates[:, 2 * width :] = new
+        grad_products = grad_gates.clone()
+        grad_products[:, 2 * width :].mul_(reset)
+        return grad_gates, grad_products, back
+
+
+class _Lstm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates, memory):
+        width = memory.shape[1]
+        kept = torch.sigmoid(gates)
+        kept[:, 2 * width : 3 * width] = torch.tanh(gates[:, 2 * width : 3 * width])
+        enter, stay, new, leave = kept.split(width, 1)
+        after = torch.addcmul(stay * memory, enter, new)
+        bent = torch.tanh(after)
+        ctx.save_for_backward(kept, memory, bent)
+        return leave * bent, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_after):
+        kept, memory, bent = ctx.saved_tensors
+        width = memory.shape[1]
+        enter, stay, new, leave = kept.split(width, 1)
+        along = torch.addcmul(grad_after, grad * leave, 1 - bent * bent)
+        slope = kept * (1 - kept)
+        slope[:, 2 * width : 3 * width] = 1 - new * new
+        grad_gates = torch.cat((along * new, along * memory, along * enter, grad * bent), 1).mul_(slope)
+        return grad_gates, along * stay
+
+
+def gru_step(gates: torch.Tensor, products: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The next hidden state (B, H) from what input and hidden state give the gates r, z, n, (B, 3 * H) each."""
+    return _Gru.apply(gates, products, hidden)
+
+
+def lstm_step(gates: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next hidden state and memory (B, H) from the sums of the gates i, f, g, o, (B, 4 * H)."""
+    return _Lstm.apply(gates, memory)
