@@ -354,3 +354,10 @@ def test_a_tuple_without_a_pooler(ids):
     for options in ({}, {"output_hidden_states": True}):
         seen, wanted = (m(ids, return_dict=False, **options) for m in models)
         assert [type(x) for x in seen] == [type(x) for x in wanted] and seen[1] is None
+
+
+@pytest.mark.quick
+def test_fewer_buckets_than_distances_are_counted_in(ids):
+    model = transformer_fast.MPNetModel(encoder_config("MPNet", relative_attention_num_buckets=24))
+    with pytest.raises(ValueError, match="relative_attention_num_buckets: wanted at least 32.*got 24"):
+        model(ids)

@@ -89,7 +89,13 @@ class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
         return output
 
     def _relative_bias(self) -> ops.RelativeBias:
-        return ops.RelativeBias(self.encoder.relative_attention_bias.weight[:_BUCKETS], _MAX_DISTANCE)
+        table = self.encoder.relative_attention_bias.weight
+        if table.shape[0] < _BUCKETS:
+            raise ValueError(
+                f"config.relative_attention_num_buckets: wanted at least {_BUCKETS}, which distances are counted in "
+                f"whatever it says, got {table.shape[0]}"
+            )
+        return ops.RelativeBias(table[:_BUCKETS], _MAX_DISTANCE)
 
 
 class MPNetForMaskedLM(_MPNetHeads, hf.MPNetForMaskedLM):
