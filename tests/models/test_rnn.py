@@ -341,6 +341,18 @@ def test_state_advances_step_by_step():
     torch.testing.assert_close(last, whole.logits[:, -1:])
 
 
+def test_gradients_of_gradients_are_had_from_plain_pytorch():
+    """The loop over laid-out weights says no instead of leaving something out."""
+    model, inputs = build("additive", num_layers=1), batch()
+    weight = model.model.decoder.rnn.weight_hh_l0
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (first,) = torch.autograd.grad(model(**inputs).loss, weight, create_graph=True)
+        first.square().sum().backward()
+    with tf.backend("eager"):
+        (first,) = torch.autograd.grad(model(**inputs).loss, weight, create_graph=True)
+        assert torch.autograd.grad(first.square().sum(), weight)[0].isfinite().all()
+
+
 INPUTS = batch()
 BAD = {
     "score": (lambda: tf.AttentionRNNConfig(attention="cosine"), ValueError, "attention.*'additive'.*'cosine'"),
