@@ -18,14 +18,17 @@ import argparse
 import bisect
 import importlib.util
 import json
+import logging
 import os
 import pathlib
+import re
 import sys
 import time
 import uuid
 
 SUFFIXES = (".parquet", ".txt")
 SETTINGS = "_embed_many.json"  # files with a leading _ or . are no data: Arrow and Spark pass over them
+RETRIES = 5  # of a block whose worker died: one that kills every worker, by its size say, ends the run
 KEPT = ("task", "checkpoint", "column", "keep", "pooling", "max_length", "max_new_tokens", "block_rows")
 
 
@@ -60,6 +63,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         given.checkpoint = str(locate())
     elif os.path.isdir(given.checkpoint):
         given.checkpoint = os.path.abspath(given.checkpoint)
+    elif not given.address:  # on a cluster the nodes are asked
+        from transformer_fast.demo.checkpoint import given as known
+
+        try:
+            known(given.checkpoint)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--checkpoint: {error}")
     given.input, given.output = given.input.absolute(), given.output.absolute()
     return given
 
@@ -161,9 +171,11 @@ class Worker:
 
     def __init__(self, arguments: argparse.Namespace):
         import torch
+        import transformers
 
         import transformer_fast as tf
 
+        transformers.utils.logging.disable_progress_bar()  # of loading, once for each worker
         torch.set_num_threads(arguments.threads)
         self.arguments = arguments
         self.device = "cuda" if arguments.gpus else "cpu"
@@ -336,6 +348,7 @@ def run(todo: list[dict], workers: int, arguments: argparse.Namespace):
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts texts
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     data = ray.data.from_items([{"block": json.dumps(block)} for block in todo], override_num_blocks=len(todo))
     # Ray starts a worker again that died, and gives its block to whoever is free.
     yield from data.map_batches(
@@ -345,7 +358,18 @@ def run(todo: list[dict], workers: int, arguments: argparse.Namespace):
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=arguments.threads,
         num_gpus=arguments.gpus,
+        ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
     ).iter_rows()
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in a worker, without the way there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    if named:
+        return named[-1]
+    advice = f"One block ended {RETRIES} workers: is a smaller --batch-size or --block-rows better?"
+    return "\n".join([*lines[:1], advice])
 
 
 def main(arguments: argparse.Namespace) -> dict:
@@ -375,7 +399,9 @@ def main(arguments: argparse.Namespace) -> dict:
                         done += answer["rows"]
                         bar.update(answer["rows"])
         except ray.exceptions.RayError as error:
-            raise SystemExit(f"A worker cannot begin: {str(error).strip().splitlines()[-1]}") from None
+            raise SystemExit(
+                f"The workers cannot go on: {reason(error)}\nThe same command goes on from here."
+            ) from None
         except KeyboardInterrupt:
             raise SystemExit("\nstopped; the same command goes on from here") from None
     seconds = time.perf_counter() - start

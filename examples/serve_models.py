@@ -53,11 +53,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "queue", "inputs", "replicas", "threads"):
         if getattr(said, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: wanted at least 1, got {getattr(said, name)}")
+    said.names = {}  # what a request may call a model
     if not (said.embed or said.classify or said.generate):
-        said.embed = str(locate())
+        said.embed, said.names["embed"] = str(locate()), "all-MiniLM-L6-v2"
     for name in ("embed", "classify", "generate"):
-        if (value := getattr(said, name)) and os.path.isdir(value):
-            setattr(said, name, os.path.abspath(value))
+        if value := getattr(said, name):
+            value = os.path.abspath(value) if os.path.isdir(value) else value
+            said.names.setdefault(name, os.path.basename(value))
+            setattr(said, name, value)
     return said
 
 
@@ -120,10 +123,10 @@ async def _malformed(_: fastapi.Request, error: RequestValidationError):
 class Task:
     """A model with its tokenizer, and the batch that is gathering for it."""
 
-    def __init__(self, checkpoint: str, auto_model: str, library: Any):
+    def __init__(self, name: str, checkpoint: str, auto_model: str, library: Any):
         import transformers
 
-        self.name = os.path.basename(checkpoint.rstrip("/"))
+        self.name, self.checkpoint = name, checkpoint
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         self.model = getattr(library, auto_model).from_pretrained(checkpoint).eval()
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
@@ -164,6 +167,19 @@ def until(row: list[int], ends: set) -> list[int]:
     return next((row[:i] for i, token in enumerate(row) if token in ends), row)
 
 
+def groups(sizes: list[tuple[int, int]], longest: int | None) -> list[list[int]]:
+    """Which (tokens, new tokens) may run together: the longest prompt has room for the longest wish."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        group = [*found[-1], i] if found else [i]
+        most = [max(sizes[j][k] for j in group) for k in (0, 1)]
+        if found and (longest is None or sum(most) <= longest):
+            found[-1] = group
+        else:
+            found.append([i])
+    return found
+
+
 @serve.deployment
 @serve.ingress(app)
 class Service:
@@ -187,7 +203,7 @@ class Service:
         }
         for task, auto_model in kinds.items():
             if checkpoint := getattr(arguments, task):
-                self.tasks[task] = Task(checkpoint, auto_model, library)
+                self.tasks[task] = Task(arguments.names[task], checkpoint, auto_model, library)
         for batch in (self.embed_batch, self.classify_batch, self.generate_batch):
             batch.set_max_batch_size(arguments.batch_size)
 
@@ -221,24 +237,27 @@ class Service:
 
         task = self.tasks["classify"]
         with torch.inference_mode():
-            scores = task.model(**task.padded(rows)).logits.float().softmax(-1)
-        names = task.model.config.id2label
+            logits = task.model(**task.padded(rows)).logits.float()
+        config = task.model.config
+        apart = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        scores = logits.sigmoid() if apart else logits.softmax(-1)
+        names = config.id2label
         return [{names[i]: p for i, p in enumerate(row)} for row in scores.tolist()]
 
     def compute_completions(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
-        """Every prompt gets as many tokens as the longest wish of the batch; each is cut to its own."""
+        """Every prompt gets as many tokens as the longest wish of its group; each is cut to its own."""
         task = self.tasks["generate"]
-        prompts = task.padded([row for row, _ in rows], side="left")
-        wishes = [wish for _, wish in rows]
-        room = task.longest - prompts["input_ids"].shape[1] if task.longest else max(wishes)
         ended = task.model.generation_config.eos_token_id
-        pad = task.tokenizer.pad_token_id
-        found = task.model.generate(
-            **prompts, max_new_tokens=min(max(wishes), room), do_sample=False, pad_token_id=0 if pad is None else pad
-        )
-        new = found[:, prompts["input_ids"].shape[1] :].tolist()
         ends = set(ended if isinstance(ended, list) else [ended])
-        return [until(row[:wish], ends) for row, wish in zip(new, wishes)]
+        pad = task.tokenizer.pad_token_id or 0
+        found: list = [None] * len(rows)
+        for group in groups([(len(row), wish) for row, wish in rows], task.longest):
+            prompts = task.padded([rows[i][0] for i in group], side="left")
+            longest = max(rows[i][1] for i in group)
+            made = task.model.generate(**prompts, max_new_tokens=longest, do_sample=False, pad_token_id=pad)
+            for i, row in zip(group, made[:, prompts["input_ids"].shape[1] :].tolist()):
+                found[i] = until(row[: rows[i][1]], ends)
+        return found
 
     async def answer(self, batch, items: list) -> list:
         """All items of a request; 429 where they do not fit in the queue."""
@@ -259,7 +278,7 @@ class Service:
         if name not in self.tasks:
             raise Refused(404, f"this service was started without --{name}")
         task = self.tasks[name]
-        if model is not None and model != task.name:
+        if model not in (None, task.name, task.checkpoint):
             raise Refused(404, f"model: this service has {task.name!r}, got {model!r}", "model")
         return task
 

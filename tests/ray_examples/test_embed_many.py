@@ -110,6 +110,14 @@ def test_every_row_though_a_worker_is_killed_and_a_second_run_goes_on(embed_many
     # Nothing is left to do: no worker starts.
     monkeypatch.setattr(embed_many, "run", None)
     assert start(embed_many, folder, checkpoints["embed"], "--keep", "id")["done"] == 0
+    # A node that does not see the model says so.
+    there = embed_many.parse(
+        ["--input", "a", "--output", str(folder / "out"), "--checkpoint", str(checkpoints["embed"])]
+    )
+    embed_many.check_nodes(there)
+    there.checkpoint = "/nowhere/model"
+    with pytest.raises(SystemExit, match="node .*: --checkpoint: /nowhere/model is not there"):
+        embed_many.check_nodes(there)
     # Another question does not go into the same folder.
     with pytest.raises(SystemExit, match="--pooling.*begun with 'mean', got 'cls'"):
         start(embed_many, folder, checkpoints["embed"], "--keep", "id", "--pooling", "cls")
@@ -189,6 +197,12 @@ def test_what_there_is_not(alone, folder, tmp_path, checkpoints, monkeypatch):
     monkeypatch.setattr(alone.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'transformer-fast\[ray\]'"):
         start(alone, folder, checkpoints["embed"])
+
+
+def test_why_workers_end(alone):
+    told = "The actor died because of an error in its creation task\n  File ...\nOSError: no such model\n\nTo change"
+    assert alone.reason(RuntimeError(told)) == "OSError: no such model"
+    assert "ended 5 workers" in alone.reason(RuntimeError("The actor is unavailable"))
 
 
 def test_arguments(alone, capsys):

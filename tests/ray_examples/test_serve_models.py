@@ -7,6 +7,7 @@ import json
 import pathlib
 import runpy
 import socket
+import sys
 import urllib.error
 import urllib.request
 
@@ -68,6 +69,7 @@ def embeddings(ask, texts, checkpoints):
     status, answer = ask("/v1/embeddings", {"input": texts[:5], "model": "embed"})
     assert status == 200 and answer["object"] == "list" and [d["index"] for d in answer["data"]] == [0, 1, 2, 3, 4]
     torch.testing.assert_close(torch.tensor([d["embedding"] for d in answer["data"]]), expected)
+    assert ask("/v1/embeddings", {"input": "cat", "model": str(checkpoints["embed"])})[0] == 200
     rows = tokenizer(texts[:5])["input_ids"]
     assert answer["usage"] == {key: sum(map(len, rows)) for key in ("prompt_tokens", "total_tokens")}
     for given in (rows[0], texts[0]):  # token ids; one text; OpenAI's client asks for base64
@@ -91,6 +93,13 @@ def labels_and_completions(ask, texts, checkpoints):
         whole = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
         assert found["text"] == tokenizer.decode(whole, skip_special_tokens=True)
     assert ask("/v1/models")[1]["data"][2]["id"] == "generate"
+
+
+def a_long_prompt_takes_no_room_from_a_short_one(ask, texts, checkpoints):
+    groups = sys.modules["serve_models"].groups
+    assert groups([(60, 4), (3, 40), (20, 40), (5, 2)], 64) == [[1, 3, 2], [0]]
+    assert groups([(60, 4), (3, 40)], None) == [[1, 0]]
+    assert groups([(60, 4), (3, 40), (3, 61)], 64) == [[1, 2], [0]]
 
 
 def requests_share_batches(ask, texts, checkpoints):
@@ -121,8 +130,15 @@ def a_full_queue_says_429_and_what_was_taken_is_answered(ask, texts, checkpoints
 
 def test_the_service(ask, texts, checkpoints, subtests):
     """One test: however tests are shared out among processes, the service starts once."""
-    checks = (embeddings, labels_and_completions, requests_share_batches, bad_requests_say_why)
-    for check in (*checks, a_full_queue_says_429_and_what_was_taken_is_answered):
+    checks = (
+        embeddings,
+        labels_and_completions,
+        a_long_prompt_takes_no_room_from_a_short_one,
+        requests_share_batches,
+        bad_requests_say_why,
+        a_full_queue_says_429_and_what_was_taken_is_answered,
+    )
+    for check in checks:
         with subtests.test(check.__name__):
             check(ask, texts, checkpoints)
 
