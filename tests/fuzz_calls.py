@@ -366,6 +366,32 @@ def _rotary(d: Draw) -> None:
     d.call.ours = f"tf.rotary_embedding(x, cos, sin, {positions}, interleaved={d.chance()}, inverse={d.chance()})"
 
 
+def _step(d: Draw) -> None:
+    batch, width = d.size(1, 9), d.size(1, 70)
+    d.call.setup.append("from transformer_fast.ops.step_weight import gru_step, lstm_step")
+    if d.chance():
+        d.tensor("g", (batch, 3 * width))
+        d.tensor("p", (batch, 3 * width))
+        d.tensor("h", (batch, width))
+        d.call.setup.append(
+            "def step(g, p, h):\n"
+            "    (r, z, n), (a, b, c) = g.chunk(3, -1), p.chunk(3, -1)\n"
+            "    z = torch.sigmoid(z + b)\n"
+            "    return (1 - z) * torch.tanh(n + torch.sigmoid(r + a) * c) + z * h"
+        )
+        d.call.ours, d.call.plain = "gru_step(g, p, h)", "step(g, p, h)"
+        return
+    d.tensor("g", (batch, 4 * width))
+    d.tensor("m", (batch, width))
+    d.call.setup.append(
+        "def step(g, m):\n"
+        "    i, f, n, o = g.chunk(4, -1)\n"
+        "    m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(n)\n"
+        "    return torch.sigmoid(o) * torch.tanh(m), m"
+    )
+    d.call.ours, d.call.plain = "lstm_step(g, m)", "step(g, m)"
+
+
 OPS = {
     "additive_attention": _additive,
     "attention": _attention,
@@ -384,6 +410,7 @@ OPS = {
     "projections": _projections,
     "qkv_attention": _qkv,
     "recurrence": _recurrence,
+    "recurrent_step": _step,
     "rotary_embedding": _rotary,
     "varlen_attention": _varlen,
     **fuzz_int8.OPS,
