@@ -12,10 +12,10 @@ from transformer_fast.layers import (
     Packing,
     SlotTable,
     TransformerSpec,
-    encoder_layer,
     plan_call,
     plan_packing,
     run_layers,
+    transformer_layer,
 )
 
 WIDTH, HEADS = 24, 3
@@ -34,7 +34,7 @@ class Layer(nn.Module):
             self.activation_fn = nn.Softplus()
 
     def forward(self, x, call, index, first_only=False, past_key_values=None):
-        return encoder_layer(TABLE.read(self), x, call, index, first_only, past_key_values)
+        return transformer_layer(TABLE.read(self), x, call, index, first_only, past_key_values)
 
     def plain(self, x, allowed):
         """The same in plain PyTorch; allowed: (B, 1, S, S) bool."""

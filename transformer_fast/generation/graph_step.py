@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..layers import Packing, StackCall
-from ..layers.encoder import encoder_layer
+from ..layers import Packing, StackCall, transformer_layer
 from ..layers.projection import linear, norm
 from .model_step import ModelStepper
 from .native_step import StepDescription
@@ -29,8 +28,8 @@ _GROWTH = 512  # positions allocated beyond what is held: a longer answer moves 
 class AppendedCache:
     """Keys and values of every layer, (layers, 2, rows, H, capacity, D), extended by the attention that reads them.
 
-    lengths: (rows,) int32, positions held by each row. layers.encoder_layer asks a cache that has `attend` to do so;
-    cross_attention_cache and is_updated are what it wants of an EncoderDecoderCache.
+    lengths: (rows,) int32, positions held by each row. layers.transformer_layer asks a cache that has `attend` to
+    do so; cross_attention_cache and is_updated are what it wants of an EncoderDecoderCache.
     """
 
     def __init__(self, store: torch.Tensor, lengths: torch.Tensor, cross: Any):
@@ -184,7 +183,7 @@ class GraphStepper:
             x = norm(description.embedding_norm, x)
         states = () if self._call.encoder_states is None else (self._call.encoder_states,)
         for index, weights in enumerate(description.layers):
-            x = encoder_layer(weights, x, self._call, index, False, cache, *states)
+            x = transformer_layer(weights, x, self._call, index, False, cache, *states)
         if description.final_norm is not None:
             x = norm(description.final_norm, x)
         x = x[:, 0] if description.head_scale == 1 else x[:, 0] * description.head_scale

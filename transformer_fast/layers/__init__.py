@@ -2,11 +2,12 @@
 
 from .attention import MultiheadAttention
 from .disentangled import Disentangled
-from .encoder import Rotary, StackCall, encoder_layer, plan_call, run_layers
 from .packing import Packing, compute_padding, documents_of, padding_is_computed, plan_packing, positions_kept
+from .planning import Rotary, StackCall, plan_call
 from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
+from .stack import run_layers, transformer_layer
 from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "compute_padding",
     "concat_pooling",
     "documents_of",
-    "encoder_layer",
+    "transformer_layer",
     "padding_is_computed",
     "plan_call",
     "plan_packing",

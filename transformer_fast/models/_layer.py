@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..layers import SlotTable, StackCall, encoder_layer
+from ..layers import SlotTable, StackCall, transformer_layer
 
 __all__ = ["CONFIG", "AttentionModule", "Layer"]
 
@@ -30,7 +30,7 @@ class Layer:
 
     def _packed(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
         weights = self.slots().read(self)  # type: ignore[arg-type]
-        return encoder_layer(weights, hidden_states, call, index, first_only, past_key_values, encoder_states)
+        return transformer_layer(weights, hidden_states, call, index, first_only, past_key_values, encoder_states)
 
 
 _thread = threading.local()

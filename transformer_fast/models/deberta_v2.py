@@ -16,9 +16,9 @@ from ..layers import (
     SlotTable,
     StackCall,
     TransformerSpec,
-    encoder_layer,
     padding_is_computed,
     positions_kept,
+    transformer_layer,
 )
 from ..layers.embeddings import embed
 from ..layers.projection import add_norm, dropout_p, linear, norm
@@ -71,7 +71,7 @@ class DebertaV2Layer(Layer, hf.DebertaV2Layer):
             w = w._replace(position_key=None)
         if "p2c" not in kinds:
             w = w._replace(position_query=None)
-        return encoder_layer(w, hidden_states, call, index, first_only, None, None, distances)
+        return transformer_layer(w, hidden_states, call, index, first_only, None, None, distances)
 
 
 @_ADOPTED.register

@@ -32,10 +32,10 @@ from ..layers import (
     SinusoidalPositions,
     SlotTable,
     TransformerSpec,
-    encoder_layer,
     plan_call,
     run_layers,
     stock,
+    transformer_layer,
 )
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear, norm
@@ -182,7 +182,7 @@ class TransformerAttention(nn.Module):
 
 
 class _Layer(GradientCheckpointingLayer):
-    """Holds the weights; layers.encoder_layer computes."""
+    """Holds the weights; layers.transformer_layer computes."""
 
     def __init__(self, config: TransformerConfig, cross: bool):
         super().__init__()
@@ -200,7 +200,9 @@ class _Layer(GradientCheckpointingLayer):
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
-        return encoder_layer(SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states)
+        return transformer_layer(
+            SLOTS.read(self), hidden_states, call, index, first_only, past_key_values, encoder_states
+        )
 
 
 class TransformerEncoderLayer(_Layer):

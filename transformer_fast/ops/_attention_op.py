@@ -1,6 +1,6 @@
 """The registered attention ops: schemas, fakes, autograd, and the hand-over to a backend.
 
-ops/attention.py holds the public functions and their checks; nothing here is called by users.
+ops/attention.py holds the public functions, _attention_arguments.py their checks; nothing here is called by users.
 """
 
 from typing import NamedTuple

@@ -1,15 +1,28 @@
 """Attention: self, cross, causal and decoding are one op, padded (B, H, S, D) or packed (total, H, D)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
-from ..backends.eager import relative_buckets
-from ..backends.philox import threshold
 from ..backends.specs import AttentionSpec
 from . import _attention_direct as _direct
 from . import _common, _parallel
+from ._attention_arguments import (
+    RelativeBias,
+    autocast,
+    autocasts,
+    check_alignment,
+    check_cu_seqlens,
+    check_head_dim,
+    check_lengths,
+    check_qkv,
+    check_relative,
+    check_softcap,
+    check_window,
+    dropout_state,
+    scale_or_default,
+    split_mask,
+)
 from ._attention_op import (
     CAUSAL,
     QkvSpec,
@@ -22,36 +35,6 @@ from ._attention_op import (
     qkv_plain,
 )
 from ._attention_shapes import shaped
-
-
-class RelativeBias(NamedTuple):
-    """T5's bucketed relative position bias, computed inside the kernel and never materialised.
-
-    Attributes:
-        table: (num_buckets, H) float tensor; it gets a gradient.
-        max_distance: as in T5.
-        bidirectional: as in T5.
-
-    Source:
-        Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1.
-
-    Examples:
-        >>> import torch, transformer_fast
-        >>> q, k, v = torch.randn(3, 1, 4, 16, 32).unbind()
-        >>> bias = transformer_fast.RelativeBias(torch.randn(32, 4), max_distance=128, bidirectional=True)
-        >>> transformer_fast.scaled_dot_product_attention(q, k, v, relative_bias=bias, scale=1.0).shape
-        torch.Size([1, 4, 16, 32])
-    """
-
-    table: torch.Tensor
-    max_distance: int = 128
-    bidirectional: bool = True
-
-    def matrix(self, positions: torch.Tensor, keys: int) -> torch.Tensor:
-        """The bias of keys 0 .. keys - 1 seen from `positions` (Sq,), as a matrix (1, H, Sq, keys)."""
-        distance = torch.arange(keys, device=positions.device) - positions[:, None]
-        buckets = relative_buckets(distance, self.table.shape[0], self.max_distance, self.bidirectional)
-        return self.table[buckets].permute(2, 0, 1)[None]
 
 
 def scaled_dot_product_attention(
@@ -135,9 +118,9 @@ def scaled_dot_product_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t is not query:
-            _common.check_same(name, t, "query", query, dtype=not _autocasts(query))
+            _common.check_same(name, t, "query", query, dtype=not autocasts(query))
     _common.check_flag("enable_gqa", enable_gqa)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     given = shaped(query, key, value, enable_gqa)
     as_given = given.query is query and given.key is key and given.value is value
     if scale is None:
@@ -145,7 +128,7 @@ def scaled_dot_product_attention(
     query, key, value = given[:3]
     b, h, sq, _ = query.shape
     sk = key.shape[2]
-    _check_qkv(query, key, value)
+    check_qkv(query, key, value)
     if not as_given:
         attn_mask, bias = (
             given.restrict(name, t) if isinstance(t, torch.Tensor) else t
@@ -153,9 +136,9 @@ def scaled_dot_product_attention(
         )
         if isinstance(key_lengths, torch.Tensor) and tuple(key_lengths.shape) == given.batch:
             key_lengths = key_lengths.reshape(-1)
-    mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
+    mask, bias = split_mask(attn_mask, bias, (b, h, sq, sk), query)
     if key_lengths is not None:
-        _check_lengths("key_lengths", key_lengths, b, sk if spread is None else sk * spread.size, query)
+        check_lengths("key_lengths", key_lengths, b, sk if spread is None else sk * spread.size, query)
     if known is not None and causal_alignment in CAUSAL and as_given and (attn_mask is None or attn_mask.dim() == 4):
         _remember(known, query, key, mask, None, is_causal, causal_alignment, scale)
     out = _attend(
@@ -243,21 +226,21 @@ def varlen_attention(
         _common.check_floating(name, t)
         if t.dim() != 3:
             raise ValueError(f"{name}: wanted 3 dimensions (total, H, D), got shape {tuple(t.shape)}")
-    query, key, value = _autocast(query, key, value)
-    _check_qkv(query, key, value)
+    query, key, value = autocast(query, key, value)
+    check_qkv(query, key, value)
     if value.shape[0] != key.shape[0]:
         raise ValueError(f"value: wanted {key.shape[0]} rows as key has, got {value.shape[0]}")
     shared = cu_seqlens_k is None
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    cu_seqlens_q, longest_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q)
+    cu_seqlens_q, longest_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q)
     if shared and key.shape[0] == query.shape[0] and max_seqlen_k in (None, max_seqlen_q):
         cu_k, longest_k = cu_seqlens_q, longest_q
     else:
-        cu_k, longest_k = _check_cu_seqlens("cu_seqlens_k", cu_k, key, max_seqlen_k)
+        cu_k, longest_k = check_cu_seqlens("cu_seqlens_k", cu_k, key, max_seqlen_k)
     batch = cu_seqlens_q.shape[0] - 1
     if cu_k.shape[0] != batch + 1:
         raise ValueError(f"cu_seqlens_k: wanted {batch + 1} entries as cu_seqlens_q has, got {cu_k.shape[0]}")
-    mask, bias = _split_mask(attn_mask, bias, (batch, query.shape[1], longest_q, longest_k), query)
+    mask, bias = split_mask(attn_mask, bias, (batch, query.shape[1], longest_q, longest_k), query)
     if known is not None and shared and cu_k is cu_seqlens_q:
         _remember(known, query, key, None, cu_k, is_causal, causal_alignment, scale)
     return _attend(
@@ -306,21 +289,21 @@ def qkv_attention(
         wanted = "(total, 3, H, D)" if packed else "(B, S, 3, H, D)"
         raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")
     if spread is not None or (
-        dropout_p == 0 and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not _autocasts(qkv)
+        dropout_p == 0 and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not autocasts(qkv)
     ):
         return _attend_to_parts(
             qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
         )
-    _check_head_dim("qkv", qkv.shape[-1])
+    check_head_dim("qkv", qkv.shape[-1])
     if packed:
-        cu_seqlens, longest = _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
+        cu_seqlens, longest = check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
     else:
         longest = qkv.shape[1]
         if key_lengths is not None:
-            _check_lengths("key_lengths", key_lengths, qkv.shape[0], longest, qkv)
+            check_lengths("key_lengths", key_lengths, qkv.shape[0], longest, qkv)
     _common.check_flag("is_causal", is_causal)
-    rng, p, nothing = _dropout_state(dropout_p, qkv.device, generator)
-    args = (qkv, key_lengths, cu_seqlens, longest, rng, _scale(scale, qkv.shape[-1]), int(bool(is_causal)), p)
+    rng, p, nothing = dropout_state(dropout_p, qkv.device, generator)
+    args = (qkv, key_lengths, cu_seqlens, longest, rng, scale_or_default(scale, qkv.shape[-1]), int(bool(is_causal)), p)
     if _common.transformed():
         out, lse = qkv_plain(QkvSpec(*args))
     elif _common.direct(qkv):
@@ -354,19 +337,19 @@ def _attend(
     query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, relative_bias, dropout_p, is_causal,
     causal_alignment, window, softcap, scale, return_lse, generator,
 ):  # fmt: skip
-    _check_alignment(causal_alignment)
+    check_alignment(causal_alignment)
     _common.check_flag("is_causal", is_causal)
     # Bottom-right also places windows and relative positions, so it is kept when not causal.
     alignment = CAUSAL[causal_alignment]
-    left, right = _check_window(window)
+    left, right = check_window(window)
     if is_causal:
         right = 0
-    _check_softcap(softcap)
-    table, distance, bidirectional = _check_relative(relative_bias, query)
-    rng, p, nothing = _dropout_state(dropout_p, query.device, generator)
+    check_softcap(softcap)
+    table, distance, bidirectional = check_relative(relative_bias, query)
+    rng, p, nothing = dropout_state(dropout_p, query.device, generator)
     args = (
         query, key, value, bias, mask, key_lengths, cu_q, cu_k, max_q, max_k, table, distance, bidirectional, rng,
-        _scale(scale, query.shape[-1]), alignment, left, right, float(softcap), p,
+        scale_or_default(scale, query.shape[-1]), alignment, left, right, float(softcap), p,
     )  # fmt: skip
     spread = _parallel.current()
     if spread is not None:
@@ -388,185 +371,9 @@ def _remember(known, query, key, mask, cu_seqlens, is_causal, causal_alignment, 
         return
     args = (query, key, key, None, mask, None, cu_seqlens, cu_seqlens, 0, 0, None, 0, False, None)
     spec = AttentionSpec(
-        *args, _scale(scale, query.shape[-1]), CAUSAL[causal_alignment], -1, 0 if is_causal else -1, 0.0, 0.0
+        *args, scale_or_default(scale, query.shape[-1]), CAUSAL[causal_alignment], -1, 0 if is_causal else -1, 0.0, 0.0
     )
     _direct.remember(known, choose(spec).name, spec.scale)
-
-
-def _autocasts(t: torch.Tensor) -> bool:
-    return _common.autocast_dtype(t.device) is not None
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    dtype = _common.autocast_dtype(tensors[0].device)
-    return tensors if dtype is None else tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _check_head_dim(name: str, d: int) -> None:
-    if not 1 <= d <= 256:
-        raise ValueError(f"{name}: wanted a head dim in 1..256, got {d}")
-
-
-def _check_qkv(query, key, value) -> None:
-    """(B, H, S, D) or (total, H, D) each."""
-    _common.check_same("key", key, "query", query)
-    _common.check_same("value", value, "query", query)
-    d, h, hk = query.shape[-1], query.shape[1], key.shape[1]
-    _check_head_dim("query", d)
-    if key.shape[-1] != d:
-        raise ValueError(f"key: wanted head dim {d} as query has, got {key.shape[-1]}")
-    if value.shape[-1] != d:
-        raise ValueError(f"value: wanted head dim {d} as query has, got {value.shape[-1]}")
-    if value.shape[1] != hk:
-        raise ValueError(f"value: wanted {hk} heads as key has, got {value.shape[1]}")
-    if h == 0 or hk == 0 or h % hk:
-        raise ValueError(f"key: wanted a number of heads that divides query's {h}, got {hk}")
-
-
-def _check_alignment(alignment: str) -> None:
-    if not isinstance(alignment, str) or alignment not in CAUSAL:
-        raise ValueError(f"causal_alignment: wanted 'top_left' or 'bottom_right', got {alignment!r}")
-
-
-def _check_softcap(softcap: float) -> None:
-    """0 is off."""
-    _common.check_number("softcap", softcap, 0.0)
-
-
-def _split_mask(attn_mask, bias, shape, query):
-    """(bool mask, float bias), each 4-D or None and known to broadcast to `shape`."""
-    mask = None
-    if attn_mask is not None:
-        _common.check_tensor("attn_mask", attn_mask)
-        if attn_mask.dtype == torch.bool:
-            mask = attn_mask
-        elif attn_mask.is_floating_point():
-            if bias is not None:
-                raise ValueError("bias: give one float bias, either as attn_mask or as bias, got both")
-            bias = attn_mask
-        else:
-            raise TypeError(f"attn_mask: wanted bool or a float dtype, got {attn_mask.dtype}")
-    if bias is not None:
-        _common.check_floating("bias", bias)
-    return _broadcastable("attn_mask", mask, shape, query), _broadcastable("bias", bias, shape, query)
-
-
-def _broadcastable(name, t, shape, query):
-    if t is None:
-        return None
-    if t.device != query.device:
-        raise ValueError(f"{name}: is on {t.device} but query is on {query.device}; wanted the same device")
-    spread = _parallel.current()
-    if spread is not None and t.dim() and t.shape[-1] == shape[-1] * spread.size:  # a column for every position
-        shape = (*shape[:-1], t.shape[-1])
-    if t.dim() > 4 or any(n not in (1, m) for n, m in zip(t.shape[::-1], shape[::-1])):
-        raise ValueError(f"{name}: wanted a shape that broadcasts to (B, H, Sq, Sk) = {shape}, got {tuple(t.shape)}")
-    return t if t.dim() == 4 else t.view((1,) * (4 - t.dim()) + tuple(t.shape))
-
-
-def _check_integers(name, t, reference) -> None:
-    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if t.device != reference.device:
-        raise ValueError(f"{name}: is on {t.device} but query is on {reference.device}; wanted the same device")
-
-
-# Windows and lengths beyond any tensor mean the same as this one, with which 32-bit positions do not overflow.
-_FARTHEST = 2**30
-
-
-def _check_lengths(name, lengths, batch, longest, reference) -> None:
-    _check_integers(name, lengths, reference)
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name}: wanted shape ({batch},), got {tuple(lengths.shape)}")
-    # Values are looked at where looking is free; on a GPU it would wait, and kernels clamp.
-    if _readable(lengths) and batch:
-        low, high = (int(v) for v in lengths.aminmax())
-        if low < 0 or high > longest:
-            raise ValueError(f"{name}: wanted values in [0, {longest}], got {low}..{high}")
-
-
-def _check_cu_seqlens(name, cu, reference, longest):
-    _check_integers(name, cu, reference)
-    if longest is not None:
-        _common.check_integer("max_seqlen", longest, 0)
-        longest = min(longest, _FARTHEST)
-    if cu.dim() != 1 or cu.shape[0] < 1:
-        raise ValueError(f"{name}: wanted shape (B + 1,), got {tuple(cu.shape)}")
-    if _readable(cu):
-        values = cu.tolist()
-        steps = [b - a for a, b in zip(values, values[1:])]
-        if values[0] != 0 or values[-1] != reference.shape[0] or any(s < 0 for s in steps):
-            raise ValueError(
-                f"{name}: wanted values that start at 0, never fall and end at {reference.shape[0]} (the rows), "
-                f"got {values[:8]}{'...' if len(values) > 8 else ''}"
-            )
-        found = max(steps, default=0)
-        if longest is not None and longest < found:
-            raise ValueError(f"max_seqlen: wanted at least {found} (the longest of {name}), got {longest}")
-        longest = found if longest is None else longest
-    elif longest is None:
-        longest = int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
-    return cu.to(torch.int32), longest
-
-
-def _readable(t: torch.Tensor) -> bool:
-    return _common.concrete(t) and t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_window(window) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, (tuple, list)):
-        raise TypeError(f"window: wanted (left, right) or None, got {type(window).__name__}")
-    if len(window) != 2:
-        raise ValueError(f"window: wanted (left, right), got {window!r}")
-    for w in window:
-        if w is not None:
-            _common.check_integer("window", w, -1)
-    left, right = (-1 if w is None else min(w, _FARTHEST) for w in window)
-    return left, right
-
-
-def _check_relative(relative: RelativeBias | None, query) -> tuple[torch.Tensor | None, int, bool]:
-    if relative is None:
-        return None, 0, False
-    if not isinstance(relative, RelativeBias):
-        raise TypeError(f"relative_bias: wanted a RelativeBias, got {type(relative).__name__}")
-    table = relative.table
-    _common.check_flag("relative_bias.bidirectional", relative.bidirectional)
-    _common.check_floating("relative_bias.table", table)
-    heads = query.shape[1]
-    buckets = table.shape[0] if table.dim() == 2 else 0
-    least = 4 if relative.bidirectional else 2
-    if table.dim() != 2 or table.shape[1] != heads or buckets < least or (relative.bidirectional and buckets % 2):
-        raise ValueError(
-            f"relative_bias.table: wanted shape (num_buckets >= {least}{', even' if relative.bidirectional else ''}, "
-            f"H = {heads}), got {tuple(table.shape)}"
-        )
-    exact = buckets // (4 if relative.bidirectional else 2)
-    _common.check_integer("relative_bias.max_distance", relative.max_distance, 0)
-    if relative.max_distance <= exact:
-        raise ValueError(f"relative_bias.max_distance: wanted more than {exact}, got {relative.max_distance}")
-    _common.check_same("relative_bias.table", table, "query", query, dtype=False)
-    return table, int(relative.max_distance), bool(relative.bidirectional)
-
-
-def _dropout_state(p: float, device, generator) -> tuple[torch.Tensor | None, float, bool]:
-    """The random state, the probability of the kernels, and whether everything is dropped, which they do not do."""
-    _common.check_probability("dropout_p", p)
-    if p == 1.0:
-        return None, 0.0, True
-    if threshold(p) == 0:
-        return None, 0.0, False
-    return _common.draw_rng(device, generator), float(p), False
-
-
-def _scale(scale: float | None, d: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(d)
-    _common.check_number("scale", scale)
-    return float(scale)
 
 
 __all__ = [

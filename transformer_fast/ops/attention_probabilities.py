@@ -5,16 +5,16 @@ import math
 import torch
 
 from . import _common, _parallel
-from .attention import (
+from ._attention_arguments import (
     RelativeBias,
-    _check_alignment,
-    _check_lengths,
-    _check_qkv,
-    _check_relative,
-    _check_softcap,
-    _check_window,
-    _scale,
-    _split_mask,
+    check_alignment,
+    check_lengths,
+    check_qkv,
+    check_relative,
+    check_softcap,
+    check_window,
+    scale_or_default,
+    split_mask,
 )
 
 __all__ = ["attention_probabilities"]
@@ -76,7 +76,7 @@ def attention_probabilities(
         _common.check_floating(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
-    _check_qkv(query, key, key)
+    check_qkv(query, key, key)
     b, h, sq, d = query.shape
     sk = key.shape[2]
     if key.shape[0] != b:
@@ -85,17 +85,17 @@ def attention_probabilities(
     _common.check_same("lse", lse, "query", query, dtype=False)
     if lse.shape != (b, h, sq):
         raise ValueError(f"lse: wanted shape {(b, h, sq)}, got {tuple(lse.shape)}")
-    _check_alignment(causal_alignment)
+    check_alignment(causal_alignment)
     _common.check_flag("is_causal", is_causal)
-    _check_softcap(softcap)
+    check_softcap(softcap)
     softcap = float(softcap)
-    mask, bias = _split_mask(attn_mask, bias, (b, h, sq, sk), query)
-    left, right = _check_window(window)
+    mask, bias = split_mask(attn_mask, bias, (b, h, sq, sk), query)
+    left, right = check_window(window)
     if is_causal:
         right = 0
-    table, distance, bidirectional = _check_relative(relative_bias, query)
+    table, distance, bidirectional = check_relative(relative_bias, query)
     if key_lengths is not None:
-        _check_lengths("key_lengths", key_lengths, b, sk, query)
+        check_lengths("key_lengths", key_lengths, b, sk, query)
     if heads is not None and not isinstance(heads, (list, tuple)):
         raise TypeError(f"heads: wanted a list of indices or None, got {type(heads).__name__}")
     chosen = list(range(h)) if heads is None else list(heads)
@@ -121,7 +121,7 @@ def attention_probabilities(
     # Keys as rows, heads and sequences one dimension before the transpose: the dot products that MKL makes of few rows
     # are more exact than what it does with a copy that matmul would make of transposed keys.
     scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)).view(b, len(chosen), sq, sk)
-    scores = scores * _scale(scale, d)
+    scores = scores * scale_or_default(scale, d)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:

@@ -5,16 +5,16 @@ import torch
 from ..backends import memory
 from ..backends.specs import AttentionSpec
 from . import _common, _parallel
-from ._attention_op import _lse_shape, _out_like, _unit_stride, choose
-from .attention import (
+from ._attention_arguments import (
     RelativeBias,
-    _check_lengths,
-    _check_qkv,
-    _check_relative,
-    _check_softcap,
-    _check_window,
-    _scale,
+    check_lengths,
+    check_qkv,
+    check_relative,
+    check_softcap,
+    check_window,
+    scale_or_default,
 )
+from ._attention_op import _lse_shape, _out_like, _unit_stride, choose
 
 
 def _forward(query, key, value, key_cache, value_cache, lengths, table, distance, bidirectional, scale, left, softcap):
@@ -113,7 +113,7 @@ def kv_cache_attention(
         _common.check_floating(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
-    _check_qkv(query, key, value)
+    check_qkv(query, key, value)
     b, _, n, d = query.shape
     for name, t in (("key", key), ("value", value)):
         if t.shape[0] != b or t.shape[2] != n:
@@ -127,13 +127,13 @@ def kv_cache_attention(
             raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(t.shape)}")
     if n > key_cache.shape[2]:
         raise ValueError(f"key_cache: wanted room for {n} new rows, got {key_cache.shape[2]}")
-    _check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
+    check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, key_cache, value_cache)):
         raise RuntimeError("kv_cache_attention has no gradient: call it under torch.no_grad()")
-    _check_softcap(softcap)
-    table, distance, bidirectional = _check_relative(relative_bias, query)
+    check_softcap(softcap)
+    table, distance, bidirectional = check_relative(relative_bias, query)
     out, lse = _op(
-        query, key, value, key_cache, value_cache, cache_lengths, table, distance, bidirectional, _scale(scale, d),
-        _check_window(window)[0], float(softcap),
+        query, key, value, key_cache, value_cache, cache_lengths, table, distance, bidirectional,
+        scale_or_default(scale, d), check_window(window)[0], float(softcap),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -1,0 +1,291 @@
+"""What all layers of one forward pass share, planned once from the masks: what is computed, and how it is masked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from .disentangled import Disentangled
+from .packing import (
+    Packing,
+    padding_is_computed,
+    plan_documents,
+    plan_packing,
+    positions_kept,
+    spread_in_use,
+)
+from .spec import LayerWeights, TransformerSpec
+
+__all__ = ["Rotary", "StackCall", "plan_call", "self_cache"]
+
+
+class Rotary(NamedTuple):
+    """cos, sin: float32 (rows, R / 2); positions: the row of each position, as ops.rotary_embedding takes it."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+
+    @classmethod
+    def of(cls, packing: Packing, cos: torch.Tensor, sin: torch.Tensor) -> "Rotary":
+        """From cos and sin (B or 1, S, R / 2) of every position of the batch."""
+        own, index = cos.shape[0] > 1, packing.index
+        if index is not None:
+            positions = index if own else index % packing.length
+        elif own:
+            positions = torch.arange(packing.batch * packing.length, device=cos.device).view(packing.batch, -1)
+        else:
+            positions = None
+        return cls(cos.flatten(0, 1), sin.flatten(0, 1), positions)
+
+    def __call__(self, x: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        """x: (B, S, H, D) or (total, H, D)."""
+        return ops.rotary_embedding(x, self.cos, self.sin, self.positions, interleaved=interleaved)
+
+
+@dataclass
+class StackCall:
+    """What all layers of one forward pass share.
+
+    packing: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; with a
+    packing that leaves positions out, its key_mask is used instead. causal, bottom_right: as in
+    ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention, with a layer's own table
+    where it has one; bias: the same as a matrix, (1, H, Sq, Sk), made only where probabilities are wanted or a cache is
+    longer than what it holds; bias_of: what RelativeBias.matrix makes it of.
+    encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
+    cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
+    attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
+    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
+    one for each layer where layers differ. disentangled: takes the place of self-attention; distances: the table it
+    reads.
+    """
+
+    spec: TransformerSpec
+    packing: Packing
+    windowed: bool = True
+    rotary: "Rotary | Sequence[Rotary] | None" = None
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    bottom_right: bool = False
+    relative_bias: ops.RelativeBias | None = None
+    bias: torch.Tensor | None = None
+    bias_of: tuple[torch.Tensor, int] | None = None
+    disentangled: Disentangled | None = None
+    distances: torch.Tensor | None = None
+    encoder_states: torch.Tensor | None = None
+    encoder_packing: Packing | None = None
+    encoder_mask: torch.Tensor | None = None
+    encoder_lengths: torch.Tensor | None = None
+    attentions: dict[int, torch.Tensor] | None = None
+    cross_attentions: dict[int, torch.Tensor] | None = None
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def relative_of(self, w: LayerWeights) -> tuple[ops.RelativeBias | None, torch.Tensor | None]:
+        """relative_bias and bias for the layer of weights w; without padding alone the matrix, where there is one."""
+        relative, bias = self.relative_bias, self.bias
+        if relative is not None and w.relative_bias is not None:
+            relative = relative._replace(table=w.relative_bias.weight)  # type: ignore[arg-type]
+            bias = None if self.bias_of is None else relative.matrix(*self.bias_of)
+        return (None if bias is not None and self.packing.index is None else relative), bias
+
+    def rotary_of(self, index: int) -> "Rotary | None":
+        return self.rotary if self.rotary is None or isinstance(self.rotary, Rotary) else self.rotary[index]
+
+
+def plan_call(
+    spec: TransformerSpec,
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    past_key_values: Any = None,
+    encoder_states: torch.Tensor | None = None,
+    encoder_mask: torch.Tensor | None = None,
+    encoder_packing: Packing | None = None,
+    relative_bias: ops.RelativeBias | None = None,
+    documents: torch.Tensor | None = None,
+    read: torch.Tensor | None = None,
+    read_first: bool = False,
+    attentions: bool = False,
+) -> StackCall:
+    """Look at the masks once: choose what is computed and how it is masked.
+
+    attention_mask: None, (B, S) with nonzero for tokens (B, past + S with a cache), (B, Sq, Sk), or 4-D and complete
+    in itself (then spec.causal adds nothing). encoder_packing: encoder_states are its rows, else (B, Se, E).
+    relative_bias: distances count the positions between two tokens, padding too. documents: (B, S), the one that each
+    position belongs to and that alone it sees; without attention_mask and cache only. read, read_first: see
+    plan_packing.
+    """
+    spread = spread_in_use()
+    call = StackCall(
+        spec, Packing(batch, length, spread=spread), causal=spec.causal, relative_bias=relative_bias,
+        encoder_states=encoder_states,
+    )  # fmt: skip
+    if spread is not None:
+        _check_spread(past_key_values, attentions)
+    if attentions:
+        call.attentions, call.cross_attentions = {}, {}
+    if encoder_states is not None:
+        _plan_cross(call, encoder_mask, encoder_packing, past_key_values)
+    if attention_mask is not None and attention_mask.dim() > 2:
+        call.mask = _expand(attention_mask, "attention_mask", batch, None, device)
+        call.causal = call.windowed = False
+    elif past_key_values is not None:
+        padding_free = encoder_mask is None or encoder_mask.dim() == 2
+        _plan_cached(
+            call, attention_mask, length, device, past_key_values, (read, read_first) if padding_free else None
+        )
+    elif attention_mask is not None:
+        mask = _expand(attention_mask, "attention_mask", batch, length, device)[:, 0, 0]
+        if encoder_mask is not None and encoder_mask.dim() > 2:
+            call.mask = mask[:, None, None]
+        else:
+            _drop_padding(call, mask, read, read_first)
+    elif documents is not None:
+        _plan_documents(call, documents.to(device))
+    if relative_bias is not None:
+        _plan_relative(call, length, device, past_key_values)
+    return call
+
+
+def _check_spread(past_key_values, attentions: bool) -> None:
+    if attentions:
+        raise NotImplementedError("output_attentions: wanted False under context_parallel, which keeps no weights")
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if not isinstance(seen, int) or seen:
+        raise NotImplementedError(
+            "past_key_values: a cache cannot be read under context_parallel; wanted none, so generate outside it"
+        )
+
+
+def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and ops.concrete(documents) and call.attentions is None:
+        call.packing = plan_documents(documents)
+        return
+    together = documents[:, :, None] == documents[:, None]
+    call.mask = (together.tril() if call.causal else together)[:, None]
+    call.causal = False
+
+
+def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
+    if call.packing.spread is not None:  # all parts are of one length
+        call.mask = mask[:, None, None]
+        return
+    placed = call.relative_bias is not None or call.spec.disentangled or any(call.spec.windows)
+    if placed:  # what lies between two tokens keeps its place
+        read = _span(positions_kept(mask, read, read_first))
+    if padding_is_computed():
+        read = torch.ones_like(mask)
+    call.packing = plan_packing(mask, read, read_first)
+    call.mask = call.packing.key_mask
+
+
+def _span(mask: torch.Tensor) -> torch.Tensor:
+    """(B, S): True from the first True of each row to its last."""
+    return (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+
+
+def _plan_relative(call: StackCall, length: int, device, past_key_values) -> None:
+    seen, keys = 0, length
+    if past_key_values is not None:
+        cache = self_cache(past_key_values)
+        seen, keys = cache.get_seq_length(), cache.get_mask_sizes(length, 0)[0]
+    aligned = isinstance(seen, int) and keys == seen + length
+    if aligned and past_key_values is not None:
+        call.bottom_right = True
+    if call.attentions is None and aligned:
+        return
+    call.bias_of = (torch.arange(length, device=device) + seen, keys)
+    call.bias = call.relative_bias.matrix(*call.bias_of)  # type: ignore[union-attr]
+
+
+def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
+    states: Any = call.encoder_states
+    if call.packing.spread is not None:  # nothing was dropped
+        packing = None
+    if packing is None and mask is not None:
+        mask = _expand(mask, "encoder_attention_mask", states.shape[0], states.shape[1], states.device)
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or call.packing.spread is not None:
+            call.encoder_mask = mask
+            return
+        if _all_stored(past_key_values):  # the states are not looked at
+            call.encoder_mask = mask
+            _shorten(call)
+            return
+        packing = plan_packing(mask[:, 0, 0])
+        call.encoder_states = packing.pack(states)
+    call.encoder_packing = packing
+    if packing is not None and packing.mask is not None:
+        call.encoder_mask = packing.mask[:, None, None]
+        if past_key_values is not None:
+            _shorten(call)
+
+
+def _all_stored(past_key_values) -> bool:
+    stored: Any = getattr(past_key_values, "is_updated", None)
+    return bool(stored) and all(stored.values())
+
+
+def _shorten(call: StackCall) -> None:
+    """The encoder's mask as lengths where it says no more than they do, and looking is free."""
+    mask: Any = call.encoder_mask
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or not ops.concrete(mask):
+        return
+    rows = mask[:, 0, 0]
+    lengths = rows.sum(1)
+    if torch.equal(rows, torch.arange(rows.shape[1]) < lengths[:, None]):
+        call.encoder_mask, call.encoder_lengths = None, lengths
+
+
+def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, device: torch.device) -> torch.Tensor:
+    """A user's mask as 4-D, a 2-D one as bool."""
+    mask = mask.to(device)
+    if mask.dim() == 2:
+        if mask.shape[0] not in (1, batch) or mask.shape[1] != length:
+            raise ValueError(f"{name}: wanted shape (batch, length) = {(batch, length)}, got {tuple(mask.shape)}")
+        return (mask if mask.dtype == torch.bool else mask != 0).expand(batch, length)[:, None, None]
+    if mask.dim() not in (3, 4):
+        raise ValueError(f"{name}: wanted 2, 3 or 4 dimensions, got shape {tuple(mask.shape)}")
+    mask = mask if mask.dtype == torch.bool or mask.is_floating_point() else mask != 0
+    return mask[:, None] if mask.dim() == 3 else mask
+
+
+def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
+    cache = self_cache(past_key_values)
+    seen = cache.get_seq_length()
+    # Layers with a window keep the last keys alone: each cuts the mask to what it holds.
+    keys = seen + length if call.spec.windows else cache.get_mask_sizes(length, 0)[0]
+    if attention_mask is not None:
+        batch, given = attention_mask.shape
+        if batch != call.packing.batch or (isinstance(seen, int) and given != seen + length and given != keys):
+            wanted = (call.packing.batch, keys)
+            raise ValueError(
+                f"attention_mask: wanted shape (batch, past + length) = {wanted}, got {tuple(attention_mask.shape)}"
+            )
+        mask = _expand(attention_mask, "attention_mask", batch, given, device)
+        if given < keys:  # a static cache is longer than what it holds
+            mask = nn.functional.pad(mask, (0, keys - given))
+        visible = not torch.compiler.is_compiling() and ops.concrete(mask)
+        if visible and call.causal and read is not None and isinstance(seen, int) and not seen and keys == length:
+            _drop_padding(call, mask[:, 0, 0], *read)  # a first call: padding is dropped as without a cache
+            return
+        # On the CPU looking is free, and plain attention is faster than masked.
+        if device.type != "cpu" or not visible or not bool(mask.all()):
+            call.mask = mask
+    if not call.causal:
+        return
+    if isinstance(seen, int) and keys == seen + length and call.attentions is None:
+        call.bottom_right = True
+        call.causal = length > 1 or call.packing.spread is not None
+        return
+    seen_by = torch.arange(keys, device=device) <= (torch.arange(length, device=device) + seen)[:, None]
+    call.mask = seen_by[None, None] if call.mask is None else call.mask & seen_by
+    call.causal = False
+
+
+def self_cache(past_key_values):
+    return getattr(past_key_values, "self_attention_cache", past_key_values)

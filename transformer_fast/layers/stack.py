@@ -1,0 +1,171 @@
+"""The stack of layers of encoders and decoders: attention, feed-forward and norms, on packed rows."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..ops.linear_int8 import Int8BlockWeights, int8_block
+from .planning import StackCall
+from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of
+from .quantized import block_weights, is_int8
+from .spec import LayerWeights, TransformerSpec
+from .stack_attention import cross_attention, self_attention
+
+__all__ = ["run_layers", "transformer_layer"]
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    rows: torch.Tensor,
+    call: StackCall,
+    *,
+    first_only: bool = False,
+    past_key_values: Any = None,
+    keep_hidden: Any = (),
+) -> torch.Tensor:
+    """Call each layer as a module (so hooks, checkpointing and sharding see it) on the packed rows.
+
+    first_only: the last layer computes the first position of each sequence alone and (batch, E) comes back.
+    keep_hidden: the indices of the hidden states, 0 for the embedding, to leave in call.hidden_states as
+    (batch, length, E).
+    """
+    layers = list(layers)
+    for index, layer in enumerate(layers):
+        if index in keep_hidden:
+            call.hidden_states[index], rows = call.packing.show(rows)
+        last = first_only and index == len(layers) - 1
+        # By position: reentrant checkpointing differentiates with respect to these alone.
+        states = tuple(t for t in (call.encoder_states, call.distances) if t is not None)
+        rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
+    return rows if layers or not first_only else call.packing.first(rows)
+
+
+def transformer_layer(
+    w: LayerWeights,
+    x: torch.Tensor,
+    call: StackCall,
+    index: int,
+    first_only: bool = False,
+    past_key_values: Any = None,
+    encoder_states: torch.Tensor | None = None,
+    distances: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x: (B, S, E) or packed (total, E) -> the same, or (B, E) with first_only. encoder_states, distances: call's.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
+    the Transformer Architecture", 2020, for norm_position "pre".
+    """
+    before = spread = call.packing.spread
+    if spread is not None:  # checkpointing calls again when the context may have been left
+        before = ops.parallel.set_current(spread)
+    try:
+        return _layer(w, x, call, index, first_only, past_key_values, encoder_states, distances)
+    finally:
+        if spread is not None:
+            ops.parallel.set_current(before)
+
+
+def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_values, encoder_states, distances):
+    post = call.spec.norm_position == "post"
+    normed = x if post else norm(w.attention_norm, x)
+    block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None
+    if call.disentangled is not None:
+        sizes, scale = (call.spec.num_heads, call.spec.head_dim), call.spec.scale
+        mixed = call.disentangled.attend(w, normed, distances, sizes, scale, call.attentions, index)  # type: ignore[arg-type]
+        mixed = call.packing.first(mixed) if first_only else mixed
+    else:
+        mixed = self_attention(w, normed, call, index, first_only, past_key_values, block is not None)
+    if block is not None:
+        return int8_block(mixed, call.packing.first(x) if first_only else x, block)
+    mixed = linear(w.attention_output, mixed)
+    residual = call.packing.first(x) if first_only else x
+    p, p_out = dropout_p(w.attention_output_dropout), dropout_p(w.output_dropout)
+    if post:
+        x = add_norm(w.attention_norm, mixed, residual, p)
+        if encoder_states is not None:
+            mixed = linear(_cross(w), cross_attention(w, x, encoder_states, call, index, past_key_values))
+            x = add_norm(w.cross_norm, mixed, x, dropout_p(w.cross_output_dropout))  # type: ignore[arg-type]
+        return _clamped(add_norm(w.output_norm, _feed_forward(w, x, call.spec), x, p_out), call.spec)
+    if w.attention_after_norm is not None:
+        mixed = norm(w.attention_after_norm, mixed)
+    if encoder_states is not None:
+        normed, residual = _sum_norm(_cross_norm(w), mixed, residual, p, call.spec)
+        mixed = linear(_cross(w), cross_attention(w, normed, encoder_states, call, index, past_key_values))
+        p = dropout_p(w.cross_output_dropout)
+    if call.spec.parallel:
+        inner = _feed_forward(w, norm(w.output_norm, residual), call.spec)
+        return residual + ops.dropout(mixed, p) + ops.dropout(inner, p_out)
+    normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
+    inner = _feed_forward(w, normed, call.spec)
+    if w.output_after_norm is not None:
+        inner = norm(w.output_after_norm, inner)
+    return _clamped(residual + ops.dropout(inner, p_out), call.spec)
+
+
+def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
+    """The layer after attention as one op, where it is int8 and none of it is somebody else's."""
+    dropouts = (w.attention_output_dropout, w.activation_dropout, w.output_dropout)
+    if (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or any(dropout_p(d) for d in dropouts)
+        or spec.parallel
+        or not (w.attention_after_norm is None and w.output_after_norm is None)
+        or (spec.clamp_float16 and x.dtype == torch.float16)
+    ):
+        return None
+    after, output = norm_of(w.attention_norm), norm_of(w.output_norm)
+    if after is None or output is None or after[1] != output[1]:
+        return None
+    post = spec.norm_position == "post"
+    return block_weights(w, spec, after[0] if post else None, output[0], output[1])
+
+
+def _sum_norm(module, x, residual, p: float, spec: TransformerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(s), s) with s = residual + dropout(x), clamped where the family does."""
+    if spec.clamp_float16 and x.dtype == residual.dtype == torch.float16:
+        total = _clamped(residual + ops.dropout(x, p), spec)
+        return norm(module, total), total
+    return add_norm_sum(module, x, residual, p)  # type: ignore[return-value]
+
+
+def _clamped(x: torch.Tensor, spec: TransformerSpec) -> torch.Tensor:
+    if not spec.clamp_float16 or x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    bound = torch.where(x.isinf().any(), largest - 1000, largest)  # without waiting for the device
+    return x.clamp(-bound, bound)
+
+
+def _cross(w: LayerWeights) -> nn.Module:
+    if w.cross_output is None:
+        raise ValueError(
+            "encoder_hidden_states: this model has no cross-attention layers; set config.add_cross_attention=True"
+        )
+    return w.cross_output
+
+
+def _cross_norm(w: LayerWeights) -> nn.Module:
+    _cross(w)
+    return w.cross_norm  # type: ignore[return-value]
+
+
+def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> torch.Tensor:
+    if spec.gated:
+        up = linear(w.up, x)
+        up, gate = up.chunk(2, -1) if w.gate is None else (up, linear(w.gate, x))
+        if spec.activation is None:
+            inner = w.activation_fn(up) * gate  # type: ignore[misc]
+        else:
+            inner = ops.bias_activation(up, None, spec.activation, gate=gate)
+    else:
+        inner = linear(w.up, x, spec.activation)
+        if spec.activation is None:
+            inner = w.activation_fn(inner)  # type: ignore[misc]
+    inner = ops.dropout(inner, dropout_p(w.activation_dropout))
+    weight = getattr(w.down, "weight", None)  # T5 keeps it in float32 when the rest is float16
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype != inner.dtype:
+        inner = inner.to(weight.dtype)
+    return linear(w.down, inner)
