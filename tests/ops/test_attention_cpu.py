@@ -1,10 +1,13 @@
 """The CPU attention kernels against float64, for every instruction set this processor has."""
 
+import contextlib
+
 import pytest
 import torch
 from attention_cases import FLOATS, Case, check, draw_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
 from transformer_fast.backends import native
@@ -238,3 +241,30 @@ def test_keys_and_values_with_an_offset_of_each_channel(isa, dtype, softcap, off
     inputs.key += offset * torch.randn(64).to(dtype)
     inputs.value += offset * torch.randn(64).to(dtype)
     check(case, inputs)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 20, 1), (1, 3, 1, 1), (1, 1, 1, 1)])
+def test_a_bias_of_whole_rows_moves_lse_alone(shape, with_lse):
+    """Softmax does not see it: its gradient is lse's, and exactly zero without one."""
+    q, k, v = (torch.randn(2, 3, n, 48, dtype=torch.bfloat16) for n in (20, 225, 225))
+    mask = torch.rand(2, 1, 20, 225) > 0.2
+    mask[0, 0, 3] = False  # nothing to attend to
+    bias = torch.randn(shape)
+    grads = torch.randn(2, 3, 20, 48), torch.randn(2, 3, 20)
+
+    def gradient(cast, backend):
+        leaf = cast(bias).requires_grad_()
+        with backend:
+            out, lse = tf.scaled_dot_product_attention(
+                cast(q), cast(k), cast(v), mask, bias=leaf, softcap=20.0, return_lse=True
+            )
+        wanted = [(out, grads[0]), *([(lse, grads[1])] if with_lse else [])]
+        return torch.autograd.grad([y for y, _ in wanted], leaf, [g.to(y.dtype) for y, g in wanted])[0]
+
+    ours = gradient(lambda t: t.clone(), contextlib.nullcontext())
+    truth, plain = (gradient(cast, tf.backend("eager")) for cast in (torch.Tensor.double, torch.Tensor.clone))
+    if not with_lse:
+        assert not ours.any()
+        truth = torch.zeros_like(truth)  # but for the rounding of float64
+    assert_as_accurate(ours, truth, plain, GRADIENT, "bias")

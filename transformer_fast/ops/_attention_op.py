@@ -109,9 +109,26 @@ def backward_impl(grad_out, grad_lse, out, lse, *rest):
     *args, need_bias, need_relative = rest
     spec = _unit_stride(AttentionSpec(*args))
     grads = [_out_like(t) for t in spec[:3]]
-    extras = _extra_gradients(spec, need_bias, need_relative)
-    _run_backward(spec, grad_out, grad_lse, out, lse, *grads, *extras)
-    return (*grads, *_narrow(spec, extras))
+    by_hand = need_bias and _is_one_per_row(spec, grad_lse)
+    bias, table = _extra_gradients(spec, need_bias and not by_hand, need_relative)
+    _run_backward(spec, grad_out, grad_lse, out, lse, *grads, bias, table)
+    if by_hand:
+        bias = _gradient_of_rows(spec, grad_lse, lse)
+    return (*grads, *_narrow(spec, (bias, table)))
+
+
+def _is_one_per_row(spec: AttentionSpec, grad_lse: torch.Tensor | None) -> bool:
+    """Whether the bias moves all scores of a row together (and lse, where it has a gradient, lies as the bias does)."""
+    return spec.bias is not None and spec.bias.shape[-1] == 1 and (grad_lse is None or spec.cu_seqlens_q is None)
+
+
+def _gradient_of_rows(spec: AttentionSpec, grad_lse: torch.Tensor | None, lse: torch.Tensor) -> torch.Tensor:
+    """Softmax is the same for scores that have moved together; lse has moved with them. A kernel's sum of score
+    gradients would be what its rounding has left of zero."""
+    assert spec.bias is not None
+    if grad_lse is None:
+        return torch.zeros(spec.bias.shape, dtype=_lse_dtype(spec.query), device=spec.query.device)
+    return grad_lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1).sum_to_size(spec.bias.shape)
 
 
 def _extra_gradients(spec, need_bias, need_relative):
