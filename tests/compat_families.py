@@ -1,5 +1,6 @@
 """Every model class beside Hugging Face's: tiny configurations, and inputs with the labels that its head takes."""
 
+import pytest
 import torch
 import transformers
 
@@ -75,10 +76,16 @@ def make_config(name: str, **changes):
     return getattr(transformers, config_class)(**settings | {"num_labels": labels} | decoder | changes)
 
 
+_UMT5_ENCODERS = ("UMT5EncoderModel", "UMT5ForTokenClassification")
+_RELEASE = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+
+
 def make_pair(name: str, **changes):
     """(ours, Hugging Face's) with the same random weights, in evaluation mode."""
     import transformer_fast
 
+    if name.startswith("UMT5") and name not in _UMT5_ENCODERS and _RELEASE < (5, 20):
+        pytest.skip(f"UMT5's decoder sees the tokens to come in transformers {transformers.__version__}")
     torch.manual_seed(3)
     theirs = getattr(transformers, name)(make_config(name, **changes))
     with torch.no_grad():
