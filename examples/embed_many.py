@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-rows", type=int, default=2048, help="rows of an output file (default: 2048)")
     parser.add_argument("--workers", type=int, help="default: as many as the cores allow")
     parser.add_argument("--threads", type=int, default=1, help="cores of a worker (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of a worker (default: 0)")
+    parser.add_argument("--gpus", type=float, default=0.0, help="of each worker: GPUs (default: 0.0)")
     parser.add_argument("--address", help="of a Ray cluster: auto, or HOST:PORT; default: start Ray on this machine")
     given = parser.parse_args(arguments)
     for name in ("batch_size", "block_rows", "threads", "workers", "max_length", "max_new_tokens"):

@@ -39,15 +39,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--embed", type=given, help="folder or name of an encoder; default, if none is named: MiniLM")
     parser.add_argument("--classify", type=given, help="folder or name of a text classifier")
     parser.add_argument("--generate", type=given, help="folder or name of a causal language model")
-    parser.add_argument("--library", choices=("transformer_fast", "transformers"), default="transformer_fast")
+    parser.add_argument(
+        "--library", choices=("transformer_fast", "transformers"), default="transformer_fast",
+        help="whose models compute (default: transformer_fast)",
+    )  # fmt: skip
     parser.add_argument("--pooling", choices=("mean", "cls", "last", "max"), default="mean", help="default: mean")
     parser.add_argument("--batch-size", type=int, default=32, help="texts computed at a time (default: 32)")
     parser.add_argument("--queue", type=int, default=256, help="texts that may wait in a replica (default: 256)")
     parser.add_argument("--inputs", type=int, default=128, help="texts of one request (default: 128)")
     parser.add_argument("--replicas", type=int, default=1, help="processes that each hold every model (default: 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores of a replica (default: all)")
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a replica (default: %(default)s, all)")
+    parser.add_argument("--host", default="127.0.0.1", help="of the service (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="of the service (default: 8000)")
     parser.add_argument("--address", help="of a Ray cluster: auto, or HOST:PORT; default: start Ray on this machine")
     said = parser.parse_args(arguments)
     for name in ("batch_size", "queue", "inputs", "replicas", "threads"):

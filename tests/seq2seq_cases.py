@@ -23,7 +23,7 @@ VARIANTS = {
     "Marian": ("Marian", {"scale_embedding": True, "activation_function": "swish"}),
     "MBart": ("MBart", {"scale_embedding": True}),
     "Pegasus": ("Pegasus", {}),
-    "M2M100": ("M2M100", {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
+    "M2M100": ("M2M100", {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "attention_dropout": 0.0}),
     "MT5": ("MT5", {}),
     "UMT5": ("UMT5", {}),
 }

@@ -112,14 +112,14 @@ def test_verify_our_own_class(bert):
             assert any(dtype in line and padding in line and "gradients" in line for line in result.output.splitlines())
 
 
-def mt5():
-    from transformers import MT5Config, MT5ForConditionalGeneration
+def longt5():
+    from transformers import LongT5Config, LongT5ForConditionalGeneration
 
-    config = MT5Config(**SEQ2SEQ["t5"]().config.to_diff_dict() | {"model_type": "mt5"})
-    return MT5ForConditionalGeneration(config).eval()
+    config = LongT5Config(**SEQ2SEQ["t5"]().config.to_diff_dict() | {"model_type": "longt5"})
+    return LongT5ForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("build", [DECODERS["gpt_neox"], mt5, vit], ids=["gpt_neox", "mt5", "vit"])
+@pytest.mark.parametrize("build", [DECODERS["gpt_neox"], longt5, vit], ids=["gpt_neox", "longt5", "vit"])
 def test_verify_through_accelerate(build, tmp_path):
     build().save_pretrained(tmp_path)
     result = verification.verify(tmp_path, dtypes=["fp32", "bf16"])

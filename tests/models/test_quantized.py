@@ -298,10 +298,10 @@ def test_verify_command(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "gpt2", "t5", "bart"])
 @torch.no_grad()
 def test_what_follows_attention_is_one_op(family, monkeypatch):
-    from transformer_fast.layers import encoder
+    from transformer_fast.layers import stack
 
-    calls, block = [], encoder.int8_block
-    monkeypatch.setattr(encoder, "int8_block", lambda *args: calls.append(args) or block(*args))
+    calls, block = [], stack.int8_block
+    monkeypatch.setattr(stack, "int8_block", lambda *args: calls.append(args) or block(*args))
     model = tf.quantize(_model(family), "int8")
     model(**_inputs(model)[0])
     assert len(calls) == 2  # of two layers; a decoder's with cross-attention has none

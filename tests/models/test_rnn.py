@@ -145,7 +145,8 @@ def test_the_engine_gives_the_tokens_of_hugging_face(kind, cell, monkeypatch):
     """Rows that end early and leave, beams that change places, shared sources; the same model in HF's own loop."""
     model, inputs = build(kind, cell), batch()
     inputs.pop("labels")
-    model.generation_config.eos_token_id = [2, 3, 4, 5]  # a random model ends soon then
+    # A random model ends soon then; the peeky GRU would with its first token.
+    model.generation_config.eos_token_id = [2, 3, 4, 7 if (kind, cell) == ("peeky", "gru") else 5]
     steps, step = [], model.recurrent_step
     monkeypatch.setattr(model, "recurrent_step", lambda tokens, *more: steps.append(len(tokens)) or step(tokens, *more))
     for options in (

@@ -56,11 +56,14 @@ def test_masks_of_both_sides(variant, head, kind, decoder_kind, use_cache, pair)
 @pytest.mark.parametrize("variant, head", CASES)
 def test_gradients(variant, head, kind, dtype, pair):
     models = make_models(pair, variant, head, dtype)
-    call = make_inputs(head, kind, kind)
-    call |= make_labels(head, call)
-    weights = torch.randn(BATCH, SOURCE, WIDTH, dtype=torch.float64)
-    ours, theirs, truth = (gradients_of(m, head, call, weights) for m in models)
-    assert ours.keys() == theirs.keys()
+    draws = []
+    for _ in range(3 if dtype == F32 else 1):  # one norm's gradient is few numbers: its errors in one draw are luck
+        call = make_inputs(head, kind, kind)
+        call |= make_labels(head, call)
+        weights = torch.randn(BATCH, SOURCE, WIDTH, dtype=torch.float64)
+        draws.append([gradients_of(m, head, call, weights) for m in models])
+        assert draws[-1][0].keys() == draws[-1][1].keys()
+    ours, theirs, truth = ({n: torch.stack([d[i][n] for d in draws]) for n in draws[0][1]} for i in range(3))
     assert_as_accurate(*(pooled(g, truth) for g in (ours, truth, theirs)), GRADIENT)
     if dtype == F32:
         for name in theirs:
@@ -77,8 +80,9 @@ def test_decoder_input_ids_that_the_model_makes(variant, head, pair):
             torch.rand(BATCH, TARGET) < 0.3, -100
         )
         call["labels"][:, 0] = 7
-        made, wanted = (m.prepare_decoder_input_ids_from_labels(call["labels"]) for m in models[:2])
-        assert torch.equal(made, wanted)
+        if hasattr(models[1], "prepare_decoder_input_ids_from_labels"):  # M2M100 of transformers has none
+            made, wanted = (m.prepare_decoder_input_ids_from_labels(call["labels"]) for m in models[:2])
+            assert torch.equal(made, wanted)
     compare([{"out": m(**call)["last_hidden_state" if head == "Model" else "logits"]} for m in models])
 
 

@@ -62,6 +62,8 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
                     break
             return function(self, *args, **kwargs)
 
+        # Code of its own: torch.compile counts how often code is compiled again, and would count all models together.
+        forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
         forward.__signature__ = signature  # type: ignore[attr-defined]
         if original is not None:
             forward.__doc__ = (original.__doc__ or "").rstrip() + PADDING_NOTE
