@@ -119,7 +119,9 @@ def backward_impl(grad_out, grad_lse, out, lse, *rest):
 
 def _is_one_per_row(spec: AttentionSpec, grad_lse: torch.Tensor | None) -> bool:
     """Whether the bias moves all scores of a row together (and lse, where it has a gradient, lies as the bias does)."""
-    return spec.bias is not None and spec.bias.shape[-1] == 1 and (grad_lse is None or spec.cu_seqlens_q is None)
+    if spec.bias is None or spec.bias.shape[-1] != 1 or (grad_lse is not None and spec.cu_seqlens_q is not None):
+        return False
+    return choose(spec, backward=True).name != "eager"  # which is autograd's own, rounding and all
 
 
 def _gradient_of_rows(spec: AttentionSpec, grad_lse: torch.Tensor | None, lse: torch.Tensor) -> torch.Tensor:
@@ -128,7 +130,8 @@ def _gradient_of_rows(spec: AttentionSpec, grad_lse: torch.Tensor | None, lse: t
     assert spec.bias is not None
     if grad_lse is None:
         return torch.zeros(spec.bias.shape, dtype=_lse_dtype(spec.query), device=spec.query.device)
-    return grad_lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1).sum_to_size(spec.bias.shape)
+    rows = grad_lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1).to(torch.float64)
+    return rows.sum_to_size(spec.bias.shape).to(_lse_dtype(spec.query))
 
 
 def _extra_gradients(spec, need_bias, need_relative):

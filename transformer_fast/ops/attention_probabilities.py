@@ -127,7 +127,8 @@ def attention_probabilities(
     if bias is not None:
         scores = scores + bias
     if table is not None:
-        relative = RelativeBias(table[:, chosen], distance, bidirectional)
+        # Its gradient is a sum over all pairs of positions, too long for 16 bits.
+        relative = RelativeBias(table[:, chosen].to(wide), distance, bidirectional)
         rows = position.expand(b, 1, sq, 1).reshape(-1)  # each sequence its own where lengths place the queries
         scores = scores + relative.matrix(rows, sk)[0].unflatten(1, (b, sq)).transpose(0, 1)
     dead = (lse == -math.inf).unsqueeze(-1)
