@@ -18,7 +18,6 @@ from ._seq2seq import (
     DecoderInputs,
     LMHead,
     QuestionHead,
-    Seq2SeqBase,
     StackBase,
     describe_decoder,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "BartLMHead",
     "BartLayer",
     "BartQuestion",
-    "BartSeq2Seq",
     "LearnedPositions",
     "SLOTS",
     "ScalesGivenEmbeddings",
@@ -201,36 +199,6 @@ class BartDecoderBase(_BartStack):
 
     def _spec(self, causal: bool) -> TransformerSpec:
         return self._bart_spec(self.config.decoder_attention_heads, causal, False)
-
-
-class BartSeq2Seq(Seq2SeqBase):
-    """The base model."""
-
-    _starts_with_input = False  # decoder_input_ids are made of input_ids where none are given
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As HF's; padding is dropped where a mask says so, and the outputs are zeros there."""
-        want = kwargs.pop("want", None)
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache,
-        )  # fmt: skip
-        if self._starts_with_input:
-            given = given.starting_with(self._shifted, input_ids)
-        joined = self._join(given, want or Want(), kwargs)
-        return joined if want is not None else self._joined_output(joined, kwargs)
 
 
 class BartLMHead(LMHead):

@@ -33,6 +33,7 @@ __all__ = [
     "LMHead",
     "QuestionHead",
     "Seq2SeqBase",
+    "Seq2SeqModel",
     "Shifts",
     "StackBase",
     "describe_decoder",
@@ -307,6 +308,36 @@ def vocabulary_loss(
     target = packing.pack(labels.to(logits.device)).reshape(-1)
     loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, ignore_index=IGNORE).to(logits.dtype)
     return loss, packing.unpack(logits)
+
+
+class Seq2SeqModel(Seq2SeqBase):
+    """The base model of a family: both stacks, no head."""
+
+    _starts_with_input = False  # decoder_input_ids are made of input_ids where none are given
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As HF's; padding is dropped where a mask says so, and the outputs are zeros there."""
+        want = kwargs.pop("want", None)
+        given = DecoderInputs(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache,
+        )  # fmt: skip
+        if self._starts_with_input:
+            given = given.starting_with(self._shifted, input_ids)
+        joined = self._join(given, want or Want(), kwargs)
+        return joined if want is not None else self._joined_output(joined, kwargs)
 
 
 class LMHead(Shifts):

@@ -27,7 +27,6 @@ __all__ = [
     "T5Generation",
     "T5NormBase",
     "T5Question",
-    "T5Seq2Seq",
     "T5StackBase",
     "T5Tagging",
     "slot_tables",
@@ -183,29 +182,6 @@ class T5StackBase(StackBase):
 
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
         return ops.dropout(norm(self.final_layer_norm, rows), dropout_p(self.dropout))
-
-
-class T5Seq2Seq(Seq2SeqBase):
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        want = kwargs.pop("want", None)
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache,
-        )  # fmt: skip
-        joined = self._join(given, want or Want(), kwargs)
-        return joined if want is not None else self._joined_output(joined, kwargs)
 
 
 class T5Generation(Seq2SeqBase, LMHead):

@@ -11,12 +11,12 @@ from ._bart import (
     BartLayer,
     BartLMHead,
     BartQuestion,
-    BartSeq2Seq,
     LearnedPositions,
 )
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 
 __all__ = [
     "BartForCausalLM",
@@ -57,10 +57,10 @@ class BartDecoder(LearnedPositions, BartDecoderBase, hf.BartDecoder):
 
 
 @_ADOPTED.register
-class BartModel(BartSeq2Seq, hf.BartModel):
+class BartModel(Seq2SeqModel, hf.BartModel):
     __doc__ = hf.BartModel.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.BartModel.forward)(BartSeq2Seq.forward)
+    forward = public_forward(hf.BartModel.forward)(Seq2SeqModel.forward)
     _starts_with_input = True
 
 

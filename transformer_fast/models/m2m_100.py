@@ -9,10 +9,11 @@ from transformers.models.m2m_100 import modeling_m2m_100 as hf
 from ..generation import GenerationMixin
 from ..layers import Packing
 from ..layers.embeddings import embed
-from ._bart import BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead, BartSeq2Seq
+from ._bart import BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 
 __all__ = ["M2M100ForConditionalGeneration", "M2M100Model"]
 
@@ -97,10 +98,10 @@ class M2M100Decoder(_Embeddings, BartDecoderBase, hf.M2M100Decoder):
 
 
 @_ADOPTED.register
-class M2M100Model(BartSeq2Seq, hf.M2M100Model):
+class M2M100Model(Seq2SeqModel, hf.M2M100Model):
     __doc__ = hf.M2M100Model.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.M2M100Model.forward)(BartSeq2Seq.forward)
+    forward = public_forward(hf.M2M100Model.forward)(Seq2SeqModel.forward)
 
 
 class M2M100ForConditionalGeneration(GenerationMixin, BartLMHead, hf.M2M100ForConditionalGeneration):

@@ -9,13 +9,13 @@ from ._bart import (
     BartEncoderBase,
     BartLayer,
     BartLMHead,
-    BartSeq2Seq,
     ScalesGivenEmbeddings,
     SinusoidalPositions,
 )
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 
 __all__ = ["MarianForCausalLM", "MarianMTModel", "MarianModel"]
 
@@ -50,10 +50,10 @@ class MarianDecoder(ScalesGivenEmbeddings, BartDecoderBase, hf.MarianDecoder):
 
 
 @_ADOPTED.register
-class MarianModel(BartSeq2Seq, hf.MarianModel):
+class MarianModel(Seq2SeqModel, hf.MarianModel):
     __doc__ = hf.MarianModel.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MarianModel.forward)(BartSeq2Seq.forward)
+    forward = public_forward(hf.MarianModel.forward)(Seq2SeqModel.forward)
 
 
 class MarianMTModel(GenerationMixin, BartLMHead, hf.MarianMTModel):

@@ -12,13 +12,12 @@ from ._bart import (
     BartLayer,
     BartLMHead,
     BartQuestion,
-    BartSeq2Seq,
     LearnedPositions,
 )
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
-from ._seq2seq import Shifts, wrap_right
+from ._seq2seq import Seq2SeqModel, Shifts, wrap_right
 
 __all__ = [
     "MBartForCausalLM",
@@ -68,10 +67,10 @@ class _WrapsLanguage(Shifts):
 
 
 @_ADOPTED.register
-class MBartModel(_WrapsLanguage, BartSeq2Seq, hf.MBartModel):
+class MBartModel(_WrapsLanguage, Seq2SeqModel, hf.MBartModel):
     __doc__ = hf.MBartModel.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MBartModel.forward)(BartSeq2Seq.forward)
+    forward = public_forward(hf.MBartModel.forward)(Seq2SeqModel.forward)
     _starts_with_input = True
 
 

@@ -6,6 +6,7 @@ from ..generation import GenerationMixin
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 from ._t5 import (
     T5BlockBase,
     T5Classification,
@@ -13,7 +14,6 @@ from ._t5 import (
     T5Generation,
     T5NormBase,
     T5Question,
-    T5Seq2Seq,
     T5StackBase,
     T5Tagging,
 )
@@ -52,10 +52,10 @@ class MT5Stack(T5StackBase, hf.MT5Stack):
 
 
 @_ADOPTED.register
-class MT5Model(T5Seq2Seq, hf.MT5Model):
+class MT5Model(Seq2SeqModel, hf.MT5Model):
     __doc__ = hf.MT5Model.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MT5Model.forward)(T5Seq2Seq.forward)
+    forward = public_forward(hf.MT5Model.forward)(Seq2SeqModel.forward)
 
 
 class MT5ForConditionalGeneration(GenerationMixin, T5Generation, hf.MT5ForConditionalGeneration):

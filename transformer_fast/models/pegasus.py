@@ -9,13 +9,13 @@ from ._bart import (
     BartEncoderBase,
     BartLayer,
     BartLMHead,
-    BartSeq2Seq,
     ScalesGivenEmbeddings,
     SinusoidalPositions,
 )
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 
 __all__ = ["PegasusForCausalLM", "PegasusForConditionalGeneration", "PegasusModel"]
 
@@ -52,10 +52,10 @@ class PegasusDecoder(ScalesGivenEmbeddings, BartDecoderBase, hf.PegasusDecoder):
 
 
 @_ADOPTED.register
-class PegasusModel(BartSeq2Seq, hf.PegasusModel):
+class PegasusModel(Seq2SeqModel, hf.PegasusModel):
     __doc__ = hf.PegasusModel.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.PegasusModel.forward)(BartSeq2Seq.forward)
+    forward = public_forward(hf.PegasusModel.forward)(Seq2SeqModel.forward)
 
 
 class PegasusForConditionalGeneration(GenerationMixin, BartLMHead, hf.PegasusForConditionalGeneration):

@@ -6,6 +6,7 @@ from ..generation import GenerationMixin
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 from ._t5 import (
     T5BlockBase,
     T5Classification,
@@ -13,7 +14,6 @@ from ._t5 import (
     T5Generation,
     T5NormBase,
     T5Question,
-    T5Seq2Seq,
     T5StackBase,
     T5Tagging,
 )
@@ -52,10 +52,10 @@ class T5Stack(T5StackBase, hf.T5Stack):
 
 
 @_ADOPTED.register
-class T5Model(T5Seq2Seq, hf.T5Model):
+class T5Model(Seq2SeqModel, hf.T5Model):
     __doc__ = hf.T5Model.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.T5Model.forward)(T5Seq2Seq.forward)
+    forward = public_forward(hf.T5Model.forward)(Seq2SeqModel.forward)
 
 
 class T5ForConditionalGeneration(GenerationMixin, T5Generation, hf.T5ForConditionalGeneration):

@@ -6,6 +6,7 @@ from ..generation import GenerationMixin
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._seq2seq import Seq2SeqModel
 from ._t5 import (
     T5BlockBase,
     T5Classification,
@@ -13,7 +14,6 @@ from ._t5 import (
     T5Generation,
     T5NormBase,
     T5Question,
-    T5Seq2Seq,
     T5StackBase,
     T5Tagging,
     slot_tables,
@@ -55,10 +55,10 @@ class UMT5Stack(T5StackBase, hf.UMT5Stack):
 
 
 @_ADOPTED.register
-class UMT5Model(T5Seq2Seq, hf.UMT5Model):
+class UMT5Model(Seq2SeqModel, hf.UMT5Model):
     __doc__ = hf.UMT5Model.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.UMT5Model.forward)(T5Seq2Seq.forward)
+    forward = public_forward(hf.UMT5Model.forward)(Seq2SeqModel.forward)
 
 
 class UMT5ForConditionalGeneration(GenerationMixin, T5Generation, hf.UMT5ForConditionalGeneration):
