@@ -277,6 +277,7 @@ def test_threads_generate_while_another_writes(tmp_path):
         thread.join()
     assert not failures
     assert all(torch.equal(value, new[name]) for name, value in model.state_dict().items())
+    after = logits_of(model)
     fresh = copy.deepcopy(model)
-    set_weight_storage(fresh, copy=False)
-    assert torch.equal(logits_of(model), logits_of(fresh))
+    set_weight_storage(fresh, copy=kept_copies(model) is not None)  # which of the two depends on who came first
+    assert torch.equal(after, logits_of(fresh))
