@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ..backends.contents import mirror_files
-from ..ops.decoder_step import DecoderCopies, DecoderTensors, DecoderWeights
+from ..ops.decoder_step import DecoderCopies, StepTensors
 from ..ops.packed_weight import STORAGES
 
-__all__ = ["decoder_weights", "kept_copies", "set_weight_storage"]
+__all__ = ["decoder_copies", "kept_copies", "set_weight_storage"]
 
 
 @dataclass
@@ -61,8 +61,8 @@ def kept_copies(model: nn.Module) -> DecoderCopies | None:
     return _states[model].copies if model in _states else None
 
 
-def decoder_weights(model: nn.Module, tensors: DecoderTensors) -> DecoderWeights:
-    """The model's weights `tensors` for a generation, with copies of them where there are to be some."""
+def decoder_copies(model: nn.Module, tensors: StepTensors) -> DecoderCopies | None:
+    """Copies of the model's weights `tensors` for a generation, where there are to be some; None: read them in place."""
     state = _states.setdefault(model, _State())
     copies = state.copies  # another thread may replace them meanwhile
     if copies is None or not copies.match(tensors):
@@ -70,4 +70,4 @@ def decoder_weights(model: nn.Module, tensors: DecoderTensors) -> DecoderWeights
         dtype, copy = state.asked or (None, mirror_files(tensors.weights()))
         if copy and tensors.weights():  # int8 modules have none to copy
             copies = state.copies = DecoderCopies(tensors, dtype)
-    return DecoderWeights(tensors, copies)
+    return copies
