@@ -12,6 +12,7 @@ from ..layers.projection import norm
 from ._base import Want, activation_name
 from ._heads import is_labelled
 from ._layer import Layer
+from ._run_stack import Inputs
 from ._seq2seq import (
     CausalLMHead,
     ClassificationHead,
@@ -104,11 +105,11 @@ class LearnedPositions:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, self._positions, None, self.layernorm_embedding,
-            self.dropout if self.training else 0.0, input_ids=input_ids, inputs_embeds=inputs_embeds,
-            position_ids=None, segment_ids=None, past=past,
+            packing, self.embed_tokens, self._embed_positions, None, self.layernorm_embedding,
+            self.dropout if self.training else 0.0, input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None, past=past,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class LearnedPositions:
             "embedding_norm": self.layernorm_embedding,
         }
 
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_positions(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_positions(None, position_ids=ids)[0]
 
     def _most_positions(self) -> int:
@@ -134,19 +135,20 @@ class SinusoidalPositions:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self._words, self._positions, None, None, self.dropout if self.training else 0.0,
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None, past=past,
+            packing, self._embed_words, self._embed_positions, None, None, self.dropout if self.training else 0.0,
+            input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
+            past=past,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
         return super()._step_parts() | {"embed_scale": self.embed_scale}  # type: ignore[misc]
 
-    def _words(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_words(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids) * self.embed_scale
 
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_positions(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_positions(None, position_ids=ids)
 
     def _most_positions(self) -> int:
@@ -156,13 +158,16 @@ class SinusoidalPositions:
 class ScalesGivenEmbeddings(SinusoidalPositions):
     """A decoder that scales inputs_embeds too, unlike its encoder."""
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
-        if inputs_embeds is not None:
-            inputs_embeds = inputs_embeds * self.embed_scale
-        return super()._embed(packing, input_ids, inputs_embeds, past)
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        if inputs.inputs_embeds is not None:
+            inputs = inputs._replace(inputs_embeds=inputs.inputs_embeds * self.embed_scale)
+        return super()._embed(packing, inputs, positions, past)
 
 
 class BartEncoderBase(_BartStack):
+    def _decodes(self) -> bool:
+        return False
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -179,6 +184,9 @@ class BartEncoderBase(_BartStack):
 
 
 class BartDecoderBase(_BartStack):
+    def _decodes(self) -> bool:
+        return True
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

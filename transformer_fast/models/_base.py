@@ -9,6 +9,7 @@ from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
+from ._heads import keep_positions
 from ._layer import AttentionModule
 from ._loading import LoadingErrors
 from ._self_check import runs_as_hugging_face
@@ -65,6 +66,13 @@ class Encoded(NamedTuple):
 
     def restored(self) -> torch.Tensor:
         return self.packing.unpack(self.rows) if self.last is None else self.last
+
+    def kept(self, which: int | torch.Tensor) -> "Encoded":
+        """Of the positions that HF's logits_to_keep names; for 0 all, as they are. See _heads.keep_positions."""
+        if isinstance(which, int) and not which:
+            return self
+        rows = keep_positions(self.restored(), which)
+        return self._replace(rows=rows, packing=Packing(*rows.shape[:2]), last=None)
 
     def extras(self, cross: bool = False) -> dict:
         """hidden_states and attentions as an output class names them."""

@@ -14,6 +14,7 @@ __all__ = [
     "IGNORE",
     "classification_loss",
     "is_labelled",
+    "keep_positions",
     "kept_positions",
     "masked_lm",
     "per_position",
@@ -57,6 +58,22 @@ def kept_positions(
     else:
         read[:, logits_to_keep] = True
     return read
+
+
+def keep_positions(states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
+    """States (B, S, E) at the positions that HF's logits_to_keep names.
+
+    which: the last so many, 0 for all; or their indices, (K,) for all rows or (B, K) for each; or a mask (B, S), whose
+    True ones come back as (N, E).
+    """
+    if isinstance(which, int) and not which:
+        return states
+    ops.parallel.refuse("logits_to_keep", "wanted 0 there")
+    if isinstance(which, int):
+        return states[:, -which:]
+    if which.dim() == 2:
+        return states[which] if which.dtype == torch.bool else torch.take_along_dim(states, which[..., None], dim=1)
+    return states[:, which]
 
 
 def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -15,16 +14,15 @@ from transformers.modeling_outputs import (
     Seq2SeqQuestionAnsweringModelOutput,
     Seq2SeqSequenceClassifierOutput,
 )
-from transformers.utils import logging
 
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
-from ..layers import Packing, SlotTable, TransformerSpec, plan_call, run_layers
-from ..layers.embeddings import check_indices
+from ..layers import SlotTable
 from ..layers.projection import dropout_p, is_plain, linear
-from ._base import Encoded, ModelMixin, Want, check_inputs, read_flags
+from ._base import Encoded, ModelMixin, Want, check_inputs
 from ._heads import IGNORE, classification_loss, kept_positions, span_loss
+from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
 
 __all__ = [
     "CausalLMHead",
@@ -40,80 +38,28 @@ __all__ = [
     "wrap_right",
 ]
 
-logger = logging.get_logger(__name__)
+class StackBase(Stack, ModelMixin):
+    """For the encoder and the decoder of a family, each a module of its own in HF's tree."""
 
-
-class StackBase(ModelMixin):
-    """For the encoder and the decoder of a family, each a module of its own in HF's tree. A family says where its
-    layers are, what they compute, and what comes before the first and after the last."""
-
-    config: Any
     embed_tokens: Any
-    training: bool
-
-    def _layers(self) -> nn.ModuleList:
-        raise NotImplementedError
 
     def _slots(self) -> SlotTable:
         raise NotImplementedError
-
-    def _spec(self, causal: bool) -> TransformerSpec:
-        raise NotImplementedError
-
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _close(self, rows: torch.Tensor) -> torch.Tensor:
-        """What follows the last layer."""
-        return rows
-
-    def _relative_bias(self, causal: bool) -> ops.RelativeBias | None:
-        return None
-
-    def _most_positions(self) -> int | None:
-        """How many positions there are embeddings for; None: any number."""
-        return None
 
     def _step_parts(self) -> dict[str, Any]:
         """What a StepDescription of this decoder has beside its layers, token embedding and head."""
         raise NotImplementedError
 
-    def _run(
-        self, want: Want, is_decoder: bool, input_ids, attention_mask, inputs_embeds, kwargs: dict, *,
-        encoder_states=None, encoder_packing: Packing | None = None, encoder_mask=None, past_key_values=None,
-        use_cache: bool = False,
-    ) -> Encoded:  # fmt: skip
-        prefix = "decoder_" if is_decoder and self.config.is_encoder_decoder else ""
-        source = check_inputs(input_ids, inputs_embeds, self.config.d_model, prefix)
-        batch, length = source.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self._check(input_ids, length, past, prefix)
-        layers = self._kept_layers()
-        flags = read_flags(self.config, kwargs, len(layers))
-        causal = kwargs.get("is_causal", getattr(self.config, "is_causal", None))
-        causal = is_decoder if causal is None else bool(causal)
-        call = plan_call(
-            self._spec(causal), attention_mask, batch, length, source.device, past_key_values=past_key_values,
-            encoder_states=encoder_states, encoder_mask=encoder_mask, encoder_packing=encoder_packing,
-            relative_bias=self._relative_bias(is_decoder), read=want.read, attentions=flags.attentions,
-        )  # fmt: skip
-        rows = self._embed(call.packing, input_ids, inputs_embeds, past)
-        rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
-        return Encoded.of(
-            self._close(rows), call, None, past_key_values if use_cache else None, flags, len(layers)
-        )  # fmt: skip
+    def _words(self) -> Any:
+        return self.embed_tokens
 
-    def _check(self, input_ids, length: int, past, prefix: str) -> None:
-        if input_ids is not None:
-            check_indices(f"{prefix}input_ids", input_ids, self.embed_tokens.weight.shape[0], "the vocabulary")
-        most = self._most_positions()
-        if most is not None and isinstance(past, int) and past + length > most:
-            raise ValueError(
-                f"{prefix}input_ids: {past + length} positions are past config.max_position_embeddings = {most}; "
-                "truncate the text (tokenizer(..., truncation=True))"
-            )
+    def _prefix(self) -> str:
+        return "decoder_" if self._decodes() and self.config.is_encoder_decoder else ""
 
-    def _kept_layers(self) -> list[nn.Module]:
+    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
+        return None  # encoder-decoders have one in a row
+
+    def _called_layers(self) -> list[nn.Module]:
         """All layers, or in training those that LayerDrop (Fan et al., 2020) keeps, drawn as HF draws them."""
         p = getattr(self, "layerdrop", 0.0)
         if not self.training or not p:
@@ -122,7 +68,8 @@ class StackBase(ModelMixin):
 
     def _encode(self, want: Want | None, input_ids, attention_mask, inputs_embeds, kwargs):
         """An encoder's forward: Encoded when one of our models asks, else HF's output."""
-        encoded = self._run(want or Want(), False, input_ids, attention_mask, inputs_embeds, kwargs)
+        inputs = Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+        encoded = run_stack(self, inputs, want or Want(), kwargs)
         if want is not None:
             return encoded
         return self._finish(self._encoder_output(encoded), kwargs)
@@ -136,10 +83,11 @@ class StackBase(ModelMixin):
     ):  # fmt: skip
         """A decoder's forward: Encoded when one of our models asks, else HF's output."""
         packing = kwargs.pop("encoder_packing", None)
-        past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_states is not None)
-        encoded = self._run(
-            want or Want(), True, input_ids, attention_mask, inputs_embeds, kwargs, encoder_states=encoder_states,
-            encoder_packing=packing, encoder_mask=encoder_mask, past_key_values=past_key_values, use_cache=use_cache,
+        crosses = encoder_states is not None or self.config.is_encoder_decoder
+        cache, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=crosses)
+        encoded = run_stack(
+            self, Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds), want or Want(), kwargs,
+            Context(cache, use_cache or cache is not None, encoder_states, encoder_mask, packing),
         )  # fmt: skip
         if want is not None:
             return encoded
@@ -147,21 +95,6 @@ class StackBase(ModelMixin):
             last_hidden_state=encoded.restored(), **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )
         return self._finish(output, kwargs)
-
-    def _cache(self, past_key_values, use_cache: bool | None, cross: bool):
-        """HF's rule for when a decoder makes and returns a cache; but in training only where it is asked for: a cache
-        forbids dropping padding."""
-        config, checkpointing = self.config, getattr(self, "gradient_checkpointing", False)
-        if use_cache is None:
-            use_cache = bool(config.use_cache) and (past_key_values is not None or not self.training)
-        if use_cache and checkpointing and self.training:
-            logger.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False is used.")
-            return None, False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-            if cross or config.is_encoder_decoder:
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
-        return past_key_values, use_cache or past_key_values is not None
 
 
 def describe_decoder(model: nn.Module, decoder: Any, head: nn.Module, cross: bool = True, **head_parts: Any):
@@ -362,12 +295,7 @@ class CausalLMHead(ModelMixin):
         source = check_inputs(decoder_call["input_ids"], decoder_call["inputs_embeds"], self.config.d_model)
         read = kept_positions(source, logits_to_keep, labels)
         encoded = self.model.decoder(**decoder_call, want=Want(read=read), **options)
-        kept = encoded
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
-            which = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            rows = encoded.restored()[:, which]
-            kept = encoded._replace(rows=rows, packing=Packing(*rows.shape[:2]))
-        loss, logits = vocabulary_loss(self.lm_head, None, kept, labels)
+        loss, logits = vocabulary_loss(self.lm_head, None, encoded.kept(logits_to_keep), labels)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )

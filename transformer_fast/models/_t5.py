@@ -18,6 +18,7 @@ from ..layers.projection import dropout_p, linear, norm, rms_norm_of
 from ._base import Encoded, Want, activation_name
 from ._heads import is_labelled, token_loss
 from ._layer import Layer
+from ._run_stack import Inputs
 from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase, describe_decoder
 
 __all__ = [
@@ -133,6 +134,9 @@ class T5StackBase(StackBase):
             raise ValueError("use_cache: an encoder has no cache; wanted False or None, got True")
         return self._encode(want, input_ids, attention_mask, inputs_embeds, kwargs)
 
+    def _decodes(self) -> bool:
+        return self.is_decoder
+
     def _layers(self):
         return self.block
 
@@ -152,18 +156,18 @@ class T5StackBase(StackBase):
             clamp_float16=True,
         )
 
-    def _relative_bias(self, causal: bool) -> ops.RelativeBias | None:
+    def _relative_bias(self) -> ops.RelativeBias | None:
         if not len(self.block):
             return None
         block: Any = self.block[0]
         attention = block.layer[0].SelfAttention
         table = attention.relative_attention_bias.weight
-        return ops.RelativeBias(table, attention.relative_attention_max_distance, not causal)
+        return ops.RelativeBias(table, attention.relative_attention_max_distance, not self.is_decoder)
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, None, None, None, self.dropout, input_ids=input_ids,
-            inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None,
+            packing, self.embed_tokens, None, None, None, self.dropout, input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:

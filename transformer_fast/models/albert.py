@@ -11,10 +11,11 @@ from .. import ops
 from ..layers import SlotTable
 from ..layers.projection import dropout_p, linear
 from ._base import Adopted, Want
-from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs, run_stack
 
 __all__ = [
     "AlbertForMaskedLM",
@@ -74,7 +75,6 @@ class _AlbertHeads(EncoderHeads):
 class AlbertModel(EncoderBase, hf.AlbertModel):
     __doc__ = hf.AlbertModel.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     supports_gradient_checkpointing = True  # which HF's ALBERT does not have
 
     @public_forward(hf.AlbertModel.forward)
@@ -89,7 +89,7 @@ class AlbertModel(EncoderBase, hf.AlbertModel):
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(read_first=self.pooler is not None), inputs, kwargs)
+        encoded = run_stack(self, inputs, want or Want(read_first=self.pooler is not None), kwargs)
         if want is not None:
             return encoded
         output = BaseModelOutputWithPooling(

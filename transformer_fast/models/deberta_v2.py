@@ -23,11 +23,12 @@ from ..layers import (
 from ..layers.embeddings import embed
 from ..layers.projection import add_norm, dropout_p, linear, norm
 from ._base import Adopted, Want, activation_name
-from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
 from ._heads import classification_loss
 from ._layer import Layer
+from ._run_stack import Inputs, run_stack
 
 __all__ = [
     "DebertaV2ForMaskedLM",
@@ -78,7 +79,6 @@ class DebertaV2Layer(Layer, hf.DebertaV2Layer):
 class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
     __doc__ = hf.DebertaV2Model.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     encoder: Any
     z_steps: int
 
@@ -101,7 +101,7 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
             "return_dict": return_dict,
         }  # fmt: skip
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(), inputs, kwargs)
+        encoded = run_stack(self, inputs, want or Want(), kwargs)
         if want is not None:
             return encoded
         return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)

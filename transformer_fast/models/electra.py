@@ -11,9 +11,10 @@ from ..generation import GenerationMixin
 from ..layers.projection import dropout_p, linear
 from ._base import Adopted, Encoded, Want, activation_name
 from ._bert import SLOTS, BertBase, base_forward, causal_forward
-from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderHeads, VocabularyHead
 from ._head_forwards import labelled, spans
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "ElectraForCausalLM",

@@ -11,11 +11,12 @@ from .. import ops
 from ..layers import SlotTable
 from ._base import Adopted, Want
 from ._bert import BertBase
-from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled_without_types, spans_without_types
 from ._layer import Layer
 from ._roberta import TokenPositions, score_first
+from ._run_stack import Inputs, run_stack
 
 __all__ = [
     "MPNetForMaskedLM",
@@ -63,7 +64,6 @@ class _MPNetHeads(EncoderHeads):
 class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
     __doc__ = hf.MPNetModel.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     supports_gradient_checkpointing = True  # which HF's MPNet does not have
 
     @public_forward(hf.MPNetModel.forward)
@@ -77,7 +77,7 @@ class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(read_first=self.pooler is not None), inputs, kwargs)
+        encoded = run_stack(self, inputs, want or Want(read_first=self.pooler is not None), kwargs)
         if want is not None:
             return encoded
         output = BaseModelOutputWithPooling(
