@@ -19,6 +19,7 @@ __all__ = [
     "Encoded",
     "Flags",
     "ModelMixin",
+    "Outputs",
     "Want",
     "activation_name",
     "check_inputs",
@@ -154,7 +155,20 @@ class Adopted:
                     module.keep_config()
 
 
-class ModelMixin(LoadingErrors):
+class Outputs:
+    """What a forward hands out."""
+
+    config: Any
+
+    def _finish(self, output, flags_from: dict):
+        """The output as a tuple where return_dict is off."""
+        return_dict = flags_from.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+
+class ModelMixin(Outputs, LoadingErrors):
     """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
@@ -190,13 +204,6 @@ class ModelMixin(LoadingErrors):
     def why_hf_loop(self) -> str:
         """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
         return _stock.why_hf_loop(self)
-
-    def _finish(self, output, flags_from: dict):
-        """The output as a tuple where return_dict is off."""
-        return_dict = flags_from.get("return_dict")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
-        return output if return_dict else output.to_tuple()
 
 
 _ACTIVATIONS = {

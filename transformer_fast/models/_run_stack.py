@@ -124,6 +124,10 @@ class Stack:
         """(how many kinds of segments there are embeddings for, the setting that says so)."""
         return None
 
+    def _new_cache(self) -> DynamicCache:
+        """An empty cache of keys and values."""
+        return DynamicCache(config=self.config)
+
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
         """See layers.documents_of; asked where there is neither a mask nor a cache."""
         return documents_of(shape, None, kwargs)
@@ -210,16 +214,15 @@ def decoding_cache(
     config.use_cache alone says so. crosses: the decoder reads an encoder, whose keys are kept too. Under gradient
     checkpointing there is none.
     """
-    config = stack.config
     if use_cache is None:
         wanted = in_training or past_key_values is not None or not stack.training
-        use_cache = wanted and bool(getattr(config, "use_cache", False))
+        use_cache = wanted and bool(getattr(stack.config, "use_cache", False))
     if stack.training and getattr(stack, "gradient_checkpointing", False):
         if use_cache or past_key_values is not None:
             logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
         return None, False
     if use_cache and past_key_values is None:
-        past_key_values = DynamicCache(config=config)
+        past_key_values = stack._new_cache()
         if crosses:
-            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
+            past_key_values = EncoderDecoderCache(past_key_values, stack._new_cache())
     return past_key_values, use_cache

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -149,7 +149,7 @@ class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
         crosses = getattr(self.config, "add_cross_attention", False)
         past_key_values, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=crosses)
         if use_cache and crosses and not hasattr(past_key_values, "cross_attention_cache"):  # a user's own
-            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+            past_key_values = EncoderDecoderCache(past_key_values, self._new_cache())
         return past_key_values, use_cache
 
 

@@ -9,12 +9,13 @@ from transformers.models.m2m_100 import modeling_m2m_100 as hf
 from ..generation import GenerationMixin
 from ..layers import Packing
 from ..layers.embeddings import embed
-from ._bart import BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead
+from ._bart import BartDecoderBase, BartEncoderBase, BartLayer
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
 from ._run_stack import Inputs
 from ._seq2seq import Seq2SeqModel
+from ._seq2seq_heads import LMHead
 
 __all__ = ["M2M100ForConditionalGeneration", "M2M100Model"]
 
@@ -106,9 +107,9 @@ class M2M100Model(Seq2SeqModel, hf.M2M100Model):
     forward = public_forward(hf.M2M100Model.forward)(Seq2SeqModel.forward)
 
 
-class M2M100ForConditionalGeneration(GenerationMixin, BartLMHead, hf.M2M100ForConditionalGeneration):
+class M2M100ForConditionalGeneration(GenerationMixin, LMHead, hf.M2M100ForConditionalGeneration):
     __doc__ = hf.M2M100ForConditionalGeneration.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.M2M100ForConditionalGeneration.forward)(BartLMHead.forward)
+    forward = public_forward(hf.M2M100ForConditionalGeneration.forward)(LMHead.forward)
     final_logits_bias = None
     _caches_beside_labels = True
