@@ -61,12 +61,12 @@ class GraphStepper(DescribedStepper):
     @classmethod
     def _why_not_described(cls, description: StepDescription, prompt: Prompt) -> str:
         if description.rotary is not None or description.logits_softcap:
-            return "it has rotary positions or a softcap on its logits, which a captured step has not"
+            return "it has rotary positions or a softcap on its logits, which a captured step does not compute"
         if description.relative_bias is not None and not bool(kept_columns(prompt).all()):
             return "relative positions count padding, which this cache does not hold"
         spec, device = description.spec, prompt.input_ids.device
         if spec.heads_of_keys != spec.num_heads or spec.windows or spec.softcap:
-            return "its attention shares key heads, has windows or a softcap, which a captured step has not"
+            return "its attention shares key heads, has windows or a softcap, which a captured step does not compute"
         reason = description.why_not_modules()
         if reason:
             return reason

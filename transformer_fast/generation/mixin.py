@@ -38,7 +38,7 @@ class GenerationMixin:
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """As HF's generate, whose arguments it has, with one more keyword.
 
-        generators: one torch.Generator a row (prompts times num_return_sequences) for sampling: each row's draws are
+        generators: one torch.Generator per row (prompts times num_return_sequences) for sampling: each row's draws are
             its own, whatever it is batched with.
         Raises ValueError for empty batches and prompts, and for masks of another shape.
         """

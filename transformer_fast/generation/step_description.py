@@ -30,7 +30,7 @@ class StepDescription:
     root: the module whose tree is left out by the native step: hooks in it would not run.
     layers: in order; where there is cross-attention, with the slots cross_query, cross_output, and cross_key and
         cross_value or cross_key_value. spec: of all layers.
-    token: the embedding table's module, times embed_scale; position: a module whose `weight` has a row a position, the
+    token: the embedding table's module, times embed_scale; position: a module whose `weight` has a row per position, the
         first at position_offset (BART: 2). With a method `cover` (a number of rows) the table grows, and no position is
         the last. position_padding: a token that has no position but the row of its own number.
     head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
@@ -101,7 +101,7 @@ class StepDescription:
             return f"head dim {self.spec.head_dim} is over 256"
         for w in self.layers:
             if (w.cross_query is None) != (self.layers[0].cross_query is None):
-                return "some layers have cross-attention and some have not"
+                return "some layers have cross-attention and some do not"
             for slot in ("query", "key", "value", "qkv", "attention_output", "up", "gate", "down", "cross_query",
                          "cross_output"):  # fmt: skip
                 module = getattr(w, slot)

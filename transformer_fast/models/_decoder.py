@@ -20,7 +20,15 @@ from ..layers.projection import dropout_p, linear, norm, rms_norm_of
 from ._base import ModelMixin, Want, activation_name, check_inputs
 from ._forward import public_forward
 from ._gpt import causal_logits, classify_last, shifted_labels
-from ._heads import is_labelled, kept_positions, per_position, span_loss, token_loss
+from ._heads import (
+    every_position,
+    is_labelled,
+    kept_positions,
+    per_position,
+    span_loss,
+    span_scores,
+    token_loss,
+)
 from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
 
 __all__ = [
@@ -281,11 +289,9 @@ class Heads(ModelMixin):
         padding is computed, as HF's loss counts it."""
         source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.hidden_size)
         scored = labels is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        read = every_position(source) if scored else None
         encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
-        logits = linear(self.qa_outputs, encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
         loss = span_loss(start, end, *labels) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

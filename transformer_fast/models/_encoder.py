@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -18,8 +20,17 @@ from ..layers import Packing, TransformerSpec
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
 from ._base import Encoded, ModelMixin, Want, activation_name
-from ._heads import classification_loss, is_labelled, masked_lm, per_position, span_loss, token_loss
-from ._run_stack import Inputs, Stack
+from ._heads import (
+    classification_loss,
+    every_position,
+    is_labelled,
+    masked_lm,
+    per_position,
+    span_loss,
+    span_scores,
+    token_loss,
+)
+from ._run_stack import Inputs, Stack, run_stack
 
 __all__ = ["EncoderBase", "EncoderHeads", "VocabularyHead"]
 
@@ -28,6 +39,7 @@ class EncoderBase(Stack, ModelMixin):
     """For base models. Most families keep their tables in `embeddings`, under BERT's names."""
 
     embeddings: Any
+    pooler: Any
 
     def _spec(self, causal: bool) -> TransformerSpec:
         config = self.config
@@ -58,6 +70,17 @@ class EncoderBase(Stack, ModelMixin):
             segment_ids=inputs.token_type_ids, past=past,
         )  # fmt: skip
         return self._project(rows)
+
+    def _base_forward(self, inputs: Inputs, kwargs: dict, *, pools: bool = False):
+        """A base model's forward: Encoded when one of our heads asks, else HF's output. pools: its outputs name what
+        the pooler gives."""
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        encoded = run_stack(self, inputs, want or Want(read_first=pools and self.pooler is not None), kwargs)
+        if want is not None:
+            return encoded
+        shared = {"last_hidden_state": encoded.restored(), **encoded.extras()}
+        output = BaseModelOutputWithPooling(pooler_output=encoded.pooled, **shared) if pools else BaseModelOutput(**shared)
+        return self._finish(output, kwargs)
 
 
 
@@ -169,11 +192,9 @@ class EncoderHeads(ModelMixin):
         source = inputs.input_ids if inputs.input_ids is not None else inputs.inputs_embeds
         scored, read = start_positions is not None and end_positions is not None, None
         if scored and source is not None:
-            read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+            read = every_position(source)
         encoded = self._encode(inputs, Want(read=read), kwargs)
-        logits = self._logits(encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(self._logits(encoded.rows), encoded.packing)
         loss = self._span_loss(start, end, start_positions, end_positions, kwargs) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

@@ -13,12 +13,14 @@ from ..layers.projection import linear
 __all__ = [
     "IGNORE",
     "classification_loss",
+    "every_position",
     "is_labelled",
     "keep_positions",
     "kept_positions",
     "masked_lm",
     "per_position",
     "span_loss",
+    "span_scores",
     "token_loss",
     "vocabulary_logits",
 ]
@@ -150,6 +152,19 @@ def classification_loss(config, logits: torch.Tensor, labels: torch.Tensor) -> t
         "config.problem_type: wanted 'regression', 'single_label_classification' or 'multi_label_classification', got "
         f"{config.problem_type!r}"
     )
+
+
+def every_position(source: torch.Tensor) -> torch.Tensor:
+    """(B, S) bool of source (B, S, ...): True, for a head that reads padding too."""
+    return torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+
+
+def span_scores(logits: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (..., 2) -> (start_logits, end_logits), (B, S) each. At padding they are the dtype's lowest number, so that no
+    argmax picks it."""
+    logits = packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
+    start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+    return start, end
 
 
 def span_loss(start_logits, end_logits, start_positions, end_positions) -> torch.Tensor:

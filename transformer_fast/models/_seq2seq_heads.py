@@ -16,7 +16,7 @@ from .._transformers import cached
 from ..generation import StepDescription
 from ..layers.projection import dropout_p, is_plain, linear
 from ._base import Encoded, ModelMixin, Want, check_inputs
-from ._heads import IGNORE, classification_loss, is_labelled, kept_positions, span_loss
+from ._heads import IGNORE, classification_loss, every_position, is_labelled, kept_positions, span_loss, span_scores
 from ._seq2seq import DecoderInputs, Joined, Shifts, describe_decoder
 
 __all__ = ["CausalLMHead", "ClassificationHead", "LMHead", "QuestionHead"]
@@ -219,9 +219,7 @@ class QuestionHead(_Head):
             inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
         )  # fmt: skip
         joined = self._join(self._started(given), _question_want(decoder_attention_mask, scored), kwargs)
-        logits = linear(self.qa_outputs, joined.decoder.rows)
-        logits = joined.decoder.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(linear(self.qa_outputs, joined.decoder.rows), joined.decoder.packing)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         output = Seq2SeqQuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **joined.extras())
         return self._finish(output, kwargs)
@@ -231,4 +229,4 @@ def _question_want(mask: torch.Tensor | None, scored: bool) -> Want:
     """Padding is computed where the loss counts it, as HF's does. mask: the decoder's."""
     if not scored or mask is None or mask.dim() != 2:
         return Want()
-    return Want(read=torch.ones_like(mask, dtype=torch.bool))
+    return Want(read=every_position(mask))

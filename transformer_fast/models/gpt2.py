@@ -30,7 +30,7 @@ from ._gpt import (
     flatten_leading,
     shifted_labels,
 )
-from ._heads import is_labelled, kept_positions, span_loss, token_loss
+from ._heads import every_position, is_labelled, kept_positions, span_loss, span_scores, token_loss
 from ._layer import AttentionModule, Layer
 from ._run_stack import Context, Inputs, decoding_cache, run_stack
 
@@ -315,14 +315,12 @@ class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
         argmax picks it. With start_positions and end_positions padding is computed, as HF's loss counts it."""
         source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
         scored = start_positions is not None and end_positions is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        read = every_position(source) if scored else None
         encoded = self.transformer(
             input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache=False,
             want=Want(read=read), **kwargs,
         )  # fmt: skip
-        logits = linear(self.qa_outputs, encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.modernbert import modeling_modernbert as hf
 
 from .. import ops
@@ -17,7 +17,7 @@ from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._heads import is_labelled, masked_lm, per_position
 from ._layer import AttentionModule, Layer
-from ._run_stack import Inputs, run_stack
+from ._run_stack import Inputs
 
 __all__ = [
     "ModernBertForMaskedLM",
@@ -68,14 +68,10 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         if isinstance(attention_mask, dict):  # a mask for each kind of layer
             return hf.ModernBertModel.forward(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        encoded = run_stack(self, inputs, want or Want(), kwargs)
-        if want is not None:
-            return encoded
-        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+        return self._base_forward(inputs, kwargs)
 
     def _spec(self, causal: bool = False) -> TransformerSpec:
         config = self.config

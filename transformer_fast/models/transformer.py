@@ -300,7 +300,7 @@ class TransformerModel(JoinedForward, TransformerPreTrainedModel):
 
     @classmethod
     def from_torch(cls, module: nn.Transformer, **settings) -> "TransformerModel":
-        """A model with the weights of a torch.nn.Transformer; embeddings, which that has none of, are random.
+        """A model with the weights of a torch.nn.Transformer; it has no embeddings, so ours are random.
 
         settings: further fields of TransformerConfig, vocab_size at least. Raises ValueError for what no configuration
         says: layers without biases, other activations than relu and gelu.
@@ -344,7 +344,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         return why_hf_loop(self)
 
     def step_description(self) -> StepDescription:
-        """The decoder, for generation by one native call a token."""
+        """The decoder, for generation by one native call per token."""
         decoder = self.model.decoder
         return StepDescription(
             self, [SLOTS.read(layer) for layer in decoder.layers], decoder.spec, decoder.embed_tokens, self.lm_head,
