@@ -2,9 +2,9 @@
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..ops.decoder_step import DecoderCopies
 
@@ -15,7 +15,7 @@ _NAME = "_decoder_state"
 
 @dataclass
 class DecoderState:
-    """Kept on the model and freed with it. Copies and pickles of a model have an empty one: it is of these very weights.
+    """Kept on the model and freed with it. Copies and pickles of a model have an empty one.
 
     storage: (dtype, whether to copy) of set_weight_storage, or None. copies: of the weights, which the last generation
     has left. made: the caches that transformers has made for calls of generate, which nobody else reads.
@@ -32,6 +32,6 @@ class DecoderState:
         return DecoderState, ()
 
 
-def decoder_state(model: nn.Module) -> DecoderState:
+def decoder_state(model: Any) -> DecoderState:
     """The model's own; an empty one where there was none."""
     return model.__dict__.setdefault(_NAME, DecoderState())

@@ -23,6 +23,7 @@ from .stepper import Prompt
 
 __all__ = ["GraphStepper"]
 
+
 class AppendedCache:
     """Keys and values of every layer, (layers, 2, rows, H, capacity, D), extended by the attention that reads them.
 

@@ -1,4 +1,4 @@
-"""A decoder's own forward, one token per row and call, on a cache written in place: works for every model and device."""
+"""A decoder's own forward, one token per row and call, on a cache written in place: for every model and device."""
 
 from typing import Any
 

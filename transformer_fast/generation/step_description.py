@@ -30,9 +30,9 @@ class StepDescription:
     root: the module whose tree is left out by the native step: hooks in it would not run.
     layers: in order; where there is cross-attention, with the slots cross_query, cross_output, and cross_key and
         cross_value or cross_key_value. spec: of all layers.
-    token: the embedding table's module, times embed_scale; position: a module whose `weight` has a row per position, the
-        first at position_offset (BART: 2). With a method `cover` (a number of rows) the table grows, and no position is
-        the last. position_padding: a token that has no position but the row of its own number.
+    token: the embedding table's module, times embed_scale; position: a module whose `weight` has one row per position,
+        the first at position_offset (BART: 2). With a method `cover` (a number of rows) it grows, and no position
+        is the last. position_padding: a token that has no position but the row of its own number.
     head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
     relative_bias: T5's table (buckets, heads) as a module, of all layers but those with one in a slot of their own;
         relative_max_distance: of its buckets.

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec
 from ..layers.embeddings import embed
 from ..layers.projection import norm

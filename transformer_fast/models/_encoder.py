@@ -79,9 +79,10 @@ class EncoderBase(Stack, ModelMixin):
         if want is not None:
             return encoded
         shared = {"last_hidden_state": encoded.restored(), **encoded.extras()}
-        output = BaseModelOutputWithPooling(pooler_output=encoded.pooled, **shared) if pools else BaseModelOutput(**shared)
+        output = (
+            BaseModelOutputWithPooling(pooler_output=encoded.pooled, **shared) if pools else BaseModelOutput(**shared)
+        )
         return self._finish(output, kwargs)
-
 
 
 def _activation(config) -> str | None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 

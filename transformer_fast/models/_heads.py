@@ -160,8 +160,8 @@ def every_position(source: torch.Tensor) -> torch.Tensor:
 
 
 def span_scores(logits: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (..., 2) -> (start_logits, end_logits), (B, S) each. At padding they are the dtype's lowest number, so that no
-    argmax picks it."""
+    """Rows (..., 2) -> (start_logits, end_logits), (B, S) each; at padding the dtype's lowest number, so that no argmax
+    picks it."""
     logits = packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
     start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
     return start, end

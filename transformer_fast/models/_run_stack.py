@@ -55,6 +55,9 @@ class Context(NamedTuple):
     encoder_packing: Packing | None = None
 
 
+_ALONE = Context()
+
+
 class Stack:
     """What a family says of one stack: an encoder, or a decoder."""
 
@@ -144,7 +147,7 @@ class Stack:
         return plan_call(spec, inputs.attention_mask, batch, length, device, relative_bias=bias, **options)
 
 
-def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: Context = Context()) -> Encoded:
+def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: Context = _ALONE) -> Encoded:
     """Check the arguments, plan what is computed, embed, run the layers. kwargs: the call's other keywords."""
     words = stack._words()
     source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim, stack._prefix())

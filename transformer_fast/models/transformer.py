@@ -24,7 +24,7 @@ from ..generation import GenerationMixin, StepDescription
 from ..layers import Packing, SinusoidalPositions, SlotTable, TransformerSpec, stock, transformer_layer
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
-from ._base import Outputs, Want, activation_name
+from ._base import Encoded, Outputs, Want, activation_name
 from ._forward import public_forward
 from ._heads import keep_positions
 from ._loading import LoadingErrors
@@ -228,7 +228,7 @@ class TransformerEncoder(_Stack):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutput | Encoded:
         """input_ids: (B, S), or inputs_embeds (B, S, d_model), to which positions are added; attention_mask: (B, S),
         nonzero for tokens. Padding is never computed: its states are zeros."""
         want = kwargs.pop("want", None)  # given by our model, whose decoder reads the rows without padding
@@ -262,7 +262,7 @@ class TransformerDecoder(_Stack):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> BaseModelOutputWithPastAndCrossAttentions | Encoded:
         """input_ids: (B, T), or inputs_embeds (B, T, d_model); attention_mask: (B, past + T); encoder_hidden_states:
         (B, S, d_model) with encoder_attention_mask (B, S); past_key_values: an EncoderDecoderCache."""
         want, packing = kwargs.pop("want", None), kwargs.pop("encoder_packing", None)
