@@ -123,7 +123,10 @@ def test_weights_as_they_are_now(copied):
         before = logits()
         copies = kept_copies(model)
         assert torch.equal(logits(), before) and kept_copies(model) is copies and (copies is not None) == copied
-        parameters = dict(model.model.decoder.named_parameters()) | {"head": model.lm_head.weight, "head bias": model.lm_head.bias}
+        parameters = dict(model.model.decoder.named_parameters()) | {
+            "head": model.lm_head.weight,
+            "head bias": model.lm_head.bias,
+        }
         assert len(parameters) > 12
         for name, parameter in parameters.items():
             parameter.detach().numpy()[...] *= 1.5

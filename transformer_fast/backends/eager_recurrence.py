@@ -9,8 +9,8 @@ __all__ = ["recurrence", "recurrence_backward", "recurrent_step"]
 
 
 def _cell(gates, products, hidden, memory):
-    """The next hidden state and memory (None of a GRU), and the gates as the kernels keep them, of what input and hidden
-    state give the gates, (B, G * H) each."""
+    """The next hidden state and memory (None of a GRU), and the gates as the kernels keep them, of what input and
+    hidden state give the gates, (B, G * H) each."""
     if memory is None:
         r, z, n = gates.chunk(3, 1)
         pr, pz, pn = products.chunk(3, 1)

@@ -66,7 +66,7 @@ class RecurrentStepSpec(NamedTuple):
 
     Without maxout the cells read [word; feed], and the readout is tanh(W [context; state]), with the context of the
     state after the step. With it they read [word; context], with the context of the state before, and the readout is
-    the maximum of each two neighbours of W [state; word; context] + b. Without values there is no readout but the state.
+    the maximum of each two neighbours of W [state; word; context] + b. Without values the readout is the state.
     """
 
     ids: torch.Tensor  # int64 (R,)

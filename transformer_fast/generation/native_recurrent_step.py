@@ -1,7 +1,7 @@
 """A recurrent decoder on the CPU by one native call a token: see ops.recurrent_step for the arithmetic.
 
-A model says what its decoder is made of by a RecurrentDescription, from `model.recurrent_description()`. What the native
-step cannot serve has a reason (why_not) and goes step by step through the modules, by RecurrentStepper.
+A model says what its decoder is made of by a RecurrentDescription, from `model.recurrent_description()`. What the
+native step cannot serve has a reason (why_not) and goes step by step through the modules, by RecurrentStepper.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,12 @@ _SHORT = 8  # prompts up to here go through the step, token by token
 class RecurrentDescription:
     """A recurrent decoder for generation: its modules, and what is not in them.
 
-    roots: the modules whose trees are left out by the native step: hooks in them would not run. rnn: the cells, a GRU or
-    LSTM in one direction. query, readout: linear layers or None; score_weight: of additive scores, or None. attends:
-    whether the context is found by scores; else, with maxout, it is one state of each source. feeds: whether the readout
-    is part of the next step's input. start: of the encoder's output: the state before the first step, which has hidden,
-    cell, feed and keys. refused: why no native step may be made of it; '' where one may.
+    roots: the modules whose trees are left out by the native step: hooks in them would not run.
+    rnn: the cells, a GRU or LSTM in one direction.
+    query, readout: linear layers or None; score_weight: of additive scores, or None.
+    attends: whether scores find the context; else, with maxout, it is one state of each source.
+    start: of the encoder's output: the state before the first step, which has hidden, cell, feed and keys.
+    refused: why no native step may be made of it; '' where one may.
     """
 
     roots: tuple[nn.Module, ...]
@@ -159,4 +160,3 @@ class NativeRecurrentStepper:
 
     def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         raise NotImplementedError("a recurrent decoder has no keys and values")
-

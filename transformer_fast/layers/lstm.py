@@ -18,8 +18,8 @@ class TokenOrder(NamedTuple):
 
     forward, backward: (N,) int64, which of the N tokens (row after row of the batch) stands at each place, for the two
     directions. steps: (T,) int64 on the CPU, the sequences that have a token at each step. rows: (B',) int64, the row
-    of the batch of each sequence; rows without tokens are not among them. ends: (B + 1,) int64, where the tokens of each
-    row of the batch begin among all, and N.
+    of the batch of each sequence; rows without tokens are not among them. ends: (B + 1,) int64, where the tokens of
+    each row of the batch begin among all, and N.
     """
 
     forward: torch.Tensor
@@ -63,8 +63,8 @@ def lstm(
     """c = clip(f * c + i * g), h = clip(W_hr (o * tanh(c))), with i, f, g, o of W_ih x + W_hh h + bias.
 
     x: (N, I), the tokens row after row of the batch; state: (h (B, P), c (B, C)) before the first; weight_ih: (4C, I),
-    weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g, o; weight_hr: (P, C), or None where P = C; backward:
-    from the last token to the first. Returns the h of every token, (N, P), and the last h and c of each row.
+    weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g, o; weight_hr: (P, C), or None where P = C;
+    backward: from the last token to the first. Returns the h of every token, (N, P), and the last h and c of each row.
     Source: Hochreiter and Schmidhuber, 1997; Sak, Senior and Beaufays, 2014 (the projection).
     """
     if weight_hr is None and cell_clip is None and projection_clip is None and _is_fused(x, order, weight_hh):
@@ -152,6 +152,6 @@ class LSTM(nn.Module):
     def forward(self, x: torch.Tensor, order: TokenOrder, backward: bool = False) -> torch.Tensor:
         """x: (N, I), the tokens row after row of the batch; (N, P) in the same order."""
         return lstm(
-            x, order, self.start(order.batch), self.weight_ih, self.weight_hh, self.bias, self.weight_hr, self.cell_clip,
-            self.projection_clip, backward,
+            x, order, self.start(order.batch), self.weight_ih, self.weight_hh, self.bias, self.weight_hr,
+            self.cell_clip, self.projection_clip, backward,
         )[0]  # fmt: skip

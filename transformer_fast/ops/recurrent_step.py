@@ -34,7 +34,7 @@ def _forward(*fields) -> tuple[torch.Tensor, ...]:
     found = [memory.empty(s or (0,), hidden.dtype, device) for s in shapes]
     if len(spec.ids):
         backend = select(Call("recurrent_step", device.type, hidden.dtype, hidden.shape[2]))
-        backend.recurrent_step(spec, *(t if s else None for s, t in zip(shapes, found)))
+        backend.recurrent_step(spec, *(t if s else None for s, t in zip(shapes, found)))  # type: ignore[arg-type]
     return tuple(found)
 
 
@@ -338,8 +338,8 @@ class RecurrentWeights:
         source: RecurrentSource,
         logits: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Writes logits (R, V), float32, and returns the state after ids (R,) int64. state: hidden, memory, feed, float32
-        and contiguous. Raises RuntimeError for an id out of range."""
+        """Writes logits (R, V), float32, and returns the state after ids (R,) int64. state: hidden, memory, feed,
+        float32 and contiguous. Raises RuntimeError for an id out of range."""
         after = tuple(None if t is None else memory.empty_like(t) for t in state)
         _ops.cpu_recurrent_step.default(
             ids.contiguous(), self._token, *state, source.keys, source.values, source.mask,
