@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import Packing, StackCall
+from ..layers import Packing, StackCall, stock
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
@@ -189,6 +189,9 @@ class ModelMixin(LoadingErrors):
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
         return output if return_dict else output.to_tuple()
+
+
+stock.allow_called(lambda module, kind, name: isinstance(module, ModelMixin))
 
 
 _ACTIVATIONS = {

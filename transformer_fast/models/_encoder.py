@@ -18,6 +18,7 @@ from .. import ops
 from ..layers import Packing, SlotTable, StackCall, TransformerSpec, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices, embed
 from ..layers.projection import dropout_p, linear, norm
+from ..layers.stock import as_forward_of
 from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
 from ._heads import classification_loss, is_labelled, masked_lm, per_position, span_loss, token_loss
 
@@ -120,7 +121,7 @@ class EncoderBase(ModelMixin):
             documents=documents, read=want.read, read_first=want.read_first or want.first_only,
             attentions=flags.attentions,
         )  # fmt: skip
-        rows = self._embed(call.packing, inputs, positions, past)
+        rows = as_forward_of(self.embeddings, lambda: self._embed(call.packing, inputs, positions, past))
         whole = flags.hidden_states or flags.attentions or past_key_values is not None or documents is not None
         first_only = want.first_only and not whole and call.packing.spread is None
         rows = run_layers(
