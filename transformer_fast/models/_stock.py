@@ -178,7 +178,7 @@ _WORDS = {"embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embe
 
 
 def _is_called(module: nn.Module, kind: type, name: str) -> bool:
-    """True for layers, for the embeddings of encoders (see EncoderBase), and for the leaves that layers.projection and
+    """True for layers, for the embeddings of encoders (see run_stack), and for the leaves that layers.projection and
     layers.embeddings call where they are not plain."""
     if isinstance(module, Layer) or name == "embeddings" or kind in (nn.Linear, Conv1D, nn.LayerNorm, nn.RMSNorm):
         return True
