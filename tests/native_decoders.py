@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_fast.backends import eager
-from transformer_fast.generation.native_step import NativeStepper, StepDescription
+from transformer_fast.generation import StepDescription
+from transformer_fast.generation.native_step import NativeStepper
 from transformer_fast.generation.stepper import Prompt
 from transformer_fast.layers import LayerWeights, TransformerSpec
 from transformer_fast.layers.projection import register_transposed
