@@ -189,11 +189,9 @@ template <class T>
 void decode_all(const AttentionForward& a) {
   const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, heads = a.batch * a.key_heads;
   int64_t queries = 1, longest = 1;
-  double work = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
     queries = a.q_count[b] > queries ? a.q_count[b] : queries;
     longest = a.k_count[b] > longest ? a.k_count[b] : longest;
-    work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
   }
   int64_t parts = heads >= kSplitHeads ? 1 : kSplitHeads / heads;
   if (parts * kSplitKeys > longest) parts = (longest + kSplitKeys - 1) / kSplitKeys;
@@ -203,20 +201,14 @@ void decode_all(const AttentionForward& a) {
     float* top = states + item * rows;
     return State{top, top + items * rows, states + 2 * items * rows + item * rows * padded};
   };
-  int64_t threads = tf_num_threads();
-  if (work < 1e5) threads = 1;
-  if (threads > items) threads = items;
-  int64_t next = 0;
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
+  share_out(items, threads_for(a, 1e5), [&] {
+    return [&](int64_t item) {
       const int64_t b = item / parts / a.key_heads, hk = item / parts % a.key_heads, part = item % parts;
       const int64_t size = round_up((a.k_count[b] + parts - 1) / parts, kBlock);
       const int64_t end = (part + 1) * size < a.k_count[b] ? (part + 1) * size : a.k_count[b];
       decode_part<T>(a, b, hk, part * size, end, state_of(item));
       if (parts == 1) write_rows<T>(a, b, hk, state_of(item), 1, rows);
-    }
+    };
   });
   if (parts > 1)
     for (int64_t head = 0; head < heads; ++head)

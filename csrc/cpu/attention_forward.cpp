@@ -152,17 +152,8 @@ void forward_all(const AttentionForward& a) {
   first[0] = 0;
   for (int64_t b = 0; b < a.batch; ++b) first[b + 1] = first[b] + (a.q_count[b] + kQueries - 1) / kQueries;
   const int64_t items = first[a.batch] * a.heads;
-  double work = 0;
-  for (int64_t b = 0; b < a.batch; ++b) work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
-  int64_t threads = tf_num_threads();
-  if (work < 2e5) threads = 1;
-  if (threads > items) threads = items;
-  int64_t next = 0;
-  parallel_for(threads, 1, [&](int64_t begin_thread, int64_t end_thread) {
-    const Buffers s = take_buffers(a);
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
+  share_out(items, threads_for(a, 2e5), [&] {
+    return [&, s = take_buffers(a)](int64_t item) {
       int64_t low = 0, high = a.batch;  // the sequence: first[low] * heads <= item < first[low + 1] * heads
       while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
@@ -171,7 +162,7 @@ void forward_all(const AttentionForward& a) {
       const int64_t tiles = first[low + 1] - first[low], within = item - first[low] * a.heads;
       const int64_t tile = tiles - 1 - within % tiles;  // causal: the longest first
       forward_tile<T, Pairs>(a, make_tile(a, low, within / tiles, tile * kQueries), s);
-    }
+    };
   });
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 #include "attention.hpp"
 #include "attention_tile.hpp"
+#include "parallel.hpp"
 #include "philox.hpp"
 
 namespace tf::TF_ISA {
@@ -172,6 +173,13 @@ static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int
       store(s + c, v);
     }
   }
+}
+
+// Threads for a call: one where there are so few products that they are done before a second thread has woken up.
+static inline int64_t threads_for(const Attention& a, double least) {
+  double work = 0;
+  for (int64_t b = 0; b < a.batch; ++b) work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
+  return work < least ? 1 : tf_num_threads();
 }
 
 // Calls use(row, c, factor): factor is 0 or keep_scale of key j0 + row for queries q0 + c .. q0 + c + kWidth.

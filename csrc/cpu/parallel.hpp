@@ -18,4 +18,20 @@ static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// work = make() on each of at most `threads` threads, then work(item) for every item in [0, items): whichever thread is
+// free takes the next one.
+template <class Make>
+static inline void share_out(int64_t items, int64_t threads, const Make& make) {
+  int64_t next = 0;
+  if (threads > items) threads = items;
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    auto work = make();
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= items) return;
+      work(item);
+    }
+  });
+}
 }  // namespace tf
