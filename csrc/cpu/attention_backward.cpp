@@ -1,6 +1,6 @@
 // Attention backward: probabilities are recomputed from the saved log-sum-exp (Dao, "FlashAttention-2", 2023, algorithm
-// 2). One work item is a key head of one sequence, so dK and dV have a single writer and a fixed order of addition; the
-// result does not depend on the number of threads.
+// 2). One work item is a key head of one sequence: dK and dV have a single writer and a fixed order of addition, so
+// that the result does not depend on the number of threads.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
 
@@ -10,7 +10,7 @@ namespace {
 struct Buffers {
   float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
   float *p, *ds, *slope, *factor;                     // a tile of scores: (keys, lanes); factor: of dropout
-  float *lse, *lse_rest;      // in units of log2, and 2^-(what its rounding lost)
+  float *lse, *lse_rest;      // in units of log2, and 2^-(what rounding took from it)
   float *delta, *grad_lse;
   float* scale;  // sums of a row's p, then one over them, then the scale of the scores
   float *ds_sum, *slope_sum;  // sums of a row's ds and of its p * slope
@@ -21,7 +21,7 @@ struct Buffers {
 Buffers take_buffers(const Attention& a) {
   const int64_t padded = round_up(a.dim, kWidth), side = padded * kQueries, tile = kKeys * kQueries;
   int64_t longest = 1;
-  for (int64_t b = 0; b < a.batch; ++b) longest = a.k_count[b] > longest ? a.k_count[b] : longest;
+  for (int64_t b = 0; b < a.batch; ++b) longest = a.key_lengths[b] > longest ? a.key_lengths[b] : longest;
   const int64_t sequence = longest * padded, copies = a.dtype == DType::f32 ? 2 : 4;
   Arena arena{static_cast<char*>(tf_scratch(
       0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 7 * Arena::bytes(kQueries) + Arena::bytes(padded) +
@@ -45,7 +45,7 @@ Buffers take_buffers(const Attention& a) {
 
 // dbias += the tile's score gradients, summed over broadcast axes.
 void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, int64_t keys, const float* ds) {
-  const int64_t* s = a.dbias_stride;
+  const int64_t* s = a.dbias_strides;
   float* out = a.dbias + t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
   if (s[2] == 0) {
     for (int64_t j = 0; j < keys; ++j) {
@@ -83,7 +83,7 @@ void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, in
 }
 
 const float* lse_of(const AttentionBackward& a, const Tile& t) {
-  return a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.q_start[t.b] + t.q0;
+  return a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.query_starts[t.b] + t.q0;
 }
 // Rows that attend to nothing, and lanes past the last query.
 bool is_dead(const AttentionBackward& a, const Tile& t, int64_t i) {
@@ -91,22 +91,16 @@ bool is_dead(const AttentionBackward& a, const Tile& t, int64_t i) {
 }
 
 template <class T>
-const T* tile_rows(const void* data, const Rows& rows, const AttentionBackward& a, const Tile& t) {
-  return static_cast<const T*>(data) + t.b * rows.batch + t.h * rows.head + (a.q_start[t.b] + t.q0) * rows.row;
-}
-
-template <class T>
 void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
-  const int64_t padded = round_up(a.dim, kWidth);
-  const T* q = tile_rows<T>(a.q, a.q_rows, a, t);
-  const T* grad = tile_rows<T>(a.grad_out, a.grad_out_rows, a, t);
-  load_transposed(q, a.q_rows.row, t.count, a.dim, s.queries_t, t.lanes);
-  load_transposed(grad, a.grad_out_rows.row, t.count, a.dim, s.grads_t, t.lanes);
-  load_rows(q, a.q_rows.row, t.count, a.dim, s.queries, padded);
-  load_rows(grad, a.grad_out_rows.row, t.count, a.dim, s.grads, padded);
+  const int64_t padded = round_up(a.dim, kWidth), row = a.query_starts[t.b] + t.q0;
+  const T* q = row_of<const T>(a.query, a.query_strides, t.b, t.h, row);
+  const T* grad = row_of<const T>(a.grad_out, a.grad_out_strides, t.b, t.h, row);
+  load_transposed(q, a.query_strides.row, t.count, a.dim, s.queries_t, t.lanes);
+  load_transposed(grad, a.grad_out_strides.row, t.count, a.dim, s.grads_t, t.lanes);
+  load_rows(q, a.query_strides.row, t.count, a.dim, s.queries, padded);
+  load_rows(grad, a.grad_out_strides.row, t.count, a.dim, s.grads, padded);
   const float* lse = lse_of(a, t);
-  const float* grad_lse =
-      a.grad_lse ? a.grad_lse + t.b * a.grad_lse_batch + t.h * a.grad_lse_head + a.q_start[t.b] + t.q0 : nullptr;
+  const float* grad_lse = a.grad_lse ? a.grad_lse + t.b * a.grad_lse_batch + t.h * a.grad_lse_head + row : nullptr;
   for (int64_t i = 0; i < t.lanes; ++i) {
     const bool dead = is_dead(a, t, i);
     const double exact = dead ? double(INFINITY) : double(lse[i]) * kLog2e;  // exp2(score - inf) = 0
@@ -116,12 +110,13 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   }
 }
 
-// delta = rowsum(grad * out), added up in the order in which gemm adds up grad * value: a row that attends to one key
-// then has a gradient of exactly zero, as it should.
+// delta = rowsum(grad * out), added up in the order in which gemm adds up grad * value: the score of a row that attends
+// to one key then has a gradient of exactly zero.
 template <class T>
 void load_delta(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   float* out_t = s.dq;  // not yet in use
-  load_transposed(tile_rows<T>(a.out, a.out_rows, a, t), a.out_rows.row, t.count, a.dim, out_t, t.lanes);
+  const T* out = row_of<const T>(a.out, a.out_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
+  load_transposed(out, a.out_strides.row, t.count, a.dim, out_t, t.lanes);
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec dot = Vec{};
     for (int64_t d = 0; d < a.dim; ++d)
@@ -132,9 +127,9 @@ void load_delta(const AttentionBackward& a, const Tile& t, const Buffers& s) {
     if (is_dead(a, t, i)) s.delta[i] = 0.f;
 }
 
-// dq -= (sum of ds - grad_lse) * mean key. The ds of a row sum to grad_lse where delta is exact; an error of delta leaves
-// -error * p in them, and -error * sum_j p_j k_j in dq: large where all keys share an offset, as the bias of their
-// projection makes it. Against keys from which their mean was taken, that offset is gone (under a softcap, its share).
+// dq -= (sum of ds - grad_lse) * mean key. Where delta is exact, the ds of a row sum to grad_lse. An error of delta
+// puts -error * p into ds and -error * sum_j p_j k_j into dq: much, where all keys share an offset, as the bias of
+// their projection gives them. Keys less their mean have no offset. With a softcap the sum is weighted by its slope.
 void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec excess = load(s.ds_sum + c) - load(s.grad_lse + c);
@@ -183,7 +178,7 @@ Operand from_key(Operand rows, int64_t j) {
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
 // and so is the output that delta = rowsum(grad * out) comes from. Where it costs little, both are computed again:
 //
-//   one_block     all keys in one block: the row's sum and delta come from probabilities that are there anyway
+//   one_block     all keys in one block: the row's sum and delta follow from the probabilities at hand
 //   few_queries   several blocks, few queries: one more pass over the keys
 //   many_queries  lse and delta as saved; a large lse is rounded so coarsely that rows would not sum to one, and the
 //                 sum alone is computed again; the error of delta is taken out of dQ by centring the keys
@@ -198,9 +193,8 @@ class TileGradients {
   }
 
   void run() const {
-    T* dq = static_cast<T*>(a_.dq) + t_.b * a_.dq_rows.batch + t_.h * a_.dq_rows.head +
-            (a_.q_start[t_.b] + t_.q0) * a_.dq_rows.row;
-    if (end_ <= begin_) return zero_rows(dq, a_.dq_rows.row, t_.count, a_.dim);
+    T* dq = row_of<T>(a_.dq, a_.dq_strides, t_.b, t_.h, a_.query_starts[t_.b] + t_.q0);
+    if (end_ <= begin_) return zero_rows(dq, a_.dq_strides.row, t_.count, a_.dim);
     load_tile<T>(a_, t_, s_);
     if (block_end(begin_, end_) == end_)
       one_block();
@@ -209,7 +203,7 @@ class TileGradients {
     else
       many_queries();
     for (int64_t c = 0; c < lanes_; c += kWidth) store(s_.scale + c, broadcast(float(a_.scale)));
-    store_transposed(s_.dq, lanes_, s_.scale, dq, a_.dq_rows.row, t_.count, a_.dim);
+    store_transposed(s_.dq, lanes_, s_.scale, dq, a_.dq_strides.row, t_.count, a_.dim);
   }
 
  private:
@@ -284,7 +278,8 @@ class TileGradients {
       value_gradients(j, keys);
       score_gradients(j, keys);
       sum_rows(s_.ds_sum, lanes_, keys, [&](int64_t x) { return load(s_.ds + x); });
-      if (softcap_) sum_rows(s_.slope_sum, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.slope + x); });
+      if (softcap_)
+        sum_rows(s_.slope_sum, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.slope + x); });
       add_gradients(j, keys);
     });
     centre_keys(a_, t_, s_);
@@ -322,7 +317,7 @@ class TileGradients {
     sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
   }
 
-  // From the sum of a row's p, in scale, to the factor that makes it one; delta: that factor goes into delta too.
+  // scale: from the sum of a row's p to the factor that makes it one. delta: whether s_.delta is multiplied by it too.
   void normalise(bool delta) const {
     for (int64_t i = 0; i < lanes_; ++i) {
       const bool dead = i >= t_.count || s_.scale[i] == 0.f;
@@ -351,12 +346,13 @@ class TileGradients {
 
   void add_gradients(int64_t j, int64_t keys) const {  // of a block, from p and ds
     if (a_.dbias) add_bias_gradient(a_, t_, j, keys, s_.ds);
-    if (a_.drelative) {
-      float* base =
-          a_.drelative + (t_.b * a_.heads + t_.h) * a_.relative_stride + a_.relative_zero + t_.q0 + t_.offset - j;
-      for (int64_t r = 0; r < keys; ++r)
+    if (a_.drelative_bias) {
+      float* row = a_.drelative_bias + (t_.b * a_.heads + t_.h) * a_.relative_bias_stride;
+      for (int64_t r = 0; r < keys; ++r) {
+        float* to = relative_row(a_, t_, j + r, row);
         for (int64_t c = 0; c < lanes_; c += kWidth)
-          store(base - r + c, load(base - r + c) + load(s_.ds + r * lanes_ + c));
+          store(to - c, load(to - c) + reversed(load(s_.ds + r * lanes_ + c)));
+      }
     }
     if (softcap_)
       for (int64_t x = 0; x < keys * lanes_; x += kWidth) store(s_.ds + x, load(s_.ds + x) * load(s_.slope + x));
@@ -387,16 +383,13 @@ void mean_row(Operand rows, int64_t count, int64_t dim, float* mean) {
 
 template <class T>
 void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const Buffers& s) {
-  const int64_t padded = round_up(a.dim, kWidth), keys = a.k_count[b], group = a.heads / a.key_heads;
-  const auto at = [&](auto* data, const Rows& rows) {
-    return data + b * rows.batch + hk * rows.head + a.k_start[b] * rows.row;
-  };
-  const T* k = at(static_cast<const T*>(a.k), a.k_rows);
-  const T* v = at(static_cast<const T*>(a.v), a.v_rows);
-  Operand key_rows{k, a.k_rows.row * 4, 4}, value_rows{v, a.v_rows.row * 4, 4};
+  const int64_t padded = round_up(a.dim, kWidth), keys = a.key_lengths[b], group = a.heads / a.key_heads;
+  const T* k = row_of<const T>(a.key, a.key_strides, b, hk, a.key_starts[b]);
+  const T* v = row_of<const T>(a.value, a.value_strides, b, hk, a.key_starts[b]);
+  Operand key_rows{k, a.key_strides.row * 4, 4}, value_rows{v, a.value_strides.row * 4, 4};
   if constexpr (sizeof(T) == 2) {
-    load_rows(k, a.k_rows.row, keys, a.dim, s.keys, padded);
-    load_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
+    load_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
+    load_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
     key_rows = {s.keys, padded * 4, 4};
     value_rows = {s.values, padded * 4, 4};
   }
@@ -404,20 +397,20 @@ void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const 
   __builtin_memset(s.dk, 0, size_t(keys * padded) * 4);
   __builtin_memset(s.dv, 0, size_t(keys * padded) * 4);
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
-    for (int64_t q0 = 0; q0 < a.q_count[b]; q0 += kQueries)
+    for (int64_t q0 = 0; q0 < a.query_lengths[b]; q0 += kQueries)
       TileGradients<T>(a, make_tile(a, b, h, q0), key_rows, value_rows, s).run();
-  T* dk = at(static_cast<T*>(a.dk), a.dk_rows);
-  T* dv = at(static_cast<T*>(a.dv), a.dv_rows);
-  store_rows(s.dk, padded, float(a.scale), dk, a.dk_rows.row, keys, a.dim);
-  store_rows(s.dv, padded, 1.f, dv, a.dv_rows.row, keys, a.dim);
-  zero_rows(dk + keys * a.dk_rows.row, a.dk_rows.row, a.key_rows[b] - keys, a.dim);
-  zero_rows(dv + keys * a.dv_rows.row, a.dv_rows.row, a.key_rows[b] - keys, a.dim);
+  T* dk = row_of<T>(a.dk, a.dk_strides, b, hk, a.key_starts[b]);
+  T* dv = row_of<T>(a.dv, a.dv_strides, b, hk, a.key_starts[b]);
+  store_rows(s.dk, padded, float(a.scale), dk, a.dk_strides.row, keys, a.dim);
+  store_rows(s.dv, padded, 1.f, dv, a.dv_strides.row, keys, a.dim);
+  zero_rows(dk + keys * a.dk_strides.row, a.dk_strides.row, a.key_rows[b] - keys, a.dim);
+  zero_rows(dv + keys * a.dv_strides.row, a.dv_strides.row, a.key_rows[b] - keys, a.dim);
 }
 
 template <class T>
 void backward_all(const AttentionBackward& a) {
   // Items that add to the same slice of dbias are one item, in order.
-  const bool join_batch = a.dbias && a.dbias_stride[0] == 0, join_heads = a.dbias && a.dbias_stride[1] == 0;
+  const bool join_batch = a.dbias && a.dbias_strides[0] == 0, join_heads = a.dbias && a.dbias_strides[1] == 0;
   const int64_t batches = join_batch ? 1 : a.batch, heads = join_heads ? 1 : a.key_heads, items = batches * heads;
   share_out(items, threads_for(a, 1e5), [&] {
     return [&, s = take_buffers(a)](int64_t item) {
