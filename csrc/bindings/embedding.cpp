@@ -66,7 +66,7 @@ void embedding_gradient(Tensor grad_v, Tensor ids, int64_t padding_idx, Tensor g
 }  // namespace tf
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
-  m.impl("cpu_embedding_norm_forward", TORCH_BOX(&tf::embedding_layer_norm_forward));
-  m.impl("cpu_embedding_norm_backward", TORCH_BOX(&tf::embedding_layer_norm_backward));
+  m.impl("cpu_embedding_layer_norm_forward", TORCH_BOX(&tf::embedding_layer_norm_forward));
+  m.impl("cpu_embedding_layer_norm_backward", TORCH_BOX(&tf::embedding_layer_norm_backward));
   m.impl("cpu_embedding_gradient", TORCH_BOX(&tf::embedding_gradient));
 }

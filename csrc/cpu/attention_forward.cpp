@@ -135,9 +135,10 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
     store(s.correction + c, total == Vec{} ? broadcast(0.f) : 1.f / total);
   }
   store_transposed(s.out, lanes, s.correction, out, a.out_strides.row, t.count, a.dim);
-  const float scale = fold ? float(a.scale) : 1.f;
-  for (int64_t i = 0; lse && i < t.count; ++i)
-    lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * scale + __builtin_logf(s.total[i]);
+  for (int64_t i = 0; i < t.count; ++i)
+    if (lse)
+      lse[i] =
+          s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
 }
 
 template <class T, bool Pairs>

@@ -3,7 +3,7 @@
 import torch
 
 from . import Backend, Call, gemm, memory, native, native_attention, relative_bias
-from .native_attention import unit_stride
+from .native_attention import unit_stride as _unit_stride
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
@@ -43,7 +43,7 @@ class CpuBackend(Backend):
             drelative = relative.new_zeros((sequences, *relative.shape))
         grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
         _ops.cpu_attention_backward.default(
-            unit_stride(grad_out), grad_lse, unit_stride(out), lse.contiguous(),
+            _unit_stride(grad_out), grad_lse, _unit_stride(out), lse.contiguous(),
             *native_attention.arguments(spec, relative), dq, dk, dv, dbias, drelative,
         )  # fmt: skip
         if drelative is not None:
@@ -170,7 +170,7 @@ def gate_panels(weight: torch.Tensor) -> torch.Tensor:
     rows, width = weight.shape
     of_each = -(-width // _PANEL)
     panels = memory.empty((rows // width * of_each, width, _PANEL), torch.float32, weight.device)
-    weight = unit_stride(weight.detach())
+    weight = _unit_stride(weight.detach())
     if width % _PANEL == 0:
         _ops.cpu_pack_weight.default(weight, panels)
     else:
@@ -183,7 +183,7 @@ def back_panels(weight: torch.Tensor) -> torch.Tensor:
     """The same weight for the steps back."""
     rows, width = weight.shape
     panels = memory.empty((-(-width // _PANEL), rows, _PANEL), torch.float32, weight.device)
-    _ops.cpu_pack_weight.default(unit_stride(weight.detach()).t(), panels)
+    _ops.cpu_pack_weight.default(_unit_stride(weight.detach()).t(), panels)
     return panels
 
 
