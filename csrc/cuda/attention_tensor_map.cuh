@@ -3,7 +3,7 @@
 #include <string>
 
 #include "attention.hpp"
-#include "ptx_sm90.cuh"
+#include "ptx.cuh"
 
 namespace tf::cuda {
 
