@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_fast.backends import eager
-from transformer_fast.generation.native_step import StepDescription
+from transformer_fast.generation import StepDescription
 from transformer_fast.layers import LayerWeights, TransformerSpec
 from transformer_fast.layers.projection import register_transposed
 

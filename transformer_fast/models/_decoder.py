@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -11,18 +10,26 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import logging
 
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Rotary, SlotTable, TransformerSpec, documents_of, plan_call, run_layers
-from ..layers.embeddings import check_indices, embed
+from ..layers import Packing, Rotary, SlotTable, TransformerSpec, documents_of
+from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm, rms_norm_of
-from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
+from ._base import ModelMixin, Want, activation_name, check_inputs
 from ._forward import public_forward
 from ._gpt import causal_logits, classify_last, shifted_labels
-from ._heads import is_labelled, kept_positions, per_position, span_loss, token_loss
+from ._heads import (
+    every_position,
+    is_labelled,
+    kept_positions,
+    per_position,
+    span_loss,
+    span_scores,
+    token_loss,
+)
+from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
 
 __all__ = [
     "LLAMA_SLOTS",
@@ -35,8 +42,6 @@ __all__ = [
     "head_forward",
     "spec_of",
 ]
-
-logger = logging.get_logger(__name__)
 
 # Where the layers of Llama, and of the families that followed it, hold what a layer is made of.
 LLAMA_SLOTS = {
@@ -86,7 +91,7 @@ def spec_of(config, **differences) -> TransformerSpec:
     return TransformerSpec(**known | differences)
 
 
-class DecoderBase(ModelMixin):
+class DecoderBase(Stack, ModelMixin):
     """For base models. A family says what its layers compute and where they and the embeddings are."""
 
     _slots: SlotTable
@@ -120,33 +125,34 @@ class DecoderBase(ModelMixin):
         """Whether the angle of a position is the same however long the sequence is."""
         return getattr(self.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
 
-    def run(self, want: Want, kwargs: dict, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values):
-        config, layers = self.config, list(self.layers[: self.config.num_hidden_layers])
-        source = check_inputs(input_ids, inputs_embeds, config.hidden_size)
-        (batch, length), device = source.shape[:2], source.device
-        flags = read_flags(config, kwargs, len(layers))
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is not None:
-            check_integers("position_ids", position_ids, (batch, length))
-            position_ids = position_ids.view(-1, length)
-        if input_ids is not None:
-            check_indices("input_ids", input_ids, self.embed_tokens.num_embeddings, "config.vocab_size")
-        documents = None
-        if attention_mask is None and past_key_values is None:
-            documents = documents_of((batch, length), position_ids, kwargs)
-        call = plan_call(
-            self.spec(), attention_mask, batch, length, device, past_key_values=past_key_values, documents=documents,
-            read=want.read, read_first=want.read_first, attentions=flags.attentions,
+    def _layers(self):
+        return list(self.layers)[: self.config.num_hidden_layers]
+
+    def _words(self) -> Any:
+        return self.embed_tokens
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return self.spec()
+
+    def _causal(self, kwargs: dict) -> bool:
+        return True
+
+    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
+        return documents_of(shape, inputs.position_ids, kwargs)
+
+    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> Rotary:
+        if positions is None:
+            positions = (packing.columns(device) + past)[None]
+        return Rotary.of(packing, *self.angles(positions))
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        return embed(
+            packing, self.embed_tokens, None, None, None, None, input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
-        if position_ids is None:
-            position_ids = (call.packing.columns(device) + past)[None]
-        call.rotary = Rotary.of(call.packing, *self.angles(position_ids))
-        rows = embed(
-            call.packing, self.embed_tokens, None, None, None, None, input_ids=input_ids, inputs_embeds=inputs_embeds,
-            position_ids=None, segment_ids=None,
-        )  # fmt: skip
-        rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
-        return Encoded.of(norm(self.norm, rows), call, None, past_key_values, flags, len(layers))
+
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
+        return norm(self.norm, rows)
 
 
 def base_forward(hf_class: Any):
@@ -169,10 +175,9 @@ def base_forward(hf_class: Any):
                 self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache,
                 **{CACHE_NAME: past_key_values}, **kwargs,
             )  # fmt: skip
-        past_key_values = _prepare_cache(self, past_key_values, use_cache)
-        encoded = self.run(
-            want or Want(), kwargs, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        )
+        cache, _ = decoding_cache(self, past_key_values, use_cache)
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        encoded = run_stack(self, inputs, want or Want(), kwargs, Context(cache, returns_cache=True))
         if want is not None:
             return encoded
         output = BaseModelOutputWithPast(
@@ -190,19 +195,6 @@ def _is_for_hf(model: Any, attention_mask, cache) -> bool:
     return bool(cache is not None and getattr(cache, "is_compileable", False) and model.base_model.spec().windows)
 
 
-def _prepare_cache(model: Any, past_key_values, use_cache: bool | None):
-    """HF's rule, but in training a cache is made only when asked for."""
-    if use_cache is None:
-        use_cache = getattr(model.config, "use_cache", False) and not model.training
-    if model.gradient_checkpointing and model.training:
-        if use_cache or past_key_values is not None:
-            logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
-        return None
-    if use_cache and past_key_values is None:
-        return DynamicCache(config=model.config)
-    return past_key_values
-
-
 class CausalLM(GenerationMixin):
     """For models with a language modelling head; before ModelMixin and HF's class."""
 
@@ -216,7 +208,7 @@ class CausalLM(GenerationMixin):
         body = self.base_model
         spec = body.spec()
         return StepDescription(
-            self, [body._slots.read(layer) for layer in body.layers[: self.config.num_hidden_layers]], spec,
+            self, [body._slots.read(layer) for layer in body._layers()], spec,
             body.embed_tokens, self.lm_head, embed_scale=body.embed_scale(), final_norm=body.norm,
             rotary=body.table_of_angles, logits_softcap=self.logits_softcap(),
             refused="" if body.angles_are_fixed() else "the angles of its rotary positions change with the length",
@@ -297,11 +289,9 @@ class Heads(ModelMixin):
         padding is computed, as HF's loss counts it."""
         source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.hidden_size)
         scored = labels is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        read = every_position(source) if scored else None
         encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
-        logits = linear(self.qa_outputs, encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
         loss = span_loss(start, end, *labels) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
