@@ -51,7 +51,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
     relative = _relative_bias(spec)
     delta = memory.empty(lse.shape, torch.float32, lse.device)
-    drelative = None if dtable is None else torch.zeros_like(relative)
+    drelative = None if dtable is None or relative is None else torch.zeros_like(relative)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
         unit_stride(grad_out), grad_lse, unit_stride(out), lse.contiguous(), *_arguments(spec, relative),
