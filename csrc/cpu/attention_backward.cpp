@@ -110,17 +110,21 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   }
 }
 
-// delta = rowsum(grad * out), added up in the order in which gemm adds up grad * value: the score of a row that attends
-// to one key then has a gradient of exactly zero.
+// delta = rowsum(grad * out), added up in the order in which gemm, in chains of that length, adds up grad * value: the
+// score of a row that attends to one key then has a gradient of exactly zero.
 template <class T>
-void load_delta(const AttentionBackward& a, const Tile& t, const Buffers& s) {
+void load_delta(const AttentionBackward& a, const Tile& t, int64_t chain, const Buffers& s) {
   float* out_t = s.dq;  // not yet in use
   const T* out = row_of<const T>(a.out, a.out_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
   load_transposed(out, a.out_strides.row, t.count, a.dim, out_t, t.lanes);
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec dot = Vec{};
-    for (int64_t d = 0; d < a.dim; ++d)
-      dot = fma(load(s.grads_t + d * t.lanes + c), load(out_t + d * t.lanes + c), dot);
+    for (int64_t d = 0; d < a.dim; d += chain) {
+      Vec part = Vec{};
+      for (int64_t i = d; i < a.dim && i < d + chain; ++i)
+        part = fma(load(s.grads_t + i * t.lanes + c), load(out_t + i * t.lanes + c), part);
+      dot = dot + part;
+    }
     store(s.delta + c, dot);
   }
   for (int64_t i = 0; i < t.lanes; ++i)
@@ -178,7 +182,7 @@ Operand from_key(Operand rows, int64_t j) {
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
 // and so is the output that delta = rowsum(grad * out) comes from. Where it costs little, both are computed again:
 //
-//   one_block     all keys in one block: the row's sum and delta follow from the probabilities at hand
+//   one_block     keys that fit a block, wherever they begin: sum and delta follow from the probabilities at hand
 //   few_queries   several blocks, few queries: one more pass over the keys
 //   many_queries  lse and delta as saved; a large lse is rounded so coarsely that rows would not sum to one, and the
 //                 sum alone is computed again; the error of delta is taken out of dQ by centring the keys
@@ -190,13 +194,15 @@ class TileGradients {
         padded_(round_up(a.dim, kWidth)), to_log2_(log2_factor(a)), softcap_(a.softcap != 0.f),
         dropout_(a.dropout.threshold != 0) {
     key_range(a, t, begin_, end_);
+    const int64_t visible = end_ - begin_;
+    chain_ = chain_of(t.count < visible ? t.count : visible);
   }
 
   void run() const {
     T* dq = row_of<T>(a_.dq, a_.dq_strides, t_.b, t_.h, a_.query_starts[t_.b] + t_.q0);
     if (end_ <= begin_) return zero_rows(dq, a_.dq_strides.row, t_.count, a_.dim);
     load_tile<T>(a_, t_, s_);
-    if (block_end(begin_, end_) == end_)
+    if (end_ - begin_ <= kKeys)
       one_block();
     else if (t_.count <= kFewQueries)
       few_queries();
@@ -262,7 +268,7 @@ class TileGradients {
   }
 
   void many_queries() const {
-    load_delta<T>(a_, t_, s_);
+    load_delta<T>(a_, t_, chain_, s_);
     if (largest_lse(s_, lanes_) > kPreciseLse) {
       clear(s_.scale, lanes_);
       for_each_block([&](int64_t j, int64_t keys) {
@@ -289,11 +295,10 @@ class TileGradients {
   void for_each_block(const F& f) const {
     for (int64_t j = begin_; j < end_; j = block_end(j, end_)) f(j, block_end(j, end_) - j);
   }
-  int64_t chain(int64_t keys) const { return chain_of(t_.count < keys ? t_.count : keys); }
 
   void scores(int64_t j, int64_t keys) const {  // into p
     gemm(Write::kStore, keys, lanes_, a_.dim, from_key(key_rows_, j), s_.queries_t, lanes_, s_.p, lanes_, nullptr,
-         chain(keys));
+         chain_);
     if (!folds_scale(a_)) finish_scores(a_, t_, j, keys, s_.p, softcap_ ? s_.slope : nullptr);
     mask_edges(a_, t_, j, keys, s_.p);
   }
@@ -309,7 +314,7 @@ class TileGradients {
 
   void value_gradients(int64_t j, int64_t keys) const {  // d loss / d (probability times dropout factor), into ds
     gemm(Write::kStore, keys, lanes_, a_.dim, from_key(value_rows_, j), s_.grads_t, lanes_, s_.ds, lanes_, nullptr,
-         chain(keys));
+         chain_);
   }
 
   void add_sums(int64_t keys) const {  // of p into scale, of p * ds into delta
@@ -367,7 +372,7 @@ class TileGradients {
   const Tile t_;
   const Operand key_rows_, value_rows_;
   const Buffers s_;
-  int64_t begin_, end_;
+  int64_t begin_, end_, chain_;  // chain_: of gemm
   const int64_t lanes_, padded_;
   const float to_log2_;
   const bool softcap_, dropout_;
