@@ -25,6 +25,7 @@ from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, is_plain, linear
 from ._base import Encoded, ModelMixin, Want, check_inputs, read_flags
 from ._heads import IGNORE, classification_loss, kept_positions, span_loss
+from ._layer import kept_layers
 
 __all__ = [
     "CausalLMHead",
@@ -114,11 +115,8 @@ class StackBase(ModelMixin):
             )
 
     def _kept_layers(self) -> list[nn.Module]:
-        """All layers, or in training those that LayerDrop (Fan et al., 2020) keeps, drawn as HF draws them."""
-        p = getattr(self, "layerdrop", 0.0)
-        if not self.training or not p:
-            return list(self._layers())
-        return [layer for layer in self._layers() if not torch.rand([]) < p]
+        """Those that this call runs."""
+        return kept_layers(self, self._layers())
 
     def _encode(self, want: Want | None, input_ids, attention_mask, inputs_embeds, kwargs):
         """An encoder's forward: Encoded when one of our models asks, else HF's output."""
