@@ -57,7 +57,8 @@ def shaped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_g
     if rank < 4:  # (N, S, D): one head
         tensors = {name: t[(None,) * (3 - t.dim())].unsqueeze(1) for name, t in tensors.items()}
     else:
-        tensors = {name: t[(None,) * (rank - t.dim())] for name, t in tensors.items()}
+        # One that has all dimensions stays itself, which tells the caller that nothing was changed.
+        tensors = {name: t if t.dim() == rank else t[(None,) * (rank - t.dim())] for name, t in tensors.items()}
     batch = _broadcast_batch(tensors)
     heads = _heads(tensors, enable_gqa)
     flat = []
