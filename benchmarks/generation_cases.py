@@ -30,8 +30,8 @@ _LARGE_SEQ2SEQ = {
 _OUR_TOKENS = {"pad_token_id": 0, "eos_token_id": 2}
 
 # name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small, facebook/bart-base,
-# facebook/nllb-200-distilled-600M, facebook/mbart-large-cc25, HuggingFaceTB/SmolLM-135M and Qwen/Qwen3-0.6B; of the base
-# model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units a direction.
+# facebook/nllb-200-distilled-600M, facebook/mbart-large-cc25, HuggingFaceTB/SmolLM-135M and Qwen/Qwen3-0.6B; of the
+# base model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units a direction.
 MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2LMHeadModel", {"bos_token_id": 50256, "eos_token_id": 50256}),
     "marian": ("MarianMTModel", {

@@ -23,8 +23,8 @@ class Decoder(nn.Module):
     def __init__(self, *, width=24, heads=3, head_dim=8, inner=40, layers=2, pre_norm=True, rms=False, bias=True,
                  fused=False, transposed=False, gated=False, activation="gelu_tanh", positions=True, relative=False,
                  cross=False, embedding_norm=False, final_norm=True, embed_scale=1.0, head_scale=1.0, head_bias=False,
-                 scale=None, scale_by_layer=False, key_heads=None, rotary=0, interleaved=False, head_norms=False, by_head=False,
-                 after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0, windows=()):  # fmt: skip
+                 scale=None, scale_by_layer=False, key_heads=None, rotary=0, interleaved=False, head_norms=False,
+                 by_head=False, after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0, windows=()):  # fmt: skip
         super().__init__()
         self.spec = TransformerSpec(
             heads, head_dim, scale, True, "pre" if pre_norm else "post", activation, gated,

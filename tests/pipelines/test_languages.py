@@ -1,4 +1,4 @@
-"""Translation by mBART and NLLB with their own tokenizers, trained here: languages are told to tokenizer and decoder."""
+"""Translation by mBART and NLLB with their own tokenizers, trained here: both sides are told the language."""
 
 import json
 
@@ -34,9 +34,8 @@ def checkpoint(request, texts, tmp_path):
     else:
         pieces = {"vocab": [tuple(piece) for piece in state["vocab"]]}
     tokenizer = getattr(transformers, kind)(**pieces, model_max_length=128)
-    sizes = {name: 2 for name in ("encoder_layers", "decoder_layers")}
-    sizes |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
-              (("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in sizes.items()}
     config = getattr(transformers, config_class)(
         vocab_size=len(tokenizer), d_model=32, max_position_embeddings=128, pad_token_id=1, bos_token_id=0,
         eos_token_id=2, decoder_start_token_id=2, init_std=0.4, forced_eos_token_id=None, **sizes,
