@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_fast.backends import eager
-from transformer_fast.generation.native_step import StepDescription
+from transformer_fast.generation import StepDescription
 from transformer_fast.layers import LayerWeights, TransformerSpec
 from transformer_fast.layers.projection import register_transposed
 
@@ -24,7 +24,8 @@ class Decoder(nn.Module):
                  fused=False, transposed=False, gated=False, activation="gelu_tanh", positions=True, relative=False,
                  cross=False, embedding_norm=False, final_norm=True, embed_scale=1.0, head_scale=1.0, head_bias=False,
                  scale=None, scale_by_layer=False, key_heads=None, rotary=0, interleaved=False, head_norms=False,
-                 by_head=False, after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0, windows=()):  # fmt: skip
+                 by_head=False, after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0,
+                 windows=()):  # fmt: skip
         super().__init__()
         self.spec = TransformerSpec(
             heads, head_dim, scale, True, "pre" if pre_norm else "post", activation, gated,

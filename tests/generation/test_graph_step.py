@@ -59,9 +59,7 @@ def test_post_norm_decoder(device, served):
 
 
 def test_a_cache_that_grows(device, served, monkeypatch):
-    from transformer_fast.generation import graph_step
-
-    monkeypatch.setattr(graph_step, "_GROWTH", 4)
+    monkeypatch.setattr(GraphStepper, "growth", 4)
     check(*models(), device, served, "left", max_new_tokens=20, num_beams=2)
     assert served[0]._cache.store.shape[4] > 9 + 4
 

@@ -1,7 +1,7 @@
 """Generation: one engine for every decoder, under Hugging Face's generate."""
 
 from .mixin import GenerationMixin
-from .native_step import StepDescription
+from .step_description import StepDescription
 from .stepper import Prompt, Stepper, choose_stepper
 from .weights import set_weight_storage
 

@@ -13,7 +13,7 @@ _SLACK = 256  # positions allocated beyond the prompt when nobody knows how long
 class StepCache(Cache):
     """Keys and values of all layers in one tensor (layers, 2, rows, H, capacity, D).
 
-    The prompts' are kept as they come, (B, H, S, D) a layer; `open` then gives each its `copies` rows, and every
+    The prompts' are kept as they come, (B, H, S, D) per layer; `open` then gives each its `copies` rows, and every
     further position is written where it belongs. Nothing is concatenated.
     """
 

@@ -1,4 +1,4 @@
-"""Decoding on a GPU as one captured CUDA graph a token. Not yet run on a GPU.
+"""Decoding on a GPU as one captured CUDA graph per token. Not yet run on a GPU.
 
 Every tensor of a step keeps its place: tokens, positions and lengths in, logits out, keys and values in a cache that
 attention extends where it lies. The first step runs kernel by kernel, the second is captured, the others are replays of
@@ -15,14 +15,13 @@ import torch
 from .. import ops
 from ..layers import Packing, StackCall, transformer_layer
 from ..layers.projection import linear, norm
+from .described_step import DescribedStepper
 from .model_step import ModelStepper
-from .native_step import StepDescription
-from .prompts import encoder_mask, encoder_states, kept_columns, kept_first, last_positions, why_not_prompt
+from .prompts import encoder_states, kept_columns, kept_first
+from .step_description import StepDescription
 from .stepper import Prompt
 
 __all__ = ["GraphStepper"]
-
-_GROWTH = 512  # positions allocated beyond what is held: a longer answer moves to a larger cache
 
 
 class AppendedCache:
@@ -38,45 +37,37 @@ class AppendedCache:
         self.is_updated = {} if cross is None else dict.fromkeys(range(len(cross.layers)), True)
 
     def attend(self, query, key, value, index: int, scale: float | None, relative_bias) -> torch.Tensor:
-        """(rows, H, 1, D): one new position a row, on all that the row holds with it."""
+        """(rows, H, 1, D): one new position per row, on all that the row holds with it."""
         keys, values = self.store[index]
         return ops.kv_cache_attention(
             query, key, value, keys, values, self.lengths, scale=scale, relative_bias=relative_bias
         )
 
 
-class GraphStepper:
+class GraphStepper(DescribedStepper):
     """See Stepper."""
 
     anywhere = False  # also on the CPU, where there is nothing to capture: for tests
 
     def __init__(self, model: Any, prompt: Prompt):
-        self._model, self._prompt = model, prompt
-        self._description: StepDescription = model.step_description()
+        super().__init__(model, prompt)
         self._replay: Callable[[], None] | None = None
         self._steps = 0
         self._sharing = prompt.copies  # rows for each set of encoder keys
 
     @classmethod
-    def why_not(cls, model: Any, prompt: Prompt) -> str:
-        describe = getattr(model, "step_description", None)
-        if describe is None:
-            return f"{type(model).__name__} does not describe its decoding step"
-        device = prompt.input_ids.device
-        if device.type != "cuda" and not cls.anywhere:
-            return f"device {device} has no CUDA graphs"
-        if reason := why_not_prompt(prompt):
-            return reason
-        description = describe()
-        if description.has_cross_attention != (encoder_states(prompt) is not None):
-            return "either the decoder's cross-attention or the prompt's encoder states are missing"
+    def _why_not_on(cls, device: torch.device) -> str:
+        return "" if device.type == "cuda" or cls.anywhere else f"device {device} has no CUDA graphs"
+
+    @classmethod
+    def _why_not_described(cls, description: StepDescription, prompt: Prompt) -> str:
         if description.rotary is not None or description.logits_softcap:
-            return "it has rotary positions or a softcap on its logits, which a captured step has not"
+            return "it has rotary positions or a softcap on its logits, which a captured step does not compute"
         if description.relative_bias is not None and not bool(kept_columns(prompt).all()):
             return "relative positions count padding, which this cache does not hold"
-        spec = description.spec
+        spec, device = description.spec, prompt.input_ids.device
         if spec.heads_of_keys != spec.num_heads or spec.windows or spec.softcap:
-            return "its attention shares key heads, has windows or a softcap, which a captured step has not"
+            return "its attention shares key heads, has windows or a softcap, which a captured step does not compute"
         reason = description.why_not_modules()
         if reason:
             return reason
@@ -88,15 +79,13 @@ class GraphStepper:
         prompt, description = self._prompt, self._description
         inner = ModelStepper(self._model, replace(prompt, copies=1, max_length=0))
         logits = inner.start()
-        pairs, device = inner.key_values(), prompt.input_ids.device
-        row = torch.arange(prompt.rows, device=device) // prompt.copies
+        pairs, device, row = inner.key_values(), prompt.input_ids.device, self._prompt_of_row()
         kept = kept_columns(prompt)
         order, self._lengths = kept_first(kept)
         self._lengths = self._lengths[row]
         batch, heads, self._length, dim = pairs[0][0].shape
         self._shortest = int(kept.sum(1).min())  # positions before it never move
-        room = self._length + min(max(prompt.max_length - self._length, 1), _GROWTH)
-        store = pairs[0][0].new_empty((len(pairs), 2, prompt.rows, heads, room, dim))
+        store = pairs[0][0].new_empty((len(pairs), 2, prompt.rows, heads, self._room(self._length), dim))
         by_prompt = store.unflatten(2, (batch, prompt.copies))
         for index, pair in enumerate(pairs):
             for kind, states in enumerate(pair):
@@ -106,7 +95,9 @@ class GraphStepper:
         cross, cross_lengths = self._cross(inner)
         self._cache = AppendedCache(store, self._lengths, cross)
         self._tokens = torch.zeros(prompt.rows, dtype=torch.int64, device=device)
-        self._positions = self._first_positions(row)
+        self._begin_positions()
+        if self._positions is not None:
+            self._positions = self._positions[row]
         states = encoder_states(prompt)
         relative = description.relative_bias
         self._call = StackCall(
@@ -122,15 +113,11 @@ class GraphStepper:
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        limit, offset = self._description.most_positions, self._description.position_offset
-        if limit is not None and self._last >= limit:
-            raise ValueError(
-                f"max_new_tokens: position {self._last} is past the model's {limit} positions; ask for fewer tokens"
-            )
+        self._check_position()
         if self._length == self._cache.store.shape[4]:
             self._grow()
-        position = self._description.position
-        if limit is None and position is not None and self._last + offset >= position.weight.shape[0]:
+        position, rows = self._description.position, self._last + self._description.position_offset
+        if hasattr(position, "cover") and rows >= position.weight.shape[0]:
             position.cover(2 * position.weight.shape[0])
             self._forget()
         self._tokens.copy_(tokens)
@@ -164,8 +151,7 @@ class GraphStepper:
         store = self._cache.store[:, :, :, :, : self._length]
         kept = kept_columns(self._prompt)
         if not bool(kept.all()):  # back to the columns they had; what the prompt's padding held is zeros
-            row = torch.arange(self._prompt.rows, device=kept.device) // self._prompt.copies
-            kept = torch.nn.functional.pad(kept, (0, self._length - kept.shape[1]), value=True)[row]
+            kept = torch.nn.functional.pad(kept, (0, self._length - kept.shape[1]), value=True)[self._prompt_of_row()]
             place = (kept.cumsum(1) - 1).clamp(min=0)[None, None, :, None, :, None]
             store = store.take_along_dim(place, 4) * kept[:, None, :, None]
         return [(pair[0], pair[1]) for pair in store]
@@ -214,29 +200,19 @@ class GraphStepper:
 
     def _grow(self) -> None:
         store = self._cache.store
-        shape = (*store.shape[:4], store.shape[4] + _GROWTH, store.shape[5])
+        shape = (*store.shape[:4], store.shape[4] + self.growth, store.shape[5])
         self._cache.store = store.new_empty(shape)
         self._cache.store[:, :, :, :, : self._length] = store
         self._forget()
 
-    # ---- what a step begins with ---------------------------------------------------------------------
-    def _first_positions(self, row: torch.Tensor) -> torch.Tensor | None:
-        """(rows,): where the next token's embedding lies."""
-        positions = last_positions(self._prompt)
-        self._last = int(positions.max())
-        if self._description.position is None:
-            return None
-        return positions[row] + self._description.position_offset
-
+    # ---- the encoder ---------------------------------------------------------------------------------
     def _cross(self, inner: ModelStepper) -> tuple[Any, torch.Tensor | None]:
-        """The encoder's keys and values, those that its mask keeps first, and how many: attention knows no order."""
+        """The encoder's keys and values, and how many of each prompt's count."""
         if inner._cross is None or encoder_states(self._prompt) is None:
             return None, None
-        cross, mask = inner._cross.cross_attention_cache, encoder_mask(self._prompt)
-        if mask is None:
+        cross, (order, lengths) = inner._cross.cross_attention_cache, self._kept_encoder()
+        if order is None:
             return cross, None
-        order, lengths = kept_first(mask)
-        assert order is not None
         for layer in cross.layers:
             layer.keys, layer.values = (
                 t.take_along_dim(order[:, None, :, None], 2) for t in (layer.keys, layer.values)
@@ -244,7 +220,7 @@ class GraphStepper:
         return cross, lengths
 
     def _spread_cross(self, cross: Any, index: torch.Tensor) -> None:
-        """Row r's encoder keys for row index[r], one set a row from now on."""
+        """Row r's encoder keys for row index[r], one set per row from now on."""
         source, self._sharing = index // self._sharing, 1
         for layer in cross.layers:
             layer.keys, layer.values = layer.keys.index_select(0, source), layer.values.index_select(0, source)

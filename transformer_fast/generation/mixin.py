@@ -1,7 +1,6 @@
 """generate(): HF's signature and results, by this package's engine wherever it can."""
 
 import functools
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,11 @@ from transformers.generation import utils as hf
 
 from .._transformers import CACHE_NAME, merge_cache_names
 from .beam import beam_search
+from .decoder_state import decoder_state
 from .sample import Record, sample
 from .stepper import Prompt, Stepper, choose_stepper
 
 __all__ = ["GenerationMixin"]
-
-# The caches that HF has made for calls of generate, which nobody else reads. A user's own are not among them.
-_MADE: weakref.WeakSet = weakref.WeakSet()
 
 
 class GenerationMixin:
@@ -41,7 +38,7 @@ class GenerationMixin:
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """As HF's generate, whose arguments it has, with one more keyword.
 
-        generators: one torch.Generator a row (prompts times num_return_sequences) for sampling: each row's draws are
+        generators: one torch.Generator per row (prompts times num_return_sequences) for sampling: each row's draws are
             its own, whatever it is batched with.
         Raises ValueError for empty batches and prompts, and for masks of another shape.
         """
@@ -83,7 +80,8 @@ class GenerationMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE_NAME)
         if isinstance(made, Cache):
-            (_MADE.add if given is None else _MADE.discard)(made)
+            own = decoder_state(self).made  # a user's own cache is not among them
+            (own.add if given is None else own.discard)(made)
 
     def _sample(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
@@ -166,7 +164,7 @@ class GenerationMixin:
             self.runs_as_hugging_face
             or synced_gpus
             or not self._is_our_cache(decoder_cache, config)
-            or (cache is not None and cache not in _MADE)
+            or (cache is not None and cache not in decoder_state(self).made)
             or not config.use_cache
             or config.output_attentions
             or config.output_hidden_states

@@ -1,4 +1,4 @@
-"""A decoder's own forward, one token a row and call, on a cache written in place: works for every model and device."""
+"""A decoder's own forward, one token per row and call, on a cache written in place: for every model and device."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _PER_STEP = ("attention_mask", "position_ids", "token_type_ids", "decoder_attent
 
 
 class ModelStepper:
-    """See Stepper. Prompts run once, not once a row; rows of one prompt share the encoder's keys and values."""
+    """See Stepper. Prompts run once, not once per row; rows of one prompt share the encoder's keys and values."""
 
     def __init__(self, model: Any, prompt: Prompt):
         self.model, self.prompt = model, prompt

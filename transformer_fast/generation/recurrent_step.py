@@ -1,4 +1,4 @@
-"""A recurrent decoder, one token a row and call: its state is its cache, however long the output."""
+"""A recurrent decoder, one token per row and call: its state is its cache, however long the output."""
 
 from typing import Any
 

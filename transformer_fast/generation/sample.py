@@ -36,7 +36,7 @@ class Record:
 
 
 def draw(scores: torch.Tensor, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
-    """One token a row from softmax(scores): by HF's own draw, or row r by generators[r]."""
+    """One token per row from softmax(scores): by HF's own draw, or row r by generators[r]."""
     probabilities = torch.softmax(scores, -1)
     if generators is None:
         return torch.multinomial(probabilities, num_samples=1).squeeze(1)

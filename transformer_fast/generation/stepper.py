@@ -1,4 +1,4 @@
-"""How the engine and a decoder talk: a Stepper runs the prompt once and then one token a row and call."""
+"""How the engine and a decoder talk: a Stepper runs the prompt once and then one token per row and call."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ __all__ = ["Prompt", "Stepper", "choose_stepper"]
 
 @dataclass
 class Prompt:
-    """What generation begins with, one entry a prompt.
+    """What generation begins with, one entry per prompt.
 
     input_ids: (B, S) int64, the decoder's own; S = 0 where inputs_embeds alone are given.
     copies: how many rows continue each prompt (beams or samples): row r continues prompt r // copies.
@@ -50,7 +50,7 @@ class Stepper(Protocol):
         ...
 
     def start(self) -> torch.Tensor:
-        """Run the prompts: the logits that follow their last column, (B, V), one entry a prompt and not a row."""
+        """Run the prompts: the logits that follow their last column, (B, V), one entry per prompt and not per row."""
         ...
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

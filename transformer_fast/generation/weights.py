@@ -1,28 +1,14 @@
 """How decoding on the CPU holds a model's weights: in place, or in copies that are kept between generations."""
 
-import weakref
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from ..backends.contents import mirror_files
 from ..ops.decoder_step import DecoderCopies, DecoderTensors, DecoderWeights
 from ..ops.packed_weight import STORAGES
+from .decoder_state import decoder_state
 
 __all__ = ["decoder_weights", "kept_copies", "set_weight_storage"]
-
-
-@dataclass
-class _State:
-    """What is known of a model's weights. asked: (dtype, whether to copy) of set_weight_storage, or None."""
-
-    asked: tuple[torch.dtype | None, bool] | None = None
-    copies: DecoderCopies | None = None
-
-
-# Beside the models, not on them: copies and pickles of a model have none of it.
-_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 
 
 def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool | None = None) -> None:
@@ -51,23 +37,23 @@ def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, co
         raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype}")
     if dtype is not None and copy is False:
         raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
-    _states.pop(model, None)
-    if copy is not None or dtype is not None:
-        _states[model] = _State((dtype, copy is not False))
+    state = decoder_state(model)
+    state.copies = None
+    state.storage = None if copy is None and dtype is None else (dtype, copy is not False)
 
 
 def kept_copies(model: nn.Module) -> DecoderCopies | None:
     """The copies that the last generation has left."""
-    return _states[model].copies if model in _states else None
+    return decoder_state(model).copies
 
 
 def decoder_weights(model: nn.Module, tensors: DecoderTensors) -> DecoderWeights:
     """The model's weights `tensors` for a generation, with copies of them where there are to be some."""
-    state = _states.setdefault(model, _State())
+    state = decoder_state(model)
     copies = state.copies  # another thread may replace them meanwhile
     if copies is None or not copies.match(tensors):
         copies = state.copies = None
-        dtype, copy = state.asked or (None, mirror_files(tensors.weights()))
+        dtype, copy = state.storage or (None, mirror_files(tensors.weights()))
         if copy and tensors.weights():  # int8 modules have none to copy
             copies = state.copies = DecoderCopies(tensors, dtype)
     return DecoderWeights(tensors, copies)

@@ -83,7 +83,7 @@ class Disentangled:
         return torch.cat(found).index_select(0, self._order).flatten(-2)  # type: ignore[arg-type]
 
     def _of_distances(self, w: LayerWeights, table, heads, scale: float):
-        """K and Q, times scale, (H, 2 L - 1, D): K from the farthest distance down, Q up. None for one that is not."""
+        """K and Q, times scale, (H, 2 L - 1, D): K from the farthest distance down, Q up. None where there is none."""
         if table is None:
             return None, None
         if self.last is not None:  # of short sequences few rows are read

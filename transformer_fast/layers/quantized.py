@@ -1,4 +1,4 @@
-"""Linear modules in int8, and the part of a layer that is computed as one when all of its are."""
+"""Linear modules in int8, and the part of a layer that is one op when all its modules are int8."""
 
 from typing import Any
 
@@ -108,7 +108,7 @@ class Int8Linear(nn.Module):
 
 
 def is_int8(*modules: Any) -> bool:
-    """True when all modules are Int8Linear with nobody's hooks on them."""
+    """True when all modules are Int8Linear without hooks."""
     return all(
         type(m) is Int8Linear
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)

@@ -68,7 +68,7 @@ class Quantized(dict[str, str]):
 
     @property
     def left(self) -> dict[str, str]:
-        """Those that are not in int8."""
+        """The linear modules that are not in int8."""
         return {name: why for name, why in self.items() if why != "int8"}
 
 

@@ -1,4 +1,4 @@
-"""A plain GRU or LSTM a step at a time, where a step's input needs the step before."""
+"""A plain GRU or LSTM, one step at a time, where a step's input needs the step before."""
 
 from typing import Any
 

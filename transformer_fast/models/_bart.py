@@ -1,35 +1,22 @@
 """What BART and the families that followed it share: the layers, named alike in all, the two ways to begin a stack, and
-the forward methods of the stacks and heads."""
+the forward methods of the stacks."""
 
 from typing import Any
 
 import torch
 
-from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec
 from ..layers.embeddings import embed
 from ..layers.projection import norm
-from ._base import Want, activation_name
-from ._heads import is_labelled
+from ._base import activation_name
 from ._layer import Layer
-from ._seq2seq import (
-    CausalLMHead,
-    ClassificationHead,
-    DecoderInputs,
-    LMHead,
-    QuestionHead,
-    StackBase,
-    describe_decoder,
-)
+from ._run_stack import Inputs
+from ._seq2seq import StackBase
 
 __all__ = [
-    "BartCausalLM",
-    "BartClassification",
     "BartDecoderBase",
     "BartEncoderBase",
-    "BartLMHead",
     "BartLayer",
-    "BartQuestion",
     "LearnedPositions",
     "SLOTS",
     "ScalesGivenEmbeddings",
@@ -104,11 +91,11 @@ class LearnedPositions:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, self._positions, None, self.layernorm_embedding,
-            self.dropout if self.training else 0.0, input_ids=input_ids, inputs_embeds=inputs_embeds,
-            position_ids=None, segment_ids=None, past=past,
+            packing, self.embed_tokens, self._embed_positions, None, self.layernorm_embedding,
+            self.dropout if self.training else 0.0, input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None, past=past,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
@@ -118,7 +105,7 @@ class LearnedPositions:
             "embedding_norm": self.layernorm_embedding,
         }
 
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_positions(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_positions(None, position_ids=ids)[0]
 
     def _most_positions(self) -> int:
@@ -134,19 +121,20 @@ class SinusoidalPositions:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self._words, self._positions, None, None, self.dropout if self.training else 0.0,
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None, past=past,
+            packing, self._embed_words, self._embed_positions, None, None, self.dropout if self.training else 0.0,
+            input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
+            past=past,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
         return super()._step_parts() | {"embed_scale": self.embed_scale}  # type: ignore[misc]
 
-    def _words(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_words(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids) * self.embed_scale
 
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_positions(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_positions(None, position_ids=ids)
 
     def _most_positions(self) -> int:
@@ -156,13 +144,16 @@ class SinusoidalPositions:
 class ScalesGivenEmbeddings(SinusoidalPositions):
     """A decoder that scales inputs_embeds too, unlike its encoder."""
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
-        if inputs_embeds is not None:
-            inputs_embeds = inputs_embeds * self.embed_scale
-        return super()._embed(packing, input_ids, inputs_embeds, past)
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        if inputs.inputs_embeds is not None:
+            inputs = inputs._replace(inputs_embeds=inputs.inputs_embeds * self.embed_scale)
+        return super()._embed(packing, inputs, positions, past)
 
 
 class BartEncoderBase(_BartStack):
+    def _decodes(self) -> bool:
+        return False
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -179,6 +170,9 @@ class BartEncoderBase(_BartStack):
 
 
 class BartDecoderBase(_BartStack):
+    def _decodes(self) -> bool:
+        return True
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -199,117 +193,3 @@ class BartDecoderBase(_BartStack):
 
     def _spec(self, causal: bool) -> TransformerSpec:
         return self._bart_spec(self.config.decoder_attention_heads, causal, False)
-
-
-class BartLMHead(LMHead):
-    model: Any
-    final_logits_bias: torch.Tensor | None
-    _caches_beside_labels = False
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As HF's; padding is dropped where a mask says so, and the logits are zeros there."""
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds,
-            use_cache if labels is None or self._caches_beside_labels else False,
-        )  # fmt: skip
-        if labels is not None:
-            given = given.starting_with(self._shifted, labels)
-        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
-        joined = self.model(**given._asdict(), want=Want(read=is_labelled(labels)), **options)
-        return self._lm_output(joined, labels, self.final_logits_bias, kwargs)
-
-    def step_description(self) -> StepDescription:
-        return describe_decoder(self, self.model.decoder, self.lm_head, head_bias=self.final_logits_bias)  # type: ignore[arg-type]
-
-
-class BartCausalLM(CausalLMHead):
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ):
-        """As HF's; labels[i] is scored at position i. Without a cache padding is dropped: its logits are zeros."""
-        call = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask, "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds, "use_cache": use_cache,
-        }  # fmt: skip
-        return self._causal_lm(call, labels, logits_to_keep, kwargs)
-
-    def step_description(self) -> StepDescription:
-        return describe_decoder(self, self.model.decoder, self.lm_head, cross=False)  # type: ignore[arg-type]
-
-
-class BartClassification(ClassificationHead):
-    model: Any
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        ends = self._check_ends(input_ids)
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
-        )  # fmt: skip
-        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
-        joined = self.model(**given._asdict(), want=Want(read=ends), **options)
-        return self._classification_output(joined, ends, labels, kwargs)
-
-
-class BartQuestion(QuestionHead):
-    model: Any
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        scored = start_positions is not None and end_positions is not None
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-            inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
-        )  # fmt: skip
-        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
-        joined = self.model(**given._asdict(), want=self._question_want(given, scored), **options)
-        return self._question_output(joined, start_positions, end_positions, kwargs)

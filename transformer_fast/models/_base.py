@@ -9,6 +9,7 @@ from ..layers import Packing, StackCall
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
+from ._heads import keep_positions
 from ._layer import AttentionModule
 from ._loading import LoadingErrors
 from ._self_check import runs_as_hugging_face
@@ -18,6 +19,7 @@ __all__ = [
     "Encoded",
     "Flags",
     "ModelMixin",
+    "Outputs",
     "Want",
     "activation_name",
     "check_inputs",
@@ -65,6 +67,13 @@ class Encoded(NamedTuple):
 
     def restored(self) -> torch.Tensor:
         return self.packing.unpack(self.rows) if self.last is None else self.last
+
+    def kept(self, which: int | torch.Tensor) -> "Encoded":
+        """Of the positions that HF's logits_to_keep names; for 0 all, as they are. See _heads.keep_positions."""
+        if isinstance(which, int) and not which:
+            return self
+        rows = keep_positions(self.restored(), which)
+        return self._replace(rows=rows, packing=Packing(*rows.shape[:2]), last=None)
 
     def extras(self, cross: bool = False) -> dict:
         """hidden_states and attentions as an output class names them."""
@@ -146,7 +155,20 @@ class Adopted:
                     module.keep_config()
 
 
-class ModelMixin(LoadingErrors):
+class Outputs:
+    """What a forward hands out."""
+
+    config: Any
+
+    def _finish(self, output, flags_from: dict):
+        """The output as a tuple where return_dict is off."""
+        return_dict = flags_from.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+
+class ModelMixin(Outputs, LoadingErrors):
     """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
@@ -182,13 +204,6 @@ class ModelMixin(LoadingErrors):
     def why_hf_loop(self) -> str:
         """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
         return _stock.why_hf_loop(self)
-
-    def _finish(self, output, flags_from: dict):
-        """The output as a tuple where return_dict is off."""
-        return_dict = flags_from.get("return_dict")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
-        return output if return_dict else output.to_tuple()
 
 
 _ACTIVATIONS = {

@@ -4,25 +4,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.utils import logging
 
 from .._transformers import cached
-from ..layers import Packing, SlotTable
+from ..layers import SlotTable
 from ..layers.projection import linear
 from ._base import Want, check_inputs
-from ._encoder import EncoderBase, Inputs
+from ._encoder import EncoderBase
 from ._forward import public_forward
 from ._heads import IGNORE, kept_positions, vocabulary_logits
+from ._run_stack import Context, Inputs, decoding_cache, run_stack
 
 __all__ = ["SLOTS", "BertBase", "base_forward", "causal_forward", "masked_lm_forward"]
-
-logger = logging.get_logger(__name__)
 
 SLOTS = SlotTable(
     query="attention.self.query",
@@ -50,7 +47,6 @@ SLOTS = SlotTable(
 class BertBase(EncoderBase):
     """For base models whose layers are BERT's."""
 
-    _slots = SLOTS
     encoder: Any
     gradient_checkpointing: bool
 
@@ -63,19 +59,10 @@ class BertBase(EncoderBase):
         return first if pooler is None else pooler.activation(linear(pooler.dense, first))
 
     def _cache(self, past_key_values, use_cache, encoder_states):
-        """HF's rule for when a decoder makes and returns a cache."""
-        config = self.config
-        if not config.is_decoder:
+        if not self.config.is_decoder:
             return past_key_values, False
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and self.gradient_checkpointing and self.training:
-            logger.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False is used.")
-            return None, False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-            if encoder_states is not None or config.is_encoder_decoder:
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
-        return past_key_values, use_cache
+        crosses = encoder_states is not None or self.config.is_encoder_decoder
+        return decoding_cache(self, past_key_values, use_cache, crosses=crosses, in_training=True)
 
 
 def base_forward(hf_class: Any, *, pools: bool = True):
@@ -97,13 +84,12 @@ def base_forward(hf_class: Any, *, pools: bool = True):
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_hidden_states)
-        encoded = self._run(
-            want or Want(read_first=pools and self.pooler is not None),
-            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), kwargs, past_key_values,
-            encoder_hidden_states if self.config.is_decoder else None, encoder_attention_mask,
+        states = encoder_hidden_states if self.config.is_decoder else None
+        encoded = run_stack(
+            self, Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
+            want or Want(read_first=pools and self.pooler is not None), kwargs,
+            Context(past_key_values, use_cache, states, encoder_attention_mask),
         )  # fmt: skip
-        if not use_cache:
-            encoded = encoded._replace(past_key_values=None)
         if want is not None:
             return encoded
         shared = cached(encoded.past_key_values) | encoded.extras(cross=True)
@@ -172,12 +158,8 @@ def causal_forward(hf_class: Any):
         source = check_inputs(input_ids, inputs_embeds, self.base_model.embeddings.word_embeddings.embedding_dim)
         read = kept_positions(source, logits_to_keep, shifted)
         encoded = self._encode(inputs, Want(read=read), kwargs | cross | stored)
-        rows, packing = encoded.rows, encoded.packing
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            rows = packing.unpack(rows)[:, kept]
-            packing = Packing(*rows.shape[:2])
-        logits = vocabulary_logits(self._vocabulary_head().decoder, self._transform(rows), packing)
+        kept = encoded.kept(logits_to_keep)
+        logits = vocabulary_logits(self._vocabulary_head().decoder, self._transform(kept.rows), kept.packing)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -15,19 +13,26 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import logging
 
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, Rotary, SlotTable, TransformerSpec, documents_of, plan_call, run_layers
-from ..layers.embeddings import check_indices, embed
+from ..layers import Packing, Rotary, SlotTable, TransformerSpec, documents_of
+from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm, rms_norm_of
-from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
-from ._encoder import Inputs
+from ._base import ModelMixin, Want, activation_name, check_inputs
 from ._forward import public_forward
 from ._gpt import causal_logits, classify_last, shifted_labels
-from ._heads import is_labelled, kept_positions, per_position, span_loss, token_loss
+from ._heads import (
+    every_position,
+    is_labelled,
+    kept_positions,
+    per_position,
+    span_loss,
+    span_scores,
+    token_loss,
+)
+from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
 
 __all__ = [
     "LLAMA_SLOTS",
@@ -42,8 +47,6 @@ __all__ = [
     "head_forward",
     "spec_of",
 ]
-
-logger = logging.get_logger(__name__)
 
 # Where the layers of Llama, and of the families that followed it, hold what a layer is made of.
 LLAMA_SLOTS = {
@@ -103,31 +106,27 @@ def spec_of(config, **differences) -> TransformerSpec:
     return TransformerSpec(**known | differences)
 
 
-class DecoderBase(ModelMixin):
+class DecoderBase(Stack, ModelMixin):
     """For base models. A family says what its layers compute, and where they and what stands around them are."""
 
     _slots: SlotTable
     config: Any
-    get_input_embeddings: Any
     layers: Any
     norm: Any
     rotary_emb: Any
-    _positions_setting = "config.max_position_embeddings"
 
     def spec(self) -> TransformerSpec:
         return spec_of(self.config)
 
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return self.spec()
+
+    def _causal(self, kwargs: dict) -> bool:
+        return True
+
     # ---- where the parts are ----
-    def _words(self) -> Any:
-        """The embedding of tokens."""
-        return self.get_input_embeddings()
-
     def _layers(self) -> Iterable[nn.Module]:
-        return self.layers[: self.config.num_hidden_layers]
-
-    def _called_layers(self) -> list[nn.Module]:
-        """Those that this call runs."""
-        return list(self._layers())
+        return list(self.layers)[: self.config.num_hidden_layers]
 
     def _final_norm(self) -> Any:
         return self.norm
@@ -136,25 +135,11 @@ class DecoderBase(ModelMixin):
         """Of the rows that the first layer reads."""
         return None
 
-    # ---- positions, segments, documents ----
-    def _positions(self, inputs: Inputs, past) -> torch.Tensor | None:
-        """(B or 1, S): the position of each token; None for past, past + 1, ..."""
-        return inputs.position_ids
-
-    def _most_positions(self) -> int | None:
-        """How many positions there are embeddings for; None: any number."""
-        return None
-
-    def _segments(self) -> Any:
-        """The embedding of token_type_ids, where there is one."""
-        return None
-
+    # ---- positions, documents ----
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
-        """See layers.documents_of; asked where there is neither a mask nor a cache."""
         return documents_of(shape, inputs.position_ids, kwargs)
 
     def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> Rotary | None:
-        """The angles of queries and keys. positions: of _positions."""
         if positions is None:
             positions = (packing.columns(device) + past)[None]
         return Rotary.of(packing, *self.angles(positions))
@@ -180,14 +165,12 @@ class DecoderBase(ModelMixin):
 
     # ---- the two ends ----
     def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
-        """The rows that the first layer reads. positions: of _positions."""
         return embed(
             packing, self._words(), None, None, None, self._input_dropout(), input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
-        """What follows the last layer."""
         final = self._final_norm()
         return rows if final is None else norm(final, rows)
 
@@ -202,74 +185,15 @@ class DecoderBase(ModelMixin):
     def _step_positions(self) -> dict[str, Any]:
         return {"rotary": self.table_of_angles, "refused": self.why_angles_change()}
 
-    def run(self, want: Want, kwargs: dict, inputs: Inputs, past_key_values: Any) -> Encoded:
-        words, layers = self._words(), self._called_layers()
-        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim)
-        (batch, length), device = source.shape[:2], source.device
-        flags = read_flags(self.config, kwargs, len(layers))
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        inputs = self._checked(inputs, batch, length)
-        positions = self._positions(inputs, past)
-        self._check_positions(positions, length, past)
-        documents = None
-        if inputs.attention_mask is None and past_key_values is None:
-            documents = self._documents(inputs, (batch, length), kwargs)
-        call = plan_call(
-            self.spec(), inputs.attention_mask, batch, length, device, past_key_values=past_key_values,
-            documents=documents, read=want.read, read_first=want.read_first, attentions=flags.attentions,
-        )  # fmt: skip
-        call.rotary = self._rotary(call.packing, positions, past, device)
-        rows = self._embed(call.packing, inputs, positions, past)
-        rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
-        return Encoded.of(self._close(rows), call, None, past_key_values, flags, len(layers))
-
-    def _checked(self, inputs: Inputs, batch: int, length: int) -> Inputs:
-        """inputs with indices of a right kind, shape and size, and token_type_ids only where they are embedded."""
-        segments = self._segments()
-        if segments is None:
-            inputs = inputs._replace(token_type_ids=None)
-        for name in ("position_ids", "token_type_ids"):
-            if (t := getattr(inputs, name)) is not None:
-                check_integers(name, t, (batch, length))
-                inputs = inputs._replace(**{name: t.reshape(-1, length)})
-        for name, table in (("input_ids", self._words()), ("token_type_ids", segments)):
-            if (t := getattr(inputs, name)) is not None:
-                check_indices(name, t, table.num_embeddings, "config.vocab_size")
-        return inputs
-
-    def _check_positions(self, positions: torch.Tensor | None, length: int, past) -> None:
-        most, setting = self._most_positions(), self._positions_setting
-        if most is None:
-            return
-        if positions is not None:
-            check_indices("position_ids", positions, most, setting)
-        elif isinstance(past, int) and past + length > most:
-            raise ValueError(
-                f"input_ids: {past + length} positions are past {setting} = {most}; "
-                "truncate the text (tokenizer(..., truncation=True))"
-            )
-
 
 class LearnedPositions:
-    """Before DecoderBase: a table of positions takes the place of angles. Its rows are the positions of _positions."""
+    """Before DecoderBase: a table of positions takes the place of angles."""
 
     def _position_table(self) -> Any:
         raise NotImplementedError
 
-    def _most_positions(self) -> int:
-        return self._position_table().num_embeddings
-
     def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> None:
         return None
-
-    def _embed(self: Any, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
-        table = self._position_table()
-        return embed(
-            packing, self._words(), lambda rows: F.embedding(rows, table.weight),
-            None if inputs.token_type_ids is None else self._segments(), None, self._input_dropout(),
-            input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions,
-            segment_ids=inputs.token_type_ids, past=past,
-        )  # fmt: skip
 
     def _step_positions(self) -> dict[str, Any]:
         return {"position": self._position_table()}
@@ -290,12 +214,15 @@ def base_forward(hf_class: Any):
         **kwargs,
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
-        inputs = Inputs(input_ids, attention_mask, kwargs.pop("token_type_ids", None), position_ids, inputs_embeds)
+        segments = kwargs.pop("token_type_ids", None)
+        inputs = Inputs(input_ids, attention_mask, segments, position_ids, inputs_embeds)
         if want is None and _is_for_hf(self, attention_mask, past_key_values):
             cache = {CACHE_NAME: past_key_values}
             return hf_class.forward(self, **inputs.given(), use_cache=use_cache, **cache, **kwargs)
-        past_key_values = _prepare_cache(self, past_key_values, use_cache)
-        encoded = self.run(want or Want(), kwargs, inputs, past_key_values)
+        if self._segments() is None:  # as in HF, where there is no such argument or it is not read
+            inputs = inputs._replace(token_type_ids=None)
+        cache, _ = decoding_cache(self, past_key_values, use_cache)
+        encoded = run_stack(self, inputs, want or Want(), kwargs, Context(cache, returns_cache=True))
         if want is not None:
             return encoded
         output = BaseModelOutputWithPast(
@@ -311,19 +238,6 @@ def _is_for_hf(decoder: DecoderBase, attention_mask, cache) -> bool:
     if isinstance(attention_mask, dict):
         return True
     return bool(cache is not None and getattr(cache, "is_compileable", False) and decoder.spec().windows)
-
-
-def _prepare_cache(model: Any, past_key_values, use_cache: bool | None):
-    """HF's rule, but in training a cache is made only when asked for."""
-    if use_cache is None:
-        use_cache = getattr(model.config, "use_cache", False) and not model.training
-    if model.gradient_checkpointing and model.training:
-        if use_cache or past_key_values is not None:
-            logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
-        return None
-    if use_cache and past_key_values is None:
-        return DynamicCache(config=model.config)
-    return past_key_values
 
 
 class Heads(ModelMixin):
@@ -367,11 +281,9 @@ class Heads(ModelMixin):
         padding is computed, as HF's loss counts it."""
         source = self._source(inputs)
         scored = labels is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        read = every_position(source) if scored else None
         encoded = self._body()(**inputs, want=Want(read=read), **kwargs)
-        logits = linear(self.qa_outputs, encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
         loss = span_loss(start, end, *labels) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

@@ -1,12 +1,13 @@
-"""What encoder families share: the pass from ids to packed rows, and the heads that read them."""
+"""What encoder families share: where their parts are, and the heads that read their rows."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -15,42 +16,30 @@ from transformers.modeling_outputs import (
 )
 
 from .. import ops
-from ..layers import Packing, SlotTable, StackCall, TransformerSpec, documents_of, plan_call, run_layers
-from ..layers.embeddings import check_indices, embed
+from ..layers import Packing, TransformerSpec
+from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
-from ._base import Encoded, ModelMixin, Want, activation_name, check_inputs, check_integers, read_flags
-from ._heads import classification_loss, is_labelled, masked_lm, per_position, span_loss, token_loss
+from ._base import Encoded, ModelMixin, Want, activation_name
+from ._heads import (
+    classification_loss,
+    every_position,
+    is_labelled,
+    masked_lm,
+    per_position,
+    span_loss,
+    span_scores,
+    token_loss,
+)
+from ._run_stack import Inputs, Stack, run_stack
 
-__all__ = ["EncoderBase", "EncoderHeads", "Inputs", "VocabularyHead"]
-
-
-class Inputs(NamedTuple):
-    """What every encoder reads, by HF's names; shapes (B, S), inputs_embeds (B, S, E)."""
-
-    input_ids: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    token_type_ids: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    inputs_embeds: torch.Tensor | None = None
-
-    def given(self) -> dict[str, torch.Tensor]:
-        return {name: t for name, t in self._asdict().items() if t is not None}
-
-    def source(self) -> torch.Tensor:
-        """The ids or the embeddings; ValueError where neither or both were given."""
-        if (self.input_ids is None) == (self.inputs_embeds is None):
-            came = "neither" if self.input_ids is None else "both"
-            raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
-        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds  # type: ignore[return-value]
+__all__ = ["EncoderBase", "EncoderHeads", "VocabularyHead"]
 
 
-class EncoderBase(ModelMixin):
-    """For base models. A family says where its layers are, how they are read and what they compute."""
+class EncoderBase(Stack, ModelMixin):
+    """For base models. Most families keep their tables in `embeddings`, under BERT's names."""
 
-    _slots: SlotTable
-    config: Any
     embeddings: Any
-    get_input_embeddings: Any
+    pooler: Any
 
     def _spec(self, causal: bool) -> TransformerSpec:
         config = self.config
@@ -61,29 +50,19 @@ class EncoderBase(ModelMixin):
             activation=_activation(config),
         )
 
-    def _layers(self) -> Iterable[nn.Module]:
-        """The layer modules in the order they are called; one that is shared comes again."""
-        raise NotImplementedError
-
-    def _positions(self, inputs: Inputs, past) -> torch.Tensor | None:
-        """(B or 1, S): each position's row of the table of positions; None for past, past + 1, ..."""
-        return inputs.position_ids
-
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
         """Between the embeddings and the first layer."""
         return rows
 
-    def _relative_bias(self) -> ops.RelativeBias | None:
-        """Added to the scores of every layer."""
-        return None
+    def _most_positions(self) -> int | None:
+        table = getattr(self.embeddings, "position_embeddings", None)
+        return None if table is None else table.num_embeddings
 
-    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
-        """options: of plan_call."""
-        bias = self._relative_bias()
-        return plan_call(spec, inputs.attention_mask, batch, length, device, relative_bias=bias, **options)
+    def _segments(self) -> tuple[int, str] | None:
+        table = getattr(self.embeddings, "token_type_embeddings", None)
+        return None if table is None else (table.num_embeddings, "config.type_vocab_size")
 
     def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
-        """The rows that the first layer reads."""
         e = self.embeddings
         rows = embed(
             packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None), e.LayerNorm,
@@ -92,73 +71,22 @@ class EncoderBase(ModelMixin):
         )  # fmt: skip
         return self._project(rows)
 
-    def _last(self, rows: torch.Tensor) -> torch.Tensor:
-        """After the last layer."""
-        return rows
-
-    def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
-        """(B, E) of the first positions -> what heads on whole sequences read."""
-        return first
-
-    def _run(
-        self, want: Want, inputs: Inputs, kwargs: dict, past_key_values=None, encoder_states=None, encoder_mask=None
-    ) -> Encoded:
-        config, layers, words = self.config, list(self._layers()), self.get_input_embeddings()
-        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim)
-        batch, length = source.shape[:2]
-        flags = read_flags(config, kwargs, len(layers))
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        positions = self._positions(inputs, past)
-        _check(inputs, positions, words, self.embeddings, batch, length, past)
-        causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
-        documents = None
-        if inputs.attention_mask is None and past_key_values is None:
-            documents = documents_of((batch, length), None, kwargs)
-        call = self._plan(
-            self._spec(bool(getattr(config, "is_decoder", False) if causal is None else causal)), inputs, batch, length,
-            source.device, past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
-            documents=documents, read=want.read, read_first=want.read_first or want.first_only,
-            attentions=flags.attentions,
-        )  # fmt: skip
-        rows = self._embed(call.packing, inputs, positions, past)
-        whole = flags.hidden_states or flags.attentions or past_key_values is not None or documents is not None
-        first_only = want.first_only and not whole and call.packing.spread is None
-        rows = run_layers(
-            layers, rows, call, first_only=first_only, past_key_values=past_key_values, keep_hidden=flags.keep_hidden
+    def _base_forward(self, inputs: Inputs, kwargs: dict, *, pools: bool = False):
+        """A base model's forward: Encoded when one of our heads asks, else HF's output. pools: its outputs name what
+        the pooler gives."""
+        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        encoded = run_stack(self, inputs, want or Want(read_first=pools and self.pooler is not None), kwargs)
+        if want is not None:
+            return encoded
+        shared = {"last_hidden_state": encoded.restored(), **encoded.extras()}
+        output = (
+            BaseModelOutputWithPooling(pooler_output=encoded.pooled, **shared) if pools else BaseModelOutput(**shared)
         )
-        rows, pooled = self._last(rows), None
-        if want.first_only or want.read_first:
-            pooled = self._pool(rows if first_only else call.packing.first(rows))
-        return Encoded.of(None if first_only else rows, call, pooled, past_key_values, flags, len(layers))
+        return self._finish(output, kwargs)
 
 
 def _activation(config) -> str | None:
     return activation_name(config.activation if hasattr(config, "activation") else config.hidden_act)
-
-
-def _check(inputs: Inputs, positions: torch.Tensor | None, words: Any, e: Any, batch: int, length: int, past) -> None:
-    table, kinds = (getattr(e, name, None) for name in ("position_embeddings", "token_type_embeddings"))
-    for name, t in (("position_ids", inputs.position_ids), ("token_type_ids", inputs.token_type_ids)):
-        if t is not None:
-            check_integers(name, t, (batch, length))
-    size = 0 if table is None else table.num_embeddings
-    if table is None:
-        pass
-    elif inputs.position_ids is not None:
-        check_indices("position_ids", inputs.position_ids, size, "config.max_position_embeddings")
-    elif positions is not None:
-        meaning = "config.max_position_embeddings; truncate the text: tokenizer(..., truncation=True)"
-        given = "input_ids" if inputs.inputs_embeds is None else "inputs_embeds"
-        check_indices(f"the positions of {given}", positions, size, meaning)
-    elif isinstance(past, int) and past + length > size:
-        raise ValueError(
-            f"input_ids: {past + length} positions are past config.max_position_embeddings = {size}; "
-            "truncate the text (tokenizer(..., truncation=True))"
-        )
-    if inputs.input_ids is not None:
-        check_indices("input_ids", inputs.input_ids, words.num_embeddings, "config.vocab_size")
-    if inputs.token_type_ids is not None and kinds is not None:
-        check_indices("token_type_ids", inputs.token_type_ids, kinds.num_embeddings, "config.type_vocab_size")
 
 
 class VocabularyHead(NamedTuple):
@@ -265,11 +193,9 @@ class EncoderHeads(ModelMixin):
         source = inputs.input_ids if inputs.input_ids is not None else inputs.inputs_embeds
         scored, read = start_positions is not None and end_positions is not None, None
         if scored and source is not None:
-            read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+            read = every_position(source)
         encoded = self._encode(inputs, Want(read=read), kwargs)
-        logits = self._logits(encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(self._logits(encoded.rows), encoded.packing)
         loss = self._span_loss(start, end, start_positions, end_positions, kwargs) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

@@ -25,7 +25,7 @@ _OTHER_NAMES = ("mems", "state", "layer_past", "past", "past_buckets_states")
 # Given by transformers or by our own models, to forwards that do not name them.
 _COMMON = frozenset(
     ("attention_mask", "encoder_packing", "logits_to_keep", "num_items_in_batch", "output_attentions",
-     "output_hidden_states", "packed", "position_ids", "return_dict", "use_cache", "want")
+     "output_hidden_states", "position_ids", "return_dict", "use_cache", "want")
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
 
     The result has HF's documentation and signature (with what ours takes beside it), for generate and Trainer look at
     them. The cache is taken under every name that a supported release of transformers has for it and reaches
-    `function` as past_key_values. original: None for models that HF has not; `function` is documented then.
+    `function` as past_key_values. original: None for models that HF does not have; `function` is documented then.
 
     The result raises ValueError where two names hold different caches, and TypeError for a cache under a name that is
     unknown or in a model that keeps none: both would be ignored otherwise. Where a model is not stock (see _stock)

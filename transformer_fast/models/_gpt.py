@@ -1,119 +1,69 @@
-"""What GPT and GPT-2 share: the forward pass of the base model, and heads that read some positions of it."""
+"""What GPT and GPT-2 share: the base model, and heads that read some positions of it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from .. import ops
-from ..layers import Packing, TransformerSpec, documents_of, plan_call, run_layers
-from ..layers.embeddings import check_indices, embed
-from ..layers.projection import linear, norm
-from ._base import Encoded, Want, check_inputs, check_integers, read_flags
+from ..layers import Packing, StackCall, TransformerSpec
+from ..layers.embeddings import embed
+from ..layers.projection import linear
+from ._base import Encoded, ModelMixin, Want, check_inputs
 from ._heads import IGNORE, classification_loss, is_labelled, vocabulary_logits
+from ._run_stack import Inputs, Stack
 
 __all__ = [
+    "GPTBase",
     "causal_logits",
     "classify_last",
     "double_heads",
     "flatten_labels",
     "flatten_leading",
-    "prepare_cache",
-    "run_gpt",
     "shifted_labels",
 ]
 
 logger = logging.get_logger(__name__)
 
 
-def run_gpt(
-    model: Any,
-    spec: TransformerSpec,
-    want: Want,
-    kwargs: dict,
-    *,
-    word: nn.Module,
-    position: nn.Module,
-    final_norm: nn.Module | None,
-    input_ids,
-    attention_mask,
-    token_type_ids,
-    position_ids,
-    inputs_embeds,
-    encoder_states=None,
-    encoder_mask=None,
-    past_key_values=None,
-    use_cache: bool = False,
-    positions_tell_documents: bool = False,
-) -> Encoded:
-    """The base model on (B, S) inputs; segments are embedded by the word table, as in both GPTs.
+class GPTBase(Stack, ModelMixin):
+    """For the base model: the table of words embeds segments too, as in both GPTs."""
 
-    positions_tell_documents: position_ids that begin again begin a document that sees no other.
-    """
-    config, layers = model.config, model.h
-    source = check_inputs(input_ids, inputs_embeds, config.hidden_size)
-    batch, length = source.shape[:2]
-    flags = read_flags(config, kwargs, len(layers))
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past)
-    if not len(layers):  # a cache without layers does not know what it has seen, nor is anything masked
-        attention_mask = None
-    documents = None
-    if attention_mask is None and past_key_values is None:
-        documents = documents_of((batch, length), position_ids if positions_tell_documents else None, kwargs)
-    call = plan_call(
-        spec, attention_mask, batch, length, source.device,
-        past_key_values=past_key_values, encoder_states=encoder_states, encoder_mask=encoder_mask,
-        documents=documents, read=want.read, read_first=want.read_first, attentions=flags.attentions,
-    )  # fmt: skip
-    rows = embed(
-        call.packing, word, position, None if token_type_ids is None else word, None, model.drop,
-        input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, segment_ids=token_type_ids,
-        past=past,
-    )  # fmt: skip
-    rows = run_layers(layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
-    if final_norm is not None:
-        rows = norm(final_norm, rows)
-    return Encoded.of(rows, call, None, past_key_values if use_cache else None, flags, len(layers))
+    h: Any
+    drop: Any
+    _positions_setting = "config.n_positions"
 
+    def _layers(self):
+        return self.h
 
-def _check(config, word, position, input_ids, token_type_ids, position_ids, batch, length, past) -> None:
-    positions = position.num_embeddings
-    for name, t in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
-        if t is not None:
-            check_integers(name, t, (batch, length))
-    if position_ids is not None:
-        check_indices("position_ids", position_ids, positions, "config.n_positions")
-    elif isinstance(past, int) and past + length > positions:
-        raise ValueError(
-            f"input_ids: {past + length} positions are past config.n_positions = {positions}; "
-            "truncate the text (tokenizer(..., truncation=True))"
-        )
-    for name, t in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
-        if t is not None:
-            check_indices(name, t, word.num_embeddings, "config.vocab_size")
+    def _position_table(self) -> Any:
+        """The embedding of positions."""
+        raise NotImplementedError
 
+    def _causal(self, kwargs: dict) -> bool:
+        return True
 
-def prepare_cache(model: Any, past_key_values, use_cache: bool | None):
-    """(cache or None, whether to return it): HF's rule, but in training a cache is made only when asked for."""
-    config = model.config
-    if use_cache is None:
-        use_cache = getattr(config, "use_cache", False) and not model.training
-    if model.gradient_checkpointing and model.training:
-        if use_cache or past_key_values is not None:
-            logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
-        return None, False
-    if use_cache:
-        if past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        if getattr(config, "add_cross_attention", False) and not hasattr(past_key_values, "cross_attention_cache"):
-            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=config))
-    return past_key_values, use_cache
+    def _most_positions(self) -> int | None:
+        return self._position_table().num_embeddings
+
+    def _segments(self) -> tuple[int, str] | None:
+        return self._words().num_embeddings, self._words_setting
+
+    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
+        if not len(self.h):  # a cache without layers does not know what it has seen, nor is anything masked
+            inputs = inputs._replace(attention_mask=None)
+        return super()._plan(spec, inputs, batch, length, device, **options)
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        words, segments = self._words(), inputs.token_type_ids
+        return embed(
+            packing, words, self._position_table(), None if segments is None else words, None, self.drop,
+            input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions,
+            segment_ids=segments, past=past,
+        )  # fmt: skip
 
 
 def flatten_leading(kwargs: dict) -> tuple[torch.Size | None, dict]:
@@ -152,16 +102,12 @@ def causal_logits(
     model: Any, encoded: Encoded, logits_to_keep: int | torch.Tensor, labels, shifted, kwargs: dict
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(HF's causal language modelling loss or None, logits (B, S or the kept, V))."""
-    head, packing, rows = model.lm_head, encoded.packing, encoded.rows
-    if not isinstance(logits_to_keep, int) or logits_to_keep:
-        logits = linear(head, _keep(encoded.restored(), logits_to_keep))
-        return (
-            None if labels is None else model.loss_function(logits, labels, model.config.vocab_size, **kwargs)
-        ), logits
+    kept, head = encoded.kept(logits_to_keep), model.lm_head
+    rows, packing = kept.rows, kept.packing
     if labels is None:
         return None, vocabulary_logits(head, rows, packing)
     logits = linear(head, rows)
-    if model.loss_function is not ForCausalLMLoss:
+    if kept is not encoded or model.loss_function is not ForCausalLMLoss:
         logits = packing.unpack(logits)
         return model.loss_function(logits, labels, model.config.vocab_size, **kwargs), logits
     targets = packing.pack(_like(shifted, packing).to(logits.device)).reshape(-1)
@@ -178,16 +124,6 @@ def _like(labels: torch.Tensor, packing: Packing) -> torch.Tensor:
     if tuple(labels.shape) != (packing.batch, packing.length):
         raise ValueError(f"labels: wanted shape {(packing.batch, packing.length)}, got {tuple(labels.shape)}")
     return labels
-
-
-def _keep(states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
-    """HF's rule: the last so many positions, these positions, or the True ones of a (B, S) mask (flattened)."""
-    ops.parallel.refuse("logits_to_keep", "wanted 0 there")
-    if isinstance(kept, int):
-        return states[:, -kept:]
-    if kept.dim() == 2:
-        return states[kept] if kept.dtype == torch.bool else torch.take_along_dim(states, kept[..., None], dim=1)
-    return states[:, kept]
 
 
 def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict):

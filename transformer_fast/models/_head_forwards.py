@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from ._encoder import EncoderHeads, Inputs
+from ._encoder import EncoderHeads
 from ._forward import public_forward
+from ._run_stack import Inputs
 
 
 def labelled(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:

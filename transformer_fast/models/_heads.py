@@ -13,11 +13,14 @@ from ..layers.projection import linear
 __all__ = [
     "IGNORE",
     "classification_loss",
+    "every_position",
     "is_labelled",
+    "keep_positions",
     "kept_positions",
     "masked_lm",
     "per_position",
     "span_loss",
+    "span_scores",
     "token_loss",
     "vocabulary_logits",
 ]
@@ -57,6 +60,22 @@ def kept_positions(
     else:
         read[:, logits_to_keep] = True
     return read
+
+
+def keep_positions(states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
+    """States (B, S, E) at the positions that HF's logits_to_keep names.
+
+    which: the last so many, 0 for all; or their indices, (K,) for all rows or (B, K) for each; or a mask (B, S), whose
+    True ones come back as (N, E).
+    """
+    if isinstance(which, int) and not which:
+        return states
+    ops.parallel.refuse("logits_to_keep", "wanted 0 there")
+    if isinstance(which, int):
+        return states[:, -which:]
+    if which.dim() == 2:
+        return states[which] if which.dtype == torch.bool else torch.take_along_dim(states, which[..., None], dim=1)
+    return states[:, which]
 
 
 def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -133,6 +152,19 @@ def classification_loss(config, logits: torch.Tensor, labels: torch.Tensor) -> t
         "config.problem_type: wanted 'regression', 'single_label_classification' or 'multi_label_classification', got "
         f"{config.problem_type!r}"
     )
+
+
+def every_position(source: torch.Tensor) -> torch.Tensor:
+    """(B, S) bool of source (B, S, ...): True, for a head that reads padding too."""
+    return torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+
+
+def span_scores(logits: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (..., 2) -> (start_logits, end_logits), (B, S) each; at padding the dtype's lowest number, so that no argmax
+    picks it."""
+    logits = packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
+    start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+    return start, end
 
 
 def span_loss(start_logits, end_logits, start_positions, end_positions) -> torch.Tensor:

@@ -12,9 +12,10 @@ from ..layers.projection import dropout_p, linear
 from ..ops import dropout
 from ._base import Adopted
 from ._bert import SLOTS, BertBase, base_forward, causal_forward, masked_lm_forward
-from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderHeads, VocabularyHead
 from ._head_forwards import labelled, spans
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = ["TokenPositions", "classes_of", "score_first"]
 

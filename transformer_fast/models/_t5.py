@@ -1,5 +1,5 @@
-"""What T5 and the families that followed it share: the blocks, named alike in all, and the forward methods of the
-stacks and heads.
+"""What T5 and the families that followed it share: the blocks, named alike in all, and what their heads differ in from
+others.
 
 The relative position bias is computed inside attention from its table and never exists as a matrix, but where
 attention weights are asked for.
@@ -11,14 +11,15 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, TokenClassifierOutput
 
 from .. import ops
-from ..generation import StepDescription
 from ..layers import Packing, SlotTable, TransformerSpec
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm, rms_norm_of
-from ._base import Encoded, Want, activation_name
+from ._base import Encoded, ModelMixin, Want, activation_name
 from ._heads import is_labelled, token_loss
 from ._layer import Layer
-from ._seq2seq import ClassificationHead, DecoderInputs, LMHead, QuestionHead, Seq2SeqBase, StackBase, describe_decoder
+from ._run_stack import Inputs
+from ._seq2seq import Seq2SeqBase, StackBase
+from ._seq2seq_heads import ClassificationHead, LMHead, QuestionHead
 
 __all__ = [
     "T5BlockBase",
@@ -133,6 +134,9 @@ class T5StackBase(StackBase):
             raise ValueError("use_cache: an encoder has no cache; wanted False or None, got True")
         return self._encode(want, input_ids, attention_mask, inputs_embeds, kwargs)
 
+    def _decodes(self) -> bool:
+        return self.is_decoder
+
     def _layers(self):
         return self.block
 
@@ -152,18 +156,18 @@ class T5StackBase(StackBase):
             clamp_float16=True,
         )
 
-    def _relative_bias(self, causal: bool) -> ops.RelativeBias | None:
+    def _relative_bias(self) -> ops.RelativeBias | None:
         if not len(self.block):
             return None
         block: Any = self.block[0]
         attention = block.layer[0].SelfAttention
         table = attention.relative_attention_bias.weight
-        return ops.RelativeBias(table, attention.relative_attention_max_distance, not causal)
+        return ops.RelativeBias(table, attention.relative_attention_max_distance, not self.is_decoder)
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, None, None, None, self.dropout, input_ids=input_ids,
-            inputs_embeds=inputs_embeds, position_ids=None, segment_ids=None,
+            packing, self.embed_tokens, None, None, None, self.dropout, input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
@@ -186,41 +190,16 @@ class T5StackBase(StackBase):
 
 class T5Generation(Seq2SeqBase, LMHead):
     model_dim: int
+    final_logits_bias = None
+    _caches_beside_labels = True
 
     def _head_scale(self) -> float:
-        """What the decoder's states are multiplied by before the head."""
         return self.model_dim**-0.5 if self.config.scale_decoder_outputs else 1.0
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache,
-        )  # fmt: skip
-        if labels is not None:
-            given = given.starting_with(self._shifted, labels)
-        joined = self._join(given, Want(read=is_labelled(labels)), kwargs)
-        if (scale := self._head_scale()) != 1:
-            joined = joined._replace(decoder=joined.decoder._replace(rows=joined.decoder.rows * scale))
-        return self._lm_output(joined, labels, None, kwargs)
 
-    def step_description(self) -> StepDescription:
-        return describe_decoder(self, self.decoder, self.lm_head, head_scale=self._head_scale())  # type: ignore[arg-type]
+class T5Encoding(ModelMixin):
+    encoder: Any
 
-
-class T5Encoding(Seq2SeqBase):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -235,32 +214,10 @@ class T5Encoding(Seq2SeqBase):
 
 
 class T5Classification(ClassificationHead):
-    transformer: Any
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        ends = self._check_ends(input_ids)
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False,
-        ).starting_with(self._shifted, input_ids)  # fmt: skip
-        options = {k: v for k, v in kwargs.items() if k != "return_dict"}
-        joined = self.transformer(**given._asdict(), want=Want(read=ends), **options)
-        return self._classification_output(joined, ends, labels, kwargs)
+    _starts_with_input = True
 
 
-class T5Tagging(Seq2SeqBase):
+class T5Tagging(ModelMixin):
     transformer: Any
     dropout: Any
     classifier: Any
@@ -284,24 +241,4 @@ class T5Tagging(Seq2SeqBase):
 
 
 class T5Question(Seq2SeqBase, QuestionHead):
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        scored = start_positions is not None and end_positions is not None
-        given = DecoderInputs(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-            inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
-        ).starting_with(self._shifted, input_ids)  # fmt: skip
-        joined = self._join(given, self._question_want(given, scored), kwargs)
-        return self._question_output(joined, start_positions, end_positions, kwargs)
+    _starts_with_input = True

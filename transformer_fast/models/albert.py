@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.albert import modeling_albert as hf
 
 from .. import ops
 from ..layers import SlotTable
 from ..layers.projection import dropout_p, linear
-from ._base import Adopted, Want
-from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._base import Adopted
+from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "AlbertForMaskedLM",
@@ -74,7 +74,6 @@ class _AlbertHeads(EncoderHeads):
 class AlbertModel(EncoderBase, hf.AlbertModel):
     __doc__ = hf.AlbertModel.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     supports_gradient_checkpointing = True  # which HF's ALBERT does not have
 
     @public_forward(hf.AlbertModel.forward)
@@ -87,15 +86,8 @@ class AlbertModel(EncoderBase, hf.AlbertModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(read_first=self.pooler is not None), inputs, kwargs)
-        if want is not None:
-            return encoded
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=encoded.restored(), pooler_output=encoded.pooled, **encoded.extras()
-        )
-        return self._finish(output, kwargs)
+        return self._base_forward(inputs, kwargs, pools=True)
 
     def _layers(self):
         """num_hidden_layers calls, spread over num_hidden_groups groups of inner_group_num layers each."""

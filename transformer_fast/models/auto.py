@@ -64,7 +64,7 @@ class _Mapping(OrderedDict):
 
 
 def _theirs(cls, model_type: str | None):
-    """transformers' auto class, for a model_type that it has a class for and this package has not; else None."""
+    """transformers' auto class, for a model_type that it has a class for and this package does not; else None."""
     names, registered = cls._model_mapping.names, list(cls._model_mapping)
     known = sorted(t for t in FAMILIES if _class_for(names, t) is not None)
     if model_type is None or model_type in known or any(model_type == c.model_type for c in registered):

@@ -47,7 +47,7 @@ class AWDLSTMConfig(PreTrainedConfig):
         num_layers: of LSTMs.
         embedding_dropout: share of the words that are dropped wherever they stand.
         input_dropout: of the embeddings; one mask for all tokens of a sequence, as hidden_dropout and output_dropout.
-        weight_dropout: of the weights between hidden states (DropConnect), one mask for a call.
+        weight_dropout: of the weights between hidden states (DropConnect), one mask per call.
         hidden_dropout: between layers.
         output_dropout: of the last layer.
         activation_regularization: times the mean square of the last layer after its dropout, added to the language

@@ -4,19 +4,16 @@ from transformers.models.bart import modeling_bart as hf
 
 from ..generation import GenerationMixin
 from ._bart import (
-    BartCausalLM,
-    BartClassification,
     BartDecoderBase,
     BartEncoderBase,
     BartLayer,
-    BartLMHead,
-    BartQuestion,
     LearnedPositions,
 )
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
 from ._seq2seq import Seq2SeqModel
+from ._seq2seq_heads import CausalLMHead, ClassificationHead, LMHead, QuestionHead
 
 __all__ = [
     "BartForCausalLM",
@@ -64,25 +61,25 @@ class BartModel(Seq2SeqModel, hf.BartModel):
     _starts_with_input = True
 
 
-class BartForConditionalGeneration(GenerationMixin, BartLMHead, hf.BartForConditionalGeneration):
+class BartForConditionalGeneration(GenerationMixin, LMHead, hf.BartForConditionalGeneration):
     __doc__ = hf.BartForConditionalGeneration.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.BartForConditionalGeneration.forward)(BartLMHead.forward)
+    forward = public_forward(hf.BartForConditionalGeneration.forward)(LMHead.forward)
 
 
-class BartForCausalLM(GenerationMixin, BartCausalLM, hf.BartForCausalLM):
+class BartForCausalLM(GenerationMixin, CausalLMHead, hf.BartForCausalLM):
     __doc__ = hf.BartForCausalLM.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.BartForCausalLM.forward)(BartCausalLM.forward)
+    forward = public_forward(hf.BartForCausalLM.forward)(CausalLMHead.forward)
 
 
-class BartForSequenceClassification(BartClassification, hf.BartForSequenceClassification):
+class BartForSequenceClassification(ClassificationHead, hf.BartForSequenceClassification):
     __doc__ = hf.BartForSequenceClassification.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.BartForSequenceClassification.forward)(BartClassification.forward)
+    forward = public_forward(hf.BartForSequenceClassification.forward)(ClassificationHead.forward)
 
 
-class BartForQuestionAnswering(BartQuestion, hf.BartForQuestionAnswering):
+class BartForQuestionAnswering(QuestionHead, hf.BartForQuestionAnswering):
     __doc__ = hf.BartForQuestionAnswering.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.BartForQuestionAnswering.forward)(BartQuestion.forward)
+    forward = public_forward(hf.BartForQuestionAnswering.forward)(QuestionHead.forward)

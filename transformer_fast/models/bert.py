@@ -11,10 +11,11 @@ from ..generation import GenerationMixin
 from ..layers.projection import linear
 from ._base import Adopted, Want
 from ._bert import SLOTS, BertBase, base_forward, causal_forward, masked_lm_forward
-from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "BertForMaskedLM",

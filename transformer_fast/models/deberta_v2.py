@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 from .. import ops
@@ -22,12 +22,13 @@ from ..layers import (
 )
 from ..layers.embeddings import embed
 from ..layers.projection import add_norm, dropout_p, linear, norm
-from ._base import Adopted, Want, activation_name
-from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._base import Adopted, activation_name
+from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled, spans
 from ._heads import classification_loss
 from ._layer import Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "DebertaV2ForMaskedLM",
@@ -78,7 +79,6 @@ class DebertaV2Layer(Layer, hf.DebertaV2Layer):
 class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
     __doc__ = hf.DebertaV2Model.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     encoder: Any
     z_steps: int
 
@@ -95,16 +95,12 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
         return_dict: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         kwargs |= {
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }  # fmt: skip
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(), inputs, kwargs)
-        if want is not None:
-            return encoded
-        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+        return self._base_forward(inputs, kwargs)
 
     def _spec(self, causal: bool = False) -> TransformerSpec:
         config, width = self.config, self._head_dim()

@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
 from ..layers import SlotTable
 from ..layers.projection import linear
-from ._base import Adopted, Want
-from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._base import Adopted
+from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled_without_types, spans_without_types
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "DistilBertForMaskedLM",
@@ -68,7 +68,6 @@ class _DistilBertHeads(EncoderHeads):
 class DistilBertModel(EncoderBase, hf.DistilBertModel):
     __doc__ = hf.DistilBertModel.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
 
     @public_forward(hf.DistilBertModel.forward)
     def forward(
@@ -79,12 +78,8 @@ class DistilBertModel(EncoderBase, hf.DistilBertModel):
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(), inputs, kwargs)
-        if want is not None:
-            return encoded
-        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+        return self._base_forward(inputs, kwargs)
 
     def _layers(self):
         return self.transformer.layer

@@ -11,9 +11,11 @@ from ..generation import GenerationMixin
 from ..layers.projection import dropout_p, linear
 from ._base import Adopted, Encoded, Want, activation_name
 from ._bert import SLOTS, BertBase, base_forward, causal_forward
-from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderHeads, VocabularyHead
 from ._head_forwards import labelled, spans
+from ._heads import every_position
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "ElectraForCausalLM",
@@ -120,7 +122,7 @@ class ElectraForMultipleChoice(_ElectraHeads, hf.ElectraForMultipleChoice):
             states: Any = encoded.pooled[:, None]  # type: ignore[index]
         else:
             source = inputs.source()
-            read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+            read = every_position(source)
             encoded = self._encode(inputs, Want(read=read), kwargs)
             states = encoded.restored()
         return linear(self.classifier, self.sequence_summary(states)), encoded

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -16,22 +17,22 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import SlotTable, TransformerSpec
-from ..layers.projection import dropout_p, linear, register_transposed
+from ..layers import SlotTable, TransformerSpec, documents_of
+from ..layers.projection import dropout_p, linear, norm, register_transposed
 from ._base import Adopted, ModelMixin, Want, activation_name, check_inputs
 from ._forward import public_forward
 from ._gpt import (
+    GPTBase,
     causal_logits,
     classify_last,
     double_heads,
     flatten_labels,
     flatten_leading,
-    prepare_cache,
-    run_gpt,
     shifted_labels,
 )
-from ._heads import is_labelled, kept_positions, span_loss, token_loss
+from ._heads import every_position, is_labelled, kept_positions, span_loss, span_scores, token_loss
 from ._layer import AttentionModule, Layer
+from ._run_stack import Context, Inputs, decoding_cache, run_stack
 
 __all__ = [
     "GPT2DoubleHeadsModel",
@@ -93,8 +94,23 @@ class _GPT2Mixin(ModelMixin):
 
 
 @_ADOPTED.register
-class GPT2Model(_GPT2Mixin, hf.GPT2Model):
+class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
     __doc__ = hf.GPT2Model.__doc__
+
+    def _words(self):
+        return self.wte
+
+    def _position_table(self):
+        return self.wpe
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return spec_of(self.config)
+
+    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
+        return documents_of(shape, inputs.position_ids, kwargs)
+
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
+        return norm(self.ln_f, rows)
 
     @public_forward(hf.GPT2Model.forward)
     def forward(
@@ -116,13 +132,9 @@ class GPT2Model(_GPT2Mixin, hf.GPT2Model):
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
         leading, inputs = flatten_leading(inputs)
-        past_key_values, use_cache = prepare_cache(self, past_key_values, use_cache)
-        encoded = run_gpt(
-            self, spec_of(self.config), want or Want(), kwargs,
-            word=self.wte, position=self.wpe, final_norm=self.ln_f, encoder_states=encoder_hidden_states,
-            encoder_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache,
-            positions_tell_documents=True, **inputs,
-        )  # fmt: skip
+        past_key_values, use_cache = self._cache(past_key_values, use_cache)
+        context = Context(past_key_values, use_cache, encoder_hidden_states, encoder_attention_mask)
+        encoded = run_stack(self, Inputs(**inputs), want or Want(), kwargs, context)  # type: ignore[arg-type]
         if want is not None:
             return encoded
         states = encoded.restored()
@@ -132,6 +144,13 @@ class GPT2Model(_GPT2Mixin, hf.GPT2Model):
             **encoded.extras(cross=True),
         )
         return self._finish(output, kwargs)
+
+    def _cache(self, past_key_values, use_cache: bool | None):
+        crosses = getattr(self.config, "add_cross_attention", False)
+        past_key_values, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=crosses)
+        if use_cache and crosses and not hasattr(past_key_values, "cross_attention_cache"):  # a user's own
+            past_key_values = EncoderDecoderCache(past_key_values, self._new_cache())
+        return past_key_values, use_cache
 
 
 class _Described:
@@ -296,14 +315,12 @@ class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
         argmax picks it. With start_positions and end_positions padding is computed, as HF's loss counts it."""
         source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
         scored = start_positions is not None and end_positions is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if scored else None
+        read = every_position(source) if scored else None
         encoded = self.transformer(
             input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache=False,
             want=Want(read=read), **kwargs,
         )  # fmt: skip
-        logits = linear(self.qa_outputs, encoded.rows)
-        logits = encoded.packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
-        start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

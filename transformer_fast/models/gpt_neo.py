@@ -8,6 +8,7 @@ from ..layers import TransformerSpec
 from ._base import activation_name
 from ._decoder import DecoderBase, Heads, LearnedPositions
 from ._decoder_classes import classes_of
+from ._gpt import GPTBase
 
 _SLOTS = {
     "attention_norm": "ln_1",
@@ -25,11 +26,10 @@ _SLOTS = {
 }
 
 
-class _Base(LearnedPositions, DecoderBase):
-    drop: Any
-    h: Any
+class _Base(LearnedPositions, GPTBase, DecoderBase):
     ln_f: Any
     wpe: Any
+    _positions_setting = "config.max_position_embeddings"
 
     def spec(self) -> TransformerSpec:
         config = self.config
@@ -39,20 +39,11 @@ class _Base(LearnedPositions, DecoderBase):
             activation=activation_name(config.activation_function), windows=windows if any(windows) else (),
         )  # fmt: skip
 
-    def _layers(self):
-        return self.h
-
     def _final_norm(self) -> Any:
         return self.ln_f
 
-    def _input_dropout(self) -> Any:
-        return self.drop
-
     def _position_table(self) -> Any:
         return self.wpe
-
-    def _segments(self) -> Any:
-        return self._words()
 
 
 class _Heads(Heads):

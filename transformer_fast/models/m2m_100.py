@@ -9,11 +9,13 @@ from transformers.models.m2m_100 import modeling_m2m_100 as hf
 from ..generation import GenerationMixin
 from ..layers import Packing
 from ..layers.embeddings import embed
-from ._bart import BartDecoderBase, BartEncoderBase, BartLayer, BartLMHead
+from ._bart import BartDecoderBase, BartEncoderBase, BartLayer
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
+from ._run_stack import Inputs
 from ._seq2seq import Seq2SeqModel
+from ._seq2seq_heads import LMHead
 
 __all__ = ["M2M100ForConditionalGeneration", "M2M100Model"]
 
@@ -57,18 +59,19 @@ class _Embeddings:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, past) -> torch.Tensor:
-        table, padding = self.embed_positions, self.embed_positions.padding_idx
+    def _positions(self, inputs: Inputs, past) -> torch.Tensor:
+        table, padding, length = self.embed_positions, self.embed_positions.padding_idx, inputs.source().shape[1]
         if isinstance(past, int) or not torch.compiler.is_compiling():
-            table.cover(int(past) + packing.length + padding + 1)
-        if input_ids is None:
-            count = torch.arange(1, packing.length + 1, device=inputs_embeds.device)[None] + past
-        else:
-            seen = input_ids != padding
-            count = (seen.cumsum(1) + past) * seen
+            table.cover(int(past) + length + padding + 1)
+        if inputs.input_ids is None:
+            return torch.arange(1, length + 1, device=inputs.source().device)[None] + past + padding
+        seen = inputs.input_ids != padding
+        return (seen.cumsum(1) + past) * seen + padding
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, self._positions, None, None, self.dropout if self.training else 0.0,
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=count + padding, segment_ids=None,
+            packing, self.embed_tokens, self._embed_positions, None, None, self.dropout if self.training else 0.0,
+            input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions, segment_ids=None,
         )  # fmt: skip
 
     def _step_parts(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class _Embeddings:
             "embed_scale": self.embed_tokens.embed_scale,
         }
 
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed_positions(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.embed_positions.weights)
 
 
@@ -104,9 +107,9 @@ class M2M100Model(Seq2SeqModel, hf.M2M100Model):
     forward = public_forward(hf.M2M100Model.forward)(Seq2SeqModel.forward)
 
 
-class M2M100ForConditionalGeneration(GenerationMixin, BartLMHead, hf.M2M100ForConditionalGeneration):
+class M2M100ForConditionalGeneration(GenerationMixin, LMHead, hf.M2M100ForConditionalGeneration):
     __doc__ = hf.M2M100ForConditionalGeneration.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.M2M100ForConditionalGeneration.forward)(BartLMHead.forward)
+    forward = public_forward(hf.M2M100ForConditionalGeneration.forward)(LMHead.forward)
     final_logits_bias = None
     _caches_beside_labels = True

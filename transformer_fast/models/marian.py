@@ -4,11 +4,9 @@ from transformers.models.marian import modeling_marian as hf
 
 from ..generation import GenerationMixin
 from ._bart import (
-    BartCausalLM,
     BartDecoderBase,
     BartEncoderBase,
     BartLayer,
-    BartLMHead,
     ScalesGivenEmbeddings,
     SinusoidalPositions,
 )
@@ -16,6 +14,7 @@ from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
 from ._seq2seq import Seq2SeqModel
+from ._seq2seq_heads import CausalLMHead, LMHead
 
 __all__ = ["MarianForCausalLM", "MarianMTModel", "MarianModel"]
 
@@ -56,13 +55,13 @@ class MarianModel(Seq2SeqModel, hf.MarianModel):
     forward = public_forward(hf.MarianModel.forward)(Seq2SeqModel.forward)
 
 
-class MarianMTModel(GenerationMixin, BartLMHead, hf.MarianMTModel):
+class MarianMTModel(GenerationMixin, LMHead, hf.MarianMTModel):
     __doc__ = hf.MarianMTModel.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MarianMTModel.forward)(BartLMHead.forward)
+    forward = public_forward(hf.MarianMTModel.forward)(LMHead.forward)
 
 
-class MarianForCausalLM(GenerationMixin, BartCausalLM, hf.MarianForCausalLM):
+class MarianForCausalLM(GenerationMixin, CausalLMHead, hf.MarianForCausalLM):
     __doc__ = hf.MarianForCausalLM.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MarianForCausalLM.forward)(BartCausalLM.forward)
+    forward = public_forward(hf.MarianForCausalLM.forward)(CausalLMHead.forward)

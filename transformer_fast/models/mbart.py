@@ -5,19 +5,16 @@ from transformers.models.mbart import modeling_mbart as hf
 
 from ..generation import GenerationMixin
 from ._bart import (
-    BartCausalLM,
-    BartClassification,
     BartDecoderBase,
     BartEncoderBase,
     BartLayer,
-    BartLMHead,
-    BartQuestion,
     LearnedPositions,
 )
 from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
 from ._seq2seq import Seq2SeqModel, Shifts, wrap_right
+from ._seq2seq_heads import CausalLMHead, ClassificationHead, LMHead, QuestionHead
 
 __all__ = [
     "MBartForCausalLM",
@@ -74,25 +71,25 @@ class MBartModel(_WrapsLanguage, Seq2SeqModel, hf.MBartModel):
     _starts_with_input = True
 
 
-class MBartForConditionalGeneration(GenerationMixin, _WrapsLanguage, BartLMHead, hf.MBartForConditionalGeneration):
+class MBartForConditionalGeneration(GenerationMixin, _WrapsLanguage, LMHead, hf.MBartForConditionalGeneration):
     __doc__ = hf.MBartForConditionalGeneration.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MBartForConditionalGeneration.forward)(BartLMHead.forward)
+    forward = public_forward(hf.MBartForConditionalGeneration.forward)(LMHead.forward)
 
 
-class MBartForCausalLM(GenerationMixin, BartCausalLM, hf.MBartForCausalLM):
+class MBartForCausalLM(GenerationMixin, CausalLMHead, hf.MBartForCausalLM):
     __doc__ = hf.MBartForCausalLM.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MBartForCausalLM.forward)(BartCausalLM.forward)
+    forward = public_forward(hf.MBartForCausalLM.forward)(CausalLMHead.forward)
 
 
-class MBartForSequenceClassification(BartClassification, hf.MBartForSequenceClassification):
+class MBartForSequenceClassification(ClassificationHead, hf.MBartForSequenceClassification):
     __doc__ = hf.MBartForSequenceClassification.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MBartForSequenceClassification.forward)(BartClassification.forward)
+    forward = public_forward(hf.MBartForSequenceClassification.forward)(ClassificationHead.forward)
 
 
-class MBartForQuestionAnswering(BartQuestion, hf.MBartForQuestionAnswering):
+class MBartForQuestionAnswering(QuestionHead, hf.MBartForQuestionAnswering):
     __doc__ = hf.MBartForQuestionAnswering.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.MBartForQuestionAnswering.forward)(BartQuestion.forward)
+    forward = public_forward(hf.MBartForQuestionAnswering.forward)(QuestionHead.forward)

@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.modernbert import modeling_modernbert as hf
 
 from .. import ops
-from ..layers import Packing, Rotary, SlotTable, StackCall, TransformerSpec
+from ..layers import Packing, Rotary, SlotTable, TransformerSpec
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
 from ._base import Adopted, Encoded, Want, activation_name
-from ._encoder import EncoderBase, EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderBase, EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._heads import is_labelled, masked_lm, per_position
 from ._layer import AttentionModule, Layer
+from ._run_stack import Inputs
 
 __all__ = [
     "ModernBertForMaskedLM",
@@ -56,7 +57,6 @@ class ModernBertAttention(AttentionModule, hf.ModernBertAttention):
 class ModernBertModel(EncoderBase, hf.ModernBertModel):
     __doc__ = hf.ModernBertModel.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     rotary_emb: Any
 
     @public_forward(hf.ModernBertModel.forward)
@@ -68,15 +68,10 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         if isinstance(attention_mask, dict):  # a mask for each kind of layer
             return hf.ModernBertModel.forward(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        encoded = self._run(
-            want or Want(), Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds), kwargs
-        )
-        if want is not None:
-            return encoded
-        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return self._base_forward(inputs, kwargs)
 
     def _spec(self, causal: bool = False) -> TransformerSpec:
         config = self.config
@@ -97,20 +92,14 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
     def _kinds(self) -> list[str]:
         return [layer.attention_type for layer in self.layers]
 
-    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
-        call = super()._plan(spec, inputs, batch, length, device, **options)
-        call.rotary = self._rotary(call.packing, inputs.position_ids, device)
-        return call
-
-    def _rotary(self, packing: Packing, position_ids: torch.Tensor | None, device) -> list[Rotary]:
+    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> list[Rotary]:
         """The angles of each layer: HF's rule for its kind, in float32."""
-        if position_ids is None:
-            position_ids = packing.columns(device)
-        position_ids = position_ids.view(-1, packing.length)
+        if positions is None:
+            positions = packing.columns(device)[None]
         like = torch.empty(0, dtype=torch.float32, device=device)
         found = {}
         for kind in dict.fromkeys(self._kinds()):
-            cos, sin = self.rotary_emb(like, position_ids, kind)
+            cos, sin = self.rotary_emb(like, positions, kind)
             half = cos.shape[-1] // 2
             found[kind] = Rotary.of(packing, cos[..., :half], sin[..., :half])
         return [found[kind] for kind in self._kinds()]
@@ -122,7 +111,7 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
-    def _last(self, rows: torch.Tensor) -> torch.Tensor:
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
         return norm(self.final_norm, rows)
 
 

@@ -4,18 +4,18 @@ from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
 from .. import ops
 from ..layers import SlotTable
-from ._base import Adopted, Want
+from ._base import Adopted
 from ._bert import BertBase
-from ._encoder import EncoderHeads, Inputs, VocabularyHead
+from ._encoder import EncoderHeads, VocabularyHead
 from ._forward import public_forward
 from ._head_forwards import labelled_without_types, spans_without_types
 from ._layer import Layer
 from ._roberta import TokenPositions, score_first
+from ._run_stack import Inputs
 
 __all__ = [
     "MPNetForMaskedLM",
@@ -63,7 +63,6 @@ class _MPNetHeads(EncoderHeads):
 class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
     __doc__ = hf.MPNetModel.__doc__
     _adopted = _ADOPTED
-    _slots = SLOTS
     supports_gradient_checkpointing = True  # which HF's MPNet does not have
 
     @public_forward(hf.MPNetModel.forward)
@@ -75,16 +74,9 @@ class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
         inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
-        encoded = self._run(want or Want(read_first=self.pooler is not None), inputs, kwargs)
-        if want is not None:
-            return encoded
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=encoded.restored(), pooler_output=encoded.pooled, **encoded.extras()
-        )
-        output = self._finish(output, kwargs)
-        if isinstance(output, tuple) and encoded.pooled is None:
+        output = self._base_forward(inputs, kwargs, pools=True)
+        if type(output) is tuple and self.pooler is None:
             return output[0], None, *output[1:]  # as HF's: what would be the pooler's keeps its place
         return output
 

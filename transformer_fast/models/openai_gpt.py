@@ -21,17 +21,17 @@ from ..layers.projection import register_transposed
 from ._base import Adopted, ModelMixin, Want, check_inputs
 from ._forward import public_forward
 from ._gpt import (
+    GPTBase,
     causal_logits,
     classify_last,
     double_heads,
     flatten_labels,
     flatten_leading,
-    prepare_cache,
-    run_gpt,
     shifted_labels,
 )
 from ._heads import kept_positions
 from ._layer import Layer
+from ._run_stack import Context, Inputs, decoding_cache, run_stack
 from ._stock import why_hf_forward
 
 __all__ = [
@@ -77,9 +77,18 @@ class _OpenAIGPTMixin(ModelMixin):
 
 
 @_ADOPTED.register
-class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
+class OpenAIGPTModel(GPTBase, _OpenAIGPTMixin, hf.OpenAIGPTModel):
     __doc__ = hf.OpenAIGPTModel.__doc__
     gradient_checkpointing = False
+
+    def _words(self):
+        return self.tokens_embed
+
+    def _position_table(self):
+        return self.positions_embed
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return spec_of(self.config)
 
     @public_forward(hf.OpenAIGPTModel.forward)
     def forward(
@@ -100,11 +109,8 @@ class OpenAIGPTModel(_OpenAIGPTMixin, hf.OpenAIGPTModel):
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
         leading, inputs = flatten_leading(inputs)
-        past_key_values, use_cache = prepare_cache(self, past_key_values, bool(use_cache))
-        encoded = run_gpt(
-            self, spec_of(self.config), want or Want(), kwargs, word=self.tokens_embed, position=self.positions_embed,
-            final_norm=None, past_key_values=past_key_values, use_cache=use_cache, **inputs,  # type: ignore[arg-type]
-        )  # fmt: skip
+        context = Context(*decoding_cache(self, past_key_values, bool(use_cache)))
+        encoded = run_stack(self, Inputs(**inputs), want or Want(), kwargs, context)  # type: ignore[arg-type]
         if want is not None:
             return encoded
         states = encoded.restored()

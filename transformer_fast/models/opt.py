@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from transformers.models.opt import modeling_opt as hf
 
 from ..layers import Packing, TransformerSpec, documents_of
+from ..layers.embeddings import check_indices
 from ..layers.projection import linear
 from ._base import Adopted, ModelMixin, activation_name
 from ._decoder import DecoderBase, Heads, LearnedPositions
 from ._decoder_classes import classes_of
-from ._encoder import Inputs
 from ._forward import public_forward
 from ._layer import kept_layers
+from ._run_stack import Inputs
 
 _SLOTS = {
     "attention_norm": "self_attn_layer_norm",
@@ -38,7 +39,6 @@ class _Decoder(LearnedPositions, DecoderBase):
     final_layer_norm: Any
     project_in: Any
     project_out: Any
-    _positions_setting = "config.max_position_embeddings + 2"
 
     def spec(self) -> TransformerSpec:
         config = self.config
@@ -72,7 +72,9 @@ class _Decoder(LearnedPositions, DecoderBase):
             positions = (mask.cumsum(1) * mask - 1).long()[:, past:]
         elif positions is None:
             positions = torch.arange(source.shape[1], device=source.device)[None] + past
-        return positions + self.embed_positions.offset
+        rows = positions + self.embed_positions.offset
+        check_indices("position_ids", rows, self.embed_positions.num_embeddings, "config.max_position_embeddings + 2")
+        return rows
 
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
         return documents_of(shape, None, kwargs)

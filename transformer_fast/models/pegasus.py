@@ -4,11 +4,9 @@ from transformers.models.pegasus import modeling_pegasus as hf
 
 from ..generation import GenerationMixin
 from ._bart import (
-    BartCausalLM,
     BartDecoderBase,
     BartEncoderBase,
     BartLayer,
-    BartLMHead,
     ScalesGivenEmbeddings,
     SinusoidalPositions,
 )
@@ -16,6 +14,7 @@ from ._base import Adopted
 from ._forward import public_forward
 from ._layer import AttentionModule
 from ._seq2seq import Seq2SeqModel
+from ._seq2seq_heads import CausalLMHead, LMHead
 
 __all__ = ["PegasusForCausalLM", "PegasusForConditionalGeneration", "PegasusModel"]
 
@@ -58,13 +57,13 @@ class PegasusModel(Seq2SeqModel, hf.PegasusModel):
     forward = public_forward(hf.PegasusModel.forward)(Seq2SeqModel.forward)
 
 
-class PegasusForConditionalGeneration(GenerationMixin, BartLMHead, hf.PegasusForConditionalGeneration):
+class PegasusForConditionalGeneration(GenerationMixin, LMHead, hf.PegasusForConditionalGeneration):
     __doc__ = hf.PegasusForConditionalGeneration.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.PegasusForConditionalGeneration.forward)(BartLMHead.forward)
+    forward = public_forward(hf.PegasusForConditionalGeneration.forward)(LMHead.forward)
 
 
-class PegasusForCausalLM(GenerationMixin, BartCausalLM, hf.PegasusForCausalLM):
+class PegasusForCausalLM(GenerationMixin, CausalLMHead, hf.PegasusForCausalLM):
     __doc__ = hf.PegasusForCausalLM.__doc__
     _adopted = _ADOPTED
-    forward = public_forward(hf.PegasusForCausalLM.forward)(BartCausalLM.forward)
+    forward = public_forward(hf.PegasusForCausalLM.forward)(CausalLMHead.forward)

@@ -143,7 +143,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
     def _sampled_inputs(
         self, ids, mask, targets, encoder_outputs, inputs_embeds, labels, output_attentions, num_items_in_batch
     ) -> Seq2SeqLMOutput:
-        """forward in training with teacher_forcing below 1: a step at a time, for a step's input may be what the one
+        """forward in training with teacher_forcing below 1: one step at a time, for a step's input may be what the one
         before has said."""
         if encoder_outputs is None:
             encoder_outputs = self.model.encoder(ids, mask, inputs_embeds, return_dict=True)

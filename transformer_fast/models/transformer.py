@@ -10,44 +10,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin as HFGenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
-    Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
-)
-from transformers.utils.generic import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions, Seq2SeqLMOutput
 
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import (
-    Packing,
-    SinusoidalPositions,
-    SlotTable,
-    TransformerSpec,
-    plan_call,
-    run_layers,
-    stock,
-    transformer_layer,
-)
-from ..layers.embeddings import check_indices
+from ..layers import Packing, SinusoidalPositions, SlotTable, TransformerSpec, stock, transformer_layer
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
-from ._base import Encoded, activation_name, check_inputs, read_flags
+from ._base import Encoded, Outputs, Want, activation_name
 from ._forward import public_forward
+from ._heads import keep_positions
 from ._loading import LoadingErrors
 from ._noam_schedule import noam_schedule
+from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
 from ._self_check import runs_as_hugging_face
-from ._seq2seq import shift_right
+from ._seq2seq import JoinedForward, shift_right
 from ._sequence_loss import sequence_loss
 from ._stock import why_hf_loop
+from ._transformer_config import TransformerConfig
 
 __all__ = [
     "TransformerConfig",
@@ -78,99 +65,6 @@ SLOTS = SlotTable(
     output_dropout="dropout",
     output_norm="final_layer_norm",
 )
-
-
-class TransformerConfig(PreTrainedConfig):
-    """What a 2017 Transformer is made of; the defaults are the paper's base model (table 3).
-
-    Args:
-        vocab_size: of the target, which is scored.
-        encoder_vocab_size: of the source, by default the same.
-        d_model: width of the model.
-        encoder_layers: layers of the encoder.
-        decoder_layers: layers of the decoder.
-        num_attention_heads: a divisor of d_model.
-        ffn_dim: width inside the feed-forward block.
-        activation_function: the paper's relu, or another.
-        norm_position: "post", as the paper, or "pre" (Xiong et al., 2020).
-        final_norm: a norm after the last layer of either stack, by default with "pre" only; torch.nn.Transformer always
-            has one.
-        dropout: on embeddings and on what each sublayer adds (section 5.4).
-        attention_dropout: on attention weights, which the paper's text does not have and torch.nn.Transformer and
-            tensor2tensor do.
-        activation_dropout: inside the feed-forward block, as attention_dropout.
-        label_smoothing: of the loss.
-        share_embeddings: one matrix for source, target and output (section 3.4), by default where the vocabularies are
-            one.
-        tie_word_embeddings: one for target and output.
-        scale_embedding: times sqrt(d_model).
-        max_position_embeddings: sinusoids have no end; so many are tabulated, and longer inputs are refused.
-
-    Source:
-        Vaswani et al., "Attention Is All You Need", 2017.
-
-    Examples:
-        >>> import transformer_fast
-        >>> config = transformer_fast.TransformerConfig(vocab_size=100, d_model=32, num_attention_heads=4, ffn_dim=64)
-        >>> model = transformer_fast.TransformerForConditionalGeneration(config)
-    """
-
-    model_type = "transformer_2017"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
-
-    vocab_size: int = 37000
-    encoder_vocab_size: int | None = None
-    d_model: int = 512
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    num_attention_heads: int = 8
-    ffn_dim: int = 2048
-    activation_function: str = "relu"
-    norm_position: str = "post"
-    final_norm: bool | None = None
-    layer_norm_eps: float = 1e-5
-    dropout: float | int = 0.1
-    attention_dropout: float | int = 0.0
-    activation_dropout: float | int = 0.0
-    label_smoothing: float | int = 0.1
-    share_embeddings: bool | None = None
-    tie_word_embeddings: bool = True
-    scale_embedding: bool = True
-    max_position_embeddings: int = 2048
-    use_cache: bool = True
-    is_encoder_decoder: bool = True
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    decoder_start_token_id: int | None = 1
-
-    def __post_init__(self, **kwargs):
-        self.encoder_vocab_size = self.encoder_vocab_size or self.vocab_size
-        one_vocabulary = self.encoder_vocab_size == self.vocab_size
-        if self.share_embeddings is None:
-            self.share_embeddings = one_vocabulary and self.tie_word_embeddings
-        if self.final_norm is None:
-            self.final_norm = self.norm_position == "pre"
-        if self.norm_position not in ("post", "pre"):
-            raise ValueError(f"norm_position: wanted 'post' or 'pre', got {self.norm_position!r}")
-        if self.d_model % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: wanted a divisor of d_model = {self.d_model}, got {self.num_attention_heads}"
-            )
-        if self.d_model % 2:
-            raise ValueError(f"d_model: wanted an even number for sines and cosines, got {self.d_model}")
-        if self.activation_function not in ACT2FN:
-            raise ValueError(
-                f"activation_function: wanted one of {', '.join(ACT2FN)}, got {self.activation_function!r}"
-            )
-        if self.share_embeddings and not (one_vocabulary and self.tie_word_embeddings):
-            raise ValueError(
-                "share_embeddings: wanted one vocabulary and tie_word_embeddings=True, as source, target and output "
-                f"share one matrix; got vocab_size {self.vocab_size}, encoder_vocab_size {self.encoder_vocab_size}, "
-                f"tie_word_embeddings {self.tie_word_embeddings}"
-            )
-        super().__post_init__(**kwargs)
 
 
 class TransformerAttention(nn.Module):
@@ -215,7 +109,7 @@ class TransformerDecoderLayer(_Layer):
         super().__init__(config, cross=True)
 
 
-class TransformerPreTrainedModel(LoadingErrors, PreTrainedModel):
+class TransformerPreTrainedModel(Outputs, LoadingErrors, PreTrainedModel):
     config_class = TransformerConfig
     config: TransformerConfig
     base_model_prefix = "model"
@@ -247,7 +141,7 @@ class TransformerPreTrainedModel(LoadingErrors, PreTrainedModel):
         return {"input_ids": ids, "attention_mask": ids.ne(0).long(), "decoder_input_ids": ids}
 
 
-class _Stack(TransformerPreTrainedModel):
+class _Stack(Stack, TransformerPreTrainedModel):
     """Embedding, layers and the last norm: encoder and decoder alike."""
 
     causal = False
@@ -276,53 +170,58 @@ class _Stack(TransformerPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
-    def _run(self, name, input_ids, inputs_embeds, attention_mask, kwargs, past_key_values=None, **cross) -> Encoded:
-        source = check_inputs(input_ids, inputs_embeds, self.config.d_model)
-        batch, length = source.shape[:2]
-        if input_ids is not None:
-            check_indices(name, input_ids, self.embed_tokens.num_embeddings, "the embedding's size")
-        flags = read_flags(self.config, kwargs, len(self.layers))
-        call = plan_call(
-            self.spec, attention_mask, batch, length, source.device, past_key_values=past_key_values,
-            attentions=flags.attentions, **cross,
-        )  # fmt: skip
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        most = self.config.max_position_embeddings
-        if isinstance(past, int) and past + length > most:
-            raise ValueError(f"{name}: {past + length} positions are past config.max_position_embeddings = {most}")
-        rows = self._embed(call.packing, input_ids, inputs_embeds, attention_mask, past)
-        rows = run_layers(self.layers, rows, call, past_key_values=past_key_values, keep_hidden=flags.keep_hidden)
-        if self.layer_norm is not None:
-            rows = norm(self.layer_norm, rows)
-        return Encoded.of(rows, call, None, past_key_values, flags, len(self.layers))
+    def _layers(self):
+        return self.layers
 
-    def _embed(self, packing: Packing, input_ids, inputs_embeds, attention_mask, past) -> torch.Tensor:
+    def _words(self):
+        return self.embed_tokens
+
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return self.spec
+
+    def _decodes(self) -> bool:
+        return self.causal
+
+    def _causal(self, kwargs: dict) -> bool:
+        return self.causal
+
+    def _most_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> None:
+        return None
+
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.layer_norm is None else norm(self.layer_norm, rows)
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         """dropout(scale * word + position). The encoder's positions count tokens, so that padding on the left shifts
         nothing; the decoder's count columns, as those of HF's encoder-decoders do."""
-        if inputs_embeds is None:
-            x = self.embed_tokens(packing.pack(input_ids)) * self.embed_scale
+        if inputs.inputs_embeds is None:
+            x = self.embed_tokens(packing.pack(inputs.input_ids)) * self.embed_scale  # type: ignore[arg-type]
         else:
-            x = packing.pack(inputs_embeds)
-        if attention_mask is not None and attention_mask.dim() == 2 and not self.causal:
-            mask, spread = attention_mask != 0, packing.spread
+            x = packing.pack(inputs.inputs_embeds)
+        mask = inputs.attention_mask
+        if mask is not None and mask.dim() == 2 and not self.causal:
+            mask, spread = mask != 0, packing.spread
             whole = mask if spread is None else spread.unshard(mask)
             counted = (whole.long().cumsum(1) - 1).clamp(min=0)
             counted = counted if spread is None else spread.shard(counted)
-            positions = packing.pack(counted)
+            places = packing.pack(counted)
         else:
-            positions = packing.positions(x.device) + past
-        return ops.dropout(x + self.embed_positions(positions), dropout_p(self.dropout))
+            places = packing.positions(x.device) + past
+        return ops.dropout(x + self.embed_positions(places), dropout_p(self.dropout))
 
 
 class TransformerEncoder(_Stack):
     main_input_name = "input_ids"
+    _words_setting = "config.encoder_vocab_size"
 
     def __init__(self, config: TransformerConfig):
         layers = [TransformerEncoderLayer(config) for _ in range(config.encoder_layers)]
         super().__init__(config, layers, config.encoder_vocab_size)  # type: ignore[arg-type]
 
     @public_forward()
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -332,10 +231,11 @@ class TransformerEncoder(_Stack):
     ) -> BaseModelOutput | Encoded:
         """input_ids: (B, S), or inputs_embeds (B, S, d_model), to which positions are added; attention_mask: (B, S),
         nonzero for tokens. Padding is never computed: its states are zeros."""
-        encoded = self._run("input_ids", input_ids, inputs_embeds, attention_mask, kwargs)
-        if kwargs.get("packed"):  # our model, whose decoder reads the rows without padding
+        want = kwargs.pop("want", None)  # given by our model, whose decoder reads the rows without padding
+        encoded = run_stack(self, Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds), Want(), kwargs)
+        if want is not None:
             return encoded
-        return BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras())
+        return self._finish(BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras()), kwargs)
 
 
 class TransformerDecoder(_Stack):
@@ -345,8 +245,13 @@ class TransformerDecoder(_Stack):
         layers = [TransformerDecoderLayer(config) for _ in range(config.decoder_layers)]
         super().__init__(config, layers, config.vocab_size)
 
+    def _prefix(self) -> str:
+        return "decoder_"
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache()
+
     @public_forward()
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -357,27 +262,24 @@ class TransformerDecoder(_Stack):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> BaseModelOutputWithPastAndCrossAttentions | Encoded:
         """input_ids: (B, T), or inputs_embeds (B, T, d_model); attention_mask: (B, past + T); encoder_hidden_states:
         (B, S, d_model) with encoder_attention_mask (B, S); past_key_values: an EncoderDecoderCache."""
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and self.gradient_checkpointing and self.training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        encoded = self._run(
-            "decoder_input_ids", input_ids, inputs_embeds, attention_mask, kwargs, past_key_values,
-            encoder_states=encoder_hidden_states, encoder_mask=encoder_attention_mask,
-            encoder_packing=kwargs.get("encoder_packing"),
+        want, packing = kwargs.pop("want", None), kwargs.pop("encoder_packing", None)
+        cache, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=True, in_training=True)
+        encoded = run_stack(
+            self, Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds), want or Want(), kwargs,
+            Context(cache, use_cache, encoder_hidden_states, encoder_attention_mask, packing),
         )  # fmt: skip
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=encoded.restored(),
-            **cached(past_key_values if use_cache else None),
-            **encoded.extras(cross=True),
+        if want is not None:
+            return encoded
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=encoded.restored(), **cached(encoded.past_key_values), **encoded.extras(cross=True)
         )
+        return self._finish(output, kwargs)
 
 
-class TransformerModel(TransformerPreTrainedModel):
+class TransformerModel(JoinedForward, TransformerPreTrainedModel):
     """Encoder and decoder without the projection to the vocabulary."""
 
     def __init__(self, config: TransformerConfig):
@@ -398,7 +300,7 @@ class TransformerModel(TransformerPreTrainedModel):
 
     @classmethod
     def from_torch(cls, module: nn.Transformer, **settings) -> "TransformerModel":
-        """A model with the weights of a torch.nn.Transformer; embeddings, which that has none of, are random.
+        """A model with the weights of a torch.nn.Transformer; it has no embeddings, so ours are random.
 
         settings: further fields of TransformerConfig, vocab_size at least. Raises ValueError for what no configuration
         says: layers without biases, other activations than relu and gelu.
@@ -416,49 +318,7 @@ class TransformerModel(TransformerPreTrainedModel):
         of scaled words and sinusoids. Raises ValueError where torch's class has no such model: without final_norm."""
         return _torch_transformer.export(self)
 
-    @public_forward()
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ) -> Seq2SeqModelOutput:
-        """As HF's encoder-decoders. input_ids: (B, S); attention_mask: (B, S), nonzero for tokens; decoder_input_ids:
-        (B, T); kwargs: output_attentions, output_hidden_states, return_dict."""
-        options = {**kwargs, "return_dict": True}
-        packing = None
-        if encoder_outputs is None:
-            encoded = self.encoder(input_ids, attention_mask, inputs_embeds, packed=True, **options)
-            states = encoded.rows
-            if attention_mask is None or attention_mask.dim() == 2:
-                packing = encoded.packing
-            encoder_outputs = BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras())
-        else:
-            if not isinstance(encoder_outputs, BaseModelOutput):
-                encoder_outputs = BaseModelOutput(*encoder_outputs)
-            states = encoder_outputs.last_hidden_state
-        decoded = self.decoder(
-            decoder_input_ids, decoder_attention_mask, states, attention_mask, past_key_values, decoder_inputs_embeds,
-            use_cache, encoder_packing=packing, **options,
-        )  # fmt: skip
-        return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
-            **cached(decoded.past_key_values),
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
+    forward = public_forward()(JoinedForward.forward)
 
 
 class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrainedModel, HFGenerationMixin):
@@ -484,7 +344,7 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         return why_hf_loop(self)
 
     def step_description(self) -> StepDescription:
-        """The decoder, for generation by one native call a token."""
+        """The decoder, for generation by one native call per token."""
         decoder = self.model.decoder
         return StepDescription(
             self, [SLOTS.read(layer) for layer in decoder.layers], decoder.spec, decoder.embed_tokens, self.lm_head,
@@ -495,7 +355,6 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         return shift_right(self.config, labels)
 
     @public_forward()
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -518,19 +377,15 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        output = self.model(
+        joined = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache, **{**kwargs, "return_dict": True},
+            inputs_embeds, decoder_inputs_embeds, use_cache, want=Want(), **kwargs,
         )  # fmt: skip
-        rows = output.last_hidden_state
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
-            rows = rows[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = linear(self.lm_head, rows)
+        logits = linear(self.lm_head, keep_positions(joined.decoder.restored(), logits_to_keep))
         loss = None
         if labels is not None:
             loss = sequence_loss(logits, labels, self.config.label_smoothing, num_items_in_batch)
-        fields = {name: value for name, value in output.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **fields)
+        return self._finish(Seq2SeqLMOutput(loss=loss, logits=logits, **joined.extras()), kwargs)
 
 
 AutoConfig.register(TransformerConfig.model_type, TransformerConfig, exist_ok=True)

@@ -1,0 +1,37 @@
+"""What generation keeps of a model from one call to the next."""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..ops.decoder_step import DecoderCopies
+
+__all__ = ["DecoderState", "decoder_state"]
+
+_NAME = "_decoder_state"
+
+
+@dataclass
+class DecoderState:
+    """Kept on the model and freed with it. Copies and pickles of a model have an empty one.
+
+    storage: (dtype, whether to copy) of set_weight_storage, or None. copies: of the weights, which the last generation
+    has left. made: the caches that transformers has made for calls of generate, which nobody else reads.
+    """
+
+    storage: tuple[torch.dtype | None, bool] | None = None
+    copies: DecoderCopies | None = None
+    made: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+
+    def __deepcopy__(self, memo) -> "DecoderState":
+        return DecoderState()
+
+    def __reduce__(self):
+        return DecoderState, ()
+
+
+def decoder_state(model: Any) -> DecoderState:
+    """The model's own; an empty one where there was none."""
+    return model.__dict__.setdefault(_NAME, DecoderState())

@@ -1,0 +1,231 @@
+"""One pass through a stack of layers, from a call's arguments to the rows that heads read: the same for every family.
+
+A family says by the methods of Stack where its parts are and what they compute; run_stack does the rest.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import logging
+
+from .. import ops
+from ..layers import Packing, Rotary, StackCall, TransformerSpec, documents_of, plan_call, run_layers
+from ..layers.embeddings import check_indices
+from ._base import Encoded, Want, check_inputs, check_integers, read_flags
+
+__all__ = ["Context", "Inputs", "Stack", "decoding_cache", "run_stack"]
+
+logger = logging.get_logger(__name__)
+
+
+class Inputs(NamedTuple):
+    """What every stack reads, by HF's names; shapes (B, S), inputs_embeds (B, S, E)."""
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+
+    def given(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in self._asdict().items() if t is not None}
+
+    def source(self) -> torch.Tensor:
+        """The ids or the embeddings; ValueError where neither or both were given."""
+        if (self.input_ids is None) == (self.inputs_embeds is None):
+            came = "neither" if self.input_ids is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
+        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds  # type: ignore[return-value]
+
+
+class Context(NamedTuple):
+    """What a decoder reads beside its own tokens.
+
+    returns_cache: whether past_key_values is part of what comes back. encoder_states: (B, Se, E), or the rows of
+    encoder_packing; encoder_mask: as HF's encoder_attention_mask.
+    """
+
+    past_key_values: Any = None
+    returns_cache: bool = False
+    encoder_states: torch.Tensor | None = None
+    encoder_mask: torch.Tensor | None = None
+    encoder_packing: Packing | None = None
+
+
+_ALONE = Context()
+
+
+class Stack:
+    """What a family says of one stack: an encoder, or a decoder."""
+
+    config: Any
+    training: bool
+    get_input_embeddings: Any
+    # The settings that bound positions and tokens, for messages.
+    _positions_setting = "config.max_position_embeddings"
+    _words_setting = "config.vocab_size"
+
+    # ---- where the parts are ----
+    def _layers(self) -> Iterable[nn.Module]:
+        """The layer modules in the order they are called; one that is shared comes again."""
+        raise NotImplementedError
+
+    def _called_layers(self) -> list[nn.Module]:
+        """Those that this call runs."""
+        return list(self._layers())
+
+    def _words(self) -> Any:
+        """The embedding of tokens."""
+        return self.get_input_embeddings()
+
+    def _prefix(self) -> str:
+        """Before the names of arguments in messages ("decoder_")."""
+        return ""
+
+    # ---- what they compute ----
+    def _spec(self, causal: bool) -> TransformerSpec:
+        raise NotImplementedError
+
+    def _causal(self, kwargs: dict) -> bool:
+        """Whether a token sees those before it alone. kwargs: of the call."""
+        causal = kwargs.get("is_causal", getattr(self.config, "is_causal", None))
+        return bool(self._decodes() if causal is None else causal)
+
+    def _decodes(self) -> bool:
+        """Whether this is a decoder."""
+        return bool(getattr(self.config, "is_decoder", False))
+
+    def _relative_bias(self) -> ops.RelativeBias | None:
+        """Added to the scores of every layer."""
+        return None
+
+    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        """The rows that the first layer reads. positions: of _positions."""
+        raise NotImplementedError
+
+    def _close(self, rows: torch.Tensor) -> torch.Tensor:
+        """What follows the last layer."""
+        return rows
+
+    def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        """(B, E) of the first positions -> what heads on whole sequences read."""
+        return first
+
+    # ---- positions, segments, documents ----
+    def _positions(self, inputs: Inputs, past) -> torch.Tensor | None:
+        """(B or 1, S): the position of each token; None for past, past + 1, ..."""
+        return inputs.position_ids
+
+    def _most_positions(self) -> int | None:
+        """How many positions there are embeddings for; None: any number."""
+        return None
+
+    def _segments(self) -> tuple[int, str] | None:
+        """(how many kinds of segments there are embeddings for, the setting that says so)."""
+        return None
+
+    def _new_cache(self) -> DynamicCache:
+        """An empty cache of keys and values."""
+        return DynamicCache(config=self.config)
+
+    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
+        """See layers.documents_of; asked where there is neither a mask nor a cache."""
+        return documents_of(shape, None, kwargs)
+
+    def _rotary(
+        self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device
+    ) -> Rotary | Sequence[Rotary] | None:
+        """The angles of queries and keys, for all layers or for each. positions: of _positions."""
+        return None
+
+    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
+        """options: of plan_call."""
+        bias = self._relative_bias()
+        return plan_call(spec, inputs.attention_mask, batch, length, device, relative_bias=bias, **options)
+
+
+def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: Context = _ALONE) -> Encoded:
+    """Check the arguments, plan what is computed, embed, run the layers. kwargs: the call's other keywords."""
+    words = stack._words()
+    source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim, stack._prefix())
+    (batch, length), device, cache = source.shape[:2], source.device, context.past_key_values
+    past = 0 if cache is None else cache.get_seq_length()
+    inputs = _checked_indices(inputs, batch, length)
+    positions = stack._positions(inputs, past)
+    _check_sizes(stack, inputs, words, positions, length, past)
+    layers = stack._called_layers()
+    flags = read_flags(stack.config, kwargs, len(layers))
+    documents = None
+    if inputs.attention_mask is None and cache is None:
+        documents = stack._documents(inputs, (batch, length), kwargs)
+    call = stack._plan(
+        stack._spec(stack._causal(kwargs)), inputs, batch, length, device, past_key_values=cache,
+        encoder_states=context.encoder_states, encoder_mask=context.encoder_mask,
+        encoder_packing=context.encoder_packing, documents=documents, read=want.read,
+        read_first=want.read_first or want.first_only, attentions=flags.attentions,
+    )  # fmt: skip
+    call.rotary = stack._rotary(call.packing, positions, past, device)
+    rows = stack._embed(call.packing, inputs, positions, past)
+    whole = flags.hidden_states or flags.attentions or cache is not None or documents is not None
+    first_only = want.first_only and not whole and call.packing.spread is None
+    rows = run_layers(layers, rows, call, first_only=first_only, past_key_values=cache, keep_hidden=flags.keep_hidden)
+    rows, pooled = stack._close(rows), None
+    if want.first_only or want.read_first:
+        pooled = stack._pool(rows if first_only else call.packing.first(rows))
+    kept = cache if context.returns_cache else None
+    return Encoded.of(None if first_only else rows, call, pooled, kept, flags, len(layers))
+
+
+def _checked_indices(inputs: Inputs, batch: int, length: int) -> Inputs:
+    """inputs, whose indices are of a right kind and shape, with position_ids (B or 1, S)."""
+    for name in ("position_ids", "token_type_ids"):
+        if (t := getattr(inputs, name)) is not None:
+            check_integers(name, t, (batch, length))
+    if inputs.position_ids is not None and inputs.position_ids.dim() == 1:
+        return inputs._replace(position_ids=inputs.position_ids[None])
+    return inputs
+
+
+def _check_sizes(stack: Stack, inputs: Inputs, words: Any, positions: torch.Tensor | None, length: int, past) -> None:
+    """Refuse indices that a table has no row for."""
+    prefix, most, setting = stack._prefix(), stack._most_positions(), stack._positions_setting
+    advice = "truncate the text (tokenizer(..., truncation=True))"
+    if most is None:
+        pass
+    elif inputs.position_ids is not None:
+        check_indices("position_ids", inputs.position_ids, most, setting)
+    elif positions is not None:
+        given = "input_ids" if inputs.inputs_embeds is None else "inputs_embeds"
+        check_indices(f"the positions of {prefix}{given}", positions, most, f"{setting}; {advice}")
+    elif isinstance(past, int) and past + length > most:
+        raise ValueError(f"{prefix}input_ids: {past + length} positions are past {setting} = {most}; {advice}")
+    if inputs.input_ids is not None:
+        check_indices(f"{prefix}input_ids", inputs.input_ids, words.num_embeddings, stack._words_setting)
+    if inputs.token_type_ids is not None and (segments := stack._segments()) is not None:
+        check_indices("token_type_ids", inputs.token_type_ids, *segments)
+
+
+def decoding_cache(
+    stack: Stack, past_key_values: Any, use_cache: bool | None, *, crosses: bool = False, in_training: bool = False
+) -> tuple[Any, bool]:
+    """(the cache of a decoder's call or None, whether it is asked for): HF's rule.
+
+    In training a cache is made only where it is asked for, for it forbids dropping padding; in_training: also where
+    config.use_cache alone says so. crosses: the decoder reads an encoder, whose keys are kept too. Under gradient
+    checkpointing there is none.
+    """
+    if use_cache is None:
+        wanted = in_training or past_key_values is not None or not stack.training
+        use_cache = wanted and bool(getattr(stack.config, "use_cache", False))
+    if stack.training and getattr(stack, "gradient_checkpointing", False):
+        if use_cache or past_key_values is not None:
+            logger.warning_once("A cache does not go with gradient checkpointing: use_cache=False is used.")
+        return None, False
+    if use_cache and past_key_values is None:
+        past_key_values = stack._new_cache()
+        if crosses:
+            past_key_values = EncoderDecoderCache(past_key_values, stack._new_cache())
+    return past_key_values, use_cache
