@@ -140,8 +140,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
       "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "
       "float head_scale, int vocabulary, Tensor? cos, Tensor? sin, bool rotary_interleaved, "
-      "bool parallel, float softcap, float logits_softcap, int layers, int heads, int key_heads, int head_dim, "
-      "int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
+      "bool parallel, bool qkv_by_head, float softcap, float logits_softcap, int layers, int heads, int key_heads, "
+      "int head_dim, int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
   m.def(
       "cpu_decoder_plan_layer(Tensor(a!) plan, int index, Tensor?[] norms, float[] eps, bool rms, Tensor?[] weights, "
       "Tensor?[] caches, Tensor? relative, float scale, float cross_scale, int window) -> ()");
