@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .column_sum import column_sum
-from .layer_norm import backward_config, forward_config
+from .norm import backward_config, forward_config
 from .philox import keep_mask
 
 
