@@ -110,6 +110,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
   // float32: x (rows, in) with last stride 1, weights (out, in) with last stride 1, biases contiguous, y (rows, out).
   m.def("cpu_rows_linear(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
+  // float32: x (rows, in) with last stride 1, weight (out, in) with one stride 1, bias contiguous, y (rows, out).
+  m.def("cpu_long_linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
   // Of the memory that tensors without gaps in it take, in its order; hashes: int64, as many as there are tensors.
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.

@@ -35,6 +35,14 @@ def _without_hypothesis() -> types.ModuleType:
 
 if importlib.util.find_spec("hypothesis") is None:
     sys.modules["hypothesis"] = _without_hypothesis()
+else:
+    import hypothesis
+
+    # The same examples every time, and no test fails because the machine is busy.
+    hypothesis.settings.register_profile(
+        "here", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("here")
 
 
 def pytest_configure(config):
@@ -53,6 +61,12 @@ def _no_launch_plans_of_other_tests():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_fixture_setup(fixturedef):
+    """Those of a module or a session are made before _seed runs, after tests that nobody knows."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

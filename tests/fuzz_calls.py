@@ -2,6 +2,7 @@
 
 import random
 
+import fuzz_decoders
 import fuzz_int8
 from fuzz_draw import ACTIVATIONS, Call, Draw
 
@@ -53,6 +54,8 @@ def _dropout(d: Draw) -> None:
 
 def _linear(d: Draw) -> None:
     inner, outer = d.size(1, 100), d.size(1, 100)
+    if d.chance(0.1):  # long sums
+        inner = d.rng.randint(100, 5000)
     d.tensor("x", d.shape(inner))
     d.tensor("w", (outer, inner), scale=0.2)
     bias = d.maybe("b", (outer,))
@@ -62,7 +65,7 @@ def _linear(d: Draw) -> None:
 
 
 def _projections(d: Draw) -> None:
-    inner, count = d.size(1, 60), d.rng.randint(1, 3)
+    inner, count = d.rng.randint(100, 5000) if d.chance(0.1) else d.size(1, 60), d.rng.randint(1, 3)
     d.tensor("x", d.shape(inner))
     outs = [d.size(1, 60) for _ in range(count)]
     weights = [d.tensor(f"w{i}", (n, inner)) for i, n in enumerate(outs)]
@@ -413,6 +416,7 @@ OPS = {
     "recurrent_step": _step,
     "rotary_embedding": _rotary,
     "varlen_attention": _varlen,
+    **fuzz_decoders.OPS,
     **fuzz_int8.OPS,
 }
 

@@ -1,4 +1,5 @@
-"""Small random decoders as native_step describes them, and what they compute in plain PyTorch, without a cache."""
+"""Small random decoders as native_step describes them, what they compute in plain PyTorch, without a cache, and by the
+native step."""
 
 import copy
 import math
@@ -10,8 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from transformer_fast.backends import eager
 from transformer_fast.generation import StepDescription
+from transformer_fast.generation.native_step import NativeStepper
+from transformer_fast.generation.stepper import Prompt
 from transformer_fast.layers import LayerWeights, TransformerSpec
 from transformer_fast.layers.projection import register_transposed
+from transformer_fast.ops.decoder_step import DecoderCache, DecoderCopies, DecoderWeights
 
 register_transposed(Conv1D)
 VOCABULARY, POSITIONS, OFFSET, MAX_DISTANCE = 61, 40, 2, 12
@@ -281,3 +285,66 @@ FAMILIES = {
     "gptj": {"positions": False, "rotary": 3, "interleaved": True, "parallel": True},
     "even": {"width": 64, "heads": 2, "head_dim": 32, "inner": 128, "cross": True, "layers": 1},
 }
+
+
+# ---- the native step -------------------------------------------------------------------------------
+def rounded(weight: torch.Tensor, storage: torch.dtype, out: int) -> torch.Tensor:
+    """What storage makes of a weight whose outputs lie along dimension `out`."""
+    if storage == torch.bfloat16:
+        return weight.bfloat16().to(weight.dtype)
+    scale = 2.0 ** (weight.abs().amax(1 - out, keepdim=True) / 127).log2().ceil()
+    levels = (weight / scale).round()
+    levels.select(1 - out, 0).fill_(127.0)  # the largest: the scale is then a power of two
+    return levels * scale
+
+
+def round_weights(model: Decoder, storage: torch.dtype) -> None:
+    """Makes the weights of all projections numbers that storage holds exactly, small ones."""
+    tensors = model.step_description().tensors()
+    for p in tensors.projections():
+        for w in p.weights:
+            w.data.copy_(rounded(w.data.float(), storage, 1 if p.transposed else 0) / 32)
+
+
+def random_mask(rows: int, length: int) -> torch.Tensor:
+    """Padding left, right and in between; the last column of row 0 is kept."""
+    mask = torch.rand(rows, length) > 0.3
+    mask[0, -1] = True
+    return mask
+
+
+def weights_of(model: Decoder, storage: torch.dtype | None = None, copy: bool = True) -> DecoderWeights:
+    tensors = model.step_description().tensors()
+    return DecoderWeights(tensors, DecoderCopies(tensors, storage) if copy else None)
+
+
+def make_cache(model, ids, states=None, states_mask=None, storage=None, copy=True, capacity=2) -> DecoderCache:
+    """Of the rows ids (R, T), empty; row r attends to the encoder's states of sequence r."""
+    rows = ids.shape[0]
+    cache = DecoderCache(weights_of(model, storage, copy), rows, capacity, None if states is None else states.shape[:2])
+    if states is not None:
+        inputs = {"encoder_outputs": (states,), "attention_mask": states_mask}
+        NativeStepper(model, Prompt(ids, inputs=inputs))._load_encoder(cache, states)
+        cache.sources.copy_(torch.arange(rows))
+    return cache
+
+
+def walk(model, cache: DecoderCache, ids, mask=None, positions=None) -> torch.Tensor:
+    """Logits (R, n, V) of the columns of ids (R, T) from the cache's length on, by the native step. positions: (R, T),
+    those of columns when None."""
+    found = []
+    for t in range(cache.length, ids.shape[1]):
+        at = None
+        if model.position is not None or model.rotary:
+            at = torch.full((len(ids),), t) if positions is None else positions[:, t].contiguous()
+            at = at if model.position is None else at + OFFSET
+        cache.cover(t + 1 + OFFSET)
+        found.append(cache.step(ids[:, t], at).clone())
+        if mask is not None:
+            cache.table[: len(ids), t].masked_fill_(~mask[:, t], -1)
+    return torch.stack(found, 1)
+
+
+def decode(model: Decoder, ids, mask=None, **more) -> torch.Tensor:
+    """Logits (R, T, V) of the native step, column by column. more: of make_cache."""
+    return walk(model, make_cache(model, ids, **more), ids, mask)

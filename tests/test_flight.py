@@ -36,6 +36,11 @@ if script == "run.py":
     with open(os.path.join(after("--output"), "results.csv"), "a") as file:
         file.write(after("--only") + "\\n")
 time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+with open({record!r}) as record:
+    hangs = len(record.readlines()) == int(os.environ.get("HANG_AT", "0"))
+flight = os.getppid()
+while hangs and os.getppid() == flight:
+    time.sleep(0.02)
 sys.exit(int(os.environ.get("FAIL_" + script.split(".")[0].upper(), "0")))
 """
 
@@ -75,7 +80,7 @@ class Flight:
 
     def fly(self, call, *arguments, **environment) -> tuple[int, str]:
         process = self.start(call, *arguments, **environment)
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=500)
         return process.returncode, output
 
     def asked(self) -> list[list[str]]:
@@ -127,20 +132,20 @@ def test_a_stage_whose_smoke_fails_is_left_out(device):
 
 def test_nothing_is_begun_without_time_for_it(device):
     status, output = device.fly("first", "--seconds", "6", STEP_SECONDS="1.2")
-    assert status == 1 and "no time left" in output and 1 <= len(device.asked()) < 6
+    assert status == 1 and "no time left" in output and len(device.asked()) < 6
     assert "state.json" in device.packed()
 
 
 @pytest.mark.parametrize("begun", [2, 5])
 def test_what_was_done_before_a_kill_is_kept(device, begun):
-    process = device.start("first", STEP_SECONDS="0.4")
-    deadline = time.monotonic() + 60
+    process = device.start("first", HANG_AT=str(begun))
+    deadline = time.monotonic() + 500
     while len(device.asked()) < begun and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = device.asked()
-    assert 1 < len(before) < 10
+    assert len(before) == begun
     assert "state.json" in device.packed()
     assert json.loads((device.state / "state.json").read_text())["build"]["status"] == 0
     device.record.unlink()
@@ -157,7 +162,7 @@ def running(process: int) -> bool:
     return state.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
+def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path, monkeypatch):
     script = tmp_path / "step.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -170,14 +175,15 @@ def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
     """)
     )
     packings = []
-    flight.PACKING = 0.5
-    begun = time.monotonic()
-    step = flight.Step("endless", 2.0, (str(script),))
-    status = flight.run(step, step.seconds, tmp_path / "log", sys.executable, lambda: packings.append(1))
-    assert status == 124 and time.monotonic() - begun < 60
+    monkeypatch.setattr(flight, "PACKING", 0.5)
+    for limit in (2.0, 10.0, 60.0):  # a busy machine takes its time to get so far
+        step = flight.Step("endless", limit, (str(script),))
+        assert flight.run(step, limit, tmp_path / "log", sys.executable, lambda: packings.append(1)) == 124
+        if len(packings) >= 2 and "begun" in (tmp_path / "log").read_text():
+            break
     assert len(packings) >= 2 and "begun" in (tmp_path / "log").read_text()
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 60  # the signal is sent; a busy system may take a while to carry it out
+    deadline = time.monotonic() + 500  # the signal is sent; a busy system may take a while to carry it out
     while running(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not running(child)
@@ -261,8 +267,8 @@ def test_skips():
 
 def _run_tests(folder, *more):
     command = [sys.executable, str(ROOT / "benchmarks" / "flight_tests.py"), "--groups", "mine=test_mine.py"]
-    command += ["--output", str(folder / "out"), "--workers", "2", "--marker", "not none", "--test-limit", "5", *more]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=100)
+    command += ["--output", str(folder / "out"), "--workers", "2", "--marker", "not none", "--test-limit", "10", *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=500)
 
 
 def test_a_test_that_ruins_its_process_costs_itself_alone(tmp_path):
@@ -274,7 +280,7 @@ def test_a_test_that_ruins_its_process_costs_itself_alone(tmp_path):
     assert {name for name, entry in found.items() if entry["outcome"] == "failed"} == {
         "test_fails", "test_leaves_the_gpu_in_an_error", "test_crashes", "test_hangs",
     }  # fmt: skip
-    assert found["test_skips"]["outcome"] == "skipped" and "took over 5 s" in found["test_hangs"]["message"]
+    assert found["test_skips"]["outcome"] == "skipped" and "took over 10 s" in found["test_hangs"]["message"]
     cases = list(xml.etree.ElementTree.parse(report.with_suffix(".xml")).iter("testcase"))
     assert len(cases) == len(found) == 11 and {case.get("classname") for case in cases} == {"test_mine"}
     before = len(report.read_text().splitlines())

@@ -2,7 +2,6 @@
 
 import argparse
 import socket
-import time
 
 import huggingface_hub
 import pytest
@@ -21,20 +20,21 @@ def cut_off(request, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", request.param == "offline")
+    tried: list = []
 
     def refuse(address, timeout):
+        tried.append(address)
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    return "HF_HUB_OFFLINE is set" if request.param == "offline" else "cannot be reached: [Errno -2] Name or service"
+    yield "HF_HUB_OFFLINE is set" if request.param == "offline" else "cannot be reached: [Errno -2] Name or service"
+    assert len(tried) <= 1  # the client of the hub would try for half a minute
 
 
 @pytest.mark.parametrize("load", [tf.BertModel.from_pretrained, tf.AutoModel.from_pretrained, given])
 def test_a_name_that_only_the_hub_has(load, cut_off):
-    start = time.perf_counter()
     with pytest.raises((OSError, argparse.ArgumentTypeError)) as error:
         load("somebody/no-such-model")
-    assert time.perf_counter() - start < 5
     assert "'somebody/no-such-model': there is no such folder" in str(error.value) and cut_off in str(error.value)
     assert "run `hf download somebody/no-such-model`" in str(error.value)
 

@@ -25,13 +25,13 @@ def _python(code: str, cwd=None, **env) -> str:
 @pytest.mark.quick
 def test_import_is_light():
     code = (
-        "import torch, sys, time; t = time.perf_counter(); import transformer_fast; "
-        "transformer_fast.layer_norm; s = time.perf_counter() - t; "
+        "import torch, sys, time; t = time.process_time(); import transformer_fast; "
+        "transformer_fast.layer_norm; s = time.process_time() - t; "
         "print(s, [m for m in ('transformers', 'triton.compiler', 'matplotlib', 'typer') if m in sys.modules])"
     )
     best = min((_python(code).split(" ", 1) for _ in range(3)), key=lambda r: float(r[0]))
     assert best[1] == "[]"
-    assert float(best[0]) < 3.0  # about 0.1 s alone; room for a busy machine, none for importing transformers
+    assert float(best[0]) < 3.0  # of the processor; about 0.1 alone, and no room for importing transformers
 
 
 @pytest.mark.quick

@@ -76,6 +76,23 @@ void rows_linear(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTens
   kernels().rows_linear(a);
 }
 
+void long_linear(Tensor x, Tensor weight, OptionalTensor bias, int64_t activation, Tensor y) {
+  LongLinear a{};
+  a.x = read<float>(x);
+  a.weight = read<float>(weight);
+  a.bias = read<float>(bias);
+  a.y = write<float>(y);
+  a.rows = x.size(0);
+  a.in = x.size(1);
+  a.out = weight.size(0);
+  a.x_stride = x.stride(0);
+  a.out_stride = weight.stride(0);
+  a.in_stride = weight.stride(1);
+  a.has_activation = activation >= 0;
+  a.activation = Activation(activation >= 0 ? activation : 0);
+  kernels().long_linear(a);
+}
+
 }  // namespace
 }  // namespace tf
 
@@ -84,4 +101,5 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_pack_weight", TORCH_BOX(&tf::pack_weight));
   m.impl("cpu_packed_linear", TORCH_BOX(&tf::packed_linear));
   m.impl("cpu_rows_linear", TORCH_BOX(&tf::rows_linear));
+  m.impl("cpu_long_linear", TORCH_BOX(&tf::long_linear));
 }

@@ -82,8 +82,9 @@ void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, in
   }
 }
 
+// chain: how the product of values and grad_out is added up.
 template <class T>
-void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
+void load_tile(const AttentionBackward& a, const Tile& t, int64_t chain, const Buffers& s) {
   const int64_t row = a.q_start[t.b] + t.q0, padded = round_up(a.dim, kWidth);
   const auto at = [&](const void* data, const Rows& rows) {
     return static_cast<const T*>(data) + t.b * rows.batch + t.h * rows.head + row * rows.row;
@@ -103,8 +104,12 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   load_transposed(out, a.out_rows.row, t.count, a.dim, out_t, t.lanes);
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec dot = Vec{};
-    for (int64_t d = 0; d < a.dim; ++d)
-      dot = fma(load(s.grads_t + d * t.lanes + c), load(out_t + d * t.lanes + c), dot);
+    for (int64_t d = 0; d < a.dim; d += chain) {
+      Vec part = Vec{};
+      for (int64_t i = d; i < a.dim && i < d + chain; ++i)
+        part = fma(load(s.grads_t + i * t.lanes + c), load(out_t + i * t.lanes + c), part);
+      dot = dot + part;
+    }
     store(s.delta + c, dot);
   }
   for (int64_t i = 0; i < t.lanes; ++i) {
@@ -167,16 +172,17 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   int64_t begin, end;
   key_range(a, t, begin, end);
   if (end <= begin) return zero_rows(dq, a.dq_rows.row, t.count, a.dim);
-  load_tile<T>(a, t, s);
-  const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0, one_block = block_end(begin, end) == end;
+  const int64_t visible = end - begin, chain = chain_of(t.count < visible ? t.count : visible);
+  load_tile<T>(a, t, chain, s);
+  const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0, one_block = visible <= kKeys;
   const float to_log2 = log2_factor(a);
 
-  const auto chain = [&](int64_t keys) { return chain_of(t.count < keys ? t.count : keys); };
+  const auto next = [&](int64_t j) { return one_block ? end : block_end(j, end); };
   const auto from = [](Operand rows, int64_t j) {
     return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
   };
   const auto probabilities = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes, nullptr, chain(keys));
+    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes, nullptr, chain);
     if (!fold) finish_scores(a, t, j, keys, s.p, a.softcap != 0.f ? s.slope : nullptr);
     mask_edges(a, t, j, keys, s.p);
     for (int64_t c = 0; one_block && c < lanes; c += kWidth) {
@@ -196,15 +202,15 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
   // anew for nothing, few queries for little; a large log-sum-exp is rounded so coarsely that rows would not sum to one.
   const bool exact_delta = one_block || t.count <= kFewQueries;
   const auto value_gradients = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(value_rows, j), s.grads_t, lanes, s.ds, lanes, nullptr, chain(keys));
+    gemm(Write::kStore, keys, lanes, a.dim, from(value_rows, j), s.grads_t, lanes, s.ds, lanes, nullptr, chain);
   };
   if (exact_delta || largest_lse(s, lanes) > kPreciseLse) {
     for (int64_t c = 0; c < lanes; c += kWidth) {
       store(s.scale + c, Vec{});
       if (exact_delta) store(s.delta + c, Vec{});
     }
-    for (int64_t j = begin; j < end; j = block_end(j, end)) {
-      const int64_t keys = block_end(j, end) - j;
+    for (int64_t j = begin; j < end; j = next(j)) {
+      const int64_t keys = next(j) - j;
       probabilities(j, keys);
       sum_rows(s.scale, lanes, keys, [&](int64_t x) { return load(s.p + x); });
       if (!exact_delta) continue;
@@ -230,8 +236,8 @@ void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, 
     store(s.slope_sum + c, Vec{});
   }
 
-  for (int64_t j = begin; j < end; j = block_end(j, end)) {
-    const int64_t keys = block_end(j, end) - j;
+  for (int64_t j = begin; j < end; j = next(j)) {
+    const int64_t keys = next(j) - j;
     const Operand k = from(key_rows, j);
     // p: probabilities, with dropout's factors for dV. ds: d loss / d score.
     if (!one_block) {

@@ -174,25 +174,28 @@ static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int
   }
 }
 
-// Calls use(row, c, factor): factor is 0 or keep_scale of key j0 + row for queries q0 + c .. q0 + c + kWidth.
+// Calls use(row, c, factor): factor is 0 or keep_scale of key j0 + row for queries q0 + c .. q0 + c + kWidth. The keys
+// may lie in several groups of kKeys.
 template <class Use>
 static inline void for_each_dropout(const Attention& a, const Tile& t, int64_t j0, int64_t keys, const Use& use) {
-  const uint32_t group = uint32_t(j0 / kKeys), bh = uint32_t(t.b * a.heads + t.h);
-  const int64_t start = j0 % kKeys;
+  const uint32_t bh = uint32_t(t.b * a.heads + t.h);
   const VecU threshold = broadcast_u(a.dropout.threshold);
   const Vec keep = broadcast(a.dropout.keep_scale), zero = broadcast(0.f);
-  for (uint32_t m = 0; m < 16; ++m)
+  const uint32_t first = uint32_t(j0 / kKeys) * 16, past = uint32_t((j0 + keys - 1) / kKeys + 1) * 16;
+  for (uint32_t m = first; m < past; ++m) {
+    const int64_t start = j0 - int64_t(m / 16) * kKeys;
     for (int64_t c = 0; c < t.lanes; c += kWidth) {
-      const PhiloxWords r = philox(broadcast_u(group * 16 + m), iota_u(uint32_t(t.q0 + c)), broadcast_u(bh),
+      const PhiloxWords r = philox(broadcast_u(m), iota_u(uint32_t(t.q0 + c)), broadcast_u(bh),
                                    broadcast_u(uint32_t(a.dropout.offset)), a.dropout.seed);
 #pragma GCC unroll 8
       for (int lane = 0; lane < 8; ++lane) {
-        const int64_t row = lane * 16 + int64_t(m) - start;
+        const int64_t row = lane * 16 + int64_t(m % 16) - start;
         if (row < 0 || row >= keys) continue;
         const VecU bits = lane < 4 ? r.w[lane] & broadcast_u(0xffffu) : r.w[lane - 4] >> 16;
         use(row, c, select_u_ge(bits, threshold, keep, zero));
       }
     }
+  }
 }
 
 }  // namespace tf::TF_ISA

@@ -28,6 +28,7 @@ namespace tf {
   X(pack_weight, PackWeight) \
   X(packed_linear, PackedLinear) \
   X(rows_linear, RowsLinear) \
+  X(long_linear, LongLinear) \
   X(content_hash, ContentHash) \
   X(cross_entropy_forward, CrossEntropyForward) \
   X(cross_entropy_backward, CrossEntropyBackward) \

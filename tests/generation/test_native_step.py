@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_decoders import FAMILIES, OFFSET, POSITIONS, VOCABULARY, Decoder
+from native_decoders import (
+    FAMILIES,
+    POSITIONS,
+    VOCABULARY,
+    Decoder,
+    decode,
+    random_mask,
+    round_weights,
+    weights_of,
+)  # fmt: skip
 from numerics import assert_as_accurate
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -12,7 +21,7 @@ from transformer_fast.backends import native
 from transformer_fast.generation.native_step import NativeStepper
 from transformer_fast.generation.stepper import Prompt
 from transformer_fast.generation.weights import kept_copies, set_weight_storage
-from transformer_fast.ops.decoder_step import DecoderCache, DecoderCopies, DecoderWeights
+from transformer_fast.ops.decoder_step import DecoderWeights
 
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
@@ -35,40 +44,6 @@ def _no_grad():
 def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Decoder:
     torch.manual_seed(seed)
     return Decoder(**{**FAMILIES[family], **options}).to(dtype).eval()
-
-
-def random_mask(rows: int, length: int) -> torch.Tensor:
-    """Padding left, right and in between; the last column of row 0 is kept."""
-    mask = torch.rand(rows, length) > 0.3
-    mask[0, -1] = True
-    return mask
-
-
-def weights_of(model: Decoder, storage=None, copy=True) -> DecoderWeights:
-    tensors = model.step_description().tensors()
-    return DecoderWeights(tensors, DecoderCopies(tensors, storage) if copy else None)
-
-
-def decode(model: Decoder, ids, mask=None, states=None, states_mask=None, storage=None, copy=True, capacity=2):
-    """Logits (R, T, V) of the native step, column by column."""
-    rows, length = ids.shape
-    cache = DecoderCache(weights_of(model, storage, copy), rows, capacity, None if states is None else states.shape[:2])
-    if states is not None:
-        stepper = NativeStepper(
-            model, Prompt(ids, inputs={"encoder_outputs": (states,), "attention_mask": states_mask})
-        )
-        stepper._load_encoder(cache, states)
-        cache.sources.copy_(torch.arange(rows))
-    found = []
-    for t in range(length):
-        positions = None
-        if model.position is not None or model.rotary:
-            positions = torch.full((rows,), t if model.position is None else t + OFFSET)
-        cache.cover(t + 1)
-        found.append(cache.step(ids[:, t], positions).clone())
-        if mask is not None:
-            cache.table[:, t].masked_fill_(~mask[:, t], -1)
-    return torch.stack(found, 1)
 
 
 def compare(model: Decoder, ids, actual, **inputs):
@@ -133,16 +108,6 @@ def test_options():
     property()
 
 
-def rounded(weight: torch.Tensor, storage: torch.dtype, out: int) -> torch.Tensor:
-    """What storage makes of a weight whose outputs lie along dimension `out`."""
-    if storage == torch.bfloat16:
-        return weight.bfloat16().float()
-    scale = 2.0 ** (weight.abs().amax(1 - out, keepdim=True) / 127).log2().ceil()
-    levels = (weight / scale).round()
-    levels.select(1 - out, 0).fill_(127.0)  # the largest: the scale is then a power of two
-    return levels * scale
-
-
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "t5-v1.1"])
 def test_narrow_storage(isa, family, storage):
@@ -151,10 +116,7 @@ def test_narrow_storage(isa, family, storage):
     inputs = {}
     if "cross_query" in model.layers[0]:
         inputs = {"states": torch.randn(5, 7, model.token.embedding_dim), "states_mask": torch.ones(5, 7).bool()}
-    tensors = model.step_description().tensors()
-    for p in (*(p for layer in tensors.layers for p in layer.projections), tensors.head):
-        for w in () if p is None else p.weights:
-            w.data.copy_(rounded(w.data, storage, 1 if p.transposed else 0) / 32)
+    round_weights(model, storage)
     compare(model, ids, decode(model, ids, storage=storage, **inputs), **inputs)
     narrow, wide = weights_of(model, storage).copies.bytes, weights_of(model).copies.bytes
     assert 0 < narrow <= wide / (2 if storage == torch.bfloat16 else 2.5)

@@ -268,3 +268,24 @@ def test_a_bias_of_whole_rows_moves_lse_alone(shape, with_lse):
         assert not ours.any()
         truth = torch.zeros_like(truth)  # but for the rounding of float64
     assert_as_accurate(ours, truth, plain, GRADIENT, "bias")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [64, 100])
+def test_a_key_seen_alone_has_no_gradient(isa, dim, dtype):
+    """Its probability is 1 whatever the score, in plain PyTorch to the last bit."""
+    q, k, v = (torch.randn(1, 2, n, dim).to(dtype) for n in (230, 300, 300))
+    last = {"is_causal": True, "causal_alignment": "bottom_right", "window": (0, None)}
+    for more in (last, {**last, "dropout_p": 0.3}, {"attn_mask": torch.eye(230, 300, dtype=torch.bool)}):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = tf.scaled_dot_product_attention(*leaves, **more)
+        dq, dk, dv = torch.autograd.grad(out, leaves, torch.randn(out.shape).to(dtype))
+        assert not dq.any() and not dk.any() and dv.any(), more
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_windows_across_two_groups_of_keys(isa, dtype):
+    """Few keys are one tile wherever they lie; dropout counts them from where groups begin."""
+    last = {"is_causal": True, "causal_alignment": "bottom_right", "window": (3, None), "dropout_p": 0.3}
+    check(Case(1, 2, 1, 150, 170, 100, dtype, **last))
+    check(Case(1, 2, 1, 150, 300, 40, dtype, window=(20, 30), dropout_p=0.3, bias_axes=(0, 1, 1, 1), buckets=8))

@@ -163,6 +163,29 @@ def test_compiles_without_a_break(route):
     check(compiled, lambda x, w, b: reference(x, w, b, "gelu"), (x, w, b), torch.randn(4, 5))
 
 
+@pytest.mark.parametrize("isa", native.supported_isas())
+@pytest.mark.parametrize("transposed", [False, True])
+def test_long_sums(isa, transposed, monkeypatch):
+    """Of thousands of products, for any number of rows and outputs: in runs as short as torch's own BLAS makes."""
+    monkeypatch.setattr(gemm, "why_not_onednn", lambda: "")
+    from transformer_fast import backends
+
+    backends._select.cache_clear()
+    before = native.current_isa()
+    native.set_isa(isa)
+    try:
+        for rows, inner, outer, activation in ((70, 8192, 160, None), (5, 4099, 90, "gelu"), (283, 600, 33, "relu")):
+            x, b = torch.randn(rows, inner + 3)[:, 2:-1], torch.randn(outer * 2)[::2]
+            w = torch.randn(inner, outer).t() if transposed else torch.randn(outer, inner)
+            for bias in (b, None):
+                y = tf.linear(x, w, bias, activation)
+                truth = reference(*(None if t is None else t.double() for t in (x, w, bias)), activation)
+                assert_as_accurate(y, truth, reference(x, w, bias, activation), name=str((rows, inner, outer)))
+    finally:
+        native.set_isa(before)
+        backends._select.cache_clear()
+
+
 # ---- projections ---------------------------------------------------------------------------------
 def parameters_of(sizes=(5, 5, 7), inner=6, dtype=torch.float32, bare=()):
     layers = [torch.nn.Linear(inner, n, i not in bare, dtype=dtype) for i, n in enumerate(sizes)]

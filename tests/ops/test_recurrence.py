@@ -1,5 +1,7 @@
 """lstm and gru: the definition against torch's own layers, every instruction set's kernels against the definition."""
 
+import contextlib
+
 import pytest
 import torch
 from numerics import GRADIENT, assert_as_accurate
@@ -233,15 +235,18 @@ def test_derivatives(cell):
     with tf.backend("eager"):
         torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors], fast_mode=True)
     found = []
-    for dtype in (torch.float32, torch.float64):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-        loss = sum((o * c.to(dtype)).sum() for o, c in zip(function(*leaves), cotangents))
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-        tangent = torch.func.jvp(function, tuple(t.detach() for t in leaves), tuple(map(torch.ones_like, leaves)))[1]
+    for dtype, backend in ((torch.float32, None), (torch.float64, "eager"), (torch.float32, "eager")):
+        with tf.backend(backend) if backend else contextlib.nullcontext():
+            leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+            loss = sum((o * c.to(dtype)).sum() for o, c in zip(function(*leaves), cotangents))
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+            tangent = torch.func.jvp(function, tuple(t.detach() for t in leaves), tuple(map(torch.ones_like, leaves)))[
+                1
+            ]
         found.append([*second, *tangent])
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
+    for three in zip(*found):
+        assert_as_accurate(*three, GRADIENT)
 
 
 @pytest.mark.parametrize("cell", CELLS)

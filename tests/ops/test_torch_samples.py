@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import transformer_fast as tf
 
-pytest.importorskip("expecttest")  # torch's samples import it
+pytest.importorskip("expecttest", reason="expecttest, which torch's samples import, is not installed")
 
 
 def _maths(*args, **more):

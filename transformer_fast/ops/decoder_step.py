@@ -393,6 +393,7 @@ class DecoderCache:
         if self.length == self.capacity:
             self._grow(self.length + 1)
         logits = self._logits[: self.live]
+        positions = None if positions is None else positions.contiguous()
         _ops.cpu_decoder_step.default(
             self._plan, ids.contiguous(), positions, self.table, self.sources, self.cross_lengths, self.length, logits
         )
