@@ -4,7 +4,8 @@
 
 all-MiniLM-L6-v2 on the demo's sentences. Workers of one thread each take turns, one and two; what is compared is the
 rate while all of a pool's workers compute, without their start. The two services are up together and are loaded in
-turn. Written: benchmarks/results/ray/<date>-<commit>.json.
+turn: each computes on all cores but one, which the clients, in this process, keep to. Written:
+benchmarks/results/ray/<date>-<commit>.json.
 """
 
 import argparse
@@ -108,11 +109,13 @@ async def load(url: str, requests: int, clients: int) -> tuple[float, list[float
 def service(requests: int, clients: int, rounds: int) -> dict:
     serve_models = example("serve_models")
     names = ("transformer_fast", "transformers")
-    port = 8123
+    port, cores = 8123, sorted(os.sched_getaffinity(0))
+    threads = max(1, len(cores) - 1)
     for name in names:
-        given = serve_models.parse(["--library", name, "--port", str(port), "--threads", "2"])
+        given = serve_models.parse(["--library", name, "--port", str(port), "--threads", str(threads)])
         serve_models.connect(given)
         serve_models.start(given, name, f"/{name}")
+    os.sched_setaffinity(0, cores[-1:])  # the clients alone: Ray and the services have started
     found: dict = {name: {"requests_per_s": [], "latencies": []} for name in names}
     for turn in range(-1, rounds):  # the first warms up
         for name in names if turn % 2 else names[::-1]:
@@ -121,13 +124,15 @@ def service(requests: int, clients: int, rounds: int) -> dict:
             if turn >= 0:
                 found[name]["requests_per_s"].append(requests / seconds)
                 found[name]["latencies"] += latencies
+    os.sched_setaffinity(0, cores)
     serve_models.serve.shutdown()
     for told in found.values():
         latencies = told.pop("latencies")
         told |= {f"p{q}_ms": 1000 * percentile(latencies, q) for q in (50, 99)}
     ours, theirs = (found[name]["requests_per_s"] for name in names)
     ratio = statistics.median(a / b for a, b in zip(ours, theirs))
-    return {"requests": requests, "clients": clients, "services": found, "requests_per_s_over_transformers": ratio}
+    about = {"requests": requests, "clients": clients, "threads": threads}
+    return {**about, "services": found, "requests_per_s_over_transformers": ratio}
 
 
 def main() -> None:

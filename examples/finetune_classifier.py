@@ -126,7 +126,10 @@ def sharding(model, arguments: argparse.Namespace) -> dict:
     if not arguments.fsdp:
         return {}
     if not torch.cuda.is_available():
-        raise SystemExit("--fsdp: Trainer shares a model between GPUs alone, got none; leave it out")
+        raise SystemExit(
+            "--fsdp: Trainer shares a model by accelerate, which does so on GPUs alone and trains by DDP on CPUs, got "
+            "CPUs; leave it out"
+        )
     layers = {type(layer).__name__ for layer in model.base_model.encoder.layer}
     settings = {"version": 2, "transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "FULL_STATE_DICT"}
     return {"fsdp": "full_shard auto_wrap", "fsdp_config": settings}

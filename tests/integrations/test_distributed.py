@@ -1,5 +1,8 @@
 """Data parallel and fully sharded training of each family: two processes get the gradients that one gets on both halves
-of a batch."""
+of a batch, and a model that FSDP2 has sharded still takes the fast path."""
+
+import datetime
+import functools
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ from numerics import GRADIENT, assert_as_accurate, pooled
 from torch import nn
 
 import transformer_fast as tf
+from transformer_fast.models import _layer
 from transformer_fast.models._layer import Layer
 
-WORLD = 2
+WORLD, WAIT = 2, datetime.timedelta(minutes=5)
 _DECODER = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0,
@@ -73,32 +77,120 @@ def data_parallel(name: str, rank: int) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
 
 
-def fully_sharded(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """Each layer, then the model."""
+def layers_of(model) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, Layer)]
+
+
+def shard(model, *apart: list[nn.Module]):
+    """Each layer with what it is wrapped in, then the lists of modules, then the model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh, model = init_device_mesh("cpu", (WORLD,)), make_model(name)
-    for module in [m for m in model.modules() if isinstance(m, Layer)]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    wrappers = [m for m in model.modules() if hasattr(m, "checkpoint_fn")]
+    for module in [*(wrappers or layers_of(model)), *apart, model]:
         fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model(**batch(name, rank)).loss.backward()
-    return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    return model
 
 
-WAYS = {"data parallel": data_parallel, "fully sharded": fully_sharded}
+def whole_gradients(model, inputs: dict) -> dict[str, torch.Tensor]:
+    model(**inputs).loss.backward()
+    named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
+    return {n: p.grad.full_tensor() for n, p in named.items() if p.grad is not None}
+
+
+def fully_sharded(name: str, rank: int) -> dict[str, torch.Tensor]:
+    return whole_gradients(shard(make_model(name)), batch(name, rank))
+
+
+def words_apart(name: str, rank: int) -> dict[str, torch.Tensor]:
+    """As accelerate does it: the table of words and what is tied to it are a unit of their own, BERT's embeddings too.
+    torch refuses that where a third module holds one of their parameters."""
+    model = make_model(name)
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = [words] if head is None else [words, head]
+    own = {id(p) for module in apart for p in module.parameters()}
+    others = [m for m in model.modules() if m not in apart and own & {id(p) for p in m._parameters.values()}]
+    units = [apart]
+    if hasattr(model.base_model, "embeddings"):
+        units.append([model.base_model.embeddings])
+    if model.base_model is not model:
+        units.append([model.base_model])
+    if others:
+        units.clear()
+    return whole_gradients(shard(model, *units), batch(name, rank))
+
+
+def computed_again(name: str, rank: int) -> dict[str, torch.Tensor]:
+    """Layers in torch's wrapper, which keeps nothing of them for backward."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model = make_model(name)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Layer))
+    return whole_gradients(shard(model), batch(name, rank))
+
+
+def checkpointed(name: str, rank: int) -> dict[str, torch.Tensor]:
+    """By Hugging Face's switch."""
+    model = make_model(name)
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return whole_gradients(shard(model), batch(name, rank))
+
+
+WAYS = {
+    "data parallel": data_parallel, "fully sharded": fully_sharded, "words apart": words_apart,
+    "computed again": computed_again, "checkpointed": checkpointed,
+}  # fmt: skip
+
+
+def uses(name: str, rank: int, model) -> dict:
+    """Without gradients: what is planned from a table that no process has whole, and a cache."""
+    inputs = {k: v for k, v in batch(name, rank).items() if "label" not in k}
+    model.eval()
+    with torch.no_grad():
+        output = model(**inputs, output_attentions=True)
+        written = model.generate(inputs["input_ids"][:, :3], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    attentions = output.decoder_attentions if "T5" in name else output.attentions
+    return {"logits": output.logits, "attentions": torch.stack(attentions), "written": written.shape[1]}
+
+
+def reentrant(name: str, rank: int) -> dict[str, torch.Tensor]:
+    model = make_model(name)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    return whole_gradients(shard(model), batch(name, rank))
+
+
+USED = ["GPT2LMHeadModel", "T5ForConditionalGeneration", "LlamaForCausalLM"]
+
+
+class Counted:
+    """How often a layer is computed by our stack."""
+
+    def __init__(self):
+        self.calls, self._run, _layer.transformer_layer = 0, _layer.transformer_layer, self
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self._run(*args, **kwargs)
 
 
 def work(rank: int, rendezvous: str, result: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    found = {}
-    for name in FAMILIES:
-        for way, run in WAYS.items():
-            try:
-                found[name, way] = run(name, rank)
-            except Exception as error:  # in both of them
-                found[name, way] = f"{type(error).__name__}: {error}"
+    place = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": WORLD}
+    dist.init_process_group("gloo", timeout=WAIT, **place)
+    found, counted = {}, Counted()
+    runs = {(name, way): functools.partial(run, name, rank) for name in FAMILIES for way, run in WAYS.items()}
+    runs |= {(name, "uses"): lambda name=name: uses(name, rank, shard(make_model(name))) for name in USED}
+    runs |= {(name, "explained"): lambda name=name: {"said": tf.explain(shard(make_model(name)))} for name in FAMILIES}
+    runs["reentrant"] = lambda: reentrant("T5ForConditionalGeneration", rank)
+    for key, run in runs.items():
+        counted.calls = 0
+        try:
+            found[key] = run()
+        except Exception as error:  # in both of them
+            found[key] = f"{type(error).__name__}: {error}"
+        found[key, "calls"] = counted.calls
     if rank == 0:
         torch.save(found, result)
     dist.barrier()
@@ -117,8 +209,34 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients(found, name):
     alone, truth = one_process(name, torch.float32), one_process(name, torch.float64)
+    count = len(layers_of(make_model(name)))
     for way in WAYS:
         gradients = found[name, way]
         assert not isinstance(gradients, str), f"{way}: {gradients}"
         assert gradients.keys() == alone.keys(), way
         assert_as_accurate(*(pooled(g, truth) for g in (gradients, truth, alone)), GRADIENT, name=way)
+        assert found[(name, way), "calls"] >= count, f"{way}: {found[name, 'explained']}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_explained(found, name):
+    said = found[name, "explained"]
+    assert not isinstance(said, str), said
+    lines = [line for line in said["said"].splitlines()[1:] if "generate:" not in line]
+    assert lines and all(": the fast path" in line for line in lines), said["said"]
+    if "generate:" in said["said"]:
+        assert "transformers' own loop" in said["said"].splitlines()[-1], said["said"]
+
+
+def test_table_that_reentrant_checkpointing_would_lose(found):
+    assert "wanted use_reentrant=False for T5 under FSDP2, got True" in str(found["reentrant"])
+
+
+@pytest.mark.parametrize("name", USED)
+def test_uses(found, name):
+    sharded = found[name, "uses"]
+    assert not isinstance(sharded, str), sharded
+    truth, plain = (uses(name, 0, make_model(name).to(dtype)) for dtype in (torch.float64, torch.float32))
+    assert sharded["written"] == plain["written"]
+    for part in ("logits", "attentions"):
+        assert_as_accurate(sharded[part], truth[part], plain[part], name=part)

@@ -1,12 +1,14 @@
 """The AWD-LSTM: its papers' formulas, its dropouts, its state, checkpoints and ULMFiT's classifier."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from numerics import GRADIENT, assert_as_accurate, pooled
 
 import transformer_fast as tf
+from transformer_fast.models import awd_lstm
 
 LENGTHS = (7, 3, 1, 5)
 NO_DROPOUT = {
@@ -136,6 +138,23 @@ def test_weights_are_dropped():
     y.sum().backward()
     dropped = model.layers[0].weight_hh.grad.eq(0).float().mean()
     assert 0.35 < dropped < 0.65  # what is dropped learns nothing
+
+
+def test_layers_computed_again(monkeypatch):
+    """With gradient checkpointing, dropout and all: the gradients are those without."""
+    found = []
+    for again in (False, True):
+        model = build(num_layers=2).train()
+        if again:
+            model.gradient_checkpointing_enable()
+        counted = mock.Mock(side_effect=awd_lstm.lstm)
+        monkeypatch.setattr(awd_lstm, "lstm", counted)
+        torch.manual_seed(0)
+        model(**batch(), labels=batch()["input_ids"]).loss.backward()
+        monkeypatch.undo()
+        assert counted.call_count == (4 if again else 2)
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
 
 
 # ---- the state -------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_libraries_that_change_models(name, how, tmp_path):
                 model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
             out.append(model(**inputs(name, False))[0].detach())
             if library is transformer_fast:
-                assert why_hf_forward(model)
+                assert bool(why_hf_forward(model)) == (how != "sharded")
                 if how == "offloaded" and name != "BertForSequenceClassification":
                     model.generate(inputs(name)["input_ids"], max_new_tokens=2)
     finally:
@@ -312,6 +312,32 @@ def test_libraries_that_change_models(name, how, tmp_path):
             torch.distributed.destroy_process_group()
     double = make(name, library=transformers).double()(**inputs(name, False))[0]
     assert_as_accurate(out[0], double, out[1])
+
+
+def test_sharded_where_the_fast_path_does_not_call(tmp_path):
+    """A container that only Hugging Face's forward calls, and somebody's hook on a layer that FSDP2 has sharded."""
+    name = "BertForSequenceClassification"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        container, hooked = make(name), make(name)
+        fully_shard(container.bert.encoder)
+        fully_shard(container)
+        fully_shard(hooked.bert.encoder.layer[1])
+        seen = []
+        hooked.bert.encoder.layer[1].register_forward_hook(lambda *_: seen.append(True))
+        assert why_hf_forward(container) == (
+            "bert.encoder is sharded by FSDP2 on its own, and the fast path does not call it"
+        )
+        assert why_hf_forward(hooked) == "bert.encoder.layer.1 has a forward hook"
+        out = [model(**inputs(name, False))[0].detach() for model in (container, hooked)]
+        assert seen
+    finally:
+        torch.distributed.destroy_process_group()
+    theirs = make(name, library=transformers)
+    plain = theirs(**inputs(name, False))[0].detach()
+    double = theirs.double()(**inputs(name, False))[0]
+    for logits in out:
+        assert_as_accurate(logits, double, plain)
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])

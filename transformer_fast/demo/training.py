@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-__all__ = ["Training", "add_training_arguments", "world_size"]
+__all__ = ["Training", "add_training_arguments", "processes", "world_size"]
 
 IGNORE = -100
 _PROGRESS, _KEPT = "progress.json", 2
@@ -40,6 +40,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Inside, the processes that torchrun started know one another, through several trainings one after the other."""
+    started = world_size() > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
 class Training:
     """A model in training. Every process makes the same batches; `step` computes its rows of them.
 
@@ -52,7 +65,9 @@ class Training:
         schedule: makes one of the optimizer; None: a constant rate.
         clip: the largest norm of a gradient; None: any.
         seed: of what differs between processes: dropout.
-        name: of the folder for what --save-every saves, below arguments.output.
+        name: of the folder for what --save-every saves, below arguments.output. Of several trainings one after the
+            other, below one folder of that: with --resume those begin that had saved nothing, if another had.
+        partly: whether some parameters may be frozen on the way.
     """
 
     def __init__(
@@ -65,10 +80,11 @@ class Training:
         clip: float | None = None,
         seed: int = 0,
         name: str = "checkpoints",
+        partly: bool = False,
     ):
         if arguments.accumulate < 1:
             raise ValueError(f"--accumulate: wanted at least 1, got {arguments.accumulate}")
-        self._arguments, self._clip = arguments, clip
+        self._arguments, self._clip, self._partly = arguments, clip, partly
         self._started = world_size() > 1 and not dist.is_initialized()
         if self._started:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -110,7 +126,7 @@ class Training:
                 fully_shard(layer, mesh=mesh)
             return fully_shard(model, mesh=mesh)
         if self.size > 1:
-            return nn.parallel.DistributedDataParallel(model)
+            return nn.parallel.DistributedDataParallel(model, find_unused_parameters=self._partly)
         return model
 
     # ---- steps -------------------------------------------------------------------------------------
@@ -219,6 +235,7 @@ class Training:
             progress = {
                 "losses": self.losses, "checked": list(self.checked.items()), "processes": self.size,
                 "averaged": self._averaged, "schedule": self.schedule and self.schedule.state_dict(),
+                "frozen": [name for name, p in self.module.named_parameters() if not p.requires_grad],
             }  # fmt: skip
             (unfinished / _PROGRESS).write_text(json.dumps(progress))
             shutil.rmtree(folder, ignore_errors=True)
@@ -235,12 +252,17 @@ class Training:
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         saved = self._saved()
+        if not saved and any(self._folder.parent.glob(f"*/[0-9]*/{_PROGRESS}")):
+            return
         if not saved:
             raise FileNotFoundError(f"--resume: wanted what --save-every saved in {self._folder}, got nothing there")
         progress = json.loads((saved[-1] / _PROGRESS).read_text())
         self._averaged = progress["averaged"]
         if self._averaged:
             self._kept = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+        frozen = [p for name, p in self.module.named_parameters() if p.requires_grad and name in progress["frozen"]]
+        for parameter in frozen:  # the optimizer knew nothing of them yet
+            parameter.requires_grad_(False)
         state = self._state()
         if progress["processes"] != self.size:  # their random numbers are not these processes'
             state = {name: value for name, value in state.items() if "random" not in name}
@@ -248,6 +270,8 @@ class Training:
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         if self.schedule is not None:
             self.schedule.load_state_dict(progress["schedule"])
         if f"random {self.rank}" in state:

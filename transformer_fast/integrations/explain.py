@@ -34,8 +34,10 @@ def explain(what: Any) -> str:
     if not isinstance(what, nn.Module):
         return backends.explain(what)
     own = getattr(what, "explain", None)
-    if callable(own) and type(what).__module__.startswith("transformer_fast.") or hasattr(what, "why_hf_loop"):
-        return own()  # type: ignore[misc]
+    if callable(own) and hasattr(what, "why_hf_loop"):
+        return own()
+    if any(cls.__module__.startswith("transformer_fast.models.") for cls in type(what).__mro__):
+        return _explain_own(what)
     parts = [(path, m) for path, m in what.named_modules() if path and hasattr(m, "why_hf_loop")]
     if parts:  # wrapped: PEFT, DDP
         outermost = [(path, m) for path, m in parts if not any(path.startswith(f"{other}.") for other, _ in parts)]
@@ -45,4 +47,14 @@ def explain(what: Any) -> str:
     lines = [f"{type(what).__name__}: not a model of this package; accelerate(model) swaps what can be swapped"]
     lines.append(f"  attention: {'ours' if attends else 'its own'}")
     lines += [f"  {path}: {m._kind}" for path, m in swapped]
+    return "\n".join(lines)
+
+
+def _explain_own(model: Any) -> str:
+    """Of a model that Hugging Face has no class for."""
+    lines = [type(model).__name__, "  forward: the fast path, which is the only one"]
+    if hasattr(model, "why_hf_loop"):
+        reason = model.why_hf_loop()
+        what = f"transformers' own loop, as {reason}" if reason else "this package's engine"
+        lines.append(f"  generate: {what}")
     return "\n".join(lines)

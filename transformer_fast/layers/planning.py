@@ -53,8 +53,9 @@ class StackCall:
     packing: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; with a
     packing that leaves positions out, its key_mask is used instead. causal, bottom_right: as in
     ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention, with a layer's own table
-    where it has one; bias: the same as a matrix, (1, H, Sq, Sk), made only where probabilities are wanted or a cache is
-    longer than what it holds; bias_of: what RelativeBias.matrix makes it of.
+    where it has one, and without any until share_table; bias: the same as a matrix, (1, H, Sq, Sk), made only where
+    probabilities are wanted or a cache is longer than what it holds; bias_of: what RelativeBias.matrix makes it of.
+    table_is_cut: whether the copy of share_table has no gradient where the table has one.
     encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
@@ -82,6 +83,7 @@ class StackCall:
     attentions: dict[int, torch.Tensor] | None = None
     cross_attentions: dict[int, torch.Tensor] | None = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    table_is_cut: bool = False
 
     def relative_of(self, w: LayerWeights) -> tuple[ops.RelativeBias | None, torch.Tensor | None]:
         """relative_bias and bias for the layer of weights w; without padding alone the matrix, where there is one."""
@@ -89,10 +91,27 @@ class StackCall:
         if relative is not None and w.relative_bias is not None:
             relative = relative._replace(table=w.relative_bias.weight)  # type: ignore[arg-type]
             bias = None if self.bias_of is None else relative.matrix(*self.bias_of)
+        elif self.table_is_cut and torch.is_grad_enabled():
+            raise RuntimeError(
+                "gradient checkpointing: wanted use_reentrant=False for T5 under FSDP2, got True, which loses the "
+                "gradient of the table of relative positions"
+            )
         return (None if bias is not None and self.packing.index is None else relative), bias
+
+    def share_table(self, table: torch.Tensor) -> None:
+        """Give relative_bias the table that it was planned without: FSDP2 has it whole in the layer that owns it alone,
+        so that the other layers read a copy."""
+        self.table_is_cut = table.requires_grad and not torch.is_grad_enabled()
+        self.relative_bias = self.relative_bias._replace(table=table.clone())  # type: ignore[union-attr]
+        if self.bias_of is not None:
+            self.bias = self.relative_bias.matrix(*self.bias_of)
 
     def rotary_of(self, index: int) -> "Rotary | None":
         return self.rotary if self.rotary is None or isinstance(self.rotary, Rotary) else self.rotary[index]
+
+
+# FSDP2 and accelerate look for tensors in dataclasses, and would give each layer a copy of what all fill.
+del StackCall.__dataclass_fields__
 
 
 def plan_call(
@@ -200,7 +219,8 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
     if call.attentions is None and aligned:
         return
     call.bias_of = (torch.arange(length, device=device) + seen, keys)
-    call.bias = call.relative_bias.matrix(*call.bias_of)  # type: ignore[union-attr]
+    if call.relative_bias.table is not None:  # type: ignore[union-attr]
+        call.bias = call.relative_bias.matrix(*call.bias_of)  # type: ignore[union-attr]
 
 
 def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:

@@ -5,6 +5,7 @@ replaced, wrapped, subclassed, hooked, parametrised or given methods of its own 
 last call is recognised by lists that C code compares: tens of microseconds for a BERT of 228 modules.
 """
 
+import sys
 import types
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain
@@ -16,15 +17,21 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 __all__ = [
+    "allow_called",
     "allow_hook",
     "allow_leaf",
+    "as_forward_of",
+    "before_fsdp",
     "forget",
     "hooks_on",
+    "is_shard",
+    "is_sharded",
     "methods_over",
     "own_methods",
     "remember",
     "why_changed",
     "why_unlike",
+    "wrapped_part",
 ]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,6 +55,7 @@ class _Made(NamedTuple):
 # ---- what others may add and change nothing ----------------------------------------------------------
 _harmless_hooks: list[Callable[[Any], bool]] = []
 _row_wise_leaves: list[Callable[[nn.Module, type], bool]] = []
+_called: list[Callable[[nn.Module, type, str], bool]] = []
 
 
 def allow_hook(test: Callable[[Any], bool]) -> None:
@@ -59,6 +67,75 @@ def allow_leaf(test: Callable[[nn.Module, type], bool]) -> None:
     """test(module, kind): True for a module in the place of a `kind` that computes every row by itself, whatever the
     rows' shape, so that it may be called on rows without padding."""
     _row_wise_leaves.append(test)
+
+
+def allow_called(test: Callable[[nn.Module, type, str], bool]) -> None:
+    """test(module, kind, name): True for a module, a `kind` but for what FSDP2 makes of it, that the fast path calls as
+    one and reads nowhere else: what FSDP2 and checkpointing do around a forward is done around it."""
+    _called.append(test)
+
+
+# ---- torch's own wrappers ----------------------------------------------------------------------------
+_WRAPPERS = {
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", name)
+    for name in ("CheckpointWrapper", "OffloadWrapper")
+}
+
+
+def before_fsdp(kind: type) -> type | None:
+    """The class that FSDP2's fully_shard made `kind` of; None for a class that it did not make."""
+    base = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    made_by_torch = base is not None and len(kind.__bases__) == 2 and issubclass(kind.__bases__[0], base)
+    return kind.__bases__[1] if made_by_torch else None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """True for a module that FSDP2 gathers before its forward."""
+    return before_fsdp(type(module)) is not None
+
+
+def _is_fsdp_hook(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
+
+
+def is_shard(parameter: Any) -> bool:
+    """True for what FSDP2 leaves of a parameter between forwards: a DTensor cut in one dimension of its mesh, and
+    copied in those before it (HSDP). What tensor parallelism cuts is never whole, and is not meant."""
+    placements = getattr(parameter, "placements", None)
+    if not placements or not hasattr(parameter, "device_mesh"):
+        return False
+    return placements[-1].is_shard() and all(p.is_replicate() for p in placements[:-1])
+
+
+def as_forward_of(module: Any, run: Callable[[], Any]) -> Any:
+    """run(), which reads the parameters of `module`: as its forward where FSDP2 gathers them before that."""
+    if torch.compiler.is_compiling() or not is_sharded(module):
+        return run()
+    module.forward = run
+    try:
+        return module()
+    finally:
+        del module.forward
+
+
+def _is_called(module: nn.Module, kind: type, path: str) -> bool:
+    return any(test(module, kind, path.rpartition(".")[2]) for test in _called)
+
+
+def _inside(module: Any, kind: type) -> nn.Module | None:
+    """What a wrapper of torch's for activation checkpointing or offloading calls; None for any other module."""
+    return module._checkpoint_wrapped_module if (kind.__module__, kind.__name__) in _WRAPPERS else None
+
+
+def wrapped_part(root: nn.Module) -> str:
+    """The first part that FSDP2 has sharded or torch's checkpointing wrapped, in words; '' where there is none."""
+    for path, module in root.named_modules():
+        kind, where = type(module), path or type(root).__name__
+        if is_sharded(module):
+            return f"{where} is sharded by FSDP2"
+        if _inside(module, kind) is not None:
+            return f"{where} is wrapped in a {kind.__name__}"
+    return ""
 
 
 # ---- the note ----------------------------------------------------------------------------------------
@@ -130,15 +207,18 @@ class _LastCall:
 _hooks_of, _modules, _parameters = itemgetter(*_HOOKS), itemgetter("_modules"), itemgetter("_parameters")
 
 
-def why_changed(root: nn.Module, harmless: Collection[str] = ()) -> str:
+def why_changed(root: nn.Module, harmless: Collection[str] = (), gathered: bool = False) -> str:
     """'' when everything below `root` is as `remember` found it and carries nothing of anyone else's, else the reason.
 
     Of `root` itself hooks, class and forward are not looked at: who is in its forward has come through them. harmless:
-    names of its methods that an instance may replace.
+    names of its methods that an instance may replace. gathered: FSDP2 gathers what it has sharded of it
+    before its forward.
     """
     for name in _HOOKS:
         if getattr(torch_module, "_global" + name):
             return f"there are hooks on all modules ({'_global' + name})"
+    if gathered:
+        return _compare(root, root.__dict__.get(_NOTE), "", harmless, True)
     last = root.__dict__.setdefault(_LAST, _LastCall())
     if last.seen is not None and _is_as(last.seen):
         return last.seen.answer
@@ -179,37 +259,48 @@ def _look(root: nn.Module, answer: str) -> _Seen:
     )  # fmt: skip
 
 
-def _compare(module: nn.Module, made: _Made | None, path: str, harmless: Collection[str]) -> str:
+def _compare(
+    module: nn.Module, made: _Made | None, path: str, harmless: Collection[str], gathered: bool = False
+) -> str:
+    """gathered: the module is in one that FSDP2 has sharded, and that the fast path calls."""
     if made is None:
         return f"{path or type(module).__name__} was not made by a constructor of this package"
+    before = before_fsdp(type(module))
     if path:
-        if type(module) is not made.kind:
+        kind = before or type(module)
+        inner = _inside(module, kind)
+        if kind is not made.kind and (inner is None or not _is_called(inner, made.kind, path)):
             if any(test(module, made.kind) for test in _row_wise_leaves):
                 return ""
             return f"{path} is a {_name(type(module))} in place of a {made.kind.__name__}"
-        if hooks := hooks_on(module):
+        if before is not None and not _is_called(inner or module, made.kind, path):
+            return f"{path} is sharded by FSDP2 on its own, and the fast path does not call it"
+        if hooks := hooks_on(module, before is not None):
             return f"{path} has {hooks}"
         harmless = ()
+    gathered = gathered or before is not None
     if methods := own_methods(module, harmless, root=not path):
         return f"{path or type(module).__name__} has a {methods[0]} of its own"
+    if path and inner is not None:
+        return _compare(inner, made, path, (), gathered)
     for name, parameter in module._parameters.items():
-        if type(parameter) not in _PLAIN:
+        if type(parameter) not in _PLAIN and not (gathered and is_shard(parameter)):
             return f"{path}.{name}".lstrip(".") + f" is a {_name(type(parameter))}"
     if made.settings:
         now = _settings(module)
         for name, value in made.settings:
             if name not in now or now[name] != value:
                 return f"{path}.{name} is {getattr(module, name, 'gone')!r}, it was made {value!r}"
-    return _compare_children(module, made, path)
+    return _compare_children(module, made, path, gathered)
 
 
-def _compare_children(module: nn.Module, made: _Made, path: str) -> str:
+def _compare_children(module: nn.Module, made: _Made, path: str, gathered: bool) -> str:
     prefix = f"{path}." if path else ""
     if isinstance(module, nn.ModuleList) and made.children:
         # Layers may have been taken out, put in or moved, as long as each is what was made at its place.
         plans = [plan for _, plan in made.children]
         for i, layer in enumerate(module):
-            if reason := _compare(layer, plans[min(i, len(plans) - 1)], f"{prefix}{i}", ()):
+            if reason := _compare(layer, plans[min(i, len(plans) - 1)], f"{prefix}{i}", (), gathered):
                 return reason
         return ""
     wanted = dict(made.children)
@@ -220,17 +311,18 @@ def _compare_children(module: nn.Module, made: _Made, path: str) -> str:
             if not path and type(module) is not made.kind and name not in made.absent:
                 continue  # a subclass's own, of which the forward that it inherits knows nothing
             return f"{prefix}{name} was added"
-        if reason := _compare(child, wanted.pop(name), prefix + name, ()):
+        if reason := _compare(child, wanted.pop(name), prefix + name, (), gathered):
             return reason
     wanted = {name: plan for name, plan in wanted.items() if module._modules.get(name) is None}
     return f"{prefix}{next(iter(wanted))} is gone" if wanted else ""
 
 
-def hooks_on(module: nn.Module) -> str:
-    """What hooks a module has, in words; '' for none that do something."""
+def hooks_on(module: nn.Module, sharded: bool = False) -> str:
+    """What hooks a module has, in words; '' for none that do something. sharded: those of FSDP2 are expected."""
     for name in _HOOKS:
         hooks: Mapping = module.__dict__[name]
-        if any(not any(test(hook) for test in _harmless_hooks) for hook in hooks.values()):
+        found = (hook for hook in hooks.values() if not (sharded and _is_fsdp_hook(hook)))
+        if any(not any(test(hook) for test in _harmless_hooks) for hook in found):
             return f"a {name[1:-1].replace('_', ' ')}"
     return ""
 

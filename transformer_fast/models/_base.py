@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import Packing, StackCall
+from ..layers import Packing, StackCall, stock
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
@@ -204,6 +204,9 @@ class ModelMixin(Outputs, LoadingErrors):
     def why_hf_loop(self) -> str:
         """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
         return _stock.why_hf_loop(self)
+
+
+stock.allow_called(lambda module, kind, name: isinstance(module, ModelMixin))
 
 
 _ACTIVATIONS = {

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .. import ops
 from ..layers import Packing, Rotary, StackCall, TransformerSpec, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices
+from ..layers.stock import as_forward_of
 from ._base import Encoded, Want, check_inputs, check_integers, read_flags
 
 __all__ = ["Context", "Inputs", "Stack", "decoding_cache", "run_stack"]
@@ -168,7 +169,8 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
         read_first=want.read_first or want.first_only, attentions=flags.attentions,
     )  # fmt: skip
     call.rotary = stack._rotary(call.packing, positions, past, device)
-    rows = stack._embed(call.packing, inputs, positions, past)
+    embeddings = getattr(stack, "embeddings", None)
+    rows = as_forward_of(embeddings, lambda: stack._embed(call.packing, inputs, positions, past))
     whole = flags.hidden_states or flags.attentions or cache is not None or documents is not None
     first_only = want.first_only and not whole and call.packing.spread is None
     rows = run_layers(layers, rows, call, first_only=first_only, past_key_values=cache, keep_hidden=flags.keep_hidden)

@@ -14,6 +14,7 @@ from .. import ops
 from .._transformers import IS_TESTED, collects_outputs, is_capturing_hook, register_outputs
 from ..layers import stock
 from ..layers.quantized import is_int8
+from ._layer import Layer
 
 __all__ = ["remember", "watch", "why_hf_forward", "why_hf_loop"]
 
@@ -36,8 +37,9 @@ def remember(model: nn.Module, kind: type) -> None:
             register_outputs(module)
 
 
-def why_hf_forward(model: Any) -> str:
-    """'' when the fast path computes what HF's forward of `model` would, as it is now; else the reason why not."""
+def why_hf_forward(model: Any, gathered: bool = False) -> str:
+    """'' when the fast path computes what HF's forward of `model` would, as it is now; else the reason why not.
+    gathered: FSDP2 gathers what it has sharded of it before its forward."""
     if not IS_TESTED and model.runs_as_hugging_face:
         return "the installed transformers is untested, and a tiny model of the class differs from its own"
     if not torch.compiler.is_compiling():
@@ -49,7 +51,14 @@ def why_hf_forward(model: Any) -> str:
         return "it is being exported"
     if torch.compiler.is_compiling() and not _COMPILER_SEES_MODELS:
         return f"the compiler of torch {torch.__version__} cannot ask what a model is made of"
-    return _why_not_stock(model)
+    if torch.compiler.is_compiling() and (wrapped := _wrapped_part(model)):
+        return f"it is being compiled, and {wrapped}"
+    return _why_not_stock(model, gathered)
+
+
+@torch.compiler.assume_constant_result
+def _wrapped_part(model: Any) -> str:
+    return stock.wrapped_part(model)
 
 
 # The forward of every class, by the module that defines it, when this package's models were defined.
@@ -83,16 +92,16 @@ def _modules_of(ours: Any) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_stock(model: Any) -> str:
-    kind = type(model)
+def _why_not_stock(model: Any, gathered: bool = False) -> str:
+    kind = stock.before_fsdp(type(model)) or type(model)
     ours = _our_class(kind)  # type: ignore[arg-type]
     if replaced := _replaced_forward(ours):
         return replaced
-    if kind is not ours:  # a subclass of somebody else's, or FSDP2's
+    if kind is not ours:  # a subclass of somebody else's
         methods = stock.methods_over(kind, ours, _computing(ours) - {"forward"})
         if methods:
             return f"{kind.__name__} has a {methods[0]} of its own"
-    return stock.why_changed(model, _GENERATION | _APART)
+    return stock.why_changed(model, _GENERATION | _APART, gathered)
 
 
 def why_hf_loop(model: Any) -> str:
@@ -101,6 +110,8 @@ def why_hf_loop(model: Any) -> str:
         return reason
     if any(getattr(model.config, name, 1) == 0 for name in _DEPTHS):
         return "it has no layers"
+    if wrapped := stock.wrapped_part(model):
+        return wrapped
     kind = type(model)
     ours = _our_class(kind)  # type: ignore[arg-type]
     if methods := stock.methods_over(kind, ours, (_computing(ours) | {"forward"} | _GENERATION) - _APART):
@@ -160,6 +171,21 @@ def _is_int8(module: Any, kind: type) -> bool:
 
 stock.allow_leaf(_is_lora)
 stock.allow_leaf(_is_int8)
+
+
+# By what name the families have the table of their words, which they call as a module.
+_WORDS = {"embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embeddings", "wte"}
+
+
+def _is_called(module: nn.Module, kind: type, name: str) -> bool:
+    """True for layers, for the embeddings of encoders (see run_stack), and for the leaves that layers.projection and
+    layers.embeddings call where they are not plain."""
+    if isinstance(module, Layer) or name == "embeddings" or kind in (nn.Linear, Conv1D, nn.LayerNorm, nn.RMSNorm):
+        return True
+    return "is_rms_norm" in kind.__dict__ or (issubclass(kind, nn.Embedding) and name in _WORDS)
+
+
+stock.allow_called(_is_called)
 
 
 def _is_for_gradients(hook: Any) -> bool:

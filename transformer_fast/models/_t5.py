@@ -11,9 +11,10 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, TokenClassifierOutput
 
 from .. import ops
-from ..layers import Packing, SlotTable, TransformerSpec
+from ..layers import Packing, SlotTable, StackCall, TransformerSpec
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm, rms_norm_of
+from ..layers.stock import is_shard
 from ._base import Encoded, ModelMixin, Want, activation_name
 from ._heads import is_labelled, token_loss
 from ._layer import Layer
@@ -103,6 +104,11 @@ class T5BlockBase(Layer):
     def slots(self) -> SlotTable:
         return self._tables[self.is_decoder, hasattr(self.layer[-1].DenseReluDense, "wi_1")]
 
+    def _packed(self, hidden_states, call: StackCall, *args, **kwargs):
+        if call.relative_bias is not None and call.relative_bias.table is None:  # the first block, which owns it
+            call.share_table(self.layer[0].SelfAttention.relative_attention_bias.weight)
+        return super()._packed(hidden_states, call, *args, **kwargs)
+
 
 class T5StackBase(StackBase):
     """_tables: as of its blocks."""
@@ -161,7 +167,8 @@ class T5StackBase(StackBase):
             return None
         block: Any = self.block[0]
         attention = block.layer[0].SelfAttention
-        table = attention.relative_attention_bias.weight
+        table: Any = attention.relative_attention_bias.weight
+        table = None if is_shard(table) else table  # the block gathers it and shares it, see T5BlockBase._packed
         return ops.RelativeBias(table, attention.relative_attention_max_distance, not self.is_decoder)
 
     def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:

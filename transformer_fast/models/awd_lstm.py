@@ -131,6 +131,7 @@ class AWDLSTMPreTrainedModel(LoadingErrors, PreTrainedModel):
     config: AWDLSTMConfig
     base_model_prefix = "model"
     _is_stateful = True  # a token cannot be taken back
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -155,6 +156,7 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
         sizes = [config.embedding_size, *[config.cell_size] * (config.num_layers - 1), config.embedding_size]
         self.layers = nn.ModuleList(LSTM(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self):
@@ -201,8 +203,9 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         layers: Any = self.layers
         state = past_key_values or AWDLSTMState([layer.start(len(mask)) for layer in layers])
         carried, states = [], [x]
+        run: Any = self._recomputed if self.gradient_checkpointing and self.training else self._layer
         for i, layer in enumerate(layers):
-            x, last = self._layer(layer, x, order, state.layers[i])
+            x, last = run(layer, x, order, state.layers[i])
             carried.append(last)
             raw, final = x, i + 1 == len(self.layers)
             x = self._locked(x, rows, len(mask), config.output_dropout if final else config.hidden_dropout)
@@ -222,6 +225,10 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         if not self.training or not p:
             return x
         return x * ops.dropout(x.new_ones(batch, x.shape[1]), p).index_select(0, rows)
+
+    def _recomputed(self, *inputs):
+        """As _layer, which backward runs again."""
+        return self._gradient_checkpointing_func(self._layer, *inputs)  # type: ignore[operator]
 
     def _layer(self, layer: Any, x: torch.Tensor, order: TokenOrder, state: tuple[torch.Tensor, torch.Tensor]):
         hidden = layer.weight_hh
