@@ -21,11 +21,17 @@ __all__ = ["Inputs", "checkpoint", "generation_cases", "make_inputs", "run_gener
 HF_SDPA = "HF sdpa"
 _SEQ2SEQ = {"vocab_size": 58101, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8,
             "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}  # fmt: skip
+_LARGE_SEQ2SEQ = {
+    "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "scale_embedding": True,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
 
 _OUR_TOKENS = {"pad_token_id": 0, "eos_token_id": 2}
 
-# name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small and facebook/bart-base; of
-# the base model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units a direction.
+# name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small, facebook/bart-base,
+# facebook/nllb-200-distilled-600M, facebook/mbart-large-cc25, HuggingFaceTB/SmolLM-135M and Qwen/Qwen3-0.6B; of the
+# base model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units a direction.
 MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2LMHeadModel", {"bos_token_id": 50256, "eos_token_id": 50256}),
     "marian": ("MarianMTModel", {
@@ -42,6 +48,23 @@ MODELS: dict[str, tuple[str, dict]] = {
         "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "activation_function": "gelu", "bos_token_id": 0,
         "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
     }),
+    "nllb-distilled-600m": ("M2M100ForConditionalGeneration", {
+        **_LARGE_SEQ2SEQ, "vocab_size": 256206, "activation_function": "relu", "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+    }),
+    "mbart-large": ("MBartForConditionalGeneration", {
+        **_LARGE_SEQ2SEQ, "vocab_size": 250027, "activation_function": "gelu", "forced_eos_token_id": 2,
+    }),
+    "smollm-135m": ("LlamaForCausalLM", {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }),
+    "qwen3-0.6b": ("Qwen3ForCausalLM", {
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "bos_token_id": 151643, "eos_token_id": 151645,
+    }),
     # As torch.nn.Transformer has them: norms at the ends, dropout inside the sublayers too.
     "transformer-base": ("TransformerForConditionalGeneration", {
         "final_norm": True, "attention_dropout": 0.1, "activation_dropout": 0.1, **_OUR_TOKENS,
@@ -50,7 +73,11 @@ MODELS: dict[str, tuple[str, dict]] = {
         "vocab_size": 30000, "embedding_size": 620, "hidden_size": 1000, "label_smoothing": 0.1, **_OUR_TOKENS,
     }),
 }  # fmt: skip
+_TINY_DECODER = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
 _TINY = {
+    "LlamaForCausalLM": _TINY_DECODER,
+    "Qwen3ForCausalLM": _TINY_DECODER | {"head_dim": 16},
     "GPT2LMHeadModel": {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1,
                         "eos_token_id": 1},
     "T5ForConditionalGeneration": {"vocab_size": 99, "d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2,
@@ -203,6 +230,10 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
     )
 
 
+# What the other engines have a converter for.
+_CONVERTED = ("gpt2", "marian", "t5-small", "bart-base")
+
+
 def _case(
     name: str, model: str, lengths: list[int], tokens: int, beams: int, bar: float, device: str,
     weights: str = "",
@@ -211,7 +242,8 @@ def _case(
     candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
-    for kind in {"": ("float32", "int8"), "int8-weights": ("int8",), "int8": ("int8",)}.get(weights, ()):
+    engines = {"": ("float32", "int8"), "int8-weights": ("int8",), "int8": ("int8",)}.get(weights, ())
+    for kind in engines if model in _CONVERTED else ():
         theirs: Callable = partial(_ctranslate2, compute_type=kind)
         needs = ("ctranslate2", "transformers")
         candidates.append(Candidate(f"CTranslate2 {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
@@ -242,9 +274,16 @@ def generation_cases(device: str) -> list[Case]:
         ("t5-small-greedy-b8", "t5-small", ragged, 32, 1, 2.2),
         ("bart-base-beam4-b4", "bart-base", [512] * 4, 32, 4, 2.0),
     ]
-    cases = [_case(*w, device) for w in work]
+    more = [
+        ("nllb-600m-greedy-b8", "nllb-distilled-600m", ragged, 32, 1, 3.0),
+        ("mbart-large-beam4-b8", "mbart-large", ragged, 32, 4, 3.0),
+        *((f"{name}-b{rows}", name, [32] * rows, 64, 1, bar)
+          for name in ("smollm-135m", "qwen3-0.6b") for rows, bar in ((1, 1.5), (8, 2.5))),
+    ]  # fmt: skip
+    cases = [_case(*w, device) for w in (*work, *more)]
     if device == "cpu":
         cases += [_case(*w, device, weights) for weights in ("in-place", "int8") for w in work]
+        cases += [_case(*w, device, "int8") for w in more]
         for weights in ("bf16-weights", "int8-weights", "bf16"):
             cases += [_case(*work[0][:5], 2.2, device, weights), _case(*work[1][:5], 3.3, device, weights)]
     return cases

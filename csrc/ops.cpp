@@ -1,4 +1,4 @@
-// The table of contents: every native op's schema, and what the kernels borrow from torch.
+// The table of contents: every native op's schema, and the functions of torch that the kernels use.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -6,8 +6,8 @@
 #include <string>
 #include <thread>
 
+#include "bindings/attention.hpp"
 #include "cpu/parallel.hpp"
-#include "tensors.hpp"
 
 extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (n <= 0) return;
@@ -51,7 +51,7 @@ TF_FOR_EACH_ISA(TF_DECLARE)
 static const Kernels* active = &kernels_baseline;
 const Kernels& kernels() { return *active; }
 
-// name: one of the compiled instruction sets; the caller has checked that this processor has it.
+// name: one of the compiled instruction sets. The caller has checked that this processor has it.
 void cpu_set_isa(std::string name) {
 #define TF_SELECT(isa) \
   if (name == #isa) {  \
@@ -76,7 +76,8 @@ std::string cuda_architectures() {
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_set_isa(str name) -> ()");
   m.def("cuda_architectures() -> str");  // the schemas of the CUDA kernels' ops: csrc/bindings/cuda_*.cpp
-  // Data is (rows, width) with last stride 1, or contiguous (..., width); weight, bias, mean and rstd are float32 vectors; results are contiguous.
+  // Data is (rows, width) with last stride 1, or contiguous (..., width); weight, bias, mean and rstd are float32
+  // vectors; results are contiguous.
   m.def(
       "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
       "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
@@ -93,18 +94,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
       "-> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
-  // query, key, value, out and their gradients: (B, H, S, D) or, with cu_seqlens, (total, H, D); last stride 1.
-  // lse: float32 (B, H, Sq) or (H, total_q), last stride 1. bias, mask: 4-D. relative: float32 (H, n), a bias for every
-  // distance, at [relative_zero + query position - key position]. dbias: float32, zeros, of bias's shape.
-  // drelative: float32 (B, H, n), zeros.
-#define TF_ATTENTION                                                                                              \
-  "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, " \
-  "Tensor? cu_seqlens_k, Tensor? relative, int relative_zero, Tensor? rng, float scale, bool bottom_right, "        \
-  "int window_left, int window_right, float softcap, float dropout_p, "
-  m.def("cpu_attention_forward(" TF_ATTENTION "Tensor(a!) out, Tensor(b!)? lse) -> ()");
-  m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative) -> ()");
-#undef TF_ATTENTION
+  // query, key, value, out and their gradients: (B, H, S, D) or, packed, (total, H, D); last stride 1. bias, mask: 4-D.
+  // key_lengths, cu_seqlens: int32 or int64. relative_bias: reach covers every distance and 64 more. lse, grad_lse:
+  // float32 (B, H, Sq) or (H, total_q). dbias: float32 zeros of bias's shape. drelative_bias: float32 zeros
+  // (B, H, 2 * reach + 1).
+  m.def("cpu_attention_forward(" TF_ATTENTION_SCHEMA "Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION_SCHEMA
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative_bias) -> ()");
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
   m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
@@ -112,7 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_rows_linear(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
   // float32: x (rows, in) with last stride 1, weight (out, in) with one stride 1, bias contiguous, y (rows, out).
   m.def("cpu_long_linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
-  // Of the memory that tensors without gaps in it take, in its order; hashes: int64, as many as there are tensors.
+  // Hashes the memory of each tensor in its own order; the memory has no gaps. hashes: int64, one per tensor.
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.
   m.def(
@@ -123,25 +119,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "Tensor total, int ignore_index, float label_smoothing, float z_loss, Tensor(a!) grad) -> ()");
   // ids: int64 (rows,), contiguous; tables: (entries, width), last stride 1; grad_v: float32 (rows, width).
   m.def(
-      "cpu_embedding_norm_forward(Tensor ids, Tensor word, Tensor? type_ids, Tensor? token_type, Tensor? position_ids, "
-      "Tensor? position, Tensor? weight, Tensor? bias, Tensor? rng, float eps, float dropout_p, Tensor(a!) y, "
-      "Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+      "cpu_embedding_layer_norm_forward(Tensor ids, Tensor word, Tensor? position_ids, Tensor? position, "
+      "Tensor? type_ids, Tensor? token_type, Tensor? norm_weight, Tensor? norm_bias, Tensor? rng, float eps, "
+      "float dropout_p, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
-      "cpu_embedding_norm_backward(Tensor grad_y, Tensor ids, Tensor word, Tensor? type_ids, Tensor? token_type, "
-      "Tensor? position_ids, Tensor? position, Tensor? weight, Tensor mean, Tensor rstd, Tensor? rng, float dropout_p, "
-      "Tensor(a!) grad_v, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+      "cpu_embedding_layer_norm_backward(Tensor grad_y, Tensor ids, Tensor word, Tensor? position_ids, "
+      "Tensor? position, Tensor? type_ids, Tensor? token_type, Tensor? norm_weight, Tensor mean, Tensor rstd, "
+      "Tensor? rng, float dropout_p, Tensor(a!) grad_v, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def("cpu_embedding_gradient(Tensor grad_v, Tensor ids, int padding_idx, Tensor(a!) grad_table) -> ()");
-  // A plan is plain memory with addresses in it: who made it keeps every tensor that went into it. Pairs (weight, bias)
-  // in norms and weights; a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
+  // A plan is plain memory with addresses in it: its owner keeps every tensor that went into it. norms and weights hold
+  // pairs (weight, bias); a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
   m.def("cpu_decoder_plan_bytes(int layers) -> int");
   m.def("cpu_decoder_phase_bytes(int layers) -> int");
-  m.def("cpu_decoder_split_floats(Tensor weight) -> int");  // of the workspace, a row
+  m.def("cpu_decoder_split_floats(Tensor weight) -> int");  // of workspace, per row
   m.def(
       "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
       "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "
       "float head_scale, int vocabulary, Tensor? cos, Tensor? sin, bool rotary_interleaved, "
-      "bool parallel, float softcap, float logits_softcap, int layers, int heads, int key_heads, int head_dim, "
-      "int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
+      "bool parallel, bool qkv_by_head, float softcap, float logits_softcap, int layers, int heads, int key_heads, "
+      "int head_dim, int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
   m.def(
       "cpu_decoder_plan_layer(Tensor(a!) plan, int index, Tensor?[] norms, float[] eps, bool rms, Tensor?[] weights, "
       "Tensor?[] caches, Tensor? relative, float scale, float cross_scale, int window) -> ()");
@@ -156,10 +152,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_additive_attention_backward(Tensor grad_out, Tensor? grad_weights, Tensor weights, " TF_ADDITIVE
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_score_weight) -> ()");
 #undef TF_ADDITIVE
-  // A GRU, or with a memory an LSTM. gates: (positions, gates * width), last stride 1; panels: of cpu_pack_weight, of
-  // each gate's (width, width) for the forward pass, of the transposed weight for the backward pass. hidden, memory:
-  // (batch, width). sequences: int64 (3, batch), where each begins, its length, and which are the longest, from the
-  // first on. bias, saved (positions, 4 * width), memories: float32. All but gates is contiguous.
+  // A GRU, or with a memory an LSTM. gates: (positions, gates * width), last stride 1. panels: as of cpu_pack_weight;
+  // in the forward pass of each gate's (width, width), in the backward pass of the transposed weight. hidden, memory:
+  // (batch, width). sequences: int64 (3, batch): the start of each, its length, and their order, longest first. bias,
+  // saved (positions, 4 * width), memories: float32. All but gates is contiguous.
   m.def(
       "cpu_recurrence_forward(Tensor gates, Tensor panels, Tensor? bias, Tensor hidden, Tensor? memory, "
       "Tensor sequences, int steps, bool reverse, Tensor(a!) out, Tensor(b!) last_hidden, Tensor(c!)? last_memory, "

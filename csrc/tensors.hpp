@@ -1,4 +1,4 @@
-// What the bindings need of torch: the stable ABI alone, so one library serves every torch >= 2.11.
+// What the bindings need from torch: the stable ABI alone, so that one library serves every torch >= 2.11.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -34,7 +34,7 @@ inline Storage storage_of(const Tensor& t) {
 }
 inline int64_t bytes_of(Storage s) { return s == Storage::f32 ? 4 : s == Storage::i8 ? 1 : 2; }
 #ifdef TF_EMULATE
-// The emulator holds every access of a kernel against the tensors that its binding has read or written.
+// The emulator checks every access of a kernel against the tensors that its binding has passed to read() or write().
 void name_tensor(const Tensor& t, const void* data, bool writable);
 void forget_tensors();
 #else
@@ -62,6 +62,13 @@ T* write(const OptionalTensor& t) {
   return t.has_value() ? write<T>(*t) : nullptr;
 }
 
+// Dropout with probability p drops an element when its 16 random bits are below the threshold.
+inline uint32_t dropout_threshold(double p) {
+  const uint32_t threshold = uint32_t(p * 65536.0 + 0.5);
+  return threshold < 65535 ? threshold : 65535;
+}
+inline float keep_scale_of(uint32_t threshold) { return float(65536.0 / (65536.0 - double(threshold))); }
+
 // rng is an int64 tensor {seed, offset} on the CPU, or absent when nothing is dropped.
 inline Philox philox_of(const OptionalTensor& rng, double p) {
   Philox result;
@@ -69,9 +76,8 @@ inline Philox philox_of(const OptionalTensor& rng, double p) {
   const int64_t* state = read<int64_t>(*rng);
   result.seed = uint64_t(state[0]);
   result.offset = uint64_t(state[1]);
-  result.threshold = uint32_t(p * 65536.0 + 0.5);
-  if (result.threshold > 65535) result.threshold = 65535;
-  result.keep_scale = float(65536.0 / (65536.0 - double(result.threshold)));
+  result.threshold = dropout_threshold(p);
+  result.keep_scale = keep_scale_of(result.threshold);
   return result;
 }
 

@@ -12,10 +12,10 @@ import triton.language as tl
 from .column_sum import column_sum
 from .direct import DIRECT
 
-TILE = 2048  # elements of a program of NUM_WARPS warps: 16 a thread
+TILE = 2048  # elements of a program of NUM_WARPS warps: 16 per thread
 BLOCK = 256  # columns: divides the widths of transformers, so that no lane idles
 NUM_WARPS = 4
-PROGRAMS = 8  # walking programs a multiprocessor
+PROGRAMS = 8  # walking programs per multiprocessor
 
 
 @triton.jit

@@ -211,7 +211,7 @@ def additive_attention_backward(
     query, key, value, score_weight, bias, key_lengths, grad_out, grad_weights, weights,
     grad_query, grad_key, grad_value, grad_score_weight,
 ) -> None:  # fmt: skip
-    """Write grad_query (B, Sq, D) float32, grad_key, grad_value and grad_score_weight (B, D) float32, a part a
+    """Write grad_query (B, Sq, D) float32, grad_key, grad_value and grad_score_weight (B, D) float32, one part per
     sequence. grad_out, grad_weights (or None), weights: contiguous; the last two float32."""
     batch, queries, width = query.shape
     keys, value_width = value.shape[1:]

@@ -11,8 +11,9 @@ registers take slices: a program sums some of the columns, and computes the scor
 
 delta from dO and the output has the output's rounding in it, which a row of few keys, or a gradient that sums dS over
 whole rows (bias, relative table), does not average away: those calls compute delta = rowsum(P * dP) instead, by the
-query kernel with DELTA, two more products. In dQ an error e of delta is -e P K, one mean of the keys a row, which is
-large where the keys have an offset, as a projection's bias gives them. But rows of dS sum to zero (or to dlse), so that
+query kernel with DELTA, two more products. In dQ an error e of delta is -e P K, for each row a mean of the keys, which
+is large where the keys have an offset, as a projection's bias gives them. But rows of dS sum to zero (or to dlse), so
+that
 
     dQ = scale * sum_j dS_ij (k_j - center)
 
@@ -77,8 +78,8 @@ def _attention_delta_kernel(
     stride_lse_h, heads, queries, keys,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in the units of scores; a row with nothing to attend to gets +inf, which makes its P zero. The
-    correction starts with ones. The first program of a key head writes its center, (B, key heads, D)."""
+    """Write delta, and lse in the units of scores. A row with nothing to attend to gets +inf, which makes its P zero.
+    The correction starts as ones. The first program of each key head writes its center, (B, key heads, D)."""
     blocks = tl.cdiv(queries, BLOCK_M)  # in one axis: the others of a grid end at 65535
     bh = tl.program_id(0) // blocks
     b, h = bh // heads, bh % heads
@@ -117,8 +118,8 @@ def _accumulate_key_gradients(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Rows begin .. end, one of PARTS, onto dK and dV of one tile of keys; scores are [keys, queries]. Rows past the
-    last have P = 0 by their peak of +inf, columns past the last are never stored: only windows need a mask."""
+    """Add queries begin .. end, one of PARTS, to dK and dV of one tile of keys; scores are [keys, queries]. Queries
+    past the last have a peak of +inf, hence P = 0; keys past the last are never stored: only windows need a mask."""
     (
         k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, first_d, b, h, bh, stride_qs,
         stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h,
@@ -257,14 +258,14 @@ def _attention_backward_key_kernel(
                     bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION,
                     WIDE, part,
                 )  # fmt: skip
-    if cu_k_ptr is not None:  # read again, volatile: through the loops they would take registers that are not there
+    if cu_k_ptr is not None:  # read again, volatile: kept through the loops they would cost registers
         first_k = tl.load(cu_k_ptr + b, volatile=True)
         stored = tl.load(cu_k_ptr + b + 1, volatile=True) - first_k
         if key_lengths_ptr is None:
             keys = stored
     dk_ptr = row_pointer(dk_ptr, b, hk, first_k, stride_dkb, stride_dkh, stride_dks)
     dv_ptr = row_pointer(dv_ptr, b, hk, first_k, stride_dvb, stride_dvh, stride_dvs)
-    # Rows past the keys that take part hold what a key of zeros would get, inf and NaN included: they are zeros.
+    # Rows past the keys that take part would hold the gradient of a key of zeros, inf and NaN included: write zeros.
     alive = (first_column + tl.arange(0, BLOCK_N) < keys)[:, None]
     dk = tl.where(alive, dk * grad_scale, 0.0)
     dv = tl.where(alive, dv * keep_scale, 0.0)
@@ -281,9 +282,9 @@ def _accumulate_query_gradient(
     BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, QUERY: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end, one of PARTS, onto dQ of one tile of queries, the row sums of dS (excess) and, with a soft
-    cap, of P times its slope (weight), dbias, and with BUCKETS sums of dS by bucket. With DELTA onto the row sums of
-    P * dP (dq) and of P (excess)."""
+    """Add keys begin .. end, one of PARTS, to the gradients of one tile of queries: dQ, the row sums of dS (excess),
+    with a soft cap those of P times its slope (weight), dbias, and with BUCKETS the sums of dS by bucket. With DELTA
+    add them to the row sums of P * dP (dq) and of P (excess) instead."""
     (
         q, grad_out, delta, peak, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n,
         stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
@@ -386,9 +387,11 @@ def _attention_backward_query_kernel(
     BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, DELTA: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and with it dbias (one not broadcast) and each program's sums of dS by bucket, (B, H, blocks, BUCKETS). With
-    DELTA delta and the correction alone, with LARGE only of blocks where some lse is large; without dq_ptr the sums
-    alone, which with dQ are too much for the registers at large head dims and with dropout."""
+    """Write dQ, dbias where it is not broadcast, and each program's sums of dS by bucket, (B, H, blocks, BUCKETS).
+
+    DELTA: write delta and the correction alone; LARGE: only for blocks where some lse is large. Without dq_ptr: write
+    the sums alone, which with dQ take too many registers at large head dims and with dropout.
+    """
     QUERY: tl.constexpr = dq_ptr is not None
     pid = tl.program_id(0)
     first_d = 0

@@ -43,8 +43,8 @@ def _attention_backward_bias_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split): tile counts own_b x own_h x own_m x own_n, the tiles of dbias; what one sums over counts
-    each_b x each_h x each_m x each_n (an axis is in one of them, the other is 1) and is dealt out to the splits."""
+    """Program (tile, split). There are own_b x own_h x own_m x own_n tiles of dbias, and each sums over each_b x each_h
+    x each_m x each_n tiles of scores, which are dealt out to the splits. Along an axis own or each is 1."""
     tile = tl.program_id(0)
     own_n_block = tile % own_n
     own_m_block = tile // own_n % own_m

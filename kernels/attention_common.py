@@ -16,8 +16,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def program_block(pid, blocks, batch_heads, heads_together, DESCENDING: tl.constexpr):
-    """(block, batch and head) of a program. Programs walk over `heads_together` heads block by block, so that their
-    keys and values stay in the L2 cache; DESCENDING starts with the last block, the longest one of a causal call."""
+    """(block, batch and head) of a program. Programs go through `heads_together` heads block by block, so that their
+    keys and values stay in the L2 cache. DESCENDING: the last block first, the longest one of a causal call."""
     group = pid // (blocks * heads_together)
     size = tl.minimum(heads_together, batch_heads - group * heads_together)
     rest = pid - group * blocks * heads_together
@@ -29,8 +29,8 @@ def program_block(pid, blocks, batch_heads, heads_together, DESCENDING: tl.const
 
 @triton.jit
 def program_slice(pid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(program without its slice, first column) where a head dim's sums do not fit the registers: one program sums
-    BLOCK_D columns of the result, and computes the scores, which every column needs, for itself."""
+    """(program without its slice, first column) where the sums of a whole head dim do not fit the registers. A program
+    then sums BLOCK_D columns of the result, and each computes the scores, which every column needs, again."""
     SLICES: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     return pid // SLICES, pid % SLICES * BLOCK_D
 
@@ -122,7 +122,7 @@ def own_columns(
     rows, ptr, first, stride, limit, first_d, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The tile of `whole_rows` from column first_d on, which a program's slice of the result is a product of."""
+    """The columns of `whole_rows` from first_d on: the operand of a program's slice of the result."""
     if HEAD_DIM > BLOCK_D:
         tile = load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, first_d)
     else:
@@ -176,7 +176,7 @@ def query_bounds(
 
 # The keys of a tile of queries come in five parts, and the queries of a tile of keys too:
 # left edge, distances beyond the reach of the relative bias, within it, beyond it on the other side, right edge.
-# Where the head dim is in slices all distances count as within: fewer loops leave more registers.
+# Where the head dim is cut into slices, all distances count as within: fewer loops leave more registers.
 PARTS = tl.constexpr(5)
 
 
@@ -229,7 +229,7 @@ def _tanh(x, EXACT: tl.constexpr):
 
 @triton.jit
 def row_pointers(ptr, b, h, row, stride_b, stride_h, stride_m):
-    """Where each row of a bias or mask starts, or None without one. row is within the tensor."""
+    """Where each row of a bias or mask starts, or None without one. Rows lie within the tensor."""
     if ptr is not None:
         pointers = row_pointer(ptr, b, 0, 0, stride_b, 0, 0) + (
             tl.cast(h, tl.int64) * stride_h + row.to(tl.int64) * stride_m

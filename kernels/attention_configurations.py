@@ -12,9 +12,9 @@ KINDS = ("plain", "rich", "relative", "grouped")
 
 
 class Config(NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of its load pipeline, the registers a thread may take
-    where ptxas left to itself spills some to have fewer, and the columns of the head dim that a program sums where sums
-    of whole rows do not fit the registers."""
+    """Queries and keys of a tile, warps of a program, stages of its load pipeline; the registers per thread, where
+    ptxas by itself would take fewer and spill; the columns of the head dim that a program sums, where sums of whole
+    rows do not fit the registers."""
 
     block_m: int
     block_n: int
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     part of the keys), "rich" for another bias, a mask, a soft cap, dropout or a window on the left, and for a
     head dim between 128 and 256, whose columns are masked, else "plain". In "backward_key" a plain call of heads that
     share keys is "grouped": it has a loop over them.
-    short: at most 64 queries a sequence.
+    short: at most 64 queries per sequence.
     """
 
     architecture: str
@@ -61,8 +61,8 @@ def shape(capability: tuple[int, int], head_dim: int, itemsize: int, kind: str, 
 
 HALF, SINGLE = False, True
 
-# (kernel, architecture or "" for those without a row of their own, width, single) -> one a kind; where they have
-# none of their own a relative bias and grouped heads take the rich one.
+# (kernel, architecture or "" for those without a row of their own, width, single) -> one configuration per kind. Where
+# a relative bias or grouped heads have none of their own they take the rich one.
 # fmt: off
 TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("forward", "", 64, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),

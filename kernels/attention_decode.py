@@ -5,8 +5,8 @@ once. Where sequences and key heads alone fill the GPU there is one split and on
 part of the output and its log-sum-exp, and a second kernel joins them (Dao et al., "Flash-Decoding", 2023).
 
 With new keys and values, one of each for every query, the program that reaches their places at the end of the cache
-takes them from where they were made and writes them there: no launch for the append, and nobody reads what another
-program has yet to write.
+reads them from the tensors that are passed and writes them there: no launch for the append, and no program reads what
+another has yet to write.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -27,7 +27,7 @@ from .attention_common import (
     visible,
 )
 
-TAIL = tl.constexpr(16)  # keys of a tile at the cache's end, with new ones: few, and registers are short
+TAIL = tl.constexpr(16)  # keys of a tile at the cache's end, new ones among them: few, as registers are short
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _attend_few(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end of `keys` onto the state of the rows; with APPEND those from `stored` on are new."""
+    """Add keys begin .. end of `keys` to the state of the rows; with APPEND those from `stored` on are new."""
     q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n = tile
     score_scale, softcap, window_left, window_right, reach = limits
     for start in tl.range(begin, end, BLOCK_N, num_stages=1 if APPEND else None):

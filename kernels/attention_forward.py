@@ -1,4 +1,4 @@
-"""Attention, forward: one program a block of queries, an online softmax over blocks of keys (Dao, 2023).
+"""Attention, forward: one program per block of queries, an online softmax over blocks of keys (Dao, 2023).
 
     out = softmax(score) V      score = softcap(scale * Q K^T) + bias + relative bias      lse = log sum exp(score)
 
@@ -39,8 +39,8 @@ def _attend(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end, one of PARTS, onto the state of one tile of queries. peak: largest score so far, total: sum of
-    exp(score - peak), acc: sum of exp(score - peak) V."""
+    """Add keys begin .. end, one of PARTS, to the state of one tile of queries. peak: largest score so far, total: sum
+    of exp(score - peak), acc: sum of exp(score - peak) V."""
     (
         q, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n, stride_mask_n, keys, offset,
         score_scale, softcap, window_left, window_right, reach, threshold,

@@ -29,7 +29,7 @@ def column_sum(partial, first, second=None, plan=DIRECT) -> None:
     partial: (1 or 2, partials, width) float32, contiguous; first, second: (width,) float32.
     """
     outputs, partials, width = partial.shape
-    block = 16  # few columns a program: width / 16 programs fill a GPU at the widths of transformers
+    block = 16  # few columns per program: width / 16 programs fill a GPU at the widths of transformers
     plan.call(
         _column_sum_kernel, (triton.cdiv(width, block), outputs), partial, first, second, partials, width, ROWS=64,
         BLOCK=block, num_warps=4,

@@ -96,7 +96,7 @@ def _cross_entropy_backward_kernel(
 
 
 def config(classes: int) -> tuple[int, int]:
-    """Columns of a block and warps: 16 elements a thread."""
+    """Columns of a block and warps: 16 elements per thread."""
     block = min(4096, max(32, triton.next_power_of_2(classes)))
     return block, max(1, block // 512)
 

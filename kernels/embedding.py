@@ -150,7 +150,7 @@ def _tables(ids, word, type_ids, token_type, position_ids, position):
     )  # fmt: skip
 
 
-REGISTERS = 168  # a thread of the backward may take: it has the gathers' addresses beside a norm's 128
+REGISTERS = 168  # per thread of the backward: the gathers' addresses beside a norm's 128
 
 
 def embedding_layer_norm_forward(
@@ -194,7 +194,7 @@ def embedding_gradient(grad_v, ids, padding_idx: int, grad_table) -> None:
     (rows, width), entries = grad_v.shape, grad_table.shape[0]
     in_order, order = torch.sort(ids, stable=True)
     starts = torch.searchsorted(in_order, torch.arange(entries + 1, device=ids.device))
-    # Few entries and many rows (segments): several programs an entry, added up after.
+    # Few entries and many rows (segments): several programs per entry, added up afterwards.
     parts = max(1, min(64, rows // (64 * entries)))
     out = grad_table if parts == 1 else grad_v.new_empty((parts, entries, width))
     block = min(256, max(16, triton.next_power_of_2(width)))

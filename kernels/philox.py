@@ -33,7 +33,7 @@ def philox(c0, c1, c2, c3, key0, key1, UNROLLED: tl.constexpr = False):
             key0 += 0x9E3779B9
             key1 += 0xBB67AE85
     else:
-        # A loop keeps Triton 3.6 from computing everything again in the layout of its users, once an element.
+        # A loop keeps Triton 3.6 from computing everything again per element, in the layout of its users.
         # (LLVM unrolls it.)
         for _ in range(7):
             c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)
@@ -56,7 +56,7 @@ def keep_mask(rng_ptr, bh, rows, first_column, threshold, ROWS: tl.constexpr, CO
     c2 = zero + tl.cast(bh, tl.uint32)
     c3 = zero + tl.load(rng_ptr + 1).to(tl.uint32)
     w0, w1, w2, w3 = philox(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
-    # The eight lanes of a counter as eight bits: what then changes layout is one byte for eight elements.
+    # The eight lanes of a counter as eight bits: a change of layout then moves one byte per eight elements.
     kept = ((w0 & 0xFFFF) >= threshold).to(tl.int32)
     kept |= ((w1 & 0xFFFF) >= threshold).to(tl.int32) << 1
     kept |= ((w2 & 0xFFFF) >= threshold).to(tl.int32) << 2

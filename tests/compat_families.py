@@ -27,6 +27,10 @@ _T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0,
     "eos_token_id": 2, "decoder_start_token_id": 0, "dropout_rate": 0.0, "initializer_factor": 2.0,
 }  # fmt: skip
+_DECODER = _IDS | {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 40, "initializer_range": 0.3, "classifier_dropout": 0.0,
+}  # fmt: skip
 CONFIGS = {
     "bert": ("BertConfig", _BERT),
     "distilbert": ("DistilBertConfig", {
@@ -52,6 +56,13 @@ CONFIGS = {
     }),
     "gpt2": ("GPT2Config", _IDS | _GPT),
     "openai_gpt": ("OpenAIGPTConfig", {"vocab_size": VOCABULARY, "pad_token_id": 0} | _GPT),
+    "llama": ("LlamaConfig", _DECODER | {"num_key_value_heads": 2}),
+    "gpt_neox": ("GPTNeoXConfig", _DECODER),
+    "phi": ("PhiConfig", _DECODER),
+    "opt": ("OPTConfig", _DECODER | {"ffn_dim": 48, "dropout": 0.0, "init_std": 0.3}),
+    "gpt_neo": ("GPTNeoConfig", _DECODER | {
+        "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4,
+    }),
     "bart": ("BartConfig", _BART),
     "marian": ("MarianConfig", _BART | {"scale_embedding": True, "activation_function": "swish"}),
     "mbart": ("MBartConfig", _BART),

@@ -1,4 +1,4 @@
-"""Tiny decoders with rotary positions: Hugging Face's, ours and the truth, with the same random weights."""
+"""Tiny decoders: Hugging Face's, ours and the truth, with the same random weights."""
 
 import torch
 import transformers
@@ -21,6 +21,13 @@ FAMILIES = {
         "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 5.0,
     },
+    "GPTNeoX": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "Phi": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "OPT": {"ffn_dim": 48, "init_std": 0.15, "dropout": 0.0},
+    "GPTNeo": {
+        "num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local"], 1], [["local"], 1]],
+        "window_size": 4,
+    },
 }  # fmt: skip
 SWITCHES = {
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -35,10 +42,25 @@ SWITCHES = {
     "positions that change with the length": ("Llama", {"max_position_embeddings": 8, "rope_parameters": {
         "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4,
     }}),
+    "positions of YaRN": ("Llama", {"rope_parameters": {
+        "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
+    }}),
+    "positions of LongRoPE": ("Llama", {"rope_parameters": {
+        "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 1.5, 3.0, 4.0],
+        "original_max_position_embeddings": 16, "rope_theta": 1e4,
+    }}),
     "no window": ("Mistral", {"sliding_window": None}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "no softcaps": ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "another activation": ("Llama", {"hidden_act": "quick_gelu"}),
+    "sublayers in turn": ("GPTNeoX", {"use_parallel_residual": False}),
+    "no biases in attention": ("GPTNeoX", {"attention_bias": False}),
+    "norms of heads": ("Phi", {"qk_layernorm": True}),
+    "norms after the sublayers": ("OPT", {"do_layer_norm_before": False}),
+    "narrow words": ("OPT", {"word_embed_proj_dim": 16}),
+    "no biases": ("OPT", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "no final norm": ("OPT", {"_remove_final_layer_norm": True}),
+    "no local layer": ("GPTNeo", {"attention_types": [[["global"], 3]]}),
 }  # fmt: skip
 
 

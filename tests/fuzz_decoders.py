@@ -104,6 +104,7 @@ def _options(d: Draw) -> dict:
     }  # fmt: skip
     if not cross:
         options["key_heads"] = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    options["by_head"] = options["fused"] and options.get("key_heads", heads) == heads and d.chance()
     if head_dim > 1 and d.chance():
         options |= {"rotary": rng.randint(1, head_dim // 2), "interleaved": d.chance()}
     if d.chance(0.4):

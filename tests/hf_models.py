@@ -118,7 +118,18 @@ AttentionMaskInterface.register("float64_reference", _reference_mask)
 def truth(model):
     """A copy of the model that computes in float64 throughout. (Hugging Face's own eager softmax and RMS norms
     always go through float32, and its softmax makes NaN of a float64 mask.)"""
-    return exact_norms(cast(model, torch.float64, "float64_reference"))
+    exact = exact_norms(cast(model, torch.float64, "float64_reference"))
+    for module in exact.modules():
+        if type(module).__name__ == "GPTNeoSelfAttention":  # asks no interface, and computes scores in float32
+            module._attn = functools.partial(_gpt_neo_attention, module)
+    return exact
+
+
+def _gpt_neo_attention(module, query, key, value, attention_mask=None):
+    queries, keys = query.shape[2], key.shape[2]
+    scores = (query @ key.transpose(-1, -2)).masked_fill(~module.bias[:, :, keys - queries : keys, :keys], -torch.inf)
+    weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, -1)
+    return weights @ value, weights
 
 
 def exact_norms(model):

@@ -28,12 +28,13 @@ class Decoder(nn.Module):
                  fused=False, transposed=False, gated=False, activation="gelu_tanh", positions=True, relative=False,
                  cross=False, embedding_norm=False, final_norm=True, embed_scale=1.0, head_scale=1.0, head_bias=False,
                  scale=None, scale_by_layer=False, key_heads=None, rotary=0, interleaved=False, head_norms=False,
-                 after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0, windows=()):  # fmt: skip
+                 by_head=False, after_norms=False, parallel=False, softcap=0.0, logits_softcap=0.0,
+                 windows=()):  # fmt: skip
         super().__init__()
         self.spec = TransformerSpec(
             heads, head_dim, scale, True, "pre" if pre_norm else "post", activation, gated,
             scale_by_layer=scale_by_layer, key_heads=key_heads, parallel=parallel, softcap=softcap, windows=windows,
-            rotary_interleaved=interleaved,
+            rotary_interleaved=interleaved, qkv_by_head=by_head,
         )  # fmt: skip
         self.config = {"embed_scale": embed_scale, "head_scale": head_scale, "logits_softcap": logits_softcap}
         self.rotary = rotary  # pairs of columns
@@ -120,7 +121,9 @@ class Decoder(nn.Module):
 
             def attend(y, w=w, index=index):
                 keys = self.spec.heads_of_keys * self.spec.head_dim
-                if "qkv" in w:
+                if self.spec.qkv_by_head:
+                    qkv = [t.flatten(-2) for t in w["qkv"](y).unflatten(-1, (-1, 3, self.spec.head_dim)).unbind(-2)]
+                elif "qkv" in w:
                     qkv = w["qkv"](y).split((self.spec.num_heads * self.spec.head_dim, keys, keys), -1)
                 else:
                     qkv = [w[n](y) for n in ("query", "key", "value")]
@@ -281,7 +284,10 @@ FAMILIES = {
         "embed_scale": 24**0.5,
         "scale": 0.3,
     },
-    "neox": {"positions": False, "fused": True, "rotary": 2, "parallel": True},
+    "neox": {"positions": False, "fused": True, "by_head": True, "rotary": 2, "parallel": True, "activation": "gelu"},
+    "by head, without angles": {"fused": True, "by_head": True},
+    "phi": {"positions": False, "rotary": 2, "parallel": True, "head_norms": True},
+    "gpt-neo": {"scale": 1.0, "windows": (None, 3)},
     "gptj": {"positions": False, "rotary": 3, "interleaved": True, "parallel": True},
     "even": {"width": 64, "heads": 2, "head_dim": 32, "inner": 128, "cross": True, "layers": 1},
 }

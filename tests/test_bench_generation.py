@@ -24,6 +24,19 @@ def test_openvino_generates_hugging_faces_tokens(name):
     assert rounded.shape == expected.shape and torch.equal(rounded[:, 0], expected[:, 0])
 
 
+MORE = ["nllb-600m-greedy-b8", "mbart-large-beam4-b8", "smollm-135m-b8", "qwen3-0.6b-b8", "qwen3-0.6b-b1-int8"]
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_both_generate_as_many_tokens(name):
+    case = cases.find(f"generation/{name}")
+    inputs = case.inputs(True)
+    found = [candidate.prepare(inputs)() for candidate in case.candidates]
+    assert len(found) == 2 and found[0].shape == found[1].shape
+    if "int8" not in name:
+        assert torch.equal(*found)
+
+
 def test_openvino_refuses_padded_prompts_without_an_encoder():
     from transformer_fast.benchmarks.case import Unavailable
     from transformer_fast.benchmarks.openvino_generation import openvino_generation

@@ -104,7 +104,7 @@ def test_a_wheel_without_the_library_is_a_pure_one_and_says_why(environment, rea
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-        assert not any(".so" in name for name in names) and "transformer_fast/kernels/layer_norm.py" in names
+        assert not any(".so" in name for name in names) and "transformer_fast/kernels/norm.py" in names
         assert reason in file.read("transformer_fast/_native_missing.txt").decode()
 
 

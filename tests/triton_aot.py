@@ -13,7 +13,7 @@ tensors. The scopes:
 By hand, under any Triton, the record's kernels or a share of them:
 
     python tests/triton_aot.py
-    python tests/triton_aot.py tests/native/test_triton_layer_norm_aot.py --arch 80 90 --only bfloat16
+    python tests/triton_aot.py tests/native/test_triton_norm_aot.py --arch 80 90 --only bfloat16
     python tests/triton_aot.py --record [--minutes 30]
 
 prints a line for each kernel of every case, says which fail the file's `check`, and exits with 1 if any does.

@@ -133,6 +133,20 @@ _EXPORTS = {
         "GPT2LMHeadModel",
         "GPT2Model",
     ],
+    "models.gpt_neo": [
+        "GPTNeoForCausalLM",
+        "GPTNeoForQuestionAnswering",
+        "GPTNeoForSequenceClassification",
+        "GPTNeoForTokenClassification",
+        "GPTNeoModel",
+    ],
+    "models.gpt_neox": [
+        "GPTNeoXForCausalLM",
+        "GPTNeoXForQuestionAnswering",
+        "GPTNeoXForSequenceClassification",
+        "GPTNeoXForTokenClassification",
+        "GPTNeoXModel",
+    ],
     "models.gemma2": [
         "Gemma2ForCausalLM",
         "Gemma2ForSequenceClassification",
@@ -206,7 +220,19 @@ _EXPORTS = {
         "OpenAIGPTLMHeadModel",
         "OpenAIGPTModel",
     ],
+    "models.opt": [
+        "OPTForCausalLM",
+        "OPTForQuestionAnswering",
+        "OPTForSequenceClassification",
+        "OPTModel",
+    ],
     "models.pegasus": ["PegasusForCausalLM", "PegasusForConditionalGeneration", "PegasusModel"],
+    "models.phi": [
+        "PhiForCausalLM",
+        "PhiForSequenceClassification",
+        "PhiForTokenClassification",
+        "PhiModel",
+    ],
     "models.rnn": ["AttentionRNNConfig", "AttentionRNNForConditionalGeneration", "AttentionRNNModel"],
     "models.roberta": [
         "RobertaForCausalLM",

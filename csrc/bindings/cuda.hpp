@@ -1,4 +1,4 @@
-// What the bindings of CUDA kernels need of torch, without CUDA's headers.
+// What the bindings of CUDA kernels need from torch, without CUDA's headers.
 //
 // A binding csrc/bindings/cuda_<op>.cpp is compiled three times over: with the kernels of nvcc (its ops are registered
 // for CUDA tensors), with the emulator of tests/native/emulator (for CPU tensors), and without any kernel, for its
@@ -42,7 +42,7 @@
 
 namespace tf::cuda {
 
-// While it lives, the tensor's device is torch's current one.
+// Makes the tensor's device torch's current one while it lives.
 #ifdef TF_EMULATE
 class Device {
  public:
@@ -53,12 +53,12 @@ class Device {
   void* stream() const { return nullptr; }
 };
 #else
-// A function of torch's CUDA part, by name at run time, so that this library loads where torch has none. In that part's
-// own handle: Python loads it with RTLD_LOCAL, where a search of the global names does not look.
+// A function of torch's CUDA library, looked up at run time so that this library loads where torch has none. It is
+// looked up in that library's own handle, as Python loads it with RTLD_LOCAL: global lookups do not find it.
 inline void* torch_cuda_function(const char* name) {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* function = library ? dlsym(library, name) : nullptr;
-  if (library) dlclose(library);  // it stays: torch holds it
+  if (library) dlclose(library);  // it stays loaded: torch holds it
   return function ? function : dlsym(RTLD_DEFAULT, name);
 }
 
@@ -82,7 +82,7 @@ class Device {
 };
 #endif
 
-// Memory for a kernel's own use; on the device of `like`. It holds anything, under the emulator NaN.
+// Memory for a kernel's own use, on the device of `like`. It is not initialised; under the emulator it holds NaN.
 inline Tensor new_scratch(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   Tensor t = torch::stable::new_empty(like, shape, dtype);
 #ifdef TF_EMULATE
@@ -91,9 +91,9 @@ inline Tensor new_scratch(const Tensor& like, std::initializer_list<int64_t> sha
   return t;
 }
 
-// kCounters integers that a kernel finds zero and leaves zero, for blocks that must agree on something. Launches of one
-// stream follow one another, so each stream has its own; in a graph capture it is memory of the graph's own pool, cleared
-// whenever the graph runs. null where the stream cannot be told from others: then do without.
+// kCounters integers with which the blocks of a launch agree on something: zero before a launch and after it. Launches
+// of one stream follow one another, so each stream has its own; in a graph capture they are memory of the graph's own
+// pool, cleared whenever the graph runs. null where the stream is not known: a kernel must do without.
 constexpr int32_t kCounters = 2048;
 int32_t* counters_of(const Tensor& like, const Device& device);
 

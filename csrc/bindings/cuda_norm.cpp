@@ -12,9 +12,10 @@ Parameter parameter_of(const OptionalTensor& t) {
   return {read(t), t.has_value() && t->scalar_type() == ScalarType::Float};
 }
 
-RowDropout dropout_of(const OptionalTensor& rng, int64_t threshold, double keep_scale) {
-  if (!rng.has_value() || threshold <= 0) return {nullptr, 0, 1.f};
-  return {read<int64_t>(rng), uint32_t(threshold), float(keep_scale)};
+RowDropout dropout_of(const OptionalTensor& rng, double dropout_p) {
+  if (!rng.has_value() || dropout_p <= 0.) return {nullptr, 0, 1.f};
+  const uint32_t threshold = dropout_threshold(dropout_p);
+  return {read<int64_t>(rng), threshold, keep_scale_of(threshold)};
 }
 
 int32_t width_of(const Matrix& m) {
@@ -24,8 +25,8 @@ int32_t width_of(const Matrix& m) {
 }
 
 void forward_op(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor rng,
-                  double eps, bool rms, int64_t threshold, double keep_scale, Tensor y, OptionalTensor sum,
-                  OptionalTensor mean, OptionalTensor rstd) {
+                double eps, bool rms, double dropout_p, Tensor y, OptionalTensor sum, OptionalTensor mean,
+                OptionalTensor rstd) {
   const Device device(x);
   NormForward a{};
   a.dtype = dtype_of(x);
@@ -45,13 +46,13 @@ void forward_op(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
   a.residual_stride = row_stride(residual);
   a.eps = float(eps);
   a.rms = rms;
-  a.dropout = dropout_of(rng, threshold, keep_scale);
+  a.dropout = dropout_of(rng, dropout_p);
   norm_forward(a, device.stream());
 }
 
 void backward_op(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTensor weight, OptionalTensor mean,
-                   Tensor rstd, OptionalTensor rng, int64_t threshold, double keep_scale, Tensor grad_v,
-                   OptionalTensor grad_x, OptionalTensor grad_weight, OptionalTensor grad_bias) {
+                 Tensor rstd, OptionalTensor rng, double dropout_p, Tensor grad_v, OptionalTensor grad_x,
+                 OptionalTensor grad_weight, OptionalTensor grad_bias) {
   const Device device(v);
   NormBackward a{};
   a.dtype = dtype_of(v);
@@ -72,7 +73,7 @@ void backward_op(Tensor grad_y, OptionalTensor grad_sum, Tensor v, OptionalTenso
   a.grad_y_stride = matrix_of(grad_y).stride;
   a.grad_sum_stride = row_stride(grad_sum);
   a.v_stride = m.stride;
-  a.dropout = dropout_of(rng, threshold, keep_scale);
+  a.dropout = dropout_of(rng, dropout_p);
   const int64_t wanted = grad_weight.has_value() + grad_bias.has_value();
   OptionalTensor partial;
   if (wanted) {
@@ -92,14 +93,14 @@ TF_CUDA_IMPL(m) {
 #endif
 
 // Data is (rows, width) with last stride 1; weight and bias are contiguous, float32 or of the data's dtype; mean, rstd
-// and the parameters' gradients are float32 vectors; results are contiguous. threshold, keep_scale: of dropout; 0 for
-// none.
+// and the parameters' gradients are float32 vectors; results are contiguous. rng: int64 {seed, offset}, on the
+// device.
 TF_CUDA_SCHEMA(m) {
   m.def(
       "cuda_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
-      "int threshold, float keep_scale, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
+      "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
   m.def(
       "cuda_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor v, Tensor? weight, Tensor? mean, Tensor rstd, "
-      "Tensor? rng, int threshold, float keep_scale, Tensor(a!) grad_v, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, "
+      "Tensor? rng, float dropout_p, Tensor(a!) grad_v, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, "
       "Tensor(d!)? grad_bias) -> ()");
 }

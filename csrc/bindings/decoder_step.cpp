@@ -64,11 +64,12 @@ int64_t bytes_of(const StepWeight& w) { return w.out * w.in * bytes_of(w.storage
 void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
                         OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm, int64_t activation,
                         OptionalTensors head, double head_scale, int64_t vocabulary, OptionalTensor cos,
-                        OptionalTensor sin, bool rotary_interleaved, bool parallel, double softcap,
-                        double logits_softcap, int64_t layers, int64_t heads, int64_t key_heads, int64_t head_dim,
+                        OptionalTensor sin, bool rotary_interleaved, bool parallel, bool qkv_by_head,
+                        double softcap, double logits_softcap, int64_t layers, int64_t heads, int64_t key_heads, int64_t head_dim,
                         int64_t feed_forward, int64_t rows, int64_t capacity, int64_t cross_capacity,
                         ScalarType cache_dtype) {
   STD_TORCH_CHECK(head_dim <= 256, "head_dim: wanted at most 256, got ", head_dim);
+  STD_TORCH_CHECK(!qkv_by_head || heads == key_heads, "key_heads: wanted ", heads, " with qkv_by_head, got ", key_heads);
   DecoderPlan& p = plan_of(plan);
   p = DecoderPlan{};
   p.layers = layers;
@@ -80,6 +81,7 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.rows = rows;
   p.pre_norm = pre_norm;
   p.parallel = parallel;
+  p.qkv_by_head = qkv_by_head;
   p.softcap = float(softcap);
   p.logits_softcap = float(logits_softcap);
   p.cos = read<float>(cos);

@@ -31,7 +31,7 @@ void pack_weight(Tensor weight, Tensor packed) {
   a.out_stride = weight.stride(0);
   a.in_stride = weight.size(1) > 1 ? weight.stride(1) : 1;
 #if defined(__linux__)
-  // Streaming a weight through 4 KiB pages spends a good part of its time on their translation.
+  // Through pages of 4 KiB, reading a weight would spend much of its time on address translation.
   const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.packed);
   const uintptr_t end = begin + size_t(packed.numel() * bytes_of(a.storage));
   const uintptr_t first = (begin + page - 1) & ~(page - 1);

@@ -3,7 +3,7 @@
 
 namespace tf {
 
-// A tensor as a matrix: two dimensions, the last with stride 1, or any number of them when it is contiguous.
+// A tensor as a matrix: it has two dimensions, the last with stride 1, or any number of them and is contiguous.
 struct Matrix {
   int64_t rows, width, stride;
 };

@@ -1,11 +1,12 @@
-// The arguments of the rotary kernels from tensors, the same for CPU and CUDA.
+// Tensors -> the arguments of the rotary kernels, for the CPU and for CUDA.
 #pragma once
 #include "cpu/rotary.hpp"
 #include "tensors.hpp"
 
 namespace tf {
 
-// x, y: (batch, length, heads, width); cos, sin: float32 (positions, half), contiguous; positions: int64 (batch, length).
+// x, y: (batch, length, heads, width); cos, sin: float32 (positions, half), contiguous; positions: int64 (batch,
+// length).
 inline Rotary rotary_of(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
                         bool interleaved, bool inverse, const Tensor& y) {
   Rotary a{};

@@ -25,7 +25,7 @@ static inline int64_t keys_of(const AdditiveAttention& a, int64_t b) {
 static inline bool takes_part(const AdditiveAttention& a, int64_t b, int64_t i, int64_t j) {
   return !a.mask || a.mask[b * a.mask_strides[0] + i * a.mask_strides[1] + j * a.mask_strides[2]];
 }
-// Rows worth a thread, when one costs `work` hidden units.
+// Rows that are worth a thread, at `work` hidden units per row.
 static inline int64_t grain_of(int64_t work) { return 1 + 4096 / (work + 1); }
 
 template <class T>

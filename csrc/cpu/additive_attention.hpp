@@ -26,7 +26,7 @@ struct AdditiveAttentionBackward : AdditiveAttention {
   const float* weights;
   float* grad_query;  // (batch, queries, width)
   void *grad_key, *grad_value;
-  float* grad_score_weight;  // (batch, width): one part a sequence
+  float* grad_score_weight;  // (batch, width): one part per sequence
 };
 
 }  // namespace tf

@@ -1,6 +1,6 @@
 // Attention backward: probabilities are recomputed from the saved log-sum-exp (Dao, "FlashAttention-2", 2023, algorithm
-// 2). One work item is a key head of one sequence, so dK and dV have a single writer and a fixed order of addition; the
-// result does not depend on the number of threads.
+// 2). One work item is a key head of one sequence: dK and dV have a single writer and a fixed order of addition, so
+// that the result does not depend on the number of threads.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
 
@@ -9,10 +9,10 @@ namespace {
 
 struct Buffers {
   float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
-  float *p, *ds, *slope;                              // a tile of scores: (keys, lanes)
-  float *lse, *lse_rest;  // in units of log2, and 2^-(what its rounding lost)
+  float *p, *ds, *slope, *factor;                     // a tile of scores: (keys, lanes); factor: of dropout
+  float *lse, *lse_rest;      // in units of log2, and 2^-(what rounding took from it)
   float *delta, *grad_lse;
-  float* scale;  // what a row's probabilities are short of summing to one, then the scale of the scores
+  float* scale;  // sums of a row's p, then one over them, then the scale of the scores
   float *ds_sum, *slope_sum;  // sums of a row's ds and of its p * slope
   float* centre;              // the mean key: (padded dim)
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
@@ -21,15 +21,15 @@ struct Buffers {
 Buffers take_buffers(const Attention& a) {
   const int64_t padded = round_up(a.dim, kWidth), side = padded * kQueries, tile = kKeys * kQueries;
   int64_t longest = 1;
-  for (int64_t b = 0; b < a.batch; ++b) longest = a.k_count[b] > longest ? a.k_count[b] : longest;
+  for (int64_t b = 0; b < a.batch; ++b) longest = a.key_lengths[b] > longest ? a.key_lengths[b] : longest;
   const int64_t sequence = longest * padded, copies = a.dtype == DType::f32 ? 2 : 4;
   Arena arena{static_cast<char*>(tf_scratch(
-      0, 5 * Arena::bytes(side) + 3 * Arena::bytes(tile) + 7 * Arena::bytes(kQueries) + Arena::bytes(padded) +
+      0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 7 * Arena::bytes(kQueries) + Arena::bytes(padded) +
              copies * Arena::bytes(sequence)))};
   Buffers s{};
   float** const sides[] = {&s.queries_t, &s.grads_t, &s.queries, &s.grads, &s.dq};
   for (float** p : sides) *p = arena.take(side);
-  float** const tiles[] = {&s.p, &s.ds, &s.slope};
+  float** const tiles[] = {&s.p, &s.ds, &s.slope, &s.factor};
   for (float** p : tiles) *p = arena.take(tile);
   float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale, &s.ds_sum, &s.slope_sum};
   for (float** p : rows) *p = arena.take(kQueries);
@@ -45,7 +45,7 @@ Buffers take_buffers(const Attention& a) {
 
 // dbias += the tile's score gradients, summed over broadcast axes.
 void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, int64_t keys, const float* ds) {
-  const int64_t* s = a.dbias_stride;
+  const int64_t* s = a.dbias_strides;
   float* out = a.dbias + t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
   if (s[2] == 0) {
     for (int64_t j = 0; j < keys; ++j) {
@@ -82,26 +82,41 @@ void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, in
   }
 }
 
-// chain: how the product of values and grad_out is added up.
+const float* lse_of(const AttentionBackward& a, const Tile& t) {
+  return a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.query_starts[t.b] + t.q0;
+}
+// Rows that attend to nothing, and lanes past the last query.
+bool is_dead(const AttentionBackward& a, const Tile& t, int64_t i) {
+  return i >= t.count || lse_of(a, t)[i] == -INFINITY;
+}
+
 template <class T>
-void load_tile(const AttentionBackward& a, const Tile& t, int64_t chain, const Buffers& s) {
-  const int64_t row = a.q_start[t.b] + t.q0, padded = round_up(a.dim, kWidth);
-  const auto at = [&](const void* data, const Rows& rows) {
-    return static_cast<const T*>(data) + t.b * rows.batch + t.h * rows.head + row * rows.row;
-  };
-  const T* q = at(a.q, a.q_rows);
-  const T* grad = at(a.grad_out, a.grad_out_rows);
-  const T* out = at(a.out, a.out_rows);
-  load_transposed(q, a.q_rows.row, t.count, a.dim, s.queries_t, t.lanes);
-  load_transposed(grad, a.grad_out_rows.row, t.count, a.dim, s.grads_t, t.lanes);
-  load_rows(q, a.q_rows.row, t.count, a.dim, s.queries, padded);
-  load_rows(grad, a.grad_out_rows.row, t.count, a.dim, s.grads, padded);
-  const float* lse = a.lse + t.b * a.lse_batch + t.h * a.lse_head + row;
+void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
+  const int64_t padded = round_up(a.dim, kWidth), row = a.query_starts[t.b] + t.q0;
+  const T* q = row_of<const T>(a.query, a.query_strides, t.b, t.h, row);
+  const T* grad = row_of<const T>(a.grad_out, a.grad_out_strides, t.b, t.h, row);
+  load_transposed(q, a.query_strides.row, t.count, a.dim, s.queries_t, t.lanes);
+  load_transposed(grad, a.grad_out_strides.row, t.count, a.dim, s.grads_t, t.lanes);
+  load_rows(q, a.query_strides.row, t.count, a.dim, s.queries, padded);
+  load_rows(grad, a.grad_out_strides.row, t.count, a.dim, s.grads, padded);
+  const float* lse = lse_of(a, t);
   const float* grad_lse = a.grad_lse ? a.grad_lse + t.b * a.grad_lse_batch + t.h * a.grad_lse_head + row : nullptr;
-  // delta = rowsum(grad * out), added up in the order in which gemm adds up grad * value: a row that attends to one
-  // key then has a gradient of exactly zero, as it should.
+  for (int64_t i = 0; i < t.lanes; ++i) {
+    const bool dead = is_dead(a, t, i);
+    const double exact = dead ? double(INFINITY) : double(lse[i]) * kLog2e;  // exp2(score - inf) = 0
+    s.lse[i] = float(exact);
+    s.lse_rest[i] = dead ? 1.f : float(1. - 0.6931471805599453 * (exact - double(s.lse[i])));
+    s.grad_lse[i] = dead || !grad_lse ? 0.f : grad_lse[i];
+  }
+}
+
+// delta = rowsum(grad * out), added up in the order in which gemm, in chains of that length, adds up grad * value: the
+// score of a row that attends to one key then has a gradient of exactly zero.
+template <class T>
+void load_delta(const AttentionBackward& a, const Tile& t, int64_t chain, const Buffers& s) {
   float* out_t = s.dq;  // not yet in use
-  load_transposed(out, a.out_rows.row, t.count, a.dim, out_t, t.lanes);
+  const T* out = row_of<const T>(a.out, a.out_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
+  load_transposed(out, a.out_strides.row, t.count, a.dim, out_t, t.lanes);
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec dot = Vec{};
     for (int64_t d = 0; d < a.dim; d += chain) {
@@ -112,14 +127,21 @@ void load_tile(const AttentionBackward& a, const Tile& t, int64_t chain, const B
     }
     store(s.delta + c, dot);
   }
-  for (int64_t i = 0; i < t.lanes; ++i) {
-    const bool dead = i >= t.count || lse[i] == -INFINITY;
-    // exp2(score - inf) = 0: rows that attend to nothing, and lanes past the last query
-    const double exact = dead ? double(INFINITY) : double(lse[i]) * kLog2e;
-    s.lse[i] = float(exact);
-    s.lse_rest[i] = dead ? 1.f : float(1. - 0.6931471805599453 * (exact - double(s.lse[i])));
-    if (dead) s.delta[i] = 0.f;
-    s.grad_lse[i] = dead || !grad_lse ? 0.f : grad_lse[i];
+  for (int64_t i = 0; i < t.lanes; ++i)
+    if (is_dead(a, t, i)) s.delta[i] = 0.f;
+}
+
+// dq -= (sum of ds - grad_lse) * mean key. Where delta is exact, the ds of a row sum to grad_lse. An error of delta
+// puts -error * p into ds and -error * sum_j p_j k_j into dq: much, where all keys share an offset, as the bias of
+// their projection gives them. Keys less their mean have no offset. With a softcap the sum is weighted by its slope.
+void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
+  for (int64_t c = 0; c < t.lanes; c += kWidth) {
+    Vec excess = load(s.ds_sum + c) - load(s.grad_lse + c);
+    if (a.softcap != 0.f) excess = excess * load(s.slope_sum + c);
+    for (int64_t d = 0; d < a.dim; ++d) {
+      float* dq = s.dq + d * t.lanes + c;
+      store(dq, fma(-excess, broadcast(s.centre[d]), load(dq)));
+    }
   }
 }
 
@@ -133,6 +155,10 @@ float largest_lse(const Buffers& s, int64_t lanes) {
     if (size < INFINITY && size > largest) largest = size;
   }
   return largest;
+}
+
+void clear(float* row, int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += kWidth) store(row + c, Vec{});
 }
 
 // total[lane] += value(x) over the keys of a tile, a few at a time: one long chain of sums would lose digits.
@@ -149,143 +175,208 @@ void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
   }
 }
 
-// dq -= (sum of ds - grad_lse) * mean key. The ds of a row sum to grad_lse where delta is exact; an error of delta leaves
-// -error * p in them, and -error * sum_j p_j k_j in dq: large where all keys share an offset, as the bias of their
-// projection makes it. Against keys from which their mean was taken, that offset is gone (under a softcap, its share).
-void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
-  for (int64_t c = 0; c < t.lanes; c += kWidth) {
-    Vec excess = load(s.ds_sum + c) - load(s.grad_lse + c);
-    if (a.softcap != 0.f) excess = excess * load(s.slope_sum + c);
-    for (int64_t d = 0; d < a.dim; ++d) {
-      float* dq = s.dq + d * t.lanes + c;
-      store(dq, fma(-excess, broadcast(s.centre[d]), load(dq)));
-    }
-  }
+Operand from_key(Operand rows, int64_t j) {
+  return {static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
 }
 
+// The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
+// and so is the output that delta = rowsum(grad * out) comes from. Where it costs little, both are computed again:
+//
+//   one_block     keys that fit a block, wherever they begin: sum and delta follow from the probabilities at hand
+//   few_queries   several blocks, few queries: one more pass over the keys
+//   many_queries  lse and delta as saved; a large lse is rounded so coarsely that rows would not sum to one, and the
+//                 sum alone is computed again; the error of delta is taken out of dQ by centring the keys
 template <class T>
-void backward_tile(const AttentionBackward& a, const Tile& t, Operand key_rows, Operand value_rows,
-                   const Buffers& s) {
-  const int64_t padded = round_up(a.dim, kWidth), lanes = t.lanes;
-  T* dq = static_cast<T*>(a.dq) + t.b * a.dq_rows.batch + t.h * a.dq_rows.head +
-          (a.q_start[t.b] + t.q0) * a.dq_rows.row;
-  int64_t begin, end;
-  key_range(a, t, begin, end);
-  if (end <= begin) return zero_rows(dq, a.dq_rows.row, t.count, a.dim);
-  const int64_t visible = end - begin, chain = chain_of(t.count < visible ? t.count : visible);
-  load_tile<T>(a, t, chain, s);
-  const bool fold = folds_scale(a), dropout = a.dropout.threshold != 0, one_block = visible <= kKeys;
-  const float to_log2 = log2_factor(a);
+class TileGradients {
+ public:
+  TileGradients(const AttentionBackward& a, const Tile& t, Operand key_rows, Operand value_rows, const Buffers& s)
+      : a_(a), t_(t), key_rows_(key_rows), value_rows_(value_rows), s_(s), lanes_(t.lanes),
+        padded_(round_up(a.dim, kWidth)), to_log2_(log2_factor(a)), softcap_(a.softcap != 0.f),
+        dropout_(a.dropout.threshold != 0) {
+    key_range(a, t, begin_, end_);
+    const int64_t visible = end_ - begin_;
+    chain_ = chain_of(t.count < visible ? t.count : visible);
+  }
 
-  const auto next = [&](int64_t j) { return one_block ? end : block_end(j, end); };
-  const auto from = [](Operand rows, int64_t j) {
-    return Operand{static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
-  };
-  const auto probabilities = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(key_rows, j), s.queries_t, lanes, s.p, lanes, nullptr, chain);
-    if (!fold) finish_scores(a, t, j, keys, s.p, a.softcap != 0.f ? s.slope : nullptr);
-    mask_edges(a, t, j, keys, s.p);
-    for (int64_t c = 0; one_block && c < lanes; c += kWidth) {
+  void run() const {
+    T* dq = row_of<T>(a_.dq, a_.dq_strides, t_.b, t_.h, a_.query_starts[t_.b] + t_.q0);
+    if (end_ <= begin_) return zero_rows(dq, a_.dq_strides.row, t_.count, a_.dim);
+    load_tile<T>(a_, t_, s_);
+    if (end_ - begin_ <= kKeys)
+      one_block();
+    else if (t_.count <= kFewQueries)
+      few_queries();
+    else
+      many_queries();
+    for (int64_t c = 0; c < lanes_; c += kWidth) store(s_.scale + c, broadcast(float(a_.scale)));
+    store_transposed(s_.dq, lanes_, s_.scale, dq, a_.dq_strides.row, t_.count, a_.dim);
+  }
+
+ private:
+  void one_block() const {
+    const int64_t keys = end_ - begin_;
+    scores(begin_, keys);
+    for (int64_t c = 0; c < lanes_; c += kWidth) {
       Vec top = broadcast(-INFINITY);
-      for (int64_t x = c; x < keys * lanes; x += lanes) top = max(load(s.p + x), top);
+      for (int64_t x = c; x < keys * lanes_; x += lanes_) top = max(load(s_.p + x), top);
       top = top > -INFINITY ? top : Vec{};
-      for (int64_t x = c; x < keys * lanes; x += lanes)
-        store(s.p + x, exp2((load(s.p + x) - top) * to_log2));
+      for (int64_t x = c; x < keys * lanes_; x += lanes_)
+        store(s_.p + x, exp2((load(s_.p + x) - top) * to_log2_));
     }
-    for (int64_t c = 0; !one_block && c < lanes; c += kWidth) {
-      const Vec shift = load(s.lse + c), rest = load(s.lse_rest + c);
-      for (int64_t x = c; x < keys * lanes; x += lanes)
-        store(s.p + x, exp2(fma(load(s.p + x), broadcast(to_log2), -shift)) * rest);
-    }
-  };
-  // The saved log-sum-exp is rounded, and so is the output that delta was made from. Rows with one block of keys get both
-  // anew for nothing, few queries for little; a large log-sum-exp is rounded so coarsely that rows would not sum to one.
-  const bool exact_delta = one_block || t.count <= kFewQueries;
-  const auto value_gradients = [&](int64_t j, int64_t keys) {
-    gemm(Write::kStore, keys, lanes, a.dim, from(value_rows, j), s.grads_t, lanes, s.ds, lanes, nullptr, chain);
-  };
-  if (exact_delta || largest_lse(s, lanes) > kPreciseLse) {
-    for (int64_t c = 0; c < lanes; c += kWidth) {
-      store(s.scale + c, Vec{});
-      if (exact_delta) store(s.delta + c, Vec{});
-    }
-    for (int64_t j = begin; j < end; j = next(j)) {
-      const int64_t keys = next(j) - j;
-      probabilities(j, keys);
-      sum_rows(s.scale, lanes, keys, [&](int64_t x) { return load(s.p + x); });
-      if (!exact_delta) continue;
-      value_gradients(j, keys);
-      if (dropout)  // the sign of p tells what was dropped
-        for_each_dropout(a, t, j, keys, [&](int64_t row, int64_t c, Vec factor) {
-          const int64_t x = row * lanes + c;
-          const Vec p = load(s.p + x);
-          store(s.ds + x, load(s.ds + x) * factor);
-          store(s.p + x, factor > 0.f ? p : -p);
-        });
-      sum_rows(s.delta, lanes, keys, [&](int64_t x) { return abs(load(s.p + x)) * load(s.ds + x); });
-    }
-    for (int64_t i = 0; i < lanes; ++i) {
-      const bool dead = i >= t.count || s.scale[i] == 0.f;
-      s.scale[i] = dead ? 0.f : 1.f / s.scale[i];
-      s.lse_rest[i] *= s.scale[i];
-      if (exact_delta) s.delta[i] *= s.scale[i];
-    }
-  }
-  for (int64_t c = 0; !exact_delta && c < lanes; c += kWidth) {
-    store(s.ds_sum + c, Vec{});
-    store(s.slope_sum + c, Vec{});
-  }
-
-  for (int64_t j = begin; j < end; j = next(j)) {
-    const int64_t keys = next(j) - j;
-    const Operand k = from(key_rows, j);
-    // p: probabilities, with dropout's factors for dV. ds: d loss / d score.
-    if (!one_block) {
-      probabilities(j, keys);
-      value_gradients(j, keys);
-    }
-    if (dropout && !one_block) {
-      for_each_dropout(a, t, j, keys, [&](int64_t row, int64_t c, Vec factor) {
-        const int64_t x = row * lanes + c;
-        const Vec p = load(s.p + x);
-        store(s.ds + x, p * (fma(load(s.ds + x), factor, -load(s.delta + c)) + load(s.grad_lse + c)));
-        store(s.p + x, p * factor);
+    value_gradients(begin_, keys);
+    if (dropout_)
+      for_each_dropout(a_, t_, begin_, keys, [&](int64_t row, int64_t c, Vec factor) {
+        const int64_t x = row * lanes_ + c;
+        store(s_.ds + x, load(s_.ds + x) * factor);
+        store(s_.factor + x, factor);
       });
-    } else {
-      for (int64_t c = 0; c < lanes; c += kWidth) {
-        const Vec delta = load(s.delta + c), grad_lse = load(s.grad_lse + c), correction = load(s.scale + c);
-        for (int64_t x = c; x < keys * lanes; x += lanes) {
-          Vec p = load(s.p + x);
-          if (one_block) {
-            p = p * correction;
-            store(s.p + x, dropout ? max(p, Vec{}) * a.dropout.keep_scale : p);
-            p = abs(p);
-          }
-          store(s.ds + x, p * ((load(s.ds + x) - delta) + grad_lse));
-        }
+    clear(s_.scale, lanes_);
+    clear(s_.delta, lanes_);
+    add_sums(keys);
+    normalise(true);
+    for (int64_t c = 0; c < lanes_; c += kWidth) {
+      const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c), scale = load(s_.scale + c);
+      for (int64_t x = c; x < keys * lanes_; x += lanes_) {
+        const Vec p = load(s_.p + x) * scale;
+        store(s_.p + x, dropout_ ? p * load(s_.factor + x) : p);
+        store(s_.ds + x, p * ((load(s_.ds + x) - delta) + grad_lse));
       }
     }
-    if (!exact_delta) sum_rows(s.ds_sum, lanes, keys, [&](int64_t x) { return load(s.ds + x); });
-    if (a.dbias) add_bias_gradient(a, t, j, keys, s.ds);
-    if (a.drelative) {
-      float* base = a.drelative + (t.b * a.heads + t.h) * a.relative_stride + a.relative_zero + t.q0 + t.offset - j;
-      for (int64_t r = 0; r < keys; ++r)
-        for (int64_t c = 0; c < lanes; c += kWidth)
-          store(base - r + c, load(base - r + c) + load(s.ds + r * lanes + c));
-    }
-    if (a.softcap != 0.f && !exact_delta)
-      sum_rows(s.slope_sum, lanes, keys, [&](int64_t x) { return load(s.p + x) * load(s.slope + x); });
-    if (a.softcap != 0.f)
-      for (int64_t x = 0; x < keys * lanes; x += kWidth) store(s.ds + x, load(s.ds + x) * load(s.slope + x));
-
-    gemm(Write::kAdd, keys, padded, t.count, {s.p, lanes * 4, 4}, s.grads, padded, s.dv + j * padded, padded);
-    gemm(Write::kAdd, keys, padded, t.count, {s.ds, lanes * 4, 4}, s.queries, padded, s.dk + j * padded, padded);
-    gemm(j == begin ? Write::kStore : Write::kAdd, a.dim, lanes, keys, {k.data, 4, k.row_bytes}, s.ds, lanes, s.dq, lanes);
+    add_gradients(begin_, keys);
   }
-  if (!exact_delta) centre_keys(a, t, s);
-  for (int64_t c = 0; c < lanes; c += kWidth) store(s.scale + c, broadcast(float(a.scale)));
-  store_transposed(s.dq, lanes, s.scale, dq, a.dq_rows.row, t.count, a.dim);
-}
+
+  void few_queries() const {
+    clear(s_.scale, lanes_);
+    clear(s_.delta, lanes_);
+    for_each_block([&](int64_t j, int64_t keys) {
+      probabilities(j, keys);
+      value_gradients(j, keys);
+      if (dropout_)
+        for_each_dropout(a_, t_, j, keys, [&](int64_t row, int64_t c, Vec factor) {
+          const int64_t x = row * lanes_ + c;
+          store(s_.ds + x, load(s_.ds + x) * factor);
+        });
+      add_sums(keys);
+    });
+    normalise(true);
+    for_each_block([&](int64_t j, int64_t keys) {
+      probabilities(j, keys);
+      value_gradients(j, keys);
+      score_gradients(j, keys);
+      add_gradients(j, keys);
+    });
+  }
+
+  void many_queries() const {
+    load_delta<T>(a_, t_, chain_, s_);
+    if (largest_lse(s_, lanes_) > kPreciseLse) {
+      clear(s_.scale, lanes_);
+      for_each_block([&](int64_t j, int64_t keys) {
+        probabilities(j, keys);
+        sum_rows(s_.scale, lanes_, keys, [&](int64_t x) { return load(s_.p + x); });
+      });
+      normalise(false);
+    }
+    clear(s_.ds_sum, lanes_);
+    clear(s_.slope_sum, lanes_);
+    for_each_block([&](int64_t j, int64_t keys) {
+      probabilities(j, keys);
+      value_gradients(j, keys);
+      score_gradients(j, keys);
+      sum_rows(s_.ds_sum, lanes_, keys, [&](int64_t x) { return load(s_.ds + x); });
+      if (softcap_)
+        sum_rows(s_.slope_sum, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.slope + x); });
+      add_gradients(j, keys);
+    });
+    centre_keys(a_, t_, s_);
+  }
+
+  template <class F>
+  void for_each_block(const F& f) const {
+    for (int64_t j = begin_; j < end_; j = block_end(j, end_)) f(j, block_end(j, end_) - j);
+  }
+
+  void scores(int64_t j, int64_t keys) const {  // into p
+    gemm(Write::kStore, keys, lanes_, a_.dim, from_key(key_rows_, j), s_.queries_t, lanes_, s_.p, lanes_, nullptr,
+         chain_);
+    if (!folds_scale(a_)) finish_scores(a_, t_, j, keys, s_.p, softcap_ ? s_.slope : nullptr);
+    mask_edges(a_, t_, j, keys, s_.p);
+  }
+
+  void probabilities(int64_t j, int64_t keys) const {  // into p, from the saved lse
+    scores(j, keys);
+    for (int64_t c = 0; c < lanes_; c += kWidth) {
+      const Vec shift = load(s_.lse + c), rest = load(s_.lse_rest + c);
+      for (int64_t x = c; x < keys * lanes_; x += lanes_)
+        store(s_.p + x, exp2(fma(load(s_.p + x), broadcast(to_log2_), -shift)) * rest);
+    }
+  }
+
+  void value_gradients(int64_t j, int64_t keys) const {  // d loss / d (probability times dropout factor), into ds
+    gemm(Write::kStore, keys, lanes_, a_.dim, from_key(value_rows_, j), s_.grads_t, lanes_, s_.ds, lanes_, nullptr,
+         chain_);
+  }
+
+  void add_sums(int64_t keys) const {  // of p into scale, of p * ds into delta
+    sum_rows(s_.scale, lanes_, keys, [&](int64_t x) { return load(s_.p + x); });
+    sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
+  }
+
+  // scale: from the sum of a row's p to the factor that makes it one. delta: whether s_.delta is multiplied by it too.
+  void normalise(bool delta) const {
+    for (int64_t i = 0; i < lanes_; ++i) {
+      const bool dead = i >= t_.count || s_.scale[i] == 0.f;
+      s_.scale[i] = dead ? 0.f : 1.f / s_.scale[i];
+      s_.lse_rest[i] *= s_.scale[i];
+      if (delta) s_.delta[i] *= s_.scale[i];
+    }
+  }
+
+  void score_gradients(int64_t j, int64_t keys) const {  // ds -> d loss / d score; p -> p times the dropout factors
+    if (dropout_) {
+      for_each_dropout(a_, t_, j, keys, [&](int64_t row, int64_t c, Vec factor) {
+        const int64_t x = row * lanes_ + c;
+        const Vec p = load(s_.p + x);
+        store(s_.ds + x, p * (fma(load(s_.ds + x), factor, -load(s_.delta + c)) + load(s_.grad_lse + c)));
+        store(s_.p + x, p * factor);
+      });
+      return;
+    }
+    for (int64_t c = 0; c < lanes_; c += kWidth) {
+      const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c);
+      for (int64_t x = c; x < keys * lanes_; x += lanes_)
+        store(s_.ds + x, load(s_.p + x) * ((load(s_.ds + x) - delta) + grad_lse));
+    }
+  }
+
+  void add_gradients(int64_t j, int64_t keys) const {  // of a block, from p and ds
+    if (a_.dbias) add_bias_gradient(a_, t_, j, keys, s_.ds);
+    if (a_.drelative_bias) {
+      float* row = a_.drelative_bias + (t_.b * a_.heads + t_.h) * a_.relative_bias_stride;
+      for (int64_t r = 0; r < keys; ++r) {
+        float* to = relative_row(a_, t_, j + r, row);
+        for (int64_t c = 0; c < lanes_; c += kWidth)
+          store(to - c, load(to - c) + reversed(load(s_.ds + r * lanes_ + c)));
+      }
+    }
+    if (softcap_)
+      for (int64_t x = 0; x < keys * lanes_; x += kWidth) store(s_.ds + x, load(s_.ds + x) * load(s_.slope + x));
+    float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
+    gemm(Write::kAdd, keys, padded_, t_.count, {s_.p, lanes_ * 4, 4}, s_.grads, padded_, dv, padded_);
+    gemm(Write::kAdd, keys, padded_, t_.count, {s_.ds, lanes_ * 4, 4}, s_.queries, padded_, dk, padded_);
+    const Operand keys_t{from_key(key_rows_, j).data, 4, key_rows_.row_bytes};
+    gemm(j == begin_ ? Write::kStore : Write::kAdd, a_.dim, lanes_, keys, keys_t, s_.ds, lanes_, s_.dq, lanes_);
+  }
+
+  const AttentionBackward& a_;
+  const Tile t_;
+  const Operand key_rows_, value_rows_;
+  const Buffers s_;
+  int64_t begin_, end_, chain_;  // chain_: of gemm
+  const int64_t lanes_, padded_;
+  const float to_log2_;
+  const bool softcap_, dropout_;
+};
 
 void mean_row(Operand rows, int64_t count, int64_t dim, float* mean) {
   const float* row = static_cast<const float*>(rows.data);
@@ -297,16 +388,13 @@ void mean_row(Operand rows, int64_t count, int64_t dim, float* mean) {
 
 template <class T>
 void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const Buffers& s) {
-  const int64_t padded = round_up(a.dim, kWidth), keys = a.k_count[b], group = a.heads / a.key_heads;
-  const auto at = [&](auto* data, const Rows& rows) {
-    return data + b * rows.batch + hk * rows.head + a.k_start[b] * rows.row;
-  };
-  const T* k = at(static_cast<const T*>(a.k), a.k_rows);
-  const T* v = at(static_cast<const T*>(a.v), a.v_rows);
-  Operand key_rows{k, a.k_rows.row * 4, 4}, value_rows{v, a.v_rows.row * 4, 4};
+  const int64_t padded = round_up(a.dim, kWidth), keys = a.key_lengths[b], group = a.heads / a.key_heads;
+  const T* k = row_of<const T>(a.key, a.key_strides, b, hk, a.key_starts[b]);
+  const T* v = row_of<const T>(a.value, a.value_strides, b, hk, a.key_starts[b]);
+  Operand key_rows{k, a.key_strides.row * 4, 4}, value_rows{v, a.value_strides.row * 4, 4};
   if constexpr (sizeof(T) == 2) {
-    load_rows(k, a.k_rows.row, keys, a.dim, s.keys, padded);
-    load_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
+    load_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
+    load_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
     key_rows = {s.keys, padded * 4, 4};
     value_rows = {s.values, padded * 4, 4};
   }
@@ -314,36 +402,27 @@ void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const 
   __builtin_memset(s.dk, 0, size_t(keys * padded) * 4);
   __builtin_memset(s.dv, 0, size_t(keys * padded) * 4);
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
-    for (int64_t q0 = 0; q0 < a.q_count[b]; q0 += kQueries)
-      backward_tile<T>(a, make_tile(a, b, h, q0), key_rows, value_rows, s);
-  T* dk = at(static_cast<T*>(a.dk), a.dk_rows);
-  T* dv = at(static_cast<T*>(a.dv), a.dv_rows);
-  store_rows(s.dk, padded, float(a.scale), dk, a.dk_rows.row, keys, a.dim);
-  store_rows(s.dv, padded, 1.f, dv, a.dv_rows.row, keys, a.dim);
-  zero_rows(dk + keys * a.dk_rows.row, a.dk_rows.row, a.key_rows[b] - keys, a.dim);
-  zero_rows(dv + keys * a.dv_rows.row, a.dv_rows.row, a.key_rows[b] - keys, a.dim);
+    for (int64_t q0 = 0; q0 < a.query_lengths[b]; q0 += kQueries)
+      TileGradients<T>(a, make_tile(a, b, h, q0), key_rows, value_rows, s).run();
+  T* dk = row_of<T>(a.dk, a.dk_strides, b, hk, a.key_starts[b]);
+  T* dv = row_of<T>(a.dv, a.dv_strides, b, hk, a.key_starts[b]);
+  store_rows(s.dk, padded, float(a.scale), dk, a.dk_strides.row, keys, a.dim);
+  store_rows(s.dv, padded, 1.f, dv, a.dv_strides.row, keys, a.dim);
+  zero_rows(dk + keys * a.dk_strides.row, a.dk_strides.row, a.key_rows[b] - keys, a.dim);
+  zero_rows(dv + keys * a.dv_strides.row, a.dv_strides.row, a.key_rows[b] - keys, a.dim);
 }
 
 template <class T>
 void backward_all(const AttentionBackward& a) {
   // Items that add to the same slice of dbias are one item, in order.
-  const bool join_batch = a.dbias && a.dbias_stride[0] == 0, join_heads = a.dbias && a.dbias_stride[1] == 0;
+  const bool join_batch = a.dbias && a.dbias_strides[0] == 0, join_heads = a.dbias && a.dbias_strides[1] == 0;
   const int64_t batches = join_batch ? 1 : a.batch, heads = join_heads ? 1 : a.key_heads, items = batches * heads;
-  double work = 0;
-  for (int64_t b = 0; b < a.batch; ++b) work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
-  int64_t threads = tf_num_threads();
-  if (work < 1e5) threads = 1;
-  if (threads > items) threads = items;
-  int64_t next = 0;
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    const Buffers s = take_buffers(a);
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
+  share_out(items, threads_for(a, 1e5), [&] {
+    return [&, s = take_buffers(a)](int64_t item) {
       const int64_t b0 = item / heads, h0 = item % heads;
       for (int64_t b = b0; b < (join_batch ? a.batch : b0 + 1); ++b)
         for (int64_t h = h0; h < (join_heads ? a.key_heads : h0 + 1); ++h) backward_key_head<T>(a, b, h, s);
-    }
+    };
   });
 }
 

@@ -1,6 +1,6 @@
-// Attention of a few queries over many keys (generation). Keys and values stream once through the cache, neither packed
-// nor transposed: lanes run along the head dim, and along keys for the softmax. Long sequences of few heads are split
-// among threads and merged by their log-sum-exp (Dao et al., "Flash-Decoding", 2023); the split depends on shapes only.
+// Attention of a few queries over many keys (generation). Keys and values are read once, where they are: lanes run
+// along the head dim, and along keys in the softmax. Long sequences of few heads are split among threads and merged by
+// their log-sum-exp (Dao et al., "Flash-Decoding", 2023); the split depends on shapes only.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
 
@@ -14,7 +14,7 @@ struct State {  // of one query: running maximum and sum, and the unnormalised o
   float *top, *total, *out;
 };
 
-// scores[0..kWidth) = the products of kWidth keys, `left` of them real, with q.
+// The products of q with kWidth keys, the first `left` of which exist.
 template <class T>
 inline Vec dot_keys(const T* k, int64_t stride, int64_t left, const float* q, int64_t dim) {
   Vec acc[kWidth];
@@ -63,7 +63,7 @@ void weigh_part(const float* p, const T* v, int64_t stride, int64_t keys, int64_
   }
 }
 
-// Short sums first: a long float32 sum loses bits (`chain` in attention_gemm.cpp).
+// Short sums first: a long float32 sum loses digits.
 template <class T>
 void weigh_values(const float* p, const T* v, int64_t stride, int64_t keys, int64_t dim, float correction,
                   float* out) {
@@ -80,7 +80,8 @@ void add_row(const T* row, int64_t step, int64_t keys, float* scores) {
   for (int64_t j = 0; j < keys; ++j) scores[j] += to_float(row[j * step]);
 }
 
-// Products with keys j0.. -> scores, but for a scale that can be folded; those up to a whole vector are -inf.
+// Products with keys j0.. -> scores, but for a scale that folds into the exponential. The rest of the last vector:
+// -inf.
 void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t position, int64_t j0, int64_t keys,
                 float* scores) {
   if (!folds_scale(a)) {
@@ -90,19 +91,19 @@ void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t pos
       if (a.softcap != 0.f) v = tanh_accurate(v) * a.softcap;
       store(scores + x, v);
     }
-    const int64_t* s = a.bias_stride;
+    const int64_t* s = a.bias_strides;
     const int64_t at = b * s[0] + h * s[1] + i * s[2] + j0 * s[3];
     if (a.bias_type == BiasType::f32) add_row(static_cast<const float*>(a.bias) + at, s[3], keys, scores);
     if (a.bias_type == BiasType::bf16) add_row(static_cast<const bf16*>(a.bias) + at, s[3], keys, scores);
     if (a.bias_type == BiasType::f16) add_row(static_cast<const f16*>(a.bias) + at, s[3], keys, scores);
-    if (a.relative) {
-      const float* row = a.relative + h * a.relative_stride + a.relative_zero + position - j0;
-      for (int64_t j = 0; j < keys; ++j) scores[j] += row[-j];
+    if (a.relative_bias) {
+      const float* row = a.relative_bias + h * a.relative_bias_stride + a.reach + j0 - position;
+      for (int64_t j = 0; j < keys; ++j) scores[j] += row[j];
     }
     if (a.mask) {
-      const uint8_t* mask = a.mask + b * a.mask_stride[0] + h * a.mask_stride[1] + i * a.mask_stride[2];
+      const uint8_t* mask = a.mask + b * a.mask_strides[0] + h * a.mask_strides[1] + i * a.mask_strides[2];
       for (int64_t j = 0; j < keys; ++j)
-        if (!mask[(j0 + j) * a.mask_stride[3]]) scores[j] = -INFINITY;
+        if (!mask[(j0 + j) * a.mask_strides[3]]) scores[j] = -INFINITY;
     }
   }
   for (int64_t j = keys; j < round_up(keys, kWidth); ++j) scores[j] = -INFINITY;
@@ -111,20 +112,20 @@ void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t pos
 // Keys [begin, end) of the sequence for every query that shares key head hk.
 template <class T>
 void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64_t end, const State& state) {
-  const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.q_count[b];
-  const int64_t rows = group * count, offset = a.bottom_right ? a.k_count[b] - count : 0;
+  const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.query_lengths[b];
+  const int64_t rows = group * count, offset = a.bottom_right ? a.key_lengths[b] - count : 0;
   const float to_log2 = log2_factor(a);
   float* q = scratch<float>(0, rows * padded);
   for (int64_t r = 0; r < rows; ++r) {
-    const T* row = static_cast<const T*>(a.q) + b * a.q_rows.batch + (hk * group + r / count) * a.q_rows.head +
-                   (a.q_start[b] + r % count) * a.q_rows.row;
+    const T* row = row_of<const T>(a.query, a.query_strides, b, hk * group + r / count, a.query_starts[b] + r % count);
     load_rows(row, 0, 1, a.dim, q + r * padded, padded);
     state.top[r] = -INFINITY;
     state.total[r] = 0.f;
     for (int64_t c = 0; c < padded; c += kWidth) store(state.out + r * padded + c, Vec{});
   }
-  const T* k = static_cast<const T*>(a.k) + b * a.k_rows.batch + hk * a.k_rows.head + a.k_start[b] * a.k_rows.row;
-  const T* v = static_cast<const T*>(a.v) + b * a.v_rows.batch + hk * a.v_rows.head + a.k_start[b] * a.v_rows.row;
+  const T* k = row_of<const T>(a.key, a.key_strides, b, hk, a.key_starts[b]);
+  const T* v = row_of<const T>(a.value, a.value_strides, b, hk, a.key_starts[b]);
+  const int64_t k_step = a.key_strides.row, v_step = a.value_strides.row;
   alignas(64) float scores[kBlock];
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t block_end = block + kBlock < end ? block + kBlock : end;
@@ -136,7 +137,7 @@ void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64
       if (from >= to) continue;
       const int64_t keys = to - from;
       for (int64_t x = 0; x < keys; x += kWidth)
-        store(scores + x, dot_keys(k + (from + x) * a.k_rows.row, a.k_rows.row, keys - x, q + r * padded, a.dim));
+        store(scores + x, dot_keys(k + (from + x) * k_step, k_step, keys - x, q + r * padded, a.dim));
       finish_row(a, b, hk * group + r / count, i, position, from, keys, scores);
       Vec highest = load(scores), sums = Vec{};
       for (int64_t x = kWidth; x < keys; x += kWidth) highest = max(load(scores + x), highest);
@@ -150,7 +151,7 @@ void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64
       const float correction = exp2(broadcast((before - finite) * to_log2))[0];
       state.top[r] = top;
       state.total[r] = state.total[r] * correction + sum(sums);
-      weigh_values(scores, v + from * a.v_rows.row, a.v_rows.row, keys, a.dim, correction, state.out + r * padded);
+      weigh_values(scores, v + from * v_step, v_step, keys, a.dim, correction, state.out + r * padded);
     }
   }
 }
@@ -158,7 +159,7 @@ void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64
 // Merges the parts of one key head, in their order, and writes out and lse.
 template <class T>
 void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& first, int64_t parts, int64_t stride) {
-  const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.q_count[b];
+  const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.query_lengths[b];
   const float to_log2 = log2_factor(a);
   for (int64_t r = 0; r < group * count; ++r) {
     float top = -INFINITY;
@@ -176,8 +177,8 @@ void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& f
       for (int64_t c = 0; c < padded; c += kWidth)
         store(out + c, part == 0 ? load(out + c) * factor : fma(load(other + c), broadcast(factor), load(out + c)));
     }
-    const int64_t h = hk * group + r / count, row = a.q_start[b] + r % count;
-    T* to = static_cast<T*>(a.out) + b * a.out_rows.batch + h * a.out_rows.head + row * a.out_rows.row;
+    const int64_t h = hk * group + r / count, row = a.query_starts[b] + r % count;
+    T* to = row_of<T>(a.out, a.out_strides, b, h, row);
     store_rows(out, padded, total == 0.f ? 0.f : 1.f / total, to, 0, 1, a.dim);
     if (a.lse)
       a.lse[b * a.lse_batch + h * a.lse_head + row] =
@@ -189,11 +190,9 @@ template <class T>
 void decode_all(const AttentionForward& a) {
   const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, heads = a.batch * a.key_heads;
   int64_t queries = 1, longest = 1;
-  double work = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
-    queries = a.q_count[b] > queries ? a.q_count[b] : queries;
-    longest = a.k_count[b] > longest ? a.k_count[b] : longest;
-    work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
+    queries = a.query_lengths[b] > queries ? a.query_lengths[b] : queries;
+    longest = a.key_lengths[b] > longest ? a.key_lengths[b] : longest;
   }
   int64_t parts = heads >= kSplitHeads ? 1 : kSplitHeads / heads;
   if (parts * kSplitKeys > longest) parts = (longest + kSplitKeys - 1) / kSplitKeys;
@@ -203,20 +202,14 @@ void decode_all(const AttentionForward& a) {
     float* top = states + item * rows;
     return State{top, top + items * rows, states + 2 * items * rows + item * rows * padded};
   };
-  int64_t threads = tf_num_threads();
-  if (work < 1e5) threads = 1;
-  if (threads > items) threads = items;
-  int64_t next = 0;
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
+  share_out(items, threads_for(a, 1e5), [&] {
+    return [&](int64_t item) {
       const int64_t b = item / parts / a.key_heads, hk = item / parts % a.key_heads, part = item % parts;
-      const int64_t size = round_up((a.k_count[b] + parts - 1) / parts, kBlock);
-      const int64_t end = (part + 1) * size < a.k_count[b] ? (part + 1) * size : a.k_count[b];
+      const int64_t size = round_up((a.key_lengths[b] + parts - 1) / parts, kBlock);
+      const int64_t end = (part + 1) * size < a.key_lengths[b] ? (part + 1) * size : a.key_lengths[b];
       decode_part<T>(a, b, hk, part * size, end, state_of(item));
       if (parts == 1) write_rows<T>(a, b, hk, state_of(item), 1, rows);
-    }
+    };
   });
   if (parts > 1)
     for (int64_t head = 0; head < heads; ++head)

@@ -1,13 +1,13 @@
 // Attention forward (Dao et al., "FlashAttention", 2022, on a CPU): a thread takes 64 queries of one head and goes over
-// the keys 128 at a time with an online softmax. Scores, probabilities and output are held transposed, see
-// attention_scores.hpp; nothing of size Sq x Sk exists.
+// the keys 128 at a time with an online softmax. Scores, probabilities and output are transposed, see
+// attention_scores.hpp. Nothing of size Sq x Sk is stored.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
 
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kDecodeQueries = 6;  // up to here a tile of kWidth lanes would mostly idle
+constexpr int64_t kDecodeQueries = 6;  // with so few a tile of kWidth lanes would mostly idle
 
 struct Buffers {
   float *queries, *scores, *extra, *keys, *values, *out, *top, *total, *correction;
@@ -31,11 +31,6 @@ Buffers take_buffers(const Attention& a) {
   return s;
 }
 
-template <class T>
-const T* rows_of(const void* data, const Rows& rows, int64_t b, int64_t h, int64_t r) {
-  return static_cast<const T*>(data) + b * rows.batch + h * rows.head + r * rows.row;
-}
-
 // Running maximum `top` and sum `total`, and scores -> probabilities, in place. The maximum is subtracted before the
 // factor to_log2 is applied: the largest score then has probability exp2(0) = 1 to the last bit.
 void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float to_log2, const Buffers& s) {
@@ -54,7 +49,7 @@ void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, 
     const Vec shift = load(offset + c);
     Vec sum = Vec{};
     float* p = s.scores + c;
-    for (int64_t j = 0; j < keys; j += 32) {  // short sums first: a long float32 sum loses bits (`chain` in attention_gemm.cpp)
+    for (int64_t j = 0; j < keys; j += 32) {  // short sums first: a long float32 sum loses digits
       Vec part = Vec{};
       for (int64_t r = j; r < keys && r < j + 32; ++r, p += t.lanes) {
         const Vec e = exp2((load(p) - shift) * to_log2);
@@ -75,21 +70,20 @@ void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, 
 template <class T, bool Pairs>
 void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
   const int64_t hk = t.h / (a.heads / a.key_heads), padded = round_up(a.dim, kWidth), lanes = t.lanes;
-  T* out = static_cast<T*>(a.out) + t.b * a.out_rows.batch + t.h * a.out_rows.head +
-           (a.q_start[t.b] + t.q0) * a.out_rows.row;
-  float* lse = !a.lse ? nullptr : a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.q_start[t.b] + t.q0;
+  T* out = row_of<T>(a.out, a.out_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
+  float* lse = !a.lse ? nullptr : a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.query_starts[t.b] + t.q0;
   int64_t begin, end;
   key_range(a, t, begin, end);
   if (end <= begin) {
-    zero_rows(out, a.out_rows.row, t.count, a.dim);
+    zero_rows(out, a.out_strides.row, t.count, a.dim);
     for (int64_t i = 0; lse && i < t.count; ++i) lse[i] = -INFINITY;
     return;
   }
-  const T* q = rows_of<T>(a.q, a.q_rows, t.b, t.h, a.q_start[t.b] + t.q0);
+  const T* q = row_of<const T>(a.query, a.query_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
   if constexpr (Pairs)
-    load_pairs_transposed(q, a.q_rows.row, t.count, a.dim, s.queries, lanes);
+    load_pairs_transposed(q, a.query_strides.row, t.count, a.dim, s.queries, lanes);
   else
-    load_transposed(q, a.q_rows.row, t.count, a.dim, s.queries, lanes);
+    load_transposed(q, a.query_strides.row, t.count, a.dim, s.queries, lanes);
   for (int64_t c = 0; c < lanes; c += kWidth) {
     store(s.top + c, broadcast(-INFINITY));
     store(s.total + c, Vec{});
@@ -100,21 +94,21 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
   for (int64_t j = begin; j < end; j = block_end(j, end)) {
     const int64_t keys = block_end(j, end) - j;
     const Write write = j == begin ? Write::kStore : Write::kScaleAdd;
-    const T* k = rows_of<T>(a.k, a.k_rows, t.b, hk, a.k_start[t.b] + j);
-    const T* v = rows_of<T>(a.v, a.v_rows, t.b, hk, a.k_start[t.b] + j);
+    const T* k = row_of<const T>(a.key, a.key_strides, t.b, hk, a.key_starts[t.b] + j);
+    const T* v = row_of<const T>(a.value, a.value_strides, t.b, hk, a.key_starts[t.b] + j);
     if constexpr (Pairs) {
-      Operand rows{k, a.k_rows.row * 2, 4};
+      Operand rows{k, a.key_strides.row * 2, 4};
       if (a.dim % 2) {  // a pair would reach into the next row
-        load_pair_rows(k, a.k_rows.row, keys, a.dim, s.keys, padded);
+        load_pair_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
         rows = {s.keys, padded * 4, 4};
       }
       gemm_bf16(Write::kStore, keys, lanes, (a.dim + 1) / 2, rows, s.queries, lanes, s.scores, lanes);
-      pair_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
+      pair_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
     } else {
-      Operand rows{k, a.k_rows.row * int64_t(sizeof(T)), 4};
+      Operand rows{k, a.key_strides.row * int64_t(sizeof(T)), 4};
       if constexpr (sizeof(T) == 2) {
-        load_rows(k, a.k_rows.row, keys, a.dim, s.keys, padded);
-        load_rows(v, a.v_rows.row, keys, a.dim, s.values, padded);
+        load_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
+        load_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
         rows = {s.keys, padded * 4, 4};
       }
       gemm(Write::kStore, keys, lanes, a.dim, rows, s.queries, lanes, s.scores, lanes, nullptr, chain_of(keys));
@@ -131,7 +125,7 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
                 lanes, s.correction);
     } else {
       const Operand columns = sizeof(T) == 2 ? Operand{s.values, 4, padded * 4}
-                                             : Operand{v, 4, a.v_rows.row * 4};
+                                             : Operand{v, 4, a.value_strides.row * 4};
       gemm(write, a.dim, lanes, keys, columns, s.scores, lanes, s.out, lanes, s.correction);
     }
   }
@@ -140,9 +134,11 @@ void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
     const Vec total = load(s.total + c);
     store(s.correction + c, total == Vec{} ? broadcast(0.f) : 1.f / total);
   }
-  store_transposed(s.out, lanes, s.correction, out, a.out_rows.row, t.count, a.dim);
+  store_transposed(s.out, lanes, s.correction, out, a.out_strides.row, t.count, a.dim);
   for (int64_t i = 0; i < t.count; ++i)
-    if (lse) lse[i] = s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
+    if (lse)
+      lse[i] =
+          s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
 }
 
 template <class T, bool Pairs>
@@ -150,19 +146,10 @@ void forward_all(const AttentionForward& a) {
   // first[b]: number of tiles before sequence b, for one head.
   int64_t* first = scratch<int64_t>(1, a.batch + 1);
   first[0] = 0;
-  for (int64_t b = 0; b < a.batch; ++b) first[b + 1] = first[b] + (a.q_count[b] + kQueries - 1) / kQueries;
+  for (int64_t b = 0; b < a.batch; ++b) first[b + 1] = first[b] + (a.query_lengths[b] + kQueries - 1) / kQueries;
   const int64_t items = first[a.batch] * a.heads;
-  double work = 0;
-  for (int64_t b = 0; b < a.batch; ++b) work += double(a.q_count[b]) * double(a.k_count[b]) * double(a.dim * a.heads);
-  int64_t threads = tf_num_threads();
-  if (work < 2e5) threads = 1;
-  if (threads > items) threads = items;
-  int64_t next = 0;
-  parallel_for(threads, 1, [&](int64_t begin_thread, int64_t end_thread) {
-    const Buffers s = take_buffers(a);
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
+  share_out(items, threads_for(a, 2e5), [&] {
+    return [&, s = take_buffers(a)](int64_t item) {
       int64_t low = 0, high = a.batch;  // the sequence: first[low] * heads <= item < first[low + 1] * heads
       while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
@@ -171,7 +158,7 @@ void forward_all(const AttentionForward& a) {
       const int64_t tiles = first[low + 1] - first[low], within = item - first[low] * a.heads;
       const int64_t tile = tiles - 1 - within % tiles;  // causal: the longest first
       forward_tile<T, Pairs>(a, make_tile(a, low, within / tiles, tile * kQueries), s);
-    }
+    };
   });
 }
 
@@ -181,7 +168,7 @@ void attention_decode(const AttentionForward& a);  // attention_decode.cpp
 
 void attention_forward(const AttentionForward& a) {
   int64_t queries = 0;
-  for (int64_t b = 0; b < a.batch; ++b) queries = a.q_count[b] > queries ? a.q_count[b] : queries;
+  for (int64_t b = 0; b < a.batch; ++b) queries = a.query_lengths[b] > queries ? a.query_lengths[b] : queries;
   if (queries <= kDecodeQueries && !a.dropout.threshold) return attention_decode(a);
   if (a.dtype == DType::f32)
     forward_all<float, false>(a);

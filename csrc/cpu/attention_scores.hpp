@@ -1,15 +1,16 @@
-// What happens to a tile of scores between the two matrix products, forward and backward alike.
+// What happens to a tile of scores between the two matrix products, forward and backward.
 //
-// A tile is transposed: one row a key, one lane a query, so that the softmax of 16 queries runs down the rows without
-// a horizontal step, and masks by position are one comparison a row.
+// A tile is transposed, (keys, queries), with one lane per query: the softmax of kWidth queries needs no sum across
+// lanes, and masks by position are one comparison per key.
 #pragma once
 #include "attention.hpp"
 #include "attention_tile.hpp"
+#include "parallel.hpp"
 #include "philox.hpp"
 
 namespace tf::TF_ISA {
 
-constexpr int64_t kQueries = 64, kKeys = 128;  // tile size; kKeys is also the dropout counter's group
+constexpr int64_t kQueries = kAttentionQueries, kKeys = 128;  // of a tile; kKeys is also the dropout counter's group
 constexpr double kLog2e = 1.4426950408889634;
 
 struct mask8 {
@@ -23,6 +24,12 @@ static inline Vec load(const mask8* p) {
   return __builtin_convertvector(bytes, VecU) == VecU{} ? broadcast(-INFINITY) : Vec{};
 }
 
+// Row r of head h of sequence b.
+template <class T, class Data>
+static inline T* row_of(Data* data, const RowStrides& strides, int64_t b, int64_t h, int64_t r) {
+  return static_cast<T*>(data) + b * strides.batch + h * strides.head + r * strides.row;
+}
+
 // Queries [q0, q0 + count) of head h of sequence b, `lanes` wide (a multiple of kWidth).
 struct Tile {
   int64_t b, h, q0, count, lanes;
@@ -31,9 +38,9 @@ struct Tile {
 };
 
 static inline Tile make_tile(const Attention& a, int64_t b, int64_t h, int64_t q0) {
-  const int64_t left = a.q_count[b] - q0, count = left < kQueries ? left : kQueries;
-  const int64_t offset = a.bottom_right ? a.k_count[b] - a.q_count[b] : 0;
-  return {b, h, q0, count, round_up(count, kWidth), offset, a.k_count[b]};
+  const int64_t left = a.query_lengths[b] - q0, count = left < kQueries ? left : kQueries;
+  const int64_t offset = a.bottom_right ? a.key_lengths[b] - a.query_lengths[b] : 0;
+  return {b, h, q0, count, round_up(count, kWidth), offset, a.key_lengths[b]};
 }
 
 // Keys that any query of the tile can see: [begin, end), empty when end <= begin.
@@ -55,14 +62,15 @@ static inline int64_t block_end(int64_t j, int64_t end) {
   return next < end ? next : end;
 }
 
-// Nothing but the scale lies between product and exponent. A scale that is not positive would turn -inf and maximum.
+// Only the scale comes between product and exponential. A scale that is not positive would change the sign of -inf and
+// make the maximum a minimum.
 static inline bool folds_scale(const Attention& a) {
-  return a.scale > 0. && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f;
+  return a.scale > 0. && a.bias_type == BiasType::none && !a.mask && !a.relative_bias && a.softcap == 0.f;
 }
-// From differences of scores to exponents of two.
+// The factor from differences of scores to powers of two.
 static inline float log2_factor(const Attention& a) { return float(folds_scale(a) ? a.scale * kLog2e : kLog2e); }
 
-// use(x, v) for every vector of a tile of keys: v = base[lane * si + j * sj], to be applied at x = j * lanes + c.
+// use(x, v) for every vector of a tile: v = base[(c + lane) * si + j * sj] belongs to elements x = j * lanes + c on.
 template <class T, class Use>
 static inline void for_each_vector(const T* base, int64_t si, int64_t sj, const Tile& t, int64_t keys,
                                    const Use& use) {
@@ -101,7 +109,7 @@ static inline void for_each_vector(const T* base, int64_t si, int64_t sj, const 
 
 template <class Use>
 static inline void for_each_bias(const Attention& a, const Tile& t, int64_t j0, int64_t keys, const Use& use) {
-  const int64_t* s = a.bias_stride;
+  const int64_t* s = a.bias_strides;
   const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
   if (a.bias_type == BiasType::f32)
     for_each_vector(static_cast<const float*>(a.bias) + at, s[2], s[3], t, keys, use);
@@ -111,9 +119,17 @@ static inline void for_each_bias(const Attention& a, const Tile& t, int64_t j0, 
     for_each_vector(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, use);
 }
 
+// Where the biases of the first vector of queries against key j begin in a head's row of biases by distance. Distances
+// fall while the queries' positions rise: the vector is in reverse order, and that of the next queries lies before it.
+template <class Float>
+static inline Float* relative_row(const Attention& a, const Tile& t, int64_t j, Float* row) {
+  return row + a.reach + j - (t.q0 + t.offset) - (kWidth - 1);
+}
+
 // Products of keys j0.. with the tile's queries -> scores, in place: scale, softcap, biases and mask.
 // slope, where not null: d score / d (scaled product), for a softcap's backward.
-static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores, float* slope) {
+static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores,
+                                 float* slope) {
   const int64_t size = keys * t.lanes;
   const bool bias = a.bias_type != BiasType::none;
   float scale = float(a.scale);
@@ -132,15 +148,15 @@ static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, 
     for_each_bias(a, t, j0, keys, [&](int64_t x, Vec v) {
       store(scores + x, fma(load(scores + x), broadcast(scale), v));
     });
-  if (a.relative) {
+  if (a.relative_bias) {
     for (int64_t j = 0; j < keys; ++j) {
-      const float* row = a.relative + t.h * a.relative_stride + a.relative_zero + t.q0 + t.offset - (j0 + j);
+      const float* row = relative_row(a, t, j0 + j, a.relative_bias + t.h * a.relative_bias_stride);
       float* s = scores + j * t.lanes;
-      for (int64_t c = 0; c < t.lanes; c += kWidth) store(s + c, load(s + c) + load(row + c));
+      for (int64_t c = 0; c < t.lanes; c += kWidth) store(s + c, load(s + c) + reversed(load(row - c)));
     }
   }
   if (a.mask) {
-    const int64_t* s = a.mask_stride;
+    const int64_t* s = a.mask_strides;
     const int64_t at = t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
     for_each_vector(reinterpret_cast<const mask8*>(a.mask) + at, s[2], s[3], t, keys, [&](int64_t x, Vec dead) {
       store(scores + x, dead < broadcast(0.f) ? dead : load(scores + x));
@@ -148,7 +164,7 @@ static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, 
   }
 }
 
-// -inf where the window or causality forbids; only blocks that an edge crosses pay.
+// -inf outside the window. Blocks that no edge crosses return at once.
 static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores) {
   const int64_t first = t.q0 + t.offset, last = first + t.count - 1, no_limit = INT32_MAX;
   const bool right = a.window_right >= 0 && j0 + keys - 1 > first + a.window_right;
@@ -172,6 +188,14 @@ static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int
       store(s + c, v);
     }
   }
+}
+
+// One thread where the call has fewer products than `least`: it is over before a second thread wakes up.
+static inline int64_t threads_for(const Attention& a, double least) {
+  double work = 0;
+  for (int64_t b = 0; b < a.batch; ++b)
+    work += double(a.query_lengths[b]) * double(a.key_lengths[b]) * double(a.dim * a.heads);
+  return work < least ? 1 : tf_num_threads();
 }
 
 // Calls use(row, c, factor): factor is 0 or keep_scale of key j0 + row for queries q0 + c .. q0 + c + kWidth. The keys

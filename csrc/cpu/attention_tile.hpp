@@ -1,4 +1,4 @@
-// Moving tiles between tensors and scratch: transposed, widened to float, or paired for vdpbf16ps.
+// Copies tiles between tensors and scratch: transposed, widened to float, or as pairs of bf16 for vdpbf16ps.
 #pragma once
 #include "attention_gemm.hpp"
 
@@ -6,7 +6,7 @@ namespace tf::TF_ISA {
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Scratch carved from one allocation, every piece on a cache line.
+// Pieces of one allocation, each aligned to a cache line.
 struct Arena {
   char* next;
   static int64_t bytes(int64_t floats) { return round_up(floats * 4, 64); }
@@ -31,6 +31,11 @@ static inline void exchange(Vec* rows) {
     rows[i] = __builtin_shuffle(a, b, low);
     rows[i + Step] = __builtin_shuffle(a, b, high);
   }
+}
+static inline Vec reversed(Vec v) {
+  VecI lanes;
+  for (int l = 0; l < kWidth; ++l) lanes[l] = kWidth - 1 - l;
+  return __builtin_shuffle(v, lanes);
 }
 static inline void transpose(Vec* rows) {  // kWidth x kWidth
   exchange<1>(rows);
@@ -128,7 +133,7 @@ static inline void pair_rows(const bf16* src, int64_t stride, int64_t rows, int6
     }
 }
 
-// The same words untransposed: dst[r * ld + c].
+// The words of load_pairs_transposed, not transposed: dst[r * ld + c].
 static inline void load_pair_rows(const bf16* src, int64_t stride, int64_t rows, int64_t columns, float* dst,
                                   int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {

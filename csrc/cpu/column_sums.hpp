@@ -1,6 +1,5 @@
-// Sums over rows (gradients of weights and biases) that come out the same whatever the number of threads:
-// the rows are cut into chunks by their number alone, every chunk has its own partial sums, and the partial
-// sums are added up in a fixed order.
+// Sums over rows (gradients of weights and biases) that do not depend on the number of threads: the rows are cut into
+// chunks by their number alone, each chunk has its own partial sums, and those are added up in a fixed order.
 #pragma once
 #include "parallel.hpp"
 #include "simd.hpp"
@@ -22,7 +21,7 @@ class ColumnSums {
   }
 
   // rows(begin, end, into) adds rows [begin, end) to into[0..N); called in parallel, in runs of at most kRun
-  // rows, so that no running sum grows long. grain: rows worth a thread.
+  // rows, so that no running sum grows long. grain: rows that are worth a thread.
   template <class Rows>
   void run(int64_t grain, const Rows& rows) const {
     const int64_t stride = (width_ + 15) / 16 * 16, row = stride * wanted_;

@@ -1,6 +1,6 @@
-// Cross entropy: one read of the logits forward, one read and one write backward. A row is cut into segments that
-// stay in the first cache between the search for their largest logit and the sum of exponentials; segments of
-// one row may go to several threads, and the result depends on their length alone.
+// Cross entropy: one read of the logits forward, one read and one write backward. A row is cut into segments that stay
+// in the L1 cache between the search for their largest logit and the sum of exponentials. Several threads may share the
+// segments of a row; the result depends on the length of the segments alone.
 #include "cross_entropy.hpp"
 
 #include "kernels.hpp"
@@ -22,7 +22,7 @@ struct Partial {
 static inline int64_t segments_of(const CrossEntropy& a) { return (a.classes + kSegment - 1) / kSegment; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The lanes added up in double: with few classes all that is lost is lost here.
+// Adds up the lanes in double: with few classes no other sum would lose digits.
 static inline double wide_sum(Vec v) {
   double s = 0;
   for (int i = 0; i < kWidth; ++i) s += double(v[i]);
@@ -69,7 +69,7 @@ void finish_row(const CrossEntropyForward& a, int64_t r, const Partial* partials
     largest = largest > m ? largest : m;
   }
   double total = 0;
-  for (int64_t s = 0; s < segments; ++s)  // NaN must not be lost
+  for (int64_t s = 0; s < segments; ++s)  // NaN must stay
     if (partials[s].sum != 0) total += partials[s].sum * __builtin_exp(double(partials[s].base) - largest);
   const double log_sum = __builtin_log(total);
   const float x = to_float(static_cast<const T*>(a.logits)[r * a.logits_stride + y]);
@@ -103,7 +103,7 @@ void backward_segment(const CrossEntropyBackward& a, int64_t r, int64_t begin, i
   const float z = a.z_loss > 0 ? float(2 * a.z_loss * (largest + __builtin_log(double(a.total[r])))) : 0.f;
   const float along = hit + smoothing * w_mean + z, factor = inverse * g * along;
   const bool here = begin <= y && y < end;
-  const float x_y = here ? to_float(x[y - begin]) : 0.f;  // before it may be written over
+  const float x_y = here ? to_float(x[y - begin]) : 0.f;  // grad may be the logits themselves
   for_columns(n, [&](int64_t c, auto part) {
     Vec d = exp(load(x + c, part) - largest) * factor;
     if (weight)

@@ -314,6 +314,13 @@ class Walk {
     team_.phase(items, share < 1 ? 1 : share > 4 ? 4 : share, [&](int64_t i) { f(i % s_.rows, i / s_.rows); });
   }
 
+  // Where a head stands in a row of qkv.
+  int64_t query_at(int64_t head) const { return (p_.qkv_by_head ? 3 * head : head) * p_.head_dim; }
+  int64_t key_at(int64_t head) const { return (p_.qkv_by_head ? 3 * head + 1 : p_.heads + head) * p_.head_dim; }
+  int64_t value_at(int64_t head) const {
+    return (p_.qkv_by_head ? 3 * head + 2 : p_.heads + p_.key_heads + head) * p_.head_dim;
+  }
+
   // This step's key and value of one head, into the caches.
   void append(const DecoderLayer& l, int64_t r, int64_t head, const float* key, const float* value) {
     const int64_t at = ((r * p_.key_heads + head) * p_.capacity + s_.length) * p_.head_dim;
@@ -333,13 +340,13 @@ class Walk {
 
   // Where queries share keys or are changed on the way, keys are in the caches before anybody looks.
   void place_and_append(const DecoderLayer& l) {
-    const int64_t dim = p_.head_dim, group = p_.heads / p_.key_heads;
+    const int64_t group = p_.heads / p_.key_heads;
     team_.phase(s_.rows * p_.key_heads, 1, [&](int64_t i) {
       const int64_t r = i / p_.key_heads, g = i % p_.key_heads;
-      float *row = b_.qkv + r * qkv_width(p_), *key = row + (p_.heads + g) * dim;
-      for (int64_t h = g * group; h < (g + 1) * group; ++h) place_head(l.query_norm, row + h * dim, r);
+      float *row = b_.qkv + r * qkv_width(p_), *key = row + key_at(g);
+      for (int64_t h = g * group; h < (g + 1) * group; ++h) place_head(l.query_norm, row + query_at(h), r);
       place_head(l.key_norm, key, r);
-      append(l, r, g, key, key + p_.key_heads * dim);
+      append(l, r, g, key, row + value_at(g));
     });
   }
 
@@ -348,9 +355,9 @@ class Walk {
     const bool apart = p_.cos || l.query_norm.eps >= 0.f || l.key_norm.eps >= 0.f || p_.key_heads != heads;
     if (apart) place_and_append(l);
     attention_phase([&](int64_t r, int64_t h) {
-      const float* q = b_.qkv + r * qkv_width(p_) + h * dim;
+      const float *in = b_.qkv + r * qkv_width(p_), *q = in + query_at(h);
       const int64_t head = h / (heads / p_.key_heads);
-      if (!apart) append(l, r, h, q + heads * dim, q + 2 * heads * dim);
+      if (!apart) append(l, r, h, in + key_at(h), in + value_at(h));
       const C* keys = static_cast<const C*>(l.keys) + head * cap * dim;
       const C* values = static_cast<const C*>(l.values) + head * cap * dim;
       const int64_t own = r * row + now * dim;

@@ -57,6 +57,7 @@ struct DecoderPlan {
   int64_t layers, width, heads, key_heads, head_dim, feed_forward, rows;  // rows: the most there can be
   bool pre_norm;
   bool parallel;                 // x + attention(norm(x)) + feed_forward(output norm(x))
+  bool qkv_by_head;              // a head's query, key and value are neighbours in qkv, else all of each are
   float softcap, logits_softcap;  // s tanh(scores / s); 0: none
   const float *cos, *sin;        // (rotary_positions, rotary_half): see rotary.hpp; null without rotary positions
   int64_t rotary_half, rotary_positions;

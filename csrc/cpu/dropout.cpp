@@ -1,4 +1,4 @@
-// y = dropout(x): the counter-based mask of philox.hpp, and nothing saved.
+// y = dropout(x) with the counter-based mask of philox.hpp: nothing is saved.
 #include "activation.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"

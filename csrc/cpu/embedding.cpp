@@ -1,4 +1,4 @@
-// Embedding sum + layer norm (+ dropout): the tables are read, the result is written, nothing lies between.
+// Embedding sum + layer norm (+ dropout): the tables are read and the result is written, with no tensor between.
 #include "embedding.hpp"
 
 #include "column_sums.hpp"
@@ -9,7 +9,7 @@ namespace tf::TF_ISA {
 namespace {
 
 template <class T>
-void gather(const EmbeddingNorm& a, int64_t r, float* row) {
+void gather(const EmbeddingLayerNorm& a, int64_t r, float* row) {
   const T* source[3] = {};
   int count = 0;
   for (int k = 0; k < 3; ++k)
@@ -22,7 +22,7 @@ void gather(const EmbeddingNorm& a, int64_t r, float* row) {
 }
 
 template <class T>
-void forward_rows(const EmbeddingNormForward& a, int64_t begin, int64_t end) {
+void forward_rows(const EmbeddingLayerNormForward& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
   const float inverse = 1.f / float(n);
   float* row = scratch<float>(0, n + kWidth);
@@ -45,8 +45,8 @@ void forward_rows(const EmbeddingNormForward& a, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(a.y) + r * n;
     for_columns(n, [&](int64_t c, auto part) {
       Vec v = (load(row + c) - mean) * rstd;
-      if (a.weight) v = v * load(a.weight + c, part);
-      if (a.bias) v = v + load(a.bias + c, part);
+      if (a.norm_weight) v = v * load(a.norm_weight + c, part);
+      if (a.norm_bias) v = v + load(a.norm_bias + c, part);
       if (a.dropout.threshold) {
         if (c % 128 == 0) dropout_factors(a.dropout, 0, uint32_t(r), uint32_t(c / 128), factors);
         v = v * load(factors + c % 128);
@@ -57,7 +57,7 @@ void forward_rows(const EmbeddingNormForward& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void backward_rows(const EmbeddingNormBackward& a, int64_t begin, int64_t end, float* grad_weight, float* grad_bias) {
+void backward_rows(const EmbeddingLayerNormBackward& a, int64_t begin, int64_t end, float* grad_weight, float* grad_bias) {
   const int64_t n = a.width;
   float *xhat = scratch<float>(0, 2 * (n + kWidth)), *dy = xhat + n + kWidth;
   alignas(64) float factors[128];
@@ -75,7 +75,7 @@ void backward_rows(const EmbeddingNormBackward& a, int64_t begin, int64_t end, f
       const Vec x = (load(xhat + c) - mean) * rstd;
       store(dy + c, g);
       store(xhat + c, x);
-      if (a.weight) g = g * load(a.weight + c, part);
+      if (a.norm_weight) g = g * load(a.norm_weight + c, part);
       s1 = fma(g, x, s1);
       s2 = s2 + g;
     });
@@ -85,15 +85,15 @@ void backward_rows(const EmbeddingNormBackward& a, int64_t begin, int64_t end, f
       const Vec g = load(dy + c), x = load(xhat + c);
       if (grad_weight) store(grad_weight + c, fma(g, x, load(grad_weight + c, part)), part);
       if (grad_bias) store(grad_bias + c, load(grad_bias + c, part) + g, part);
-      const Vec gw = a.weight ? g * load(a.weight + c, part) : g;
+      const Vec gw = a.norm_weight ? g * load(a.norm_weight + c, part) : g;
       store(dv + c, (gw - across - x * along) * rstd, part);
     });
   }
 }
 
-constexpr int64_t kBlock = 256;  // columns that one thread sums at a time
+constexpr int64_t kBlock = 256;  // columns that a thread sums at a time
 
-// Rows of grad_v in the chain that starts at `row`, in ascending order, in short running sums.
+// Adds up the rows of grad_v in the chain that starts at `row`, in ascending order, in short running sums.
 template <class T>
 void sum_chain(const float* grad_v, int64_t width, const int32_t* next, int32_t row, int64_t n, T* out) {
   alignas(64) float total[kBlock] = {}, run[kBlock] = {};
@@ -114,20 +114,20 @@ int64_t grain_of(int64_t width) { return 1 + 16384 / (width + 1); }
 
 }  // namespace
 
-void embedding_norm_forward(const EmbeddingNormForward& a) {
+void embedding_layer_norm_forward(const EmbeddingLayerNormForward& a) {
   parallel_for(a.rows, grain_of(a.width), [&](int64_t begin, int64_t end) {
     with_dtype(a.dtype, [&](auto element) { forward_rows<decltype(element)>(a, begin, end); });
   });
 }
 
-void embedding_norm_backward(const EmbeddingNormBackward& a) {
+void embedding_layer_norm_backward(const EmbeddingLayerNormBackward& a) {
   ColumnSums<2> sums(a.rows, a.width, {a.grad_weight, a.grad_bias});
   sums.run(grain_of(a.width), [&](int64_t begin, int64_t end, float* const* into) {
     with_dtype(a.dtype, [&](auto element) { backward_rows<decltype(element)>(a, begin, end, into[0], into[1]); });
   });
 }
 
-// Every entry of the table belongs to one thread, so nothing is added atomically and nothing is zeroed first.
+// Each entry of the table belongs to one thread: nothing is added atomically and nothing is zeroed first.
 void embedding_gradient(const EmbeddingGradient& a) {
   int32_t *head = scratch<int32_t>(3, a.entries), *next = scratch<int32_t>(4, a.rows);
   __builtin_memset(head, 0xff, size_t(a.entries) * sizeof(int32_t));
@@ -144,7 +144,7 @@ void embedding_gradient(const EmbeddingGradient& a) {
       for (int64_t i = first; i < last;) {
         const int64_t entry = i / blocks, c = i % blocks * kBlock, n = a.width - c < kBlock ? a.width - c : kBlock;
         T* out = static_cast<T*>(a.grad_table) + entry * a.width + c;
-        int64_t unused = entry;  // most of a vocabulary: runs of zeros are written past the caches
+        int64_t unused = entry;  // most of a vocabulary is not used: runs of zeros are written past the caches
         while (c == 0 && i + (unused + 1 - entry) * blocks <= last && head[unused] < 0) ++unused;
         if (unused > entry) {
           __builtin_memset(out, 0, size_t((unused - entry) * a.width) * sizeof(T));

@@ -4,24 +4,24 @@
 
 namespace tf {
 
-struct EmbeddingNorm {
+struct EmbeddingLayerNorm {
   DType dtype;
   const int64_t* ids[3];  // word, token type, position
   const void* tables[3];  // null where there is none
-  int64_t strides[3];     // between a table's rows
-  const float* weight;    // may be null
+  int64_t strides[3];     // between the rows of a table
+  const float* norm_weight;  // may be null
   int64_t rows, width;
   Philox dropout;
 };
 
-struct EmbeddingNormForward : EmbeddingNorm {
-  const float* bias;  // may be null
-  void* y;            // contiguous
+struct EmbeddingLayerNormForward : EmbeddingLayerNorm {
+  const float* norm_bias;  // may be null
+  void* y;                 // contiguous
   float *mean, *rstd;
   float eps;
 };
 
-struct EmbeddingNormBackward : EmbeddingNorm {
+struct EmbeddingLayerNormBackward : EmbeddingLayerNorm {
   const void* grad_y;  // contiguous
   const float *mean, *rstd;
   float* grad_v;                   // contiguous

@@ -15,7 +15,7 @@
 
 namespace tf {
 
-// Each kernel and its arguments. A new one is a line here, a function of that name in its own file, and a binding.
+// Each kernel and its arguments. A new kernel is a line here, a function of that name in its own file, and a binding.
 #define TF_KERNELS(X) \
   X(norm_forward, NormForward) \
   X(norm_backward, NormBackward) \
@@ -32,8 +32,8 @@ namespace tf {
   X(content_hash, ContentHash) \
   X(cross_entropy_forward, CrossEntropyForward) \
   X(cross_entropy_backward, CrossEntropyBackward) \
-  X(embedding_norm_forward, EmbeddingNormForward) \
-  X(embedding_norm_backward, EmbeddingNormBackward) \
+  X(embedding_layer_norm_forward, EmbeddingLayerNormForward) \
+  X(embedding_layer_norm_backward, EmbeddingLayerNormBackward) \
   X(embedding_gradient, EmbeddingGradient) \
   X(decoder_step, DecoderStep) \
   X(additive_attention_forward, AdditiveAttentionForward) \

@@ -11,14 +11,13 @@ struct ColumnSum {  // out[c] = sum over r of x[r, c]
   int64_t rows, width, x_stride;
 };
 
-// A weight laid out for few rows: panels of 32 output columns, inside a panel one input after the other, so that a
-// product streams through memory once. float32 slots are columns 0..31; in bfloat16 a 32-bit word i holds column i
-// in its low half and column 16 + i in its high half, which makes widening a shift and a mask. In int8 an input's slots
-// are round(w / scale) of columns 0..31, and after the inputs, in the place of four more, lie the panel's 32 scales in
-// float32, max |w| / 127 of a column.
+// A weight laid out for few rows: panels of 32 output columns; within a panel, the 32 columns of one input after those
+// of the other, so that a product reads memory once, in order. In bfloat16, 32-bit word i holds column i in its low
+// half and column 16 + i in its high half: widening is a shift and a mask. In int8 the values are round(w / scale).
+// After the inputs, in the place of four more, come the panel's 32 float32 scales, max |w| / 127 of each column.
 enum class Storage : int32_t { f32, bf16, i8 };
 constexpr int64_t kPanel = 32;
-constexpr int64_t kScaleSlots = kPanel * int64_t(sizeof(float));  // int8 slots that a panel's scales take
+constexpr int64_t kScaleSlots = kPanel * int64_t(sizeof(float));  // int8 values that a panel's scales take the place of
 
 struct PackWeight {
   DType dtype;         // of the weight

@@ -25,8 +25,8 @@ static inline Vec lane_sums(Vec* v) {
 }
 
 // A tile of M rows and N columns, M * N = kWidth at most: out[m * kPanel + n] = x[m] . w[n], rows of w `stride` apart.
-// Rows First to Last of what lies `ahead` are fetched meanwhile. Lanes add up every kWidth-th product, which keeps long
-// sums short.
+// Rows First to Last of the memory `ahead` are prefetched. Each lane adds up every kWidth-th product, so that no sum is
+// long.
 template <int M, int N, int First, int Last, class W>
 static inline void dot_tile(const float* x, int64_t ldx, const W* const* w, int64_t in, int64_t ahead, float* out) {
   Vec sums[kWidth] = {};
@@ -61,7 +61,7 @@ static void multiply_dots(int rows, const float* x, int64_t ldx, const W* w, int
     const W* from[N];
     for (int n = 0; n < N; ++n) from[n] = w + (c + n < columns ? c + n : columns - 1) * stride;
     int r = 0;
-    if (fetch && rows > M) {  // evenly: a tile at a time
+    if (fetch && rows > M) {  // half of the prefetches with each tile
       dot_rows<M, N, 0, N / 2>(rows, x, ldx, from, in, ahead, out + c);
       dot_rows<M, N, N / 2, N>(rows - M, x + M * ldx, ldx, from, in, ahead, out + M * kPanel + c);
       r = 2 * M;
@@ -74,7 +74,7 @@ static void multiply_dots(int rows, const float* x, int64_t ldx, const W* w, int
 }
 
 // out (rows, 32) = x (rows, in) times `columns` (at most 32) rows of a weight (out, in) that are `stride` apart. fetch:
-// the rows after them, for the next call.
+// prefetch the rows after them, for the next call.
 template <class W>
 static void multiply_rows_of(int rows, const float* x, int64_t ldx, const W* w, int64_t stride, int64_t columns,
                              int64_t in, bool fetch, float* out) {
@@ -86,7 +86,7 @@ static void multiply_rows_of(int rows, const float* x, int64_t ldx, const W* w, 
 template <int M, class W>
 static void multiply_columns(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t columns, int64_t in,
                              float* out, int64_t ldo) {
-  constexpr int64_t kLines = 16;  // streamed side by side: few enough to be followed
+  constexpr int64_t kLines = 16;  // streamed side by side: as many as the processor's prefetching follows
   for (int64_t begin = 0; begin < in; begin += kLines) {
     const int64_t end = begin + kLines < in ? begin + kLines : in;
     for (int64_t c = 0; c < columns; c += 2 * kWidth) {

@@ -25,7 +25,7 @@ void combine_row(const NormForward& a, int64_t r, float* row) {
     if (residual) v = v + load(residual + c, part);
     if (sum) {
       store(sum + c, v, part);
-      if constexpr (sizeof(T) == 2) v = load(sum + c, part);  // what the backward pass will see
+      if constexpr (sizeof(T) == 2) v = load(sum + c, part);  // rounded, as the backward pass will read it
     }
     if (sizeof(T) == 2 || !sum) store(row + c, v);
   });
@@ -80,7 +80,7 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// Row r: its gradient to v, and what it adds to the gradients of weight and bias. With g = weight * dy,
+// Row r: the gradient to v, and its terms of the gradients to weight and bias. With g = weight * dy,
 // dv = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum.
 template <class T>
 void backward_row(const NormBackward& a, int64_t r, float* grad_weight, float* grad_bias) {

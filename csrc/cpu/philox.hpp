@@ -4,8 +4,8 @@
 //   counter = (16 * (j / 128) + j % 16,  i,  bh,  offset)     key = seed
 //   lane    = (j % 128) / 16             bits = word[lane % 4] >> (lane < 4 ? 0 : 16)
 //
-// so that 16 neighbouring columns are 16 neighbouring counters (vectors on a CPU, a whole mma fragment
-// on a GPU) and the mask depends on nothing but the element's own place. Kept when bits >= threshold.
+// so that 16 neighbouring columns are 16 neighbouring counters (vectors on a CPU, a whole mma fragment on a GPU), and
+// the mask depends on the element's place alone. An element is kept when bits >= threshold.
 #pragma once
 #include "simd.hpp"
 
@@ -15,7 +15,7 @@ struct PhiloxWords {
   VecU w[4];
 };
 
-// Philox for kWidth counters, one a lane.
+// Philox for kWidth counters, one per lane.
 static inline PhiloxWords philox(VecU c0, VecU c1, VecU c2, VecU c3, uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 7; ++round) {

@@ -11,7 +11,7 @@ struct Rotary {
   const void* x;             // (batch, length, heads, width), last stride 1
   void* y;                   // the same, last stride 1
   const float *cos, *sin;    // (positions, half), contiguous
-  const int64_t* positions;  // (batch, length) by strides; null: a token's place in its sequence
+  const int64_t* positions;  // (batch, length) by strides; null: 0, 1, 2 .. in every sequence
   int64_t batch, length, heads, width, half;
   int64_t x_batch, x_token, x_head;  // strides
   int64_t y_batch, y_token, y_head;

@@ -4,7 +4,7 @@
 
 namespace tf::TF_ISA {
 
-// Two vectors of pairs (x1, x2, x1, x2, ...) apart, and together again.
+// Separates two vectors of pairs (x1, x2, x1, x2, ...) into x1 and x2, and joins them again.
 static inline VecI lanes(int start, int step) {
   VecI v;
   for (int i = 0; i < kWidth; ++i) v[i] = start + i * step;

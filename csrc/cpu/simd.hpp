@@ -1,5 +1,5 @@
-// One vector type per instruction set, from GCC's vector extensions: 16, 8 or 4 floats. Everything is
-// static and inside the instruction set's own namespace, so no two builds can be merged by the linker.
+// One vector type per instruction set, from GCC's vector extensions: 16, 8 or 4 floats. Everything is static and inside
+// the instruction set's own namespace, so that the linker cannot merge two builds.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -233,7 +233,7 @@ static inline void with_dtype(DType dtype, const F& f) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted: -ffp-contract=fast
-// Of a NaN and a number, max and min give the second argument, as the x86 instructions do.
+// Where one argument is NaN, max and min give the second, as the x86 instructions do.
 #if defined(__AVX512F__)
 static inline Vec max(Vec a, Vec b) {
   return bit_cast<Vec>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -372,7 +372,7 @@ static inline Vec tanh_accurate(Vec x) {
   return x == x ? y : x;
 }
 
-// ---- scratch memory: one growing buffer a thread, in csrc/ops.cpp --------------------------------
+// ---- scratch memory: growing buffers per thread, in csrc/ops.cpp ---------------------------------
 extern "C" void* tf_scratch(int slot, int64_t bytes);  // 64-byte aligned, kept between calls
 template <class T>
 static inline T* scratch(int slot, int64_t count) {

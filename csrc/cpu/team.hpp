@@ -1,8 +1,8 @@
 // Threads that go through the phases of one computation together, without sleeping in between.
 //
-// Every thread runs the same program; a phase hands its items out one chunk at a time and is over when all of them
-// are done, whoever did them. So any number of threads may take part: one that wakes late passes over the phases that
-// are over, and one that never comes is not missed. A result must not depend on who computes it.
+// Every thread runs the same program. A phase hands out its items one chunk at a time and is over when all of them are
+// done, by whichever threads. So any number of threads may take part: one that wakes late skips the phases that are
+// over, and none is waited for. A result must not depend on which thread computes it.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,7 @@ namespace tf::TF_ISA {
 
 class Team {
  public:
-  explicit Team(PhaseCounter* counters) : counter_(counters) {}  // zeros, one a phase
+  explicit Team(PhaseCounter* counters) : counter_(counters) {}  // zeros, one per phase
 
   // f(i) for every i in [0, items); then all of them are done and visible.
   template <class F>

@@ -1,13 +1,13 @@
 // Gradient of an attention bias that broadcasts: dS summed over the axes along which the bias has one element.
 //
-// The gradient of one that does not broadcast is written where dQ is computed.
+// The kernel of dQ writes the gradient of a bias that does not broadcast.
 #pragma once
 #include "attention_backward_mma.cuh"
 
 namespace tf::cuda::backward_mma {
 
-struct BiasTiles {  // sequences, heads, tiles of queries, of keys: how many dbias has, and how many one of it sums over
-  int32_t own[4], each[4];
+struct BiasTiles {  // sequences, heads, tiles of queries, tiles of keys
+  int32_t own[4], each[4];  // how many dbias has; over how many each tile of dbias sums
 };
 
 // One block owns a tile of dbias and walks over everything that shares it, computing dS again.
@@ -39,21 +39,21 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (first >= head.queries) continue;
     const Range range = key_range<kColumns>(p, head, first, min(first + kBackwardRows, head.queries) - 1);
     if (!is_seen<kColumns>(range, start)) continue;
-    __syncthreads();  // nobody reads the tiles before these any more
-    const auto load_queries = [&](T* tile, const void* base, const Rows& rows) {
+    __syncthreads();  // no warp reads the tiles before these any more
+    const auto load_queries = [&](T* tile, const void* base, const RowStrides& rows) {
       load_rows<D, kBackwardRows, kBackwardThreads, true>(
           tile, head_rows(static_cast<const T*>(base), rows, head.b, head.h, head.first_q), rows.row, first,
           head.queries, p.dim, p.aligned);
     };
-    const auto load_keys = [&](T* tile, const void* base, const Rows& rows) {
+    const auto load_keys = [&](T* tile, const void* base, const RowStrides& rows) {
       load_rows<D, kColumns, kBackwardThreads, true>(
           tile, head_rows(static_cast<const T*>(base), rows, head.b, head.key_head, head.first_k), rows.row, start,
           head.keys, p.dim, p.aligned);
     };
-    load_queries(q, p.q, p.q_rows);
-    load_queries(grad_out, p.grad_out, p.grad_out_rows);
-    load_keys(k, p.k, p.k_rows);
-    load_keys(v, p.v, p.v_rows);
+    load_queries(q, p.query, p.query_strides);
+    load_queries(grad_out, p.grad_out, p.grad_out_strides);
+    load_keys(k, p.key, p.key_strides);
+    load_keys(v, p.value, p.value_strides);
     cp_async_commit();
     float peak[2], delta[2];
 #pragma unroll
@@ -82,18 +82,18 @@ __global__ void __launch_bounds__(kBackwardThreads)
   for_each_score<false>(sum, warp_row, 0, [&](float& x, int i, int j) { store_shared(all + (i * kPitch + j), x); });
   __syncthreads();
   const int first = own[2] * kBackwardRows, start = own[3] * kColumns, thread = threadIdx.x;
-  const int64_t row_stride = p.dbias_stride[2], column_stride = p.dbias_stride[3];
-  float* const to = p.dbias + (own[0] * p.dbias_stride[0] + own[1] * p.dbias_stride[1]) + first * row_stride +
+  const int64_t row_stride = p.dbias_strides[2], column_stride = p.dbias_strides[3];
+  float* const to = p.dbias + (own[0] * p.dbias_strides[0] + own[1] * p.dbias_strides[1]) + first * row_stride +
                     start * column_stride;
   if (row_stride && column_stride) {
     for (int e = thread; e < kBackwardRows * kColumns; e += kBackwardThreads) {
       const int i = e / kColumns, j = e % kColumns;
-      if (first + i < p.queries && start + j < p.keys)
+      if (first + i < p.max_seqlen_q && start + j < p.max_seqlen_k)
         store(to + (i * row_stride + j * column_stride), load_shared(all + (i * kPitch + j)));
     }
   } else if (column_stride) {
     float total = 0.f;
-    if (thread >= kColumns || start + thread >= p.keys) return;
+    if (thread >= kColumns || start + thread >= p.max_seqlen_k) return;
     for (int i = 0; i < kBackwardRows; ++i) total += load_shared(all + (i * kPitch + thread));
     store(to + thread * column_stride, total);
   } else {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (thread < kBackwardRows)
       for (int j = 0; j < kColumns; ++j) total += load_shared(all + (thread * kPitch + j));
     if (row_stride) {
-      if (thread < kBackwardRows && first + thread < p.queries) store(to + thread * row_stride, total);
+      if (thread < kBackwardRows && first + thread < p.max_seqlen_q) store(to + thread * row_stride, total);
       return;
     }
     __syncthreads();

@@ -5,169 +5,15 @@
 //
 // One source, two sides: a block holds 64 rows of one pair of operands (queries: Q and dO; keys: K and V) and walks
 // over tiles of the other pair. No sum crosses blocks, so gradients are the same bits every time, with no atomics, no
-// semaphore and no float32 dQ in memory, which a key-side kernel that adds to dQ reads and writes once a block of keys.
+// semaphore and no float32 dQ in memory, which a kernel that adds to dQ reads and writes once per block of keys.
 // The price is Q K^T and dO V^T twice: seven products where that kernel has five.
 #pragma once
+#include "attention_backward_mma_delta.cuh"
+#include "attention_backward_mma_distance.cuh"
 #include "attention_center.cuh"
-#include "attention_tiles.cuh"
 
 namespace tf::cuda::backward_mma {
 
-enum class Side { queries, keys };
-enum class Wanted { all, key, value };  // which of dK and dV a key-side block sums: registers hold both up to D = 128
-
-struct BackwardCall : AttentionBackward {
-  int32_t blocks;          // of a head
-  int32_t heads_together;  // run block by block, so that what they stream stays in the L2 cache
-  bool aligned;            // rows can be moved by 16 bytes
-  bool delta_only;         // rowsum(P * dP) - dlse into delta, and nothing else
-  float* center;           // see attention_center.cuh
-};
-
-constexpr int kBackwardThreads = 128, kBackwardRows = 64;
-
-template <int D, bool RICH>
-struct BackwardTile {
-  // Rows of a streamed tile, columns of the scores: as many as the registers have room for.
-  static constexpr int kColumns = D > 128 ? 16 : D > 64 || RICH ? 32 : 64;
-  static constexpr int kStages = 2;
-  static constexpr int kResident = kBackwardRows * D, kStreamed = kColumns * D;  // elements
-};
-
-struct BackwardPlace {
-  int block, b, h;
-};
-
-TF_DEVICE BackwardPlace place_of(const BackwardCall& p, int program, int heads, bool descending) {
-  const int many = p.blocks * p.heads_together, group = program / many, rest = program % many;
-  const int together = min(p.heads_together, p.batch * heads - group * p.heads_together);
-  const int block = rest / together, bh = group * p.heads_together + rest % together;
-  return {descending ? p.blocks - 1 - block : block, bh / heads, bh % heads};
-}
-
-// ---- products -------------------------------------------------------------------------------------------------------
-// s += A B^T: the 16 rows of A of this warp by the 2 E rows of B.
-template <int D, class T, int E>
-TF_DEVICE void multiply_rows(const T* a_tile, const T* b_tile, float (&s)[E]) {
-  const int lane = threadIdx.x % 32, a_row = threadIdx.x / 32 * 16 + lane % 16, b_row = lane % 8 + lane / 16 * 8;
-#pragma unroll 4
-  for (int step = 0; step < D / 16; ++step) {
-    uint32_t a[4];
-    ldmatrix_x4(a, a_tile + swizzled<D>(a_row, 2 * step + lane / 16));
-#pragma unroll
-    for (int n = 0; n < E / 8; ++n) {
-      uint32_t b[4];
-      ldmatrix_x4(b, b_tile + swizzled<D>(16 * n + b_row, 2 * step + lane / 8 % 2));
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-      mma_m16n8k16<T>(accumulator(s, 2 * n), a, low);
-      mma_m16n8k16<T>(accumulator(s, 2 * n + 1), a, high);
-    }
-  }
-}
-
-// sum += S B, S being accumulators, rounded to T.
-template <int D, class T, int E>
-TF_DEVICE void multiply_columns(const float (&s)[E], const T* b_tile, float (&sum)[D / 2]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < E / 8; ++n) {
-    uint32_t a[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = pack2<T>(s[8 * n + 2 * r], s[8 * n + 2 * r + 1]);
-#pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, b_tile + swizzled<D>(16 * n + lane % 16, 2 * d + lane / 16));
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-      mma_m16n8k16<T>(accumulator(sum, 2 * d), a, low);
-      mma_m16n8k16<T>(accumulator(sum, 2 * d + 1), a, high);
-    }
-  }
-}
-
-// The 16 rows of this warp, times scale, to rows `first` .. of out, by way of its own rows of `tile`. Rows from `used`
-// on are zeros, those from `limit` on are not there.
-template <int D, bool ANY, class T>
-TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* out, int64_t stride, int first, int used,
-                          int limit, int dim, bool aligned) {
-  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
-  __syncwarp();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    const bool kept = first + row < used;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const float low = kept ? sum[4 * n + 2 * half] * scale : 0.f;
-      const float high = kept ? sum[4 * n + 2 * half + 1] * scale : 0.f;
-      store_shared(reinterpret_cast<uint32_t*>(tile + swizzled<D>(own + row, n) + lane % 4 * 2), pack2<T>(low, high));
-    }
-  }
-  __syncwarp();
-#pragma unroll 4
-  for (int at = lane; at < 16 * (D / 8); at += 32) {
-    const int row = at / (D / 8), chunk = at % (D / 8);
-    if (first + row >= limit || chunk * 8 >= dim) continue;
-    const Vec<T, 8> values = load_shared_vec<8>(tile + swizzled<D>(own + row, chunk));
-    T* const to = out + ((first + row) * stride + chunk * 8);
-    if (!ANY || aligned) {
-      store_vec(to, values);
-    } else {
-#pragma unroll
-      for (int c = 0; c < 8; ++c)
-        if (chunk * 8 + c < dim) store(to + c, values.v[c]);
-    }
-  }
-}
-
-// ---- delta ----------------------------------------------------------------------------------------------------------
-TF_DEVICE int64_t lse_place(const AttentionBackward& a, const Head& head) {
-  return head.b * a.lse_batch + head.h * a.lse_head + head.first_q;
-}
-
-// In units of log 2; a row with nothing to attend to gets +inf, which makes its P zero.
-TF_DEVICE float peak_of(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2e; }
-
-TF_DEVICE float load_grad_lse(const AttentionBackward& a, const Head& head, int row) {
-  return load(a.grad_lse + (head.b * a.grad_lse_batch + head.h * a.grad_lse_head + head.first_q + row));
-}
-
-TF_DEVICE void store_delta(const AttentionBackward& a, const Head& head, int row, float sum) {
-  if (a.grad_lse) sum -= load_grad_lse(a, head, row);
-  const int64_t place = lse_place(a, head) + row;
-  store(a.delta + place, load(a.lse + place) == -kInfinity ? 0.f : sum);
-}
-
-constexpr int kDeltaLanes = 8, kDeltaRows = kBackwardThreads / kDeltaLanes;  // threads of a row, rows of a block
-
-template <class T>
-__global__ void __launch_bounds__(kBackwardThreads)
-    attention_backward_delta_kernel(TF_GRID_CONSTANT BackwardCall p) {
-  const BackwardPlace at = place_of(p, blockIdx.x, p.heads, false);
-  const Head head = head_of(p, at.b, at.h);
-  const int row = at.block * kDeltaRows + int(threadIdx.x) / kDeltaLanes, lane = threadIdx.x % kDeltaLanes;
-  float sum = 0.f;
-  if (row < head.queries) {
-    const T* const out =
-        head_rows(static_cast<const T*>(p.out), p.out_rows, at.b, at.h, head.first_q) + row * p.out_rows.row;
-    const T* const grad = head_rows(static_cast<const T*>(p.grad_out), p.grad_out_rows, at.b, at.h, head.first_q) +
-                          row * p.grad_out_rows.row;
-    if (p.aligned) {
-      for (int d = lane * 8; d < p.dim; d += kDeltaLanes * 8) {
-        const Vec<T, 8> o = load_vec<8>(out + d), g = load_vec<8>(grad + d);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum += to_float(o.v[e]) * to_float(g.v[e]);
-      }
-    } else {
-      for (int d = lane; d < p.dim; d += kDeltaLanes) sum += to_float(load(out + d)) * to_float(load(grad + d));
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < kDeltaLanes; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  if (row < head.queries && lane == 0) store_delta(p, head, row, sum);
-}
-
-// ---- gradients ------------------------------------------------------------------------------------------------------
 // Bytes of shared memory: the resident tiles, the streamed ones, then by side two buffers of a streamed tile's lse,
 // delta and dropout bits, or dS of a tile, for its sums by distance.
 template <int D, Side SIDE, bool RICH, Wanted WANTED>
@@ -185,82 +31,6 @@ struct BackwardMemory {
   static constexpr int kBytesWithScores = kInPlace ? kBytes : kBytes + kScores;
   static_assert(!kInPlace || kScores <= Tile::kStreamed * 2);
 };
-
-// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own in the scratch, which is (heads, batch,
-// blocks, 2 * reach + 1), zeros before. One thread adds to an element, in one order; what lies at the ends and beyond
-// stays in registers until finish().
-struct DistanceSums {
-  float low, high;
-
-  static TF_DEVICE float* place(const BackwardCall& p, const Head& head, int block) {
-    return p.scratch + (int64_t(head.h * p.batch + head.b) * p.blocks + block) * (2 * p.reach + 1);
-  }
-
-  template <int COLUMNS, int E>
-  TF_DEVICE void add(const BackwardCall& p, const Head& head, int first, int mine, int start, float (&ds)[E],
-                     float* scores) {
-    constexpr int kPitch = COLUMNS + 1;
-    const int nearest = start - (first + kBackwardRows - 1 + head.offset);
-    const int farthest = start + COLUMNS - 1 - (first + head.offset);
-    const int reach = p.reach;
-    for_each_score<false>(ds, mine, start, [&](float& x, int i, int j) {
-      const int distance = j - i - head.offset;
-      if (distance <= -reach) {
-        low += x;
-      } else if (distance >= reach) {
-        high += x;
-      }
-    });
-    if (farthest <= -reach || nearest >= reach) return;
-    for_each_score<false>(ds, mine, start, [&](float& x, int i, int j) {
-      store_shared(scores + ((i - first) * kPitch + j - start), x);
-    });
-    __syncthreads();
-    const int diagonal = int(threadIdx.x) - (kBackwardRows - 1);  // column - row
-    const int distance = nearest + int(threadIdx.x);
-    if (diagonal < COLUMNS && distance > -reach && distance < reach) {
-      float sum = 0.f;
-      for (int row = max(0, -diagonal); row < min(kBackwardRows, COLUMNS - diagonal); ++row)
-        sum += load_shared(scores + (row * kPitch + row + diagonal));
-      float* const to = place(p, head, first / kBackwardRows) + (distance + reach);
-      store(to, load(to) + sum);
-    }
-  }
-
-  TF_DEVICE void finish(const BackwardCall& p, const Head& head, int first, float* shared) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      low += __shfl_xor_sync(0xffffffffu, low, step);
-      high += __shfl_xor_sync(0xffffffffu, high, step);
-    }
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) {
-      store_shared(shared + threadIdx.x / 32, low);
-      store_shared(shared + 4 + threadIdx.x / 32, high);
-    }
-    __syncthreads();
-    if (threadIdx.x < 2) {
-      float sum = 0.f;
-      for (int w = 0; w < 4; ++w) sum += load_shared(shared + (4 * threadIdx.x + w));
-      store(place(p, head, first / kBackwardRows) + 2 * p.reach * int(threadIdx.x), sum);
-    }
-  }
-};
-
-// The sum of what DistanceSums leaves over sequences and blocks of queries.
-static __global__ void __launch_bounds__(kBackwardThreads)
-    attention_backward_distance_kernel(TF_GRID_CONSTANT BackwardCall p) {
-  const int distances = 2 * p.reach + 1, place = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (place >= p.heads * distances) return;
-  const float* from = p.scratch + (int64_t(place / distances) * p.batch * p.blocks * distances + place % distances);
-  float sum = 0.f, lost = 0.f;  // Kahan's: most distances share the ends, long sums of small terms
-  for (int n = p.batch * p.blocks; n > 0; --n, from += distances) {
-    const float term = load(from) - lost, next = sum + term;
-    lost = (next - sum) - term;
-    sum = next;
-  }
-  store(p.drelative + place, sum);
-}
 
 // RICH: any feature that is_plain() excludes, rows of any alignment.
 template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
@@ -281,7 +51,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   const BackwardPlace at = place_of(p, blockIdx.x, kKeys ? p.key_heads : p.heads, !kKeys && p.window_right >= 0);
   Head head = head_of(p, at.b, kKeys ? at.h * groups : at.h);
   const int first = at.block * kBackwardRows;
-  const int used = kKeys ? head.keys : head.queries, stored = kKeys && !p.cu_k ? p.keys : used;
+  const int used = kKeys ? head.keys : head.queries, stored = kKeys && !p.cu_seqlens_k ? p.max_seqlen_k : used;
   if (first >= stored) return;
   const int last = min(first + kBackwardRows, used) - 1;
   const Range range = kKeys ? query_range<kColumns>(p, head, first, last) : key_range<kColumns>(p, head, first, last);
@@ -289,12 +59,12 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   const int total = kKeys ? tiles * groups : tiles;
 
   const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: the first row of this warp
-  const auto load_queries = [&](auto rows, T* tile, const void* base, const Rows& strides, int h, int start) {
+  const auto load_queries = [&](auto rows, T* tile, const void* base, const RowStrides& strides, int h, int start) {
     const T* const from = head_rows(static_cast<const T*>(base), strides, int(opaque(head.b)), h, head.first_q);
     load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.queries, p.dim,
                                                                 p.aligned);
   };
-  const auto load_keys = [&](auto rows, T* tile, const void* base, const Rows& strides, int start) {
+  const auto load_keys = [&](auto rows, T* tile, const void* base, const RowStrides& strides, int start) {
     const int b = int(opaque(head.b));
     const T* const from = head_rows(static_cast<const T*>(base), strides, b, head.key_head, head.first_k);
     load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.keys, p.dim,
@@ -303,11 +73,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   const auto load_resident = [&] {
     constexpr std::integral_constant<int, kBackwardRows> rows;
     if constexpr (kKeys) {
-      load_keys(rows, resident1, p.k, p.k_rows, first);
-      if constexpr (kFirst) load_keys(rows, resident2, p.v, p.v_rows, first);
+      load_keys(rows, resident1, p.key, p.key_strides, first);
+      if constexpr (kFirst) load_keys(rows, resident2, p.value, p.value_strides, first);
     } else {
-      load_queries(rows, resident1, p.q, p.q_rows, head.h, first);
-      load_queries(rows, resident2, p.grad_out, p.grad_out_rows, head.h, first);
+      load_queries(rows, resident1, p.query, p.query_strides, head.h, first);
+      load_queries(rows, resident2, p.grad_out, p.grad_out_strides, head.h, first);
     }
   };
   const auto streamed = [&](int n) {
@@ -317,15 +87,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     constexpr std::integral_constant<int, kColumns> rows;
     T* const tile = streamed(n);
     if constexpr (kKeys) {
-      load_queries(rows, tile, p.q, p.q_rows, h, start);
-      load_queries(rows, tile + Tile::kStreamed, p.grad_out, p.grad_out_rows, h, start);
+      load_queries(rows, tile, p.query, p.query_strides, h, start);
+      load_queries(rows, tile + Tile::kStreamed, p.grad_out, p.grad_out_strides, h, start);
     } else {
-      load_keys(rows, tile, p.k, p.k_rows, start);
-      load_keys(rows, tile + Tile::kStreamed, p.v, p.v_rows, start);
+      load_keys(rows, tile, p.key, p.key_strides, start);
+      load_keys(rows, tile + Tile::kStreamed, p.value, p.value_strides, start);
     }
     cp_async_commit();
   };
-  // Key side: what a thread brings of the statistics of a tile of queries, lse the first kColumns, delta the next.
+  // Key side: what a thread loads of the statistics of a tile of queries: lse the first kColumns, delta the next.
   const auto load_statistic = [&](int h, int start) {
     const int row = start + int(threadIdx.x) % kColumns;
     if (threadIdx.x >= 2 * kColumns || row >= head.queries) return kInfinity;
@@ -383,7 +153,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     }
     const bool more = n + 1 < total;
     cp_async_wait<0>();
-    __syncthreads();  // this tile is there, and nobody reads the one before it any more
+    __syncthreads();  // this tile has arrived, and no warp reads the one before it any more
     if (more) load_streamed(n + 1, next_h, next_start);
     float statistic = 0.f;
     if (kKeys && more) statistic = load_statistic(next_h, next_start);
@@ -436,13 +206,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     if constexpr (kSecond) multiply_columns<D>(s, tile2, sum2);
     if constexpr (RICH && !kKeys) {
       if (p.dbias) {
-        float* const base = p.dbias + (head.b * p.dbias_stride[0] + head.h * p.dbias_stride[1]);
+        float* const base = p.dbias + (head.b * p.dbias_strides[0] + head.h * p.dbias_strides[1]);
         for_each_score<false>(ds, own, start, [&](float& x, int i, int j) {
-          if (i < head.queries && j < head.keys) store(base + (i * p.dbias_stride[2] + j * p.dbias_stride[3]), x);
+          if (i < head.queries && j < head.keys) store(base + (i * p.dbias_strides[2] + j * p.dbias_strides[3]), x);
         });
       }
-      if (p.drelative) {
-        if (Memory::kInPlace) __syncthreads();  // nobody reads V any more
+      if (p.drelative_bias) {
+        if (Memory::kInPlace) __syncthreads();  // no warp reads V any more
         float* const scores = Memory::kInPlace ? reinterpret_cast<float*>(streamed(n) + Tile::kStreamed)
                                                : reinterpret_cast<float*>(memory + Memory::kBytes);
         by_distance.add<kColumns>(p, head, first, own, start, ds, scores);
@@ -458,17 +228,17 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     if (kKeys && more) store_statistic(n + 1, next_h, next_start, statistic);
   }
 
-  const auto store_gradient = [&](const float(&sum)[D / 2], float scale, T* tile, void* base, const Rows& strides,
+  const auto store_gradient = [&](const float(&sum)[D / 2], float scale, T* tile, void* base, const RowStrides& strides,
                                   int h, int first_row) {
     T* const to = head_rows(static_cast<T*>(base), strides, head.b, h, first_row);
     store_rows<D, RICH>(sum, scale, tile, to, strides.row, mine, used, stored, p.dim, p.aligned);
   };
   if constexpr (kKeys) {
-    if constexpr (kFirst) store_gradient(sum1, p.scale, resident1, p.dk, p.dk_rows, head.key_head, head.first_k);
-    if constexpr (kSecond) store_gradient(sum2, keep_scale, resident2, p.dv, p.dv_rows, head.key_head, head.first_k);
+    if constexpr (kFirst) store_gradient(sum1, p.scale, resident1, p.dk, p.dk_strides, head.key_head, head.first_k);
+    if constexpr (kSecond) store_gradient(sum2, keep_scale, resident2, p.dv, p.dv_strides, head.key_head, head.first_k);
   } else {
     if constexpr (RICH) {
-      if (p.drelative) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
+      if (p.drelative_bias) by_distance.finish(p, head, first, reinterpret_cast<float*>(streamed(0)));
       if (p.delta_only) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -498,7 +268,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       const int column = e / 4 * 8 + lane % 4 * 2 + e % 2;
       if (column < p.dim) sum1[e] -= excess[e / 2 % 2] * load(center + column);
     }
-    store_gradient(sum1, p.scale, resident1, p.dq, p.dq_rows, head.h, head.first_q);
+    store_gradient(sum1, p.scale, resident1, p.dq, p.dq_strides, head.h, head.first_q);
   }
 }
 

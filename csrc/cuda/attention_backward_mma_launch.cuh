@@ -8,16 +8,14 @@ namespace tf::cuda {
 namespace backward_mma {
 
 constexpr int64_t kL2Bytes = 32 << 20;  // what a few heads stream stays in the L2 cache while their blocks run
-constexpr int kFewKeys = 128;           // rows of so few do not average the rounding of the output in delta away
-
-inline bool is_aligned(const void* base, const Rows& rows) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && rows.batch % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
-}
+constexpr int kFewKeys = 128;           // so few do not average out the rounding of the output that delta comes from
 
 inline bool is_aligned(const AttentionBackward& a) {
-  return a.dim % 8 == 0 && is_aligned(a.q, a.q_rows) && is_aligned(a.k, a.k_rows) && is_aligned(a.v, a.v_rows) &&
-         is_aligned(a.out, a.out_rows) && is_aligned(a.grad_out, a.grad_out_rows) && is_aligned(a.dq, a.dq_rows) &&
-         is_aligned(a.dk, a.dk_rows) && is_aligned(a.dv, a.dv_rows);
+  return a.dim % 8 == 0 && moves_by_16_bytes(a.query, a.query_strides) &&
+         moves_by_16_bytes(a.key, a.key_strides) && moves_by_16_bytes(a.value, a.value_strides) &&
+         moves_by_16_bytes(a.out, a.out_strides) && moves_by_16_bytes(a.grad_out, a.grad_out_strides) &&
+         moves_by_16_bytes(a.dq, a.dq_strides) && moves_by_16_bytes(a.dk, a.dk_strides) &&
+         moves_by_16_bytes(a.dv, a.dv_strides);
 }
 
 inline BackwardCall call_of(const AttentionBackward& a, int rows, int length, int heads, int64_t streamed) {
@@ -33,7 +31,7 @@ template <class T, int D, Side SIDE, bool RICH, Wanted WANTED>
 void launch(const BackwardCall& call, Stream stream) {
   using Memory = BackwardMemory<D, SIDE, RICH, WANTED>;
   const int heads = SIDE == Side::keys ? call.key_heads : call.heads;
-  const size_t bytes = call.drelative && SIDE == Side::queries ? Memory::kBytesWithScores : Memory::kBytes;
+  const size_t bytes = call.drelative_bias && SIDE == Side::queries ? Memory::kBytesWithScores : Memory::kBytes;
   const dim3 grid(unsigned(call.blocks) * call.batch * heads);
   TF_LAUNCH((attention_backward_kernel<T, D, SIDE, RICH, WANTED>), grid, dim3(kBackwardThreads), bytes, stream, call);
 }
@@ -41,12 +39,12 @@ void launch(const BackwardCall& call, Stream stream) {
 template <class T, int D>
 void bias_gradient(const BackwardCall& call, Stream stream) {
   using Tile = BackwardTile<D, true>;
-  const int counts[4] = {call.batch, call.heads, (call.queries + kBackwardRows - 1) / kBackwardRows,
-                         (call.keys + Tile::kColumns - 1) / Tile::kColumns};
+  const int counts[4] = {call.batch, call.heads, (call.max_seqlen_q + kBackwardRows - 1) / kBackwardRows,
+                         (call.max_seqlen_k + Tile::kColumns - 1) / Tile::kColumns};
   BiasTiles tiles;
   unsigned blocks = 1;
   for (int axis = 0; axis < 4; ++axis) {
-    const bool summed = call.dbias_stride[axis] == 0;
+    const bool summed = call.dbias_strides[axis] == 0;
     tiles.own[axis] = summed ? 1 : counts[axis];
     tiles.each[axis] = summed ? counts[axis] : 1;
     blocks *= unsigned(tiles.own[axis]);
@@ -57,29 +55,24 @@ void bias_gradient(const BackwardCall& call, Stream stream) {
 }
 
 inline bool bias_broadcasts(const AttentionBackward& a) {
-  const int counts[4] = {a.batch, a.heads, a.queries, a.keys};
+  const int counts[4] = {a.batch, a.heads, a.max_seqlen_q, a.max_seqlen_k};
   for (int axis = 0; axis < 4; ++axis)
-    if (a.dbias_stride[axis] == 0 && counts[axis] > 1) return true;
+    if (a.dbias_strides[axis] == 0 && counts[axis] > 1) return true;
   return false;
-}
-
-// Of DistanceSums.
-inline int64_t distance_floats(const AttentionBackward& a) {
-  const int64_t blocks = (int64_t(a.queries) + kBackwardRows - 1) / kBackwardRows;
-  return a.drelative ? a.batch * a.heads * blocks * (2 * int64_t(a.reach) + 1) : 0;
 }
 
 template <class T, int D, bool RICH>
 void gradients(const AttentionBackward& a, Stream stream) {
-  BackwardCall keys = call_of(a, kBackwardRows, a.keys, a.key_heads, int64_t(a.heads / a.key_heads) * a.queries);
-  BackwardCall queries = call_of(a, kBackwardRows, a.queries, a.heads, a.keys);
-  if (a.dbias || a.drelative || a.keys <= kFewKeys) {
+  const int64_t streamed = int64_t(a.heads / a.key_heads) * a.max_seqlen_q;
+  BackwardCall keys = call_of(a, kBackwardRows, a.max_seqlen_k, a.key_heads, streamed);
+  BackwardCall queries = call_of(a, kBackwardRows, a.max_seqlen_q, a.heads, a.max_seqlen_k);
+  if (a.dbias || a.drelative_bias || a.max_seqlen_k <= kFewKeys) {
     BackwardCall delta = queries;
     delta.delta_only = true;
-    delta.dbias = delta.drelative = nullptr;
+    delta.dbias = delta.drelative_bias = nullptr;
     launch<T, D, Side::queries, true, Wanted::all>(delta, stream);
   } else {
-    const BackwardCall delta = call_of(a, kDeltaRows, a.queries, a.heads, 0);
+    const BackwardCall delta = call_of(a, kDeltaRows, a.max_seqlen_q, a.heads, 0);
     const dim3 grid(unsigned(delta.blocks) * a.batch * a.heads);
     TF_LAUNCH((attention_backward_delta_kernel<T>), grid, dim3(kBackwardThreads), 0, stream, delta);
   }
@@ -95,10 +88,10 @@ void gradients(const AttentionBackward& a, Stream stream) {
       queries.dbias = nullptr;
     }
   }
-  if (a.drelative) fill_zero(queries.scratch, size_t(distance_floats(a)) * sizeof(float), stream);
+  if (a.drelative_bias) fill_zero(queries.scratch, size_t(distance_floats(a)) * sizeof(float), stream);
   launch_center<T, D>(a, queries.center, stream);
   launch<T, D, Side::queries, RICH, Wanted::all>(queries, stream);
-  if (a.drelative) {
+  if (a.drelative_bias) {
     const dim3 grid((unsigned(a.heads) * (2 * a.reach + 1) + kBackwardThreads - 1) / kBackwardThreads);
     TF_LAUNCH(attention_backward_distance_kernel, grid, dim3(kBackwardThreads), 0, stream, queries);
   }

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "attention_tensor_map.cuh"
+
 namespace tf::cuda {
 namespace {
 
@@ -11,8 +13,8 @@ constexpr int kSharedLimit = 227 << 10;
 static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit && BackwardWgmmaTile<128, 64>::kBytes <= kSharedLimit &&
               BackwardWgmmaTile<128, 80>::kBytes <= kSharedLimit);
 
-// Queries of a tile. The most that registers hold; 80 do not divide 128 keys, which costs masks along a diagonal, and
-// leave no registers for them.
+// Queries of a tile: as many as the registers hold. 80 do not divide 128 keys, so that diagonals would cost masks, for
+// which 80 leave no registers.
 int32_t tile_of(const AttentionBackward& a) {
   if (a.dim == 64) return 128;
   return a.window_left < 0 && a.window_right < 0 ? 80 : 64;
@@ -20,38 +22,7 @@ int32_t tile_of(const AttentionBackward& a) {
 
 int64_t head_tiles(const AttentionBackward& a) {  // see first_tile
   const int64_t tile = tile_of(a);
-  return a.cu_q ? a.total_q / tile + a.batch : a.batch * ((a.queries + tile - 1) / tile);
-}
-
-struct Extents {
-  int64_t rows, heads, batch;
-};
-Extents query_extents(const AttentionBackward& a) {
-  return a.cu_q ? Extents{a.total_q, a.heads, 1} : Extents{a.queries, a.heads, a.batch};
-}
-Extents key_extents(const AttentionBackward& a) {
-  return a.cu_k ? Extents{a.total_k, a.key_heads, 1} : Extents{a.keys, a.key_heads, a.batch};
-}
-
-// 16 bytes are what TMA and a vector are aligned to; an axis of one element is never stepped along.
-bool is_aligned(const void* base, const Rows& rows, const Extents& extents) {
-  const auto fits = [](int64_t stride, int64_t extent) {
-    return extent == 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t(1) << 39));
-  };
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && fits(rows.row, extents.rows) &&
-         fits(rows.head, extents.heads) && fits(rows.batch, extents.batch);
-}
-
-TensorMap map_of(const AttentionBackward& a, const void* base, const Rows& rows, const Extents& extents, int box_rows) {
-  const auto bytes = [](int64_t stride, int64_t extent) { return uint64_t(extent == 1 ? 16 : 2 * stride); };
-  const uint64_t sizes[4] = {uint64_t(a.dim), uint64_t(extents.rows), uint64_t(extents.heads), uint64_t(extents.batch)};
-  const uint64_t strides[3] = {bytes(rows.row, extents.rows), bytes(rows.head, extents.heads),
-                               bytes(rows.batch, extents.batch)};
-  const uint32_t box[4] = {64, uint32_t(box_rows), 1, 1};
-  TensorMap map;
-  const std::string error = make_tensor_map(&map, a.dtype, base, 4, sizes, strides, box, Swizzle::b128);
-  if (!error.empty()) throw Refused("wgmma: " + error);
-  return map;
+  return a.cu_seqlens_q ? a.total_q / tile + a.batch : a.batch * ((a.max_seqlen_q + tile - 1) / tile);
 }
 
 template <class T, int D, int M>
@@ -65,18 +36,18 @@ void launch(const AttentionBackward& arguments, Stream stream) {
   a.center = a.statistics + tiles * M * 2;
   a.ticket = reinterpret_cast<int32_t*>(a.center + center_floats(a));
   a.turns = a.ticket + 4;
-  a.query_blocks = (a.queries + M - 1) / M;
-  a.key_blocks = (a.keys + Tile::kKeys - 1) / Tile::kKeys;
+  a.query_blocks = (a.max_seqlen_q + M - 1) / M;
+  a.key_blocks = (a.max_seqlen_k + Tile::kKeys - 1) / Tile::kKeys;
   a.exponent_scale = a.scale * kLog2e;
   // Causal: a head's blocks differ in length. Deterministic: they wait for each other. Then other heads fill the gaps.
-  const int64_t head_bytes = int64_t(a.heads / a.key_heads) * a.queries * D * 8;
+  const int64_t head_bytes = int64_t(a.heads / a.key_heads) * a.max_seqlen_q * D * 8;
   const int64_t together = a.window_right >= 0 || a.deterministic ? kL2Bytes / head_bytes : 1;
   a.heads_together = int32_t(std::clamp<int64_t>(together, 1, int64_t(a.batch) * a.key_heads));
 
-  const TensorMap q = map_of(a, a.q, a.q_rows, query_extents(a), M);
-  const TensorMap k = map_of(a, a.k, a.k_rows, key_extents(a), Tile::kKeys);
-  const TensorMap v = map_of(a, a.v, a.v_rows, key_extents(a), Tile::kKeys);
-  const TensorMap grad = map_of(a, a.grad_out, a.grad_out_rows, query_extents(a), M);
+  const TensorMap q = map_of(a, a.query, a.query_strides, query_extents(a), M);
+  const TensorMap k = map_of(a, a.key, a.key_strides, key_extents(a), Tile::kKeys);
+  const TensorMap v = map_of(a, a.value, a.value_strides, key_extents(a), Tile::kKeys);
+  const TensorMap grad = map_of(a, a.grad_out, a.grad_out_strides, query_extents(a), M);
 
   const dim3 by_queries(unsigned(a.query_blocks) * unsigned(a.batch * a.heads));
   const dim3 by_keys(unsigned(a.key_blocks) * unsigned(a.batch * a.key_heads));
@@ -100,19 +71,20 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
   if (a.dtype == DType::f32) return "wgmma: float32 data, where tensor cores would round to TF32";
   if (a.dim != 64 && a.dim != 128) return "wgmma: head dims other than 64 and 128";
   if (!is_plain(a)) return "wgmma: biases, masks, soft cap, dropout and scales that are not positive";
-  if (a.dbias || a.drelative) return "wgmma: gradients of biases";
-  if (a.batch == 0 || a.queries == 0 || a.keys == 0 || (a.cu_q && (a.total_q == 0 || a.total_k == 0))) {
+  if (a.dbias || a.drelative_bias) return "wgmma: gradients of biases";
+  if (a.batch == 0 || a.max_seqlen_q == 0 || a.max_seqlen_k == 0 ||
+      (a.cu_seqlens_q && (a.total_q == 0 || a.total_k == 0))) {
     return "wgmma: empty tensors";
   }
-  if (a.keys < 32) return "wgmma: fewer than 32 keys, which leave the rounding of the output in the gradients";
+  if (a.max_seqlen_k < 32) return "wgmma: fewer than 32 keys, which leave the rounding of the output in the gradients";
   const Extents queries = query_extents(a), keys = key_extents(a);
-  if (!is_aligned(a.q, a.q_rows, queries) || !is_aligned(a.out, a.out_rows, queries) ||
-      !is_aligned(a.grad_out, a.grad_out_rows, queries) || !is_aligned(a.dq, a.dq_rows, queries) ||
-      !is_aligned(a.k, a.k_rows, keys) || !is_aligned(a.v, a.v_rows, keys) || !is_aligned(a.dk, a.dk_rows, keys) ||
-      !is_aligned(a.dv, a.dv_rows, keys)) {
+  if (!is_aligned(a.query, a.query_strides, queries) || !is_aligned(a.out, a.out_strides, queries) ||
+      !is_aligned(a.grad_out, a.grad_out_strides, queries) || !is_aligned(a.dq, a.dq_strides, queries) ||
+      !is_aligned(a.key, a.key_strides, keys) || !is_aligned(a.value, a.value_strides, keys) ||
+      !is_aligned(a.dk, a.dk_strides, keys) || !is_aligned(a.dv, a.dv_strides, keys)) {
     return "wgmma: addresses or strides that are not positive multiples of 16 bytes";
   }
-  const int64_t blocks = int64_t(a.batch) * a.heads * (std::max(a.queries, a.keys) / 64 + 1);
+  const int64_t blocks = int64_t(a.batch) * a.heads * (std::max(a.max_seqlen_q, a.max_seqlen_k) / 64 + 1);
   if (blocks > INT32_MAX / 8) return "wgmma: more blocks than a grid has";  // and eight parts of dQ for each
   return nullptr;
 }

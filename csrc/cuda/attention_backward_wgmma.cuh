@@ -3,14 +3,14 @@
 //     P = exp(scale q k - lse)    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
 //     dV = P^T dO                 dK = scale * dS^T Q                             dQ = scale * dS K
 //
-// A block keeps one tile of 128 keys and values and walks over the queries that see it, over those of every head that
-// shares the key head: dK and dV stay in registers and have one order of summation. Scores are computed transposed,
-// keys by queries, so that P^T and dS^T are left operands of dV and dK as they lie in registers; only dS passes through
-// shared memory, for dQ, where a warpgroup needs the keys of both.
+// A block keeps one tile of 128 keys and values and walks over the queries that see it, of every head that shares the
+// key head: dK and dV stay in registers and have one order of summation. Scores are computed transposed, (keys,
+// queries), so that P^T and dS^T are left operands of dV and dK as they are in registers. Only dS passes through shared
+// memory, for dQ, where a warpgroup needs the keys of both.
 //
-// dQ is summed over the key blocks in float32 in global memory, by bulk reductions out of shared memory. Its tiles lie
-// there as the accumulators lie in registers; the last kernel puts them in order. Deterministic: for each part of dQ
-// the key blocks take turns, in ascending order.
+// dQ is summed over the key blocks in float32 in global memory, by bulk reductions out of shared memory. Its tiles have
+// the layout of the accumulators there; the last kernel puts them in order. Deterministic: for each part of dQ the key
+// blocks take turns, in ascending order.
 #pragma once
 #include "attention_backward_wgmma_tiles.cuh"
 
@@ -27,8 +27,8 @@ struct BackwardWork {
 
 template <int M, int N>
 TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
-  // Key blocks of a few heads after each other, so that L2 holds their queries; the first keys, which causal attention
-  // gives the most queries, before the last.
+  // The key blocks of a few heads one after the other, so that L2 holds their queries. The first keys, which most
+  // queries see in causal attention, come first.
   const int32_t key_heads = a.batch * a.key_heads;
   const int32_t span = a.heads_together * a.key_blocks, first_head = index / span * a.heads_together;
   const int32_t heads = min(a.heads_together, key_heads - first_head);
@@ -36,7 +36,7 @@ TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
   BackwardWork w;
   w.group = a.heads / a.key_heads;
   w.head = head_of(a, bh / a.key_heads, bh % a.key_heads * w.group);
-  w.stored = a.cu_k ? w.head.keys : a.keys;
+  w.stored = a.cu_seqlens_k ? w.head.keys : a.max_seqlen_k;
   w.first_key = index % span / heads * N;
   w.queries = query_range<M>(a, w.head, w.first_key, w.first_key + N - 1);
   const bool none = w.first_key >= w.head.keys || w.queries.end <= w.queries.begin;
@@ -95,7 +95,7 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
                        const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
                        const TensorMap* grad_map) {
   constexpr int N = Tile::kKeys;
-  const int32_t batch = a.cu_q ? 0 : w.head.b, key = w.head.first_k + w.first_key;
+  const int32_t batch = a.cu_seqlens_q ? 0 : w.head.b, key = w.head.first_k + w.first_key;
   mbarrier_expect_tx(shared.keys_full(), 2 * Tile::kKeyBytes);
   load_tile<D>(shared.base + Tile::kK, k_map, shared.keys_full(), N, key, w.head.key_head, batch);
   load_tile<D>(shared.base + Tile::kV, v_map, shared.keys_full(), N, key, w.head.key_head, batch);
@@ -120,26 +120,26 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
 constexpr int kConsumers = 256, kConsumerBarrier = 1;
 constexpr uint32_t kNoTurn = ~0u;
 
-// Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis, or transposed: then a
-// panel is 64 of the M or N axis wide and the next one is `leading` bytes on. Eight rows are 1024 bytes either way.
+// Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis; or transposed: then a
+// panel spans 64 of the M or N axis, and the next one is `leading` bytes farther. Eight rows are 1024 bytes either way.
 TF_DEVICE uint64_t rows_descriptor(const unsigned char* tile) {
   return wgmma_descriptor(tile, 16, 1024, Swizzle::b128);
 }
 TF_DEVICE uint64_t columns_descriptor(const unsigned char* tile, int leading) {
   return wgmma_descriptor(tile, leading, 1024, Swizzle::b128);
 }
-// How far step k, 16 values of the K axis, lies from step 0, in a descriptor's units of 16 bytes.
+// The distance of step k, 16 values of the K axis, from step 0, in a descriptor's units of 16 bytes.
 TF_DEVICE constexpr uint64_t row_step(int k, int rows) { return (k / 4 * rows * 128 + k % 4 * 32) / 16; }
 TF_DEVICE constexpr uint64_t column_step(int k) { return k * 16 * 128 / 16; }
 
-// All consumers make zeros of a tile's rows from `first` on: what lies behind a sequence's end may be inf or NaN, which
-// times zero would be NaN.
-template <int D, int Rows>
+// All consumers set a tile's rows from `first` on to zero: behind the end of a sequence there may be inf or NaN, which
+// times zero is NaN.
+template <int D, int RowStrides>
 TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread) {
-  const int count = (Rows - first) * (D / 8);
+  const int count = (RowStrides - first) * (D / 8);
   for (int i = thread; i < count; i += kConsumers) {  // whole rows of panels: their swizzle does not matter
     const int row = first + i / (D / 8), chunk = i % (D / 8);
-    store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (Rows * 128) + row * 128 + chunk % 8 * 16),
+    store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (RowStrides * 128) + row * 128 + chunk % 8 * 16),
                      Vec<uint32_t, 4>{});
   }
 }
@@ -184,7 +184,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char*
   __syncwarp();
 }
 
-// Deterministic: the next key block may add, as what this thread gave to dQ last, part `owed` of all, has arrived.
+// Deterministic: lets the next key block add to part `owed` of dQ, now that this thread's last sums have arrived there.
 TF_DEVICE void pass_turn(const BackwardWgmma& a, uint32_t& owed, int32_t place) {
   if (owed == kNoTurn) return;
   bulk_wait<0>();
@@ -196,7 +196,7 @@ template <class T, int D, int M, class Tile>
 TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared) {
   constexpr int N = Tile::kKeys;
   const int thread = threadIdx.x - 128, lane = thread % 32, warp = thread / 32 % 4;
-  // The same in all threads of a warp, and the compiler shall know it.
+  // From lane 0, so that the compiler knows it to be the same in the whole warp.
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   const int part = group * 4 + warp;
   unsigned char* base = shared.base;
@@ -219,7 +219,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     named_barrier_sync(kConsumerBarrier, kConsumers);
   }
 
-  // Values as left operands: what registers hold of them is read once, not for every tile of queries.
+  // Values as left operands: those that fit in registers are read once, not for every tile of queries.
   uint32_t v[Tile::kValueSteps ? Tile::kValueSteps : 1][4];
   {
     const int row = group * 64 + warp * 16 + lane % 16;
@@ -237,8 +237,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
   // dQ^T = K^T dS^T: with D 64 a warpgroup takes half of the queries, with D 128 half of the values of a head.
   const uint64_t k_columns = columns_descriptor(base + Tile::kCentered + (D == 64 ? 0 : group * N * 128), 16);
 
-  uint32_t owed = kNoTurn;           // a turn to pass on, once what was added to dQ last has arrived
-  int32_t place = w.first_key / N;  // of this block among those that add to it
+  uint32_t owed = kNoTurn;          // the part of dQ whose turn is passed on once the last sums have arrived
+  int32_t place = w.first_key / N;  // of this block among those that add to dQ
 
   Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
@@ -249,7 +249,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     // S^T = K Q^T, dP^T = V dO^T.
     float s[M / 2], dp[M / 2];
     mbarrier_wait(shared.query_full(at.stage), at.parity);
-    if (a.cu_q && at.row + M > w.head.queries) {  // beyond are the rows of the next sequence
+    if (a.cu_seqlens_q && at.row + M > w.head.queries) {  // beyond are the rows of the next sequence
       mbarrier_wait(shared.grad_full(at.stage), at.parity);
       clear_rows<D, M>(q_tile, w.head.queries - at.row, thread);
       clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread);
@@ -305,9 +305,9 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
       for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_approx(s[j * 4 + e] * a.exponent_scale - x.v[e % 2]);
     }
 
-    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15. dV is issued before the wait for dP: ptxas takes
-    // that wait to be free, and would move it up before the exponentials that are to run under dP, but for this product
-    // that needs them.
+    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15. dV is issued before the wait for dP. Without
+    // a product that needs the exponentials, ptxas would move that wait, which it takes to be free, before them, and
+    // they would not run under dP.
     uint32_t p[M / 16][4], ds[M / 16][4];
 #pragma unroll
     for (int j = 0; j < M / 8; j++) {
@@ -339,8 +339,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
             pack2<T>(rounded.x * (dp[e] - x.v[0]), rounded.y * (dp[e + 1] - x.v[1]));
       }
     }
-    // dS, queries by keys, transposed on its way; a warpgroup's keys are one panel. Two buffers: the barrier below also
-    // tells that both warpgroups are done with the one before the last.
+    // dS is stored transposed, (queries, keys); the keys of a warpgroup are one panel. There are two buffers: after the
+    // barrier below both warpgroups are done with the one before the last.
     unsigned char* score = base + Tile::kScore + (i & 1) * Tile::kScoreBytes;
     unsigned char* score_row = score + group * (M * 128) + (lane / 16 * 8 + lane % 8) * 128 +
                                ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
@@ -403,15 +403,15 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
   pass_turn(a, owed, place);
   if (lane == 0) bulk_wait_read<0>();
   __syncwarp();
-  // Worked out again: through the loop it would take registers that are not there.
+  // Computed again: kept through the loop it would cost registers.
   const BackwardWork done = backward_work<M, N>(a, load_shared(shared.index()));
   const Head& head = done.head;
   const int32_t first = done.first_key + group * 64 + warp * 16;
   unsigned char* own = reinterpret_cast<unsigned char*>(sum);
-  T* dk_rows = head_rows(static_cast<T*>(a.dk), a.dk_rows, head.b, head.key_head, head.first_k);
-  T* dv_rows = head_rows(static_cast<T*>(a.dv), a.dv_rows, head.b, head.key_head, head.first_k);
-  store_rows<T, D>(dv, 1.f, own, dv_rows, a.dv_rows.row, first, head.keys, done.stored);
-  store_rows<T, D>(dk, a.scale, own, dk_rows, a.dk_rows.row, first, head.keys, done.stored);
+  T* dk_rows = head_rows(static_cast<T*>(a.dk), a.dk_strides, head.b, head.key_head, head.first_k);
+  T* dv_rows = head_rows(static_cast<T*>(a.dv), a.dv_strides, head.b, head.key_head, head.first_k);
+  store_rows<T, D>(dv, 1.f, own, dv_rows, a.dv_strides.row, first, head.keys, done.stored);
+  store_rows<T, D>(dk, a.scale, own, dk_rows, a.dk_strides.row, first, head.keys, done.stored);
 }
 
 template <class T, int D, int M>

@@ -1,5 +1,5 @@
-// The tiles of attention_backward_wgmma.cuh, its scratch memory, and the kernels before and after it: one prepares delta
-// and zeros to add to, one puts dQ in order.
+// The tiles of attention_backward_wgmma.cuh, its scratch memory, and the kernels before and after it: the first writes
+// delta and zeros to add to, the last puts dQ in order.
 #pragma once
 #include "attention_center.cuh"
 
@@ -13,14 +13,14 @@ struct BackwardWgmmaTile {
   static constexpr int kValueSteps = M == 80 ? 0 : 4;  // 16 values of a head each, in registers
   static constexpr bool kWindows = D == 64 || M == 64;  // 80 queries: every one sees every key
   static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
-  // dQ^T is computed 64 values of a head by kSumQueries queries a warpgroup, 16 values a warp: its part, in floats.
+  // A warpgroup computes 64 values of a head by kSumQueries queries of dQ^T, a warp 16 values: its part, in floats.
   static constexpr int kSumQueries = D == 64 ? M / 2 : M, kPart = 16 * kSumQueries, kParts = 8;
   static constexpr int kQueryBytes = M * D * 2, kKeyBytes = kKeys * D * 2, kScoreBytes = kKeys * M * 2;
   // Offsets in shared memory.
   static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kGrad = kQ + kStages * kQueryBytes;
   static constexpr int kScore = kGrad + kStages * kQueryBytes, kSum = kScore + 2 * kScoreBytes;
-  // dQ's keys, with their center taken off. Where there is no room for them (D 128, 80 queries) they take the place of
-  // the others: then scores are less by q center, the same for all of a row, which `prepare` takes off its lse.
+  // The keys less their center, for dQ. Where there is no room for them beside the keys (D 128, 80 queries) they take
+  // their place. Then the scores of a row are less by q center, which `prepare` takes off the row's lse.
   static constexpr bool kInPlace = D == 128 && M == 80;
   static constexpr int kCentered = kInPlace ? kK : kSum + kParts * kPart * 4;
   static constexpr int kPeak = kSum + kParts * kPart * 4 + (kInPlace ? 0 : kKeyBytes), kDelta = kPeak + kStages * M * 4;
@@ -36,16 +36,16 @@ struct BackwardWgmma : AttentionBackward {
   float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf without keys; delta
   int32_t* turns;      // deterministic: (heads, head_tiles, parts): how many key blocks have added theirs
   float* center;       // see attention_center.cuh
-  int32_t* ticket;     // deterministic: blocks take their work in this order, whatever the order they start in
+  int32_t* ticket;     // deterministic: counts the blocks that have taken work, in whatever order they start
   int32_t key_blocks, query_blocks, heads_together;
   float exponent_scale;
 };
 
-// The tile of scratch memory with query 0 of a sequence, among those of one head. Packed: as (first_q + M b) / M would
-// have it, which leaves room for every sequence's last tile without a sum over the sequences before.
+// The tile of scratch memory with query 0 of a sequence, among those of one head. Packed: (first_q + M b) / M, which
+// leaves room for the last tile of every sequence and needs no sum over the sequences before.
 template <int M>
 TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
-  return a.cu_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
+  return a.cu_seqlens_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
 }
 
 TF_DEVICE Vec<float, 8> load_center(const float* center) {
@@ -63,23 +63,23 @@ __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const B
   if (blockIdx.x == 0 && threadIdx.x == 0) store(a.ticket, int32_t(0));
   if (block * M >= head.queries) return;
   const int64_t tile = head.h * a.head_tiles + first_tile<M>(a, head) + block;
-  const T* out = head_rows(static_cast<const T*>(a.out), a.out_rows, head.b, head.h, head.first_q);
-  const T* grad = head_rows(static_cast<const T*>(a.grad_out), a.grad_out_rows, head.b, head.h, head.first_q);
+  const T* out = head_rows(static_cast<const T*>(a.out), a.out_strides, head.b, head.h, head.first_q);
+  const T* grad = head_rows(static_cast<const T*>(a.grad_out), a.grad_out_strides, head.b, head.h, head.first_q);
   float* statistics = a.statistics + tile * 2 * M;
   const int lane = threadIdx.x % kLanes;
   for (int r = threadIdx.x / kLanes; r < M; r += 256 / kLanes) {
     const int32_t row = block * M + r;
-    float delta = 0.f, moved = 0.f;  // moved: by how much the scores are less
+    float delta = 0.f, moved = 0.f;  // moved: q center, by which the scores are less
     if (row < head.queries) {
       if constexpr (Tile::kInPlace) {
-        const Vec<T, 8> q = load_vec<8>(head_rows(static_cast<const T*>(a.q), a.q_rows, head.b, head.h, head.first_q) +
-                                        row * a.q_rows.row + lane * 8);
+        const T* queries = head_rows(static_cast<const T*>(a.query), a.query_strides, head.b, head.h, head.first_q);
+        const Vec<T, 8> q = load_vec<8>(queries + row * a.query_strides.row + lane * 8);
         const Vec<float, 8> c = load_center(center_of(a, a.center, head) + lane * 8);
 #pragma unroll
         for (int i = 0; i < 8; i++) moved += to_float(q.v[i]) * c.v[i];
       }
-      const Vec<T, 8> x = load_vec<8>(out + row * a.out_rows.row + lane * 8);
-      const Vec<T, 8> y = load_vec<8>(grad + row * a.grad_out_rows.row + lane * 8);
+      const Vec<T, 8> x = load_vec<8>(out + row * a.out_strides.row + lane * 8);
+      const Vec<T, 8> y = load_vec<8>(grad + row * a.grad_out_strides.row + lane * 8);
 #pragma unroll
       for (int i = 0; i < 8; i++) delta += to_float(x.v[i]) * to_float(y.v[i]);
     }
@@ -112,14 +112,14 @@ __global__ void __launch_bounds__(256) attention_backward_finish_kernel(const Ba
   const Head head = head_of(a, bh / a.heads, bh % a.heads);
   if (block * M >= head.queries) return;
   const float* sums = a.sums + (head.h * a.head_tiles + first_tile<M>(a, head) + block) * (M * D);
-  T* dq = head_rows(static_cast<T*>(a.dq), a.dq_rows, head.b, head.h, head.first_q);
+  T* dq = head_rows(static_cast<T*>(a.dq), a.dq_strides, head.b, head.h, head.first_q);
   for (int item = threadIdx.x; item < M * D / 16; item += 256) {
     // Two queries by eight values of a head. A part is [query / 8][value % 8][query % 8 / 2][value / 8 % 2][query % 2].
     const int half = item % 2, pair = item / 2 % 4, warp = item / 8 % 4, rest = item / 32;
     const int j = rest % (Tile::kSumQueries / 8), group = rest / (Tile::kSumQueries / 8);
     const int32_t row = block * M + (D == 64 ? group * Tile::kSumQueries : 0) + j * 8 + pair * 2;
     const int column = (D == 64 ? 0 : group * 64) + warp * 16 + half * 8;
-    // Rows of dS sum to the gradient of their lse: so much of the center is in dQ.
+    // A row of dS sums to the gradient of its lse: that times the center is missing from dQ.
     float excess[2] = {};
     Vec<float, 8> center{};
     if (a.grad_lse) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(256) attention_backward_finish_kernel(const Ba
     }
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      if (row + e < head.queries) store_vec(dq + (row + e) * a.dq_rows.row + column, rows[e]);
+      if (row + e < head.queries) store_vec(dq + (row + e) * a.dq_strides.row + column, rows[e]);
     }
   }
 }

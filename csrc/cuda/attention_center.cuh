@@ -1,19 +1,19 @@
 // The mean of the keys of a head, which the backward takes off the keys in dQ.
 //
-// Rows of dS sum to zero, or to dlse, so that dQ = scale * sum_j dS_ij (k_j - center) for any center. An error e of
-// delta, which the rounding of the output makes, is in dQ as -e sum_j P_ij k_j: large where keys have an offset, as a
-// projection's bias gives them, and with the center taken off as small as without.
+// Rows of dS sum to zero, or to dlse, so that dQ = scale * sum_j dS_ij (k_j - center) for any center. The output's
+// rounding makes an error e of delta, which puts -e sum_j P_ij k_j into dQ: much where keys have an offset, as the bias
+// of a projection gives them. Less the center, keys have no offset.
 #pragma once
 #include "attention_scores.cuh"
 
 namespace tf::cuda {
 
-constexpr int kCenterWarps = 16, kCenterKeys = 1024;  // so many keys at most, evenly spread, tell where the center is
+constexpr int kCenterWarps = 16, kCenterKeys = 1024;  // the center is the mean of at most so many keys, evenly spread
 
 inline int64_t center_floats(const Attention& a) { return int64_t(a.batch) * a.key_heads * a.dim; }
 
-// A block for each key head: center is (batch, key heads, dim). Values that are not finite, which a mask may hide from
-// a row, count as zeros.
+// One block per key head; center: (batch, key heads, dim). Values that are not finite, which a mask may hide, count as
+// zeros.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kCenterWarps)
     attention_center_kernel(TF_GRID_CONSTANT Attention a, float* center) {
@@ -23,11 +23,11 @@ __global__ void __launch_bounds__(32 * kCenterWarps)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Head head = head_of(a, blockIdx.x / a.key_heads, blockIdx.x % a.key_heads * (a.heads / a.key_heads));
   const int step = max((head.keys + kCenterKeys - 1) / kCenterKeys, 1), count = (head.keys + step - 1) / step;
-  const T* const keys = head_rows(static_cast<const T*>(a.k), a.k_rows, head.b, head.key_head, head.first_k);
+  const T* const keys = head_rows(static_cast<const T*>(a.key), a.key_strides, head.b, head.key_head, head.first_k);
   float sum[kColumns] = {};
 #pragma unroll(kAhead)
   for (int i = warp; i < count; i += kCenterWarps) {
-    const T* const key = keys + int64_t(i) * step * a.k_rows.row;
+    const T* const key = keys + int64_t(i) * step * a.key_strides.row;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       if (c * 32 + lane >= a.dim) continue;

@@ -1,6 +1,6 @@
 // Attention of a few queries on a cache of keys and values, split over the GPU (Dao et al., "Flash-Decoding for
-// long-context inference", 2023), in one launch: the new rows are appended by the blocks that come to them, and the
-// last block to finish joins what the splits left. The order of every sum depends on shapes and the GPU alone.
+// long-context inference", 2023), in one launch: the blocks whose keys include the new rows append them, and the last
+// block to finish joins the parts of the splits. The order of every sum depends on shapes and the GPU alone.
 #include <algorithm>
 
 #include "attention_decode.cuh"
@@ -9,16 +9,16 @@ namespace tf::cuda {
 namespace {
 
 constexpr int kSplitKeys = 64;  // fewer are not worth a block
-constexpr int kBlocks = 4;      // of a multiprocessor, that run at once
+constexpr int kBlocks = 4;      // per multiprocessor, that run at once
 
 struct Plan {
   bool plain;
-  int width, packs, rows, lanes;  // elements of a pack, packs of a key and rows of a thread, threads of a key
+  int width, packs, rows, lanes;  // elements per pack; packs of a key and rows per thread; threads per key
 };
 
-int rows_of(const AttentionDecode& p) { return p.queries * (p.heads / p.key_heads); }
+int rows_of(const AttentionDecode& p) { return p.max_seqlen_q * (p.heads / p.key_heads); }
 
-bool in_packs(const void* data, const Rows& rows, int width) {
+bool in_packs(const void* data, const RowStrides& rows, int width) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows.batch % width == 0 && rows.head % width == 0 &&
          rows.row % width == 0;
 }
@@ -26,10 +26,11 @@ bool in_packs(const void* data, const Rows& rows, int width) {
 Plan plan_of(const AttentionDecode& p) {
   Plan plan;
   plan.width = p.dtype == DType::f32 ? 4 : 8;
-  plan.plain = p.dim % plan.width == 0 && p.bias_type == BiasType::none && !p.mask && !p.relative && p.softcap == 0.f &&
-               in_packs(p.q, p.q_rows, plan.width) && in_packs(p.k, p.k_rows, plan.width) &&
-               in_packs(p.v, p.v_rows, plan.width) && in_packs(p.new_k, p.new_k_rows, plan.width) &&
-               in_packs(p.new_v, p.new_v_rows, plan.width);
+  plan.plain = p.dim % plan.width == 0 && p.bias_type == BiasType::none && !p.mask && !p.relative_bias &&
+               p.softcap == 0.f &&
+               in_packs(p.query, p.query_strides, plan.width) && in_packs(p.key, p.key_strides, plan.width) &&
+               in_packs(p.value, p.value_strides, plan.width) && in_packs(p.new_key, p.new_key_strides, plan.width) &&
+               in_packs(p.new_value, p.new_value_strides, plan.width);
   const int packs = (p.dim + plan.width - 1) / plan.width;
   plan.packs = packs > 32 ? 2 : 1;
   plan.rows = !plan.plain ? 2 : rows_of(p) == 1 ? 1 : 4;
@@ -73,14 +74,14 @@ const char* attention_decode_refuses(const AttentionDecode& p) {
   if (p.dim > 256) return "head dim over 256";
   if (rows_of(p) > kDecodeRows) return "more than 16 queries, counting those of heads that share keys";
   if (int64_t(p.batch) * p.key_heads >= INT64_C(1) << 31) return "too many sequences times key heads";
-  if (p.new_k && p.cu_q) return "new keys for packed sequences";
+  if (p.new_key && p.cu_seqlens_q) return "new keys for packed sequences";
   return nullptr;
 }
 
 int32_t attention_decode_splits(const AttentionDecode& p) {
   const int64_t tiles = int64_t(p.batch) * p.key_heads * chunks_of(p, plan_of(p)), sms = multiprocessors();
   if (tiles >= 2 * sms) return 1;
-  const int64_t most = std::min<int64_t>((p.keys + kSplitKeys - 1) / kSplitKeys, kMostSplits);
+  const int64_t most = std::min<int64_t>((p.max_seqlen_k + kSplitKeys - 1) / kSplitKeys, kMostSplits);
   return int32_t(std::max<int64_t>(1, std::min(most, kBlocks * sms / tiles)));
 }
 

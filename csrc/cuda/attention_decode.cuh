@@ -1,10 +1,10 @@
 // The kernels of attention_decode.cu.
 //
-// Rows are the queries of the heads that share a key head; block (sequence and key head, split, chunk) attends kRows of
-// them to its share of the keys. A key belongs to `lanes` neighbouring threads, each of which reads 16 bytes of it at a
-// time, straight into registers, and keeps the same columns of q and of the output: there is no exchange but the sum of
-// a product over those lanes, and nobody waits for anybody until the block's states are joined at the end. The loads of
-// kKeys keys a thread are under way together.
+// Rows are the queries of the heads that share a key head. Block (sequence and key head, split, chunk) computes the
+// attention of kRows of them over its share of the keys. `lanes` neighbouring threads share a key. Each reads 16 bytes
+// of it at a time, straight into registers, and keeps the same columns of q and of the output. They exchange the sum of
+// a product and nothing else, and no warp waits for another until the block's states are joined at the end. The loads
+// of kKeys keys per thread are under way together.
 #pragma once
 #include "attention_decode.hpp"
 #include "attention_scores.cuh"
@@ -23,43 +23,44 @@ struct DecodeState {
 TF_DEVICE float exponential(float x, float peak) { return exp2_approx((x - peak) * kLog2e); }
 TF_DEVICE float finite_peak(float peak) { return peak == -kInfinity ? 0.f : peak; }
 
-struct DecodeRow {  // what row r of a key head is: query i of head h
+struct DecodeRow {  // query i of head h
   int32_t h, i;
   bool exists;
 };
 
-TF_DEVICE int32_t decode_rows(const AttentionDecode& p) { return p.queries * (p.heads / p.key_heads); }
+TF_DEVICE int32_t decode_rows(const AttentionDecode& p) { return p.max_seqlen_q * (p.heads / p.key_heads); }
 
 TF_DEVICE DecodeRow decode_row(const AttentionDecode& p, const Head& head, int32_t r) {
-  const int32_t i = r % p.queries;
-  return {head.h + r / p.queries, i, r < decode_rows(p) && i < head.queries};
+  const int32_t i = r % p.max_seqlen_q;
+  return {head.h + r / p.max_seqlen_q, i, r < decode_rows(p) && i < head.queries};
 }
 
-// Scale, soft cap, biases, mask and what the window forbids, for calls that are not plain.
+// Scale, soft cap, biases, mask and window, for calls that are not plain.
 TF_DEVICE float rich_score(const AttentionDecode& p, const Head& head, const DecodeRow& row, int32_t j, float s) {
   s *= p.scale;
   if (p.softcap != 0.f) s = p.softcap * tanhf(s / p.softcap);
   if (!row.exists || j >= head.keys) return s;
   if (p.bias) {
-    const int64_t place = head.b * p.bias_stride[0] + row.h * p.bias_stride[1] + row.i * p.bias_stride[2] +
-                          j * p.bias_stride[3];
+    const int64_t place = head.b * p.bias_strides[0] + row.h * p.bias_strides[1] + row.i * p.bias_strides[2] +
+                          j * p.bias_strides[3];
     if (p.bias_type == BiasType::f32) s += load(static_cast<const float*>(p.bias) + place);
     if (p.bias_type == BiasType::bf16) s += to_float(load(static_cast<const bf16_t*>(p.bias) + place));
     if (p.bias_type == BiasType::f16) s += to_float(load(static_cast<const half_t*>(p.bias) + place));
   }
-  if (p.relative) {
+  if (p.relative_bias) {
     const int32_t distance = min(max(j - row.i - head.offset, -p.reach), p.reach);
-    s += load(p.relative + row.h * p.relative_stride + distance + p.reach);
+    s += load(p.relative_bias + row.h * p.relative_bias_stride + distance + p.reach);
   }
   if (p.mask) {
-    const int64_t place = head.b * p.mask_stride[0] + row.h * p.mask_stride[1] + row.i * p.mask_stride[2] +
-                          j * p.mask_stride[3];
+    const int64_t place = head.b * p.mask_strides[0] + row.h * p.mask_strides[1] + row.i * p.mask_strides[2] +
+                          j * p.mask_strides[3];
     if (!load(p.mask + place)) s = -kInfinity;
   }
   return s;
 }
 
-// Columns column .. of a row of `dim`; zeros beyond. Not aligned, or not whole packs: element by element.
+// Columns from `column` on of a row of `dim`, and zeros beyond. Rows that are not aligned, or not whole packs, are read
+// element by element.
 template <class T, bool kAligned, int kWidth>
 TF_DEVICE void read_columns(Pack<T, kWidth>& pack, const T* row, int32_t column, int32_t dim) {
   if constexpr (kAligned) {
@@ -90,7 +91,7 @@ template <class T>
 TF_DEVICE void write_out(const AttentionDecode& p, const Head& head, const DecodeRow& row, int32_t d, float peak,
                          float total, float sum) {
   if (!row.exists) return;
-  T* out = head_rows(static_cast<T*>(p.out), p.out_rows, head.b, row.h, head.first_q + row.i);
+  T* out = head_rows(static_cast<T*>(p.out), p.out_strides, head.b, row.h, head.first_q + row.i);
   store(out + d, from_float<T>(total == 0.f ? 0.f : sum / total));
   if (d == 0 && p.lse) {
     float* lse = p.lse + (head.b * p.lse_batch + row.h * p.lse_head + head.first_q + row.i);
@@ -98,7 +99,7 @@ TF_DEVICE void write_out(const AttentionDecode& p, const Head& head, const Decod
   }
 }
 
-// Floats that a split leaves of a row: the sums, the peak, the total.
+// Floats that a split writes per row: the sums, the peak, the total.
 TF_DEVICE float* decode_part(const AttentionDecode& p, int64_t row, int32_t split) {
   return p.partial + (row * p.splits + split) * (p.dim + 2);
 }
@@ -141,7 +142,7 @@ TF_DEVICE void join_parts(const AttentionDecode& p, const Head& head, int32_t ti
   }
 }
 
-// The head of a block; with new keys, where its queries stand and how many keys there then are.
+// The head of a block. With new keys its key count includes them, and its queries stand at their places.
 TF_DEVICE Head decode_head(const AttentionDecode& p, int32_t tile, int32_t& stored) {
   const int32_t b = tile / p.key_heads;
   Head head = head_of(p, b, (tile - b * p.key_heads) * (p.heads / p.key_heads));
@@ -150,14 +151,15 @@ TF_DEVICE Head decode_head(const AttentionDecode& p, int32_t tile, int32_t& stor
     if (p.bottom_right) head.offset = head.keys - head.queries;
   }
   stored = head.keys;
-  if (p.new_k) {
+  if (p.new_key) {
     head.offset = stored;
-    head.keys = min(stored + head.queries, p.keys);
+    head.keys = min(stored + head.queries, p.max_seqlen_k);
   }
   return head;
 }
 
-// arrivals: of the blocks of each (tile, chunk), zeros before and after; null: another launch joins the parts.
+// arrivals: how many blocks of each (tile, chunk) have finished, zeros before and after; null: another launch joins the
+// parts.
 template <class T, int kRows, int kPacks, int kKeys, bool kPlain>
 __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     attention_decode_kernel(const AttentionDecode p, const int32_t lanes, uint32_t* arrivals) {
@@ -180,7 +182,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     state[r].peak = -kInfinity;
     state[r].total = 0.f;
     row[r] = decode_row(p, head, first + r);
-    const T* from = head_rows(static_cast<const T*>(p.q), p.q_rows, head.b, row[r].h, head.first_q + row[r].i);
+    const T* from =
+        head_rows(static_cast<const T*>(p.query), p.query_strides, head.b, row[r].h, head.first_q + row[r].i);
 #pragma unroll
     for (int n = 0; n < kPacks; ++n) {
       P pack;
@@ -196,12 +199,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     }
   }
 
-  T* k = head_rows(static_cast<T*>(const_cast<void*>(p.k)), p.k_rows, head.b, head.key_head, head.first_k);
-  T* v = head_rows(static_cast<T*>(const_cast<void*>(p.v)), p.v_rows, head.b, head.key_head, head.first_k);
+  T* k = head_rows(static_cast<T*>(const_cast<void*>(p.key)), p.key_strides, head.b, head.key_head, head.first_k);
+  T* v = head_rows(static_cast<T*>(const_cast<void*>(p.value)), p.value_strides, head.b, head.key_head, head.first_k);
   const T *new_k = nullptr, *new_v = nullptr;
-  if (p.new_k) {
-    new_k = head_rows(static_cast<const T*>(p.new_k), p.new_k_rows, head.b, head.key_head, 0);
-    new_v = head_rows(static_cast<const T*>(p.new_v), p.new_v_rows, head.b, head.key_head, 0);
+  if (p.new_key) {
+    new_k = head_rows(static_cast<const T*>(p.new_key), p.new_key_strides, head.b, head.key_head, 0);
+    new_v = head_rows(static_cast<const T*>(p.new_value), p.new_value_strides, head.b, head.key_head, 0);
   }
   const Range range = key_range<1>(p, head, 0, head.queries - 1);
   const int32_t share = (max(range.end - range.begin, 0) + p.splits - 1) / p.splits;
@@ -213,8 +216,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     for (int u = 0; u < kKeys; ++u) {
       const int32_t j = start + u * groups + group;
       const bool fresh = new_k && j >= stored;
-      const T* from_k = fresh ? new_k + (j - stored) * p.new_k_rows.row : k + j * p.k_rows.row;
-      const T* from_v = fresh ? new_v + (j - stored) * p.new_v_rows.row : v + j * p.v_rows.row;
+      const T* from_k = fresh ? new_k + (j - stored) * p.new_key_strides.row : k + j * p.key_strides.row;
+      const T* from_v = fresh ? new_v + (j - stored) * p.new_value_strides.row : v + j * p.value_strides.row;
 #pragma unroll
       for (int n = 0; n < kPacks; ++n) {
         const int32_t column = (slice + n * lanes) * kWidth;
@@ -234,8 +237,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
         for (int n = 0; n < kPacks; ++n) {
           const int32_t column = (slice + n * lanes) * kWidth;
           if (j >= stored && j < end) {
-            write_columns<T, kPlain>(keys[u][n], k + j * p.k_rows.row, column, p.dim);
-            write_columns<T, kPlain>(values[u][n], v + j * p.v_rows.row, column, p.dim);
+            write_columns<T, kPlain>(keys[u][n], k + j * p.key_strides.row, column, p.dim);
+            write_columns<T, kPlain>(values[u][n], v + j * p.value_strides.row, column, p.dim);
           }
         }
       }
@@ -307,7 +310,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     }
   }
 
-  // The states of the keys' lanes of a warp, then those of the warps: the first `lanes` lanes of each leave theirs.
+  // Joins the states within each warp, then those of the warps: the first `lanes` lanes of each warp write theirs.
   const int32_t width = lanes * kColumns + 2;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

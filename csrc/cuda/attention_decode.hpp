@@ -4,19 +4,19 @@
 
 namespace tf::cuda {
 
-// With new_k and new_v, k and v are the cache: query i stands at the place behind those in use where row i of new_k
-// goes, and the kernel writes it there. New rows past the cache's end are dropped.
+// With new_key and new_value, key and value are a cache: the kernel writes row i of new_key and new_value behind the
+// rows in use, and query i stands at that place. New rows past the cache's end are dropped.
 struct AttentionDecode : AttentionForward {
-  const int64_t* wide_lengths;  // key_lengths as torch makes them, in their place; or null
-  const void *new_k, *new_v;
-  Rows new_k_rows, new_v_rows;
-  int32_t splits;  // parts that the keys are cut into: attention_decode_splits
+  const int64_t* wide_lengths;  // in the place of key_lengths, where they are int64; or null
+  const void *new_key, *new_value;
+  RowStrides new_key_strides, new_value_strides;
+  int32_t splits;  // parts of the keys: attention_decode_splits
   float* partial;  // attention_decode_scratch floats; null with one split
-  // Blocks that have finished, of each (tile, chunk): zeros before and after. null: another launch joins the parts.
+  // How many blocks of each (tile, chunk) have finished: zeros before and after. null: another launch joins the parts.
   uint32_t* arrivals;
 };
 
-constexpr int32_t kDecodeRows = 16;  // most queries times heads that share a key head
+constexpr int32_t kDecodeRows = 16;  // at most: queries times the heads that share a key head
 
 const char* attention_decode_refuses(const AttentionDecode&);
 int32_t attention_decode_splits(const AttentionDecode&);  // on the current device

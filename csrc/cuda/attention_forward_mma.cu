@@ -8,24 +8,21 @@ namespace {
 
 constexpr int64_t kL2Bytes = 32 << 20;  // keys and values that stay in the L2 cache while the blocks of a few heads run
 
-bool is_aligned(const void* base, const Rows& rows) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && rows.batch % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
-}
-
 bool is_aligned(const AttentionForward& a) {
-  return a.dim % 8 == 0 && is_aligned(a.q, a.q_rows) && is_aligned(a.k, a.k_rows) && is_aligned(a.v, a.v_rows) &&
-         is_aligned(a.out, a.out_rows);
+  return a.dim % 8 == 0 && moves_by_16_bytes(a.query, a.query_strides) &&
+         moves_by_16_bytes(a.key, a.key_strides) && moves_by_16_bytes(a.value, a.value_strides) &&
+         moves_by_16_bytes(a.out, a.out_strides);
 }
 
-bool has_little_shared_memory() {  // 100 KB a multiprocessor
+bool has_little_shared_memory() {  // 100 KB per multiprocessor
   const int capability = compute_capability();
   return capability == 86 || capability == 89 || capability / 10 == 12;
 }
 
 template <class Tile>
 void launch(const AttentionForward& a, Stream stream) {
-  const int32_t blocks = (a.queries + Tile::kRows - 1) / Tile::kRows, batch_heads = a.batch * a.heads;
-  const int64_t bytes = std::max<int64_t>(1, int64_t(4) * a.keys * a.dim);
+  const int32_t blocks = (a.max_seqlen_q + Tile::kRows - 1) / Tile::kRows, batch_heads = a.batch * a.heads;
+  const int64_t bytes = std::max<int64_t>(1, int64_t(4) * a.max_seqlen_k * a.dim);
   const int64_t together = std::max<int64_t>(1, kL2Bytes / bytes) * (a.heads / a.key_heads);
   const BlockOrder order{blocks, batch_heads, int32_t(std::min<int64_t>(together, batch_heads)), a.window_right >= 0};
   const float to_log2 = Tile::RICH ? kLog2e : a.scale * kLog2e;
@@ -34,12 +31,12 @@ void launch(const AttentionForward& a, Stream stream) {
             is_aligned(a));
 }
 
-// Tiles by what holds them back. A plain warp has 32 rows, so that an operand of K or V that ldmatrix brings serves two
-// products: 160 bytes of shared memory a product, 1.25 of the 2 cycles it takes an A100. D 128 fills 255 registers and
-// 64 KB, two blocks a multiprocessor; where that has 100 KB, N = 32 keeps it at two. Past D 128 the output of 16 rows
-// takes half the registers, and ldmatrix, 256 bytes a product, is the bound. Expected, of the mma.sync peak: 55-65% at
-// D 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on features: 16 rows keep their loads
-// in registers, and three blocks a multiprocessor hide them. Not yet run on a GPU.
+// Tiles by their bottleneck. A plain warp has 32 rows, so that each operand of K or V that ldmatrix loads serves two
+// products: 160 bytes of shared memory per product, 1.25 of the 2 cycles that it takes on an A100. D 128 fills 255
+// registers and 64 KB, two blocks per multiprocessor; where there are 100 KB, N = 32 keeps it at two. Past D 128 the
+// output of 16 rows takes half the registers, and ldmatrix, 256 bytes per product, is the bound. Expected, of the
+// mma.sync peak: 55-65% at D 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on features:
+// 16 rows keep their loads in registers, and three blocks per multiprocessor hide them. Not yet run on a GPU.
 template <class T>
 void choose(const AttentionForward& a, Stream stream) {
   if (is_plain(a) && is_aligned(a)) {
@@ -59,7 +56,7 @@ void choose(const AttentionForward& a, Stream stream) {
 const char* attention_forward_mma_refuses(const AttentionForward& a) {
   if (a.dtype == DType::f32) return "mma: float32 data, where tensor cores would round to TF32";
   if (a.dim > 256) return "mma: head dims over 256";
-  const int64_t rows = int64_t(a.batch) * a.heads * ((int64_t(a.queries) + 63) / 64);
+  const int64_t rows = int64_t(a.batch) * a.heads * ((int64_t(a.max_seqlen_q) + 63) / 64);
   if (rows > INT32_MAX) return "mma: more blocks of queries than a grid has";
   return nullptr;
 }

@@ -3,16 +3,16 @@
 //   out = softmax(score) V      lse = log sum exp(score)
 //
 // Four warps share a block of queries, each with M * 16 rows of its own, and walk over blocks of N keys. Q, one block
-// of K and one of V lie in shared memory, 16-byte chunks XOR-swizzled so that ldmatrix meets no bank twice; cp.async
-// brings V during Q K^T and the next K during softmax and P V. P goes from accumulators to operand in registers.
+// of K and one of V are in shared memory, 16-byte chunks XOR-swizzled so that ldmatrix has no bank conflicts. cp.async
+// loads V during Q K^T, and the next K during softmax and P V. P goes from accumulators to operand in registers.
 #pragma once
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 
 namespace tf::cuda {
 
-// Programs walk over `heads_together` heads block by block, so that their keys and values stay in the L2 cache; where
-// keys past the diagonal are not seen, from the last block, the longest one, to the first.
+// Programs go through `heads_together` heads block by block, so that their keys and values stay in the L2 cache.
+// Causal: from the last block, the longest one, to the first.
 struct BlockOrder {
   int32_t blocks, batch_heads, heads_together;
   bool descending;
@@ -24,7 +24,7 @@ struct ForwardTile {
   static constexpr int D = D_, M = M_, N = N_;  // D: head dims up to it, filled with zeros
   static constexpr bool RICH = RICH_;           // any feature that is_plain() excludes, rows of any alignment
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * M * kWarps;
-  static constexpr int kBlocks = BLOCKS_;  // that a multiprocessor is to hold: bounds the registers
+  static constexpr int kBlocks = BLOCKS_;  // per multiprocessor: bounds the registers
   static constexpr int kTileBytes = (kRows + 2 * N) * D * int(sizeof(T));
 };
 
@@ -78,7 +78,7 @@ TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const 
   }
 }
 
-// What a program is about, in shared memory behind the tiles: registers are for accumulators.
+// What a program needs beside its tiles, in shared memory behind them: registers are for accumulators.
 template <class T>
 struct Program {
   Head head;
@@ -109,12 +109,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (first >= head.queries) return;
 
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp * 16 * M;
-  const T* const q_rows = head_rows(static_cast<const T*>(a.q), a.q_rows, head.b, head.h, head.first_q);
-  const T* const k_rows = head_rows(static_cast<const T*>(a.k), a.k_rows, head.b, head.key_head, head.first_k);
+  const T* const q_rows = head_rows(static_cast<const T*>(a.query), a.query_strides, head.b, head.h, head.first_q);
+  const T* const k_rows = head_rows(static_cast<const T*>(a.key), a.key_strides, head.b, head.key_head, head.first_k);
   if (threadIdx.x == 0) {
     store_shared(&program->head, head);
     store_shared(&program->k, k_rows);
-    store_shared(&program->v, head_rows(static_cast<const T*>(a.v), a.v_rows, head.b, head.key_head, head.first_k));
+    store_shared(&program->v,
+                 head_rows(static_cast<const T*>(a.value), a.value_strides, head.b, head.key_head, head.first_k));
     store_shared(&program->first, first);
   }
   const int32_t top = first + int32_t(warp_row);
@@ -130,24 +131,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
   for (int m = 0; m < M; ++m) peak[m][0] = peak[m][1] = -kInfinity;
 
-  load_rows<D, Tile::kRows, Tile::kThreads, Tile::RICH>(q, q_rows, a.q_rows.row, first, head.queries, a.dim, aligned);
+  load_rows<D, Tile::kRows, Tile::kThreads, Tile::RICH>(q, q_rows, a.query_strides.row, first, head.queries, a.dim,
+                                                        aligned);
   if (keys.begin < keys.end)
-    load_rows<D, N, Tile::kThreads, Tile::RICH>(k, k_rows, a.k_rows.row, keys.begin, head.keys, a.dim, aligned);
+    load_rows<D, N, Tile::kThreads, Tile::RICH>(k, k_rows, a.key_strides.row, keys.begin, head.keys, a.dim, aligned);
   cp_async_commit();
 
   for (int32_t start = keys.begin; start < keys.end; start += N) {
     float s[M][N / 2] = {};
     cp_async_wait<0>();
-    __syncthreads();  // K is there, and nobody reads V any more
-    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, load_shared(&program->v), a.v_rows.row, start,
+    __syncthreads();  // K has arrived, and no warp reads V any more
+    load_rows<D, N, Tile::kThreads, Tile::RICH>(v, load_shared(&program->v), a.value_strides.row, start,
                                                 load_shared(&program->head.keys), a.dim, aligned);
     cp_async_commit();
     const bool seen = is_seen<N>(load_shared(&program->own[warp]), start);
     if (seen) multiply_keys<Tile>(q, k, warp_row, s);
     cp_async_wait<0>();
-    __syncthreads();  // V is there, and nobody reads K any more
+    __syncthreads();  // V has arrived, and no warp reads K any more
     if (start + N < keys.end)
-      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, load_shared(&program->k), a.k_rows.row, start + N,
+      load_rows<D, N, Tile::kThreads, Tile::RICH>(k, load_shared(&program->k), a.key_strides.row, start + N,
                                                   load_shared(&program->head.keys), a.dim, aligned);
     cp_async_commit();
     if (!seen) continue;
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     multiply_values<Tile>(p, v, o);
   }
   cp_async_wait<0>();
-  __syncthreads();  // Q is there even without keys; from here on each warp has its own rows of it for the output
+  __syncthreads();  // Q has arrived, even without keys; from here on each warp uses its own rows of it for the output
 
   const Head end = load_shared(&program->head);
   const int32_t mine = load_shared(&program->first) + int32_t(warp_row);
@@ -230,13 +232,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                      pack2<T>(o[m][4 * n + 2 * r] * factor, o[m][4 * n + 2 * r + 1] * factor));
     }
   __syncwarp();
-  T* const out = head_rows(static_cast<T*>(a.out), a.out_rows, end.b, end.h, end.first_q);
+  T* const out = head_rows(static_cast<T*>(a.out), a.out_strides, end.b, end.h, end.first_q);
 #pragma unroll 4
   for (uint32_t at = lane; at < 16 * M * (D / 8); at += 32) {
     const uint32_t row = at / (D / 8), chunk = at % (D / 8);
     if (mine + row >= uint32_t(end.queries) || chunk * 8 >= uint32_t(a.dim)) continue;
     const Vec<T, 8> values = load_shared_vec<8>(q + swizzled<D>(warp_row + row, chunk));
-    T* const to = out + ((mine + row) * a.out_rows.row + chunk * 8);
+    T* const to = out + ((mine + row) * a.out_strides.row + chunk * 8);
     if (!Tile::RICH || aligned) {
       store_vec(to, values);
     } else {

@@ -2,9 +2,9 @@
 //
 //   out = softmax(scale * Q K^T) V      lse = log sum exp(scale * Q K^T)
 //
-// A block stays on its multiprocessor and walks over tiles of queries. One warpgroup loads: it keeps a ring of key and
-// value tiles filled. The others compute 64 rows each. A group issues Q K^T of the next keys before P V of the last
-// ones, and does the softmax between them while the tensor cores work on P V and on the other group's products: named
+// Blocks are persistent: each goes through tiles of queries. One warpgroup loads: it keeps a ring of key and value
+// tiles filled. The others compute 64 rows each. A group issues Q K^T of the next keys before P V of the last ones, and
+// computes the softmax between them while the tensor cores work on P V and on the other group's products: named
 // barriers pass the tensor cores from group to group. P never leaves the registers.
 #pragma once
 #include "attention_forward_wgmma_tiles.cuh"
@@ -19,11 +19,11 @@ struct ForwardWgmmaShape {
   static constexpr bool WINDOWED = WINDOWED_;
   static constexpr int CONSUMERS = BM / 64, WARPS = 4 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
   static constexpr int STAGES = 2;
-  // Registers of a thread after the loader has given its own to the others: 64 Ki a block at most, in steps of 8.
+  // Registers per thread after the loader has given up most of its own: at most 64 Ki per block, in steps of 8.
   static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, REGISTERS = CONSUMERS == 2 ? 232 : 160;
   static_assert(128 * (LOADER_REGISTERS + CONSUMERS * REGISTERS) <= 65536);
-  // A tile lies as D / 64 panels of rows of 128 bytes (64 columns), which is what a 128-byte swizzle spans. Its pattern
-  // repeats every 8 rows, 1024 bytes, and follows from address bits: tiles must begin at multiples of 1024.
+  // A tile is D / 64 panels of rows of 128 bytes (64 columns), the span of a 128-byte swizzle. The swizzle repeats
+  // every 8 rows, 1024 bytes, and depends on address bits: tiles must begin at multiples of 1024.
   static constexpr int ROW_BYTES = 128, PANELS = D / 64;
   static constexpr int Q_PANEL = BM * ROW_BYTES, KV_PANEL = BN * ROW_BYTES;
   static constexpr int Q_BYTES = PANELS * Q_PANEL, KV_BYTES = PANELS * KV_PANEL;
@@ -31,7 +31,8 @@ struct ForwardWgmmaShape {
   static constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
 };
 
-// The full barriers count bytes that arrive (of tiles, the one who writes); the empty ones the warps that have read.
+// The full barriers count bytes that arrive (that of tile numbers counts their writer), the empty ones warps that have
+// read.
 template <class S>
 struct ForwardWgmmaBarriers {
   uint64_t q_full, q_empty, v_loaded;
@@ -63,7 +64,7 @@ TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* m
     tma_load(shared + panel * panel_bytes, map, full, panel * 64, row, head, batch);
 }
 
-// The rows of V past the keys, which may hold anything (the next sequence), to zeros: P is 0 there, but 0 * NaN is NaN.
+// Sets the rows of V past the keys, which may hold the next sequence, to zero: P is 0 there, but 0 * NaN is NaN.
 template <class S>
 TF_DEVICE void forward_wgmma_clear_tail(unsigned char* v, int32_t rows) {
   const int chunks = (S::BN - rows) * (S::ROW_BYTES / 16);
@@ -71,12 +72,12 @@ TF_DEVICE void forward_wgmma_clear_tail(unsigned char* v, int32_t rows) {
     uint32_t* tail = reinterpret_cast<uint32_t*>(v + panel * S::KV_PANEL + rows * S::ROW_BYTES);
     for (int i = threadIdx.x % 32; i < chunks; i += 32) store_shared_vec(tail + 4 * i, Vec<uint32_t, 4>{});
   }
-  fence_async_shared();  // ordinary stores, to be read by wgmma and overwritten by TMA: both are of another proxy
+  fence_async_shared();  // these stores are read by wgmma and overwritten by TMA, which are of another proxy
   __syncwarp();
 }
 
-// One warp, its first lane but for the clearing of tails: hands out the tiles, fills Q for each, and the rings of K and
-// V from the last block of keys to the first.
+// By one warp: lane 0 hands out the tiles and fills Q for each, and the rings of K and V from the last block of keys to
+// the first; all lanes clear tails.
 template <class S>
 TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map, const TensorMap* k_map,
                                      const TensorMap* v_map, unsigned char* shared,
@@ -101,7 +102,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
       return;
     }
     if (t.begin >= t.end) continue;
-    const int32_t batch = a.cu_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
+    const int32_t batch = a.cu_seqlens_q != nullptr ? 0 : t.b, key_head = t.h / a.groups;
     auto load_keys = [&](int32_t row, uint32_t at) {
       const Slot slot(at);
       mbarrier_wait(&barriers->k_empty[slot.stage], slot.parity ^ 1);
@@ -117,7 +118,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
     ++turn;
     // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
     int32_t tail = t.keys - (t.end - 1) * S::BN;  // rows that are of the sequence, in the last block
-    if (a.cu_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
+    if (a.cu_seqlens_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
 #pragma unroll 1
     for (int32_t left = t.end - t.begin; left > 0; --left, ++step, row -= S::BN) {
       const Slot slot(step);
@@ -139,7 +140,7 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
   }
 }
 
-// Issues S = Q K^T. Both operands are K-major: 16 of their columns are 32 bytes, a step inside the swizzled row.
+// Issues S = Q K^T. Both operands are K-major: a step of 16 columns is 32 bytes within the swizzled row.
 template <class S>
 TF_DEVICE void forward_wgmma_scores(float (&s)[S::BN / 2], uint64_t q, uint64_t k) {
   warpgroup_fence();
@@ -152,7 +153,7 @@ TF_DEVICE void forward_wgmma_scores(float (&s)[S::BN / 2], uint64_t q, uint64_t 
   warpgroup_commit();
 }
 
-// Issues O += P V. V is read transposed (its columns are contiguous), 16 rows a step.
+// Issues O += P V. V is read transposed (its columns are contiguous), 16 rows per step.
 template <class S>
 TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S::BN / 16][4], uint64_t v) {
   warpgroup_fence();  // also orders the registers of P and O, just written, before the reads of wgmma
@@ -162,8 +163,8 @@ TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S:
   warpgroup_commit();
 }
 
-// What a thread holds of its two rows, lane / 4 and 8 below: accumulator elements 4 j + i are of row i / 2, column
-// 8 j + lane % 4 * 2 + i % 2.
+// What a thread holds of its two rows, lane / 4 and lane / 4 + 8: accumulator element 4 j + i is of the first (i < 2)
+// or second, at column 8 j + lane % 4 * 2 + i % 2.
 struct ForwardWgmmaRows {
   float peak[2], total[2];  // largest score so far, before the scale; this thread's part of sum exp(score - peak)
 };
@@ -186,14 +187,14 @@ TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a, 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 8 * j + i;
-        // A choice, not a sum: what lies past the keys may be NaN.
+        // A selection, not a sum: past the keys there may be NaN.
         if (at > last || (S::WINDOWED && at < first)) s[4 * j + 2 * r + i] = -INFINITY;
       }
   }
 }
 
-// 2^x for x up to 127 on the FMA pipe, with a relative error of 3e-6: x to the nearest whole number (by way of a sum
-// whose last place is 1) and the rest, and that by a polynomial. 0 below -127, NaN of NaN.
+// 2^x for x up to 127 on the FMA pipe, with a relative error of 3e-6: x is split into the nearest whole number (by a
+// sum whose last place is 1) and the rest, which a polynomial takes. 0 below -127, NaN for NaN.
 TF_DEVICE float exp2_polynomial(float x) {
   constexpr float kWhole = 12582912.f;  // 1.5 * 2^23
   x = x < -127.f ? -127.f : x;
@@ -205,8 +206,8 @@ TF_DEVICE float exp2_polynomial(float x) {
   return y * __uint_as_float((__float_as_uint(moved) << 23) + 0x3f800000u);
 }
 
-// Scores to exp(score - peak), in place; decay: what the sums so far are to be multiplied by. With MIXED the FMA pipe
-// computes one exponential in 16: at head dim 64 their own pipe would have more to do than the tensor cores.
+// Scores to exp(score - peak), in place; decay: the factor for the sums so far. With MIXED the FMA pipe computes one
+// exponential in 16: at head dim 64 the exponentials' own pipe has more work than the tensor cores.
 template <bool MIXED, int N>
 TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2], float scale_log2) {
 #pragma unroll
@@ -234,7 +235,7 @@ TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, flo
   }
 }
 
-// The accumulator's layout is that of wgmma's A operand, 16 columns a register quadruple: P needs no shuffle.
+// The accumulator's layout is that of wgmma's A operand, with 16 columns per four registers: P needs no shuffle.
 template <class S>
 TF_DEVICE void forward_wgmma_pack(uint32_t (&p)[S::BN / 16][4], const float (&s)[S::BN / 2]) {
 #pragma unroll
@@ -243,7 +244,7 @@ TF_DEVICE void forward_wgmma_pack(uint32_t (&p)[S::BN / 16][4], const float (&s)
     for (int i = 0; i < 4; ++i) p[n][i] = pack2<typename S::T>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
 }
 
-// Four lanes hold the columns of a row in turn, two each. Transposed among them every lane has 8 in a row: 16 bytes.
+// Four lanes hold the columns of a row in turn, two each. After a transposition among them each has 8 contiguous ones.
 TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -260,13 +261,13 @@ TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
       }
 }
 
-// Straight from registers to memory: a store of a warp fills 64 bytes of 8 rows, and rows past the sequence, where the
-// next one begins, are left alone.
+// Straight from registers to memory: each store of a warp writes 64 bytes of 8 rows. Rows past the sequence, where the
+// next one begins, are not written.
 template <class S>
 TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile& t, int32_t row,
                                    const float (&o)[S::D / 2], ForwardWgmmaRows& state) {
   const int quad_lane = threadIdx.x % 4;
-  const int64_t batch = a.cu_q != nullptr ? 0 : t.b;
+  const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : t.b;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float total = state.total[r];
@@ -277,8 +278,8 @@ TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile
     const int32_t i = row + 8 * r;
     const bool alive = i < t.queries;
     using T = typename S::T;
-    T* out = static_cast<T*>(a.out) + batch * a.out_rows.batch + t.h * a.out_rows.head +
-             (static_cast<int64_t>(t.first_q) + i) * a.out_rows.row;
+    T* out = static_cast<T*>(a.out) + batch * a.out_strides.batch + t.h * a.out_strides.head +
+             (static_cast<int64_t>(t.first_q) + i) * a.out_strides.row;
 #pragma unroll
     for (int j = 0; j < S::D / 8; j += 4) {
       uint32_t w[4];
@@ -306,7 +307,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
   const uint64_t k_descriptor = wgmma_descriptor(shared + S::K_AT, 0, 1024, Swizzle::b128);
   // Transposed: from one panel of 64 columns to the next, and from 8 rows (of the sum) to the next 8.
   const uint64_t v_descriptor = wgmma_descriptor(shared + S::V_AT, S::KV_PANEL, 1024, Swizzle::b128);
-  // One arrival a warp, when its part of the product has been read out of shared memory.
+  // One arrival per warp, when its part of the product has been read out of shared memory.
   auto release = [&](uint64_t* empty) {
     if (lane == 0) mbarrier_arrive(empty);
   };
@@ -318,7 +319,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     const Slot tile_slot(tiles);
     mbarrier_wait(&barriers->tile_full[tile_slot.stage], tile_slot.parity);
     const ForwardWgmmaTile t = read_tile(&barriers->tile[tile_slot.stage]);
-    release(&barriers->tile_empty[tile_slot.stage]);  // its shuffles have made the warp wait for every lane's read
+    release(&barriers->tile_empty[tile_slot.stage]);  // the shuffles have made the warp wait for every lane's read
     if (t.last) break;
     const int32_t row = t.first_row + 64 * group + 16 * warp + lane / 4;
     float o[S::D / 2];
@@ -362,8 +363,8 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
       };
-      // The softmax ends the body, and the wait that it is to run under begins it: within a body ptxas moves the wait,
-      // which it takes to be free, before the arithmetic.
+      // The softmax is the end of the loop's body and the wait that it runs under is the start: within one body ptxas
+      // would move the wait, which it takes to be free, before the arithmetic.
       int32_t n = t.end - 2;
 #pragma unroll 1
       for (; n >= t.begin; --n, ++step) {
@@ -375,7 +376,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         mbarrier_wait(&barriers->v_full[value_slot.stage], value_slot.parity);
         forward_wgmma_output<S>(o, p, values_at(value_slot));
         named_barrier_arrive(next, 256);
-        warpgroup_wait<1>();  // S is there, while O += P V runs on
+        warpgroup_wait<1>();  // S is done; O += P V still runs
         register_fence(s);
         release(&barriers->k_empty[key_slot.stage]);
         if constexpr (S::WINDOWED) mask(s, n);
@@ -395,7 +396,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     }
     forward_wgmma_store<S>(a, t, row, o, state);
   }
-  if (group == 0) named_barrier_sync(mine, 256);  // takes the last group's last arrival
+  if (group == 0) named_barrier_sync(mine, 256);  // matches the last group's last arrival
 }
 
 template <class S>
@@ -420,10 +421,10 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       mbarrier_init(&barriers->tile_full[stage], 1);
       mbarrier_init(&barriers->tile_empty[stage], S::WARPS);
     }
-    mbarrier_fence_init();  // so that TMA, another proxy, finds them
+    mbarrier_fence_init();  // so that TMA, which is of another proxy, sees them
   }
   __syncthreads();
-  // From lane 0, so that the compiler knows it to be the same in all of a warp.
+  // From lane 0, so that the compiler knows it to be the same in the whole warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     registers_decrease<S::LOADER_REGISTERS>();

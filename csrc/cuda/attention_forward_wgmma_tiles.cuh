@@ -6,35 +6,36 @@
 namespace tf::cuda {
 
 struct ForwardWgmma {
-  const int32_t *cu_q, *cu_k, *key_lengths;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *key_lengths;
   void* out;
   float* lse;  // or null
-  Rows out_rows;
+  RowStrides out_strides;
   int64_t lse_batch, lse_head;
-  int32_t batch, heads, groups, batch_heads, queries, keys;  // groups: heads of queries to one of keys
-  int32_t blocks, tiles, heads_together;                     // of the longest sequence; blocks * batch_heads
-  // Tiles handed out, whoever is free takes the next one, and blocks that found none left; zeros before and after. null:
-  // tiles in turn.
+  int32_t batch, heads, groups, batch_heads;  // groups: heads of queries per head of keys
+  int32_t max_seqlen_q, max_seqlen_k;
+  int32_t blocks, tiles, heads_together;  // blocks: of the longest sequence; tiles: blocks * batch_heads
+  // The tiles that free blocks have taken, and the blocks that found none left; zeros before and after. null: block b
+  // takes tiles b, b + blocks, ...
   int32_t* counters;
-  int32_t left, right;                                // of the window; a large number where unlimited
+  int32_t left, right;  // of the window; a large number where unlimited
   bool bottom_right;
   float scale_log2;  // scale * log2(e)
 };
 
 struct ForwardWgmmaTile {
-  int32_t b, h, first_q, first_k, queries, keys, offset;  // a query i stands at position i + offset
+  int32_t b, h, first_q, first_k, queries, keys, offset;  // query i stands at position i + offset
   int32_t first_row;                                      // within its sequence
   int32_t begin, end;                                     // blocks of keys that some row sees
-  int32_t last;                                           // there is no tile any more, this one included
+  int32_t last;                                           // there are no more tiles, and this is none
 };
 
-// Of packed tensors: the first sequence that a search need look at, and the blocks of rows before it.
+// In packed tensors: the first sequence that a search looks at, and the blocks of rows before it.
 struct ForwardWgmmaSearch {
   int32_t b, blocks;
 };
 
-// Which sequence and block of rows tile `index` of packed tensors is, found by all of a warp, a sequence a lane. A warp
-// asks for rising indices, so `search` moves on. false: there are no more.
+// Which sequence and block of rows tile `index` of packed tensors is. All lanes of a warp search, one sequence per
+// lane. Indices rise from call to call, so `search` moves on. false: there are no more.
 template <class S>
 TF_DEVICE bool forward_wgmma_packed(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search, int32_t& b,
                                     int32_t& block, int32_t& blocks) {
@@ -42,8 +43,8 @@ TF_DEVICE bool forward_wgmma_packed(const ForwardWgmma& a, int32_t index, Forwar
   for (; search.b < a.batch; search.b += 32) {
     int32_t mine = 0;
     b = search.b + lane;
-    if (b < a.batch) mine = (load(a.cu_q + b + 1) - load(a.cu_q + b) + S::BM - 1) / S::BM;
-    int32_t end = search.blocks + mine;  // to be the blocks up to and with this lane's
+    if (b < a.batch) mine = (load(a.cu_seqlens_q + b + 1) - load(a.cu_seqlens_q + b) + S::BM - 1) / S::BM;
+    int32_t end = search.blocks + mine;  // will be the number of blocks up to this lane's sequence, included
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int32_t before = __shfl_up_sync(0xffffffff, end, distance);
@@ -62,21 +63,21 @@ TF_DEVICE bool forward_wgmma_packed(const ForwardWgmma& a, int32_t index, Forwar
   return false;
 }
 
-// Tile `index` of all; false: there are no more. Tiles of padded tensors walk over `heads_together` heads block by
-// block, so that their keys and values stay in the L2 cache, those of packed ones over the heads of a sequence.
-// Windowed calls start with the last rows, the longest tiles of a causal one.
+// Tile `index` of all; false: there are no more. Padded tensors: tiles go through `heads_together` heads block by
+// block, so that their keys and values stay in the L2 cache. Packed ones: through the heads of a sequence. Windowed
+// calls start with the last rows, the longest tiles of a causal call.
 template <class S>
 TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search,
                                   ForwardWgmmaTile& t) {
   if (index >= a.tiles) return false;
   int32_t block, blocks = a.blocks;
-  if (a.cu_q != nullptr) {
+  if (a.cu_seqlens_q != nullptr) {
     if (!forward_wgmma_packed<S>(a, index, search, t.b, block, blocks)) return false;
     t.h = index % a.heads;
-    t.first_q = load(a.cu_q + t.b);
-    t.first_k = load(a.cu_k + t.b);
-    t.queries = load(a.cu_q + t.b + 1) - t.first_q;
-    t.keys = load(a.cu_k + t.b + 1) - t.first_k;
+    t.first_q = load(a.cu_seqlens_q + t.b);
+    t.first_k = load(a.cu_seqlens_k + t.b);
+    t.queries = load(a.cu_seqlens_q + t.b + 1) - t.first_q;
+    t.keys = load(a.cu_seqlens_k + t.b + 1) - t.first_k;
   } else {
     const int32_t group = index / (blocks * a.heads_together);
     const int32_t size = min(a.heads_together, a.batch_heads - group * a.heads_together);
@@ -86,8 +87,8 @@ TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardW
     t.b = bh / a.heads;
     t.h = bh - t.b * a.heads;
     t.first_q = t.first_k = 0;
-    t.queries = a.queries;
-    t.keys = a.keys;
+    t.queries = a.max_seqlen_q;
+    t.keys = a.max_seqlen_k;
     if (a.key_lengths != nullptr) t.keys = min(max(load(a.key_lengths + t.b), 0), t.keys);
   }
   t.first_row = (S::WINDOWED ? blocks - 1 - block : block) * S::BM;
@@ -103,7 +104,7 @@ TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardW
   return true;
 }
 
-// The tile after `index`, for all of a warp: the next one that no other block has, or this block's next in turn.
+// The tile after `index`, for the whole warp: the next one that no other block has, or this block's next in turn.
 TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
   const int32_t grid = gridDim.x;
   if (a.counters == nullptr) return index + grid;
@@ -112,7 +113,7 @@ TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
   return grid + __shfl_sync(0xffffffff, taken, 0);
 }
 
-// By one thread of a block that takes no more tiles. The last block leaves the counters as the next launch wants them.
+// By one thread of a block that takes no more tiles. The last block resets the counters for the next launch.
 TF_DEVICE void forward_wgmma_done(const ForwardWgmma& a) {
   if (a.counters == nullptr) return;
   __threadfence();
@@ -130,7 +131,7 @@ TF_DEVICE void post_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
   for (int i = 0; i < kTileWords; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
 }
 
-// Read by all of a warp, and passed around by shuffles, from which the compiler sees that a warp agrees on them.
+// Read by all lanes and passed through shuffles, so that the compiler knows them to be the same in the whole warp.
 TF_DEVICE ForwardWgmmaTile read_tile(const ForwardWgmmaTile* shared) {
   const int lane = threadIdx.x % 32;
   const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, kTileWords - 1));

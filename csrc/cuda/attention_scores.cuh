@@ -1,8 +1,8 @@
-// What the attention kernels share of scores, forward and backward, mma.sync and wgmma alike: which blocks are worth a
-// visit, and what happens to one warp's accumulators between Q K^T and the exponent.
+// What the attention kernels share about scores, forward and backward, mma.sync and wgmma: which blocks take part, and
+// what happens to a warp's accumulators between Q K^T and the exponential.
 //
-// Accumulators are mma.m16n8's and wgmma's: E of them hold 16 rows and 2 E columns of a warp, element e at row
-// lane / 4 + 8 * (e % 4 / 2) and column 8 * (e / 4) + 2 * (lane % 4) + e % 2. Rows are queries and columns keys, or
+// Accumulators are laid out as for mma.m16n8 and wgmma: E of them hold 16 rows and 2 E columns of a warp, element e at
+// row lane / 4 + 8 * (e % 4 / 2) and column 8 * (e / 4) + 2 * (lane % 4) + e % 2. Rows are queries and columns keys, or
 // with TRANSPOSED the other way round.
 #pragma once
 #include "attention.hpp"
@@ -15,9 +15,10 @@ namespace tf::cuda {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Nothing but a positive scale lies between product and exponent, so it folds into the exponent and into the maximum.
+// Only a positive scale comes between product and exponential, so that it folds into the exponential and the maximum.
 inline bool is_plain(const Attention& a) {
-  return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative && a.softcap == 0.f && !a.threshold;
+  return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative_bias && a.softcap == 0.f &&
+         !a.threshold;
 }
 
 // ---- which keys, which queries ----------------------------------------------------------------
@@ -28,12 +29,12 @@ struct alignas(16) Head {  // one head of one sequence; query i stands at positi
 };
 
 TF_DEVICE Head head_of(const Attention& a, int32_t b, int32_t h) {
-  Head head{b, h, h / (a.heads / a.key_heads), 0, 0, a.queries, a.keys, 0};
-  if (a.cu_q) {
-    head.first_q = load(a.cu_q + b);
-    head.first_k = load(a.cu_k + b);
-    head.queries = load(a.cu_q + b + 1) - head.first_q;
-    head.keys = load(a.cu_k + b + 1) - head.first_k;
+  Head head{b, h, h / (a.heads / a.key_heads), 0, 0, a.max_seqlen_q, a.max_seqlen_k, 0};
+  if (a.cu_seqlens_q) {
+    head.first_q = load(a.cu_seqlens_q + b);
+    head.first_k = load(a.cu_seqlens_k + b);
+    head.queries = load(a.cu_seqlens_q + b + 1) - head.first_q;
+    head.keys = load(a.cu_seqlens_k + b + 1) - head.first_k;
   }
   if (a.key_lengths) head.keys = min(max(load(a.key_lengths + b), 0), head.keys);
   if (a.bottom_right) head.offset = head.keys - head.queries;
@@ -42,12 +43,11 @@ TF_DEVICE Head head_of(const Attention& a, int32_t b, int32_t h) {
 
 // Row 0 of a head: of queries with (head.h, head.first_q), of keys with (head.key_head, head.first_k).
 template <class T>
-TF_DEVICE T* head_rows(T* base, const Rows& rows, int32_t b, int32_t h, int32_t first) {
+TF_DEVICE T* head_rows(T* base, const RowStrides& rows, int32_t b, int32_t h, int32_t first) {
   return base + (b * rows.batch + h * rows.head + first * rows.row);
 }
 
-// [begin, end) is worth a visit; blocks within [inner_begin, inner_end) need no mask. All but end are multiples of
-// BLOCK.
+// Blocks in [begin, end) take part; those in [inner_begin, inner_end) need no mask. All but end are multiples of BLOCK.
 struct alignas(16) Range {
   int32_t begin, inner_begin, inner_end, end;
 };
@@ -110,7 +110,7 @@ TF_DEVICE void for_each_score(float (&s)[E], int32_t query0, int32_t key0, Use u
   }
 }
 
-// -inf where lengths and windows forbid: for blocks that are not inner.
+// -inf outside of lengths and windows, for blocks that are not inner.
 template <bool TRANSPOSED, int E>
 TF_DEVICE void mask_edges(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                           float (&s)[E]) {
@@ -125,10 +125,10 @@ TF_DEVICE void mask_edges(const Attention& a, const Head& head, int32_t query0, 
 template <bool TRANSPOSED, class B, int E>
 TF_DEVICE void add_bias(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                         float (&s)[E]) {
-  const B* base = static_cast<const B*>(a.bias) + (head.b * a.bias_stride[0] + head.h * a.bias_stride[1]);
+  const B* base = static_cast<const B*>(a.bias) + (head.b * a.bias_strides[0] + head.h * a.bias_strides[1]);
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
     if (i < head.queries && j < head.keys)
-      x += to_float(load(base + (i * a.bias_stride[2] + j * a.bias_stride[3])));
+      x += to_float(load(base + (i * a.bias_strides[2] + j * a.bias_strides[3])));
   });
 }
 
@@ -136,7 +136,7 @@ template <bool TRANSPOSED, int E>
 TF_DEVICE void add_relative(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                             float (&s)[E]) {
   constexpr int kQueries = TRANSPOSED ? 2 * E : 16, kKeys = TRANSPOSED ? 16 : 2 * E;
-  const float* row = a.relative + head.h * a.relative_stride;
+  const float* row = a.relative_bias + head.h * a.relative_bias_stride;
   const int32_t lowest = key0 - (query0 + kQueries - 1 + head.offset), highest = lowest + kQueries + kKeys - 2;
   if (lowest >= a.reach || highest <= -a.reach) {  // all at one end: one value
     const float far = load(row + (lowest >= a.reach ? 2 * a.reach : 0));
@@ -152,14 +152,14 @@ TF_DEVICE void add_relative(const Attention& a, const Head& head, int32_t query0
 template <bool TRANSPOSED, int E>
 TF_DEVICE void apply_mask(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                           float (&s)[E]) {
-  const uint8_t* base = a.mask + (head.b * a.mask_stride[0] + head.h * a.mask_stride[1]);
+  const uint8_t* base = a.mask + (head.b * a.mask_strides[0] + head.h * a.mask_strides[1]);
   for_each_score<TRANSPOSED>(s, query0, key0, [&](float& x, int32_t i, int32_t j) {
-    if (i < head.queries && j < head.keys && !load(base + (i * a.mask_stride[2] + j * a.mask_stride[3])))
+    if (i < head.queries && j < head.keys && !load(base + (i * a.mask_strides[2] + j * a.mask_strides[3])))
       x = -kInfinity;
   });
 }
 
-// Products to scores, in natural units, for calls that are not plain: scale, soft cap, biases, mask; edges are apart.
+// Products to scores, in natural units, for calls that are not plain: scale, soft cap, biases, mask; not the edges.
 // slope, with SLOPE: the derivative of the soft cap; score = slope * scale * product + ...
 template <bool TRANSPOSED, bool SLOPE, int E>
 TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
@@ -182,7 +182,7 @@ TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query
   if (a.bias_type == BiasType::f32) add_bias<TRANSPOSED, float>(a, head, query0, key0, s);
   if (a.bias_type == BiasType::bf16) add_bias<TRANSPOSED, bf16_t>(a, head, query0, key0, s);
   if (a.bias_type == BiasType::f16) add_bias<TRANSPOSED, half_t>(a, head, query0, key0, s);
-  if (a.relative) add_relative<TRANSPOSED>(a, head, query0, key0, s);
+  if (a.relative_bias) add_relative<TRANSPOSED>(a, head, query0, key0, s);
   if (a.mask) apply_mask<TRANSPOSED>(a, head, query0, key0, s);
 }
 template <bool TRANSPOSED, int E>
@@ -211,8 +211,8 @@ TF_DEVICE uint32_t keep_byte(const Dropout& d, uint32_t i, uint32_t group, uint3
   return bits;
 }
 
-// What a thread keeps of its two rows of accumulators (queries) in the 128 columns of a group: every bit of eight
-// Philox counters is used, whatever the width of a tile.
+// Which elements of its two rows of accumulators (queries) a thread keeps in the 128 columns of a group. Every bit of
+// eight Philox counters is used, whatever the width of a tile.
 struct Kept {
   uint32_t bits[2];
 };
@@ -229,7 +229,7 @@ TF_DEVICE Kept kept_of(const Dropout& d, int32_t query0, int32_t key0) {
   return kept;
 }
 
-// Of element e of a tile that lies within one group of 128 keys. key0: a multiple of 16.
+// Whether element e is kept, of a tile within one group of 128 keys. key0: a multiple of 16.
 TF_DEVICE bool keeps(const Kept& kept, int32_t key0, int e) {
   return (kept.bits[e % 4 / 2] >> (uint32_t(key0) % 128 / 16)) >> (8 * (e / 4 % 2 * 2 + e % 2) + e / 8) & 1u;
 }

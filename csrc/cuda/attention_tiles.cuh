@@ -1,5 +1,6 @@
 // Tiles of 16-bit values in shared memory, as the attention kernels for mma.sync lay them out.
 #pragma once
+#include "attention.hpp"
 #include "ptx.cuh"
 #include "simt.cuh"
 
@@ -11,7 +12,7 @@ TF_DEVICE uint32_t swizzled(uint32_t row, uint32_t chunk) {
   return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
 }
 
-// A value that the compiler cannot see through: what follows from it is computed again, not kept in registers.
+// A value that the compiler knows nothing about: what is computed from it is computed again, not kept in registers.
 TF_DEVICE uint32_t opaque(uint32_t x) {
 #ifndef TF_EMULATE
   asm volatile("" : "+r"(x));
@@ -47,6 +48,12 @@ TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, uint32_t first,
       from += kStep * stride;
     }
   }
+}
+
+// Whether rows of 16-bit values can be moved 16 bytes at a time.
+inline bool moves_by_16_bytes(const void* base, const RowStrides& strides) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && strides.batch % 8 == 0 && strides.head % 8 == 0 &&
+         strides.row % 8 == 0;
 }
 
 }  // namespace tf::cuda

@@ -1,6 +1,6 @@
 // Arguments of the CUDA norm kernels: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias.
 #pragma once
-#include "cpu/types.hpp"
+#include "types.hpp"
 
 namespace tf::cuda {
 

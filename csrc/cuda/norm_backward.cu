@@ -3,8 +3,8 @@
 //   dv = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dx = dv * dropout factors
 //   dweight = sum over rows of dy * xhat                          dbias = sum over rows of dy
 //
-// A few blocks a multiprocessor walk over the rows, once; each leaves its share of dweight and dbias in `partial`,
-// which a second kernel adds in a fixed order. No atomics: the same bits every time.
+// A few blocks per multiprocessor walk over the rows, once. Each writes its share of dweight and dbias to `partial`,
+// which a second kernel adds up in a fixed order. No atomics: the same bits every time.
 #include "norm_row.cuh"
 
 namespace tf::cuda {
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kSumColumns = 32, kSumRows = 16;  // a block of norm_parameters_kernel
 
-// What the threads of a row hold of it, kPacks packs each, as it was read: its loads are all under way together.
+// What each thread of a row holds of it: kPacks packs, as they were read. All their loads are under way together.
 template <class T, int kWidth, int kPacks>
 struct BackwardPacks {
   Pack<T, kWidth> grad_y[kPacks], v[kPacks];
@@ -32,7 +32,7 @@ struct BackwardPacks {
   }
 };
 
-// From the first-level cache in every row: registers are short.
+// Read again for every row, from the L1 cache: there are too few registers to keep them.
 template <class T, int kWidth>
 TF_DEVICE void read_weight(const NormBackward& p, int column, float (&weight)[kWidth]) {
 #pragma unroll
@@ -57,7 +57,7 @@ TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row
   }
 }
 
-// Adds what the rows of a block hold of a parameter's gradient and writes it to `partial`.
+// Adds up a parameter's gradient over the rows of a block and writes it to `partial`.
 template <int kWidth, int kPacks>
 TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float (&grad)[kPacks][kWidth],
                              float* scratch) {
@@ -80,7 +80,7 @@ TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float 
   __syncthreads();
 }
 
-// kPacks packs of a row a thread. kAhead: the next row is read while this one is computed.
+// kPacks packs of a row per thread. kAhead: the next row is read while this one is computed.
 template <class T, int kPacks, bool kAhead>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormBackward p) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
       now.v[i].get(xhat);
       read_weight<T>(p, first + i * step, weight);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) {  // outside the row dy is 0, so what xhat is does not matter
+      for (int e = 0; e < kWidth; ++e) {  // outside the row dy is 0, whatever xhat is
         xhat[e] = (xhat[e] - now.mean) * now.rstd;
         const float g = dy[e] * weight[e];
         sums[0] += g * xhat[e];
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
   if (p.grad_bias) write_partial(p, partial, grad_bias, scratch);
 }
 
-// Rows too wide for registers, or not aligned (kWidth 1): each is read twice, the second time from the caches, and the
-// sums over rows live in `partial`, each of them touched by one thread only.
+// Rows too wide for registers, or not aligned (kWidth 1): each is read twice, the second time from the caches. Sums
+// over rows are kept in `partial`, each by one thread.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(const NormBackward p) {
   TF_SHARED(shared);
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(con
   }
 }
 
-// Block (columns, gradient): adds the parts of the blocks of a backward kernel.
+// Block (columns, gradient): adds up the partial sums of the backward kernel's blocks.
 __global__ void __launch_bounds__(kSumColumns* kSumRows) norm_parameters_kernel(const NormBackward p, int blocks) {
   TF_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) norm_parameters_kernel(
 }
 
 struct Plan {
-  bool packs, wide;  // 16 bytes at a time; beyond the registers
-  int most;          // packs a thread
+  bool packs, wide;  // packs: 16 bytes at a time; wide: a row does not fit the registers
+  int most;          // packs per thread
   dim3 block;
   int64_t blocks;
 };
@@ -244,7 +244,7 @@ Plan plan_of(const NormBackward& p) {
                p.v_stride % width == 0 && aligned(p.grad_y) && aligned(p.grad_sum) && aligned(p.v) &&
                aligned(p.weight.data) && aligned(p.grad_v) && aligned(p.grad_x);
   const int columns = plan.packs ? p.width / width : p.width, sms = multiprocessors();
-  const int most = 16 / width;  // 16 elements a thread
+  const int most = 16 / width;  // 16 elements per thread
   plan.wide = !plan.packs || columns > most * kNormThreads;
   if (plan.wide) {
     const int threads = std::min(kNormThreads, row_threads(columns, 1, true));

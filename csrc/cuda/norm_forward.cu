@@ -4,7 +4,7 @@
 namespace tf::cuda {
 namespace {
 
-// One row, as packs of T, and what is made of it.
+// One row, as packs of T, and its results.
 template <class T, int kWidth>
 struct ForwardRow {
   using P = Pack<T, kWidth>;
@@ -90,7 +90,7 @@ TF_DEVICE ForwardRow<T, kWidth> forward_row(const NormForward& p) {
   return {p, p.dropout.threshold ? philox_key(p.dropout.rng) : PhiloxKey{}, row, row < p.rows};
 }
 
-// kPacks packs of a row a thread, blockDim.x * kPacks packs at least as many as the row has.
+// kPacks packs of a row per thread; blockDim.x * kPacks packs cover the row.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormForward p) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormFo
   for (int i = 0; i < kPacks; ++i) row.write_y(v[i], first + i * step, mean, rstd);
 }
 
-// Rows too wide for registers, or not aligned (kWidth 1): each is read once for every statistic and once for y, from
-// the caches but for the first time. Whole warps go round together: they draw the dropout mask together.
+// Rows too wide for registers, or not aligned (kWidth 1): each is read once for every statistic and once for y, all but
+// the first time from the caches. All lanes of a warp make every round, as they compute the dropout mask together.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const NormForward p) {
   TF_SHARED(shared);
@@ -168,7 +168,7 @@ void launch(const NormForward& p, Stream stream) {
   const bool packs = in_packs(p, kWidth), dropout = p.dropout.threshold;
   const int columns = packs ? p.width / kWidth : p.width;
   const bool wide = !packs || columns > 4 * kNormThreads;
-  // One pack a thread up to a warp; then up to four, so that rows of 1024 16-bit elements need no barrier.
+  // One pack per thread up to a warp; then up to four, so that rows of 1024 16-bit elements need no barrier.
   const int most = columns <= 32 ? 1 : columns <= 64 ? 2 : 4;
   const int threads = std::min(kNormThreads, row_threads(columns, wide ? 4 : most, wide || dropout));
   const int rows = threads > 32 ? 1 : 128 / threads;

@@ -1,6 +1,6 @@
 // What the norm kernels share: how the threads of a block own rows, 16-byte packs of elements, sums over a row.
 //
-// A block is (threads of a row, rows). A row has a power of two up to 32 of threads, or a multiple of 32.
+// A block is (threads per row, rows). There are 1, 2, 4 .. 32 threads per row, or a multiple of 32.
 #pragma once
 #include "norm.hpp"
 #include "pack.cuh"
@@ -22,7 +22,7 @@ TF_DEVICE Pack<T, kWidth> read_pack(const T* row, int column, bool inside) {
   return pack;
 }
 
-// kWidth values of weight or bias, which the caller knows to be there.
+// kWidth values of weight or bias; neither is null.
 template <class T, int kWidth>
 TF_DEVICE void read_parameter(Parameter p, int column, float (&f)[kWidth]) {
   if (p.wide) {
@@ -44,8 +44,8 @@ TF_DEVICE void read_parameter(Parameter p, int column, float (&f)[kWidth]) {
   }
 }
 
-// Multiplies f by the dropout factors of columns column .. column + kWidth of a row. With more than one column to a
-// thread, all lanes of the warp must be here, with one row.
+// Multiplies f by the dropout factors of columns column .. column + kWidth of a row. With more than one column per
+// thread, all lanes of the warp must take part, with the same row.
 template <int kWidth>
 TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int column, float (&f)[kWidth]) {
   if constexpr (kWidth == 1) {
@@ -61,8 +61,8 @@ TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int col
 constexpr int row_sum_bytes(int values) { return 2 * (kNormThreads / 32) * values * int(sizeof(float)); }
 
 // Sums v over the threads of a row; every thread gets the sums, added in one order. Calls alternate turn 0 and 1.
-// kNamed: the warps of a row meet at a barrier of their own (at most 15 rows of several warps); else a block has one
-// row where rows have several warps.
+// kNamed: the warps of each row meet at a barrier of their own (at most 15 rows of several warps). Else a row of
+// several warps has the block to itself.
 template <bool kNamed, int kValues>
 TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
   const int threads = blockDim.x;
@@ -93,7 +93,7 @@ TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
   }
 }
 
-// Threads of a row of `packs` packs, at most `most` a thread.
+// Threads for a row of `packs` packs, at most `most` per thread.
 inline int row_threads(int packs, int most, bool whole_warps) {
   const int threads = (packs + most - 1) / most;
   if (threads > 32 || whole_warps) return (threads + 31) / 32 * 32;

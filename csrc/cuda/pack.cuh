@@ -1,11 +1,11 @@
-// Elements that one thread reads and writes at once.
+// The elements that one thread reads and writes in one access.
 #pragma once
 #include "ptx.cuh"
 #include "simt.cuh"
 
 namespace tf::cuda {
 
-// 16 bytes, or one element where rows are not aligned for that; as they came, two 16-bit elements to a register.
+// 16 bytes, or one element where rows are not aligned for that; as stored, with two 16-bit elements per register.
 template <class T, int kWidth>
 struct Pack {
   static_assert(kWidth == 1 || kWidth * sizeof(T) == 16);

@@ -39,7 +39,7 @@ TF_DEVICE bool kept(const PhiloxWords& r, int lane, uint32_t threshold) {
   return (lane < 4 ? word & 0xffffu : word >> 16) >= threshold;
 }
 
-// Whether dropout keeps element (bh, i, j), on its own: one counter for one element.
+// Whether dropout keeps the single element (bh, i, j).
 TF_DEVICE bool keeps(PhiloxKey key, uint32_t bh, uint32_t i, uint32_t j, uint32_t threshold) {
   const PhiloxWords r = philox(j / 128 * 16 + j % 16, i, bh, key);
   const uint32_t lane = j % 128 / 16;
@@ -47,9 +47,9 @@ TF_DEVICE bool keeps(PhiloxKey key, uint32_t bh, uint32_t i, uint32_t j, uint32_
   return (lane < 4 ? low & 0xffffu : low >> 16) >= threshold;
 }
 
-// Bit e: whether dropout keeps column j + e of row i. All lanes of a warp call it, with one i, and lane l holds the
-// kColumns columns from j = first + kColumns * l on, first a multiple of 32 * kColumns. Every lane computes one counter
-// and the lanes exchange its eight columns by votes.
+// Bit e: whether dropout keeps column j + e of row i. All lanes of a warp call it, with the same i; lane l holds the
+// kColumns columns from j = first + kColumns * l on, where first is a multiple of 32 * kColumns. Every lane computes
+// one counter, and the lanes exchange its eight columns by votes.
 template <int kColumns>
 TF_DEVICE uint32_t warp_keep_bits(PhiloxKey key, uint32_t i, uint32_t j, uint32_t threshold) {
   static_assert(kColumns == 4 || kColumns == 8);

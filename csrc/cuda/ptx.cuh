@@ -1,5 +1,5 @@
-// Every PTX instruction that the kernels use, one wrapper each (ptx_sm90.cuh: those of sm_90a). Each has a model of
-// what it does in tests/native/emulator/ptx_model.hpp, which takes the place of this file under TF_EMULATE.
+// A wrapper for each PTX instruction that the kernels use (ptx_sm90.cuh: those of sm_90a). tests/native/emulator/
+// ptx_model.hpp has a CPU model of each, and takes the place of this file under TF_EMULATE.
 #pragma once
 #include "simt.cuh"
 
@@ -23,7 +23,7 @@ TF_DEVICE float rcp_approx(float x) {
 
 TF_DEVICE uint32_t shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
 
-// ---- cp.async: 16 bytes, both addresses aligned; zeros where !valid, and then `global` is not read.
+// ---- cp.async: 16 bytes, both addresses aligned. Where !valid it writes zeros and does not read `global`.
 TF_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -31,14 +31,14 @@ TF_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) 
                : "memory");
 }
 TF_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most N of this thread's committed groups are under way; other threads' copies need a barrier after it.
+// Waits until at most N of this thread's committed groups are under way; other threads' copies need a barrier after it.
 template <int N>
 TF_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- 8x8 matrices of 16-bit values. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8 and receives, of
-// matrix m in r[m], the values (l / 4, 2 * (l % 4)) and the one to its right; _trans: of the transposed matrix.
+// ---- ldmatrix: 8x8 matrices of 16-bit values. Lane l passes the address of row l % 8 (16 bytes) of matrix l / 8. In
+// r[m] it gets elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1) of matrix m; _trans: of its transpose.
 TF_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -7,14 +7,14 @@
 
 namespace tf::cuda {
 
-// ---- mbarrier: a phase ends when `count` arrivals and every expected byte have come; waiting is for a phase's parity,
-// 0 for the first. Waiting for parity 1 on a fresh barrier passes.
+// ---- mbarrier: a phase ends when `count` arrivals and every expected byte have come. Waits name the parity of a
+// phase, 0 for the first. On a fresh barrier a wait for parity 1 passes.
 TF_DEVICE void mbarrier_init(uint64_t* bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
-// By the thread that initialised, before the barrier that tells the others.
+// By the thread that initialised, before the __syncthreads that lets the others use it.
 TF_DEVICE void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Arrives, and makes the phase wait for `bytes` more.
+// Arrives, and adds `bytes` to what the phase waits for.
 TF_DEVICE void mbarrier_expect_tx(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                : "memory");
@@ -36,9 +36,9 @@ TF_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity) {
       : "memory");
 }
 
-// ---- TMA: boxes of a tensor, coordinates innermost first, by one thread. Loads fill with zeros out of bounds and
-// count the box's bytes on `bar`; stores leave out what is out of bounds. Shared memory: aligned to 128 bytes, or to
-// eight spans of the swizzle (1024 bytes for b128).
+// ---- TMA: boxes of a tensor, coordinates innermost first, by one thread. Loads write zeros where they are out of
+// bounds and count the box's bytes on `bar`; stores skip what is out of bounds. Shared memory: aligned to 128 bytes, or
+// to eight spans of the swizzle (1024 bytes for b128).
 using TensorMap = CUtensorMap;
 
 TF_DEVICE void tma_prefetch(const TensorMap* map) {
@@ -111,7 +111,7 @@ TF_DEVICE void bulk_reduce_add(float* global, const void* shared, uint32_t bytes
                : "memory");
 }
 
-// Stores and reductions of this thread, in groups. _read: until their shared memory may be written again.
+// Waits for groups of this thread's stores and reductions. _read: until their shared memory may be written again.
 TF_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N>
 TF_DEVICE void bulk_wait() {
@@ -132,7 +132,7 @@ TF_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- Registers a thread, for the whole warpgroup: 24..256, a multiple of 8.
+// ---- Registers per thread, for the whole warpgroup: 24..256, a multiple of 8.
 template <int N>
 TF_DEVICE void registers_increase() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
@@ -171,7 +171,7 @@ TF_DEVICE void register_fence(float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-// The same of left operands in registers.
+// The same for left operands in registers.
 template <int n>
 TF_DEVICE void register_fence(uint32_t (&a)[n][4]) {
 #pragma unroll

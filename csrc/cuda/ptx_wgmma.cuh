@@ -1,4 +1,4 @@
-// wgmma.mma_async: its accumulators are up to 128 operands, whose lists are put together by the preprocessor here.
+// wgmma.mma_async: its accumulators are up to 128 operands; the preprocessor makes their lists.
 #pragma once
 #include "descriptor.cuh"
 
@@ -114,12 +114,12 @@ namespace tf::cuda {
 
 // D (64xN) = A (64x16) B (16xN), plus D where accumulate, by a warpgroup. Warp w, lane l hold
 // d[4 * j + i] = D[16 * w + l / 4 + 8 * (i / 2)][8 * j + 2 * (l % 4) + i % 2]. A and B: descriptors of shared memory.
-// ATrans, BTrans: the matrix lies with M, or N, along memory in place of K.
+// ATrans, BTrans: M, or N, in place of K is contiguous in memory.
 template <class T, int N, bool ATrans = false, bool BTrans = false>
 TF_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   detail::Wgmma<N>::template ss<T, ATrans, BTrans>(d, a, b, accumulate);
 }
-// A in registers, as mma_m16n8k16 has it, warp w with rows 16 * w ...
+// A in registers, as for mma_m16n8k16; warp w has rows 16 * w .. 16 * w + 15.
 template <class T, int N, bool BTrans = false>
 TF_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   detail::Wgmma<N>::template rs<T, BTrans>(d, a, b, accumulate);

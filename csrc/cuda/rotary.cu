@@ -33,7 +33,7 @@ struct Head {  // one head of one token
 #pragma unroll
     for (float& f : s) f = p.inverse ? -f : f;
   }
-  // kWidth pairs that lie half a head apart.
+  // kWidth pairs; the members of a pair are half a head apart.
   TF_DEVICE void halves(int64_t pair) const {
     float c[kWidth], s[kWidth], x1[kWidth], x2[kWidth], y1[kWidth], y2[kWidth];
     angles(pair, c, s);
@@ -52,7 +52,7 @@ struct Head {  // one head of one token
     first.write(y + pair);
     second.write(y + p.half + pair);
   }
-  // A pair in two columns side by side.
+  // A pair is two neighbouring columns.
   TF_DEVICE void interleaved(int64_t pair) const {
     const float c = load(cos + pair), s = p.inverse ? -load(sin + pair) : load(sin + pair);
     const float x1 = to_float(load(x + 2 * pair)), x2 = to_float(load(x + 2 * pair + 1));

@@ -1,16 +1,16 @@
 // The machine that the CUDA kernels are written for: CUDA's own headers under nvcc; under g++ with TF_EMULATE the same
 // names on the CPU (tests/native/emulator), where every access is checked.
 //
-// Rules that keep a kernel provable where there is no GPU: global and shared memory is read and written through load,
-// store and their like below or through a wrapper of ptx.cuh; shared memory is dynamic and named by TF_SHARED; a kernel
-// is started by TF_LAUNCH.
+// Rules that let a kernel be tested where there is no GPU: global and shared memory are read and written by load, store
+// and the like below, or by a wrapper of ptx.cuh; shared memory is dynamic and named by TF_SHARED; kernels are launched
+// by TF_LAUNCH.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "cpu/types.hpp"
+#include "types.hpp"
 
 #ifdef TF_EMULATE
 #include "simt_model.hpp"

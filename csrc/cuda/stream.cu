@@ -12,7 +12,7 @@ StreamIdentity identity_of(Stream stream) {
   cudaStreamCaptureStatus status;
   unsigned long long id = 0, capture = 0;
   if (cudaStreamGetCaptureInfo(s, &status, &capture) != cudaSuccess || cudaStreamGetId(s, &id) != cudaSuccess) {
-    cudaGetLastError();  // the launch to come must not be blamed for it
+    cudaGetLastError();  // else the next launch would report it
     return {false, 0, 0};
   }
   return {true, id, status == cudaStreamCaptureStatusActive ? capture : 0};

@@ -1,4 +1,4 @@
-// What tells the launches of one stream, and of one graph capture on it, from all others.
+// Identifies a stream, and a graph capture on it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,7 +10,7 @@ struct StreamIdentity {
   uint64_t stream, capture;  // of the current device; capture: 0 outside one
 };
 
-// Not known: the legacy stream while another stream captures, which may not be asked.
+// Not known: the legacy stream while another stream captures, when it must not be queried.
 StreamIdentity identity_of(void* stream);
 void fill_zero_async(void* global, size_t bytes, void* stream);
 

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "cpu/types.hpp"
+#include "types.hpp"
 #include "swizzle.hpp"
 
 namespace tf::cuda {

@@ -12,7 +12,8 @@ import transformer_fast as tf
 from transformer_fast._transformers import CACHE_NAME
 
 DECODERS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "BartForCausalLM", "MarianForCausalLM",
-            "MBartForCausalLM", "PegasusForCausalLM")  # fmt: skip
+            "MBartForCausalLM", "PegasusForCausalLM", "LlamaForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM",
+            "OPTForCausalLM", "GPTNeoForCausalLM")  # fmt: skip
 SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
            "MBartForConditionalGeneration", "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration",
            "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration")  # fmt: skip

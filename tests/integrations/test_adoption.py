@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from decoder_cases import config_for
 from encoder_cases import encoder_config
 from hf_models import ENCODERS, SEQ2SEQ, TEXT, batch, run
 from torch import nn
@@ -14,7 +15,9 @@ import transformer_fast
 from transformer_fast.integrations.adoption import class_for
 
 MODELS = {**TEXT, **{f: lambda f=f: getattr(hf, f"{f}Model")(encoder_config(f)).eval()
-                      for f in ("XLMRoberta", "Electra", "MPNet", "ModernBert", "DebertaV2")}}  # fmt: skip
+                      for f in ("XLMRoberta", "Electra", "MPNet", "ModernBert", "DebertaV2")},
+          **{f: lambda f=f: getattr(hf, f"{f}ForCausalLM")(config_for(f)).eval() for f in ("Phi", "OPT", "GPTNeo")},
+          }  # fmt: skip
 OURS = [name for name in MODELS if class_for(type(MODELS[name]()))]
 
 

@@ -28,6 +28,13 @@ DECODERS = {
     "Qwen2ForCausalLM": ("Qwen2Config", {}),
     "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 8}),
     "Gemma2ForCausalLM": ("Gemma2Config", {"head_dim": 8, "sliding_window": 4}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {}),
+    "PhiForCausalLM": ("PhiConfig", {}),
+    "OPTForCausalLM": ("OPTConfig", {"ffn_dim": 48, "dropout": 0.0}),
+    "GPTNeoForCausalLM": (
+        "GPTNeoConfig",
+        {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    ),
 }
 IDS = {"vocab_size": 61, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
 OURS = {

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen and Gemma 2 are Hugging Face's: outputs and gradients on every row of ragged batches, caches,
+"""Decoders are Hugging Face's: outputs and gradients on every row of ragged batches, caches,
 windows, generated tokens, checkpoints."""
 
 import decoder_cases
@@ -60,7 +60,7 @@ def compare(ours, theirs, truth, mask, names):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("family", ["Mistral", "Gemma2"])
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2", "GPTNeo"])
 def test_windows_over_padding_among_the_tokens(family):
     """Distances count the padding between two tokens."""
     models = decoder_cases.models(family, "Model")
@@ -115,8 +115,9 @@ def test_configuration_switches(name):
     ids, mask = decoder_cases.batch("left")
     with torch.no_grad():
         outputs = [m(ids, attention_mask=mask, output_hidden_states=True) for m in models]
-    compare(*outputs, mask, ("logits",))
     assert len(outputs[0].hidden_states) == len(outputs[1].hidden_states)
+    outputs = [{"logits": o.logits} | {f"state {i}": t for i, t in enumerate(o.hidden_states)} for o in outputs]
+    compare(*outputs, mask, list(outputs[0]))
     ours, theirs, _ = models
     generated = [m.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False) for m in (ours, theirs)]
     assert torch.equal(*generated)
@@ -157,10 +158,43 @@ def test_decodes_by_one_native_call(family):
     ours, _, _ = decoder_cases.models(family, "ForCausalLM")
     with torch.no_grad():
         assert NativeStepper.why_not(ours, Prompt(torch.ones(1, 3, dtype=torch.long))) == ""
-    changing, _, _ = decoder_cases.models(*SWITCHES["positions that change with the length"][:1], "ForCausalLM",
-                                          **SWITCHES["positions that change with the length"][1])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("positions of YaRN", ""), ("norms of heads", ""), ("no biases", ""), ("norms after the sublayers", ""),
+        ("narrow words", "its words are narrower than its layers"),
+        ("positions that change with the length", "the angles of its rotary positions change with the length"),
+        ("positions of LongRoPE", "the angles of its rotary positions change with the length"),
+    ],
+)  # fmt: skip
+def test_what_the_native_call_serves(name, reason):
+    from transformer_fast.generation.native_step import NativeStepper
+    from transformer_fast.generation.stepper import Prompt
+
+    family, changes = SWITCHES[name]
+    ours, _, _ = decoder_cases.models(family, "ForCausalLM", **changes)
     with torch.no_grad():
-        assert "change with the length" in NativeStepper.why_not(changing, Prompt(torch.ones(1, 3, dtype=torch.long)))
+        assert NativeStepper.why_not(ours, Prompt(torch.ones(1, 3, dtype=torch.long))) == reason
+
+
+@pytest.mark.parametrize("name", ["positions that change with the length", "positions of LongRoPE"])
+def test_a_long_row_that_ends_changes_the_angles_of_the_others(name):
+    """As in Hugging Face's loop, where rows that have ended are counted: the fast path serves what comes after."""
+    family, changes = SWITCHES[name]
+    ours, theirs, _ = decoder_cases.models(family, "ForCausalLM", **changes)
+    ids, mask = decoder_cases.batch("left")
+    ids, mask = ids[:2], mask[:2]
+    call = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    whole = [
+        m.generate(ids, **call, eos_token_id=None) for m in (ours, theirs)
+    ]  # each keeps the angles of its last call
+    end = int(whole[1][0, ids.shape[1] + 5])
+    found = [m.generate(ids, **call, eos_token_id=end) for m in (ours, theirs)]
+    assert torch.equal(*whole) and torch.equal(*found) and not torch.equal(found[1], whole[1])
+    assert "change with the length" in ours.why_hf_loop()
+    assert "the fast path" in transformer_fast.explain(ours)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,9 +208,10 @@ def test_goes_on_from_a_cache(family):
         cache, logits = None, []
         for begin, end in ((0, 7), (7, 9), (9, 10), (10, 11), (11, 13)):
             with torch.no_grad():
+                places = None if family == "OPT" else positions[:, begin:end]  # which counts what the mask keeps
                 output = model(
-                    ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions[:, begin:end],
-                    past_key_values=cache, use_cache=True,
+                    ids[:, begin:end], attention_mask=mask[:, :end], position_ids=places, past_key_values=cache,
+                    use_cache=True,
                 )  # fmt: skip
             cache = output.past_key_values
             logits.append(output.logits)
@@ -204,7 +239,8 @@ def test_documents_in_one_row(family):
         whole = [m(ids, position_ids=positions, use_cache=False) for m in models]
         alone = models[0](ids[:, 7:])
     compare(*whole, None, ("logits",))
-    torch.testing.assert_close(whole[0].logits[:, 7:], alone.logits)
+    if family != "OPT":  # whose masks know nothing of positions
+        torch.testing.assert_close(whole[0].logits[:, 7:], alone.logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -230,3 +266,42 @@ def test_bad_input():
         ours(ids * VOCABULARY)
     with pytest.raises(ValueError, match=r"position_ids: wanted shape \(2, 3\)"):
         ours(ids, position_ids=torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="input_ids: 49 positions are past config.max_position_embeddings = 48"):
+        decoder_cases.models("GPTNeo", "Model")[0](torch.ones(1, 49, dtype=torch.long))
+    ours, _, _ = decoder_cases.models("OPT", "ForSequenceClassification")
+    with pytest.raises(ValueError, match=r"position_ids: wanted values in \[0, 50\)"):
+        ours(torch.ones(1, 49, dtype=torch.long))
+    with pytest.raises(ValueError, match="position_ids: wanted beside an attention_mask of 4 dimensions"):
+        ours(ids, attention_mask=torch.ones(2, 1, 3, 3, dtype=torch.bool))
+
+
+@pytest.mark.quick
+def test_segments_are_embedded_as_words():
+    models = decoder_cases.models("GPTNeo", "ForCausalLM")
+    ids, mask = decoder_cases.batch("right")
+    types = torch.randint(0, 3, ids.shape)
+    with torch.no_grad():
+        compare(*(m(ids, attention_mask=mask, token_type_ids=types) for m in models), mask, ("logits",))
+        unused = decoder_cases.models("GPTNeoX", "ForQuestionAnswering")
+        compare(*(m(ids, attention_mask=mask, token_type_ids=types) for m in unused), mask, ("start_logits",))
+
+
+@pytest.mark.quick
+def test_embeddings_in_place_of_narrow_words():
+    models = decoder_cases.models("OPT", "ForSequenceClassification", word_embed_proj_dim=16)
+    embeddings, mask = torch.randn(6, 5, 16), (torch.arange(5) < torch.tensor([5, 4, 1, 2, 3, 5])[:, None]).long()
+    with torch.no_grad():
+        outputs = [m.model(inputs_embeds=embeddings.to(m.dtype), attention_mask=mask) for m in models]
+    compare(*outputs, mask, ("last_hidden_state",))
+    with pytest.raises(ValueError, match=r"inputs_embeds: wanted \(batch, length, 16\)"):
+        models[0](inputs_embeds=torch.randn(2, 3, 32), attention_mask=torch.ones(2, 3))
+
+
+def test_layers_that_are_dropped_in_training(monkeypatch):
+    models = decoder_cases.models("OPT", "Model", layerdrop=0.5)[:2]
+    draws = []
+    for model in models:
+        kept = iter((0.9, 0.1, 0.7))
+        monkeypatch.setattr(torch, "rand", lambda *size, kept=kept: torch.tensor(next(kept)))
+        draws.append(model.train()(torch.arange(3, 9)[None]).last_hidden_state)
+    torch.testing.assert_close(*draws)

@@ -11,11 +11,12 @@ import transformer_fast as tf
 from transformer_fast import _EXPORTS
 from transformer_fast._transformers import CACHE_NAME
 
-_FAMILIES = ("albert", "bart", "bert", "camembert", "deberta_v2", "distilbert", "electra", "gpt2", "m2m_100", "marian",
-             "mbart", "modernbert", "mpnet", "mt5", "openai_gpt", "pegasus", "roberta", "t5", "umt5",
-             "xlm_roberta")  # fmt: skip
+_FAMILIES = ("albert", "bart", "bert", "camembert", "deberta_v2", "distilbert", "electra", "gpt2", "gpt_neo",
+             "gpt_neox", "llama", "m2m_100", "marian", "mbart", "modernbert", "mpnet", "mt5", "openai_gpt", "opt",
+             "pegasus", "phi", "roberta", "t5", "umt5", "xlm_roberta")  # fmt: skip
 NAMES = [name for family in _FAMILIES for name in _EXPORTS[f"models.{family}"]]
-STACKS = [("bart", "BartEncoder"), ("bart", "BartDecoder"), ("marian", "MarianEncoder"), ("marian", "MarianDecoder"),
+STACKS = [("opt", "OPTDecoder"),
+          ("bart", "BartEncoder"), ("bart", "BartDecoder"), ("marian", "MarianEncoder"), ("marian", "MarianDecoder"),
           ("mbart", "MBartEncoder"), ("mbart", "MBartDecoder"),
           ("pegasus", "PegasusEncoder"), ("pegasus", "PegasusDecoder"),
           ("m2m_100", "M2M100Encoder"), ("m2m_100", "M2M100Decoder"), ("umt5", "UMT5Stack"),

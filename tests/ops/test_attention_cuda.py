@@ -310,8 +310,8 @@ def _native(device, **changes):
     q = torch.randn(2, 2, 4, 16, device=device).half()
     arguments = {
         "query": q, "key": q, "value": q, "bias": None, "mask": None, "key_lengths": None, "cu_seqlens_q": None,
-        "cu_seqlens_k": None, "max_seqlen_q": 4, "max_seqlen_k": 4, "relative": None, "rng": None, "scale": 1.0,
-        "bottom_right": False, "window_left": -1, "window_right": -1, "softcap": 0.0, "threshold": 0,
+        "cu_seqlens_k": None, "max_seqlen_q": 4, "max_seqlen_k": 4, "relative_bias": None, "rng": None, "scale": 1.0,
+        "bottom_right": 0, "window_left": -1, "window_right": -1, "softcap": 0.0, "dropout_p": 0.0,
         "out": torch.empty_like(q), "lse": torch.empty(2, 2, 4, device=device),
     }  # fmt: skip
     return torch.ops.transformer_fast.cuda_attention_forward(**arguments | changes)
@@ -324,7 +324,7 @@ BAD = {
     "lengths": ({"key_lengths": torch.tensor([1, 2])}, "contiguous int32 vector of 2"),
     "axes": ({"cu_seqlens_q": torch.tensor([0, 1]).int()}, "packed tensors have three axes"),
     "bias": ({"bias": torch.zeros(4, 4)}, "must have four axes"),
-    "threshold": ({"threshold": 100}, "rng must be"),
+    "dropout": ({"dropout_p": 0.1}, "rng must be"),
     "lse": ({"lse": torch.zeros(2, 2, 4).half()}, "lse must be float32"),
     "head_dim": ({n: torch.zeros(2, 2, 4, 264).half() for n in ("query", "key", "value", "out")}, "head dims over 256"),
     "heads": ({"key": torch.zeros(2, 3, 4, 16).half()}, "do not fit each other"),

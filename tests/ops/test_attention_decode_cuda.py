@@ -192,8 +192,9 @@ def test_bad_input_is_refused_before_launch(device, change, message):
     out, lse = torch.empty_like(query), torch.empty(query.shape[:3], device=device)
     with pytest.raises(RuntimeError, match=message):
         _ops.cuda_attention_decode(
-            query, key, value, *new, None, None, lengths, None, None, 1, 8, None, 0.25, True, -1, -1, 0.0, out, lse
-        )
+            query, key, value, None, None, lengths, None, None, 1, 8, None, None, 0.25, 1, -1, -1, 0.0, 0.0, *new, out,
+            lse,
+        )  # fmt: skip
 
 
 def test_dropout_goes_to_another_kernel(device, monkeypatch):

@@ -1,11 +1,9 @@
 """C++ kernels for the CPU (csrc/cpu), chosen per instruction set at run time."""
 
-import functools
-
 import torch
 
-from . import Backend, Call, gemm, memory, native
-from .eager import relative_buckets
+from . import Backend, Call, gemm, memory, native, native_attention, relative_bias
+from .native_attention import unit_stride as _unit_stride
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
@@ -34,11 +32,11 @@ class CpuBackend(Backend):
         return tuple(reasons)
 
     def attention_forward(self, spec, out, lse) -> None:
-        relative, zero = _relative_bias(spec)
-        _ops.cpu_attention_forward.default(*_attention_arguments(spec, relative, zero), out, lse)
+        arguments = native_attention.arguments(spec, _relative_bias(spec))
+        _ops.cpu_attention_forward.default(*arguments, out, lse)
 
     def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
-        relative, zero = _relative_bias(spec)
+        relative = _relative_bias(spec)
         drelative = None
         if dtable is not None and relative is not None:
             sequences = spec.query.shape[0] if spec.cu_seqlens_q is None else spec.cu_seqlens_q.shape[0] - 1
@@ -46,15 +44,14 @@ class CpuBackend(Backend):
         grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
         _ops.cpu_attention_backward.default(
             _unit_stride(grad_out), grad_lse, _unit_stride(out), lse.contiguous(),
-            *_attention_arguments(spec, relative, zero), dq, dk, dv, dbias, drelative,
+            *native_attention.arguments(spec, relative), dq, dk, dv, dbias, drelative,
         )  # fmt: skip
-        if drelative is not None and spec.relative_bias is not None:
-            buckets = _distance_buckets(
-                zero, spec.relative_bias.shape[0], spec.relative_max_distance, spec.relative_bidirectional
-            )
+        if drelative is not None:
+            bucket = relative_bias.buckets(spec, _reach(spec))[1]
             # In float64: most distances share the last bucket, a long sum of small terms.
-            total = drelative.sum(0, dtype=torch.float64)[:, : 2 * zero + 1].t()
-            dtable.copy_(torch.zeros_like(dtable, dtype=torch.float64).index_add_(0, buckets, total))
+            total = drelative.sum(0, dtype=torch.float64).t()
+            real = slice(_TILE, -_TILE)
+            dtable.copy_(torch.zeros_like(dtable, dtype=torch.float64).index_add_(0, bucket[real], total[real]))
 
     def additive_attention_forward(self, spec, out, weights) -> None:
         _ops.cpu_additive_attention_forward.default(*_additive_arguments(spec), out, weights)
@@ -139,8 +136,8 @@ class CpuBackend(Backend):
         _ops.cpu_cross_entropy_backward.default(grad_losses, logits, target, weight, largest, total, *options, grad)
 
     def embedding_layer_norm_forward(self, spec, y, mean, rstd) -> None:
-        _ops.cpu_embedding_norm_forward.default(
-            spec.ids, spec.word, spec.type_ids, spec.token_type, spec.position_ids, spec.position,
+        _ops.cpu_embedding_layer_norm_forward.default(
+            spec.ids, spec.word, spec.position_ids, spec.position, spec.type_ids, spec.token_type,
             _float(spec.norm_weight), _float(spec.norm_bias), spec.rng, spec.eps, spec.dropout_p, y, mean, rstd,
         )  # fmt: skip
 
@@ -148,8 +145,8 @@ class CpuBackend(Backend):
         self, spec, grad, mean, rstd, grad_word, grad_position, grad_type, grad_weight, grad_bias
     ) -> None:
         grad_v = memory.empty(grad.shape, torch.float32, grad.device)
-        _ops.cpu_embedding_norm_backward.default(
-            grad, spec.ids, spec.word, spec.type_ids, spec.token_type, spec.position_ids, spec.position,
+        _ops.cpu_embedding_layer_norm_backward.default(
+            grad, spec.ids, spec.word, spec.position_ids, spec.position, spec.type_ids, spec.token_type,
             _float(spec.norm_weight), mean, rstd, spec.rng, spec.dropout_p, grad_v, grad_weight, grad_bias,
         )  # fmt: skip
         for table, ids, padding in (
@@ -158,19 +155,6 @@ class CpuBackend(Backend):
         ):  # fmt: skip
             if table is not None:
                 _ops.cpu_embedding_gradient.default(grad_v, ids, padding, table)
-
-
-def _attention_arguments(spec, relative, zero) -> tuple:
-    bias, mask = spec.bias, spec.mask
-    if bias is not None:
-        bias = bias.detach()
-        if bias.dtype not in _DTYPES:
-            bias = bias.to(torch.float32)
-    return (
-        spec.query, spec.key, spec.value, bias, mask, spec.key_lengths, spec.cu_seqlens_q, spec.cu_seqlens_k, relative,
-        zero, spec.rng, spec.scale, bool(spec.bottom_right), spec.window_left, spec.window_right, spec.softcap,
-        spec.dropout_p,
-    )  # fmt: skip
 
 
 def _additive_arguments(spec) -> tuple:
@@ -217,29 +201,16 @@ def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
     return before
 
 
-_LANES = 64  # queries of a tile: the kernel reads so far past a row of `relative`
+_TILE = 64  # queries: kAttentionQueries of csrc/cpu/attention.hpp
 
 
-def _relative_bias(spec) -> tuple[torch.Tensor | None, int]:
-    """The table spread over distances, (H, 2 * zero + 1 + padding): the bias of key j seen from position p is at
-    [h, zero + p - j]. Linear in the sequence length."""
-    table = spec.relative_bias
-    if table is None:
-        return None, 0
-    zero = max(spec.max_seqlen_q, spec.max_seqlen_k)
-    buckets = _distance_buckets(zero, table.shape[0], spec.relative_max_distance, spec.relative_bidirectional)
-    relative = torch.zeros(table.shape[1], 2 * zero + 1 + _LANES)
-    relative[:, : 2 * zero + 1] = table.detach().to(torch.float32).t()[:, buckets]
-    return relative, zero
+def _reach(spec) -> int:
+    """Every distance of the call, and those that the last tile of queries reads past them."""
+    return max(spec.max_seqlen_q, spec.max_seqlen_k) + _TILE
 
 
-@functools.lru_cache(maxsize=64)
-def _distance_buckets(zero: int, buckets: int, max_distance: int, bidirectional: bool) -> torch.Tensor:
-    return relative_buckets(torch.arange(zero, -zero - 1, -1), buckets, max_distance, bidirectional)
-
-
-def _unit_stride(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+def _relative_bias(spec) -> torch.Tensor | None:
+    return None if spec.relative_bias is None else relative_bias.lookup(spec, _reach(spec))[1]
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:

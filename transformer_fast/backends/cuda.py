@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from . import Backend, Call, cuda_attention, native, verified
-from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which native op must have been compiled for an op of ours.
@@ -121,13 +120,13 @@ class CudaBackend(Backend):
         dtype = spec.x.dtype
         _ops.cuda_norm_forward.default(
             spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), _dense(spec.rng),
-            spec.eps, spec.rms, threshold(spec.dropout_p), keep_scale(spec.dropout_p), y, sum_out, mean, rstd,
+            spec.eps, spec.rms, spec.dropout_p, y, sum_out, mean, rstd,
         )  # fmt: skip
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
         _ops.cuda_norm_backward.default(
             grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), _dense(mean), _dense(rstd),
-            _dense(spec.rng), threshold(spec.dropout_p), keep_scale(spec.dropout_p), grad_v, grad_x, grad_weight,
+            _dense(spec.rng), spec.dropout_p, grad_v, grad_x, grad_weight,
             grad_bias,
         )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from . import memory, relative_bias
+from . import memory, native_attention, relative_bias
+from .native_attention import unit_stride
 from .philox import threshold
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -22,7 +23,7 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
     if _few(spec) and not (spec.rng is not None and threshold(spec.dropout_p)):
         _decode(spec, None, None, out, lse)
     else:
-        _ops.cuda_attention_forward.default(*_arguments(spec), out, lse)
+        _ops.cuda_attention_forward.default(*_arguments(spec, _relative_bias(spec)), out, lse)
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
@@ -42,22 +43,18 @@ def _decode(spec, new_key, new_value, out, lse) -> None:
     lengths = spec.key_lengths
     if lengths is not None:  # as they are: a conversion would cost as much as a short call
         lengths = (lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.to(torch.int64)).contiguous()
-    arguments = _arguments(spec._replace(key_lengths=None))
-    query, key, value, bias, mask, _, *middle, _rng, scale, bottom_right, left, right, softcap, _threshold = arguments
-    middle = [bias, mask, lengths, *middle]
-    _ops.cuda_attention_decode.default(
-        query, key, value, new_key, new_value, *middle, scale, bottom_right, left, right, softcap, out, lse
-    )
+    arguments = _arguments(spec._replace(rng=None), _relative_bias(spec), lengths)
+    _ops.cuda_attention_decode.default(*arguments, new_key, new_value, out, lse)
 
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
-    arguments = _arguments(spec)
+    relative = _relative_bias(spec)
     delta = memory.empty(lse.shape, torch.float32, lse.device)
-    drelative = None if dtable is None else torch.zeros_like(arguments[10])
+    drelative = None if dtable is None or relative is None else torch.zeros_like(relative)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _ops.cuda_attention_backward.default(
-        _unit(grad_out), grad_lse, _unit(out), lse.contiguous(), *arguments,
+        unit_stride(grad_out), grad_lse, unit_stride(out), lse.contiguous(), *_arguments(spec, relative),
         torch.are_deterministic_algorithms_enabled(), delta, dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
@@ -67,25 +64,22 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         dtable.copy_(member @ drelative.double().t())
 
 
-def _arguments(spec) -> tuple:
-    """What forward and backward share, in the order of the native schema."""
-    bias = spec.bias
-    if bias is not None:
-        bias = bias.detach()
-        if bias.dtype not in (torch.float32, *_HALF):
-            bias = bias.to(torch.float32)
-    drop = threshold(spec.dropout_p) if spec.rng is not None else 0
+def _relative_bias(spec) -> torch.Tensor | None:
     relative = relative_bias.lookup(spec)[1]
-    return (
-        spec.query, spec.key, spec.value, bias, spec.mask, _int32(spec.key_lengths), _int32(spec.cu_seqlens_q),
-        _int32(spec.cu_seqlens_k), spec.max_seqlen_q, spec.max_seqlen_k,
-        None if relative is None else relative.detach().contiguous(), spec.rng.contiguous() if drop else None,
-        spec.scale, bool(spec.bottom_right), spec.window_left, spec.window_right, spec.softcap, drop,
-    )  # fmt: skip
+    return None if relative is None else relative.contiguous()
 
 
-def _unit(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+def _arguments(spec, relative: torch.Tensor | None, key_lengths: torch.Tensor | None = None) -> tuple:
+    """key_lengths: of any integers, in the place of the spec's as int32."""
+    drops = spec.rng is not None and threshold(spec.dropout_p) > 0
+    spec = spec._replace(
+        key_lengths=_int32(spec.key_lengths) if key_lengths is None else key_lengths,
+        cu_seqlens_q=_int32(spec.cu_seqlens_q),
+        cu_seqlens_k=_int32(spec.cu_seqlens_k),
+        rng=spec.rng.contiguous() if drops else None,
+        dropout_p=spec.dropout_p if drops else 0.0,
+    )
+    return native_attention.arguments(spec, relative)
 
 
 def _int32(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ class TritonBackend(Backend):
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         def build(plan):
-            from ..kernels.layer_norm import layer_norm_forward
+            from ..kernels.norm import layer_norm_forward
 
             first, rest = plan.inputs[:5], plan.inputs[5:]
             drops = threshold(spec.dropout_p), keep_scale(spec.dropout_p)
@@ -100,7 +100,7 @@ class TritonBackend(Backend):
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
         def build(plan):
-            from ..kernels.layer_norm import layer_norm_backward
+            from ..kernels.norm import layer_norm_backward
 
             first, rest = plan.inputs[:5], plan.inputs[5:]
             drops = threshold(spec.dropout_p), keep_scale(spec.dropout_p)

@@ -152,8 +152,9 @@ class StepDescription:
             None if self.position is None else self.position.weight, self.embed_scale, _norm(self.embedding_norm),
             _norm(self.final_norm), self.head_scale,
             None if self.relative_bias is None else self.relative_bias.weight, self.relative_max_distance,
-            key_heads=spec.heads_of_keys, parallel=spec.parallel, softcap=spec.softcap,
-            logits_softcap=self.logits_softcap, rotary=self.rotary, rotary_interleaved=spec.rotary_interleaved,
+            key_heads=spec.heads_of_keys, parallel=spec.parallel, qkv_by_head=spec.qkv_by_head,
+            softcap=spec.softcap, logits_softcap=self.logits_softcap, rotary=self.rotary,
+            rotary_interleaved=spec.rotary_interleaved,
             longer_positions=self._longer_positions if hasattr(self.position, "cover") else None,
         )  # fmt: skip
 

@@ -298,8 +298,8 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
             call.mask = mask
     if not call.causal:
         return
-    if isinstance(seen, int) and keys == seen + length and call.attentions is None:
-        call.bottom_right = True
+    call.bottom_right = isinstance(seen, int) and keys == seen + length  # windows too end at a query's own key
+    if call.bottom_right and call.attentions is None:
         call.causal = length > 1 or call.packing.spread is not None
         return
     seen_by = torch.arange(keys, device=device) <= (torch.arange(length, device=device) + seen)[:, None]

@@ -28,6 +28,8 @@ class TransformerSpec:
     windows: how many keys the queries of each layer see, their own and those before it, None for all; () for all in
         all layers. Where it is not causal they see as many after it.
     rotary_interleaved: which columns are a pair, see ops.rotary_embedding.
+    qkv_by_head: the outputs of `qkv` are each head's query, key and value in turn (GPT-NeoX), else all queries, all
+        keys, all values.
     disentangled: scores have terms of contents and distances (DeBERTa), see Disentangled.
     """
 
@@ -45,6 +47,7 @@ class TransformerSpec:
     softcap: float = 0.0
     windows: tuple[int | None, ...] = ()
     rotary_interleaved: bool = False
+    qkv_by_head: bool = False
     disentangled: bool = False
 
     def __post_init__(self):
@@ -54,6 +57,8 @@ class TransformerSpec:
             raise ValueError(f"parallel: wants norm_position 'pre', got {self.norm_position!r}")
         if self.num_heads % self.heads_of_keys:
             raise ValueError(f"key_heads: wanted a divisor of num_heads = {self.num_heads}, got {self.key_heads}")
+        if self.qkv_by_head and self.num_heads != self.heads_of_keys:
+            raise ValueError(f"key_heads: wanted {self.num_heads} with qkv_by_head, got {self.key_heads}")
 
     @property
     def heads_of_keys(self) -> int:

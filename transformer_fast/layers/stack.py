@@ -96,7 +96,11 @@ def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_valu
         mixed = linear(_cross(w), cross_attention(w, normed, encoder_states, call, index, past_key_values))
         p = dropout_p(w.cross_output_dropout)
     if call.spec.parallel:
-        inner = _feed_forward(w, norm(w.output_norm, residual), call.spec)
+        if w.output_norm is not w.attention_norm:
+            normed = norm(w.output_norm, residual)
+        elif first_only:
+            normed = call.packing.first(normed)
+        inner = _feed_forward(w, normed, call.spec)
         return residual + ops.dropout(mixed, p) + ops.dropout(inner, p_out)
     normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
     inner = _feed_forward(w, normed, call.spec)

@@ -28,15 +28,18 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
     relative, bias = call.relative_of(w)
     if w.qkv is not None:
         qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
-        if plain and not _is_special(call, index):
+        if plain and not (_is_special(call, index) or spec.qkv_by_head):
             qkv = qkv.unflatten(-1, (3, *heads))
             out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
             return out.flatten(-2)
-        qkv = qkv.unflatten(-1, (-1, spec.head_dim))
-        q, k, v = qkv.split(sizes, -2)
-        if placed and w.query_norm is None:  # side by side they are rotated by one call
-            both = call.rotary_of(index)(qkv[..., : -sizes[2], :], spec.rotary_interleaved)  # type: ignore[misc]
-            (q, k), placed = both.split(sizes[:2], -2), False
+        if spec.qkv_by_head:
+            q, k, v = qkv.unflatten(-1, (spec.num_heads, 3, spec.head_dim)).unbind(-2)
+        else:
+            qkv = qkv.unflatten(-1, (-1, spec.head_dim))
+            q, k, v = qkv.split(sizes, -2)
+            if placed and w.query_norm is None:  # side by side they are rotated by one call
+                both = call.rotary_of(index)(qkv[..., : -sizes[2], :], spec.rotary_interleaved)  # type: ignore[misc]
+                (q, k), placed = both.split(sizes[:2], -2), False
     elif first_only and not placed:
         first = packing.first(x) if packing.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)

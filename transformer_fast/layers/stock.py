@@ -36,7 +36,8 @@ __all__ = [
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Read anew in every call, or of no account: a module in which these differ is as it was made.
-_LIVE = {"training", "gradient_checkpointing", "layer_idx", "chunk_size_feed_forward"}
+_LIVE = {"training", "gradient_checkpointing", "layer_idx", "chunk_size_feed_forward", "max_seq_len_cached",
+         "attention_scaling"}  # fmt: skip
 _SETTINGS = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
 _PLAIN = {nn.Parameter, torch.Tensor, types.NoneType}
 _NOTE, _LAST = "_made_of", "_last_call"

@@ -1,8 +1,11 @@
-"""Decoders of today: RMS or layer norm before each sublayer, rotary positions, shared key heads, gated feed-forward."""
+"""Decoders of today: norms before each sublayer, or a single one for both; rotary or learned positions; shared key
+heads, gated or plain feed-forward."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -36,6 +39,8 @@ __all__ = [
     "CausalLM",
     "DecoderBase",
     "Heads",
+    "LearnedPositions",
+    "LlamaRMSNorm",
     "RMSNorm",
     "base_forward",
     "causal_forward",
@@ -69,6 +74,16 @@ class RMSNorm:
         return rms_norm_of(self, hidden_states)
 
 
+class LlamaRMSNorm(RMSNorm):
+    """For those that keep their eps under Llama's name."""
+
+    variance_epsilon: float
+
+    @property
+    def eps(self) -> float:
+        return self.variance_epsilon
+
+
 def spec_of(config, **differences) -> TransformerSpec:
     """Of a configuration that names its parts as Llama's does."""
     heads = config.num_attention_heads
@@ -92,11 +107,10 @@ def spec_of(config, **differences) -> TransformerSpec:
 
 
 class DecoderBase(Stack, ModelMixin):
-    """For base models. A family says what its layers compute and where they and the embeddings are."""
+    """For base models. A family says what its layers compute, and where they and what stands around them are."""
 
     _slots: SlotTable
     config: Any
-    embed_tokens: Any
     layers: Any
     norm: Any
     rotary_emb: Any
@@ -104,10 +118,31 @@ class DecoderBase(Stack, ModelMixin):
     def spec(self) -> TransformerSpec:
         return spec_of(self.config)
 
-    def embed_scale(self) -> float:
-        """What the module of the token embeddings multiplies its rows by."""
-        scale = getattr(self.embed_tokens, "embed_scale", None)
-        return 1.0 if scale is None else float(scale.to(self.embed_tokens.weight.dtype))
+    def _spec(self, causal: bool) -> TransformerSpec:
+        return self.spec()
+
+    def _causal(self, kwargs: dict) -> bool:
+        return True
+
+    # ---- where the parts are ----
+    def _layers(self) -> Iterable[nn.Module]:
+        return list(self.layers)[: self.config.num_hidden_layers]
+
+    def _final_norm(self) -> Any:
+        return self.norm
+
+    def _input_dropout(self) -> Any:
+        """Of the rows that the first layer reads."""
+        return None
+
+    # ---- positions, documents ----
+    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
+        return documents_of(shape, inputs.position_ids, kwargs)
+
+    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> Rotary | None:
+        if positions is None:
+            positions = (packing.columns(device) + past)[None]
+        return Rotary.of(packing, *self.angles(positions))
 
     def angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (B, S, R / 2) in float32 of position_ids (B, S), by HF's own rule."""
@@ -118,41 +153,50 @@ class DecoderBase(Stack, ModelMixin):
 
     def table_of_angles(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (positions, R / 2), float32, on the CPU."""
-        cos, sin = self.angles(torch.arange(positions, device=self.embed_tokens.weight.device)[None])
+        cos, sin = self.angles(torch.arange(positions, device=self._words().weight.device)[None])
         return cos[0].cpu(), sin[0].cpu()
 
-    def angles_are_fixed(self) -> bool:
-        """Whether the angle of a position is the same however long the sequence is."""
-        return getattr(self.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
+    def why_angles_change(self) -> str:
+        """'' where the angle of a position is the same however long the sequence is, else what it is not."""
+        kind = getattr(getattr(self, "rotary_emb", None), "rope_type", "default")
+        if kind == "longrope" or "dynamic" in kind:
+            return "the angles of its rotary positions change with the length"
+        return ""
 
-    def _layers(self):
-        return list(self.layers)[: self.config.num_hidden_layers]
-
-    def _words(self) -> Any:
-        return self.embed_tokens
-
-    def _spec(self, causal: bool) -> TransformerSpec:
-        return self.spec()
-
-    def _causal(self, kwargs: dict) -> bool:
-        return True
-
-    def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
-        return documents_of(shape, inputs.position_ids, kwargs)
-
-    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> Rotary:
-        if positions is None:
-            positions = (packing.columns(device) + past)[None]
-        return Rotary.of(packing, *self.angles(positions))
-
+    # ---- the two ends ----
     def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, None, None, None, None, input_ids=inputs.input_ids,
+            packing, self._words(), None, None, None, self._input_dropout(), input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
-        return norm(self.norm, rows)
+        final = self._final_norm()
+        return rows if final is None else norm(final, rows)
+
+    def _step_parts(self) -> dict[str, Any]:
+        """What a StepDescription has beside the layers and the words."""
+        scale = getattr(self._words(), "embed_scale", None)
+        return {
+            "final_norm": self._final_norm(),
+            "embed_scale": 1.0 if scale is None else float(scale.to(self._words().weight.dtype)),
+        } | self._step_positions()
+
+    def _step_positions(self) -> dict[str, Any]:
+        return {"rotary": self.table_of_angles, "refused": self.why_angles_change()}
+
+
+class LearnedPositions:
+    """Before DecoderBase: a table of positions takes the place of angles."""
+
+    def _position_table(self) -> Any:
+        raise NotImplementedError
+
+    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> None:
+        return None
+
+    def _step_positions(self) -> dict[str, Any]:
+        return {"position": self._position_table()}
 
 
 def base_forward(hf_class: Any):
@@ -170,13 +214,14 @@ def base_forward(hf_class: Any):
         **kwargs,
     ):
         want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        segments = kwargs.pop("token_type_ids", None)
+        inputs = Inputs(input_ids, attention_mask, segments, position_ids, inputs_embeds)
         if want is None and _is_for_hf(self, attention_mask, past_key_values):
-            return hf_class.forward(
-                self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                **{CACHE_NAME: past_key_values}, **kwargs,
-            )  # fmt: skip
+            cache = {CACHE_NAME: past_key_values}
+            return hf_class.forward(self, **inputs.given(), use_cache=use_cache, **cache, **kwargs)
+        if self._segments() is None:  # as in HF, where there is no such argument or it is not read
+            inputs = inputs._replace(token_type_ids=None)
         cache, _ = decoding_cache(self, past_key_values, use_cache)
-        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
         encoded = run_stack(self, inputs, want or Want(), kwargs, Context(cache, returns_cache=True))
         if want is not None:
             return encoded
@@ -188,15 +233,65 @@ def base_forward(hf_class: Any):
     return forward
 
 
-def _is_for_hf(model: Any, attention_mask, cache) -> bool:
+def _is_for_hf(decoder: DecoderBase, attention_mask, cache) -> bool:
     """Masks made per kind of layer, and windows over caches of a fixed size, are HF's own business."""
     if isinstance(attention_mask, dict):
         return True
-    return bool(cache is not None and getattr(cache, "is_compileable", False) and model.base_model.spec().windows)
+    return bool(cache is not None and getattr(cache, "is_compileable", False) and decoder.spec().windows)
+
+
+class Heads(ModelMixin):
+    """For models with a head of HF's generic kinds; before HF's class."""
+
+    config: Any
+    base_model: Any
+    get_input_embeddings: Any
+    score: Any
+    qa_outputs: Any
+
+    def _body(self) -> Any:
+        """The DecoderBase inside."""
+        return self.base_model
+
+    def _token_head(self) -> Any:
+        """Scores each token."""
+        return self.score
+
+    def _source(self, inputs: dict) -> torch.Tensor:
+        width = self.get_input_embeddings().embedding_dim
+        return check_inputs(inputs["input_ids"], inputs["inputs_embeds"], width)
+
+    def _classify(self, inputs: dict, labels, kwargs: dict):
+        loss, logits, encoded = classify_last(self, inputs, self._body(), labels, kwargs)
+        output = SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
+        )
+        return self._finish(output, kwargs)
+
+    def _classify_tokens(self, inputs: dict, labels, kwargs: dict):
+        labels = per_position(labels, self._source(inputs))
+        encoded = self._body()(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
+        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
+        logits = encoded.packing.unpack(linear(self._token_head(), rows))
+        loss = None if labels is None else token_loss(logits, labels)
+        return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
+
+    def _find_spans(self, inputs: dict, labels, kwargs: dict):
+        """start_logits and end_logits at padding are the dtype's lowest number, so that no argmax picks it. With labels
+        padding is computed, as HF's loss counts it."""
+        source = self._source(inputs)
+        scored = labels is not None
+        read = every_position(source) if scored else None
+        encoded = self._body()(**inputs, want=Want(read=read), **kwargs)
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
+        loss = span_loss(start, end, *labels) if scored else None
+        return self._finish(
+            QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
+        )
 
 
 class CausalLM(GenerationMixin):
-    """For models with a language modelling head; before ModelMixin and HF's class."""
+    """For models with a language modelling head; before Heads and HF's class."""
 
     config: Any
     lm_head: Any
@@ -204,14 +299,16 @@ class CausalLM(GenerationMixin):
     def logits_softcap(self) -> float:
         return 0.0
 
+    def why_hf_loop(self: Any) -> str:
+        """Beside the common reasons: angles that change with the length are those of the longest row of a batch, which
+        the engine may have taken out of it."""
+        return super().why_hf_loop() or self._body().why_angles_change()
+
     def step_description(self: Any) -> StepDescription:
-        body = self.base_model
-        spec = body.spec()
+        body = self._body()
         return StepDescription(
-            self, [body._slots.read(layer) for layer in body._layers()], spec,
-            body.embed_tokens, self.lm_head, embed_scale=body.embed_scale(), final_norm=body.norm,
-            rotary=body.table_of_angles, logits_softcap=self.logits_softcap(),
-            refused="" if body.angles_are_fixed() else "the angles of its rotary positions change with the length",
+            self, [body._slots.read(layer) for layer in body._layers()], body.spec(), body._words(), self.lm_head,
+            logits_softcap=self.logits_softcap(), **body._step_parts(),
         )  # fmt: skip
 
 
@@ -231,18 +328,16 @@ def causal_forward(hf_class: Any):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ):
-        if _is_for_hf(self, attention_mask, past_key_values):
+        inputs = _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        if _is_for_hf(self._body(), attention_mask, past_key_values):
+            inputs[CACHE_NAME] = inputs.pop("past_key_values")
             return hf_class.forward(
-                self, input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, labels=labels,
-                use_cache=use_cache, logits_to_keep=logits_to_keep, **{CACHE_NAME: past_key_values}, **kwargs,
-            )  # fmt: skip
-        source = check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
+                self, **inputs, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
+            )
+        source = self._source(inputs)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
-        encoded = self.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
-        )  # fmt: skip
+        want = Want(read=kept_positions(source, logits_to_keep, shifted))
+        encoded = self._body()(**inputs, use_cache=use_cache, want=want, **kwargs)
         softcap = self.logits_softcap()
         scored = None if softcap else labels  # the loss is of the capped logits
         loss, logits = causal_logits(self, encoded, logits_to_keep, scored, shifted, kwargs)
@@ -258,44 +353,6 @@ def causal_forward(hf_class: Any):
         )  # fmt: skip
 
     return forward
-
-
-class Heads(ModelMixin):
-    """For models with a head of HF's generic kinds; before HF's class."""
-
-    config: Any
-    base_model: Any
-    score: Any
-    qa_outputs: Any
-
-    def _classify(self, inputs: dict, labels, kwargs: dict):
-        loss, logits, encoded = classify_last(self, inputs, self.base_model, labels, kwargs)
-        output = SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
-        )
-        return self._finish(output, kwargs)
-
-    def _classify_tokens(self, inputs: dict, labels, kwargs: dict):
-        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.hidden_size)
-        labels = per_position(labels, source)
-        encoded = self.base_model(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
-        rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
-        logits = encoded.packing.unpack(linear(self.score, rows))
-        loss = None if labels is None else token_loss(logits, labels)
-        return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
-
-    def _find_spans(self, inputs: dict, labels, kwargs: dict):
-        """start_logits and end_logits at padding are the dtype's lowest number, so that no argmax picks it. With labels
-        padding is computed, as HF's loss counts it."""
-        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.hidden_size)
-        scored = labels is not None
-        read = every_position(source) if scored else None
-        encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
-        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
-        loss = span_loss(start, end, *labels) if scored else None
-        return self._finish(
-            QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
-        )
 
 
 def head_forward(hf_class: Any, compute, *, spans: bool = False):

@@ -133,7 +133,7 @@ def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict)
     """
     ops.parallel.refuse(f"{type(model).__name__}: the last token", "classify with whole sequences")
     config, input_ids = model.config, inputs["input_ids"]
-    source = check_inputs(input_ids, inputs["inputs_embeds"], config.hidden_size)
+    source = check_inputs(input_ids, inputs["inputs_embeds"], model.get_input_embeddings().embedding_dim)
     (batch, length), device = source.shape[:2], source.device
     if not length:
         raise ValueError(f"input_ids: wanted at least one position to classify, got shape {tuple(source.shape)}")

@@ -1,17 +1,27 @@
 """Layers and attention modules that are called in two ways: by our stack, and by HF's code as HF's own."""
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..layers import SlotTable, StackCall, transformer_layer
 
-__all__ = ["CONFIG", "AttentionModule", "Layer"]
+__all__ = ["CONFIG", "AttentionModule", "Layer", "kept_layers"]
 
 # Where an attention module keeps its configuration beside __dict__["config"], which torch 2.11's compiler takes for
 # the property below again, without end.
 CONFIG = "_config_of_layer"
+
+
+def kept_layers(stack: Any, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """All layers, or in training those that LayerDrop (Fan et al., 2020) keeps, drawn as HF draws them."""
+    p = getattr(stack, "layerdrop", 0.0)
+    if not stack.training or not p:
+        return list(layers)
+    return [layer for layer in layers if not torch.rand([]) < p]
 
 
 class Layer:

@@ -21,7 +21,7 @@ _SIZES: dict[str, Any] = {
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "ffn_dim": 48, "readout_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 0, "forced_eos_token_id": None, "local_attention": 4, "projection_size": 16,
-    "cell_size": 24, "filters": [[1, 4], [2, 8]],
+    "cell_size": 24, "filters": [[1, 4], [2, 8]], "attention_types": [[["global", "local"], 1]], "window_size": 4,
 }  # fmt: skip
 _PROMPTS = ((5, 17, 33, 8, 2), (0, 0, 21, 40, 2))
 _checking = False

@@ -17,6 +17,7 @@ from ..generation import StepDescription
 from ..layers import SlotTable
 from ._base import Encoded, ModelMixin, Outputs, Want
 from ._heads import IGNORE
+from ._layer import kept_layers
 from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
 
 __all__ = [
@@ -55,11 +56,7 @@ class StackBase(Stack, ModelMixin):
         return None  # encoder-decoders have one in a row
 
     def _called_layers(self) -> list[nn.Module]:
-        """All layers, or in training those that LayerDrop (Fan et al., 2020) keeps, drawn as HF draws them."""
-        p = getattr(self, "layerdrop", 0.0)
-        if not self.training or not p:
-            return list(self._layers())
-        return [layer for layer in self._layers() if not torch.rand([]) < p]
+        return kept_layers(self, self._layers())
 
     def _encode(self, want: Want | None, input_ids, attention_mask, inputs_embeds, kwargs):
         """An encoder's forward: Encoded when one of our models asks, else HF's output."""

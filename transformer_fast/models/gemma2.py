@@ -2,59 +2,23 @@
 
 from transformers.models.gemma2 import modeling_gemma2 as hf
 
-from ..layers import SlotTable, TransformerSpec
-from ._base import Adopted, activation_name
-from ._decoder import (
-    LLAMA_SLOTS,
-    CausalLM,
-    DecoderBase,
-    Heads,
-    RMSNorm,
-    base_forward,
-    causal_forward,
-    head_forward,
-    spec_of,
-)
-from ._layer import AttentionModule, Layer
+from ..layers import TransformerSpec
+from ._base import activation_name
+from ._decoder import LLAMA_SLOTS, CausalLM, DecoderBase, RMSNorm, spec_of
+from ._decoder_classes import classes_of
 
-__all__ = [
-    "Gemma2ForCausalLM",
-    "Gemma2ForSequenceClassification",
-    "Gemma2ForTokenClassification",
-    "Gemma2Model",
-]
-
-SLOTS = SlotTable(
-    **LLAMA_SLOTS | {"output_norm": "pre_feedforward_layernorm"},
-    attention_after_norm="post_attention_layernorm",
-    output_after_norm="post_feedforward_layernorm",
-)
-_ADOPTED = Adopted()
+_SLOTS = LLAMA_SLOTS | {
+    "attention_after_norm": "post_attention_layernorm",
+    "output_norm": "pre_feedforward_layernorm",
+    "output_after_norm": "post_feedforward_layernorm",
+}
 
 
-@_ADOPTED.register
-class Gemma2RMSNorm(RMSNorm, hf.Gemma2RMSNorm):
-    is_rms_norm = True
+class _Norm(RMSNorm):
     adds_one = True
 
 
-@_ADOPTED.register
-class Gemma2DecoderLayer(Layer, hf.Gemma2DecoderLayer):
-    _table = SLOTS
-
-
-@_ADOPTED.register
-class Gemma2Attention(AttentionModule, hf.Gemma2Attention):
-    pass
-
-
-@_ADOPTED.register
-class Gemma2Model(DecoderBase, hf.Gemma2Model):
-    __doc__ = hf.Gemma2Model.__doc__
-    _adopted = _ADOPTED
-    _slots = SLOTS
-    forward = base_forward(hf.Gemma2Model)
-
+class _Base(DecoderBase):
     def spec(self) -> TransformerSpec:
         config = self.config
         return spec_of(
@@ -65,23 +29,9 @@ class Gemma2Model(DecoderBase, hf.Gemma2Model):
         )
 
 
-class _Heads(Heads):
-    _adopted = _ADOPTED
-
-
-class Gemma2ForCausalLM(CausalLM, _Heads, hf.Gemma2ForCausalLM):
-    __doc__ = hf.Gemma2ForCausalLM.__doc__
-    forward = causal_forward(hf.Gemma2ForCausalLM)
-
+class _CausalLM(CausalLM):
     def logits_softcap(self) -> float:
         return self.config.final_logit_softcapping or 0.0
 
 
-class Gemma2ForSequenceClassification(_Heads, hf.Gemma2ForSequenceClassification):
-    __doc__ = hf.Gemma2ForSequenceClassification.__doc__
-    forward = head_forward(hf.Gemma2ForSequenceClassification, Heads._classify)
-
-
-class Gemma2ForTokenClassification(_Heads, hf.Gemma2ForTokenClassification):
-    __doc__ = hf.Gemma2ForTokenClassification.__doc__
-    forward = head_forward(hf.Gemma2ForTokenClassification, Heads._classify_tokens)
+globals().update(classes_of(hf, "Gemma2", __name__, _SLOTS, base=_Base, norm=_Norm, causal=_CausalLM))

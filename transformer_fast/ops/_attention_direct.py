@@ -50,8 +50,8 @@ def padded(signature, query, key, value, mask, is_causal, bottom_right, return_l
     out = memory.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), query.dtype)
     lse = memory.empty((b, h, s), torch.float32, query.device) if return_lse else None
     _kernel(
-        query, key, value, None, mask, None, None, None, None, 0, None, scale, bottom_right, -1, 0 if is_causal else -1,
-        0.0, 0.0, out, lse,
+        query, key, value, None, mask, None, None, None, s, key.shape[2], None, None, scale, int(bottom_right), -1,
+        0 if is_causal else -1, 0.0, 0.0, out, lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -64,12 +64,13 @@ def packed(signature, query, key, value, cu_seqlens, longest, is_causal, return_
     total, h, d = query.shape
     bounds = cu_seqlens.tolist()
     steps = list(map(operator.sub, bounds[1:], bounds))
-    if bounds[0] or bounds[-1] != total or min(steps) < 0 or (longest is not None and longest < max(steps)):
+    most = max(steps)
+    if bounds[0] or bounds[-1] != total or min(steps) < 0 or (longest is not None and longest < most):
         return None  # the checks say what is wrong
     out = memory.empty_strided((total, h, d), (h * d, d, 1), query.dtype)
     lse = memory.empty((h, total), torch.float32, query.device) if return_lse else None
     _kernel(
-        query, key, value, None, None, None, cu_seqlens, cu_seqlens, None, 0, None, scale, False, -1,
+        query, key, value, None, None, None, cu_seqlens, cu_seqlens, most, most, None, None, scale, 0, -1,
         0 if is_causal else -1, 0.0, 0.0, out, lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

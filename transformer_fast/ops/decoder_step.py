@@ -122,6 +122,7 @@ class DecoderTensors:
     token: (tokens, E); position: (positions, E) or None; head: (V, E). longer_positions: a function that gives position
     with at least so many rows, where it grows. relative: T5's (buckets, H) table, or None; a layer may have its own.
     pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm. parallel: both sublayers read the same x.
+    qkv_by_head: the outputs of a layer's qkv are each head's query, key and value in turn, in one weight.
     key_heads: heads of keys and values, `heads` when None. softcap: of the scores, logits_softcap: of the logits
     (s tanh(x / s)); 0 for none. rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2).
     """
@@ -143,6 +144,7 @@ class DecoderTensors:
     relative_max_distance: int = 128
     key_heads: int | None = None
     parallel: bool = False
+    qkv_by_head: bool = False
     softcap: float = 0.0
     logits_softcap: float = 0.0
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -336,8 +338,8 @@ class DecoderCache:
         _ops.cpu_decoder_plan_stack.default(
             self._plan, self._phases, self._workspace, *self._tables, t.embed_scale, *weights.stack_norms, t.rms,
             t.pre_norm, ACTIVATIONS.index(t.activation), weights.head, t.head_scale, self._vocabulary, *self._angles,
-            t.rotary_interleaved, t.parallel, t.softcap, t.logits_softcap, len(t.layers), t.heads,
-            self._key_heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
+            t.rotary_interleaved, t.parallel, t.qkv_by_head, t.softcap, t.logits_softcap, len(t.layers),
+            t.heads, self._key_heads, t.head_dim, self._feed_forward, self.rows, self.capacity,
             0 if self.cross_shape is None else self.cross_shape[1], self.dtype,
         )  # fmt: skip
         for i, layer in enumerate(t.layers):

@@ -1,6 +1,6 @@
 // Work that a GPU does behind the threads' backs, and the matrix instructions.
 #pragma once
-#include "cpu/types.hpp"
+#include "types.hpp"
 #include "machine.hpp"
 #include "swizzle.hpp"
 

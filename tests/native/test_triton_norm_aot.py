@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _launch(arch, width, dtype, *, add, dropout, rms, fp32_weight=False):
-    from transformer_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+    from transformer_fast.kernels.norm import layer_norm_backward, layer_norm_forward
 
     rows = 4096
 

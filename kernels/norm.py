@@ -2,10 +2,10 @@
 
     v = residual + dropout(x)      y = weight * (v - mean) * rstd + bias
 
-A row is held in registers by one program up to FORWARD_WIDTH and BACKWARD_WIDTH columns, several rows where
-they are narrow; wider rows are read twice. Statistics are float32. The backward pass is a grid of a few programs
-a multiprocessor; each walks over its rows once, keeps its share of the weight and bias gradients in
-registers and leaves it in a float32 workspace, which a second kernel adds in a fixed order: no atomics.
+Up to FORWARD_WIDTH and BACKWARD_WIDTH columns a program holds a row in registers, or several narrow ones; wider rows
+are read twice. Statistics are float32. The backward pass is a grid of a few programs per multiprocessor. Each walks
+over its rows once, keeps its share of the weight and bias gradients in registers and writes it to a float32
+workspace, which a second kernel adds up in a fixed order: no atomics.
 
 Configurations come from `forward_config` and `backward_config`. Not yet run on a GPU: they are chosen from
 register and shared memory counts of the compiled code, not from timings.
@@ -56,7 +56,7 @@ def _layer_norm_forward_kernel(
     x_stride, residual_stride, rows, width, eps, threshold, keep_scale,
     RMS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, BLOCK >= width columns; EVEN: BLOCK == width."""
+    """ROWS rows per program, BLOCK >= width columns; EVEN: BLOCK == width."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -89,7 +89,7 @@ def _layer_norm_forward_wide_kernel(
     x_stride, residual_stride, rows, width, eps, threshold, keep_scale,
     RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in blocks of columns: statistics in the first pass, y in the second."""
+    """One row per program, in blocks of columns: statistics in the first pass, y in the second."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     mean = tl.zeros((1,), tl.float32)
     squares = tl.zeros((1,), tl.float32)
@@ -237,7 +237,7 @@ def _layer_norm_backward_means_kernel(
 
 
 class Config(NamedTuple):
-    """Rows and columns of a program's tile, its warps, and (backward) programs a multiprocessor and load stages."""
+    """Rows and columns of a program's tile, its warps, and (backward) programs per multiprocessor and load stages."""
 
     rows: int
     block: int
@@ -246,7 +246,7 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-REGISTERS = 128  # a thread of a backward may take: ptxas would rather spill some, for more programs
+REGISTERS = 128  # per thread of a backward: ptxas by itself spills some, to fit more programs
 WIDE_FORWARD = Config(rows=1, block=4096, num_warps=8)
 WIDE_BACKWARD = Config(rows=2, block=1024, num_warps=4, programs=4)
 
@@ -258,7 +258,7 @@ def _tile(width: int, dropout: bool, elements: int) -> tuple[int, int]:
 
 
 def forward_config(width: int, dropout: bool) -> Config:
-    """16 elements a thread; 32 at the widest."""
+    """16 elements per thread; 32 at the widest."""
     if width > FORWARD_WIDTH:
         return WIDE_FORWARD
     rows, block = _tile(width, dropout, 2048)
@@ -266,7 +266,7 @@ def forward_config(width: int, dropout: bool) -> Config:
 
 
 def backward_config(width: int, itemsize: int, dropout: bool) -> Config:
-    """32 bytes of each tensor a thread and 16 warps a multiprocessor, so 128 registers a thread. Where one or two
+    """32 bytes of each tensor per thread and 16 warps per multiprocessor, so 128 registers per thread. Where one or two
     programs fill a multiprocessor, the loads of the next row run ahead (64 KiB of shared memory with 16-bit elements;
     with 32-bit ones that would not fit on sm_120)."""
     if width > BACKWARD_WIDTH:

@@ -1,0 +1,158 @@
+// Tensors -> pointers and strides of an attention call, for the CPU and for CUDA. Arguments were checked in Python
+// (ops/attention.py); what is looked at again here is what a wrong value would turn into a wild read.
+#pragma once
+#include "attention_call.hpp"
+#include "tensors.hpp"
+
+namespace tf {
+
+// What every attention op takes: the fields of AttentionSpec (transformer_fast/backends/specs.py) in their order, but
+// that relative_bias is by distance, float32 (H, 2 * reach + 1) for distances -reach .. reach.
+struct AttentionArguments {
+  const Tensor &query, &key, &value;
+  const OptionalTensor &bias, &mask, &key_lengths, &cu_seqlens_q, &cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+  const OptionalTensor &relative_bias, &rng;
+  double scale;
+  int64_t bottom_right, window_left, window_right;
+  double softcap, dropout_p;
+};
+#define TF_ATTENTION_SCHEMA_OF(KEY, VALUE)                                                                          \
+  "Tensor query, " KEY " key, " VALUE                                                                              \
+  " value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, "                                 \
+  "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? relative_bias, Tensor? rng, float scale, "     \
+  "int bottom_right, int window_left, int window_right, float softcap, float dropout_p, "
+#define TF_ATTENTION_SCHEMA TF_ATTENTION_SCHEMA_OF("Tensor", "Tensor")
+#define TF_ATTENTION_PARAMETERS                                                                                       \
+  Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor mask, OptionalTensor key_lengths,       \
+      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,           \
+      OptionalTensor relative_bias, OptionalTensor rng, double scale, int64_t bottom_right, int64_t window_left,      \
+      int64_t window_right, double softcap, double dropout_p
+#define TF_ATTENTION_ARGUMENTS                                                                                     \
+  AttentionArguments {                                                                                             \
+    query, key, value, bias, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,            \
+        relative_bias, rng, scale, bottom_right, window_left, window_right, softcap, dropout_p                     \
+  }
+
+// Below 2^30 in 32 bits, 2^40 in 64: sums of a few positions do not overflow.
+template <class Integer>
+constexpr int64_t kFarthest = int64_t(1) << (sizeof(Integer) == 4 ? 30 : 40);
+
+template <class Integer>
+void narrow(int64_t n, Integer& to) {
+  STD_TORCH_CHECK(0 <= n && n < kFarthest<Integer>, "transformer_fast: ", n, " is past what the kernel counts to");
+  to = Integer(n);
+}
+template <class Integer>
+Integer window_of(int64_t n) {  // no farther than any position
+  return Integer(n < kFarthest<Integer> ? n : kFarthest<Integer>);
+}
+
+inline RowStrides strides_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "transformer_fast: the last axis must be contiguous");
+  if (t.dim() == 3) return {0, t.stride(1), t.stride(0)};
+  return {t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline void broadcast_strides(const Tensor& t, int64_t* out) {
+  STD_TORCH_CHECK(t.dim() == 4, "transformer_fast: biases and masks must have four axes");
+  for (int i = 0; i < 4; ++i) out[i] = t.size(i) == 1 ? 0 : t.stride(i);
+}
+
+inline BiasType bias_type_of(const Tensor& t) {
+  const DType type = dtype_of(t);
+  return type == DType::f32 ? BiasType::f32 : type == DType::bf16 ? BiasType::bf16 : BiasType::f16;
+}
+
+inline void check_float_rows(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && (t.stride(-1) == 1 || t.size(-1) == 1),
+                  "transformer_fast: ", name, " must be float32 and its last axis contiguous");
+}
+// lse and what has its shape: (B, H, Sq) or, packed, (H, total_q).
+template <class Pointer>
+void take_lse(const Tensor& t, const char* name, Pointer data, Pointer& to, int64_t& batch, int64_t& head) {
+  check_float_rows(t, name);
+  to = data;
+  batch = t.dim() == 3 ? t.stride(0) : 0;
+  head = t.stride(-2);
+}
+
+// All but the lengths of the sequences and dropout.
+template <class Integer, class Real>
+void take_arguments(AttentionCall<Integer, Real>& a, const AttentionArguments& x) {
+  const bool packed = x.cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(x.query.dim() == (packed ? 3 : 4) && packed == x.cu_seqlens_k.has_value(),
+                  "transformer_fast: packed tensors have three axes and cu_seqlens, padded ones four");
+  a.dtype = dtype_of(x.query);
+  narrow(packed ? x.cu_seqlens_q->size(0) - 1 : x.query.size(0), a.batch);
+  narrow(x.query.size(1), a.heads);
+  narrow(x.key.size(1), a.key_heads);
+  narrow(x.query.size(-1), a.dim);
+  STD_TORCH_CHECK(a.key_heads > 0 && a.heads % a.key_heads == 0 && x.key.size(-1) == a.dim && x.value.size(-1) == a.dim,
+                  "transformer_fast: query, key and value do not fit each other");
+  a.query = read(x.query);
+  a.key = read(x.key);
+  a.value = read(x.value);
+  a.query_strides = strides_of(x.query);
+  a.key_strides = strides_of(x.key);
+  a.value_strides = strides_of(x.value);
+  if (x.bias.has_value()) {
+    a.bias_type = bias_type_of(*x.bias);
+    a.bias = read(x.bias);
+    broadcast_strides(*x.bias, a.bias_strides);
+  }
+  if (x.mask.has_value()) {
+    a.mask = static_cast<const uint8_t*>(read(x.mask));
+    broadcast_strides(*x.mask, a.mask_strides);
+  }
+  if (x.relative_bias.has_value()) {
+    STD_TORCH_CHECK(x.relative_bias->size(0) == a.heads && x.relative_bias->size(1) % 2 == 1,
+                    "transformer_fast: relative_bias must be (heads, 2 * reach + 1)");
+    check_float_rows(*x.relative_bias, "relative_bias");
+    a.relative_bias = read<float>(x.relative_bias);
+    a.relative_bias_stride = x.relative_bias->stride(0);
+    narrow(x.relative_bias->size(1) / 2, a.reach);
+  }
+  a.scale = Real(x.scale);
+  a.softcap = float(x.softcap);
+  a.bottom_right = x.bottom_right != 0;
+  a.window_left = window_of<Integer>(x.window_left);
+  a.window_right = window_of<Integer>(x.window_right);
+}
+
+template <class Call>
+void take_outputs(AttentionOutputs<Call>& a, const Tensor& out, const OptionalTensor& lse) {
+  a.out = write(out);
+  a.out_strides = strides_of(out);
+  if (lse.has_value()) take_lse(*lse, "lse", write<float>(*lse), a.lse, a.lse_batch, a.lse_head);
+}
+
+template <class Call>
+void take_gradients(AttentionGradients<Call>& a, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                    const Tensor& out, const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                    const OptionalTensor& dbias, const OptionalTensor& drelative_bias) {
+  a.out = read(out);
+  a.grad_out = read(grad_out);
+  a.out_strides = strides_of(out);
+  a.grad_out_strides = strides_of(grad_out);
+  take_lse(lse, "lse", read<float>(lse), a.lse, a.lse_batch, a.lse_head);
+  if (grad_lse.has_value())
+    take_lse(*grad_lse, "grad_lse", read<float>(*grad_lse), a.grad_lse, a.grad_lse_batch, a.grad_lse_head);
+  a.dq = write(dq);
+  a.dk = write(dk);
+  a.dv = write(dv);
+  a.dq_strides = strides_of(dq);
+  a.dk_strides = strides_of(dk);
+  a.dv_strides = strides_of(dv);
+  if (dbias.has_value()) {
+    a.dbias = write<float>(*dbias);
+    broadcast_strides(*dbias, a.dbias_strides);
+  }
+  if (drelative_bias.has_value()) {
+    STD_TORCH_CHECK(a.relative_bias && drelative_bias->is_contiguous(),
+                    "transformer_fast: drelative_bias must be contiguous, and wants relative_bias");
+    a.drelative_bias = write<float>(*drelative_bias);
+  }
+}
+
+}  // namespace tf

@@ -1,0 +1,29 @@
+"""What the native attention ops take, on the CPU and on a GPU alike: csrc/bindings/attention.hpp."""
+
+import operator
+
+import torch
+
+from .specs import AttentionSpec
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the relative bias they are given the values at each distance instead.
+_TABLE = ("relative_max_distance", "relative_bidirectional")
+_fields = operator.attrgetter(*(name for name in AttentionSpec._fields if name not in _TABLE))
+
+
+def arguments(spec: AttentionSpec, relative_bias: torch.Tensor | None) -> tuple:
+    """The fields of the spec in their order, relative_bias being that of relative_bias.lookup()."""
+    bias = spec.bias
+    if bias is None and relative_bias is None:
+        return _fields(spec)
+    if bias is not None:
+        bias = bias.detach()
+        if bias.dtype not in _DTYPES:
+            bias = bias.to(torch.float32)
+    return _fields(spec._replace(bias=bias, relative_bias=relative_bias))
+
+
+def unit_stride(t: torch.Tensor) -> torch.Tensor:
+    """With unit stride along the last axis."""
+    return t if t.stride(-1) == 1 else t.contiguous()

@@ -1,0 +1,61 @@
+"""The classes of a decoder family, made of HF's: HF's names and parameters, this package's computation."""
+
+from types import ModuleType
+from typing import Any
+
+from ..layers import SlotTable
+from ._base import Adopted
+from ._decoder import CausalLM, DecoderBase, Heads, base_forward, causal_forward, head_forward
+from ._layer import AttentionModule, Layer
+
+__all__ = ["classes_of"]
+
+
+def classes_of(
+    hf: ModuleType, prefix: str, module: str, slots: dict[str, str], *, base: type = DecoderBase, body: str = "Model",
+    layer: str = "DecoderLayer", attention: type | None = AttentionModule, norm: type | None = None,
+    heads: type = Heads, causal: type = CausalLM, adopted: Adopted | None = None,
+) -> dict[str, type]:  # fmt: skip
+    """{name: class} of the layers and of every head that HF has.
+
+    Args:
+        hf: HF's module of the family.
+        prefix: of the names of its classes.
+        module: the name of our module, by which the classes are pickled.
+        slots: of SlotTable.
+        base: goes before HF's class `body`, which has the layers.
+        layer: the rest of the name of HF's class of a layer.
+        attention: goes before HF's class of attention; None where that asks no interface.
+        norm: goes before HF's class of an RMS norm, where there is one.
+        heads, causal: what all heads have, and that of language modelling beside it.
+        adopted: of the family's other classes, where there are some.
+    """
+    adopted, table = adopted or Adopted(), SlotTable(**slots)
+
+    def make(name: str, *bases: Any, **members: Any) -> type:
+        theirs: Any = getattr(hf, prefix + name)
+        shared = {"__module__": module, "__doc__": theirs.__doc__}
+        return type(prefix + name, (*bases, theirs), shared | members)
+
+    def head(name: str, compute: Any, **options: Any) -> type:
+        forward = head_forward(getattr(hf, prefix + name), compute, **options)
+        return make(name, heads, _adopted=adopted, forward=forward)
+
+    forward: Any = base_forward(getattr(hf, prefix + body))
+    parts = [make(layer, Layer, _table=table), make(body, base, _adopted=adopted, _slots=table, forward=forward)]
+    if attention is not None:
+        parts.append(make("Attention", attention))
+    if norm is not None:
+        parts.append(make("RMSNorm", norm, is_rms_norm=True))
+    for kind in parts:
+        adopted.register(kind)
+    forward = causal_forward(getattr(hf, f"{prefix}ForCausalLM"))
+    made = [
+        make("ForCausalLM", causal, heads, _adopted=adopted, forward=forward),
+        head("ForSequenceClassification", Heads._classify),
+    ]
+    if hasattr(hf, f"{prefix}ForTokenClassification"):
+        made.append(head("ForTokenClassification", Heads._classify_tokens))
+    if hasattr(hf, f"{prefix}ForQuestionAnswering"):
+        made.append(head("ForQuestionAnswering", Heads._find_spans, spans=True))
+    return {kind.__name__: kind for kind in [*parts, *made]}
