@@ -250,7 +250,7 @@ class Heads(ModelMixin):
     qa_outputs: Any
 
     def _body(self) -> Any:
-        """The DecoderBase inside."""
+        """The DecoderBase inside the base model, or that itself."""
         return self.base_model
 
     def _token_head(self) -> Any:
@@ -262,7 +262,7 @@ class Heads(ModelMixin):
         return check_inputs(inputs["input_ids"], inputs["inputs_embeds"], width)
 
     def _classify(self, inputs: dict, labels, kwargs: dict):
-        loss, logits, encoded = classify_last(self, inputs, self._body(), labels, kwargs)
+        loss, logits, encoded = classify_last(self, inputs, self.base_model, labels, kwargs)
         output = SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
         )
@@ -270,7 +270,7 @@ class Heads(ModelMixin):
 
     def _classify_tokens(self, inputs: dict, labels, kwargs: dict):
         labels = per_position(labels, self._source(inputs))
-        encoded = self._body()(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
+        encoded = self.base_model(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
         logits = encoded.packing.unpack(linear(self._token_head(), rows))
         loss = None if labels is None else token_loss(logits, labels)
@@ -282,7 +282,7 @@ class Heads(ModelMixin):
         source = self._source(inputs)
         scored = labels is not None
         read = every_position(source) if scored else None
-        encoded = self._body()(**inputs, want=Want(read=read), **kwargs)
+        encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
         start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
         loss = span_loss(start, end, *labels) if scored else None
         return self._finish(
@@ -337,7 +337,7 @@ def causal_forward(hf_class: Any):
         source = self._source(inputs)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         want = Want(read=kept_positions(source, logits_to_keep, shifted))
-        encoded = self._body()(**inputs, use_cache=use_cache, want=want, **kwargs)
+        encoded = self.base_model(**inputs, use_cache=use_cache, want=want, **kwargs)
         softcap = self.logits_softcap()
         scored = None if softcap else labels  # the loss is of the capped logits
         loss, logits = causal_logits(self, encoded, logits_to_keep, scored, shifted, kwargs)

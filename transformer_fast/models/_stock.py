@@ -174,7 +174,7 @@ stock.allow_leaf(_is_int8)
 
 
 # By what name the families have the table of their words, which they call as a module.
-_WORDS = {"embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embeddings", "wte"}
+_WORDS = {"embed_in", "embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embeddings", "wte"}
 
 
 def _is_called(module: nn.Module, kind: type, name: str) -> bool:
