@@ -165,6 +165,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "Tensor hidden, Tensor? memory, Tensor sequences, int steps, bool reverse, Tensor out, Tensor saved, "
       "Tensor? memories, Tensor(a!) grad_gates, Tensor(b!)? grad_products, Tensor(c!) grad_hidden, "
       "Tensor(d!)? grad_memory) -> ()");
+  // One token a row, ids int64 (rows,), through a recurrent decoder. weights: the gates of each layer's input and hidden
+  // state, (width, in) with contiguous rows or in panels, then query, readout and head; biases: of each layer's input
+  // and hidden state, of query, readout and head. sources: int32 (rows,); mask: bool (sources, length). All else is
+  // contiguous float32: hidden, memory (layers, rows, width), feed (rows, readout_size), keys and values (sources,
+  // length, ...), biases. The results lie apart from all that is read.
+  m.def(
+      "cpu_recurrent_step(Tensor ids, Tensor token, Tensor hidden, Tensor? memory, Tensor? feed, Tensor? keys, "
+      "Tensor? values, Tensor? mask, Tensor? sources, Tensor? score_weight, Tensor?[] weights, Tensor?[] biases, "
+      "bool maxout, int readout_size, Tensor(a!) next_hidden, Tensor(b!)? next_memory, Tensor(c!)? next_feed, "
+      "Tensor(d!) logits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

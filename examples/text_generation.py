@@ -49,12 +49,13 @@ def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedToken
 
 
 def encode(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:
-    """A batch of whole texts between two END, padded on the right; what is padded is not learned."""
+    """A batch of whole texts between two END, padded on the right; neither padding nor the first END is to be told."""
     rows = [torch.tensor(tokenizer(END + text + END)["input_ids"]) for text in texts]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+    learned = mask & (torch.arange(ids.shape[1]) > 0)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~learned, -100)}
 
 
 def build_model(tokenizer, arguments: argparse.Namespace) -> tf.GPT2LMHeadModel:

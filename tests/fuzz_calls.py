@@ -395,6 +395,50 @@ def _step(d: Draw) -> None:
     d.call.ours, d.call.plain = "lstm_step(g, m)", "step(g, m)"
 
 
+def _recurrent_decoder(d: Draw) -> None:
+    """A step of a recurrent decoder; without gradients, with which it is plain PyTorch."""
+    rows, layers, width, embedding, size = d.size(1, 20), d.size(1, 2), d.size(1, 70), d.size(1, 40), d.size(1, 40)
+    vocabulary, sources, keys = d.size(1, 100), d.size(1, 5), d.size(1, 40)
+    lstm, maxout, source = d.chance(), d.chance(), d.chance(0.8)
+    feed = source and not maxout and d.chance()
+    gates, beside = (4 if lstm else 3) * width, width if source and maxout else size if feed else 0
+    d.call.grad = False
+    ids = d.integers("ids", 0, vocabulary, (rows,))
+    d.tensor("token", (vocabulary, embedding))
+    cells = []
+    for i in range(layers):
+        names = [d.tensor(f"w{i}", (gates, width if i else embedding + beside), scale=0.3)]
+        names.append(d.tensor(f"u{i}", (gates, width), scale=0.3))
+        names += [d.maybe(f"{name}{i}", (gates,)) for name in "bc"]
+        cells.append(f"({', '.join(names)})")
+    d.tensor("head", (vocabulary, size if source else width))
+    d.tensor("hidden", (layers, rows, width))
+    memory = d.tensor("memory", (layers, rows, width)) if lstm else "None"
+    more = [f"head_bias={d.maybe('head_bias', (vocabulary,))}"]
+    if source:
+        score = d.rng.choice(("given", "product", "bare", "additive"))
+        length, inner = 1 if score == "given" else keys, d.size(1, 50) if score == "additive" else width
+        d.tensor("values", (sources, length, width))
+        d.tensor("readout", (2 * size, 2 * width + embedding) if maxout else (size, 2 * width), scale=0.3)
+        bias = d.maybe("readout_bias", (2 * size if maxout else size,))
+        index = d.integers("sources", 0, sources, (rows,))
+        more.append(f"values=values, readout=readout, readout_bias={bias}, sources={index}, maxout={maxout}")
+        if score != "given":
+            d.tensor("keys", (sources, length, inner), scale=0.3)
+            more.append("keys=keys")
+            if d.chance():
+                d.other("mask", "(torch.rand({n}) > 0.3)", (sources, length), "torch.bool")
+                more.append("mask=mask")
+        if score in ("product", "additive"):
+            more.append(f"query={d.tensor('query', (inner, width), scale=0.3)}")
+        if score == "additive":
+            more.append(f"score_weight={d.tensor('score_weight', (inner,))}")
+        if feed:
+            more.append(f"feed={d.tensor('feed', (rows, size))}")
+    call = f"tf.ops.recurrent_step({ids}, token, [{', '.join(cells)}], head, hidden, {memory}, {', '.join(more)})"
+    d.call.ours = f"tuple(t for t in {call} if t is not None)"
+
+
 OPS = {
     "additive_attention": _additive,
     "attention": _attention,
@@ -413,6 +457,7 @@ OPS = {
     "projections": _projections,
     "qkv_attention": _qkv,
     "recurrence": _recurrence,
+    "recurrent_decoder": _recurrent_decoder,
     "recurrent_step": _step,
     "rotary_embedding": _rotary,
     "varlen_attention": _varlen,

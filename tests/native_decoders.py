@@ -127,7 +127,8 @@ class Decoder(nn.Module):
                     qkv = w["qkv"](y).split((self.spec.num_heads * self.spec.head_dim, keys, keys), -1)
                 else:
                     qkv = [w[n](y) for n in ("query", "key", "value")]
-                return w["attention_output"](self._attention(*self._placed(w, *qkv, positions), bias, index))
+                qkv = self._placed(w, *qkv, positions)
+                return w["attention_output"](self._attention(*qkv, bias, index, self.spec.window_of(index)))
 
             def cross(y, w=w, index=index):
                 if "cross_key_value" in w:
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
                 if states_mask is not None:
                     hidden = torch.zeros(states_mask.shape, dtype=y.dtype).masked_fill(~states_mask, -math.inf)
                     hidden = hidden[:, None, None]
-                return w["cross_output"](self._attention(w["cross_query"](y), *kv, hidden, index))
+                return w["cross_output"](self._attention(w["cross_query"](y), *kv, hidden, index, None))
 
             def feed_forward(y, w=w):
                 gate = w["gate"](y) if "gate" in w else None
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
 
         return place(q, w.get("query_norm")), place(k, w.get("key_norm")), v
 
-    def _attention(self, q, k, v, bias, index):
+    def _attention(self, q, k, v, bias, index, window):
         q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         scale = self.spec.scale_of(index)
@@ -183,8 +184,7 @@ class Decoder(nn.Module):
         scores = capped(scores, self.spec.softcap)
         if bias is not None:
             scores = scores + bias
-        window = self.spec.window_of(index)
-        if window is not None and q.shape[2] == k.shape[2]:
+        if window is not None:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window), -math.inf)
         return (F.softmax(scores, -1) @ v).transpose(1, 2).flatten(-2)
 

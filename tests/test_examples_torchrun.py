@@ -35,12 +35,12 @@ def load(name: str):
     return module
 
 
-def start(name: str, output: pathlib.Path, *arguments: str) -> subprocess.Popen:
-    """Two processes of an example."""
+def start(name: str, output: pathlib.Path, *arguments: str, through: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Two processes of an example. through: a script that runs it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMER_FAST_POISON": "0", "MPLBACKEND": "Agg"}
     return subprocess.Popen(
-        [*command, str(EXAMPLES / f"{name}.py"), "--output", str(output), *arguments],
+        [*command, *through, str(EXAMPLES / f"{name}.py"), "--output", str(output), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
 
@@ -74,6 +74,21 @@ def kill_at(process: subprocess.Popen, output: pathlib.Path, saved: str) -> None
             time.sleep(0.05)
     finally:
         kill(process)
+
+
+# Runs a script whose training stands still after four steps, until it is killed.
+WAITS = """
+import runpy, sys, time
+from transformer_fast.demo.training import Training
+learn = Training.step
+def step(self, batch):
+    for _ in range(5000 if len(self.losses) == 4 else 0):
+        time.sleep(0.1)
+    return learn(self, batch)
+Training.step = step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def progress(output: pathlib.Path) -> dict:
@@ -113,7 +128,10 @@ def test_killed_and_resumed_fully_sharded(tmp_path, monkeypatch):
     given = [*WRITING, "--steps", "10"]
     many = [*given, "--fsdp", "--accumulate", "2", "--checkpointing", "--save-every", "2"]
     output = tmp_path / "two"
-    kill_at(start("text_generation", output, *many), output, "checkpoints/[0-9]*/progress.json")
+    waits = tmp_path / "waits.py"
+    waits.write_text(WAITS)
+    process = start("text_generation", output, *many, through=(str(waits),))
+    kill_at(process, output, "checkpoints/[0-9]*/progress.json")
     assert not (output / "model").exists()  # it was killed on the way
     printed = finished(start("text_generation", output, *many, "--resume"))
     assert "goes on after step" in printed and "saved" in printed

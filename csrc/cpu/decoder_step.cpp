@@ -1,18 +1,14 @@
 // One token a row through a whole decoder: the phases of a step, shared out among threads that do not sleep in between.
 #include "decoder_step.hpp"
 
-#include "activation_math.hpp"
 #include "decoder_step_attention.hpp"
 #include "kernels.hpp"
-#include "linear_direct.hpp"
 #include "parallel.hpp"
 #include "rotary_head.hpp"
+#include "step_products.hpp"
 
 namespace tf::TF_ISA {
 namespace {
-
-// Columns of a weight (in, out) that are gone through together, at most: their sums must stay near.
-constexpr int64_t split_width(int64_t rows) { return rows < 4 ? 1024 : 256; }
 
 struct Buffers {  // (rows, ...) each
   float *x, *normed, *qkv, *context, *inner, *split;
@@ -32,63 +28,14 @@ Buffers buffers_of(const DecoderPlan& p) {
   return b;
 }
 
-// What becomes of a product: y = [y +] activation(scale * product + bias) [* (gate product + gate bias)], and
-// softcap * tanh(y / softcap) where there is one.
-struct Finish {
-  float* y;
-  int64_t stride;
-  float scale = 1.f, softcap = 0.f;
-  bool add = false;
-  bool has_activation = false;
-  Activation activation = Activation::relu;
-  const StepWeight* gate = nullptr;
-};
-
-template <class F>
-void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
-                    const float* gates, const F& activate) {
-  const int64_t n = w.out - column < kPanel ? w.out - column : kPanel;
-  for (int m = 0; m < rows; ++m) {
-    float* y = f.y + (row + m) * f.stride + column;
-    for_columns(n, [&](int64_t c, auto part) {
-      Vec v = load(sums + m * kPanel + c) * f.scale;
-      if (w.bias) v = v + load(w.bias + column + c, part);
-      v = activate(v);
-      if (gates) {
-        const Vec g = load(gates + m * kPanel + c);
-        v = v * (f.gate->bias ? g + load(f.gate->bias + column + c, part) : g);
-      }
-      if (f.softcap > 0.f) v = tanh_accurate(v * (1.f / f.softcap)) * f.softcap;
-      store(y + c, f.add ? v + load(y + c, part) : v, part);
-    });
-  }
-}
-
-int64_t panels_of(const StepWeight& w) { return (w.out + kPanel - 1) / kPanel; }
-
-// sums (kRows, 32): those of a panel. first: of the blocks of rows that it meets.
-template <class W>
-void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
-  const W* data = static_cast<const W*>(w.data);
-  if (w.layout == WeightLayout::panels)
-    return multiply_rows(rows, x, ldx, data + panel * panel_slots<W>(w.in), w.in, first, sums);
-  if constexpr (sizeof(W) > 1) {
-    const int64_t begin = panel * kPanel, columns = w.out - begin < kPanel ? w.out - begin : kPanel;
-    multiply_rows_of(rows, x, ldx, data + begin * w.stride, w.stride, columns, w.in, first, sums);
-  }
-}
-
-void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
-  if (w.storage == Storage::f32) return multiply<float>(w, panel, rows, x, ldx, first, sums);
-  w.storage == Storage::i8 ? multiply<int8_t>(w, panel, rows, x, ldx, first, sums)
-                         : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
-}
-
 template <class C>  // element of the caches
-class Walk {
+class Walk : StepProducts {
  public:
   Walk(const DecoderStep& step, int threads)
-      : s_(step), p_(*step.plan), b_(buffers_of(*step.plan)), team_(step.plan->counters), threads_(threads) {}
+      : StepProducts(step.plan->counters, step.rows, threads, step.plan->rows, buffers_of(*step.plan).split, step.int8),
+        s_(step),
+        p_(*step.plan),
+        b_(buffers_of(*step.plan)) {}
 
   void run() {
     embed();
@@ -177,132 +124,6 @@ class Walk {
     team_.phase(s_.rows, 1, [&](int64_t r) {
       s_.table[r * p_.capacity + s_.length] = int32_t(r);
       p_.embedding_dtype == DType::f32 ? embed_row<float>(r) : embed_row<bf16>(r);
-    });
-  }
-
-  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, x, ldx, f); }
-
-  // Of up to three weights side by side.
-  void linear(const StepWeight* weights, int count, const float* x, int64_t ldx, Finish f) {
-    int64_t panels = 0, ends[3] = {};
-    bool split = false, int8 = false, all_int8 = true;
-    for (int i = 0; i < count && weights[i].data; ++i) {
-      int8 |= weights[i].layout == WeightLayout::int8;
-      all_int8 &= weights[i].layout == WeightLayout::int8 && weights[i].group == weights[0].group;
-    }
-    if (int8 && all_int8 && (!f.gate || f.gate->layout == WeightLayout::int8))
-      return int8_linear(weights, count, x, ldx, f);
-    split |= int8;
-    for (int i = 0; i < count; ++i) {
-      split |= weights[i].data && weights[i].layout == WeightLayout::columns;
-      ends[i] = panels += weights[i].data ? panels_of(weights[i]) : 0;
-    }
-    if (split) {
-      for (int i = 0; i < count && weights[i].data; f.y += weights[i++].out)
-        weights[i].layout == WeightLayout::columns ? split_linear(weights[i], x, ldx, f) : linear(weights[i], x, ldx, f);
-      return;
-    }
-    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
-      int i = 0;
-      Finish own = f;
-      for (; p >= ends[i]; ++i) own.y += weights[i].out;
-      const StepWeight& w = weights[i];
-      p -= i ? ends[i - 1] : 0;
-      alignas(64) float sums[kRows * kPanel], gates[kRows * kPanel];
-      for (int64_t r = 0; r < s_.rows; r += kRows) {
-        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
-        multiply(w, p, rows, x + r * ldx, ldx, r == 0, sums);
-        if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, r == 0, gates);
-        finish(w, own, r, rows, p * kPanel, sums, f.gate ? gates : nullptr);
-      }
-    });
-  }
-
-  // In int8: the rows of x are quantised first.
-  void int8_linear(const StepWeight* weights, int count, const float* x, int64_t ldx, const Finish& f) {
-    Int8Weight parts[3] = {}, gate{};
-    int64_t panels = 0, ends[3] = {};
-    for (int i = 0; i < count; ends[i++] = panels) {
-      if (!weights[i].data) continue;
-      parts[i] = int8_of(weights[i]);
-      panels += panels_of(weights[i]);
-    }
-    if (f.gate) gate = int8_of(*f.gate);
-    Int8Rows rows{};
-    rows.stride = int8_row_stride(parts[0].in);
-    rows.groups = int8_groups(parts[0].in, parts[0].group);
-    rows.scale = b_.split;
-    rows.zero = rows.scale + p_.rows * rows.groups;
-    rows.values = reinterpret_cast<uint8_t*>(rows.zero + p_.rows * rows.groups);
-    team_.phase(s_.rows, 1, [&](int64_t r) { s_.int8->quantize(x + r * ldx, parts[0].in, parts[0].group, rows, r); });
-    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
-      int i = 0;
-      Finish own = f;
-      for (; p >= ends[i]; ++i) own.y += weights[i].out;
-      p -= i ? ends[i - 1] : 0;
-      constexpr int64_t kTogether = 24;
-      alignas(64) float sums[kTogether * kPanel], gates[kTogether * kPanel];
-      for (int64_t r = 0; r < s_.rows; r += kTogether) {
-        const int64_t n = s_.rows - r < kTogether ? s_.rows - r : kTogether;
-        s_.int8->product(parts[i], rows, r, n, p, sums);
-        if (f.gate) s_.int8->product(gate, rows, r, n, p, gates);
-        finish(weights[i], own, r, int(n), p * kPanel, sums, f.gate ? gates : nullptr);
-      }
-    });
-  }
-
-  static Int8Weight int8_of(const StepWeight& w) {
-    return {static_cast<const int8_t*>(w.data), w.bias, w.out, w.in, w.group};
-  }
-
-  // Of a weight (in, out). Its rows are read from end to end, which memory likes best, and so the products with some of
-  // them are done first and added up afterwards. The parts do not depend on the number of threads.
-  void split_linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
-    const int64_t blocks = (w.in + kSplitDepth - 1) / kSplitDepth, panels = panels_of(w), ldo = panels * kPanel;
-    const int64_t cuts = (w.out + split_width(s_.rows) - 1) / split_width(s_.rows), width = (panels + cuts - 1) / cuts * kPanel;
-    team_.phase(blocks * cuts, 1, [&](int64_t item) {
-      const int64_t begin = item / cuts * kSplitDepth, column = item % cuts * width;
-      const int64_t depth = w.in - begin < kSplitDepth ? w.in - begin : kSplitDepth;
-      const int64_t columns = w.out - column < width ? w.out - column : width, at = begin * w.stride + column;
-      for (int64_t r = 0; r < s_.rows && columns > 0; r += kRows) {
-        const int rows = s_.rows - r < kRows ? int(s_.rows - r) : kRows;
-        const float* from = x + r * ldx + begin;
-        float* to = b_.split + (item / cuts * s_.rows + r) * ldo + column;
-        if (w.storage == Storage::f32)
-          multiply_columns_of<kRows>(rows, from, ldx, static_cast<const float*>(w.data) + at, w.stride, columns, depth,
-                                     to, ldo);
-        else
-          multiply_columns_of<kRows>(rows, from, ldx, static_cast<const bf16*>(w.data) + at, w.stride, columns, depth,
-                                     to, ldo);
-      }
-    });
-    team_.phase(panels, chunk_of(panels), [&](int64_t p) {
-      alignas(64) float sums[kPanel];
-      for (int64_t r = 0; r < s_.rows; ++r) {
-        for (int c = 0; c < kPanel; c += kWidth) {
-          Vec sum = {};
-          for (int64_t i = 0; i < blocks; ++i) sum = sum + load(b_.split + (i * s_.rows + r) * ldo + p * kPanel + c);
-          store(sums + c, sum);
-        }
-        finish(w, f, r, 1, p * kPanel, sums, nullptr);
-      }
-    });
-  }
-
-  int64_t chunk_of(int64_t panels) const {
-    const int64_t chunk = panels / (8 * threads_);
-    return chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
-  }
-
-  void finish(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
-              const float* gates) {
-    if (!f.has_activation) return finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) { return v; });
-    with_activation(f.activation, [&](auto activation) {
-      finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) {
-        Vec y, slope;
-        decltype(activation)::compute(v, y, slope);
-        return y;
-      });
     });
   }
 
@@ -408,8 +229,6 @@ class Walk {
   const DecoderStep& s_;
   const DecoderPlan& p_;
   Buffers b_;
-  Team team_;
-  int64_t threads_;
 };
 
 }  // namespace

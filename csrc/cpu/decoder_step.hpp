@@ -1,6 +1,6 @@
 // Arguments of one decoding step: one token a row through a whole decoder, over caches that are written in place.
 #pragma once
-#include "kernels_int8.hpp"
+#include "step_weight.hpp"
 #include "team.hpp"
 
 namespace tf {
@@ -9,22 +9,6 @@ struct StepNorm {  // absent when eps is negative
   const float *weight, *bias;
   float eps;
   bool rms;
-};
-
-enum class WeightLayout {
-  panels,   // (ceil(out / 32), in, 32), see linear.hpp
-  rows,     // (out, in)
-  columns,  // (in, out)
-  int8,     // panels of linear_int8.hpp, and int8 arithmetic
-};
-
-struct StepWeight {  // y = x W^T + bias; absent when data is null
-  Storage storage;  // i8: of panels alone, or of int8
-  WeightLayout layout;
-  const void* data;
-  const float* bias;
-  int64_t out, in, stride;  // of rows or columns
-  int64_t group;            // of int8
 };
 
 struct DecoderLayer {
@@ -42,15 +26,6 @@ struct DecoderLayer {
 };
 
 constexpr int64_t kLayerPhases = 24, kStackPhases = 4;  // at most
-
-// Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each; or that
-// its input takes in int8.
-constexpr int64_t kSplitDepth = 128;
-static inline int64_t split_floats(const StepWeight& w) {
-  if (w.data && w.layout == WeightLayout::int8) return int8_row_floats(w.in, w.group) + 1;
-  if (!w.data || w.layout != WeightLayout::columns) return 0;
-  return (w.in + kSplitDepth - 1) / kSplitDepth * ((w.out + kPanel - 1) / kPanel * kPanel);
-}
 
 // Followed in memory by its layers; made by bindings/decoder_step.cpp.
 struct DecoderPlan {

@@ -51,7 +51,10 @@ static inline void add_rows(const float* p, const Row& row, int64_t begin, int64
 template <class T, class KeyRow, class ValueRow, class Adjust>
 static void attend(const float* query, int64_t dim, float scale, int64_t keys, const KeyRow& key, const ValueRow& value,
                    const Adjust& adjust, float* scores, float* out) {
-  alignas(64) float q[256 + kWidth], sum_v[256 + kWidth];
+  constexpr int64_t kNear = 256 + kWidth;
+  alignas(64) float near[2 * kNear];
+  float *q = near, *sum_v = near + kNear;
+  if (dim > 256) q = scratch<float>(2, 2 * (dim + kWidth)), sum_v = q + dim + kWidth;
   for (int64_t c = 0; c < dim; c += kWidth) store(q + c, load_some(query + c, dim - c));
   for (int64_t j = 0; j < keys && j < kAhead; ++j) prefetch_row<T>(key(j), dim);
   for (int64_t j = 0; j < keys; j += kWidth) {

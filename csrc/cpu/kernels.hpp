@@ -11,6 +11,7 @@
 #include "embedding.hpp"
 #include "norm.hpp"
 #include "recurrence.hpp"
+#include "recurrent_step.hpp"
 #include "rotary.hpp"
 
 namespace tf {
@@ -40,7 +41,8 @@ namespace tf {
   X(additive_attention_backward, AdditiveAttentionBackward) \
   X(rotary, Rotary) \
   X(recurrence_forward, RecurrenceForward) \
-  X(recurrence_backward, RecurrenceBackward)
+  X(recurrence_backward, RecurrenceBackward) \
+  X(recurrent_step, RecurrentStep)
 
 #define TF_MEMBER(name, Arguments) void (*name)(const Arguments&);
 struct Kernels {

@@ -241,21 +241,6 @@ class Block {
   float *sums_, *gates_, *residual_, *normed_;
 };
 
-// f(block of rows, part of `parts`) for all, whoever is free.
-template <class Make>
-void share_out(int64_t items, int64_t threads, const Make& make) {
-  int64_t next = 0;
-  if (threads > items) threads = items;
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    auto work = make();
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
-      work(item);
-    }
-  });
-}
-
 }  // namespace
 
 void int8_quantize(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row) {

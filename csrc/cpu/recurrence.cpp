@@ -7,6 +7,7 @@
 #include "kernels.hpp"
 #include "linear_panel.hpp"
 #include "parallel.hpp"
+#include "recurrence_cell.hpp"
 #include "team.hpp"
 
 namespace tf::TF_ISA {
@@ -14,7 +15,6 @@ namespace {
 
 constexpr int64_t kTogether = 4 * kRows;  // rows that pass over a panel together
 
-static inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The states of the sequences in the order of their lengths, and what a step is made of.
@@ -136,10 +136,9 @@ class Forward : Steps {
       for (int g = 0; g < 4; ++g) {
         v[g] = load(sums[g] + from + k) + load(x + g * h + c, part);
         if (a_.bias) v[g] = v[g] + load(a_.bias + g * h + c, part);
-        v[g] = g == 2 ? tanh_accurate(v[g]) : sigmoid(v[g]);
       }
       float* memory = memory_ + row * padded_ + c;
-      const Vec m = fma(v[1], load(memory), v[0] * v[2]);
+      const Vec m = lstm_memory(v, load(memory));
       store(memory, m);
       give(step, row, at, c, part, v[3] * tanh_accurate(m));
       if (step + 1 == length(row)) store(static_cast<T*>(a_.last_memory) + sequence(row) * h + c, m, part);
@@ -159,15 +158,10 @@ class Forward : Steps {
         in[g] = load(x + g * h + c, part);
         if (a_.bias) v[g] = v[g] + load(a_.bias + g * h + c, part);
       }
-      const Vec reset = sigmoid(in[0] + v[0]), update = sigmoid(in[1] + v[1]);
-      const Vec fresh = tanh_accurate(fma(reset, v[2], in[2]));
-      const Vec before = load(hidden_[step & 1] + row * padded_ + c);
-      give(step, row, at, c, part, fma(update, before - fresh, fresh));
+      give(step, row, at, c, part, gru_hidden(in, v, load(hidden_[step & 1] + row * padded_ + c)));
       if (!a_.saved) return;
       float* saved = a_.saved + at * 4 * h + c;
-      store(saved, reset, part);
-      store(saved + h, update, part);
-      store(saved + 2 * h, fresh, part);
+      for (int g = 0; g < 3; ++g) store(saved + g * h, in[g], part);
       store(saved + 3 * h, v[2], part);
     });
   }

@@ -1,6 +1,9 @@
 """Models on parts of their sequences: losses and gradients are those of one process."""
 
 import contextlib
+import functools
+import os
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -149,6 +152,10 @@ def spread(model: Model, mesh) -> dict[str, torch.Tensor]:
         if model.checkpointing:  # what is computed again knows where it was
             stack.close()
         loss.backward()
+    return summed(loss, module)
+
+
+def summed(loss: torch.Tensor, module) -> dict[str, torch.Tensor]:
     found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     for gradient in found.values():
         dist.all_reduce(gradient)
@@ -161,6 +168,47 @@ def alone(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     loss = module(**model.batch()).loss
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad for n, p in module.named_parameters() if p.grad is not None}}
+
+
+def through_hugging_face(mesh) -> dict:
+    """cp_size=2 of accelerate and Trainer, by their own code but for what processes they take, which are GPUs'."""
+    import accelerate
+    import transformers
+    from accelerate.big_modeling import _attach_context_parallel_hooks
+    from torch.distributed.tensor.experimental import context_parallel
+
+    cp, found = tf.distributed.context_parallel(mesh), {}
+    accelerator = types.SimpleNamespace(
+        parallelism_config=accelerate.ParallelismConfig(cp_size=WORLD),
+        _cp_context=functools.partial(context_parallel, mesh=mesh),
+    )
+    accelerator.maybe_context_parallel = functools.partial(accelerate.Accelerator.maybe_context_parallel, accelerator)
+    trainer = types.SimpleNamespace(accelerator=accelerator)
+    for model in (MODELS[0], MODELS[0]._replace(package=theirs)):
+        module, inputs = model.make(), model.batch()
+        _attach_context_parallel_hooks(module)
+        try:
+            context, inputs = transformers.Trainer._prepare_context_parallel_inputs(trainer, module, inputs)
+        except ValueError as error:  # of Trainer alone: accelerate goes on
+            found["refused", model.label] = str(error)
+            inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+            inputs["position_ids"] = torch.arange(LENGTH).repeat(BATCH, 1)
+            parts = list(inputs.values())
+            context = functools.partial(
+                accelerator.maybe_context_parallel, parts, [1] * len(parts), no_restore_buffers=set(parts)
+            )
+        with context():
+            loss = cp.mean(module(**inputs).loss, inputs["shift_labels"])
+            loss.backward()
+        found[model.label] = summed(loss, module)
+    rank, count = str(mesh.get_rank()), str(WORLD)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # looked at, not used: the processes have met
+    try:
+        accelerate.Accelerator(cpu=True, parallelism_config=accelerate.ParallelismConfig(cp_size=WORLD))
+    except ValueError as error:
+        found["refused", "CPUs"] = str(error)
+    return found
 
 
 def refusals(mesh) -> dict[str, str]:
@@ -192,6 +240,7 @@ def work(rank: int, rendezvous: str, result: str) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     found = {model.label: spread(model, mesh) for model in MODELS}
     found["refusals"] = refusals(mesh)
+    found["Hugging Face's switch"] = through_hugging_face(mesh)
     if rank == 0:
         torch.save(found, result)
     dist.barrier()
@@ -207,7 +256,11 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.label)
 def test_loss_and_gradients(found, model: Model):
-    parts = dict(found[model.label])
+    assert_learned_alike(found[model.label], model)
+
+
+def assert_learned_alike(parts: dict[str, torch.Tensor], model: Model) -> None:
+    parts = dict(parts)
     # transformers' loss is float32 whatever the model is: the truth is that of our class, of the same weights.
     truth, plain = alone(model._replace(package=lambda: tf), torch.float64), alone(model, torch.float32)
     assert parts.keys() == truth.keys()
@@ -222,3 +275,18 @@ def test_refusals(found):
     assert "one sequence a row" in said["positions"]
     assert "output_attentions: wanted False" in said["attentions"]
     assert "context_parallel" in said["generate"]
+
+
+@pytest.mark.parametrize("package", ["ours", "theirs"])
+def test_hugging_faces_switch(found, package):
+    """transformers' class with attn_implementation="transformer_fast" by accelerate, for Trainer refuses that; this
+    package's by Trainer too."""
+    model = MODELS[0] if package == "ours" else MODELS[0]._replace(package=theirs)
+    spread_by_it = found["Hugging Face's switch"]
+    assert ("refused", MODELS[0].label) not in spread_by_it
+    assert (
+        "only with SDPA attention, you are using transformer_fast"
+        in spread_by_it["refused", MODELS[0]._replace(package=theirs).label]
+    )
+    assert "MULTI_CPU" in spread_by_it["refused", "CPUs"]
+    assert_learned_alike(spread_by_it[model.label], model)

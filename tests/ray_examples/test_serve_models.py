@@ -2,9 +2,12 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import importlib.util
 import json
+import os
 import pathlib
+import random
 import runpy
 import socket
 import sys
@@ -37,13 +40,20 @@ BAD = [
 ]
 
 
+def free_port() -> int:
+    """Below those that the system gives to connections: none of those takes it before the service does."""
+    for port in random.Random(os.getpid()).sample(range(20000, 32768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
 @pytest.fixture(scope="module")
 def ask(example, checkpoints):
     """(status, answer) of a request to a service with three models and a short queue."""
     serve_models = example("serve_models")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     models = [word for name in ("embed", "classify", "generate") for word in (f"--{name}", str(checkpoints[name]))]
     limits = ["--queue", str(QUEUE), "--inputs", "8", "--threads", "1", "--port", str(port)]
     arguments = serve_models.parse([*models, *limits])
@@ -54,7 +64,7 @@ def ask(example, checkpoints):
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=500) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
@@ -103,13 +113,16 @@ def a_long_prompt_takes_no_room_from_a_short_one(ask, texts, checkpoints):
 
 
 def requests_share_batches(ask, texts, checkpoints):
-    before = ask("/v1/status")[1]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda t: ask("/v1/embeddings", {"input": t}), texts))
-    assert all(status == 200 for status, _ in answers)
-    after = ask("/v1/status")[1]
-    assert after["texts"] - before["texts"] == len(texts) and after["waiting"] == 0
-    assert after["batches"] - before["batches"] < len(texts)
+    for _ in range(20):  # on a busy machine they may come one at a time
+        before = ask("/v1/status")[1]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda t: ask("/v1/embeddings", {"input": t}), texts))
+        assert all(status == 200 for status, _ in answers)
+        after = ask("/v1/status")[1]
+        assert after["texts"] - before["texts"] == len(texts) and after["waiting"] == 0
+        if after["batches"] - before["batches"] < len(texts):
+            return
+    pytest.fail("no two requests shared a batch")
 
 
 def bad_requests_say_why(ask, texts, checkpoints):
@@ -119,11 +132,14 @@ def bad_requests_say_why(ask, texts, checkpoints):
 
 
 def a_full_queue_says_429_and_what_was_taken_is_answered(ask, texts, checkpoints):
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        body = {"prompt": [text[:20] for text in texts[:8]], "max_tokens": 40}
-        answers = list(pool.map(lambda _: ask("/v1/completions", body), range(48)))
-    codes = [status for status, _ in answers]
-    assert set(codes) == {200, 429}, codes
+    body, answers = {"prompt": [text[:20] for text in texts[:8]], "max_tokens": 40}, []
+    for _ in range(20):  # as above
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            answers += pool.map(lambda _: ask("/v1/completions", body), range(48))
+        codes = {status for status, _ in answers}
+        if 429 in codes:
+            break
+    assert codes == {200, 429}
     assert all("16 may" in answer["error"]["message"] for status, answer in answers if status == 429)
     assert ask("/v1/status")[1]["waiting"] == 0 and ask("/v1/embeddings", {"input": "cat"})[0] == 200
 

@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from .specs import AdditiveAttentionSpec, AttentionSpec, CrossEntropySpec, EmbeddingSpec, NormSpec, RecurrenceSpec
+from .specs import (
+    AdditiveAttentionSpec,
+    AttentionSpec,
+    CrossEntropySpec,
+    EmbeddingSpec,
+    NormSpec,
+    RecurrenceSpec,
+    RecurrentStepSpec,
+)
 
 Tensor = torch.Tensor
 
@@ -22,6 +30,7 @@ METHODS = {
     "embedding_layer_norm": "embedding_layer_norm_forward",
     "norm": "norm_forward",
     "recurrence": "recurrence_forward",
+    "recurrent_step": "recurrent_step",
     "rotary_embedding": "rotary_embedding",
 }
 # Matrix products: ops/linear.py and ops/packed_weight.py call them, and only ask who may.
@@ -176,6 +185,12 @@ class Backend:
         grad_gates: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_hidden: Tensor, grad_memory: Tensor,
     ) -> None:  # fmt: skip
         """grads: of out, the last hidden state and the last memory. A result that there is no tensor for is empty."""
+        raise NotImplementedError
+
+    def recurrent_step(
+        self, spec: RecurrentStepSpec, logits: Tensor, hidden: Tensor, memory: Tensor | None, feed: Tensor | None
+    ) -> None:
+        """No gradients."""
         raise NotImplementedError
 
     # ---- losses --------------------------------------------------------------------------------------

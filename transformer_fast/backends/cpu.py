@@ -87,6 +87,28 @@ class CpuBackend(Backend):
         if spec.bias is not None:
             grad_bias.copy_(grad_products.sum(0, dtype=torch.float32))
 
+    def recurrent_step(self, spec, *buffers) -> None:
+        width, weights, biases = spec.hidden.shape[2], [], []
+        for i in range(0, len(spec.cells), 4):
+            weights += [gate for w in spec.cells[i : i + 2] for gate in _rows(w).split(width)]
+            biases += [_float(b) for b in spec.cells[i + 2 : i + 4]]
+        weights += [None if w is None else _rows(w) for w in (spec.query, spec.readout, spec.head)]
+        biases += [None, _float(spec.readout_bias), _float(spec.head_bias)]
+        found = [
+            t if t is None or t.dtype == torch.float32 else memory.empty(t.shape, torch.float32, t.device)
+            for t in buffers
+        ]
+        _ops.cpu_recurrent_step.default(
+            spec.ids.contiguous(), spec.token.contiguous(),
+            *map(_float, (spec.hidden, spec.memory, spec.feed, spec.keys, spec.values)),
+            None if spec.mask is None else spec.mask.contiguous(),
+            None if spec.sources is None else spec.sources.to(torch.int32).contiguous(), _float(spec.score_weight),
+            weights, biases, spec.maxout, spec.head.shape[1], *found[1:], found[0],
+        )  # fmt: skip
+        for buffer, result in zip(buffers, found):
+            if buffer is not result:
+                buffer.copy_(result)
+
     def norm(self, x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum):
         """norm_forward without gradients, for contiguous tensors: (y, sum or None) and nothing else is made."""
         y = memory.empty_like(x)
@@ -199,6 +221,11 @@ def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
         before[1:] = out[:-1]
     before[begins[some]] = spec.hidden[some]
     return before
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that a decoding step reads where it lies, if it can."""
+    return _unit_stride(weight.detach().float() if weight.dtype == torch.float16 else weight.detach())
 
 
 _TILE = 64  # queries: kAttentionQueries of csrc/cpu/attention.hpp

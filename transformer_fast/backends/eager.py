@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Backend, Call
-from .eager_recurrence import recurrence, recurrence_backward
+from .eager_recurrence import recurrence, recurrence_backward, recurrent_step
 from .philox import keep_mask, keep_mask_2d, keep_scale
 
 
@@ -259,6 +259,11 @@ class EagerBackend(Backend):
 
     def recurrence_backward(self, spec, grads, out, saved, memories, *buffers) -> None:
         recurrence_backward(spec, grads, buffers)
+
+    def recurrent_step(self, spec, *buffers) -> None:
+        for buffer, result in zip(buffers, recurrent_step(spec)):
+            if buffer is not None:
+                buffer.copy_(result)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
         results = norm(*spec)

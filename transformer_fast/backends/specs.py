@@ -61,6 +61,33 @@ class RecurrenceSpec(NamedTuple):
     gaps: bool  # some positions belong to no sequence
 
 
+class RecurrentStepSpec(NamedTuple):
+    """One call: a token a row through a recurrent decoder, an LSTM where there is a memory, else a GRU.
+
+    Without maxout the cells read [word; feed], and the readout is tanh(W [context; state]), with the context of the
+    state after the step. With it they read [word; context], with the context of the state before, and the readout is
+    the maximum of each two neighbours of W [state; word; context] + b. Without values the readout is the state.
+    """
+
+    ids: torch.Tensor  # int64 (R,)
+    token: torch.Tensor  # (V, E)
+    hidden: torch.Tensor  # (L, R, H), before the step
+    memory: torch.Tensor | None  # (L, R, H)
+    feed: torch.Tensor | None  # (R, P), the last readout
+    keys: torch.Tensor | None  # (N, S, W); None: the context is values[:, 0]
+    values: torch.Tensor | None  # (N, S, H)
+    mask: torch.Tensor | None  # bool (N, S); True takes part
+    sources: torch.Tensor | None  # int64 (R,), which of N a row attends to; None: its own
+    query: torch.Tensor | None  # (W, H), of the state that is scored
+    score_weight: torch.Tensor | None  # (W,), of additive scores; None: products
+    cells: list[torch.Tensor | None]  # of each layer weight_ih, weight_hh, bias_ih, bias_hh
+    readout: torch.Tensor | None  # (P, 2 * H), with maxout (2 * P, 2 * H + E)
+    readout_bias: torch.Tensor | None
+    head: torch.Tensor  # (vocabulary, P or H)
+    head_bias: torch.Tensor | None
+    maxout: bool
+
+
 class NormSpec(NamedTuple):
     """One call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
 

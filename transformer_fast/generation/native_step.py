@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from ..layers.projection import linear, projections, reading_copies
-from ..ops.decoder_step import DecoderCache
+from ..ops.decoder_step import DecoderCache, DecoderWeights
 from .cache import StepCache
 from .described_step import DescribedStepper
 from .model_step import ModelStepper
 from .prompts import encoder_states, kept_columns
 from .step_description import StepDescription
 from .stepper import Prompt
-from .weights import decoder_weights
+from .weights import decoder_copies
 
 __all__ = ["NativeStepper"]
 
@@ -56,7 +56,8 @@ class NativeStepper(DescribedStepper):
     # ---- Stepper ----
     def start(self) -> torch.Tensor:
         prompt, description = self._prompt, self._description
-        weights = decoder_weights(self._model, description.tensors())
+        tensors = description.tensors()
+        weights = DecoderWeights(tensors, decoder_copies(self._model, tensors))
         length = prompt.input_ids.shape[1]
         states = encoder_states(prompt)
         shape = None if states is None else (states.shape[0], states.shape[1])

@@ -16,7 +16,7 @@ class RecurrentStepper:
 
     def __init__(self, model: Any, prompt: Prompt):
         self._model, self._prompt = model, prompt
-        self._state: Any = None  # of the rows, from start on
+        self.state: Any = None  # of the rows, from start on
         self._values: Any = None  # (rows, Sk, E), the encoder's states
         self._mask: torch.Tensor | None = None  # (rows, Sk)
 
@@ -29,27 +29,31 @@ class RecurrentStepper:
         return f"the prompt has {', '.join(odd)}" if odd else ""
 
     def start(self) -> torch.Tensor:
-        prompt = self._prompt
-        encoded, mask = prompt.inputs["encoder_outputs"], prompt.inputs.get("attention_mask")
-        output = self._model(
-            attention_mask=mask, decoder_input_ids=prompt.input_ids, encoder_outputs=encoded, use_cache=True,
-            logits_to_keep=1, return_dict=True,
-        )  # fmt: skip
-        self._state, self._values, self._mask = getattr(output, CACHE_NAME), encoded[0], mask
+        prompt, logits = self._prompt, self.run_prompt()
+        self._values, self._mask = prompt.inputs["encoder_outputs"][0], prompt.inputs.get("attention_mask")
         if prompt.copies > 1:
             self._select(torch.arange(prompt.rows, device=prompt.input_ids.device) // prompt.copies)
+        return logits
+
+    def run_prompt(self) -> torch.Tensor:
+        """The prompts through the model's own forward: the logits that follow, (B, V), and `state`, of B rows."""
+        output = self._model(
+            attention_mask=self._prompt.inputs.get("attention_mask"), decoder_input_ids=self._prompt.input_ids,
+            encoder_outputs=self._prompt.inputs["encoder_outputs"], use_cache=True, logits_to_keep=1, return_dict=True,
+        )  # fmt: skip
+        self.state = getattr(output, CACHE_NAME)
         return output.logits[:, -1]
 
     def _select(self, index: torch.Tensor) -> None:
-        self._state.select(index)
+        self.state.select(index)
         self._values = self._values.index_select(0, index)
         self._mask = None if self._mask is None else self._mask.index_select(0, index)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._model.recurrent_step(tokens, self._state, self._values, self._mask)
+        return self._model.recurrent_step(tokens, self.state, self._values, self._mask)
 
     def reorder(self, index: torch.Tensor) -> None:
-        self._state.reorder_cache(index)
+        self.state.reorder_cache(index)
 
     def keep(self, index: torch.Tensor) -> None:
         self._select(index)

@@ -11,16 +11,14 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..layers.projection import is_plain, is_rms_norm, is_transposed
+from ..layers.projection import is_plain, is_rms_norm
 from ..layers.quantized import is_int8
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
-from ..ops.decoder_step import DecoderLayerTensors, DecoderTensors, Norm, Projection
-from ..ops.linear_int8 import Int8Weight
+from ..ops.decoder_step import DecoderLayerTensors, DecoderTensors, Norm
+from .step_modules import is_hooked, is_known, projection_of, weight_of, why_not_tensors
 
 __all__ = ["StepDescription"]
-
-_FLOATS = (torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -91,7 +89,7 @@ class StepDescription:
         if not self.layers:
             return "there are no layers"
         for name, module in self.root.named_modules():
-            if _is_hooked(module):
+            if is_hooked(module):
                 return f"{name or type(module).__name__} has hooks or a forward of its own"
         if self.root.training:
             return "the model is in training mode"
@@ -105,31 +103,26 @@ class StepDescription:
             for slot in ("query", "key", "value", "qkv", "attention_output", "up", "gate", "down", "cross_query",
                          "cross_output"):  # fmt: skip
                 module = getattr(w, slot)
-                if module is not None and _weight_of(module) is None:
+                if module is not None and weight_of(module) is None:
                     return f"{slot} is a {type(module).__name__}, not a plain linear layer"
-            if w.relative_bias is not None and not _is_known(w.relative_bias, nn.Embedding):
+            if w.relative_bias is not None and not is_known(w.relative_bias, nn.Embedding):
                 return f"relative_bias is a {type(w.relative_bias).__name__}, not a plain embedding"
             if w.gate is not None and is_int8(w.gate) != is_int8(w.up):
                 return "of the up and gate projections one is in int8 and the other is not"
         kinds = {_norm_kind(n) for n in self._norms()}
         if None in kinds or len(kinds) > 1:
             return "its norms are not all layer norms or all rms norms"
-        if _weight_of(self.head) is None:
+        if weight_of(self.head) is None:
             return f"the head is a {type(self.head).__name__}, not a plain linear layer"
         for name in ("token", "position", "relative_bias"):
             module = getattr(self, name)
-            if module is not None and not _is_known(module, nn.Embedding):
+            if module is not None and not is_known(module, nn.Embedding):
                 return f"{name} is a {type(module).__name__}, not a plain embedding"
         return ""
 
     def _why_not_tensors(self) -> str:
-        for t in self.tensors().sources():
-            if type(t) not in (torch.Tensor, nn.Parameter):
-                return f"a weight is a {type(t).__name__}"
-            if t.device.type != "cpu":
-                return f"device {t.device} is not cpu"
-            if t.dtype not in (*_FLOATS, torch.int8):
-                return f"dtype {t.dtype} is not float32 or bfloat16"
+        if reason := why_not_tensors(self.tensors()):
+            return reason
         if self.position is not None and self.position.weight.dtype != self.token.weight.dtype:
             return "the embeddings are of two dtypes"
         return ""
@@ -143,7 +136,7 @@ class StepDescription:
 
     def tensors(self) -> DecoderTensors:
         """The weights as they are now."""
-        spec, head = self.spec, _projection(self.head)
+        spec, head = self.spec, projection_of(self.head)
         if self.head_bias is not None:
             head = head._replace(biases=(self.head_bias,))
         return DecoderTensors(
@@ -162,47 +155,14 @@ class StepDescription:
         scale = self.spec.scale_of(index)
         scale = self.spec.head_dim**-0.5 if scale is None else scale
         return DecoderLayerTensors(
-            _norm(w.attention_norm), _projection(*([w.query, w.key, w.value] if w.qkv is None else [w.qkv])),
-            _projection(w.attention_output), _norm(w.output_norm), _projection(w.up), _projection(w.down), scale,
-            None if w.gate is None else _projection(w.gate), _norm(w.cross_norm),
-            None if w.cross_query is None else _projection(w.cross_query),
-            None if w.cross_output is None else _projection(w.cross_output), scale,
+            _norm(w.attention_norm), projection_of(*([w.query, w.key, w.value] if w.qkv is None else [w.qkv])),
+            projection_of(w.attention_output), _norm(w.output_norm), projection_of(w.up), projection_of(w.down), scale,
+            None if w.gate is None else projection_of(w.gate), _norm(w.cross_norm),
+            None if w.cross_query is None else projection_of(w.cross_query),
+            None if w.cross_output is None else projection_of(w.cross_output), scale,
             _norm(w.query_norm), _norm(w.key_norm), _norm(w.attention_after_norm), _norm(w.output_after_norm),
             self.spec.window_of(index), None if w.relative_bias is None else w.relative_bias.weight,  # type: ignore[arg-type]
         )  # fmt: skip
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True for `kind` itself and the variants that models define; False for what adapters make of them."""
-    cls = type(module)
-    package = __package__.split(".")[0]
-    known = ("transformers.models.", f"{package}.models.", f"{package}.layers.")
-    return cls is kind or cls.__module__.startswith(known)
-
-
-def _weight_of(module: Any) -> torch.Tensor | Int8Weight | None:
-    if is_int8(module):
-        weight = module.int8_weight()
-        return None if weight.data is None else weight
-    return module.weight if is_plain(module, nn.Linear) or is_transposed(module) else None
-
-
-def _projection(*modules: Any) -> Projection:
-    return Projection(
-        tuple(_weight_of(m) for m in modules),
-        tuple(m.bias for m in modules),
-        is_transposed(modules[0]),  # type: ignore[misc]
-    )
 
 
 def _norm_kind(module: Any) -> str | None:

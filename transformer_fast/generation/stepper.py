@@ -73,7 +73,8 @@ class Stepper(Protocol):
 
 # (module, class): the first that can decode a prompt is used.
 _STEPPERS = (
-    ("recurrent_step", "RecurrentStepper"), ("native_step", "NativeStepper"), ("graph_step", "GraphStepper"),
+    ("native_recurrent_step", "NativeRecurrentStepper"), ("recurrent_step", "RecurrentStepper"),
+    ("native_step", "NativeStepper"), ("graph_step", "GraphStepper"),
     ("model_step", "ModelStepper"),
 )  # fmt: skip
 

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from ..backends.contents import mirror_files
-from ..ops.decoder_step import DecoderCopies, DecoderTensors, DecoderWeights
+from ..ops.decoder_step import DecoderCopies, StepTensors
 from ..ops.packed_weight import STORAGES
 from .decoder_state import decoder_state
 
-__all__ = ["decoder_weights", "kept_copies", "set_weight_storage"]
+__all__ = ["decoder_copies", "kept_copies", "set_weight_storage"]
 
 
 def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool | None = None) -> None:
@@ -47,8 +47,8 @@ def kept_copies(model: nn.Module) -> DecoderCopies | None:
     return decoder_state(model).copies
 
 
-def decoder_weights(model: nn.Module, tensors: DecoderTensors) -> DecoderWeights:
-    """The model's weights `tensors` for a generation, with copies of them where there are to be some."""
+def decoder_copies(model: nn.Module, tensors: StepTensors) -> DecoderCopies | None:
+    """Copies of the model's weights `tensors` for a generation; None: they are read where they lie."""
     state = decoder_state(model)
     copies = state.copies  # another thread may replace them meanwhile
     if copies is None or not copies.match(tensors):
@@ -56,4 +56,4 @@ def decoder_weights(model: nn.Module, tensors: DecoderTensors) -> DecoderWeights
         dtype, copy = state.storage or (None, mirror_files(tensors.weights()))
         if copy and tensors.weights():  # int8 modules have none to copy
             copies = state.copies = DecoderCopies(tensors, dtype)
-    return DecoderWeights(tensors, copies)
+    return copies

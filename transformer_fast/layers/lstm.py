@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..backends import Call, select
 
 _FEWEST_STEPS = 4  # from so many on it pays to lay a weight out for products with few rows
 
@@ -17,14 +18,19 @@ class TokenOrder(NamedTuple):
 
     forward, backward: (N,) int64, which of the N tokens (row after row of the batch) stands at each place, for the two
     directions. steps: (T,) int64 on the CPU, the sequences that have a token at each step. rows: (B',) int64, the row
-    of the batch of each sequence; rows without tokens are not among them. batch: B.
+    of the batch of each sequence; rows without tokens are not among them. ends: (B + 1,) int64, where the tokens of
+    each row of the batch begin among all, and N.
     """
 
     forward: torch.Tensor
     backward: torch.Tensor
     steps: torch.Tensor
     rows: torch.Tensor
-    batch: int
+    ends: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        return len(self.ends) - 1
 
 
 def order_tokens(mask: torch.Tensor) -> TokenOrder:
@@ -38,12 +44,13 @@ def order_tokens(mask: torch.Tensor) -> TokenOrder:
     forward = (rank * len(mask) + place[row]).argsort()
     backward = ((lengths[row] - 1 - rank) * len(mask) + place[row]).argsort()
     steps = torch.bincount(rank).cpu() if len(rank) else torch.zeros(0, dtype=torch.int64)
-    return TokenOrder(forward, backward, steps, order[: int(steps[0]) if len(steps) else 0], len(mask))
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return TokenOrder(forward, backward, steps, order[: int(steps[0]) if len(steps) else 0], ends)
 
 
 def lstm(
     x: torch.Tensor,
-    steps: torch.Tensor,
+    order: TokenOrder,
     state: tuple[torch.Tensor, torch.Tensor],
     weight_ih: torch.Tensor,
     weight_hh: torch.Tensor,
@@ -51,15 +58,39 @@ def lstm(
     weight_hr: torch.Tensor | None = None,
     cell_clip: float | None = None,
     projection_clip: float | None = None,
+    backward: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """c = clip(f * c + i * g), h = clip(W_hr (o * tanh(c))), with i, f, g, o of W_ih x + W_hh h + bias.
 
-    x: (N, I), step after step; steps: (T,) int64 on the CPU, never rising, the sequences in each step; state: (h (B,
-    P), c (B, C)) before the first; weight_ih: (4C, I), weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g,
-    o; weight_hr: (P, C), or None where P = C. Returns the h of every step, (N, P), and the last h and c of each
-    sequence.
+    x: (N, I), the tokens row after row of the batch; state: (h (B, P), c (B, C)) before the first; weight_ih: (4C, I),
+    weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g, o; weight_hr: (P, C), or None where P = C;
+    backward: from the last token to the first. Returns the h of every token, (N, P), and the last h and c of each row.
     Source: Hochreiter and Schmidhuber, 1997; Sak, Senior and Beaufays, 2014 (the projection).
     """
+    if weight_hr is None and cell_clip is None and projection_clip is None and _is_fused(x, order, weight_hh):
+        return ops.lstm(
+            x, weight_ih, weight_hh, bias, None, state, cu_seqlens=order.ends, max_seqlen=len(order.steps),
+            reverse=backward,
+        )  # fmt: skip
+    index = order.backward if backward else order.forward
+    start = tuple(t.index_select(0, order.rows) for t in state)
+    out, last = _by_steps(
+        x.index_select(0, index), order.steps, start, weight_ih, weight_hh, bias, weight_hr, cell_clip, projection_clip
+    )
+    carried = tuple(s.index_copy(0, order.rows, t) for s, t in zip(state, last))
+    return torch.zeros_like(out).index_copy(0, index, out), carried  # type: ignore[return-value]
+
+
+def _is_fused(x: torch.Tensor, order: TokenOrder, weight: torch.Tensor) -> bool:
+    """Whether the fused op, which knows neither projection nor clipping, has a kernel for the call, and steps enough to
+    lay the weight out for."""
+    if len(order.steps) < _FEWEST_STEPS:
+        return False
+    return select(Call("recurrence", x.device.type, x.dtype, weight.shape[1])).name != "eager"
+
+
+def _by_steps(x, steps, state, weight_ih, weight_hh, bias, weight_hr, cell_clip, projection_clip):
+    """x: (N, I), step after step, steps (T,) of them; state: of the sequences that have tokens, longest first."""
     h, c = state
     if cell_clip is None and projection_clip is None:
         weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)] + ([] if weight_hr is None else [weight_hr])
@@ -120,9 +151,7 @@ class LSTM(nn.Module):
 
     def forward(self, x: torch.Tensor, order: TokenOrder, backward: bool = False) -> torch.Tensor:
         """x: (N, I), the tokens row after row of the batch; (N, P) in the same order."""
-        index = order.backward if backward else order.forward
-        out, _ = lstm(
-            x.index_select(0, index), order.steps, self.start(len(order.rows)), self.weight_ih, self.weight_hh,
-            self.bias, self.weight_hr, self.cell_clip, self.projection_clip,
-        )  # fmt: skip
-        return torch.zeros_like(out).index_copy(0, index, out)
+        return lstm(
+            x, order, self.start(order.batch), self.weight_ih, self.weight_hh, self.bias, self.weight_hr,
+            self.cell_clip, self.projection_clip, backward,
+        )[0]  # fmt: skip

@@ -29,6 +29,7 @@ __all__ = [
     "AttentionRNNEncoder",
     "AttentionRNNEncoderOutput",
     "AttentionRNNPreTrainedModel",
+    "Score",
     "source_mask",
 ]
 

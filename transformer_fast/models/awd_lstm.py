@@ -234,10 +234,8 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         hidden = layer.weight_hh
         if self.training and self.config.weight_dropout:
             hidden = ops.dropout(hidden, self.config.weight_dropout)
-        start = tuple(t.to(x.dtype).index_select(0, order.rows) for t in state)
-        out, last = lstm(x.index_select(0, order.forward), order.steps, start, layer.weight_ih, hidden, layer.bias)  # type: ignore[arg-type]
-        carried = tuple(s.to(t.dtype).index_copy(0, order.rows, t) for s, t in zip(state, last))
-        return torch.zeros_like(out).index_copy(0, order.forward, out), carried
+        start = state[0].to(x.dtype), state[1].to(x.dtype)
+        return lstm(x, order, start, layer.weight_ih, hidden, layer.bias)
 
 
 class AWDLSTMForCausalLM(AWDLSTMPreTrainedModel, HFGenerationMixin):

@@ -17,8 +17,10 @@ from transformers.utils.generic import can_return_tuple
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import GenerationMixin
+from ..generation.native_recurrent_step import RecurrentDescription
 from ..layers.embeddings import check_indices
 from ..layers.projection import dropout_p, linear
+from ..layers.stock import hooks_on
 from ._base import check_integers
 from ._forward import public_forward
 from ._recurrent import (
@@ -26,6 +28,7 @@ from ._recurrent import (
     AttentionRNNEncoder,
     AttentionRNNEncoderOutput,
     AttentionRNNPreTrainedModel,
+    Score,
     source_mask,
 )
 from ._recurrent_config import SCORES, AttentionRNNConfig
@@ -139,6 +142,47 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         words = ops.dropout(decoder.embed_tokens(tokens[:, None]), dropout_p(decoder.dropout))
         readout, _ = decoder(words, values, None if mask is None else (mask != 0)[:, None], state)
         return linear(self.lm_head, readout[:, 0])
+
+    def recurrent_description(self) -> RecurrentDescription:
+        """What of this model the native decoding step computes in the place of."""
+        decoder, refused = self.model.decoder, ""
+        score = decoder.score
+        step = AttentionRNNForConditionalGeneration.recurrent_step
+        if type(self).recurrent_step is not step or "recurrent_step" in vars(self):
+            refused = "the model has a recurrent_step of its own"
+        for module, kind in ((decoder, AttentionRNNDecoder), (score, Score)):
+            if type(module) is not kind:
+                refused = f"the model has a {type(module).__name__} in the place of {kind.__name__}"
+        return RecurrentDescription(
+            (decoder, self.lm_head), decoder.embed_tokens, decoder.rnn, self.lm_head, score.query, score.weight,
+            decoder.readout, decoder.maxout, decoder.attends, self._start, refused,
+        )  # fmt: skip
+
+    def _start(self, encoded: Any) -> RecurrentState:
+        return self.model.decoder.start(
+            encoded if isinstance(encoded, ModelOutput) else AttentionRNNEncoderOutput(*encoded)
+        )
+
+    def why_hf_loop(self) -> str:
+        """'' when generate may decode with this package's engine, which calls no forward after the prompt; else the
+        reason why not."""
+        for module, kind in ((self, AttentionRNNForConditionalGeneration), (self.model, AttentionRNNModel)):
+            name = type(module).__name__
+            if type(module).forward is not kind.forward or "forward" in vars(module):
+                return f"{name} has a forward of its own"
+            if hooks := hooks_on(module):
+                return f"{name} has {hooks}"
+        return ""
+
+    def explain(self) -> str:
+        """How generate decodes with this model, and why not faster; see transformer_fast.explain."""
+        if reason := self.why_hf_loop():
+            how = f"transformers' own loop, as {reason}"
+        elif reason := self.recurrent_description().why_not():
+            how = f"this package's engine, module by module, as {reason}"
+        else:
+            how = "this package's engine, one native call a token"
+        return f"{type(self).__name__}\n  generate: {how}"
 
     def _sampled_inputs(
         self, ids, mask, targets, encoder_outputs, inputs_embeds, labels, output_attentions, num_items_in_batch

@@ -15,6 +15,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .recurrence import gru, lstm
+from .recurrent_step import recurrent_step
 from .rotary import rotary_embedding
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "parallel",
     "projections",
     "qkv_attention",
+    "recurrent_step",
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",

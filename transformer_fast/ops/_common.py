@@ -26,7 +26,8 @@ def schema_of(spec: type[tuple]) -> str:
 
 
 _SCHEMA_TYPES = {
-    torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", SymInt: "SymInt", int: "int", float: "float", bool: "bool"
+    torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", list[torch.Tensor | None]: "Tensor?[]", SymInt: "SymInt",
+    int: "int", float: "float", bool: "bool",
 }  # fmt: skip
 
 

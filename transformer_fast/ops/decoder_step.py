@@ -6,7 +6,7 @@ on the CPU, where a step of few rows is one pass over the weights and everything
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,7 @@ __all__ = [
     "DecoderWeights",
     "Norm",
     "Projection",
+    "StepTensors",
 ]
 
 _ops = torch.ops.transformer_fast
@@ -62,6 +63,18 @@ class Projection(NamedTuple):
             return weight
         w = weight.detach().t() if self.transposed else weight.detach()
         return w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous()
+
+    def read(self, panels: Iterator[torch.Tensor] | None, rows: bool = False) -> list[torch.Tensor]:
+        """What a step reads of each weight: the next of the copies' panels, or where it lies; rows: as (out, in)."""
+        found: list[torch.Tensor] = []
+        for part in self.parts():
+            if isinstance(part, Int8Weight):
+                found.append(part.data)  # type: ignore[arg-type]
+            elif panels is None:
+                found.append(part.contiguous() if rows else part)
+            else:
+                found.append(next(panels))
+        return found
 
     def tensors(self) -> list[torch.Tensor]:
         """What the weights lie in."""
@@ -168,6 +181,18 @@ class DecoderTensors:
         return [t for t in (*found, self.token, self.position, self.relative) if t is not None]
 
 
+class StepTensors(Protocol):
+    """What a decoding step computes with: of every kind of decoder."""
+
+    token: torch.Tensor
+
+    def projections(self) -> list[Projection]: ...
+
+    def weights(self) -> list[torch.Tensor]: ...
+
+    def sources(self) -> list[torch.Tensor]: ...
+
+
 class DecoderCopies:
     """Copies of a decoder's weights in the layout for few rows, of all but the embedding tables.
 
@@ -176,7 +201,7 @@ class DecoderCopies:
     follow later changes of the weights: ask match and make them again when that says False.
     """
 
-    def __init__(self, tensors: DecoderTensors, storage: torch.dtype | None = None):
+    def __init__(self, tensors: StepTensors, storage: torch.dtype | None = None):
         if reason := native.load():
             raise RuntimeError(reason)
         if storage is None:
@@ -197,7 +222,7 @@ class DecoderCopies:
             self.panels.append(piece.view(-1, panel_rows(part.shape[1], storage), _PANEL))
             _pack(part, self.panels[-1], mappings)
 
-    def match(self, tensors: DecoderTensors) -> bool:
+    def match(self, tensors: StepTensors) -> bool:
         """True when copies of the weights as they are now would be the same: see backends.contents."""
         return self._contents.same(tensors.weights())
 
@@ -254,15 +279,10 @@ class DecoderWeights:
         found: list[torch.Tensor | None] = []
         if p is None:
             return [None] * (2 * places)
-        for i, (weight, part) in enumerate(zip(p.weights, p.parts())):
-            read: torch.Tensor | None
-            if isinstance(weight, Int8Weight) or isinstance(part, Int8Weight):
-                read = part.data  # type: ignore[union-attr]
-            elif panels is None:
-                read = part.contiguous() if rows else part
-            else:
-                read = next(panels)
-                self.by_weight[id(weight)] = PackedWeight.of_panels(read, part.shape[0])
+        for i, (weight, read) in enumerate(zip(p.weights, p.read(panels, rows))):
+            if panels is not None and isinstance(weight, torch.Tensor):
+                out = weight.shape[1 if p.transposed else 0]
+                self.by_weight[id(weight)] = PackedWeight.of_panels(read, out)
             found += [read, p.bias(i)]
         return found + [None] * (2 * places - len(found))
 

@@ -1,0 +1,106 @@
+#include "cpu/recurrent_step.hpp"
+
+#include "step_weight.hpp"
+
+namespace tf {
+namespace {
+
+// A weight (out, in), from where it begins among its kind.
+StepWeight checked(const char* name, const OptionalTensor& weight, const OptionalTensor& bias, int64_t out, int64_t in,
+                   RecurrentStep& s) {
+  STD_TORCH_CHECK(weight.has_value(), name, ": wanted a weight (", out, ", ", in, "), got none");
+  StepWeight w = weight_of({weight, bias}, 0, out, in);
+  STD_TORCH_CHECK(w.out == out && w.in == in && (weight->dim() != 3 || weight->size(0) == (out + kPanel - 1) / kPanel),
+                  name, ": wanted a weight (", out, ", ", in, "), got (", w.out, ", ", w.in, ")");
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == out, name, ": wanted a bias of ", out, " values");
+  s.weight_bytes += bytes_of(w);
+  return w;
+}
+
+StepWeight gathered(const char* name, const OptionalTensor& weight, const OptionalTensor& bias, int64_t out, int64_t in,
+                    RecurrentStep& s) {
+  const StepWeight w = checked(name, weight, bias, out, in, s);
+  if (split_floats(w) > s.split_floats) s.split_floats = split_floats(w);
+  return w;
+}
+
+void fill_gates(StepWeight* gates, const OptionalTensors& weights, size_t at, const OptionalTensor& bias, int64_t in,
+                RecurrentStep& s) {
+  const int64_t count = gates_of(s.cell), width = s.width;
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == count * width, "biases: wanted ", count * width, " values");
+  for (int64_t g = 0; g < count; ++g) {
+    gates[g] = checked("weights", weights[at + size_t(g)], OptionalTensor(), width, in, s);
+    STD_TORCH_CHECK(gates[g].layout == WeightLayout::panels || gates[g].layout == WeightLayout::rows,
+                    "weights: wanted those of the cells in panels or with contiguous rows");
+    if (bias.has_value()) gates[g].bias = read<float>(bias) + g * width;
+  }
+}
+
+void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memory, OptionalTensor feed,
+                    OptionalTensor keys, OptionalTensor values, OptionalTensor mask, OptionalTensor sources,
+                    OptionalTensor score_weight, OptionalTensors weights, OptionalTensors biases, bool maxout,
+                    int64_t readout_size, Tensor next_hidden, OptionalTensor next_memory, OptionalTensor next_feed,
+                    Tensor logits) {
+  RecurrentStep s{};
+  s.cell = memory.has_value() ? Cell::lstm : Cell::gru;
+  s.context = !values.has_value() ? Context::none
+              : !keys.has_value() ? Context::given
+              : score_weight.has_value() ? Context::additive : Context::dot;
+  s.maxout = maxout;
+  s.rows = ids.size(0);
+  s.layers = hidden.size(0);
+  s.width = hidden.size(2);
+  s.embedding = token.size(1);
+  s.ids = read<int64_t>(ids);
+  s.token_dtype = dtype_of(token);
+  s.token = read(token);
+  s.hidden = read<float>(hidden);
+  s.memory = read<float>(memory);
+  s.feed = read<float>(feed);
+  s.keys = read<float>(keys);
+  s.values = read<float>(values);
+  s.mask = read<bool>(mask);
+  s.sources = read<int32_t>(sources);
+  s.score_weight = read<float>(score_weight);
+  s.length = values.has_value() ? values->size(1) : 0;
+  s.score_width = keys.has_value() ? keys->size(2) : 0;
+  s.int8 = &int8_kernels();
+  const size_t layers = size_t(s.layers), gates = size_t(gates_of(s.cell)), cells = 2 * layers * gates;
+  STD_TORCH_CHECK(weights.size() == cells + 3 && biases.size() == 2 * layers + 3, "weights: wanted ", cells + 3,
+                  " and ", 2 * layers + 3, " biases, got ", weights.size(), " and ", biases.size());
+  std::vector<RecurrentCell> of_layers(layers);
+  const int64_t beside = maxout ? s.width : feed.has_value() ? readout_size : 0;
+  for (size_t l = 0; l < layers; ++l) {
+    const int64_t in = l ? s.width : s.embedding + beside;
+    fill_gates(of_layers[l].input, weights, 2 * l * gates, biases[2 * l], in, s);
+    fill_gates(of_layers[l].hidden, weights, (2 * l + 1) * gates, biases[2 * l + 1], s.width, s);
+  }
+  s.cells = of_layers.data();
+  const OptionalTensor *w = &weights[cells], *b = &biases[2 * layers];
+  if (w[0].has_value()) s.query = gathered("query", w[0], b[0], s.score_width, s.width, s);
+  const bool reads = maxout || s.context != Context::none;
+  STD_TORCH_CHECK(!maxout || s.context != Context::none, "values: wanted them with maxout");
+  if (reads)
+    s.readout = gathered("readout", w[1], b[1], maxout ? 2 * readout_size : readout_size,
+                         2 * s.width + (maxout ? s.embedding : 0), s);
+  s.head = gathered("head", w[2], b[2], logits.size(1), reads ? readout_size : s.width, s);
+  s.next_hidden = write<float>(next_hidden);
+  s.next_memory = write<float>(next_memory);
+  s.next_feed = write<float>(next_feed);
+  s.logits = write<float>(logits);
+  const int64_t tokens = token.size(0), count = values.has_value() ? values->size(0) : s.rows;
+  STD_TORCH_CHECK(s.sources || s.rows <= count, "sources: wanted those of ", s.rows, " rows, got none");
+  for (int64_t r = 0; r < s.rows; ++r) {
+    STD_TORCH_CHECK(s.ids[r] >= 0 && s.ids[r] < tokens, "ids: ", s.ids[r], " is not one of ", tokens, " tokens");
+    if (s.sources)
+      STD_TORCH_CHECK(s.sources[r] >= 0 && s.sources[r] < count, "sources: ", s.sources[r], " is not one of ", count);
+  }
+  kernels().recurrent_step(s);
+}
+
+}  // namespace
+}  // namespace tf
+
+STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
+  m.impl("cpu_recurrent_step", TORCH_BOX(&tf::recurrent_step));
+}

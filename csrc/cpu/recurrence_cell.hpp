@@ -1,0 +1,25 @@
+// The gates of a GRU and an LSTM, on vectors of what the products give them.
+#pragma once
+#include "recurrence.hpp"
+#include "simd.hpp"
+
+namespace tf::TF_ISA {
+
+static inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
+
+// gates: the sums of i, f, g, o, which become the gates. Returns the new memory; the hidden state is o tanh(memory).
+static inline Vec lstm_memory(Vec (&gates)[4], Vec memory) {
+  for (int g = 0; g < 4; ++g) gates[g] = g == 2 ? tanh_accurate(gates[g]) : sigmoid(gates[g]);
+  return fma(gates[1], memory, gates[0] * gates[2]);
+}
+
+// gates: what the input gives r, z, n, which become the gates; products: what the hidden state gives them. Returns the
+// new hidden state.
+static inline Vec gru_hidden(Vec (&gates)[3], const Vec (&products)[3], Vec hidden) {
+  gates[0] = sigmoid(gates[0] + products[0]);
+  gates[1] = sigmoid(gates[1] + products[1]);
+  gates[2] = tanh_accurate(fma(gates[0], products[2], gates[2]));
+  return fma(gates[1], hidden - gates[2], gates[2]);
+}
+
+}  // namespace tf::TF_ISA
