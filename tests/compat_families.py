@@ -60,9 +60,6 @@ CONFIGS = {
     "gpt_neox": ("GPTNeoXConfig", _DECODER),
     "phi": ("PhiConfig", _DECODER),
     "opt": ("OPTConfig", _DECODER | {"ffn_dim": 48, "dropout": 0.0, "init_std": 0.3}),
-    "gpt_neo": ("GPTNeoConfig", _DECODER | {
-        "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4,
-    }),
     "bart": ("BartConfig", _BART),
     "marian": ("MarianConfig", _BART | {"scale_embedding": True, "activation_function": "swish"}),
     "mbart": ("MBartConfig", _BART),

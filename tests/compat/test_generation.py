@@ -13,7 +13,7 @@ from transformer_fast._transformers import CACHE_NAME
 
 DECODERS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "BartForCausalLM", "MarianForCausalLM",
             "MBartForCausalLM", "PegasusForCausalLM", "LlamaForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM",
-            "OPTForCausalLM", "GPTNeoForCausalLM")  # fmt: skip
+            "OPTForCausalLM")  # fmt: skip
 SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
            "MBartForConditionalGeneration", "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration",
            "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration")  # fmt: skip

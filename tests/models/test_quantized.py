@@ -51,6 +51,9 @@ FAMILIES = {
     ),
     "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**_GPT, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
     "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: hf.OpenAIGPTConfig(**_GPT)),
+    "gpt_neox": ("GPTNeoXForCausalLM", lambda: hf.GPTNeoXConfig(**_WIDE, bos_token_id=1)),
+    "phi": ("PhiForCausalLM", lambda: hf.PhiConfig(**_WIDE)),
+    "opt": ("OPTForCausalLM", lambda: hf.OPTConfig(**_WIDE, ffn_dim=144, bos_token_id=1)),
     "bart": ("BartForConditionalGeneration", lambda: hf.BartConfig(**_SEQ2SEQ)),
     "marian": ("MarianMTModel", lambda: hf.MarianConfig(**_SEQ2SEQ, activation_function="swish")),
     "m2m_100": ("M2M100ForConditionalGeneration", lambda: hf.M2M100Config(**_SEQ2SEQ)),
@@ -69,7 +72,8 @@ FAMILIES = {
         ),
     ),
 }  # fmt: skip
-GENERATING = ("gpt2", "openai-gpt", "bart", "marian", "mbart", "m2m_100", "umt5", "t5", "t5-v1.1", "transformer")
+GENERATING = ("gpt2", "openai-gpt", "gpt_neox", "phi", "opt", "bart", "marian", "mbart", "m2m_100", "umt5", "t5",
+              "t5-v1.1", "transformer")  # fmt: skip
 
 
 def _model(family: str):

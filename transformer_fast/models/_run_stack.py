@@ -150,13 +150,13 @@ class Stack:
 
 def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: Context = _ALONE) -> Encoded:
     """Check the arguments, plan what is computed, embed, run the layers. kwargs: the call's other keywords."""
-    words = stack._words()
-    source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim, stack._prefix())
+    words, prefix = stack._words(), stack._prefix()
+    source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim, prefix)
     (batch, length), device, cache = source.shape[:2], source.device, context.past_key_values
     past = 0 if cache is None else cache.get_seq_length()
     inputs = _checked_indices(inputs, batch, length)
     positions = stack._positions(inputs, past)
-    _check_sizes(stack, inputs, words, positions, length, past)
+    _check_sizes(stack, inputs, words, prefix, positions, length, past)
     layers = stack._called_layers()
     flags = read_flags(stack.config, kwargs, len(layers))
     documents = None
@@ -191,9 +191,11 @@ def _checked_indices(inputs: Inputs, batch: int, length: int) -> Inputs:
     return inputs
 
 
-def _check_sizes(stack: Stack, inputs: Inputs, words: Any, positions: torch.Tensor | None, length: int, past) -> None:
+def _check_sizes(
+    stack: Stack, inputs: Inputs, words: Any, prefix: str, positions: torch.Tensor | None, length: int, past
+) -> None:  # fmt: skip
     """Refuse indices that a table has no row for."""
-    prefix, most, setting = stack._prefix(), stack._most_positions(), stack._positions_setting
+    most, setting = stack._most_positions(), stack._positions_setting
     advice = "truncate the text (tokenizer(..., truncation=True))"
     if most is None:
         pass
