@@ -27,7 +27,7 @@ def _on_the_device(device):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Wide rows at a size that the interpreter gets through: the code beyond the register limit, from 128 columns."""
-    from transformer_fast.kernels import layer_norm as kernels
+    from transformer_fast.kernels import norm as kernels
 
     monkeypatch.setattr(kernels, "FORWARD_WIDTH", 128)
     monkeypatch.setattr(kernels, "BACKWARD_WIDTH", 128)
