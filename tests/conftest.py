@@ -44,6 +44,14 @@ else:
     )
     hypothesis.settings.load_profile("here")
 
+    # Hypothesis mixes the numbers that it finds in the loaded modules into its draws: they would differ with the
+    # tests that a worker has run before.
+    from hypothesis.internal.conjecture import providers
+
+    if hasattr(providers, "_get_local_constants"):
+        _no_constants = providers.Constants()
+        providers._get_local_constants = lambda: _no_constants
+
 
 def pytest_configure(config):
     # Under xdist every worker gets its share of the cores.

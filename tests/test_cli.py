@@ -119,7 +119,14 @@ def longt5():
     return LongT5ForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("build", [DECODERS["gpt_neox"], longt5, vit], ids=["gpt_neox", "longt5", "vit"])
+def olmo():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(**DECODERS["llama"]().config.to_diff_dict() | {"model_type": "olmo2"})
+    return Olmo2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [olmo, longt5, vit])
 def test_verify_through_accelerate(build, tmp_path):
     build().save_pretrained(tmp_path)
     result = verification.verify(tmp_path, dtypes=["fp32", "bf16"])
@@ -136,7 +143,7 @@ def test_verify_our_own_encoder_decoder(tmp_path):
 
 def test_verify_finds_a_wrong_row(tmp_path, monkeypatch):
     """Padding that leaks into one sentence, as a missing mask would make it."""
-    DECODERS["gpt_neox"]().save_pretrained(tmp_path)
+    olmo().save_pretrained(tmp_path)
     from transformer_fast.integrations import huggingface
 
     right = huggingface._rule

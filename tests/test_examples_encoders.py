@@ -267,7 +267,8 @@ def test_lives_are_learned_whole(load):
     batch = example.encode(known[:3], tokenizer)
     for ids, mask, labels, life in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], known):
         assert tokenizer.decode(ids[mask]) == example.END + life + example.END
-        assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()
+        assert torch.equal(labels[mask][1:], ids[mask][1:]) and (labels[~mask] == -100).all()
+        assert labels[mask][0] == -100  # nothing comes before the first token
 
 
 @pytest.mark.quick

@@ -205,7 +205,10 @@ def test_several_trainings(way, tmp_path, monkeypatch):
     output, killed = tmp_path / "two", way != "data parallel"
     many = [*ULMFIT, "--save-every", "1", *(["--fsdp"] if killed else [])]
     if killed:
-        kill_at(start("ulmfit", output, *many), output, "checkpoints/2_reviews/[0-9]*/progress.json")
+        waits = tmp_path / "waits.py"
+        waits.write_text(WAITS)
+        process = start("ulmfit", output, *many, through=(str(waits),))
+        kill_at(process, output, "checkpoints/2_reviews/[0-9]*/progress.json")
         many.append("--resume")
     printed = finished(start("ulmfit", output, *many))
     assert printed.count("accuracy on 100 held-out reviews") == 1

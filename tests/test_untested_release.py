@@ -75,7 +75,7 @@ _WRONG_FORWARD = """
 import transformer_fast.models.gpt2 as gpt2
 def broken(*args, **kwargs):
     raise AttributeError("a name that the release has not")
-gpt2.run_gpt = broken
+gpt2.run_stack = broken
 ours = compare()
 assert ours.runs_as_hugging_face
 assert len(said("GPT2LMHeadModel runs as transformers' own, for a tiny model differs (AttributeError:")) == 1, seen

@@ -28,6 +28,7 @@ __all__ = [
     "merge_cache_names",
     "name_or_path",
     "pad_token",
+    "recomputed",
     "recorded_outputs",
     "register_outputs",
     "set_attention",
@@ -131,6 +132,11 @@ def register_outputs(model: Any) -> None:
     registry = output_capturing._CAN_RECORD_REGISTRY
     key: Any = str(model.__class__) if type(registry) is dict else model  # later registries make the name themselves
     registry[key] = model._can_record_outputs
+
+
+def recomputed(model: Any, function: Any, *inputs: Any) -> Any:
+    """function(*inputs), which backward runs again, in the way that gradient_checkpointing_enable was told."""
+    return model._gradient_checkpointing_func(function, *inputs)
 
 
 def is_capturing_hook(hook: Any) -> bool:

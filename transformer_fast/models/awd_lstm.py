@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
-from .._transformers import CACHE_NAME, cached
+from .._transformers import CACHE_NAME, cached, recomputed
 from ..layers.embeddings import check_indices
 from ..layers.lstm import LSTM, TokenOrder, lstm, order_tokens
 from ..layers.pooling import concat_pooling
@@ -228,7 +228,7 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
 
     def _recomputed(self, *inputs):
         """As _layer, which backward runs again."""
-        return self._gradient_checkpointing_func(self._layer, *inputs)  # type: ignore[operator]
+        return recomputed(self, self._layer, *inputs)
 
     def _layer(self, layer: Any, x: torch.Tensor, order: TokenOrder, state: tuple[torch.Tensor, torch.Tensor]):
         hidden = layer.weight_hh

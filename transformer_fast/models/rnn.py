@@ -182,7 +182,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
             how = f"this package's engine, module by module, as {reason}"
         else:
             how = "this package's engine, one native call a token"
-        return f"{type(self).__name__}\n  generate: {how}"
+        return f"{type(self).__name__}\n  forward: the fast path, which is the only one\n  generate: {how}"
 
     def _sampled_inputs(
         self, ids, mask, targets, encoder_outputs, inputs_embeds, labels, output_attentions, num_items_in_batch

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..backends import eager, gemm, memory, select
+from ..backends import eager, gemm, memory, native, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .packed_weight import PackedWeight, linear_packed, pack_weight
@@ -18,7 +18,8 @@ _FEW_OUTPUTS = 11
 # oneDNN adds up to a thousand products in one running sum and more, whose rounding errors are then twice MKL's: beyond
 # so many inputs the product is our own, in runs of as many. It is as fast but for few rows (5 to 8 % slower with 128).
 _LONG = 256
-_FEW_LONG = 16  # rows: up to here the weight is read where it lies
+_FEW_LONG = 16  # rows: up to here the weight is read where it lies, a running sum for each lane of a vector
+_LANES = {"baseline": 4, "avx2": 8}  # of a vector, by instruction set; else 16
 
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
@@ -98,7 +99,8 @@ def _long_sums(x, weight, bias, activation) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()
     y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
     code = -1 if activation is None else ACTIVATIONS.index(activation)
-    if x.shape[0] <= _FEW_LONG and weight.stride(1) == 1:
+    few = x.shape[0] <= _FEW_LONG and x.shape[1] <= 3 * _LONG * _LANES.get(native.current_isa(), 16)
+    if few and weight.stride(1) == 1:
         torch.ops.transformer_fast.cpu_rows_linear.default(x, [weight], [bias], code, [y])
     else:
         torch.ops.transformer_fast.cpu_long_linear.default(x, weight, bias, code, y)
