@@ -107,7 +107,9 @@ def _machine(rows: list[dict], about: dict) -> str:
 # What people ask about, in their words.
 HEADLINE = {
     "inference/minilm-real-sentences": "embed real sentences, MiniLM, fp32",
+    "int8/minilm-as-they-come": "the same in int8",
     "inference/bert-base-ragged-32": "classify 32 texts of mixed length, BERT base, fp32",
+    "int8/bert-base-ragged-32": "the same in int8",
     "training/bert-base-ragged-16x128": "one step of fine-tuning BERT base, fp32",
     "generation/gpt2-b1": "write one text, GPT-2, greedy, fp32",
     "generation/gpt2-b1-int8-weights": "the same with weights in int8",
@@ -116,14 +118,14 @@ HEADLINE = {
 
 
 def _headline(rows: list[dict], about: dict) -> str:
-    """Six works: Hugging Face's time, ours, the speed-up, and the fastest other tool of the same run."""
+    """A few works: Hugging Face's time, ours, the speed-up, and the fastest other tool of the same run."""
     lines = _header("work", "Hugging Face", "transformer_fast", "speed-up", "fastest other tool in that run")
     for case, words in HEADLINE.items():
         mine = {row["candidate"]: row for row in rows if row["case"] == case and row["median_s"]}
         if OURS not in mine or mine[OURS]["peer"] not in mine:
             continue
         ours, peer = mine[OURS], mine[mine[OURS]["peer"]]
-        others = [r for name, r in mine.items() if name != OURS and not name.startswith("HF") and r["ratio_to_peer"]]
+        others = [r for name, r in mine.items() if not name.startswith((OURS, "HF")) and r["ratio_to_peer"]]
         best = max(others, key=lambda row: float(row["ratio_to_peer"]), default=None)
         other = f"{best['candidate']} {_ratio(best['ratio_to_peer'])}" if best else ""
         times = (_seconds(peer["median_s"]), _seconds(ours["median_s"]))
