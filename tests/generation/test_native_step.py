@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from native_decoders import (
     FAMILIES,
     POSITIONS,
@@ -29,10 +30,8 @@ if native.load():
 
 @pytest.fixture(params=native.supported_isas())
 def isa(request):
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 @pytest.fixture(autouse=True)

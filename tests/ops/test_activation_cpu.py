@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
@@ -18,10 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=native.supported_isas())
 def isa(request):
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 def run(backend, x, bias, gate, grad, activation, dtype=None):

@@ -7,6 +7,7 @@ import torch
 import triton_interpreter
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
@@ -20,14 +21,8 @@ ADDITIVE = tf.additive_attention
 @pytest.fixture(scope="module", params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def kernels(request):
     """The C++ kernels of each instruction set."""
-    if native.load():
-        pytest.skip(native.load())
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield "cpu"
-    native.set_isa(before)
+    with running_on(request.param):
+        yield "cpu"
 
 
 def case(batch=2, sq=3, sk=7, width=40, value_width=24, dtype=torch.float32, *, scale=1.0, weight_dtype=None, seed=0):

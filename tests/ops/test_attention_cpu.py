@@ -7,6 +7,7 @@ import torch
 from attention_cases import FLOATS, Case, check, draw_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
@@ -21,10 +22,8 @@ ISAS = native.supported_isas()
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

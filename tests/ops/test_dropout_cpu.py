@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from instruction_sets import running_on
 from numerics import assert_as_accurate
 
 import transformer_fast as tf
@@ -13,10 +14,8 @@ if native.load():
 
 @pytest.fixture(params=native.supported_isas())
 def isa(request):
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 def run(backend, x, p):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import triton_interpreter
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
@@ -22,14 +23,8 @@ def kernels(request):
         with triton_interpreter.active():
             yield "triton"
         return
-    if native.load():
-        pytest.skip(native.load())
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield "cpu"
-    native.set_isa(before)
+    with running_on(request.param):
+        yield "cpu"
 
 
 def case(shape, width, dtype, *, entries=(37, 11, 2), weight_dtype=None, seed=0):

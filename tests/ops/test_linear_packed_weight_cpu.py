@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import assert_as_accurate
 
 import transformer_fast as tf
@@ -16,10 +17,8 @@ if native.load():
 
 @pytest.fixture(params=native.supported_isas())
 def isa(request):
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 def reference(x, weight, bias, activation):

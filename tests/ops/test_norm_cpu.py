@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
@@ -19,10 +20,8 @@ WIDTHS = [1, 2, 7, 15, 16, 17, 31, 64, 100, 127, 128, 129, 200, 384, 768, 1000]
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 def tensors(rows, width, dtype, weight_dtype, scale=1.0, shift=0.0, seed=0):

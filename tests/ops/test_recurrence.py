@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -17,14 +18,8 @@ LENGTHS = (3, 0, 5, 1)
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def kernels(request):
     """The C++ kernels of each instruction set."""
-    if native.load():
-        pytest.skip(native.load())
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield "cpu"
-    native.set_isa(before)
+    with running_on(request.param):
+        yield "cpu"
 
 
 def case(cell, batch=4, steps=5, inputs=7, width=11, dtype=torch.float32, seed=0):

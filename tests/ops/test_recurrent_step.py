@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from instruction_sets import running_on
 from numerics import assert_as_accurate
 
 import transformer_fast as tf
@@ -22,14 +23,8 @@ VOCABULARY = 19
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def isa(request):
-    if native.load():
-        pytest.skip(native.load())
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.current_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    with running_on(request.param) as isa:
+        yield isa
 
 
 def case(kind, cell="gru", rows=4, width=11, embedding=7, size=6, layers=2, keys=5, dtype=torch.float32, bias=True,
