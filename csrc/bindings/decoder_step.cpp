@@ -20,7 +20,7 @@ StepNorm norm_of(const OptionalTensors& tensors, size_t at, double eps, bool rms
 // Floats a row of the workspace for the products with this weight.
 int64_t decoder_split_floats(Tensor weight) {
   if (weight.dim() == 2 && weight.scalar_type() == ScalarType::Char)  // no fewer than its inputs take
-    return int8_row_floats(weight.size(1) / kPanel, 32) + 1;
+    return 2 * (int8_row_floats(weight.size(1) / kPanel, 32) + 1);
   return split_floats(weight_of({weight, OptionalTensor()}, 0, 0, 0));
 }
 

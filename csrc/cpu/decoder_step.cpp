@@ -39,42 +39,57 @@ class Walk : StepProducts {
 
   void run() {
     embed();
-    const int64_t heads = p_.heads * p_.head_dim, outer = qkv_width(p_);
+    const int64_t outer = qkv_width(p_);
     for (int64_t i = 0; i < p_.layers; ++i) {
       const DecoderLayer& l = layers_of(&p_)[i];
-      const float* in = before(l.attention_norm);
-      linear(l.qkv, 3, in, p_.width, Finish{b_.qkv, outer});
-      self_attention(l);
+      StepInput in = before(l.attention_norm, l.qkv, 3);
+      linear(l.qkv, 3, in, Finish{b_.qkv, outer});
+      const StepInput context = self_attention(l);
       if (p_.parallel) in = before(l.output_norm);  // of x as it still is
-      after(l.attention_norm, l.attention_after_norm, l.attention_output, b_.context, heads);
+      after(l.attention_norm, l.attention_after_norm, l.attention_output, context);
       if (l.cross_query.data) {
-        linear(l.cross_query, before(l.cross_norm), p_.width, Finish{b_.qkv, outer});
-        cross_attention(l);
-        after(l.cross_norm, StepNorm{nullptr, nullptr, -1.f, false}, l.cross_output, b_.context, heads);
+        linear(l.cross_query, before(l.cross_norm, &l.cross_query), Finish{b_.qkv, outer});
+        after(l.cross_norm, StepNorm{nullptr, nullptr, -1.f, false}, l.cross_output, cross_attention(l));
       }
-      if (!p_.parallel) in = before(l.output_norm);
-      Finish f{b_.inner, p_.feed_forward};
-      f.has_activation = true;
-      f.activation = p_.activation;
-      f.gate = l.gate.data ? &l.gate : nullptr;
-      linear(l.up, in, p_.width, f);
-      after(l.output_norm, l.output_after_norm, l.down, b_.inner, p_.feed_forward);
+      if (!p_.parallel) in = before(l.output_norm, &l.up);
+      after(l.output_norm, l.output_after_norm, l.down, up(l, in));
     }
-    const float* last = norm(p_.final_norm, b_.x, b_.normed);
     Finish f{s_.logits, p_.head.out};
     f.scale = p_.head_scale;
     f.softcap = p_.logits_softcap;
-    linear(p_.head, last, p_.width, f);
+    linear(p_.head, normed(p_.final_norm, &p_.head), f);
   }
 
  private:
-  // What a sublayer reads: norm(x), or x where norms come after the sum.
-  const float* before(const StepNorm& n) { return p_.pre_norm ? norm(n, b_.x, b_.normed) : b_.x; }
+  // What a sublayer reads: norm(x), or x where norms come after the sum. Rows that are for int8 weights are quantised on
+  // the way.
+  StepInput before(const StepNorm& n, const StepWeight* weights = nullptr, int count = 1) {
+    return normed(p_.pre_norm ? n : StepNorm{nullptr, nullptr, -1.f, false}, weights, count);
+  }
 
-  // x + [after norm](output(inner)), and the norm of that where norms come after the sum.
-  void after(const StepNorm& n, const StepNorm& after_norm, const StepWeight& output, const float* inner, int64_t width) {
+  StepInput normed(const StepNorm& n, const StepWeight* weights = nullptr, int count = 1) {
+    const bool changed = n.eps >= 0.f, int8 = weights && reads_int8(weights, count);
+    StepInput in{changed ? b_.normed : b_.x, p_.width};
+    const StepNorm* last = last_norm_;
+    last_norm_ = nullptr;
+    if (int8) {
+      for_input_ = int8_room(weights[0]);
+      in.int8 = &for_input_;
+    }
+    if (!changed && !int8 && !last) return in;
+    team_.phase(s_.rows, 1, [&](int64_t r) {
+      float *x = b_.x + r * p_.width, *y = changed ? b_.normed + r * p_.width : x;
+      if (last) norm_row(*last, x, x, p_.width);
+      if (changed) norm_row(n, x, y, p_.width);
+      if (int8) quantize(weights[0].group, y, p_.width, for_input_, r, 0);
+    });
+    return in;
+  }
+
+  // x + [after norm](output(inner)), and the norm of that where norms come after the sum: by whoever reads x next.
+  void after(const StepNorm& n, const StepNorm& after_norm, const StepWeight& output, const StepInput& inner) {
     if (after_norm.eps >= 0.f) {
-      linear(output, inner, width, Finish{b_.normed, p_.width});
+      linear(output, inner, Finish{b_.normed, p_.width});
       team_.phase(s_.rows, 1, [&](int64_t r) {
         float *x = b_.x + r * p_.width, *y = b_.normed + r * p_.width;
         norm_row(after_norm, y, y, p_.width);
@@ -83,9 +98,25 @@ class Walk : StepProducts {
     } else {
       Finish f{b_.x, p_.width};
       f.add = true;
-      linear(output, inner, width, f);
+      linear(output, inner, f);
     }
-    if (!p_.pre_norm) norm(n, b_.x, b_.x);
+    if (!p_.pre_norm && n.eps >= 0.f) last_norm_ = &n;
+  }
+
+  // activation(up x) [* gate x], quantised on the way where down is int8 and there are blocks enough for all threads.
+  StepInput up(const DecoderLayer& l, const StepInput& in) {
+    StepInput inner{b_.inner, p_.feed_forward};
+    Finish f{b_.inner, p_.feed_forward};
+    f.has_activation = true;
+    f.activation = p_.activation;
+    f.gate = l.gate.data ? &l.gate : nullptr;
+    if (reads_int8(&l.up, 1) && reads_int8(&l.down, 1) && int8_blocks(l.up) >= 4 * threads_) {
+      for_output_ = int8_room(l.down, &l.up);
+      inner.int8 = f.int8 = &for_output_;
+      f.int8_group = l.down.group;
+    }
+    linear(l.up, in, f);
+    return inner;
   }
 
   void norm_row(const StepNorm& n, const float* x, float* y, int64_t width) {
@@ -100,12 +131,6 @@ class Walk : StepProducts {
     a.rows = 1;
     a.width = width;
     norm_forward(a);
-  }
-
-  const float* norm(const StepNorm& n, const float* x, float* y) {
-    if (n.eps < 0.f) return x;
-    team_.phase(s_.rows, 1, [&](int64_t r) { norm_row(n, x + r * p_.width, y + r * p_.width, p_.width); });
-    return y;
   }
 
   template <class T>
@@ -127,12 +152,31 @@ class Walk : StepProducts {
     });
   }
 
-  // f(row, head) for all. Rows of one prompt are neighbours, and so one after the other here: the keys of a head that
-  // they share (beams most of them, and those of their source all) are in the cache for the second.
+  // f(row, head) for all, and what they give for `output` to read: in u8 too where it is int8 and heads fill its groups.
+  // Rows of one prompt are neighbours, and so one after the other here: the keys of a head that they share (beams most of
+  // them, and those of their source all) are in the cache for the second.
   template <class F>
-  void attention_phase(const F& f) {
-    const int64_t items = s_.rows * p_.heads, share = items / (8 * threads_);
-    team_.phase(items, share < 1 ? 1 : share > 4 ? 4 : share, [&](int64_t i) { f(i % s_.rows, i / s_.rows); });
+  StepInput attention_phase(const StepWeight& output, const F& f) {
+    const int64_t dim = p_.head_dim, width = p_.heads * dim;
+    StepInput context{b_.context, width};
+    int64_t together = 1;  // heads
+    if (reads_int8(&output, 1)) {
+      const int64_t wanted = output.group > dim ? output.group / dim : 1, blocks = (p_.heads + wanted - 1) / wanted;
+      if (wanted * dim % output.group == 0 && (wanted == 1 || s_.rows * blocks >= 2 * threads_)) {
+        together = wanted;
+        for_input_ = int8_room(output);
+        context.int8 = &for_input_;
+      }
+    }
+    const int64_t items = s_.rows * ((p_.heads + together - 1) / together), share = items / (8 * threads_);
+    team_.phase(items, share < 1 ? 1 : share > 4 ? 4 : share, [&](int64_t i) {
+      const int64_t r = i % s_.rows, first = i / s_.rows * together;
+      const int64_t last = first + together < p_.heads ? first + together : p_.heads;
+      for (int64_t h = first; h < last; ++h) f(r, h);
+      if (context.int8)
+        quantize(output.group, b_.context + r * width + first * dim, (last - first) * dim, for_input_, r, first * dim);
+    });
+    return context;
   }
 
   // Where a head stands in a row of qkv.
@@ -171,11 +215,11 @@ class Walk : StepProducts {
     });
   }
 
-  void self_attention(const DecoderLayer& l) {
+  StepInput self_attention(const DecoderLayer& l) {
     const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length, row = p_.key_heads * cap * dim;
     const bool apart = p_.cos || l.query_norm.eps >= 0.f || l.key_norm.eps >= 0.f || p_.key_heads != heads;
     if (apart) place_and_append(l);
-    attention_phase([&](int64_t r, int64_t h) {
+    return attention_phase(l.attention_output, [&](int64_t r, int64_t h) {
       const float *in = b_.qkv + r * qkv_width(p_), *q = in + query_at(h);
       const int64_t head = h / (heads / p_.key_heads);
       if (!apart) append(l, r, h, in + key_at(h), in + value_at(h));
@@ -212,9 +256,9 @@ class Walk : StepProducts {
     });
   }
 
-  void cross_attention(const DecoderLayer& l) {
+  StepInput cross_attention(const DecoderLayer& l) {
     const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.cross_capacity;
-    attention_phase([&](int64_t r, int64_t h) {
+    return attention_phase(l.cross_output, [&](int64_t r, int64_t h) {
       const int64_t source = s_.sources[r];
       const int64_t base = (source * heads + h) * cap * dim;
       const C* keys = static_cast<const C*>(l.cross_keys) + base;
@@ -229,6 +273,8 @@ class Walk : StepProducts {
   const DecoderStep& s_;
   const DecoderPlan& p_;
   Buffers b_;
+  const StepNorm* last_norm_ = nullptr;  // of x, in place, still to be done
+  Int8Rows for_input_{}, for_output_{};  // of the product at hand: what it reads, and what it writes
 };
 
 }  // namespace

@@ -20,14 +20,23 @@ struct Finish {
   bool has_activation = false;
   Activation activation = Activation::relu;
   const StepWeight* gate = nullptr;
+  const Int8Rows* int8 = nullptr;  // y in u8, in groups of int8_group, in the place of y: int8 weights, no add
+  int64_t int8_group = 0;
 };
 
+// Rows that a product reads. int8: the same in u8, where somebody has made them.
+struct StepInput {
+  const float* x;
+  int64_t stride;
+  const Int8Rows* int8 = nullptr;
+};
+
+// y: of the first row and column.
 template <class F>
-static void finish_columns(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
-                    const float* gates, const F& activate) {
+static void finish_columns(const StepWeight& w, const Finish& f, float* y, int rows, int64_t column, const float* sums,
+                           const float* gates, const F& activate) {
   const int64_t n = w.out - column < kPanel ? w.out - column : kPanel;
-  for (int m = 0; m < rows; ++m) {
-    float* y = f.y + (row + m) * f.stride + column;
+  for (int m = 0; m < rows; ++m, y += f.stride) {
     for_columns(n, [&](int64_t c, auto part) {
       Vec v = load(sums + m * kPanel + c) * f.scale;
       if (w.bias) v = v + load(w.bias + column + c, part);
@@ -70,26 +79,25 @@ class StepProducts {
                const Int8Kernels* int8 = nullptr)
       : team_(counters), rows_(rows), threads_(threads), most_rows_(most_rows), split_(split), int8_(int8) {}
 
-  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, x, ldx, f); }
+  void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, {x, ldx}, f); }
+  void linear(const StepWeight& w, const StepInput& in, const Finish& f) { linear(&w, 1, in, f); }
 
   // Of up to three weights side by side.
-  void linear(const StepWeight* weights, int count, const float* x, int64_t ldx, Finish f) {
+  void linear(const StepWeight* weights, int count, const StepInput& in, Finish f) {
+    const float* x = in.x;
+    const int64_t ldx = in.stride;
+    if (reads_int8(weights, count) && (!f.gate || f.gate->layout == WeightLayout::int8))
+      return int8_linear(weights, count, in, f);
     int64_t panels = 0, ends[3] = {};
-    bool split = false, int8 = false, all_int8 = true;
-    for (int i = 0; i < count && weights[i].data; ++i) {
-      int8 |= weights[i].layout == WeightLayout::int8;
-      all_int8 &= weights[i].layout == WeightLayout::int8 && weights[i].group == weights[0].group;
-    }
-    if (int8 && all_int8 && (!f.gate || f.gate->layout == WeightLayout::int8))
-      return int8_linear(weights, count, x, ldx, f);
-    split |= int8;
+    bool split = false;
     for (int i = 0; i < count; ++i) {
-      split |= weights[i].data && weights[i].layout == WeightLayout::columns;
+      split |= weights[i].data && weights[i].layout >= WeightLayout::columns;
       ends[i] = panels += weights[i].data ? panels_of(weights[i]) : 0;
     }
     if (split) {
       for (int i = 0; i < count && weights[i].data; f.y += weights[i++].out)
-        weights[i].layout == WeightLayout::columns ? split_linear(weights[i], x, ldx, f) : linear(weights[i], x, ldx, f);
+        weights[i].layout == WeightLayout::columns ? split_linear(weights[i], x, ldx, f)
+                                                   : linear(weights[i], StepInput{x, ldx}, f);
       return;
     }
     team_.phase(panels, chunk_of(panels), [&](int64_t p) {
@@ -103,13 +111,37 @@ class StepProducts {
         const int rows = rows_ - r < kRows ? int(rows_ - r) : kRows;
         multiply(w, p, rows, x + r * ldx, ldx, r == 0, sums);
         if (f.gate) multiply(*f.gate, p, rows, x + r * ldx, ldx, r == 0, gates);
-        finish(w, own, r, rows, p * kPanel, sums, f.gate ? gates : nullptr);
+        finish(w, own, own.y + r * own.stride + p * kPanel, rows, p * kPanel, sums, f.gate ? gates : nullptr);
       }
     });
   }
 
-  // In int8: the rows of x are quantised first.
-  void int8_linear(const StepWeight* weights, int count, const float* x, int64_t ldx, const Finish& f) {
+  // Whether the products with all of them are one in int8.
+  static bool reads_int8(const StepWeight* weights, int count) {
+    for (int i = 0; i < count && weights[i].data; ++i)
+      if (weights[i].layout != WeightLayout::int8 || weights[i].group != weights[0].group) return false;
+    return weights[0].data;
+  }
+
+  // Memory for the rows that w reads in u8. beside: those of another weight that are kept meanwhile, or null.
+  Int8Rows int8_room(const StepWeight& w, const StepWeight* beside = nullptr) const {
+    Int8Rows rows{};
+    rows.stride = int8_row_stride(w.in);
+    rows.groups = int8_groups(w.in, w.group);
+    rows.scale = split_ + (beside ? most_rows_ * int8_row_floats(beside->in, beside->group) : 0);
+    rows.zero = rows.scale + most_rows_ * rows.groups;
+    rows.values = reinterpret_cast<uint8_t*>(rows.zero + most_rows_ * rows.groups);
+    return rows;
+  }
+
+  // n inputs of a row from `column` on, a multiple of group.
+  void quantize(int64_t group, const float* x, int64_t n, const Int8Rows& to, int64_t row, int64_t column) const {
+    const Int8Rows at{to.values + column, to.scale + column / group, to.zero + column / group, to.stride, to.groups};
+    int8_->quantize(x, n, group, at, row);
+  }
+
+  // In int8: the rows of x are quantised first where they are not yet.
+  void int8_linear(const StepWeight* weights, int count, const StepInput& in, const Finish& f) {
     Int8Weight parts[3] = {}, gate{};
     int64_t panels = 0, ends[3] = {};
     for (int i = 0; i < count; ends[i++] = panels) {
@@ -118,28 +150,48 @@ class StepProducts {
       panels += panels_of(weights[i]);
     }
     if (f.gate) gate = int8_of(*f.gate);
-    Int8Rows rows{};
-    rows.stride = int8_row_stride(parts[0].in);
-    rows.groups = int8_groups(parts[0].in, parts[0].group);
-    rows.scale = split_;
-    rows.zero = rows.scale + most_rows_ * rows.groups;
-    rows.values = reinterpret_cast<uint8_t*>(rows.zero + most_rows_ * rows.groups);
-    team_.phase(rows_, 1, [&](int64_t r) { int8_->quantize(x + r * ldx, parts[0].in, parts[0].group, rows, r); });
+    Int8Rows rows;
+    if (in.int8) {
+      rows = *in.int8;
+    } else {
+      rows = int8_room(weights[0]);
+      team_.phase(rows_, 1, [&](int64_t r) { quantize(weights[0].group, in.x + r * in.stride, weights[0].in, rows, r, 0); });
+    }
+    constexpr int64_t kTogether = 24;
+    // Panel p of the products with rows r .. r + n - 1, into y of r and the panel's first column.
+    const auto product = [&](int i, const Finish& own, int64_t p, int64_t r, int64_t n, float* y) {
+      alignas(64) float sums[kTogether * kPanel], gates[kTogether * kPanel];
+      int8_->product(parts[i], rows, r, n, p, sums);
+      if (f.gate) int8_->product(gate, rows, r, n, p, gates);
+      finish(weights[i], own, y, int(n), p * kPanel, sums, f.gate ? gates : nullptr);
+    };
+    if (f.int8) {
+      const StepWeight& w = weights[0];
+      Finish own = f;
+      own.stride = kInt8Group;
+      team_.phase(int8_blocks(w), 1, [&](int64_t block) {
+        alignas(64) float y[kTogether * kInt8Group];
+        const int64_t begin = block * kInt8Group, n = w.out - begin < kInt8Group ? w.out - begin : kInt8Group;
+        for (int64_t r = 0; r < rows_; r += kTogether) {
+          const int64_t count = rows_ - r < kTogether ? rows_ - r : kTogether;
+          for (int64_t c = 0; c < n; c += kPanel) product(0, own, (begin + c) / kPanel, r, count, y + c);
+          for (int64_t m = 0; m < count; ++m) quantize(f.int8_group, y + m * kInt8Group, n, *f.int8, r + m, begin);
+        }
+      });
+      return;
+    }
     team_.phase(panels, chunk_of(panels), [&](int64_t p) {
       int i = 0;
       Finish own = f;
       for (; p >= ends[i]; ++i) own.y += weights[i].out;
       p -= i ? ends[i - 1] : 0;
-      constexpr int64_t kTogether = 24;
-      alignas(64) float sums[kTogether * kPanel], gates[kTogether * kPanel];
-      for (int64_t r = 0; r < rows_; r += kTogether) {
-        const int64_t n = rows_ - r < kTogether ? rows_ - r : kTogether;
-        int8_->product(parts[i], rows, r, n, p, sums);
-        if (f.gate) int8_->product(gate, rows, r, n, p, gates);
-        finish(weights[i], own, r, int(n), p * kPanel, sums, f.gate ? gates : nullptr);
-      }
+      for (int64_t r = 0; r < rows_; r += kTogether)
+        product(i, own, p, r, rows_ - r < kTogether ? rows_ - r : kTogether, own.y + r * own.stride + p * kPanel);
     });
   }
+
+  // Whole groups of the outputs of w, that a thread can quantise as it has them.
+  static int64_t int8_blocks(const StepWeight& w) { return (w.out + kInt8Group - 1) / kInt8Group; }
 
   static Int8Weight int8_of(const StepWeight& w) {
     return {static_cast<const int8_t*>(w.data), w.bias, w.out, w.in, w.group};
@@ -174,7 +226,7 @@ class StepProducts {
           for (int64_t i = 0; i < blocks; ++i) sum = sum + load(split_ + (i * rows_ + r) * ldo + p * kPanel + c);
           store(sums + c, sum);
         }
-        finish(w, f, r, 1, p * kPanel, sums, nullptr);
+        finish(w, f, f.y + r * f.stride + p * kPanel, 1, p * kPanel, sums, nullptr);
       }
     });
   }
@@ -184,11 +236,11 @@ class StepProducts {
     return chunk < 1 ? 1 : chunk > 8 ? 8 : chunk;
   }
 
-  void finish(const StepWeight& w, const Finish& f, int64_t row, int rows, int64_t column, const float* sums,
+  void finish(const StepWeight& w, const Finish& f, float* y, int rows, int64_t column, const float* sums,
               const float* gates) {
-    if (!f.has_activation) return finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) { return v; });
+    if (!f.has_activation) return finish_columns(w, f, y, rows, column, sums, gates, [](Vec v) { return v; });
     with_activation(f.activation, [&](auto activation) {
-      finish_columns(w, f, row, rows, column, sums, gates, [](Vec v) {
+      finish_columns(w, f, y, rows, column, sums, gates, [](Vec v) {
         Vec y, slope;
         decltype(activation)::compute(v, y, slope);
         return y;

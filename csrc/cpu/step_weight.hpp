@@ -21,10 +21,10 @@ struct StepWeight {  // y = x W^T + bias; absent when data is null
 };
 
 // Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each; or that
-// its input takes in int8.
+// its input takes in int8, twice: a product's result may be made into the next one's input beside it.
 constexpr int64_t kSplitDepth = 128;
 static inline int64_t split_floats(const StepWeight& w) {
-  if (w.data && w.layout == WeightLayout::int8) return int8_row_floats(w.in, w.group) + 1;
+  if (w.data && w.layout == WeightLayout::int8) return 2 * (int8_row_floats(w.in, w.group) + 1);
   if (!w.data || w.layout != WeightLayout::columns) return 0;
   return (w.in + kSplitDepth - 1) / kSplitDepth * ((w.out + kPanel - 1) / kPanel * kPanel);
 }
