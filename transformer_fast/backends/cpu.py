@@ -81,7 +81,7 @@ class CpuBackend(Backend):
         )  # fmt: skip
         before = _states_before(spec, out)
         if spec.gates.dtype == torch.float32 and not gemm.why_not_onednn():
-            grad_weight.copy_(gemm.linear(grad_products.t(), before.t(), None, None))
+            grad_weight.copy_(gemm.gradient(grad_products.t(), before.t()))
         else:
             torch.mm(grad_products.t(), before, out=grad_weight)
         if spec.bias is not None:
