@@ -86,7 +86,6 @@ void long_linear(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   a.in = x.size(1);
   a.out = weight.size(0);
   a.x_stride = x.stride(0);
-  a.x_in_stride = x.stride(1);
   a.out_stride = weight.stride(0);
   a.in_stride = weight.stride(1);
   a.has_activation = activation >= 0;

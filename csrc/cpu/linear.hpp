@@ -42,9 +42,9 @@ struct RowsLinear {  // y_i = act(x W_i^T + bias_i), float32
 };
 
 struct LongLinear {  // y = act(x W^T + bias), float32
-  const float *x, *weight, *bias;  // x (rows, in); weight (out, in), one of the strides 1; bias may be null
+  const float *x, *weight, *bias;  // weight (out, in), one of the strides 1; bias may be null
   float* y;                        // (rows, out), contiguous
-  int64_t rows, in, out, x_stride, x_in_stride, out_stride, in_stride;
+  int64_t rows, in, out, x_stride, out_stride, in_stride;
   bool has_activation;
   Activation activation;
 };

@@ -36,11 +36,11 @@ void multiply(const LongLinear& a, int64_t row, int64_t rows, int64_t column, co
     const int64_t depth = least(a.in - k, run);
     lay_out(a, column, columns, k, depth, panel);
     for (int64_t r = 0; r < rows; r += kAhead) {
-      const float* x = a.x + (row + r) * a.x_stride + k * a.x_in_stride;
-      for (int64_t i = kAhead; a.x_in_stride == 1 && i < 2 * kAhead && r + i < rows; ++i)
+      const float* x = a.x + (row + r) * a.x_stride + k;
+      for (int64_t i = kAhead; i < 2 * kAhead && r + i < rows; ++i)
         for (int64_t d = 0; d < depth; d += 16) __builtin_prefetch(x + i * a.x_stride + d, 0, 2);
       gemm(k ? Write::kAdd : Write::kStore, least(rows - r, kAhead), round_up(columns, kWidth), depth,
-           {x, a.x_stride * 4, a.x_in_stride * 4}, panel, kColumns, sums + r * ld, ld, nullptr, kDepth);
+           {x, a.x_stride * 4, 4}, panel, kColumns, sums + r * ld, ld, nullptr, kDepth);
     }
   }
   if (in_place && !a.bias && !a.has_activation) return;

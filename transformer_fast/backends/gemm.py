@@ -1,4 +1,4 @@
-"""x W^T on the CPU by torch's oneDNN, where that beats the BLAS behind F.linear, and long sums by a product of our own."""
+"""x W^T on the CPU by torch's oneDNN, where that beats the BLAS behind F.linear; long sums by a product of our own."""
 
 import functools
 import pathlib
@@ -17,11 +17,10 @@ _POST_OPS = {
 }
 _CODES = {None: -1, "gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 
-# MKL's running sums are of 192 products at most, and as equal in length as can be. oneDNN's are of up to 1024, and of more
-# where there are more than those; the errors of numbers of one sign grow with the length: twice MKL's from 200 inputs on
-# (rms and largest, numbers in 0..1), 2.6 times at 512, 4.5 times at 1025. So an output of more than 192 inputs is a
-# product of our own, whose sums are of 128 at most, and so is a gradient of more than 1024. It is as fast (0.85 to 1.04 of
-# oneDNN's time at 128 to 1280 rows and 256 to 1536 inputs on an AMD EPYC, Zen 5).
+# MKL's running sums are of 192 products at most, all of about one length. oneDNN's are of up to 1024, and longer still
+# where there are more products. The error of numbers of one sign grows with the length: twice MKL's at 384 inputs, 2.5
+# times at 512, 4.5 times at 1025. So an output of more than 192 inputs is a product of our own, in sums of 128 at most, and
+# a gradient of more than 1024. On one thread of an AMD EPYC, Zen 5, it takes 0.8 to 1.0 of oneDNN's time.
 _LONG, _LONG_GRADIENT = 192, 1024
 _FEW_ROWS = 16  # up to here the weight is read where it lies, a running sum for each lane of a vector
 _LANES = {"baseline": 4, "avx2": 8}  # of a vector, by instruction set; else 16
@@ -83,11 +82,10 @@ def _long_sums(x, weight, bias, activation) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()
     y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
     few = x.shape[0] <= _FEW_ROWS and x.shape[1] <= 3 * _LONG * _LANES.get(native.current_isa(), 16)
+    x = x if x.stride(1) == 1 else x.contiguous()
     if few and weight.stride(1) == 1:
-        x = x if x.stride(1) == 1 else x.contiguous()
         torch.ops.transformer_fast.cpu_rows_linear.default(x, [weight], [bias], _CODES[activation], [y])
     else:
-        x = x if 1 in x.stride() else x.contiguous()
         torch.ops.transformer_fast.cpu_long_linear.default(x, weight, bias, _CODES[activation], y)
     return y
 
