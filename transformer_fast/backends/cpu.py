@@ -104,6 +104,7 @@ class CpuBackend(Backend):
             None if spec.mask is None else spec.mask.contiguous(),
             None if spec.sources is None else spec.sources.to(torch.int32).contiguous(), _float(spec.score_weight),
             weights, biases, spec.maxout, spec.head.shape[1], *found[1:], found[0],
+            None, None, None, None, spec.head.shape[0],
         )  # fmt: skip
         for buffer, result in zip(buffers, found):
             if buffer is not result:
