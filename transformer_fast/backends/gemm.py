@@ -19,8 +19,8 @@ _CODES = {None: -1, "gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Act
 
 # MKL's running sums are of 192 products at most, all of about one length. oneDNN's are of up to 1024, and longer still
 # where there are more products. The error of numbers of one sign grows with the length: twice MKL's at 384 inputs, 2.5
-# times at 512, 4.5 times at 1025. So an output of more than 192 inputs is a product of our own, in sums of 128 at most, and
-# a gradient of more than 1024. On one thread of an AMD EPYC, Zen 5, it takes 0.8 to 1.0 of oneDNN's time.
+# times at 512, 4.5 times at 1025. So an output of more than 192 inputs is a product of our own, in sums of 128 at most,
+# and so is a gradient of more than 1024. It takes 0.8 to 1.0 of oneDNN's time (one thread, AMD EPYC, Zen 5).
 _LONG, _LONG_GRADIENT = 192, 1024
 _FEW_ROWS = 16  # up to here the weight is read where it lies, a running sum for each lane of a vector
 _LANES = {"baseline": 4, "avx2": 8}  # of a vector, by instruction set; else 16
