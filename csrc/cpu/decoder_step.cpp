@@ -31,8 +31,8 @@ Buffers buffers_of(const DecoderPlan& p) {
 template <class C>  // element of the caches
 class Walk : StepProducts {
  public:
-  Walk(const DecoderStep& step, int threads)
-      : StepProducts(step.plan->counters, step.rows, threads, step.plan->rows, buffers_of(*step.plan).split, step.int8),
+  Walk(const DecoderStep& step, int64_t index, int64_t threads)
+      : StepProducts(step.plan->counters, index, threads, step.rows, step.plan->rows, buffers_of(*step.plan).split, step.int8),
         s_(step),
         p_(*step.plan),
         b_(buffers_of(*step.plan)) {}
@@ -285,8 +285,8 @@ void decoder_step(const DecoderStep& s) {
   // Waking a thread costs as much as reading some hundred kilobytes.
   int64_t threads = tf_num_threads(), useful = 1 + p.weight_bytes / (1 << 19);
   if (threads > useful) threads = useful;
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    p.cache_dtype == DType::f32 ? Walk<float>(s, int(threads)).run() : Walk<bf16>(s, int(threads)).run();
+  parallel_for(threads, 1, [&](int64_t index, int64_t) {
+    p.cache_dtype == DType::f32 ? Walk<float>(s, index, threads).run() : Walk<bf16>(s, index, threads).run();
   });
 }
 

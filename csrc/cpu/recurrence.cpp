@@ -49,8 +49,8 @@ class Steps {
     // A meeting costs as much as some ten thousand products.
     const int64_t work = a_.batch * a_.width * gates_ * a_.width, useful = 1 + work / (1 << 17);
     const int64_t threads = least(least(tf_num_threads(), useful), panels_ * blocks_);
-    parallel_for(threads, 1, [&](int64_t, int64_t) {
-      Team team(counters);
+    parallel_for(threads, 1, [&](int64_t index, int64_t) {
+      Team team(counters, index, threads);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t step = first + i * direction, rows = step < 0 ? a_.batch : live(step);
         const int64_t blocks = (rows + kTogether - 1) / kTogether, items = panels_ * blocks;

@@ -45,8 +45,8 @@ Buffers buffers_of(const RecurrentStep& s, float* base, int64_t choice_floats) {
 
 class Step : ScreenedArgmax {
  public:
-  Step(const RecurrentStep& s, const Buffers& b, PhaseCounter* counters, int64_t threads)
-      : ScreenedArgmax(counters, s.rows, threads, s.rows, b.split, s.int8), s_(s), b_(b), top_((s.layers - 1) * plane()) {}
+  Step(const RecurrentStep& s, const Buffers& b, PhaseCounter* counters, int64_t index, int64_t threads)
+      : ScreenedArgmax(counters, index, threads, s.rows, s.rows, b.split, s.int8), s_(s), b_(b), top_((s.layers - 1) * plane()) {}
 
   void run() {
     embed();
@@ -234,7 +234,7 @@ void recurrent_step(const RecurrentStep& s) {
   // Waking a thread costs as much as reading some hundred kilobytes.
   int64_t threads = tf_num_threads(), useful = 1 + s.weight_bytes / (1 << 19);
   if (threads > useful) threads = useful;
-  parallel_for(threads, 1, [&](int64_t, int64_t) { Step(s, b, counters, threads).run(); });
+  parallel_for(threads, 1, [&](int64_t index, int64_t) { Step(s, b, counters, index, threads).run(); });
 }
 
 }  // namespace tf::TF_ISA

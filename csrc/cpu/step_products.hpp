@@ -73,11 +73,11 @@ static void multiply(const StepWeight& w, int64_t panel, int rows, const float* 
 
 class StepProducts {
  protected:
-  // rows: of this step, at most most_rows. split: memory for split_floats() of each row of those, and int8: its kernels,
+  // index: of this thread. rows: of this step, at most most_rows. split: memory for split_floats() of each row of those, and int8: its kernels,
   // where a weight needs them.
-  StepProducts(PhaseCounter* counters, int64_t rows, int64_t threads, int64_t most_rows = 0, float* split = nullptr,
+  StepProducts(PhaseCounter* counters, int64_t index, int64_t threads, int64_t rows, int64_t most_rows = 0, float* split = nullptr,
                const Int8Kernels* int8 = nullptr)
-      : team_(counters), rows_(rows), threads_(threads), most_rows_(most_rows), int8_(int8), split_(split) {}
+      : team_(counters, index, threads), rows_(rows), threads_(threads), most_rows_(most_rows), int8_(int8), split_(split) {}
 
   void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, {x, ldx}, f); }
   void linear(const StepWeight& w, const StepInput& in, const Finish& f) { linear(&w, 1, in, f); }

@@ -3,14 +3,19 @@
 // Every thread runs the same program. A phase hands out its items one chunk at a time and is over when all of them are
 // done, by whichever threads. So any number of threads may take part: one that wakes late skips the phases that are
 // over, and none is waited for. A result must not depend on which thread computes it.
+//
+// Each thread begins with a share of its own, from end to end, and then helps with the others': what it reads is one
+// stretch of memory, which the processor sees coming, and what it wrote in one phase is near in the next.
 #pragma once
 #include <cstdint>
 
 extern "C" void tf_yield();
 
 namespace tf {
+constexpr int64_t kShares = 14;
 struct alignas(64) PhaseCounter {
-  int64_t next, done;
+  int64_t done;
+  int32_t next[kShares];
 };
 }  // namespace tf
 
@@ -19,19 +24,25 @@ namespace tf::TF_ISA {
 
 class Team {
  public:
-  explicit Team(PhaseCounter* counters) : counter_(counters) {}  // zeros, one per phase
+  // counters: zeros, one per phase. index: of this thread, among `threads`.
+  Team(PhaseCounter* counters, int64_t index, int64_t threads)
+      : counter_(counters), shares_(threads < kShares ? threads : kShares), own_(index % shares_) {}
 
   // f(i) for every i in [0, items); then all of them are done and visible.
   template <class F>
   void phase(int64_t items, int64_t chunk, const F& f) {
     PhaseCounter& c = *counter_++;
     int64_t mine = 0;
-    for (;;) {
-      const int64_t begin = __atomic_fetch_add(&c.next, chunk, __ATOMIC_RELAXED);
-      if (begin >= items) break;
-      const int64_t end = begin + chunk < items ? begin + chunk : items;
-      for (int64_t i = begin; i < end; ++i) f(i);
-      mine += end - begin;
+    for (int64_t s = 0; s < shares_; ++s) {
+      const int64_t share = (own_ + s) % shares_;
+      const int64_t first = items * share / shares_, last = items * (share + 1) / shares_;
+      while (first + __atomic_load_n(&c.next[share], __ATOMIC_RELAXED) < last) {
+        const int64_t begin = first + __atomic_fetch_add(&c.next[share], int32_t(chunk), __ATOMIC_RELAXED);
+        if (begin >= last) break;
+        const int64_t end = begin + chunk < last ? begin + chunk : last;
+        for (int64_t i = begin; i < end; ++i) f(i);
+        mine += end - begin;
+      }
     }
     if (mine) __atomic_fetch_add(&c.done, mine, __ATOMIC_RELEASE);
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < items;) {
@@ -48,6 +59,7 @@ class Team {
  private:
   static constexpr int kSpins = 2000;
   PhaseCounter* counter_;
+  const int64_t shares_, own_;
 };
 
 }  // namespace tf::TF_ISA
