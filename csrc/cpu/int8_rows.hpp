@@ -166,8 +166,8 @@ static void multiply_group(const Int8Rows& x, const int8_t* w, int64_t depth, fl
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] = x.values + 3 * i * x.stride;
     const int8_t* p = w + 4 * c;
     for (int64_t k = 0; k < depth; ++k, p += 4 * kPanel) {
-      __builtin_prefetch(p + 4096);
-      __builtin_prefetch(p + 4096 + 64);
+      __builtin_prefetch(p + 8192);
+      __builtin_prefetch(p + 8192 + 64);
       VecI w0, w1;
       __builtin_memcpy(&w0, p, sizeof w0);
       __builtin_memcpy(&w1, p + 4 * kWidth, sizeof w1);
