@@ -307,7 +307,7 @@ class DecoderCache:
     cross_shape: (sources, length) of the encoder's states where there is cross-attention.
 
     keys, values: (layers, rows, key heads, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D),
-    float32, or bfloat16 for a bfloat16 model. table: (rows, capacity) int32, the cache row that holds a row's key at
+    float32, or bfloat16 for a bfloat16 model and for keys and values that are products in int8. table: (rows, capacity) int32, the cache row that holds a row's key at
     each position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
     sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
     """
@@ -320,7 +320,9 @@ class DecoderCache:
 
     def __post_init__(self):
         t = self.weights.tensors
-        self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 else torch.float32
+        # Products in int8 round keys and values far more than bfloat16 does.
+        int8 = all(isinstance(w, Int8Weight) for layer in t.layers for w in layer.qkv.weights)
+        self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 or int8 else torch.float32
         self.live = self.rows
         device, layers = torch.device("cpu"), len(t.layers)
         self.table = torch.full((self.rows, self.capacity), -1, dtype=torch.int32)
@@ -430,12 +432,13 @@ class DecoderCache:
             self.sources[: self.live] = self.sources[index]
 
     def gather(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer as the rows see them, (live rows, H, length, D); zeros where they see none."""
+        """Keys and values of each layer as the rows see them, (live rows, H, length, D); zeros where they see none, in
+        the model's dtype."""
         table = self.table[: self.live, : self.length]
         seen, rows = (table >= 0)[:, :, None, None], table.clamp(min=0).long()
-        positions = torch.arange(self.length).expand_as(rows)
+        positions, dtype = torch.arange(self.length).expand_as(rows), self.weights.tensors.token.dtype
         return [
-            tuple(torch.where(seen, x[rows, :, positions], 0).transpose(1, 2) for x in (keys, values))  # type: ignore[misc]
+            tuple(torch.where(seen, x[rows, :, positions], 0).transpose(1, 2).to(dtype) for x in (keys, values))  # type: ignore[misc]
             for keys, values in zip(self.keys, self.values)
         ]
 
