@@ -12,7 +12,33 @@ static inline void prefetch_row(const T* row, int64_t dim) {
   for (int64_t c = 0; c < dim; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
 }
 
-// scores[0..kWidth) = the products of keys row(j).. row(j + kWidth - 1) with q; dim of q is padded with zeros.
+// Two vectors of a row, in an order that costs little: bfloat16 are taken apart into those at even and at odd places.
+static inline void load_pair(const float* p, Vec& a, Vec& b) { a = load(p), b = load(p + kWidth); }
+static inline void load_pair(const bf16* p, Vec& a, Vec& b) {
+  VecU both;
+  __builtin_memcpy(&both, p, sizeof both);
+  a = bit_cast<Vec>(both << 16);
+  b = bit_cast<Vec>(both & 0xffff0000u);
+}
+
+// The pairs of vectors of x (dim) into that order, and back.
+template <class T>
+static inline void order_pairs(float* x, int64_t dim, bool back) {
+  if constexpr (sizeof(T) == sizeof(float)) return;
+  VecI first, second;
+  for (int i = 0; i < kWidth; ++i) {
+    first[i] = back ? i / 2 + i % 2 * kWidth : 2 * i;
+    second[i] = back ? first[i] + kWidth / 2 : 2 * i + 1;
+  }
+  for (int64_t c = 0; c + 2 * kWidth <= dim; c += 2 * kWidth) {
+    const Vec a = load(x + c), b = load(x + c + kWidth);
+    store(x + c, __builtin_shuffle(a, b, first));
+    store(x + c + kWidth, __builtin_shuffle(a, b, second));
+  }
+}
+
+// scores[0..kWidth) = the products of keys row(j).. row(j + kWidth - 1) with q, whose pairs are in order; dim of q is
+// padded with zeros.
 template <class T, class Row>
 static inline Vec dot_rows(const Row& row, int64_t j, int64_t keys, const float* q, int64_t dim) {
   const T* k[kWidth];
@@ -20,9 +46,17 @@ static inline Vec dot_rows(const Row& row, int64_t j, int64_t keys, const float*
   Vec acc[kWidth];
   for (int i = 0; i < kWidth; ++i) acc[i] = Vec{};
   int64_t c = 0;
+  for (; c + 2 * kWidth <= dim; c += 2 * kWidth) {
+    const Vec x = load(q + c), y = load(q + c + kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      Vec a, b;
+      load_pair(k[i] + c, a, b);
+      acc[i] = fma(b, y, fma(a, x, acc[i]));
+    }
+  }
   for (; c + kWidth <= dim; c += kWidth) {
     const Vec x = load(q + c);
-#pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) acc[i] = fma(load(k[i] + c), x, acc[i]);
   }
   if (c < dim)
@@ -33,18 +67,32 @@ static inline Vec dot_rows(const Row& row, int64_t j, int64_t keys, const float*
   return acc[0];
 }
 
-// out[0..Vectors * kWidth) (+)= sum over [begin, end) of p[j] * row(j)[c..]
-template <int Vectors, class T, class Row>
+// out[0..2 Pairs * kWidth) (+)= sum over [begin, end) of p[j] * row(j)[c..], whose pairs are in order.
+template <int Pairs, class T, class Row>
 static inline void add_rows(const float* p, const Row& row, int64_t begin, int64_t end, int64_t c, float* out) {
-  Vec acc[Vectors];
-  for (int i = 0; i < Vectors; ++i) acc[i] = Vec{};
-  for (int64_t j = begin; j < end; ++j) {
+  Vec acc[2][2 * Pairs];  // of every other key: one sum after the other would wait
+  for (int i = 0; i < 2 * Pairs; ++i) acc[0][i] = acc[1][i] = Vec{};
+  const auto add = [&](int64_t j, Vec* to) {
     const Vec x = broadcast(p[j]);
     const T* v = row(j) + c;
-#pragma GCC unroll 4
-    for (int i = 0; i < Vectors; ++i) acc[i] = fma(x, load(v + i * kWidth), acc[i]);
+#pragma GCC unroll 2
+    for (int i = 0; i < Pairs; ++i) {
+      Vec a, b;
+      load_pair(v + 2 * i * kWidth, a, b);
+      to[2 * i] = fma(x, a, to[2 * i]);
+      to[2 * i + 1] = fma(x, b, to[2 * i + 1]);
+    }
+  };
+  int64_t j = begin;
+  for (; j + 1 < end; j += 2) {
+    add(j, acc[0]);
+    add(j + 1, acc[1]);
   }
-  for (int i = 0; i < Vectors; ++i) store(out + c + i * kWidth, begin ? load(out + c + i * kWidth) + acc[i] : acc[i]);
+  if (j < end) add(j, acc[0]);
+  for (int i = 0; i < 2 * Pairs; ++i) {
+    const Vec sum = acc[0][i] + acc[1][i];
+    store(out + c + i * kWidth, begin ? load(out + c + i * kWidth) + sum : sum);
+  }
 }
 
 // out = softmax(scores) V, with scores = scale * K q, then adjust(scores). `scores` holds keys rounded up to kWidth.
@@ -56,6 +104,7 @@ static void attend(const float* query, int64_t dim, float scale, int64_t keys, c
   float *q = near, *sum_v = near + kNear;
   if (dim > 256) q = scratch<float>(2, 2 * (dim + kWidth)), sum_v = q + dim + kWidth;
   for (int64_t c = 0; c < dim; c += kWidth) store(q + c, load_some(query + c, dim - c));
+  order_pairs<T>(q, dim, false);
   for (int64_t j = 0; j < keys && j < kAhead; ++j) prefetch_row<T>(key(j), dim);
   for (int64_t j = 0; j < keys; j += kWidth) {
     for (int64_t i = j; i < keys && i < j + kWidth; ++i) {
@@ -78,13 +127,15 @@ static void attend(const float* query, int64_t dim, float scale, int64_t keys, c
   for (int64_t begin = 0; begin < keys; begin += 64) {  // short sums first: a long float32 sum loses bits
     const int64_t end = begin + 64 < keys ? begin + 64 : keys;
     int64_t c = 0;
-    for (; c + 4 * kWidth <= dim; c += 4 * kWidth) add_rows<4, T>(scores, value, begin, end, c, sum_v);
-    for (; c + kWidth <= dim; c += kWidth) add_rows<1, T>(scores, value, begin, end, c, sum_v);
-    if (c == dim) continue;
-    Vec acc = Vec{};
-    for (int64_t j = begin; j < end; ++j) acc = fma(broadcast(scores[j]), load_partial(value(j) + c, int(dim - c)), acc);
-    store(sum_v + c, begin ? load(sum_v + c) + acc : acc);
+    for (; c + 4 * kWidth <= dim; c += 4 * kWidth) add_rows<2, T>(scores, value, begin, end, c, sum_v);
+    for (; c + 2 * kWidth <= dim; c += 2 * kWidth) add_rows<1, T>(scores, value, begin, end, c, sum_v);
+    for (; c < dim; c += kWidth) {
+      Vec acc = Vec{};
+      for (int64_t j = begin; j < end; ++j) acc = fma(broadcast(scores[j]), load_some(value(j) + c, dim - c), acc);
+      store(sum_v + c, begin ? load(sum_v + c) + acc : acc);
+    }
   }
+  order_pairs<T>(sum_v, dim, true);
   for_columns(dim, [&](int64_t c, auto part) { store(out + c, keys ? load(sum_v + c) * inverse : Vec{}, part); });
 }
 
