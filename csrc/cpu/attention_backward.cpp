@@ -194,8 +194,8 @@ Operand from_key(Operand rows, int64_t j) {
 // and so is the output that delta = rowsum(grad * out) comes from. Where it costs little, both are computed again:
 //
 //   whole_rows   keys whose scores are held, wherever they begin: sum and delta follow from the probabilities at hand
-//   two_passes   more keys, and few queries, lone keys, or a large lse, which is rounded so coarsely that rows would not
-//                sum to one: one more pass over the keys
+//   two_passes   more keys, and few queries, lone keys, or a large lse, so coarsely rounded that rows would not sum to
+//                one: one more pass over the keys
 //   one_pass     lse and delta as saved; the error of delta is taken out of dQ by centring the keys
 template <class T>
 class TileGradients {
