@@ -110,7 +110,8 @@ class Walk : StepProducts {
     f.has_activation = true;
     f.activation = p_.activation;
     f.gate = l.gate.data ? &l.gate : nullptr;
-    if (reads_int8(&l.up, 1) && reads_int8(&l.down, 1) && int8_blocks(l.up) >= 4 * threads_) {
+    const bool enough = threads_ == 1 || int8_blocks(l.up) >= 4 * threads_;
+    if (enough && reads_int8(&l.up, 1) && reads_int8(&l.down, 1)) {
       for_output_ = int8_room(l.down, &l.up);
       inner.int8 = f.int8 = &for_output_;
       f.int8_group = l.down.group;
@@ -162,7 +163,7 @@ class Walk : StepProducts {
     int64_t together = 1;  // heads
     if (reads_int8(&output, 1)) {
       const int64_t wanted = output.group > dim ? output.group / dim : 1, blocks = (p_.heads + wanted - 1) / wanted;
-      if (wanted * dim % output.group == 0 && (wanted == 1 || s_.rows * blocks >= 2 * threads_)) {
+      if (wanted * dim % output.group == 0 && (wanted == 1 || threads_ == 1 || s_.rows * blocks >= 2 * threads_)) {
         together = wanted;
         for_input_ = int8_room(output);
         context.int8 = &for_input_;

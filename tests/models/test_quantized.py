@@ -178,6 +178,41 @@ def test_native_step_computes_in_int8(family, rows):
     assert_as_accurate(stepper.step(ids[:, 6]), truth, simulated)
 
 
+@torch.no_grad()
+def test_native_step_is_the_same_on_any_number_of_threads():
+    """What a thread quantises as it has it, and what is quantised in a phase of its own, are the same bits."""
+    torch.manual_seed(1)
+    config = hf.GPT2Config(vocab_size=80, n_embd=256, n_layer=2, n_head=4, n_inner=2048, n_positions=40)
+    model = tf.quantize(tf.GPT2LMHeadModel(config).eval(), "int8")
+    ids, before, found = torch.randint(5, 80, (3, 6)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            stepper = NativeStepper(model, Prompt(ids[:, :5], 1, 12))
+            stepper.start()
+            stepper.step(ids[:, 5])
+            for t in (stepper._cache.keys, stepper._cache.values):  # the prompt's are rounded as threads share it out
+                t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(2)))
+            found.append(stepper.step(ids[:, 5]).clone())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], f) for f in found[1:])
+
+
+@torch.no_grad()
+def test_keys_of_decoding_are_bfloat16():
+    """Half the memory of a step's attention; who asks for them gets the model's dtype."""
+    model = tf.quantize(_model("gpt2"), "int8")
+    stepper = NativeStepper(model, Prompt(torch.randint(5, 80, (2, 5)), 1, 12))
+    stepper.start()
+    assert stepper._cache.keys.dtype == stepper._cache.values.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for pair in stepper.key_values() for t in pair)
+    partly = tf.quantize(_model("gpt2"), "int8", skip=[f"transformer.h.{i}.attn.c_attn" for i in range(2)])
+    stepper = NativeStepper(partly, Prompt(torch.randint(5, 80, (2, 5)), 1, 12))
+    stepper.start()
+    assert stepper._cache.keys.dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 @torch.no_grad()
 def test_saved_and_loaded(family, tmp_path):

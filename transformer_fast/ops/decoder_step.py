@@ -307,8 +307,9 @@ class DecoderCache:
     cross_shape: (sources, length) of the encoder's states where there is cross-attention.
 
     keys, values: (layers, rows, key heads, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D),
-    float32, or bfloat16 for a bfloat16 model and for keys and values that are products in int8. table: (rows, capacity) int32, the cache row that holds a row's key at
-    each position, -1 where there is nothing to attend to: so beams are reordered by their lines of the table alone.
+    float32, or bfloat16 for a bfloat16 model and for keys and values that are products in int8. table: (rows, capacity)
+    int32, the cache row that holds a row's key at each position, -1 where there is nothing to attend to: so beams are
+    reordered by their lines of the table alone.
     sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
     """
 
