@@ -35,8 +35,8 @@ def _kernels(name: str, tmp_path: pathlib.Path) -> dict[str, str]:
 
 
 def test_softmax_runs_under_the_products(tmp_path):
-    """And between the barrier that passes the tensor cores on and the first product behind it nothing but what turns P to
-    16 bits: the other group, which arrived there, has both of its products queued. O is rescaled under Q K^T."""
+    """And between the barrier that passes the tensor cores on and the first product behind it there is nothing but P's
+    rounding: the other group, which arrived there, has both of its products queued. O is rescaled under Q K^T."""
     kernels = _kernels("attention_forward_wgmma.cu", tmp_path)
     assert len(kernels) == 8
     for name, code in kernels.items():
