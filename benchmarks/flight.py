@@ -319,14 +319,16 @@ def unpack_kit() -> None:
 
 
 def build() -> int:
-    """A library with CUDA code, where none was carried: of this GPU's architecture alone."""
+    """A library with CUDA code, where none was carried or one of other sources: of this GPU's architecture alone."""
     from transformer_fast.backends import cuda, native
 
-    if not native.load() and cuda.architectures():
+    reason = native.load() or native.stale() or ("" if cuda.architectures() else "the library has no CUDA code")
+    if not reason:
         print("the library has code for", *cuda.architectures())
         return 0
-    print(native.load() or "the library has no CUDA code", "- building", flush=True)
-    return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]).returncode
+    print(reason, "- building", flush=True)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, env={**os.environ, "TRANSFORMER_FAST_NATIVE": "1"}).returncode
 
 
 def memcheck() -> int:

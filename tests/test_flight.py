@@ -320,3 +320,16 @@ def test_the_plan_names_what_there_is():
                 only = step.command[step.command.index("--only") + 1].split(",")
                 assert all(fnmatch.filter(cases, pattern) for pattern in only), step
     assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 10
+
+
+def test_settings_that_the_flight_makes_are_read_by_somebody():
+    """A build that is to fail without CUDA code must not make a library without it, because the name was another."""
+    made = {
+        name
+        for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks" / "gpu.sh")
+        for name in re.findall(r"\bTRANSFORMER_FAST_[A-Z_]+", file.read_text())
+    }
+    sources = [ROOT / "setup.py", *(ROOT / "transformer_fast").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    text = "\n".join(source.read_text() for source in sources)
+    read = set(re.findall(r'environ(?:\.get\(|\[)\s*"(TRANSFORMER_FAST_[A-Z_]+)"\]?(?! *=)', text))
+    assert {"TRANSFORMER_FAST_NATIVE", "TRANSFORMER_FAST_CUDA_ARCHS"} <= made <= read

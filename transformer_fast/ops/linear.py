@@ -95,8 +95,14 @@ def _column_sum(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _weight_gradient(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """g^T x, in the layout of the weight: g (M, out), x (M, in)."""
+def _weight_gradient(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor | None = None
+) -> torch.Tensor:
+    """g^T x, in the layout of the weight: g (M, out), x (M, in). sums (out,): gets the column sums of g."""
+    if sums is not None:
+        if weight.is_contiguous() and not gemm.why_not_own_weight_gradient(g, x):
+            return gemm.weight_gradient(g, x, sums)
+        sums.copy_(_column_sum(g))
     if weight.stride(0) == 1 and not weight.is_contiguous():
         return gemm.gradient(x.t(), g.t()).t()
     return gemm.gradient(g.t(), x.t())
@@ -111,12 +117,17 @@ def _backward(grad, input, weight, bias, pre, activation, need):
         g, grad_bias, _ = torch.ops.transformer_fast.bias_activation_backward.default(
             g, pre, None, None, activation, need[2]
         )
-    elif need[2]:
+    elif need[2] and not (need[1] and g.dtype == torch.float32):
         grad_bias = _column_sum(g)
+    grad_input = gemm.gradient(g, weight.t()).view(input.shape) if need[0] else None
+    grad_weight = None
+    if need[1]:
+        sums = None
+        if need[2] and grad_bias is None:
+            sums = grad_bias = torch.empty(g.shape[1], dtype=torch.float32)
+        grad_weight = _weight_gradient(g, x, weight, sums)
     if need[2]:
         grad_bias = grad_bias.to(bias.dtype)
-    grad_input = gemm.gradient(g, weight.t()).view(input.shape) if need[0] else None
-    grad_weight = _weight_gradient(g, x, weight) if need[1] else None
     return grad_input, grad_weight, grad_bias if need[2] else None
 
 
