@@ -173,3 +173,24 @@ def test_wrong_arguments(op):
             except Exception as error:  # anything else is raw
                 failures.append(f"{said}: {type(error).__name__}: {str(error)[:100]}")
     assert not failures, "\n".join(failures)
+
+
+def _on_meta(value):
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tf.RelativeBias):
+        return value._replace(table=value.table.to("meta"))
+    return type(value)(map(_on_meta, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value if v is not None for t in _tensors(v)]
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if op is not tf.pack_weight], ids=lambda op: op.__name__)
+def test_everything_on_meta(op):
+    """Shapes and dtypes without numbers, lengths among them."""
+    wanted = _tensors(op(**CALLS[op]))
+    found = _tensors(op(**{name: _on_meta(value) for name, value in CALLS[op].items()}))
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
+    assert all(t.is_meta for t in found)

@@ -108,8 +108,9 @@ def saved(ctx) -> tuple:
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """True when a call may skip torch's dispatcher: plain tensors, no gradient wanted, nobody tracing."""
-    if _watched():
+    """True when a call may skip torch's dispatcher: plain tensors with memory, no gradient wanted, nobody tracing. The
+    first stands for the device of all."""
+    if _watched() or (tensors[0] is not None and tensors[0].is_meta):
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:  # noqa: SIM110 - a generator costs three times the loop, on the path of every call

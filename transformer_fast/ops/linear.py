@@ -117,7 +117,7 @@ def _backward(grad, input, weight, bias, pre, activation, need):
         g, grad_bias, _ = torch.ops.transformer_fast.bias_activation_backward.default(
             g, pre, None, None, activation, need[2]
         )
-    elif need[2] and not (need[1] and g.dtype == torch.float32):
+    elif need[2] and not (need[1] and g.dtype == torch.float32 and not _common.batched(g)):
         grad_bias = _column_sum(g)
     grad_input = gemm.gradient(g, weight.t()).view(input.shape) if need[0] else None
     grad_weight = None
