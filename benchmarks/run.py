@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     if (about["load_average"] or 0.0) > 0.5 * about["cores"]:
         print(f"this machine is busy (load {about['load_average']:.1f}): times will scatter", file=sys.stderr)
     folder = args.output or results.result_folder(about)
-    if args.missing and (folder / "results.csv").exists():
-        there = {row["case"] for row in results.read(folder)}
+    there = {row["case"] for row in results.read(folder)} if (folder / "results.csv").exists() else set()
+    if args.missing:
         cases = [case for case in cases if case.name not in there]
     rows: list[dict] = []
     end = time.monotonic() + args.seconds if args.seconds else None
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             bar.describe(case.name)
             if attempts.given_up(case.name):
                 note = f"failed: {MOST} times it took over the limit of a case, or its process did not live through it"
-                measured = [_row(case, OURS, args.device, note)]
+                # Rows that an earlier run has of it, without the slow candidates, are worth more.
+                measured = [] if case.name in there else [_row(case, OURS, args.device, note)]
             else:
                 attempts.begin(case.name)
                 measured = measure(

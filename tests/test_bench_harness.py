@@ -182,6 +182,10 @@ def test_a_case_that_no_process_lives_through_is_left_out_in_the_end(ends, tmp_p
     assert list(notes) == ["a/broken", "a/good"] and not notes["a/good"]
     assert notes["a/broken"].startswith("failed: 2 times")
     assert (tmp_path / "begun.json").read_text() == "{}"
+    # What is there of a case stays when it is begun again, with slow candidates say, and hangs.
+    arguments.remove("--missing")
+    (tmp_path / "begun.json").write_text('{"a/broken": 2, "a/good": 2}')
+    assert status(1000.0) == 0 and {row["case"]: row["note"] for row in results.read(tmp_path)} == notes
 
 
 @pytest.mark.quick
