@@ -327,12 +327,12 @@ def _rotary_append(d: Draw) -> None:
     positions = d.integers("positions", 0, capacity, (batch, new)) if d.chance() else "None"
     weights = [d.maybe(name, (dim,)) for name in ("query_weight", "key_weight")]
     d.call.setup.append(
-        "def append(keys, values, **more):\n"
-        f"    q_ = tf.rotary_cache_append(q, k, v, keys, values, lengths, cos, sin, {positions}, **more)\n"
-        "    return q_, keys, values"
+        "def append(q, k, v, keys, values, **more):\n"
+        f"    q = tf.rotary_cache_append(q, k, v, keys, values, lengths, cos, sin, {positions}, **more)\n"
+        "    return q, keys, values"
     )
     d.call.ours = (
-        f"append(key_cache.clone(), value_cache.clone(), query_weight={weights[0]}, key_weight={weights[1]}, "
+        f"append(q, k, v, key_cache.clone(), value_cache.clone(), query_weight={weights[0]}, key_weight={weights[1]}, "
         f"interleaved={d.chance()})"
     )
 
