@@ -134,7 +134,7 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("backward_key", "", 256, SINGLE): (Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=64)),
     ("backward_query", "", 64, SINGLE): (Config(16, 32, 8, 1, 128), Config(16, 32, 8, 1, 128), Config(16, 32, 8, 1, 255)),
     ("backward_query", "", 128, SINGLE): (Config(16, 16, 8, 1, 128),),
-    ("backward_query", "", 256, SINGLE): (Config(16, 16, 8, 1, 128),),
+    ("backward_query", "", 256, SINGLE): (Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 255, 128)),
     ("backward_table", "", 64, SINGLE): (Config(16, 16, 8, 1),),
     ("backward_table", "", 128, SINGLE): (Config(16, 16, 8, 1, columns=64),),
     ("backward_table", "", 256, SINGLE): (Config(16, 16, 8, 1, 168, 128),),
