@@ -191,7 +191,7 @@ class GraphStepper(DescribedStepper):
         if description.embed_scale != 1:
             x = x * description.embed_scale
         if description.position is not None:
-            rows = description.positions(self._tokens, self._positions)
+            rows = description.positions(self._tokens, self._positions)  # type: ignore[arg-type]
             x = x + description.position.weight[rows][:, None]
         if description.embedding_norm is not None:
             x = norm(description.embedding_norm, x)
@@ -229,7 +229,7 @@ class GraphStepper(DescribedStepper):
 
     def _place_angles(self) -> None:
         if self._description.rotary is not None:
-            self._call.rotary = Rotary(*self._angles, self._positions[:, None])  # type: ignore[index]
+            self._call.rotary = Rotary(*self._angles, self._positions[:, None])  # type: ignore[call-arg, index]
 
     def _captured(self) -> Callable[[], None]:
         """One step as a graph, or as it is where something in it cannot be captured."""
