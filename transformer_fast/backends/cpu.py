@@ -81,7 +81,7 @@ class CpuBackend(Backend):
         )  # fmt: skip
         before = _states_before(spec, out)
         if spec.gates.dtype == torch.float32 and not gemm.why_not_onednn():
-            grad_weight.copy_(gemm.linear(grad_products.t(), before.t(), None, None))
+            grad_weight.copy_(gemm.gradient(grad_products.t(), before.t()))
         else:
             torch.mm(grad_products.t(), before, out=grad_weight)
         if spec.bias is not None:
@@ -104,6 +104,7 @@ class CpuBackend(Backend):
             None if spec.mask is None else spec.mask.contiguous(),
             None if spec.sources is None else spec.sources.to(torch.int32).contiguous(), _float(spec.score_weight),
             weights, biases, spec.maxout, spec.head.shape[1], *found[1:], found[0],
+            None, None, None, None, spec.head.shape[0],
         )  # fmt: skip
         for buffer, result in zip(buffers, found):
             if buffer is not result:
