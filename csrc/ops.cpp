@@ -108,6 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_rows_linear(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
   // float32: x (rows, in) with last stride 1, weight (out, in) with one stride 1, bias contiguous, y (rows, out).
   m.def("cpu_long_linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
+  // float32: g (rows, out) and x (rows, in) with last strides 1, y (out, in) and sums (out,) contiguous; rows > 0.
+  m.def("cpu_weight_gradient(Tensor g, Tensor x, Tensor(a!) y, Tensor(b!)? sums) -> ()");
   // Hashes the memory of each tensor in its own order; the memory has no gaps. hashes: int64, one per tensor.
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.

@@ -93,6 +93,20 @@ void long_linear(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   kernels().long_linear(a);
 }
 
+void weight_gradient(Tensor g, Tensor x, Tensor y, OptionalTensor sums) {
+  WeightGradient a{};
+  a.g = read<float>(g);
+  a.x = read<float>(x);
+  a.y = write<float>(y);
+  a.sums = write<float>(sums);
+  a.rows = g.size(0);
+  a.out = g.size(1);
+  a.in = x.size(1);
+  a.g_stride = g.stride(0);
+  a.x_stride = x.stride(0);
+  kernels().weight_gradient(a);
+}
+
 }  // namespace
 }  // namespace tf
 
@@ -102,4 +116,5 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_packed_linear", TORCH_BOX(&tf::packed_linear));
   m.impl("cpu_rows_linear", TORCH_BOX(&tf::rows_linear));
   m.impl("cpu_long_linear", TORCH_BOX(&tf::long_linear));
+  m.impl("cpu_weight_gradient", TORCH_BOX(&tf::weight_gradient));
 }

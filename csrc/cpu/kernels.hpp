@@ -30,6 +30,7 @@ namespace tf {
   X(packed_linear, PackedLinear) \
   X(rows_linear, RowsLinear) \
   X(long_linear, LongLinear) \
+  X(weight_gradient, WeightGradient) \
   X(content_hash, ContentHash) \
   X(cross_entropy_forward, CrossEntropyForward) \
   X(cross_entropy_backward, CrossEntropyBackward) \
