@@ -71,3 +71,35 @@ def test_kernels_know_neither_autograd_nor_modules():
 def test_layout():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's package of that name"
     assert not (ROOT / "conftest.py").exists() and not list((ROOT / "tests").rglob("__init__.py"))
+
+
+# Code that kernels share, which belongs to no op: what a processor is, how work is shared out, tables of kernels.
+_SHARED = {
+    "csrc/cpu": {
+        "column_sums", "content_hash", "int8_rows", "kernels", "kernels_int8", "parallel", "philox", "simd",
+        "step_products", "table", "table_int8", "team",
+    },
+    "csrc/cuda": {
+        "descriptor", "philox", "ptx", "ptx_sm90", "ptx_wgmma", "simt", "stream", "swizzle", "tensor_map", "vector",
+    },
+    "csrc/bindings": {"content_hash", "cuda", "cuda_counters", "matrix"},
+    "kernels": {"column_sum", "direct", "philox"},
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("folder", list(_SHARED))
+def test_kernels_and_tests_bear_the_name_of_their_op(folder):
+    """A file is named after the file in ops/ whose kernels it has: `find . -name '*norm*'` finds an op's every part."""
+    ops = {path.stem for path in (PACKAGE / "ops").glob("[a-z]*.py")}
+    files = {p.stem for p in (ROOT / folder).iterdir() if p.suffix in (".py", ".cpp", ".hpp", ".cu", ".cuh")}
+    unknown = {
+        stem for stem in files - _SHARED[folder]
+        if not any(f"{stem.removeprefix('cuda_')}_".startswith(f"{op}_") for op in ops)
+    }  # fmt: skip
+    assert not unknown, f"{folder}: no file in transformer_fast/ops is named as {sorted(unknown)}"
+    assert _SHARED[folder] <= files, "the list above names files that are gone"
+    if folder == "kernels":
+        tested = {p.stem for p in (ROOT / "tests/ops").glob("test_*.py")}
+        untested = {op for op in ops if not any(f"{stem}_".startswith(f"test_{op}_") for stem in tested)}
+        assert not untested, f"tests/ops: no test is named after {sorted(untested)}"

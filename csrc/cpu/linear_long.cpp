@@ -14,7 +14,7 @@ constexpr int64_t kItemRows = 256;                           // fewer would not 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Part of the weight as (depth, kColumns), zeros from `columns` on.
-void lay_out(const LongLinear& a, int64_t column, int64_t columns, int64_t k, int64_t depth, float* panel) {
+void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, int64_t depth, float* panel) {
   if (a.in_stride == 1)
     load_transposed(a.weight + column * a.out_stride + k, a.out_stride, columns, depth, panel, kColumns);
   else
@@ -22,7 +22,7 @@ void lay_out(const LongLinear& a, int64_t column, int64_t columns, int64_t k, in
 }
 
 template <class Activate>
-void multiply(const LongLinear& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
+void multiply(const LinearLong& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
   const int64_t columns = least(a.out - column, kColumns);
   float* y = a.y + row * a.out + column;
   // Whole vectors are summed in y itself.
@@ -50,7 +50,7 @@ void multiply(const LongLinear& a, int64_t row, int64_t rows, int64_t column, co
 }
 
 template <class Activate>
-void multiply_all(const LongLinear& a, const Activate& activate) {
+void multiply_all(const LinearLong& a, const Activate& activate) {
   const int64_t panels = (a.out + kColumns - 1) / kColumns, wanted = (4 * tf_num_threads() + panels - 1) / panels;
   const int64_t most = (a.rows + kItemRows - 1) / kItemRows, blocks = wanted < most ? wanted : most;
   const int64_t each = round_up((a.rows + blocks - 1) / blocks, kAhead);
@@ -64,7 +64,7 @@ void multiply_all(const LongLinear& a, const Activate& activate) {
 
 }  // namespace
 
-void long_linear(const LongLinear& a) {
+void linear_long(const LinearLong& a) {
   if (!a.has_activation) return multiply_all(a, [](Vec v) { return v; });
   with_activation(a.activation, [&](auto activation) {
     multiply_all(a, [](Vec v) {

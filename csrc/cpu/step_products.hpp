@@ -81,7 +81,7 @@ class StepProducts {
       all_int8 &= weights[i].layout == WeightLayout::int8 && weights[i].group == weights[0].group;
     }
     if (int8 && all_int8 && (!f.gate || f.gate->layout == WeightLayout::int8))
-      return int8_linear(weights, count, x, ldx, f);
+      return linear_int8(weights, count, x, ldx, f);
     split |= int8;
     for (int i = 0; i < count; ++i) {
       split |= weights[i].data && weights[i].layout == WeightLayout::columns;
@@ -109,7 +109,7 @@ class StepProducts {
   }
 
   // In int8: the rows of x are quantised first.
-  void int8_linear(const StepWeight* weights, int count, const float* x, int64_t ldx, const Finish& f) {
+  void linear_int8(const StepWeight* weights, int count, const float* x, int64_t ldx, const Finish& f) {
     Int8Weight parts[3] = {}, gate{};
     int64_t panels = 0, ends[3] = {};
     for (int i = 0; i < count; ends[i++] = panels) {

@@ -74,7 +74,7 @@ CALLS = {
     tf.dropout: {"input": r(4, 8), "p": 0.1, "generator": None},
     tf.linear: {"input": r(4, 8), "weight": r(6, 8), "bias": r(6), "activation": "gelu"},
     tf.projections: {"input": r(4, 8), "weights": [r(6, 8), r(3, 8)], "biases": [r(6), None]},
-    tf.pack_weight: {"weight": r(6, 8), "dtype": torch.float32},
+    tf.to_panels: {"weight": r(6, 8), "dtype": torch.float32},
     tf.cross_entropy: {
         "input": r(6, 9), "target": torch.arange(6), "weight": r(9).abs(), "ignore_index": 2, "reduction": "sum",
         "label_smoothing": 0.1, "z_loss": 0.1, "inplace_gradient": False,

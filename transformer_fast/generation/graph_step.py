@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..layers import Packing, StackCall, transformer_layer
+from ..layers import StackCall, Unpadding, transformer_layer
 from ..layers.projection import linear, norm
 from .described_step import DescribedStepper
 from .model_step import ModelStepper
@@ -102,7 +102,7 @@ class GraphStepper(DescribedStepper):
         relative = description.relative_bias
         self._call = StackCall(
             replace(description.spec, causal=False),
-            Packing(prompt.rows, 1),
+            Unpadding(prompt.rows, 1),
             encoder_states=states,  # its keys and values are in the cache: it is not looked at
             encoder_lengths=cross_lengths,
             relative_bias=None
@@ -144,7 +144,7 @@ class GraphStepper(DescribedStepper):
         if cross is not None:
             self._spread_cross(cross, index)
         self._cache = AppendedCache(store, self._lengths, cross)
-        self._call.packing = Packing(len(index), 1)
+        self._call.unpadding = Unpadding(len(index), 1)
         self._forget()
 
     def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
