@@ -108,6 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
   // float32: x (rows, in) with last stride 1, weight (out, in) with one stride 1, bias contiguous, y (rows, out).
   m.def("cpu_linear_long(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
+  // float32: g (rows, out) and x (rows, in) with last strides 1, y (out, in) and sums (out,) contiguous; rows > 0.
+  m.def("cpu_weight_gradient(Tensor g, Tensor x, Tensor(a!) y, Tensor(b!)? sums) -> ()");
   // Hashes the memory of each tensor in its own order; the memory has no gaps. hashes: int64, one per tensor.
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; everything else float32.
@@ -169,12 +171,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   // state, (width, in) with contiguous rows or in panels, then query, readout and head; biases: of each layer's input
   // and hidden state, of query, readout and head. sources: int32 (rows,); mask: bool (sources, length). All else is
   // contiguous float32: hidden, memory (layers, rows, width), feed (rows, readout_size), keys and values (sources,
-  // length, ...), biases. The results lie apart from all that is read.
+  // length, ...), biases. The results lie apart from all that is read: logits, or with the int8 panels of the head's
+  // weight and bounds of their error the tokens (rows + 1,) with the largest, without the barred ones (int64).
   m.def(
       "cpu_recurrent_step(Tensor ids, Tensor token, Tensor hidden, Tensor? memory, Tensor? feed, Tensor? keys, "
       "Tensor? values, Tensor? mask, Tensor? sources, Tensor? score_weight, Tensor?[] weights, Tensor?[] biases, "
       "bool maxout, int readout_size, Tensor(a!) next_hidden, Tensor(b!)? next_memory, Tensor(c!)? next_feed, "
-      "Tensor(d!) logits) -> ()");
+      "Tensor(d!)? logits, Tensor? screen, Tensor? bounds, Tensor? barred, Tensor(e!)? tokens, int vocabulary) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

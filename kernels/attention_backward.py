@@ -10,8 +10,9 @@ seven matrix products where a backward with atomic additions to dQ has five. Wid
 registers take slices: a program sums some of the columns, and computes the scores for itself.
 
 delta from dO and the output has the output's rounding in it, which a row of few keys, or a gradient that sums dS over
-whole rows (bias, relative table), does not average away: those calls compute delta = rowsum(P * dP) instead, by the
-query kernel with DELTA, two more products. In dQ an error e of delta is -e P K, for each row a mean of the keys, which
+whole rows (bias, relative table), does not average away, nor does a row of which a mask or a bias leaves one key, with
+dropout, which makes another number of its value: those calls compute delta = rowsum(P * dP) instead, by the query
+kernel with DELTA, two more products. In dQ an error e of delta is -e P K, for each row a mean of the keys, which
 is large where the keys have an offset, as a projection's bias gives them. But rows of dS sum to zero (or to dlse), so
 that
 

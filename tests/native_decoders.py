@@ -186,7 +186,7 @@ class Decoder(nn.Module):
             scores = scores + bias
         if window is not None:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window), -math.inf)
-        return (F.softmax(scores, -1) @ v).transpose(1, 2).flatten(-2)
+        return (F.softmax(scores, -1) @ v).transpose(1, 2).contiguous().flatten(-2)  # Conv1D takes views
 
 
 def capped(x, softcap):

@@ -93,6 +93,20 @@ void linear_long(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   kernels().linear_long(a);
 }
 
+void weight_gradient(Tensor g, Tensor x, Tensor y, OptionalTensor sums) {
+  WeightGradient a{};
+  a.g = read<float>(g);
+  a.x = read<float>(x);
+  a.y = write<float>(y);
+  a.sums = write<float>(sums);
+  a.rows = g.size(0);
+  a.out = g.size(1);
+  a.in = x.size(1);
+  a.g_stride = g.stride(0);
+  a.x_stride = x.stride(0);
+  kernels().weight_gradient(a);
+}
+
 }  // namespace
 }  // namespace tf
 
@@ -102,4 +116,5 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_linear_panel", TORCH_BOX(&tf::linear_panel));
   m.impl("cpu_linear_rows", TORCH_BOX(&tf::linear_rows));
   m.impl("cpu_linear_long", TORCH_BOX(&tf::linear_long));
+  m.impl("cpu_weight_gradient", TORCH_BOX(&tf::weight_gradient));
 }

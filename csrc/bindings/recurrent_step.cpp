@@ -40,7 +40,8 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
                     OptionalTensor keys, OptionalTensor values, OptionalTensor mask, OptionalTensor sources,
                     OptionalTensor score_weight, OptionalTensors weights, OptionalTensors biases, bool maxout,
                     int64_t readout_size, Tensor next_hidden, OptionalTensor next_memory, OptionalTensor next_feed,
-                    Tensor logits) {
+                    OptionalTensor logits, OptionalTensor screen, OptionalTensor bounds, OptionalTensor barred,
+                    OptionalTensor tokens, int64_t vocabulary) {
   RecurrentStep s{};
   s.cell = memory.has_value() ? Cell::lstm : Cell::gru;
   s.context = !values.has_value() ? Context::none
@@ -83,15 +84,18 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
   if (reads)
     s.readout = gathered("readout", w[1], b[1], maxout ? 2 * readout_size : readout_size,
                          2 * s.width + (maxout ? s.embedding : 0), s);
-  s.head = gathered("head", w[2], b[2], logits.size(1), reads ? readout_size : s.width, s);
+  STD_TORCH_CHECK(logits.has_value() != tokens.has_value(), "logits, tokens: wanted one of them");
+  STD_TORCH_CHECK(!logits.has_value() || logits->size(1) == vocabulary, "logits: wanted ", vocabulary, " of each row");
+  s.head = gathered("head", w[2], b[2], vocabulary, reads ? readout_size : s.width, s);
   s.next_hidden = write<float>(next_hidden);
   s.next_memory = write<float>(next_memory);
   s.next_feed = write<float>(next_feed);
   s.logits = write<float>(logits);
-  const int64_t tokens = token.size(0), count = values.has_value() ? values->size(0) : s.rows;
+  if (tokens.has_value()) s.choice = choice_of(s.head, s.rows, screen, bounds, barred, *tokens);
+  const int64_t words = token.size(0), count = values.has_value() ? values->size(0) : s.rows;
   STD_TORCH_CHECK(s.sources || s.rows <= count, "sources: wanted those of ", s.rows, " rows, got none");
   for (int64_t r = 0; r < s.rows; ++r) {
-    STD_TORCH_CHECK(s.ids[r] >= 0 && s.ids[r] < tokens, "ids: ", s.ids[r], " is not one of ", tokens, " tokens");
+    STD_TORCH_CHECK(s.ids[r] >= 0 && s.ids[r] < words, "ids: ", s.ids[r], " is not one of ", words, " tokens");
     if (s.sources)
       STD_TORCH_CHECK(s.sources[r] >= 0 && s.sources[r] < count, "sources: ", s.sources[r], " is not one of ", count);
   }

@@ -40,6 +40,29 @@ inline StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t o
   return w;
 }
 
+// screen: int8 panels of w, bounds: (3, 32 panels), barred: int64, tokens: int64 (rows + 1,); see HeadChoice.
+inline HeadChoice choice_of(const StepWeight& w, int64_t rows, const OptionalTensor& screen,
+                            const OptionalTensor& bounds, const OptionalTensor& barred, const Tensor& tokens) {
+  HeadChoice c{};
+  const int64_t panels = (w.out + kPanel - 1) / kPanel;
+  STD_TORCH_CHECK(screen.has_value() && bounds.has_value(), "screen, bounds: wanted them with tokens, got none");
+  STD_TORCH_CHECK(w.layout == WeightLayout::panels || w.layout == WeightLayout::rows,
+                  "weights: wanted the head in panels or with contiguous rows");
+  const StepWeight s = weight_of({screen, OptionalTensor()}, 0, w.out, w.in);
+  STD_TORCH_CHECK(s.layout == WeightLayout::int8, "screen: wanted int8 panels");
+  STD_TORCH_CHECK(bounds->size(0) == 3 && bounds->size(1) == panels * kPanel, "bounds: wanted shape (3, ",
+                  panels * kPanel, ")");
+  STD_TORCH_CHECK(tokens.numel() == rows + 1, "tokens: wanted ", rows + 1, " values");
+  c.screen = Int8Weight{static_cast<const int8_t*>(s.data), nullptr, s.out, s.in, s.group};
+  c.start = read<float>(*bounds);
+  c.error = c.start + panels * kPanel;
+  c.size = c.error + panels * kPanel;
+  c.barred = read<int64_t>(barred);
+  c.barred_count = barred.has_value() ? barred->numel() : 0;
+  c.tokens = write<int64_t>(tokens);
+  return c;
+}
+
 inline int64_t bytes_of(const StepWeight& w) { return w.out * w.in * bytes_of(w.storage); }
 
 }  // namespace tf

@@ -7,31 +7,42 @@
 namespace tf::TF_ISA {
 namespace {
 
+// A mask or a bias may leave a row one key above all, whose scores get no gradient. The rounding of an output, of which
+// dropout makes another number than the value, would give them one.
+bool has_lone_keys(const Attention& a) {
+  return a.dropout.threshold != 0 || a.mask || a.bias_type != BiasType::none || a.relative_bias;
+}
+// The scores of up to so many keys are held at once; beyond a thousand that takes up to a tenth more time.
+int64_t held_keys(const Attention& a) { return has_lone_keys(a) ? 8192 : 1024; }
+
 struct Buffers {
   float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
-  float *p, *ds, *slope, *factor;                     // a tile of scores: (keys, lanes); factor: of dropout
+  float *p, *ds, *slope, *factor;                     // scores: (keys, lanes); factor: of dropout
   float *lse, *lse_rest;      // in units of log2, and 2^-(what rounding took from it)
   float *delta, *grad_lse;
   float* scale;  // sums of a row's p, then one over them, then the scale of the scores
   float *ds_sum, *slope_sum;  // sums of a row's ds and of its p * slope
+  float* seen;                // keys of a row that have a probability
   float* centre;              // the mean key: (padded dim)
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
 };
 
 Buffers take_buffers(const Attention& a) {
-  const int64_t padded = round_up(a.dim, kWidth), side = padded * kQueries, tile = kKeys * kQueries;
+  const int64_t padded = round_up(a.dim, kWidth), side = padded * kQueries;
   int64_t longest = 1;
   for (int64_t b = 0; b < a.batch; ++b) longest = a.key_lengths[b] > longest ? a.key_lengths[b] : longest;
-  const int64_t sequence = longest * padded, copies = a.dtype == DType::f32 ? 2 : 4;
+  const int64_t sequence = longest * padded, held = held_keys(a);
+  const int64_t tile = round_up(longest < held ? longest : held, kKeys) * kQueries;
+  const int64_t copies = a.dtype == DType::f32 ? 2 : 4;
   Arena arena{static_cast<char*>(tf_scratch(
-      0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 7 * Arena::bytes(kQueries) + Arena::bytes(padded) +
+      0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 8 * Arena::bytes(kQueries) + Arena::bytes(padded) +
              copies * Arena::bytes(sequence)))};
   Buffers s{};
   float** const sides[] = {&s.queries_t, &s.grads_t, &s.queries, &s.grads, &s.dq};
   for (float** p : sides) *p = arena.take(side);
   float** const tiles[] = {&s.p, &s.ds, &s.slope, &s.factor};
   for (float** p : tiles) *p = arena.take(tile);
-  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale, &s.ds_sum, &s.slope_sum};
+  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale, &s.ds_sum, &s.slope_sum, &s.seen};
   for (float** p : rows) *p = arena.take(kQueries);
   s.centre = arena.take(padded);
   s.dk = arena.take(sequence);
@@ -182,10 +193,10 @@ Operand from_key(Operand rows, int64_t j) {
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
 // and so is the output that delta = rowsum(grad * out) comes from. Where it costs little, both are computed again:
 //
-//   one_block     keys that fit a block, wherever they begin: sum and delta follow from the probabilities at hand
-//   few_queries   several blocks, few queries: one more pass over the keys
-//   many_queries  lse and delta as saved; a large lse is rounded so coarsely that rows would not sum to one, and the
-//                 sum alone is computed again; the error of delta is taken out of dQ by centring the keys
+//   whole_rows   keys whose scores are held, wherever they begin: sum and delta follow from the probabilities at hand
+//   two_passes   more keys, and few queries, lone keys, or a large lse, so coarsely rounded that rows would not sum to
+//                one: one more pass over the keys
+//   one_pass     lse and delta as saved; the error of delta is taken out of dQ by centring the keys
 template <class T>
 class TileGradients {
  public:
@@ -202,18 +213,18 @@ class TileGradients {
     T* dq = row_of<T>(a_.dq, a_.dq_strides, t_.b, t_.h, a_.query_starts[t_.b] + t_.q0);
     if (end_ <= begin_) return zero_rows(dq, a_.dq_strides.row, t_.count, a_.dim);
     load_tile<T>(a_, t_, s_);
-    if (end_ - begin_ <= kKeys)
-      one_block();
-    else if (t_.count <= kFewQueries)
-      few_queries();
+    if (end_ - begin_ <= held_keys(a_))
+      whole_rows();
+    else if (t_.count <= kFewQueries || has_lone_keys(a_) || largest_lse(s_, lanes_) > kPreciseLse)
+      two_passes();
     else
-      many_queries();
+      one_pass();
     for (int64_t c = 0; c < lanes_; c += kWidth) store(s_.scale + c, broadcast(float(a_.scale)));
     store_transposed(s_.dq, lanes_, s_.scale, dq, a_.dq_strides.row, t_.count, a_.dim);
   }
 
  private:
-  void one_block() const {
+  void whole_rows() const {
     const int64_t keys = end_ - begin_;
     scores(begin_, keys);
     for (int64_t c = 0; c < lanes_; c += kWidth) {
@@ -233,7 +244,7 @@ class TileGradients {
     clear(s_.scale, lanes_);
     clear(s_.delta, lanes_);
     add_sums(keys);
-    normalise(true);
+    normalise();
     for (int64_t c = 0; c < lanes_; c += kWidth) {
       const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c), scale = load(s_.scale + c);
       for (int64_t x = c; x < keys * lanes_; x += lanes_) {
@@ -245,9 +256,10 @@ class TileGradients {
     add_gradients(begin_, keys);
   }
 
-  void few_queries() const {
+  void two_passes() const {
     clear(s_.scale, lanes_);
     clear(s_.delta, lanes_);
+    clear(s_.seen, lanes_);
     for_each_block([&](int64_t j, int64_t keys) {
       probabilities(j, keys);
       value_gradients(j, keys);
@@ -257,26 +269,39 @@ class TileGradients {
           store(s_.ds + x, load(s_.ds + x) * factor);
         });
       add_sums(keys);
+      sum_rows(s_.seen, lanes_, keys, [&](int64_t x) { return load(s_.p + x) > Vec{} ? broadcast(1.f) : Vec{}; });
     });
-    normalise(true);
+    normalise();
+    const bool alone = a_key_alone();
     for_each_block([&](int64_t j, int64_t keys) {
       probabilities(j, keys);
       value_gradients(j, keys);
+      if (alone) forget_lone_keys(keys);
       score_gradients(j, keys);
       add_gradients(j, keys);
     });
   }
 
-  void many_queries() const {
-    load_delta<T>(a_, t_, chain_, s_);
-    if (largest_lse(s_, lanes_) > kPreciseLse) {
-      clear(s_.scale, lanes_);
-      for_each_block([&](int64_t j, int64_t keys) {
-        probabilities(j, keys);
-        sum_rows(s_.scale, lanes_, keys, [&](int64_t x) { return load(s_.p + x); });
-      });
-      normalise(false);
+  // A key that a row sees alone has probability 1 whatever its score, whose gradient is zero to the last bit.
+  bool a_key_alone() const {
+    bool found = false;
+    for (int64_t i = 0; i < lanes_; ++i)
+      if (s_.seen[i] == 1.f) {
+        found = true;
+        s_.delta[i] = 0.f;
+      }
+    return found;
+  }
+  void forget_lone_keys(int64_t keys) const {
+    for (int64_t c = 0; c < lanes_; c += kWidth) {
+      const Vec seen = load(s_.seen + c);
+      for (int64_t x = c; x < keys * lanes_; x += lanes_)
+        store(s_.ds + x, seen == broadcast(1.f) ? Vec{} : load(s_.ds + x));
     }
+  }
+
+  void one_pass() const {
+    load_delta<T>(a_, t_, chain_, s_);
     clear(s_.ds_sum, lanes_);
     clear(s_.slope_sum, lanes_);
     for_each_block([&](int64_t j, int64_t keys) {
@@ -322,13 +347,12 @@ class TileGradients {
     sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
   }
 
-  // scale: from the sum of a row's p to the factor that makes it one. delta: whether s_.delta is multiplied by it too.
-  void normalise(bool delta) const {
+  void normalise() const {  // scale: from the sum of a row's p to the factor that makes it one, which delta gets too
     for (int64_t i = 0; i < lanes_; ++i) {
       const bool dead = i >= t_.count || s_.scale[i] == 0.f;
       s_.scale[i] = dead ? 0.f : 1.f / s_.scale[i];
       s_.lse_rest[i] *= s_.scale[i];
-      if (delta) s_.delta[i] *= s_.scale[i];
+      s_.delta[i] *= s_.scale[i];
     }
   }
 
@@ -398,7 +422,7 @@ void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const 
     key_rows = {s.keys, padded * 4, 4};
     value_rows = {s.values, padded * 4, 4};
   }
-  if (keys > kKeys) mean_row(key_rows, keys, a.dim, s.centre);
+  if (keys > held_keys(a)) mean_row(key_rows, keys, a.dim, s.centre);
   __builtin_memset(s.dk, 0, size_t(keys * padded) * 4);
   __builtin_memset(s.dv, 0, size_t(keys * padded) * 4);
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h)

@@ -30,6 +30,7 @@ namespace tf {
   X(linear_panel, LinearPanel) \
   X(linear_rows, LinearRows) \
   X(linear_long, LinearLong) \
+  X(weight_gradient, WeightGradient) \
   X(content_hash, ContentHash) \
   X(cross_entropy_forward, CrossEntropyForward) \
   X(cross_entropy_backward, CrossEntropyBackward) \

@@ -49,6 +49,12 @@ struct LinearLong {  // y = act(x W^T + bias), float32
   Activation activation;
 };
 
+struct WeightGradient {  // y = g^T x, float32, and the sums of g's rows
+  const float *g, *x;  // (rows, out), (rows, in), last strides 1
+  float *y, *sums;     // (out, in) contiguous, (out,); sums may be null
+  int64_t rows, in, out, g_stride, x_stride;
+};
+
 struct LinearPanel {  // y = act(x W^T + bias), summed in float32
   DType dtype;
   Storage storage;

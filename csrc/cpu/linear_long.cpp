@@ -1,5 +1,6 @@
-// Products with long sums: 64 columns of a weight and kDepth inputs at a time. The rounding errors of one running sum grow
-// with its length, so none is longer than kDepth before it is added to what there is.
+// Products with long sums: 64 columns of a weight and up to kDepth inputs at a time. The rounding errors of one running
+// sum grow with its length, so none is longer than kDepth before it is added to what there is: MKL's are of 192 at most.
+// A panel of the weight then fits the first cache (32 KB) beside the rows of x.
 #include "activation_math.hpp"
 #include "attention_tile.hpp"
 #include "kernels.hpp"
@@ -8,7 +9,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kColumns = 64, kDepth = 256, kAhead = 12;  // kAhead: rows of x that are fetched while as many are used
+constexpr int64_t kColumns = 64, kDepth = 128, kAhead = 12;  // kAhead: rows of x that are fetched while as many are used
 constexpr int64_t kItemRows = 256;                           // fewer would not pay for laying the weight out
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -23,15 +24,16 @@ void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, in
 
 template <class Activate>
 void multiply(const LinearLong& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
-  const int64_t columns = least(a.out - column, kColumns);
+  const int64_t columns = least(a.out - column, kColumns), runs = (a.in + kDepth - 1) / kDepth;
+  const int64_t run = round_up((a.in + runs - 1) / runs, 16);  // all of about one length: the longest decides the error
   float* y = a.y + row * a.out + column;
   // Whole vectors are summed in y itself.
   const bool in_place = columns % kWidth == 0;
   float* panel = scratch<float>(0, kDepth * kColumns + (in_place ? 0 : rows * kColumns));
   float* sums = in_place ? y : panel + kDepth * kColumns;
   const int64_t ld = in_place ? a.out : kColumns;
-  for (int64_t k = 0; k < a.in; k += kDepth) {
-    const int64_t depth = least(a.in - k, kDepth);
+  for (int64_t k = 0; k < a.in; k += run) {
+    const int64_t depth = least(a.in - k, run);
     lay_out(a, column, columns, k, depth, panel);
     for (int64_t r = 0; r < rows; r += kAhead) {
       const float* x = a.x + (row + r) * a.x_stride + k;

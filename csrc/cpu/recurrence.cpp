@@ -5,7 +5,7 @@
 
 #include "attention_tile.hpp"
 #include "kernels.hpp"
-#include "linear_panel.hpp"
+#include "linear.hpp"
 #include "parallel.hpp"
 #include "recurrence_cell.hpp"
 #include "team.hpp"
@@ -13,9 +13,64 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kTogether = 4 * kRows;  // rows that pass over a panel together
+constexpr int kTile = kWidth == 16 ? 12 : 6;  // rows held in registers: 2 kTile accumulators
+constexpr int64_t kTogether = 32;             // rows that pass over a panel together
+constexpr int64_t kRun = 128;                 // products per running sum, at most: long sums lose digits
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// out (M, 32) = x (M, in) times one panel. Fetch: the panel is new, and memory after it is prefetched.
+template <int M, bool Fetch>
+static void multiply_tile(const float* x, int64_t ldx, const float* panel, int64_t in, float* out) {
+  const int64_t runs = (in + kRun - 1) / kRun, run = (in + runs - 1) / runs;
+  for (int g = 0; g < 16; g += kWidth)
+    for (int64_t begin = 0; begin < in; begin += run) {
+      const int64_t end = least(begin + run, in);
+      Vec low[M] = {}, high[M] = {};
+      for (int64_t k = begin; k < end; ++k) {
+        const float* w = panel + k * kPanel + g;
+        if (Fetch) {
+          __builtin_prefetch(w + 1024);
+          __builtin_prefetch(w + 1024 + 16);
+        }
+        const Vec w0 = load(w), w1 = load(w + 16);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+          const Vec v = broadcast(x[m * ldx + k]);
+          low[m] = fma(v, w0, low[m]);
+          high[m] = fma(v, w1, high[m]);
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        float *left = out + m * kPanel + g, *right = left + 16;
+        store(left, begin ? load(left) + low[m] : low[m]);
+        store(right, begin ? load(right) + high[m] : high[m]);
+      }
+    }
+}
+
+template <int M = kTile>
+static void multiply_rows(int64_t rows, bool fetch, const float* x, int64_t ldx, const float* panel, int64_t in,
+                          float* out) {
+  if (rows == M)
+    return fetch ? multiply_tile<M, true>(x, ldx, panel, in, out) : multiply_tile<M, false>(x, ldx, panel, in, out);
+  if constexpr (M > 1) multiply_rows<M - 1>(rows, fetch, x, ldx, panel, in, out);
+}
+
+// out (rows, 32) = x (rows, in) times one panel, in tiles of about as many rows each.
+static void multiply(int64_t rows, const float* x, int64_t ldx, const float* panel, int64_t in, float* out) {
+  const int64_t tiles = (rows + kTile - 1) / kTile;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t r = rows * t / tiles;
+    multiply_rows(rows * (t + 1) / tiles - r, t == 0, x + r * ldx, ldx, panel, in, out + r * kPanel);
+  }
+}
+
+// A panel's columns of a row, for later.
+template <class T>
+static inline void fetch(const T* row) {
+  for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
 
 // The states of the sequences in the order of their lengths, and what a step is made of.
 class Steps {
@@ -49,12 +104,12 @@ class Steps {
     // A meeting costs as much as some ten thousand products.
     const int64_t work = a_.batch * a_.width * gates_ * a_.width, useful = 1 + work / (1 << 17);
     const int64_t threads = least(least(tf_num_threads(), useful), panels_ * blocks_);
-    parallel_for(threads, 1, [&](int64_t, int64_t) {
+    parallel_for(threads, 1, [&](int64_t thread, int64_t) {
       Team team(counters);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t step = first + i * direction, rows = step < 0 ? a_.batch : live(step);
         const int64_t blocks = (rows + kTogether - 1) / kTogether, items = panels_ * blocks;
-        team.phase(items, 1 + items / (8 * threads), [&](int64_t item) {
+        team.phase_from(thread % 2, items, [&](int64_t item) {
           const int64_t row = item % blocks * kTogether;
           f(step, row, least(kTogether, rows - row), item / blocks);
         });
@@ -102,10 +157,8 @@ class Forward : Steps {
     alignas(64) float sums[4][kTogether * kPanel];
     const float* x = hidden_[step & 1] + row * padded_;
     for (int64_t g = 0; g < gates_; ++g) {
-      const float* weight = a_.panels + (g * panels_ + panel) * a_.width * kPanel;
-      for (int64_t r = 0; r < rows; r += kRows)
-        multiply_rows(int(least(kRows, rows - r)), x + r * padded_, padded_, weight, a_.width, r == 0,
-                      sums[g] + r * kPanel);
+      for (int64_t r = 0; r < rows; ++r) fetch(gates(position(row + r, step)) + g * a_.width + panel * kPanel);
+      multiply(rows, x, padded_, a_.panels + (g * panels_ + panel) * a_.width * kPanel, a_.width, sums[g]);
     }
     for (int64_t r = 0; r < rows; ++r)
       a_.cell == Cell::lstm ? lstm_row(step, row + r, panel, sums, r * kPanel)
@@ -187,9 +240,13 @@ class Backward : Steps {
       // What the step after it sends back; rows that have none begin with the gradient of the last state.
       alignas(64) float back[kTogether * kPanel];
       const int64_t after = step < 0 ? live(0) : live(step + 1), met = after < row ? 0 : least(rows, after - row);
-      const float *x = flow_[(step + 1) & 1] + row * stride_, *weight = a_.panels + panel * inner_ * kPanel;
-      for (int64_t r = 0; r < met; r += kRows)
-        multiply_rows(int(least(kRows, met - r)), x + r * stride_, stride_, weight, inner_, r == 0, back + r * kPanel);
+      for (int64_t r = 0; r < rows && step >= 0; ++r) {
+        const int64_t at = position(row + r, step);
+        for (int64_t g = 0; g < 4; ++g) fetch(a_.saved + (at * 4 + g) * a_.width + panel * kPanel);
+        if (a_.memories) fetch(a_.memories + at * a_.width + panel * kPanel);
+        if (a_.grad_out) fetch(static_cast<const T*>(a_.grad_out) + at * a_.width + panel * kPanel);
+      }
+      multiply(met, flow_[(step + 1) & 1] + row * stride_, stride_, a_.panels + panel * inner_ * kPanel, inner_, back);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t first = panel * kPanel;
         for_columns(least(kPanel, a_.width - first), [&](int64_t c, auto part) {

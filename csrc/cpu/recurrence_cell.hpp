@@ -5,7 +5,10 @@
 
 namespace tf::TF_ISA {
 
-static inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
+// NaN stays: min and max give their second argument.
+static inline Vec sigmoid(Vec x) {
+  return reciprocal(1.f + exp_bounded(max(broadcast(-87.f), min(broadcast(87.f), -x))));
+}
 
 // gates: the sums of i, f, g, o, which become the gates. Returns the new memory; the hidden state is o tanh(memory).
 static inline Vec lstm_memory(Vec (&gates)[4], Vec memory) {

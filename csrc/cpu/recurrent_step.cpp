@@ -7,45 +7,46 @@
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "recurrence_cell.hpp"
-#include "step_products.hpp"
+#include "screened_argmax.hpp"
 
 namespace tf::TF_ISA {
 namespace {
 
 constexpr int64_t kTogether = 4 * kRows;  // rows that pass over a panel together
-constexpr int64_t kPhases = 12;          // beside those of the layers, at most
+constexpr int64_t kPhases = 16;          // beside those of the layers, at most
 
 struct Buffers {  // (rows, ...) each
   int64_t input_width, read_width, out_width;
-  float *input, *query, *read, *wide, *out, *split;
+  float *input, *query, *read, *wide, *out, *split, *choice;
   int64_t floats;
 };
 
 // base: null to count.
-Buffers buffers_of(const RecurrentStep& s, float* base) {
+Buffers buffers_of(const RecurrentStep& s, float* base, int64_t choice_floats) {
   Buffers b{};
   const bool given = s.context != Context::none;
   b.input_width = s.embedding + (s.maxout ? s.width : s.feed ? s.readout.out : 0);
   b.read_width = s.maxout ? 2 * s.width + s.embedding : given ? 2 * s.width : 0;
   b.out_width = s.maxout ? s.readout.out / 2 : s.readout.out;
-  const auto take = [&](int64_t width) {
+  const auto take = [&](int64_t width, int64_t rows) {
     float* at = base ? base + b.floats : nullptr;
-    b.floats += round_up(s.rows * width, kWidth);
+    b.floats += round_up(rows * width, 16);
     return at;
   };
-  b.input = take(b.input_width);
-  b.query = take(s.query.out);
-  b.read = take(b.read_width);
-  b.wide = take(s.maxout ? s.readout.out : 0);
-  b.out = take(b.out_width);
-  b.split = take(s.split_floats);
+  b.input = take(b.input_width, s.rows);
+  b.query = take(s.query.out, s.rows);
+  b.read = take(b.read_width, s.rows);
+  b.wide = take(s.maxout ? s.readout.out : 0, s.rows);
+  b.out = take(b.out_width, s.rows);
+  b.split = take(s.split_floats, s.rows);
+  b.choice = take(choice_floats, 1);
   return b;
 }
 
-class Step : StepProducts {
+class Step : ScreenedArgmax {
  public:
   Step(const RecurrentStep& s, const Buffers& b, PhaseCounter* counters, int64_t threads)
-      : StepProducts(counters, s.rows, threads, s.rows, b.split, s.int8), s_(s), b_(b), top_((s.layers - 1) * plane()) {}
+      : ScreenedArgmax(counters, s.rows, threads, s.rows, b.split, s.int8), s_(s), b_(b), top_((s.layers - 1) * plane()) {}
 
   void run() {
     embed();
@@ -68,7 +69,14 @@ class Step : StepProducts {
       linear(s_.readout, b_.read, b_.read_width, f);
       x = out, width = b_.out_width;
     }
-    linear(s_.head, x, width, Finish{s_.logits, s_.head.out});
+    if (s_.choice.tokens)
+      argmax(s_.head, s_.choice, x, width, b_.choice);
+    else
+      linear(s_.head, x, width, Finish{s_.logits, s_.head.out});
+  }
+
+  static int64_t choice_floats(const RecurrentStep& s) {
+    return s.choice.tokens ? argmax_floats(s.head, s.choice.screen, s.rows) : 0;
   }
 
  private:
@@ -218,7 +226,8 @@ class Step : StepProducts {
 }  // namespace
 
 void recurrent_step(const RecurrentStep& s) {
-  const Buffers b = buffers_of(s, scratch<float>(4, buffers_of(s, nullptr).floats + kWidth));
+  const int64_t choice = Step::choice_floats(s);
+  const Buffers b = buffers_of(s, scratch<float>(4, buffers_of(s, nullptr, choice).floats + kWidth), choice);
   const int64_t phases = kPhases + s.layers;
   PhaseCounter* counters = scratch<PhaseCounter>(3, phases);
   __builtin_memset(static_cast<void*>(counters), 0, size_t(phases) * sizeof(PhaseCounter));

@@ -38,7 +38,8 @@ struct RecurrentStep {
   int64_t weight_bytes, split_floats;    // of all weights; the largest of query, readout and head
   const Int8Kernels* int8;
   float *next_hidden, *next_memory, *next_feed;  // next_feed may be null
-  float* logits;                                 // (rows, head.out)
+  float* logits;                                 // (rows, head.out); null with choice
+  HeadChoice choice;
 };
 
 }  // namespace tf

@@ -68,7 +68,7 @@ class StepProducts {
   // where a weight needs them.
   StepProducts(PhaseCounter* counters, int64_t rows, int64_t threads, int64_t most_rows = 0, float* split = nullptr,
                const Int8Kernels* int8 = nullptr)
-      : team_(counters), rows_(rows), threads_(threads), most_rows_(most_rows), split_(split), int8_(int8) {}
+      : team_(counters), rows_(rows), threads_(threads), most_rows_(most_rows), int8_(int8), split_(split) {}
 
   void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, x, ldx, f); }
 
@@ -198,10 +198,10 @@ class StepProducts {
 
   Team team_;
   const int64_t rows_, threads_, most_rows_;
+  const Int8Kernels* int8_;
 
  private:
   float* split_;
-  const Int8Kernels* int8_;
 };
 
 }  // namespace tf::TF_ISA

@@ -20,6 +20,17 @@ struct StepWeight {  // y = x W^T + bias; absent when data is null
   int64_t group;            // of int8
 };
 
+// What finds the largest outputs of a weight (out, in) without computing them all: see screened_argmax.hpp. Each a value
+// for every column of the panels: start: the bias, and -1e38 past the last output; error: |w - w8|, with what rounding
+// adds to a product; size: |w8|.
+struct HeadChoice {
+  Int8Weight screen;  // w8
+  const float *start, *error, *size;
+  const int64_t* barred;  // outputs that do not count
+  int64_t barred_count;
+  int64_t* tokens;  // (rows + 1,): what is found, and of how many panels; null: outputs are wanted
+};
+
 // Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each; or that
 // its input takes in int8.
 constexpr int64_t kSplitDepth = 128;

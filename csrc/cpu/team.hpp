@@ -11,6 +11,7 @@ extern "C" void tf_yield();
 namespace tf {
 struct alignas(64) PhaseCounter {
   int64_t next, done;
+  int64_t ends[2];  // of a phase that is taken from both
 };
 }  // namespace tf
 
@@ -33,6 +34,25 @@ class Team {
       for (int64_t i = begin; i < end; ++i) f(i);
       mine += end - begin;
     }
+    meet(c, items, mine);
+  }
+
+  // The same, but threads with back take the last items first: of phases over the same items each finds much of what it
+  // used in the one before in its own cache.
+  template <class F>
+  void phase_from(bool back, int64_t items, const F& f) {
+    PhaseCounter& c = *counter_++;
+    int64_t mine = 0;
+    // Who takes one of `items` turns finds an item at either end: no more than that many are taken from both.
+    for (; __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED) < items; ++mine) {
+      const int64_t i = __atomic_fetch_add(&c.ends[back], 1, __ATOMIC_RELAXED);
+      f(back ? items - 1 - i : i);
+    }
+    meet(c, items, mine);
+  }
+
+ private:
+  static void meet(PhaseCounter& c, int64_t items, int64_t mine) {
     if (mine) __atomic_fetch_add(&c.done, mine, __ATOMIC_RELEASE);
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < items;) {
       if (++spins < kSpins) {
@@ -45,7 +65,6 @@ class Team {
     }
   }
 
- private:
   static constexpr int kSpins = 2000;
   PhaseCounter* counter_;
 };

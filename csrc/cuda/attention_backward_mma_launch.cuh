@@ -66,7 +66,9 @@ void gradients(const AttentionBackward& a, Stream stream) {
   const int64_t streamed = int64_t(a.heads / a.key_heads) * a.max_seqlen_q;
   BackwardCall keys = call_of(a, kBackwardRows, a.max_seqlen_k, a.key_heads, streamed);
   BackwardCall queries = call_of(a, kBackwardRows, a.max_seqlen_q, a.heads, a.max_seqlen_k);
-  if (a.dbias || a.drelative_bias || a.max_seqlen_k <= kFewKeys) {
+  // Where one key is left of many, dropout rounds its value, and the score would get a gradient that it has not.
+  const bool may_be_alone = a.threshold && (a.mask || a.bias_type != BiasType::none || a.relative_bias);
+  if (a.dbias || a.drelative_bias || a.max_seqlen_k <= kFewKeys || may_be_alone) {
     BackwardCall delta = queries;
     delta.delta_only = true;
     delta.dbias = delta.drelative_bias = nullptr;

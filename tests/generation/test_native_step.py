@@ -88,6 +88,7 @@ def test_options():
         rms=st.booleans(),
         bias=st.booleans(),
         fused=st.booleans(),
+        transposed=st.booleans(),
         gated=st.booleans(),
         activation=st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"]),
         positions=st.booleans(),

@@ -183,6 +183,15 @@ def test_dropout(d, device):
     _padded(device, torch.float16, h=1, sk=150, d=d, dropout_p=0.25, is_causal=d == 128)
 
 
+def test_dropout_where_a_mask_leaves_next_to_one_key_of_many(device):
+    """Its score has next to no gradient, whatever dropout makes of its value."""
+    tensors = {name: torch.randn(1, 2, n, 32, device=device).bfloat16() for name, n in
+               (("query", 24), ("key", 150), ("value", 150))}  # fmt: skip
+    away = torch.arange(150, device=device) - 5 * torch.arange(24, device=device)[:, None]
+    kw = {"dropout_p": 0.25, "attn_mask": (-12.0 * away.abs()).bfloat16()}
+    _check(tf.scaled_dot_product_attention, tensors, kw, (torch.randn(1, 2, 24, 32, device=device), None))
+
+
 def test_unpadded(device):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
     cu_q = torch.tensor([0, 20, 20, 93, 98], device=device)

@@ -235,11 +235,12 @@ def test_memory_is_linear(tmp_path):
 @pytest.mark.parametrize("offset", [1.0, 8.0])
 def test_keys_and_values_with_an_offset_of_each_channel(isa, dtype, softcap, offset):
     """As the biases of their projections make them."""
-    case = Case(1, 2, 1, 70, 300, 64, dtype, softcap=softcap)
-    inputs = case.inputs()
-    inputs.key += offset * torch.randn(64).to(dtype)
-    inputs.value += offset * torch.randn(64).to(dtype)
-    check(case, inputs)
+    for keys in (300, 1100):  # whole rows of scores, and blocks of them
+        case = Case(1, 2, 1, 70, keys, 64, dtype, softcap=softcap)
+        inputs = case.inputs()
+        inputs.key += offset * torch.randn(64).to(dtype)
+        inputs.value += offset * torch.randn(64).to(dtype)
+        check(case, inputs)
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -280,6 +281,37 @@ def test_a_key_seen_alone_has_no_gradient(isa, dim, dtype):
         out = tf.scaled_dot_product_attention(*leaves, **more)
         dq, dk, dv = torch.autograd.grad(out, leaves, torch.randn(out.shape).to(dtype))
         assert not dq.any() and not dk.any() and dv.any(), more
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("keys", [300, 8200])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_key_left_alone_by_a_mask_has_no_gradient(dtype, keys, dropout_p):
+    """Of any number of keys, and whatever dropout makes of its value; a gradient of lse it gets."""
+    q, k, v = (torch.randn(1, 1, n, 16).to(dtype).requires_grad_() for n in (70, keys, keys))
+    hidden = torch.zeros(70, keys, dtype=torch.bool)
+    hidden[torch.arange(70), torch.arange(70) * 37 % keys] = True
+    lowest = torch.where(hidden, 0.0, torch.finfo(dtype).min).to(dtype)
+    for mask in (hidden, lowest):
+        out, lse = tf.scaled_dot_product_attention(q, k, v, mask, dropout_p, return_lse=True)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn(out.shape).to(dtype), retain_graph=True)
+        assert not dq.any() and not dk.any() and dv.any()
+        (dq,) = torch.autograd.grad(lse, q, torch.ones_like(lse))
+        expected = k.detach()[0, 0, torch.arange(70) * 37 % keys].double() / 4
+        assert_as_accurate(dq[0, 0], expected, expected.to(dtype), GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("keys", [300, 1100])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_rows_that_a_bias_sharpens(dtype, keys, dropout_p):
+    """To one key above all: its scores get next to no gradient, and none of the rounding of an output."""
+    case = Case(1, 2, 2, 70, keys, 32, dtype, dropout_p=dropout_p, bias_axes=(0, 0, 1, 1))
+    inputs = case.inputs()
+    inputs.grad_lse.zero_()
+    away = (torch.arange(keys) - torch.arange(70)[:, None] * 37 % keys).abs()
+    inputs.bias = (-12.0 * away).to(dtype)[None, None]
+    check(case, inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

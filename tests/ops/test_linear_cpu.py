@@ -186,6 +186,28 @@ def test_long_sums(isa, transposed, monkeypatch):
         backends._select.cache_clear()
 
 
+@pytest.mark.parametrize("isa", native.supported_isas())
+def test_long_sums_of_one_sign(isa, monkeypatch):
+    """Where errors grow with the length of a running sum: of hundreds of inputs, or thousands of rows and outputs."""
+    monkeypatch.setattr(gemm, "why_not_onednn", lambda: "")
+    from transformer_fast import backends
+
+    backends._select.cache_clear()
+    before = native.current_isa()
+    native.set_isa(isa)
+    torch.manual_seed(0)
+    try:
+        for rows, inner, outer in ((90, 224, 130), (90, 448, 130), (20, 600, 1100), (1100, 40, 50)):
+            x, w = torch.rand(rows, inner).requires_grad_(), torch.rand(outer, inner).requires_grad_()
+            grad = torch.rand(rows, outer)
+            check(tf.linear, F.linear, (x, w), grad)
+            check(lambda x, w: tf.projections(x, [w, w])[1], F.linear, (x, w), grad)
+            check(lambda x, w: sum(tf.projections(x, [w, w])), lambda x, w: 2 * F.linear(x, w), (x, w), grad)
+    finally:
+        native.set_isa(before)
+        backends._select.cache_clear()
+
+
 # ---- projections ---------------------------------------------------------------------------------
 def parameters_of(sizes=(5, 5, 7), inner=6, dtype=torch.float32, bare=()):
     layers = [torch.nn.Linear(inner, n, i not in bare, dtype=dtype) for i, n in enumerate(sizes)]

@@ -1,5 +1,7 @@
 """recurrent_step: every instruction set's kernel against the definition, weights in every storage, what an op owes."""
 
+import functools
+
 import pytest
 import torch
 from instruction_sets import running_on
@@ -85,10 +87,15 @@ def run(given, backend="cpu"):
         return [t for t in recurrent_step(**given) if t is not None]
 
 
-def check(*calls, ours=run):
-    """ours: function of a call's arguments. The largest error of few elements is luck: those of all calls are taken
-    together."""
-    found = [(ours(given), run(cast(given, torch.float64), "eager"), run(given, "eager")) for given in calls]
+def definition(given):
+    """The truth, and what plain PyTorch makes of it."""
+    return run(cast(given, torch.float64), "eager"), run(given, "eager")
+
+
+def check(*calls, ours=run, known=None):
+    """ours: function of a call's arguments; known: the definition of each call, where it is at hand. The largest error
+    of few elements is luck: those of all calls are taken together."""
+    found = [(ours(given), *(known[i] if known else definition(given))) for i, given in enumerate(calls)]
     assert len(found[0][0]) == 1 + sum(calls[0].get(n) is not None for n in ("hidden", "memory", "feed"))
     for i in range(len(found[0][0])):
         assert_as_accurate(*(torch.cat([call[k][i].flatten() for call in found]) for k in range(3)), name=f"output {i}")
@@ -136,26 +143,35 @@ def step(given, weights):
     return [logits, *(t for t in state if t is not None)]
 
 
+@functools.cache
+def laid_out_calls(kind, cell):
+    """Calls, the same of weights in bfloat16, and of weights that int8 holds exactly; each with the definition of all.
+    Every instruction set is held against the same."""
+    calls = [case(kind, cell, 17, 40, seed=seed) for seed in range(10)]
+    narrow = [cast(given, torch.bfloat16) for given in calls]
+    exact = [case(kind, cell, 17, 40, seed=seed) for seed in range(10)]
+    for given in exact:
+        for t in [w for c in given["cells"] for w in c[:2]] + [given[n] for n in ("head", "query", "readout")]:
+            scale = 2.0 ** (t.abs().amax(1, keepdim=True) / 127).log2().ceil()
+            t.copy_((t / scale).round())
+            t[:, 0] = 127.0
+            t.mul_(scale / 4)
+    rounded = [cast(given, torch.float32) for given in narrow]
+    return [(group, [definition(given) for given in plain])
+            for group, plain in ((calls, calls), (narrow, rounded), (exact, exact))]  # fmt: skip
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("kind", ["additive before", "product after"])
 def test_laid_out_weights(isa, kind, cell):
     """Copies in every storage, of weights that it holds exactly, and weights where they lie, of either dtype."""
     if native.load():
         pytest.skip(native.load())
-    calls = [case(kind, cell, 17, 40, seed=seed) for seed in range(10)]
+    (calls, of_calls), (narrow, of_narrow), (exact, of_exact) = laid_out_calls(kind, cell)
     for copy in (True, False):
-        check(*calls, ours=lambda given, copy=copy: step(given, weights_of(given, copy=copy)))
-        narrow = [cast(given, torch.bfloat16) for given in calls]
-        rounded = [cast(given, torch.float32) for given in narrow]
-        found = iter([step(given, weights_of(given, copy=copy)) for given in narrow])
-        check(*rounded, ours=lambda given, found=found: next(found))
-    for given in calls:
-        for t in [w for c in given["cells"] for w in c[:2]] + [given[n] for n in ("head", "query", "readout")]:
-            scale = 2.0 ** (t.abs().amax(1, keepdim=True) / 127).log2().ceil()
-            t.copy_((t / scale).round())
-            t[:, 0] = 127.0
-            t.mul_(scale / 4)
-    check(*calls, ours=lambda given: step(given, weights_of(given, torch.int8)))
+        for given, known in ((calls, of_calls), (narrow, of_narrow)):
+            check(*given, ours=lambda given, copy=copy: step(given, weights_of(given, copy=copy)), known=known)
+    check(*exact, ours=lambda given: step(given, weights_of(given, torch.int8)), known=of_exact)
 
 
 def test_same_bits_on_any_number_of_threads():

@@ -80,10 +80,10 @@ class CpuBackend(Backend):
             None if lstm else grad_products, grad_hidden, grad_memory if lstm else None,
         )  # fmt: skip
         before = _states_before(spec, out)
-        if spec.gates.dtype == torch.float32 and not gemm.why_not_onednn():
-            grad_weight.copy_(gemm.linear(grad_products.t(), before.t(), None, None))
-        else:
-            torch.mm(grad_products.t(), before, out=grad_weight)
+        if spec.gates.dtype == torch.float32:
+            gemm.weight_gradient(grad_products, before, None if spec.bias is None else grad_bias, grad_weight)
+            return
+        torch.mm(grad_products.t(), before, out=grad_weight)
         if spec.bias is not None:
             grad_bias.copy_(grad_products.sum(0, dtype=torch.float32))
 
@@ -104,6 +104,7 @@ class CpuBackend(Backend):
             None if spec.mask is None else spec.mask.contiguous(),
             None if spec.sources is None else spec.sources.to(torch.int32).contiguous(), _float(spec.score_weight),
             weights, biases, spec.maxout, spec.head.shape[1], *found[1:], found[0],
+            None, None, None, None, spec.head.shape[0],
         )  # fmt: skip
         for buffer, result in zip(buffers, found):
             if buffer is not result:
@@ -211,7 +212,8 @@ def back_panels(weight: torch.Tensor) -> torch.Tensor:
 
 def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
     """The hidden state before each position's step; anything where no sequence is."""
-    before = torch.zeros_like(out)
+    before = memory.empty_like(out)
+    before[:1] = before[-1:] = 0.0
     begins, lengths = spec.sequences[0], spec.sequences[1]
     some = lengths > 0
     if spec.reverse:

@@ -322,7 +322,11 @@ def _backward(call: Launch) -> None:
         "grad_scale": call.spec.scale,
         **rows,
     }
+    hidden = any(call.pointers[name] is not None for name in ("mask_ptr", "bias_ptr", "relative_ptr"))
     every = dbias is not None or dtable is not None or call.keys <= FEW_KEYS
+    every = every or (
+        hidden and call.pointers["rng_ptr"] is not None
+    )  # one key may be left, and dropout rounds its value
     if every or exact:
         _query_gradient(call, shared, delta=True, large=not every)
     _key_gradients(call, shared, dk, dv)

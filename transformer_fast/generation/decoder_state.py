@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.decoder_step import DecoderCopies
+from ..ops.head_screen import HeadScreen
 
 __all__ = ["DecoderState", "decoder_state"]
 
@@ -18,11 +19,13 @@ class DecoderState:
     """Kept on the model and freed with it. Copies and pickles of a model have an empty one.
 
     storage: (dtype, whether to copy) of set_weight_storage, or None. copies: of the weights, which the last generation
-    has left. made: the caches that transformers has made for calls of generate, which nobody else reads.
+    has left; screen: of the head's weight, likewise. made: the caches that transformers has made for calls of generate,
+    which nobody else reads.
     """
 
     storage: tuple[torch.dtype | None, bool] | None = None
     copies: DecoderCopies | None = None
+    screen: HeadScreen | None = None
     made: weakref.WeakSet = field(default_factory=weakref.WeakSet)
 
     def __deepcopy__(self, memo) -> "DecoderState":

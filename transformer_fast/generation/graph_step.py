@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..layers import StackCall, Unpadding, transformer_layer
+from ..layers import Rotary, StackCall, Unpadding, transformer_layer
 from ..layers.projection import linear, norm
 from .described_step import DescribedStepper
 from .model_step import ModelStepper
@@ -36,12 +36,16 @@ class AppendedCache:
         self.cross_attention_cache = cross
         self.is_updated = {} if cross is None else dict.fromkeys(range(len(cross.layers)), True)
 
-    def attend(self, query, key, value, index: int, scale: float | None, relative_bias) -> torch.Tensor:
-        """(rows, H, 1, D): one new position per row, on all that the row holds with it."""
+    def attend(self, query, key, value, index: int, **options) -> torch.Tensor:
+        """(rows, H, 1, D): one new position per row, on all that the row holds with it, or on those of a window.
+        options: of ops.kv_cache_attention."""
         keys, values = self.store[index]
-        return ops.kv_cache_attention(
-            query, key, value, keys, values, self.lengths, scale=scale, relative_bias=relative_bias
-        )
+        return ops.kv_cache_attention(query, key, value, keys, values, self.lengths, **options)
+
+
+def _is_on_the_left(padding: torch.Tensor) -> bool:
+    """padding: (B, S) bool. Whether it comes before all of a row that is none."""
+    return bool((padding[:, :-1] | ~padding[:, 1:]).all())
 
 
 class GraphStepper(DescribedStepper):
@@ -53,6 +57,7 @@ class GraphStepper(DescribedStepper):
         super().__init__(model, prompt)
         self._replay: Callable[[], None] | None = None
         self._steps = 0
+        self._angles: tuple[torch.Tensor, ...] = ()
         self._sharing = prompt.copies  # rows for each set of encoder keys
 
     @classmethod
@@ -61,13 +66,11 @@ class GraphStepper(DescribedStepper):
 
     @classmethod
     def _why_not_described(cls, description: StepDescription, prompt: Prompt) -> str:
-        if description.rotary is not None or description.logits_softcap:
-            return "it has rotary positions or a softcap on its logits, which a captured step does not compute"
-        if description.relative_bias is not None and not bool(kept_columns(prompt).all()):
+        kept, device = kept_columns(prompt), prompt.input_ids.device
+        if description.relative_bias is not None and not bool(kept.all()):
             return "relative positions count padding, which this cache does not hold"
-        spec, device = description.spec, prompt.input_ids.device
-        if spec.heads_of_keys != spec.num_heads or spec.windows or spec.softcap:
-            return "its attention shares key heads, has windows or a softcap, which a captured step does not compute"
+        if any(description.spec.windows) and not _is_on_the_left(~kept):
+            return "windows count the padding behind tokens, which this cache does not hold"
         reason = description.why_not_modules()
         if reason:
             return reason
@@ -97,7 +100,7 @@ class GraphStepper(DescribedStepper):
         self._tokens = torch.zeros(prompt.rows, dtype=torch.int64, device=device)
         self._begin_positions()
         if self._positions is not None:
-            self._positions = self._positions[row]
+            self._positions = self._positions[row].contiguous()
         states = encoder_states(prompt)
         relative = description.relative_bias
         self._call = StackCall(
@@ -109,6 +112,7 @@ class GraphStepper(DescribedStepper):
             if relative is None
             else ops.RelativeBias(relative.weight, description.relative_max_distance, False),
         )
+        self._cover_angles()
         self._logits: torch.Tensor | None = None
         return logits
 
@@ -120,6 +124,7 @@ class GraphStepper(DescribedStepper):
         if hasattr(position, "cover") and rows >= position.weight.shape[0]:
             position.cover(2 * position.weight.shape[0])
             self._forget()
+        self._cover_angles()
         self._tokens.copy_(tokens)
         if self._replay is None and self._steps and self._tokens.is_cuda:
             self._replay = self._captured()
@@ -140,6 +145,7 @@ class GraphStepper(DescribedStepper):
         self._lengths, self._tokens = (t.index_select(0, index) for t in (self._lengths, self._tokens))
         if self._positions is not None:
             self._positions = self._positions.index_select(0, index)
+        self._place_angles()
         cross = self._cache.cross_attention_cache
         if cross is not None:
             self._spread_cross(cross, index)
@@ -162,7 +168,7 @@ class GraphStepper(DescribedStepper):
         x = description.token.weight[self._tokens][:, None]
         if description.embed_scale != 1:
             x = x * description.embed_scale
-        if self._positions is not None:
+        if description.position is not None:
             rows = description.positions(self._tokens, self._positions)
             x = x + description.position.weight[rows][:, None]
         if description.embedding_norm is not None:
@@ -176,12 +182,28 @@ class GraphStepper(DescribedStepper):
         logits = linear(description.head, x)
         if description.head_bias is not None:
             logits = logits + description.head_bias.view(-1)
+        if description.logits_softcap:
+            logits = description.logits_softcap * torch.tanh(logits / description.logits_softcap)
         if self._logits is None:
             self._logits = torch.empty_like(logits)
         self._logits.copy_(logits)
         self._lengths += 1
         if self._positions is not None:
             self._positions += 1
+
+    def _cover_angles(self) -> None:
+        """Have the angles of the next position, where positions are rotary."""
+        rotary, have = self._description.rotary, self._call.rotary
+        if rotary is None or (have is not None and have.cos.shape[0] > self._last):  # type: ignore[union-attr]
+            return
+        device = self._tokens.device
+        self._angles = tuple(t.to(device, torch.float32).contiguous() for t in rotary(self._room(self._last + 1)))
+        self._place_angles()
+        self._forget()
+
+    def _place_angles(self) -> None:
+        if self._description.rotary is not None:
+            self._call.rotary = Rotary(*self._angles, self._positions[:, None])  # type: ignore[index]
 
     def _captured(self) -> Callable[[], None]:
         """One step as a graph, or as it is where something in it cannot be captured."""

@@ -19,10 +19,11 @@ from .prompts import encoder_mask, encoder_states, why_not_prompt
 from .recurrent_step import RecurrentStepper
 from .step_modules import is_hooked, projection_of, weight_of, why_not_tensors
 from .stepper import Prompt
-from .weights import decoder_copies
+from .weights import decoder_copies, head_screen
 
 __all__ = ["NativeRecurrentStepper", "RecurrentDescription"]
 
+_USELESS = 0.5  # of the logits: where so many have to be computed, all are
 _SHORT = 8  # prompts up to here go through the step, token by token
 
 
@@ -99,6 +100,7 @@ class NativeRecurrentStepper:
         self._state: Any = None  # hidden, memory, feed of the rows
         self._source: Any = None  # a RecurrentSource
         self._logits: Any = None
+        self._screen: Any = None  # a HeadScreen with its bounds; False: none
 
     @staticmethod
     def why_not(model: Any, prompt: Prompt) -> str:
@@ -146,6 +148,18 @@ class NativeRecurrentStepper:
         logits = self._logits[: len(tokens)]
         self._state = self._weights.step(tokens, self._state, self._source, logits)
         return logits
+
+    def choose(self, tokens: torch.Tensor, barred: torch.Tensor | None) -> torch.Tensor | None:
+        if self._screen is None:
+            weights = self._weights
+            screen = head_screen(self._model, weights.tensors.head, weights.copies)
+            self._screen = screen is not None and (screen, screen.bounds(weights.head_bias))
+        if not self._screen:
+            return None
+        found, computed, self._state = self._weights.choose(tokens, self._state, self._source, *self._screen, barred)
+        if computed > _USELESS:
+            self._screen = False
+        return found
 
     def reorder(self, index: torch.Tensor) -> None:
         hidden, cell, feed = self._state

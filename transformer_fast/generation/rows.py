@@ -1,5 +1,7 @@
 """Which rows of a batch a stepper still decodes."""
 
+from typing import Any
+
 import torch
 
 from .stepper import Stepper
@@ -45,6 +47,16 @@ class LiveRows:
             self._all = logits.new_zeros(self.rows, logits.shape[1])
         self._all[self.index] = logits
         return self._all
+
+    def choose(self, tokens: torch.Tensor, barred: torch.Tensor | None) -> torch.Tensor | None:
+        """The stepper's choose, over the whole batch; what finished rows get is for nobody."""
+        choose: Any = getattr(self.stepper, "choose", None)
+        if choose is None:
+            return None
+        if self.index is None:
+            return choose(tokens, barred)
+        found = choose(tokens[self.index], barred)
+        return None if found is None else torch.zeros_like(tokens).index_copy_(0, self.index, found)
 
     def reorder(self, index: torch.Tensor) -> None:
         """Row r goes on from row index[r] of the same block."""

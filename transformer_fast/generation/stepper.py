@@ -40,6 +40,10 @@ class Stepper(Protocol):
     given, else the number of columns), attends to every column that the prompt's mask keeps and to all generated ones,
     and repeats the last token_type_id.
     Raises ValueError when a row would pass the model's positions.
+
+    A stepper that can tell the largest logit of a row without all of them has choose(tokens, barred) -> (rows,) int64
+    or None too: as step, but of each row the first of the largest logits, tokens in `barred` (int64, or None) left out;
+    None, before anything is done, where step has to be asked.
     """
 
     def __init__(self, model: Any, prompt: Prompt): ...

@@ -4,11 +4,14 @@ import torch
 from torch import nn
 
 from ..backends.contents import mirror_files
-from ..ops.decoder_step import DecoderCopies, StepTensors
+from ..ops.decoder_step import DecoderCopies, Projection, StepTensors
+from ..ops.head_screen import HeadScreen
 from ..ops.linear_panel import STORAGES
 from .decoder_state import decoder_state
 
-__all__ = ["decoder_copies", "kept_copies", "set_weight_storage"]
+__all__ = ["decoder_copies", "head_screen", "kept_copies", "set_weight_storage"]
+
+_WORTH = 1 << 22  # bytes of a head that is worth a screen
 
 
 def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, copy: bool | None = None) -> None:
@@ -18,9 +21,11 @@ def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, co
         as the model; prompts use it too. It takes as much memory again as the weights in dtype, except where they
         mirror a checkpoint's mapped file (from_pretrained in the checkpoint's own dtype), unchanged: then their own
         memory is given back until somebody else reads them (a bfloat16 model's own forward, prompts of over 512 tokens
-        in all).
+        in all). Greedy decoding with a recurrent model keeps the head in int8 too, a fourth of its memory, to tell from
+        that which logits can be the largest; the token is found from float32 logits all the same.
         False: the weights are read where they are: the memory of the model alone, up to a quarter longer.
-        None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none.
+        None, as without a call: a copy where dtype asks for one or the memory of one is given back, else none but the
+        head in int8.
     dtype: of the copy. torch.bfloat16 halves what a step of a float32 model reads and rounds the weights to 8 bits;
         torch.int8 makes it a quarter, round(w / s) with a scale s = max |w| / 127 for each output of a layer. Sums and
         activations stay float32. None: the weights' own. Where the original is not needed in float32,
@@ -38,7 +43,7 @@ def set_weight_storage(model: nn.Module, dtype: torch.dtype | None = None, *, co
     if dtype is not None and copy is False:
         raise ValueError(f"dtype: weights that are read in place have their own, got {dtype}; use model.to({dtype})")
     state = decoder_state(model)
-    state.copies = None
+    state.copies = state.screen = None
     state.storage = None if copy is None and dtype is None else (dtype, copy is not False)
 
 
@@ -57,3 +62,23 @@ def decoder_copies(model: nn.Module, tensors: StepTensors) -> DecoderCopies | No
         if copy and tensors.weights():  # int8 modules have none to copy
             copies = state.copies = DecoderCopies(tensors, dtype)
     return copies
+
+
+def head_screen(model: nn.Module, head: Projection, copies: DecoderCopies | None) -> HeadScreen | None:
+    """What finds the largest logits of the head as it is now from a fourth of its bytes; None where that does not pay,
+    or its memory is not to be taken. copies: what decoder_copies has just given."""
+    state, weight = decoder_state(model), head.weights[0]
+    dtype, copy = state.storage or (None, True)
+    if not copy or dtype not in (None, torch.float32) or len(head.weights) != 1 or head.transposed:
+        return None
+    if not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32 or weight.stride(-1) != 1:
+        return None
+    if weight.nbytes < _WORTH:
+        return None
+    screen = state.screen
+    if screen is None or not screen.match(weight, copies):
+        try:
+            screen = state.screen = HeadScreen(weight)
+        except ValueError:  # not finite
+            screen = state.screen = None
+    return screen

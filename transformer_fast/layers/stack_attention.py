@@ -61,7 +61,10 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
     if past_key_values is not None:
         cache = self_cache(past_key_values)
         if hasattr(cache, "attend"):  # it extends itself while it is read
-            return cache.attend(q, k, v, index, scale, relative).transpose(1, 2).flatten(-2)
+            out = cache.attend(
+                q, k, v, index, scale=scale, relative_bias=relative, window=_window(call, index), softcap=spec.softcap
+            )
+            return out.transpose(1, 2).flatten(-2)
         k, v = cache.update(k, v, index)
     mask = call.mask
     if first_only and mask is not None:

@@ -86,7 +86,8 @@ def scaled_dot_product_attention(
         are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
         torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once
         for dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
-        relative_bias, and at most 128 keys, cost two more again, for a delta without the output's rounding.
+        relative_bias, dropout with a mask or a bias, and at most 128 keys, cost two more again, for a delta without
+            the output's rounding.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..backends import eager, gemm, memory, native, select
+from ..backends import eager, gemm, memory, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .linear_panel import PanelWeight, linear_panel, to_panels
@@ -15,11 +15,6 @@ __all__ = ["linear", "to_panels", "projections"]
 
 # Up to here MKL makes dot products, whose sums run side by side: twice as exact as oneDNN's, and no slower.
 _FEW_OUTPUTS = 11
-# oneDNN adds up to a thousand products in one running sum and more, whose rounding errors are then twice MKL's: beyond
-# so many inputs the product is our own, in runs of as many. It is as fast but for few rows (5 to 8 % slower with 128).
-_LONG = 256
-_FEW_LONG = 16  # rows: up to here the weight is read where it lies, a running sum for each lane of a vector
-_LANES = {"baseline": 4, "avx2": 8}  # of a vector, by instruction set; else 16
 
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
@@ -86,25 +81,11 @@ def _plain(input, weight, bias, activation) -> torch.Tensor:
 
 def _forward(input, weight, bias, activation) -> torch.Tensor:
     x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    is_long = x.shape[1] > _LONG and x.dtype == torch.float32 and 1 in weight.stride()
-    y = (_long_sums if is_long else gemm.linear)(x, weight, bias, activation)
+    y = gemm.linear(x, weight, bias, activation)
     if input.dim() == 2:
         return y
     # Not a view for autograd: the caller may change the result in place.
     return torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], y.shape[-1]))
-
-
-def _long_sums(x, weight, bias, activation) -> torch.Tensor:
-    x = x if x.stride(1) == 1 else x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
-    code = -1 if activation is None else ACTIVATIONS.index(activation)
-    few = x.shape[0] <= _FEW_LONG and x.shape[1] <= 3 * _LONG * _LANES.get(native.current_isa(), 16)
-    if few and weight.stride(1) == 1:
-        torch.ops.transformer_fast.cpu_linear_rows.default(x, [weight], [bias], code, [y])
-    else:
-        torch.ops.transformer_fast.cpu_linear_long.default(x, weight, bias, code, y)
-    return y
 
 
 def _column_sum(x: torch.Tensor) -> torch.Tensor:
@@ -115,11 +96,17 @@ def _column_sum(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _weight_gradient(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """g^T x, in the layout of the weight: g (M, out), x (M, in)."""
+def _weight_gradient(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor | None = None
+) -> torch.Tensor:
+    """g^T x, in the layout of the weight: g (M, out), x (M, in). sums (out,): gets the column sums of g."""
+    if sums is not None:
+        if weight.is_contiguous() and not gemm.why_not_own_weight_gradient(g, x):
+            return gemm.weight_gradient(g, x, sums)
+        sums.copy_(_column_sum(g))
     if weight.stride(0) == 1 and not weight.is_contiguous():
-        return gemm.linear(x.t(), g.t(), None, None).t()
-    return gemm.linear(g.t(), x.t(), None, None)
+        return gemm.gradient(x.t(), g.t()).t()
+    return gemm.gradient(g.t(), x.t())
 
 
 def _backward(grad, input, weight, bias, pre, activation, need):
@@ -131,12 +118,17 @@ def _backward(grad, input, weight, bias, pre, activation, need):
         g, grad_bias, _ = torch.ops.transformer_fast.bias_activation_backward.default(
             g, pre, None, None, activation, need[2]
         )
-    elif need[2]:
+    elif need[2] and not (need[1] and g.dtype == torch.float32):
         grad_bias = _column_sum(g)
+    grad_input = gemm.gradient(g, weight.t()).view(input.shape) if need[0] else None
+    grad_weight = None
+    if need[1]:
+        sums = None
+        if need[2] and grad_bias is None:
+            sums = grad_bias = torch.empty(g.shape[1], dtype=torch.float32)
+        grad_weight = _weight_gradient(g, x, weight, sums)
     if need[2]:
         grad_bias = grad_bias.to(bias.dtype)
-    grad_input = gemm.linear(g, weight.t(), None, None).view(input.shape) if need[0] else None
-    grad_weight = _weight_gradient(g, x, weight) if need[1] else None
     return grad_input, grad_weight, grad_bias if need[2] else None
 
 
@@ -252,9 +244,9 @@ class _Projections(torch.autograd.Function):
             if needs[i]:
                 grad_weights[i] = _weight_gradient(g, x, weights[i])
             if need_input and grad_input is None:
-                grad_input = gemm.linear(g, weights[i].t(), None, None)
+                grad_input = gemm.gradient(g, weights[i].t())
             elif need_input:
-                grad_input = gemm.linear_plus(g, weights[i].t(), grad_input)
+                grad_input = gemm.gradient(g, weights[i].t(), grad_input)
         if grad_input is not None:
             grad_input = grad_input.view(input.shape)
         return None, grad_input, *grad_weights, *grad_biases

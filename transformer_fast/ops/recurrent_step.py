@@ -10,6 +10,7 @@ from ..backends import Call, eager_recurrence, memory, native, select
 from ..backends.specs import RecurrentStepSpec
 from . import _common
 from .decoder_step import DecoderCopies, Projection
+from .head_screen import HeadScreen
 
 __all__ = ["CellTensors", "RecurrentSource", "RecurrentTensors", "RecurrentWeights", "recurrent_step"]
 
@@ -340,13 +341,37 @@ class RecurrentWeights:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Writes logits (R, V), float32, and returns the state after ids (R,) int64. state: hidden, memory, feed,
         float32 and contiguous. Raises RuntimeError for an id out of range."""
+        return self._run(ids, state, source, logits)
+
+    def choose(
+        self,
+        ids: torch.Tensor,
+        state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        source: RecurrentSource,
+        screen: HeadScreen,
+        bounds: torch.Tensor,
+        barred: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, float, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+        """As step, but in place of all logits the first of each row's largest, (R,) int64, `barred` tokens (int64) left
+        out. screen: of the head's weight; bounds: the screen's. Returns also what part of the logits had to be
+        computed."""
+        tokens = torch.empty(len(ids) + 1, dtype=torch.int64)
+        after = self._run(ids, state, source, None, screen.panels, bounds, barred, tokens)
+        return tokens[:-1], int(tokens[-1]) / len(screen.panels), after
+
+    def _run(self, ids, state, source, logits, *choice):
         after = tuple(None if t is None else memory.empty_like(t) for t in state)
         _ops.cpu_recurrent_step.default(
             ids.contiguous(), self._token, *state, source.keys, source.values, source.mask,
             source.rows if source.values is not None else None,
             self._score_weight, self._weights, self._biases, self.tensors.maxout, self.readout_size, *after, logits,
+            *(choice or (None,) * 4), self.vocabulary,
         )  # fmt: skip
-        return after  # type: ignore[return-value]
+        return after
+
+    @property
+    def head_bias(self) -> torch.Tensor | None:
+        return self._biases[-1]
 
 
 def wide(t: torch.Tensor | None) -> torch.Tensor | None:
