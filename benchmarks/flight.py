@@ -41,7 +41,8 @@ SMOKES = {  # names of benchmarks/smoke.py that a stage needs
 }
 DECISIVE = "attention-{}/bf16-*s4096*,attention-{}/bf16-*s16384*"
 OURS = "transformer_fast"
-GPU_LOST, ATTEMPTS = 3, 3  # a benchmark that ends so goes on in a new process, behind the case that it died of
+GPU_LOST = 3  # a benchmark that ends so, or by a signal, goes on in a new process, behind the case that it died of
+ATTEMPTS = 5
 
 
 class Step(NamedTuple):
@@ -65,7 +66,8 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
     tests = ("benchmarks/flight_tests.py", "--output", str(results / "tests"))
 
     def measure(name, seconds, only, *more, cuda=(), triton=()):
-        limits = "--seconds", f"{seconds - 8:.0f}", "--only", only
+        longest = 0.8 * seconds if "--slow" in more else max(12.0, 0.4 * seconds)  # of a case
+        limits = "--seconds", f"{seconds - 8:.0f}", "--case-limit", f"{longest:.0f}", "--only", only
         ours = ((OURS, triton), (f"{OURS} cuda", cuda))
         return Step(f"bench-{name}", seconds, (*bench, *limits, *more), ours=ours)
 
@@ -272,8 +274,10 @@ def fly(call: str, steps: Sequence[Step], folders: Sequence[pathlib.Path], targe
             continue
         state.note(key, status="running", call=call)
         begun, status, attempt = time.monotonic(), GPU_LOST, 0
-        while status == GPU_LOST and attempt < ATTEMPTS:
+        while (status == GPU_LOST or status < 0) and attempt < ATTEMPTS:
             rest = min(step.seconds - (time.monotonic() - begun), seconds - (time.monotonic() - started))
+            if attempt and rest < 5.0:
+                break
             log = STATE / "logs" / f"{step.name}.log"
             status = run(fitted, max(1.0, rest), log, python, packed)
             attempt += 1
@@ -319,14 +323,16 @@ def unpack_kit() -> None:
 
 
 def build() -> int:
-    """A library with CUDA code, where none was carried: of this GPU's architecture alone."""
+    """A library with CUDA code, where none was carried or one of other sources: of this GPU's architecture alone."""
     from transformer_fast.backends import cuda, native
 
-    if not native.load() and cuda.architectures():
+    reason = native.load() or native.stale() or ("" if cuda.architectures() else "the library has no CUDA code")
+    if not reason:
         print("the library has code for", *cuda.architectures())
         return 0
-    print(native.load() or "the library has no CUDA code", "- building", flush=True)
-    return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]).returncode
+    print(reason, "- building", flush=True)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, env={**os.environ, "TRANSFORMER_FAST_NATIVE": "1"}).returncode
 
 
 def memcheck() -> int:

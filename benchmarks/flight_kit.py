@@ -25,7 +25,7 @@ LARGEST = 64 << 20  # bytes of what is carried
 def make(kit: pathlib.Path) -> int:
     kit = ROOT / kit
     kit.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "TRANSFORMER_FAST_CUDA_ARCHS": ARCHITECTURE, "TRANSFORMER_FAST_REQUIRE_NATIVE": "1"}
+    environment = {**os.environ, "TRANSFORMER_FAST_CUDA_ARCHS": ARCHITECTURE, "TRANSFORMER_FAST_NATIVE": "1"}
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], check=True, env=environment, cwd=ROOT)
     shutil.copy2(ROOT / "transformer_fast" / "_C.abi3.so", kit)
     name = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)

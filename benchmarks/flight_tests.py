@@ -125,7 +125,9 @@ class Worker:
         self.phases: list = []
 
     def pytest_runtestloop(self, session):
-        (self.claims / "collected").write_text(json.dumps([item.nodeid for item in session.items]))
+        fresh = self.claims / f"collected-{os.getpid()}"  # all write the same: one that is ended at it spoils nothing
+        fresh.write_text(json.dumps([item.nodeid for item in session.items]))
+        os.replace(fresh, self.claims / "collected")
         for item in session.items:
             if not self._claim(item.nodeid):
                 continue

@@ -14,6 +14,7 @@ import torch
 from transformer_fast.benchmarks import cases as case_list
 from transformer_fast.benchmarks import ceilings as ceiling
 from transformer_fast.benchmarks import results
+from transformer_fast.benchmarks.attempts import MOST, Attempts
 from transformer_fast.benchmarks.case import OURS, Case, Unavailable, missing
 from transformer_fast.benchmarks.progress import Progress
 from transformer_fast.benchmarks.timing import QUICK, Budget, Timing, interleave, ratios
@@ -54,11 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     if (about["load_average"] or 0.0) > 0.5 * about["cores"]:
         print(f"this machine is busy (load {about['load_average']:.1f}): times will scatter", file=sys.stderr)
     folder = args.output or results.result_folder(about)
-    if args.missing and (folder / "results.csv").exists():
-        there = {row["case"] for row in results.read(folder)}
+    there = {row["case"] for row in results.read(folder)} if (folder / "results.csv").exists() else set()
+    if args.missing:
         cases = [case for case in cases if case.name not in there]
     rows: list[dict] = []
     end = time.monotonic() + args.seconds if args.seconds else None
+    attempts = Attempts(folder / "begun.json", args.case_limit, GPU_LOST)
     without = frozenset(filter(None, (args.without or "").split(",")))
     with Progress(len(cases) + 1) as bar:
         bar.describe("ceilings")
@@ -69,19 +71,26 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"no time left: {len(cases) - len({row['case'] for row in rows})} cases were not run")
                 return TIME_UP
             bar.describe(case.name)
-            measured = measure(
-                case,
-                args.device,
-                budget,
-                top,
-                candidates=args.candidates,
-                without=without,
-                slow=args.slow or not args.quick,
-                memory=not args.no_memory,
-                progress=bar.detail,
-            )
+            if attempts.given_up(case.name):
+                note = f"failed: {MOST} times it took over the limit of a case, or its process did not live through it"
+                # Rows that an earlier run has of it, without the slow candidates, are worth more.
+                measured = [] if case.name in there else [_row(case, OURS, args.device, note)]
+            else:
+                attempts.begin(case.name)
+                measured = measure(
+                    case,
+                    args.device,
+                    budget,
+                    top,
+                    candidates=args.candidates,
+                    without=without,
+                    slow=args.slow or not args.quick,
+                    memory=not args.no_memory,
+                    progress=bar.detail,
+                )
             rows += measured
             results.write(folder, rows, top._asdict(), about)
+            attempts.end(case.name)
             for row in measured:
                 bar.line(_line(row))
             bar.update()
@@ -124,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", metavar="PATTERN", help="candidates by name; ours and the peer always run")
     parser.add_argument("--without", metavar="NAMES", help="candidates that must not run, by their whole names")
     parser.add_argument("--seconds", type=float, help="no case is begun after so many")
+    parser.add_argument(
+        "--case-limit", type=float, metavar="SECONDS",
+        help=f"a case that takes longer ends the process with status {GPU_LOST}; with --missing it is left out the "
+        "second time, as is one of which the process dies",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
     parser.add_argument("--slow", action="store_true", help="with --quick: those too")
     parser.add_argument("--missing", action="store_true", help="only cases that the output folder does not hold yet")
@@ -175,17 +189,7 @@ def measure(
         name = candidate.name
         if name not in timings and name not in notes:
             continue
-        row = dict.fromkeys(results.COLUMNS, "") | {
-            "case": case.name,
-            "group": case.group,
-            "candidate": name,
-            "peer": case.peer,
-            "device": device,
-            "dtype": case.dtype,
-            "threads": torch.get_num_threads(),
-            "shape": case.shape,
-            "note": notes.get(name, ""),
-        }
+        row = _row(case, name, device, notes.get(name, ""))
         if name in timings:
             _fill_times(row, case, timings[name], timings.get(case.peer), top)
         rows.append(row)
@@ -193,6 +197,20 @@ def measure(
         _fill_memory(rows, case, device, timings, progress, peak)
     _judge(rows, case, timings)
     return rows
+
+
+def _row(case: Case, candidate: str, device: str, note: str) -> dict[str, Any]:
+    return dict.fromkeys(results.COLUMNS, "") | {
+        "case": case.name,
+        "group": case.group,
+        "candidate": candidate,
+        "peer": case.peer,
+        "device": device,
+        "dtype": case.dtype,
+        "threads": torch.get_num_threads(),
+        "shape": case.shape,
+        "note": note,
+    }
 
 
 def _first_line(error: Exception) -> str:

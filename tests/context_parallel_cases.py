@@ -137,6 +137,8 @@ CASES = [
     Case("causal relative bias", causal=True, buckets=8, max_distance=5),
     Case("relative bias and window", buckets=8, max_distance=40, window=(11, 4), bias=True),
     Case("key lengths", lengths=(32, 9), causal=True),
+    Case("key lengths and a mask of the keys", lengths=(32, 9), key_mask=True),
+    Case("key lengths and a mask with all columns", lengths=(32, 9), mask=True),
     Case("a sequence without keys", key_mask=True),
     Case("bias of the keys", key_bias=True, causal=True),
     Case("mask and bias with all columns", mask=True, bias=True, causal=True),

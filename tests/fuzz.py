@@ -8,6 +8,7 @@ Every tensor gets strides, a storage offset and a dtype of its own. A failure is
 import argparse
 import collections
 import random
+import signal
 import sys
 import time
 import traceback
@@ -163,16 +164,20 @@ def main() -> int:
     fuzz_draw.ISAS = arguments.isa or fuzz_draw.ISAS
     ops, end = arguments.op or sorted(fuzz_calls.OPS), time.monotonic() + 60 * arguments.minutes
     counts, failed = collections.Counter(), collections.Counter()
-    round_ = 0
-    while time.monotonic() < end:
-        for op in ops:
-            left = end - time.monotonic()
-            count, failures = fuzz(op, arguments.seed * 1000 + round_, min(5.0, max(left, 0)))
-            for text in failures[: max(0, arguments.show - failed[op])]:
-                print(text, flush=True)
-            counts[op] += count
-            failed[op] += len(failures)
-        round_ += 1
+    round_, started = 0, time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while time.monotonic() < end:
+            for op in ops:
+                left = end - time.monotonic()
+                count, failures = fuzz(op, arguments.seed * 1000 + round_, min(5.0, max(left, 0)))
+                for text in failures[: max(0, arguments.show - failed[op])]:
+                    print(text, flush=True)
+                counts[op] += count
+                failed[op] += len(failures)
+            round_ += 1
+    except KeyboardInterrupt:
+        print(f"stopped after {(time.monotonic() - started) / 60:.1f} minutes")
     for op in ops:
         print(f"{op:26s} {counts[op]:7d} calls, {failed[op]} failed")
     print(f"{'all':26s} {sum(counts.values()):7d} calls, {sum(failed.values())} failed (seed {arguments.seed})")

@@ -2,7 +2,10 @@
 
 import csv
 import math
+import os
 import random
+import signal
+import threading
 
 import pytest
 import torch
@@ -146,6 +149,43 @@ def test_a_wrong_answer_of_any_backend_of_ours_is_called_so():
     rows = measure(case(Candidate(OURS, costing(1.0)), wrong, Candidate("peer", costing(3.0)), far, bar=Bar(1.0)))
     assert rows[forced]["note"].startswith("WRONG RESULT") and rows[OURS]["met"] == "yes"
     assert rows["rival"]["note"].startswith("differs")
+
+
+@pytest.mark.parametrize("ends", ["hangs", "dies"])
+def test_a_case_that_no_process_lives_through_is_left_out_in_the_end(ends, tmp_path, monkeypatch):
+    broken, good = (Case(f"a/{name}", None, (), "peer", "fp32", "(2, 3)") for name in ("broken", "good"))
+
+    def measure(one, device, *_, **__):
+        if one is broken:
+            threading.Event().wait() if ends == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
+        return [run._row(one, OURS, device, "")]
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run.case_list, "all_cases", lambda device: [broken, good])
+    monkeypatch.setattr(run.ceiling, "measure", lambda *_: TOP)
+    monkeypatch.setattr(results, "machine", lambda device: {"load_average": 0.0, "cores": 1, "device": device})
+
+    arguments = ["--output", str(tmp_path), "--missing", "--no-memory", "--no-plots"]
+
+    def status(limit: float) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(run.main([*arguments, "--case-limit", str(limit)]))
+            finally:
+                os._exit(99)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    lost = run.GPU_LOST if ends == "hangs" else -signal.SIGKILL
+    assert [status(0.2), status(0.2), status(1000.0)] == [lost, lost, 0]
+    notes = {row["case"]: row["note"] for row in results.read(tmp_path)}
+    assert list(notes) == ["a/broken", "a/good"] and not notes["a/good"]
+    assert notes["a/broken"].startswith("failed: 2 times")
+    assert (tmp_path / "begun.json").read_text() == "{}"
+    # What is there of a case stays when it is begun again, with slow candidates say, and hangs.
+    arguments.remove("--missing")
+    (tmp_path / "begun.json").write_text('{"a/broken": 2, "a/good": 2}')
+    assert status(1000.0) == 0 and {row["case"]: row["note"] for row in results.read(tmp_path)} == notes
 
 
 @pytest.mark.quick

@@ -136,6 +136,15 @@ def test_nothing_is_begun_without_time_for_it(device):
     assert "state.json" in device.packed()
 
 
+@pytest.mark.parametrize("status", [flight.GPU_LOST, -signal.SIGKILL])
+def test_a_benchmark_that_is_lost_goes_on_in_a_new_process(device, tmp_path, monkeypatch, status):
+    statuses, limits = [status, status, 0], []
+    monkeypatch.setattr(flight, "STATE", tmp_path)
+    monkeypatch.setattr(flight, "run", lambda step, limit, *_: limits.append(limit) or statuses.pop(0))
+    assert flight.fly("first", [flight.Step("bench", 60, ("run.py",))], [], tmp_path / "flight.tar.gz", "python") == 0
+    assert len(limits) == 3 and not statuses and limits == sorted(limits, reverse=True)
+
+
 @pytest.mark.parametrize("begun", [2, 5])
 def test_what_was_done_before_a_kill_is_kept(device, begun):
     process = device.start("first", HANG_AT=str(begun))
@@ -317,6 +326,21 @@ def test_the_plan_names_what_there_is():
         for step in steps:
             assert {group for group, _ in step.groups} <= set(flight_tests.GROUPS)
             if "--only" in step.command:
+                limit = float(step.command[step.command.index("--case-limit") + 1])
+                assert 0 < limit < step.seconds and ("--slow" in step.command or 2 * limit < 1.3 * step.seconds)
                 only = step.command[step.command.index("--only") + 1].split(",")
                 assert all(fnmatch.filter(cases, pattern) for pattern in only), step
     assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 10
+
+
+def test_settings_that_the_flight_makes_are_read_by_somebody():
+    """A build that is to fail without CUDA code must not make a library without it, because the name was another."""
+    made = {
+        name
+        for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks" / "gpu.sh")
+        for name in re.findall(r"\bTRANSFORMER_FAST_[A-Z_]+", file.read_text())
+    }
+    sources = [ROOT / "setup.py", *(ROOT / "transformer_fast").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    text = "\n".join(source.read_text() for source in sources)
+    read = set(re.findall(r'environ(?:\.get\(|\[)\s*"(TRANSFORMER_FAST_[A-Z_]+)"\]?(?! *=)', text))
+    assert {"TRANSFORMER_FAST_NATIVE", "TRANSFORMER_FAST_CUDA_ARCHS"} <= made <= read

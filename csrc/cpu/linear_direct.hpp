@@ -25,24 +25,32 @@ static inline Vec lane_sums(Vec* v) {
 }
 
 // A tile of M rows and N columns, M * N = kWidth at most: out[m * kPanel + n] = x[m] . w[n], rows of w `stride` apart.
-// Rows First to Last of the memory `ahead` are prefetched. Each lane adds up every kWidth-th product, so that no sum is
-// long.
+// Rows First to Last of the memory `ahead` are prefetched. Each lane adds up every kWidth-th product, kRun of them at most
+// in one running sum, whose rounding errors grow with its length.
 template <int M, int N, int First, int Last, class W>
 static inline void dot_tile(const float* x, int64_t ldx, const W* const* w, int64_t in, int64_t ahead, float* out) {
-  Vec sums[kWidth] = {};
-  for_columns(in, [&](int64_t k, auto part) {
-    Vec b[N];
-    for (int n = 0; n < N; ++n) {
-      b[n] = load(w[n] + k, part);
-      if (n >= First && n < Last) __builtin_prefetch(w[n] + k + ahead, 0, 2);
-    }
-    for (int m = 0; m < M; ++m) {
-      const Vec a = load(x + m * ldx + k, part);
-      for (int n = 0; n < N; ++n) sums[m * N + n] = fma(a, b[n], sums[m * N + n]);
-    }
-  });
+  constexpr int64_t kRun = 192;
+  Vec total{};
+  for (int64_t begin = 0; begin < in; begin += kRun * kWidth) {
+    const float* row = x + begin;
+    const W* column[N];
+    for (int n = 0; n < N; ++n) column[n] = w[n] + begin;
+    Vec sums[kWidth] = {};
+    for_columns(in - begin < kRun * kWidth ? in - begin : kRun * kWidth, [&](int64_t k, auto part) {
+      Vec b[N];
+      for (int n = 0; n < N; ++n) {
+        b[n] = load(column[n] + k, part);
+        if (n >= First && n < Last) __builtin_prefetch(column[n] + k + ahead, 0, 2);
+      }
+      for (int m = 0; m < M; ++m) {
+        const Vec a = load(row + m * ldx + k, part);
+        for (int n = 0; n < N; ++n) sums[m * N + n] = fma(a, b[n], sums[m * N + n]);
+      }
+    });
+    total = total + lane_sums(sums);
+  }
   alignas(64) float totals[kWidth];
-  store(totals, lane_sums(sums));
+  store(totals, total);
   for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * kPanel, totals + m * N, N * sizeof(float));
 }
 

@@ -371,6 +371,8 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         turn_over(n);
         const Slot key_slot(step + 1), value_slot(step);
         mbarrier_wait(&barriers->k_full[key_slot.stage], key_slot.parity);
+        // ptxas puts most of P's conversions behind this barrier, register_fence(p) or not. They cost nothing there: the
+        // other group arrives once it has issued its two products, under which they run.
         named_barrier_sync(mine, 256);  // the tensor cores are this group's
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(key_slot));
         mbarrier_wait(&barriers->v_full[value_slot.stage], value_slot.parity);

@@ -294,6 +294,12 @@ def test_files_that_cannot_be_read(files, tmp_path, monkeypatch):
         tf.ElmoModel.from_allennlp(there, weights)
 
 
+def test_words_have_no_embeddings_to_resize():
+    model = tf.ElmoModel(tf.ElmoConfig(filters=FILTERS, projection_size=6, cell_size=10))
+    with pytest.raises(NotImplementedError, match="resize_token_embeddings: words are made of characters"):
+        model.resize_token_embeddings(50)
+
+
 # ---- calls --------------------------------------------------------------------------------------------------
 IDS = torch.tensor([[characters_of("cat"), characters_of("sat")]])
 

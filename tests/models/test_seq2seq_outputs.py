@@ -265,6 +265,8 @@ def test_bad_sequences():
         model(**call)
     with pytest.raises(ValueError, match="33 positions are past config.max_position_embeddings = 32"):
         model.model(torch.ones(1, 33, dtype=torch.long))
+    with pytest.raises(NotImplementedError, match="inputs_embeds: .* looks for end tokens; wanted input_ids"):
+        model(inputs_embeds=torch.randn(2, 5, model.config.d_model))
 
 
 def test_an_empty_batch_and_an_empty_row(pair):

@@ -35,6 +35,8 @@ def _kernels(name: str, tmp_path: pathlib.Path) -> dict[str, str]:
 
 
 def test_softmax_runs_under_the_products(tmp_path):
+    """And between the barrier that passes the tensor cores on and the first product behind it there is nothing but P's
+    rounding: the other group, which arrived there, has both of its products queued. O is rescaled under Q K^T."""
     kernels = _kernels("attention_forward_wgmma.cu", tmp_path)
     assert len(kernels) == 8
     for name, code in kernels.items():
@@ -46,6 +48,12 @@ def test_softmax_runs_under_the_products(tmp_path):
         share = keys // 2  # a thread's of 64 rows; at head dim 64 one in 16 is a polynomial; two for a change of peak
         expected = share + 2 - (share // 16 if dim == 64 else 0)
         assert under.count("MUFU.EX2") == expected, (name, under.count("MUFU.EX2"))
+        # The first barrier is that of the whole block.
+        before_scores, after = code.split("BAR.SYNC", 2)[2].split("HGMMA", 1)
+        under_scores = after.split("WARPGROUP.ARRIVE", 1)[0]
+        assert before_scores.count("F2FP") <= keys // 4 and "MUFU" not in before_scores, name
+        assert before_scores.count("FMUL") + under_scores.count("FMUL") <= dim // 2 + 1, name
+        assert under_scores.count("HGMMA") == dim // 16 - 1 and under_scores.count("FMUL") >= dim // 2 - 4, name
 
 
 def test_exponentials_run_under_dp_and_score_gradients_under_dv(tmp_path):

@@ -66,13 +66,17 @@ def _eager(spec, grads, dtype):
     return out.detach(), lse.detach(), found
 
 
-def _backward(spec, out, lse, grads):
+def _backward(spec, out, lse, grads, deterministic=False):
     results = [torch.full_like(t, math.nan) for t in spec[:3]]
-    cuda_attention.attention_backward(spec, grads[0], grads[1], out, lse, *results, None, None)
+    torch.use_deterministic_algorithms(deterministic)  # here alone: on a GPU products of plain PyTorch would raise
+    try:
+        cuda_attention.attention_backward(spec, grads[0], grads[1], out, lse, *results, None, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
     return results
 
 
-def _check(spec, grad_lse=True):
+def _check(spec, grad_lse=True, deterministic=False):
     """Against float64; returns a function that computes the gradients once more."""
     lse_shape = spec.query.shape[:-1] if spec.cu_seqlens_q is None else spec.query.shape[1::-1]
     grad_out = torch.randn_like(spec.query)
@@ -84,11 +88,11 @@ def _check(spec, grad_lse=True):
     plain = _eager(spec, grads, spec.query.dtype)[2]
     out, lse = out.to(spec.query.dtype), lse.float()
     before = _products(spec)
-    ours = _backward(spec, out, lse, grads)
+    ours = _backward(spec, out, lse, grads, deterministic)
     assert _products(spec) != before or spec.query.is_cuda, "another kernel took the call"
     for name, *three in zip(("grad_query", "grad_key", "grad_value"), ours, truth, plain):
         assert_as_accurate(*three, GRADIENT, name)
-    return lambda: _backward(spec, out, lse, grads)
+    return lambda: _backward(spec, out, lse, grads, deterministic)
 
 
 def _products(spec):
@@ -193,30 +197,21 @@ def test_unpadded_sequences_do_not_touch_each_other(d, device, machine):
 
 @pytest.mark.parametrize("case", [{"sq": 260, "sk": 300}, dict(d=128, sq=200, sk=300, h=2, hk=1, **CAUSAL)])
 def test_deterministic(case, device, machine):
-    spec = _padded(device, BF16, **case)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with machine():
-            again = _check(spec)
-            first = again()
-        runs = [again() for _ in range(20)] if device == "cuda" else []
-        if device == "cpu":
-            with machine(late=False, seed=5):
-                runs.append(again())
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with machine():
+        again = _check(_padded(device, BF16, **case), deterministic=True)
+        first = again()
+    runs = [again() for _ in range(20)] if device == "cuda" else []
+    if device == "cpu":
+        with machine(late=False, seed=5):
+            runs.append(again())
     for run in runs:
         assert all(torch.equal(x, y) for x, y in zip(first, run))
 
 
 def test_deterministic_windows(device, machine):
     """The first of the key blocks that add to a tile of queries is not always block 0."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        with machine():
-            _check(_padded(device, F16, sq=400, sk=400, window_left=100, window_right=30))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with machine():
+        _check(_padded(device, F16, sq=400, sk=400, window_left=100, window_right=30), deterministic=True)
 
 
 def test_what_it_leaves_to_others(device, machine):

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,25 @@ def _wrong(value):
         2**70,
         (1, 2, 3),
         b"",
+        np.float32(0.5),
+        np.int64(3),
+        np.bool_(True),
+        np.zeros(3),
+        np.array(0.5),
+        1j,
+        {1},
+        -(2**63),
+        1e-320,
+        float("-inf"),
+        torch.tensor(3),
+        r(4, 8).to_sparse(),
+        r(8).to_sparse(),
+        r(4, 8).to_sparse_csr(),
+        r(4, 8).to_mkldnn(),
+        torch.nested.nested_tensor([r(2, 8), r(3, 8)]),
+        torch.empty(8).to(torch.float8_e4m3fn),
+        torch.quantize_per_tensor(r(4, 8), 0.1, 0, torch.qint8),
+        torch.ones(3, device="meta"),
     )
     if isinstance(value, torch.Tensor):
         yield from (
@@ -120,6 +140,7 @@ def _wrong(value):
             value.tolist(),
         )
         yield from (torch.cat([value, value]), value.to(torch.complex64), value.numpy(), value.bool(), value.int())
+        yield from (value.to_sparse(), torch.nested.nested_tensor([value]), value.to(torch.float8_e4m3fn))
         yield from (value.double(), value.half(), torch.ones((), dtype=value.dtype), torch.cat([value, value], -1))
         if value.dim() > 1:
             yield from (value.transpose(0, 1), value[:, :1], value[:, :-1], torch.cat([value] * 3, 1)[:, :3])
@@ -133,6 +154,7 @@ def _wrong(value):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+@pytest.mark.filterwarnings("ignore:.*(sparse|Sparse|nested|quantize)")
 def test_wrong_arguments(op):
     right = CALLS[op]
     names = [*inspect.signature(op).parameters, "max_seqlen", "input"]
@@ -141,7 +163,8 @@ def test_wrong_arguments(op):
     failures = []
     for name, value in right.items():
         for wrong in _wrong(value):
-            said = f"{name}={type(wrong).__name__} {tuple(wrong.shape) if hasattr(wrong, 'shape') else wrong!r}"
+            of_shape = hasattr(wrong, "ndim") and not getattr(wrong, "is_nested", False)
+            said = f"{name}={type(wrong).__name__} {tuple(wrong.shape) if of_shape else wrong!r}"
             try:
                 op(**{**right, name: wrong})
             except (TypeError, ValueError) as error:
@@ -150,3 +173,24 @@ def test_wrong_arguments(op):
             except Exception as error:  # anything else is raw
                 failures.append(f"{said}: {type(error).__name__}: {str(error)[:100]}")
     assert not failures, "\n".join(failures)
+
+
+def _on_meta(value):
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tf.RelativeBias):
+        return value._replace(table=value.table.to("meta"))
+    return type(value)(map(_on_meta, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value if v is not None for t in _tensors(v)]
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if op is not tf.to_panels], ids=lambda op: op.__name__)
+def test_everything_on_meta(op):
+    """Shapes and dtypes without numbers, lengths among them."""
+    wanted = _tensors(op(**CALLS[op]))
+    found = _tensors(op(**{name: _on_meta(value) for name, value in CALLS[op].items()}))
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
+    assert all(t.is_meta for t in found)

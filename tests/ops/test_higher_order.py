@@ -54,6 +54,7 @@ OPS = {
     "linear": (
         lambda x, w, b: tf.linear(x, w, b, "gelu"), lambda x, w, b: F.gelu(F.linear(x, w, b)), [(4, 8), (6, 8), (6,)],
     ),
+    "linear, long": (tf.linear, F.linear, [(1100, 8), (30, 8), (30,)]),
     "cross_entropy": (
         lambda x: tf.cross_entropy(x, TARGET, label_smoothing=0.1, z_loss=0.1),
         lambda x: F.cross_entropy(x, TARGET, label_smoothing=0.1)
@@ -140,6 +141,24 @@ def test_batched_gradients(name):
     truth, same = (gradients(plain, dtype) for dtype in (torch.float64, torch.float32))
     for i, triple in enumerate(zip(gradients(ours, torch.float32), truth, same)):
         assert_as_accurate(*triple, GRADIENT, f"argument {i}")
+
+
+@pytest.mark.parametrize("op", [tf.lstm, tf.gru])
+def test_batched_gradients_of_recurrences(op):
+    gates = 4 if op is tf.lstm else 3
+    inputs = _arguments([(2, 5, 8), (gates * 3, 8), (gates * 3, 3), (gates * 3,), (gates * 3,)], torch.float32)
+    out = op(*inputs)[0]
+    batch = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(out, inputs, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, inputs, grad, retain_graph=True) for grad in batch]
+    for found, *wanted in zip(together, *one_by_one):
+        torch.testing.assert_close(found, torch.stack(wanted))
+
+
+def test_nothing_is_written_to_caches_under_a_transform():
+    q, cache = torch.randn(2, 2, 4, 1, 8), torch.zeros(2, 4, 6, 8)
+    with pytest.raises(RuntimeError, match="kv_cache_attention writes to its caches"):
+        torch.func.vmap(lambda q: tf.kv_cache_attention(q, q, q, cache, cache, torch.tensor([1, 2])))(q)
 
 
 def test_batched_gradients_where_the_loss_overwrites_its_logits():

@@ -203,6 +203,9 @@ def test_long_sums_of_one_sign(isa, monkeypatch):
             check(tf.linear, F.linear, (x, w), grad)
             check(lambda x, w: tf.projections(x, [w, w])[1], F.linear, (x, w), grad)
             check(lambda x, w: sum(tf.projections(x, [w, w])), lambda x, w: 2 * F.linear(x, w), (x, w), grad)
+        x, w = torch.rand(8, 20000), torch.rand(39, 20000)  # few rows: a running sum for each lane of a vector
+        check(lambda x, w: tf.projections(x, [w])[0], F.linear, (x, w), None)
+        check(tf.linear, F.linear, (x, w), None)
     finally:
         native.set_isa(before)
         backends._select.cache_clear()

@@ -5,7 +5,7 @@ import pathlib
 
 import torch
 
-from . import eager, memory, native
+from . import eager, memory
 
 # What oneDNN calls our activations, and the variant.
 _POST_OPS = {
@@ -23,7 +23,6 @@ _CODES = {None: -1, "gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Act
 # and so is a gradient of more than 1024. It takes 0.8 to 1.0 of oneDNN's time (one thread, AMD EPYC, Zen 5).
 _LONG, _LONG_GRADIENT = 192, 1024
 _FEW_ROWS = 16  # up to here the weight is read where it lies, a running sum for each lane of a vector
-_LANES = {"baseline": 4, "avx2": 8}  # of a vector, by instruction set; else 16
 
 
 @functools.cache
@@ -70,7 +69,7 @@ def gradient(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None =
     """x W^T + other as a gradient, which may err by more than an output: other (M, N) or None; else as linear."""
     if other is None and why_not_own_weight_gradient(x.t(), weight.t()) == "":
         return weight_gradient(x.t(), weight.t())
-    if x.dtype != torch.float32 or not _is_dense(weight):
+    if x.dtype != torch.float32 or not _is_dense(weight) or _is_batched(x, weight):
         return torch.nn.functional.linear(x, weight) if other is None else torch.addmm(other, x, weight.t())
     if x.shape[1] > _LONG_GRADIENT:
         y = _long_sums(x, weight, None, None)
@@ -84,7 +83,7 @@ def why_not_own_weight_gradient(g: torch.Tensor, x: torch.Tensor) -> str:
     """'' where weight_gradient takes g and x, else the reason why not."""
     if g.dtype != torch.float32 or x.dtype != torch.float32:
         return f"wanted float32, got {g.dtype} and {x.dtype}"
-    if torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_batchedtensor(x):
+    if _is_batched(g, x):
         return "a batched tensor"
     if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (g, x)):
         return "the rows are not contiguous"
@@ -104,13 +103,18 @@ def weight_gradient(
 def _long_sums(x, weight, bias, activation) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()
     y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
-    few = x.shape[0] <= _FEW_ROWS and x.shape[1] <= 3 * _LONG * _LANES.get(native.current_isa(), 16)
     x = x if x.stride(1) == 1 else x.contiguous()
-    if few and weight.stride(1) == 1:
+    if x.shape[0] <= _FEW_ROWS and weight.stride(1) == 1:
         torch.ops.transformer_fast.cpu_linear_rows.default(x, [weight], [bias], _CODES[activation], [y])
     else:
         torch.ops.transformer_fast.cpu_linear_long.default(x, weight, bias, _CODES[activation], y)
     return y
+
+
+def _is_batched(*tensors: torch.Tensor) -> bool:
+    """True when one stands for a batch, of torch.func.vmap or of is_grads_batched: kernels cannot take it apart."""
+    functorch = torch._C._functorch
+    return any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def _is_dense(weight: torch.Tensor) -> bool:

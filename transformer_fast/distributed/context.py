@@ -208,17 +208,21 @@ class context_parallel:
         window = spec.window_left >= 0 or spec.window_right > 0
         if unpadded and (window or spec.relative_bias is not None or masks):
             raise NotImplementedError(
-                'window, relative_bias, attn_mask, bias: method="ring" does not take them for unpadded sequences; use '
-                'method="ulysses"'
+                'is_causal, window, relative_bias, attn_mask, bias: of these method="ring" takes is_causal alone for '
+                'unpadded sequences; use method="ulysses"'
             )
 
     def _lengths_as_mask(self, spec: AttentionSpec) -> AttentionSpec:
-        inside = self.positions(spec.max_seqlen_k, spec.key.device) < spec.key_lengths[:, None]  # type: ignore[index]
-        inside = inside[:, None, None]
-        if spec.mask is not None:
-            if spec.mask.shape[2] != 1 or spec.mask.shape[3] != spec.max_seqlen_k:
-                raise NotImplementedError("key_lengths: under context_parallel beside an attn_mask of keys alone")
-            inside = inside & spec.mask
+        keys, mask = spec.max_seqlen_k, spec.mask
+        if mask is not None and (mask.shape[2] != 1 or mask.shape[3] != keys):  # then of a column for every position
+            positions = torch.arange(keys * self.size, device=spec.key.device)
+        else:
+            positions = self.positions(keys, spec.key.device)
+        inside = (positions < spec.key_lengths[:, None])[:, None, None]  # type: ignore[index]
+        if mask is not None:
+            if mask.shape[3] not in (1, inside.shape[3]):
+                self._of_keys_alone("mask", mask, spec.max_seqlen_q, keys)  # says what is wrong
+            inside = inside & mask
         return spec._replace(mask=inside, key_lengths=None)
 
     def _of_keys_alone(self, name: str, t: torch.Tensor, queries: int, keys: int) -> bool:

@@ -68,7 +68,10 @@ class AttentionRNNPreTrainedModel(LoadingErrors, PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=module.weight.shape[0] ** -0.5)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        raise NotImplementedError("resize_token_embeddings: source and target have embeddings of their own")
+        raise NotImplementedError(
+            "resize_token_embeddings: source and target have embeddings of their own; make a model with the "
+            "vocabularies wanted in its configuration, and copy the rest"
+        )
 
     @property
     def dummy_inputs(self):

@@ -181,7 +181,7 @@ class ClassificationHead(_Head):
         """(B, S) bool: the end-of-sequence tokens, equally many and at least one in each row."""
         ops.parallel.refuse(f"{type(self).__name__}: the last end token", "classify with whole sequences")
         if input_ids is None:
-            raise NotImplementedError(f"inputs_embeds: {type(self).__name__} looks for end tokens in input_ids")
+            raise NotImplementedError(f"inputs_embeds: {type(self).__name__} looks for end tokens; wanted input_ids")
         ends = input_ids.eq(self.config.eos_token_id)
         counts = ends.sum(1)
         if not torch.compiler.is_compiling() and ops.concrete(counts) and counts.numel():

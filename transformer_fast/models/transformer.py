@@ -132,7 +132,10 @@ class TransformerPreTrainedModel(Outputs, LoadingErrors, PreTrainedModel):
     def resize_token_embeddings(self, *args, **kwargs):
         """As HF's, where one matrix is shared by source, target and output."""
         if not self.config.share_embeddings:
-            raise NotImplementedError("resize_token_embeddings: source and target have embeddings of their own")
+            raise NotImplementedError(
+                "resize_token_embeddings: source and target have embeddings of their own; make a model with the "
+                "vocabularies wanted in its configuration, and copy the rest"
+            )
         return super().resize_token_embeddings(*args, **kwargs)
 
     @property

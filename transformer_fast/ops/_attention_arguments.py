@@ -85,7 +85,7 @@ def check_softcap(softcap: float) -> None:
 
 def split_mask(attn_mask, bias, shape, query):
     """(bool mask, float bias), each 4-D or None and known to broadcast to `shape`."""
-    mask = None
+    mask, name = None, "bias"
     if attn_mask is not None:
         _common.check_tensor("attn_mask", attn_mask)
         if attn_mask.dtype == torch.bool:
@@ -93,12 +93,12 @@ def split_mask(attn_mask, bias, shape, query):
         elif attn_mask.is_floating_point():
             if bias is not None:
                 raise ValueError("bias: give one float bias, either as attn_mask or as bias, got both")
-            bias = attn_mask
+            bias, name = attn_mask, "attn_mask"
         else:
             raise TypeError(f"attn_mask: wanted bool or a float dtype, got {attn_mask.dtype}")
     if bias is not None:
-        _common.check_floating("bias", bias)
-    return _broadcastable("attn_mask", mask, shape, query), _broadcastable("bias", bias, shape, query)
+        _common.check_floating(name, bias)
+    return _broadcastable("attn_mask", mask, shape, query), _broadcastable(name, bias, shape, query)
 
 
 def _broadcastable(name, t, shape, query):
@@ -115,8 +115,7 @@ def _broadcastable(name, t, shape, query):
 
 
 def check_integers(name, t, reference) -> None:
-    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    _common.check_integers(name, t)
     if t.device != reference.device:
         raise ValueError(f"{name}: is on {t.device} but query is on {reference.device}; wanted the same device")
 
@@ -138,9 +137,10 @@ def check_lengths(name, lengths, batch, longest, reference) -> None:
 
 def check_cu_seqlens(name, cu, reference, longest):
     check_integers(name, cu, reference)
+    longest_name = name.replace("cu_seqlens", "max_seqlen")
     if longest is not None:
-        _common.check_integer("max_seqlen", longest, 0)
-        longest = min(longest, _FARTHEST)
+        _common.check_integer(longest_name, longest, 0)
+        longest = min(longest if isinstance(longest, torch.SymInt) else int(longest), _FARTHEST)
     if cu.dim() != 1 or cu.shape[0] < 1:
         raise ValueError(f"{name}: wanted shape (B + 1,), got {tuple(cu.shape)}")
     if _readable(cu):
@@ -153,7 +153,7 @@ def check_cu_seqlens(name, cu, reference, longest):
             )
         found = max(steps, default=0)
         if longest is not None and longest < found:
-            raise ValueError(f"max_seqlen: wanted at least {found} (the longest of {name}), got {longest}")
+            raise ValueError(f"{longest_name}: wanted at least {found} (the longest of {name}), got {longest}")
         longest = found if longest is None else longest
     elif longest is None:
         longest = int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
@@ -174,7 +174,7 @@ def check_window(window) -> tuple[int, int]:
     for w in window:
         if w is not None:
             _common.check_integer("window", w, -1)
-    left, right = (-1 if w is None else min(w, _FARTHEST) for w in window)
+    left, right = (-1 if w is None else int(min(w, _FARTHEST)) for w in window)
     return left, right
 
 

@@ -23,6 +23,9 @@ def signature(query, key, value, other, *options) -> tuple | None:
     """None when the call cannot go this way, whatever its checks say. other: a mask, cu_seqlens or None."""
     if not isinstance(query, torch.Tensor) or not query.is_cpu or not _common.direct(query, key, value, other):
         return None
+    for t in (query, key, value, other):
+        if t is not None and (t.layout is not torch.strided or t.is_nested):
+            return None
     if torch.is_autocast_enabled("cpu"):
         return None
     about = None if other is None else (other.shape, other.dtype, other.device)

@@ -16,6 +16,7 @@ LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATING = (*_FLOATS, torch.float64)
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -107,8 +108,9 @@ def saved(ctx) -> tuple:
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """True when a call may skip torch's dispatcher: plain tensors, no gradient wanted, nobody tracing."""
-    if _watched():
+    """True when a call may skip torch's dispatcher: plain tensors with memory, no gradient wanted, nobody tracing. The
+    first stands for the device of all."""
+    if _watched() or (tensors[0] is not None and tensors[0].is_meta):
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:  # noqa: SIM110 - a generator costs three times the loop, on the path of every call
@@ -226,13 +228,26 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        raise TypeError(f"{name}: wanted a dense tensor, got a {'nested' if t.is_nested else t.layout} one")
 
 
 def check_floating(name: str, t: torch.Tensor) -> None:
-    if not isinstance(t, torch.Tensor):
-        check_tensor(name, t)
-    if not t.is_floating_point():
+    check_tensor(name, t)
+    if t.dtype not in _FLOATING:
         raise TypeError(f"{name}: wanted a floating-point tensor (float16, bfloat16, float32), got {t.dtype}")
+
+
+def check_integers(name: str, t: torch.Tensor) -> None:
+    """An int32 or int64 tensor."""
+    check_tensor(name, t)
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {t.dtype}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    if not isinstance(value, str | None) or value not in choices:
+        raise ValueError(f"{name}: {value!r} is unknown; there are {', '.join(map(str, choices))}")
 
 
 def check_same(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
@@ -260,7 +275,7 @@ def check_number(name: str, value: float, low: float = -sys.float_info.max, high
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name}: wanted an integer, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"an integer in [{low}, {high}]"
@@ -268,7 +283,10 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, (bool, int, torch.SymBool, torch.SymInt)) and type(value).__module__ != "numpy":
+    # numpy's scalars have no length, its arrays have.
+    if not isinstance(value, (bool, int, torch.SymBool, torch.SymInt)) and (
+        type(value).__module__ != "numpy" or hasattr(value, "__len__")
+    ):
         raise TypeError(f"{name}: wanted True or False, got {type(value).__name__}")
 
 
@@ -280,7 +298,10 @@ def check_vector(name: str, t: torch.Tensor | None, width: int, reference: torch
     if t is None:
         return
     # The usual case, by the cheapest questions: this is on the path of every call.
-    if isinstance(t, torch.Tensor) and t.dtype in _FLOATS and t.shape == (width,) and t.device == reference.device:
+    if (
+        isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested and t.dtype in _FLOATS
+        and t.shape == (width,) and t.device == reference.device
+    ):  # fmt: skip
         return
     check_floating(name, t)
     if t.shape != (width,):

@@ -135,8 +135,7 @@ def bias_activation(
     _common.check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input: wanted at least one dimension, got a scalar")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}")
+    _common.check_choice("activation", activation, ACTIVATIONS)
     if bias is not None:
         _common.check_vector("bias", bias, input.shape[-1], input)
     if gate is not None:

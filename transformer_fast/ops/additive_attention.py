@@ -143,8 +143,9 @@ def _check(query, key, value, score_weight, bias) -> None:
 def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     if mask is None:
         return None
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"attn_mask: wanted a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    _common.check_tensor("attn_mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"attn_mask: wanted a bool tensor, got {mask.dtype}")
     _common.check_same("attn_mask", mask, "query", query, dtype=False)
     shape = (query.shape[0], query.shape[1], key.shape[1])
     try:
@@ -158,8 +159,7 @@ def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tenso
 def _check_lengths(lengths: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor | None:
     if lengths is None:
         return None
-    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"key_lengths: wanted int32 or int64, got {getattr(lengths, 'dtype', type(lengths).__name__)}")
+    _common.check_integers("key_lengths", lengths)
     if lengths.shape != (query.shape[0],):
         raise ValueError(f"key_lengths: wanted shape ({query.shape[0]},), got {tuple(lengths.shape)}")
     _common.check_same("key_lengths", lengths, "query", query, dtype=False)

@@ -105,7 +105,8 @@ def scaled_dot_product_attention(
     known, spread = None, _parallel.current()
     if (
         spread is None and bias is None and key_lengths is None and window is None and relative_bias is None
-        and dropout_p == 0 and type(softcap) is float and softcap == 0.0 and (scale is None or type(scale) is float)
+        and type(dropout_p) in (float, int) and dropout_p == 0 and type(softcap) is float and softcap == 0.0
+        and (scale is None or type(scale) is float)
         and type(is_causal) is bool and type(enable_gqa) is bool and type(causal_alignment) is str
         and (attn_mask is None or (isinstance(attn_mask, torch.Tensor) and attn_mask.dtype is torch.bool))
     ):  # fmt: skip
@@ -116,6 +117,7 @@ def scaled_dot_product_attention(
             )
             if found is not None:
                 return found
+    _common.check_flag("return_lse", return_lse)
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t is not query:
@@ -214,7 +216,7 @@ def varlen_attention(
     if (
         _parallel.current() is None and cu_seqlens_k is None and attn_mask is None and bias is None
         and window is None and relative_bias is None and dropout_p == 0 and type(softcap) is float and softcap == 0.0
-        and max_seqlen_k in (None, max_seqlen_q) and causal_alignment == "top_left"
+        and (max_seqlen_k is None or max_seqlen_k is max_seqlen_q) and causal_alignment == "top_left"
         and (scale is None or type(scale) is float) and type(is_causal) is bool
         and isinstance(cu_seqlens_q, torch.Tensor) and (max_seqlen_q is None or type(max_seqlen_q) is int)
     ):  # fmt: skip
@@ -223,6 +225,7 @@ def varlen_attention(
             found = _direct.unpadded(known, query, key, value, cu_seqlens_q, max_seqlen_q, is_causal, return_lse)
             if found is not None:
                 return found
+    _common.check_flag("return_lse", return_lse)
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t.dim() != 3:
@@ -234,7 +237,7 @@ def varlen_attention(
     shared = cu_seqlens_k is None
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     cu_seqlens_q, longest_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q)
-    if shared and key.shape[0] == query.shape[0] and max_seqlen_k in (None, max_seqlen_q):
+    if shared and key.shape[0] == query.shape[0] and (max_seqlen_k is None or max_seqlen_k is max_seqlen_q):
         cu_k, longest_k = cu_seqlens_q, longest_q
     else:
         cu_k, longest_k = check_cu_seqlens("cu_seqlens_k", cu_k, key, max_seqlen_k)
@@ -286,6 +289,8 @@ def qkv_attention(
     """
     unpadded, spread = cu_seqlens is not None, _parallel.current()
     _common.check_floating("qkv", qkv)
+    _common.check_probability("dropout_p", dropout_p)
+    _common.check_flag("return_lse", return_lse)
     if qkv.dim() != (4 if unpadded else 5) or qkv.shape[-3] != 3:
         wanted = "(total, 3, H, D)" if unpadded else "(B, S, 3, H, D)"
         raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")

@@ -100,11 +100,7 @@ def attention_probabilities(
         raise TypeError(f"heads: wanted a list of indices or None, got {type(heads).__name__}")
     chosen = list(range(h)) if heads is None else list(heads)
     for i in chosen:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"heads: wanted indices, got {type(i).__name__}")
-    bad = [i for i in chosen if not 0 <= i < h]
-    if bad:
-        raise ValueError(f"heads: wanted indices in [0, {h}), got {bad}")
+        _common.check_integer("heads", i, 0, h - 1)
     if heads is not None:
         query, lse = query[:, chosen], lse[:, chosen]
         bias, mask = (t if t is None or t.shape[1] == 1 else t[:, chosen] for t in (bias, mask))

@@ -116,20 +116,16 @@ _op = _common.define(
 
 
 def check_options(ignore_index, reduction, reductions, label_smoothing, z_loss) -> None:
-    if reduction not in reductions:
+    if not isinstance(reduction, str) or reduction not in reductions:
         raise ValueError(f"reduction: wanted one of {', '.join(map(repr, reductions))}, got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index: wanted an integer, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: wanted an integer of 64 bits, got {ignore_index!r}")
+    _common.check_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     _common.check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     _common.check_number("z_loss", z_loss, 0.0)
 
 
 def class_indices(target: torch.Tensor, shape: tuple[int, ...], name: str, like: torch.Tensor) -> torch.Tensor:
     """target, checked, as int64."""
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(f"target: wanted a tensor, got {type(target).__name__}")
+    _common.check_tensor("target", target)
     if target.is_floating_point():
         raise TypeError(
             f"target: wanted class indices (int64, int32 or uint8), got {target.dtype}; class probabilities are not "

@@ -156,7 +156,7 @@ def _check_lookup(name, ids, table_name, table, shape, word):
         raise ValueError(f"{name}: wanted together with {table_name}, or neither")
     if ids is None:
         return None
-    _check_integers(name, ids)
+    _common.check_integers(name, ids)
     _common.check_same(name, ids, "word_weight", word, dtype=False)
     try:
         ids = ids.expand(shape)
@@ -169,13 +169,6 @@ def _check_lookup(name, ids, table_name, table, shape, word):
         raise ValueError(f"{table_name}: wanted shape (entries, {word.shape[1]}), got {tuple(table.shape)}")
     _common.check_same(table_name, table, "word_weight", word)
     return ids.to(torch.int64)
-
-
-def _check_integers(name, ids):
-    if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"{name}: wanted a tensor, got {type(ids).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: wanted int64 or int32 indices, got {ids.dtype}")
 
 
 def embedding_layer_norm(
@@ -227,7 +220,7 @@ def embedding_layer_norm(
         >>> transformer_fast.embedding_layer_norm(ids, table, padding_idx=0).shape
         torch.Size([1, 3, 16])
     """
-    _check_integers("input_ids", input_ids)
+    _common.check_integers("input_ids", input_ids)
     _common.check_floating("word_weight", word_weight)
     if word_weight.dim() != 2:
         raise ValueError(f"word_weight: wanted shape (V, N), got {tuple(word_weight.shape)}")

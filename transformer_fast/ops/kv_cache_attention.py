@@ -130,6 +130,8 @@ def kv_cache_attention(
     check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, key_cache, value_cache)):
         raise RuntimeError("kv_cache_attention has no gradient: call it under torch.no_grad()")
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("kv_cache_attention writes to its caches: call it outside torch.func's transforms")
     check_softcap(softcap)
     table, distance, bidirectional = check_relative(relative_bias, query)
     out, lse = _op(

@@ -46,25 +46,24 @@ def _is_alike(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     return 0 not in input.shape and 0 not in weight.shape
 
 
-def _check(input, weight, bias, activation) -> None:
+def _check(input, weight, bias, activation, name="weight", bias_name="bias") -> None:
     _common.check_floating("input", input)
     if type(weight) is not PanelWeight:
-        _common.check_floating("weight", weight)
+        _common.check_floating(name, weight)
         if weight.device != input.device:
-            _common.check_same("weight", weight, "input", input, dtype=False)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation: {activation!r} is unknown; there are None, {', '.join(ACTIVATIONS)}")
+            _common.check_same(name, weight, "input", input, dtype=False)
+    _common.check_choice("activation", activation, (None, *ACTIVATIONS))
     if len(weight.shape) != 2:
-        raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
+        raise ValueError(f"{name}: wanted shape (out, in), got {tuple(weight.shape)}")
     if not input.dim() or input.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input: wanted shape (..., {weight.shape[1]}) as weight is {tuple(weight.shape)}, "
+        raise ValueError(f"input: wanted shape (..., {weight.shape[1]}) as {name} is {tuple(weight.shape)}, "
                          f"got {tuple(input.shape)}")  # fmt: skip
     if bias is not None:
-        _common.check_floating("bias", bias)
+        _common.check_floating(bias_name, bias)
         if bias.device != input.device:
-            _common.check_same("bias", bias, "input", input, dtype=False)
+            _common.check_same(bias_name, bias, "input", input, dtype=False)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise ValueError(f"bias: wanted shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        raise ValueError(f"{bias_name}: wanted shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
 def _plain(input, weight, bias, activation) -> torch.Tensor:
@@ -118,7 +117,7 @@ def _backward(grad, input, weight, bias, pre, activation, need):
         g, grad_bias, _ = torch.ops.transformer_fast.bias_activation_backward.default(
             g, pre, None, None, activation, need[2]
         )
-    elif need[2] and not (need[1] and g.dtype == torch.float32):
+    elif need[2] and not (need[1] and g.dtype == torch.float32 and not _common.batched(g)):
         grad_bias = _column_sum(g)
     grad_input = gemm.gradient(g, weight.t()).view(input.shape) if need[0] else None
     grad_weight = None
@@ -307,8 +306,8 @@ def projections(
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     plain = [w for w in weights if not isinstance(w, PanelWeight)]
     if len(plain) == len(weights):
-        for weight, bias in zip(plain, biases):
-            _check(input, weight, bias, None)
+        for i, (weight, bias) in enumerate(zip(plain, biases)):
+            _check(input, weight, bias, None, f"weights[{i}]", f"biases[{i}]")
         if all(_is_fast(input, w, b) for w, b in zip(plain, biases)):
             parameters = (input, *plain, *biases)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parameters):

@@ -164,8 +164,7 @@ def _check(input, weights, biases, activation) -> None:
     if not input.dim() or input.shape[-1] != first.shape[1]:
         raise ValueError(f"input: wanted shape (..., {first.shape[1]}) as the weight is {tuple(first.shape)}, "
                          f"got {tuple(input.shape)}")  # fmt: skip
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation: {activation!r} is unknown; there are None, {', '.join(ACTIVATIONS)}")
+    _common.check_choice("activation", activation, (None, *ACTIVATIONS))
     if torch.is_grad_enabled() and (input.requires_grad or any(b is not None and b.requires_grad for b in biases)):
         raise ValueError("input: int8 weights have no gradient and pass none on; call under torch.no_grad(), or train "
                          "the model before it is quantised")  # fmt: skip

@@ -118,8 +118,8 @@ def to_panels(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PanelWe
         raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
     if dtype is None:
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    if dtype not in STORAGES:
-        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in STORAGES:
+        raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype!r}")
     return PanelWeight(weight, dtype)
 
 

@@ -64,6 +64,7 @@ def multi_head_attention(
         _common.check_floating(name, t)
         if t.dim() != 3:
             raise ValueError(f"{name}: wanted 3 dimensions (B, S, E), got shape {tuple(t.shape)}")
+        _common.check_same(name, t, "query", query, dtype=_common.autocast_dtype(query.device) is None)
         if t.shape[0] != query.shape[0] or t.shape[2] != query.shape[2]:
             raise ValueError(
                 f"{name}: wanted batch {query.shape[0]} and width {query.shape[2]} as query has, got shape "

@@ -1,6 +1,7 @@
 """layer_norm and rms_norm, alone and fused with the residual addition and dropout before them."""
 
 import itertools
+import numbers
 
 import torch
 
@@ -210,7 +211,7 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
         if t is not None and t.dtype == torch.float64 and input.dtype != torch.float64:
             raise TypeError(f"{name}: has dtype torch.float64 but input has {input.dtype}; wanted the same or float32")
     rng = None
-    if p != 0.0 or type(p) is not float:
+    if type(p) is not float or p != 0.0:
         _common.check_probability("dropout_p", p)
         if p == 1.0:  # which the kernels do not do
             input, p = input * 0, 0.0
@@ -232,9 +233,10 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
 
 def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
     """torch's normalized_shape may span several dimensions: fold them into one."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-    if not isinstance(shape, (tuple, list)):
-        raise TypeError(f"normalized_shape: wanted an integer or a tuple of them, got {type(shape).__name__}")
+    shape = normalized_shape if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+    for n in shape:
+        if not isinstance(n, (int, torch.SymInt, numbers.Integral)):
+            raise TypeError(f"normalized_shape: wanted an integer or a tuple of them, got {type(n).__name__}")
     shape = tuple(shape)
     if len(shape) == 1 and input.shape[-1:] == shape:
         return input, weight, bias
@@ -283,8 +285,7 @@ def layer_norm(
         >>> transformer_fast.layer_norm(torch.randn(4, 768), 768, torch.ones(768), torch.zeros(768)).shape
         torch.Size([4, 768])
     """
-    if not isinstance(input, torch.Tensor):
-        _common.check_floating("input", input)
+    _common.check_tensor("input", input)
     x, w, b = _normalized(input, normalized_shape, weight, bias)
     y = _norm(x, None, w, b, eps, False, 0.0, False, None)[0]
     return y if x is input else y.view(input.shape)

@@ -176,8 +176,7 @@ def _check_states(cell: str, initial, input, batch: int, width: int) -> tuple[to
 
 
 def _check_integers(name: str, t, input) -> None:
-    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    _common.check_integers(name, t)
     if t.dim() != 1:
         raise ValueError(f"{name}: wanted 1 dimension, got shape {tuple(t.shape)}")
     _common.check_same(name, t, "input", input, dtype=False)

@@ -129,9 +129,9 @@ def _check_source(spec: RecurrentStepSpec, rows: int, width: int, embedding: int
     if keys is not None and spec.score_weight is None and scored != width:
         raise ValueError(f"keys: wanted width {width} without score_weight, got {scored}")
     if spec.mask is not None:
-        if not isinstance(spec.mask, torch.Tensor) or spec.mask.dtype != torch.bool:
-            got = getattr(spec.mask, "dtype", type(spec.mask).__name__)
-            raise TypeError(f"mask: wanted a bool tensor, got {got}")
+        _common.check_tensor("mask", spec.mask)
+        if spec.mask.dtype != torch.bool:
+            raise TypeError(f"mask: wanted a bool tensor, got {spec.mask.dtype}")
         if tuple(spec.mask.shape) != (count, length):
             raise ValueError(f"mask: wanted shape {(count, length)} as values, got {tuple(spec.mask.shape)}")
         _common.check_same("mask", spec.mask, "hidden", hidden, dtype=False)
@@ -150,8 +150,7 @@ def _check_source(spec: RecurrentStepSpec, rows: int, width: int, embedding: int
 
 
 def _integers(name: str, t, shape: tuple[int, ...], like: torch.Tensor) -> None:
-    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    _common.check_integers(name, t)
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
     _common.check_same(name, t, "hidden", like, dtype=False)

@@ -142,9 +142,7 @@ def _check_tables(input, cos, sin) -> None:
 
 
 def _check_positions(positions, tokens: tuple[int, ...], cos) -> torch.Tensor:
-    if not isinstance(positions, torch.Tensor) or positions.dtype not in (torch.int32, torch.int64):
-        got = getattr(positions, "dtype", type(positions).__name__)
-        raise TypeError(f"positions: wanted an int32 or int64 tensor, got {got}")
+    _common.check_integers("positions", positions)
     _common.check_same("positions", positions, "cos", cos, dtype=False)
     shape = tuple(positions.shape)
     if shape != tokens and shape != (1, tokens[-1]) and shape != tokens[-1:]:
