@@ -175,7 +175,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         if not why_not_recurrent(self.rnn, x):
             states, last = recurrent_layers(self.rnn, x) if mask is None else self._without_padding(x, mask)
         else:
-            states, last = self.rnn(x) if mask is None else self._without_padding(x, mask)
+            states, last = self.rnn(x) if mask is None else self._torch_without_padding(x, mask)
         state, cell = last if isinstance(last, tuple) else (last, None)
         return AttentionRNNEncoderOutput(states, self._joined(state), None if cell is None else self._joined(cell))
 
@@ -187,7 +187,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         states = rows.new_zeros(batch * length, rows.shape[1]).index_copy(0, places, rows)
         return states.view(batch, length, -1), last
 
-    def _without_padding(self, x: torch.Tensor, mask: torch.Tensor):
+    def _torch_without_padding(self, x: torch.Tensor, mask: torch.Tensor):
         """Tokens first, whatever side the padding is on; then back to their places, with zeros elsewhere."""
         lengths = mask.sum(1)
         order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[..., None]
