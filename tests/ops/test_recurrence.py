@@ -15,7 +15,7 @@ CELLS = {"lstm": (tf.lstm, 4, torch.nn.LSTM), "gru": (tf.gru, 3, torch.nn.GRU)}
 LENGTHS = (3, 0, 5, 1)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=native.ISAS)
 def kernels(request):
     """The C++ kernels of each instruction set."""
     with running_on(request.param):

@@ -50,6 +50,9 @@ class EncoderBase(Stack, ModelMixin):
             activation=_activation(config),
         )
 
+    def _embedding_module(self) -> nn.Module:
+        return self.embeddings
+
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
         """Between the embeddings and the first layer."""
         return rows

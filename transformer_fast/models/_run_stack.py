@@ -82,6 +82,10 @@ class Stack:
         """The embedding of tokens."""
         return self.get_input_embeddings()
 
+    def _embedding_module(self) -> nn.Module | None:
+        """The module in whose place _embed computes, or None where a family has no module for that."""
+        return None
+
     def _prefix(self) -> str:
         """Before the names of arguments in messages ("decoder_")."""
         return ""
@@ -169,8 +173,8 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
         read_first=want.read_first or want.first_only, attentions=flags.attentions,
     )  # fmt: skip
     call.rotary = stack._rotary(call.unpadding, positions, past, device)
-    embeddings = getattr(stack, "embeddings", None)
-    rows = as_forward_of(embeddings, lambda: stack._embed(call.unpadding, inputs, positions, past))
+    embedding = stack._embedding_module()
+    rows = as_forward_of(embedding, lambda: stack._embed(call.unpadding, inputs, positions, past))
     whole = flags.hidden_states or flags.attentions or cache is not None or documents is not None
     first_only = want.first_only and not whole and call.unpadding.spread is None
     rows = run_layers(layers, rows, call, first_only=first_only, past_key_values=cache, keep_hidden=flags.keep_hidden)
