@@ -7,6 +7,7 @@ from .generation_cases import generation_cases
 from .int8_cases import int8_cases
 from .model_cases import model_cases
 from .op_cases import op_cases
+from .packed_cases import packed_cases
 from .sentence_cases import sentence_cases
 from .sequence_cases import sequence_cases
 
@@ -16,7 +17,7 @@ __all__ = ["all_cases", "find", "select"]
 def all_cases(device: str = "cpu") -> list[Case]:
     return [
         *op_cases(device), *model_cases(device), *int8_cases(device), *generation_cases(device),
-        *sequence_cases(device), *sentence_cases(device),
+        *packed_cases(device), *sequence_cases(device), *sentence_cases(device),
     ]  # fmt: skip
 
 

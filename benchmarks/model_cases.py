@@ -14,7 +14,15 @@ from . import checkpoints, peers, shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable
 from .peers import EncoderInputs
 
-__all__ = ["HF_SDPA", "TrainingInputs", "gpu_model_cases", "model_cases", "random_batch", "training_step"]
+__all__ = [
+    "HF_SDPA",
+    "TrainingInputs",
+    "gpu_model_cases",
+    "model_cases",
+    "optimizer_step",
+    "random_batch",
+    "training_step",
+]
 
 HF_SDPA = "HF sdpa"
 HF_EAGER = "HF eager"
@@ -230,11 +238,16 @@ class TrainingInputs(NamedTuple):
 def training_step(make: Callable, inputs: TrainingInputs) -> Callable:
     """One step as a Trainer takes it: forward with dropout, loss, backward, fused AdamW."""
     model = make(inputs.checkpoint).train().to(inputs.ids.device, inputs.dtype)
+    return optimizer_step(model, {"input_ids": inputs.ids, "attention_mask": inputs.mask, "labels": inputs.labels})
+
+
+def optimizer_step(model, batch: dict) -> Callable:
+    """The same of a model and the keywords of its forward."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def call():
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=inputs.ids, attention_mask=inputs.mask, labels=inputs.labels).loss
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         return loss.detach()

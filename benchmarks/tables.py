@@ -111,6 +111,7 @@ HEADLINE = {
     "inference/bert-base-ragged-32": "classify 32 texts of mixed length, BERT base, fp32",
     "int8/bert-base-ragged-32": "the same in int8",
     "training/bert-base-ragged-16x128": "one step of fine-tuning BERT base, fp32",
+    "training/smollm-135m-packed-16": "the same of a decoder of 135M, texts packed into one row",
     "generation/gpt2-b1": "write one text, GPT-2, greedy, fp32",
     "generation/gpt2-b1-int8-weights": "the same with weights in int8",
     "generation/marian-beam4-b8": "translate 8 sentences, Marian, 4 beams, fp32",

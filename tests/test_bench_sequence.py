@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import GRADIENT, assert_as_accurate
 from transformer_fast.benchmarks import cases
+from transformer_fast.benchmarks.packed_cases import packed_cases
 from transformer_fast.benchmarks.sequence_cases import MODELS, sequence_cases
 
 import transformer_fast as tf
@@ -72,3 +73,13 @@ def test_recurrent_layers_are_torchs(name):
 def test_sequence_cases_are_among_all():
     assert set(CASES) <= {case.name for case in cases.all_cases("cpu")}
     assert not sequence_cases("cuda")
+
+
+def test_packed_documents_have_the_loss_of_the_padded_batch():
+    (case,) = packed_cases("cpu")
+    given = case.inputs(True)
+    assert given.packed["input_ids"].shape == (1, 8) and given.padded["input_ids"].shape == (2, 5)
+    losses = {c.name: torch.stack([step() for step in [c.prepare(given)] * 2]) for c in case.candidates}
+    for name, found in losses.items():
+        torch.testing.assert_close(found, losses[case.peer], msg=name)
+        assert found[0] != found[1]

@@ -6,7 +6,8 @@ import socket
 import huggingface_hub
 import pytest
 import transformers
-from hf_models import ENCODERS
+from hf_models import ENCODERS, batch, run, truth
+from numerics import assert_as_accurate
 
 import transformer_fast as tf
 from transformer_fast.demo.checkpoint import given
@@ -104,9 +105,19 @@ def ernie(tmp_path):
 
 
 def test_a_family_that_is_not_ours_is_transformers_own(ernie):
-    with pytest.warns(UserWarning, match="no class for model_type 'ernie'; transformers' own is used"):
+    with pytest.warns(UserWarning, match=r"no class for model_type 'ernie'; transformers' own .* with accelerate\(\)"):
         model = tf.AutoModel.from_pretrained(ernie)
     assert type(model) is transformers.ErnieModel and not tf.is_ours(model)
+    assert model.config._attn_implementation == "transformer_fast"
+    assert not tf.accelerate(model, verbose=False).swapped  # nothing is left to do
+    with pytest.warns(UserWarning, match="as it is, for attn_implementation is given"):
+        chosen, info = tf.AutoModel.from_pretrained(ernie, attn_implementation="eager", output_loading_info=True)
+    assert chosen.config._attn_implementation == "eager" and not info["missing_keys"]
+    with pytest.warns(UserWarning, match="with accelerate"):
+        model, info = tf.AutoModel.from_pretrained(ernie, output_loading_info=True)
+    assert model.config._attn_implementation == "transformer_fast"
+    call = batch("right")
+    assert_as_accurate(run(model, call), run(truth(chosen), call), run(chosen, call))
     with pytest.warns(UserWarning, match="no class for model_type 'ernie'"):
         headed = tf.AutoModelForSequenceClassification.from_config(model.config)
     assert type(headed) is transformers.ErnieForSequenceClassification

@@ -13,7 +13,8 @@ from transformer_fast._transformers import CACHE_NAME
 
 DECODERS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "BartForCausalLM", "MarianForCausalLM",
             "MBartForCausalLM", "PegasusForCausalLM", "LlamaForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM",
-            "OPTForCausalLM")  # fmt: skip
+            "OPTForCausalLM", "GPTNeoForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+            "Gemma2ForCausalLM")  # fmt: skip
 SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
            "MBartForConditionalGeneration", "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration",
            "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration")  # fmt: skip

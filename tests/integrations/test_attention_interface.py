@@ -8,7 +8,8 @@ import transformers as hf
 from hf_models import DECODERS, ENCODERS, SEQ2SEQ, TEXT, batch, cast, run, run_with_gradients, truth, vit
 from numerics import GRADIENT, assert_as_accurate, pooled
 
-import transformer_fast  # noqa: F401  registers the implementation
+from transformer_fast.integrations import huggingface  # which registers the implementation
+from transformer_fast.integrations.lazy_mask import LazyMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,18 +102,46 @@ def test_prefill_in_chunks(family, cache_class):
     assert_as_accurate(ours, chunked(truth(model)), chunked(model))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_packed_sequences(family):
-    """Sequences one after the other in one row, told apart by position_ids alone."""
-    model = DECODERS[family]()
-    ids = batch("none")["input_ids"].view(1, -1)[:, :15]
-    inputs = {"input_ids": ids, "position_ids": torch.cat([torch.arange(4), torch.arange(1), torch.arange(10)])[None]}
-    outs = [
-        run(m, inputs, use_cache=False) for m in (cast(model, torch.float32, "transformer_fast"), truth(model), model)
-    ]
-    assert_as_accurate(*outs)
-    alone = model(input_ids=ids[:, 5:], use_cache=False).logits[0]
-    assert_as_accurate(alone, outs[1][5:], outs[2][5:], name="a sequence by itself")  # the reference keeps them apart
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_packed_sequences(family, monkeypatch):
+    """Sequences one after the other in a row, told apart by position_ids alone: varlen attention, no dense mask."""
+    model = DECODERS[family]().train()
+    ids = batch("none")["input_ids"].view(2, -1)
+    rows = [[4, 1, 10, 3], [7, 11]]  # mistral's and gemma2's windows are of 3
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    inputs = {"input_ids": ids, "position_ids": positions}
+    models = [cast(model, torch.float32, "transformer_fast"), truth(model), model]
+    bounds, varlen = [], huggingface.varlen_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyMask, "dense", lambda mask: pytest.fail("a dense mask was made"))
+        patch.setattr(
+            huggingface,
+            "varlen_attention",
+            lambda q, k, v, cu, *more, **named: bounds.append(cu.tolist()) or varlen(q, k, v, cu, *more, **named),
+        )
+        ours = run_with_gradients(models[0], inputs, use_cache=False)
+    assert bounds == [[0, 4, 5, 15, 18, 25, 36]] * 2
+    exact, plain = (run_with_gradients(m, inputs, use_cache=False) for m in models[1:])
+    assert_as_accurate(ours[0], exact[0], plain[0])
+    assert_as_accurate(*(pooled(g[1], exact[1]) for g in (ours, exact, plain)), GRADIENT)
+    with torch.no_grad():  # whoever reads the mask gets transformers' own
+        out = models[0](**inputs, use_cache=False, output_attentions=True)
+        assert_as_accurate(out.logits.flatten(0, 1), exact[0], plain[0])
+        assert not out.attentions[0][0, :, 5:15, :5].any()
+        alone = models[0](input_ids=ids[:1, 5:15], use_cache=False).logits[0]
+    assert_as_accurate(alone, exact[0][5:15], plain[0][5:15], name="a sequence by itself")
+
+
+def test_a_mask_of_documents_is_transformers_own():
+    config = DECODERS["mistral"]().config
+    positions = torch.cat([torch.arange(4), torch.arange(1), torch.arange(10)])[None]
+    for make in (hf.masking_utils.create_causal_mask, hf.masking_utils.create_sliding_window_causal_mask):
+        masks = []
+        for name in ("transformer_fast", "sdpa"):
+            config._attn_implementation = name
+            call = {"inputs_embeds": torch.zeros(1, 15, 32), "attention_mask": None, "past_key_values": None}
+            masks.append(make(config, **call, position_ids=positions))
+        assert isinstance(masks[0], LazyMask) and torch.equal(masks[0].dense(), masks[1])
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

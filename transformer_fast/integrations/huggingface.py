@@ -8,9 +8,9 @@ hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels ca
 import torch
 
 from .._version import TRANSFORMERS
-from ..layers.unpadding import documents_of, plan_documents, spread_in_use
+from ..layers.unpadding import documents_of, spread_in_use
 from ..ops import attention_probabilities, parallel, scaled_dot_product_attention, varlen_attention
-from .lazy_mask import LazyMask, MaskRule
+from .lazy_mask import Documents, LazyMask, MaskRule
 
 NAME = "transformer_fast"
 
@@ -57,8 +57,8 @@ def attention_mask(
 
     Same contract as transformers.masking_utils.sdpa_mask, whose values it always has. attention_mask: (B, <= Sk)
     bool, True for real tokens. None stands for "all keys", or, in a causal model with Sq > 1, for a plain causal
-    mask with query 0 at key 0. Patterns other than causal, bidirectional and sliding windows of either, traced
-    calls and the decoding steps that generate() may compile get transformers' dense mask.
+    mask with query 0 at key 0. Patterns other than causal, bidirectional and sliding windows of either, within
+    documents or not, traced calls and the decoding steps that generate() may compile get transformers' dense mask.
     """
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
@@ -68,6 +68,13 @@ def attention_mask(
     if (spread := spread_in_use()) is not None:
         return _spread_mask(spread, batch_size, q_length, kv_length, mask_function, attention_mask, device)
     pattern = None if use_vmap or is_tracing(attention_mask) else _pattern(mask_function)
+    if pattern is None and not use_vmap and attention_mask is None and q_length == kv_length and not kv_offset:
+        documents, pattern_within = _pattern_of_documents(mask_function)
+        if documents is not None and pattern_within is not None and not is_tracing(documents) and not int(q_offset):
+            rule = _rule(pattern_within, q_length, kv_length, 0, 0, None)
+            if rule is not None:
+                rule = rule._replace(documents=Documents(documents))
+                return LazyMask(rule, batch_size, q_length, kv_length, torch.device(device))
     compiled_decoding = q_length == 1 and not allow_is_causal_skip and pattern is not None and pattern[1] == 0
     rule = None
     if pattern is not None and not compiled_decoding:
@@ -159,11 +166,38 @@ def _pattern(mask_function, spread=None) -> tuple[int | None, int | None] | None
     return None
 
 
+def _pattern_of_documents(mask_function) -> tuple[torch.Tensor | None, tuple[int | None, int | None] | None]:
+    """((B, S) the document of every position, the pattern within each), or (None, None) when it is nothing of the kind.
+
+    transformers says so where position_ids begin again: and_masks of the pattern, whose positions are counted within
+    the documents from 5.23 on, and of packed_sequence_mask_function.
+    """
+    from transformers import masking_utils as hf
+
+    unknown = None, None
+    if not _is_like(mask_function, hf.and_masks()):
+        return unknown
+    parts = list(_free_variable(mask_function, "mask_functions"))
+    packed = [part for part in parts if _is_like(part, hf.packed_sequence_mask_function(torch.zeros(1)))]
+    if len(packed) != 1:
+        return unknown
+    parts.remove(packed[0])
+    if (remapped := getattr(hf, "remap_positions_for_packed_sequence", None)) is not None:
+        like = remapped(None, None)
+        parts = [_free_variable(part, "mask_function") if _is_like(part, like) else part for part in parts]
+    return _free_variable(packed[0], "packed_sequence_mask"), _pattern(hf.and_masks(*parts))
+
+
+def _is_like(mask_function, other) -> bool:
+    """Whether both are closures of one function."""
+    return getattr(mask_function, "__code__", None) is other.__code__
+
+
 def _is_jump(mask_function, spread) -> bool:
     """Whether a rule that keeps documents apart says no more than that a process's two chunks are not neighbours."""
     from transformers import masking_utils as hf
 
-    if getattr(mask_function, "__code__", None) is not hf.packed_sequence_mask_function(torch.zeros(1)).__code__:
+    if not _is_like(mask_function, hf.packed_sequence_mask_function(torch.zeros(1))):
         return False
     numbers = _free_variable(mask_function, "packed_sequence_mask")
     jumps = spread.positions(numbers.shape[1], numbers.device).diff() != 1
@@ -222,10 +256,11 @@ def attention_forward(
     rule, mask, bias = _read_mask(
         module, attention_mask, position_bias, query.shape[0], sq, sk, is_causal, sliding_window
     )
-    documents = documents_of((query.shape[0], sq), None, kwargs) if sq == sk else None
+    documents = _documents_of_call(query.shape[0], sq, rule, kwargs) if sq == sk else None
     if documents is not None:
         plain = rule is None or (rule.padding is None and rule.key_lengths is None and not rule.shift)
-        if plain and mask is None and bias is None and s_aux is None and not output_attentions:
+        weights_wanted = output_attentions or _attentions_recorded(module)
+        if plain and mask is None and bias is None and s_aux is None and not weights_wanted:
             return _documents(query, key, value, documents, rule, dropout, scaling, softcap), None
         mask, rule = _within_documents(documents, rule, mask, sq), None
     options: dict = {}
@@ -263,9 +298,23 @@ def attention_forward(
     return (out if out.shape[-1] == width else out[..., :width]), weights
 
 
-def _documents(query, key, value, documents, rule: MaskRule | None, dropout, scaling, softcap) -> torch.Tensor:
+def _documents_of_call(batch: int, length: int, rule: MaskRule | None, options: dict) -> Documents | None:
+    """What position_ids said when the mask was made, what cu_seq_lens_q or seq_idx say, or both together."""
+    told = documents_of((batch, length), None, options)
+    known = None if rule is None else rule.documents
+    if told is None:
+        return known
+    if known is not None:
+        begins = (told.diff(dim=-1) != 0) | (known.numbers.to(told.device).diff(dim=-1) != 0)
+        told = torch.nn.functional.pad(begins.cumsum(-1), (1, 0))
+    return Documents(told)
+
+
+def _documents(
+    query, key, value, documents: Documents, rule: MaskRule | None, dropout, scaling, softcap
+) -> torch.Tensor:
     """(B, S, H, D): every document of a row by itself."""
-    unpadding = plan_documents(documents)
+    unpadding = documents.unpadding
     width = value.shape[-1]
     if width != query.shape[-1]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -279,10 +328,10 @@ def _documents(query, key, value, documents, rule: MaskRule | None, dropout, sca
     return unpadding.pad(out)[..., :width]
 
 
-def _within_documents(documents, rule: MaskRule | None, mask, length: int) -> torch.Tensor:
-    together = (documents[:, :, None] == documents[:, None])[:, None]
+def _within_documents(documents: Documents, rule: MaskRule | None, mask, length: int) -> torch.Tensor:
+    together = documents.together()
     if rule is not None:
-        mask = rule.dense(documents.shape[0], length, length, documents.device)
+        mask = rule.dense(len(together), length, length, together.device)
     return together if mask is None else together & mask
 
 

@@ -1,9 +1,28 @@
 """An attention mask known by its rule: never materialised while the kernels can follow the rule instead."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map_only
+
+from ..layers.unpadding import Unpadding, plan_documents
+
+
+class Documents:
+    """Several sequences in a row, which do not see one another. numbers: (B, S) int, see layers.documents_of."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self.numbers = numbers
+
+    @cached_property
+    def unpadding(self) -> Unpadding:
+        """Planned once for all layers."""
+        return plan_documents(self.numbers)
+
+    def together(self) -> torch.Tensor:
+        """(B, 1, S, S) bool: which positions are in one document."""
+        return (self.numbers[:, :, None] == self.numbers[:, None])[:, None]
 
 
 class MaskRule(NamedTuple):
@@ -12,6 +31,7 @@ class MaskRule(NamedTuple):
 
     shift is where query 0 stands among the keys: 0, or, where it matters, reach - Sq.
     padding: (B, reach) bool. key_lengths: (B,) int32; then shift is 0 or no side is limited.
+    documents: key j and query i are in the same one; then Sq == Sk, shift is 0, and there is no padding.
     """
 
     reach: int
@@ -20,6 +40,7 @@ class MaskRule(NamedTuple):
     left: int | None = None
     right: int | None = None
     shift: int = 0
+    documents: Documents | None = None
 
     def dense(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """The (B, 1, Sq, Sk) bool mask the rule stands for."""
@@ -35,6 +56,8 @@ class MaskRule(NamedTuple):
         if self.padding is not None:
             padding = torch.nn.functional.pad(self.padding, (0, keys - self.reach))
             mask = mask & padding[:, None, None, :]
+        if self.documents is not None:
+            mask = mask & self.documents.together()
         return mask.contiguous()
 
 

@@ -130,6 +130,8 @@ def recognise(module: torch.nn.Module, what: str) -> tuple[str | None, str]:
         return None, "there is no kernel for this norm"
     if getattr(module, "inplace", False):
         return None, "it works in place"
+    if any(p.is_meta for p in module.parameters(recurse=False)):
+        return None, "its parameters are on the meta device, where nothing can be tried"
     if len(_inputs(module)) != 1:
         return None, f"its forward takes {len(_inputs(module))} inputs, wanted 1"
     return _recognise_norm(module) if what == "norm" else _recognise_activation(module)
@@ -159,7 +161,7 @@ def _recognise_norm(module) -> tuple[str | None, str]:
 def _recognise_activation(module) -> tuple[str | None, str]:
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None, "it has parameters or buffers"
-    kind = _behaves_like(module, (module, [torch.linspace(-9, 9, 301, dtype=torch.float64)]), ACTIVATIONS)
+    kind = _behaves_like(module, (module, [torch.linspace(-9, 9, 301, dtype=torch.float64, device="cpu")]), ACTIVATIONS)
     return kind, "" if kind else f"its forward is none of {', '.join(ACTIVATIONS)}"
 
 

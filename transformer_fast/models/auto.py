@@ -63,7 +63,7 @@ class _Mapping(OrderedDict):
         self[key] = value
 
 
-def _theirs(cls, model_type: str | None):
+def _theirs(cls, model_type: str | None, kwargs: dict):
     """transformers' auto class, for a model_type that it has a class for and this package does not; else None."""
     names, registered = cls._model_mapping.names, list(cls._model_mapping)
     known = sorted(t for t in FAMILIES if _class_for(names, t) is not None)
@@ -76,11 +76,20 @@ def _theirs(cls, model_type: str | None):
             f"{', '.join(known)} here"
         )
     warnings.warn(
-        f"{cls.__name__}: this package has no class for model_type {model_type!r}; transformers' own is used, as it is "
-        "(transformer_fast.accelerate(model) makes parts of it fast)",
+        f"{cls.__name__}: this package has no class for model_type {model_type!r}; transformers' own is used, "
+        f"{'as it is, for attn_implementation is given' if 'attn_implementation' in kwargs else 'with accelerate()'}",
         stacklevel=3,
     )
     return theirs
+
+
+def _accelerated(loaded, kwargs: dict):
+    """transformers' model, or (model, loading info), with what this package has for any model."""
+    if "attn_implementation" not in kwargs:
+        # By name: accelerate stands above the models, and only a model that is none of them needs it here.
+        acceleration = importlib.import_module("..integrations.acceleration", __package__)
+        acceleration.accelerate(loaded[0] if isinstance(loaded, tuple) else loaded, verbose=False)
+    return loaded
 
 
 class _Auto:
@@ -89,30 +98,31 @@ class _Auto:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As HF's. A checkpoint of a model_type this package has no class for becomes transformers' own model, with a
-        warning. Raises ValueError where transformers has none either, OSError where the hub is needed and cannot be
-        reached."""
+        warning and, unless attn_implementation is given, with accelerate(). Raises ValueError where transformers has
+        none either, OSError where the hub is needed and cannot be reached."""
         drop_trust(kwargs)
         config = kwargs.get("config")
         if isinstance(config, transformers.PreTrainedConfig):
             model_type = config.model_type
         else:
             model_type = model_type_of(config or pretrained_model_name_or_path, kwargs)
-        if theirs := _theirs(cls, model_type):
+        if theirs := _theirs(cls, model_type, kwargs):
             try:
-                return theirs.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+                loaded = theirs.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             except Exception as error:
                 explain_broken(
                     error, pretrained_model_name_or_path, local_folder(pretrained_model_name_or_path, kwargs)
                 )
                 raise
+            return _accelerated(loaded, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_config(cls, config, **kwargs):
-        """As HF's; transformers' own model, with a warning, for a model_type this package has no class for."""
+        """As HF's; transformers' own model, as in from_pretrained, for a model_type this package has no class for."""
         drop_trust(kwargs)
-        if theirs := _theirs(cls, config.model_type):
-            return theirs.from_config(config, **kwargs)
+        if theirs := _theirs(cls, config.model_type, kwargs):
+            return _accelerated(theirs.from_config(config, **kwargs), kwargs)
         return super().from_config(config, **kwargs)
 
 
