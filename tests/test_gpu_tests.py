@@ -58,3 +58,31 @@ def test_one(device):
 """
     (function,) = _tests_on_a_device(ast.parse(source))
     assert _beside_the_device(function) == [5]
+
+
+def _marked_beside_a_fixture_of_devices(tree: ast.Module) -> list[str]:
+    """Tests that are marked for the GPU in a file whose fixtures run every test on each device: a GPU would run them on
+    the CPU as well."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    every = [f for f in functions if any("autouse" in ast.dump(d) for d in f.decorator_list)]
+    if not any("device" in {a.arg for a in fixture.args.args} for fixture in every):
+        return []
+    return [f.name for f in functions if any("attr='gpu'" in ast.dump(d) for d in f.decorator_list)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_is_marked_for_the_gpu_runs_there_alone(file):
+    assert not _marked_beside_a_fixture_of_devices(ast.parse(file.read_text()))
+
+
+def test_sees_a_marked_test_beside_a_fixture_of_devices():
+    source = """
+@pytest.fixture(autouse=True)
+def _machine(device):
+    yield
+
+@pytest.mark.gpu
+def test_one():
+    pass
+"""
+    assert _marked_beside_a_fixture_of_devices(ast.parse(source)) == ["test_one"]

@@ -354,6 +354,20 @@ def test_heads_mix_the_layers(files):
     assert pooled_model.elmo.embeddings.characters.weight.grad.abs().sum() > 0
 
 
+def test_pipelines_take_its_tokenizer(files):
+    """Ragged texts as a batch, each as alone."""
+    model = tf.ElmoForSequenceClassification.from_allennlp(*files, num_labels=3).eval()
+    tokenizer, texts = ElmoTokenizer(CHARACTERS), ["The cat sat.", "Panic!", "A dog."]
+    found = tf.pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)(texts, batch_size=3)
+    for text, scores in zip(texts, found):
+        wanted = model(**tokenizer([text], return_tensors="pt")).logits.softmax(-1)[0]
+        by_label = {s["label"]: s["score"] for s in scores}
+        torch.testing.assert_close(torch.tensor([by_label[f"LABEL_{i}"] for i in range(3)]), wanted.detach())
+    features = tf.pipeline("feature-extraction", model=model.elmo, tokenizer=tokenizer)(texts[0])
+    wanted = model.elmo(**tokenizer([texts[0]], return_tensors="pt"))[0]
+    torch.testing.assert_close(torch.tensor(features), wanted.detach())
+
+
 def test_layer_features(files):
     model, tokenizer = tf.ElmoModel.from_allennlp(*files), ElmoTokenizer(CHARACTERS)
     texts = ["The cat sat.", "Panic!"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from instruction_sets import running_on
 from numerics import GRADIENT, assert_as_accurate
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import transformer_fast as tf
 from transformer_fast.backends import native
@@ -263,6 +263,10 @@ def _bad(**changed):
 BAD = {
     "input": (_bad(input=torch.randn(5, 7)), ValueError, r"input.*3 dimensions.*\(5, 7\)"),
     "integers": (_bad(input=torch.ones(4, 5, 7, dtype=torch.long)), TypeError, "input.*floating.*int64"),
+    "packed": (
+        _bad(input=pack_sequence([torch.randn(5, 7), torch.randn(3, 7)])), TypeError,
+        "input.*PackedSequence.*cu_seqlens.*lengths",
+    ),
     "weight_ih": (_bad(weight_ih=torch.randn(44, 6)), ValueError, r"weight_ih.*\(44, 7\).*\(44, 6\)"),
     "weight_hh": (_bad(weight_hh=torch.randn(33, 11)), ValueError, r"weight_hh.*\(44, 11\).*\(33, 11\)"),
     "bias_hh": (_bad(bias_hh=torch.randn(43)), ValueError, r"bias_hh.*\(44,\).*\(43,\)"),

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import Backend, Call, eager_recurrence, memory, select
 from ..backends.specs import RecurrenceSpec
@@ -227,6 +228,11 @@ def _sequences(input, lengths, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, in
 
 
 def _run(cell, input, weight_ih, weight_hh, bias_ih, bias_hh, initial, lengths, cu_seqlens, max_seqlen, reverse):
+    if isinstance(input, PackedSequence):
+        raise TypeError(
+            "input: wanted a tensor, got PackedSequence, whose steps lie side by side; give sequences one after the "
+            "other with cu_seqlens, or a padded batch with lengths"
+        )
     _common.check_floating("input", input)
     cast = _common.autocast_dtype(input.device)
     if cast is not None and input.dtype != torch.float64:

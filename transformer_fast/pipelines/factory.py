@@ -13,6 +13,7 @@ from transformers.pipelines.base import Pipeline
 from .._transformers import name_or_path
 from ..integrations import accelerate
 from ..models import auto
+from ..models._elmo_tokenizer import ElmoTokenizer
 from ..models._loading import drop_trust, explain_broken, local_folder, need_hub
 from . import transformers_own as own
 from .question_answering import QuestionAnsweringPipeline
@@ -151,7 +152,7 @@ def pipeline(
             raise ValueError("tokenizer: wanted one, as the model was not loaded from a checkpoint that has it")
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = _load_tokenizer(os.fspath(tokenizer), use_fast=use_fast, **loading)
-    elif not isinstance(tokenizer, hf.PreTrainedTokenizerBase):
+    elif not isinstance(tokenizer, (hf.PreTrainedTokenizerBase, ElmoTokenizer)):
         raise TypeError(f"tokenizer: wanted its name or a tokenizer, got {type(tokenizer).__name__}")
     if device is not None:
         kwargs["device"] = device
