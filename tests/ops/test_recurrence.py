@@ -263,7 +263,7 @@ def _bad(**changed):
 BAD = {
     "input": (_bad(input=torch.randn(5, 7)), ValueError, r"input.*3 dimensions.*\(5, 7\)"),
     "integers": (_bad(input=torch.ones(4, 5, 7, dtype=torch.long)), TypeError, "input.*floating.*int64"),
-    "packed": (
+    "unpadded": (
         _bad(input=pack_sequence([torch.randn(5, 7), torch.randn(3, 7)])), TypeError,
         "input.*PackedSequence.*cu_seqlens.*lengths",
     ),
