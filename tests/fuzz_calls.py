@@ -313,6 +313,30 @@ def _kv_cache(d: Draw) -> None:
     d.call.ours = f"tf.kv_cache_attention(q, k, v, key_cache.clone(), value_cache.clone(), lengths{more})"
 
 
+def _rotary_append(d: Draw) -> None:
+    batch, (heads, key_heads), dim = d.size(1, 3), _heads(d), d.size(2, 100)
+    new, capacity = d.size(1, 5), d.size(6, 40)
+    d.call.grad = False
+    d.tensor("q", (batch, heads, new, dim))
+    for name, rows in (("k", new), ("v", new), ("key_cache", capacity), ("value_cache", capacity)):
+        d.tensor(name, (batch, key_heads, rows, dim))
+    d.integers("lengths", 0, capacity - new + 1, (batch,))
+    columns = d.size(1, dim // 2)
+    for name in ("cos", "sin"):
+        d.other(name, "torch.rand({n})", (capacity, columns), d.parameter_dtype())
+    positions = d.integers("positions", 0, capacity, (batch, new)) if d.chance() else "None"
+    weights = [d.maybe(name, (dim,)) for name in ("query_weight", "key_weight")]
+    d.call.setup.append(
+        "def append(q, k, v, keys, values, **more):\n"
+        f"    q = tf.rotary_cache_append(q, k, v, keys, values, lengths, cos, sin, {positions}, **more)\n"
+        "    return q, keys, values"
+    )
+    d.call.ours = (
+        f"append(q, k, v, key_cache.clone(), value_cache.clone(), query_weight={weights[0]}, key_weight={weights[1]}, "
+        f"interleaved={d.chance()})"
+    )
+
+
 def _multi_head(d: Draw) -> None:
     batch, queries, keys, heads, dim = d.size(1, 3), d.size(1, 30), d.size(1, 30), d.size(1, 4), d.size(1, 20)
     e = heads * dim
@@ -459,6 +483,7 @@ OPS = {
     "recurrence": _recurrence,
     "recurrent_decoder": _recurrent_decoder,
     "recurrent_step": _step,
+    "rotary_cache_append": _rotary_append,
     "rotary_embedding": _rotary,
     "varlen_attention": _varlen,
     **fuzz_decoders.OPS,

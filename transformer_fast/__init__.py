@@ -294,6 +294,7 @@ _EXPORTS = {
         "to_panels",
         "projections",
         "rms_norm",
+        "rotary_cache_append",
         "rotary_embedding",
         "scaled_dot_product_attention",
         "varlen_attention",

@@ -15,14 +15,17 @@ namespace {
 
 constexpr int kTile = kWidth == 16 ? 12 : 6;  // rows held in registers: 2 kTile accumulators
 constexpr int64_t kTogether = 32;             // rows that pass over a panel together
-constexpr int64_t kRun = 128;                 // products per running sum, at most: long sums lose digits
+// Products per running sum, at most: long sums lose digits. For few rows other libraries make dot products, of many
+// partial sums, and short ones lose as little.
+constexpr int64_t kRun = 128, kShortRun = 16, kFewRows = 4;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out (M, 32) = x (M, in) times one panel. Fetch: the panel is new, and memory after it is prefetched.
 template <int M, bool Fetch>
 static void multiply_tile(const float* x, int64_t ldx, const float* panel, int64_t in, float* out) {
-  const int64_t runs = (in + kRun - 1) / kRun, run = (in + runs - 1) / runs;
+  constexpr int64_t longest = M <= kFewRows ? kShortRun : kRun;
+  const int64_t runs = (in + longest - 1) / longest, run = (in + runs - 1) / runs;
   for (int g = 0; g < 16; g += kWidth)
     for (int64_t begin = 0; begin < in; begin += run) {
       const int64_t end = least(begin + run, in);

@@ -112,10 +112,16 @@ def test_a_step_waits_for_nothing(family, monkeypatch):
             setattr(stepper, name, getattr(stepper, name).to("meta"))
         stepper._angles = tuple(t.to("meta") for t in stepper._angles)
         stepper._place_angles()
+        for module in (stepper._final_norm, *(m for w in stepper._layers for m in w)):
+            if isinstance(module, torch.nn.Module):
+                module.to("meta")
         with Devices() as devices:
             stepper._run()
     assert devices.found == {"meta"}
-    assert sum("kv_cache_attention" in call for call in devices.calls) == 3
+    attention = "kv_cache_attention" if family == "OPT" else "rotary_cache_append"
+    assert sum(attention in call for call in devices.calls) == 3
+    # Each sum goes with the norm that reads it. By themselves: the lengths, positions, one of GPT-NeoX's two sublayers.
+    assert sum("aten.add.Tensor" in call for call in devices.calls) == {"GPTNeoX": 4, "OPT": 2}.get(family, 1)
 
 
 def test_windows_and_padding(monkeypatch):

@@ -19,6 +19,21 @@ def _launch(width, half, dtype, interleaved):
     rotary(x, table, table, positions, interleaved, False, x)
 
 
+def _launch_append(width, half, dtype, interleaved, batch, length):
+    from transformer_fast.kernels.rotary import rotary_append
+
+    def data(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    query, new = data(batch, length, 32, width), data(batch, length, 8, width)
+    cache, table, weight = data(batch, 8, 1024, width), data(1024, half, dtype=torch.float32), data(width)
+    positions = data(batch, length, dtype=torch.int64)
+    rotary_append(
+        query, new, new, cache, cache, data(batch, dtype=torch.int32), table, table, positions, weight, weight, 1e-6,
+        interleaved, query,
+    )  # fmt: skip
+
+
 def cases(arch: int, scope: str):
     found = {}
     for shape_name, (width, half) in SHAPES.items():
@@ -27,6 +42,9 @@ def cases(arch: int, scope: str):
                 if scope != "test" or (dtype_name == "bfloat16" and shape_name == "llama"):
                     name = f"{shape_name}, {dtype_name}{', interleaved' * interleaved}"
                     found[name] = functools.partial(_launch, width, half, dtype, interleaved)
+                    for tokens in ((1, 1), (8, 512)):
+                        append = functools.partial(_launch_append, width, half, dtype, interleaved, *tokens)
+                        found[f"{name}, append {tokens}"] = append
     return found
 
 

@@ -70,6 +70,10 @@ CALLS = {
         lambda x, c, s, p: tf.ops.rotary_embedding(x, c, s, p), lambda n, m: {
             "x": torch.randn(2, n, 3, 16), "c": torch.randn(9, 6), "s": torch.randn(9, 6),
             "p": torch.arange(2 * n).view(2, n) % 9}),
+    "rotary_cache_append": (None, lambda n, m: {
+        "q": _heads(2, 2), "k": _heads(1, 2), "v": _heads(1, 2), "kc": _heads(1, 2 * n), "vc": _heads(1, 2 * n),
+        "n": _integers(5, 2 * n - 2), "c": torch.randn(3 * n, 6), "s": torch.randn(3 * n, 6),
+        "p": torch.arange(4).view(2, 2), "qw": _vector(16), "kw": _vector(16)}),
     "kv_cache_attention": (None, lambda n, m: {
         "q": _heads(2, 1), "k": _heads(2, 1), "v": _heads(2, 1), "kc": _heads(2, 3 * n), "vc": _heads(2, 3 * n),
         "n": _integers(12, 3 * n - 1)}),
@@ -80,7 +84,8 @@ SINGLE = (
     "add_layer_norm",
     "rotary_embedding",
 )  # the rest of the cuda backend is 16-bit attention
-OF_CUDA = (*SINGLE, "attention", "attention_relative", "varlen_attention", "qkv_attention", "kv_cache_attention")
+IN_PLACE = ("kv_cache_attention", "rotary_cache_append")  # without gradients
+OF_CUDA = (*SINGLE, *IN_PLACE, "attention", "attention_relative", "varlen_attention", "qkv_attention")
 
 
 CONSTANT = (("cross_entropy", "w"), ("rotary_embedding", "c"), ("rotary_embedding", "s"))  # get no gradient
@@ -114,14 +119,16 @@ def _expanded(t):
 WAYS = {f.__name__[1:]: f for f in (_every_other, _behind_others, _transposed, _expanded)}
 
 
-def _cache_call(q, k, v, kc, vc, n):
+def _cache_call(q, k, v, kc, vc, n, c=None, s=None, p=None, qw=None, kw=None):
     with torch.no_grad():
-        return tf.kv_cache_attention(q, k, v, kc, vc, n), kc, vc
+        if c is None:
+            return tf.kv_cache_attention(q, k, v, kc, vc, n), kc, vc
+        return tf.rotary_cache_append(q, k, v, kc, vc, n, c, s, p, query_weight=qw, key_weight=kw), kc, vc
 
 
 def _run(op, tensors, backend, way=None, dtype=None):
     """Outputs and gradients. way: of the arguments and of the gradients that arrive."""
-    call, gradients = CALLS[op][0] or _cache_call, op != "kv_cache_attention"
+    call, gradients = CALLS[op][0] or _cache_call, op not in IN_PLACE
     leaves = {}
     for name, t in tensors.items():
         t = t.clone()

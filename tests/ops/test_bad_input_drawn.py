@@ -38,6 +38,11 @@ CALLS = {
         "value_cache": r(2, 2, 9, 8), "cache_lengths": LENGTHS, "scale": 0.5, "window": (3, None), "softcap": 1.0,
         "relative_bias": tf.RelativeBias(r(8, 4), 40, False),
     },
+    tf.rotary_cache_append: {
+        "query": r(2, 4, 1, 8), "key": r(2, 2, 1, 8), "value": r(2, 2, 1, 8), "key_cache": r(2, 2, 9, 8),
+        "value_cache": r(2, 2, 9, 8), "cache_lengths": LENGTHS, "cos": r(9, 4), "sin": r(9, 4),
+        "positions": torch.tensor([5]), "query_weight": r(8), "key_weight": r(8), "eps": 1e-6, "interleaved": False,
+    },
     tf.attention_probabilities: {
         "query": r(2, 4, 5, 8), "key": r(2, 2, 6, 8), "lse": r(2, 4, 5), "scale": 0.5, "heads": [1], "bias": r(5, 6),
         "attn_mask": torch.ones(5, 6, dtype=torch.bool), "key_lengths": LENGTHS, "is_causal": True,

@@ -294,3 +294,21 @@ def test_bad_input(name):
     arguments, error, message = BAD[name]
     with pytest.raises(error, match=message):
         tf.lstm(**arguments)
+
+
+@pytest.mark.parametrize("isa", native.supported_isas() if not native.load() else [])
+def test_one_sequence_is_as_exact_as_dot_products(isa):
+    """Which plain PyTorch makes of one row, of many partial sums. The errors of many draws, taken together."""
+    found = []
+    with running_on(isa):
+        for seed in range(627, 691):
+            torch.manual_seed(seed)
+            x, w, u, b, c = (torch.randn(n) for n in (48, 3168, 74, 198, 198))
+            x, w, u = x.view(1, 3, 16), w.view(198, 16), u.as_strided((198, 66), (0, 1), 8)
+            lengths = torch.randint(0, 4, (1,))
+            ours = tf.gru(x, w, u, b, c, lengths=lengths)[0]
+            with tf.backend("eager"):
+                truth = tf.gru(*(t.double() for t in (x, w, u, b, c)), lengths=lengths)[0]
+                plain = tf.gru(x, w, u, b, c, lengths=lengths)[0]
+            found.append((ours, truth, plain))
+    assert_as_accurate(*map(torch.cat, zip(*found)))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import memory
 from .specs import (
     AdditiveAttentionSpec,
     AttentionSpec,
@@ -17,6 +18,7 @@ from .specs import (
     NormSpec,
     RecurrenceSpec,
     RecurrentStepSpec,
+    RotaryAppendSpec,
 )
 
 Tensor = torch.Tensor
@@ -163,6 +165,26 @@ class Backend:
         y: Tensor,
     ) -> None:
         raise NotImplementedError
+
+    def rotary_append(self, spec: RotaryAppendSpec, y: Tensor) -> None:
+        """Write y, the queries normed and rotated, and in place the caches' rows behind those in use: here one op after
+        the other."""
+        length, device = spec.query.shape[1], spec.query.device
+        rows = spec.cache_lengths[:, None].long() + torch.arange(length, device=device)
+        positions = rows if spec.positions is None else spec.positions
+        keys = memory.empty(tuple(spec.key.shape), spec.key.dtype, device)
+        for x, weight, out in ((spec.query, spec.query_weight, y), (spec.key, spec.key_weight, keys)):
+            if weight is not None:
+                flat = x.reshape(-1, x.shape[-1])
+                normed = memory.empty(tuple(flat.shape), flat.dtype, device)
+                self.norm_forward(
+                    NormSpec(flat, None, weight, None, None, spec.eps, True, 0.0), normed, None, None, None
+                )
+                x = normed.view(x.shape)
+            self.rotary_embedding(x, spec.cos, spec.sin, positions, spec.interleaved, False, out)
+        sequences = torch.arange(len(rows), device=device)[:, None]
+        for cache, new in ((spec.key_cache, keys), (spec.value_cache, spec.value)):
+            cache.transpose(1, 2)[sequences, rows] = new
 
     def embedding_layer_norm_forward(self, spec: EmbeddingSpec, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
         raise NotImplementedError

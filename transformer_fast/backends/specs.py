@@ -101,6 +101,25 @@ class NormSpec(NamedTuple):
     dropout_p: float
 
 
+class RotaryAppendSpec(NamedTuple):
+    """One call: query, key, value (B, S, H, D) and caches (B, key heads, capacity, D), all with last stride 1; cos, sin
+    as the backend's rotary_embedding takes them; positions int64 (B, S), None for those behind cache_lengths."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    cache_lengths: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+    query_weight: torch.Tensor | None
+    key_weight: torch.Tensor | None
+    eps: float
+    interleaved: bool
+
+
 class CrossEntropySpec(NamedTuple):
     """One call on (rows, classes) logits. With p = softmax(x), w the class weights (1 where there are none),
     e the label smoothing and y the target, the loss of a row that is not ignored is

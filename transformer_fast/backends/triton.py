@@ -187,6 +187,12 @@ class TritonBackend(Backend):
         with _device_of(y):
             rotary(x, cos, sin, positions, interleaved, inverse, y)
 
+    def rotary_append(self, spec, y) -> None:
+        from ..kernels.rotary import rotary_append
+
+        with _device_of(y):
+            rotary_append(*spec[:5], _dense(spec.cache_lengths), *spec[6:], y)
+
     def cross_entropy_forward(self, spec, losses, largest, total) -> None:
         from ..kernels.cross_entropy import cross_entropy_forward
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import ops
-from ..layers import Rotary, StackCall, Unpadding, transformer_layer
+from ..layers import Rotary, StackCall, Unpadding, normed_input, transformer_layer
 from ..layers.projection import linear, norm
 from .described_step import DescribedStepper
 from .model_step import ModelStepper
@@ -27,20 +28,39 @@ __all__ = ["GraphStepper"]
 class AppendedCache:
     """Keys and values of every layer, (layers, 2, rows, H, capacity, D), extended by the attention that reads them.
 
-    lengths: (rows,) int32, positions held by each row. layers.transformer_layer asks a cache that has `attend` to
-    do so; cross_attention_cache and is_updated are what it wants of an EncoderDecoderCache.
+    lengths: (rows,) int32, positions held by each row; filled: the same with the one that a step adds.
+    layers.transformer_layer asks a cache that has `attend` to do so; cross_attention_cache and is_updated are what it
+    wants of an EncoderDecoderCache.
     """
 
     def __init__(self, store: torch.Tensor, lengths: torch.Tensor, cross: Any):
-        self.store, self.lengths = store, lengths
+        self.store, self.lengths, self.filled = store, lengths, lengths + 1
         self.cross_attention_cache = cross
         self.is_updated = {} if cross is None else dict.fromkeys(range(len(cross.layers)), True)
 
-    def attend(self, query, key, value, index: int, **options) -> torch.Tensor:
-        """(rows, H, 1, D): one new position per row, on all that the row holds with it, or on those of a window.
-        options: of ops.kv_cache_attention."""
+    def attend(self, query, key, value, index: int, place: dict[str, Any] | None, **options) -> torch.Tensor:
+        """(rows, H, 1, D): one new position per row, on all that the row holds with it, or on those of a window. place:
+        of ops.rotary_cache_append, where queries and keys are still to be rotated; options: of attention."""
         keys, values = self.store[index]
-        return ops.kv_cache_attention(query, key, value, keys, values, self.lengths, **options)
+        if place is None:
+            return ops.kv_cache_attention(query, key, value, keys, values, self.lengths, **options)
+        query = ops.rotary_cache_append(query, key, value, keys, values, self.lengths, **place)
+        return ops.scaled_dot_product_attention(
+            query, keys, values, key_lengths=self.filled, causal_alignment="bottom_right", enable_gqa=True, **options
+        )
+
+
+_NORMS = ("attention_norm", "cross_norm", "output_norm", "query_norm", "key_norm", "attention_after_norm",
+          "output_after_norm")  # fmt: skip
+
+
+def _ready(module: Any) -> Any:
+    """A norm for many steps: where its factor is 1 + weight, another that holds that sum."""
+    if not getattr(module, "adds_one", False):
+        return module
+    made = nn.RMSNorm(tuple(module.weight.shape), module.eps, device="meta")
+    made.weight = nn.Parameter(1.0 + module.weight.float(), requires_grad=False)
+    return made
 
 
 def _is_on_the_left(padding: torch.Tensor) -> bool:
@@ -112,6 +132,8 @@ class GraphStepper(DescribedStepper):
             if relative is None
             else ops.RelativeBias(relative.weight, description.relative_max_distance, False),
         )
+        self._layers = [w._replace(**{n: _ready(getattr(w, n)) for n in _NORMS}) for w in description.layers]
+        self._final_norm = _ready(description.final_norm)
         self._cover_angles()
         self._logits: torch.Tensor | None = None
         return logits
@@ -169,15 +191,19 @@ class GraphStepper(DescribedStepper):
         if description.embed_scale != 1:
             x = x * description.embed_scale
         if description.position is not None:
-            rows = description.positions(self._tokens, self._positions)
+            rows = description.positions(self._tokens, self._positions)  # type: ignore[arg-type]
             x = x + description.position.weight[rows][:, None]
         if description.embedding_norm is not None:
             x = norm(description.embedding_norm, x)
         states = () if self._call.encoder_states is None else (self._call.encoder_states,)
-        for index, weights in enumerate(description.layers):
+        cache.filled = cache.lengths + 1
+        pre = description.spec.norm_position == "pre"
+        following = [*(w.attention_norm for w in self._layers[1:]), self._final_norm]
+        for index, weights in enumerate(self._layers):
+            self._call.following = following[index] if pre else None
             x = transformer_layer(weights, x, self._call, index, False, cache, *states)
-        if description.final_norm is not None:
-            x = norm(description.final_norm, x)
+        if self._final_norm is not None:
+            x = normed_input(self._final_norm, x, self._call)
         x = x[:, 0] if description.head_scale == 1 else x[:, 0] * description.head_scale
         logits = linear(description.head, x)
         if description.head_bias is not None:
@@ -203,7 +229,7 @@ class GraphStepper(DescribedStepper):
 
     def _place_angles(self) -> None:
         if self._description.rotary is not None:
-            self._call.rotary = Rotary(*self._angles, self._positions[:, None])  # type: ignore[index]
+            self._call.rotary = Rotary(*self._angles, self._positions[:, None])  # type: ignore[call-arg, index]
 
     def _captured(self) -> Callable[[], None]:
         """One step as a graph, or as it is where something in it cannot be captured."""

@@ -6,7 +6,7 @@ from .planning import Rotary, StackCall, plan_call
 from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
-from .stack import run_layers, transformer_layer
+from .stack import normed_input, run_layers, transformer_layer
 from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
 from .unpadding import Unpadding, compute_padding, documents_of, padding_is_computed, plan_unpadding, positions_kept
 
@@ -26,6 +26,7 @@ __all__ = [
     "compute_padding",
     "concat_pooling",
     "documents_of",
+    "normed_input",
     "transformer_layer",
     "padding_is_computed",
     "plan_call",

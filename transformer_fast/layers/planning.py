@@ -62,6 +62,8 @@ class StackCall:
     windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
     one for each layer where layers differ. disentangled: takes the place of self-attention; distances: the table it
     reads.
+    following: the norm that reads what a layer returns, computed with its last sum; ready: (that sum, the norm, its
+    result).
     """
 
     spec: TransformerSpec
@@ -84,6 +86,8 @@ class StackCall:
     cross_attentions: dict[int, torch.Tensor] | None = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     table_is_cut: bool = False
+    following: nn.Module | None = None
+    ready: tuple[torch.Tensor, nn.Module, torch.Tensor] | None = None
 
     def relative_of(self, w: LayerWeights) -> tuple[ops.RelativeBias | None, torch.Tensor | None]:
         """relative_bias and bias for the layer of weights w; without padding alone the matrix, where there is one."""

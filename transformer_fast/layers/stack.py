@@ -9,12 +9,12 @@ from torch import nn
 from .. import ops
 from ..ops.linear_int8 import Int8BlockWeights, int8_block
 from .planning import StackCall
-from .projection import add_norm, add_norm_sum, dropout_p, linear, norm, norm_of
+from .projection import add_norm, add_norm_sum, dropout_p, is_plain, is_rms_norm, linear, norm, norm_of
 from .quantized import block_weights, is_int8
 from .spec import LayerWeights, TransformerSpec
 from .stack_attention import cross_attention, self_attention
 
-__all__ = ["run_layers", "transformer_layer"]
+__all__ = ["normed_input", "run_layers", "transformer_layer"]
 
 
 def run_layers(
@@ -37,6 +37,7 @@ def run_layers(
         if index in keep_hidden:
             call.hidden_states[index], rows = call.unpadding.show(rows)
         last = first_only and index == len(layers) - 1
+        call.following = _following(layers, index, call)
         # By position: reentrant checkpointing differentiates with respect to these alone.
         states = tuple(t for t in (call.encoder_states, call.distances) if t is not None)
         rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
@@ -70,7 +71,7 @@ def transformer_layer(
 
 def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_values, encoder_states, distances):
     post = call.spec.norm_position == "post"
-    normed = x if post else norm(w.attention_norm, x)
+    normed = x if post else normed_input(w.attention_norm, x, call)
     block = _int8_block(w, x, call.spec) if encoder_states is None and is_int8(w.down) else None
     if call.disentangled is not None:
         sizes, scale = (call.spec.num_heads, call.spec.head_dim), call.spec.scale
@@ -101,12 +102,41 @@ def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_valu
         elif first_only:
             normed = call.unpadding.first(normed)
         inner = _feed_forward(w, normed, call.spec)
-        return residual + ops.dropout(mixed, p) + ops.dropout(inner, p_out)
+        return _last_sum(inner, residual + ops.dropout(mixed, p), p_out, call)
     normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)
     inner = _feed_forward(w, normed, call.spec)
     if w.output_after_norm is not None:
         inner = norm(w.output_after_norm, inner)
-    return _clamped(residual + ops.dropout(inner, p_out), call.spec)
+    return _last_sum(inner, residual, p_out, call)
+
+
+def normed_input(module: Any, x: torch.Tensor, call: StackCall) -> torch.Tensor:
+    """norm(x), which the layer before may have computed."""
+    ready, call.ready = call.ready, None
+    return ready[2] if ready is not None and ready[0] is x and ready[1] is module else norm(module, x)
+
+
+def _last_sum(inner, residual, p: float, call: StackCall) -> torch.Tensor:
+    """residual + dropout(inner), and what call.following makes of it in the same pass."""
+    if call.following is None:
+        return _clamped(residual + ops.dropout(inner, p), call.spec)
+    normed, total = _sum_norm(call.following, inner, residual, p, call.spec)
+    call.ready = (total, call.following, normed)
+    return total
+
+
+def _following(layers: list[nn.Module], index: int, call: StackCall) -> nn.Module | None:
+    """The norm that the layer after `index` begins with, where both are nobody's but ours: a hook may read or change
+    what goes from layer to layer, or be what gathers a layer's weights. A compiler joins sum and norm itself."""
+    if call.spec.norm_position != "pre" or index + 1 >= len(layers) or torch.compiler.is_compiling():
+        return None
+    for layer in layers[index : index + 2]:
+        if not (hasattr(type(layer), "slots") and is_plain(layer, type(layer))):
+            return None
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            return None
+    module = layers[index + 1].slots().read(layers[index + 1]).attention_norm  # type: ignore[operator]
+    return module if is_plain(module, nn.LayerNorm) or is_rms_norm(module) else None
 
 
 def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:

@@ -7,10 +7,7 @@ import torch
 from .. import ops
 from ..ops.linear_int8 import attention_dtype
 from .planning import StackCall, self_cache
-from .projection import dropout_p, linear, norm, projections
-from .unpadding import (
-    Unpadding,
-)
+from .projection import dropout_p, linear, norm, norm_of, projections
 
 __all__ = ["cross_attention", "self_attention"]
 
@@ -24,6 +21,9 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
     plain = call.mask is None and past_key_values is None and call.attentions is None and not (first_only or placed)
     plain = plain and call.relative_bias is None
     dtype = attention_dtype(x) if int8 and plain else None
+    cache = None if past_key_values is None else self_cache(past_key_values)
+    place = _place_with_append(w, x, call, index) if hasattr(cache, "attend") else None
+    placed = placed and place is None
     sizes = (spec.num_heads, spec.heads_of_keys, spec.heads_of_keys)
     relative, bias = call.relative_of(w)
     if w.qkv is not None:
@@ -59,11 +59,12 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
         return out.flatten(-2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
-        cache = self_cache(past_key_values)
+        assert cache is not None
         if hasattr(cache, "attend"):  # it extends itself while it is read
             out = cache.attend(
-                q, k, v, index, scale=scale, relative_bias=relative, window=_window(call, index), softcap=spec.softcap
-            )
+                q, k, v, index, place, scale=scale, relative_bias=relative, window=_window(call, index),
+                softcap=spec.softcap,
+            )  # fmt: skip
             return out.transpose(1, 2).flatten(-2)
         k, v = cache.update(k, v, index)
     mask = call.mask
@@ -88,6 +89,23 @@ def _placed(w, q, k, call: StackCall, index: int) -> tuple[torch.Tensor, torch.T
     if rotary is not None:
         q, k = (rotary(t, call.spec.rotary_interleaved) for t in (q, k))
     return q, k
+
+
+def _place_with_append(w, x, call: StackCall, index: int) -> dict[str, Any] | None:
+    """What ops.rotary_cache_append is told of a layer; None where it would compute something else."""
+    rotary = call.rotary_of(index)
+    if rotary is None:
+        return None
+    place: dict[str, Any] = {**rotary._asdict(), "interleaved": call.spec.rotary_interleaved}
+    if w.query_norm is None:
+        return place
+    norms = [norm_of(module) for module in (w.query_norm, w.key_norm)]
+    wanted = ((call.spec.head_dim,), x.dtype)
+    if any(n is None or not n[1] or (n[0].weight.shape, n[0].weight.dtype) != wanted for n in norms):
+        return None
+    (query, _), (key, _) = norms  # type: ignore[misc]
+    place |= {"query_weight": query.weight, "key_weight": key.weight, "eps": query.eps}
+    return place if query.eps == key.eps else None
 
 
 def _is_special(call: StackCall, index: int) -> bool:

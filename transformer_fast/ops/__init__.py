@@ -17,6 +17,7 @@ from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .recurrence import gru, lstm
 from .recurrent_step import recurrent_step
 from .rotary import rotary_embedding
+from .rotary_cache_append import rotary_cache_append
 
 __all__ = [
     "RelativeBias",
@@ -43,6 +44,7 @@ __all__ = [
     "qkv_attention",
     "recurrent_step",
     "rms_norm",
+    "rotary_cache_append",
     "rotary_embedding",
     "scaled_dot_product_attention",
     "varlen_attention",

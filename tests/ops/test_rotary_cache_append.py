@@ -1,0 +1,137 @@
+"""Rotation, head norms and the append to a cache in one call: every backend against plain PyTorch in float64, that
+against transformers, and what callers rely on."""
+
+import contextlib
+
+import cuda_emulator
+import pytest
+import rotary_cases
+import torch
+import triton_interpreter
+from numerics import assert_as_accurate
+
+import transformer_fast as tf
+from transformer_fast.backends import native
+
+B, CAPACITY, LENGTHS = 2, 13, (3, 9)
+CASES = {
+    "one token": {},
+    "grouped heads, norms": {"h": 6, "hk": 2, "norms": (True, True)},
+    "a part of the columns, several tokens": {"n": 3, "half": 5, "norms": (False, True), "placed": True},
+    "interleaved": {"n": 2, "interleaved": True, "norms": (True, True), "half": 3, "placed": True},
+    "every column, to the last row": {"n": 4, "d": 16, "norms": (True, False)},
+}
+BACKENDS = ["eager", "cpu", "triton", "cuda"]
+
+
+def inputs(device, dtype, h=2, hk=2, n=1, d=14, half=None, norms=(False, False), placed=False, interleaved=False):
+    def data(heads, rows):
+        return torch.randn(B, rows, heads, d, device=device).to(dtype).transpose(1, 2)
+
+    caches = [torch.full((B, hk, CAPACITY, d), torch.nan, device=device, dtype=dtype) for _ in range(2)]
+    lengths = torch.tensor(LENGTHS, device=device, dtype=torch.int32)
+    cos, sin = rotary_cases.tables(CAPACITY + 5, d // 2 if half is None else half, device)
+    positions = torch.randint(0, CAPACITY + 5, (B, n), device=device) if placed else None
+    weights = [torch.rand(d, device=device) + 0.5 if norm else None for norm in norms]
+    more = {"query_weight": weights[0], "key_weight": weights[1], "interleaved": interleaved}
+    return [data(h, n), data(hk, n), data(hk, n), *caches, lengths, cos, sin, positions], more
+
+
+def run(arguments, more, dtype=None):
+    """The queries, and the caches after the call."""
+    call = [t.clone() if t is not None else None for t in arguments]
+    if dtype is not None:
+        call[:5] = [t.to(dtype) for t in call[:5]]
+    with torch.no_grad():
+        return [tf.rotary_cache_append(*call, **more), *call[3:5]]
+
+
+@contextlib.contextmanager
+def using(name, device):
+    if name == "cpu" and (device != "cpu" or native.load()):
+        pytest.skip(native.load() or "the CPU kernels take CPU tensors")
+    machine = {"triton": triton_interpreter, "cuda": cuda_emulator}.get(name) if device == "cpu" else None
+    with machine.active() if machine else contextlib.nullcontext(), tf.backend(name):
+        yield
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_against_float64(name, case, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments, more = inputs(device, dtype, **CASES[case])
+        new = arguments[0].shape[2]
+        with tf.backend("eager"):
+            truth, plain = run(arguments, more, torch.float64), run(arguments, more)
+        with using(name, device):
+            ours = run(arguments, more)
+        assert_as_accurate(ours[0], truth[0], plain[0], name="queries")
+        for i, what in ((1, "keys"), (2, "values")):
+            written = [
+                torch.cat([t[i][b, :, n : n + new] for b, n in enumerate(LENGTHS)]) for t in (ours, truth, plain)
+            ]
+            assert_as_accurate(*written, name=what)
+            assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are as they were
+
+
+def test_is_what_transformers_computes():
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+    arguments, more = inputs("cpu", torch.float32, h=4, hk=2, n=2, d=16, norms=(True, True))
+    query, key, value, _, _, lengths, cos, sin, _ = arguments
+    norms = []
+    for weight in (more["query_weight"], more["key_weight"]):
+        norms.append(Qwen3RMSNorm(16, eps=1e-6))
+        norms[-1].weight.data = weight
+    places = lengths[:, None].long() + torch.arange(2)
+    wide = [torch.cat((t, t), -1)[places] for t in (cos, sin)]
+    with torch.no_grad():
+        q, k = apply_rotary_pos_emb(norms[0](query), norms[1](key), *wide)
+    with tf.backend("eager"):
+        found, keys, values = run(arguments, more)
+    torch.testing.assert_close(found, q)
+    for b, n in enumerate(LENGTHS):
+        torch.testing.assert_close(keys[b, :, n : n + 2], k[b])
+        assert torch.equal(values[b, :, n : n + 2], value[b])
+
+
+def test_opcheck_and_one_graph_of_any_shape():
+    arguments, more = inputs("cpu", torch.float32, norms=(True, True))
+    arguments[3:5] = [t.nan_to_num() for t in arguments[3:5]]
+    op = torch.ops.transformer_fast.rotary_cache_append.default
+    torch.library.opcheck(op, (*arguments, more["query_weight"], more["key_weight"], 1e-6, False))
+    assert op._schema.arguments[3].alias_info.is_write and op._schema.arguments[4].alias_info.is_write
+    compiled = torch.compile(tf.rotary_cache_append, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 3):
+        arguments, more = inputs("cpu", torch.float32, n=n, norms=(True, True))
+        call = [None if t is None else t.clone() for t in arguments]
+        with torch.no_grad():
+            found = [compiled(*call, **more), *call[3:5]]
+        for ours, wanted in zip(found, run(arguments, more)):
+            torch.testing.assert_close(ours, wanted, equal_nan=True)
+
+
+BAD = {
+    "gradient": ({0: lambda t: t.requires_grad_()}, {}, RuntimeError, "no gradient"),
+    "rank": ({0: lambda t: t[0]}, {}, ValueError, "query: wanted 4 dimensions"),
+    "new rows": ({1: lambda t: t[:, :, :0]}, {}, ValueError, "key: wanted batch 2 and 1 new rows"),
+    "cache dtype": ({3: lambda t: t.half()}, {}, TypeError, "key_cache"),
+    "capacities": ({4: lambda t: t[:, :, :5]}, {}, ValueError, "value_cache: wanted shape"),
+    "lengths": ({5: lambda t: t + 4}, {}, ValueError, r"cache_lengths: wanted values in \[0, 12\]"),
+    "short table": ({6: lambda t: t[:9], 7: lambda t: t[:9]}, {}, ValueError, "cos: wanted a row for each of the 10"),
+    "positions": ({8: lambda t: torch.tensor([18])}, {}, ValueError, r"positions: wanted values in \[0, 18\)"),
+    "weight": ({}, {"key_weight": torch.ones(3)}, ValueError, r"key_weight: wanted shape \(14,\), got \(3,\)"),
+    "eps": ({}, {"eps": -1.0}, ValueError, "eps: wanted"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    changes, more, error, message = BAD[name]
+    arguments, _ = inputs("cpu", torch.float32)
+    for i, change in changes.items():
+        arguments[i] = change(arguments[i])
+    with pytest.raises(error, match=message):
+        tf.rotary_cache_append(*arguments, **more)
