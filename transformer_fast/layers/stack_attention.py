@@ -8,6 +8,7 @@ from .. import ops
 from ..ops.linear_int8 import attention_dtype
 from .planning import StackCall, self_cache
 from .projection import dropout_p, linear, norm, norm_of, projections
+from .unpadding import Unpadding
 
 __all__ = ["cross_attention", "self_attention"]
 
