@@ -117,6 +117,8 @@ def make_pair(name: str, **changes):
         if CLASSES[name] == "gpt_neo":  # which does not scale its scores: one sharp row would be the largest error
             for key in [k for k in theirs.state_dict() if k.endswith("q_proj.weight")]:
                 theirs.get_parameter(key).mul_(8**-0.5)
+    if CLASSES[name] == "gemma2":  # sdpa, the default in transformers 5.17, leaves the softcap out
+        theirs.set_attn_implementation("eager")
     ours = getattr(transformer_fast, name)(make_config(name, **changes))
     ours.load_state_dict(theirs.state_dict())
     return ours.eval(), theirs.eval()

@@ -9,8 +9,10 @@ from compat_families import make_pair
 from hf_models import SEQ2SEQ, TEXT, batch, exact_norms, run, truth
 from numerics import OUTPUT, assert_as_accurate
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import masking_utils
 
 import transformer_fast
+from transformer_fast.integrations.lazy_mask import LazyMask
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -42,6 +44,18 @@ def test_generation_through_the_attention_interface(name):
         if name == "t5":
             call["eos_token_id"] = 1
         assert torch.equal(ours.generate(**call), theirs.generate(**call)), options
+
+
+def test_a_mask_of_documents_is_transformers_own():
+    config = TEXT["mistral"]().config
+    positions = torch.cat([torch.arange(4), torch.arange(1), torch.arange(10)])[None]
+    for make in (masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask):
+        masks = []
+        for name in ("transformer_fast", "sdpa"):
+            config._attn_implementation = name
+            call = {"inputs_embeds": torch.zeros(1, 15, 32), "attention_mask": None, "past_key_values": None}
+            masks.append(make(config, **call, position_ids=positions))
+        assert isinstance(masks[0], LazyMask) and torch.equal(masks[0].dense(), masks[1])
 
 
 AUTO = {

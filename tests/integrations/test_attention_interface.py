@@ -132,18 +132,6 @@ def test_packed_sequences(family, monkeypatch):
     assert_as_accurate(alone, exact[0][5:15], plain[0][5:15], name="a sequence by itself")
 
 
-def test_a_mask_of_documents_is_transformers_own():
-    config = DECODERS["mistral"]().config
-    positions = torch.cat([torch.arange(4), torch.arange(1), torch.arange(10)])[None]
-    for make in (hf.masking_utils.create_causal_mask, hf.masking_utils.create_sliding_window_causal_mask):
-        masks = []
-        for name in ("transformer_fast", "sdpa"):
-            config._attn_implementation = name
-            call = {"inputs_embeds": torch.zeros(1, 15, 32), "attention_mask": None, "past_key_values": None}
-            masks.append(make(config, **call, position_ids=positions))
-        assert isinstance(masks[0], LazyMask) and torch.equal(masks[0].dense(), masks[1])
-
-
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_own_four_dimensional_mask(family, kind):
