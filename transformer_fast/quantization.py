@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .backends import native
-from .layers.quantized import LinearInt8
+from .layers.quantized import Int8Linear
 from .layers.quantizing import Quantized, quantized_modules, replace
 from .ops.linear_int8 import GROUP, GROUPS
 
@@ -24,7 +24,7 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] =
 
     Args:
         model: any torch.nn.Module.
-        precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an LinearInt8: weights int8, a scale for
+        precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an Int8Linear: weights int8, a scale for
             each `group` inputs of an output; inputs quantised row by row as they come, a scale and a zero point for
             each `group` of them; exact int32 sums. Attention, norms and embeddings keep their dtype. No calibration
             data. "bf16": the model in bfloat16, where the processor multiplies it; elsewhere it stays as it is, with a
@@ -53,7 +53,7 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] =
         raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
     if group not in GROUPS:
         raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
-    if any(isinstance(m, LinearInt8) for m in model.modules()):
+    if any(isinstance(m, Int8Linear) for m in model.modules()):
         raise ValueError("model: is quantised already")
     if precision == "bf16":
         return _to_bfloat16(model)

@@ -12,7 +12,7 @@ import transformer_fast as tf
 from transformer_fast.backends import eager_int8
 from transformer_fast.generation.native_step import NativeStepper
 from transformer_fast.generation.stepper import Prompt
-from transformer_fast.layers.quantized import LinearInt8
+from transformer_fast.layers.quantized import Int8Linear
 from transformer_fast.verify import VerifyError
 from transformer_fast.verify_precision import verify_precision
 
@@ -99,7 +99,7 @@ def _inputs(model, seed=0):
 class _Simulated(nn.Module):
     """The definition of an int8 layer, in plain PyTorch."""
 
-    def __init__(self, of: LinearInt8):
+    def __init__(self, of: Int8Linear):
         super().__init__()
         self.q, self.scale = of.int8_weight().parts()
         self.weight, self.bias, self.group = self.q, of.bias, of.group
@@ -114,7 +114,7 @@ def _simulated(model):
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, LinearInt8):
+            if isinstance(child, Int8Linear):
                 parent._modules[name] = _Simulated(child)
     return model
 
@@ -199,7 +199,7 @@ def test_saved_and_loaded(family, tmp_path):
     on_the_way.save_pretrained(tmp_path / "again")
     assert torch.equal(cls.from_pretrained(tmp_path / "again")(**inputs).logits, logits)
     theirs = getattr(hf, cls.__name__).from_pretrained(tmp_path / "int8")
-    assert any(isinstance(m, LinearInt8) for m in theirs.modules())
+    assert any(isinstance(m, Int8Linear) for m in theirs.modules())
     assert theirs(**inputs).logits.isfinite().all()
 
 
@@ -231,7 +231,7 @@ def test_bad_input(tmp_path):
         weight[2, 3] = float("nan")
     with pytest.raises(ValueError, match=r"bert.encoder.layer.1.output.dense: weight: wanted finite numbers"):
         tf.quantize(model, "int8")
-    assert not any(isinstance(m, LinearInt8) for m in model.modules())
+    assert not any(isinstance(m, Int8Linear) for m in model.modules())
     with torch.no_grad():
         weight[2, 3] = kept
     tf.quantize(model, "int8")

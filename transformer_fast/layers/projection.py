@@ -96,7 +96,7 @@ def projections(
     modules: Sequence[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, ...]:
     """W_i x + b_i of each module; those that are more than plain are called.
-    int8_dtype: of the results where the modules are LinearInt8; None for x's."""
+    int8_dtype: of the results where the modules are Int8Linear; None for x's."""
     if is_int8(*modules):
         return int8_linears(list(modules), x, int8_dtype).split([m.out_features for m in modules], -1)
     if all(is_plain(module, nn.Linear) for module in modules):

@@ -8,10 +8,10 @@ from torch import nn
 from ..ops import linear_int8
 from ..ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight
 
-__all__ = ["LinearInt8"]
+__all__ = ["Int8Linear"]
 
 
-class LinearInt8(nn.Module):
+class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8 and int8 arithmetic (see ops.linear_int8), in place of an nn.Linear or a Conv1D.
 
     State: weight int8 (out, in), weight_scale float32 (out, ceil(in / group)), bias (out,) or none. The weight lies in
@@ -37,7 +37,7 @@ class LinearInt8(nn.Module):
         self.training = False
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, group: int = linear_int8.GROUP) -> "LinearInt8":
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, group: int = linear_int8.GROUP) -> "Int8Linear":
         """Of a weight (out, in). Raises ValueError where it is not finite."""
         q, scale = linear_int8.quantize_weight(weight, group)
         if not bool(scale.isfinite().all()):
@@ -66,7 +66,7 @@ class LinearInt8(nn.Module):
     def forward(self, input: torch.Tensor, activation: str | None = None) -> torch.Tensor:
         return linear_int8.linear_int8(input, self.int8_weight(), self.bias, activation)
 
-    def train(self, mode: bool = True) -> "LinearInt8":
+    def train(self, mode: bool = True) -> "Int8Linear":
         if mode:
             raise ValueError(
                 "mode: an int8 model is for inference and cannot be trained; train the model before it is quantised"
@@ -108,9 +108,9 @@ class LinearInt8(nn.Module):
 
 
 def is_int8(*modules: Any) -> bool:
-    """True when all modules are LinearInt8 without hooks."""
+    """True when all modules are Int8Linear without hooks."""
     return all(
-        type(m) is LinearInt8
+        type(m) is Int8Linear
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         and "forward" not in m.__dict__
         for m in modules
@@ -118,7 +118,7 @@ def is_int8(*modules: Any) -> bool:
 
 
 def int8_linears(modules: list[Any], x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The outputs of up to three LinearInt8 of one input side by side, in dtype or x's."""
+    """The outputs of up to three Int8Linear of one input side by side, in dtype or x's."""
     weights = [m.int8_weight() for m in modules]
     return linear_int8.linear_int8(x, weights, [m.bias for m in modules], None, dtype)
 

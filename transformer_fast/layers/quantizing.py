@@ -1,4 +1,4 @@
-"""Which modules of a model become LinearInt8, and why the others do not."""
+"""Which modules of a model become Int8Linear, and why the others do not."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from .projection import is_plain, is_transposed
-from .quantized import LinearInt8
+from .quantized import Int8Linear
 
 __all__ = ["Quantized", "quantized_modules", "replace"]
 
@@ -14,13 +14,13 @@ _FEW = 64  # outputs: the last layer of a classifier costs nothing, and decides
 
 
 def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = False) -> None:
-    """Put LinearInt8 in the place of the linear layers; empty: without values, for a checkpoint to fill."""
+    """Put Int8Linear in the place of the linear layers; empty: without values, for a checkpoint to fill."""
     skip = tuple(skip)
     names = {name for name, _ in model.named_modules()}
     unknown = [name for name in skip if name not in names]
     if unknown:
         raise ValueError(f"skip: {', '.join(map(repr, unknown))}: no such module in {type(model).__name__}")
-    made: dict[nn.Module, LinearInt8] = {}
+    made: dict[nn.Module, Int8Linear] = {}
     for name, module in list(model.named_modules()):
         if _why_not(name, module, skip) is not None or not _is_linear(module):
             continue
@@ -28,10 +28,10 @@ def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = 
         bias: Any = module.bias
         if empty:
             out, inner = weight.shape
-            made[module] = LinearInt8(inner, out, bias is not None, group, weight.device, weight.dtype)
+            made[module] = Int8Linear(inner, out, bias is not None, group, weight.device, weight.dtype)
             continue
         try:
-            made[module] = LinearInt8.of(weight, bias, group)
+            made[module] = Int8Linear.of(weight, bias, group)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     for parent in list(model.modules()):
@@ -91,7 +91,7 @@ def quantized_modules(model: nn.Module) -> Quantized:
     found = Quantized()
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, LinearInt8):
+        if isinstance(module, Int8Linear):
             found[name] = "int8"
         elif weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
             found[name] = _why_not(name, module, skip) or "the model has not been quantised"

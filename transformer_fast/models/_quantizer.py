@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..layers.quantized import LinearInt8
+from ..layers.quantized import Int8Linear
 from ..layers.quantizing import replace
 from ..ops.linear_int8 import GROUP, GROUPS
 
@@ -81,7 +81,7 @@ class Int8Quantizer(HfQuantizer):
 
 def untie(model: nn.Module) -> None:
     """An output layer in int8 has a weight of its own: forget that it was the embedding table's."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LinearInt8)]
+    names = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     for prefix, part in model.named_modules():
         if not isinstance(part, PreTrainedModel):
             continue
