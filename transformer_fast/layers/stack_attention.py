@@ -102,7 +102,8 @@ def _place_with_append(w, x, call: StackCall, index: int) -> dict[str, Any] | No
         return place
     norms = [norm_of(module) for module in (w.query_norm, w.key_norm)]
     wanted = ((call.spec.head_dim,), x.dtype)
-    if any(n is None or not n[1] or (n[0].weight.shape, n[0].weight.dtype) != wanted for n in norms):
+    weights: list[Any] = [None if n is None or not n[1] else n[0].weight for n in norms]
+    if any(weight is None or (weight.shape, weight.dtype) != wanted for weight in weights):
         return None
     (query, _), (key, _) = norms  # type: ignore[misc]
     place |= {"query_weight": query.weight, "key_weight": key.weight, "eps": query.eps}

@@ -121,8 +121,8 @@ def rotary_cache_append(
         raise ValueError(f"key_cache: wanted room for {n} new rows, got {capacity}")
     check_lengths("cache_lengths", cache_lengths, b, capacity - n, query)
     _check_tables(query, cos, sin)
-    for name, t in (("query_weight", query_weight), ("key_weight", key_weight)):
-        _common.check_vector(name, t, d, query)
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        _common.check_vector(name, weight, d, query)
     _common.check_number("eps", eps, 0.0)
     _common.check_flag("interleaved", interleaved)
     if positions is not None:
