@@ -149,6 +149,12 @@ static inline void load_pairs_transposed(const bf16* src, int64_t stride, int64_
   for (int64_t r = 0; r < ld; r += kWidth)
     for (int64_t c = 0; c < words; c += kWidth) {
       Vec tile[kWidth];
+      if (r + kWidth <= rows && 2 * (c + kWidth) <= columns) {
+        for (int i = 0; i < kWidth; ++i) __builtin_memcpy(&tile[i], src + (r + i) * stride + 2 * c, kWidth * 4);
+        transpose(tile);
+        for (int i = 0; i < kWidth; ++i) store(dst + (c + i) * ld + r, tile[i]);
+        continue;
+      }
       for (int i = 0; i < kWidth; ++i) {
         tile[i] = Vec{};
         if (r + i >= rows) continue;

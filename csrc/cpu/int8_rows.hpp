@@ -156,67 +156,84 @@ static inline int32_t load_four(const uint8_t* p) {
   return v;
 }
 
-// out (M, 32) (+)= x (M, 4 depth) times one group of a panel. Rows are found through every third one.
+// out (M, 32) (+)= x (M, 4 depth) times one group of a panel; as many bytes from `ahead` on come into the cache meanwhile.
+// Rows are found through every third one.
 template <int M, bool First>
-static void multiply_group(const Int8Rows& x, const int8_t* w, int64_t depth, float* out, int64_t ldo) {
+static void multiply_group(const Int8Rows& x, const int8_t* w, const int8_t* ahead, int64_t depth, float* out,
+                           int64_t ldo) {
   for (int c = 0; c < kPanel; c += 2 * kWidth) {
     VecI acc[M][2] = {};
     const uint8_t* base[(M + 2) / 3];
+    const int64_t stride = x.stride, groups = x.groups;
 #pragma GCC unroll 4
-    for (int i = 0; i < (M + 2) / 3; ++i) base[i] = x.values + 3 * i * x.stride;
+    for (int i = 0; i < (M + 2) / 3; ++i) base[i] = x.values + 3 * i * stride;
     const int8_t* p = w + 4 * c;
-    for (int64_t k = 0; k < depth; ++k, p += 4 * kPanel) {
-      __builtin_prefetch(p + 4096);
-      __builtin_prefetch(p + 4096 + 64);
+    for (int64_t k = 0; k < depth; ++k, p += 4 * kPanel, ahead += 4 * kPanel) {
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + 64);
       VecI w0, w1;
       __builtin_memcpy(&w0, p, sizeof w0);
       __builtin_memcpy(&w1, p + 4 * kWidth, sizeof w1);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
-        const VecI u = broadcast_i(load_four(base[m / 3] + m % 3 * x.stride + 4 * k));
+        const VecI u = broadcast_i(load_four(base[m / 3] + m % 3 * stride + 4 * k));
         acc[m][0] = dot4(acc[m][0], u, w0);
         acc[m][1] = dot4(acc[m][1], u, w1);
       }
     }
+    ahead = w;
     const char* tail = reinterpret_cast<const char*>(w + depth * 4 * kPanel) + c * sizeof(float);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, tail += kWidth * sizeof(float)) {
-      Vec scales, sums;
-      __builtin_memcpy(&scales, tail, sizeof scales);
-      __builtin_memcpy(&sums, tail + kScaleSlots, sizeof sums);
-      float* to = out + c + i * kWidth;
+    Vec scales[2], sums[2];
+    __builtin_memcpy(scales, tail, sizeof scales);
+    __builtin_memcpy(sums, tail + kScaleSlots, sizeof sums);
+    const float *zero = x.zero, *scale = x.scale;
+    float* to = out + c;
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m, to += ldo) {
-        const Vec exact = __builtin_convertvector(acc[m][i], Vec) - x.zero[m * x.groups] * sums;
-        const Vec v = rounded(exact * x.scale[m * x.groups] * scales);
-        store(to, First ? v : load(to) + v);
+    for (int m = 0; m < M; ++m, to += ldo, zero += groups, scale += groups) {
+      const float z = *zero, s = *scale;
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const Vec exact = __builtin_convertvector(acc[m][i], Vec) - z * sums[i];
+        const Vec v = rounded(exact * s * scales[i]);
+        store(to + i * kWidth, First ? v : load(to + i * kWidth) + v);
       }
     }
   }
 }
 
 template <int M>
-static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t* w, int64_t depth, float* out,
-                           int64_t ldo) {
+static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t* w, const int8_t* ahead, int64_t depth,
+                           float* out, int64_t ldo) {
   if (rows >= M)
-    return first ? multiply_group<M, true>(x, w, depth, out, ldo) : multiply_group<M, false>(x, w, depth, out, ldo);
-  if constexpr (M > 1) multiply_group<M - 1>(rows, first, x, w, depth, out, ldo);
+    return first ? multiply_group<M, true>(x, w, ahead, depth, out, ldo)
+                 : multiply_group<M, false>(x, w, ahead, depth, out, ldo);
+  if constexpr (M > 1) multiply_group<M - 1>(rows, first, x, w, ahead, depth, out, ldo);
 }
 
-// out (rows, 32 count), ldo apart, = x W^T of the columns from 32 panel on.
+// out (rows, 32 count), ldo apart, = x W^T of the columns from 32 panel on. Group by group: what is read of x stays in
+// the first cache for all the columns.
 static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count, float* out,
                           int64_t ldo) {
   const int64_t bytes = int8_panel_bytes(w.in, w.group);
-  for (int64_t p = 0; p < count; ++p) {
-    const int8_t* from = w.panels + (panel + p) * bytes;
-    for (int64_t k = 0, g = 0; k < w.in; k += w.group, ++g) {
-      const int64_t depth = int8_depth(w.in - k < w.group ? w.in - k : w.group) / 4;
-      const Int8Rows part{x.values + k, x.scale + g, x.zero + g, x.stride, x.groups};
-      for (int64_t r = 0; r < rows; r += kInt8Rows)
-        multiply_group<kInt8Rows>(int(rows - r < kInt8Rows ? rows - r : kInt8Rows), g == 0, from_row(part, r), from, depth,
-                                  out + r * ldo + p * kPanel, ldo);
-      from += depth * 4 * kPanel + 2 * kScaleSlots;
+  const int8_t* from = w.panels + panel * bytes;
+  for (int64_t k = 0, g = 0; k < w.in; k += w.group, ++g) {
+    const int64_t depth = int8_depth(w.in - k < w.group ? w.in - k : w.group) / 4;
+    const int64_t size = depth * 4 * kPanel + 2 * kScaleSlots;
+    const Int8Rows part{x.values + k, x.scale + g, x.zero + g, x.stride, x.groups};
+    for (int64_t p = 0; p < count; ++p) {
+      const int8_t* here = from + p * bytes;
+      const int8_t* next = k + w.group < w.in ? here + size : w.panels + (panel + count + p) * bytes;
+      for (int64_t r = 0; r < rows; r += kInt8Rows) {
+        const Int8Rows block = from_row(part, r);
+        const int left = int(rows - r < kInt8Rows ? rows - r : kInt8Rows);
+        if (p == count - 1)  // the next group's inputs
+          for (int m = 0; m < left; ++m)
+            for (int64_t c = 0; c < w.group; c += 64)
+              __builtin_prefetch(block.values + m * x.stride + w.group + c);
+        multiply_group<kInt8Rows>(left, g == 0, block, here, r ? here : next, depth, out + r * ldo + p * kPanel, ldo);
+      }
     }
+    from += size;
   }
 }
 

@@ -8,7 +8,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kBlock = 48;               // rows that are taken together
+constexpr int64_t kBlock = 48;               // rows that are taken together, at most
 constexpr int64_t kColumns = 4 * kPanel;     // columns that are finished together
 
 // Pieces of one scratch buffer.
@@ -35,6 +35,21 @@ Int8Rows take_rows(Pieces& from, int64_t rows, int64_t in, int64_t group) {
   r.zero = from.take<float>(rows * r.groups);
   return r;
 }
+
+// Rows in blocks of kBlock, as many for each thread; then what is left in equal parts.
+struct RowBlocks {
+  RowBlocks(int64_t rows, int64_t threads) : rows(rows), whole(rows / (kBlock * threads) * threads) {
+    const int64_t left = rows - whole * kBlock, part = (left + threads - 1) / threads;
+    each = (part + kInt8Rows - 1) / kInt8Rows * kInt8Rows;
+    if (each > kBlock) each = kBlock;
+    count = whole + (left ? (left + each - 1) / each : 0);
+  }
+  int64_t begin(int64_t i) const {
+    const int64_t at = i <= whole ? i * kBlock : whole * kBlock + (i - whole) * each;
+    return at < rows ? at : rows;
+  }
+  int64_t rows, whole, each, count;
+};
 
 template <class F>
 void with_optional_activation(bool has, Activation activation, const F& f) {
@@ -255,7 +270,9 @@ void linear_int8(const LinearInt8& a) {
   const Int8Weight& first = a.weights[0];
   int64_t columns = 0, ends[4] = {};  // in units of kColumns
   for (int64_t i = 0; i < a.count; ++i) ends[i] = columns += (a.weights[i].out + kColumns - 1) / kColumns;
-  const int64_t blocks = (a.rows + kBlock - 1) / kBlock, threads = tf_num_threads();
+  const int64_t threads = tf_num_threads();
+  const RowBlocks of(a.rows, threads);
+  const int64_t blocks = of.count;
   // A block of rows is one item where there are many; else its columns are shared out, and quantised by each thread.
   int64_t parts = (4 * threads + blocks - 1) / blocks;
   if (blocks >= 8 * threads) parts = 1;
@@ -266,9 +283,9 @@ void linear_int8(const LinearInt8& a) {
         tf_scratch(0, rows_bytes(kBlock, first.in, first.group) + Pieces::bytes(kBlock * kColumns * 4)))};
     const Int8Rows x = take_rows(p, kBlock, first.in, first.group);
     float* sums = p.take<float>(kBlock * kColumns);
-    return [&a, &first, &ends, x, sums, columns, parts, here = int64_t(-1)](int64_t item) mutable {
-      const int64_t block = item / parts, part = item % parts, row = block * kBlock;
-      const int64_t rows = a.rows - row < kBlock ? a.rows - row : kBlock;
+    return [&a, &of, &first, &ends, x, sums, columns, parts, here = int64_t(-1)](int64_t item) mutable {
+      const int64_t block = item / parts, part = item % parts, row = of.begin(block);
+      const int64_t rows = of.begin(block + 1) - row;
       if (block != here)
         with_dtype(a.x_dtype, [&](auto element) {
           using T = decltype(element);
@@ -294,10 +311,10 @@ void linear_int8(const LinearInt8& a) {
 void int8_block(const Int8Block& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    share_out((a.rows + kBlock - 1) / kBlock, tf_num_threads(), [&] {
-      return [&a, block = Block<T>(a)](int64_t item) mutable {
-        const int64_t row = item * kBlock;
-        block.run(row, a.rows - row < kBlock ? a.rows - row : kBlock);
+    const RowBlocks of(a.rows, tf_num_threads());
+    share_out(of.count, tf_num_threads(), [&] {
+      return [&of, block = Block<T>(a)](int64_t item) mutable {
+        block.run(of.begin(item), of.begin(item + 1) - of.begin(item));
       };
     });
   });

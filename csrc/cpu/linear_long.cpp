@@ -10,7 +10,8 @@ namespace tf::TF_ISA {
 namespace {
 
 constexpr int64_t kColumns = 64, kDepth = 128, kAhead = 12;  // kAhead: rows of x that are fetched while as many are used
-constexpr int64_t kItemRows = 256;                           // fewer would not pay for laying the weight out
+// Fewer rows would not pay for laying the weight out; more, and their sums, would not fit the second cache.
+constexpr int64_t kLeastRows = 256, kMostRows = 512;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -22,16 +23,67 @@ void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, in
     load_rows(a.weight + k * a.in_stride + column, a.in_stride, depth, columns, panel, kColumns);
 }
 
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kVectors = 4;  // 24 sums of 32 registers
+#else
+constexpr int kRows = 6, kVectors = 2;  // 12 of 16
+#endif
+constexpr int64_t kTile = kVectors * kWidth;
+
+// y (M, kTile) (+)= x (M, depth) panel (depth, kTile of kColumns). Rows are found through every third one.
+template <int M, bool First>
+void block(const float* x, int64_t stride, const float* panel, int64_t depth, float* y, int64_t ldy) {
+  Vec sums[M][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = Vec{};
+  const float* third = x + 3 * stride;
+  for (int64_t k = 0; k < depth; ++k, panel += kColumns) {
+    Vec row[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) row[j] = load(panel + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec v = broadcast((i < 3 ? x : third)[i % 3 * stride + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = fma(v, row[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = y + i * ldy + j * kWidth;
+      store(to, First ? sums[i][j] : load(to) + sums[i][j]);
+    }
+}
+
+template <int M>
+void block(int64_t rows, bool first, const float* x, int64_t stride, const float* panel, int64_t depth, float* y,
+           int64_t ldy) {
+  if (rows >= M)
+    return first ? block<M, true>(x, stride, panel, depth, y, ldy) : block<M, false>(x, stride, panel, depth, y, ldy);
+  if constexpr (M > 1) block<M - 1>(rows, first, x, stride, panel, depth, y, ldy);
+}
+
 template <class Activate>
 void multiply(const LinearLong& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
   const int64_t columns = least(a.out - column, kColumns), runs = (a.in + kDepth - 1) / kDepth;
   const int64_t run = round_up((a.in + runs - 1) / runs, 16);  // all of about one length: the longest decides the error
   float* y = a.y + row * a.out + column;
-  // Whole vectors are summed in y itself.
-  const bool in_place = columns % kWidth == 0;
+  // Whole tiles are summed in y itself.
+  const bool in_place = columns % kTile == 0;
   float* panel = scratch<float>(0, kDepth * kColumns + (in_place ? 0 : rows * kColumns));
   float* sums = in_place ? y : panel + kDepth * kColumns;
   const int64_t ld = in_place ? a.out : kColumns;
+  const auto finish = [&](int64_t r, int64_t count) {
+    for (const int64_t end = r + count; r < end; ++r)
+      for_columns(columns, [&](int64_t c, auto part) {
+        const Vec v = load(sums + r * ld + c, part);
+        store(y + r * a.out + c, activate(a.bias ? v + load(a.bias + column + c, part) : v), part);
+      });
+  };
   for (int64_t k = 0; k < a.in; k += run) {
     const int64_t depth = least(a.in - k, run);
     lay_out(a, column, columns, k, depth, panel);
@@ -39,28 +91,27 @@ void multiply(const LinearLong& a, int64_t row, int64_t rows, int64_t column, co
       const float* x = a.x + (row + r) * a.x_stride + k;
       for (int64_t i = kAhead; i < 2 * kAhead && r + i < rows; ++i)
         for (int64_t d = 0; d < depth; d += 16) __builtin_prefetch(x + i * a.x_stride + d, 0, 2);
-      gemm(k ? Write::kAdd : Write::kStore, least(rows - r, kAhead), round_up(columns, kWidth), depth,
-           {x, a.x_stride * 4, 4}, panel, kColumns, sums + r * ld, ld, nullptr, kDepth);
+      for (int64_t c = 0; c < columns; c += kTile)
+        for (int64_t i = 0; i < kAhead && r + i < rows; i += kRows)
+          block<kRows>(rows - r - i, k == 0, x + i * a.x_stride, a.x_stride, panel + c, depth, sums + (r + i) * ld + c,
+                       ld);
+      if (k + depth == a.in && !(in_place && !a.bias && !a.has_activation)) finish(r, least(rows - r, kAhead));
     }
   }
-  if (in_place && !a.bias && !a.has_activation) return;
-  for (int64_t r = 0; r < rows; ++r)
-    for_columns(columns, [&](int64_t c, auto part) {
-      const Vec v = load(sums + r * ld + c, part);
-      store(y + r * a.out + c, activate(a.bias ? v + load(a.bias + column + c, part) : v), part);
-    });
 }
 
 template <class Activate>
 void multiply_all(const LinearLong& a, const Activate& activate) {
-  const int64_t panels = (a.out + kColumns - 1) / kColumns, wanted = (4 * tf_num_threads() + panels - 1) / panels;
-  const int64_t most = (a.rows + kItemRows - 1) / kItemRows, blocks = wanted < most ? wanted : most;
+  const int64_t panels = (a.out + kColumns - 1) / kColumns, threads = tf_num_threads();
+  const int64_t wanted = (4 * threads + panels - 1) / panels, most = (a.rows + kLeastRows - 1) / kLeastRows;
+  const int64_t fewest = (a.rows + kMostRows - 1) / kMostRows;
+  const int64_t blocks = wanted > most ? most : wanted > fewest ? wanted : fewest;
   const int64_t each = round_up((a.rows + blocks - 1) / blocks, kAhead);
-  parallel_for(panels * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  share_out(panels * blocks, threads, [&] {
+    return [&](int64_t i) {
       const int64_t row = i % blocks * each;
       if (row < a.rows) multiply(a, row, least(a.rows - row, each), i / blocks * kColumns, activate);
-    }
+    };
   });
 }
 

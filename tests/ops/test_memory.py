@@ -75,6 +75,22 @@ def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
     assert torch.equal(mapped, values)
 
 
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+def test_quantising_gives_back_the_pages_of_a_mapped_weight(tmp_path):
+    values = torch.randn(1024, 1024)
+    path = tmp_path / "weights"
+    path.write_bytes(values.numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=1 << 20, dtype=torch.float32).view(1024, 1024)
+    assert torch.equal(mapped, values)
+    linear = torch.nn.Linear(1024, 1024, bias=False)
+    linear.weight = torch.nn.Parameter(mapped, requires_grad=False)
+    assert _pages_of_a_file(mapped) > 100
+    model = tf.quantize(torch.nn.Sequential(linear))
+    assert _pages_of_a_file(mapped) == 0
+    assert (model[0].dequantized() - values).abs().max() < values.abs().max() / 127
+    assert torch.equal(mapped, values)
+
+
 def test_unload_keeps_memory_of_its_own():
     t = torch.randn(1 << 20)
     expected = t.clone()

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ..backends.contents import FileMappings
+from ..backends.memory import unload
 from .projection import is_plain, is_transposed
 from .quantized import Int8Linear
 
@@ -21,6 +23,7 @@ def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = 
     if unknown:
         raise ValueError(f"skip: {', '.join(map(repr, unknown))}: no such module in {type(model).__name__}")
     made: dict[nn.Module, Int8Linear] = {}
+    files = FileMappings()
     for name, module in list(model.named_modules()):
         if _why_not(name, module, skip) is not None or not _is_linear(module):
             continue
@@ -34,6 +37,7 @@ def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = 
             made[module] = Int8Linear.of(weight, bias, group)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        unload(module.weight.detach(), files)  # else a checkpoint's pages stay as long as any of its tensors
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in made:
