@@ -24,7 +24,7 @@ class Unavailable(RuntimeError):
 class Candidate:
     """One way to do a case's work.
 
-    prepare(inputs) builds what it needs (model, compiled graph, packed weights) and returns the call to time.
+    prepare(inputs) builds what it needs (model, compiled graph, weights in panels) and returns the call to time.
     requires: modules that must be importable. slow: takes long to prepare, left out of quick runs. settle: seconds
     its own worker threads keep spinning after a call. comparable: the output has the peer's shape and order.
     works_on: device types. low_precision: its output differs by more than rounding, and the note of its row says by how

@@ -80,9 +80,9 @@ def _attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> N
     tf.scaled_dot_product_attention(q, k, v, bias=leaf(1, 3, length, length), key_lengths=lengths).sum().backward()
     relative = tf.RelativeBias(leaf(8, 3), 20, True)
     tf.scaled_dot_product_attention(q, k, v, relative_bias=relative, window=(30, 30)).sum().backward()
-    packed = [leaf(length + 3, 3, head_dim) for _ in range(3)]
+    unpadded = [leaf(length + 3, 3, head_dim) for _ in range(3)]
     bounds = torch.tensor([0, length, length + 3], dtype=torch.int32, device=device)
-    tf.varlen_attention(*packed, bounds, softcap=5.0).sum().backward()
+    tf.varlen_attention(*unpadded, bounds, softcap=5.0).sum().backward()
     tf.additive_attention(q[:, 0], k[:, 0], v[:, 0], leaf(head_dim), key_lengths=lengths).sum().backward()
 
 

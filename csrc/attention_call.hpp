@@ -6,7 +6,7 @@
 
 namespace tf {
 
-// Of a (batch, heads, rows, dim) tensor. A packed one, (rows, heads, dim), has batch 0.
+// Of a (batch, heads, rows, dim) tensor. An unpadded one, (rows, heads, dim), has batch 0.
 struct RowStrides {
   int64_t batch, head, row;
 };

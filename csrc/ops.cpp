@@ -94,7 +94,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
       "-> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
-  // query, key, value, out and their gradients: (B, H, S, D) or, packed, (total, H, D); last stride 1. bias, mask: 4-D.
+  // query, key, value, out and their gradients: (B, H, S, D) or, unpadded, (total, H, D); last stride 1. bias, mask: 4-D.
   // key_lengths, cu_seqlens: int32 or int64. relative_bias: reach covers every distance and 64 more. lse, grad_lse:
   // float32 (B, H, Sq) or (H, total_q). dbias: float32 zeros of bias's shape. drelative_bias: float32 zeros
   // (B, H, 2 * reach + 1).
@@ -102,12 +102,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION_SCHEMA
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative_bias) -> ()");
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
-  m.def("cpu_pack_weight(Tensor weight, Tensor(a!) packed) -> ()");  // packed: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
-  m.def("cpu_packed_linear(Tensor x, Tensor packed, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
+  m.def("cpu_to_panels(Tensor weight, Tensor(a!) panels) -> ()");  // panels: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
+  m.def("cpu_linear_panel(Tensor x, Tensor panels, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
   // float32: x (rows, in) with last stride 1, weights (out, in) with last stride 1, biases contiguous, y (rows, out).
-  m.def("cpu_rows_linear(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
+  m.def("cpu_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
   // float32: x (rows, in) with last stride 1, weight (out, in) with one stride 1, bias contiguous, y (rows, out).
-  m.def("cpu_long_linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
+  m.def("cpu_linear_long(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
   // float32: g (rows, out) and x (rows, in) with last strides 1, y (out, in) and sums (out,) contiguous; rows > 0.
   m.def("cpu_weight_gradient(Tensor g, Tensor x, Tensor(a!) y, Tensor(b!)? sums) -> ()");
   // Hashes the memory of each tensor in its own order; the memory has no gaps. hashes: int64, one per tensor.
@@ -154,7 +154,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_additive_attention_backward(Tensor grad_out, Tensor? grad_weights, Tensor weights, " TF_ADDITIVE
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_score_weight) -> ()");
 #undef TF_ADDITIVE
-  // A GRU, or with a memory an LSTM. gates: (positions, gates * width), last stride 1. panels: as of cpu_pack_weight;
+  // A GRU, or with a memory an LSTM. gates: (positions, gates * width), last stride 1. panels: as of cpu_to_panels;
   // in the forward pass of each gate's (width, width), in the backward pass of the transposed weight. hidden, memory:
   // (batch, width). sequences: int64 (3, batch): the start of each, its length, and their order, longest first. bias,
   // saved (positions, 4 * width), memories: float32. All but gates is contiguous.

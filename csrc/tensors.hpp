@@ -29,7 +29,7 @@ inline Storage storage_of(const Tensor& t) {
     case ScalarType::Float: return Storage::f32;
     case ScalarType::BFloat16: return Storage::bf16;
     case ScalarType::Char: return Storage::i8;
-    default: STD_TORCH_CHECK(false, "transformer_fast: a weight must be float32, bfloat16 or packed int8");
+    default: STD_TORCH_CHECK(false, "transformer_fast: a weight must be float32, bfloat16 or int8 panels");
   }
 }
 inline int64_t bytes_of(Storage s) { return s == Storage::f32 ? 4 : s == Storage::i8 ? 1 : 2; }

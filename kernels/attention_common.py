@@ -37,7 +37,7 @@ def program_slice(pid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT: tl.constexpr):
-    """(first row of the packed queries, of the packed keys, queries, keys, offset) of sequence b. A query i
+    """(first row of the unpadded queries, of the unpadded keys, queries, keys, offset) of sequence b. A query i
     stands at position i + offset."""
     first_q = 0
     first_k = 0
@@ -56,7 +56,7 @@ def sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT
 
 @triton.jit
 def row_pointer(ptr, b, h, first_row, stride_b, stride_h, stride_s):
-    """Row 0 of head h of sequence b; stride_b is 0 for packed tensors, first_row 0 for padded ones."""
+    """Row 0 of head h of sequence b; stride_b is 0 for unpadded tensors, first_row 0 for padded ones."""
     return ptr + (tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
                   + tl.cast(first_row, tl.int64) * stride_s)  # fmt: skip
 

@@ -27,7 +27,7 @@ class Inputs:
 @dataclass
 class Case:
     """One call. lengths: keys of each sequence (padded: key_lengths). *_axes: which of B, H, Sq, Sk are not broadcast.
-    packed: sequence b has lengths[b] keys and queries - b queries. buckets: of a T5 bias, 0 for none."""
+    unpadded: sequence b has lengths[b] keys and queries - b queries. buckets: of a T5 bias, 0 for none."""
 
     batch: int
     heads: int
@@ -36,7 +36,7 @@ class Case:
     keys: int
     dim: int
     dtype: torch.dtype = torch.float32
-    packed: bool = False
+    unpadded: bool = False
     lengths: list[int] | None = None
     is_causal: bool = False
     causal_alignment: str = "top_left"
@@ -55,7 +55,7 @@ class Case:
 
     def inputs(self) -> Inputs:
         def data(positions, heads):
-            if self.packed:
+            if self.unpadded:
                 return torch.randn(positions, heads, self.dim).to(self.dtype)
             return torch.randn(self.batch, positions, heads, self.dim).to(self.dtype).transpose(1, 2)
 
@@ -64,9 +64,9 @@ class Case:
             return None if axes is None else make(tuple(n if on else 1 for n, on in zip(full, axes)))
 
         torch.manual_seed(0)
-        rows, cols = (sum(n) for n in self.counts()) if self.packed else (self.queries, self.keys)
+        rows, cols = (sum(n) for n in self.counts()) if self.unpadded else (self.queries, self.keys)
         query = data(rows, self.heads)
-        lse = (self.heads, rows) if self.packed else (self.batch, self.heads, rows)
+        lse = (self.heads, rows) if self.unpadded else (self.batch, self.heads, rows)
         return Inputs(
             query,
             data(cols, self.key_heads),
@@ -79,7 +79,7 @@ class Case:
         )
 
     def longest(self) -> tuple[int, int]:
-        return tuple(max(n) for n in self.counts()) if self.packed else (self.queries, self.keys)
+        return tuple(max(n) for n in self.counts()) if self.unpadded else (self.queries, self.keys)
 
     def forward(self, leaves, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse of (query, key, value, bias, table)."""
@@ -92,7 +92,7 @@ class Case:
         if table is not None:
             more["relative_bias"] = tf.RelativeBias(table, 40, self.bidirectional)
         torch.manual_seed(7)  # one dropout mask
-        if self.packed:
+        if self.unpadded:
             cu = [torch.tensor([0, *n]).cumsum(0).int() for n in self.counts()]
             out, lse = tf.varlen_attention(q, k, v, *cu, **more)
         else:
@@ -130,7 +130,7 @@ def draw_case(draw) -> Case:
     sampled, chance = st.sampled_from, st.booleans()
     batch, key_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     keys = draw(st.integers(40, 200))
-    packed = draw(chance)
+    unpadded = draw(chance)
     axes = st.none() | st.tuples(*[chance] * 2, st.just(True), st.just(True)) | st.just((True, False, False, True))
     lengths = (
         draw(st.lists(st.integers(24, keys) | st.just(0), min_size=batch, max_size=batch)) if draw(chance) else None
@@ -139,7 +139,7 @@ def draw_case(draw) -> Case:
         lengths[0] = keys
     return Case(
         batch, key_heads * draw(st.integers(1, 3)), key_heads, draw(st.integers(3, 140)), keys,
-        draw(sampled([8, 16, 33, 40, 64, 80, 96])), draw(sampled(FLOATS)), packed, lengths,
+        draw(sampled([8, 16, 33, 40, 64, 80, 96])), draw(sampled(FLOATS)), unpadded, lengths,
         is_causal=draw(chance), causal_alignment=draw(sampled(["top_left", "bottom_right"])),
         window=draw(sampled([None, None, (60, 30), (None, 40), (80, None)])), softcap=draw(sampled([0.0, 0.0, 10.0])),
         scale=draw(sampled([None, None, 0.3, -0.2])), dropout_p=draw(sampled([0.0, 0.1, 0.4])),

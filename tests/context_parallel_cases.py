@@ -13,14 +13,14 @@ BATCH, LENGTH, DIM = 2, 32, 8
 
 @dataclass(frozen=True)
 class Case:
-    """One call of scaled_dot_product_attention, or of varlen_attention where `packed` has the sequences' lengths."""
+    """One call of scaled_dot_product_attention, or of varlen_attention where `unpadded` has the sequences' lengths."""
 
     name: str
     heads: int = 4
     key_heads: int = 4
     keys: int = LENGTH
     dtype: torch.dtype = torch.float32
-    packed: tuple[int, ...] = ()
+    unpadded: tuple[int, ...] = ()
     load_balance: bool = True
     causal: bool = False
     window: tuple | None = None
@@ -40,11 +40,11 @@ class Case:
         def data(*shape):
             return torch.randn(shape, generator=generator).to(self.dtype)
 
-        rows = (sum(self.packed),) if self.packed else (BATCH, self.heads, LENGTH)
-        q = data(rows[0], self.heads, DIM) if self.packed else data(*rows, DIM)
-        shape = (rows[0], self.key_heads, DIM) if self.packed else (BATCH, self.key_heads, self.keys, DIM)
+        rows = (sum(self.unpadded),) if self.unpadded else (BATCH, self.heads, LENGTH)
+        q = data(rows[0], self.heads, DIM) if self.unpadded else data(*rows, DIM)
+        shape = (rows[0], self.key_heads, DIM) if self.unpadded else (BATCH, self.key_heads, self.keys, DIM)
         found = {"query": q, "key": data(*shape), "value": data(*shape), "grad_out": data(*q.shape)}
-        found["grad_lse"] = torch.randn((self.heads, rows[0]) if self.packed else rows, generator=generator)
+        found["grad_lse"] = torch.randn((self.heads, rows[0]) if self.unpadded else rows, generator=generator)
         if self.key_mask:
             found["attn_mask"] = torch.rand(BATCH, 1, 1, self.keys, generator=generator) > 0.4
             found["attn_mask"][1] = False
@@ -66,7 +66,7 @@ class Case:
         if self.buckets:
             options["relative_bias"] = tf.RelativeBias(tensors["table"], self.max_distance, not self.causal)
         q, k, v = (tensors[n] for n in ("query", "key", "value"))
-        if self.packed:
+        if self.unpadded:
             return tf.varlen_attention(q, k, v, cu_seqlens, is_causal=self.causal, **options)
         if self.lengths:
             options["key_lengths"] = torch.tensor(self.lengths)
@@ -76,7 +76,7 @@ class Case:
         )  # fmt: skip
 
     def cu_seqlens(self) -> torch.Tensor | None:
-        return torch.tensor([0, *self.packed]).cumsum(0).int() if self.packed else None
+        return torch.tensor([0, *self.unpadded]).cumsum(0).int() if self.unpadded else None
 
     def alone(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """On one process, in plain PyTorch."""
@@ -98,7 +98,7 @@ class Case:
         """On all processes of cp; the parts put together in each."""
         cu = self.cu_seqlens()
         along = {"query": 2, "key": 2, "value": 2, "grad_out": 2, "grad_lse": 2, "bias": 2, "attn_mask": 3}
-        if self.packed:
+        if self.unpadded:
             along = {"query": 0, "key": 0, "value": 0, "grad_out": 0, "grad_lse": 1}
         if self.mask:
             along["attn_mask"] = 2
@@ -112,7 +112,7 @@ class Case:
                 dist.all_reduce(t)
                 whole[name] = t
             else:
-                dim = (1 if name == "lse" else 0) if self.packed else 2
+                dim = (1 if name == "lse" else 0) if self.unpadded else 2
                 whole[name] = _joined(cp, t.detach(), dim, local)
         return whole
 
@@ -142,8 +142,8 @@ CASES = [
     Case("a sequence without keys", key_mask=True),
     Case("bias of the keys", key_bias=True, causal=True),
     Case("mask and bias with all columns", mask=True, bias=True, causal=True),
-    Case("packed, causal", packed=(16, 32, 8), causal=True),
-    Case("packed, shared keys", packed=(24, 8), key_heads=2),
-    Case("packed, not balanced", packed=(12, 20), causal=True, load_balance=False),
-    Case("packed window", packed=(16, 24), causal=True, window=(3, None), refused_by=("ring",)),
+    Case("unpadded, causal", unpadded=(16, 32, 8), causal=True),
+    Case("unpadded, shared keys", unpadded=(24, 8), key_heads=2),
+    Case("unpadded, not balanced", unpadded=(12, 20), causal=True, load_balance=False),
+    Case("unpadded window", unpadded=(16, 24), causal=True, window=(3, None), refused_by=("ring",)),
 ]

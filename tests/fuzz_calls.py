@@ -74,8 +74,8 @@ def _projections(d: Draw) -> None:
     d.call.plain = f"({', '.join(f'F.linear(x, {w}, {b})' for w, b in zip(weights, biases))},)"
 
 
-def _pack_weight(d: Draw) -> None:
-    """The weight is rounded when it is packed: plain PyTorch gets it rounded."""
+def _to_panels(d: Draw) -> None:
+    """The weight is rounded when it is laid out: plain PyTorch gets it rounded."""
     inner, outer = d.size(1, 100), d.size(1, 100)
     d.call.grad = False
     d.tensor("x", d.shape(inner))
@@ -83,7 +83,7 @@ def _pack_weight(d: Draw) -> None:
     bias = d.maybe("b", (outer,))
     activation = d.rng.choice((None, *ACTIVATIONS))
     storage = "torch.bfloat16" if d.dtype == "torch.bfloat16" else "torch.float32"
-    d.call.ours = f"tf.linear(x, tf.pack_weight(w, {storage}), {bias}, {activation!r})"
+    d.call.ours = f"tf.linear(x, tf.to_panels(w, {storage}), {bias}, {activation!r})"
     d.call.plain = _PLAIN_ACTIVATION[activation].format(f"F.linear(x, w, {bias})")
 
 
@@ -381,8 +381,8 @@ def _probabilities(d: Draw) -> None:
 
 def _rotary(d: Draw) -> None:
     tokens, heads, dim = d.size(1, 20), d.size(1, 4), d.size(2, 100)
-    packed = d.chance()
-    leading = (tokens,) if packed else (d.size(1, 3), tokens)
+    unpadded = d.chance()
+    leading = (tokens,) if unpadded else (d.size(1, 3), tokens)
     d.tensor("x", (*leading, heads, dim))
     columns, rows = d.size(1, dim // 2), tokens + d.size(0, 9)
     for name in ("cos", "sin"):
@@ -477,7 +477,7 @@ OPS = {
     "linear_cross_entropy": _linear_cross_entropy,
     "multi_head_attention": _multi_head,
     "norm": _norm,
-    "pack_weight": _pack_weight,
+    "to_panels": _to_panels,
     "projections": _projections,
     "qkv_attention": _qkv,
     "recurrence": _recurrence,

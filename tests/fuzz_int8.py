@@ -10,7 +10,7 @@ from transformer_fast.ops.linear_int8 import *
 weigh = lambda f: Int8Weight(*quantize_weight(f, {group}), {group})
 def defined(x, w, b, activation=None, kind=torch.float32):
     rows = x.to({dtype}).reshape(-1, x.shape[-1]) if x.dtype == torch.float64 else x.reshape(-1, x.shape[-1])
-    y = eager_int8.finish(eager_int8.int8_linear(rows, *w.parts(), {group}), b, None, torch.float32)
+    y = eager_int8.finish(eager_int8.linear_int8(rows, *w.parts(), {group}), b, None, torch.float32)
     y = y.double() if x.dtype == torch.float64 else y
     y = eager.bias_activation(y, None, None, activation) if activation else y
     return y.to(torch.float64 if x.dtype == torch.float64 else kind).view(*x.shape[:-1], w.shape[0])
@@ -18,7 +18,7 @@ def defined(x, w, b, activation=None, kind=torch.float32):
 
 _LINEAR = """
 def ours_of(x):
-    y = int8_linear(x, [weigh(f) for f in floats], biases, activation, kind)
+    y = linear_int8(x, [weigh(f) for f in floats], biases, activation, kind)
     others = 0 if activation else (y != plain_of(x)[0]).sum()  # places with other bits than the definition's
     for f in floats:
         others += sum((a != b).sum() for a, b in zip(weigh(f).parts(), eager_int8.quantize_weight(f, {group})))
@@ -107,4 +107,4 @@ def block(d: Draw) -> None:
     d.call.ours, d.call.plain = "ours_of(context, residual)", "plain_of(context, residual)"
 
 
-OPS = {"int8_block": block, "int8_linear": linear}
+OPS = {"int8_block": block, "linear_int8": linear}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.quick
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.ops.test_attention_triton" name="test_padded[cuda-plain]" time="1"/>
-<testcase classname="tests.ops.test_attention_triton" name="test_packed[cuda]"/>
+<testcase classname="tests.ops.test_attention_triton" name="test_unpadded[cuda]"/>
 <testcase classname="tests.ops.test_attention_triton" name="test_shipped_tiles[cuda-causal-64]"/>
 <testcase classname="tests.ops.test_any_strides" name="test_any_strides[cuda-cross_entropy-expanded-triton]"/>
 <testcase classname="tests.ops.test_any_strides" name="test_any_strides[cuda-rotary_embedding-expanded-cuda]"/>

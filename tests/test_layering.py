@@ -71,3 +71,40 @@ def test_kernels_know_neither_autograd_nor_modules():
 def test_layout():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's package of that name"
     assert not (ROOT / "conftest.py").exists() and not list((ROOT / "tests").rglob("__init__.py"))
+
+
+# Code that kernels share, which belongs to no op: what a processor is, how work is shared out, tables of kernels.
+_SHARED = {
+    "csrc/cpu": {
+        "column_sums", "content_hash", "int8_rows", "kernels", "kernels_int8", "parallel", "philox", "simd",
+        "step_products", "table", "table_int8", "team",
+    },
+    "csrc/cuda": {
+        "descriptor", "philox", "ptx", "ptx_sm90", "ptx_wgmma", "simt", "stream", "swizzle", "tensor_map", "vector",
+    },
+    "csrc/bindings": {"content_hash", "cuda", "cuda_counters", "matrix"},
+    "kernels": {"column_sum", "direct", "philox"},
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("folder", list(_SHARED))
+def test_kernels_bear_the_name_of_their_op(folder):
+    """A file is named after the file in ops/ whose kernels it has: `find . -name '*norm*'` finds an op's every part."""
+    ops = {path.stem for path in (PACKAGE / "ops").glob("[a-z]*.py")}
+    files = {p.stem for p in (ROOT / folder).iterdir() if p.suffix in (".py", ".cpp", ".hpp", ".cu", ".cuh")}
+    unknown = {
+        stem for stem in files - _SHARED[folder]
+        if not any(f"{stem.removeprefix('cuda_')}_".startswith(f"{op}_") for op in ops)
+    }  # fmt: skip
+    assert not unknown, f"{folder}: no file in transformer_fast/ops is named as {sorted(unknown)}"
+    assert _SHARED[folder] <= files, "the list above names files that are gone"
+
+
+@pytest.mark.quick
+def test_tests_of_kernels_bear_the_name_of_their_op():
+    ops = {path.stem for path in (PACKAGE / "ops").glob("[a-z]*.py")}
+    of_kernels = {p.stem for end in ("cpu", "cuda", "triton") for p in (ROOT / "tests/ops").glob(f"test_*_{end}.py")}
+    of_kernels.discard("test_launches_triton")  # of every op
+    astray = {stem for stem in of_kernels if not any(stem.startswith(f"test_{op}_") for op in ops)}
+    assert of_kernels and not astray, f"no file in transformer_fast/ops is named as {sorted(astray)}"

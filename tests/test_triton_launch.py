@@ -101,7 +101,7 @@ def test_plans_repeat_what_triton_s_launcher_is_asked_for():
                 q=heads(), k=heads(), v=heads(), t=torch.randn(8, 4))),
             "lengths": (lambda q, k, v, n: sdpa(q, k, v, key_lengths=n), dict(
                 q=heads(s=1), k=heads(s=900), v=heads(s=900), n=torch.tensor([900, 7]))),
-            "packed": (lambda q, k, v, c: tf.varlen_attention(q, k, v, c, max_seqlen_q=30), dict(
+            "unpadded": (lambda q, k, v, c: tf.varlen_attention(q, k, v, c, max_seqlen_q=30), dict(
                 q=torch.randn(50, 2, 32).half(), k=torch.randn(50, 2, 32).half(), v=torch.randn(50, 2, 32).half(),
                 c=torch.tensor([0, 30, 50], dtype=torch.int32))),
             "layer_norm": (lambda x, w, b: tf.layer_norm(x, (64,), w, b), dict(

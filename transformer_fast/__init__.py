@@ -291,7 +291,7 @@ _EXPORTS = {
         "linear_cross_entropy",
         "lstm",
         "multi_head_attention",
-        "pack_weight",
+        "to_panels",
         "projections",
         "rms_norm",
         "rotary_cache_append",

@@ -68,7 +68,7 @@ inline void check_float_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && (t.stride(-1) == 1 || t.size(-1) == 1),
                   "transformer_fast: ", name, " must be float32 and its last axis contiguous");
 }
-// lse and what has its shape: (B, H, Sq) or, packed, (H, total_q).
+// lse and what has its shape: (B, H, Sq) or, unpadded, (H, total_q).
 template <class Pointer>
 void take_lse(const Tensor& t, const char* name, Pointer data, Pointer& to, int64_t& batch, int64_t& head) {
   check_float_rows(t, name);
@@ -80,11 +80,11 @@ void take_lse(const Tensor& t, const char* name, Pointer data, Pointer& to, int6
 // All but the lengths of the sequences and dropout.
 template <class Integer, class Real>
 void take_arguments(AttentionCall<Integer, Real>& a, const AttentionArguments& x) {
-  const bool packed = x.cu_seqlens_q.has_value();
-  STD_TORCH_CHECK(x.query.dim() == (packed ? 3 : 4) && packed == x.cu_seqlens_k.has_value(),
-                  "transformer_fast: packed tensors have three axes and cu_seqlens, padded ones four");
+  const bool unpadded = x.cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(x.query.dim() == (unpadded ? 3 : 4) && unpadded == x.cu_seqlens_k.has_value(),
+                  "transformer_fast: unpadded tensors have three axes and cu_seqlens, padded ones four");
   a.dtype = dtype_of(x.query);
-  narrow(packed ? x.cu_seqlens_q->size(0) - 1 : x.query.size(0), a.batch);
+  narrow(unpadded ? x.cu_seqlens_q->size(0) - 1 : x.query.size(0), a.batch);
   narrow(x.query.size(1), a.heads);
   narrow(x.key.size(1), a.key_heads);
   narrow(x.query.size(-1), a.dim);

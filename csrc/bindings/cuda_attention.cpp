@@ -62,11 +62,11 @@ const int32_t* integers(const OptionalTensor& t, int64_t count) {
 
 void take_call(Attention& a, const AttentionArguments& x) {
   take_arguments(a, x);
-  const bool packed = x.cu_seqlens_q.has_value();
-  narrow(packed ? x.max_seqlen_q : x.query.size(2), a.max_seqlen_q);
-  narrow(packed ? x.max_seqlen_k : x.key.size(2), a.max_seqlen_k);
-  a.total_q = packed ? x.query.size(0) : 0;
-  a.total_k = packed ? x.key.size(0) : 0;
+  const bool unpadded = x.cu_seqlens_q.has_value();
+  narrow(unpadded ? x.max_seqlen_q : x.query.size(2), a.max_seqlen_q);
+  narrow(unpadded ? x.max_seqlen_k : x.key.size(2), a.max_seqlen_k);
+  a.total_q = unpadded ? x.query.size(0) : 0;
+  a.total_k = unpadded ? x.key.size(0) : 0;
   a.cu_seqlens_q = integers(x.cu_seqlens_q, a.batch + 1);
   a.cu_seqlens_k = integers(x.cu_seqlens_k, a.batch + 1);
   a.key_lengths = integers(x.key_lengths, a.batch);
@@ -179,7 +179,7 @@ TF_CUDA_IMPL(m) {
 }
 #endif
 
-// query, key, value, out and their gradients: (B, H, S, D) or, packed, (total, H, D); last stride 1. bias, mask: 4-D.
+// query, key, value, out and their gradients: (B, H, S, D) or, unpadded, (total, H, D); last stride 1. bias, mask: 4-D.
 // key_lengths, cu_seqlens: int32, contiguous. relative_bias: farther keys are as far as the ends. rng: int64 {seed,
 // offset}, on the device. lse, grad_lse, delta: float32 (B, H, Sq) or (H, total_q); delta: scratch. dbias,
 // drelative_bias: float32 zeros of bias's and relative_bias's shape.

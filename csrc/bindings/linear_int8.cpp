@@ -55,35 +55,35 @@ void quantize_weight(Tensor weight, int64_t group, Tensor q, Tensor scale) {
   int8_kernels().quantize_weight(a);
 }
 
-void pack_int8(Tensor weight, Tensor scale, int64_t group, Tensor packed) {
-  PackInt8 a{};
+void int8_to_panels(Tensor weight, Tensor scale, int64_t group, Tensor panels) {
+  ToInt8Panels a{};
   a.weight = read<int8_t>(weight);
   a.scale = read<float>(scale);
-  a.packed = write<int8_t>(packed);
+  a.panels = write<int8_t>(panels);
   a.out = weight.size(0);
   a.in = weight.size(1);
   a.group = group;
-  int8_kernels().pack(a);
+  int8_kernels().to_panels(a);
 }
 
-void unpack_int8(Tensor packed, int64_t group, Tensor weight, Tensor scale) {
-  UnpackInt8 a{};
-  a.packed = read<int8_t>(packed);
+void int8_from_panels(Tensor panels, int64_t group, Tensor weight, Tensor scale) {
+  FromInt8Panels a{};
+  a.panels = read<int8_t>(panels);
   a.weight = write<int8_t>(weight);
   a.scale = write<float>(scale);
   a.out = weight.size(0);
   a.in = weight.size(1);
   a.group = group;
-  int8_kernels().unpack(a);
+  int8_kernels().from_panels(a);
 }
 
-Int8Weight weight_of(const OptionalTensor& packed, const OptionalTensor& bias, int64_t out, int64_t in, int64_t group) {
+Int8Weight weight_of(const OptionalTensor& panels, const OptionalTensor& bias, int64_t out, int64_t in, int64_t group) {
   Int8Weight w{};
-  if (!packed.has_value()) return w;
-  STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Char && packed->size(0) == (out + kPanel - 1) / kPanel &&
-                      packed->size(1) == int8_panel_bytes(in, group),
-                  "packed: wanted int8 panels of a weight (", out, ", ", in, ") in groups of ", group);
-  w.panels = read<int8_t>(*packed);
+  if (!panels.has_value()) return w;
+  STD_TORCH_CHECK(panels->scalar_type() == ScalarType::Char && panels->size(0) == (out + kPanel - 1) / kPanel &&
+                      panels->size(1) == int8_panel_bytes(in, group),
+                  "panels: wanted int8 panels of a weight (", out, ", ", in, ") in groups of ", group);
+  w.panels = read<int8_t>(*panels);
   w.bias = read<float>(bias);
   w.out = out;
   w.in = in;
@@ -91,11 +91,11 @@ Int8Weight weight_of(const OptionalTensor& packed, const OptionalTensor& bias, i
   return w;
 }
 
-void int8_linear(Tensor x, OptionalTensors packed, OptionalTensors biases, std::vector<int64_t> outs, int64_t group,
+void linear_int8(Tensor x, OptionalTensors panels, OptionalTensors biases, std::vector<int64_t> outs, int64_t group,
                  int64_t activation, Tensor y) {
   Int8Weight weights[3];
-  STD_TORCH_CHECK(!outs.empty() && outs.size() <= 3, "packed: wanted one to three weights, got ", outs.size());
-  Int8Linear a{};
+  STD_TORCH_CHECK(!outs.empty() && outs.size() <= 3, "panels: wanted one to three weights, got ", outs.size());
+  LinearInt8 a{};
   a.x_dtype = dtype_of(x);
   a.y_dtype = dtype_of(y);
   a.x = read(x);
@@ -103,7 +103,7 @@ void int8_linear(Tensor x, OptionalTensors packed, OptionalTensors biases, std::
   a.rows = x.size(0);
   a.x_stride = x.stride(0);
   a.y_stride = y.stride(0);
-  for (size_t i = 0; i < outs.size(); ++i) weights[i] = weight_of(packed[i], biases[i], outs[i], x.size(1), group);
+  for (size_t i = 0; i < outs.size(); ++i) weights[i] = weight_of(panels[i], biases[i], outs[i], x.size(1), group);
   a.weights = weights;
   a.count = int64_t(outs.size());
   a.has_activation = activation >= 0;
@@ -111,7 +111,7 @@ void int8_linear(Tensor x, OptionalTensors packed, OptionalTensors biases, std::
   int8_kernels().linear(a);
 }
 
-void int8_block(Tensor context, Tensor residual, OptionalTensors packed, OptionalTensors biases, int64_t feed_forward,
+void int8_block(Tensor context, Tensor residual, OptionalTensors panels, OptionalTensors biases, int64_t feed_forward,
                 int64_t group, OptionalTensors norms, std::vector<double> eps, bool rms, int64_t activation, Tensor y) {
   Int8Block a{};
   a.dtype = dtype_of(residual);
@@ -123,10 +123,10 @@ void int8_block(Tensor context, Tensor residual, OptionalTensors packed, Optiona
   a.width = residual.size(1);
   a.context_stride = context.stride(0);
   a.residual_stride = residual.stride(0);
-  a.output = weight_of(packed[0], biases[0], a.width, context.size(1), group);
-  a.up = weight_of(packed[1], biases[1], feed_forward, a.width, group);
-  a.gate = weight_of(packed[2], biases[2], feed_forward, a.width, group);
-  a.down = weight_of(packed[3], biases[3], a.width, feed_forward, group);
+  a.output = weight_of(panels[0], biases[0], a.width, context.size(1), group);
+  a.up = weight_of(panels[1], biases[1], feed_forward, a.width, group);
+  a.gate = weight_of(panels[2], biases[2], feed_forward, a.width, group);
+  a.down = weight_of(panels[3], biases[3], a.width, feed_forward, group);
   a.attention_norm = {read<float>(norms[0]), read<float>(norms[1]), float(eps[0]), rms};
   a.output_norm = {read<float>(norms[2]), read<float>(norms[3]), float(eps[1]), rms};
   a.activation = Activation(activation);
@@ -141,14 +141,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_int8_isas() -> str");
   // weight: (out, in), any strides; q: int8 (out, in); scale: float32 (out, groups); all contiguous.
   m.def("cpu_quantize_weight(Tensor weight, int group, Tensor(a!) q, Tensor(b!) scale) -> ()");
-  m.def("cpu_pack_int8(Tensor weight, Tensor scale, int group, Tensor(a!) packed) -> ()");
-  m.def("cpu_unpack_int8(Tensor packed, int group, Tensor(a!) weight, Tensor(b!) scale) -> ()");
+  m.def("cpu_int8_to_panels(Tensor weight, Tensor scale, int group, Tensor(a!) panels) -> ()");
+  m.def("cpu_int8_from_panels(Tensor panels, int group, Tensor(a!) weight, Tensor(b!) scale) -> ()");
   // x, y, context, residual: (rows, ...), last stride 1; biases and norms float32. activation -1: none.
   m.def(
-      "cpu_int8_linear(Tensor x, Tensor?[] packed, Tensor?[] biases, int[] outs, int group, int activation, "
+      "cpu_linear_int8(Tensor x, Tensor?[] panels, Tensor?[] biases, int[] outs, int group, int activation, "
       "Tensor(a!) y) -> ()");
   m.def(
-      "cpu_int8_block(Tensor context, Tensor residual, Tensor?[] packed, Tensor?[] biases, int feed_forward, int group, "
+      "cpu_int8_block(Tensor context, Tensor residual, Tensor?[] panels, Tensor?[] biases, int feed_forward, int group, "
       "Tensor?[] norms, float[] eps, bool rms, int activation, Tensor(a!) y) -> ()");
 }
 
@@ -159,8 +159,8 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_quantize_weight", TORCH_BOX(&tf::quantize_weight));
-  m.impl("cpu_pack_int8", TORCH_BOX(&tf::pack_int8));
-  m.impl("cpu_unpack_int8", TORCH_BOX(&tf::unpack_int8));
-  m.impl("cpu_int8_linear", TORCH_BOX(&tf::int8_linear));
+  m.impl("cpu_int8_to_panels", TORCH_BOX(&tf::int8_to_panels));
+  m.impl("cpu_int8_from_panels", TORCH_BOX(&tf::int8_from_panels));
+  m.impl("cpu_linear_int8", TORCH_BOX(&tf::linear_int8));
   m.impl("cpu_int8_block", TORCH_BOX(&tf::int8_block));
 }

@@ -26,10 +26,10 @@ namespace tf {
   X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
   X(column_sum, ColumnSum) \
-  X(pack_weight, PackWeight) \
-  X(packed_linear, PackedLinear) \
-  X(rows_linear, RowsLinear) \
-  X(long_linear, LongLinear) \
+  X(to_panels, ToPanels) \
+  X(linear_panel, LinearPanel) \
+  X(linear_rows, LinearRows) \
+  X(linear_long, LinearLong) \
   X(weight_gradient, WeightGradient) \
   X(content_hash, ContentHash) \
   X(cross_entropy_forward, CrossEntropyForward) \

@@ -7,9 +7,9 @@ namespace tf {
 
 struct Int8Kernels {
   void (*quantize_weight)(const QuantizeWeight&);
-  void (*pack)(const PackInt8&);
-  void (*unpack)(const UnpackInt8&);
-  void (*linear)(const Int8Linear&);
+  void (*to_panels)(const ToInt8Panels&);
+  void (*from_panels)(const FromInt8Panels&);
+  void (*linear)(const LinearInt8&);
   void (*block)(const Int8Block&);
   // A row x of n, and the product of rows with 32 columns: out (rows, 32).
   void (*quantize)(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row);
@@ -21,9 +21,9 @@ const Int8Kernels& int8_kernels();  // of the instruction set in use
 #ifdef TF_ISA
 namespace TF_ISA {
 void quantize_weight(const QuantizeWeight&);
-void pack_int8(const PackInt8&);
-void unpack_int8(const UnpackInt8&);
-void int8_linear(const Int8Linear&);
+void int8_to_panels(const ToInt8Panels&);
+void int8_from_panels(const FromInt8Panels&);
+void linear_int8(const LinearInt8&);
 void int8_block(const Int8Block&);
 void int8_quantize(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row);
 void int8_product(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows, int64_t panel, float* out);

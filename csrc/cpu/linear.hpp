@@ -19,11 +19,11 @@ enum class Storage : int32_t { f32, bf16, i8 };
 constexpr int64_t kPanel = 32;
 constexpr int64_t kScaleSlots = kPanel * int64_t(sizeof(float));  // int8 values that a panel's scales take the place of
 
-struct PackWeight {
+struct ToPanels {
   DType dtype;         // of the weight
   Storage storage;     // of the panels
   const void* weight;  // (out, in), one of the strides 1
-  void* packed;        // (ceil(out / 32), in, 32), in i8 (ceil(out / 32), in + 4, 32)
+  void* panels;        // (ceil(out / 32), in, 32), in i8 (ceil(out / 32), in + 4, 32)
   int64_t out, in, out_stride, in_stride;
 };
 
@@ -33,7 +33,7 @@ struct RowsWeight {
   int64_t out, stride;
 };
 
-struct RowsLinear {  // y_i = act(x W_i^T + bias_i), float32
+struct LinearRows {  // y_i = act(x W_i^T + bias_i), float32
   const float* x;
   int64_t rows, in, x_stride, count;
   const RowsWeight* weights;
@@ -41,7 +41,7 @@ struct RowsLinear {  // y_i = act(x W_i^T + bias_i), float32
   Activation activation;
 };
 
-struct LongLinear {  // y = act(x W^T + bias), float32
+struct LinearLong {  // y = act(x W^T + bias), float32
   const float *x, *weight, *bias;  // weight (out, in), one of the strides 1; bias may be null
   float* y;                        // (rows, out), contiguous
   int64_t rows, in, out, x_stride, out_stride, in_stride;
@@ -55,10 +55,10 @@ struct WeightGradient {  // y = g^T x, float32, and the sums of g's rows
   int64_t rows, in, out, g_stride, x_stride;
 };
 
-struct PackedLinear {  // y = act(x W^T + bias), summed in float32
+struct LinearPanel {  // y = act(x W^T + bias), summed in float32
   DType dtype;
   Storage storage;
-  const void *x, *packed;
+  const void *x, *panels;
   const float* bias;  // may be null
   void* y;            // contiguous
   int64_t rows, out, in, x_stride;

@@ -97,7 +97,7 @@ void for_products(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t 
 }
 
 template <class Y>
-void linear_columns(const Int8Linear& a, const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows,
+void linear_columns(const LinearInt8& a, const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows,
                     int64_t begin, int64_t end, int64_t at, float* sums) {
   for_products(w, x, rows, begin, end, sums, [&](int64_t c, int64_t n, const float* from) {
     with_optional_activation(a.has_activation, a.activation, [&](auto act) {
@@ -266,7 +266,7 @@ void int8_product(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t r
   multiply_int8(w, from_row(x, row), rows, panel, 1, out, kPanel);
 }
 
-void int8_linear(const Int8Linear& a) {
+void linear_int8(const LinearInt8& a) {
   const Int8Weight& first = a.weights[0];
   int64_t columns = 0, ends[4] = {};  // in units of kColumns
   for (int64_t i = 0; i < a.count; ++i) ends[i] = columns += (a.weights[i].out + kColumns - 1) / kColumns;

@@ -19,15 +19,15 @@ static inline int64_t int8_panel_bytes(int64_t in, int64_t group) {
   return int8_depth(in) * kPanel + int8_groups(in, group) * 2 * kScaleSlots;
 }
 
-struct PackInt8 {  // weight (out, in) contiguous, scale (out, groups) -> packed (ceil(out / 32), int8_panel_bytes)
+struct ToInt8Panels {  // weight (out, in) contiguous, scale (out, groups) -> panels (ceil(out / 32), int8_panel_bytes)
   const int8_t* weight;
   const float* scale;
-  int8_t* packed;
+  int8_t* panels;
   int64_t out, in, group;
 };
 
-struct UnpackInt8 {  // the way back
-  const int8_t* packed;
+struct FromInt8Panels {  // the way back
+  const int8_t* panels;
   int8_t* weight;
   float* scale;
   int64_t out, in, group;
@@ -60,7 +60,7 @@ static inline int64_t int8_row_floats(int64_t in, int64_t group) {
   return int8_row_stride(in) / 4 + 2 * int8_groups(in, group);
 }
 
-struct Int8Linear {  // y = act(x W^T + bias), several weights of one input side by side
+struct LinearInt8 {  // y = act(x W^T + bias), several weights of one input side by side
   DType x_dtype, y_dtype;
   const void* x;
   void* y;

@@ -16,7 +16,7 @@ constexpr int64_t kLeastRows = 256, kMostRows = 512;
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Part of the weight as (depth, kColumns), zeros from `columns` on.
-void lay_out(const LongLinear& a, int64_t column, int64_t columns, int64_t k, int64_t depth, float* panel) {
+void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, int64_t depth, float* panel) {
   if (a.in_stride == 1)
     load_transposed(a.weight + column * a.out_stride + k, a.out_stride, columns, depth, panel, kColumns);
   else
@@ -68,7 +68,7 @@ void block(int64_t rows, bool first, const float* x, int64_t stride, const float
 }
 
 template <class Activate>
-void multiply(const LongLinear& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
+void multiply(const LinearLong& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
   const int64_t columns = least(a.out - column, kColumns), runs = (a.in + kDepth - 1) / kDepth;
   const int64_t run = round_up((a.in + runs - 1) / runs, 16);  // all of about one length: the longest decides the error
   float* y = a.y + row * a.out + column;
@@ -101,7 +101,7 @@ void multiply(const LongLinear& a, int64_t row, int64_t rows, int64_t column, co
 }
 
 template <class Activate>
-void multiply_all(const LongLinear& a, const Activate& activate) {
+void multiply_all(const LinearLong& a, const Activate& activate) {
   const int64_t panels = (a.out + kColumns - 1) / kColumns, threads = tf_num_threads();
   const int64_t wanted = (4 * threads + panels - 1) / panels, most = (a.rows + kLeastRows - 1) / kLeastRows;
   const int64_t fewest = (a.rows + kMostRows - 1) / kMostRows;
@@ -117,7 +117,7 @@ void multiply_all(const LongLinear& a, const Activate& activate) {
 
 }  // namespace
 
-void long_linear(const LongLinear& a) {
+void linear_long(const LinearLong& a) {
   if (!a.has_activation) return multiply_all(a, [](Vec v) { return v; });
   with_activation(a.activation, [&](auto activation) {
     multiply_all(a, [](Vec v) {

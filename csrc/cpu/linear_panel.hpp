@@ -1,4 +1,4 @@
-// The product of a few rows with one panel of a packed weight (linear.hpp).
+// The product of a few rows with one panel of a weight (linear.hpp).
 #pragma once
 #include "linear.hpp"
 #include "simd.hpp"

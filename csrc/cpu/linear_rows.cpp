@@ -20,7 +20,7 @@ void finish_panel(const RowsWeight& w, int64_t row, int rows, int64_t column, in
 }
 
 template <class Activate>
-void multiply(const RowsLinear& a, const Activate& activate) {
+void multiply(const LinearRows& a, const Activate& activate) {
   int64_t panels = 0;
   for (int64_t i = 0; i < a.count; ++i) panels += (a.weights[i].out + kPanel - 1) / kPanel;
   parallel_for(panels, 1 + 65536 / (a.in * kPanel), [&](int64_t begin, int64_t end) {
@@ -42,7 +42,7 @@ void multiply(const RowsLinear& a, const Activate& activate) {
 
 }  // namespace
 
-void rows_linear(const RowsLinear& a) {
+void linear_rows(const LinearRows& a) {
   if (!a.has_activation) return multiply(a, [](Vec v) { return v; });
   with_activation(a.activation, [&](auto activation) {
     multiply(a, [](Vec v) {

@@ -7,7 +7,7 @@
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "recurrence_cell.hpp"
-#include "screened_argmax.hpp"
+#include "head_screen.hpp"
 
 namespace tf::TF_ISA {
 namespace {

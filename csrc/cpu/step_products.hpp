@@ -73,11 +73,16 @@ static void multiply(const StepWeight& w, int64_t panel, int rows, const float* 
 
 class StepProducts {
  protected:
-  // index: of this thread. rows: of this step, at most most_rows. split: memory for split_floats() of each row of those, and int8: its kernels,
-  // where a weight needs them.
-  StepProducts(PhaseCounter* counters, int64_t index, int64_t threads, int64_t rows, int64_t most_rows = 0, float* split = nullptr,
-               const Int8Kernels* int8 = nullptr)
-      : team_(counters, index, threads), rows_(rows), threads_(threads), most_rows_(most_rows), int8_(int8), split_(split) {}
+  // index: of this thread. rows: of this step, at most most_rows. split: memory for split_floats() of each row of those,
+  // and int8: its kernels, where a weight needs them.
+  StepProducts(PhaseCounter* counters, int64_t index, int64_t threads, int64_t rows, int64_t most_rows = 0,
+               float* split = nullptr, const Int8Kernels* int8 = nullptr)
+      : team_(counters, index, threads),
+        rows_(rows),
+        threads_(threads),
+        most_rows_(most_rows),
+        int8_(int8),
+        split_(split) {}
 
   void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, {x, ldx}, f); }
   void linear(const StepWeight& w, const StepInput& in, const Finish& f) { linear(&w, 1, in, f); }
@@ -87,7 +92,7 @@ class StepProducts {
     const float* x = in.x;
     const int64_t ldx = in.stride;
     if (reads_int8(weights, count) && (!f.gate || f.gate->layout == WeightLayout::int8))
-      return int8_linear(weights, count, in, f);
+      return linear_int8(weights, count, in, f);
     int64_t panels = 0, ends[3] = {};
     bool split = false;
     for (int i = 0; i < count; ++i) {
@@ -141,7 +146,7 @@ class StepProducts {
   }
 
   // In int8: the rows of x are quantised first where they are not yet.
-  void int8_linear(const StepWeight* weights, int count, const StepInput& in, const Finish& f) {
+  void linear_int8(const StepWeight* weights, int count, const StepInput& in, const Finish& f) {
     Int8Weight parts[3] = {}, gate{};
     int64_t panels = 0, ends[3] = {};
     for (int i = 0; i < count; ends[i++] = panels) {
@@ -155,7 +160,9 @@ class StepProducts {
       rows = *in.int8;
     } else {
       rows = int8_room(weights[0]);
-      team_.phase(rows_, 1, [&](int64_t r) { quantize(weights[0].group, in.x + r * in.stride, weights[0].in, rows, r, 0); });
+      team_.phase(rows_, 1, [&](int64_t r) {
+        quantize(weights[0].group, in.x + r * in.stride, weights[0].in, rows, r, 0);
+      });
     }
     constexpr int64_t kTogether = 24;
     // Panel p of the products with rows r .. r + n - 1, into y of r and the panel's first column.

@@ -20,7 +20,7 @@ struct StepWeight {  // y = x W^T + bias; absent when data is null
   int64_t group;            // of int8
 };
 
-// What finds the largest outputs of a weight (out, in) without computing them all: see screened_argmax.hpp. Each a value
+// What finds the largest outputs of a weight (out, in) without computing them all: see head_screen.hpp. Each a value
 // for every column of the panels: start: the bias, and -1e38 past the last output; error: |w - w8|, with what rounding
 // adds to a product; size: |w8|.
 struct HeadChoice {

@@ -7,7 +7,7 @@
 namespace tf {
 extern const Int8Kernels TF_CONCAT(int8_kernels_, TF_ISA);
 const Int8Kernels TF_CONCAT(int8_kernels_, TF_ISA) = {
-    TF_ISA::quantize_weight, TF_ISA::pack_int8,  TF_ISA::unpack_int8,   TF_ISA::int8_linear,
+    TF_ISA::quantize_weight, TF_ISA::int8_to_panels,  TF_ISA::int8_from_panels,   TF_ISA::linear_int8,
     TF_ISA::int8_block,      TF_ISA::int8_quantize, TF_ISA::int8_product,
 };
 }  // namespace tf

@@ -11,8 +11,8 @@ using Stream = void*;
 
 struct Attention : AttentionCall<int32_t, float> {
   int32_t max_seqlen_q, max_seqlen_k;  // of the longest sequence
-  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // packed: batch + 1 offsets, on the device; else null
-  int64_t total_q, total_k;    // packed: rows of all sequences, which bounds what TMA may touch
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // unpadded: batch + 1 offsets, on the device; else null
+  int64_t total_q, total_k;    // unpadded: rows of all sequences, which bounds what TMA may touch
   const int32_t* key_lengths;  // padded: keys in use of each sequence, on the device; or null
   const int64_t* rng;          // {seed, offset}, on the device
   uint32_t threshold;          // of 65536, dropped below it; 0: no dropout

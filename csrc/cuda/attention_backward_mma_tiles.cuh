@@ -66,7 +66,7 @@ TF_DEVICE void multiply_columns(const float (&s)[E], const T* b_tile, float (&su
   for (int n = 0; n < E / 8; ++n) {
     uint32_t a[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = pack2<T>(s[8 * n + 2 * r], s[8 * n + 2 * r + 1]);
+    for (int r = 0; r < 4; ++r) a[r] = pair_of<T>(s[8 * n + 2 * r], s[8 * n + 2 * r + 1]);
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
       uint32_t b[4];
@@ -93,7 +93,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* ou
     for (int n = 0; n < D / 8; ++n) {
       const float low = kept ? sum[4 * n + 2 * half] * scale : 0.f;
       const float high = kept ? sum[4 * n + 2 * half + 1] * scale : 0.f;
-      store_shared(reinterpret_cast<uint32_t*>(tile + swizzled<D>(own + row, n) + lane % 4 * 2), pack2<T>(low, high));
+      store_shared(reinterpret_cast<uint32_t*>(tile + swizzled<D>(own + row, n) + lane % 4 * 2), pair_of<T>(low, high));
     }
   }
   __syncwarp();

@@ -169,7 +169,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char*
     for (int half = 0; half < 2; half++) {
       unsigned char* row = shared + (lane / 4 + 8 * half) * (D * 2);
       store_shared(reinterpret_cast<uint32_t*>(row + (j ^ (lane / 4)) * 16 + lane % 4 * 4),
-                   pack2<T>(sum[j * 4 + half * 2] * scale, sum[j * 4 + half * 2 + 1] * scale));
+                   pair_of<T>(sum[j * 4 + half * 2] * scale, sum[j * 4 + half * 2 + 1] * scale));
     }
   }
   __syncwarp();
@@ -314,7 +314,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int e = j * 4 + half * 2;
-        p[j / 2][j % 2 * 2 + half] = pack2<T>(s[e], s[e + 1]);
+        p[j / 2][j % 2 * 2 + half] = pair_of<T>(s[e], s[e + 1]);
       }
     }
     register_fence(p);
@@ -334,9 +334,9 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int e = j * 4 + half * 2;
-        const float2 rounded = unpack2<T>(p[j / 2][j % 2 * 2 + half]);
+        const float2 rounded = floats_of_pair<T>(p[j / 2][j % 2 * 2 + half]);
         ds[j / 2][j % 2 * 2 + half] =
-            pack2<T>(rounded.x * (dp[e] - x.v[0]), rounded.y * (dp[e + 1] - x.v[1]));
+            pair_of<T>(rounded.x * (dp[e] - x.v[0]), rounded.y * (dp[e + 1] - x.v[1]));
       }
     }
     // dS is stored transposed, (queries, keys); the keys of a warpgroup are one panel. There are two buffers: after the

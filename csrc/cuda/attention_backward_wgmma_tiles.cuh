@@ -41,7 +41,7 @@ struct BackwardWgmma : AttentionBackward {
   float exponent_scale;
 };
 
-// The tile of scratch memory with query 0 of a sequence, among those of one head. Packed: (first_q + M b) / M, which
+// The tile of scratch memory with query 0 of a sequence, among those of one head. Unpadded: (first_q + M b) / M, which
 // leaves room for the last tile of every sequence and needs no sum over the sequences before.
 template <int M>
 TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {

@@ -13,12 +13,12 @@ constexpr int kBlocks = 4;      // per multiprocessor, that run at once
 
 struct Plan {
   bool plain;
-  int width, packs, rows, lanes;  // elements per pack; packs of a key and rows per thread; threads per key
+  int width, vectors, rows, lanes;  // elements per vector; vectors of a key and rows per thread; threads per key
 };
 
 int rows_of(const AttentionDecode& p) { return p.max_seqlen_q * (p.heads / p.key_heads); }
 
-bool in_packs(const void* data, const RowStrides& rows, int width) {
+bool in_vectors(const void* data, const RowStrides& rows, int width) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows.batch % width == 0 && rows.head % width == 0 &&
          rows.row % width == 0;
 }
@@ -28,26 +28,26 @@ Plan plan_of(const AttentionDecode& p) {
   plan.width = p.dtype == DType::f32 ? 4 : 8;
   plan.plain = p.dim % plan.width == 0 && p.bias_type == BiasType::none && !p.mask && !p.relative_bias &&
                p.softcap == 0.f &&
-               in_packs(p.query, p.query_strides, plan.width) && in_packs(p.key, p.key_strides, plan.width) &&
-               in_packs(p.value, p.value_strides, plan.width) && in_packs(p.new_key, p.new_key_strides, plan.width) &&
-               in_packs(p.new_value, p.new_value_strides, plan.width);
-  const int packs = (p.dim + plan.width - 1) / plan.width;
-  plan.packs = packs > 32 ? 2 : 1;
+               in_vectors(p.query, p.query_strides, plan.width) && in_vectors(p.key, p.key_strides, plan.width) &&
+               in_vectors(p.value, p.value_strides, plan.width) && in_vectors(p.new_key, p.new_key_strides, plan.width) &&
+               in_vectors(p.new_value, p.new_value_strides, plan.width);
+  const int vectors = (p.dim + plan.width - 1) / plan.width;
+  plan.vectors = vectors > 32 ? 2 : 1;
   plan.rows = !plan.plain ? 2 : rows_of(p) == 1 ? 1 : 4;
   plan.lanes = 1;
-  while (plan.lanes * plan.packs < packs) plan.lanes *= 2;
+  while (plan.lanes * plan.vectors < vectors) plan.lanes *= 2;
   return plan;
 }
 
 int chunks_of(const AttentionDecode& p, const Plan& plan) { return (rows_of(p) + plan.rows - 1) / plan.rows; }
 
-template <class T, int kRows, int kPacks, int kKeys, bool kPlain>
+template <class T, int kRows, int kVectors, int kKeys, bool kPlain>
 void run(const AttentionDecode& p, const Plan& plan, Stream stream) {
   const int tiles = p.batch * p.key_heads, chunks = chunks_of(p, plan);
   uint32_t* counters = p.splits > 1 ? p.arrivals : nullptr;
-  const int states = kDecodeWarps * kRows * (plan.lanes * kPacks * plan.width + 2);
+  const int states = kDecodeWarps * kRows * (plan.lanes * kVectors * plan.width + 2);
   const int bytes = int(sizeof(float)) * std::max(states, counters ? kRows * (kMostSplits + 2) : 0);
-  TF_LAUNCH((attention_decode_kernel<T, kRows, kPacks, kKeys, kPlain>), dim3(tiles, p.splits, chunks),
+  TF_LAUNCH((attention_decode_kernel<T, kRows, kVectors, kKeys, kPlain>), dim3(tiles, p.splits, chunks),
             dim3(kDecodeThreads), bytes, stream, p, plan.lanes, counters);
   if (p.splits == 1 || counters) return;
   TF_LAUNCH((attention_decode_join_kernel<T>), dim3(tiles, rows_of(p)), dim3(kDecodeThreads),
@@ -58,7 +58,7 @@ template <class T>
 void launch(const AttentionDecode& p, Stream stream) {
   const Plan plan = plan_of(p);
   if constexpr (sizeof(T) == 4) {
-    if (plan.packs == 2) {
+    if (plan.vectors == 2) {
       if (!plan.plain) return run<T, 2, 2, 2, false>(p, plan, stream);
       return plan.rows == 1 ? run<T, 1, 2, 4, true>(p, plan, stream) : run<T, 4, 2, 2, true>(p, plan, stream);
     }
@@ -74,7 +74,7 @@ const char* attention_decode_refuses(const AttentionDecode& p) {
   if (p.dim > 256) return "head dim over 256";
   if (rows_of(p) > kDecodeRows) return "more than 16 queries, counting those of heads that share keys";
   if (int64_t(p.batch) * p.key_heads >= INT64_C(1) << 31) return "too many sequences times key heads";
-  if (p.new_key && p.cu_seqlens_q) return "new keys for packed sequences";
+  if (p.new_key && p.cu_seqlens_q) return "new keys for unpadded sequences";
   return nullptr;
 }
 

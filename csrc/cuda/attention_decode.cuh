@@ -8,7 +8,7 @@
 #pragma once
 #include "attention_decode.hpp"
 #include "attention_scores.cuh"
-#include "pack.cuh"
+#include "vector.cuh"
 
 namespace tf::cuda {
 
@@ -59,27 +59,27 @@ TF_DEVICE float rich_score(const AttentionDecode& p, const Head& head, const Dec
   return s;
 }
 
-// Columns from `column` on of a row of `dim`, and zeros beyond. Rows that are not aligned, or not whole packs, are read
+// Columns from `column` on of a row of `dim`, and zeros beyond. Rows that are not aligned, or not whole vectors, are read
 // element by element.
 template <class T, bool kAligned, int kWidth>
-TF_DEVICE void read_columns(Pack<T, kWidth>& pack, const T* row, int32_t column, int32_t dim) {
+TF_DEVICE void read_columns(Vector<T, kWidth>& vector, const T* row, int32_t column, int32_t dim) {
   if constexpr (kAligned) {
-    pack.clear();
-    if (column < dim) pack.read(row + column);
+    vector.clear();
+    if (column < dim) vector.read(row + column);
   } else {
     float f[kWidth];
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) f[e] = column + e < dim ? to_float(load(row + column + e)) : 0.f;
-    pack.set(f);
+    vector.set(f);
   }
 }
 template <class T, bool kAligned, int kWidth>
-TF_DEVICE void write_columns(const Pack<T, kWidth>& pack, T* row, int32_t column, int32_t dim) {
+TF_DEVICE void write_columns(const Vector<T, kWidth>& vector, T* row, int32_t column, int32_t dim) {
   if constexpr (kAligned) {
-    if (column < dim) pack.write(row + column);
+    if (column < dim) vector.write(row + column);
   } else {
     float f[kWidth];
-    pack.get(f);
+    vector.get(f);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       if (column + e < dim) store(row + column + e, from_float<T>(f[e]));
@@ -160,11 +160,11 @@ TF_DEVICE Head decode_head(const AttentionDecode& p, int32_t tile, int32_t& stor
 
 // arrivals: how many blocks of each (tile, chunk) have finished, zeros before and after; null: another launch joins the
 // parts.
-template <class T, int kRows, int kPacks, int kKeys, bool kPlain>
+template <class T, int kRows, int kVectors, int kKeys, bool kPlain>
 __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     attention_decode_kernel(const AttentionDecode p, const int32_t lanes, uint32_t* arrivals) {
-  constexpr int kWidth = 16 / sizeof(T), kColumns = kWidth * kPacks;
-  using P = Pack<T, kWidth>;
+  constexpr int kWidth = 16 / sizeof(T), kColumns = kWidth * kVectors;
+  using P = Vector<T, kWidth>;
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const int32_t shift = __ffs(lanes) - 1;  // lanes is a power of two
@@ -185,12 +185,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     const T* from =
         head_rows(static_cast<const T*>(p.query), p.query_strides, head.b, row[r].h, head.first_q + row[r].i);
 #pragma unroll
-    for (int n = 0; n < kPacks; ++n) {
-      P pack;
+    for (int n = 0; n < kVectors; ++n) {
+      P vector;
       float f[kWidth];
-      pack.clear();
-      if (row[r].exists) read_columns<T, kPlain>(pack, from, (slice + n * lanes) * kWidth, p.dim);
-      pack.get(f);
+      vector.clear();
+      if (row[r].exists) read_columns<T, kPlain>(vector, from, (slice + n * lanes) * kWidth, p.dim);
+      vector.get(f);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
         q[r][n * kWidth + e] = f[e];
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
   const int32_t begin = range.begin + split * share, end = min(range.end, begin + share);
 
   for (int32_t start = begin; start < end; start += groups * kKeys) {
-    P keys[kKeys][kPacks], values[kKeys][kPacks];
+    P keys[kKeys][kVectors], values[kKeys][kVectors];
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
       const int32_t j = start + u * groups + group;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
       const T* from_k = fresh ? new_k + (j - stored) * p.new_key_strides.row : k + j * p.key_strides.row;
       const T* from_v = fresh ? new_v + (j - stored) * p.new_value_strides.row : v + j * p.value_strides.row;
 #pragma unroll
-      for (int n = 0; n < kPacks; ++n) {
+      for (int n = 0; n < kVectors; ++n) {
         const int32_t column = (slice + n * lanes) * kWidth;
         keys[u][n].clear();
         values[u][n].clear();
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
       for (int u = 0; u < kKeys; ++u) {
         const int32_t j = start + u * groups + group;
 #pragma unroll
-        for (int n = 0; n < kPacks; ++n) {
+        for (int n = 0; n < kVectors; ++n) {
           const int32_t column = (slice + n * lanes) * kWidth;
           if (j >= stored && j < end) {
             write_columns<T, kPlain>(keys[u][n], k + j * p.key_strides.row, column, p.dim);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) scores[r][u] = 0.f;
 #pragma unroll
-      for (int n = 0; n < kPacks; ++n) {
+      for (int n = 0; n < kVectors; ++n) {
         float f[kWidth];
         keys[u][n].get(f);
 #pragma unroll
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
 #pragma unroll
-      for (int n = 0; n < kPacks; ++n) {
+      for (int n = 0; n < kVectors; ++n) {
         float f[kWidth];
         values[u][n].get(f);
 #pragma unroll

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
             left = keeps(kept[m], start, e) ? left : 0.f;
             right = keeps(kept[m], start, e + 1) ? right : 0.f;
           }
-          p[m][2 * n + r] = pack2<T>(left, right);
+          p[m][2 * n + r] = pair_of<T>(left, right);
         }
         total[m][r] = total[m][r] * decay + sum;
       }
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
         store_shared(reinterpret_cast<uint32_t*>(q + swizzled<D>(warp_row + row, n) + lane % 4 * 2),
-                     pack2<T>(o[m][4 * n + 2 * r] * factor, o[m][4 * n + 2 * r + 1] * factor));
+                     pair_of<T>(o[m][4 * n + 2 * r] * factor, o[m][4 * n + 2 * r + 1] * factor));
     }
   __syncwarp();
   T* const out = head_rows(static_cast<T*>(a.out), a.out_strides, end.b, end.h, end.first_q);

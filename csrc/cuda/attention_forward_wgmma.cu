@@ -71,7 +71,7 @@ const char* attention_forward_wgmma_refuses(const AttentionForward& a) {
   if (!(a.scale > 0.f) || std::isinf(a.scale)) return "wgmma: a scale that is not positive";  // it finds peaks unscaled
   if (a.max_seqlen_q <= 0 || a.max_seqlen_k <= 0 || a.batch <= 0) return "wgmma: no queries or no keys";
   if (!a.cu_seqlens_q != !a.cu_seqlens_k || (a.cu_seqlens_q && (a.total_q <= 0 || a.total_k <= 0)))
-    return "wgmma: packed tensors without rows";
+    return "wgmma: unpadded tensors without rows";
   if (std::max(a.max_seqlen_q, a.max_seqlen_k) >= kUnlimited / 2 || std::max(a.total_q, a.total_k) >= kUnlimited)
     return "wgmma: more than 2^29 queries or keys";
   if (int64_t(a.batch) * a.heads * ((int64_t(a.max_seqlen_q) + 127) / 128) > INT32_MAX / 2)

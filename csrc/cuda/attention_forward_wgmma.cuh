@@ -237,11 +237,11 @@ TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, flo
 
 // The accumulator's layout is that of wgmma's A operand, with 16 columns per four registers: P needs no shuffle.
 template <class S>
-TF_DEVICE void forward_wgmma_pack(uint32_t (&p)[S::BN / 16][4], const float (&s)[S::BN / 2]) {
+TF_DEVICE void forward_wgmma_pairs(uint32_t (&p)[S::BN / 16][4], const float (&s)[S::BN / 2]) {
 #pragma unroll
   for (int n = 0; n < S::BN / 16; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p[n][i] = pack2<typename S::T>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
+    for (int i = 0; i < 4; ++i) p[n][i] = pair_of<typename S::T>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
 }
 
 // Four lanes hold the columns of a row in turn, two each. After a transposition among them each has 8 contiguous ones.
@@ -285,7 +285,7 @@ TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile
       uint32_t w[4];
 #pragma unroll
       for (int u = 0; u < 4; ++u)
-        w[u] = pack2<T>(o[4 * (j + u) + 2 * r] * factor, o[4 * (j + u) + 2 * r + 1] * factor);
+        w[u] = pair_of<T>(o[4 * (j + u) + 2 * r] * factor, o[4 * (j + u) + 2 * r + 1] * factor);
       transpose_in_quad(w);
       if (alive)
         store_vec(reinterpret_cast<uint32_t*>(out + 8 * (j + quad_lane)), Vec<uint32_t, 4>{{w[0], w[1], w[2], w[3]}});
@@ -359,7 +359,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         warpgroup_wait<0>();
         register_fence(o);
         if (n < t.end - 2) release(&barriers->v_empty[Slot(step - 1).stage]);
-        forward_wgmma_pack<S>(p, s);
+        forward_wgmma_pairs<S>(p, s);
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
       };

@@ -29,15 +29,15 @@ struct ForwardWgmmaTile {
   int32_t last;                                           // there are no more tiles, and this is none
 };
 
-// In packed tensors: the first sequence that a search looks at, and the blocks of rows before it.
+// In unpadded tensors: the first sequence that a search looks at, and the blocks of rows before it.
 struct ForwardWgmmaSearch {
   int32_t b, blocks;
 };
 
-// Which sequence and block of rows tile `index` of packed tensors is. All lanes of a warp search, one sequence per
+// Which sequence and block of rows tile `index` of unpadded tensors is. All lanes of a warp search, one sequence per
 // lane. Indices rise from call to call, so `search` moves on. false: there are no more.
 template <class S>
-TF_DEVICE bool forward_wgmma_packed(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search, int32_t& b,
+TF_DEVICE bool forward_wgmma_unpadded(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search, int32_t& b,
                                     int32_t& block, int32_t& blocks) {
   const int32_t lane = threadIdx.x % 32, wanted = index / a.heads;
   for (; search.b < a.batch; search.b += 32) {
@@ -64,7 +64,7 @@ TF_DEVICE bool forward_wgmma_packed(const ForwardWgmma& a, int32_t index, Forwar
 }
 
 // Tile `index` of all; false: there are no more. Padded tensors: tiles go through `heads_together` heads block by
-// block, so that their keys and values stay in the L2 cache. Packed ones: through the heads of a sequence. Windowed
+// block, so that their keys and values stay in the L2 cache. Unpadded ones: through the heads of a sequence. Windowed
 // calls start with the last rows, the longest tiles of a causal call.
 template <class S>
 TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search,
@@ -72,7 +72,7 @@ TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardW
   if (index >= a.tiles) return false;
   int32_t block, blocks = a.blocks;
   if (a.cu_seqlens_q != nullptr) {
-    if (!forward_wgmma_packed<S>(a, index, search, t.b, block, blocks)) return false;
+    if (!forward_wgmma_unpadded<S>(a, index, search, t.b, block, blocks)) return false;
     t.h = index % a.heads;
     t.first_q = load(a.cu_seqlens_q + t.b);
     t.first_k = load(a.cu_seqlens_k + t.b);

@@ -24,7 +24,7 @@ inline bool is_plain(const Attention& a) {
 // ---- which keys, which queries ----------------------------------------------------------------
 struct alignas(16) Head {  // one head of one sequence; query i stands at position i + offset
   int32_t b, h, key_head;
-  int32_t first_q, first_k;  // rows before it in packed tensors
+  int32_t first_q, first_k;  // rows before it in unpadded tensors
   int32_t queries, keys, offset;
 };
 

@@ -7,7 +7,7 @@
 
 namespace tf::cuda {
 
-struct Extents {  // packed: all rows as one sequence
+struct Extents {  // unpadded: all rows as one sequence
   int64_t rows, heads, batch;
 };
 inline Extents query_extents(const Attention& a) {

@@ -12,20 +12,20 @@ namespace {
 
 constexpr int kSumColumns = 32, kSumRows = 16;  // a block of norm_parameters_kernel
 
-// What each thread of a row holds of it: kPacks packs, as they were read. All their loads are under way together.
-template <class T, int kWidth, int kPacks>
-struct BackwardPacks {
-  Pack<T, kWidth> grad_y[kPacks], v[kPacks];
+// What each thread of a row holds of it: kVectors vectors, as they were read. All their loads are under way together.
+template <class T, int kWidth, int kVectors>
+struct BackwardVectors {
+  Vector<T, kWidth> grad_y[kVectors], v[kVectors];
   float mean, rstd;
 
   TF_DEVICE void read(const NormBackward& p, int64_t row, int first, int step) {
     const bool exists = row < p.rows;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const int column = first + i * step;
       const bool inside = exists && column < p.width;
-      grad_y[i] = read_pack<T, kWidth>(static_cast<const T*>(p.grad_y) + row * p.grad_y_stride, column, inside);
-      v[i] = read_pack<T, kWidth>(static_cast<const T*>(p.v) + row * p.v_stride, column, inside);
+      grad_y[i] = read_vector<T, kWidth>(static_cast<const T*>(p.grad_y) + row * p.grad_y_stride, column, inside);
+      v[i] = read_vector<T, kWidth>(static_cast<const T*>(p.v) + row * p.v_stride, column, inside);
     }
     mean = exists && p.mean ? load(p.mean + row) : 0.f;
     rstd = exists ? load(p.rstd + row) : 0.f;
@@ -43,7 +43,7 @@ TF_DEVICE void read_weight(const NormBackward& p, int column, float (&weight)[kW
 template <class T, int kWidth>
 TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row, int column, bool inside,
                                float (&grad)[kWidth]) {
-  Pack<T, kWidth> out;
+  Vector<T, kWidth> out;
   const int64_t place = row * p.width + column;
   if (inside) {
     out.set(grad);
@@ -58,12 +58,12 @@ TF_DEVICE void write_gradients(const NormBackward& p, PhiloxKey key, int64_t row
 }
 
 // Adds up a parameter's gradient over the rows of a block and writes it to `partial`.
-template <int kWidth, int kPacks>
-TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float (&grad)[kPacks][kWidth],
+template <int kWidth, int kVectors>
+TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float (&grad)[kVectors][kWidth],
                              float* scratch) {
-  const int step = blockDim.x * kWidth, width = step * kPacks;
+  const int step = blockDim.x * kWidth, width = step * kVectors;
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     float* to = scratch + threadIdx.y * width + i * step + threadIdx.x * kWidth;
 #pragma unroll
     for (int e = 0; e < kWidth; e += 4) {
@@ -80,8 +80,8 @@ TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float 
   __syncthreads();
 }
 
-// kPacks packs of a row per thread. kAhead: the next row is read while this one is computed.
-template <class T, int kPacks, bool kAhead>
+// kVectors vectors of a row per thread. kAhead: the next row is read while this one is computed.
+template <class T, int kVectors, bool kAhead>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormBackward p) {
   constexpr int kWidth = 16 / sizeof(T);
   TF_SHARED(shared);
@@ -89,16 +89,16 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
   const int first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
   const int64_t rows = int64_t(gridDim.x) * blockDim.y;
   const PhiloxKey key = p.grad_x ? philox_key(p.dropout.rng) : PhiloxKey{};
-  float grad_weight[kPacks][kWidth] = {}, grad_bias[kPacks][kWidth] = {};
+  float grad_weight[kVectors][kWidth] = {}, grad_bias[kVectors][kWidth] = {};
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  BackwardPacks<T, kWidth, kPacks> now, next;
+  BackwardVectors<T, kWidth, kVectors> now, next;
   now.read(p, row, first, step);
   int turn = 0;
   for (int64_t block_row = row - threadIdx.y; block_row < p.rows; block_row += rows, row += rows, turn ^= 1) {
     if constexpr (kAhead) next.read(p, row + rows, first, step);
     float sums[2] = {};
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       float dy[kWidth], xhat[kWidth], weight[kWidth];
       now.grad_y[i].get(dy);
       now.v[i].get(xhat);
@@ -116,14 +116,14 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
     row_sum<true>(sums, scratch, turn);
     const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       now.grad_y[i].forget();
       now.v[i].forget();
       float grad[kWidth], xhat[kWidth], beside[kWidth], weight[kWidth];
       now.grad_y[i].get(grad);
       now.v[i].get(xhat);
       read_weight<T>(p, first + i * step, weight);
-      read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, first + i * step,
+      read_vector<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, first + i * step,
                            p.grad_sum && row < p.rows && first + i * step < p.width)
           .get(beside);
 #pragma unroll
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(con
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, turn ^= 1) {
     float sums[2] = {};
-    BackwardPacks<T, kWidth, 1> now;
+    BackwardVectors<T, kWidth, 1> now;
     float dy[kWidth], xhat[kWidth], weight[kWidth];
     const auto read = [&](int column) {
       now.read(p, row, column, 0);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(con
       const bool inside = column < p.width;
       float grad[kWidth], beside[kWidth];
       read(column);
-      read_pack<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, column, inside && p.grad_sum)
+      read_vector<T, kWidth>(static_cast<const T*>(p.grad_sum) + row * p.grad_sum_stride, column, inside && p.grad_sum)
           .get(beside);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) norm_parameters_kernel(
 }
 
 struct Plan {
-  bool packs, wide;  // packs: 16 bytes at a time; wide: a row does not fit the registers
-  int most;          // packs per thread
+  bool vectors, wide;  // vectors: 16 bytes at a time; wide: a row does not fit the registers
+  int most;          // vectors per thread
   dim3 block;
   int64_t blocks;
 };
@@ -240,12 +240,12 @@ int vector_width(const NormBackward& p) { return p.dtype == DType::f32 ? 4 : 8; 
 Plan plan_of(const NormBackward& p) {
   const int width = vector_width(p);
   Plan plan;
-  plan.packs = p.width % width == 0 && p.grad_y_stride % width == 0 && p.grad_sum_stride % width == 0 &&
+  plan.vectors = p.width % width == 0 && p.grad_y_stride % width == 0 && p.grad_sum_stride % width == 0 &&
                p.v_stride % width == 0 && aligned(p.grad_y) && aligned(p.grad_sum) && aligned(p.v) &&
                aligned(p.weight.data) && aligned(p.grad_v) && aligned(p.grad_x);
-  const int columns = plan.packs ? p.width / width : p.width, sms = multiprocessors();
+  const int columns = plan.vectors ? p.width / width : p.width, sms = multiprocessors();
   const int most = 16 / width;  // 16 elements per thread
-  plan.wide = !plan.packs || columns > most * kNormThreads;
+  plan.wide = !plan.vectors || columns > most * kNormThreads;
   if (plan.wide) {
     const int threads = std::min(kNormThreads, row_threads(columns, 1, true));
     plan.block = dim3(threads);
@@ -269,7 +269,7 @@ void launch(const NormBackward& p, const Plan& plan, Stream stream) {
   const int threads = plan.block.x * plan.block.y;
   const int parts = p.partial ? threads * plan.most * kWidth * int(sizeof(float)) : 0;
   const int bytes = std::max(row_sum_bytes(2), plan.wide ? 0 : parts);
-  if (!plan.packs) {
+  if (!plan.vectors) {
     TF_LAUNCH((norm_backward_wide_kernel<T, 1>), grid, plan.block, bytes, stream, p);
   } else if (plan.wide) {
     TF_LAUNCH((norm_backward_wide_kernel<T, kWidth>), grid, plan.block, bytes, stream, p);

@@ -4,10 +4,10 @@
 namespace tf::cuda {
 namespace {
 
-// One row, as packs of T, and its results.
+// One row, as vectors of T, and its results.
 template <class T, int kWidth>
 struct ForwardRow {
-  using P = Pack<T, kWidth>;
+  using P = Vector<T, kWidth>;
   const NormForward& p;
   const PhiloxKey key;
   const int64_t row;
@@ -16,10 +16,10 @@ struct ForwardRow {
   TF_DEVICE bool inside(int column) const { return exists && column < p.width; }
 
   TF_DEVICE P x(int column) const {
-    return read_pack<T, kWidth>(static_cast<const T*>(p.x) + row * p.x_stride, column, inside(column));
+    return read_vector<T, kWidth>(static_cast<const T*>(p.x) + row * p.x_stride, column, inside(column));
   }
   TF_DEVICE P residual(int column) const {
-    return read_pack<T, kWidth>(static_cast<const T*>(p.residual) + row * p.residual_stride, column, inside(column));
+    return read_vector<T, kWidth>(static_cast<const T*>(p.residual) + row * p.residual_stride, column, inside(column));
   }
   // residual + dropout(x), rounded to T: what is normalised is what is returned. Whole warps call it.
   TF_DEVICE void combine(P& x, const P& residual, int column) const {
@@ -34,10 +34,10 @@ struct ForwardRow {
     x.set(v);
   }
   TF_DEVICE P v(int column) const {
-    P pack = x(column), other;
+    P vector = x(column), other;
     if (p.residual) other = residual(column);
-    if (p.residual || p.dropout.threshold) combine(pack, other, column);
-    return pack;
+    if (p.residual || p.dropout.threshold) combine(vector, other, column);
+    return vector;
   }
   TF_DEVICE void write_sum(const P& v, int column) const {
     if (p.sum && inside(column)) v.write(static_cast<T*>(p.sum) + row * p.width + column);
@@ -90,24 +90,24 @@ TF_DEVICE ForwardRow<T, kWidth> forward_row(const NormForward& p) {
   return {p, p.dropout.threshold ? philox_key(p.dropout.rng) : PhiloxKey{}, row, row < p.rows};
 }
 
-// kPacks packs of a row per thread; blockDim.x * kPacks packs cover the row.
-template <class T, int kPacks>
+// kVectors vectors of a row per thread; blockDim.x * kVectors vectors cover the row.
+template <class T, int kVectors>
 __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormForward p) {
   constexpr int kWidth = 16 / sizeof(T);
   TF_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const auto row = forward_row<T, kWidth>(p);
   const int first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
-  Pack<T, kWidth> v[kPacks], residual[kPacks];
+  Vector<T, kWidth> v[kVectors], residual[kVectors];
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) v[i] = row.x(first + i * step);
+  for (int i = 0; i < kVectors; ++i) v[i] = row.x(first + i * step);
   if (p.residual) {
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) residual[i] = row.residual(first + i * step);
+    for (int i = 0; i < kVectors; ++i) residual[i] = row.residual(first + i * step);
   }
   if (p.residual || p.dropout.threshold) {
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       row.combine(v[i], residual[i], first + i * step);
       row.write_sum(v[i], first + i * step);
     }
@@ -116,18 +116,18 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormFo
   if (!p.rms) {
     float total[1] = {};
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) total[0] += row.sum(v[i], first + i * step);
+    for (int i = 0; i < kVectors; ++i) total[0] += row.sum(v[i], first + i * step);
     row_sum<false>(total, scratch, 0);
     mean = total[0] * p.inverse;
   }
   float squares[1] = {};
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) squares[0] += row.squares(v[i], first + i * step, mean);
+  for (int i = 0; i < kVectors; ++i) squares[0] += row.squares(v[i], first + i * step, mean);
   row_sum<false>(squares, scratch, 1);
   const float rstd = 1.f / sqrtf(squares[0] * p.inverse + p.eps);
   row.write_statistics(mean, rstd);
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) row.write_y(v[i], first + i * step, mean, rstd);
+  for (int i = 0; i < kVectors; ++i) row.write_y(v[i], first + i * step, mean, rstd);
 }
 
 // Rows too wide for registers, or not aligned (kWidth 1): each is read once for every statistic and once for y, all but
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const N
   for (int column = first; column - first < p.width; column += step) row.write_y(row.v(column), column, mean, rstd);
 }
 
-bool in_packs(const NormForward& p, int width) {
+bool in_vectors(const NormForward& p, int width) {
   return p.width % width == 0 && p.x_stride % width == 0 && p.residual_stride % width == 0 && aligned(p.x) &&
          aligned(p.residual) && aligned(p.weight.data) && aligned(p.bias.data) && aligned(p.y) && aligned(p.sum);
 }
@@ -165,16 +165,16 @@ bool in_packs(const NormForward& p, int width) {
 template <class T>
 void launch(const NormForward& p, Stream stream) {
   constexpr int kWidth = 16 / sizeof(T);
-  const bool packs = in_packs(p, kWidth), dropout = p.dropout.threshold;
-  const int columns = packs ? p.width / kWidth : p.width;
-  const bool wide = !packs || columns > 4 * kNormThreads;
-  // One pack per thread up to a warp; then up to four, so that rows of 1024 16-bit elements need no barrier.
+  const bool vectors = in_vectors(p, kWidth), dropout = p.dropout.threshold;
+  const int columns = vectors ? p.width / kWidth : p.width;
+  const bool wide = !vectors || columns > 4 * kNormThreads;
+  // One vector per thread up to a warp; then up to four, so that rows of 1024 16-bit elements need no barrier.
   const int most = columns <= 32 ? 1 : columns <= 64 ? 2 : 4;
   const int threads = std::min(kNormThreads, row_threads(columns, wide ? 4 : most, wide || dropout));
   const int rows = threads > 32 ? 1 : 128 / threads;
   const dim3 grid(unsigned((p.rows + rows - 1) / rows)), block(threads, rows);
   const int bytes = row_sum_bytes(1);
-  if (!packs) {
+  if (!vectors) {
     TF_LAUNCH((norm_forward_wide_kernel<T, 1>), grid, block, bytes, stream, p);
   } else if (wide) {
     TF_LAUNCH((norm_forward_wide_kernel<T, kWidth>), grid, block, bytes, stream, p);

@@ -1,9 +1,9 @@
-// What the norm kernels share: how the threads of a block own rows, 16-byte packs of elements, sums over a row.
+// What the norm kernels share: how the threads of a block own rows, 16-byte vectors of elements, sums over a row.
 //
 // A block is (threads per row, rows). There are 1, 2, 4 .. 32 threads per row, or a multiple of 32.
 #pragma once
 #include "norm.hpp"
-#include "pack.cuh"
+#include "vector.cuh"
 #include "philox.cuh"
 #include "ptx.cuh"
 #include "simt.cuh"
@@ -15,11 +15,11 @@ namespace tf::cuda {
 constexpr int kNormThreads = 512;
 
 template <class T, int kWidth>
-TF_DEVICE Pack<T, kWidth> read_pack(const T* row, int column, bool inside) {
-  Pack<T, kWidth> pack;
-  pack.clear();
-  if (inside) pack.read(row + column);
-  return pack;
+TF_DEVICE Vector<T, kWidth> read_vector(const T* row, int column, bool inside) {
+  Vector<T, kWidth> vector;
+  vector.clear();
+  if (inside) vector.read(row + column);
+  return vector;
 }
 
 // kWidth values of weight or bias; neither is null.
@@ -38,9 +38,9 @@ TF_DEVICE void read_parameter(Parameter p, int column, float (&f)[kWidth]) {
       }
     }
   } else {
-    Pack<T, kWidth> pack;
-    pack.read(static_cast<const T*>(p.data) + column);
-    pack.get(f);
+    Vector<T, kWidth> vector;
+    vector.read(static_cast<const T*>(p.data) + column);
+    vector.get(f);
   }
 }
 
@@ -93,9 +93,9 @@ TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
   }
 }
 
-// Threads for a row of `packs` packs, at most `most` per thread.
-inline int row_threads(int packs, int most, bool whole_warps) {
-  const int threads = (packs + most - 1) / most;
+// Threads for a row of `vectors` vectors, at most `most` per thread.
+inline int row_threads(int vectors, int most, bool whole_warps) {
+  const int threads = (vectors + most - 1) / most;
   if (threads > 32 || whole_warps) return (threads + 31) / 32 * 32;
   int power = 4;
   while (power < threads) power *= 2;

@@ -1,9 +1,9 @@
-// Rotary position embedding of queries and keys: one read and one write, a pair of packs per thread.
+// Rotary position embedding of queries and keys: one read and one write, a pair of vectors per thread.
 #include "rotary.hpp"
 
 #include <algorithm>
 
-#include "pack.cuh"
+#include "vector.cuh"
 #include "simt.cuh"
 
 namespace tf::cuda {
@@ -37,7 +37,7 @@ struct Head {  // one head of one token
   TF_DEVICE void halves(int64_t pair) const {
     float c[kWidth], s[kWidth], x1[kWidth], x2[kWidth], y1[kWidth], y2[kWidth];
     angles(pair, c, s);
-    Pack<T, kWidth> first, second;
+    Vector<T, kWidth> first, second;
     first.read(x + pair);
     second.read(x + p.half + pair);
     first.get(x1);
@@ -87,15 +87,15 @@ template <class T>
 void launch(const Rotary& p, Stream stream) {
   constexpr int kWidth = 16 / sizeof(T);
   const auto even = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  const bool packs = !p.interleaved && p.half % kWidth == 0 && p.width % kWidth == 0 && p.x_batch % kWidth == 0 &&
+  const bool vectors = !p.interleaved && p.half % kWidth == 0 && p.width % kWidth == 0 && p.x_batch % kWidth == 0 &&
                      p.x_token % kWidth == 0 && p.x_head % kWidth == 0 && even(p.x) && even(p.y) && even(p.cos) && even(p.sin);
-  const int64_t columns = packs ? p.half / kWidth : std::max(p.half, p.width - 2 * p.half);
+  const int64_t columns = vectors ? p.half / kWidth : std::max(p.half, p.width - 2 * p.half);
   int threads = 1;
   while (threads < columns && threads < 32) threads *= 2;
   const dim3 block(threads, kThreads / threads);
   const int64_t rows = p.batch * p.length * p.heads, blocks = (rows + block.y - 1) / block.y;
   const dim3 grid(unsigned(std::min<int64_t>(blocks, int64_t(1) << 30)));
-  if (packs) {
+  if (vectors) {
     TF_LAUNCH((rotary_kernel<T, kWidth>), grid, block, 0, stream, p);
   } else {
     TF_LAUNCH((rotary_kernel<T, 1>), grid, block, 0, stream, p);

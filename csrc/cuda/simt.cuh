@@ -63,7 +63,7 @@ TF_DEVICE T from_float(float x) {
 
 // Two values in one register, lo in the low half, as mma wants them.
 template <class T>
-TF_DEVICE uint32_t pack2(float lo, float hi) {
+TF_DEVICE uint32_t pair_of(float lo, float hi) {
   uint32_t r;
   if constexpr (std::is_same_v<T, half_t>) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
@@ -74,7 +74,7 @@ TF_DEVICE uint32_t pack2(float lo, float hi) {
 }
 
 template <class T>
-TF_DEVICE float2 unpack2(uint32_t r) {
+TF_DEVICE float2 floats_of_pair(uint32_t r) {
   if constexpr (std::is_same_v<T, half_t>) {
     return __half22float2(*reinterpret_cast<const __half2*>(&r));
   } else {

@@ -1,4 +1,4 @@
-"""The encoder stack against plain PyTorch, for every TransformerSpec; packing there and back."""
+"""The encoder stack against plain PyTorch, for every TransformerSpec; unpadding there and back."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from torch import nn
 
 from transformer_fast.layers import (
     LayerWeights,
-    Packing,
     SlotTable,
     TransformerSpec,
+    Unpadding,
     plan_call,
-    plan_packing,
+    plan_unpadding,
     run_layers,
     transformer_layer,
 )
@@ -98,8 +98,8 @@ def test_every_spec(name, padded, first_only, norm):
         given_x = x.to(stack[0].up.weight.dtype).requires_grad_()
         if kind == "ours":
             call = plan_call(spec, mask if padded else None, 4, 7, x.device)
-            rows = run_layers(stack, call.packing.pack(given_x), call, first_only=first_only)
-            out = rows if first_only else call.packing.unpack(rows)
+            rows = run_layers(stack, call.unpadding.unpad(given_x), call, first_only=first_only)
+            out = rows if first_only else call.unpadding.pad(rows)
         else:
             out = reference(stack, given_x, mask, spec.causal)
             out = out[:, 0] if first_only else out * mask[..., None]
@@ -114,40 +114,40 @@ def test_every_spec(name, padded, first_only, norm):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
-def test_packing_there_and_back(data):
+def test_unpadding_there_and_back(data):
     batch, length = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 6))
     bits = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
     mask = torch.tensor(data.draw(bits), dtype=torch.bool).view(batch, length)
     read = torch.tensor(data.draw(bits), dtype=torch.bool).view(batch, length) if data.draw(st.booleans()) else None
     first = data.draw(st.booleans())
-    packing = plan_packing(mask, read, first)
+    unpadding = plan_unpadding(mask, read, first)
     keep = mask if read is None else mask | read
     if first:
         keep = keep | (torch.arange(length) == 0)
     x = torch.randn(batch, length, 3)
-    rows = packing.pack(x)
-    assert torch.equal(packing.unpack(rows), x * keep[..., None])
-    if packing.index is None:
+    rows = unpadding.unpad(x)
+    assert torch.equal(unpadding.pad(rows), x * keep[..., None])
+    if unpadding.index is None:
         assert keep.all()
-        real = mask[:, None, None] if packing.key_mask is not None else None
-        assert real is None or torch.equal(packing.key_mask, real)
+        real = mask[:, None, None] if unpadding.key_mask is not None else None
+        assert real is None or torch.equal(unpadding.key_mask, real)
     else:
         assert torch.equal(rows, x[keep])
         lengths = keep.sum(1)
-        assert packing.cu_seqlens.tolist() == [0, *lengths.cumsum(0).tolist()]
-        assert packing.max_seqlen == int(lengths.max())
+        assert unpadding.cu_seqlens.tolist() == [0, *lengths.cumsum(0).tolist()]
+        assert unpadding.max_seqlen == int(lengths.max())
         for b in range(batch):
             attended = mask[b][keep[b]]
-            assert packing.key_mask is None or torch.equal(packing.key_mask[b, 0, 0, : lengths[b]], attended)
-    assert (packing.key_mask is not None) == bool((keep & ~mask).any())
+            assert unpadding.key_mask is None or torch.equal(unpadding.key_mask[b, 0, 0, : lengths[b]], attended)
+    assert (unpadding.key_mask is not None) == bool((keep & ~mask).any())
     if first and batch and length:
-        assert torch.equal(packing.first(rows), x[:, 0])
+        assert torch.equal(unpadding.first(rows), x[:, 0])
 
 
 def test_fill_of_dropped_positions():
-    packing = plan_packing(torch.tensor([[True, False], [True, True]]))
-    assert packing.unpack(torch.ones(3, 1), fill=-5).flatten().tolist() == [1, -5, 1, 1]
-    assert Packing(1, 2).unpack(torch.ones(1, 2, 1), fill=-5).flatten().tolist() == [1, 1]
+    unpadding = plan_unpadding(torch.tensor([[True, False], [True, True]]))
+    assert unpadding.pad(torch.ones(3, 1), fill=-5).flatten().tolist() == [1, -5, 1, 1]
+    assert Unpadding(1, 2).pad(torch.ones(1, 2, 1), fill=-5).flatten().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

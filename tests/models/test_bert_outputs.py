@@ -176,7 +176,7 @@ def test_an_empty_row_and_an_empty_batch(bert_config, pair, ids):
 
 
 def test_adapters_and_hooks_are_called(bert_config, pair, make_mask, ids):
-    """A projection that is more than a plain Linear is called, alone or among the three that are packed."""
+    """A projection that is more than a plain Linear is called, alone or among the three that are fused."""
     mask = make_mask("right")
     models = pair("BertForSequenceClassification", bert_config())
     seen = []

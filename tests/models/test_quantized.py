@@ -105,7 +105,7 @@ class _Simulated(nn.Module):
         self.weight, self.bias, self.group = self.q, of.bias, of.group
 
     def forward(self, x):
-        y = eager_int8.int8_linear(x.reshape(-1, x.shape[-1]), self.q, self.scale, self.group)
+        y = eager_int8.linear_int8(x.reshape(-1, x.shape[-1]), self.q, self.scale, self.group)
         return eager_int8.finish(y, self.bias, None, x.dtype).view(*x.shape[:-1], -1)
 
 

@@ -117,17 +117,17 @@ def test_relative_bias_is_never_a_matrix():
     assert length * 48 <= largest < length * length
 
 
-def test_layers_see_packed_rows(monkeypatch):
+def test_layers_see_unpadded_rows(monkeypatch):
     """Padding is dropped on both sides."""
     model = transformer_fast.BartModel(seq2seq_config("Bart")).eval()
-    shapes, run = [], _layer.Layer._packed
+    shapes, run = [], _layer.Layer._fused
 
     def watched(layer, *args, **kwargs):
         out = run(layer, *args, **kwargs)
         shapes.append(tuple(out.shape))
         return out
 
-    monkeypatch.setattr(_layer.Layer, "_packed", watched)
+    monkeypatch.setattr(_layer.Layer, "_fused", watched)
     call = make_inputs("Model", "right", "left")
     output = model(**call, use_cache=False)
     totals = [int(call[name].sum()) for name in ("attention_mask", "decoder_attention_mask")]

@@ -29,7 +29,7 @@ FEATURES = {
     "decode": {"queries": 1, "lengths": True, "groups": 4},
     "decode_relative": {"queries": 1, "relative": True},
     "decode_append": {"queries": 1, "lengths": True, "groups": 4, "window_right": 0},
-    # What models ask for together: T5 packed and decoding, BERT and GPT in training, Mistral, Gemma 2, a float mask.
+    # What models ask for together: T5 unpadded and decoding, BERT and GPT in training, Mistral, Gemma 2, a float mask.
     "gqa_varlen": {"groups": 4, "window_right": 0, "varlen": True},
     "lengths_dropout": {"lengths": True, "dropout_p": 0.1},
     "mask_dropout": {"mask": True, "dropout_p": 0.1},

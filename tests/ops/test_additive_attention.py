@@ -18,7 +18,7 @@ NAMES = ("context", "weights", "query", "key", "value", "score_weight", "bias")
 ADDITIVE = tf.additive_attention
 
 
-@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(scope="module", params=native.ISAS)
 def kernels(request):
     """The C++ kernels of each instruction set."""
     with running_on(request.param):

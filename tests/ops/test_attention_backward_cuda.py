@@ -192,7 +192,7 @@ def test_dropout_where_a_mask_leaves_next_to_one_key_of_many(device):
     _check(tf.scaled_dot_product_attention, tensors, kw, (torch.randn(1, 2, 24, 32, device=device), None))
 
 
-def test_packed(device):
+def test_unpadded(device):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
     cu_q = torch.tensor([0, 20, 20, 93, 98], device=device)
     cu_k = torch.tensor([0, 33, 40, 40, 85], device=device)
@@ -207,7 +207,7 @@ def test_packed(device):
     _check(tf.varlen_attention, {"query": q, "key": k, "value": v}, {n: kw[n] for n in list(kw)[:3]}, grads)
 
 
-def test_gradient_of_a_packed_projection_is_written_in_place(device):
+def test_gradient_of_a_fused_projection_is_written_in_place(device):
     qkv = torch.randn(90, 3, 2, 64, device=device).half()
     cu = torch.tensor([0, 17, 90], dtype=torch.int32, device=device)
     grads = torch.randn(90, 2, 64, device=device), None

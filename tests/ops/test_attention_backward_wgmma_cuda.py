@@ -44,7 +44,7 @@ def _padded(device, dtype, d=64, b=1, h=1, hk=None, sq=150, sk=200, **kw):
     return _spec(heads(h, sq), heads(hk, sk), heads(hk, sk), **kw)
 
 
-def _packed(device, dtype, lengths_q, lengths_k, d=64, h=1, hk=None, **kw):
+def _unpadded(device, dtype, lengths_q, lengths_k, d=64, h=1, hk=None, **kw):
     def heads(n, lengths):
         return torch.randn(sum(lengths), n, d, device=device).to(dtype)
 
@@ -152,7 +152,7 @@ def test_any_order_of_warps_and_of_asynchronous_work(late, seed, device, machine
     with machine(late=late, seed=seed):
         _check(_padded(device, BF16, sq=400, sk=140, h=2, hk=1))
         _check(_padded(device, F16, d=128, sq=330, sk=130))
-        _check(_packed(device, BF16, (200, 90), (140, 60), **FROM_THE_END))
+        _check(_unpadded(device, BF16, (200, 90), (140, 60), **FROM_THE_END))
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -166,7 +166,7 @@ def test_key_lengths(d, device, machine):
         _check(spec)
 
 
-PACKED = {
+UNPADDED = {
     "self": {"lengths_q": (150, 1, 0, 290), "lengths_k": (150, 1, 0, 290)},
     "causal_128": dict(d=128, lengths_q=(100, 33, 170), lengths_k=(100, 33, 170), **CAUSAL),
     "cross_grouped": {"h": 2, "hk": 1, "lengths_q": (90, 140, 20), "lengths_k": (40, 0, 300)},
@@ -174,15 +174,15 @@ PACKED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", list(PACKED))
-def test_packed(case, device, machine):
+@pytest.mark.parametrize("case", list(UNPADDED))
+def test_unpadded(case, device, machine):
     with machine():
-        _check(_packed(device, (BF16, F16)[len(case) % 2], **PACKED[case]))
+        _check(_unpadded(device, (BF16, F16)[len(case) % 2], **UNPADDED[case]))
 
 
 @pytest.mark.parametrize("d", [64, 128])
-def test_packed_sequences_do_not_touch_each_other(d, device, machine):
-    spec = _packed(device, BF16, (150, 50), (140, 70), d=d)
+def test_unpadded_sequences_do_not_touch_each_other(d, device, machine):
+    spec = _unpadded(device, BF16, (150, 50), (140, 70), d=d)
     grads = (torch.randn_like(spec.query), None)
     out, lse, _ = _eager(spec, grads, torch.float64)
     out, lse = out.to(BF16), lse.float()

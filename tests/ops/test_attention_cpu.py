@@ -56,7 +56,7 @@ def test_decoding(isa, queries, dtype):
     check(Case(2, 6, 2, queries, 300, 64, dtype, is_causal=True, causal_alignment="bottom_right"))
     check(Case(2, 2, 2, queries, 261, 40, dtype, softcap=20.0, mask_axes=(1, 0, 0, 1), bias_axes=(0, 1, 1, 1)))
     check(Case(1, 2, 1, queries, 2100, 24, dtype, lengths=[2050], buckets=32))  # split among threads
-    check(Case(3, 2, 2, queries, 40, 80, dtype, packed=True, lengths=[40, 0, 33], window=(30, None)))
+    check(Case(3, 2, 2, queries, 40, 80, dtype, unpadded=True, lengths=[40, 0, 33], window=(30, None)))
 
 
 def test_bf16_bias_window_softcap_scale(isa):
@@ -176,7 +176,7 @@ def test_same_bits_twice_and_for_any_number_of_threads(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_gives_the_bits_of_padded(isa, dtype):
+def test_unpadded_gives_the_bits_of_padded(isa, dtype):
     lengths = [70, 1, 129]
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     q, k, v = (torch.randn(sum(lengths), 2, 32).to(dtype) for _ in range(3))
@@ -195,19 +195,19 @@ def test_packed_gives_the_bits_of_padded(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_causal_with_dropout(isa, dtype):
-    check(Case(3, 2, 2, 130, 130, 32, dtype, packed=True, lengths=[70, 1, 129], is_causal=True, dropout_p=0.1))
+def test_unpadded_causal_with_dropout(isa, dtype):
+    check(Case(3, 2, 2, 130, 130, 32, dtype, unpadded=True, lengths=[70, 1, 129], is_causal=True, dropout_p=0.1))
 
 
 @pytest.mark.quick
-def test_gradient_of_packed_projections():
+def test_gradient_of_fused_projections():
     qkv = torch.randn(50, 3, 2, 16, requires_grad=True)
     cu = torch.tensor([0, 20, 20, 50], dtype=torch.int32)
     grad = torch.randn(50, 2, 16)
-    (packed,) = torch.autograd.grad(qkv_attention(qkv, cu, is_causal=True), qkv, grad)
+    (unpadded,) = torch.autograd.grad(qkv_attention(qkv, cu, is_causal=True), qkv, grad)
     parts = [t.detach().requires_grad_() for t in qkv.unbind(1)]
     split = torch.autograd.grad(tf.varlen_attention(*parts, cu, is_causal=True), parts, grad)
-    assert torch.equal(packed, torch.stack(split, 1))
+    assert torch.equal(unpadded, torch.stack(split, 1))
 
 
 def test_memory_is_linear(tmp_path):

@@ -241,7 +241,7 @@ def test_dropout(causal, device):
 
 
 @pytest.mark.parametrize("rich", [False, True])
-def test_packed(rich, device):
+def test_unpadded(rich, device):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
     cu_q = torch.tensor([0, 20, 20, 53, 58, 200], device=device)
     cu_k = torch.tensor([0, 33, 40, 40, 45, 190], device=device)
@@ -322,7 +322,7 @@ BAD = {
     "float32": ({n: torch.zeros(2, 2, 4, 16) for n in ("query", "key", "value", "out")}, "no CUDA kernel.*float32"),
     "last_axis": ({"key": torch.zeros(2, 2, 16, 4).half().transpose(2, 3)}, "last axis must be contiguous"),
     "lengths": ({"key_lengths": torch.tensor([1, 2])}, "contiguous int32 vector of 2"),
-    "axes": ({"cu_seqlens_q": torch.tensor([0, 1]).int()}, "packed tensors have three axes"),
+    "axes": ({"cu_seqlens_q": torch.tensor([0, 1]).int()}, "unpadded tensors have three axes"),
     "bias": ({"bias": torch.zeros(4, 4)}, "must have four axes"),
     "dropout": ({"dropout_p": 0.1}, "rng must be"),
     "lse": ({"lse": torch.zeros(2, 2, 4).half()}, "lse must be float32"),

@@ -89,7 +89,7 @@ FEATURES = {
     "bias_of_a_row": {"bias_axes": (False, True, False, True)},
     "mask": {"mask_axes": (True, False, True, True)},
     "relative_bias": {"buckets": 8, "causal_alignment": "bottom_right"},
-    "packed": {"packed": True, "lengths": [90, 60], "is_causal": True, "causal_alignment": "bottom_right"},
+    "unpadded": {"unpadded": True, "lengths": [90, 60], "is_causal": True, "causal_alignment": "bottom_right"},
     "rows_without_keys": {"lengths": [90, 0]},
     "rows_before_the_first_key": {"lengths": [90, 2], "is_causal": True, "causal_alignment": "bottom_right"},
 }
@@ -109,11 +109,11 @@ def _cases(draw):
     batch, key_heads, groups, keys = draw(st.integers(1, 3)), *draw(sampled([(1, 1), (2, 1), (2, 2), (1, 5)])), 0
     keys = draw(st.integers(20, 200))
     axes = st.none() | st.tuples(*[chance] * 2, st.just(True), st.just(True))
-    packed = draw(chance)
+    unpadded = draw(chance)
     lengths = draw(st.none() | st.lists(st.integers(1, keys), min_size=batch, max_size=batch))
     return Case(
         batch, key_heads * groups, key_heads, draw(st.integers(1, 16 // groups)), keys,
-        draw(sampled([8, 16, 33, 64, 64, 96, 128, 160])), draw(sampled(FLOATS)), packed, lengths,
+        draw(sampled([8, 16, 33, 64, 64, 96, 128, 160])), draw(sampled(FLOATS)), unpadded, lengths,
         is_causal=draw(chance), causal_alignment=draw(sampled(["top_left", "bottom_right"])),
         window=draw(sampled([None, None, (60, 30), (None, 40), (80, None)])), softcap=draw(sampled([0.0, 0.0, 10.0])),
         mask_axes=draw(axes), bias_axes=draw(axes), buckets=draw(sampled([0, 0, 8])), bidirectional=draw(chance),

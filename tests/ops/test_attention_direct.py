@@ -25,7 +25,7 @@ CASES = {
     "a mask": lambda q, k, v, mask: padded(q, k, v, mask, False),
     "shared key heads": lambda q, k, v, mask: scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True),
     "other strides": lambda q, k, v, mask: padded(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, False),
-    "packed": lambda q, k, v, mask: varlen_attention(
+    "unpadded": lambda q, k, v, mask: varlen_attention(
         *(t.flatten(0, 1).transpose(0, 1) for t in (q[0, None], k[0, None], v[0, None])),
         torch.tensor([0, 2, 6], dtype=torch.int32),
     ),

@@ -66,7 +66,7 @@ def test_float32_is_torch_bit_for_bit(causal):
 def test_drawn_calls(data):
     case = attention_cases.draw_case(data.draw)
     case.dtype = HALF[case.keys % 2]
-    case.packed, case.window, case.softcap, case.dropout_p, case.bias_axes, case.buckets = (
+    case.unpadded, case.window, case.softcap, case.dropout_p, case.bias_axes, case.buckets = (
         False,
         None,
         0.0,
@@ -106,9 +106,9 @@ def test_what_it_lacks_is_said(more, reason):
     q, k, v = (torch.randn(1, 2, s, 16) for s in (6, 8, 8))
     with tf.backend("sdpa"), pytest.raises(backends.BackendError, match=reason):
         tf.scaled_dot_product_attention(q, k, v, **more)
-    packed = torch.randn(8, 2, 16)
-    with tf.backend("sdpa"), pytest.raises(backends.BackendError, match="packed"):
-        tf.varlen_attention(packed, packed, packed, torch.tensor([0, 8]))
+    unpadded = torch.randn(8, 2, 16)
+    with tf.backend("sdpa"), pytest.raises(backends.BackendError, match="unpadded"):
+        tf.varlen_attention(unpadded, unpadded, unpadded, torch.tensor([0, 8]))
     assert any("not for norm" in r for r in backends.get("sdpa").why_not(Call("norm", "cpu", torch.float32, 8)))
 
 

@@ -268,7 +268,7 @@ def test_dropout_where_a_mask_leaves_next_to_one_key_of_many(device):
     _check(tf.scaled_dot_product_attention, tensors, kw, (torch.randn(1, 2, 24, 32, device=device), None))
 
 
-def test_packed(device):
+def test_unpadded(device):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
     cu_q = torch.tensor([0, 20, 20, 53, 58], device=device)
     cu_k = torch.tensor([0, 33, 40, 40, 45], device=device)
@@ -282,7 +282,7 @@ def test_packed(device):
     _check(tf.varlen_attention, {"query": q, "key": k, "value": v}, kw, grads)
 
 
-def test_gradient_of_a_packed_projection_is_written_in_place(device):
+def test_gradient_of_a_fused_projection_is_written_in_place(device):
     qkv = torch.randn(40, 3, 2, 32, device=device).half()
     cu = torch.tensor([0, 17, 40], dtype=torch.int32, device=device)
     _check(
@@ -316,7 +316,7 @@ def test_decoding(case, splits, device, monkeypatch):
     _padded(device, torch.float16, sk=100, d=40, grads=False, **kw)
 
 
-def test_packed_decoding_in_splits(device, monkeypatch):
+def test_unpadded_decoding_in_splits(device, monkeypatch):
     from transformer_fast.backends import triton_attention
 
     monkeypatch.setattr(triton_attention, "splits_of", lambda *_: 2)

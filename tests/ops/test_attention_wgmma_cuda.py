@@ -113,7 +113,7 @@ def test_rows_without_keys_are_zeros(device):
     assert out[:, :, :230].eq(0).all() and lse[:, :, :230].eq(-math.inf).all()
 
 
-def _packed(device, queries, keys, h, hk, d, dtype, **kw):
+def _unpadded(device, queries, keys, h, hk, d, dtype, **kw):
     cu_q, cu_k = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in (queries, keys))
     tensors = [
         torch.randn(sum(n), heads, d, device=device).to(dtype) for n, heads in ((queries, h), (keys, hk), (keys, hk))
@@ -123,19 +123,19 @@ def _packed(device, queries, keys, h, hk, d, dtype, **kw):
 
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("kw", [{}, {"is_causal": True}, BOTTOM_RIGHT], ids=["full", "causal", "bottom_right"])
-def test_packed(d, kw, device):
+def test_unpadded(d, kw, device):
     """Sequences of any length beside each other, an empty one and one without keys among them."""
-    _packed(device, [200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
+    _unpadded(device, [200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
 
 
-def test_many_packed_sequences(device):
+def test_many_unpadded_sequences(device):
     """More than the loader looks at at once, tiles of several sequences and none among them."""
     lengths = [(5 * n) % 7 for n in range(70)]
     lengths[40] = 200
-    _packed(device, lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
+    _unpadded(device, lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
 
 
-def test_packed_projection_is_read_in_place(device):
+def test_fused_projection_is_read_in_place(device):
     qkv = torch.randn(300, 3, 2, 64, device=device).half()
     cu = torch.tensor([0, 17, 300], dtype=torch.int32, device=device)
     _check(device, lambda x, **kw: qkv_attention(x, cu, **kw), [qkv], is_causal=True)
@@ -146,25 +146,25 @@ def test_tiles_of_every_length_are_handed_out_once(device):
     turn."""
     for _ in range(2):
         _padded(device, b=2, h=7, sq=300, sk=300, d=64, is_causal=True)
-    _packed(device, [5, 200, 9], [5, 200, 9], 3, 3, 64, torch.float16, is_causal=True)
+    _unpadded(device, [5, 200, 9], [5, 200, 9], 3, 3, 64, torch.float16, is_causal=True)
     _padded(device, b=2, h=7, sq=200, sk=60, d=64)
 
 
 @pytest.mark.parametrize("d, kw", [(64, {}), (128, {"is_causal": True})])
 def test_what_lies_past_the_keys_is_never_used(d, kw, device):
     q, k, v = (torch.randn(2, 1, s, d, device=device).half() for s in (150, 300, 300))
-    packed = [torch.randn(n, 1, d, device=device).half() for n in (150, 300, 300)]
+    unpadded = [torch.randn(n, 1, d, device=device).half() for n in (150, 300, 300)]
     lengths = torch.tensor([170, 33], device=device)
     cu_q, cu_k = (torch.tensor(bounds, device=device) for bounds in ([0, 70, 150], [0, 130, 300]))
     outputs = []
     for garbage in (0.0, math.nan):
         for b, n in enumerate(lengths.tolist()):
             k[b, :, n:], v[b, :, n:] = garbage, garbage
-        for t in packed[1:]:
+        for t in unpadded[1:]:
             t[130:] = garbage
         with _kernel(device):
             padded = tf.scaled_dot_product_attention(q, k, v, key_lengths=lengths, **kw)
-            first = tf.varlen_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)[:70]
+            first = tf.varlen_attention(*unpadded, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **kw)[:70]
         outputs.append((padded, first))
     for clean, dirty in zip(*outputs):
         assert torch.equal(clean, dirty) and not clean.isnan().any()

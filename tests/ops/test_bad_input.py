@@ -57,7 +57,7 @@ ATTENTION = {
     "relative distance": (
         lambda: sdpa(Q, K, K, relative_bias=tf.RelativeBias(r(32, 4), 8)), ValueError, "max_distance.*more than 8",
     ),
-    "packed rank": (lambda: varlen(Q, K, K, CU), ValueError, "query.*3 dimensions"),
+    "unpadded rank": (lambda: varlen(Q, K, K, CU), ValueError, "query.*3 dimensions"),
     "cu end": (lambda: varlen(P, P, P, torch.tensor([0, 3, 9], dtype=torch.int32)), ValueError, "cu_seqlens_q.*8"),
     "cu start": (lambda: varlen(P, P, P, torch.tensor([1, 8], dtype=torch.int32)), ValueError, "start at 0"),
     "cu falling": (lambda: varlen(P, P, P, torch.tensor([0, 5, 3, 8])), ValueError, "never fall"),

@@ -80,7 +80,7 @@ CALLS = {
     tf.dropout: {"input": r(4, 8), "p": 0.1, "generator": None},
     tf.linear: {"input": r(4, 8), "weight": r(6, 8), "bias": r(6), "activation": "gelu"},
     tf.projections: {"input": r(4, 8), "weights": [r(6, 8), r(3, 8)], "biases": [r(6), None]},
-    tf.pack_weight: {"weight": r(6, 8), "dtype": torch.float32},
+    tf.to_panels: {"weight": r(6, 8), "dtype": torch.float32},
     tf.cross_entropy: {
         "input": r(6, 9), "target": torch.arange(6), "weight": r(9).abs(), "ignore_index": 2, "reduction": "sum",
         "label_smoothing": 0.1, "z_loss": 0.1, "inplace_gradient": False,
@@ -192,7 +192,7 @@ def _tensors(value):
     return [value] if isinstance(value, torch.Tensor) else [t for v in value if v is not None for t in _tensors(v)]
 
 
-@pytest.mark.parametrize("op", [op for op in CALLS if op is not tf.pack_weight], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [op for op in CALLS if op is not tf.to_panels], ids=lambda op: op.__name__)
 def test_everything_on_meta(op):
     """Shapes and dtypes without numbers, lengths among them."""
     wanted = _tensors(op(**CALLS[op]))

@@ -231,14 +231,14 @@ def test_without_proc_everything_is_hashed(monkeypatch, tmp_path):
             t[1] -= 1
 
 
-# ---- packed weights ------------------------------------------------------------------------------
+# ---- weights in panels ------------------------------------------------------------------------------
 @pytest.mark.parametrize("forced", [None, "eager"])
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_a_packed_weight_matches_what_would_be_packed_alike(storage, forced):
+def test_panels_match_what_would_be_laid_out_alike(storage, forced):
     weight = torch.nn.Parameter(torch.randn(40, 24))
     with tf.backend(forced) if forced else torch.no_grad():
-        packed = tf.pack_weight(weight, storage)
-        assert packed.matches(weight) and packed.matches(weight.detach().clone())
+        panels = tf.to_panels(weight, storage)
+        assert panels.matches(weight) and panels.matches(weight.detach().clone())
         for write in (
             lambda: weight.data[3].mul_(2), lambda: weight.detach().numpy().__imul__(-1),
             lambda: torch._fused_sgd_([weight], [torch.ones(40, 24)], [], weight_decay=0.0, momentum=0.0, lr=9.0,
@@ -247,7 +247,7 @@ def test_a_packed_weight_matches_what_would_be_packed_alike(storage, forced):
             before = weight.detach().clone()
             with torch.no_grad():
                 write()
-            assert not packed.matches(weight) and packed.matches(before)
-            packed = tf.pack_weight(weight, storage)
-            assert packed.matches(weight)
-        assert not packed.matches(weight[:39]) and not packed.matches(weight.to("meta"))
+            assert not panels.matches(weight) and panels.matches(before)
+            panels = tf.to_panels(weight, storage)
+            assert panels.matches(weight)
+        assert not panels.matches(weight[:39]) and not panels.matches(weight.to("meta"))

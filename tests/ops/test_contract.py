@@ -177,7 +177,7 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x, r, w), block(x, r, w))
 
 
-OPCHECKS = ["norm", "norm_rms", "bias_activation", "dropout", "attention", "packed", "qkv", "cross_entropy"]
+OPCHECKS = ["norm", "norm_rms", "bias_activation", "dropout", "attention", "unpadded", "qkv", "cross_entropy"]
 OPCHECKS += ["linear_cross_entropy", "embedding_layer_norm"]
 
 
@@ -195,7 +195,7 @@ def test_opcheck(name):
             (q, k, k.detach().clone().requires_grad_(), _t(1, 3, 5, 9), None, None, None, None, 5, 9, _t(8, 3), 16,
              True, rng, 0.25, 0, -1, 0, 0.0, 0.1),
         ),
-        "packed": (
+        "unpadded": (
             "attention",
             (_t(8, 3, 16), _t(8, 3, 16), _t(8, 3, 16), None, None, None, CU, CU, 5, 5, None, 0, False, None, 0.25, 0,
              -1, -1, 0.0, 0.0),

@@ -18,7 +18,7 @@ from transformer_fast.backends import native
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512", "avx512_bf16", "triton"])
+@pytest.fixture(scope="module", params=[*native.ISAS, "triton"])
 def kernels(request):
     """A backend of which every kernel is tested: C++ of each instruction set, Triton under its interpreter."""
     if request.param == "triton":

@@ -115,16 +115,16 @@ def test_varlen_is_each_sequence_alone():
         torch.testing.assert_close(out[cu_q[b] : cu_q[b + 1]], one[0].transpose(0, 1))
 
 
-def test_packed_and_padded_drop_the_same_elements():
+def test_unpadded_and_padded_drop_the_same_elements():
     x = torch.randn(8, 2, 16)
     cu = torch.tensor([0, 3, 8])
     torch.manual_seed(4)
-    packed = tf.varlen_attention(x, x, x, cu, dropout_p=0.4)
+    unpadded = tf.varlen_attention(x, x, x, cu, dropout_p=0.4)
     padded = torch.zeros(2, 2, 5, 16)
     padded[0, :, :3], padded[1] = x[:3].transpose(0, 1), x[3:].transpose(0, 1)
     torch.manual_seed(4)
     out = tf.scaled_dot_product_attention(padded, padded, padded, dropout_p=0.4, key_lengths=torch.tensor([3, 5]))
-    torch.testing.assert_close(packed, torch.cat([out[0, :, :3].transpose(0, 1), out[1].transpose(0, 1)]))
+    torch.testing.assert_close(unpadded, torch.cat([out[0, :, :3].transpose(0, 1), out[1].transpose(0, 1)]))
 
 
 def test_probabilities_are_the_softmax():

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("word", "position", "token_type", "norm_weight", "norm_bias")
 
 
-@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512", "avx512_bf16", "triton"])
+@pytest.fixture(scope="module", params=[*native.ISAS, "triton"])
 def kernels(request):
     """A backend of which every kernel is tested: C++ of each instruction set, Triton under its interpreter."""
     if request.param == "triton":

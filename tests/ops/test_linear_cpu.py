@@ -318,7 +318,7 @@ class Wrapped(torch.Tensor):
 @pytest.mark.quick
 def test_projections_are_those_of_linear():
     x, a, b = torch.randn(2, 4), torch.nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
-    for weights in ([a, a], [a, b.as_subclass(Wrapped)], [a.detach(), tf.pack_weight(b)]):
+    for weights in ([a, a], [a, b.as_subclass(Wrapped)], [a.detach(), tf.to_panels(b)]):
         with torch.no_grad():
             for y, w in zip(tf.projections(x, weights), (a, b if weights[1] is not a else a)):
                 assert_as_accurate(y, F.linear(x.double(), w.double()), F.linear(x, w))
@@ -347,12 +347,12 @@ def test_projections_are_those_of_linear():
         (lambda: tf.projections(torch.randn(2, 4), []), ValueError, "weights.*none"),
         (lambda: tf.projections(torch.randn(2, 4), [torch.randn(5, 4)], []), ValueError, "biases.*1.*0"),
         (lambda: tf.projections(torch.randn(2, 4), [torch.randn(5, 3)]), ValueError, r"input.*3.*\(2, 4\)"),
-        (lambda: tf.pack_weight(torch.randn(4)), ValueError, r"weight.*\(out, in\)"),
-        (lambda: tf.pack_weight(torch.randn(4, 4), torch.int16), TypeError, "dtype.*int16"),
+        (lambda: tf.to_panels(torch.randn(4)), ValueError, r"weight.*\(out, in\)"),
+        (lambda: tf.to_panels(torch.randn(4, 4), torch.int16), TypeError, "dtype.*int16"),
         (
-            lambda: tf.linear(torch.randn(2, 4, requires_grad=True), tf.pack_weight(torch.randn(5, 4))),
+            lambda: tf.linear(torch.randn(2, 4, requires_grad=True), tf.to_panels(torch.randn(5, 4))),
             ValueError,
-            "PackedWeight.*no_grad",
+            "PanelWeight.*no_grad",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from numerics import assert_as_accurate
 from transformer_fast.backends import eager_int8, native
 from transformer_fast.ops import linear_int8
 from transformer_fast.ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight, int8_block
-from transformer_fast.ops.linear_int8 import int8_linear as product
+from transformer_fast.ops.linear_int8 import linear_int8 as product
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=native.load() or "there")
 # Rows around those held in registers and in a block, widths around groups, vectors and panels.
@@ -29,7 +29,7 @@ def _case(rows, inner, out, seed=0):
 
 
 def _expected(x, q, scale, bias, group, dtype=torch.float32):
-    y = eager_int8.int8_linear(x.reshape(-1, x.shape[-1]), q, scale, group)
+    y = eager_int8.linear_int8(x.reshape(-1, x.shape[-1]), q, scale, group)
     return eager_int8.finish(y, bias, None, dtype)
 
 
@@ -157,7 +157,7 @@ def test_op_is_registered_and_traced():
     x, weight, bias = _case(5, 64, 40)
     w = Int8Weight.of(weight)
     torch.library.opcheck(
-        torch.ops.transformer_fast.int8_linear.default, (x, [w.data], [bias], [40], 128, -1, torch.float32)
+        torch.ops.transformer_fast.linear_int8.default, (x, [w.data], [bias], [40], 128, -1, torch.float32)
     )
     compiled = torch.compile(lambda t: product(t, w, bias) * 2, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), product(x, w, bias) * 2)
@@ -165,10 +165,10 @@ def test_op_is_registered_and_traced():
 
 def test_definition_runs_where_there_is_no_kernel(monkeypatch):
     x, weight, bias = _case(6, 100, 40)
-    packed = product(x, Int8Weight.of(weight), bias, "relu")
+    panels = product(x, Int8Weight.of(weight), bias, "relu")
     monkeypatch.setattr(linear_int8.native, "load", lambda: "not here")
     w = Int8Weight.of(weight)
-    assert w.data is None and torch.equal(product(x, w, bias, "relu"), packed)
+    assert w.data is None and torch.equal(product(x, w, bias, "relu"), panels)
     assert product(x[:0], w, bias).shape == (0, 40)
 
 

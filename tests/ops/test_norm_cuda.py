@@ -55,7 +55,7 @@ def test_drawn_shapes(device):
     _drawn(device)
 
 
-# Threads to a row from 4 of a warp to 16 warps, packs to a thread from 1 to 4, and what is too wide for registers.
+# Threads to a row from 4 of a warp to 16 warps, vectors to a thread from 1 to 4, and what is too wide for registers.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, width", [(1, 5), (37, 16), (21, 64), (9, 512), (70, 768), (7, 1024), (6, 2304),
                                          (5, 4096), (5, 8192), (5, 8200), (2, 16400)])  # fmt: skip
@@ -70,8 +70,8 @@ def test_wide_and_unaligned_rows(device, dtype, rms, rows, width, p):
     check("cuda", device, rows, width, dtype, rms=rms, add=True, p=p, parameter_dtype=torch.float32)
 
 
-def test_a_row_that_starts_between_packs(device):
-    """Width and strides allow packs of 16 bytes, the address does not."""
+def test_a_row_that_starts_between_vectors(device):
+    """Width and strides allow vectors of 16 bytes, the address does not."""
     x = torch.randn(9 * 64 + 1, device=device, dtype=torch.bfloat16)[1:].view(9, 64)
     with tf.backend("cuda"):
         y = tf.layer_norm(x, 64)

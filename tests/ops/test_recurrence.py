@@ -15,7 +15,7 @@ CELLS = {"lstm": (tf.lstm, 4, torch.nn.LSTM), "gru": (tf.gru, 3, torch.nn.GRU)}
 LENGTHS = (3, 0, 5, 1)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=native.ISAS)
 def kernels(request):
     """The C++ kernels of each instruction set."""
     with running_on(request.param):
@@ -69,8 +69,8 @@ def in_torch(cell, inputs, lengths=None):
     for parameter, t in zip(layer.parameters(), tensors[1:5]):
         parameter.data.copy_(t)
     given = tuple(s[None] for s in states)
-    packed = x if lengths is None else pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    out, last = layer(packed, given if cell == "lstm" else given[0])
+    sequences = x if lengths is None else pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    out, last = layer(sequences, given if cell == "lstm" else given[0])
     if lengths is not None:
         out = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
     results = [out, *(s[0] for s in (last if cell == "lstm" else [last]))]
@@ -105,7 +105,7 @@ def test_kernels(kernels, cell, dtype):
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_lengths_and_reverse(cell, backend):
-    """Each sequence as if it were alone; backwards is forwards over what is turned round; packed is padded."""
+    """Each sequence as if it were alone; backwards is forwards over what is turned round; unpadded is padded."""
     (x, *rest), cotangents = case(cell)
     lengths = torch.tensor(LENGTHS)
     for reverse in (False, True):
@@ -124,8 +124,8 @@ def test_lengths_and_reverse(cell, backend):
                 torch.testing.assert_close(a[row], b[0])
         real = torch.arange(5) < lengths[:, None]
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        packed = [x[real], *rest], [cotangents[0][real], *cotangents[1:]]
-        other, other_grads = run(backend, cell, packed, cu_seqlens=ends, reverse=reverse)
+        unpadded = [x[real], *rest], [cotangents[0][real], *cotangents[1:]]
+        other, other_grads = run(backend, cell, unpadded, cu_seqlens=ends, reverse=reverse)
         torch.testing.assert_close(other[0], out[0][real])
         for a, b in zip([*other[1:], other_grads[0], *other_grads[1:]], [*out[1:], grads[0][real], *grads[1:]]):
             torch.testing.assert_close(a, b)
@@ -263,7 +263,7 @@ def _bad(**changed):
 BAD = {
     "input": (_bad(input=torch.randn(5, 7)), ValueError, r"input.*3 dimensions.*\(5, 7\)"),
     "integers": (_bad(input=torch.ones(4, 5, 7, dtype=torch.long)), TypeError, "input.*floating.*int64"),
-    "packed": (
+    "unpadded": (
         _bad(input=pack_sequence([torch.randn(5, 7), torch.randn(3, 7)])), TypeError,
         "input.*PackedSequence.*cu_seqlens.*lengths",
     ),

@@ -23,7 +23,7 @@ KINDS = {
 VOCABULARY = 19
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=native.ISAS)
 def isa(request):
     with running_on(request.param) as isa:
         yield isa

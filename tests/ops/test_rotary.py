@@ -68,14 +68,14 @@ def test_is_what_transformers_computes():
     torch.testing.assert_close(tf.rotary_embedding(x, cos, sin, interleaved=True), interleaved(x, *every))
 
 
-def test_packed_rows_and_positions_of_any_shape():
+def test_unpadded_rows_and_positions_of_any_shape():
     x, (cos, sin) = torch.randn(2, 5, 3, 16), rotary_cases.tables(9, 8)
     positions = torch.tensor([4, 0, 8, 1, 1])
     whole = tf.rotary_embedding(x, cos, sin, positions.expand(2, 5))
     for given_positions in (positions, positions[None], positions.int()):
         assert torch.equal(tf.rotary_embedding(x, cos, sin, given_positions), whole)
-    packed = tf.rotary_embedding(x.flatten(0, 1), cos, sin, positions.repeat(2))
-    assert torch.equal(packed, whole.flatten(0, 1))
+    unpadded = tf.rotary_embedding(x.flatten(0, 1), cos, sin, positions.repeat(2))
+    assert torch.equal(unpadded, whole.flatten(0, 1))
 
 
 def test_rotating_back_gives_the_input():

@@ -35,8 +35,8 @@ METHODS = {
     "recurrent_step": "recurrent_step",
     "rotary_embedding": "rotary_embedding",
 }
-# Matrix products: ops/linear.py and ops/packed_weight.py call them, and only ask who may.
-PRODUCTS = ("linear", "packed_linear")
+# Matrix products: ops/linear.py and ops/linear_panel.py call them, and only ask who may.
+PRODUCTS = ("linear", "linear_panel")
 OPS = tuple(sorted((*METHODS, *PRODUCTS)))
 
 

@@ -12,7 +12,7 @@ _ops = torch.ops.transformer_fast
 
 class CpuBackend(Backend):
     name = "cpu"
-    products = frozenset({"linear", "packed_linear"})
+    products = frozenset({"linear", "linear_panel"})
 
     def why_not(self, call: Call) -> tuple[str, ...]:
         reasons = []
@@ -185,7 +185,7 @@ def _additive_arguments(spec) -> tuple:
     return query, key, value, _float(score_weight), _float(bias), *masks
 
 
-_PANEL = 32  # columns of a packed weight: csrc/cpu/linear.hpp
+_PANEL = 32  # output columns in a panel: csrc/cpu/linear.hpp
 
 
 def gate_panels(weight: torch.Tensor) -> torch.Tensor:
@@ -195,10 +195,10 @@ def gate_panels(weight: torch.Tensor) -> torch.Tensor:
     panels = memory.empty((rows // width * of_each, width, _PANEL), torch.float32, weight.device)
     weight = _unit_stride(weight.detach())
     if width % _PANEL == 0:
-        _ops.cpu_pack_weight.default(weight, panels)
+        _ops.cpu_to_panels.default(weight, panels)
     else:
         for part, place in zip(weight.split(width), panels.split(of_each)):
-            _ops.cpu_pack_weight.default(part, place)
+            _ops.cpu_to_panels.default(part, place)
     return panels
 
 
@@ -206,7 +206,7 @@ def back_panels(weight: torch.Tensor) -> torch.Tensor:
     """The same weight for the steps back."""
     rows, width = weight.shape
     panels = memory.empty((-(-width // _PANEL), rows, _PANEL), torch.float32, weight.device)
-    _ops.cpu_pack_weight.default(_unit_stride(weight.detach()).t(), panels)
+    _ops.cpu_to_panels.default(_unit_stride(weight.detach()).t(), panels)
     return panels
 
 

@@ -76,16 +76,16 @@ def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of an AttentionSpec, differentiable. One sequence at a time: clarity before speed."""
     q, k, v = spec.query, spec.key, spec.value
     groups = q.shape[1] // k.shape[1]
-    packed = spec.cu_seqlens_q is not None
+    unpadded = spec.cu_seqlens_q is not None
     outs, lses = [], []
-    if packed:
+    if unpadded:
         cu_q, cu_k = spec.cu_seqlens_q.tolist(), spec.cu_seqlens_k.tolist()
         batch = len(cu_q) - 1
     else:
         batch = q.shape[0]
         lengths = [k.shape[2]] * batch if spec.key_lengths is None else spec.key_lengths.tolist()
     for b in range(batch):
-        if packed:
+        if unpadded:
             qb = q[cu_q[b] : cu_q[b + 1]].transpose(0, 1)
             kb, vb = (t[cu_k[b] : cu_k[b + 1]].transpose(0, 1) for t in (k, v))
         else:
@@ -95,7 +95,7 @@ def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = _attention_one(qb, kb, vb, spec, b)
         outs.append(out)
         lses.append(lse)
-    if packed:
+    if unpadded:
         empty = q.new_empty((0, *q.shape[1:]))
         return (
             torch.cat([o.transpose(0, 1) for o in outs] or [empty]),

@@ -36,7 +36,7 @@ def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
     return u, torch.where(some, span / 255, 0.0) + odd, zero
 
 
-def int8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
+def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
     """x (rows, in), q (out, in), scale (out, groups) -> x W^T in float32. The sums of a group are exact."""
     u, x_scale, zero = quantize_rows(x.float(), group)
     weight = F.pad(q, (0, -q.shape[1] % group)).view(q.shape[0], groups(q.shape[1], group), group)

@@ -105,9 +105,9 @@ def _long_sums(x, weight, bias, activation) -> torch.Tensor:
     y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.shape[0] <= _FEW_ROWS and weight.stride(1) == 1:
-        torch.ops.transformer_fast.cpu_rows_linear.default(x, [weight], [bias], _CODES[activation], [y])
+        torch.ops.transformer_fast.cpu_linear_rows.default(x, [weight], [bias], _CODES[activation], [y])
     else:
-        torch.ops.transformer_fast.cpu_long_linear.default(x, weight, bias, _CODES[activation], y)
+        torch.ops.transformer_fast.cpu_linear_long.default(x, weight, bias, _CODES[activation], y)
     return y
 
 

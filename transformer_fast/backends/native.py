@@ -101,8 +101,9 @@ def current_isa() -> str:
 
 
 INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
-# The widest of the int8 kernels that go with the others' instruction sets.
+# Each instruction set, and the widest of the int8 kernels that go with it.
 _INT8_WIDEST = {"baseline": "baseline", "avx2": "avx_vnni", "avx512": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
+ISAS = tuple(_INT8_WIDEST)
 _INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # by torch's capability; else all
 _current_int8 = ""
 

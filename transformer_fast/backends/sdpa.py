@@ -22,7 +22,7 @@ _LACKS = {
     "dropout": "torch's dropout masks are others than this package's",
     "relative_bias": "torch's kernels have no relative position bias",
     "softcap": "torch's kernels have no soft cap",
-    "varlen": "packed sequences are not wired up to torch's kernels",
+    "varlen": "unpadded sequences are not wired up to torch's kernels",
     "window": "torch's kernels have no window",
 }
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel pads rows of its log-sum-exp so

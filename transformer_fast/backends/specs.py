@@ -17,7 +17,7 @@ SymInt = Annotated[int, "SymInt"]
 
 
 class AttentionSpec(NamedTuple):
-    """One call. Padded when cu_seqlens_q is None, else packed.
+    """One call. Padded when cu_seqlens_q is None, else unpadded.
 
     Query i of sequence b stands at position i + offset, offset = Sk_b - Sq_b when bottom_right else 0; Sk_b is
     key_lengths[b] where given. Key j takes part when j < Sk_b, mask holds, and

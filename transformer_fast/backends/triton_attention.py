@@ -68,12 +68,12 @@ class Launch:
         q, k, value, bias, mask, lengths, cu_k, relative, rng = plan.inputs[:INPUTS]
         self.spec, self.plan = spec, plan
         self.query, self.key, self.value = q, k, value
-        self.packed = spec.cu_seqlens_q is not None
+        self.unpadded = spec.cu_seqlens_q is not None
         self.head_dim = q.shape[-1]
         self.heads, self.key_heads = q.shape[1], k.shape[1]
         self.groups = self.heads // self.key_heads
         self.queries, self.keys = spec.max_seqlen_q, spec.max_seqlen_k
-        self.batch = spec.cu_seqlens_q.shape[0] - 1 if self.packed else q.shape[0]
+        self.batch = spec.cu_seqlens_q.shape[0] - 1 if self.unpadded else q.shape[0]
         dropout = rng is not None
         left, right = spec.window_left, spec.window_right
         plain = not (dropout or spec.softcap) and all(t is None for t in (spec.bias, spec.mask, spec.relative_bias))
@@ -85,9 +85,9 @@ class Launch:
         single = q.dtype == torch.float32
         folded = plain and not single and spec.scale > 0
         self.pointers = {
-            "cu_q_ptr": lengths if self.packed else None,
+            "cu_q_ptr": lengths if self.unpadded else None,
             "cu_k_ptr": cu_k,
-            "key_lengths_ptr": None if self.packed else lengths,
+            "key_lengths_ptr": None if self.unpadded else lengths,
             "bias_ptr": bias,
             "mask_ptr": mask,
             "relative_ptr": relative,
@@ -123,11 +123,11 @@ class Launch:
 
     def strides(self, name: str, t: torch.Tensor, batch: str = "b") -> dict[str, int]:
         """stride_<name>b, h, s of a (B, H, S, D) or (total, H, D) tensor."""
-        b, h, s = (0, t.stride(1), t.stride(0)) if self.packed else t.stride()[:3]
+        b, h, s = (0, t.stride(1), t.stride(0)) if self.unpadded else t.stride()[:3]
         return {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}s": s}
 
     def lse_strides(self, lse: torch.Tensor) -> dict[str, int]:
-        b, h = (0, lse.stride(0)) if self.packed else lse.stride()[:2]
+        b, h = (0, lse.stride(0)) if self.unpadded else lse.stride()[:2]
         return {"stride_lse_b": b, "stride_lse_h": h}
 
     def arguments(self, kernel, config, **more):
@@ -244,11 +244,11 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
     splits = splits_of(tiles, triton.cdiv(call.keys, config.block_n), _multiprocessors(out.device))
     part, part_lse = out, lse
     if splits > 1:
-        # (splits, B, H, Sq, D), or (splits, H, total, D) packed
-        rows = out.transpose(0, 1).shape if call.packed else out.shape
+        # (splits, B, H, Sq, D), or (splits, H, total, D) unpadded
+        rows = out.transpose(0, 1).shape if call.unpadded else out.shape
         part = call.plan.empty((splits, *rows), torch.float32, out.device)
         part_lse = call.plan.empty((splits, *lse.shape), torch.float32, out.device)
-        one = part[0].transpose(0, 1) if call.packed else part[0]
+        one = part[0].transpose(0, 1) if call.unpadded else part[0]
     arguments = call.arguments(
         _attention_decode_kernel,
         config,

@@ -89,7 +89,7 @@ def _near(spec, shift: int, queries: int, keys: int) -> tuple[_Part, _Part, int,
 
 
 class Rows:
-    """Parts of what lies along the sequence: slices of padded tensors; of packed ones the halves of every sequence."""
+    """Parts of what lies along the sequence: slices of padded tensors, halves of each sequence of unpadded ones."""
 
     def __init__(self, cu_seqlens: torch.Tensor | None, length: int, longest: int):
         self.cu, self.length, self.longest = cu_seqlens, length, longest

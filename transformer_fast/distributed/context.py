@@ -79,7 +79,7 @@ class context_parallel:
         return self.layout.positions(self.rank, part, device)  # type: ignore[arg-type]
 
     def shard(self, t: torch.Tensor, dim: int = 1, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-        """This process's part of a tensor along `dim`; of packed sequences, of each, where they begin at cu_seqlens.
+        """This process's part of a tensor along `dim`; of unpadded sequences, of each, where they begin at cu_seqlens.
 
         Raises:
             ValueError: for a length that the chunks do not divide.
@@ -87,10 +87,10 @@ class context_parallel:
         if cu_seqlens is None:
             part = self.layout.part_length(f"t, dimension {dim}", t.shape[dim])
             return t.index_select(dim, self.positions(part, t.device))
-        return t.index_select(dim, self.layout.packed_rows(self.rank, self.shard_cu_seqlens(cu_seqlens)))
+        return t.index_select(dim, self.layout.unpadded_rows(self.rank, self.shard_cu_seqlens(cu_seqlens)))
 
     def shard_cu_seqlens(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Where the parts of packed sequences begin; ValueError for a sequence that the chunks do not divide."""
+        """Where the parts of unpadded sequences begin; ValueError for a sequence that the chunks do not divide."""
         for length in cu_seqlens.diff().tolist():
             self.layout.part_length("cu_seqlens", length)
         return cu_seqlens // self.size
@@ -164,9 +164,9 @@ class context_parallel:
         """out and lse of an AttentionSpec whose tensors are parts; key_lengths count in whole sequences."""
         if self.size == 1:
             return attention_op(*spec)
-        packed = spec.cu_seqlens_q is not None
+        unpadded = spec.cu_seqlens_q is not None
         queries, keys = spec.max_seqlen_q, spec.max_seqlen_k
-        if packed:
+        if unpadded:
             for cu in {id(t): t for t in (spec.cu_seqlens_q, spec.cu_seqlens_k)}.values():
                 self._check_parts(cu)  # type: ignore[arg-type]
         elif self.layout.balanced:
@@ -197,19 +197,19 @@ class context_parallel:
             )
 
     def _check_ring(self, spec: AttentionSpec, masks: dict[str, bool]) -> None:
-        packed = spec.cu_seqlens_q is not None
+        unpadded = spec.cu_seqlens_q is not None
         placed = spec.window_left >= 0 or spec.window_right >= 0 or spec.relative_bias is not None
-        alike = spec.max_seqlen_q == spec.max_seqlen_k and (not packed or spec.cu_seqlens_q is spec.cu_seqlens_k)
+        alike = spec.max_seqlen_q == spec.max_seqlen_k and (not unpadded or spec.cu_seqlens_q is spec.cu_seqlens_k)
         if placed and not alike:
             raise NotImplementedError(
                 'is_causal, window, relative_bias: method="ring" takes them for as many queries as keys; wanted that, '
                 f'got {spec.max_seqlen_q} and {spec.max_seqlen_k}, so use method="ulysses"'
             )
         window = spec.window_left >= 0 or spec.window_right > 0
-        if packed and (window or spec.relative_bias is not None or masks):
+        if unpadded and (window or spec.relative_bias is not None or masks):
             raise NotImplementedError(
                 'is_causal, window, relative_bias, attn_mask, bias: of these method="ring" takes is_causal alone for '
-                'packed sequences; use method="ulysses"'
+                'unpadded sequences; use method="ulysses"'
             )
 
     def _lengths_as_mask(self, spec: AttentionSpec) -> AttentionSpec:

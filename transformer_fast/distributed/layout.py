@@ -41,8 +41,8 @@ class Layout(NamedTuple):
         chunk = part // len(chunks)
         return torch.cat([torch.arange(c * chunk, (c + 1) * chunk, device=device) for c in chunks])
 
-    def packed_rows(self, rank: int, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """The same for sequences one after the other, each spread by itself: rows in the whole packed tensor.
+    def unpadded_rows(self, rank: int, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The same for sequences one after the other, each spread by itself: rows in the whole unpadded tensor.
         cu_seqlens: (B + 1,), of the parts."""
         bounds = cu_seqlens.tolist()
         found = [
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     def restoring(self, part: int, cu_seqlens: torch.Tensor | None = None, device=None) -> torch.Tensor:
         """(size * part,): of the parts of all processes, one after the other, the row that stands at each position."""
         placed = [
-            self.positions(rank, part, device) if cu_seqlens is None else self.packed_rows(rank, cu_seqlens)
+            self.positions(rank, part, device) if cu_seqlens is None else self.unpadded_rows(rank, cu_seqlens)
             for rank in range(self.size)
         ]
         return torch.cat(placed).argsort()

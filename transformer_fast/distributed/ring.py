@@ -48,14 +48,14 @@ def ring_attention(
     columns of this process's keys alone, and so go round with them."""
     travelling = [spec.mask if masks.get("mask") else None, spec.bias if masks.get("bias") else None]
     spec = spec._replace(mask=None if masks.get("mask") else spec.mask, bias=None if masks.get("bias") else spec.bias)
-    packed = spec.cu_seqlens_q is not None
+    unpadded = spec.cu_seqlens_q is not None
     queries, keys = (
-        Rows(cu, t.shape[0] if packed else t.shape[2], longest)
+        Rows(cu, t.shape[0] if unpadded else t.shape[2], longest)
         for cu, t, longest in (
             (spec.cu_seqlens_q, spec.query, spec.max_seqlen_q), (spec.cu_seqlens_k, spec.key, spec.max_seqlen_k)
         )
     )  # fmt: skip
-    if packed and spec.cu_seqlens_k is spec.cu_seqlens_q:
+    if unpadded and spec.cu_seqlens_k is spec.cu_seqlens_q:
         keys = queries
     by_column = any(t is not None and t.shape[-1] > 1 for t in (spec.mask, spec.bias))
     call = _Call(spec, layout, group, travelling, by_column, queries, keys)
@@ -87,7 +87,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _as_rows(call: _Call, lse: torch.Tensor) -> torch.Tensor:
-    """lse (H, total) of packed sequences as (total, H), as their rows lie; a padded one as it is."""
+    """lse (H, total) of unpadded sequences as (total, H), as their rows lie; a padded one as it is."""
     return lse if call.dim else lse.t()
 
 

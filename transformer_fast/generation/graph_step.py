@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..layers import Packing, Rotary, StackCall, normed_input, transformer_layer
+from ..layers import Rotary, StackCall, Unpadding, normed_input, transformer_layer
 from ..layers.projection import linear, norm
 from .described_step import DescribedStepper
 from .model_step import ModelStepper
@@ -125,7 +125,7 @@ class GraphStepper(DescribedStepper):
         relative = description.relative_bias
         self._call = StackCall(
             replace(description.spec, causal=False),
-            Packing(prompt.rows, 1),
+            Unpadding(prompt.rows, 1),
             encoder_states=states,  # its keys and values are in the cache: it is not looked at
             encoder_lengths=cross_lengths,
             relative_bias=None
@@ -172,7 +172,7 @@ class GraphStepper(DescribedStepper):
         if cross is not None:
             self._spread_cross(cross, index)
         self._cache = AppendedCache(store, self._lengths, cross)
-        self._call.packing = Packing(len(index), 1)
+        self._call.unpadding = Unpadding(len(index), 1)
         self._forget()
 
     def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,7 +6,7 @@ from torch import nn
 from ..backends.contents import mirror_files
 from ..ops.decoder_step import DecoderCopies, Projection, StepTensors
 from ..ops.head_screen import HeadScreen
-from ..ops.packed_weight import STORAGES
+from ..ops.linear_panel import STORAGES
 from .decoder_state import decoder_state
 
 __all__ = ["decoder_copies", "head_screen", "kept_copies", "set_weight_storage"]

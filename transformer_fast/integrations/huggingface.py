@@ -8,7 +8,7 @@ hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels ca
 import torch
 
 from .._version import TRANSFORMERS
-from ..layers.packing import documents_of, spread_in_use
+from ..layers.unpadding import documents_of, spread_in_use
 from ..ops import attention_probabilities, parallel, scaled_dot_product_attention, varlen_attention
 from .lazy_mask import Documents, LazyMask, MaskRule
 
@@ -314,7 +314,7 @@ def _documents(
     query, key, value, documents: Documents, rule: MaskRule | None, dropout, scaling, softcap
 ) -> torch.Tensor:
     """(B, S, H, D): every document of a row by itself."""
-    packing = documents.packing
+    unpadding = documents.unpadding
     width = value.shape[-1]
     if width != query.shape[-1]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -322,10 +322,10 @@ def _documents(
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     window = (rule.left, rule.right) if rule is not None and (rule.left is not None or rule.right) else None
     out = varlen_attention(
-        q, k, v, packing.cu_seqlens, None, packing.max_seqlen, None, dropout, rule is not None and rule.right == 0,  # type: ignore[arg-type]
+        q, k, v, unpadding.cu_seqlens, None, unpadding.max_seqlen, None, dropout, rule is not None and rule.right == 0,  # type: ignore[arg-type]
         scaling, window=window, softcap=softcap or 0.0,
     )  # fmt: skip
-    return packing.unpack(out)[..., :width]
+    return unpadding.pad(out)[..., :width]
 
 
 def _within_documents(documents: Documents, rule: MaskRule | None, mask, length: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..layers.packing import Packing, plan_documents
+from ..layers.unpadding import Unpadding, plan_documents
 
 
 class Documents:
@@ -16,7 +16,7 @@ class Documents:
         self.numbers = numbers
 
     @cached_property
-    def packing(self) -> Packing:
+    def unpadding(self) -> Unpadding:
         """Planned once for all layers."""
         return plan_documents(self.numbers)
 

@@ -2,13 +2,13 @@
 
 from .attention import MultiheadAttention
 from .disentangled import Disentangled
-from .packing import Packing, compute_padding, documents_of, padding_is_computed, plan_packing, positions_kept
 from .planning import Rotary, StackCall, plan_call
 from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
 from .stack import normed_input, run_layers, transformer_layer
 from .taught_attention import AdditiveAttention, DotProductAttention, MultiHeadAttention
+from .unpadding import Unpadding, compute_padding, documents_of, padding_is_computed, plan_unpadding, positions_kept
 
 __all__ = [
     "AdditiveAttention",
@@ -17,7 +17,7 @@ __all__ = [
     "LayerWeights",
     "MultiHeadAttention",
     "MultiheadAttention",
-    "Packing",
+    "Unpadding",
     "Rotary",
     "SinusoidalPositions",
     "SlotTable",
@@ -30,7 +30,7 @@ __all__ = [
     "transformer_layer",
     "padding_is_computed",
     "plan_call",
-    "plan_packing",
+    "plan_unpadding",
     "positions_kept",
     "run_layers",
     "sinusoids",

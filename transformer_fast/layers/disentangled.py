@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import ops
-from .packing import Packing
 from .projection import dropout_p, linear, projections
 from .spec import LayerWeights
+from .unpadding import Unpadding
 
 __all__ = ["Disentangled"]
 
@@ -38,34 +38,34 @@ class Disentangled:
     Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled Attention", 2021, section 3.1.
     """
 
-    packing: Packing
+    unpadding: Unpadding
     places: torch.Tensor
     first: int = 0
     last: int | None = None
     weighted: bool = False
     _groups: list[_Group] | None = None
-    _rows: torch.Tensor | None = None  # of all groups, one after the other: which packed row it is
-    _order: torch.Tensor | None = None  # of each packed row: where it is among the groups' rows
+    _rows: torch.Tensor | None = None  # of all groups, one after the other: which unpadded row it is
+    _order: torch.Tensor | None = None  # of each unpadded row: where it is among the groups' rows
 
     def __post_init__(self):
-        packing = self.packing
-        self.weighted = self.weighted or (packing.index is None and packing.mask is not None)
-        if packing.index is not None and not self.weighted:
-            self._groups, self._rows, self._order = _grouped(packing)
+        unpadding = self.unpadding
+        self.weighted = self.weighted or (unpadding.index is None and unpadding.mask is not None)
+        if unpadding.index is not None and not self.weighted:
+            self._groups, self._rows, self._order = _grouped(unpadding)
 
     def attend(
         self, w: LayerWeights, x: torch.Tensor, table: torch.Tensor | None, heads: tuple[int, int], scale: float,
         weights: dict[int, torch.Tensor] | None, index: int,
     ) -> torch.Tensor:  # fmt: skip
-        """x: (B, S, E) or packed (total, E) -> (..., H * D). table: (rows, E), the distances' embeddings. weights:
+        """x: (B, S, E) or unpadded (total, E) -> (..., H * D). table: (rows, E), the distances' embeddings. weights:
         takes those of layer `index`, (B, H, S, S)."""
         q, k, v = (t.unflatten(-1, heads) for t in projections([w.query, w.key, w.value], x))
         keys, queries = self._of_distances(w, table, heads, scale)
         p = dropout_p(w.attention_dropout)
         if self.weighted:
-            q, k, v = (self.packing.unpack(t) for t in (q, k, v))
+            q, k, v = (self.unpadding.pad(t) for t in (q, k, v))
             out = self._weighted(q, k, v, keys, queries, scale, p, weights, index)
-            return self.packing.pack(out).flatten(-2)
+            return self.unpadding.unpad(out).flatten(-2)
         if self._groups is None:
             return _attend(q, k, v, keys, queries, scale, p, None, None).flatten(-2)
         if not self._groups:  # no token anywhere
@@ -104,8 +104,8 @@ class Disentangled:
         scores = q.transpose(1, 2) @ (k.permute(0, 2, 3, 1) * scale)
         bias = _bias(q, k, keys, queries)
         scores = scores if bias is None else scores + bias
-        if self.packing.mask is not None:
-            together = self.packing.mask[:, None, :, None] & self.packing.mask[:, None, None]
+        if self.unpadding.mask is not None:
+            together = self.unpadding.mask[:, None, :, None] & self.unpadding.mask[:, None, None]
             scores = scores.masked_fill(~together, torch.finfo(scores.dtype).min)  # a row of padding averages over all
         found = scores.softmax(-1)
         if weights is not None:
@@ -146,9 +146,9 @@ def _shifted(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.compiler.disable
-def _grouped(packing: Packing) -> tuple[list[_Group], torch.Tensor, torch.Tensor]:
-    """The sequences of a packing by length, and the fields _rows and _order of Disentangled."""
-    cu: Any = packing.cu_seqlens
+def _grouped(unpadding: Unpadding) -> tuple[list[_Group], torch.Tensor, torch.Tensor]:
+    """The sequences of an Unpadding by length, and the fields _rows and _order of Disentangled."""
+    cu: Any = unpadding.cu_seqlens
     device, step = cu.device, 16 if cu.device.type == "cpu" else 64
     starts = cu.tolist()
     by_length: dict[int, list[int]] = {}
@@ -168,8 +168,8 @@ def _grouped(packing: Packing) -> tuple[list[_Group], torch.Tensor, torch.Tensor
         chosen_rows.append(rows)
         before += len(rows)
         mask = None
-        if packing.key_mask is not None:
-            mask = packing.key_mask[chosen, :, :, :longest] & (column < own[:, None])[:, None, None]
+        if unpadding.key_mask is not None:
+            mask = unpadding.key_mask[chosen, :, :, :longest] & (column < own[:, None])[:, None, None]
         lengths_told = None if even or mask is not None else own.to(torch.int32)
         groups.append(_Group((len(members), longest), lengths_told, mask))
     return groups, torch.cat(chosen_rows) if chosen_rows else order, order

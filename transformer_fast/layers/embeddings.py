@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from .packing import Packing
 from .projection import add_norm, dropout_p, norm
+from .unpadding import Unpadding
 
 __all__ = ["check_indices", "embed"]
 
@@ -22,7 +22,7 @@ def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None
 
 
 def embed(
-    packing: Packing,
+    unpadding: Unpadding,
     word: Callable[[torch.Tensor], torch.Tensor],
     position: Callable[[torch.Tensor], torch.Tensor] | None,
     segment: nn.Module | None,
@@ -41,8 +41,8 @@ def embed(
     position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """
-    x = packing.pack(inputs_embeds) if inputs_embeds is not None else word(packing.pack(input_ids))  # type: ignore[arg-type]
-    added = _added(packing, position, segment, position_ids, segment_ids, past, x.device)
+    x = unpadding.unpad(inputs_embeds) if inputs_embeds is not None else word(unpadding.unpad(input_ids))  # type: ignore[arg-type]
+    added = _added(unpadding, position, segment, position_ids, segment_ids, past, x.device)
     if norm_module is None:
         y = x if added is None else x + added
     else:
@@ -50,16 +50,16 @@ def embed(
     return ops.dropout(y, dropout_p(dropout))
 
 
-def _added(packing, position, segment, position_ids, segment_ids, past, device) -> torch.Tensor | None:
+def _added(unpadding, position, segment, position_ids, segment_ids, past, device) -> torch.Tensor | None:
     """position + segment of the computed positions, or (S, E) when it is the same for all sequences."""
     if position is None and segment is None:
         return None
     rows = None
     if position_ids is not None and position is not None:
-        rows = position(packing.pack(position_ids.expand(packing.batch, -1)))
+        rows = position(unpadding.unpad(position_ids.expand(unpadding.batch, -1)))
     elif position is not None:
         # Few different rows: make each once, then copy.
-        rows = position(packing.columns(device) + past)
+        rows = position(unpadding.columns(device) + past)
         kinds = getattr(segment, "num_embeddings", 0) if segment_ids is not None else 1
         if segment is not None and 0 < kinds <= 4:
             rows = (segment(torch.arange(kinds, device=device))[:, None] + rows).flatten(0, 1)
@@ -68,16 +68,16 @@ def _added(packing, position, segment, position_ids, segment_ids, past, device) 
         else:
             folded = False
         if folded:
-            index = packing.pack(segment_ids.expand(packing.batch, -1)) * packing.length
-            column = torch.arange(packing.length, device=device)
-            index = index + (column if packing.index is None else packing.index % packing.length)
+            index = unpadding.unpad(segment_ids.expand(unpadding.batch, -1)) * unpadding.length
+            column = torch.arange(unpadding.length, device=device)
+            index = index + (column if unpadding.index is None else unpadding.index % unpadding.length)
             rows = rows.index_select(0, index.flatten()).unflatten(0, index.shape)
-        elif packing.index is not None:
-            rows = rows.index_select(0, packing.positions(device))
+        elif unpadding.index is not None:
+            rows = rows.index_select(0, unpadding.positions(device))
     if segment is None:
         return rows
     if segment_ids is None:
         kind = segment(torch.zeros(1, dtype=torch.long, device=device))
     else:
-        kind = segment(packing.pack(segment_ids.expand(packing.batch, -1)))
+        kind = segment(unpadding.unpad(segment_ids.expand(unpadding.batch, -1)))
     return kind if rows is None else rows + kind

@@ -120,7 +120,7 @@ def _for_many_steps(weight: torch.Tensor | None, steps: int):
     """The weight, or a copy for products with few rows where every step reads it and no gradient is taken."""
     if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu" or torch.is_grad_enabled():
         return weight
-    return ops.pack_weight(weight) if steps >= _FEWEST_STEPS and ops.concrete(weight) else weight
+    return ops.to_panels(weight) if steps >= _FEWEST_STEPS and ops.concrete(weight) else weight
 
 
 class LSTM(nn.Module):

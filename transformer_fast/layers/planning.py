@@ -9,15 +9,15 @@ from torch import nn
 
 from .. import ops
 from .disentangled import Disentangled
-from .packing import (
-    Packing,
+from .spec import LayerWeights, TransformerSpec
+from .unpadding import (
+    Unpadding,
     padding_is_computed,
     plan_documents,
-    plan_packing,
+    plan_unpadding,
     positions_kept,
     spread_in_use,
 )
-from .spec import LayerWeights, TransformerSpec
 
 __all__ = ["Rotary", "StackCall", "plan_call", "self_cache"]
 
@@ -30,13 +30,13 @@ class Rotary(NamedTuple):
     positions: torch.Tensor | None
 
     @classmethod
-    def of(cls, packing: Packing, cos: torch.Tensor, sin: torch.Tensor) -> "Rotary":
+    def of(cls, unpadding: Unpadding, cos: torch.Tensor, sin: torch.Tensor) -> "Rotary":
         """From cos and sin (B or 1, S, R / 2) of every position of the batch."""
-        own, index = cos.shape[0] > 1, packing.index
+        own, index = cos.shape[0] > 1, unpadding.index
         if index is not None:
-            positions = index if own else index % packing.length
+            positions = index if own else index % unpadding.length
         elif own:
-            positions = torch.arange(packing.batch * packing.length, device=cos.device).view(packing.batch, -1)
+            positions = torch.arange(unpadding.batch * unpadding.length, device=cos.device).view(unpadding.batch, -1)
         else:
             positions = None
         return cls(cos.flatten(0, 1), sin.flatten(0, 1), positions)
@@ -50,13 +50,13 @@ class Rotary(NamedTuple):
 class StackCall:
     """What all layers of one forward pass share.
 
-    packing: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; with a
-    packing that leaves positions out, its key_mask is used instead. causal, bottom_right: as in
+    unpadding: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; where
+    unpadding leaves positions out, its key_mask is used instead. causal, bottom_right: as in
     ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention, with a layer's own table
     where it has one, and without any until share_table; bias: the same as a matrix, (1, H, Sq, Sk), made only where
     probabilities are wanted or a cache is longer than what it holds; bias_of: what RelativeBias.matrix makes it of.
     table_is_cut: whether the copy of share_table has no gradient where the table has one.
-    encoder_states: (B, Se, E), or the packed rows of encoder_packing; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
+    encoder_states: (B, Se, E), or the rows of encoder_unpadding; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
     cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
     attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
     windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
@@ -67,7 +67,7 @@ class StackCall:
     """
 
     spec: TransformerSpec
-    packing: Packing
+    unpadding: Unpadding
     windowed: bool = True
     rotary: "Rotary | Sequence[Rotary] | None" = None
     mask: torch.Tensor | None = None
@@ -79,7 +79,7 @@ class StackCall:
     disentangled: Disentangled | None = None
     distances: torch.Tensor | None = None
     encoder_states: torch.Tensor | None = None
-    encoder_packing: Packing | None = None
+    encoder_unpadding: Unpadding | None = None
     encoder_mask: torch.Tensor | None = None
     encoder_lengths: torch.Tensor | None = None
     attentions: dict[int, torch.Tensor] | None = None
@@ -100,7 +100,7 @@ class StackCall:
                 "gradient checkpointing: wanted use_reentrant=False for T5 under FSDP2, got True, which loses the "
                 "gradient of the table of relative positions"
             )
-        return (None if bias is not None and self.packing.index is None else relative), bias
+        return (None if bias is not None and self.unpadding.index is None else relative), bias
 
     def share_table(self, table: torch.Tensor) -> None:
         """Give relative_bias the table that it was planned without: FSDP2 has it whole in the layer that owns it alone,
@@ -128,7 +128,7 @@ def plan_call(
     past_key_values: Any = None,
     encoder_states: torch.Tensor | None = None,
     encoder_mask: torch.Tensor | None = None,
-    encoder_packing: Packing | None = None,
+    encoder_unpadding: Unpadding | None = None,
     relative_bias: ops.RelativeBias | None = None,
     documents: torch.Tensor | None = None,
     read: torch.Tensor | None = None,
@@ -138,14 +138,14 @@ def plan_call(
     """Look at the masks once: choose what is computed and how it is masked.
 
     attention_mask: None, (B, S) with nonzero for tokens (B, past + S with a cache), (B, Sq, Sk), or 4-D and complete
-    in itself (then spec.causal adds nothing). encoder_packing: encoder_states are its rows, else (B, Se, E).
+    in itself (then spec.causal adds nothing). encoder_unpadding: encoder_states are its rows, else (B, Se, E).
     relative_bias: distances count the positions between two tokens, padding too. documents: (B, S), the one that each
     position belongs to and that alone it sees; without attention_mask and cache only. read, read_first: see
-    plan_packing.
+    plan_unpadding.
     """
     spread = spread_in_use()
     call = StackCall(
-        spec, Packing(batch, length, spread=spread), causal=spec.causal, relative_bias=relative_bias,
+        spec, Unpadding(batch, length, spread=spread), causal=spec.causal, relative_bias=relative_bias,
         encoder_states=encoder_states,
     )  # fmt: skip
     if spread is not None:
@@ -153,7 +153,7 @@ def plan_call(
     if attentions:
         call.attentions, call.cross_attentions = {}, {}
     if encoder_states is not None:
-        _plan_cross(call, encoder_mask, encoder_packing, past_key_values)
+        _plan_cross(call, encoder_mask, encoder_unpadding, past_key_values)
     if attention_mask is not None and attention_mask.dim() > 2:
         call.mask = _expand(attention_mask, "attention_mask", batch, None, device)
         call.causal = call.windowed = False
@@ -187,7 +187,7 @@ def _check_spread(past_key_values, attentions: bool) -> None:
 
 def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
     if not torch.compiler.is_compiling() and ops.concrete(documents) and call.attentions is None:
-        call.packing = plan_documents(documents)
+        call.unpadding = plan_documents(documents)
         return
     together = documents[:, :, None] == documents[:, None]
     call.mask = (together.tril() if call.causal else together)[:, None]
@@ -195,7 +195,7 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
 
 
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
-    if call.packing.spread is not None:  # all parts are of one length
+    if call.unpadding.spread is not None:  # all parts are of one length
         call.mask = mask[:, None, None]
         return
     placed = call.relative_bias is not None or call.spec.disentangled or any(call.spec.windows)
@@ -203,8 +203,8 @@ def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None
         read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
-    call.packing = plan_packing(mask, read, read_first)
-    call.mask = call.packing.key_mask
+    call.unpadding = plan_unpadding(mask, read, read_first)
+    call.mask = call.unpadding.key_mask
 
 
 def _span(mask: torch.Tensor) -> torch.Tensor:
@@ -227,24 +227,24 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
         call.bias = call.relative_bias.matrix(*call.bias_of)  # type: ignore[union-attr]
 
 
-def _plan_cross(call: StackCall, mask, packing: Packing | None, past_key_values) -> None:
+def _plan_cross(call: StackCall, mask, unpadding: Unpadding | None, past_key_values) -> None:
     states: Any = call.encoder_states
-    if call.packing.spread is not None:  # nothing was dropped
-        packing = None
-    if packing is None and mask is not None:
+    if call.unpadding.spread is not None:  # nothing was dropped
+        unpadding = None
+    if unpadding is None and mask is not None:
         mask = _expand(mask, "encoder_attention_mask", states.shape[0], states.shape[1], states.device)
-        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or call.packing.spread is not None:
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or call.unpadding.spread is not None:
             call.encoder_mask = mask
             return
         if _all_stored(past_key_values):  # the states are not looked at
             call.encoder_mask = mask
             _shorten(call)
             return
-        packing = plan_packing(mask[:, 0, 0])
-        call.encoder_states = packing.pack(states)
-    call.encoder_packing = packing
-    if packing is not None and packing.mask is not None:
-        call.encoder_mask = packing.mask[:, None, None]
+        unpadding = plan_unpadding(mask[:, 0, 0])
+        call.encoder_states = unpadding.unpad(states)
+    call.encoder_unpadding = unpadding
+    if unpadding is not None and unpadding.mask is not None:
+        call.encoder_mask = unpadding.mask[:, None, None]
         if past_key_values is not None:
             _shorten(call)
 
@@ -285,8 +285,8 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
     keys = seen + length if call.spec.windows else cache.get_mask_sizes(length, 0)[0]
     if attention_mask is not None:
         batch, given = attention_mask.shape
-        if batch != call.packing.batch or (isinstance(seen, int) and given != seen + length and given != keys):
-            wanted = (call.packing.batch, keys)
+        if batch != call.unpadding.batch or (isinstance(seen, int) and given != seen + length and given != keys):
+            wanted = (call.unpadding.batch, keys)
             raise ValueError(
                 f"attention_mask: wanted shape (batch, past + length) = {wanted}, got {tuple(attention_mask.shape)}"
             )
@@ -304,7 +304,7 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
         return
     call.bottom_right = isinstance(seen, int) and keys == seen + length  # windows too end at a query's own key
     if call.bottom_right and call.attentions is None:
-        call.causal = length > 1 or call.packing.spread is not None
+        call.causal = length > 1 or call.unpadding.spread is not None
         return
     seen_by = torch.arange(keys, device=device) <= (torch.arange(length, device=device) + seen)[:, None]
     call.mask = seen_by[None, None] if call.mask is None else call.mask & seen_by

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.linear_int8 import Int8Norm
-from ..ops.packed_weight import PackedWeight
+from ..ops.linear_panel import PanelWeight
 from .quantized import int8_linears, is_int8
 
 __all__ = [
@@ -39,11 +39,11 @@ def register_transposed(kind: type[nn.Module]) -> None:
 
 
 # Weights that have a copy laid out for few rows, and which threads read it: (thread, id of the weight) -> the copy.
-_copies: dict[tuple[int, int], PackedWeight] = {}
+_copies: dict[tuple[int, int], PanelWeight] = {}
 
 
 @contextlib.contextmanager
-def reading_copies(copies: Mapping[int, PackedWeight]) -> Iterator[None]:
+def reading_copies(copies: Mapping[int, PanelWeight]) -> Iterator[None]:
     """Inside, on this thread, `linear` multiplies by the copy of a weight in place of the weight where there is one.
     copies: by the id of the weight, (out, in) whichever way the weight lies. Without gradients only."""
     keys = {(threading.get_ident(), weight): copy for weight, copy in copies.items()}
@@ -55,7 +55,7 @@ def reading_copies(copies: Mapping[int, PackedWeight]) -> Iterator[None]:
             del _copies[key]
 
 
-def _weight(module: Any) -> torch.Tensor | PackedWeight:
+def _weight(module: Any) -> torch.Tensor | PanelWeight:
     """(out, in) of a plain linear module."""
     weight = module.weight
     if not torch.compiler.is_compiling() and _copies:

@@ -12,7 +12,7 @@ __all__ = ["Int8Linear"]
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8 and int8 arithmetic (see ops.int8_linear), in place of an nn.Linear or a Conv1D.
+    """y = x W^T + b with W in int8 and int8 arithmetic (see ops.linear_int8), in place of an nn.Linear or a Conv1D.
 
     State: weight int8 (out, in), weight_scale float32 (out, ceil(in / group)), bias (out,) or none. The weight lies in
     the layout of the kernels from the first call on, and only there.
@@ -48,10 +48,10 @@ class Int8Linear(nn.Module):
         return module
 
     def int8_weight(self) -> Int8Weight:
-        return self._packed() if self._int8 is None else self._int8
+        return self._in_int8() if self._int8 is None else self._int8
 
     @torch.compiler.disable
-    def _packed(self) -> Int8Weight:
+    def _in_int8(self) -> Int8Weight:
         found = Int8Weight(self.weight, self.weight_scale, self.group)
         if found.data is not None:  # kept once
             self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
@@ -64,7 +64,7 @@ class Int8Linear(nn.Module):
         return q * scale.repeat_interleave(self.group, 1)[:, : self.in_features]
 
     def forward(self, input: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-        return linear_int8.int8_linear(input, self.int8_weight(), self.bias, activation)
+        return linear_int8.linear_int8(input, self.int8_weight(), self.bias, activation)
 
     def train(self, mode: bool = True) -> "Int8Linear":
         if mode:
@@ -86,10 +86,10 @@ class Int8Linear(nn.Module):
         self._int8 = None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        packed = self._int8
-        if packed is None or packed.data is None:
+        weight = self._int8
+        if weight is None or weight.data is None:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = packed.parts()
+        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = weight.parts()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
         return None
@@ -120,7 +120,7 @@ def is_int8(*modules: Any) -> bool:
 def int8_linears(modules: list[Any], x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The outputs of up to three Int8Linear of one input side by side, in dtype or x's."""
     weights = [m.int8_weight() for m in modules]
-    return linear_int8.int8_linear(x, weights, [m.bias for m in modules], None, dtype)
+    return linear_int8.linear_int8(x, weights, [m.bias for m in modules], None, dtype)
 
 
 def block_weights(w: Any, spec: Any, attention_norm: Int8Norm | None, output_norm: Int8Norm, rms: bool):

@@ -1,4 +1,4 @@
-"""The stack of layers of encoders and decoders: attention, feed-forward and norms, on packed rows."""
+"""The stack of layers of encoders and decoders: attention, feed-forward and norms, on unpadded rows."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +26,7 @@ def run_layers(
     past_key_values: Any = None,
     keep_hidden: Any = (),
 ) -> torch.Tensor:
-    """Call each layer as a module (so hooks, checkpointing and sharding see it) on the packed rows.
+    """Call each layer as a module (so hooks, checkpointing and sharding see it) on the unpadded rows.
 
     first_only: the last layer computes the first position of each sequence alone and (batch, E) comes back.
     keep_hidden: the indices of the hidden states, 0 for the embedding, to leave in call.hidden_states as
@@ -35,13 +35,13 @@ def run_layers(
     layers = list(layers)
     for index, layer in enumerate(layers):
         if index in keep_hidden:
-            call.hidden_states[index], rows = call.packing.show(rows)
+            call.hidden_states[index], rows = call.unpadding.show(rows)
         last = first_only and index == len(layers) - 1
         call.following = _following(layers, index, call)
         # By position: reentrant checkpointing differentiates with respect to these alone.
         states = tuple(t for t in (call.encoder_states, call.distances) if t is not None)
         rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
-    return rows if layers or not first_only else call.packing.first(rows)
+    return rows if layers or not first_only else call.unpadding.first(rows)
 
 
 def transformer_layer(
@@ -54,12 +54,12 @@ def transformer_layer(
     encoder_states: torch.Tensor | None = None,
     distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x: (B, S, E) or packed (total, E) -> the same, or (B, E) with first_only. encoder_states, distances: call's.
+    """x: (B, S, E) or unpadded (total, E) -> the same, or (B, E) with first_only. encoder_states, distances: call's.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
     the Transformer Architecture", 2020, for norm_position "pre".
     """
-    before = spread = call.packing.spread
+    before = spread = call.unpadding.spread
     if spread is not None:  # checkpointing calls again when the context may have been left
         before = ops.parallel.set_current(spread)
     try:
@@ -76,13 +76,13 @@ def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_valu
     if call.disentangled is not None:
         sizes, scale = (call.spec.num_heads, call.spec.head_dim), call.spec.scale
         mixed = call.disentangled.attend(w, normed, distances, sizes, scale, call.attentions, index)  # type: ignore[arg-type]
-        mixed = call.packing.first(mixed) if first_only else mixed
+        mixed = call.unpadding.first(mixed) if first_only else mixed
     else:
         mixed = self_attention(w, normed, call, index, first_only, past_key_values, block is not None)
     if block is not None:
-        return int8_block(mixed, call.packing.first(x) if first_only else x, block)
+        return int8_block(mixed, call.unpadding.first(x) if first_only else x, block)
     mixed = linear(w.attention_output, mixed)
-    residual = call.packing.first(x) if first_only else x
+    residual = call.unpadding.first(x) if first_only else x
     p, p_out = dropout_p(w.attention_output_dropout), dropout_p(w.output_dropout)
     if post:
         x = add_norm(w.attention_norm, mixed, residual, p)
@@ -100,7 +100,7 @@ def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_valu
         if w.output_norm is not w.attention_norm:
             normed = norm(w.output_norm, residual)
         elif first_only:
-            normed = call.packing.first(normed)
+            normed = call.unpadding.first(normed)
         inner = _feed_forward(w, normed, call.spec)
         return _last_sum(inner, residual + ops.dropout(mixed, p), p_out, call)
     normed, residual = _sum_norm(w.output_norm, mixed, residual, p, call.spec)

@@ -1,4 +1,4 @@
-"""Self-attention and cross-attention of a layer, on padded or packed rows, with and without a cache."""
+"""Self-attention and cross-attention of a layer, on padded or unpadded rows, with and without a cache."""
 
 from typing import Any
 
@@ -6,18 +6,16 @@ import torch
 
 from .. import ops
 from ..ops.linear_int8 import attention_dtype
-from .packing import (
-    Packing,
-)
 from .planning import StackCall, self_cache
 from .projection import dropout_p, linear, norm, norm_of, projections
+from .unpadding import Unpadding
 
 __all__ = ["cross_attention", "self_attention"]
 
 
 def self_attention(w, x, call: StackCall, index, first_only, past_key_values, int8: bool = False) -> torch.Tensor:
     """(..., E) -> (..., H * D), before the output projection. int8: that takes any dtype."""
-    spec, packing = call.spec, call.packing
+    spec, unpadding = call.spec, call.unpadding
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
     placed = call.rotary is not None or w.query_norm is not None
@@ -33,7 +31,7 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
         qkv = linear(w.qkv, x) if dtype is None else projections([w.qkv], x, dtype)[0]
         if plain and not (_is_special(call, index) or spec.qkv_by_head):
             qkv = qkv.unflatten(-1, (3, *heads))
-            out = ops.qkv_attention(qkv, packing.cu_seqlens, packing.max_seqlen or None, p, call.causal, scale)
+            out = ops.qkv_attention(qkv, unpadding.cu_seqlens, unpadding.max_seqlen or None, p, call.causal, scale)
             return out.flatten(-2)
         if spec.qkv_by_head:
             q, k, v = qkv.unflatten(-1, (spec.num_heads, 3, spec.head_dim)).unbind(-2)
@@ -44,7 +42,7 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
                 both = call.rotary_of(index)(qkv[..., : -sizes[2], :], spec.rotary_interleaved)  # type: ignore[misc]
                 (q, k), placed = both.split(sizes[:2], -2), False
     elif first_only and not placed:
-        first = packing.first(x) if packing.index is not None else x[:, :1]
+        first = unpadding.first(x) if unpadding.index is not None else x[:, :1]
         q = linear(w.query, first).unflatten(-1, heads)
         k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in projections([w.key, w.value], x))
     else:
@@ -53,12 +51,12 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
     if placed:
         q, k = _placed(w, q, k, call, index)
     if first_only and (w.qkv is not None or call.rotary is not None or w.query_norm is not None):
-        q = packing.first(q) if packing.index is not None else q[:, :1]
-    if packing.index is not None:
+        q = unpadding.first(q) if unpadding.index is not None else q[:, :1]
+    if unpadding.index is not None:
         if past_key_values is not None:
-            k_rows, v_rows = (packing.unpack(t).transpose(1, 2) for t in (k, v))
+            k_rows, v_rows = (unpadding.pad(t).transpose(1, 2) for t in (k, v))
             self_cache(past_key_values).update(k_rows, v_rows, index)
-        out = _packed_attention(q, k, v, call, index, first_only, p, bias, relative)
+        out = _unpadded_attention(q, k, v, call, index, first_only, p, bias, relative)
         return out.flatten(-2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
@@ -123,30 +121,30 @@ def _window(call: StackCall, index: int) -> tuple[int, int | None] | None:
     return None if window is None else (window - 1, None if call.spec.causal else window - 1)
 
 
-def _packed_attention(q, k, v, call: StackCall, index, first_only, p, bias, relative):
-    packing: Any = call.packing
-    scale, cu, longest = call.spec.scale_of(index), packing.cu_seqlens, packing.max_seqlen
-    cu_q = torch.arange(packing.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
+def _unpadded_attention(q, k, v, call: StackCall, index, first_only, p, bias, relative):
+    unpadding: Any = call.unpadding
+    scale, cu, longest = call.spec.scale_of(index), unpadding.cu_seqlens, unpadding.max_seqlen
+    cu_q = torch.arange(unpadding.batch + 1, dtype=torch.int32, device=q.device) if first_only else cu
     if call.attentions is not None and (torch.is_grad_enabled() or _is_special(call, index)):
-        q, k, v = (packing.unpack(t).transpose(1, 2) for t in (q, k, v))
-        mask = packing.mask[:, None, None]
+        q, k, v = (unpadding.pad(t).transpose(1, 2) for t in (q, k, v))
+        mask = unpadding.mask[:, None, None]
         out, call.attentions[index] = _weighted(
             q, k, v, mask, call, call.causal, p, index, bias=bias, window=_window(call, index),
             softcap=call.spec.softcap,
         )  # fmt: skip
-        return packing.pack(out)
+        return unpadding.unpad(out)
     out = ops.varlen_attention(
         q, k, v, cu_q, cu, 1 if first_only else longest, longest, p, call.causal, scale,
-        attn_mask=packing.key_mask, relative_bias=relative, return_lse=call.attentions is not None,
+        attn_mask=unpadding.key_mask, relative_bias=relative, return_lse=call.attentions is not None,
         window=_window(call, index), softcap=call.spec.softcap,
     )  # fmt: skip
     if call.attentions is None:
         return out
     out, lse = out
-    lse = packing.unpack(lse.t(), fill=-float("inf")).transpose(1, 2)
+    lse = unpadding.pad(lse.t(), fill=-float("inf")).transpose(1, 2)
     call.attentions[index] = _probabilities(
-        packing.unpack(q).transpose(1, 2), packing.unpack(k).transpose(1, 2), lse, scale=scale,
-        attn_mask=packing.mask[:, None, None], is_causal=call.causal, bias=bias,
+        unpadding.pad(q).transpose(1, 2), unpadding.pad(k).transpose(1, 2), lse, scale=scale,
+        attn_mask=unpadding.mask[:, None, None], is_causal=call.causal, bias=bias,
     )  # fmt: skip
     return out
 
@@ -218,7 +216,7 @@ def _probabilities(q, k, lse, **masks) -> torch.Tensor:
 
 
 def cross_attention(w, x, states, call: StackCall, index, past_key_values) -> torch.Tensor:
-    spec, packing, source = call.spec, call.packing, call.encoder_packing
+    spec, unpadding, source = call.spec, call.unpadding, call.encoder_unpadding
     heads = (spec.num_heads, spec.head_dim)
     p = dropout_p(w.cross_dropout)
     q = linear(w.cross_query, x).unflatten(-1, heads)
@@ -232,17 +230,17 @@ def cross_attention(w, x, states, call: StackCall, index, past_key_values) -> to
         else:
             k, v = (t.unflatten(-1, heads) for t in projections([w.cross_key, w.cross_value], states))
         lengths_known = call.encoder_mask is None or source is not None
-        padding = _is_packed(packing) or _is_packed(source)
+        padding = _is_unpadded(unpadding) or _is_unpadded(source)
         if padding and lengths_known and cache is None and call.cross_attentions is None:
-            return _packed_cross_attention(q, k, v, call, index, p)
-        if _is_packed(source):
-            k, v = source.unpack(k), source.unpack(v)  # type: ignore[union-attr]
+            return _unpadded_cross_attention(q, k, v, call, index, p)
+        if _is_unpadded(source):
+            k, v = source.pad(k), source.pad(v)  # type: ignore[union-attr]
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True
-    if _is_packed(packing):  # queries take their place again: few rows beside the encoder's
-        q = packing.unpack(q)
+    if _is_unpadded(unpadding):  # queries take their place again: few rows beside the encoder's
+        q = unpadding.pad(q)
     rows, length = q.shape[:2]
     if rows != k.shape[0]:  # rows that continue one prompt (beams) are queries of its one set of keys
         q = q.reshape(k.shape[0], -1, *heads)
@@ -250,13 +248,13 @@ def cross_attention(w, x, states, call: StackCall, index, past_key_values) -> to
         q.transpose(1, 2), k, v, call.encoder_mask, call, False, p, call.cross_attentions, index,
         key_lengths=call.encoder_lengths,
     )  # fmt: skip
-    return packing.pack(out.view(rows, length, out.shape[-1]))
+    return unpadding.unpad(out.view(rows, length, out.shape[-1]))
 
 
-def _packed_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> torch.Tensor:
+def _unpadded_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> torch.Tensor:
     """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), k, v (total, H, D) or (B, Se, H, D)."""
-    shape, source = q.shape, call.encoder_packing
-    (q, cu_q, longest_q), (k, cu_k, longest_k) = _sequences(q, call.packing), _sequences(k, source)
+    shape, source = q.shape, call.encoder_unpadding
+    (q, cu_q, longest_q), (k, cu_k, longest_k) = _sequences(q, call.unpadding), _sequences(k, source)
     v = _sequences(v, source)[0]
     out = ops.varlen_attention(
         q, k, v, cu_q, cu_k, longest_q, longest_k, p, False, call.spec.scale_of(index),
@@ -265,16 +263,17 @@ def _packed_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> t
     return out.view(shape).flatten(-2)
 
 
-def _sequences(t: torch.Tensor, packing: Packing | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(rows, where each sequence begins, the longest), packed or not. All documents in a row see its encoder states."""
-    if packing is not None and packing.index is not None:
-        if not packing.documents:
-            return t, packing.cu_seqlens, packing.max_seqlen  # type: ignore[return-value]
-        t = packing.unpack(t)
+def _sequences(t: torch.Tensor, unpadding: Unpadding | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(rows, where each sequence begins, the longest) of rows padded or not. All documents in a row see its encoder
+    states."""
+    if unpadding is not None and unpadding.index is not None:
+        if not unpadding.documents:
+            return t, unpadding.cu_seqlens, unpadding.max_seqlen  # type: ignore[return-value]
+        t = unpadding.pad(t)
     batch, length = t.shape[:2]
     cu = torch.arange(batch + 1, dtype=torch.int32, device=t.device) * length
     return t.flatten(0, 1), cu, length
 
 
-def _is_packed(packing: Packing | None) -> bool:
-    return packing is not None and packing.index is not None
+def _is_unpadded(unpadding: Unpadding | None) -> bool:
+    return unpadding is not None and unpadding.index is not None

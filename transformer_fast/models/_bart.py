@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..layers import Packing, SlotTable, TransformerSpec
+from ..layers import SlotTable, TransformerSpec, Unpadding
 from ..layers.embeddings import embed
 from ..layers.projection import norm
 from ._base import activation_name
@@ -91,9 +91,9 @@ class LearnedPositions:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, self._embed_positions, None, self.layernorm_embedding,
+            unpadding, self.embed_tokens, self._embed_positions, None, self.layernorm_embedding,
             self.dropout if self.training else 0.0, input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None, past=past,
         )  # fmt: skip
@@ -121,9 +121,9 @@ class SinusoidalPositions:
     dropout: float
     training: bool
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self._embed_words, self._embed_positions, None, None, self.dropout if self.training else 0.0,
+            unpadding, self._embed_words, self._embed_positions, None, None, self.dropout if self.training else 0.0,
             input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
             past=past,
         )  # fmt: skip
@@ -144,10 +144,10 @@ class SinusoidalPositions:
 class ScalesGivenEmbeddings(SinusoidalPositions):
     """A decoder that scales inputs_embeds too, unlike its encoder."""
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         if inputs.inputs_embeds is not None:
             inputs = inputs._replace(inputs_embeds=inputs.inputs_embeds * self.embed_scale)
-        return super()._embed(packing, inputs, positions, past)
+        return super()._embed(unpadding, inputs, positions, past)
 
 
 class BartEncoderBase(_BartStack):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import Packing, StackCall, stock
+from ..layers import StackCall, Unpadding, stock
 from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
 from . import _stock
 from ._explain import explain_model
@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     """
 
     rows: Any  # torch.Tensor | None
-    packing: Packing
+    unpadding: Unpadding
     pooled: torch.Tensor | None
     past_key_values: Any
     hidden_states: tuple | None
@@ -56,24 +56,24 @@ class Encoded(NamedTuple):
     def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int) -> "Encoded":
         hidden = attentions = cross = last = None
         if flags.hidden_states:
-            last, rows = call.packing.show(rows)
+            last, rows = call.unpadding.show(rows)
             states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
             hidden = tuple(states.get(i) for i in range(layers + 1))
         if flags.attentions:
             attentions, cross = (
                 tuple(d[i] for i in sorted(d)) for d in (call.attentions or {}, call.cross_attentions or {})
             )
-        return cls(rows, call.packing, pooled, past_key_values, hidden, attentions, cross, last)
+        return cls(rows, call.unpadding, pooled, past_key_values, hidden, attentions, cross, last)
 
     def restored(self) -> torch.Tensor:
-        return self.packing.unpack(self.rows) if self.last is None else self.last
+        return self.unpadding.pad(self.rows) if self.last is None else self.last
 
     def kept(self, which: int | torch.Tensor) -> "Encoded":
         """Of the positions that HF's logits_to_keep names; for 0 all, as they are. See _heads.keep_positions."""
         if isinstance(which, int) and not which:
             return self
         rows = keep_positions(self.restored(), which)
-        return self._replace(rows=rows, packing=Packing(*rows.shape[:2]), last=None)
+        return self._replace(rows=rows, unpadding=Unpadding(*rows.shape[:2]), last=None)
 
     def extras(self, cross: bool = False) -> dict:
         """hidden_states and attentions as an output class names them."""

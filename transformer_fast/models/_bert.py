@@ -82,7 +82,7 @@ def base_forward(hf_class: Any, *, pools: bool = True):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
         past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_hidden_states)
         states = encoder_hidden_states if self.config.is_decoder else None
         encoded = run_stack(
@@ -159,7 +159,7 @@ def causal_forward(hf_class: Any):
         read = kept_positions(source, logits_to_keep, shifted)
         encoded = self._encode(inputs, Want(read=read), kwargs | cross | stored)
         kept = encoded.kept(logits_to_keep)
-        logits = vocabulary_logits(self._vocabulary_head().decoder, self._transform(kept.rows), kept.packing)
+        logits = vocabulary_logits(self._vocabulary_head().decoder, self._transform(kept.rows), kept.unpadding)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, Rotary, SlotTable, TransformerSpec, documents_of
+from ..layers import Rotary, SlotTable, TransformerSpec, Unpadding, documents_of
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm, rms_norm_of
 from ._base import ModelMixin, Want, activation_name, check_inputs
@@ -139,10 +139,12 @@ class DecoderBase(Stack, ModelMixin):
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
         return documents_of(shape, inputs.position_ids, kwargs)
 
-    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> Rotary | None:
+    def _rotary(
+        self, unpadding: Unpadding, positions: torch.Tensor | None, past, device: torch.device
+    ) -> Rotary | None:
         if positions is None:
-            positions = (packing.columns(device) + past)[None]
-        return Rotary.of(packing, *self.angles(positions))
+            positions = (unpadding.columns(device) + past)[None]
+        return Rotary.of(unpadding, *self.angles(positions))
 
     def angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (B, S, R / 2) in float32 of position_ids (B, S), by HF's own rule."""
@@ -164,9 +166,9 @@ class DecoderBase(Stack, ModelMixin):
         return ""
 
     # ---- the two ends ----
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self._words(), None, None, None, self._input_dropout(), input_ids=inputs.input_ids,
+            unpadding, self._words(), None, None, None, self._input_dropout(), input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
@@ -192,7 +194,7 @@ class LearnedPositions:
     def _position_table(self) -> Any:
         raise NotImplementedError
 
-    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> None:
+    def _rotary(self, unpadding: Unpadding, positions: torch.Tensor | None, past, device: torch.device) -> None:
         return None
 
     def _step_positions(self) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def base_forward(hf_class: Any):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
         segments = kwargs.pop("token_type_ids", None)
         inputs = Inputs(input_ids, attention_mask, segments, position_ids, inputs_embeds)
         if want is None and _is_for_hf(self, attention_mask, past_key_values):
@@ -272,7 +274,7 @@ class Heads(ModelMixin):
         labels = per_position(labels, self._source(inputs))
         encoded = self.base_model(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
-        logits = encoded.packing.unpack(linear(self._token_head(), rows))
+        logits = encoded.unpadding.pad(linear(self._token_head(), rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
@@ -283,7 +285,7 @@ class Heads(ModelMixin):
         scored = labels is not None
         read = every_position(source) if scored else None
         encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
-        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.unpadding)
         loss = span_loss(start, end, *labels) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
 )
 
 from .. import ops
-from ..layers import Packing, TransformerSpec
+from ..layers import TransformerSpec, Unpadding
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
 from ._base import Encoded, ModelMixin, Want, activation_name
@@ -50,6 +50,9 @@ class EncoderBase(Stack, ModelMixin):
             activation=_activation(config),
         )
 
+    def _embedding_module(self) -> nn.Module:
+        return self.embeddings
+
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
         """Between the embeddings and the first layer."""
         return rows
@@ -62,10 +65,10 @@ class EncoderBase(Stack, ModelMixin):
         table = getattr(self.embeddings, "token_type_embeddings", None)
         return None if table is None else (table.num_embeddings, "config.type_vocab_size")
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         e = self.embeddings
         rows = embed(
-            packing, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None), e.LayerNorm,
+            unpadding, e.word_embeddings, e.position_embeddings, getattr(e, "token_type_embeddings", None), e.LayerNorm,
             e.dropout, input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions,
             segment_ids=inputs.token_type_ids, past=past,
         )  # fmt: skip
@@ -74,7 +77,7 @@ class EncoderBase(Stack, ModelMixin):
     def _base_forward(self, inputs: Inputs, kwargs: dict, *, pools: bool = False):
         """A base model's forward: Encoded when one of our heads asks, else HF's output. pools: its outputs name what
         the pooler gives."""
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
         encoded = run_stack(self, inputs, want or Want(read_first=pools and self.pooler is not None), kwargs)
         if want is not None:
             return encoded
@@ -100,7 +103,7 @@ class VocabularyHead(NamedTuple):
 
 
 class EncoderHeads(ModelMixin):
-    """For models with a head: HF's outputs from packed rows, computed where they are read."""
+    """For models with a head: HF's outputs from unpadded rows, computed where they are read."""
 
     config: Any
     base_model: Any
@@ -138,7 +141,7 @@ class EncoderHeads(ModelMixin):
 
     def _vocabulary(self, encoded: Encoded, labels: torch.Tensor | None):
         """(loss or None, logits (B, S, V))."""
-        return masked_lm(self._vocabulary_head().decoder, self._transform(encoded.rows), encoded.packing, labels)
+        return masked_lm(self._vocabulary_head().decoder, self._transform(encoded.rows), encoded.unpadding, labels)
 
     def _masked_lm(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
         labels = per_position(labels, inputs.source())
@@ -183,7 +186,7 @@ class EncoderHeads(ModelMixin):
     def _classify_tokens(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
         labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
-        logits = encoded.packing.unpack(self._logits(encoded.rows))
+        logits = encoded.unpadding.pad(self._logits(encoded.rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
@@ -195,7 +198,7 @@ class EncoderHeads(ModelMixin):
         if scored and source is not None:
             read = every_position(source)
         encoded = self._encode(inputs, Want(read=read), kwargs)
-        start, end = span_scores(self._logits(encoded.rows), encoded.packing)
+        start, end = span_scores(self._logits(encoded.rows), encoded.unpadding)
         loss = self._span_loss(start, end, start_positions, end_positions, kwargs) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

@@ -24,7 +24,7 @@ _NO_CACHE = ("use_cache", "cache_position")
 _OTHER_NAMES = ("mems", "state", "layer_past", "past", "past_buckets_states")
 # Given by transformers or by our own models, to forwards that do not name them.
 _COMMON = frozenset(
-    ("attention_mask", "encoder_packing", "logits_to_keep", "num_items_in_batch", "output_attentions",
+    ("attention_mask", "encoder_unpadding", "logits_to_keep", "num_items_in_batch", "output_attentions",
      "output_hidden_states", "position_ids", "return_dict", "use_cache", "want")
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from .. import ops
-from ..layers import Packing, StackCall, TransformerSpec
+from ..layers import StackCall, TransformerSpec, Unpadding
 from ..layers.embeddings import embed
 from ..layers.projection import linear
 from ._base import Encoded, ModelMixin, Want, check_inputs
@@ -57,10 +57,10 @@ class GPTBase(Stack, ModelMixin):
             inputs = inputs._replace(attention_mask=None)
         return super()._plan(spec, inputs, batch, length, device, **options)
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         words, segments = self._words(), inputs.token_type_ids
         return embed(
-            packing, words, self._position_table(), None if segments is None else words, None, self.drop,
+            unpadding, words, self._position_table(), None if segments is None else words, None, self.drop,
             input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions,
             segment_ids=segments, past=past,
         )  # fmt: skip
@@ -103,26 +103,26 @@ def causal_logits(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(HF's causal language modelling loss or None, logits (B, S or the kept, V))."""
     kept, head = encoded.kept(logits_to_keep), model.lm_head
-    rows, packing = kept.rows, kept.packing
+    rows, unpadding = kept.rows, kept.unpadding
     if labels is None:
-        return None, vocabulary_logits(head, rows, packing)
+        return None, vocabulary_logits(head, rows, unpadding)
     logits = linear(head, rows)
     if kept is not encoded or model.loss_function is not ForCausalLMLoss:
-        logits = packing.unpack(logits)
+        logits = unpadding.pad(logits)
         return model.loss_function(logits, labels, model.config.vocab_size, **kwargs), logits
-    targets = packing.pack(_like(shifted, packing).to(logits.device)).reshape(-1)
+    targets = unpadding.unpad(_like(shifted, unpadding).to(logits.device)).reshape(-1)
     count = kwargs.get("num_items_in_batch")
     reduction = "mean" if count is None else "sum"
     ignored = kwargs.get("ignore_index", IGNORE)
     loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, ignore_index=ignored, reduction=reduction)
     if count is not None:
         loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
-    return loss, packing.unpack(logits)
+    return loss, unpadding.pad(logits)
 
 
-def _like(labels: torch.Tensor, packing: Packing) -> torch.Tensor:
-    if tuple(labels.shape) != (packing.batch, packing.length):
-        raise ValueError(f"labels: wanted shape {(packing.batch, packing.length)}, got {tuple(labels.shape)}")
+def _like(labels: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
+    if tuple(labels.shape) != (unpadding.batch, unpadding.length):
+        raise ValueError(f"labels: wanted shape {(unpadding.batch, unpadding.length)}, got {tuple(labels.shape)}")
     return labels
 
 
@@ -154,11 +154,11 @@ def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict)
 
 def _at(encoded: Encoded, column: torch.Tensor) -> torch.Tensor:
     """The computed rows at (b, column[b]): (B, E)."""
-    packing, rows = encoded.packing, encoded.rows
-    batch = torch.arange(packing.batch, device=column.device)
-    if packing.index is None:
+    unpadding, rows = encoded.unpadding, encoded.rows
+    batch = torch.arange(unpadding.batch, device=column.device)
+    if unpadding.index is None:
         return rows[batch, column]
-    return rows.index_select(0, torch.searchsorted(packing.index, batch * packing.length + column))
+    return rows.index_select(0, torch.searchsorted(unpadding.index, batch * unpadding.length + column))
 
 
 def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, mc_labels, kwargs: dict):
@@ -176,12 +176,12 @@ def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, 
     rows = linear(model.lm_head, encoded.rows)
     loss = mc_loss = None
     if shifted is not None:
-        targets = encoded.packing.pack(_like(shifted, encoded.packing).to(rows.device)).reshape(-1)
+        targets = encoded.unpadding.unpad(_like(shifted, encoded.unpadding).to(rows.device)).reshape(-1)
         loss = ops.cross_entropy(rows.reshape(-1, rows.shape[-1]), targets, ignore_index=IGNORE).to(rows.dtype)
     mc_logits = head(encoded.restored().unflatten(0, leading), mc_token_ids).squeeze(-1)
     if mc_labels is not None:
         mc_loss = F.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
-    return loss, mc_loss, encoded.packing.unpack(rows).unflatten(0, leading), mc_logits, encoded
+    return loss, mc_loss, encoded.unpadding.pad(rows).unflatten(0, leading), mc_logits, encoded
 
 
 def _summarised(kind: str, mc_token_ids, batch: int, length: int, device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Heads on packed rows: logits and losses as HF defines them, computed where they are read."""
+"""Heads on unpadded rows: logits and losses as HF defines them, computed where they are read."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..layers import Packing
+from ..layers import Unpadding
 from ..layers.projection import linear
 
 __all__ = [
@@ -78,21 +78,25 @@ def keep_positions(states: torch.Tensor, which: int | torch.Tensor) -> torch.Ten
     return states[:, which]
 
 
-def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
     """(B, S, V), zeros where nothing was computed."""
-    if packing.index is None:
+    if unpadding.index is None:
         return linear(decoder, rows)
     if torch.is_grad_enabled() or not isinstance(decoder, nn.Linear) or torch.is_autocast_enabled(rows.device.type):
-        return packing.unpack(linear(decoder, rows))
+        return unpadding.pad(linear(decoder, rows))
     # The vocabulary is wide: a second full copy would cost more memory than padding does.
-    out = rows.new_zeros(packing.batch * packing.length, decoder.out_features)
-    for part, index in zip(rows.split(_CHUNK), packing.index.split(_CHUNK)):
+    out = rows.new_zeros(unpadding.batch * unpadding.length, decoder.out_features)
+    for part, index in zip(rows.split(_CHUNK), unpadding.index.split(_CHUNK)):
         out[index] = linear(decoder, part)
-    return out.unflatten(0, (packing.batch, packing.length))
+    return out.unflatten(0, (unpadding.batch, unpadding.length))
 
 
 def masked_lm(
-    decoder: nn.Module, rows: torch.Tensor, packing: Packing, labels: torch.Tensor | None, score: Any = F.cross_entropy
+    decoder: nn.Module,
+    rows: torch.Tensor,
+    unpadding: Unpadding,
+    labels: torch.Tensor | None,
+    score: Any = F.cross_entropy,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(cross entropy over the labelled positions or None, logits (B, S, V)). score(logits, labels): a family's own.
 
@@ -100,23 +104,23 @@ def masked_lm(
     labelled ones alone; the others still carry theirs to whoever uses the logits.
     """
     if labels is None:
-        return None, vocabulary_logits(decoder, rows, packing)
-    _check_labels("labels", labels, (packing.batch, packing.length))
+        return None, vocabulary_logits(decoder, rows, unpadding)
+    _check_labels("labels", labels, (unpadding.batch, unpadding.length))
     if torch.compiler.is_compiling():  # how many are labelled is not known while a graph is made
-        logits = packing.unpack(linear(decoder, rows))
+        logits = unpadding.pad(linear(decoder, rows))
         return score(logits.flatten(0, 1), labels.to(rows.device).flatten()), logits
-    labels = packing.pack(labels.to(rows.device))
+    labels = unpadding.unpad(labels.to(rows.device))
     rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
     chosen = labels != IGNORE
     labelled, others = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
     scores = linear(decoder, rows.index_select(0, labelled))
     loss = score(scores, labels.index_select(0, labelled))
     rest = linear(decoder, rows.index_select(0, others))
-    to, vocabulary = packing.index, scores.shape[-1]
-    out = scores.new_zeros(packing.batch * packing.length, vocabulary)
+    to, vocabulary = unpadding.index, scores.shape[-1]
+    out = scores.new_zeros(unpadding.batch * unpadding.length, vocabulary)
     for where, what in ((labelled, scores), (others, rest)):
         out = out.index_copy_(0, where if to is None else to.index_select(0, where), what)
-    return loss, out.view(packing.batch, packing.length, vocabulary)
+    return loss, out.view(unpadding.batch, unpadding.length, vocabulary)
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -159,10 +163,10 @@ def every_position(source: torch.Tensor) -> torch.Tensor:
     return torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
 
 
-def span_scores(logits: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+def span_scores(logits: torch.Tensor, unpadding: Unpadding) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (..., 2) -> (start_logits, end_logits), (B, S) each; at padding the dtype's lowest number, so that no argmax
     picks it."""
-    logits = packing.unpack(logits, fill=torch.finfo(logits.dtype).min)
+    logits = unpadding.pad(logits, fill=torch.finfo(logits.dtype).min)
     start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
     return start, end
 

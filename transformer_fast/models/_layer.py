@@ -25,7 +25,7 @@ def kept_layers(stack: Any, layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 class Layer:
-    """Before HF's layer class: one layer on packed rows when our stack calls (see layers.run_layers), HF's own forward
+    """Before HF's layer class: one fused layer when our stack calls (see layers.run_layers), HF's own forward
     for everybody else."""
 
     _table: SlotTable
@@ -35,10 +35,10 @@ class Layer:
 
     def forward(self, hidden_states, *args, **kwargs):
         if args and isinstance(args[0], StackCall):
-            return self._packed(hidden_states, *args, **kwargs)
+            return self._fused(hidden_states, *args, **kwargs)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
-    def _packed(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
+    def _fused(self, hidden_states, call, index, first_only=False, encoder_states=None, past_key_values=None):
         weights = self.slots().read(self)  # type: ignore[arg-type]
         return transformer_layer(weights, hidden_states, call, index, first_only, past_key_values, encoder_states)
 

@@ -175,7 +175,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         if not why_not_recurrent(self.rnn, x):
             states, last = recurrent_layers(self.rnn, x) if mask is None else self._without_padding(x, mask)
         else:
-            states, last = self.rnn(x) if mask is None else self._packed(x, mask)
+            states, last = self.rnn(x) if mask is None else self._torch_without_padding(x, mask)
         state, cell = last if isinstance(last, tuple) else (last, None)
         return AttentionRNNEncoderOutput(states, self._joined(state), None if cell is None else self._joined(cell))
 
@@ -187,14 +187,14 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         states = rows.new_zeros(batch * length, rows.shape[1]).index_copy(0, places, rows)
         return states.view(batch, length, -1), last
 
-    def _packed(self, x: torch.Tensor, mask: torch.Tensor):
+    def _torch_without_padding(self, x: torch.Tensor, mask: torch.Tensor):
         """Tokens first, whatever side the padding is on; then back to their places, with zeros elsewhere."""
         lengths = mask.sum(1)
         order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[..., None]
-        packed = pack_padded_sequence(
+        sequences = pack_padded_sequence(
             torch.gather(x, 1, order.expand_as(x)), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
         )
-        states, last = self.rnn(packed)
+        states, last = self.rnn(sequences)
         states = pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])[0]
         states = torch.zeros_like(states).scatter(1, order.expand_as(states), states)
         return states.masked_fill(~mask[..., None], 0.0), last

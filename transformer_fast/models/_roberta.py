@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..generation import GenerationMixin
-from ..layers.packing import spread_in_use
 from ..layers.projection import dropout_p, linear
+from ..layers.unpadding import spread_in_use
 from ..ops import dropout
 from ._base import Adopted
 from ._bert import SLOTS, BertBase, base_forward, causal_forward, masked_lm_forward

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
 
 from .. import ops
-from ..layers import Packing, Rotary, StackCall, TransformerSpec, documents_of, plan_call, run_layers
+from ..layers import Rotary, StackCall, TransformerSpec, Unpadding, documents_of, plan_call, run_layers
 from ..layers.embeddings import check_indices
 from ..layers.stock import as_forward_of
 from ._base import Encoded, Want, check_inputs, check_integers, read_flags
@@ -46,14 +46,14 @@ class Context(NamedTuple):
     """What a decoder reads beside its own tokens.
 
     returns_cache: whether past_key_values is part of what comes back. encoder_states: (B, Se, E), or the rows of
-    encoder_packing; encoder_mask: as HF's encoder_attention_mask.
+    encoder_unpadding; encoder_mask: as HF's encoder_attention_mask.
     """
 
     past_key_values: Any = None
     returns_cache: bool = False
     encoder_states: torch.Tensor | None = None
     encoder_mask: torch.Tensor | None = None
-    encoder_packing: Packing | None = None
+    encoder_unpadding: Unpadding | None = None
 
 
 _ALONE = Context()
@@ -82,6 +82,10 @@ class Stack:
         """The embedding of tokens."""
         return self.get_input_embeddings()
 
+    def _embedding_module(self) -> nn.Module | None:
+        """The module in whose place _embed computes, or None where a family has no module for that."""
+        return None
+
     def _prefix(self) -> str:
         """Before the names of arguments in messages ("decoder_")."""
         return ""
@@ -103,7 +107,7 @@ class Stack:
         """Added to the scores of every layer."""
         return None
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         """The rows that the first layer reads. positions: of _positions."""
         raise NotImplementedError
 
@@ -137,7 +141,7 @@ class Stack:
         return documents_of(shape, None, kwargs)
 
     def _rotary(
-        self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device
+        self, unpadding: Unpadding, positions: torch.Tensor | None, past, device: torch.device
     ) -> Rotary | Sequence[Rotary] | None:
         """The angles of queries and keys, for all layers or for each. positions: of _positions."""
         return None
@@ -165,18 +169,18 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
     call = stack._plan(
         stack._spec(stack._causal(kwargs)), inputs, batch, length, device, past_key_values=cache,
         encoder_states=context.encoder_states, encoder_mask=context.encoder_mask,
-        encoder_packing=context.encoder_packing, documents=documents, read=want.read,
+        encoder_unpadding=context.encoder_unpadding, documents=documents, read=want.read,
         read_first=want.read_first or want.first_only, attentions=flags.attentions,
     )  # fmt: skip
-    call.rotary = stack._rotary(call.packing, positions, past, device)
-    embeddings = getattr(stack, "embeddings", None)
-    rows = as_forward_of(embeddings, lambda: stack._embed(call.packing, inputs, positions, past))
+    call.rotary = stack._rotary(call.unpadding, positions, past, device)
+    embedding = stack._embedding_module()
+    rows = as_forward_of(embedding, lambda: stack._embed(call.unpadding, inputs, positions, past))
     whole = flags.hidden_states or flags.attentions or cache is not None or documents is not None
-    first_only = want.first_only and not whole and call.packing.spread is None
+    first_only = want.first_only and not whole and call.unpadding.spread is None
     rows = run_layers(layers, rows, call, first_only=first_only, past_key_values=cache, keep_hidden=flags.keep_hidden)
     rows, pooled = stack._close(rows), None
     if want.first_only or want.read_first:
-        pooled = stack._pool(rows if first_only else call.packing.first(rows))
+        pooled = stack._pool(rows if first_only else call.unpadding.first(rows))
     kept = cache if context.returns_cache else None
     return Encoded.of(None if first_only else rows, call, pooled, kept, flags, len(layers))
 

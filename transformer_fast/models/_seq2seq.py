@@ -74,12 +74,12 @@ class StackBase(Stack, ModelMixin):
         inputs_embeds, use_cache, kwargs,
     ):  # fmt: skip
         """A decoder's forward: Encoded when one of our models asks, else HF's output."""
-        packing = kwargs.pop("encoder_packing", None)
+        unpadding = kwargs.pop("encoder_unpadding", None)
         crosses = encoder_states is not None or self.config.is_encoder_decoder
         cache, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=crosses)
         encoded = run_stack(
             self, Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds), want or Want(), kwargs,
-            Context(cache, use_cache or cache is not None, encoder_states, encoder_mask, packing),
+            Context(cache, use_cache or cache is not None, encoder_states, encoder_mask, unpadding),
         )  # fmt: skip
         if want is not None:
             return encoded
@@ -193,12 +193,12 @@ class Seq2SeqBase(Shifts, Outputs):
 
     def _join(self, given: DecoderInputs, want: Want, kwargs: dict) -> Joined:
         options = {k: v for k, v in kwargs.items() if k != "return_dict"}
-        mask, packing, outputs = given.attention_mask, None, given.encoder_outputs
+        mask, unpadding, outputs = given.attention_mask, None, given.encoder_outputs
         if outputs is None:
             encoded = self.encoder(given.input_ids, mask, inputs_embeds=given.inputs_embeds, want=Want(), **options)
             states = encoded.rows
             if mask is None or mask.dim() == 2:
-                packing = encoded.packing
+                unpadding = encoded.unpadding
             outputs = BaseModelOutput(last_hidden_state=encoded.restored(), **encoded.extras())
         else:
             if not isinstance(outputs, BaseModelOutput):
@@ -207,8 +207,8 @@ class Seq2SeqBase(Shifts, Outputs):
         decoded = self.decoder(
             given.decoder_input_ids, given.decoder_attention_mask, encoder_hidden_states=states,
             encoder_attention_mask=mask, past_key_values=given.past_key_values,
-            inputs_embeds=given.decoder_inputs_embeds, use_cache=given.use_cache, want=want, encoder_packing=packing,
-            **options,
+            inputs_embeds=given.decoder_inputs_embeds, use_cache=given.use_cache, want=want,
+            encoder_unpadding=unpadding, **options,
         )  # fmt: skip
         return Joined(decoded, outputs)
 
@@ -230,7 +230,7 @@ class JoinedForward(Seq2SeqBase):
         **kwargs,
     ):
         """As HF's; padding is dropped where a mask says so, and the outputs are zeros there."""
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds, use_cache,

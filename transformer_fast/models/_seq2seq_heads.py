@@ -35,15 +35,15 @@ def _vocabulary_loss(
     head: nn.Module, bias: torch.Tensor | None, encoded: Encoded, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(mean cross entropy over the labels that are not -100, or None; logits (B, S, V), zeros where nothing is)."""
-    packing = encoded.packing
+    unpadding = encoded.unpadding
     logits = _vocabulary_rows(head, bias, encoded.rows)
     if labels is None:
-        return None, packing.unpack(logits)
-    if tuple(labels.shape) != (packing.batch, packing.length):
-        raise ValueError(f"labels: wanted shape {(packing.batch, packing.length)}, got {tuple(labels.shape)}")
-    target = packing.pack(labels.to(logits.device)).reshape(-1)
+        return None, unpadding.pad(logits)
+    if tuple(labels.shape) != (unpadding.batch, unpadding.length):
+        raise ValueError(f"labels: wanted shape {(unpadding.batch, unpadding.length)}, got {tuple(labels.shape)}")
+    target = unpadding.unpad(labels.to(logits.device)).reshape(-1)
     loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, ignore_index=IGNORE).to(logits.dtype)
-    return loss, packing.unpack(logits)
+    return loss, unpadding.pad(logits)
 
 
 class _Head(Shifts, ModelMixin):
@@ -219,7 +219,7 @@ class QuestionHead(_Head):
             inputs_embeds, decoder_inputs_embeds, False if scored else use_cache,
         )  # fmt: skip
         joined = self._join(self._started(given), _question_want(decoder_attention_mask, scored), kwargs)
-        start, end = span_scores(linear(self.qa_outputs, joined.decoder.rows), joined.decoder.packing)
+        start, end = span_scores(linear(self.qa_outputs, joined.decoder.rows), joined.decoder.unpadding)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         output = Seq2SeqQuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **joined.extras())
         return self._finish(output, kwargs)

@@ -11,7 +11,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, TokenClassifierOutput
 
 from .. import ops
-from ..layers import Packing, SlotTable, StackCall, TransformerSpec
+from ..layers import SlotTable, StackCall, TransformerSpec, Unpadding
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm, rms_norm_of
 from ..layers.stock import is_shard
@@ -104,10 +104,10 @@ class T5BlockBase(Layer):
     def slots(self) -> SlotTable:
         return self._tables[self.is_decoder, hasattr(self.layer[-1].DenseReluDense, "wi_1")]
 
-    def _packed(self, hidden_states, call: StackCall, *args, **kwargs):
+    def _fused(self, hidden_states, call: StackCall, *args, **kwargs):
         if call.relative_bias is not None and call.relative_bias.table is None:  # the first block, which owns it
             call.share_table(self.layer[0].SelfAttention.relative_attention_bias.weight)
-        return super()._packed(hidden_states, call, *args, **kwargs)
+        return super()._fused(hidden_states, call, *args, **kwargs)
 
 
 class T5StackBase(StackBase):
@@ -168,12 +168,12 @@ class T5StackBase(StackBase):
         block: Any = self.block[0]
         attention = block.layer[0].SelfAttention
         table: Any = attention.relative_attention_bias.weight
-        table = None if is_shard(table) else table  # the block gathers it and shares it, see T5BlockBase._packed
+        table = None if is_shard(table) else table  # the block gathers it and shares it, see T5BlockBase._fused
         return ops.RelativeBias(table, attention.relative_attention_max_distance, not self.is_decoder)
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, None, None, None, self.dropout, input_ids=inputs.input_ids,
+            unpadding, self.embed_tokens, None, None, None, self.dropout, input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
@@ -242,7 +242,7 @@ class T5Tagging(ModelMixin):
             input_ids, attention_mask, inputs_embeds, want=Want(read=is_labelled(labels)), **options
         )
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))
-        logits = encoded.packing.unpack(linear(self.classifier, rows))
+        logits = encoded.unpadding.pad(linear(self.classifier, rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 

@@ -12,10 +12,10 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from .. import ops
 from ..layers import (
     Disentangled,
-    Packing,
     SlotTable,
     StackCall,
     TransformerSpec,
+    Unpadding,
     padding_is_computed,
     positions_kept,
     transformer_layer,
@@ -66,7 +66,7 @@ class DebertaV2Layer(Layer, hf.DebertaV2Layer):
     def slots(self) -> SlotTable:
         return _SHARED if self.attention.self.share_att_key else SLOTS
 
-    def _packed(self, hidden_states, call, index, first_only=False, distances=None, past_key_values=None):
+    def _fused(self, hidden_states, call, index, first_only=False, distances=None, past_key_values=None):
         w, kinds = self.slots().read(self), self.attention.self.pos_att_type  # type: ignore[arg-type]
         if "c2p" not in kinds:
             w = w._replace(position_key=None)
@@ -138,9 +138,9 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
             )
         call = super()._plan(spec, inputs, batch, length, device, **options)
         weighted = call.attentions is not None
-        longest = length if weighted or call.packing.index is None else call.packing.max_seqlen
+        longest = length if weighted or call.unpadding.index is None else call.unpadding.max_seqlen
         places, first, last = self._places(max(longest, 1), device)
-        call.disentangled = Disentangled(call.packing, places, first, last, weighted)
+        call.disentangled = Disentangled(call.unpadding, places, first, last, weighted)
         if encoder.relative_attention:
             call.distances = encoder.get_rel_embedding()
             if "layer_norm" in encoder.norm_rel_ebd:
@@ -162,15 +162,15 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
             return places.to(device), 0, None
         return places.to(device), int(places[0]), int(places[-1])
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         e = self.embeddings
         rows = embed(
-            packing, e.word_embeddings, e.position_embeddings, e.token_type_embeddings, None, None,
+            unpadding, e.word_embeddings, e.position_embeddings, e.token_type_embeddings, None, None,
             input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions,
             segment_ids=inputs.token_type_ids,
         )  # fmt: skip
         rows = norm(e.LayerNorm, rows if e.embed_proj is None else linear(e.embed_proj, rows))
-        return ops.dropout(_without_padding(rows, packing), dropout_p(e.dropout))
+        return ops.dropout(_without_padding(rows, unpadding), dropout_p(e.dropout))
 
 
 class _Convolved:
@@ -180,20 +180,20 @@ class _Convolved:
         self.layer, self.conv = layer, conv
 
     def __call__(self, rows, call: StackCall, index: int, first_only: bool, *states, past_key_values=None):
-        packing, conv = call.packing, self.conv
+        unpadding, conv = call.unpadding, self.conv
         out = self.layer(rows, call, index, False, *states, past_key_values=past_key_values)
-        near = conv.conv(packing.unpack(rows).transpose(1, 2)).transpose(1, 2)
-        near = packing.pack(near)
+        near = conv.conv(unpadding.pad(rows).transpose(1, 2)).transpose(1, 2)
+        near = unpadding.unpad(near)
         near = ACT2FN[conv.conv_act](ops.dropout(near, dropout_p(conv.dropout)))
-        out = _without_padding(add_norm(conv.LayerNorm, near, out, 0.0), packing)
-        return packing.first(out) if first_only else out
+        out = _without_padding(add_norm(conv.LayerNorm, near, out, 0.0), unpadding)
+        return unpadding.first(out) if first_only else out
 
 
-def _without_padding(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+def _without_padding(rows: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
     """rows with zeros where padding is computed, as HF has it before the first layer and after the convolution."""
-    if packing.mask is None or packing.key_mask is None:
+    if unpadding.mask is None or unpadding.key_mask is None:
         return rows
-    return rows * packing.pack(packing.mask[..., None]).to(rows.dtype)
+    return rows * unpadding.unpad(unpadding.mask[..., None]).to(rows.dtype)
 
 
 def _read(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor | None:

@@ -76,7 +76,7 @@ class ElectraForPreTraining(_ElectraHeads, hf.ElectraForPreTraining):
         head, name = self.discriminator_predictions, activation_name(self.config.hidden_act)
         rows = linear(head.dense, encoded.rows, name)
         rows = linear(head.dense_prediction, rows if name else head.activation(rows))
-        logits, loss = encoded.packing.unpack(rows).squeeze(-1), None
+        logits, loss = encoded.unpadding.pad(rows).squeeze(-1), None
         if labels is not None:
             scores, targets = logits, labels.to(logits.device)
             if inputs.attention_mask is not None:

@@ -126,7 +126,7 @@ class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -291,7 +291,7 @@ class GPT2ForTokenClassification(_GPT2Mixin, hf.GPT2ForTokenClassification):
             use_cache=bool(use_cache), want=Want(read=is_labelled(labels)), **kwargs,
         )  # fmt: skip
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))
-        logits = encoded.packing.unpack(linear(self.classifier, rows))
+        logits = encoded.unpadding.pad(linear(self.classifier, rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
@@ -320,7 +320,7 @@ class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
             input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache=False,
             want=Want(read=read), **kwargs,
         )  # fmt: skip
-        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.packing)
+        start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.unpadding)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs

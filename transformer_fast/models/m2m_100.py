@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers.models.m2m_100 import modeling_m2m_100 as hf
 
 from ..generation import GenerationMixin
-from ..layers import Packing
+from ..layers import Unpadding
 from ..layers.embeddings import embed
 from ._bart import BartDecoderBase, BartEncoderBase, BartLayer
 from ._base import Adopted
@@ -68,9 +68,9 @@ class _Embeddings:
         seen = inputs.input_ids != padding
         return (seen.cumsum(1) + past) * seen + padding
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         return embed(
-            packing, self.embed_tokens, self._embed_positions, None, None, self.dropout if self.training else 0.0,
+            unpadding, self.embed_tokens, self._embed_positions, None, None, self.dropout if self.training else 0.0,
             input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds, position_ids=positions, segment_ids=None,
         )  # fmt: skip
 

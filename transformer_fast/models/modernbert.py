@@ -9,7 +9,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.modernbert import modeling_modernbert as hf
 
 from .. import ops
-from ..layers import Packing, Rotary, SlotTable, TransformerSpec
+from ..layers import Rotary, SlotTable, TransformerSpec, Unpadding
 from ..layers.embeddings import embed
 from ..layers.projection import dropout_p, linear, norm
 from ._base import Adopted, Encoded, Want, activation_name
@@ -92,22 +92,22 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
     def _kinds(self) -> list[str]:
         return [layer.attention_type for layer in self.layers]
 
-    def _rotary(self, packing: Packing, positions: torch.Tensor | None, past, device: torch.device) -> list[Rotary]:
+    def _rotary(self, unpadding: Unpadding, positions: torch.Tensor | None, past, device: torch.device) -> list[Rotary]:
         """The angles of each layer: HF's rule for its kind, in float32."""
         if positions is None:
-            positions = packing.columns(device)[None]
+            positions = unpadding.columns(device)[None]
         like = torch.empty(0, dtype=torch.float32, device=device)
         found = {}
         for kind in dict.fromkeys(self._kinds()):
             cos, sin = self.rotary_emb(like, positions, kind)
             half = cos.shape[-1] // 2
-            found[kind] = Rotary.of(packing, cos[..., :half], sin[..., :half])
+            found[kind] = Rotary.of(unpadding, cos[..., :half], sin[..., :half])
         return [found[kind] for kind in self._kinds()]
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         e = self.embeddings
         return embed(
-            packing, e.tok_embeddings, None, None, e.norm, e.drop, input_ids=inputs.input_ids,
+            unpadding, e.tok_embeddings, None, None, e.norm, e.drop, input_ids=inputs.input_ids,
             inputs_embeds=inputs.inputs_embeds, position_ids=None, segment_ids=None,
         )  # fmt: skip
 
@@ -149,7 +149,7 @@ class _ModernBertHeads(EncoderHeads):
             loss = score(logits, labels[read])
         else:
             encoded = self._encode(inputs, Want(read=is_labelled(labels)), kwargs)
-            loss, logits = masked_lm(self.decoder, self._transform(encoded.rows), encoded.packing, labels, score)
+            loss, logits = masked_lm(self.decoder, self._transform(encoded.rows), encoded.unpadding, labels, score)
         return self._finish(MaskedLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:

@@ -103,7 +103,7 @@ class OpenAIGPTModel(GPTBase, _OpenAIGPTMixin, hf.OpenAIGPTModel):
         **kwargs,
     ):
         """Unlike HF's, it can also keep a cache: with past_key_values or use_cache=True."""
-        want = kwargs.pop("want", None)  # given by our heads, which read packed rows
+        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,

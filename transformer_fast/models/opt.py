@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.opt import modeling_opt as hf
 
-from ..layers import Packing, TransformerSpec, documents_of
+from ..layers import TransformerSpec, Unpadding, documents_of
 from ..layers.embeddings import check_indices
 from ..layers.projection import linear
 from ._base import Adopted, ModelMixin, activation_name
@@ -79,12 +79,12 @@ class _Decoder(LearnedPositions, DecoderBase):
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
         return documents_of(shape, None, kwargs)
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
-        rows = DecoderBase._embed(self, packing, inputs, None, past)
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+        rows = DecoderBase._embed(self, unpadding, inputs, None, past)
         if self.project_in is not None:
             rows = linear(self.project_in, rows)
         places: Any = positions
-        return rows + F.embedding(packing.pack(places.expand(packing.batch, -1)), self.embed_positions.weight)
+        return rows + F.embedding(unpadding.unpad(places.expand(unpadding.batch, -1)), self.embed_positions.weight)
 
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
         rows = super()._close(rows)

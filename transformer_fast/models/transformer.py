@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
-from ..layers import Packing, SinusoidalPositions, SlotTable, TransformerSpec, stock, transformer_layer
+from ..layers import SinusoidalPositions, SlotTable, TransformerSpec, Unpadding, stock, transformer_layer
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, Outputs, Want, activation_name
@@ -197,22 +197,22 @@ class _Stack(Stack, TransformerPreTrainedModel):
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.layer_norm is None else norm(self.layer_norm, rows)
 
-    def _embed(self, packing: Packing, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
+    def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         """dropout(scale * word + position). The encoder's positions count tokens, so that padding on the left shifts
         nothing; the decoder's count columns, as those of HF's encoder-decoders do."""
         if inputs.inputs_embeds is None:
-            x = self.embed_tokens(packing.pack(inputs.input_ids)) * self.embed_scale  # type: ignore[arg-type]
+            x = self.embed_tokens(unpadding.unpad(inputs.input_ids)) * self.embed_scale  # type: ignore[arg-type]
         else:
-            x = packing.pack(inputs.inputs_embeds)
+            x = unpadding.unpad(inputs.inputs_embeds)
         mask = inputs.attention_mask
         if mask is not None and mask.dim() == 2 and not self.causal:
-            mask, spread = mask != 0, packing.spread
+            mask, spread = mask != 0, unpadding.spread
             whole = mask if spread is None else spread.unshard(mask)
             counted = (whole.long().cumsum(1) - 1).clamp(min=0)
             counted = counted if spread is None else spread.shard(counted)
-            places = packing.pack(counted)
+            places = unpadding.unpad(counted)
         else:
-            places = packing.positions(x.device) + past
+            places = unpadding.positions(x.device) + past
         return ops.dropout(x + self.embed_positions(places), dropout_p(self.dropout))
 
 
@@ -268,11 +268,11 @@ class TransformerDecoder(_Stack):
     ) -> BaseModelOutputWithPastAndCrossAttentions | Encoded:
         """input_ids: (B, T), or inputs_embeds (B, T, d_model); attention_mask: (B, past + T); encoder_hidden_states:
         (B, S, d_model) with encoder_attention_mask (B, S); past_key_values: an EncoderDecoderCache."""
-        want, packing = kwargs.pop("want", None), kwargs.pop("encoder_packing", None)
+        want, unpadding = kwargs.pop("want", None), kwargs.pop("encoder_unpadding", None)
         cache, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=True, in_training=True)
         encoded = run_stack(
             self, Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds), want or Want(), kwargs,
-            Context(cache, use_cache, encoder_hidden_states, encoder_attention_mask, packing),
+            Context(cache, use_cache, encoder_hidden_states, encoder_attention_mask, unpadding),
         )  # fmt: skip
         if want is not None:
             return encoded

@@ -10,7 +10,7 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding_layer_norm
 from .kv_cache_attention import kv_cache_attention
-from .linear import linear, pack_weight, projections
+from .linear import linear, projections, to_panels
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_head_attention import multi_head_attention
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -38,7 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "multi_head_attention",
-    "pack_weight",
+    "to_panels",
     "parallel",
     "projections",
     "qkv_attention",

@@ -13,7 +13,7 @@ from .. import backends
 from ..backends import memory
 from . import _common
 
-__all__ = ["packed", "padded", "remember", "signature"]
+__all__ = ["unpadded", "padded", "remember", "signature"]
 
 _known: dict[tuple, float] = {}  # signature -> the scale in use
 _MOST = 4096
@@ -59,8 +59,8 @@ def padded(signature, query, key, value, mask, is_causal, bottom_right, return_l
     return (out, lse) if return_lse else out
 
 
-def packed(signature, query, key, value, cu_seqlens, longest, is_causal, return_lse):
-    """The same for sequences packed alike in queries and keys. longest: at least the longest, or None."""
+def unpadded(signature, query, key, value, cu_seqlens, longest, is_causal, return_lse):
+    """The same for unpadded sequences, alike in queries and keys. longest: at least the longest, or None."""
     scale = _known.get(signature)
     if scale is None or query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         return None

@@ -217,7 +217,7 @@ attention_op = _common.define(
 )
 
 
-# ---- packed projections: one gradient for query, key and value ---------------------------------------
+# ---- fused projections: one gradient for query, key and value ---------------------------------------
 class QkvSpec(NamedTuple):
     """Self-attention on one tensor of projections: (B, S, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
 
@@ -234,12 +234,12 @@ class QkvSpec(NamedTuple):
 _QKV = _common.schema_of(QkvSpec)
 
 
-def _qkv_views(qkv: torch.Tensor, packed: bool) -> tuple[torch.Tensor, ...]:
+def _qkv_views(qkv: torch.Tensor, unpadded: bool) -> tuple[torch.Tensor, ...]:
     parts = qkv.unbind(-3)
-    return parts if packed else tuple(t.transpose(1, 2) for t in parts)
+    return parts if unpadded else tuple(t.transpose(1, 2) for t in parts)
 
 
-def _unpacked(given: QkvSpec) -> AttentionSpec:
+def _parts_of(given: QkvSpec) -> AttentionSpec:
     cu, longest = given.cu_seqlens, given.max_seqlen
     q, k, v = _qkv_views(given.qkv, cu is not None)
     return AttentionSpec(
@@ -251,13 +251,13 @@ def _unpacked(given: QkvSpec) -> AttentionSpec:
 
 
 def qkv_forward_impl(*args):
-    spec = _unpacked(QkvSpec(*args))
+    spec = _parts_of(QkvSpec(*args))
     out, lse = _run_forward(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
 
 def qkv_plain(given: QkvSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = _unpacked(given)
+    spec = _parts_of(given)
     out, lse = plain(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
@@ -271,12 +271,12 @@ def _qkv_forward_fake(*args):
 
 def qkv_backward_impl(grad_out, out, lse, *args):
     given = QkvSpec(*args)
-    spec, packed = _unit_stride(_unpacked(given)), given.cu_seqlens is not None
+    spec, unpadded = _unit_stride(_parts_of(given)), given.cu_seqlens is not None
     grad = memory.empty(given.qkv.shape, given.qkv.dtype, given.qkv.device)
-    if not packed:
+    if not unpadded:
         grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
     nothing = given.qkv.new_empty(0)
-    _run_backward(spec, grad_out, None, out, lse, *_qkv_views(grad, packed), nothing, nothing)
+    _run_backward(spec, grad_out, None, out, lse, *_qkv_views(grad, unpadded), nothing, nothing)
     return grad
 
 

@@ -1,4 +1,4 @@
-"""Attention: self, cross, causal and decoding are one op, padded (B, H, S, D) or packed (total, H, D)."""
+"""Attention: self, cross, causal and decoding are one op, padded (B, H, S, D) or unpadded (total, H, D)."""
 
 import math
 
@@ -174,7 +174,7 @@ def varlen_attention(
     return_lse: bool = False,
     generator: torch.Generator | None = None,
 ):
-    """Attention over sequences packed one after the other: no padding is stored, read or computed.
+    """Attention over sequences one after the other: no padding is stored, read or computed.
 
     Args:
         query: (total_q, H, D).
@@ -185,7 +185,7 @@ def varlen_attention(
         cu_seqlens_k: default cu_seqlens_q.
         max_seqlen_q: the longest sequence; read from cu_seqlens when not given, which waits for a GPU.
         max_seqlen_k: as max_seqlen_q.
-        dropout_p: indexed by positions within the sequence, so a packed and a padded call drop the same elements.
+        dropout_p: indexed by positions within the sequence, so an unpadded and a padded call drop the same elements.
         is_causal: as in scaled_dot_product_attention, as are all that follow.
         scale: default 1 / sqrt(D).
         attn_mask: broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions within the sequence.
@@ -222,7 +222,7 @@ def varlen_attention(
     ):  # fmt: skip
         known = _direct.signature(query, key, value, cu_seqlens_q, is_causal, scale)
         if known is not None:
-            found = _direct.packed(known, query, key, value, cu_seqlens_q, max_seqlen_q, is_causal, return_lse)
+            found = _direct.unpadded(known, query, key, value, cu_seqlens_q, max_seqlen_q, is_causal, return_lse)
             if found is not None:
                 return found
     _common.check_flag("return_lse", return_lse)
@@ -265,7 +265,7 @@ def qkv_attention(
     generator: torch.Generator | None = None,
     return_lse: bool = False,
 ):
-    """Self-attention on packed projections, whose gradient is one tensor: no slices are cut, copied or summed.
+    """Self-attention on fused projections, whose gradient is one tensor: no slices are cut, copied or summed.
 
     Args:
         qkv: (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
@@ -287,12 +287,12 @@ def qkv_attention(
     Source:
         As scaled_dot_product_attention.
     """
-    packed, spread = cu_seqlens is not None, _parallel.current()
+    unpadded, spread = cu_seqlens is not None, _parallel.current()
     _common.check_floating("qkv", qkv)
     _common.check_probability("dropout_p", dropout_p)
     _common.check_flag("return_lse", return_lse)
-    if qkv.dim() != (4 if packed else 5) or qkv.shape[-3] != 3:
-        wanted = "(total, 3, H, D)" if packed else "(B, S, 3, H, D)"
+    if qkv.dim() != (4 if unpadded else 5) or qkv.shape[-3] != 3:
+        wanted = "(total, 3, H, D)" if unpadded else "(B, S, 3, H, D)"
         raise ValueError(f"qkv: wanted shape {wanted}, got {tuple(qkv.shape)}")
     if spread is not None or (
         dropout_p == 0 and key_lengths is None and qkv.is_cpu and _common.direct(qkv) and not autocasts(qkv)
@@ -301,7 +301,7 @@ def qkv_attention(
             qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
         )
     check_head_dim("qkv", qkv.shape[-1])
-    if packed:
+    if unpadded:
         cu_seqlens, longest = check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
     else:
         longest = qkv.shape[1]

@@ -15,7 +15,7 @@ from ..backends.contents import Contents, FileMappings
 from ..backends.eager import relative_buckets
 from .activation import ACTIVATIONS
 from .linear_int8 import Int8Weight
-from .packed_weight import _PANEL, STORAGES, PackedWeight, panel_rows
+from .linear_panel import _PANEL, STORAGES, PanelWeight, panel_rows
 
 __all__ = [
     "DecoderCache",
@@ -196,7 +196,7 @@ class StepTensors(Protocol):
 class DecoderCopies:
     """Copies of a decoder's weights in the layout for few rows, of all but the embedding tables.
 
-    storage: torch.float32, torch.bfloat16 or torch.int8 (see pack_weight); None for the weights' own dtype. Weights
+    storage: torch.float32, torch.bfloat16 or torch.int8 (see to_panels); None for the weights' own dtype. Weights
     that mirror a checkpoint's file give their memory back for their copies, else it is as much again. Copies do not
     follow later changes of the weights: ask match and make them again when that says False.
     """
@@ -220,19 +220,19 @@ class DecoderCopies:
         for weight, part, piece in zip(tensors.weights(), parts, arena.split(sizes)):
             self._contents.note([weight], mappings)
             self.panels.append(piece.view(-1, panel_rows(part.shape[1], storage), _PANEL))
-            _pack(part, self.panels[-1], mappings)
+            _lay_out(part, self.panels[-1], mappings)
 
     def match(self, tensors: StepTensors) -> bool:
         """True when copies of the weights as they are now would be the same: see backends.contents."""
         return self._contents.same(tensors.weights())
 
 
-def _pack(weight: torch.Tensor, panels: torch.Tensor, mappings: FileMappings) -> None:
+def _lay_out(weight: torch.Tensor, panels: torch.Tensor, mappings: FileMappings) -> None:
     # Piece by piece, so that there are never two of all of them.
     step = weight.shape[0] if weight.stride(1) != 1 else _PIECE
     for begin in range(0, weight.shape[0], step):
         piece = weight[begin : begin + step]
-        _ops.cpu_pack_weight.default(piece, panels[begin // _PANEL :][: _panels(piece)])
+        _ops.cpu_to_panels.default(piece, panels[begin // _PANEL :][: _panels(piece)])
         memory.unload(piece, mappings)
 
 
@@ -249,7 +249,7 @@ class DecoderWeights:
         if reason := native.load():
             raise RuntimeError(reason)
         self.tensors, self.copies = tensors, copies
-        self.by_weight: dict[int, PackedWeight] = {}
+        self.by_weight: dict[int, PanelWeight] = {}
         panels = None if copies is None else iter(copies.panels)
         self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
         for layer in tensors.layers:
@@ -282,7 +282,7 @@ class DecoderWeights:
         for i, (weight, read) in enumerate(zip(p.weights, p.read(panels, rows))):
             if panels is not None and isinstance(weight, torch.Tensor):
                 out = weight.shape[1 if p.transposed else 0]
-                self.by_weight[id(weight)] = PackedWeight.of_panels(read, out)
+                self.by_weight[id(weight)] = PanelWeight.of_panels(read, out)
             found += [read, p.bias(i)]
         return found + [None] * (2 * places - len(found))
 

@@ -189,7 +189,7 @@ def embedding_layer_norm(
     """y = dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
     Args:
-        input_ids: int64 or int32 of any shape, (B, S) or packed (T,).
+        input_ids: int64 or int32 of any shape, (B, S) or unpadded (T,).
         word_weight: (V, N), float16, bfloat16 or float32 (float64 in plain PyTorch).
         position_ids: the shape of input_ids, or one that broadcasts to it; None together with its table.
         position_weight: (P, N), of word_weight's dtype.

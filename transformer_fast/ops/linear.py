@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from ..backends import eager, gemm, memory, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
-from .packed_weight import PackedWeight, linear_packed, pack_weight
+from .linear_panel import PanelWeight, linear_panel, to_panels
 
-__all__ = ["linear", "pack_weight", "projections"]
+__all__ = ["linear", "to_panels", "projections"]
 
 
 # Up to here MKL makes dot products, whose sums run side by side: twice as exact as oneDNN's, and no slower.
@@ -48,7 +48,7 @@ def _is_alike(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
 
 def _check(input, weight, bias, activation, name="weight", bias_name="bias") -> None:
     _common.check_floating("input", input)
-    if type(weight) is not PackedWeight:
+    if type(weight) is not PanelWeight:
         _common.check_floating(name, weight)
         if weight.device != input.device:
             _common.check_same(name, weight, "input", input, dtype=False)
@@ -163,7 +163,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(
     input: torch.Tensor,
-    weight: torch.Tensor | PackedWeight,
+    weight: torch.Tensor | PanelWeight,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
@@ -172,7 +172,7 @@ def linear(
     Args:
         input: (..., in), float16, bfloat16, float32 (or float64 in plain PyTorch). Under autocast as
             torch.nn.functional.linear.
-        weight: (out, in), or a pack_weight result (inference only).
+        weight: (out, in), or a to_panels result (inference only).
         bias: (out,).
         activation: None or one of bias_activation's names, fused with the bias.
 
@@ -191,8 +191,8 @@ def linear(
         torch.Size([4, 16])
     """
     _check(input, weight, bias, activation)
-    if isinstance(weight, PackedWeight):
-        return linear_packed(input, weight, bias, activation)
+    if isinstance(weight, PanelWeight):
+        return linear_panel(input, weight, bias, activation)
     grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -265,7 +265,7 @@ def _are_few_rows(input, weights, biases) -> bool:
 
 def _project_few_rows(input, weights, biases) -> tuple[torch.Tensor, ...]:
     found = tuple(memory.empty((*input.shape[:-1], w.shape[0]), input.dtype, input.device) for w in weights)
-    torch.ops.transformer_fast.cpu_rows_linear.default(
+    torch.ops.transformer_fast.cpu_linear_rows.default(
         input.view(-1, input.shape[-1]), weights, biases, -1, [y.view(-1, y.shape[-1]) for y in found]
     )
     return found
@@ -273,14 +273,14 @@ def _project_few_rows(input, weights, biases) -> tuple[torch.Tensor, ...]:
 
 def projections(
     input: torch.Tensor,
-    weights: Sequence[torch.Tensor | PackedWeight],
+    weights: Sequence[torch.Tensor | PanelWeight],
     biases: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for each i: several projections of one input, such as query, key and value.
 
     Args:
         input: (..., in).
-        weights: (out_i, in) each, or pack_weight results (inference only); each is read where it lies.
+        weights: (out_i, in) each, or to_panels results (inference only); each is read where it lies.
         biases: (out_i,) or None each, or None.
 
     Returns:
@@ -304,7 +304,7 @@ def projections(
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases: wanted as many as weights ({len(weights)}), got {len(biases)}")
     biases = (None,) * len(weights) if biases is None else tuple(biases)
-    plain = [w for w in weights if not isinstance(w, PackedWeight)]
+    plain = [w for w in weights if not isinstance(w, PanelWeight)]
     if len(plain) == len(weights):
         for i, (weight, bias) in enumerate(zip(plain, biases)):
             _check(input, weight, bias, None, f"weights[{i}]", f"biases[{i}]")

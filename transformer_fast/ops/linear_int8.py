@@ -17,7 +17,7 @@ __all__ = [
     "Int8Weight",
     "attention_dtype",
     "int8_block",
-    "int8_linear",
+    "linear_int8",
     "quantize_weight",
 ]
 
@@ -51,8 +51,8 @@ class Int8Weight:
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = (q, scale)
         if q.device.type != "cpu" or not q.numel() or native.load():
             return
-        self.data = torch.empty(_packed_shape(q.shape, group), dtype=torch.int8)
-        _ops.cpu_pack_int8.default(q.contiguous(), scale.contiguous(), group, self.data)
+        self.data = torch.empty(_panels_shape(q.shape, group), dtype=torch.int8)
+        _ops.cpu_int8_to_panels.default(q.contiguous(), scale.contiguous(), group, self.data)
         self._parts = None
 
     @classmethod
@@ -69,14 +69,14 @@ class Int8Weight:
             return self._parts
         q = torch.empty(self.shape, dtype=torch.int8)
         scale = torch.empty((self.shape[0], eager_int8.groups(self.shape[1], self.group)))
-        _ops.cpu_unpack_int8.default(self.data, self.group, q, scale)
+        _ops.cpu_int8_from_panels.default(self.data, self.group, q, scale)
         return q, scale
 
     def __repr__(self) -> str:
         return f"Int8Weight(shape={tuple(self.shape)}, group={self.group})"
 
 
-def _packed_shape(shape: torch.Size, group: int) -> tuple[int, int]:
+def _panels_shape(shape: torch.Size, group: int) -> tuple[int, int]:
     out, inner = shape
     return -(-out // _PANEL), -(-inner // 4) * 4 * _PANEL + eager_int8.groups(inner, group) * 8 * _PANEL
 
@@ -98,26 +98,26 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _forward(x, packed, biases, outs, group, activation, dtype):
+def _forward(x, panels, biases, outs, group, activation, dtype):
     y = memory.empty((*x.shape[:-1], sum(outs)), dtype, x.device)
     if y.numel():
-        _ops.cpu_int8_linear.default(_rows(x), packed, biases, outs, group, activation, y.view(-1, y.shape[-1]))
+        _ops.cpu_linear_int8.default(_rows(x), panels, biases, outs, group, activation, y.view(-1, y.shape[-1]))
     return y
 
 
-def _fake(x, packed, biases, outs, group, activation, dtype):
+def _fake(x, panels, biases, outs, group, activation, dtype):
     return x.new_empty((*x.shape[:-1], sum(outs)), dtype=dtype)
 
 
 _op = _common.define(
-    "int8_linear",
-    "(Tensor x, Tensor[] packed, Tensor?[] biases, int[] outs, int group, int activation, ScalarType dtype) -> Tensor",
+    "linear_int8",
+    "(Tensor x, Tensor[] panels, Tensor?[] biases, int[] outs, int group, int activation, ScalarType dtype) -> Tensor",
     _forward,
     _fake,
 )
 
 
-def int8_linear(
+def linear_int8(
     input: torch.Tensor,
     weights: Int8Weight | Sequence[Int8Weight],
     biases: torch.Tensor | None | Sequence[torch.Tensor | None] = None,
@@ -138,16 +138,16 @@ def int8_linear(
     _check(input, weights, biases, activation)
     dtype = input.dtype if dtype is None else dtype
     outs, group = [w.shape[0] for w in weights], weights[0].group
-    packed = [w.data for w in weights]
-    if input.device.type == "cpu" and all(p is not None for p in packed) and input.dtype != torch.float64:
+    panels = [w.data for w in weights]
+    if input.device.type == "cpu" and all(p is not None for p in panels) and input.dtype != torch.float64:
         wide = [None if b is None else b.detach().to(torch.float32).contiguous() for b in biases]
         code = -1 if activation is None else ACTIVATIONS.index(activation)
-        return _op(input, packed, wide, outs, group, code, dtype)
+        return _op(input, panels, wide, outs, group, code, dtype)
     rows = input.reshape(-1, input.shape[-1])
     found = []
     for w, b in zip(weights, biases):
         q, scale = (t.to(input.device) for t in w.parts())
-        found.append(eager_int8.finish(eager_int8.int8_linear(rows, q, scale, group), b, activation, dtype))
+        found.append(eager_int8.finish(eager_int8.linear_int8(rows, q, scale, group), b, activation, dtype))
     return torch.cat(found, -1).view(*input.shape[:-1], sum(outs))
 
 
@@ -210,24 +210,24 @@ class Int8BlockWeights(NamedTuple):
 
 
 def _block_forward(
-    context, residual, packed, biases, feed_forward, group, norms, eps, rms, activation
+    context, residual, panels, biases, feed_forward, group, norms, eps, rms, activation
 ):  # fmt: skip
     y = memory.empty(residual.shape, residual.dtype, residual.device)
     if y.numel():
         _ops.cpu_int8_block.default(
-            _rows(context), _rows(residual), packed, biases, feed_forward, group, norms, eps, rms, activation,
+            _rows(context), _rows(residual), panels, biases, feed_forward, group, norms, eps, rms, activation,
             y.view(-1, y.shape[-1]),
         )  # fmt: skip
     return y
 
 
-def _block_fake(context, residual, packed, biases, feed_forward, group, norms, eps, rms, activation):
+def _block_fake(context, residual, panels, biases, feed_forward, group, norms, eps, rms, activation):
     return residual.new_empty(residual.shape)
 
 
 _block_op = _common.define(
     "int8_block",
-    "(Tensor context, Tensor residual, Tensor?[] packed, Tensor?[] biases, int feed_forward, int group, "
+    "(Tensor context, Tensor residual, Tensor?[] panels, Tensor?[] biases, int feed_forward, int group, "
     "Tensor?[] norms, float[] eps, bool rms, int activation) -> Tensor",
     _block_forward,
     _block_fake,
@@ -239,7 +239,7 @@ def int8_block(context: torch.Tensor, residual: torch.Tensor, w: Int8BlockWeight
 
     r = residual + context W_output^T; with norms after x = attention_norm(r) and output_norm(x + f(x)), with norms
     before r + f(output_norm(r)); f(x) = (activation(x W_up^T) [* x W_gate^T]) W_down^T. context: (..., heads * D);
-    residual: (..., E). Products as in int8_linear. w.why_not() must be ''. Returns (..., E) in residual's dtype.
+    residual: (..., E). Products as in linear_int8. w.why_not() must be ''. Returns (..., E) in residual's dtype.
     """
 
     def wide(t: torch.Tensor | None) -> torch.Tensor | None:

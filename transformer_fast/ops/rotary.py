@@ -75,12 +75,12 @@ def rotary_embedding(
     (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin) for the pairs of the first R columns; the others are copied.
 
     Args:
-        input: (B, S, H, D), or packed (total, H, D); float32, bfloat16, float16 or float64, any strides. Queries and
+        input: (B, S, H, D), or unpadded (total, H, D); float32, bfloat16, float16 or float64, any strides. Queries and
             keys that lie side by side in one projection are rotated by one call.
         cos: (P, R / 2), a row per position, R <= D; any floating dtype, used in float32 (float64 for float64 input).
             It gets no gradient.
         sin: as cos.
-        positions: int32 or int64, (B, S), (1, S) or (S,); (total,) for packed input: the row of cos and sin of each
+        positions: int32 or int64, (B, S), (1, S) or (S,); (total,) for unpadded input: the row of cos and sin of each
             token. Default: 0 .. S - 1 in each sequence.
         interleaved: pairs are columns (2 i, 2 i + 1) (GPT-J), else (i, R / 2 + i) (GPT-NeoX, Llama).
         inverse: rotate back.

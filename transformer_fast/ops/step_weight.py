@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..backends import gemm
-from .packed_weight import PackedWeight, linear_packed, pack_weight
+from .linear_panel import PanelWeight, linear_panel, to_panels
 
 __all__ = ["StepWeight", "gru_step", "lstm_step"]
 
@@ -19,8 +19,8 @@ class StepWeight:
 
     def __init__(self, weight: torch.Tensor, steps: int, rows: int):
         self._weight = weight.detach()
-        self._packed = pack_weight(self._weight, torch.float32)
-        self._back: PackedWeight | None = None
+        self._panels = to_panels(self._weight, torch.float32)
+        self._back: PanelWeight | None = None
         self.inputs: list[torch.Tensor] = []
         self._places: tuple[torch.Tensor, ...] = ()
         if weight.requires_grad and torch.is_grad_enabled():
@@ -35,13 +35,13 @@ class StepWeight:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return linear_packed(x, self._packed, None, None)
+            return linear_panel(x, self._panels, None, None)
 
     def back(self, grad: torch.Tensor) -> torch.Tensor:
         if self._back is None:
-            self._back = pack_weight(self._weight.t(), torch.float32)
+            self._back = to_panels(self._weight.t(), torch.float32)
         with torch.no_grad():
-            return linear_packed(grad, self._back, None, None)
+            return linear_panel(grad, self._back, None, None)
 
 
 class _Shared(torch.autograd.Function):

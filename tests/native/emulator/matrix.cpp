@@ -66,7 +66,7 @@ struct Fragments {
 };
 
 float2 two(bool half, uint32_t r) {
-  return half ? tf::cuda::unpack2<tf::cuda::half_t>(r) : tf::cuda::unpack2<tf::cuda::bf16_t>(r);
+  return half ? tf::cuda::floats_of_pair<tf::cuda::half_t>(r) : tf::cuda::floats_of_pair<tf::cuda::bf16_t>(r);
 }
 
 void execute_mma(void* const* payloads, unsigned) {

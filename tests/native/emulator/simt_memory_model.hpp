@@ -22,11 +22,11 @@ inline T from_float(float x) {
 }
 
 template <class T>
-inline uint32_t pack2(float lo, float hi) {
+inline uint32_t pair_of(float lo, float hi) {
   return uint32_t(from_float<T>(lo).bits) | uint32_t(from_float<T>(hi).bits) << 16;
 }
 template <class T>
-inline float2 unpack2(uint32_t r) {
+inline float2 floats_of_pair(uint32_t r) {
   return {to_float(T{uint16_t(r)}), to_float(T{uint16_t(r >> 16)})};
 }
 

@@ -7,7 +7,7 @@ namespace tf::cuda {
 
 // 16 bytes, or one element where rows are not aligned for that; as stored, with two 16-bit elements per register.
 template <class T, int kWidth>
-struct Pack {
+struct Vector {
   static_assert(kWidth == 1 || kWidth * sizeof(T) == 16);
   static constexpr int kColumns = kWidth;
   uint32_t word[kWidth == 1 ? 1 : 4];
@@ -36,7 +36,7 @@ struct Pack {
     if constexpr (kWidth == 8) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 two = unpack2<T>(word[i]);
+        const float2 two = floats_of_pair<T>(word[i]);
         f[2 * i] = two.x;
         f[2 * i + 1] = two.y;
       }
@@ -56,7 +56,7 @@ struct Pack {
   TF_DEVICE void set(const float (&f)[kWidth]) {
     if constexpr (kWidth == 8) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word[i] = pack2<T>(f[2 * i], f[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) word[i] = pair_of<T>(f[2 * i], f[2 * i + 1]);
     } else {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) word[i] = float_bits(to_float(from_float<T>(f[i])));

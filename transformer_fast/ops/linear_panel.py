@@ -18,10 +18,10 @@ def panel_rows(inner: int, dtype: torch.dtype) -> int:
     return inner + (_SCALES if dtype == torch.int8 else 0)
 
 
-class PackedWeight:
-    """A copy of a weight in the layout of the packed kernel, for inference; made by pack_weight.
+class PanelWeight:
+    """A copy of a weight in panels, the layout of the kernel for few rows, for inference; made by to_panels.
 
-    It does not follow later changes of the weight: ask matches(weight) and pack again when that says False.
+    It does not follow later changes of the weight: ask matches(weight) and lay it out again when that says False.
     shape: (out, in). dtype: of the storage. data: the panels, or the plain weight where there is no kernel for them.
     """
 
@@ -32,7 +32,7 @@ class PackedWeight:
         self.shape, self.dtype = weight.shape, dtype
         self._contents: Contents | None = None
         out, inner = weight.shape
-        call = Call("packed_linear", weight.device.type, torch.float32, inner)
+        call = Call("linear_panel", weight.device.type, torch.float32, inner)
         self.panels = weight.numel() > 0 and weight.dtype != torch.float64 and select(call).name == "cpu"
         if not self.panels:
             self.data = _stored(weight, dtype)
@@ -41,22 +41,22 @@ class PackedWeight:
         self._contents.note([weight], FileMappings())
         self.data = torch.empty((out + _PANEL - 1) // _PANEL, panel_rows(inner, dtype), _PANEL, dtype=dtype)
         rows = weight if 1 in weight.stride() or inner == 1 else weight.contiguous()
-        torch.ops.transformer_fast.cpu_pack_weight.default(rows, self.data)
+        torch.ops.transformer_fast.cpu_to_panels.default(rows, self.data)
 
     @classmethod
-    def of_panels(cls, panels: torch.Tensor, out: int) -> "PackedWeight":
+    def of_panels(cls, panels: torch.Tensor, out: int) -> "PanelWeight":
         """Of panels (ceil(out / 32), panel_rows(in), 32) that are laid out already; matches no weight."""
-        packed = object.__new__(cls)
+        made = object.__new__(cls)
         inner = panels.shape[1] - panel_rows(0, panels.dtype)
-        packed.shape, packed.dtype = torch.Size((out, inner)), panels.dtype
-        packed.panels, packed.data, packed._contents = True, panels, None
-        return packed
+        made.shape, made.dtype = torch.Size((out, inner)), panels.dtype
+        made.panels, made.data, made._contents = True, panels, None
+        return made
 
     def matches(self, weight: torch.Tensor) -> bool:
-        """True when pack_weight would make the same of `weight` as it is now, whoever has written to it and however.
+        """True when to_panels would make the same of `weight` as it is now, whoever has written to it and however.
 
         It is read for that as far as must be: a weight in a checkpoint's mapped file that nobody has written to is
-        known by its pages; else all of it is hashed (or packed again and compared, where there are no panels), at the
+        known by its pages; else all of it is hashed (or laid out again and compared, where there are no panels), at the
         rate at which memory is read. One in another layout (strides) does not match.
         """
         weight = weight.detach()
@@ -67,7 +67,7 @@ class PackedWeight:
         return _same_bits(_stored(weight, self.dtype), self.data)
 
     def __repr__(self) -> str:
-        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"PanelWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 def _rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -90,8 +90,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
 
 
-def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
-    """Lay a weight out for linear(x, packed) with few rows (decoding): one pass over it in memory order.
+def to_panels(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PanelWeight:
+    """Lay a weight out for linear(x, panels) with few rows (decoding): one pass over it in memory order.
 
     Args:
         weight: (out, in), float16, bfloat16 or float32.
@@ -99,18 +99,18 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Packe
             / s) with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32.
 
     Returns:
-        A copy, for inference, which does not follow later changes of the weight: see PackedWeight.matches.
+        A copy, for inference, which does not follow later changes of the weight: see PanelWeight.matches.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
     Source:
-        Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, for packing.
+        Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, for panels.
 
     Examples:
         >>> import torch, transformer_fast
-        >>> packed = transformer_fast.pack_weight(torch.randn(64, 32), torch.int8)
-        >>> transformer_fast.linear(torch.randn(1, 32), packed).shape
+        >>> panels = transformer_fast.to_panels(torch.randn(64, 32), torch.int8)
+        >>> transformer_fast.linear(torch.randn(1, 32), panels).shape
         torch.Size([1, 64])
     """
     _common.check_floating("weight", weight)
@@ -120,7 +120,7 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Packe
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     if not isinstance(dtype, torch.dtype) or dtype not in STORAGES:
         raise TypeError(f"dtype: wanted torch.float32, torch.bfloat16, torch.int8 or None, got {dtype!r}")
-    return PackedWeight(weight, dtype)
+    return PanelWeight(weight, dtype)
 
 
 def _forward(x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: int, activation: int):
@@ -129,7 +129,7 @@ def _forward(x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, o
     if rows.stride(-1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    torch.ops.transformer_fast.cpu_packed_linear.default(rows, panels, bias, activation, y.view(-1, out))
+    torch.ops.transformer_fast.cpu_linear_panel.default(rows, panels, bias, activation, y.view(-1, out))
     return y
 
 
@@ -138,16 +138,16 @@ def _fake(x, panels, bias, out, activation):
 
 
 _op = _common.define(
-    "linear_packed", "(Tensor x, Tensor panels, Tensor? bias, int out, int activation) -> Tensor", _forward, _fake
+    "linear_panel", "(Tensor x, Tensor panels, Tensor? bias, int out, int activation) -> Tensor", _forward, _fake
 )
 
 
-def linear_packed(
-    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation: str | None
+def linear_panel(
+    input: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
-    """activation(x W^T + b) with a PackedWeight; see linear. Raises where a gradient would be wanted."""
+    """activation(x W^T + b) with a PanelWeight; see linear. Raises where a gradient would be wanted."""
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("weight: a PackedWeight is a snapshot for inference and has no gradient; "
+        raise ValueError("weight: a PanelWeight is a snapshot for inference and has no gradient; "
                          "call under torch.no_grad()")  # fmt: skip
     autocast = _common.autocast_dtype(input.device)
     if autocast is not None and input.dtype != torch.float64:

@@ -11,12 +11,12 @@ import torch
 from ..ops import concrete, parallel
 
 __all__ = [
-    "Packing",
+    "Unpadding",
     "compute_padding",
     "documents_of",
     "padding_is_computed",
     "plan_documents",
-    "plan_packing",
+    "plan_unpadding",
     "positions_kept",
     "spread_in_use",
 ]
@@ -33,7 +33,7 @@ def spread_in_use() -> Any:
 
 
 @dataclass
-class Packing:
+class Unpadding:
     """The computed positions of a (batch, length) batch, row after row.
 
     index: (total,) int64 into the flattened batch * length positions, or None when every position is computed (then
@@ -57,13 +57,13 @@ class Packing:
     documents: bool = False
     spread: Any = None
 
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, ...) -> (total, ...); x itself when every position is computed."""
         if self.index is None:
             return x
         return x.flatten(0, 1) if self.documents else x.flatten(0, 1).index_select(0, self.index)
 
-    def unpack(self, rows: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+    def pad(self, rows: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """(total, ...) -> (batch, length, ...), `fill` at positions that were not computed."""
         if self.index is None:
             return rows if self.kept is None else rows.masked_fill(~self.kept[..., None], fill)
@@ -76,8 +76,8 @@ class Packing:
     def show(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows as (batch, length, ...), rows) to return as a hidden state and to go on with: with gradients on, what
         follows is made of what is returned, so that its gradient reaches it."""
-        shown = self.unpack(rows)
-        return shown, self.pack(shown) if torch.is_grad_enabled() else rows
+        shown = self.pad(rows)
+        return shown, self.unpad(shown) if torch.is_grad_enabled() else rows
 
     def first(self, rows: torch.Tensor) -> torch.Tensor:
         """The first position of each sequence, (batch, ...)."""
@@ -146,8 +146,8 @@ def padding_is_computed() -> bool:
     return _padding_is_computed
 
 
-def plan_packing(mask: torch.Tensor, read: torch.Tensor | None = None, read_first: bool = False) -> Packing:
-    """A Packing of the positions where mask holds, and of those whose result is read though they are padding.
+def plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None = None, read_first: bool = False) -> Unpadding:
+    """A Unpadding of the positions where mask holds, and of those whose result is read though they are padding.
 
     mask: (B, S) bool, True for tokens. read: (B, S) bool or None. read_first: the first position of every sequence is
     read. Padding that is read is computed as a query and never attended to, as in a padded batch.
@@ -156,19 +156,19 @@ def plan_packing(mask: torch.Tensor, read: torch.Tensor | None = None, read_firs
     """
     if torch.compiler.is_compiling() and _in_one_graph():
         return _computing_all(mask, positions_kept(mask, read, read_first))
-    return _plan_packing(mask, read, read_first)
+    return _plan_unpadding(mask, read, read_first)
 
 
 def positions_kept(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor:
-    """(B, S) bool: what plan_packing computes of its arguments."""
+    """(B, S) bool: what plan_unpadding computes of its arguments."""
     keep = mask if read is None else mask | read
     if read_first and mask.shape[1]:
         keep = torch.cat((torch.ones_like(keep[:, :1]), keep[:, 1:]), 1)
     return keep
 
 
-def _computing_all(mask: torch.Tensor, kept: torch.Tensor | None) -> Packing:
-    return Packing(mask.shape[0], mask.shape[1], key_mask=mask[:, None, None], mask=mask, kept=kept)
+def _computing_all(mask: torch.Tensor, kept: torch.Tensor | None) -> Unpadding:
+    return Unpadding(mask.shape[0], mask.shape[1], key_mask=mask[:, None, None], mask=mask, kept=kept)
 
 
 @torch.compiler.assume_constant_result
@@ -184,7 +184,7 @@ def _in_one_graph() -> bool:
 
 
 @torch.compiler.disable
-def _plan_packing(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> Packing:
+def _plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> Unpadding:
     batch, length = mask.shape
     keep = positions_kept(mask, read, read_first)
     if not concrete(mask):
@@ -194,7 +194,9 @@ def _plan_packing(mask: torch.Tensor, read: torch.Tensor | None, read_first: boo
     total, longest = sum(sizes), max(sizes, default=0)
     if total == batch * length:
         return (
-            Packing(batch, length, key_mask=mask[:, None, None], mask=mask) if padding_read else Packing(batch, length)
+            Unpadding(batch, length, key_mask=mask[:, None, None], mask=mask)
+            if padding_read
+            else Unpadding(batch, length)
         )
     index = torch.nonzero_static(keep.flatten(), size=total).squeeze(1)
     cu = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -205,7 +207,7 @@ def _plan_packing(mask: torch.Tensor, read: torch.Tensor | None, read_first: boo
         key_mask = mask.new_zeros(batch, longest)
         key_mask[row, column] = mask.flatten()[index]
         key_mask = key_mask[:, None, None]
-    return Packing(batch, length, index, cu, longest, key_mask, mask)
+    return Unpadding(batch, length, index, cu, longest, key_mask, mask)
 
 
 # ---- documents: several sequences in one row, which do not see one another ----------------------------
@@ -254,11 +256,11 @@ def _check_one_document(spread: Any, length: int, position_ids: torch.Tensor | N
         )
 
 
-def plan_documents(documents: torch.Tensor) -> Packing:
-    """A Packing of all positions in which each document is a sequence. documents: (B, S), see documents_of."""
+def plan_documents(documents: torch.Tensor) -> Unpadding:
+    """A Unpadding of all positions in which each document is a sequence. documents: (B, S), see documents_of."""
     batch, length = documents.shape
     begins = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True).flatten()
     starts = begins.nonzero().squeeze(1)
     cu = torch.nn.functional.pad(starts, (0, 1), value=batch * length)
     index = torch.arange(batch * length, device=documents.device)
-    return Packing(batch, length, index, cu.to(torch.int32), int(cu.diff().max()), documents=True)
+    return Unpadding(batch, length, index, cu.to(torch.int32), int(cu.diff().max()), documents=True)

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kRowsInCache = 64;  // rows that pass over a weight together
 
 template <class T>
-void finish_rows(const PackedLinear& a, int64_t row, int rows, int64_t column, float* sums) {
+void finish_rows(const LinearPanel& a, int64_t row, int rows, int64_t column, float* sums) {
   const int64_t n = a.out - column < kPanel ? a.out - column : kPanel;
   for (int m = 0; m < rows; ++m) {
     const float* from = sums + m * kPanel;
@@ -35,7 +35,7 @@ void finish_rows(const PackedLinear& a, int64_t row, int rows, int64_t column, f
 }
 
 template <class T, class W>
-void multiply(const PackedLinear& a) {
+void multiply(const LinearPanel& a) {
   const int64_t panels = (a.out + kPanel - 1) / kPanel;
   const float* x = static_cast<const float*>(a.x);
   int64_t ldx = a.x_stride;
@@ -55,7 +55,7 @@ void multiply(const PackedLinear& a) {
       for (int64_t p = begin; p < end; ++p)
         for (int64_t r = block; r < block_end; r += kRows) {
           const int rows = block_end - r < kRows ? int(block_end - r) : kRows;
-          const W* panel = static_cast<const W*>(a.packed) + p * panel_slots<W>(a.in);
+          const W* panel = static_cast<const W*>(a.panels) + p * panel_slots<W>(a.in);
           multiply_rows(rows, x + r * ldx, ldx, panel, a.in, r == block, sums);
           finish_rows<T>(a, r, rows, p * kPanel, sums);
         }
@@ -76,11 +76,11 @@ void store_panel(const float* rows, int64_t depth, bf16* panel) {
     }
 }
 
-constexpr int64_t kDepth = 64;  // inputs that are packed together
+constexpr int64_t kDepth = 64;  // inputs that are gathered together
 
 // visit(k, rows, depth) for the inputs of a panel: floats (depth, 32), zeros in columns that the weight has not.
 template <class T, class F>
-void visit_panel(const PackWeight& a, int64_t panel, const F& visit) {
+void visit_panel(const ToPanels& a, int64_t panel, const F& visit) {
   alignas(64) float rows[kDepth * kPanel];
   const int64_t columns = a.out - panel * kPanel < kPanel ? a.out - panel * kPanel : kPanel;
   const T* weight = static_cast<const T*>(a.weight) + panel * kPanel * a.out_stride;
@@ -95,8 +95,8 @@ void visit_panel(const PackWeight& a, int64_t panel, const F& visit) {
 }
 
 template <class T>
-void pack_int8(const PackWeight& a, int64_t p) {
-  int8_t* panel = static_cast<int8_t*>(a.packed) + p * panel_slots<int8_t>(a.in);
+void lay_out_int8(const ToPanels& a, int64_t p) {
+  int8_t* panel = static_cast<int8_t*>(a.panels) + p * panel_slots<int8_t>(a.in);
   float scales[kPanel] = {}, inverse[kPanel];
   visit_panel<T>(a, p, [&](int64_t, const float* rows, int64_t depth) {
     for (int64_t i = 0; i < depth * kPanel; ++i) {
@@ -119,14 +119,14 @@ void pack_int8(const PackWeight& a, int64_t p) {
 }
 
 template <class T, class W>
-void pack(const PackWeight& a) {
+void lay_out(const ToPanels& a) {
   parallel_for((a.out + kPanel - 1) / kPanel, 1 + 65536 / (a.in * kPanel + 1), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if constexpr (sizeof(W) == 1) {
-        pack_int8<T>(a, p);
+        lay_out_int8<T>(a, p);
       } else {
         visit_panel<T>(a, p, [&](int64_t k, const float* rows, int64_t depth) {
-          store_panel(rows, depth, static_cast<W*>(a.packed) + (p * a.in + k) * kPanel);
+          store_panel(rows, depth, static_cast<W*>(a.panels) + (p * a.in + k) * kPanel);
         });
       }
     }
@@ -135,15 +135,15 @@ void pack(const PackWeight& a) {
 
 }  // namespace
 
-void pack_weight(const PackWeight& a) {
+void to_panels(const ToPanels& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    if (a.storage == Storage::f32) return pack<T, float>(a);
-    a.storage == Storage::i8 ? pack<T, int8_t>(a) : pack<T, bf16>(a);
+    if (a.storage == Storage::f32) return lay_out<T, float>(a);
+    a.storage == Storage::i8 ? lay_out<T, int8_t>(a) : lay_out<T, bf16>(a);
   });
 }
 
-void packed_linear(const PackedLinear& a) {
+void linear_panel(const LinearPanel& a) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     if (a.storage == Storage::f32) return multiply<T, float>(a);

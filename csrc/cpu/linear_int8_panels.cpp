@@ -38,11 +38,11 @@ void quantize_weight(const QuantizeWeight& a) {
   });
 }
 
-void pack_int8(const PackInt8& a) {
+void int8_to_panels(const ToInt8Panels& a) {
   const int64_t groups = int8_groups(a.in, a.group), bytes = int8_panel_bytes(a.in, a.group);
   parallel_for((a.out + kPanel - 1) / kPanel, grain_of(a.in), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      int8_t* to = a.packed + p * bytes;
+      int8_t* to = a.panels + p * bytes;
       for (int64_t k = 0, g = 0; k < a.in; k += a.group, ++g) {
         const int64_t depth = int8_depth(a.in - k < a.group ? a.in - k : a.group);
         float scales[kPanel], sums[kPanel];
@@ -66,11 +66,11 @@ void pack_int8(const PackInt8& a) {
   });
 }
 
-void unpack_int8(const UnpackInt8& a) {
+void int8_from_panels(const FromInt8Panels& a) {
   const int64_t groups = int8_groups(a.in, a.group), bytes = int8_panel_bytes(a.in, a.group);
   parallel_for((a.out + kPanel - 1) / kPanel, grain_of(a.in), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const int8_t* from = a.packed + p * bytes;
+      const int8_t* from = a.panels + p * bytes;
       for (int64_t k = 0, g = 0; k < a.in; k += a.group, ++g) {
         const int64_t n = a.in - k < a.group ? a.in - k : a.group, depth = int8_depth(n);
         const int8_t* scales = from + depth * kPanel;
