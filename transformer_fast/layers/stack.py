@@ -37,7 +37,8 @@ def run_layers(
         if index in keep_hidden:
             call.hidden_states[index], rows = call.unpadding.show(rows)
         last = first_only and index == len(layers) - 1
-        call.following = _following(layers, index, call)
+        # A state that is returned carries the gradient of all that reads it, the next norm too.
+        call.following = None if index + 1 in keep_hidden else _following(layers, index, call)
         # By position: reentrant checkpointing differentiates with respect to these alone.
         states = tuple(t for t in (call.encoder_states, call.distances) if t is not None)
         rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
