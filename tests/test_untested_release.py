@@ -19,6 +19,7 @@ warnings.simplefilter("always")
 import transformer_fast as tf
 from transformer_fast.generation import mixin
 kept = mixin.sample
+torch.manual_seed(0)
 def config():
     return hf.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=40, initializer_range=0.4)
 def compare(**options):
@@ -28,7 +29,8 @@ def compare(**options):
     call = {"attention_mask": (ids != 0).long(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     for beams in (1, 3):
         assert torch.equal(ours.generate(ids, num_beams=beams, **call), theirs.generate(ids, num_beams=beams, **call))
-    results = (model(ids[1:]).logits.detach() for model in (ours, copy.deepcopy(theirs).double(), theirs))
+    many = torch.randint(61, (16, 8))  # of a few numbers the largest error of either is chance
+    results = (model(many).logits.detach() for model in (ours, copy.deepcopy(theirs).double(), theirs))
     assert_as_accurate(*results)
     assert list(ours(ids)) == list(theirs(ids))
     return ours
