@@ -124,6 +124,16 @@ def check(case: Case, inputs: Inputs | None = None, name: str = "cpu") -> None:
         assert_as_accurate(*results, OUTPUT if what in ("out", "lse") else GRADIENT, f"{what} of {case}")
 
 
+def next_to_one_key(device: str) -> tuple[dict, dict, tuple]:
+    """Tensors, keywords and gradients of a call with dropout whose mask leaves each row one key of 150, or nearly: its
+    score has next to no gradient, whatever dropout makes of its value."""
+    tensors = {name: torch.randn(1, 2, n, 32, device=device).bfloat16() for name, n in
+               (("query", 24), ("key", 150), ("value", 150))}  # fmt: skip
+    away = torch.arange(150, device=device) - 5 * torch.arange(24, device=device)[:, None]
+    kw = {"dropout_p": 0.25, "attn_mask": (-12.0 * away.abs()).bfloat16()}
+    return tensors, kw, (torch.randn(1, 2, 24, 32, device=device), None)
+
+
 def draw_case(draw) -> Case:
     """Any combination of features. Sequences are long enough that softmax has something to weigh: with one key left
     a row the gradient of the scores is an exact zero in plain PyTorch and rounding noise of any fused backward."""

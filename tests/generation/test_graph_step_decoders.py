@@ -9,24 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer_fast.generation.graph_step import GraphStepper
 from transformer_fast.generation.model_step import ModelStepper
-from transformer_fast.generation.native_step import NativeStepper
 from transformer_fast.generation.stepper import Prompt
 
 FEW = 4  # prompts
 BEAMS = {"num_beams": 3, "num_return_sequences": 2}
-
-
-@pytest.fixture
-def served(monkeypatch, device):
-    """The graph steppers that were started; all others are out of the way."""
-    found = []
-    start = GraphStepper.start
-    monkeypatch.setattr(GraphStepper, "anywhere", True)
-    monkeypatch.setattr(GraphStepper, "start", lambda self: (found.append(self), start(self))[1])
-    monkeypatch.setattr(NativeStepper, "why_not", staticmethod(lambda model, prompt: "not here"))
-    yield found
-    if device == "cuda":
-        assert all(s._replay is not None and s._replay != s._run for s in found if s._steps > 1)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import unittest.mock
 import pytest
 import torch
 import triton_interpreter
+from attention_cases import next_to_one_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
@@ -260,12 +261,7 @@ def test_dropout(causal, device):
 
 
 def test_dropout_where_a_mask_leaves_next_to_one_key_of_many(device):
-    """Its score has next to no gradient, whatever dropout makes of its value."""
-    tensors = {name: torch.randn(1, 2, n, 32, device=device).bfloat16() for name, n in
-               (("query", 24), ("key", 150), ("value", 150))}  # fmt: skip
-    away = torch.arange(150, device=device) - 5 * torch.arange(24, device=device)[:, None]
-    kw = {"dropout_p": 0.25, "attn_mask": (-12.0 * away.abs()).bfloat16()}
-    _check(tf.scaled_dot_product_attention, tensors, kw, (torch.randn(1, 2, 24, 32, device=device), None))
+    _check(tf.scaled_dot_product_attention, *next_to_one_key(device))
 
 
 def test_unpadded(device):

@@ -135,6 +135,30 @@ def check_lengths(name, lengths, batch, longest, reference) -> None:
             raise ValueError(f"{name}: wanted values in [0, {longest}], got {low}..{high}")
 
 
+def check_append(query, key, value, key_cache, value_cache, lengths) -> None:
+    """New rows (B, H, S, D) of query and (B, Hk, S, D) of key and value, for caches (B, Hk, capacity, D) that have
+    room for S behind the `lengths` (B,) rows in use."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _common.check_floating(name, t)
+        if t.dim() != 4:
+            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
+    check_qkv(query, key, value)
+    b, _, n, d = query.shape
+    for name, t in (("key", key), ("value", value)):
+        if t.shape[0] != b or t.shape[2] != n:
+            raise ValueError(f"{name}: wanted batch {b} and {n} new rows as query has, got shape {tuple(t.shape)}")
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _common.check_floating(name, t)
+    wanted = (b, key.shape[1], key_cache.shape[2] if key_cache.dim() == 4 else "capacity", d)
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _common.check_same(name, t, "query", query)
+        if tuple(t.shape) != wanted:
+            raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(t.shape)}")
+    if n > key_cache.shape[2]:
+        raise ValueError(f"key_cache: wanted room for {n} new rows, got {key_cache.shape[2]}")
+    check_lengths("cache_lengths", lengths, b, key_cache.shape[2] - n, query)
+
+
 def check_cu_seqlens(name, cu, reference, longest):
     check_integers(name, cu, reference)
     longest_name = name.replace("cu_seqlens", "max_seqlen")

@@ -307,3 +307,16 @@ def check_vector(name: str, t: torch.Tensor | None, width: int, reference: torch
     if t.shape != (width,):
         raise ValueError(f"{name}: wanted shape ({width},), got {tuple(t.shape)}")
     check_same(name, t, "input", reference, dtype=False)
+
+
+def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:
+    """Of an op that changes its arguments."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad()")
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"{op} writes to its caches: call it outside torch.func's transforms")
+
+
+def unit_stride(t: torch.Tensor) -> torch.Tensor:
+    """With unit stride along the last axis."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

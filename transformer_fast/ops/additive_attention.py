@@ -17,13 +17,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _unit_stride(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def _laid_out(spec: AdditiveAttentionSpec) -> AdditiveAttentionSpec:
     return spec._replace(
-        query=_unit_stride(spec.query), key=_unit_stride(spec.key), value=_unit_stride(spec.value)
+        query=_common.unit_stride(spec.query), key=_common.unit_stride(spec.key), value=_common.unit_stride(spec.value)
     )  # fmt: skip
 
 

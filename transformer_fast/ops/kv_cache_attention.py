@@ -7,8 +7,7 @@ from ..backends.specs import AttentionSpec
 from . import _common, _parallel
 from ._attention_arguments import (
     RelativeBias,
-    check_lengths,
-    check_qkv,
+    check_append,
     check_relative,
     check_softcap,
     check_window,
@@ -109,33 +108,12 @@ def kv_cache_attention(
         torch.Size([2, 4, 1, 32])
     """
     _parallel.refuse("kv_cache_attention", "decode with whole sequences")
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        _common.check_floating(name, t)
-        if t.dim() != 4:
-            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
-    check_qkv(query, key, value)
-    b, _, n, d = query.shape
-    for name, t in (("key", key), ("value", value)):
-        if t.shape[0] != b or t.shape[2] != n:
-            raise ValueError(f"{name}: wanted batch {b} and {n} new rows as query has, got shape {tuple(t.shape)}")
-    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _common.check_floating(name, t)
-    wanted = (b, key.shape[1], key_cache.shape[2] if key_cache.dim() == 4 else "capacity", d)
-    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _common.check_same(name, t, "query", query)
-        if tuple(t.shape) != wanted:
-            raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(t.shape)}")
-    if n > key_cache.shape[2]:
-        raise ValueError(f"key_cache: wanted room for {n} new rows, got {key_cache.shape[2]}")
-    check_lengths("cache_lengths", cache_lengths, b, key_cache.shape[2] - n, query)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, key_cache, value_cache)):
-        raise RuntimeError("kv_cache_attention has no gradient: call it under torch.no_grad()")
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError("kv_cache_attention writes to its caches: call it outside torch.func's transforms")
+    check_append(query, key, value, key_cache, value_cache, cache_lengths)
+    _common.refuse_gradients("kv_cache_attention", query, key, value, key_cache, value_cache)
     check_softcap(softcap)
     table, distance, bidirectional = check_relative(relative_bias, query)
     out, lse = _op(
         query, key, value, key_cache, value_cache, cache_lengths, table, distance, bidirectional,
-        scale_or_default(scale, d), check_window(window)[0], float(softcap),
+        scale_or_default(scale, query.shape[-1]), check_window(window)[0], float(softcap),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -26,7 +26,7 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     """(rows, width) with unit stride along the width; rows may be strided."""
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    return _common.unit_stride(t)
 
 
 def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

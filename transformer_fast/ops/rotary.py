@@ -11,10 +11,6 @@ def _select(input: torch.Tensor, interleaved: bool) -> Backend:
     return select(("rotary_embedding", input.device.type, input.dtype, input.shape[-1], features))
 
 
-def _unit_stride(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def _table(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t.detach().to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
 
@@ -31,7 +27,7 @@ def _forward(
     y = memory.empty(tuple(input.shape), input.dtype, input.device)
     if y.numel():
         _select(input, interleaved).rotary_embedding(
-            _unit_stride(input), _table(cos, input), _table(sin, input), positions, interleaved, inverse, y
+            _common.unit_stride(input), _table(cos, input), _table(sin, input), positions, interleaved, inverse, y
         )
     return y
 

@@ -5,18 +5,18 @@ import torch
 from ..backends import memory
 from ..backends.specs import RotaryAppendSpec
 from . import _common, _parallel
-from ._attention_arguments import check_lengths, check_qkv
-from .rotary import _check_positions, _check_tables, _select, _table, _unit_stride
+from ._attention_arguments import check_append
+from .rotary import _check_positions, _check_tables, _select, _table
 
 
 def _forward(
     query, key, value, key_cache, value_cache, lengths, cos, sin, positions, query_weight, key_weight, eps, interleaved
 ):
-    query, key, value = (_unit_stride(t).transpose(1, 2) for t in (query, key, value))
+    query, key, value = (_common.unit_stride(t).transpose(1, 2) for t in (query, key, value))
     y = memory.empty(tuple(query.shape), query.dtype, query.device)
     if y.numel():
         given = key_cache, value_cache
-        caches = [_unit_stride(t) for t in given]
+        caches = [_common.unit_stride(t) for t in given]
         spec = RotaryAppendSpec(
             query, key, value, *caches, lengths, _table(cos, query), _table(sin, query), positions,
             *(None if w is None else w.detach().contiguous() for w in (query_weight, key_weight)), eps, interleaved,
@@ -101,25 +101,8 @@ def rotary_cache_append(
         >>> out = transformer_fast.scaled_dot_product_attention(q, keys, values, key_lengths=lengths + 1)
     """
     _parallel.refuse("rotary_cache_append", "decode with whole sequences")
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        _common.check_floating(name, t)
-        if t.dim() != 4:
-            raise ValueError(f"{name}: wanted 4 dimensions (B, H, S, D), got shape {tuple(t.shape)}")
-    check_qkv(query, key, value)
+    check_append(query, key, value, key_cache, value_cache, cache_lengths)
     b, _, n, d = query.shape
-    for name, t in (("key", key), ("value", value)):
-        if t.shape[0] != b or t.shape[2] != n:
-            raise ValueError(f"{name}: wanted batch {b} and {n} new rows as query has, got shape {tuple(t.shape)}")
-    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _common.check_floating(name, t)
-        _common.check_same(name, t, "query", query)
-        if t.dim() != 4 or t.shape[:2] != key.shape[:2] or t.shape[3] != d or t.shape[2] != key_cache.shape[2]:
-            wanted = f"({b}, {key.shape[1]}, capacity, {d}), one capacity for both"
-            raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(t.shape)}")
-    capacity = key_cache.shape[2]
-    if n > capacity:
-        raise ValueError(f"key_cache: wanted room for {n} new rows, got {capacity}")
-    check_lengths("cache_lengths", cache_lengths, b, capacity - n, query)
     _check_tables(query, cos, sin)
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
         _common.check_vector(name, weight, d, query)
@@ -131,9 +114,7 @@ def rotary_cache_append(
         last = int(cache_lengths.max()) + n
         if last > cos.shape[0]:
             raise ValueError(f"cos: wanted a row for each of the {last} positions, got {cos.shape[0]}")
-    given = (query, key, value, key_cache, value_cache, query_weight, key_weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        raise RuntimeError("rotary_cache_append has no gradient: call it under torch.no_grad()")
+    _common.refuse_gradients("rotary_cache_append", query, key, value, key_cache, value_cache, query_weight, key_weight)
     return _op(
         query, key, value, key_cache, value_cache, cache_lengths, cos, sin, positions, query_weight, key_weight,
         float(eps), bool(interleaved),
