@@ -159,6 +159,9 @@ def test_nothing_is_written_to_caches_under_a_transform():
     q, cache = torch.randn(2, 2, 4, 1, 8), torch.zeros(2, 4, 6, 8)
     with pytest.raises(RuntimeError, match="kv_cache_attention writes to its caches"):
         torch.func.vmap(lambda q: tf.kv_cache_attention(q, q, q, cache, cache, torch.tensor([1, 2])))(q)
+    used, angles = torch.tensor([1, 2]), torch.ones(6, 4)
+    with pytest.raises(RuntimeError, match="rotary_cache_append writes to its caches"):
+        torch.func.vmap(lambda q: tf.rotary_cache_append(q, q, q, cache, cache, used, angles, angles))(q)
 
 
 def test_batched_gradients_where_the_loss_overwrites_its_logits():
