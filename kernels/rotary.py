@@ -144,14 +144,14 @@ def _launch(
     block = max(4, triton.next_power_of_2(half))
     rows = batch * length * max(heads, key_heads)
     warps = 1 if key is not None and rows * width <= FEW else NUM_WARPS
-    height = max(1, TILE * warps // NUM_WARPS // (2 * block))
-    rest = width - 2 * half
+    rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
+    tile = TILE // 2 if key is not None and x.element_size() == 4 else TILE  # both ways in one kernel: more registers
+    height = max(1, tile * warps // NUM_WARPS // triton.next_power_of_2(2 * block + rest))
     strides = [s for t in (x, key, value, key_cache, value_cache) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
     strides += (0, 0) if positions is None else positions.stride()
     _rotary_kernel[(triton.cdiv(rows, height), 1 if key is None else 3)](
         x, key, value, y, key_cache, value_cache, weight, key_weight, cos, sin, positions, lengths,
         batch * length, length, heads, key_heads, width, half, 0 if key is None else key_cache.shape[1], eps, *strides,
         INTERLEAVED=interleaved, INVERSE=inverse, EVEN=half == block, ROWS=height, HALF=block,
-        REST=triton.next_power_of_2(rest) if rest else 0,
-        COLUMNS=0 if key is None else triton.next_power_of_2(width), num_warps=warps,
+        REST=rest, COLUMNS=0 if key is None else triton.next_power_of_2(width), num_warps=warps,
     )  # fmt: skip
