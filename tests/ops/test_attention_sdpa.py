@@ -162,7 +162,7 @@ def test_explain_knows_the_ops():
     assert called == set(backends.OPS)
     for op in backends.OPS:
         assert tf.explain(Call(op, "cpu", torch.float32, 8)).startswith(f"{op} on cpu")
-        with pytest.raises(TypeError, match=f"wanted a Call, got an op's name: Call\\('{op}'"):
+        with pytest.raises(TypeError, match=f"wanted a Call, got the name of an op; pass Call\\('{op}'"):
             tf.explain(op)
     for nonsense in ("nonsense", Call("nonsense", "cpu", torch.float32, 8), ("nonsense", "cuda", torch.float16, 64)):
         with pytest.raises(ValueError, match="no op 'nonsense'; there are additive_attention, attention, .*, norm, "):
