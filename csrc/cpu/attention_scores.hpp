@@ -119,8 +119,8 @@ static inline void for_each_bias(const Attention& a, const Tile& t, int64_t j0, 
     for_each_vector(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, use);
 }
 
-// In a head's row of biases per distance, the start of the vector for key j and the first kWidth queries. Distances fall
-// as positions of queries rise: the vector is in reverse order, and that of the next queries is before it.
+// In a head's row of biases per distance, the start of the vector for key j and the first kWidth queries. Distances
+// fall as positions of queries rise: the vector is in reverse order, and that of the next queries is before it.
 template <class Float>
 static inline Float* relative_row(const Attention& a, const Tile& t, int64_t j, Float* row) {
   return row + a.reach + j - (t.q0 + t.offset) - (kWidth - 1);
@@ -198,8 +198,8 @@ static inline int64_t threads_for(const Attention& a, double least) {
   return work < least ? 1 : tf_num_threads();
 }
 
-// Calls use(row, c, factor): factor is 0 or keep_scale, for key j0 + row and queries q0 + c .. q0 + c + kWidth. Keys may
-// span several groups of kKeys.
+// Calls use(row, c, factor): factor is 0 or keep_scale, for key j0 + row and queries q0 + c .. q0 + c + kWidth. The
+// keys may span several groups of kKeys.
 template <class Use>
 static inline void for_each_dropout(const Attention& a, const Tile& t, int64_t j0, int64_t keys, const Use& use) {
   const uint32_t bh = uint32_t(t.b * a.heads + t.h);
