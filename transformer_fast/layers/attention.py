@@ -19,7 +19,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     returned while training are those before dropout.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.

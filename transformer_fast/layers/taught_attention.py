@@ -31,7 +31,7 @@ class DotProductAttention(nn.Module):
         dropout: of the attention weights, in training.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015, section
@@ -104,7 +104,7 @@ class AdditiveAttention(LazyModuleMixin, DotProductAttention):
         dropout: of the attention weights, in training.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015, section
@@ -177,7 +177,7 @@ class MultiHeadAttention(nn.Module):
         sliding_window: a query sees keys less than so many positions away.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
