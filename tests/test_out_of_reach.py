@@ -110,7 +110,7 @@ def test_a_family_that_is_not_ours_is_transformers_own(ernie):
     assert type(model) is transformers.ErnieModel and not tf.is_ours(model)
     assert model.config._attn_implementation == "transformer_fast"
     assert not tf.accelerate(model, verbose=False).swapped  # nothing is left to do
-    with pytest.warns(UserWarning, match="as it is, for attn_implementation is given"):
+    with pytest.warns(UserWarning, match="unchanged, as attn_implementation is given"):
         chosen, info = tf.AutoModel.from_pretrained(ernie, attn_implementation="eager", output_loading_info=True)
     assert chosen.config._attn_implementation == "eager" and not info["missing_keys"]
     with pytest.warns(UserWarning, match="with accelerate"):

@@ -226,7 +226,7 @@ ELSEWHERE = {
 def test_what_it_does_not_serve_goes_elsewhere(name, served, monkeypatch):
     change, said = ELSEWHERE[name]
     model = build("additive")
-    assert tf.explain(model).endswith("generate: this package's engine, one native call a token")
+    assert tf.explain(model).endswith("generate: this package's engine, one native call per token")
     change(model)
     modules = []
     step = RecurrentStepper.step
