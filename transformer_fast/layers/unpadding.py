@@ -252,8 +252,8 @@ def _check_one_document(spread: Any, length: int, position_ids: torch.Tensor | N
         told = bool((from_first != from_first[..., :1]).any())
     if told:
         raise NotImplementedError(
-            "position_ids, cu_seq_lens_q, seq_idx: wanted one sequence per row under context_parallel, with position_ids "
-            "as shard_batch makes them, got several documents"
+            "position_ids, cu_seq_lens_q, seq_idx: wanted one sequence per row under context_parallel, with "
+            "position_ids as shard_batch makes them, got several documents"
         )
 
 
