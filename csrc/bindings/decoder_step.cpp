@@ -73,7 +73,7 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.counters = static_cast<PhaseCounter*>(phases.mutable_data_ptr());
 }
 
-// norms: attention, cross, output, query, key, after attention, after output. caches: keys, values, cross keys and values.
+// norms: attention, cross, output, query, key, after attention, after output. caches: keys, values; the same of cross.
 // weights: query, key, value (absent: in the one before), attention_output, cross_query, cross_output, up, gate, down.
 void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::vector<double> eps, bool rms,
                         OptionalTensors weights, OptionalTensors caches, OptionalTensor relative, double scale,
