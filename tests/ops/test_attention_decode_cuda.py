@@ -180,8 +180,8 @@ def test_opcheck(device):
         ({"query": (1, 34, 1, 16)}, "more than 16 queries"),
         ({"query": (1, 2, 1, 16), "key": (1, 2, 8, 24)}, "do not fit each other"),
         ({"query": (1, 2, 1, 300), "key": (1, 2, 8, 300)}, "head dim over 256"),
-        ({"new": (1, 2, 2, 16)}, "new keys and values must be as the queries"),
-        ({"lengths": None, "new": (1, 2, 1, 16)}, "new keys want new values and key_lengths"),
+        ({"new": (1, 2, 2, 16)}, "new keys and values must have the queries' shape"),
+        ({"lengths": None, "new": (1, 2, 1, 16)}, "new keys need new values and key_lengths"),
     ],
 )
 def test_bad_input_is_refused_before_launch(device, change, message):
