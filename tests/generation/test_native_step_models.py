@@ -109,7 +109,7 @@ def test_bfloat16_models_and_storage(served):
     assert decided.any() and len(served) == 2
 
 
-@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system has no /proc/self/pagemap")
 @pytest.mark.parametrize("family", ["gpt2", *SEQ2SEQ])
 def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path, monkeypatch):
     """By itself where nothing is lost by it: the weights give back their memory, and stay what they are."""

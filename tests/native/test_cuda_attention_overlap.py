@@ -16,7 +16,7 @@ CSRC = pathlib.Path(__file__).resolve().parent.parent.parent / "csrc"
 
 
 def _disassembler() -> str | None:
-    spec = importlib.util.find_spec("triton")  # it ships one
+    spec = importlib.util.find_spec("triton")  # Triton's package contains one
     shipped = pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if spec else None
     return shutil.which("nvdisasm") or (str(shipped) if shipped and shipped.exists() else None)
 
