@@ -48,7 +48,7 @@ def _nvcc_version() -> str:
 
 def disassembler() -> str | None:
     found = shutil.which("nvdisasm")
-    spec = importlib.util.find_spec("triton")  # it ships one
+    spec = importlib.util.find_spec("triton")  # Triton's package contains one
     if not found and spec and spec.origin:
         shipped = pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
         found = str(shipped) if shipped.exists() else None
