@@ -134,7 +134,7 @@ def test_killed_and_resumed_fully_sharded(tmp_path, monkeypatch):
     kill_at(process, output, "checkpoints/[0-9]*/progress.json")
     assert not (output / "model").exists()  # it was killed on the way
     printed = finished(start("text_generation", output, *many, "--resume"))
-    assert "goes on after step" in printed and "saved" in printed
+    assert "continues after step" in printed and "saved" in printed
     assert len(progress(output)["losses"]) == 10
     assert_learned_alike("text_generation", output, tmp_path, monkeypatch, *given)
     assert (output / "model" / "model.safetensors").is_file()
@@ -212,7 +212,7 @@ def test_several_trainings(way, tmp_path, monkeypatch):
         many.append("--resume")
     printed = finished(start("ulmfit", output, *many))
     assert printed.count("accuracy on 100 held-out reviews") == 1
-    assert ("goes on after step 3, from" in printed) == killed  # of general text
+    assert ("continues after step 3, from" in printed) == killed  # of general text
     assert (output / "model" / "model.safetensors").is_file()
     losses = {}
     for name, count in {**STEPS, **HEADS}.items():

@@ -6,8 +6,8 @@ from ._version import __version__
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 not the same (verify), 2 wrong use or something missing."""
-    if sys.argv[1:] == ["--version"]:  # answered before anything has to be installed
+    """Entry point. Exit codes: 0 done, 1 not the same (verify), 2 wrong usage or a missing package."""
+    if sys.argv[1:] == ["--version"]:  # works without typer and rich
         print(f"transformer-fast {__version__}")
         return
     try:

@@ -1,6 +1,6 @@
 """Pairs of text for pre-training: next-sentence prediction (BERT) and sentence order (ALBERT).
 
-Masked words come from transformers' own collator, which takes these pairs as they are:
+transformers' own collator masks words in these pairs:
 
 >>> pairs = sentence_pairs(documents, tokenizer)
 >>> batch = transformers.DataCollatorForLanguageModeling(tokenizer)(pairs[:8])
@@ -28,21 +28,21 @@ def sentence_pairs(
     short_probability: float = 0.1,
     seed: int = 0,
 ) -> list[dict]:
-    """Pairs of segments (A, B) from documents, which are lists of sentences; the same for the same seed.
+    """Pairs of segments (A, B) from documents, which are lists of sentences. The seed determines them.
 
     Args:
         documents: lists of sentences.
         tokenizer: a fast one.
-        objective: "next_sentence": B follows A (label 0) or, half the time, comes from another document (label 1),
-            under the key next_sentence_label. "sentence_order": B follows A (0) or they are swapped (1), under
-            sentence_order_label. What a random B displaced is used in the next pair.
-        max_length: tokens of a pair with its special tokens.
-        short_probability: how often a pair is made shorter than that, down to two tokens of text, so that models see
-            short ones too.
-        seed: of the draws.
+        objective: "next_sentence": B follows A (label 0) or, half the time, is from another document (label 1), under
+            the key next_sentence_label. "sentence_order": B follows A (0) or they are swapped (1), under
+            sentence_order_label. Sentences that a random B replaced are used in the next pair.
+        max_length: the number of tokens in a pair, special tokens included.
+        short_probability: the share of pairs that are made shorter, down to two tokens of text, so that models see
+            short pairs too.
+        seed: of the random draws.
 
     Returns:
-        dicts {"input_ids", "token_type_ids", "special_tokens_mask": lists of int, the label: int}.
+        A list of dicts {"input_ids", "token_type_ids", "special_tokens_mask": lists of int, label key: int}.
 
     Raises:
         ValueError: for an unknown objective, next_sentence with fewer than two documents, a max_length without room.
@@ -99,10 +99,10 @@ def _document_pairs(tokens, number: int, room: int, short: float, objective: str
         a, rest = Encoding.merge(chunk[:cut]), chunk[cut:]
         label = int(draw.random() < 0.5)
         if objective == "next_sentence" and (label or not rest):
-            label, at = 1, at - len(rest)  # what was displaced is read again
+            label, at = 1, at - len(rest)  # the replaced sentences are read again
             b = _elsewhere(tokens, number, goal - len(a), draw)
         elif not rest:
-            continue  # a sentence alone has no order
+            continue  # a single sentence has no order
         else:
             b = Encoding.merge(rest)
             a, b = (b, a) if label else (a, b)
@@ -110,7 +110,7 @@ def _document_pairs(tokens, number: int, room: int, short: float, objective: str
 
 
 def _elsewhere(tokens, number: int, goal: int, draw) -> Encoding:
-    """Sentences from a random place of another document."""
+    """Sentences from a random position of another document."""
     other = draw.randrange(len(tokens) - 1)
     document = tokens[other + (other >= number)]
     found, size = [], 0
@@ -123,7 +123,7 @@ def _elsewhere(tokens, number: int, goal: int, draw) -> Encoding:
 
 
 def _fitted(a: Encoding, b: Encoding, room: int, draw) -> tuple[Encoding, Encoding]:
-    """Both within room: the longer loses tokens, at its beginning or its end by chance."""
+    """Cut both to `room` tokens together: the longer one loses tokens, randomly at its beginning or its end."""
     lost = {"a": [0, 0], "b": [0, 0]}  # at the beginning, at the end
     left = {"a": len(a), "b": len(b)}
     while left["a"] + left["b"] > room:

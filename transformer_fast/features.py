@@ -1,4 +1,4 @@
-"""Features of texts from the layers of a frozen model, for a classifier of one's own."""
+"""Features of texts from the layers of a frozen model, to train a separate classifier on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,19 +27,19 @@ def layer_features(
     max_length: int | None = None,
     progress: bool = False,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """What layers say of a text: f = h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...] (several), pooled or not.
+    """Features of texts: f = h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...] (several), optionally pooled over tokens.
 
     Args:
-        model: any text model of this package or of transformers; of a model with a head its base is read, of an
-            encoder-decoder its encoder. It is put in eval mode while this runs; no gradients are taken.
+        model: any text model of this package or of transformers. For a model with a head its base is used, for an
+            encoder-decoder its encoder. It runs in eval mode, without gradients; its mode is restored afterwards.
         texts: texts, pairs of texts, or lists of token ids; or one text.
         tokenizer: the model's.
         layers: "last", "sum_last_four", "concat_last_four", the index of one hidden state (0: the embeddings, -1: the
             last layer) or several indices, which are concatenated.
-        pooling: None, "cls" (the first token), "last" (the last), "mean" or "max" over the tokens, special ones
-            included, or "concat": [last; max; mean]; padding takes no part.
-        batch_size: texts at a time; they are computed in an order of length, so that batches hold little padding.
-        max_length: tokens of a text that are read; default: what tokenizer and model take.
+        pooling: None, "cls" (the first token), "last" (the last token), "mean" or "max" over the tokens, special ones
+            included, or "concat": [last; max; mean]. Padding is excluded.
+        batch_size: texts per batch; texts are sorted by length, so that batches have little padding.
+        max_length: how many tokens of a text are read; default: what tokenizer and model allow.
         progress: show a bar.
 
     Returns:
@@ -48,7 +48,7 @@ def layer_features(
         concatenated, and three times that with "concat".
 
     Raises:
-        ValueError: for an unknown layers or pooling, a layer that is not there, a text without tokens.
+        ValueError: for an unknown layers or pooling, a layer that does not exist, a text without tokens.
 
     Source:
         Devlin et al., "BERT", 2019, section 5.3 and table 7.
@@ -109,7 +109,8 @@ def _layers(layers) -> tuple[tuple[int, ...], str]:
 
 
 def _max_length(base, tokenizer, asked: int | None) -> int | None:
-    """Tokens that fit: tokenizers without a limit say so by a huge number, models with relative positions by none."""
+    """The number of tokens that fit. Tokenizers without a limit have a huge number, models with relative positions
+    none."""
     limits = [asked, tokenizer.model_max_length, getattr(base.config, "max_position_embeddings", None)]
     known = [n for n in limits if n is not None and n < 10**9]
     return min(known) if known else None
@@ -131,7 +132,7 @@ def _tokens(texts, tokenizer, longest: int | None) -> list[dict]:
 
 
 def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, D), and which positions are tokens."""
+    """(states (B, S, D), mask (B, S) of the tokens)."""
     longest = max(len(row["input_ids"]) for row in rows)
     mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
     inputs = {"attention_mask": mask}
@@ -143,7 +144,7 @@ def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tenso
     inputs = {name: t.to(base.device) for name, t in inputs.items()}
     if indices == (-1,):
         return base(**inputs).last_hidden_state, inputs["attention_mask"]
-    # Ours keeps only the states that are asked for.
+    # Our models keep only the requested states.
     chosen = sorted({i % (depth + 1) for i in indices}) if isinstance(base, ModelMixin) else True
     states = base(**inputs, output_hidden_states=chosen).hidden_states
     if any(not -len(states) <= i < len(states) for i in indices):
@@ -153,7 +154,7 @@ def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tenso
 
 
 def _pool(states: torch.Tensor, mask: torch.Tensor, pooling: str | None):
-    """A feature for each row of states (B, S, D); tokens stand first in a row."""
+    """One feature per row of states (B, S, D); a row's tokens come before its padding."""
     lengths = mask.sum(1)
     if pooling is None:
         return [row[:n] for row, n in zip(states, lengths.tolist())]

@@ -1,4 +1,4 @@
-"""ULMFiT's way of fine-tuning (Howard and Ruder, 2018), for every model: what each layer learns, and when."""
+"""Fine-tuning as in ULMFiT (Howard and Ruder, 2018), for every model: learning rates per layer, gradual unfreezing."""
 
 import math
 import re
@@ -15,18 +15,18 @@ __all__ = ["GradualUnfreezing", "discriminative_learning_rates", "layer_groups",
 def layer_groups(model: nn.Module) -> list[list[str]]:
     """The names of a model's parameters in groups, from the input to the output: embeddings, each layer, the head.
 
-    Layers are the outermost ModuleLists of the base model, one after the other (of an encoder-decoder the encoder's
-    first), and the layers of torch's recurrent networks. What else the base model has, such as a last norm or a
-    pooler, is with the layer before it; a parameter that stands in two places is where it stands first.
+    Layers are the elements of the outermost ModuleLists of the base model, in order (in an encoder-decoder the
+    encoder's first), and the layers of torch's recurrent networks. Other modules of the base model, such as a last norm
+    or a pooler, are in the group of the layer before them. A shared parameter is in the first of its groups.
 
     Args:
-        model: any model of this package or of transformers, with a head or not.
+        model: any model of this package or of transformers, with or without a head.
 
     Returns:
-        Lists of names, as model.named_parameters() has them; no list is empty.
+        Lists of names, as in model.named_parameters(); no list is empty.
 
     Raises:
-        ValueError: for a model in which no layers are found.
+        ValueError: for a model without layers.
 
     Source:
         Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018, section 3.2.
@@ -75,17 +75,17 @@ def layer_groups(model: nn.Module) -> list[list[str]]:
 def discriminative_learning_rates(
     model: nn.Module, lr: float, factor: float = 2.6, **options: Any
 ) -> list[dict[str, Any]]:
-    """lr_(l-1) = lr_l / factor: parameter groups for an optimizer, slower the nearer a layer is to the input.
+    """lr_(l-1) = lr_l / factor: parameter groups for an optimizer, with lower rates for layers nearer to the input.
 
-    options are of every group, such as weight_decay.
+    options are added to every group, such as weight_decay.
 
     Args:
-        model: as layer_groups takes it. All its parameters are in the groups, those that are frozen now too.
+        model: as in layer_groups. All its parameters are in the groups, frozen ones too.
         lr: of the last group, the head.
-        factor: the paper's 2.6; 1 for one rate.
+        factor: 2.6 in the paper; 1 for equal rates.
 
     Returns:
-        A dict for each of layer_groups(model), in their order: "params", "lr" and options.
+        One dict per group of layer_groups(model), in order: "params", "lr" and options.
 
     Raises:
         ValueError: for a lr or factor that is not positive.
@@ -116,13 +116,13 @@ def slanted_triangular_schedule(
 ) -> LambdaLR:
     """lr_t = lr * (1 + p * (ratio - 1)) / ratio, with p rising from 0 to 1 until cut = steps * cut_fraction, then back.
 
-    Each group keeps its own lr as the largest. Call step() after each optimizer step.
+    The largest rate of each group is its own lr. Call step() after each optimizer step.
 
     Args:
         optimizer: any of torch's.
-        steps: T, of the whole training.
-        cut_fraction: of the steps in which the rate rises.
-        ratio: of the largest to the smallest rate.
+        steps: T, the number of training steps.
+        cut_fraction: the share of the steps in which the rate rises.
+        ratio: the largest rate divided by the smallest.
 
     Returns:
         A torch.optim.lr_scheduler.LambdaLR.
@@ -164,13 +164,13 @@ def slanted_triangular_schedule(
 
 
 class GradualUnfreezing(TrainerCallback):
-    """For transformers' Trainer: the head learns first, and each epoch one layer more, from the last to the first.
+    """For transformers' Trainer: train the head first, and one more layer in each epoch, from the last to the first.
 
-    When training ends, all that could learn before can again. The optimizer has all parameters from the start; those
-    that are frozen have no gradient, and no optimizer of torch's moves them.
+    At the end of training, requires_grad of all parameters is restored. The optimizer has all parameters from the
+    start: frozen ones have no gradient, and torch's optimizers skip those.
 
     Args:
-        epochs_per_layer: epochs from one layer to the next.
+        epochs_per_layer: number of epochs until the next layer is unfrozen.
 
     Raises:
         ValueError: for epochs_per_layer under 1.

@@ -1,4 +1,4 @@
-"""What low precision costs a checkpoint in accuracy: the quantised model against the same one in float32."""
+"""Measures what low precision costs a checkpoint in accuracy: the quantised model against the same model in float32."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ _NEW_TOKENS = 24
 
 
 class Cost(NamedTuple):
-    """One measure. note: of what, and how it is to be read."""
+    """One measure. note: what was measured, and how to read it."""
 
     what: str
     value: str
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
 
 class PrecisionReport(NamedTuple):
-    """model: the class. text: what was read. left: modules that are not in low precision, and why. megabytes: of
+    """model: the class. text: the input. left: modules that are not in low precision, and why. megabytes: size of the
     parameters, in float32 and in low precision."""
 
     model: str
@@ -45,11 +45,12 @@ def verify_precision(
     *,
     progress: Callable[[str], object] = lambda text: None,
 ) -> PrecisionReport:
-    """Load a checkpoint, quantise a copy, and compare the two on ragged text, where there is a tokenizer on sentences.
+    """Load a checkpoint, quantise a copy, and compare the two on ragged input: sentences, or without a tokenizer random
+    tokens.
 
-    precision: as in transformer_fast.quantize. Compared, where the model has them: hidden states of every token by
-    their cosine, sentences (the mean of their tokens) by their cosine and by whether each has the same nearest
-    neighbour, the likeliest class or token at every position, and greedily generated tokens.
+    precision: as in transformer_fast.quantize. Compared, if the model has them: the cosine of every token's hidden
+    state, the cosine and the nearest neighbour of every sentence (mean of its tokens), the likeliest class or token at
+    every position, and greedily generated tokens.
     Raises VerifyError, in one line, when the checkpoint cannot be loaded or precision is unknown.
     """
     if precision not in PRECISIONS:
@@ -74,7 +75,8 @@ def _megabytes(model: nn.Module) -> float:
 
 
 def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
-    """Padded on the left where the model generates from it, else on the right."""
+    """(batches, a description of their text). Padded on the left if the model generates from them, else on the
+    right."""
     from .demo.checkpoint import load_sentences
 
     config = model.config
@@ -96,7 +98,7 @@ def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
 
 
 def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[dict[str, torch.Tensor]]:
-    """Empty where the checkpoint has no tokenizer."""
+    """The tokenized lines; an empty list if the checkpoint has no tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -106,13 +108,13 @@ def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[di
             tokenizer(lines[i : i + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt")
             for i in range(0, len(lines), _BATCH)
         ]
-    except Exception:  # whatever is missing of it: random tokens will do
+    except Exception:  # the tokenizer cannot be loaded: use random tokens
         return []
     return [{k: b[k] for k in ("input_ids", "attention_mask")} for b in found]
 
 
 def _is_text(batch: dict[str, torch.Tensor], vocabulary: int) -> bool:
-    """False for what transformers makes where there are no files of a tokenizer: no tokens."""
+    """False for an empty batch: transformers makes such a tokenizer where its files are missing."""
     ids, mask = batch.values()
     return bool(ids.numel()) and bool((mask.sum(1) > 1).all()) and int(ids.max()) < vocabulary
 
@@ -167,6 +169,6 @@ def _compare_generated(exact, low, batch) -> Iterator[Cost]:
     small = {k: v[:8, -room:] for k, v in batch.items()}
     one, other = (m.generate(**small, **options)[:, -count:] for m in (exact, low))
     agree = (one == other).long()
-    rows = f"of {one.numel()} generated greedily, {len(one)} rows; one that differs changes those after it"
+    rows = f"of {one.numel()} generated greedily, {len(one)} rows; a token that differs changes those after it"
     yield Cost("generated tokens the same", f"{agree.float().mean():.1%}", rows)
-    yield Cost("generated before the first that differs", f"{agree.cumprod(1).sum(1).float().mean():.1f}", rows)
+    yield Cost("tokens before the first that differs", f"{agree.cumprod(1).sum(1).float().mean():.1f}", rows)
