@@ -368,7 +368,7 @@ def reason(error: Exception) -> str:
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
     if named:
         return named[-1]
-    advice = f"One block ended {RETRIES} workers: is a smaller --batch-size or --block-rows better?"
+    advice = f"One block ended more than {RETRIES} workers: is a smaller --batch-size or --block-rows better?"
     return "\n".join([*lines[:1], advice])
 
 
