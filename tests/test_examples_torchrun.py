@@ -229,7 +229,9 @@ def test_too_few_rows_for_batch_norm(tmp_path):
     rows = [{"input_ids": [3, 4], "attention_mask": [1, 1], "labels": 0}] * 5
     model = tf.AWDLSTMForSequenceClassification(tf.AWDLSTMConfig(vocab_size=9, embedding_size=4, cell_size=4))
     arguments = module.parse(["--output", str(tmp_path), "--batch-size", "4"])
-    with pytest.raises(ValueError, match="--labels, --batch-size: 5 rows in steps of 4 leave a process 1 at once"):
+    with pytest.raises(
+        ValueError, match="--labels, --batch-size: 5 rows in steps of 4 leave a process 1 per micro-batch"
+    ):
         module.fit(model, rows, None, 1, 0.1, arguments, "heads")
 
 
@@ -281,5 +283,5 @@ def test_refusals(arguments, said, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Trainer shares a model where there are GPUs")
 def test_trainer_does_not_share_on_cpus(tmp_path):
     module = load("finetune_classifier")
-    with pytest.raises(SystemExit, match="--fsdp: Trainer shares a model by accelerate, .* got CPUs; leave it out"):
+    with pytest.raises(SystemExit, match="--fsdp: Trainer shards a model with accelerate, .* got CPUs: leave it out"):
         module.main(module.parse(["--output", str(tmp_path), "--limit", "6", "--freeze", "--fsdp"]))
