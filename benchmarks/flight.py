@@ -42,7 +42,7 @@ SMOKES = {  # {stage: the smoke tests of benchmarks/smoke.py that it needs}
 }
 DECISIVE = "attention-{}/bf16-*s4096*,attention-{}/bf16-*s16384*"
 OURS = "transformer_fast"
-# After this exit status, or a signal, a benchmark continues in a new process, with the case after the one that caused it.
+# After this exit status, or a signal, a benchmark continues in a new process, after the case that caused it.
 GPU_LOST = 3
 ATTEMPTS = 5
 

@@ -1,7 +1,7 @@
-"""Names that this package does not define itself and re-exports from transformers; and names that transformers dropped.
+"""Passes names of transformers through that this package does not define, and explains names that transformers removed.
 
-So `from transformers import X, Y` works with this package's name instead. transformers is imported on the first access
-to such a name, not before.
+`from transformers import X, Y` so also works with this package's name. transformers is imported only when the first
+such name is used.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from ._version import TRANSFORMERS
 
 __all__ = ["find", "is_ours", "names"]
 
-# Names that transformers 5 dropped: what to use today. Names by rule (TF*, Flax*, ...) are handled in `_today`.
+# Names that transformers 5 removed, and their replacements. `_today` handles names by rule (TF*, Flax*, ...).
 _GONE = {
     "AdamW": "torch.optim.AdamW",
     "AutoModelForVision2Seq": "AutoModelForImageTextToText",
@@ -46,15 +46,14 @@ _ENDINGS = {"FeatureExtractor": "ImageProcessor", "TokenizerFast": "Tokenizer", 
 
 
 def is_ours(thing) -> bool:
-    """Whether a class, a model or a function is this package's own, not re-exported from transformers.
+    """Whether a class, a model or a function is defined in this package and not passed through from transformers.
 
     Args:
-        thing: a class, a function, or an object, of which the class is checked.
+        thing: a class, a function, or an object, for which its class is checked.
 
     Returns:
-        True if `thing` is defined in this package. For a class of yours that is derived from one of this package's it
-        is
-        False: its forward may be your own.
+        True if `thing` is defined in this package. False for subclasses defined elsewhere, as these may have their own
+        forward.
 
     Examples:
         >>> import transformer_fast
@@ -66,10 +65,10 @@ def is_ours(thing) -> bool:
 
 
 def find(name: str):
-    """The object named `name` in transformers.
+    """The object `name` of transformers.
 
-    Raises ImportError for a name that transformers 5 has dropped, with its replacement (the text of an AttributeError
-    would be lost in `from transformer_fast import name`); AttributeError for an unknown name, with similar names.
+    Raises ImportError for a name that transformers 5 removed, with its replacement (in `from transformer_fast import
+    name` the text of an AttributeError would be lost), and AttributeError for an unknown name, with similar names.
     """
     try:
         import transformers
@@ -94,13 +93,13 @@ def find(name: str):
 
 
 def names() -> list[str]:
-    """The names of transformers if it is loaded, else none."""
+    """The public names of transformers if it is loaded, else none."""
     loaded = sys.modules.get("transformers")
     return [name for name in dir(loaded) if not name.startswith("_")] if loaded else []
 
 
 def _today(name: str, known: set[str]) -> str:
-    """What to use in place of a dropped name; '' for unknown names."""
+    """What to use instead of a removed name; '' if that is not known."""
     for framework, prefix in (("TensorFlow", "TF"), ("Flax", "Flax")):
         bare = name.removeprefix(f"{prefix}_").removeprefix(prefix) if name.startswith(prefix) else ""
         if bare:

@@ -1,4 +1,5 @@
-"""verify(checkpoint): checks that this package computes and generates the same as Hugging Face, on every row."""
+"""verify(checkpoint): compares this package's outputs, gradients and generated tokens with Hugging Face's, row by
+row."""
 
 import collections
 import copy
@@ -17,20 +18,20 @@ from .verify_tokens import NEW_TOKENS, compare_tokens
 __all__ = ["DTYPES", "Row", "Verification", "VerifyError", "verify"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The allowed error against float64, as a multiple of that of Hugging Face's eager attention in the same dtype; and its
-# least bound, in units in the last place of the largest value, where Hugging Face happens to be exact.
+# Our error against float64 may be these factors times that of Hugging Face's eager attention in the same dtype. If that
+# happens to be exact, the floor in units in the last place (ulps) of the largest value applies.
 OUTPUT_FACTOR, GRADIENT_FACTOR, FLOOR_ULPS = 2.0, 3.0, 2.0
 LENGTHS = (23, 9, 1, 14)
 _REFERENCE = "transformer_fast_verify_reference"
 
 
 class VerifyError(ValueError):
-    """A checkpoint cannot be verified; the message is one line."""
+    """Raised for a checkpoint that cannot be verified; the message is one line."""
 
 
 class Row(NamedTuple):
-    """One comparison. ours, theirs: the largest error against float64. same: the result, None if nothing could be
-    compared. note: why nothing could, or where they differ."""
+    """One comparison. ours, theirs: largest errors against float64. same: None if there is nothing to compare. note:
+    the reason if same is None, or where the difference is if same is False."""
 
     dtype: str
     padding: str
@@ -43,8 +44,8 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Verification:
-    """model: Hugging Face's class. through: how our side was computed. release: of transformers. rows: the
-    comparisons."""
+    """The result of verify. model: Hugging Face's class. through: our class, or `accelerate`. release: the release of
+    transformers. rows: all comparisons."""
 
     model: str
     through: str
@@ -67,26 +68,27 @@ def verify(
 ) -> Verification:
     """Load a checkpoint with Hugging Face's class and with ours and compare outputs, parameter gradients and tokens.
 
-    The inputs are ragged batches of random tokens, padded right and left; models are in evaluation mode. Every position
-    that is not padding is compared, and pooled outputs that do not read padding. Both are compared with the same model
-    in
-    float64: our error may be at most OUTPUT_FACTOR (gradients GRADIENT_FACTOR) times that of Hugging Face's eager
-    attention in the same dtype. Models that generate must generate the same tokens (`verify_tokens`).
+    The inputs are ragged batches of random tokens with right and left padding, in evaluation mode. All positions that
+    are not padding are compared, and pooled outputs if they do not read padding. Both models are compared with the same
+    model in float64: our error may be at most OUTPUT_FACTOR (for gradients GRADIENT_FACTOR) times that of Hugging
+    Face's eager attention in the same dtype. Models that generate must generate the same tokens (`verify_tokens`).
 
     Args:
-        checkpoint: a folder, or a name on the hub. The class is the one that config.json names. Ours is the class of
-            that name in this package, or, without one, a copy of the model with `accelerate`.
+        checkpoint: a folder, or a name on the hub. Hugging Face's class is the one that config.json names. Ours is the
+            class of that name in this package, or a copy of the model under `accelerate` if there is none.
         dtypes: names in DTYPES.
-        gradients: compare gradients of the parameters.
-        tokens: compare generated tokens: greedy, with beams, sampled with a seed, from ragged padded prompts.
+        gradients: compare the gradients of the parameters.
+        tokens: compare the results of `generate` from ragged padded prompts: greedy, beam search, and sampling with a
+            seed.
         device: "cpu" or "cuda".
         progress: called with a text before each step.
 
     Returns:
-        A `Verification`; its `same` is the result.
+        A `Verification`; its property `same` is the verdict.
 
     Raises:
-        VerifyError: in one line, when the checkpoint or transformers is missing, broken or unsupported.
+        VerifyError: if the checkpoint or transformers is missing or broken, or the model is of an unknown kind; the
+            message is one line.
 
     Examples:
         >>> from transformer_fast.demo import locate
@@ -153,7 +155,7 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
             except Exception as error:
                 explain_broken(error, checkpoint, local_folder(checkpoint, {}))
                 raise
-        except Exception as error:  # a broken file may raise anything: report it in one line
+        except Exception as error:  # a broken file can raise anything; users get one line
             text = " ".join(str(error).split())
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error
 
@@ -178,7 +180,7 @@ def _load_ours(checkpoint, theirs) -> tuple[Any, str]:
 
 
 class _quiet:
-    """Context manager that silences transformers' loading reports and progress bars."""
+    """Suppresses transformers' loading reports and progress bars."""
 
     def __enter__(self):
         from transformers.utils import logging as hf_logging
@@ -197,8 +199,8 @@ class _quiet:
 
 
 def _compare_weights(theirs, ours) -> Row:
-    """Compare names and bits of the weights. Then copy the weights that the checkpoint lacks, which are random in
-    both."""
+    """Compare names and bits of the weights, then copy theirs to ours: weights that are missing in the checkpoint are
+    random in both."""
     a, b = theirs.state_dict(), ours.state_dict()
     different = sorted(a.keys() ^ b.keys()) or [name for name in a if not torch.equal(a[name], b[name])]
     ours.load_state_dict(a)
@@ -210,7 +212,7 @@ def _compare_weights(theirs, ours) -> Row:
 
 # ---- inputs ---------------------------------------------------------------------------------------------
 def _batches(model) -> Iterator[tuple[str, dict[str, torch.Tensor], torch.Tensor | None]]:
-    """(padding, inputs, mask of real positions)."""
+    """Yields (padding side, inputs, mask (B, S) of the positions that are not padding, or None)."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     text = config.get_text_config()
     if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
@@ -220,7 +222,7 @@ def _batches(model) -> Iterator[tuple[str, dict[str, torch.Tensor], torch.Tensor
         return
     if model.main_input_name != "input_ids":
         raise VerifyError(
-            f"{type(model).__name__}: takes {model.main_input_name}; verify supports input_ids and pixel_values"
+            f"{type(model).__name__}: takes {model.main_input_name}; verify knows models of input_ids and pixel_values"
         )
     limit = (getattr(text, "max_position_embeddings", None) or 2 * max(LENGTHS)) - NEW_TOKENS
     lengths = torch.tensor([min(n, max(limit - 4, 1)) for n in LENGTHS])[:, None]
@@ -246,7 +248,7 @@ def _cast(model, dtype: torch.dtype):
 
 
 def _reference(theirs):
-    """The model in float64, with attention computed in float64: transformers' eager attention has a float32 softmax."""
+    """The model in float64, with a plain attention in float64: HF's eager attention computes its softmax in float32."""
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
@@ -302,7 +304,7 @@ def _run(model, inputs, real, padding: str, dtype, gradients: bool) -> _Result:
 
 
 def _readable(found, real, padding: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the outputs that do not depend on padding: the real positions of outputs with positions, others whole."""
+    """Yields the outputs that do not depend on padding: without padded positions if they have positions, else whole."""
     for name, t in found.items():
         if not isinstance(t, torch.Tensor) or not t.is_floating_point() or not t.dim():
             continue
@@ -320,7 +322,7 @@ def _compare(dtype: str, padding: str, real, ours: _Result, truth: _Result, eage
     for name, t in truth.outputs.items():
         yield _judge(dtype, padding, name, real, ours.outputs[name], t, eager.outputs[name], OUTPUT_FACTOR)
     if truth.gradients:
-        # All gradients form one vector, each scaled by its true size: the error of a single small tensor is too random.
+        # All parameters in one vector, each scaled by its size: the error of one small tensor depends on chance.
         top = max(t.abs().max().item() for t in truth.gradients.values() if t.numel())
         scale = {name: max(t.abs().max().item(), 0.05 * top) for name, t in truth.gradients.items() if t.numel()}
         pooled = [torch.cat([(r.gradients[n] / s).flatten() for n, s in scale.items()]) for r in (ours, truth, eager)]
@@ -349,7 +351,7 @@ def _judge(dtype: str, padding: str, what: str, real, ours, truth, eager, factor
 
 
 def _where(error, bound: float, real) -> str:
-    """Text: which rows of a batch are off, or how many elements."""
+    """The positions of a batch that are over the bound, or the number of elements."""
     off = ~(error <= bound)
     if real is None or not off.dim() > 1 or len(error) != int(real.sum()):
         return f"{int(off.sum())} of {off.numel()} elements over {bound:.1e}"
