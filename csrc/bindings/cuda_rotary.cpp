@@ -33,7 +33,7 @@ TF_CUDA_IMPL(m) {
 
 // x, y: (batch, length, heads, width), last stride 1, y contiguous; cos, sin: float32 (positions, half), contiguous;
 // positions: int64 (batch, length). query, key, value: as x; caches: (batch, key heads, capacity, width), last stride 1;
-// lengths: int32 or int64 (batch,), contiguous; weights: (width,), contiguous, float32 or of query's dtype.
+// lengths: int32 or int64 (batch,); weights: (width,), contiguous, float32 or of query's dtype.
 TF_CUDA_SCHEMA(m) {
   m.def(
       "cuda_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "

@@ -86,15 +86,15 @@ TF_DEVICE T* head_of(const HeadRows& rows, int64_t b, int64_t token, int64_t h) 
 
 // Threads of x: over the columns of a head; of y: over heads. blockDim.x is a power of two up to a warp.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) rotary_append_kernel(const RotaryAppend p) {
+__global__ void __launch_bounds__(kThreads, 6) rotary_append_kernel(const RotaryAppend p) {
   const int64_t of_token = p.heads + 2 * p.key_heads, rows = p.batch * p.length * of_token;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < rows; first += int64_t(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
     const bool exists = row < rows;  // the threads of a warp go on together: they add squares
     const int64_t token = exists ? row / of_token : 0, h = exists ? row - token * of_token : 0;
     const int64_t b = token / p.length, t = token - b * p.length;
-    const int64_t used = p.long_lengths ? load(static_cast<const int64_t*>(p.lengths) + b)
-                                        : load(static_cast<const int32_t*>(p.lengths) + b);
+    const int64_t used = p.long_lengths ? load(static_cast<const int64_t*>(p.lengths) + b * p.length_stride)
+                                        : load(static_cast<const int32_t*>(p.lengths) + b * p.length_stride);
     const int64_t stored = used + t;
     const bool query = h < p.heads, value = h >= p.heads + p.key_heads;
     const int64_t of_part = query ? h : h - p.heads - (value ? p.key_heads : 0);

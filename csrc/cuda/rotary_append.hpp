@@ -1,5 +1,4 @@
-// The CUDA kernel of the rotation of new queries and keys with the append to a cache; its arguments are the CPU's, but
-// for lengths, which are contiguous, as y is.
+// The CUDA kernel of the rotation of new queries and keys with the append to a cache; its arguments are the CPU's.
 #pragma once
 #include "cpu/rotary_append.hpp"
 
