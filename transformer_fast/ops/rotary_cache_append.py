@@ -1,4 +1,4 @@
-"""New queries, keys and values of a decoder made ready in one launch: normed, rotated, and written to the cache."""
+"""New queries, keys and values of a decoder made ready in one pass: normed, rotated, and written to the cache."""
 
 import torch
 
@@ -61,8 +61,8 @@ def rotary_cache_append(
 ) -> torch.Tensor:
     """Rotates queries and keys (R) and writes keys and values behind the cached ones: q' = R rms(q), k' = R rms(k).
 
-    rms(x) = weight * x / sqrt(mean(x^2) + eps) over each head where a weight is given, else x. Triton does all of it in
-    one launch, and nothing waits for the device: a CUDA graph captures it.
+    rms(x) = weight * x / sqrt(mean(x^2) + eps) over each head where a weight is given, else x. It is one pass on
+    the CPU and one launch on a GPU, where nothing waits for the device: a CUDA graph captures it.
 
     Args:
         query: (B, H, S, D), S new tokens a sequence, any strides; float32, bfloat16, float16, and float64 in plain
