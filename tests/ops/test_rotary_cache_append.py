@@ -1,5 +1,5 @@
-"""Rotation, head norms and the append to a cache in one call: every backend against plain PyTorch in float64, that
-against transformers, and what callers rely on."""
+"""Rotation, head norms and the append to a cache in one call: every backend is compared with plain PyTorch in float64,
+and that with transformers. Also the properties that callers rely on."""
 
 import contextlib
 
@@ -72,7 +72,7 @@ def check(arguments, more, name, device):
     for i, what in ((1, "keys"), (2, "values")):
         written = [torch.cat([t[i][b, :, n : n + new] for b, n in enumerate(LENGTHS)]) for t in (ours, truth, plain)]
         assert_as_accurate(*written, name=what)
-        assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are as they were
+        assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are unchanged
 
 
 @pytest.mark.quick
@@ -157,12 +157,15 @@ def test_opcheck_and_one_graph_of_any_shape():
 def test_the_kernel_looks_at_what_a_graph_hides():
     """A compiled graph is made without values: the kernel itself keeps to its tables and caches."""
     compiled = torch.compile(tf.rotary_cache_append, fullgraph=True, backend="aot_eager")
-    for change, place, message in ((lambda t: t + 4, 5, r"cache_lengths: wanted values in \[0, 12\], got 13"),
-                                   (lambda t: t - 4, 5, r"cache_lengths.*got -1"),
-                                   (lambda t: t[:9], (6, 7), r"cos: wanted rows in \[0, 9\), got 9"),
-                                   (lambda t: torch.tensor([[0], [18]]), 8, r"positions.*\[0, 18\), got 18")):  # fmt: skip
+    cases = (
+        (lambda t: t + 4, (5,), r"cache_lengths: wanted values in \[0, 12\], got 13"),
+        (lambda t: t - 4, (5,), r"cache_lengths.*got -1"),
+        (lambda t: t[:9], (6, 7), r"cos: wanted rows in \[0, 9\), got 9"),
+        (lambda t: torch.tensor([[0], [18]]), (8,), r"positions.*\[0, 18\), got 18"),
+    )
+    for change, places, message in cases:
         arguments, more = inputs("cpu", torch.float32)
-        for i in place if isinstance(place, tuple) else (place,):
+        for i in places:
             arguments[i] = change(arguments[i])
         with torch.no_grad(), pytest.raises(RuntimeError, match=message):
             compiled(*arguments, **more)
