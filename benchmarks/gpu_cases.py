@@ -1,7 +1,8 @@
 """The GPU cases, each with its peers and its bar.
 
-Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding with a cache, norms, gated activations,
-the loss. `device` is "cuda", except in tests, which run small versions of every case on the CPU. Not yet run on a GPU.
+Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding with a cache, norms, gated
+activations, the loss. `device` is "cuda", except in tests, which run small versions of every case on the CPU. Not yet
+run on a GPU.
 """
 
 from collections.abc import Callable
