@@ -179,7 +179,11 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 # ---- the comparison ----------------------------------------------------------------------------------
 class _Seen(NamedTuple):
-    """A tree in the last call: all that a change would show in, in lists that compare by identity; and the answer."""
+    """A tree in the last call: all that a change would show in, in lists that compare by identity; and the answer.
+
+    dicts: of the modules below the root. The root's own, which holds this, is not among them: in a circle the weights
+    of a dropped model would wait for the collector. readers: of settings, each with its module's place, the root's 0.
+    """
 
     dicts: list[dict]
     kinds: list[type]
@@ -188,8 +192,7 @@ class _Seen(NamedTuple):
     children: list[Any]
     sizes: list[int]
     settings: list[tuple]
-    read_settings: list[Callable]
-    setting_dicts: list[dict]
+    readers: list[tuple[int, Callable]]
     answer: str
 
 
@@ -221,7 +224,7 @@ def why_changed(root: nn.Module, harmless: Collection[str] = (), gathered: bool 
     if gathered:
         return _compare(root, root.__dict__.get(_NOTE), "", harmless, True)
     last = root.__dict__.setdefault(_LAST, _LastCall())
-    if last.seen is not None and _is_as(last.seen):
+    if last.seen is not None and _is_as(root, last.seen):
         return last.seen.answer
     answer = _compare(root, root.__dict__.get(_NOTE), "", harmless)
     last.seen = _look(root, answer)
@@ -235,15 +238,15 @@ def _hook_keys(dicts: list[dict]) -> list[int]:
     return list(chain.from_iterable(chain.from_iterable(map(_hooks_of, dicts))))
 
 
-def _is_as(last: _Seen) -> bool:
-    dicts = last.dicts
+def _is_as(root: nn.Module, last: _Seen) -> bool:
+    dicts = [root.__dict__, *last.dicts]
     return (
         list(map(len, dicts)) == last.sizes
         and list(chain.from_iterable(map(dict.values, map(_modules, dicts)))) == last.children
         and list(map(type, last.children)) == last.kinds
         and _hook_keys(dicts) == last.hooks
         and list(map(type, chain.from_iterable(map(dict.values, map(_parameters, dicts))))) == last.tensors
-        and [read(d) for read, d in zip(last.read_settings, last.setting_dicts)] == last.settings
+        and [read(dicts[place]) for place, read in last.readers] == last.settings
     )
 
 
@@ -251,12 +254,11 @@ def _look(root: nn.Module, answer: str) -> _Seen:
     modules = list(root.modules())
     dicts = [m.__dict__ for m in modules]
     children = list(chain.from_iterable(d["_modules"].values() for d in dicts))
-    told = [(d, names) for m, d in zip(modules, dicts) if (names := list(_settings(m)))]
-    read: list[Callable] = [itemgetter(*names) for _, names in told]
+    readers = [(place, itemgetter(*names)) for place, m in enumerate(modules) if (names := list(_settings(m)))]
     return _Seen(
-        dicts, list(map(type, children)), _hook_keys(dicts),
+        dicts[1:], list(map(type, children)), _hook_keys(dicts),
         [type(p) for d in dicts for p in d["_parameters"].values()], children, list(map(len, dicts)),
-        [r(d) for r, (d, _) in zip(read, told)], read, [d for d, _ in told], answer,
+        [read(dicts[place]) for place, read in readers], readers, answer,
     )  # fmt: skip
 
 
