@@ -254,7 +254,8 @@ def _look(root: nn.Module, answer: str) -> _Seen:
     modules = list(root.modules())
     dicts = [m.__dict__ for m in modules]
     children = list(chain.from_iterable(d["_modules"].values() for d in dicts))
-    readers = [(place, itemgetter(*names)) for place, m in enumerate(modules) if (names := list(_settings(m)))]
+    told = [(place, names) for place, m in enumerate(modules) if (names := list(_settings(m)))]
+    readers: list[tuple[int, Callable]] = [(place, itemgetter(*names)) for place, names in told]
     return _Seen(
         dicts[1:], list(map(type, children)), _hook_keys(dicts),
         [type(p) for d in dicts for p in d["_parameters"].values()], children, list(map(len, dicts)),
