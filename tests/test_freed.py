@@ -136,7 +136,7 @@ CASES = [
 
 
 def living() -> collections.Counter:
-    """What lives of tensors, and of whatever this package and these tests define."""
+    """The number of live objects: tensors, modules, and instances of what this package and these tests define."""
     gc.collect()
     kinds = (type(thing) for thing in gc.get_objects())
     packages = ("transformer_fast", __name__, "native_decoders")
@@ -149,7 +149,7 @@ def living() -> collections.Counter:
 
 @pytest.mark.parametrize("use", CASES)
 def test_nothing_is_left(use):
-    use()  # what is kept for all models, such as the buckets of distances
+    use()  # fills what all models share, such as the buckets of distances
     before = living()
     gc.disable()
     try:

@@ -275,7 +275,7 @@ def assert_learned_alike(parts: dict[str, torch.Tensor], model: Model) -> None:
 def test_refusals(found):
     said = found["refusals"]
     assert "shift_labels" in said["labels"]
-    assert "one sequence a row" in said["positions"]
+    assert "one sequence per row" in said["positions"]
     assert re.match("attention_mask: .*context_parallel.*16 queries and 16 keys", said["pattern"])
     assert "output_attentions: wanted False" in said["attentions"]
     assert "context_parallel" in said["generate"]
