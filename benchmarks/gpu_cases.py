@@ -1,7 +1,7 @@
 """The grid that a GPU is measured on: what users bring there, each with its peers and its bar.
 
-Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding on a cache, norms, the loss. `device`
-is "cuda" but in tests, which run every case small on the CPU. Not yet run on a GPU.
+Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding on a cache, norms, gated activations,
+the loss. `device` is "cuda" but in tests, which run every case small on the CPU. Not yet run on a GPU.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import transformer_fast as tf
 
 from . import shapes
 from .case import OURS, Bar, Candidate, Case, everything
+from .decoder_op_cases import decoder_op_cases
 
 __all__ = ["gpu_cases"]
 
@@ -40,6 +41,7 @@ def gpu_cases(device: str) -> list[Case]:
     for rows_width in shapes.NORM_CUDA:
         for make in (_layer_norm, _rms_norm, _add_layer_norm):
             cases += [make(rows_width, training, device) for training in (False, True)]
+    cases += decoder_op_cases(device, "bf16", shapes.GATED_CUDA, shapes.APPEND_CUDA)
     return [*cases, *(_cross_entropy(size, device) for size in shapes.LOSS_CUDA)]
 
 

@@ -10,6 +10,7 @@ import transformer_fast as tf
 
 from . import shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable, everything
+from .decoder_op_cases import decoder_op_cases
 from .gpu_cases import gpu_cases
 
 __all__ = ["op_cases"]
@@ -37,6 +38,7 @@ def op_cases(device: str) -> list[Case]:
             cases.append(_attention_training(shape, "fp32", feature, device))
     makes = (_layer_norm, _add_layer_norm, _dropout_add_layer_norm, _bias_gelu, _gelu_tanh, _rotary)
     cases += [make(shapes.POINTWISE, "fp32", device) for make in makes]
+    cases += decoder_op_cases(device, "fp32", shapes.GATED_CPU, shapes.APPEND_CPU)
     return [*cases, *_overhead(device)]
 
 
