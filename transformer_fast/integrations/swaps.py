@@ -6,9 +6,9 @@ setting the class back undoes the swap.
 """
 
 import copy
-import functools
 import inspect
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -88,9 +88,14 @@ class Swapped:
         return _remake, (self._original, self._kind), self.__getstate__()
 
 
-@functools.cache
+# By (original, kind), as long as there are modules of it.
+_swapped_classes: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
+
+
 def swapped_class(original: Any, kind: str) -> type:
     """The subclass of `original` whose forward is op `kind`. Same name, so printed models read the same."""
+    if (known := _swapped_classes.get((original, kind))) is not None:
+        return known
     run, before = _FORWARDS[kind], original.forward
 
     def forward(self, input):
@@ -98,7 +103,8 @@ def swapped_class(original: Any, kind: str) -> type:
 
     names: dict[str, Any] = {"forward": forward, "_original": original, "_kind": kind, "__doc__": original.__doc__}
     names["__module__"], names["__qualname__"] = original.__module__, original.__qualname__
-    return type(original.__name__, (Swapped, original), names)
+    made = type(original.__name__, (Swapped, original), names)
+    return _swapped_classes.setdefault((original, kind), made)
 
 
 def _remake(original: type, kind: str) -> torch.nn.Module:
