@@ -16,8 +16,8 @@ struct HeadNorm {
   bool wide;           // float
 };
 
-// Each head x of query and key becomes R(position) norm(x), with norm(x) = weight * x / sqrt(mean(x^2) + eps) and R from
-// rotary.hpp. Token i of sequence b is row lengths[b] + i of the caches.
+// Each head x of query and key becomes R(position) norm(x), with norm(x) = weight * x / sqrt(mean(x^2) + eps) and R as
+// in rotary.hpp. Token i of sequence b is row lengths[b] + i of the caches.
 struct RotaryAppend {
   DType dtype;
   HeadRows query, key, value;       // inputs
