@@ -133,6 +133,11 @@ class CudaBackend(Backend):
     def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
         _ops.cuda_rotary.default(x, cos, sin, positions, interleaved, inverse, y)
 
+    def rotary_append(self, spec, y) -> None:
+        *tensors, query_weight, key_weight, eps, interleaved = spec
+        weights = (_parameter(w, spec.query.dtype) for w in (query_weight, key_weight))
+        _ops.cuda_rotary_append.default(*tensors, *weights, eps, interleaved, y)
+
 
 def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A contiguous parameter in float32 or `dtype`, which are the two that the kernels read."""
