@@ -67,7 +67,7 @@ def test_paths_that_are_not_there(name):
 @pytest.mark.parametrize("dropped", ["from_tf", "from_flax", "from_pt"])
 @pytest.mark.parametrize("load", [tf.BertModel.from_pretrained, tf.AutoModel.from_pretrained])
 def test_arguments_of_transformers_4(dropped, load):
-    with pytest.raises(ValueError, match=f"{dropped}: transformers 5 has PyTorch models alone"):
+    with pytest.raises(ValueError, match=f"{dropped}: transformers 5 only has PyTorch models"):
         load("anything", **{dropped: True})
 
 
