@@ -12,10 +12,10 @@ import triton.language as tl
 from .column_sum import column_sum
 from .direct import DIRECT
 
-TILE = 2048  # elements of a program of NUM_WARPS warps: 16 per thread
+TILE = 2048  # elements per program of NUM_WARPS warps: 16 per thread
 BLOCK = 256  # columns: divides the widths of transformers, so that no lane idles
 NUM_WARPS = 4
-PROGRAMS = 8  # walking programs per multiprocessor
+PROGRAMS = 8  # per multiprocessor, where programs walk over rows
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _bias_activation_forward_kernel(
     x_ptr, bias_ptr, gate_ptr, y_ptr, x_stride, gate_stride, rows, width,
     ACTIVATION: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(width, BLOCK)  # in one axis: the others of a grid end at 65535
+    blocks = tl.cdiv(width, BLOCK)  # all in grid axis 0: the other axes end at 65535
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -111,7 +111,7 @@ def _bias_activation_backward_kernel(
         tl.store(partial_ptr + partial, tl.sum(grad_bias, 0), mask=inside)
 
 
-REGISTERS = 80  # of 16-bit backwards without a gate: with fewer, as ptxas likes them, some spill
+REGISTERS = 80  # per thread, 16-bit backward without a gate: ptxas by itself takes fewer, and some kernels spill
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def bias_activation_forward(x, bias, gate, activation: str, y, plan=DIRECT) -> N
 def bias_activation_backward(
     grad, x, bias, gate, activation: str, grad_x, grad_bias, grad_gate, multiprocessors: int, plan=DIRECT
 ) -> None:
-    """Write grad_x, and grad_gate where there is a gate, and grad_bias (float32) where given.
+    """Write grad_x, grad_gate if there is a gate, and grad_bias (float32) if given.
 
     grad, x, gate: (rows, width), unit stride along the width; grad_x, grad_gate: (rows, width) contiguous.
     """

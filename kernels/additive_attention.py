@@ -1,8 +1,8 @@
 """Additive attention: s_ij = v . tanh(q_i + k_j + b), w = softmax_j(s), context_i = sum_j w_ij value_j.
 
 The hidden layer, (B, Sq, Sk, D), exists one tile at a time and is computed again in the backward pass, once for the
-gradient of the queries and once for that of the keys: a sum belongs to one program, so there are no atomics. Sums are
-float32 and in a fixed order. Not yet run on a GPU: configurations are chosen from register counts, not timings.
+gradient of the queries and once for that of the keys. Each sum belongs to one program, so there are no atomics. Sums
+are float32 and in a fixed order. Not yet run on a GPU: configurations are chosen from register counts, not timings.
 
 Source: Bahdanau, Cho and Bengio, 2015, appendix A.1.2.
 """
@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .attention_common import _tanh
 
-BLOCK_M, BLOCK_N = 16, 64  # of the matrix products
-KEYS = 16  # of a tile of the hidden layer
+BLOCK_M, BLOCK_N = 16, 64  # tile of the matrix products
+KEYS = 16  # per tile of the hidden layer
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -23,8 +23,8 @@ def _additive_weights_kernel(
     stride_qb, stride_qs, stride_kb, stride_ks, stride_mb, stride_mq, stride_mk, queries, keys, width,
     EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, query): its scores go where its weights will be, with a running maximum and sum; then they are
-    read again and normalised."""
+    """Program (sequence, query). The first pass stores the scores in weights_ptr and keeps a running maximum and sum;
+    the second reads them again and normalises them."""
     row = tl.program_id(0).to(tl.int64)
     b = row // queries
     i = row % queries
@@ -60,7 +60,7 @@ def _additive_weights_kernel(
         largest = new_largest
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-    tl.debug_barrier()  # what other threads stored is read below
+    tl.debug_barrier()  # threads read below what other threads stored
     for start in range(0, keys, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = tl.load(weights_ptr + j, mask=j < keys, other=-float("inf"))
@@ -72,8 +72,8 @@ def _additive_mix_kernel(
     weights_ptr, x_ptr, out_ptr, lengths_ptr, stride_wb, stride_wr, stride_wt, stride_xb, stride_xt, rows, terms, width,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence and rows, columns): out_r = sum_t weights_rt x_t. Terms past the sequence's length are not
-    read."""
+    """Program (sequence and block of rows, block of columns): out_r = sum_t weights_rt x_t. Terms past the sequence's
+    length are not read."""
     blocks = tl.cdiv(rows, BLOCK_M)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     r = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -99,7 +99,7 @@ def _additive_score_gradient_kernel(
     grad_ptr, grad_weights_ptr, weights_ptr, value_ptr, lengths_ptr, ds_ptr, stride_vb, stride_vs, queries, keys, width,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, queries): ds_ij = w_ij (dw_ij - sum_k w_ik dw_ik), dw_ij = grad_i . value_j +
+    """Program (sequence and block of queries): ds_ij = w_ij (dw_ij - sum_k w_ik dw_ik), dw_ij = grad_i . value_j +
     grad_weights_ij."""
     blocks = tl.cdiv(queries, BLOCK_M)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -128,7 +128,7 @@ def _additive_score_gradient_kernel(
         dw = tl.where(w == 0.0, 0.0, dw)
         along += tl.sum(w * dw, 1)
         tl.store(ds_ptr + at, dw, mask=seen)
-    tl.debug_barrier()  # what other threads stored is read below
+    tl.debug_barrier()  # threads read below what other threads stored
     for start in range(0, keys, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         at = rows * keys + j[None, :]
@@ -144,8 +144,8 @@ def _additive_hidden_gradient_kernel(
     stride_rb, stride_rs, stride_tb, stride_ts, stride_db, stride_dr, stride_dt, rows, terms, width,
     EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence and row, columns): grad_r = v * sum_t ds_rt (1 - h_rt^2) with h_rt = tanh(row_r + term_t + b),
-    and parts_r = sum_t ds_rt h_rt where wanted. The rows are queries and the terms keys, or the other way round."""
+    """Program (sequence and row, block of columns): grad_r = v * sum_t ds_rt (1 - h_rt^2), and with parts_ptr parts_r =
+    sum_t ds_rt h_rt, for h_rt = tanh(row_r + term_t + b). Rows are queries and terms are keys, or the reverse."""
     row = tl.program_id(0).to(tl.int64)
     b = row // rows
     r = row % rows

@@ -3,27 +3,26 @@
     P = exp(score - lse)    dV = P^T dO    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
     dQ = scale * dS K       dK = scale * dS^T Q           dbias = dS    dtable[bucket] = sum of dS over its elements
 
-One kernel holds a block of keys and walks over the queries (dK, dV: over those of every head that shares the key
-head), another holds a block of queries and walks over the keys (dQ, the bias, the relative table). No atomics: every
-sum has a fixed order, so gradients are the same bits every time. What it costs: Q K^T and dO V^T are computed twice,
-seven matrix products where a backward with atomic additions to dQ has five. Wide heads whose sums do not fit the
-registers take slices: a program sums some of the columns, and computes the scores for itself.
+The key kernel holds a block of keys and walks over the queries of every head that shares the key head (dK, dV). The
+query kernel holds a block of queries and walks over the keys (dQ, the bias, the relative table). No atomics: every sum
+has a fixed order, so gradients are bitwise reproducible. The cost: Q K^T and dO V^T are computed twice, seven matrix
+products where a backward with atomic additions to dQ has five. Where the sums of a wide head do not fit the registers,
+a program sums a slice of its columns and computes the scores itself.
 
-delta from dO and the output has the output's rounding in it, which a row of few keys, or a gradient that sums dS over
-whole rows (bias, relative table), does not average away, nor does a row of which a mask or a bias leaves one key, with
-dropout, which makes another number of its value: those calls compute delta = rowsum(P * dP) instead, by the query
-kernel with DELTA, two more products. In dQ an error e of delta is -e P K, for each row a mean of the keys, which
-is large where the keys have an offset, as a projection's bias gives them. But rows of dS sum to zero (or to dlse), so
-that
+delta from dO and O carries the rounding of O. It does not average away in rows of few keys, in gradients that sum dS
+over whole rows (bias, relative table), or, with dropout, in rows where a mask or a bias leaves one key: O is then its
+scaled value, rounded, not the value itself. Such calls compute delta = rowsum(P * dP) instead, in the query kernel with
+DELTA: two more matrix products. In dQ an error e of delta becomes -e P K, per row a mean of the keys, which is large
+where the keys have an offset, such as a projection's bias. But rows of dS sum to zero (or to dlse), so
 
     dQ = scale * sum_j dS_ij (k_j - center)
 
-for any center: with the mean of the keys what is left of the error is as small as without an offset. The query kernel
-sums the rows of dS and takes their product with the center off once, at its end.
+for any center. With the mean of the keys as center, the remaining error is as small as without an offset. The query
+kernel sums the rows of dS and subtracts their product with the center once, at its end.
 
-A float32 lse of hundreds is rounded so coarsely that rows of P do not sum to one, where plain PyTorch, which takes off
-the largest score, is exact: in float32 the query kernel with DELTA measures what such rows sum to, and `correction`
-divides by it.
+A float32 lse in the hundreds is rounded so coarsely that rows of P do not sum to one. Plain PyTorch subtracts the
+largest score and has no such error. In float32 the query kernel with DELTA therefore measures the sums of such rows,
+and `correction` divides by them.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -54,13 +53,13 @@ from .attention_common import (
     whole_rows,
 )
 
-PRECISE_LSE = tl.constexpr(16.0)  # a float32 one beyond is rounded more than sums of P are
-CENTER_KEYS = tl.constexpr(1024)  # so many keys at most, evenly spread, tell where their center is
+PRECISE_LSE = tl.constexpr(16.0)  # a larger float32 lse is rounded more coarsely than sums of P
+CENTER_KEYS = tl.constexpr(1024)  # the center is the mean of at most this many keys, evenly spread
 
 
 @triton.jit
 def _center(k_ptr, stride_ks, keys, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mean of the keys of a head. Values that are not finite, which a mask may hide from a row, count as zeros."""
+    """Mean of the keys of a head. Values that are not finite count as zeros: a mask may hide them."""
     step = tl.maximum(tl.cdiv(keys, CENTER_KEYS), 1)
     count = tl.cdiv(keys, step)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -79,9 +78,9 @@ def _attention_delta_kernel(
     stride_lse_h, heads, queries, keys,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Write delta, and lse in the units of scores. A row with nothing to attend to gets +inf, which makes its P zero.
-    The correction starts as ones. The first program of each key head writes its center, (B, key heads, D)."""
-    blocks = tl.cdiv(queries, BLOCK_M)  # in one axis: the others of a grid end at 65535
+    """Write delta, and peak: lse in the units of scores, or +inf for a row with nothing to attend to, so that its P is
+    zero. The correction starts as ones. The first program of each key head writes its center, (B, key heads, D)."""
+    blocks = tl.cdiv(queries, BLOCK_M)  # all in grid axis 0: the other axes end at 65535
     bh = tl.program_id(0) // blocks
     b, h = bh // heads, bh % heads
     first_row = tl.program_id(0) % blocks * BLOCK_M
@@ -119,8 +118,8 @@ def _accumulate_key_gradients(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Add queries begin .. end, one of PARTS, to dK and dV of one tile of keys; scores are [keys, queries]. Queries
-    past the last have a peak of +inf, hence P = 0; keys past the last are never stored: only windows need a mask."""
+    """Add queries begin .. end, one of PARTS, to dK and dV of one tile of keys. Scores are [keys, queries]. Queries
+    past the last have peak +inf, hence P = 0, and keys past the last are never stored: only windows need a mask."""
     (
         k, v, q_ptr, grad_out_ptr, delta_ptr, peak_ptr, first_column, first_d, b, h, bh, stride_qs,
         stride_gs, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_mask_b, stride_mask_h,
@@ -129,7 +128,7 @@ def _accumulate_key_gradients(
     ) = tile  # fmt: skip
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
-    # The first rows see these keys at the largest distances.
+    # Rows before the near ones see these keys at distances beyond reach, rows after them beyond -reach.
     far_bias = tl.load(relative_rows + (3 - PART) // 2 * 2 * reach) if FAR else None
     column = (first_column + tl.arange(0, BLOCK_N))[:, None]
     for start in tl.range(begin, end, BLOCK_M):
@@ -197,8 +196,8 @@ def _attention_backward_key_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV. heads, batch_heads, heads_together count key heads; `keys` is how many rows dK has, so that those past
-    key_lengths get their zeros."""
+    """Write dK and dV. heads, batch_heads and heads_together count key heads. `keys` counts the rows of dK: those past
+    key_lengths get zeros."""
     pid, first_d = program_slice(tl.program_id(0), HEAD_DIM, BLOCK_D)
     block, bh = program_block(pid, blocks, batch_heads, heads_together, False)
     b = bh // heads
@@ -259,14 +258,14 @@ def _attention_backward_key_kernel(
                     bounds[part + 1], BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION,
                     WIDE, part,
                 )  # fmt: skip
-    if cu_k_ptr is not None:  # read again, volatile: kept through the loops they would cost registers
+    if cu_k_ptr is not None:  # loaded again, volatile: values kept through the loops would cost registers
         first_k = tl.load(cu_k_ptr + b, volatile=True)
         stored = tl.load(cu_k_ptr + b + 1, volatile=True) - first_k
         if key_lengths_ptr is None:
             keys = stored
     dk_ptr = row_pointer(dk_ptr, b, hk, first_k, stride_dkb, stride_dkh, stride_dks)
     dv_ptr = row_pointer(dv_ptr, b, hk, first_k, stride_dvb, stride_dvh, stride_dvs)
-    # Rows past the keys that take part would hold the gradient of a key of zeros, inf and NaN included: write zeros.
+    # Rows past `keys` hold the gradient of a key of zeros, which may be inf or NaN: write zeros.
     alive = (first_column + tl.arange(0, BLOCK_N) < keys)[:, None]
     dk = tl.where(alive, dk * grad_scale, 0.0)
     dv = tl.where(alive, dv * keep_scale, 0.0)
@@ -284,8 +283,8 @@ def _accumulate_query_gradient(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Add keys begin .. end, one of PARTS, to the gradients of one tile of queries: dQ, the row sums of dS (excess),
-    with a soft cap those of P times its slope (weight), dbias, and with BUCKETS the sums of dS by bucket. With DELTA
-    add them to the row sums of P * dP (dq) and of P (excess) instead."""
+    dbias, with a soft cap the row sums of P * slope (weight), and with BUCKETS the sums of dS per bucket. With DELTA
+    only to the row sums of P * dP (dq) and of P (excess)."""
     (
         q, grad_out, delta, peak, k_ptr, v_ptr, first_row, first_d, bh, stride_ks, stride_vs, stride_bias_n,
         stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
@@ -325,7 +324,7 @@ def _accumulate_query_gradient(
             ds = p * (dp - delta[:, None])
             if dbias_rows is not None:
                 places = dbias_rows + column.to(tl.int64) * stride_dbias_n
-                rows = tl.where(first_d == 0, queries, 0)  # the first slice's
+                rows = tl.where(first_d == 0, queries, 0)  # only the first slice stores
                 tl.store(places, ds, mask=(row < rows)[:, None] & (column < keys))
             if BUCKETS:
                 if FAR:
@@ -353,9 +352,9 @@ def _bucket_sums(
     ds, nearest, bucket_ptr, reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr,
     DIAGONALS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a tile by bucket. Element (i, j) of a group of rows lies on diagonal j - i + ROWS - 1: rows shifted so
-    that diagonals become columns, column sums, then one comparison a bucket. A group has no more rows than columns:
-    most of what is shifted further is empty."""
+    """Sums of a tile per bucket. Element (i, j) of a group of rows lies on diagonal j - i + ROWS - 1. Rows are shifted
+    so that diagonals become columns; the column sums then take one comparison per bucket. A group has no more rows than
+    columns: with more, most of the shifted tile would be empty."""
     ROWS: tl.constexpr = min(BLOCK_M, BLOCK_N)
     GROUPS: tl.constexpr = BLOCK_M // ROWS
     tile = tl.reshape(ds, (GROUPS, ROWS, BLOCK_N))
@@ -388,15 +387,15 @@ def _attention_backward_query_kernel(
     BUCKETS: tl.constexpr, DIAGONALS: tl.constexpr, DELTA: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write dQ, dbias where it is not broadcast, and each program's sums of dS by bucket, (B, H, blocks, BUCKETS).
+    """Write dQ, dbias unless it broadcasts, and each program's sums of dS per bucket, (B, H, blocks, BUCKETS).
 
-    DELTA: write delta and the correction alone; LARGE: only for blocks where some lse is large. Without dq_ptr: write
-    the sums alone, which with dQ take too many registers at large head dims and with dropout.
+    DELTA: write only delta and the correction; LARGE: only for blocks where some lse exceeds PRECISE_LSE. Without
+    dq_ptr: write only the sums; together with dQ they take too many registers at large head dims and with dropout.
     """
     QUERY: tl.constexpr = dq_ptr is not None
     pid = tl.program_id(0)
     first_d = 0
-    if QUERY:  # else nothing is summed by columns
+    if QUERY:  # only dQ is cut into slices of columns
         pid, first_d = program_slice(pid, HEAD_DIM, BLOCK_D)
     block, bh = program_block(pid, blocks, batch_heads, heads_together, RIGHT)
     b = bh // heads

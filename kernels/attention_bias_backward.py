@@ -1,8 +1,8 @@
 """Gradient of an attention bias that broadcasts: dS summed over the axes along which the bias has one element.
 
-One program owns a tile of dbias and walks over everything that shares it (sequences, heads, blocks of rows or keys),
-computing dS again as the query kernel does: 40% of a backward pass more. No atomics, one order of sums. A bias that
-does not broadcast needs none of this: its gradient is written where dQ is computed.
+One program owns a tile of dbias and walks over everything that shares it (sequences, heads, blocks of rows or keys).
+It computes dS again as the query kernel does, which adds 40% to a backward pass. No atomics, one order of sums. The
+gradient of a bias that does not broadcast is written by the query kernel instead.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -43,8 +43,8 @@ def _attention_backward_bias_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split). There are own_b x own_h x own_m x own_n tiles of dbias, and each sums over each_b x each_h
-    x each_m x each_n tiles of scores, which are dealt out to the splits. Along an axis own or each is 1."""
+    """Program (tile, split). dbias has own_b x own_h x own_m x own_n tiles. Each sums each_b x each_h x each_m x each_n
+    tiles of scores, divided among the splits. Along every axis own or each is 1."""
     tile = tl.program_id(0)
     own_n_block = tile % own_n
     own_m_block = tile // own_n % own_m

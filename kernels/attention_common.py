@@ -16,8 +16,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def program_block(pid, blocks, batch_heads, heads_together, DESCENDING: tl.constexpr):
-    """(block, batch and head) of a program. Programs go through `heads_together` heads block by block, so that their
-    keys and values stay in the L2 cache. DESCENDING: the last block first, the longest one of a causal call."""
+    """(block, b * heads + h) of a program. Programs go through `heads_together` heads block by block, so that their
+    keys and values stay in the L2 cache. DESCENDING: the last block first, which is the longest in a causal call."""
     group = pid // (blocks * heads_together)
     size = tl.minimum(heads_together, batch_heads - group * heads_together)
     rest = pid - group * blocks * heads_together
@@ -29,16 +29,16 @@ def program_block(pid, blocks, batch_heads, heads_together, DESCENDING: tl.const
 
 @triton.jit
 def program_slice(pid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(program without its slice, first column) where the sums of a whole head dim do not fit the registers. A program
-    then sums BLOCK_D columns of the result, and each computes the scores, which every column needs, again."""
+    """(program id without the slice, first column of the slice). Where the sums of a whole head dim do not fit the
+    registers, a program sums BLOCK_D columns of the result. The program of each slice computes all scores again."""
     SLICES: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     return pid // SLICES, pid % SLICES * BLOCK_D
 
 
 @triton.jit
 def sequence(b, cu_q_ptr, cu_k_ptr, key_lengths_ptr, queries, keys, BOTTOM_RIGHT: tl.constexpr):
-    """(first row of the unpadded queries, of the unpadded keys, queries, keys, offset) of sequence b. A query i
-    stands at position i + offset."""
+    """(first row of q, first row of k, queries, keys, offset) of sequence b. First rows are 0 for padded tensors. Query
+    i has position i + offset."""
     first_q = 0
     first_k = 0
     if cu_q_ptr is not None:
@@ -66,8 +66,8 @@ def load_tile(
     ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
     WIDE: tl.constexpr, first_d=0,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of a matrix of HEAD_DIM columns, BLOCK_D columns from first_d on, those past the last
-    zeros; with CHECK, rows from `limit` on are zeros and are not read. WIDE: offsets within the tile need 64 bits."""
+    """[ROWS, BLOCK_D] from row `first` and column first_d on of a matrix of HEAD_DIM columns; columns past HEAD_DIM are
+    zeros. CHECK: rows from `limit` on are zeros and are not read. WIDE: offsets within the tile need 64 bits."""
     row = tl.arange(0, ROWS)
     d = first_d + tl.arange(0, BLOCK_D)
     offset = row.to(tl.int64) if WIDE else row
@@ -101,7 +101,7 @@ def whole_rows(
     ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Rows as `product` takes them: a tuple of tiles of BLOCK_D columns."""
+    """Rows first .. first + ROWS as a tuple of tiles of BLOCK_D columns, as `product` takes them."""
     rows = (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE),)
     for s in tl.static_range(1, (HEAD_DIM + BLOCK_D - 1) // BLOCK_D):
         rows = rows + (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, s * BLOCK_D),)
@@ -110,7 +110,7 @@ def whole_rows(
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """A B^T of `whole_rows`."""
+    """A B^T; a and b come from `whole_rows`."""
     c = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for s in tl.static_range(1, len(a)):
         c = tl.dot(a[s], tl.trans(b[s]), c, input_precision=PRECISION)
@@ -122,7 +122,7 @@ def own_columns(
     rows, ptr, first, stride, limit, first_d, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The columns of `whole_rows` from first_d on: the operand of a program's slice of the result."""
+    """Columns first_d .. first_d + BLOCK_D of `whole_rows`: the operand for a program's slice of the result."""
     if HEAD_DIM > BLOCK_D:
         tile = load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, first_d)
     else:
@@ -134,8 +134,8 @@ def own_columns(
 def key_bounds(
     first, last, keys, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """begin <= inner_begin <= inner_end: keys begin .. end are seen from positions first .. last, and those of blocks
-    in inner_begin .. inner_end from every one of them. All but end are multiples of BLOCK_N."""
+    """(begin, inner_begin, inner_end, end): positions first .. last see keys begin .. end, and every one of them sees
+    all of inner_begin .. inner_end. begin <= inner_begin <= inner_end; all but end are multiples of BLOCK_N."""
     begin = 0
     end = keys
     inner_begin = 0
@@ -174,7 +174,7 @@ def query_bounds(
     return begin, inner_begin, inner_end, end
 
 
-# The keys of a tile of queries come in five parts, and the queries of a tile of keys too:
+# A tile of queries takes its keys in five parts, and a tile of keys its queries:
 # left edge, distances beyond the reach of the relative bias, within it, beyond it on the other side, right edge.
 # Where the head dim is cut into slices, all distances count as within: fewer loops leave more registers.
 PARTS = tl.constexpr(5)
@@ -182,8 +182,8 @@ PARTS = tl.constexpr(5)
 
 @triton.jit
 def near_keys(first, last, inner_begin, inner_end, reach, BLOCK_N: tl.constexpr):
-    """Where, within the inner blocks of positions first .. last, the keys at distances beyond -reach end, and where
-    those beyond reach begin."""
+    """(near_begin, near_end) in the inner blocks of positions first .. last: keys before near_begin are at distances
+    beyond -reach, keys from near_end on beyond reach."""
     near_begin = tl.maximum(first - reach + 1, 0) // BLOCK_N * BLOCK_N
     near_end = tl.cdiv(tl.maximum(last + reach, 0), BLOCK_N) * BLOCK_N
     near_begin = tl.minimum(tl.maximum(near_begin, inner_begin), inner_end)
@@ -204,7 +204,7 @@ def near_queries(first, last, inner_begin, inner_end, offset, reach, BLOCK_M: tl
 def visible(
     position, column, keys, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr
 ):  # fmt: skip
-    """Which elements of an edge tile take part, as far as lengths and windows say."""
+    """True for the elements of an edge tile that lengths and windows let take part."""
     alive = column < keys
     if RIGHT:
         alive = alive & (column <= position + window_right)
@@ -229,7 +229,7 @@ def _tanh(x, EXACT: tl.constexpr):
 
 @triton.jit
 def row_pointers(ptr, b, h, row, stride_b, stride_h, stride_m):
-    """Where each row of a bias or mask starts, or None without one. Rows lie within the tensor."""
+    """Pointers to the rows of a bias or mask, or None without one. `row` must lie within the tensor."""
     if ptr is not None:
         pointers = row_pointer(ptr, b, 0, 0, stride_b, 0, 0) + (
             tl.cast(h, tl.int64) * stride_h + row.to(tl.int64) * stride_m
@@ -245,13 +245,12 @@ def finish_scores(
     reach, far_bias,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """q.k to scores, masked elements -inf, and the derivative of the soft cap.
+    """(scores, derivative of the soft cap) from raw = q.k. Masked scores are -inf.
 
-    position, column: of queries and keys, broadcasting to raw's shape.
-    score_scale: scale, scale * log2(e) when FOLDED, scale / softcap with SOFTCAP. *_rows: see row_pointers, of raw's
-    shape with one column. relative_rows: points at 2 * reach + 1 values for distances -reach .. reach; distances beyond
-    are as those at the ends. far_bias, in its place: the one value of a tile that lies beyond. CHECK: columns may reach
-    past `keys`.
+    position, column: of queries and keys, broadcast to raw's shape. bias_rows, mask_rows: likewise, see row_pointers.
+    score_scale: scale, scale * log2(e) when FOLDED, scale / softcap with SOFTCAP. relative_rows: points at 2 * reach +
+    1 values for distances -reach .. reach; distances beyond take the value at the end. far_bias: the one value of a
+    tile that lies wholly beyond, in place of relative_rows. CHECK: columns may reach past `keys`.
     """
     slope = 1.0
     if SOFTCAP:
@@ -278,7 +277,7 @@ def finish_scores(
 
 @triton.jit
 def exponential(scores, shift, FOLDED: tl.constexpr, EXACT: tl.constexpr):
-    """exp(scores - shift). EXACT subtracts before it rounds a product, which matters to float32 alone."""
+    """exp(scores - shift). EXACT subtracts before any product is rounded; only float32 needs it."""
     if FOLDED:
         p = tl.exp2(scores - shift)
     elif EXACT:
@@ -300,8 +299,8 @@ def keep_tile(
 ):  # fmt: skip
     """True where dropout keeps element (bh, rows[r], first_column + c), [ROWS, COLUMNS] or transposed; see philox.py.
 
-    COLUMNS: a power of two from 16 on, first_column a multiple of it. A tile narrower than 128 columns uses that
-    share of the lanes of its counters.
+    COLUMNS: a power of two >= 16 that divides first_column. A tile narrower than 128 columns uses COLUMNS / 16 of the
+    eight lanes of each counter.
     """
     GROUPS: tl.constexpr = (COLUMNS + 127) // 128
     LANES: tl.constexpr = COLUMNS // (16 * GROUPS)

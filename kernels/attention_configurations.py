@@ -12,9 +12,9 @@ KINDS = ("plain", "rich", "relative", "grouped")
 
 
 class Config(NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of its load pipeline; the registers per thread, where
-    ptxas by itself would take fewer and spill; the columns of the head dim that a program sums, where sums of whole
-    rows do not fit the registers."""
+    """Queries and keys per tile, warps per program, stages of its load pipeline. max_registers: per thread, where ptxas
+    by itself would take fewer and spill. columns: of the head dim, per program, where sums of whole rows do not fit the
+    registers."""
 
     block_m: int
     block_n: int
@@ -28,10 +28,10 @@ class Shape(NamedTuple):
     """What a configuration depends on.
 
     architecture: one of ARCHITECTURES. width: head dim rounded up to 64, 128 or 256. single: float32 data.
-    kind: how many registers a call needs beside its tiles: "relative" for a relative bias (five loops, one for each
-    part of the keys), "rich" for another bias, a mask, a soft cap, dropout or a window on the left, and for a
-    head dim between 128 and 256, whose columns are masked, else "plain". In "backward_key" a plain call of heads that
-    share keys is "grouped": it has a loop over them.
+    kind: how many registers a call needs beside its tiles. "relative": a relative bias (five loops, one per part of the
+    keys). "rich": another bias, a mask, a soft cap, dropout, a window on the left, or a head dim between 128 and 256,
+    whose columns are masked. "plain": all others. In "backward_key" a plain call of query heads that share a key head
+    is "grouped": it has a loop over them.
     short: at most 64 queries per sequence.
     """
 
@@ -61,8 +61,8 @@ def shape(capability: tuple[int, int], head_dim: int, itemsize: int, kind: str, 
 
 HALF, SINGLE = False, True
 
-# (kernel, architecture or "" for those without a row of their own, width, single) -> one configuration per kind. Where
-# a relative bias or grouped heads have none of their own they take the rich one.
+# (kernel, architecture, width, single) -> one configuration per kind. Architecture "": all without a row of their own.
+# Without one of their own, "relative" and "grouped" take the configuration of "rich".
 # fmt: off
 TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("forward", "", 64, HALF): (Config(128, 64, 8, 3), Config(128, 64, 8, 2)),

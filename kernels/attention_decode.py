@@ -1,12 +1,12 @@
-"""Attention of a few queries against many keys (decoding): the keys are split over programs, then joined.
+"""Attention of a few queries against many keys (decoding): programs split the keys, then their parts are joined.
 
 The query heads that share a key head, and their few queries, are the rows of one tile, so keys and values are read
-once. Where sequences and key heads alone fill the GPU there is one split and one kernel; else each split leaves its
+once. Where sequences and key heads alone fill the GPU there is one split and one kernel; else each split writes its
 part of the output and its log-sum-exp, and a second kernel joins them (Dao et al., "Flash-Decoding", 2023).
 
-With new keys and values, one of each for every query, the program that reaches their places at the end of the cache
-reads them from the tensors that are passed and writes them there: no launch for the append, and no program reads what
-another has yet to write.
+A call may pass new keys and values, one of each per query. The program that reaches their places at the end of the
+cache reads them from the passed tensors and writes them to the cache. So the append takes no launch, and no program
+reads what another has yet to write.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
 """
@@ -27,13 +27,13 @@ from .attention_common import (
     visible,
 )
 
-TAIL = tl.constexpr(16)  # keys of a tile at the cache's end, new ones among them: few, as registers are short
+TAIL = tl.constexpr(16)  # keys per tile at the cache's end, where new ones are: few, to save registers
 
 
 @triton.jit
 def _new_rows(tile, cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N: tl.constexpr,
               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """A tile of the cache, rows stored .. keys of it new: read from new_ptr and written to the cache."""
+    """`tile` of the cache with rows stored .. keys read from new_ptr, which are also written to the cache."""
     row = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     new = ((row >= stored) & (row < keys))[:, None]
@@ -51,7 +51,7 @@ def _attend_few(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
-    """Add keys begin .. end of `keys` to the state of the rows; with APPEND those from `stored` on are new."""
+    """Add keys begin .. end of `keys` to the state of the rows; with APPEND keys from `stored` on are new."""
     q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n = tile
     score_scale, softcap, window_left, window_right, reach = limits
     for start in tl.range(begin, end, BLOCK_N, num_stages=1 if APPEND else None):
@@ -99,7 +99,7 @@ def _attention_decode_kernel(
 ):  # fmt: skip
     """Program (sequence and key head, split). Row r of the tile is query r % queries of head r // queries of the group.
     heads counts key heads. With SPLIT, out and lse are float32 parts. With new keys, k and v are the cache, key_lengths
-    what it held before, and query i stands where new key i goes; new keys past the cache's end are dropped."""
+    its lengths before, and query i has the position of new key i; new keys past the cache's end are dropped."""
     b = tl.program_id(0) // heads
     hk = tl.program_id(0) % heads
     split = tl.program_id(1)
@@ -148,7 +148,7 @@ def _attention_decode_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         begin += split * share
         end = tl.minimum(end, begin + share)
-    tail = end  # where keys begin that may be new
+    tail = end  # keys from here on may be new
     if new_k_ptr is not None:
         tail = tl.minimum(tl.maximum(stored // TAIL * TAIL, begin), tl.maximum(end, begin))
     tile = (q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n)
@@ -182,8 +182,8 @@ def _attention_combine_kernel(
     heads, rows, splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, sequence and head): out = sum of exp(lse of a part) * part / sum of exp(lse of a part). Parts are
-    (splits, B, H, rows, HEAD_DIM) and (splits, B, H, rows)."""
+    """Program (row, sequence and head): out = sum_s exp(part_lse_s) part_s / sum_s exp(part_lse_s) over splits s.
+    part: (splits, B, H, rows, HEAD_DIM), part_lse: (splits, B, H, rows)."""
     i = tl.program_id(0) % rows
     bh = tl.program_id(0) // rows
     split = tl.arange(0, SPLITS)

@@ -2,7 +2,7 @@
 
     out = softmax(score) V      score = softcap(scale * Q K^T) + bias + relative bias      lse = log sum exp(score)
 
-Blocks of keys that no row of the block sees are never visited; those that every row sees whole run in a loop
+Blocks of keys that no row of the block sees are never visited. Those that every row sees in full run in a loop
 without any mask; only the edges (causal diagonal, window ends, the last keys) pay for masks.
 
 Not yet run on a GPU: proven by Triton's interpreter and by its compiled code.
@@ -70,7 +70,7 @@ def _attend(
             new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = new_peak
         if EDGE or bias_rows is not None or mask_rows is not None:
-            # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
+            # A row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         if FOLDED:
             scores = scores * score_scale
@@ -156,9 +156,9 @@ def _attention_forward_kernel(
                 BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, LEFT, RIGHT, SOFTCAP, FOLDED, PRECISION, WIDE, part,
             )  # fmt: skip
 
-    dead = total == 0.0  # a row with nothing to attend to; NaN is not
+    dead = total == 0.0  # a row with nothing to attend to; a row of NaN is not dead
     factor = tl.where(dead, 0.0, keep_scale / total)
     store_tile(out_ptr, first_row, stride_os, queries, acc * factor[:, None], BLOCK_M, HEAD_DIM, BLOCK_D, first_d)
     lse = (peak + tl.log2(total)) * LN2 if FOLDED else peak + tl.log2(total) * LN2
     lse = tl.where(dead, float("-inf"), lse)
-    tl.store(lse_ptr + row, lse, mask=row < tl.where(first_d == 0, queries, 0))  # the first slice's
+    tl.store(lse_ptr + row, lse, mask=row < tl.where(first_d == 0, queries, 0))  # only the first slice

@@ -3,7 +3,7 @@
     loss = (1 - e) w[y] (-log p[y]) + e / V * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2,    p = softmax(x)
 
 Forward, a program walks over one row in blocks with a running maximum and a running sum (Milakov and Gimelshein,
-2018). Backward, each block of each row is a program of its own; the gradient may lie over the logits. Sums are
+2018). Backward, each block of each row is a program of its own; the gradient may overwrite the logits. Sums are
 float32 and in a fixed order. Not yet run on a GPU: the configuration is chosen from register counts, not timings.
 """
 
@@ -26,7 +26,7 @@ def _cross_entropy_forward_kernel(
     w_target = 1.0
     if weight_ptr is not None:
         w_target = tl.load(weight_ptr + target, mask=valid, other=0.0)
-    # Label smoothing sums x relative to something of its size, to lose nothing where all logits are large.
+    # Label smoothing sums x - x_target, not x: a sum of large logits would lose precision.
     base = tl.where(x_target == -float("inf"), 0.0, x_target)
     largest = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -96,7 +96,7 @@ def _cross_entropy_backward_kernel(
 
 
 def config(classes: int) -> tuple[int, int]:
-    """Columns of a block and warps: 16 elements per thread."""
+    """Columns per block and warps per program: 16 elements per thread."""
     block = min(4096, max(32, triton.next_power_of_2(classes)))
     return block, max(1, block // 512)
 

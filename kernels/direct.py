@@ -1,5 +1,5 @@
 """How the launchers of this folder launch kernels and allocate tensors: at once, unless the caller passes a plan
-(backends/triton_launch.py), which records their decisions for the next call of the same kind."""
+(backends/triton_launch.py), which records both for the next call of the same kind."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""y = keep * x / (1 - p) over rows, the mask from a counter (see philox): its own backward."""
+"""y = keep * x / (1 - p) over rows, the mask from a counter (see philox). The backward is the same kernel."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ ROWS, BLOCK, NUM_WARPS = 8, 256, 4  # 16 elements per thread; not yet run on a G
 def _dropout_kernel(
     x_ptr, rng_ptr, y_ptr, x_stride, rows, width, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    blocks = tl.cdiv(width, BLOCK)  # in one axis: the others of a grid end at 65535
+    blocks = tl.cdiv(width, BLOCK)  # all in grid axis 0: the other axes end at 65535
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(0) % blocks * BLOCK
     column = first_column + tl.arange(0, BLOCK)

@@ -2,8 +2,8 @@
 
     v = word[ids] + token_type[type_ids] + position[position_ids]      y = dropout(weight * (v - mean) * rstd + bias)
 
-Nothing of the size of y is kept: the backward pass gathers v again. It writes the gradient of v in float32; an entry
-of a table then belongs to the programs that add up its rows, found by sorting the ids, in a fixed order. Not yet
+Nothing of the size of y is kept: the backward pass gathers v again. It writes the gradient of v in float32. Sorting
+the ids then finds the rows of each table entry, and the programs of the entry add them up in a fixed order. Not yet
 run on a GPU: configurations are chosen from register counts, not timings.
 """
 
@@ -78,7 +78,7 @@ def _embedding_backward_kernel(
     """Program p walks over rows p * ROWS, (p + programs) * ROWS, ...
 
     grad_v = rstd * (g - mean(g) - normed * mean(g * normed)), g = weight * dropout(grad_y).
-    partial: (WEIGHT + BIAS, programs, width), this program's sums of dropout(grad_y) * normed and of dropout(grad_y).
+    partial: (WEIGHT + BIAS, programs, width), sums per program of dropout(grad_y) * normed and of dropout(grad_y).
     """
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -150,7 +150,7 @@ def _tables(ids, word, type_ids, token_type, position_ids, position):
     )  # fmt: skip
 
 
-REGISTERS = 168  # per thread of the backward: the gathers' addresses beside a norm's 128
+REGISTERS = 168  # per thread of the backward: 128 as for a norm, the rest for the addresses of the gathers
 
 
 def embedding_layer_norm_forward(
@@ -159,7 +159,7 @@ def embedding_layer_norm_forward(
 ) -> None:  # fmt: skip
     """Write y (rows, width), contiguous, and mean, rstd (rows,) float32.
 
-    ids: (rows,) int64, contiguous; tables: (entries, width), unit stride along the width, None where there is none.
+    ids: (rows,) int64, contiguous; tables: (entries, width), unit stride along the width, or None.
     """
     rows, width = y.shape
     config = forward_config(width, rng is not None)
@@ -173,7 +173,7 @@ def embedding_layer_norm_backward(
     grad_y, ids, word, type_ids, token_type, position_ids, position, weight, mean, rstd, rng, threshold, keep_scale,
     grad_v, grad_weight, grad_bias, multiprocessors: int,
 ) -> None:  # fmt: skip
-    """Write grad_v (rows, width) and, where given, grad_weight and grad_bias (width,), all float32."""
+    """Write grad_v (rows, width) and, if given, grad_weight and grad_bias (width,), all float32."""
     rows, width = grad_v.shape
     config = backward_config(width, grad_y.element_size(), rng is not None)
     programs = min(max(1, multiprocessors * config.programs), triton.cdiv(rows, config.rows))
@@ -194,7 +194,7 @@ def embedding_gradient(grad_v, ids, padding_idx: int, grad_table) -> None:
     (rows, width), entries = grad_v.shape, grad_table.shape[0]
     in_order, order = torch.sort(ids, stable=True)
     starts = torch.searchsorted(in_order, torch.arange(entries + 1, device=ids.device))
-    # Few entries and many rows (segments): several programs per entry, added up afterwards.
+    # Few entries and many rows (token types): several programs per entry, whose parts are added up afterwards.
     parts = max(1, min(64, rows // (64 * entries)))
     out = grad_table if parts == 1 else grad_v.new_empty((parts, entries, width))
     block = min(256, max(16, triton.next_power_of_2(width)))

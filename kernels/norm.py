@@ -103,7 +103,7 @@ def _layer_norm_forward_wide_kernel(
             tl.store(sum_ptr + row[:, None] * width + column[None, :], v, mask=inside)
         v = v.to(tl.float32)
         if not RMS:
-            # Mean and sum of squared deviations of the block, joined to those before it (Chan et al., 1979).
+            # Mean and sum of squared deviations of the block, joined to those of the blocks before (Chan et al., 1979).
             count = tl.minimum(width - first, BLOCK)
             block_mean = tl.sum(v, 1) / count
             v = tl.where(inside, v - block_mean[:, None], 0.0)
@@ -155,7 +155,7 @@ def _layer_norm_backward_kernel(
 
     grad_v = rstd * (g - mean(g) - normed * mean(g * normed)) + grad_sum with g = weight * grad_y; the two means are
     computed here when the block holds the whole row, else read from row_means. No mean_ptr: rms_norm.
-    partial: (WEIGHT + BIAS, programs, width), this program's sums of grad_y * normed and of grad_y.
+    partial: (WEIGHT + BIAS, programs, width), sums per program of grad_y * normed and of grad_y.
     """
     first_column = tl.program_id(1) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
@@ -246,19 +246,19 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-REGISTERS = 128  # per thread of a backward: ptxas by itself spills some, to fit more programs
+REGISTERS = 128  # per thread of the backward: ptxas by itself takes fewer, to fit more programs, and spills
 WIDE_FORWARD = Config(rows=1, block=4096, num_warps=8)
 WIDE_BACKWARD = Config(rows=2, block=1024, num_warps=4, programs=4)
 
 
 def _tile(width: int, dropout: bool, elements: int) -> tuple[int, int]:
-    """Rows and columns of about `elements`: narrow rows share a program. Dropout comes 128 columns at a time."""
+    """Rows and columns of a tile of about `elements`: narrow rows share a program. Dropout needs multiples of 128."""
     block = max(triton.next_power_of_2(width), 128 if dropout else 16)
     return max(1, elements // block), block
 
 
 def forward_config(width: int, dropout: bool) -> Config:
-    """16 elements per thread; 32 at the widest."""
+    """16 elements per thread; 32 in the widest rows."""
     if width > FORWARD_WIDTH:
         return WIDE_FORWARD
     rows, block = _tile(width, dropout, 2048)
@@ -304,10 +304,10 @@ def layer_norm_backward(
     grad_y, grad_sum, v, weight, rng, threshold, keep_scale, mean, rstd, grad_v, grad_x, grad_weight, grad_bias,
     multiprocessors: int, plan=DIRECT,
 ) -> None:  # fmt: skip
-    """Write grad_v, and grad_x with dropout, and grad_weight, grad_bias (float32) where given.
+    """Write grad_v, with dropout grad_x, and grad_weight, grad_bias (float32) if given.
 
     grad_y, grad_sum, v: (rows, width), unit stride along the width. mean: None for rms_norm. The order of every sum
-    depends on shapes and on `multiprocessors` alone: results are the same bits every time.
+    depends only on shapes and on `multiprocessors`: results are bitwise reproducible.
     """
     rows, width = v.shape
     config = backward_config(width, v.element_size(), rng is not None)

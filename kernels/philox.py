@@ -7,7 +7,7 @@ numbers: as easy as 1, 2, 3", SC 2011):
     lane    = (j % 128) // 16              bits = word[lane % 4] >> (0 if lane < 4 else 16)
 
 and is kept when bits >= threshold. One counter serves eight columns: a block of columns costs an eighth of
-what a generator called once an element would.
+what a generator called once per element would.
 """
 
 import triton
@@ -25,7 +25,7 @@ def _round(c0, c1, c2, c3, key0, key1):
 def philox(c0, c1, c2, c3, key0, key1, UNROLLED: tl.constexpr = False):
     """The four words of Philox4x32-7 for counters (c0, c1, c2, c3), uint32 tensors of one shape.
 
-    UNROLLED: inside a loop that Triton is to pipeline, which it does to innermost loops only.
+    UNROLLED: for calls inside a loop that Triton should pipeline: it pipelines only innermost loops.
     """
     if UNROLLED:
         for _ in tl.static_range(7):
@@ -33,7 +33,7 @@ def philox(c0, c1, c2, c3, key0, key1, UNROLLED: tl.constexpr = False):
             key0 += 0x9E3779B9
             key1 += 0xBB67AE85
     else:
-        # A loop keeps Triton 3.6 from computing everything again per element, in the layout of its users.
+        # Without a loop Triton 3.6 computes everything again for each element, in the layout of the users.
         # (LLVM unrolls it.)
         for _ in range(7):
             c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)

@@ -1,10 +1,10 @@
-"""Rotary position embedding: the pairs of a head's columns rotated by the angle of the token's position.
+"""Rotary position embedding: pairs of a head's columns are rotated by an angle that depends on the token's position.
 
-A program rotates a block of rows, a row being one head of one token. Gradients are the same kernel, rotating back.
+A program rotates a block of rows; a row is one head of one token. The backward is the same kernel, rotating back.
 
-With keys and values in the same launch (decoding), programs of the grid's second axis take them: queries go to a tensor
-of their own, keys and values to the cache behind what it holds. Heads may be normed first (RMS norm of each, Qwen 3): a
-row is in registers then anyway.
+In decoding, keys and values share the launch along the grid's second axis: queries go to a tensor of their own, keys
+and values to the cache, after the tokens that it holds. An RMS norm of each head (Qwen 3) may come first: the row is in
+registers anyway.
 
 Tile sizes are chosen from the compiled code, not from timings: not yet run on a GPU.
 """
@@ -12,9 +12,9 @@ Tile sizes are chosen from the compiled code, not from timings: not yet run on a
 import triton
 import triton.language as tl
 
-TILE = 2048  # elements of a program of NUM_WARPS warps: 16 per thread
+TILE = 2048  # elements per program of NUM_WARPS warps: 16 per thread
 NUM_WARPS = 4
-FEW = 2**16  # up to so many elements (a decoding step) programs are of one warp: more of them, sooner done
+FEW = 2**16  # up to this many elements (a decoding step) a program is one warp: more and shorter programs
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _rotate_rows(
     x_row, y_row, weight_ptr, cos_ptr, sin_ptr, position, real, written, width, half, eps,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Rows at x_row where `real` -> y_row where `written`. weight_ptr: of the norm of a row, or None."""
+    """Rotate rows at x_row where `real` into y_row where `written`. weight_ptr: of the RMS norm of a row, or None."""
     pair = tl.arange(0, HALF)
     mask = real[:, None] if EVEN else real[:, None] & (pair < half)[None, :]
     store = written[:, None] if EVEN else written[:, None] & (pair < half)[None, :]
@@ -76,8 +76,8 @@ def _rotary_kernel(
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     REST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of rows, tensor: x, keys, values). y is contiguous. With keys, token i of a sequence is written i
-    rows behind those that lengths_ptr says the caches hold; past their end it is dropped."""
+    """Program (block of rows, tensor: x, keys, values). y is contiguous. With keys, token i of sequence b goes to row
+    lengths[b] + i of the caches; past their end it is dropped."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     of_part = tl.where(part == 0, heads, key_heads)
@@ -126,7 +126,7 @@ def rotary_append(
     query, key, value, key_cache, value_cache, lengths, cos, sin, positions, query_weight, key_weight, eps: float,
     interleaved: bool, y,
 ) -> None:  # fmt: skip
-    """Write y and the rows of the caches from `lengths` on. query, key, value: (batch, length, heads, width), last
+    """Write y and rows of the caches from `lengths` on. query, key, value: (batch, length, heads, width), last
     stride 1; y: as query, contiguous; caches: (batch, key heads, capacity, width), last stride 1; lengths: int32 or
     int64 (batch,), contiguous; weights: (width,), contiguous, or None; the others as in `rotary`."""
     caches = (t.transpose(1, 2) for t in (key_cache, value_cache))
@@ -145,7 +145,7 @@ def _launch(
     rows = batch * length * max(heads, key_heads)
     warps = 1 if key is not None and rows * width <= FEW else NUM_WARPS
     rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
-    tile = TILE // 2 if key is not None and x.element_size() == 4 else TILE  # both ways in one kernel: more registers
+    tile = TILE // 2 if key is not None and x.element_size() == 4 else TILE  # float32 appends take more registers
     height = max(1, tile * warps // NUM_WARPS // triton.next_power_of_2(2 * block + rest))
     strides = [s for t in (x, key, value, key_cache, value_cache) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
     strides += (0, 0) if positions is None else positions.stride()

@@ -1,4 +1,4 @@
-// Quantising rows in groups, to u8 with a scale and a zero point for each group (linear_int8.hpp).
+// Quantises rows in groups, to u8 with a scale and a zero point for each group (linear_int8.hpp).
 #pragma once
 #include "linear_int8.hpp"
 #include "simd.hpp"
@@ -7,7 +7,7 @@ namespace tf::TF_ISA {
 
 typedef uint8_t VecB __attribute__((vector_size(kWidth)));
 
-// A value that has been rounded: nothing is contracted across.
+// v after rounding: the compiler contracts nothing across it.
 static inline Vec rounded(Vec v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
@@ -30,7 +30,7 @@ static inline VecI to_nearest(Vec v) {
 #endif
 }
 
-// The least of 0..255 that v is not under, and so the other way, as bytes.
+// Stores v clamped to 0..255, as bytes.
 static inline void store_clamped(uint8_t* to, VecI v) {
 #if defined(__AVX512F__)
   const __m512i least = _mm512_maskz_max_epi32(0xffff, bit_cast<__m512i>(v), bit_cast<__m512i>(VecI{}));
@@ -75,7 +75,7 @@ static inline Vec fold(Vec* v, const F& op) {
   return v[0];
 }
 
-// What the numbers of a group reach, 0 included. odd: NaN where one of them is not finite.
+// The least and the largest number of a group, 0 included. odd: NaN where a number is not finite.
 struct Reach {
   Vec low = {}, high = {}, odd = {};
   inline void add(Vec v) {
@@ -85,7 +85,7 @@ struct Reach {
   }
 };
 
-// x, n of them, -> u8 as the nearest of x * inverse + zero, zero an integer. A vector may be written past the end.
+// x (n,) -> u8, nearest(x * inverse) + zero with an integer zero. A vector may be written past the end.
 template <class T>
 static inline void store_quantized(const T* x, int64_t n, float inverse, float zero, uint8_t* to) {
   const VecI shift = broadcast_i(int32_t(zero));
@@ -105,9 +105,9 @@ static inline void store_quantized(const T* x, int64_t n, float inverse, float z
   });
 }
 
-// Quantises `count` groups. reach_of(i) gives the Reach of group i; then write(i, scale, zero, inverse of the scale).
-// kWidth groups at a time: a group alone would wait for its own scale. What is not finite makes the scale NaN, and so the
-// results.
+// Quantises `count` groups: reach_of(i) returns the Reach of group i, and write(i, scale, zero, 1 / scale) follows. kWidth
+// groups are taken at a time, as one group alone waits for its own scale. A value that is not finite makes scale and
+// results NaN.
 template <class Find, class Write>
 static inline void quantize_groups(int64_t count, const Find& reach_of, const Write& write) {
   for (int64_t begin = 0; begin < count; begin += kWidth) {

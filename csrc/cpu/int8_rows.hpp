@@ -1,16 +1,16 @@
-// The product of some quantised rows with panels of an int8 weight (linear_int8.hpp).
+// Multiplies quantised rows by panels of an int8 weight (linear_int8.hpp).
 #pragma once
 #include "int8_quantize.hpp"
 
 namespace tf::TF_ISA {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows held in registers: 2 kInt8Rows accumulators
+constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows in registers at once: 2 kInt8Rows accumulators
 #else
 constexpr int kInt8Rows = kWidth == 16 ? 8 : 4;
 #endif
 
-// acc[lane] += the sum of 4 products u8 x int8 of a lane.
+// acc[lane] += the sum of the 4 products u8 x int8 in that lane.
 static inline VecI dot4(VecI acc, VecI u, VecI w) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
   return bit_cast<VecI>(_mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(u), bit_cast<__m512i>(w)));
@@ -18,7 +18,7 @@ static inline VecI dot4(VecI acc, VecI u, VecI w) {
   return bit_cast<VecI>(
       _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(acc), bit_cast<__m256i>(u), bit_cast<__m256i>(w)));
 #else
-  // Bytes 0 and 2, and 1 and 3, as 16-bit numbers: the instruction that multiplies bytes would saturate.
+  // Bytes 0 and 2, and 1 and 3, as 16-bit numbers: the instruction that multiplies bytes saturates.
   typedef int16_t VecS __attribute__((vector_size(kWidth * 4)));
   typedef uint16_t VecW __attribute__((vector_size(kWidth * 4)));
   const VecS w_even = bit_cast<VecS>(bit_cast<VecW>(w) << 8) >> 8, w_odd = bit_cast<VecS>(w) >> 8;
@@ -53,8 +53,8 @@ static inline int32_t load_four(const uint8_t* p) {
   return v;
 }
 
-// out (M, 32) (+)= x (M, 4 depth) times one group of a panel; as many bytes from `ahead` on come into the cache meanwhile.
-// Rows are found through every third one.
+// out (M, 32) (+)= x (M, 4 depth) times one group of a panel. As many bytes from `ahead` on are prefetched. Rows are
+// addressed from every third row.
 template <int M, bool First>
 static void multiply_group(const Int8Rows& x, const int8_t* w, const int8_t* ahead, int64_t depth, float* out,
                            int64_t ldo) {
@@ -107,8 +107,8 @@ static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t
   if constexpr (M > 1) multiply_group<M - 1>(rows, first, x, w, ahead, depth, out, ldo);
 }
 
-// out (rows, 32 count), ldo apart, = x W^T of the columns from 32 panel on. Group by group: what is read of x stays in
-// the first cache for all the columns.
+// out (rows, 32 count), rows ldo apart, = x W^T for the columns from 32 panel on. It goes group by group, so that a
+// group of x stays in the L1 cache for all columns.
 static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count, float* out,
                           int64_t ldo) {
   const int64_t bytes = int8_panel_bytes(w.in, w.group);

@@ -156,10 +156,10 @@ class TestBrokenCheckpoints:
         checkpoint(model_type="gpt2")
         with pytest.raises(ValueError, match="wanted a checkpoint with model_type 'bert'.*says 'gpt2'"):
             load(checkpoint.folder)
-        with pytest.raises(ValueError, match="no class for model_type 'gpt2', in transformers neither; .*bert"):
+        with pytest.raises(ValueError, match="neither .* has a class for model_type 'gpt2'; this package has .*bert"):
             transformer_fast.AutoModelForMaskedLM.from_pretrained(checkpoint.folder)
         checkpoint(model_type="nonsense")
-        with pytest.raises(ValueError, match="'nonsense', in transformers neither"):
+        with pytest.raises(ValueError, match="neither .* has a class for model_type 'nonsense'"):
             transformer_fast.AutoModel.from_pretrained(checkpoint.folder)
 
     @pytest.mark.parametrize("keep", [0, 5, 0.5])

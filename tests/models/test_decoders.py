@@ -164,7 +164,7 @@ def test_decodes_by_one_native_call(family):
     "name, reason",
     [
         ("positions of YaRN", ""), ("norms of heads", ""), ("no biases", ""), ("norms after the sublayers", ""),
-        ("narrow words", "its words are narrower than its layers"),
+        ("narrow words", "its embeddings are narrower than its layers"),
         ("positions that change with the length", "the angles of its rotary positions change with the length"),
         ("positions of LongRoPE", "the angles of its rotary positions change with the length"),
     ],
@@ -271,7 +271,7 @@ def test_bad_input():
     ours, _, _ = decoder_cases.models("OPT", "ForSequenceClassification")
     with pytest.raises(ValueError, match=r"position_ids: wanted values in \[0, 50\)"):
         ours(torch.ones(1, 49, dtype=torch.long))
-    with pytest.raises(ValueError, match="position_ids: wanted beside an attention_mask of 4 dimensions"):
+    with pytest.raises(ValueError, match="position_ids: wanted with an attention_mask of 4 dimensions"):
         ours(ids, attention_mask=torch.ones(2, 1, 3, 3, dtype=torch.bool))
 
 

@@ -287,7 +287,7 @@ def test_files_that_cannot_be_read(files, tmp_path, monkeypatch):
     broken.write_text("{")
     with pytest.raises(ValueError, match=r"options.json: is not valid JSON"):
         tf.ElmoModel.from_allennlp(broken, weights)
-    with pytest.raises(ValueError, match="cell_size: is the weights'"):
+    with pytest.raises(ValueError, match="cell_size: cannot be changed"):
         tf.ElmoModel.from_allennlp(there, weights, cell_size=12)
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
     with pytest.raises(ImportError, match="needs h5py, not installed here: pip install h5py"):
@@ -296,7 +296,7 @@ def test_files_that_cannot_be_read(files, tmp_path, monkeypatch):
 
 def test_words_have_no_embeddings_to_resize():
     model = tf.ElmoModel(tf.ElmoConfig(filters=FILTERS, projection_size=6, cell_size=10))
-    with pytest.raises(NotImplementedError, match="resize_token_embeddings: words are made of characters"):
+    with pytest.raises(NotImplementedError, match="resize_token_embeddings: words are embedded by their bytes"):
         model.resize_token_embeddings(50)
 
 

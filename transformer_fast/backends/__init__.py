@@ -1,8 +1,9 @@
-"""Who computes a call: the backends, the choice among them, and why one cannot.
+"""Backend selection: which backend runs a call, and why the others do not.
 
-Every op asks `select(call)` for a backend. Automatic choice goes down `ORDER` for the call's device, after what
-measured.py puts first, and takes the first backend that can; `with backend("triton")` or
-TRANSFORMER_FAST_BACKEND=triton forces one, and then a call it cannot take raises with every reason.
+Every op gets its backend from `select(call)`. Automatic selection tries the backend that measured.py names for the
+call, then those of `ORDER` for the call's device, and takes the first one that can run the call.
+`with backend("triton")` or TRANSFORMER_FAST_BACKEND=triton forces one. A call that the forced backend cannot run raises
+an error with every reason.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from .contract import OPS, Backend, Call
 
 __all__ = ["Backend", "Call", "NAMES", "OPS", "ORDER", "backend", "explain", "info", "select"]
 
-# "cuda" stands behind "triton" until a GPU has shown it faster: measured.py then puts it first where it is.
+# "cuda" comes after "triton" until it has been measured faster on a GPU. measured.py then puts it first for those
+# calls.
 ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(dict.fromkeys(name for names in ORDER.values() for name in names))
@@ -42,7 +44,9 @@ def get(name: str) -> Backend:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend. Process-wide, as the backward pass may run on another thread.
+    """Force every op inside the block onto one backend.
+
+    This applies to the whole process, because the backward pass may run on another thread.
 
     Args:
         name: "eager", "cpu", "triton", "cuda" or "sdpa".
@@ -52,7 +56,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: for an unknown name.
-        BackendError: in a call that the backend cannot take, with every reason.
+        BackendError: from an op inside the block that the backend cannot run, with every reason.
 
     Examples:
         >>> import torch, transformer_fast
@@ -68,20 +72,20 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-# Asked in every call, where os.environ's own decoding costs more than all the rest of the choice.
+# Read on every call. Decoding by os.environ would cost more than the rest of the selection.
 _environment = getattr(os.environ, "_data", os.environ)
 _VARIABLE = getattr(os.environ, "encodekey", str)("TRANSFORMER_FAST_BACKEND")
 
 
 def forced_name() -> str | None:
-    """The backend that is forced now, by backend() or the environment."""
+    """The backend that backend() or the environment variable forces now; None for automatic selection."""
     if _forced is None and _VARIABLE in _environment:
         return os.environ["TRANSFORMER_FAST_BACKEND"] or None
     return _forced
 
 
 def select(call: Call | tuple) -> Backend:
-    """The backend that will run this call. A plain tuple of a Call's fields does too, and is quicker to make."""
+    """The backend that runs this call. `call` may be a plain tuple of a Call's fields, which is cheaper to create."""
     return _select(call, forced_name())
 
 
@@ -110,7 +114,7 @@ def _native():
 
 
 def _measured(call: Call):
-    from . import measured  # it imports Call from here
+    from . import measured  # imported here, because it imports Call from this module
 
     return measured.line(call)
 
@@ -129,17 +133,17 @@ def _describe(call: Call) -> str:
 
 
 def explain(call: Call) -> str:
-    """Which backend runs `call`, why each earlier one does not, and what a forced one cannot.
+    """Say which backend runs `call`, and why each of the others does not. A forced backend is the only one listed.
 
     Args:
         call: a `Call`.
 
     Returns:
-        A line per backend.
+        A text: a line that describes the call, then one line per backend.
 
     Raises:
         ValueError: for an op that does not exist.
-        TypeError: for the name of one in the place of a Call.
+        TypeError: if `call` is the name of an op and not a `Call`.
 
     Examples:
         >>> import torch, transformer_fast
@@ -150,7 +154,7 @@ def explain(call: Call) -> str:
     if op not in OPS:
         raise ValueError(f"explain: there is no op {op!r}; there are {', '.join(OPS)}")
     if isinstance(call, str):
-        raise TypeError(f"explain: wanted a Call, got an op's name: Call({op!r}, device, dtype, size) says it all")
+        raise TypeError(f"explain: wanted a Call, got the name of an op; pass Call({op!r}, device, dtype, size)")
     call = Call(*call)
     lines = [_describe(call)]
     forced, line = forced_name(), _measured(call)
@@ -173,10 +177,11 @@ def explain(call: Call) -> str:
 
 
 def info() -> dict[str, str]:
-    """What is active, what is missing and what it would bring; printed by `transformer-fast info`.
+    """What is active, what is missing and what the missing parts would bring. `transformer-fast info` prints it.
 
     Returns:
-        A text by name: "torch", "GPU", "native CPU kernels", "Triton kernels", "CUDA kernels", "forced backend".
+        A dict of texts with the keys "torch", "GPU", "native CPU kernels", "Triton kernels", "CUDA kernels" and
+        "forced backend".
 
     Examples:
         >>> import transformer_fast

@@ -1,10 +1,10 @@
-"""Whether tensors still hold what they held when something was made of them, whoever wrote to them and however.
+"""Detects whether tensors have changed since something was derived from them, such as a packed copy of a weight.
 
-Neither torch's version counters nor hooks see every writer (fused optimizers, `.data`, numpy, other libraries), so the
-memory itself is asked. A page of a privately mapped file, such as a checkpoint's, becomes one of the process's own
-(anonymous) with the first write to it, which /proc/self/pagemap tells; so tensors that lie in such a file, unwritten,
-are known from their pages, a microsecond for every megabyte or less. All others are hashed, all of their bytes, at the
-rate at which memory is read.
+Neither torch's version counters nor hooks see every write (fused optimizers, `.data`, numpy, other libraries), so this
+module looks at the memory itself. The first write to a page of a privately mapped file, such as a checkpoint, turns the
+page into anonymous memory, and /proc/self/pagemap shows that. Tensors in unwritten pages of a mapped file are therefore
+checked by their pages, at a microsecond per megabyte or less. All other tensors are hashed in full, at the rate at
+which memory is read.
 """
 
 import mmap
@@ -19,21 +19,21 @@ import torch
 __all__ = ["Contents", "FileMappings", "mirror_files", "unwritten"]
 
 _RESIDENT_OR_SWAPPED, _OF_A_FILE = -1 << 62, 1 << 61  # the upper bits of an entry of /proc/self/pagemap
-# Nanoseconds: a file that was written so shortly before may be again without a change of its time, where file systems
-# keep whole seconds; where they keep less, a fortieth.
+# Nanoseconds. A file written more recently than this may be written again without a change of its time stamp, on a file
+# system that stores whole seconds. Where it stores fractions of a second, a fortieth of this is enough.
 _STILL = 2 * 10**9
 
 
 class _File(NamedTuple):
-    """Where memory lies in a file: device and inode, the offset there, and the file's state."""
+    """The place of a tensor's memory in a mapped file: device and inode, offset, and the state of the file."""
 
     file: tuple[str, int]
     offset: int
-    state: tuple[int, int, int] | None  # time of the last writing and of the last change in ns, bytes; None: unknown
+    state: tuple[int, int, int] | None  # mtime and ctime in ns, size in bytes; None: unknown
 
 
 class FileMappings:
-    """The files that are mapped privately now (a snapshot: make one, use it, drop it)."""
+    """A snapshot of the private file mappings of this process. It goes out of date: use it at once, then drop it."""
 
     def __init__(self) -> None:
         self._begins: list[int] = []
@@ -57,7 +57,7 @@ class FileMappings:
                 goes_on = self._offsets[-1] + begin - self._begins[-1] == offset
             else:
                 goes_on = False
-            if goes_on:  # one mapping that somebody has split
+            if goes_on:  # parts of one mapping that was split
                 self._ends[-1] = end
                 continue
             self._begins.append(begin)
@@ -67,7 +67,7 @@ class FileMappings:
             self._paths.append(about[5])
 
     def find(self, t: torch.Tensor) -> _File | None:
-        """Where t lies, if it is dense and lies in a file."""
+        """The place of t in a mapped file; None if t is not dense or not in one."""
         if t.device.type != "cpu" or not is_dense(t) or not t.nbytes:
             return None
         begin = t.data_ptr()
@@ -82,7 +82,7 @@ class FileMappings:
             self._states[path] = None
             try:
                 found = os.stat(path)
-            except OSError:  # deleted, or out of sight
+            except OSError:  # deleted, or not visible from here
                 return None
             if found.st_ino == self._files[index][1]:
                 self._states[path] = (found.st_mtime_ns, found.st_ctime_ns, found.st_size)
@@ -90,7 +90,7 @@ class FileMappings:
 
 
 def is_dense(t: torch.Tensor) -> bool:
-    """True when t takes a stretch of memory without gaps or overlaps, in whatever order."""
+    """True when the elements of t fill one range of memory without gaps or overlaps, in any order of dimensions."""
     if t.is_contiguous():
         return True
     expected = 1
@@ -102,13 +102,13 @@ def is_dense(t: torch.Tensor) -> bool:
 
 
 def _pages(t: torch.Tensor) -> range:
-    """The numbers of the pages that t has a part of."""
+    """The numbers of the pages that t overlaps."""
     return range(t.data_ptr() // mmap.PAGESIZE, -(-(t.data_ptr() + t.nbytes) // mmap.PAGESIZE))
 
 
 def unwritten(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    """For each tensor, which lies in a private mapping of a file: True when no page it has a part of was written to.
-    False where the system does not say."""
+    """For each tensor in a private file mapping: True when none of the pages it overlaps was written to. False where
+    the system does not tell."""
     if not tensors:
         return []
     pages = [_pages(t) for t in tensors]
@@ -128,7 +128,7 @@ def unwritten(tensors: Sequence[torch.Tensor]) -> list[bool]:
             entries = bytearray(8 * (end - first))
             if os.preadv(descriptor, [entries], 8 * first) != len(entries):
                 return [False] * len(tensors)
-            # In pieces that torch does not share out: waking a thread takes longer than all of them.
+            # Split into pieces too small for torch to parallelise: waking a thread takes longer than the whole work.
             pieces = torch.frombuffer(entries, dtype=torch.int64).split(1 << 14)
             clean[first] = torch.cat([(p & _OF_A_FILE != 0) | (p & _RESIDENT_OR_SWAPPED == 0) for p in pieces])
     except OSError:
@@ -155,27 +155,27 @@ def _hashes(tensors: Sequence[torch.Tensor]) -> list[int]:
 class _Noted(NamedTuple):
     layout: tuple
     hash: int
-    file: _File | None  # where its bytes are those of a file, unwritten
+    file: _File | None  # set when the tensor lies in unwritten pages of a mapped file
 
 
 class Contents:
-    """What CPU tensors held when a copy was made of them.
+    """The contents of CPU tensors at the time a copy was made of them.
 
-    note(t) before t is read for the copy; then same(tensors), of as many tensors in the same order, says whether a copy
-    made of them now would be the same. Exact but for two contents with one 64-bit hash. A write that runs while a copy
-    is made, or while it is asked about, is seen by the next question at the latest.
+    Call note(tensors) before they are read for the copy. same(tensors), with as many tensors in the same order, then
+    says whether a copy made now would be the same. The answer is exact, except for two contents with equal 64-bit
+    hashes. A write that runs during note() or same() is detected by the next call of same() at the latest.
 
-    Where the tensors lie does not matter, nor which tensors they are. Wants the native library.
+    Only contents and layouts are compared, not the identity or the address of the tensors. Needs the native library.
     """
 
     def __init__(self) -> None:
         self._noted: list[_Noted] = []
 
     def note(self, tensors: Sequence[torch.Tensor], mappings: FileMappings) -> None:
-        """mappings: of now."""
+        """Record the contents of `tensors`. mappings: a snapshot taken just before."""
         tensors = [t.detach() for t in tensors]
         files = [mappings.find(t) for t in tensors]
-        # Hashed first: what is unwritten afterwards was the file's when it was read.
+        # Hash first: a page that is still unwritten afterwards held the file's bytes while it was hashed.
         hashes = _hashes(tensors)
         for t, h, file in zip(tensors, hashes, _unwritten_files(tensors, files)):
             self._noted.append(_Noted(_layout(t), h, _settled(file)))
@@ -192,27 +192,27 @@ class Contents:
         hashes = _hashes([tensors[i] for i in unsure]) if unsure else []
         if any(self._noted[i].hash != h for i, h in zip(unsure, hashes)):
             return False
-        for i in unsure:  # another file, or one that was written again: its pages tell from now on
+        for i in unsure:  # equal contents in another file or a rewritten one: the next check can use its pages
             self._noted[i] = self._noted[i]._replace(file=_settled(files[i]))
         return True
 
 
 def mirror_files(tensors: Sequence[torch.Tensor]) -> bool:
-    """True when all of the tensors lie in privately mapped files, such as a checkpoint's, and none has been written to
-    since: copies of them are all the memory that is needed."""
+    """True when all tensors lie in privately mapped files, such as a checkpoint, and none has been written to since.
+    The system can then drop their pages and read them again, so a packed copy does not double the memory."""
     mappings = FileMappings()
     return all(mappings.find(t) is not None for t in tensors) and all(unwritten(tensors))
 
 
 def _unwritten_files(tensors: Sequence[torch.Tensor], files: Sequence[_File | None]) -> list[_File | None]:
-    """files, None for tensors that were written to."""
+    """`files` with None in the place of tensors that were written to."""
     inside = [i for i, file in enumerate(files) if file is not None]
     clean = dict(zip(inside, unwritten([tensors[i] for i in inside])))
     return [file if clean.get(i) else None for i, file in enumerate(files)]
 
 
 def _settled(file: _File | None) -> _File | None:
-    """file where a later writing of it would show in its state."""
+    """`file` if any later write to the file would change its recorded state, else None."""
     if file is None or file.state is None:
         return None
     last = max(file.state[:2])

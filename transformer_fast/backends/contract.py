@@ -1,7 +1,8 @@
-"""What a backend is: the raw methods it may override, and the call that it is asked about.
+"""The backend interface: the raw methods that a backend may override, and `Call`, which describes a call to select for.
 
-A backend has an op when it overrides the method that `METHODS` names for it. A new op is a method here, a line in
-`METHODS`, an override in eager.py (its definition in plain PyTorch) and one in each backend with a kernel for it.
+A backend supports an op when it overrides the method that `METHODS` names for the op. A new op needs a method here, a
+line in `METHODS`, an override in eager.py (its definition in plain PyTorch) and an override in each backend with a
+kernel for it.
 """
 
 from collections.abc import Sequence
@@ -35,21 +36,22 @@ METHODS = {
     "recurrent_step": "recurrent_step",
     "rotary_embedding": "rotary_embedding",
 }
-# Matrix products: ops/linear.py and ops/linear_panel.py call them, and only ask who may.
+# Matrix products. ops/linear.py and ops/linear_panel.py call their kernels directly; backends only answer why_not.
 PRODUCTS = ("linear", "linear_panel")
 OPS = tuple(sorted((*METHODS, *PRODUCTS)))
 
 
 class Call(NamedTuple):
-    """What a backend needs to know to say whether it can run a call.
+    """What a backend needs to know to decide whether it can run a call.
 
     Attributes:
         op: one of OPS.
         device: torch's device type.
-        dtype: of the data.
-        size: head dim, normalised width, ...
+        dtype: dtype of the data.
+        size: head dim of attention, normalised width of norms, and so on.
         features: sorted names, e.g. ("causal", "dropout"); "backward" for the gradients of attention.
-        length: the longer of queries and keys, rounded up to a power of two; 0 where no choice depends on it.
+        length: the larger of the numbers of queries and keys, rounded up to a power of two; 0 where no selection
+            depends on it.
     """
 
     op: str
@@ -61,28 +63,31 @@ class Call(NamedTuple):
 
 
 class Backend:
-    """One way to compute the ops. Raw methods write into buffers that the op has allocated; None is a result that
-    nobody wants. Specs are those of specs.py, with unit stride along the last dimension of their data."""
+    """One implementation of the ops.
+
+    Raw methods write into buffers that the op has allocated. None in the place of a buffer means that the result is not
+    needed. The specs are those of specs.py; their data has unit stride along the last dimension.
+    """
 
     name = ""
     products: frozenset[str] = frozenset()
 
-    # ---- the choice --------------------------------------------------------------------------------
+    # ---- selection ---------------------------------------------------------------------------------
     def why_not(self, call: Call) -> tuple[str, ...]:
         """Every reason why this backend cannot run the call; empty when it can."""
         raise NotImplementedError
 
     def detour(self, call: Call) -> str:
-        """Why this backend, which can run the call, is known to be slow at it: others go before it."""
+        """Why this backend, though it can run the call, is slow at it. Other backends are then tried first."""
         return ""
 
     def status(self) -> str:
-        """Whether it is active here, for `transformer-fast info`."""
+        """Whether this backend is active on this machine, for `transformer-fast info`."""
         return "active"
 
     @classmethod
     def ops(cls) -> frozenset[str]:
-        """The ops that this backend has kernels for: those whose method it overrides, and its matrix products."""
+        """The ops of this backend: those whose method it overrides, and its matrix products."""
         found = {op for op, method in METHODS.items() if getattr(cls, method) is not getattr(Backend, method)}
         return frozenset(found | cls.products)
 
@@ -91,8 +96,11 @@ class Backend:
         raise NotImplementedError
 
     def attention_append(self, spec: AttentionSpec, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
-        """attention_forward on caches spec.key and spec.value, spec.key_lengths rows of which are in use, after key
-        and value have been written behind them, in place."""
+        """Append key and value to the caches in place, then run attention_forward on the caches.
+
+        spec.key and spec.value (B, key heads, capacity, D) are the caches; spec.key_lengths (B,) rows of each sequence
+        are in use before the append.
+        """
         assert spec.key_lengths is not None
         sequences = torch.arange(key.shape[0], device=key.device)[:, None]
         rows = spec.key_lengths[:, None] + torch.arange(key.shape[2], device=key.device)
@@ -116,7 +124,7 @@ class Backend:
     ) -> None:  # fmt: skip
         raise NotImplementedError
 
-    # ---- norms and what is done row by row -----------------------------------------------------------
+    # ---- norms and row-wise ops ----------------------------------------------------------------------
     def norm_forward(
         self, spec: NormSpec, y: Tensor, sum_out: Tensor | None, mean: Tensor | None, rstd: Tensor | None
     ) -> None:
@@ -132,8 +140,8 @@ class Backend:
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, rng: Tensor | None,
         eps: float, rms: bool, dropout_p: float, need_sum: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """norm_forward without gradients, for contiguous tensors: (y, sum or None). Asked of the CPU's backend alone,
-        where a small call costs less than the preparations for norm_forward."""
+        """norm_forward without gradients, for contiguous tensors; returns (y, sum or None). Only the CPU backend has
+        it, where a small call costs less than the preparations for norm_forward."""
         raise NotImplementedError
 
     def bias_activation_forward(
@@ -148,7 +156,7 @@ class Backend:
         raise NotImplementedError
 
     def bias_activation(self, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
-        """bias_activation_forward without gradients, for contiguous tensors; as norm."""
+        """bias_activation_forward without gradients, for contiguous tensors. Only the CPU backend has it, as `norm`."""
         raise NotImplementedError
 
     def dropout_forward(self, x: Tensor, rng: Tensor, p: float, y: Tensor) -> None:
@@ -167,8 +175,8 @@ class Backend:
         raise NotImplementedError
 
     def rotary_append(self, spec: RotaryAppendSpec, y: Tensor) -> None:
-        """Write y, the queries normed and rotated, and in place the caches' rows behind those in use: here one op after
-        the other."""
+        """Write the normed and rotated queries to y, and append the normed and rotated keys and the values to the
+        caches in place. This default runs one op after the other."""
         length, device = spec.query.shape[1], spec.query.device
         rows = spec.cache_lengths[:, None].long() + torch.arange(length, device=device)
         positions = rows if spec.positions is None else spec.positions
@@ -206,13 +214,14 @@ class Backend:
         self, spec: RecurrenceSpec, grads: Sequence[Tensor | None], out: Tensor, saved: Tensor, memories: Tensor,
         grad_gates: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_hidden: Tensor, grad_memory: Tensor,
     ) -> None:  # fmt: skip
-        """grads: of out, the last hidden state and the last memory. A result that there is no tensor for is empty."""
+        """grads: the gradients to out, the last hidden state and the last memory. A buffer is an empty tensor where
+        the spec has no such input."""
         raise NotImplementedError
 
     def recurrent_step(
         self, spec: RecurrentStepSpec, logits: Tensor, hidden: Tensor, memory: Tensor | None, feed: Tensor | None
     ) -> None:
-        """No gradients."""
+        """One step of a recurrent decoder, without gradients."""
         raise NotImplementedError
 
     # ---- losses --------------------------------------------------------------------------------------

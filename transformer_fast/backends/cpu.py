@@ -73,7 +73,7 @@ class CpuBackend(Backend):
     ) -> None:
         lstm = spec.memory is not None
         grad_products = grad_gates if lstm else memory.empty_like(grad_gates)
-        if not lstm and grad_gates.shape[0]:  # where no sequence is
+        if not lstm and grad_gates.shape[0]:  # the kernel does not write positions that belong to no sequence
             grad_products.zero_()
         _ops.cpu_recurrence_backward.default(
             *grads, back_panels(spec.weight), *spec[3:8], out, saved, memories if lstm else None, grad_gates,
@@ -111,7 +111,7 @@ class CpuBackend(Backend):
                 buffer.copy_(result)
 
     def norm(self, x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum):
-        """norm_forward without gradients, for contiguous tensors: (y, sum or None) and nothing else is made."""
+        """norm_forward without gradients, for contiguous tensors; returns (y, sum or None)."""
         y = memory.empty_like(x)
         total = memory.empty_like(x) if need_sum else None
         _ops.cpu_norm_forward.default(
@@ -185,11 +185,11 @@ def _additive_arguments(spec) -> tuple:
     return query, key, value, _float(score_weight), _float(bias), *masks
 
 
-_PANEL = 32  # output columns in a panel: csrc/cpu/linear.hpp
+_PANEL = 32  # output columns per panel: csrc/cpu/linear.hpp
 
 
 def gate_panels(weight: torch.Tensor) -> torch.Tensor:
-    """A weight (G * H, H) for the steps of a recurrent layer: each gate's panels."""
+    """The hidden-state weight (G * H, H) of a recurrent layer, as the panels of each gate, for the forward steps."""
     rows, width = weight.shape
     of_each = -(-width // _PANEL)
     panels = memory.empty((rows // width * of_each, width, _PANEL), torch.float32, weight.device)
@@ -203,7 +203,7 @@ def gate_panels(weight: torch.Tensor) -> torch.Tensor:
 
 
 def back_panels(weight: torch.Tensor) -> torch.Tensor:
-    """The same weight for the steps back."""
+    """The same weight (G * H, H) transposed, as panels, for the backward steps."""
     rows, width = weight.shape
     panels = memory.empty((-(-width // _PANEL), rows, _PANEL), torch.float32, weight.device)
     _ops.cpu_to_panels.default(_unit_stride(weight.detach()).t(), panels)
@@ -211,7 +211,7 @@ def back_panels(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
-    """The hidden state before each position's step; anything where no sequence is."""
+    """The hidden state before the step of each position; undefined at positions that belong to no sequence."""
     before = memory.empty_like(out)
     before[:1] = before[-1:] = 0.0
     begins, lengths = spec.sequences[0], spec.sequences[1]
@@ -226,7 +226,7 @@ def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
-    """A weight that a decoding step reads where it lies, if it can."""
+    """A weight with unit stride along its rows, in a dtype that the decoding step reads; a copy only where needed."""
     return _unit_stride(weight.detach().float() if weight.dtype == torch.float16 else weight.detach())
 
 
@@ -234,7 +234,7 @@ _TILE = 64  # queries: kAttentionQueries of csrc/cpu/attention.hpp
 
 
 def _reach(spec) -> int:
-    """Every distance of the call, and those that the last tile of queries reads past them."""
+    """The largest distance that the kernel looks up: that of the call plus one tile, as the last tile reads past it."""
     return max(spec.max_seqlen_q, spec.max_seqlen_k) + _TILE
 
 
@@ -243,7 +243,7 @@ def _relative_bias(spec) -> torch.Tensor | None:
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
-    """Weights as contiguous float32: a few kilobytes, so kernels have one path."""
+    """A norm weight or bias as contiguous float32. It is a few kilobytes, and the kernels then need only one path."""
     if t is None or (t.dtype is torch.float32 and t.is_contiguous()):
         return t
     return t.detach().to(torch.float32).contiguous()

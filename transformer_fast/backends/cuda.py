@@ -1,4 +1,4 @@
-"""CUDA C++ kernels (csrc/cuda), for NVIDIA GPUs from sm_80 on; on CPU tensors under the emulator of tests/."""
+"""CUDA C++ kernels (csrc/cuda) for NVIDIA GPUs from sm_80 on. The emulator in tests/ runs them on CPU tensors."""
 
 import functools
 import os
@@ -9,32 +9,32 @@ import torch
 from . import Backend, Call, cuda_attention, native, verified
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Which native op must have been compiled for an op of ours.
+# The native op that each op needs in the compiled library.
 _NATIVE: dict[str, str] = {
     "attention": "cuda_attention_forward",
     "norm": "cuda_norm_forward",
     "rotary_embedding": "cuda_rotary",
 }
-# What its kernels do not take beyond that: reasons, empty when they take the call.
+# Further checks of a call, per op; each returns the reasons why the kernels cannot run it.
 _REFUSES: dict[str, Callable[[Call], tuple[str, ...]]] = {"attention": cuda_attention.why_not}
-# The code that runs on a GPU of compute capability 8.x, 9.x, ...
+# The architecture that a GPU of compute capability 8.x, 9.x, ... runs.
 _CODE = {8: "80", 9: "90a", 10: "100", 12: "120"}
 _ops = torch.ops.transformer_fast
 
 
 def emulating() -> bool:
-    """tests/cuda_emulator.py sets it, when it has registered the kernels for CPU tensors."""
+    """True when tests/cuda_emulator.py has registered the kernels for CPU tensors."""
     return os.environ.get("TRANSFORMER_FAST_CUDA_EMULATOR") == "1"
 
 
 def verified_on_gpu() -> frozenset[str]:
-    """Ops whose CUDA kernels have passed their tests on a GPU, as the ledger in benchmarks/results says."""
+    """Ops whose CUDA kernels have passed their tests on a GPU, according to the ledger in benchmarks/results."""
     return frozenset(op for op in CudaBackend.ops() if f"cuda {op}" in verified.names())
 
 
 @functools.cache
 def architectures() -> tuple[str, ...]:
-    """What the kernels of this build were compiled for, e.g. ("80", "90a"); () when they were not compiled."""
+    """The architectures that this build was compiled for, e.g. ("80", "90a"); () without CUDA kernels."""
     return () if native.load() else tuple(_ops.cuda_architectures().split())
 
 
@@ -135,7 +135,7 @@ class CudaBackend(Backend):
 
 
 def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Contiguous, in float32 or `dtype`: the kernels read either."""
+    """A contiguous parameter in float32 or `dtype`, which are the two that the kernels read."""
     if t is None:
         return None
     t = t.detach()

@@ -12,14 +12,14 @@ _ops = torch.ops.transformer_fast
 
 
 def why_not(call) -> tuple[str, ...]:
-    """What no CUDA attention kernel takes; what depends on strides and the GPU the native op itself refuses."""
+    """Why no CUDA attention kernel can run the call. The native op itself checks strides and the GPU."""
     if call.dtype in _HALF:
         return ()
     return (f"there is none for {str(call.dtype).removeprefix('torch.')} attention: tensor cores would round to TF32",)
 
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Write out and lse of a call; see ops/_attention_op.py for the spec."""
+    """Write out and lse of one call."""
     if _few(spec) and not (spec.rng is not None and threshold(spec.dropout_p)):
         _decode(spec, None, None, out, lse)
     else:
@@ -27,7 +27,8 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
-    """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
+    """Append to the caches and decode in one launch. Returns False, and does nothing, if the call has more queries than
+    the decoding kernel takes."""
     if not _few(spec):
         return False
     _decode(spec, key, value, out, lse)
@@ -35,20 +36,20 @@ def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Te
 
 
 def _few(spec) -> bool:
-    """What the decoding kernel takes: few rows of queries for each key head, where tensor cores would idle."""
+    """Whether the decoding kernel takes the call: few query rows per key head, with which tensor cores would idle."""
     return spec.max_seqlen_q * (spec.query.shape[1] // spec.key.shape[1]) <= DECODE_ROWS
 
 
 def _decode(spec, new_key, new_value, out, lse) -> None:
     lengths = spec.key_lengths
-    if lengths is not None:  # as they are: a conversion would cost as much as a short call
+    if lengths is not None:  # keep int32 or int64: a conversion would cost as much as a short call
         lengths = (lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.to(torch.int64)).contiguous()
     arguments = _arguments(spec._replace(rng=None), _relative_bias(spec), lengths)
     _ops.cuda_attention_decode.default(*arguments, new_key, new_value, out, lse)
 
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
-    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
+    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller)."""
     relative = _relative_bias(spec)
     delta = memory.empty(lse.shape, torch.float32, lse.device)
     drelative = None if dtable is None or relative is None else torch.zeros_like(relative)
@@ -58,7 +59,7 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         torch.are_deterministic_algorithms_enabled(), delta, dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
-        # A product, as index_add's atomics would add in any order.
+        # A matrix product is deterministic; the atomics of index_add are not.
         buckets = torch.arange(dtable.shape[0], device=dtable.device)
         member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
         dtable.copy_(member @ drelative.double().t())
@@ -70,7 +71,7 @@ def _relative_bias(spec) -> torch.Tensor | None:
 
 
 def _arguments(spec, relative: torch.Tensor | None, key_lengths: torch.Tensor | None = None) -> tuple:
-    """key_lengths: of any integers, in the place of the spec's as int32."""
+    """The arguments of the native ops. key_lengths, of either integer dtype, replaces the spec's int32 conversion."""
     drops = spec.rng is not None and threshold(spec.dropout_p) > 0
     spec = spec._replace(
         key_lengths=_int32(spec.key_lengths) if key_lengths is None else key_lengths,

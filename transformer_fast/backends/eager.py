@@ -1,6 +1,6 @@
-"""Plain PyTorch: the definition of every op, the reference of its tests and its last fallback.
+"""Plain PyTorch: the definition of every op, the reference of its tests and the last fallback.
 
-Computes in the dtype it is given (float64 too) and differentiates itself: a backward is autograd's own.
+It computes in the dtype of its inputs, float64 included. The backward methods use autograd.
 """
 
 import math
@@ -55,7 +55,7 @@ def _attention_one(q, k, v, spec, b):
     if spec.mask is not None:
         alive = alive & _slice(spec.mask, b, sq, sk)
     scores = scores.masked_fill(~alive, -math.inf)
-    # A row without anything to attend to: give softmax something finite, then drop it.
+    # A row without keys to attend to: make its scores finite for softmax, then zero its probabilities.
     dead = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(dead.squeeze(-1), -math.inf)
@@ -73,7 +73,7 @@ def _slice(t: torch.Tensor, b: int, sq: int, sk: int) -> torch.Tensor:
 
 
 def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of an AttentionSpec, differentiable. One sequence at a time: clarity before speed."""
+    """out and lse of an AttentionSpec, differentiable. It loops over sequences, for clarity."""
     q, k, v = spec.query, spec.key, spec.value
     groups = q.shape[1] // k.shape[1]
     unpadded = spec.cu_seqlens_q is not None
@@ -105,8 +105,8 @@ def attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def additive_attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Context and weights of an AdditiveAttentionSpec, differentiable. score_weight: (D,), or each sequence its own,
-    (B, 1, D)."""
+    """Context and weights of an AdditiveAttentionSpec, differentiable. score_weight: (D,), or (B, 1, D) with one per
+    sequence."""
     query, key, value, score_weight, bias, mask, key_lengths = spec
     if bias is not None:
         query = query + bias.to(query.dtype)
@@ -124,7 +124,7 @@ def additive_attention(spec) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def additive_attention_backward(spec, grad_out, grad_weights, buffers) -> None:
-    """Writes the gradients to query, key, value and, a sequence each, to score_weight."""
+    """Write the gradients of query, key and value, and the gradient of score_weight per sequence, (B, D)."""
     with torch.enable_grad():
         query, key, value = (_leaf(t) for t in spec[:3])
         each = spec.score_weight.detach().to(query.dtype).repeat(query.shape[0], 1).requires_grad_()
@@ -319,7 +319,7 @@ class EagerBackend(Backend):
         total.copy_((wide - largest[:, None]).exp().sum(-1))
 
     def cross_entropy_backward(self, spec, grad_losses, largest, total, grad) -> None:
-        # By hand: linear_cross_entropy needs it inside its forward pass, where autograd does not record.
+        # Written out: linear_cross_entropy calls it inside its forward pass, where autograd does not record.
         ignored = spec.target == spec.ignore_index
         target = spec.target.masked_fill(ignored, 0)[:, None]
         smoothing, classes = spec.label_smoothing, spec.logits.shape[1]

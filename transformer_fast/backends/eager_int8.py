@@ -1,11 +1,11 @@
-"""Products in int8 in plain PyTorch: their definition, and what runs where there is no kernel."""
+"""int8 matrix products in plain PyTorch: their definition, and the fallback where there is no kernel."""
 
 import torch
 import torch.nn.functional as F
 
 from . import eager
 
-_SMALLEST = 1e-30  # a group that spans less than this counts as zeros
+_SMALLEST = 1e-30  # a group whose range is smaller than this is quantised to zeros
 
 
 def groups(width: int, group: int) -> int:
@@ -13,7 +13,7 @@ def groups(width: int, group: int) -> int:
 
 
 def quantize_weight(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight (out, in) -> q int8 (out, in), scale float32 (out, groups): w = scale q, with scale = max |w| / 127."""
+    """weight (out, in) -> q int8 (out, in) and scale float32 (out, groups), with w = scale q, scale = max |w| / 127."""
     out, inner = weight.shape
     wide = F.pad(weight.detach().float(), (0, -inner % group)).view(out, groups(inner, group), group)
     largest = wide.abs().amax(-1)
@@ -23,8 +23,8 @@ def quantize_weight(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
 
 
 def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (rows, in) float32 -> u (rows, groups, group) in 0..255, scale and zero point (rows, groups), all float32:
-    x = scale (u - zero). The range of a group takes in 0. Groups with a number that is not finite have scale NaN."""
+    """x (rows, in) float32 -> u (rows, groups, group) in 0..255, scale and zero point (rows, groups), all float32, with
+    x = scale (u - zero). The range of a group includes 0. A group with a value that is not finite has scale NaN."""
     wide = F.pad(x, (0, -x.shape[1] % group)).view(x.shape[0], groups(x.shape[1], group), group)
     low, high = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
     span = high - low
@@ -37,12 +37,12 @@ def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
-    """x (rows, in), q (out, in), scale (out, groups) -> x W^T in float32. The sums of a group are exact."""
+    """x (rows, in), q (out, in), scale (out, groups) -> x W^T (rows, out) in float32. Sums within a group are exact."""
     u, x_scale, zero = quantize_rows(x.float(), group)
     weight = F.pad(q, (0, -q.shape[1] % group)).view(q.shape[0], groups(q.shape[1], group), group)
     y = x.new_zeros((x.shape[0], q.shape[0]), dtype=torch.float32)
     for g in range(scale.shape[1]):
-        # Products of integers below 2^24: float32 adds them without an error.
+        # Sums of integer products stay below 2^24, so float32 computes them exactly.
         exact = (u[:, g] - zero[:, g, None]) @ weight[:, g].float().t()
         y = y + exact * x_scale[:, g, None] * scale[:, g]
     return y

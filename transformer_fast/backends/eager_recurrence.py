@@ -1,4 +1,4 @@
-"""Recurrent layers and decoders in plain PyTorch, a step at a time."""
+"""Recurrent layers and decoders in plain PyTorch, one step at a time."""
 
 import math
 
@@ -9,8 +9,12 @@ __all__ = ["recurrence", "recurrence_backward", "recurrent_step"]
 
 
 def _cell(gates, products, hidden, memory):
-    """The next hidden state and memory (None of a GRU), and the gates as the kernels keep them, of what input and
-    hidden state give the gates, (B, G * H) each."""
+    """One step of an LSTM (with memory) or GRU (memory None).
+
+    gates and products, (B, G * H) each, are the contributions of the input and of the hidden state to the gates.
+    Returns the next hidden state, the next memory (None for a GRU) and the gates that the kernels save for the backward
+    pass.
+    """
     if memory is None:
         r, z, n = gates.chunk(3, 1)
         pr, pz, pn = products.chunk(3, 1)
@@ -24,8 +28,11 @@ def _cell(gates, products, hidden, memory):
 
 
 def recurrence(spec) -> tuple[torch.Tensor, ...]:
-    """Of a RecurrenceSpec: out, the last hidden state and, of an LSTM, memory (else None), the gates (positions, 4 * H)
-    as the kernels keep them, and the memories (positions, H) or None. Differentiable in all tensors."""
+    """Run a RecurrenceSpec. Differentiable in all tensors.
+
+    Returns out (positions, H), the last hidden state (B, H), the last memory (B, H), the gates (positions, 4 * H) that
+    the kernels save, and the memories (positions, H). The last memory and the memories are None for a GRU.
+    """
     gates, weight, bias, hidden, memory, sequences, steps, reverse, _ = spec
     offsets, lengths = sequences[0][:, None], sequences[1][:, None]
     step = torch.arange(steps, device=gates.device)
@@ -53,8 +60,8 @@ def recurrence(spec) -> tuple[torch.Tensor, ...]:
 
 
 def recurrence_backward(spec, grads, buffers) -> None:
-    """grads: of out and of the last hidden state and memory, None where there is none. Writes those of gates, weight,
-    bias, hidden and memory."""
+    """Write the gradients of gates, weight, bias, hidden and memory into buffers. grads: the gradients to out, the last
+    hidden state and the last memory; None for those that have none."""
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in spec[:5]]
         results = recurrence(spec._replace(**dict(zip(spec._fields, leaves))))[:3]
@@ -69,7 +76,7 @@ def recurrence_backward(spec, grads, buffers) -> None:
 
 
 def recurrent_step(spec) -> tuple[torch.Tensor | None, ...]:
-    """Of a RecurrentStepSpec: logits, hidden state, memory and feed. Differentiable in all tensors."""
+    """Run a RecurrentStepSpec. Returns logits, hidden state, memory and feed. Differentiable in all tensors."""
     word, layers, memory = F.embedding(spec.ids, spec.token), spec.hidden.shape[0], spec.memory
     x, context = word, None
     if spec.maxout:

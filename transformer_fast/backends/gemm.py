@@ -1,4 +1,4 @@
-"""x W^T on the CPU by torch's oneDNN, where that beats the BLAS behind F.linear; long sums by a product of our own."""
+"""x W^T on the CPU: by torch's oneDNN where that beats the BLAS behind F.linear, long sums by a kernel of our own."""
 
 import functools
 import pathlib
@@ -7,7 +7,7 @@ import torch
 
 from . import eager, memory
 
-# What oneDNN calls our activations, and the variant.
+# oneDNN's names of the activations, with the variant.
 _POST_OPS = {
     None: ("none", ""),
     "gelu": ("gelu", "none"),
@@ -17,20 +17,21 @@ _POST_OPS = {
 }
 _CODES = {None: -1, "gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 
-# MKL's running sums are of 192 products at most, all of about one length. oneDNN's are of up to 1024, and longer still
-# where there are more products. The error of numbers of one sign grows with the length: twice MKL's at 384 inputs, 2.5
-# times at 512, 4.5 times at 1025. So an output of more than 192 inputs is a product of our own, in sums of 128 at most,
-# and so is a gradient of more than 1024. It takes 0.8 to 1.0 of oneDNN's time (one thread, AMD EPYC, Zen 5).
+# MKL splits a sum into running sums of at most 192 products, all of about equal length. oneDNN's running sums have up
+# to 1024 products, and more where a sum is longer. With numbers of one sign the error grows with that length: it is 2
+# times MKL's at 384 inputs, 2.5 times at 512, 4.5 times at 1025. So outputs with more than 192 inputs use our own
+# kernel, with running sums of at most 128, and so do gradients with more than 1024. It takes 0.8 to 1.0 of oneDNN's
+# time (one thread, AMD EPYC, Zen 5).
 _LONG, _LONG_GRADIENT = 192, 1024
-_FEW_ROWS = 16  # up to here the weight is read where it lies, a running sum for each lane of a vector
+_FEW_ROWS = 16  # up to here the kernel reads the weight in place, with one running sum per vector lane
 
 
 @functools.cache
 def why_not_onednn() -> str:
     """'' where float32 products should go to oneDNN, else the reason why not.
 
-    torch's float32 GEMM is MKL's, which is at its best on Intel's processors and leaves about a fifth of the peak
-    unused on AMD's; oneDNN generates its code for the instruction set alone.
+    torch's float32 GEMM is MKL's. It is fastest on Intel processors and leaves about a fifth of the peak unused on AMD
+    processors. oneDNN generates code for the instruction set, whatever the vendor.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "this torch was built without oneDNN"
@@ -50,8 +51,8 @@ def _vendor() -> str:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    """activation(x W^T + b): x (M, K), weight (N, K), any strides, no size 0, one dtype; not differentiable. An
-    activation is for float32 alone."""
+    """activation(x W^T + b) for x (M, K) and weight (N, K) of one dtype, any strides, no size 0. Not differentiable.
+    activation must be None unless the dtype is float32."""
     if x.dtype != torch.float32:
         return torch.nn.functional.linear(x, weight, bias)
     if x.shape[1] > _LONG and 1 in weight.stride():
@@ -60,13 +61,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
         y = torch.nn.functional.linear(x, weight, bias)
         return y if activation is None else eager.bias_activation(y, None, None, activation)
     if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()  # oneDNN reads it as if it were
+        bias = bias.contiguous()  # oneDNN ignores the stride of the bias
     kind, variant = _POST_OPS[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, kind, [], variant)
 
 
 def gradient(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + other as a gradient, which may err by more than an output: other (M, N) or None; else as linear."""
+    """x W^T + other, as `linear`, for a gradient, which may have a larger error than an output. other: (M, N) or
+    None."""
     if other is None and why_not_own_weight_gradient(x.t(), weight.t()) == "":
         return weight_gradient(x.t(), weight.t())
     if x.dtype != torch.float32 or not _is_dense(weight) or _is_batched(x, weight):
@@ -80,7 +82,7 @@ def gradient(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None =
 
 
 def why_not_own_weight_gradient(g: torch.Tensor, x: torch.Tensor) -> str:
-    """'' where weight_gradient takes g and x, else the reason why not."""
+    """'' if weight_gradient can compute g^T x, else the reason why not."""
     if g.dtype != torch.float32 or x.dtype != torch.float32:
         return f"wanted float32, got {g.dtype} and {x.dtype}"
     if _is_batched(g, x):
@@ -93,8 +95,11 @@ def why_not_own_weight_gradient(g: torch.Tensor, x: torch.Tensor) -> str:
 def weight_gradient(
     g: torch.Tensor, x: torch.Tensor, sums: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """g^T x of g (M, N) and x (M, K), contiguous, into out if given; sums (N,): gets the sums of g's rows. 1.07 to 1.25
-    of oneDNN's speed at 64 to 1920 rows (one thread, AMD EPYC, Zen 5), a third of its error."""
+    """g^T x for g (M, N) and x (M, K) with unit stride along the rows: a contiguous (N, K), written to out if given.
+
+    sums (N,) receives the sum of g over its rows. It runs at 1.07 to 1.25 times oneDNN's speed with 64 to 1920 rows
+    (one thread, AMD EPYC, Zen 5), with a third of its error.
+    """
     y = memory.empty((g.shape[1], x.shape[1]), torch.float32, g.device) if out is None else out
     torch.ops.transformer_fast.cpu_weight_gradient.default(g, x, y, sums)
     return y
@@ -112,13 +117,13 @@ def _long_sums(x, weight, bias, activation) -> torch.Tensor:
 
 
 def _is_batched(*tensors: torch.Tensor) -> bool:
-    """True when one stands for a batch, of torch.func.vmap or of is_grads_batched: kernels cannot take it apart."""
+    """True if one is a batched tensor of torch.func.vmap or of is_grads_batched. Kernels cannot read those."""
     functorch = torch._C._functorch
     return any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def _is_dense(weight: torch.Tensor) -> bool:
-    """False where the rows (or columns) do not follow one another: for those oneDNN has plain loops alone, a thousand
-    times slower."""
+    """True if the rows or the columns lie next to each other. oneDNN has only reference loops, a thousand times slower,
+    for any other strides."""
     rows, columns = weight.shape
     return weight.stride() in ((columns, 1), (1, rows))

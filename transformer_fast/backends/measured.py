@@ -1,6 +1,6 @@
-"""Where another backend than the first in ORDER was measured to be faster: data, looked up once per kind of call.
+"""Calls for which a backend other than the first in ORDER was measured faster. Data only, read once per kind of call.
 
-A line is added only with the results folder that shows it. Not yet run on a GPU: there is none.
+A line is added only with the results folder that shows it. There is none, because nothing has run on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,10 @@ from . import Call
 
 
 class Line(NamedTuple):
-    """`backend` first for calls like these. Empty tuples and None stand for any.
+    """Prefer `backend` for the calls that match. Empty tuples and None match any value.
 
-    lengths: (least, most) of the longer of queries and keys. features: the call's must be among them, but for
-    "backward": a line holds for both passes.
-    measured: the folder under benchmarks/results that shows it.
+    lengths: (least, most) of Call.length. features: all features of the call must be among these; "backward" is
+    ignored, as a line holds for both passes. measured: the folder under benchmarks/results that shows it.
     """
 
     backend: str
@@ -41,5 +40,5 @@ LINES: tuple[Line, ...] = ()
 
 
 def line(call: Call) -> Line | None:
-    """The first line that holds for a call."""
+    """The first line that matches the call; None if there is none."""
     return next((line for line in LINES if line.holds(call)), None)

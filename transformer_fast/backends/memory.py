@@ -1,4 +1,4 @@
-"""Output memory of the ops: one place to allocate, so that tests can poison it and large outputs get large pages."""
+"""Allocates the outputs of the ops, so that tests can poison all of them and large outputs get large pages."""
 
 import ctypes
 import mmap
@@ -11,8 +11,8 @@ from .contents import FileMappings, unwritten
 
 _poison = os.environ.get("TRANSFORMER_FAST_POISON") == "1"
 
-# From here on fresh memory costs more in page faults than in being written. With 2 MB pages a fault covers 512
-# times as much; the tensor stays an ordinary one, and where the kernel declines nothing changes.
+# From this size on, page faults in fresh memory cost more than the writes. With 2 MB pages one fault covers 512 times
+# as much. The tensor stays an ordinary one, and nothing changes where the operating system ignores the advice.
 _LARGE = 2 << 20
 _PAGE = 2 << 20
 _MADV_DONTNEED = 4
@@ -30,7 +30,7 @@ if _mremap is not None and _munmap is not None:
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:
-    """Uninitialised contiguous output of t's shape, dtype and device; poisoned as in empty."""
+    """Uninitialised contiguous output with t's shape, dtype and device; poisoned as by `empty`."""
     if _poison or not t.is_contiguous():
         return empty(t.shape, t.dtype, t.device)
     return torch.empty_like(t)
@@ -47,7 +47,7 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised dense output on the CPU, as empty."""
+    """Uninitialised dense output on the CPU with these strides; poisoned as by `empty`."""
     out = torch.empty_strided(shape, strides, dtype=dtype)
     if out.nbytes >= _LARGE:
         _use_large_pages(out)
@@ -57,13 +57,13 @@ def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _use_large_pages(out: torch.Tensor) -> None:
-    """Ask for large pages in the whole 2 MB pages inside a fresh tensor, and nowhere else."""
+    """Ask for large pages for the 2 MB pages that lie entirely inside a fresh tensor."""
     if type(out) is torch.Tensor:
         _advise(out, _PAGE, _MADV_HUGEPAGE)
 
 
 def _pages(t: torch.Tensor, size: int) -> range:
-    """The numbers of the pages of `size` bytes that lie whole inside t."""
+    """The numbers of the pages of `size` bytes that lie entirely inside t."""
     return range(-(-t.data_ptr() // size), (t.data_ptr() + t.nbytes) // size)
 
 
@@ -74,10 +74,12 @@ def _advise(t: torch.Tensor, size: int, advice: int) -> None:
 
 
 def unload(t: torch.Tensor, mappings: FileMappings) -> None:
-    """Give back the pages that lie whole inside t where they are a file's, unwritten: the next read brings them back.
+    """Release the pages that lie entirely inside t, if they are unwritten pages of a mapped file. The next read loads
+    them from the file again.
 
-    The pages are moved away rather than dropped: what another thread wrote to one since it was asked about is found
-    there, and put back. Nothing happens to other memory, or where the system cannot do this."""
+    The pages are moved away, not dropped: if another thread has written to one since the check, the write is found in
+    the moved page and put back. Does nothing for other memory, or where the system does not support this.
+    """
     pages = _pages(t, mmap.PAGESIZE)
     if _mremap is None or _munmap is None or not pages or mappings.find(t) is None:
         return
@@ -92,14 +94,14 @@ def unload(t: torch.Tensor, mappings: FileMappings) -> None:
 
 
 def _put_back(begin: int, moved: int, size: int) -> None:
-    """What was written to the pages at `moved` when they were taken from `begin`."""
+    """Copy back to `begin` what another thread wrote to the pages before they were moved to `moved`."""
     if _madvise is None or unwritten([_bytes(moved, size)])[0]:
         return
     for at in range(0, size, mmap.PAGESIZE):
         page = _bytes(moved + at, mmap.PAGESIZE)
         if not unwritten([page])[0]:
             written = page.clone()
-            _madvise(moved + at, mmap.PAGESIZE, _MADV_DONTNEED)  # the file's own again
+            _madvise(moved + at, mmap.PAGESIZE, _MADV_DONTNEED)  # the file's content again
             changed = written != page
             _bytes(begin + at, mmap.PAGESIZE)[changed] = written[changed]
 

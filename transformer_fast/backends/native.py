@@ -1,4 +1,4 @@
-"""Loads the native library, if it was built, and says why not if it was not."""
+"""Loads the native library, or says why there is none."""
 
 import ctypes
 import functools
@@ -12,12 +12,12 @@ from .source_hash import source_hash
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 _LIBRARY = pathlib.Path(os.environ.get("TRANSFORMER_FAST_LIBRARY") or _PACKAGE / "_C.abi3.so")
-_NOTE = _PACKAGE / "_native_missing.txt"  # setup.py writes there why it built none
+_NOTE = _PACKAGE / "_native_missing.txt"  # setup.py writes here why it built no library
 
 
 @functools.cache
 def load() -> str:
-    """'' when the native ops are there, else the reason why not."""
+    """'' if the native ops are loaded, else the reason why not."""
     if not _LIBRARY.exists():
         return why_not_built()
     try:
@@ -27,7 +27,7 @@ def load() -> str:
     reason = stale()
     try:
         set_isa(default_isa())
-    except AttributeError:  # an op that these Python sources ask for, and older ones had not
+    except AttributeError:  # the library is older than an op that these Python sources call
         if reason:
             return reason
         raise
@@ -37,7 +37,7 @@ def load() -> str:
 
 
 def why_not_built(root: pathlib.Path = _PACKAGE.parent) -> str:
-    """Why there is no library, as the build has noted it, or what to do where nothing was built at all."""
+    """Why there is no library: the note of the build, or how to build it if no build has run."""
     if _NOTE.exists():
         return _NOTE.read_text(encoding="utf-8").strip()
     if (root / "setup.py").exists():
@@ -47,20 +47,20 @@ def why_not_built(root: pathlib.Path = _PACKAGE.parent) -> str:
 
 @functools.cache
 def warn_missing() -> None:
-    """Once a process: the first call that a kernel would have made fast runs in plain PyTorch, and why."""
+    """Warn, once per process, that calls run in plain PyTorch and why."""
     warnings.warn(
         f"transformer_fast runs in plain PyTorch, without its CPU kernels: {load()}", RuntimeWarning, stacklevel=2
     )
 
 
 def stale(root: pathlib.Path = _PACKAGE.parent) -> str:
-    """'' unless the sources lie beside the package, as in an editable install, and the library was built from others;
-    then what to do about it."""
+    """What to do if the library was built from other sources than those beside the package; '' if it was not, or if
+    there are no sources beside the package (as there are in an editable install)."""
     if not ((root / "csrc" / "ops.cpp").exists() and (root / "setup.py").exists()):
         return ""
     try:
         built = ctypes.c_char_p.in_dll(ctypes.CDLL(str(_LIBRARY)), "tf_source_hash").value
-    except ValueError:  # older than the stamp
+    except ValueError:  # built before the library carried this symbol
         built = None
     if built == source_hash(root).encode():
         return ""
@@ -88,7 +88,7 @@ _current = ""
 
 
 def set_isa(name: str) -> None:
-    """Use the kernels compiled for instruction set `name` from now on (all of the process)."""
+    """Use the kernels compiled for instruction set `name` from now on, in the whole process."""
     global _current
     torch.ops.transformer_fast.cpu_set_isa(name)
     _current = name
@@ -101,15 +101,15 @@ def current_isa() -> str:
 
 
 INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
-# Each instruction set, and the widest of the int8 kernels that go with it.
+# Each instruction set, and the widest instruction set of the int8 kernels that may run with it.
 _INT8_WIDEST = {"baseline": "baseline", "avx2": "avx_vnni", "avx512": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
 ISAS = tuple(_INT8_WIDEST)
-_INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # by torch's capability; else all
+_INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # per torch capability; else all
 _current_int8 = ""
 
 
 def set_int8_isa(name: str) -> None:
-    """Use the int8 kernels compiled for instruction set `name` from now on (all of the process)."""
+    """Use the int8 kernels compiled for instruction set `name` from now on, in the whole process."""
     global _current_int8
     torch.ops.transformer_fast.cpu_set_int8_isa(name)
     _current_int8 = name
@@ -127,8 +127,8 @@ def supported_int8_isas() -> list[str]:
 
 
 def supported_isas() -> list[str]:
-    """Compiled instruction sets that this processor can run, narrowest first. ATEN_CPU_CAPABILITY, with which
-    torch can be held to a narrower one, holds here too."""
+    """Compiled instruction sets that this processor can run, narrowest first. ATEN_CPU_CAPABILITY, which limits torch
+    to a narrower one, applies here too."""
     widest = torch.backends.cpu.get_cpu_capability()
     names = ["baseline"]
     if widest in ("AVX2", "AVX512"):

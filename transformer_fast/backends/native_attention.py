@@ -1,4 +1,4 @@
-"""What the native attention ops take, on the CPU and on a GPU alike: csrc/bindings/attention.hpp."""
+"""The arguments of the native attention ops, the same on the CPU and on a GPU: csrc/bindings/attention.hpp."""
 
 import operator
 
@@ -7,13 +7,14 @@ import torch
 from .specs import AttentionSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the relative bias they are given the values at each distance instead.
+# Fields that the native ops do not take: they get the relative bias at each distance, not the bucket table.
 _TABLE = ("relative_max_distance", "relative_bidirectional")
 _fields = operator.attrgetter(*(name for name in AttentionSpec._fields if name not in _TABLE))
 
 
 def arguments(spec: AttentionSpec, relative_bias: torch.Tensor | None) -> tuple:
-    """The fields of the spec in their order, relative_bias being that of relative_bias.lookup()."""
+    """The fields of the spec in their order. relative_bias, (H, distances), replaces the table: see
+    relative_bias.lookup()."""
     bias = spec.bias
     if bias is None and relative_bias is None:
         return _fields(spec)
@@ -25,5 +26,5 @@ def arguments(spec: AttentionSpec, relative_bias: torch.Tensor | None) -> tuple:
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
-    """With unit stride along the last axis."""
+    """t, or a contiguous copy if its last stride is not 1."""
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -1,4 +1,4 @@
-"""Counter-based dropout: one seed gives one mask on every backend, whatever the tiling.
+"""Counter-based dropout: a seed gives the same mask on every backend, whatever the tiling.
 
 Element (bh, i, j) takes 16 of the 128 bits of one Philox4x32-7 counter (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011):
@@ -6,7 +6,7 @@ numbers: as easy as 1, 2, 3", SC 2011):
     counter = (16 * (j // 128) + j % 16,  i,  bh,  offset)        key = seed
     lane    = (j % 128) // 16              bits = word[lane % 4] >> (0 if lane < 4 else 16)
 
-It is kept when bits >= threshold(p), and then scaled by 65536 / (65536 - threshold(p)).
+An element is kept when bits >= threshold(p), and then scaled by 65536 / (65536 - threshold(p)).
 """
 
 import torch
@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """Of 65536: the number of 16-bit values that drop an element. p is rounded to 1/65536."""
+    """How many of the 65536 16-bit values drop an element. p is rounded to a multiple of 1/65536."""
     return min(int(p * 65536.0 + 0.5), 65535)
 
 
@@ -25,12 +25,12 @@ def keep_scale(p: float) -> float:
 
 
 def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = a * b  # int64 wraps, its 64 bits are right
+    wide = a * b  # int64 overflow wraps, so all 64 bits are right
     return (wide >> 32) & _MASK, wide & _MASK
 
 
 def philox(c0, c1, c2, c3, key0, key1) -> tuple[torch.Tensor, ...]:
-    """Philox4x32 with 7 rounds: four words of 32 random bits, as int64, for each counter."""
+    """Philox4x32 with 7 rounds: four words of 32 random bits per counter, as int64."""
     for _ in range(7):
         hi0, lo0 = _multiply_wide(c0, _M0)
         hi1, lo1 = _multiply_wide(c2, _M1)

@@ -1,4 +1,4 @@
-"""T5's relative position bias as the kernels take it: one value per head and distance, key - query position."""
+"""T5's relative position bias as the kernels read it: one value per head and distance (key - query position)."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from .eager import relative_buckets
 def lookup(spec, reach: int | None = None) -> tuple[int, torch.Tensor | None]:
     """reach, and the bias of each head at distances -reach .. reach, (H, 2 * reach + 1) float32.
 
-    Without a reach it is the shortest from which on farther keys share the bucket at the end.
+    If reach is None, it is the smallest distance beyond which all keys fall into the last bucket.
     """
     table = spec.relative_bias
     if table is None:
@@ -21,13 +21,13 @@ def lookup(spec, reach: int | None = None) -> tuple[int, torch.Tensor | None]:
 
 
 def buckets(spec, reach: int | None = None) -> tuple[int, torch.Tensor]:
-    """reach, and the bucket of each of the distances -reach .. reach, int32."""
+    """reach, and the bucket of each distance -reach .. reach, int32 (2 * reach + 1,)."""
     table = spec.relative_bias
     if reach is None:
         reach = max(spec.relative_max_distance, table.shape[0])
     build: Callable[..., torch.Tensor] = _bucket_vector
     if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        build = _bucket_vector.__wrapped__  # memory of a graph's pool must not outlive it in the cache
+        build = _bucket_vector.__wrapped__  # do not cache: a tensor in a CUDA graph's pool must not outlive the graph
     return reach, build(table.shape[0], spec.relative_max_distance, spec.relative_bidirectional, reach, table.device)
 
 

@@ -1,7 +1,8 @@
 """Attention by the kernels of torch's own scaled_dot_product_attention, with log-sum-exp and backward.
 
-On CUDA FlashAttention-2 where it can (16-bit, no mask) and the memory-efficient kernel else; on the CPU torch's flash
-kernel, so that all around them can be tested there. They lack what the features below name.
+On CUDA it runs FlashAttention-2 for 16-bit calls without a mask and the memory-efficient kernel otherwise. On the CPU
+it runs torch's flash kernel, so that the code around the kernels can be tested there. `_LACKS` lists the features that
+they do not have.
 
 Not yet run on a GPU.
 """
@@ -17,19 +18,19 @@ from . import Backend, Call
 _aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LACKS = {
-    "bias": "torch's kernels take no bias that may want a gradient",
+    "bias": "torch's kernels take no bias that may require a gradient",
     "bottom_right": "torch's kernels align causal masks top-left",
-    "dropout": "torch's dropout masks are others than this package's",
+    "dropout": "torch's dropout masks differ from this package's",
     "relative_bias": "torch's kernels have no relative position bias",
     "softcap": "torch's kernels have no soft cap",
-    "varlen": "unpadded sequences are not wired up to torch's kernels",
+    "varlen": "unpadded sequences are not implemented with torch's kernels",
     "window": "torch's kernels have no window",
 }
-_LSE_ALIGNMENT = 32  # the memory-efficient kernel pads rows of its log-sum-exp so
+_LSE_ALIGNMENT = 32  # the memory-efficient kernel pads the rows of its log-sum-exp to a multiple of this
 
 
 class _Inputs(NamedTuple):
-    """What the kernels take. sign: of the scale, which is folded into query as they want it positive; 0 for 0."""
+    """The arguments of torch's kernels. They need a positive scale, so its sign (-1, 0 or 1) is folded into query."""
 
     query: torch.Tensor
     key: torch.Tensor  # as many heads as query
@@ -77,7 +78,7 @@ class SdpaBackend(Backend):
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         q, k, v = kernels.backward(inputs, grad_out, out, lse)
         if grad_lse is not None:
-            # dS has a term P * dlse: it adds dlse * P K to dQ and P^T (dlse * Q) to dK, attention with K for a value.
+            # dS has the term P * dlse. It adds dlse * P K to dQ and P^T (dlse * Q) to dK: attention with K as value.
             upstream = grad_lse.masked_fill(lse == math.inf, 0.0).unsqueeze(-1)
             keys = inputs._replace(value=inputs.key)
             summed = kernels.forward(keys)[0]
@@ -110,14 +111,14 @@ def _inputs(spec) -> _Inputs:
         inside = positions < spec.key_lengths.to(key.device).view(-1, 1, 1, 1)
         alive = inside if alive is None else alive & inside
     if causal and not query.is_cuda and query.shape[2] > key.shape[2]:
-        # torch's CPU kernel masks wrongly there.
+        # torch's CPU kernel applies a wrong causal mask if there are more queries than keys.
         seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
         alive = seen if alive is None else alive & seen
         causal = False
     mask = dead = None
     if alive is not None:
         alive = alive.expand(*alive.shape[:3], key.shape[2])
-        # Finite, so that the kernels see no row of -inf alone.
+        # A finite value, so that no row consists of -inf only.
         least = torch.finfo(query.dtype).min / 2
         mask = torch.zeros(alive.shape, dtype=query.dtype, device=query.device).masked_fill_(~alive, least)
         dead = _dead_rows(alive, causal, query.shape[2])
@@ -127,14 +128,15 @@ def _inputs(spec) -> _Inputs:
 def _dead_rows(alive: torch.Tensor, causal: bool, queries: int) -> torch.Tensor:
     if not causal:
         return ~alive.any(-1, keepdim=True)
-    # Row i sees keys up to i: it is dead before the first key that is alive for it.
+    # Row i attends to keys up to i, so it is dead if i is before the first key that its mask allows.
     keys = alive.shape[-1]
     first = torch.where(alive.any(-1), alive.to(torch.uint8).argmax(-1), keys).unsqueeze(-1)
     return torch.arange(queries, device=alive.device).view(1, 1, -1, 1) < first
 
 
 class _Kernels(NamedTuple):
-    """forward(inputs): out, lse of at least Sq columns. backward(inputs, grad_out, out, lse): gradients to q, k, v."""
+    """forward(inputs): out, lse with at least Sq columns. backward(inputs, grad_out, out, lse): gradients of q, k,
+    v."""
 
     forward: Callable
     backward: Callable
@@ -167,7 +169,7 @@ def _flash_forward(x: _Inputs):
 
 
 def _flash_backward(x: _Inputs, grad_out, out, lse):
-    state = torch.empty(2, dtype=torch.uint64, device=out.device)  # of dropout: not looked at without
+    state = torch.empty(2, dtype=torch.uint64, device=out.device)  # of dropout; not read without it
     return _aten._scaled_dot_product_flash_attention_backward(
         grad_out, x.query, x.key, x.value, out, lse.contiguous(), None, None, x.query.shape[2], x.key.shape[2], 0.0,
         x.causal, state, state[:0], scale=x.scale,
@@ -175,7 +177,8 @@ def _flash_backward(x: _Inputs, grad_out, out, lse):
 
 
 def _aligned(x: _Inputs) -> torch.Tensor | None:
-    """The mask as the memory-efficient kernel wants it: expanded, rows 16 elements apart at least."""
+    """The mask as the memory-efficient kernel needs it: expanded, with row strides that are multiples of 16
+    elements."""
     if x.mask is None:
         return None
     b, h, s, _ = x.query.shape
@@ -192,7 +195,7 @@ def _efficient_forward(x: _Inputs):
 
 def _efficient_backward(x: _Inputs, grad_out, out, lse):
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % _LSE_ALIGNMENT), value=math.inf)
-    nothing = torch.zeros((), dtype=torch.int64)  # seed and offset of dropout
+    nothing = torch.zeros((), dtype=torch.int64)  # seed and offset of dropout, which is off
     return _aten._scaled_dot_product_efficient_attention_backward(
         grad_out, x.query, x.key, x.value, _aligned(x), out, lse, nothing, nothing, 0.0, [True, True, True, False],
         x.causal, scale=x.scale,

@@ -1,5 +1,7 @@
-"""What the native library is built from, as one number: setup.py compiles it in, native.py compares. No imports of the
-package here, setup.py runs this file by its path."""
+"""A hash of the sources of the native library. setup.py compiles it in, and native.py compares it with the sources.
+
+This file imports nothing from the package, because setup.py runs it by its path.
+"""
 
 import hashlib
 import pathlib
@@ -8,7 +10,7 @@ __all__ = ["source_hash"]
 
 
 def source_hash(root: pathlib.Path) -> str:
-    """Of every file under root/csrc and of root/setup.py, where the compilers' options are."""
+    """The hash of every file under root/csrc and of root/setup.py, which sets the compiler options."""
     digest = hashlib.sha256()
     for path in [*sorted(p for p in (root / "csrc").rglob("*") if p.is_file()), root / "setup.py"]:
         content = path.read_bytes()

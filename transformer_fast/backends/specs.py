@@ -1,7 +1,7 @@
-"""One call of an op, by name: what travels through schema, fake, autograd and backends.
+"""The arguments of each op as a named tuple, which schema, fake kernel, autograd and backends share.
 
-A registered op's schema is made from the fields of its spec (ops/_common.py), in their order, and so is what its
-backward pass keeps: a new argument is one field here.
+The schema of a registered op is generated from the fields of its spec, in their order (ops/_common.py), and so is what
+is saved for its backward pass. A new argument is one new field here.
 """
 
 import functools
@@ -12,16 +12,16 @@ from typing import Annotated, NamedTuple
 
 import torch
 
-# An integer that a compiler may leave open.
+# An integer that may be symbolic under torch.compile.
 SymInt = Annotated[int, "SymInt"]
 
 
 class AttentionSpec(NamedTuple):
-    """One call. Padded when cu_seqlens_q is None, else unpadded.
+    """One attention call: padded if cu_seqlens_q is None, else unpadded.
 
-    Query i of sequence b stands at position i + offset, offset = Sk_b - Sq_b when bottom_right else 0; Sk_b is
-    key_lengths[b] where given. Key j takes part when j < Sk_b, mask holds, and
-    position - window_left <= j <= position + window_right (a side of -1 is unlimited; causal is right = 0).
+    Query i of sequence b has position i + offset, with offset = Sk_b - Sq_b if bottom_right, else 0. Sk_b is
+    key_lengths[b] where given. Query i attends to key j if j < Sk_b, mask is True, and
+    position - window_left <= j <= position + window_right (-1 means no limit; causal is window_right = 0).
     score = softcap(scale * q.k) + bias + relative_bias[bucket(j - position), h].
     """
 
@@ -29,7 +29,7 @@ class AttentionSpec(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     bias: torch.Tensor | None  # 4-D, broadcasts to (B, H, Sq, Sk)
-    mask: torch.Tensor | None  # bool, 4-D, broadcasts likewise
+    mask: torch.Tensor | None  # bool, 4-D, broadcasts to (B, H, Sq, Sk); True takes part
     key_lengths: torch.Tensor | None  # (B,)
     cu_seqlens_q: torch.Tensor | None  # (B + 1,) int32
     cu_seqlens_k: torch.Tensor | None
@@ -48,39 +48,40 @@ class AttentionSpec(NamedTuple):
 
 
 class RecurrenceSpec(NamedTuple):
-    """One call, of an LSTM where there is a memory, else of a GRU; G gates of width H."""
+    """One recurrent layer over whole sequences: an LSTM (G = 4 gates) if memory is given, else a GRU (G = 3)."""
 
-    gates: torch.Tensor  # (positions, G * H), what the input gives the gates
-    weight: torch.Tensor  # (G * H, H), of the hidden state
-    bias: torch.Tensor | None  # (G * H,), beside it
+    gates: torch.Tensor  # (positions, G * H): the contribution of the input to the gates
+    weight: torch.Tensor  # (G * H, H): weight_hh
+    bias: torch.Tensor | None  # (G * H,): bias_hh
     hidden: torch.Tensor  # (B, H), before the first step
-    memory: torch.Tensor | None  # (B, H)
-    sequences: torch.Tensor  # int64 (3, B): where each begins, its length, and their order, longest first
-    steps: SymInt  # at least the longest
-    reverse: bool  # from the last position of each to its first
+    memory: torch.Tensor | None  # (B, H), before the first step
+    sequences: torch.Tensor  # int64 (3, B): first position, length, and the sequences' indices, longest first
+    steps: SymInt  # at least the length of the longest sequence
+    reverse: bool  # run each sequence from its last position to its first
     gaps: bool  # some positions belong to no sequence
 
 
 class RecurrentStepSpec(NamedTuple):
-    """One call: a token a row through a recurrent decoder, an LSTM where there is a memory, else a GRU.
+    """One decoding step of a recurrent decoder, one token per row: an LSTM if memory is given, else a GRU.
 
-    Without maxout the cells read [word; feed], and the readout is tanh(W [context; state]), with the context of the
-    state after the step. With it they read [word; context], with the context of the state before, and the readout is
-    the maximum of each two neighbours of W [state; word; context] + b. Without values the readout is the state.
+    Without maxout the cells read [word; feed], and the readout is tanh(W [context; state]), where the context comes
+    from the state after the step. With maxout the cells read [word; context], where the context comes from the state
+    before the step, and the readout is the maximum over pairs of neighbours of W [state; word; context] + b. Without
+    values the readout is the state.
     """
 
     ids: torch.Tensor  # int64 (R,)
-    token: torch.Tensor  # (V, E)
+    token: torch.Tensor  # (V, E), the embedding table
     hidden: torch.Tensor  # (L, R, H), before the step
     memory: torch.Tensor | None  # (L, R, H)
     feed: torch.Tensor | None  # (R, P), the last readout
     keys: torch.Tensor | None  # (N, S, W); None: the context is values[:, 0]
     values: torch.Tensor | None  # (N, S, H)
     mask: torch.Tensor | None  # bool (N, S); True takes part
-    sources: torch.Tensor | None  # int64 (R,), which of N a row attends to; None: its own
-    query: torch.Tensor | None  # (W, H), of the state that is scored
-    score_weight: torch.Tensor | None  # (W,), of additive scores; None: products
-    cells: list[torch.Tensor | None]  # of each layer weight_ih, weight_hh, bias_ih, bias_hh
+    sources: torch.Tensor | None  # int64 (R,): the index in N that each row attends to; None: row r attends to r
+    query: torch.Tensor | None  # (W, H): projection of the state to the query; None: the state is the query
+    score_weight: torch.Tensor | None  # (W,), of additive scores; None: dot products
+    cells: list[torch.Tensor | None]  # weight_ih, weight_hh, bias_ih, bias_hh of each layer
     readout: torch.Tensor | None  # (P, 2 * H), with maxout (2 * P, 2 * H + E)
     readout_bias: torch.Tensor | None
     head: torch.Tensor  # (vocabulary, P or H)
@@ -89,7 +90,7 @@ class RecurrentStepSpec(NamedTuple):
 
 
 class NormSpec(NamedTuple):
-    """One call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
+    """One norm call: v = residual + dropout(x); y = weight * (v - mean) * rstd + bias, all (rows, width)."""
 
     x: torch.Tensor
     residual: torch.Tensor | None
@@ -102,8 +103,9 @@ class NormSpec(NamedTuple):
 
 
 class RotaryAppendSpec(NamedTuple):
-    """One call: query, key, value (B, S, H, D) and caches (B, key heads, capacity, D), all with last stride 1; cos, sin
-    as the backend's rotary_embedding takes them; positions int64 (B, S), None for those behind cache_lengths."""
+    """One call: query (B, S, H, D), key and value (B, S, key heads, D), and caches (B, key heads, capacity, D), all
+    with last stride 1; cos and sin as in the backend's rotary_embedding; positions int64 (B, S), None for cache_lengths
+    + 0 .. S - 1."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -121,7 +123,7 @@ class RotaryAppendSpec(NamedTuple):
 
 
 class CrossEntropySpec(NamedTuple):
-    """One call on (rows, classes) logits. With p = softmax(x), w the class weights (1 where there are none),
+    """One call on (rows, classes) logits. With p = softmax(x), w the class weights (1 if there are none),
     e the label smoothing and y the target, the loss of a row that is not ignored is
 
         (1 - e) w[y] (-log p[y]) + e / classes * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2
@@ -154,8 +156,8 @@ class EmbeddingSpec(NamedTuple):
 
 
 class AdditiveAttentionSpec(NamedTuple):
-    """One call: query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv) with unit last stride; score_weight and bias (D,);
-    mask bool (B, Sq, Sk), any strides; key_lengths int64 (B,), contiguous."""
+    """One call: query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv), all with unit last stride; score_weight and bias
+    (D,); mask bool (B, Sq, Sk) with any strides; key_lengths int64 (B,), contiguous."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -167,8 +169,8 @@ class AdditiveAttentionSpec(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the fields of a spec stand. tensors, constants: each of them, in order; order: a spec's fields from
-    (*tensors, *constants)."""
+    """Splits a spec into its tensors and its constants and joins them again. tensors, constants: select those fields,
+    in order. order: the spec's fields from (*tensors, *constants)."""
 
     tensor_count: int
     tensors: Callable[[tuple], tuple]

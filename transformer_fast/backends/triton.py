@@ -1,4 +1,4 @@
-"""Triton kernels (kernels/), for NVIDIA GPUs from sm_80 on; on CPU tensors under TRITON_INTERPRET=1."""
+"""Triton kernels (kernels/) for NVIDIA GPUs from sm_80 on. With TRITON_INTERPRET=1 they run on CPU tensors."""
 
 import contextlib
 import functools
@@ -12,13 +12,13 @@ from .philox import keep_scale, threshold
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE_HEAD = 128  # the last rows of kernels/attention_configurations.py are for head dims over this
-# kernels/embedding.py holds a row in registers; elsewhere a grid has an axis of column blocks, which ends at 65535.
+# kernels/embedding.py keeps a row in registers. The other grids have an axis of column blocks, limited to 65535.
 _WIDEST = {"embedding_layer_norm": 4096, "norm": 2**25, "additive_attention": 2**22}
 
 
 def verified_on_gpu() -> frozenset[str]:
-    """Ops whose kernels have passed their tests on a GPU, as the ledger in benchmarks/results says. The others are
-    proven under Triton's interpreter and by compiling them ahead of time only; `info` says so."""
+    """Ops whose kernels have passed their tests on a GPU, according to the ledger in benchmarks/results. The others
+    have only been tested under Triton's interpreter and compiled ahead of time; `info` says so."""
     return verified.names() & TritonBackend.ops()
 
 
@@ -28,18 +28,18 @@ def _missing() -> str:
 
 
 def interpreting() -> bool:
-    """Triton reads TRITON_INTERPRET when it is first imported: set it before that."""
+    """Whether TRITON_INTERPRET=1 is set. Triton reads it at its first import, so it must be set before that."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; a few under the interpreter, so that a program walks over several tiles there too."""
+    """Multiprocessors of the GPU; 2 under the interpreter, so that a program loops over several tiles there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _device_of(t: torch.Tensor):
-    """Triton launches on torch's current device and stream: make it the tensor's."""
+    """A context in which t's device is the current one, as Triton launches on torch's current device and stream."""
     if t.is_cuda and t.get_device() != torch.cuda.current_device():
         return torch.cuda.device(t.device)
     return contextlib.nullcontext()
@@ -84,7 +84,7 @@ class TritonBackend(Backend):
         if call.op != "attention" or "backward" not in call.features or call.size <= _WIDE_HEAD:
             return ""
         if call.dtype == torch.float32 or _large_tiles(call.device):
-            return f"gradients of head dims over {_WIDE_HEAD} take slices of them, each with the scores computed again"
+            return f"gradients with head dims over {_WIDE_HEAD} go slice by slice, and each recomputes the scores"
         return ""
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
@@ -240,12 +240,12 @@ class TritonBackend(Backend):
 
 
 def _large_tiles(device: str) -> bool:
-    """Whether the GPU's matrix instructions (wgmma, tcgen05) take no fewer than 64 rows."""
+    """Whether the GPU's matrix instructions (wgmma, tcgen05) need at least 64 rows."""
     return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10, 11)
 
 
 def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    """As the kernels read vectors: element after element."""
+    """A contiguous t: the kernels read vectors without a stride."""
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 

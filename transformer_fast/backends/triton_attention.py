@@ -19,9 +19,9 @@ from .specs import AttentionSpec, layout
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
 DECODE_QUERIES, DECODE_ROWS = 16, 32
-FEW_KEYS = 128  # rows of so few keep the rounding of the output: see kernels/attention_backward.py
-WIDEST_WITH_TABLE = 64  # head dims up to which, without dropout, the sums of the table fit the registers beside dQ
-L2_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache while the blocks of a few heads run
+FEW_KEYS = 128  # rows with at most so many keys keep the rounding of the output: see kernels/attention_backward.py
+WIDEST_WITH_TABLE = 64  # up to this head dim, without dropout, the sums for dtable fit the registers beside dQ
+L2_BYTES = 32 * 2**20  # bytes of keys and values that stay in the L2 cache while the blocks of a few heads run
 
 _CONSTANTS = layout(AttentionSpec).constants
 
@@ -30,8 +30,8 @@ INPUTS = 9
 
 
 def _inputs(spec) -> tuple[torch.Tensor | None, ...]:
-    """The tensors of a call as the kernels read them: query, key, value, bias, mask, lengths or offsets of sequences,
-    the relative bias at each distance, rng."""
+    """The tensors of a call as the kernels read them: query, key, value, bias, mask, key lengths or query offsets, key
+    offsets, the relative bias at each distance, rng."""
     dropout = spec.rng is not None and threshold(spec.dropout_p) > 0
     return (
         spec.query,
@@ -51,7 +51,7 @@ def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _key(kind: str, spec) -> tuple:
-    """What a plan depends on beside its tensors. The functions are in it for those who replace them."""
+    """What a plan depends on beside its tensors. It includes functions, because the tuner and tests replace them."""
     table = spec.relative_bias
     return (
         kind, spec.query.device, _CONSTANTS(spec), table is not None and table.shape[0],
@@ -61,8 +61,8 @@ def _key(kind: str, spec) -> tuple:
 
 
 class Launch:
-    """One call as every kernel takes it: arguments that all share, by name, and block sizes. Its tensors are those of
-    a plan, which other calls of its kind replace by theirs."""
+    """The arguments that all attention kernels share, by name, for one kind of call. The tensors are those of the plan;
+    later calls of the same kind put their own in their place."""
 
     def __init__(self, spec, plan: triton_launch.Plan):
         q, k, value, bias, mask, lengths, cu_k, relative, rng = plan.inputs[:INPUTS]
@@ -117,12 +117,12 @@ class Launch:
             "BOTTOM_RIGHT": bool(spec.bottom_right),
             "SOFTCAP": bool(softcap),
             "FOLDED": folded,
-            # Not allow_tf32: reading that raises once fp32_precision has been set.
+            # Do not read allow_tf32 here: that raises once fp32_precision has been set.
             "PRECISION": "tf32" if not single or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         }
 
     def strides(self, name: str, t: torch.Tensor, batch: str = "b") -> dict[str, int]:
-        """stride_<name>b, h, s of a (B, H, S, D) or (total, H, D) tensor."""
+        """stride_<name>b, stride_<name>h and stride_<name>s of a (B, H, S, D) or (total, H, D) tensor."""
         b, h, s = (0, t.stride(1), t.stride(0)) if self.unpadded else t.stride()[:3]
         return {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}s": s}
 
@@ -131,7 +131,7 @@ class Launch:
         return {"stride_lse_b": b, "stride_lse_h": h}
 
     def arguments(self, kernel, config, **more):
-        """Keyword arguments of `kernel`, out of what all calls share and `more`; the rest it does not take."""
+        """Keyword arguments of `kernel`: those of the shared arguments and of `more` that it has parameters for."""
         known = {**self.pointers, **self.scalars, **self.constants, **more}
         known |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WIDE": _wide(known)}
         known["BLOCK_D"] = min(self.block_d, config.columns or self.block_d)
@@ -141,7 +141,7 @@ class Launch:
         return {**taken, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
     def slices(self, config) -> int:
-        """How many programs share a block of the result, each with some of its columns."""
+        """How many programs share a block of rows; each computes some of its columns."""
         return 1 if config.columns is None else triton.cdiv(self.head_dim, config.columns)
 
     def heads_together(self, tensor_bytes: int, most: int) -> int:
@@ -149,7 +149,7 @@ class Launch:
 
 
 def _wide(arguments) -> bool:
-    """Whether offsets within a tile of 256 rows can leave 32 bits."""
+    """Whether offsets within a tile of 256 rows can exceed 32 bits."""
     return max(abs(v) for n, v in arguments.items() if n.startswith("stride_") and n.endswith("s")) * 256 >= 2**31
 
 
@@ -167,8 +167,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many parts the keys of a decoding call are cut: 1 when `tiles` programs fill 80% of the GPU, else the
-    fewest whose last wave is filled to 85% of the best that any number up to `blocks` reaches."""
+    """The number of parts into which the keys of a decoding call are split.
+
+    It is 1 if `tiles` programs fill 80% of the GPU. Otherwise it is the smallest number whose wave efficiency reaches
+    85% of the best efficiency of any number up to `blocks`.
+    """
     if tiles >= 0.8 * multiprocessors or blocks <= 1:
         return 1
 
@@ -182,7 +185,7 @@ def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
 
 
 def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Write out and lse of a call; see ops/_attention_op.py for the spec."""
+    """Write out and lse of one call."""
 
     def build(plan):
         call = Launch(spec, plan)
@@ -218,7 +221,8 @@ def _forward(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
-    """Decode with the append in the same launch; False, and nothing done, for more queries than that kernel takes."""
+    """Append to the caches and decode in one launch. Returns False, and does nothing, if the call has more queries than
+    the decoding kernel takes."""
     if not _few(spec):
         return False
 
@@ -238,7 +242,7 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
     spec = call.spec
     config = configurations.select("decode", call.shape)
     config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(call.queries * call.groups)))
-    if new_key is not None:  # registers hold a tile of the cache's end, too
+    if new_key is not None:  # registers also hold a tile of the new rows
         config = config._replace(block_n=max(16, config.block_n // 2))
     tiles = call.batch * call.key_heads
     splits = splits_of(tiles, triton.cdiv(call.keys, config.block_n), _multiprocessors(out.device))
@@ -265,7 +269,7 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
         **call.lse_strides(lse if splits == 1 else part_lse[0]),
         stride_out_split=0 if splits == 1 else part.stride(0),
         stride_lse_split=0 if splits == 1 else part_lse.stride(0),
-        score_scale=spec.scale / spec.softcap if spec.softcap else spec.scale,  # never folded
+        score_scale=spec.scale / spec.softcap if spec.softcap else spec.scale,  # without LOG2E
         heads=call.key_heads,
         SPLIT=splits > 1,
     )
@@ -282,7 +286,7 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
 
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
-    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeros before)."""
+    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller)."""
     out, grad_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     bucket = None if dtable is None else relative_bias.buckets(spec)[1]
@@ -297,7 +301,7 @@ def _backward(call: Launch) -> None:
     correction = rest[0] if exact else None
     center = call.plan.empty((call.batch, call.key_heads, call.head_dim), torch.float32, lse.device)
     rows = {**call.lse_strides(lse), **call.strides("g", grad_out), "heads": call.heads, "queries": call.queries}
-    # More of float32 or of a wide head spills: the compiler aims at many programs a multiprocessor.
+    # Larger blocks of float32 or of wide heads spill, because the compiler aims at many programs per multiprocessor.
     block = max(16, min(64, 8192 // (call.block_d * out.element_size())))
     arguments = {
         "out_ptr": out, "grad_out_ptr": grad_out, "k_ptr": call.key, "lse_ptr": lse, "grad_lse_ptr": grad_lse,
@@ -326,7 +330,7 @@ def _backward(call: Launch) -> None:
     every = dbias is not None or dtable is not None or call.keys <= FEW_KEYS
     every = every or (
         hidden and call.pointers["rng_ptr"] is not None
-    )  # one key may be left, and dropout rounds its value
+    )  # only one key may be left, and dropout rounds its value
     if every or exact:
         _query_gradient(call, shared, delta=True, large=not every)
     _key_gradients(call, shared, dk, dv)
@@ -366,10 +370,11 @@ def _key_gradients(call: Launch, shared, dk, dv) -> None:
 
 
 def _query_gradient(call: Launch, shared, dq=None, dbias=None, dtable=None, delta=False, large=False) -> None:
-    """dQ, dbias and dtable, those that are given, or delta alone, with `large` where some lse is large."""
+    """Launch the query-side backward kernel for those of dQ, dbias and dtable that are given, or for delta alone.
+    large: compute delta only where an lse is large."""
     shape = call.shape._replace(kind="rich") if delta and call.shape.kind == "plain" else call.shape
     config = configurations.select("backward_query" if dq is not None or delta else "backward_table", shape)
-    if delta:  # the compiler aims at two blocks a multiprocessor: with more tiles in flight it spills
+    if delta:  # the compiler aims at two blocks per multiprocessor and spills with more tiles in flight
         config = config._replace(num_stages=1)
     blocks = triton.cdiv(call.queries, config.block_m)
     batch_heads = call.batch * call.heads
@@ -423,7 +428,7 @@ def _bias_gradient(call: Launch, shared, dbias) -> None:
     own = [1 if s else n for s, n in zip(summed, tiles)]
     each = [n if s else 1 for s, n in zip(summed, tiles)]
     programs, count = own[0] * own[1] * own[2] * own[3], each[0] * each[1] * each[2] * each[3]
-    # Enough programs to fill the GPU, as long as their parts stay small beside the keys and values.
+    # Enough programs to fill the GPU, as long as the partial sums stay small compared with keys and values.
     wanted = triton.cdiv(2 * _multiprocessors(dbias.device), programs)
     splits = max(1, min(wanted, count, 2**24 // dbias.numel()))
     part = dbias if splits == 1 else call.plan.empty((splits, *dbias.shape), dbias.dtype, dbias.device)

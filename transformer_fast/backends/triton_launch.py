@@ -1,10 +1,10 @@
-"""Launch plans: what a kind of call launches is worked out once, and then repeated with other tensors.
+"""Launch plans: the launches of a kind of call are computed once and then repeated with other tensors.
 
-Grids, block sizes, strides and Triton's own choice of a compiled kernel depend on shapes, strides, dtypes and options
-alone, and cost far more time than a launch. `run` keeps them by a key that holds everything they depend on. A plan is a
-list of steps on numbered tensors: the inputs of the call, then those that it makes. Triton chooses the compiled kernel
-in the first run of a plan; from the second on its handle is launched directly. Under the interpreter, and where the
-handle is not as in the versions known here, every launch goes through Triton's front door.
+Grids, block sizes, strides and Triton's choice of a compiled kernel depend only on shapes, strides, dtypes and options.
+Computing them takes far longer than a launch. `run` caches them by a key that holds everything they depend on. A plan
+is a list of steps on numbered tensors: first the inputs of the call, then the tensors that the plan allocates. Triton
+chooses the compiled kernel in the first run of a plan; later runs launch its handle directly. Under the interpreter,
+and with Triton versions whose handle is not known here, every launch goes through Triton's public interface.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -19,16 +19,17 @@ from triton.runtime.jit import JITFunction
 
 _MOST = 1024
 _plans: dict[Hashable, list[Callable]] = {}
-# The launch of a compiled kernel is private to Triton: (grid, stream, function, metadata, hooks, arguments).
+# The call of a compiled kernel, private to Triton, is (grid, stream, function, metadata, hooks, arguments) in these.
 _KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 11)
 
 
 class Plan:
-    """The steps of one kind of call, while they are worked out: with the tensors of the first such call."""
+    """The steps of one kind of call. They are built with the tensors of the first such call."""
 
     def __init__(self, inputs: Sequence[torch.Tensor | None]):
-        # Aliases: one tensor given twice has two numbers, or another call's two tensors would become one.
-        self.tensors: list[Any] = [None if t is None else t.detach() for t in inputs]  # None where there is none
+        # detach() makes an alias of each: a tensor that is passed twice needs two numbers, because a later call may
+        # pass two tensors there.
+        self.tensors: list[Any] = [None if t is None else t.detach() for t in inputs]
         self.inputs = tuple(self.tensors)
         self.steps: list[Callable] = []
         self.cached = _KNOWN
@@ -37,7 +38,7 @@ class Plan:
         return next(i for i, known in enumerate(self.tensors) if known is t)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, zeros: bool = False):
-        """A tensor of every call's own."""
+        """A tensor that every call allocates anew."""
         make = torch.zeros if zeros else torch.empty
         shape = tuple(shape)
         self.steps.append(lambda tensors: tensors.append(make(shape, dtype=dtype, device=device)))
@@ -45,16 +46,16 @@ class Plan:
         return self.tensors[-1]
 
     def then(self, function: Callable, *tensors: torch.Tensor) -> None:
-        """function(*tensors) in every call."""
+        """Run function(*tensors) in every call."""
         numbers = [self._number(t) for t in tensors]
         self.steps.append(lambda found: function(*[found[i] for i in numbers]))
 
     def call(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-        """As launch; the way of the launchers in kernels/."""
+        """`launch` with positional arguments, for the launchers in kernels/."""
         self.launch(kernel, grid, dict(zip(kernel.arg_names, arguments)) | options)
 
     def launch(self, kernel, grid: tuple[int, ...], arguments: dict) -> None:
-        """kernel[grid](**arguments) in every call."""
+        """Run kernel[grid](**arguments) in every call."""
         options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
         values = [arguments[name] for name in kernel.arg_names]
         places = [(i, self._number(v)) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
@@ -86,14 +87,14 @@ class _Launch:
 
 
 def _hooked() -> bool:
-    """Whether a profiler watches launches: then Triton makes them, and tells it of each."""
+    """Whether a profiler has hooked launches. They must then go through Triton, which calls the hooks."""
     return bool(getattr(knobs.runtime.launch_enter_hook, "calls", None)) or knobs.runtime.debug
 
 
 def run(key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[Plan], None]) -> None:
-    """Launches what `build(plan)` puts into a plan from plan.inputs, or what it put there for an earlier call.
+    """Run the plan that `build(plan)` makes from plan.inputs, or the cached plan of an earlier call with the same key.
 
-    key: what the plan depends on beside device, dtype, strides and alignment of the inputs, which are added to it.
+    key: what the plan depends on, the device included. Shape, strides, dtype and alignment of the inputs are added.
     """
     whole = (key, *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in inputs])
     steps = _plans.get(whole)
@@ -111,5 +112,5 @@ def run(key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[P
 
 
 def forget() -> None:
-    """All plans, as if no call had been made yet."""
+    """Drop all cached plans."""
     _plans.clear()

@@ -1,4 +1,4 @@
-"""What a GPU has really run: the ledgers (verified.json) that benchmarks/gpu.sh leaves in benchmarks/results."""
+"""What has really run on a GPU: the ledgers (verified.json) that benchmarks/gpu.sh writes to benchmarks/results."""
 
 import functools
 import importlib.util
@@ -8,8 +8,8 @@ import pathlib
 
 @functools.cache
 def names() -> frozenset[str]:
-    """Names of benchmarks/ledger.py whose tests have passed on some GPU: "norm" of Triton's kernels, "cuda norm" of the
-    CUDA C++ kernels."""
+    """The names in benchmarks/ledger.py whose tests have passed on a GPU: e.g. "norm" for the Triton kernels and
+    "cuda norm" for the CUDA C++ kernels."""
     spec = importlib.util.find_spec("transformer_fast.benchmarks")
     folders = (spec.submodule_search_locations or ()) if spec else ()
     runs = (run for folder in folders for run in pathlib.Path(folder).glob("results/cuda-*/*/verified.json"))

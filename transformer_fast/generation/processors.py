@@ -1,4 +1,4 @@
-"""HF's logits processors, without the copies of all scores that some of them make to change one column."""
+"""HF's logits processors in place: some of them copy all scores only to change one column."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from transformers.generation import logits_process as hf
 __all__ = ["barred_tokens", "in_place"]
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Bars = Callable[[int], Any]  # of the length so far: tokens that may not follow, or None
+Bars = Callable[[int], Any]  # length so far -> the tokens that are excluded now, or None
 
 
 def in_place(processors: Any) -> Any:
-    """What HF's LogitsProcessorList computes, maybe into the scores it is given. Only processors that are exactly the
-    classes known here are replaced; all others are called as they are, in their order."""
+    """A function with the result of HF's LogitsProcessorList, which may write to the scores it gets. Only processors of
+    exactly the classes in _BARS are replaced; all others are called unchanged, in their order."""
     if type(processors) is not hf.LogitsProcessorList or not any(type(p) in _BARS for p in processors):
         return processors
     chosen: list[Processor] = [_barring(_BARS[type(p)](p)) if type(p) in _BARS else p for p in processors]
@@ -29,8 +29,8 @@ def in_place(processors: Any) -> Any:
 
 
 def barred_tokens(processors: Any) -> Callable[[int], torch.Tensor | None] | None:
-    """A function of the length so far that gives the tokens, int64 (n,), which processors rule out, None for none of
-    them; or None where processors do anything else, so that it takes all scores to know what they do."""
+    """A function of the length so far that returns the tokens, int64 (n,), which the processors exclude, or None for no
+    tokens. The result is None if a processor does anything else, because that needs all scores."""
     if not processors:
         return lambda length: None
     if type(processors) is not hf.LogitsProcessorList or not all(type(p) in _BARS for p in processors):

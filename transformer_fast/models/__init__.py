@@ -1,4 +1,4 @@
-"""Models: HF's classes with this package's computation, one module a family (registry.py lists them).
+"""Models: HF's classes with this package's computation, one module per family (registry.py lists them).
 
-The names users import are exported by the package itself; nothing here loads transformers before one is used.
+The package itself exports the names that users import. Nothing here loads transformers before one of them is used.
 """

@@ -1,5 +1,5 @@
-"""What BART and the families that followed it share: the layers, named alike in all, the two ways to begin a stack, and
-the forward methods of the stacks."""
+"""Code that BART and the families derived from it share: the layers, which have the same names in all of them, the two
+kinds of embedding, and the forward methods of the stacks."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ class BartLayer(Layer):
 
 
 class _BartStack(StackBase):
-    """_pre_norm: norms stand before the sublayers, and one more, `layer_norm`, after the last layer."""
+    """_pre_norm: norms come before the sublayers, and one more, `layer_norm`, after the last layer."""
 
     layers: Any
     embed_positions: Any
@@ -83,7 +83,7 @@ class _BartStack(StackBase):
 
 
 class LearnedPositions:
-    """Before a stack: norm(word + learned position), as BART begins."""
+    """Mixin, placed before a stack: embeddings are norm(word + learned position), as in BART."""
 
     embed_tokens: Any
     embed_positions: Any
@@ -113,7 +113,7 @@ class LearnedPositions:
 
 
 class SinusoidalPositions:
-    """Before a stack: scale * word + sinusoidal position, as Marian begins."""
+    """Mixin, placed before a stack: embeddings are scale * word + sinusoidal position, as in Marian."""
 
     embed_tokens: Any
     embed_positions: Any
@@ -142,7 +142,7 @@ class SinusoidalPositions:
 
 
 class ScalesGivenEmbeddings(SinusoidalPositions):
-    """A decoder that scales inputs_embeds too, unlike its encoder."""
+    """For decoders that scale inputs_embeds too; the encoders of these families do not."""
 
     def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
         if inputs.inputs_embeds is not None:
@@ -161,7 +161,7 @@ class BartEncoderBase(_BartStack):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ):
-        """As HF's; padding is dropped before the first layer, and the outputs are zeros there."""
+        """As HF's. Padding is dropped before the first layer; outputs at padding are zeros."""
         want = kwargs.pop("want", None)
         return self._encode(want, input_ids, attention_mask, inputs_embeds, kwargs)
 
@@ -184,7 +184,7 @@ class BartDecoderBase(_BartStack):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        """As HF's; without a cache, padding is dropped before the first layer, and the outputs are zeros there."""
+        """As HF's. Without a cache, padding is dropped before the first layer; outputs at padding are zeros."""
         want = kwargs.pop("want", None)
         return self._decode(
             want, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,

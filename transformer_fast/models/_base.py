@@ -1,4 +1,4 @@
-"""What every family shares: HF's modules given our forward, and the arguments of a forward pass made plain."""
+"""Code that every family shares: replacing the classes of HF's modules by ours, and reading a forward's arguments."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..layers import StackCall, Unpadding, stock
-from . import _quantizer as _quantizer  # int8 checkpoints say who reads them
+from . import _quantizer as _quantizer  # registers the quantizer that reads int8 checkpoints
 from . import _stock
 from ._explain import explain_model
 from ._heads import keep_positions
@@ -29,8 +29,11 @@ __all__ = [
 
 
 class Want(NamedTuple):
-    """What a head reads of its base model. first_only: nothing but the first position. read: (B, S) bool, positions
-    that are read even where they are padding (a label lies there)."""
+    """The positions that a head reads from its base model.
+
+    first_only: only the first position. read_first: the first position too. read: (B, S) bool, positions that are
+    computed even where they are padding, for example because they have a label.
+    """
 
     first_only: bool = False
     read_first: bool = False
@@ -38,7 +41,7 @@ class Want(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What a base model hands to its head, before padding is restored.
+    """The outputs of a base model for its head, before padding is restored.
 
     rows: (total, E), or (B, S, E) when nothing was dropped; None when only the first positions were computed.
     """
@@ -69,14 +72,14 @@ class Encoded(NamedTuple):
         return self.unpadding.pad(self.rows) if self.last is None else self.last
 
     def kept(self, which: int | torch.Tensor) -> "Encoded":
-        """Of the positions that HF's logits_to_keep names; for 0 all, as they are. See _heads.keep_positions."""
+        """Only the positions that HF's logits_to_keep selects; for 0 all, unchanged. See _heads.keep_positions."""
         if isinstance(which, int) and not which:
             return self
         rows = keep_positions(self.restored(), which)
         return self._replace(rows=rows, unpadding=Unpadding(*rows.shape[:2]), last=None)
 
     def extras(self, cross: bool = False) -> dict:
-        """hidden_states and attentions as an output class names them."""
+        """hidden_states and attentions, by the names of the output classes' fields."""
         found = {"hidden_states": self.hidden_states, "attentions": self.attentions}
         return found | {"cross_attentions": self.cross_attentions} if cross else found
 
@@ -88,7 +91,7 @@ class Flags(NamedTuple):
 
 
 def read_flags(config, kwargs: dict, layers: int) -> Flags:
-    """The output switches of a forward call, the configuration's where the call does not say."""
+    """The output switches of a forward call; the configuration's values where the call does not set them."""
 
     def switch(name: str, default):
         value = kwargs.get(name)
@@ -108,8 +111,8 @@ def read_flags(config, kwargs: dict, layers: int) -> Flags:
 def check_inputs(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: int, prefix: str = ""
 ) -> torch.Tensor:
-    """The one of the two that was given, of a right shape and kind; ValueError or TypeError otherwise. prefix: of
-    their names in messages ("decoder_")."""
+    """Return input_ids or inputs_embeds, whichever was given, after checking shape and dtype (ValueError, TypeError).
+    prefix: put before their names in messages ("decoder_")."""
     ids, embeds = f"{prefix}input_ids", f"{prefix}inputs_embeds"
     if (input_ids is None) == (inputs_embeds is None):
         came = "neither" if input_ids is None else "both"
@@ -125,7 +128,7 @@ def check_inputs(
 
 
 def check_integers(name: str, t: torch.Tensor, shape: tuple[int, int] | None = None) -> None:
-    """An index tensor, int32 or int64; with `shape` (batch, length), of that shape or with one row for all."""
+    """Check that `t` is an int32 or int64 tensor; with `shape` (batch, length), that it has this shape or one row."""
     if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: wanted an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if shape is not None and tuple(t.shape) not in (shape, (1, shape[1]), shape[1:]):
@@ -133,13 +136,13 @@ def check_integers(name: str, t: torch.Tensor, shape: tuple[int, int] | None = N
 
 
 class Adopted:
-    """A family's table {HF class: our subclass of it}: modules that HF's constructors make become ours in place."""
+    """A family's table {HF class: our subclass of it}: modules made by HF's constructors get our classes in place."""
 
     def __init__(self):
         self._classes: dict[type, type] = {}
 
     def register(self, cls: type) -> type:
-        """Class decorator: `cls` takes the place of its HF base, the next class of nn.Module in its order."""
+        """Class decorator: `cls` replaces its HF base, the next subclass of nn.Module in its __mro__."""
         for base in cls.__mro__[1:]:
             if issubclass(base, nn.Module) and not issubclass(base, ModelMixin):
                 self._classes[base] = cls
@@ -156,12 +159,12 @@ class Adopted:
 
 
 class Outputs:
-    """What a forward hands out."""
+    """Mixin with the conversion of a forward's output."""
 
     config: Any
 
     def _finish(self, output, flags_from: dict):
-        """The output as a tuple where return_dict is off."""
+        """The output, as a tuple where return_dict is off."""
         return_dict = flags_from.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
@@ -169,10 +172,10 @@ class Outputs:
 
 
 class ModelMixin(Outputs, LoadingErrors):
-    """First base of each model class, before HF's: parameters, names and initialisation are HF's own."""
+    """First base of each model class, before HF's. Parameters, names and initialisation are HF's own."""
 
     _adopted: Adopted
-    runs_as_hugging_face = False  # where the installed transformers is untested, and a tiny model of the class differs
+    runs_as_hugging_face = False  # True: transformers is an untested release, and a tiny model of the class differs
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -188,21 +191,21 @@ class ModelMixin(Outputs, LoadingErrors):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, as for transformers' classes whose initialisation this is: one seed gives the weights of theirs."""
+        """False, as for transformers' own classes: then a seed gives the same initial weights as there."""
         return not cls.__module__.startswith(f"{__package__}.")
 
     def explain(self) -> str:
-        """Which parts of this model take the fast path, and why the others do not; see transformer_fast.explain."""
+        """Which parts of this model use the fast path, and why the others do not; see transformer_fast.explain."""
         return explain_model(self, ModelMixin)  # type: ignore[arg-type]
 
     def post_init(self):
-        """As HF's, after the layers have become ours: they take config.gradient_checkpointing where HF's do not."""
+        """As HF's, after the layers got our classes, some of which support gradient checkpointing where HF's do not."""
         if not runs_as_hugging_face(type(self)):
             self._adopted.adopt(self)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
 
     def why_hf_loop(self) -> str:
-        """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
+        """'' when generate may decode with this package's engine; else why transformers' loop runs."""
         return _stock.why_hf_loop(self)
 
 
@@ -220,5 +223,5 @@ _ACTIVATIONS = {
 
 
 def activation_name(hidden_act) -> str | None:
-    """The name ops.bias_activation knows an HF activation by, or None: then its module is called."""
+    """The name of an HF activation in ops.bias_activation, or None: then its module is called."""
     return _ACTIVATIONS.get(hidden_act) if isinstance(hidden_act, str) else None

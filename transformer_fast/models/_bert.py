@@ -1,4 +1,4 @@
-"""What BERT shares with the encoders that have its layers: where they are, the cache of a decoder, the forwards."""
+"""Code that BERT shares with the encoders that have its layers: slot names, the cache of a decoder, the forwards."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ class BertBase(EncoderBase):
         return self.encoder.layer
 
     def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
-        """Without a pooler the first positions as they are, for heads that have layers of their own for them."""
+        """Without a pooler, the first positions unchanged: some heads have pooling layers of their own."""
         pooler = getattr(self, "pooler", None)
         return first if pooler is None else pooler.activation(linear(pooler.dense, first))
 
@@ -66,7 +66,7 @@ class BertBase(EncoderBase):
 
 
 def base_forward(hf_class: Any, *, pools: bool = True):
-    """forward of a base model. pools: its outputs name what the pooler gives."""
+    """forward of a base model. pools: its output class has a pooler_output."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -82,7 +82,7 @@ def base_forward(hf_class: Any, *, pools: bool = True):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
+        want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         past_key_values, use_cache = self._cache(past_key_values, use_cache, encoder_hidden_states)
         states = encoder_hidden_states if self.config.is_decoder else None
         encoded = run_stack(
@@ -106,7 +106,7 @@ def base_forward(hf_class: Any, *, pools: bool = True):
 
 
 def masked_lm_forward(hf_class: Any):
-    """forward of a masked language modelling head that hands encoder states on to its base."""
+    """forward of a masked language modelling head that passes encoder states to its base."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -150,7 +150,7 @@ def causal_forward(hf_class: Any):
         shifted = kwargs.get("shift_labels")
         if labels is not None:
             use_cache = False
-            if shifted is None:  # position i is scored on the token after it
+            if shifted is None:  # position i predicts token i + 1
                 shifted = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}

@@ -1,5 +1,5 @@
-"""Decoders of today: norms before each sublayer, or a single one for both; rotary or learned positions; shared key
-heads, gated or plain feed-forward."""
+"""Modern decoders: a norm before each sublayer, or one norm for both; rotary or learned positions; grouped key heads;
+gated or plain feed-forward."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -48,7 +48,7 @@ __all__ = [
     "spec_of",
 ]
 
-# Where the layers of Llama, and of the families that followed it, hold what a layer is made of.
+# Slot -> parameter path, in the layers of Llama and of the families derived from it.
 LLAMA_SLOTS = {
     "attention_norm": "input_layernorm",
     "query": "self_attn.q_proj",
@@ -65,7 +65,7 @@ LLAMA_SLOTS = {
 
 
 class RMSNorm:
-    """Before HF's class of a family's RMS norm: computed by ops.rms_norm. adds_one: its factor is 1 + weight."""
+    """Mixin, placed before a family's RMS norm of HF: computed by ops.rms_norm. adds_one: scales by 1 + weight."""
 
     is_rms_norm = True
     adds_one = False
@@ -75,7 +75,7 @@ class RMSNorm:
 
 
 class LlamaRMSNorm(RMSNorm):
-    """For those that keep their eps under Llama's name."""
+    """For norms whose eps is an attribute variance_epsilon, as in Llama."""
 
     variance_epsilon: float
 
@@ -85,7 +85,7 @@ class LlamaRMSNorm(RMSNorm):
 
 
 def spec_of(config, **differences) -> TransformerSpec:
-    """Of a configuration that names its parts as Llama's does."""
+    """The spec of a configuration whose fields are named as Llama's. differences: fields to override."""
     heads = config.num_attention_heads
     windows = ()
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
@@ -107,7 +107,7 @@ def spec_of(config, **differences) -> TransformerSpec:
 
 
 class DecoderBase(Stack, ModelMixin):
-    """For base models. A family says what its layers compute, and where they and what stands around them are."""
+    """For base models. A family overrides what its layers compute, and where its layers, norms and embeddings are."""
 
     _slots: SlotTable
     config: Any
@@ -132,7 +132,7 @@ class DecoderBase(Stack, ModelMixin):
         return self.norm
 
     def _input_dropout(self) -> Any:
-        """Of the rows that the first layer reads."""
+        """Dropout on the first layer's input."""
         return None
 
     # ---- positions, documents ----
@@ -147,7 +147,7 @@ class DecoderBase(Stack, ModelMixin):
         return Rotary.of(unpadding, *self.angles(positions))
 
     def angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B, S, R / 2) in float32 of position_ids (B, S), by HF's own rule."""
+        """cos and sin (B, S, R / 2) in float32 of position_ids (B, S), computed by HF's own module."""
         like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
         cos, sin = self.rotary_emb(like, position_ids)
         half = cos.shape[-1] // 2
@@ -159,7 +159,7 @@ class DecoderBase(Stack, ModelMixin):
         return cos[0].cpu(), sin[0].cpu()
 
     def why_angles_change(self) -> str:
-        """'' where the angle of a position is the same however long the sequence is, else what it is not."""
+        """'' where the angle of a position does not depend on the sequence's length; else a sentence that says so."""
         kind = getattr(getattr(self, "rotary_emb", None), "rope_type", "default")
         if kind == "longrope" or "dynamic" in kind:
             return "the angles of its rotary positions change with the length"
@@ -177,7 +177,7 @@ class DecoderBase(Stack, ModelMixin):
         return rows if final is None else norm(final, rows)
 
     def _step_parts(self) -> dict[str, Any]:
-        """What a StepDescription has beside the layers and the words."""
+        """Arguments of StepDescription other than the layers and the token embeddings."""
         scale = getattr(self._words(), "embed_scale", None)
         return {
             "final_norm": self._final_norm(),
@@ -189,7 +189,7 @@ class DecoderBase(Stack, ModelMixin):
 
 
 class LearnedPositions:
-    """Before DecoderBase: a table of positions takes the place of angles."""
+    """Mixin, placed before DecoderBase: learned positions in place of rotary angles."""
 
     def _position_table(self) -> Any:
         raise NotImplementedError
@@ -202,7 +202,7 @@ class LearnedPositions:
 
 
 def base_forward(hf_class: Any):
-    """forward of a base model."""
+    """forward of a base model of class hf_class."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -215,13 +215,13 @@ def base_forward(hf_class: Any):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
+        want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         segments = kwargs.pop("token_type_ids", None)
         inputs = Inputs(input_ids, attention_mask, segments, position_ids, inputs_embeds)
         if want is None and _is_for_hf(self, attention_mask, past_key_values):
             cache = {CACHE_NAME: past_key_values}
             return hf_class.forward(self, **inputs.given(), use_cache=use_cache, **cache, **kwargs)
-        if self._segments() is None:  # as in HF, where there is no such argument or it is not read
+        if self._segments() is None:  # HF has no such argument here, or ignores it
             inputs = inputs._replace(token_type_ids=None)
         cache, _ = decoding_cache(self, past_key_values, use_cache)
         encoded = run_stack(self, inputs, want or Want(), kwargs, Context(cache, returns_cache=True))
@@ -236,14 +236,14 @@ def base_forward(hf_class: Any):
 
 
 def _is_for_hf(decoder: DecoderBase, attention_mask, cache) -> bool:
-    """Masks made per kind of layer, and windows over caches of a fixed size, are HF's own business."""
+    """Whether HF's forward runs: for one mask per layer kind, and for windows over caches of fixed size."""
     if isinstance(attention_mask, dict):
         return True
     return bool(cache is not None and getattr(cache, "is_compileable", False) and decoder.spec().windows)
 
 
 class Heads(ModelMixin):
-    """For models with a head of HF's generic kinds; before HF's class."""
+    """Mixin for models with one of HF's generic heads, placed before HF's class."""
 
     config: Any
     base_model: Any
@@ -252,11 +252,11 @@ class Heads(ModelMixin):
     qa_outputs: Any
 
     def _body(self) -> Any:
-        """The DecoderBase inside the base model, or that itself."""
+        """The DecoderBase: the base model, or a module inside it."""
         return self.base_model
 
     def _token_head(self) -> Any:
-        """Scores each token."""
+        """The linear layer that scores each token."""
         return self.score
 
     def _source(self, inputs: dict) -> torch.Tensor:
@@ -280,7 +280,7 @@ class Heads(ModelMixin):
 
     def _find_spans(self, inputs: dict, labels, kwargs: dict):
         """start_logits and end_logits at padding are the dtype's lowest number, so that no argmax picks it. With labels
-        padding is computed, as HF's loss counts it."""
+        padding is computed, because HF's loss includes it."""
         source = self._source(inputs)
         scored = labels is not None
         read = every_position(source) if scored else None
@@ -293,7 +293,7 @@ class Heads(ModelMixin):
 
 
 class CausalLM(GenerationMixin):
-    """For models with a language modelling head; before Heads and HF's class."""
+    """Mixin for models with a language modelling head, placed before Heads and HF's class."""
 
     config: Any
     lm_head: Any
@@ -302,8 +302,8 @@ class CausalLM(GenerationMixin):
         return 0.0
 
     def why_hf_loop(self: Any) -> str:
-        """Beside the common reasons: angles that change with the length are those of the longest row of a batch, which
-        the engine may have taken out of it."""
+        """Adds one reason to the common ones. Where angles depend on the length, HF takes the longest row of the batch,
+        and the engine may have removed that row."""
         return super().why_hf_loop() or self._body().why_angles_change()
 
     def step_description(self: Any) -> StepDescription:
@@ -315,7 +315,7 @@ class CausalLM(GenerationMixin):
 
 
 def causal_forward(hf_class: Any):
-    """forward of a language modelling head."""
+    """forward of a language modelling head of class hf_class."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -341,7 +341,7 @@ def causal_forward(hf_class: Any):
         want = Want(read=kept_positions(source, logits_to_keep, shifted))
         encoded = self.base_model(**inputs, use_cache=use_cache, want=want, **kwargs)
         softcap = self.logits_softcap()
-        scored = None if softcap else labels  # the loss is of the capped logits
+        scored = None if softcap else labels  # with a softcap, the loss is computed below, on the capped logits
         loss, logits = causal_logits(self, encoded, logits_to_keep, scored, shifted, kwargs)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
@@ -358,7 +358,7 @@ def causal_forward(hf_class: Any):
 
 
 def head_forward(hf_class: Any, compute, *, spans: bool = False):
-    """forward of one of Heads; compute: its method. spans: labels are start_positions and end_positions."""
+    """forward of one of the heads. compute: a method of Heads. spans: labels are start_positions and end_positions."""
 
     @public_forward(hf_class.forward)
     def labelled(

@@ -1,4 +1,4 @@
-"""The classes of a decoder family, made of HF's: HF's names and parameters, this package's computation."""
+"""Makes the classes of a decoder family from HF's: HF's names and parameters, this package's computation."""
 
 from types import ModuleType
 from typing import Any
@@ -20,15 +20,16 @@ def classes_of(
 
     Args:
         hf: HF's module of the family.
-        prefix: of the names of its classes.
+        prefix: the first part of its class names, such as "Llama".
         module: the name of our module, by which the classes are pickled.
-        slots: of SlotTable.
-        base: goes before HF's class `body`, which has the layers.
-        layer: the rest of the name of HF's class of a layer.
-        attention: goes before HF's class of attention; None where that asks no interface.
-        norm: goes before HF's class of an RMS norm, where there is one.
-        heads, causal: what all heads have, and that of language modelling beside it.
-        adopted: of the family's other classes, where there are some.
+        slots: the arguments of SlotTable.
+        base: mixin for HF's base model class, prefix + body.
+        body: the rest of the name of HF's base model class.
+        layer: the rest of the name of HF's layer class.
+        attention: mixin for HF's attention class; None where that does not use HF's attention interface.
+        norm: mixin for HF's RMS norm class, if it has one.
+        heads, causal: mixins for all heads, and for the language modelling head in addition.
+        adopted: the table of the family's other classes, if it has some.
     """
     adopted, table = adopted or Adopted(), SlotTable(**slots)
 

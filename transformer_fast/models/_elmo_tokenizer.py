@@ -1,4 +1,4 @@
-"""Words as ELMo reads them: as bytes."""
+"""ELMo's tokenizer: words as sequences of bytes."""
 
 import json
 import os
@@ -13,20 +13,20 @@ from transformers import BatchEncoding
 __all__ = ["BEHIND", "ElmoTokenizer"]
 
 _BEGIN_SENTENCE, _END_SENTENCE, _BEGIN_WORD, _END_WORD, _BEHIND = 256, 257, 258, 259, 260
-BEHIND = _BEHIND + 1  # its id
+BEHIND = _BEHIND + 1  # as an id: ids are one more than characters, 0 is padding
 _FILE = "elmo_tokenizer.json"
 
 
 class ElmoTokenizer:
     """Texts as words, and words as the ids of their bytes: 1 + byte, marks around them, as AllenNLP's batch_to_ids.
 
-    A text is split at white space, and signs are words of their own. Hand in lists of words for another way of
-    splitting; the published model was trained on words split as the Penn Treebank's are. Words longer than their places
-    are cut. No vocabulary is needed, and no word is unknown.
+    A text is split at white space, and punctuation marks are words of their own. Pass lists of words to split them
+    otherwise; the published model was trained on Penn Treebank tokens. Longer words are cut to C - 2 bytes. No
+    vocabulary is needed, and no word is unknown.
 
     Args:
         max_characters_per_token: C, of which two are the marks.
-        model_max_length: words of a text that are read with truncation=True.
+        model_max_length: number of words that are kept of a text with truncation=True.
 
     Source:
         Peters et al., "Deep contextualized word representations", 2018, section 3.4.
@@ -54,7 +54,7 @@ class ElmoTokenizer:
 
     @property
     def bounds(self) -> tuple[list[int], list[int]]:
-        """The characters of the marks of a sentence's begin and end."""
+        """The characters of the begin-of-sentence and end-of-sentence marks."""
         return self._framed([_BEGIN_SENTENCE]), self._framed([_END_SENTENCE])
 
     def _framed(self, characters: Sequence[int]) -> list[int]:
@@ -84,9 +84,9 @@ class ElmoTokenizer:
         return_tensors: str | None = None,
         **kwargs,
     ) -> BatchEncoding:
-        """text: a text or several; with is_split_into_words a list of words or several. padding: True or "longest", or
-        "max_length". Returns input_ids, a list of C ids a word, zeros for padding, and attention_mask, as lists or,
-        with return_tensors="pt", as (B, S, C) and (B, S)."""
+        """text: one text or several; with is_split_into_words one list of words or several. padding: True or "longest",
+        or "max_length". Returns input_ids (C ids per word, zeros for padding) and attention_mask, as lists or, with
+        return_tensors="pt", as tensors (B, S, C) and (B, S)."""
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors: wanted None or 'pt', got {return_tensors!r}")
         single = isinstance(text, str) or (is_split_into_words and bool(text) and isinstance(text[0], str))
@@ -120,8 +120,8 @@ class ElmoTokenizer:
         return self.tokenize(item)
 
     def pad(self, encoded, padding: bool | str = True, max_length: int | None = None, return_tensors=None, **kwargs):
-        """Rows of input_ids and attention_mask, filled up to the longest one, or to max_length with "max_length"; a
-        list of single rows is taken too, as collators hand it in; other keys are kept."""
+        """Pad the rows of input_ids and attention_mask to the longest one, or to max_length with padding="max_length".
+        encoded: a dict of rows, or a list of single rows as collators pass it. Other keys are kept."""
         if isinstance(encoded, (list, tuple)):
             encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
         ids = [list(row) for row in encoded["input_ids"]]
@@ -148,7 +148,7 @@ class ElmoTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **kwargs) -> "ElmoTokenizer":
-        """From a folder that save_pretrained wrote; of a model's folder without, by its config.json."""
+        """Load from a folder that save_pretrained wrote; for a model's folder without one, from its config.json."""
         for name in (_FILE, "config.json"):
             file = pathlib.Path(folder) / name
             if file.is_file():

@@ -1,4 +1,4 @@
-"""ELMo's published files, options.json and weights.hdf5, as bilm-tf writes them and AllenNLP reads them."""
+"""Reads ELMo's published files, options.json and weights.hdf5, as written by bilm-tf and read by AllenNLP."""
 
 import json
 import os
@@ -10,7 +10,7 @@ __all__ = ["read_options", "read_weights"]
 
 
 def read_options(file: str | os.PathLike) -> dict[str, Any]:
-    """What ElmoConfig takes, of options.json. ValueError, naming the file, for what is missing or of another kind."""
+    """The arguments of ElmoConfig from options.json. ValueError, naming the file, for a missing or mistyped entry."""
     try:
         with open(file, encoding="utf-8") as handle:
             options = json.load(handle)
@@ -57,10 +57,10 @@ def _name(kind: Any) -> str:
 
 
 def read_weights(file: str | os.PathLike, config) -> dict[str, torch.Tensor]:
-    """The state dict of ElmoModel(config), of weights.hdf5.
+    """The state dict of ElmoModel(config) from weights.hdf5.
 
-    bilm-tf's matrices are (in, out) with gates in the order i, g, f, o and 1 added to f where they are used; its first
-    row of character embeddings, for no character, is not stored; its carry gate carries, as ours does.
+    bilm-tf's matrices are (in, out), with gates in the order i, g, f, o and 1 added to f when they are used. The first
+    row of its character embeddings, for padding, is not stored. Its carry gate has the same sign as ours.
     ImportError without h5py; ValueError, naming file and dataset, for another layout or shapes than the options give.
     """
     try:
@@ -136,6 +136,6 @@ class _Reader:
 
 
 def _torch_gates(t: torch.Tensor) -> torch.Tensor:
-    """i, g, f, o -> i, f, g, o along the first dimension."""
+    """Reorder the gates i, g, f, o -> i, f, g, o along the first dimension."""
     i, g, f, o = t.chunk(4)
     return torch.cat((i, f, g, o))

@@ -1,4 +1,4 @@
-"""What encoder families share: where their parts are, and the heads that read their rows."""
+"""Code that encoder families share: the base model, and heads that read unpadded rows."""
 
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ __all__ = ["EncoderBase", "EncoderHeads", "VocabularyHead"]
 
 
 class EncoderBase(Stack, ModelMixin):
-    """For base models. Most families keep their tables in `embeddings`, under BERT's names."""
+    """For base models. Most families keep their embedding tables in `embeddings`, under BERT's names."""
 
     embeddings: Any
     pooler: Any
@@ -54,7 +54,7 @@ class EncoderBase(Stack, ModelMixin):
         return self.embeddings
 
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
-        """Between the embeddings and the first layer."""
+        """Applied between the embeddings and the first layer."""
         return rows
 
     def _most_positions(self) -> int | None:
@@ -75,9 +75,9 @@ class EncoderBase(Stack, ModelMixin):
         return self._project(rows)
 
     def _base_forward(self, inputs: Inputs, kwargs: dict, *, pools: bool = False):
-        """A base model's forward: Encoded when one of our heads asks, else HF's output. pools: its outputs name what
-        the pooler gives."""
-        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
+        """A base model's forward: returns Encoded when one of our heads calls, else HF's output. pools: its output
+        class has a pooler_output."""
+        want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         encoded = run_stack(self, inputs, want or Want(read_first=pools and self.pooler is not None), kwargs)
         if want is not None:
             return encoded
@@ -93,8 +93,8 @@ def _activation(config) -> str | None:
 
 
 class VocabularyHead(NamedTuple):
-    """norm(act(x W + b)) W_vocabulary + b_vocabulary. activation: a module, of the configuration's activation; or the
-    name ops.linear knows one by, for a head that has its own whatever the configuration says."""
+    """norm(act(x W + b)) W_vocabulary + b_vocabulary. activation: a module for the configuration's activation, or a
+    name that ops.linear takes, for a head whose activation is fixed."""
 
     dense: nn.Module
     activation: Any
@@ -103,7 +103,7 @@ class VocabularyHead(NamedTuple):
 
 
 class EncoderHeads(ModelMixin):
-    """For models with a head: HF's outputs from unpadded rows, computed where they are read."""
+    """For models with a head: HF's outputs from unpadded rows, computed only at the positions that are read."""
 
     config: Any
     base_model: Any
@@ -114,16 +114,16 @@ class EncoderHeads(ModelMixin):
         raise NotImplementedError
 
     def _before_classifier(self, pooled: torch.Tensor) -> torch.Tensor:
-        """A layer of a head's own between pooling and classifier."""
+        """Applied between pooling and classifier, in heads that have a layer there."""
         return pooled
 
     def _score(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(B, E) -> (B, labels) of a head on whole sequences."""
+        """Logits of a head on whole sequences: (B, E) -> (B, labels)."""
         rows = ops.dropout(self._before_classifier(pooled), dropout_p(self.dropout))  # type: ignore[attr-defined, arg-type]
         return linear(self.classifier, rows)
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the head on tokens makes of rows (..., E)."""
+        """Logits of a head on tokens: (..., E) -> (..., labels)."""
         head = self.qa_outputs if hasattr(self, "qa_outputs") else self.classifier
         return linear(head, ops.dropout(rows, dropout_p(getattr(self, "dropout", None))))
 
@@ -150,7 +150,7 @@ class EncoderHeads(ModelMixin):
         return self._finish(MaskedLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _pre_training(self, inputs: Inputs, labels, pair_label, kwargs: dict):
-        """(loss when both labels are given, MLM logits, what pooled rows the pair head reads, extras)."""
+        """(loss when both labels are given, MLM logits, logits of the pair head, extras)."""
         labels = per_position(labels, inputs.source())
         encoded = self._encode(inputs, Want(read_first=True, read=is_labelled(labels)), kwargs)
         masked_loss, logits = self._vocabulary(encoded, labels)
@@ -161,7 +161,7 @@ class EncoderHeads(ModelMixin):
         return loss, logits, pair_logits, encoded.extras()
 
     def _pair_logits(self, pooled) -> torch.Tensor:
-        """(B, 2): the score of the second sentence as the first one's successor."""
+        """(B, 2): whether the second sentence follows the first one."""
         raise NotImplementedError
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:
@@ -192,7 +192,7 @@ class EncoderHeads(ModelMixin):
 
     def _find_spans(self, inputs: Inputs, start_positions, end_positions, kwargs: dict):
         """start_logits and end_logits at padding are the dtype's lowest number, so that no argmax picks it. With
-        start_positions and end_positions padding is computed, as HF's loss counts it."""
+        start_positions and end_positions padding is computed, because HF's loss includes it."""
         source = inputs.input_ids if inputs.input_ids is not None else inputs.inputs_embeds
         scored, read = start_positions is not None and end_positions is not None, None
         if scored and source is not None:

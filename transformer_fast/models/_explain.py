@@ -1,4 +1,4 @@
-"""What of a model runs fast, what does not, and why."""
+"""The text of explain(): which parts of a model run fast, and why the others do not."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ __all__ = ["explain_model"]
 
 
 def explain_model(model: nn.Module, kind: Any) -> str:
-    """One line for each part of class `kind` (a base, an encoder, a decoder: the model first), and one for generate."""
+    """One line per part of class `kind` (the model first, then its base, encoder, decoder), and one for generate."""
     lines = [type(model).__name__]
-    sharded = is_sharded(model)  # its forward, which comes first, has what is not sharded with a layer gathered
+    sharded = is_sharded(model)  # FSDP2 gathers what is not sharded with a layer before the model's own forward
     for path, module in model.named_modules():
         if isinstance(module, kind):
             reason = why_hf_forward(module, sharded)

@@ -1,4 +1,4 @@
-"""The way into every model: each public forward is made by `public_forward`."""
+"""The decorator of every model's public forward: `public_forward`."""
 
 import functools
 import inspect
@@ -18,11 +18,11 @@ PADDING_NOTE = """
         transformer_fast.compute_padding(True) computes them all. A model that was changed (hooks, wrapped or replaced
         modules) runs transformers' own forward; explain() says so.
         """
-# Keywords that have "cache" in their name and hold none.
+# Keywords with "cache" in their name that do not hold a cache.
 _NO_CACHE = ("use_cache", "cache_position")
-# What releases before 5 and other frameworks call a cache: HF's forwards drop such keywords without a word.
+# Names of a cache in releases before 5 and in other frameworks: HF's forwards ignore such keywords silently.
 _OTHER_NAMES = ("mems", "state", "layer_past", "past", "past_buckets_states")
-# Given by transformers or by our own models, to forwards that do not name them.
+# Keywords that transformers or our own models pass to forwards without such a parameter.
 _COMMON = frozenset(
     ("attention_mask", "encoder_unpadding", "logits_to_keep", "num_items_in_batch", "output_attentions",
      "output_hidden_states", "position_ids", "return_dict", "use_cache", "want")
@@ -30,15 +30,15 @@ _COMMON = frozenset(
 
 
 def public_forward(original: Callable | None = None) -> Callable[[Callable], Callable]:
-    """Decorator of a model's forward: makes of `function` what takes the place of `original`, HF's own forward.
+    """Decorator of a model's forward: wraps `function` so that it replaces `original`, HF's own forward.
 
-    The result has HF's documentation and signature (with what ours takes beside it), for generate and Trainer look at
-    them. The cache is taken under every name that a supported release of transformers has for it and reaches
-    `function` as past_key_values. original: None for models that HF does not have; `function` is documented then.
+    The result has HF's documentation and signature (plus the parameters that only ours has), because generate and
+    Trainer inspect them. The cache is accepted under every name that a supported release of transformers uses, and is
+    passed to `function` as past_key_values. original: None for models that HF does not have; the result then has the
+    documentation of `function`.
 
-    The result raises ValueError where two names hold different caches, and TypeError for a cache under a name that is
-    unknown or in a model that keeps none: both would be ignored otherwise. Where a model is not stock (see _stock)
-    `original` runs.
+    The result raises ValueError where two names hold different caches, and TypeError for a cache under an unknown name
+    or in a model without one: otherwise it would be ignored. Where a model is not stock (see _stock) `original` runs.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -53,7 +53,7 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
         def forward(self, *args, **kwargs):
             if original is not None and kwargs.get("want") is None and (reason := why_hf_forward(self)):
                 return _run_hf(self, original, reason, args, kwargs)
-            if len(args) > alike:  # HF has them in another order: by name, then
+            if len(args) > alike:  # HF's order of parameters differs: pass them by name
                 kwargs = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
                 args = args[:alike]
             for name in kwargs:
@@ -62,7 +62,7 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
                     break
             return function(self, *args, **kwargs)
 
-        # Code of its own: torch.compile counts how often code is compiled again, and would count all models together.
+        # A code object per model: torch.compile counts recompilations per code object and would add all models up.
         forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
         forward.__signature__ = signature  # type: ignore[attr-defined]
         if original is not None:
@@ -73,7 +73,7 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
 
 
 def _signature(original: Callable | None, own: inspect.Signature) -> inspect.Signature:
-    """HF's signature with the parameters that only ours has; the cache under the name of this release."""
+    """HF's signature plus the parameters that only ours has; the cache under this release's name."""
     ours = {}
     for p in own.parameters.values():
         name = CACHE_NAME if p.name == "past_key_values" else p.name
@@ -90,7 +90,7 @@ def _signature(original: Callable | None, own: inspect.Signature) -> inspect.Sig
 
 
 def _positions(signature: inspect.Signature) -> list[str]:
-    """The names of what may be given by position, after self; the cache as past_key_values."""
+    """The names of the positional parameters after self; the cache as past_key_values."""
     named = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return ["past_key_values" if name == CACHE_NAME else name for name in named[1:]]
 
@@ -105,7 +105,7 @@ def _named(names: list[str], values: tuple, arguments: dict, where: str) -> dict
 
 
 def _with_one_cache(model: Any, arguments: dict, takes_cache: bool) -> dict:
-    """A call's keywords with the cache as past_key_values."""
+    """The keywords of a call, with the cache renamed to past_key_values."""
     where = f"{type(model).__name__}.forward"
     arguments = merge_cache_names(arguments, "past_key_values", where)
     for name, value in arguments.items():
@@ -132,6 +132,6 @@ def _run_hf(model: Any, original: Callable, reason: str, args: tuple, arguments:
 
 
 def _hands_on(model: Any) -> bool:
-    """Whether a model's base takes a cache, which HF's heads hand on to it among their other keywords."""
+    """Whether a model's base takes a cache, which HF's heads pass to it among their other keywords."""
     base = getattr(model, "base_model", model)
     return base is not model and CACHE_NAME in inspect.signature(base.forward).parameters

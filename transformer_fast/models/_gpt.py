@@ -1,4 +1,4 @@
-"""What GPT and GPT-2 share: the base model, and heads that read some positions of it."""
+"""Code that GPT and GPT-2 share: the base model, and heads that read some of its positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 class GPTBase(Stack, ModelMixin):
-    """For the base model: the table of words embeds segments too, as in both GPTs."""
+    """For the base model. Segments are embedded by the token embedding, as in both GPTs."""
 
     h: Any
     drop: Any
@@ -53,7 +53,7 @@ class GPTBase(Stack, ModelMixin):
         return self._words().num_embeddings, self._words_setting
 
     def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
-        if not len(self.h):  # a cache without layers does not know what it has seen, nor is anything masked
+        if not len(self.h):  # a cache without layers has no length, and there is no attention to mask
             inputs = inputs._replace(attention_mask=None)
         return super()._plan(spec, inputs, batch, length, device, **options)
 
@@ -67,8 +67,8 @@ class GPTBase(Stack, ModelMixin):
 
 
 def flatten_leading(kwargs: dict) -> tuple[torch.Size | None, dict]:
-    """Inputs of shape (..., S) as (B, S), as the heads of multiple choice give them: (the leading shape where there is
-    more than one dimension of it, the inputs)."""
+    """Flatten inputs (..., S), as multiple choice heads pass them, to (B, S). Returns the leading shape, or None where
+    it has one dimension, and the inputs."""
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     source, trailing = (ids, 1) if ids is not None else (embeds, 2)
     if source is None or source.dim() <= trailing + 1:
@@ -84,7 +84,7 @@ def flatten_leading(kwargs: dict) -> tuple[torch.Size | None, dict]:
 
 
 def flatten_labels(leading: torch.Size | None, labels: torch.Tensor | None, kwargs: dict):
-    """labels, and the shift_labels of kwargs, of the shape that flatten_leading has given to the inputs."""
+    """labels, and the shift_labels of kwargs, in the shape that flatten_leading gives the inputs."""
     if leading is None:
         return labels, kwargs
     flat = {k: kwargs[k].flatten(0, -2) for k in ("shift_labels",) if kwargs.get(k) is not None}
@@ -92,7 +92,7 @@ def flatten_labels(leading: torch.Size | None, labels: torch.Tensor | None, kwar
 
 
 def shifted_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
-    """Position i is scored on the token after it."""
+    """Labels for position i to predict token i + 1; `given`, where they are shifted already."""
     if given is None and labels is not None:
         ops.parallel.refuse("labels: the token after a position", "give shift_labels too, as shard_batch makes them")
     return F.pad(labels, (0, 1), value=IGNORE)[..., 1:] if given is None and labels is not None else given
@@ -101,7 +101,7 @@ def shifted_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> t
 def causal_logits(
     model: Any, encoded: Encoded, logits_to_keep: int | torch.Tensor, labels, shifted, kwargs: dict
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(HF's causal language modelling loss or None, logits (B, S or the kept, V))."""
+    """(HF's causal language modelling loss or None, logits (B, S or number of kept positions, V))."""
     kept, head = encoded.kept(logits_to_keep), model.lm_head
     rows, unpadding = kept.rows, kept.unpadding
     if labels is None:
@@ -127,9 +127,10 @@ def _like(labels: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
 
 
 def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict):
-    """Logits of the last token that is not config.pad_token_id (without one the last column): (loss, logits, encoded).
+    """Classify by the last token that is not config.pad_token_id; without a pad_token_id, by the last column. Returns
+    (loss, logits, encoded).
 
-    Only those positions go through the head. Raises ValueError for a batch where nothing tells padding apart.
+    Only those positions go through the head. Raises ValueError for a batch without a pad_token_id.
     """
     ops.parallel.refuse(f"{type(model).__name__}: the last token", "classify with whole sequences")
     config, input_ids = model.config, inputs["input_ids"]
@@ -162,8 +163,8 @@ def _at(encoded: Encoded, column: torch.Tensor) -> torch.Tensor:
 
 
 def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, mc_labels, kwargs: dict):
-    """Language modelling and multiple choice on (..., S) inputs: (loss, mc_loss, logits (..., S, V), mc_logits (...),
-    encoded)."""
+    """Language modelling and multiple choice on inputs (..., S): returns (loss, mc_loss, logits (..., S, V),
+    mc_logits (...), encoded)."""
     ops.parallel.refuse(f"{type(model).__name__}: a choice's token", "run it on whole sequences")
     leading, flat = flatten_leading(inputs)
     source = check_inputs(flat["input_ids"], flat["inputs_embeds"], model.config.hidden_size)

@@ -1,4 +1,4 @@
-"""The forward of an encoder's heads: HF's arguments by name and in order, for the methods of EncoderHeads."""
+"""The forwards of encoder heads: they have HF's arguments, by name and in order, and call a method of EncoderHeads."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from ._run_stack import Inputs
 
 
 def labelled(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
-    """forward of a head with labels, as BERT and ALBERT have it; compute: a method of EncoderHeads."""
+    """forward of a head with labels, as in BERT and ALBERT. compute: a method of EncoderHeads."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -30,7 +30,7 @@ def labelled(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
 
 
 def spans(hf_class: type[torch.nn.Module]) -> Callable:
-    """forward of a question answering head, as BERT and ALBERT have it."""
+    """forward of a question answering head, as in BERT and ALBERT."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -51,7 +51,7 @@ def spans(hf_class: type[torch.nn.Module]) -> Callable:
 
 
 def labelled_without_types(hf_class: type[torch.nn.Module], compute: Callable) -> Callable:
-    """`labelled` as DistilBERT has it: no token types, and position_ids last."""
+    """`labelled` as in DistilBERT: no token types, and position_ids last."""
 
     @public_forward(hf_class.forward)
     def forward(
@@ -70,7 +70,7 @@ def labelled_without_types(hf_class: type[torch.nn.Module], compute: Callable) -
 
 
 def spans_without_types(hf_class: type[torch.nn.Module]) -> Callable:
-    """`spans` as DistilBERT has it: no token types, and position_ids last."""
+    """`spans` as in DistilBERT: no token types, and position_ids last."""
 
     @public_forward(hf_class.forward)
     def forward(

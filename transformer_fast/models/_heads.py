@@ -1,4 +1,4 @@
-"""Heads on unpadded rows: logits and losses as HF defines them, computed where they are read."""
+"""Heads on unpadded rows: HF's logits and losses, computed only at the positions that are read."""
 
 from typing import Any
 
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 IGNORE = -100
-_CHUNK = 256  # rows of logits made at a time before they are put in place
+_CHUNK = 256  # rows of logits computed at a time
 
 
 def per_position(labels: torch.Tensor | None, source: torch.Tensor) -> torch.Tensor | None:
-    """labels (B, S) of source (B, S, ...), where they came in another shape of as many: losses of HF's flatten them."""
+    """labels in the shape (B, S) of source (B, S, ...), if their number of elements fits: HF's losses flatten them."""
     shape = source.shape[:2]
     if labels is None or labels.shape == shape or labels.numel() != shape.numel():
         return labels
@@ -45,7 +45,7 @@ def is_labelled(labels: torch.Tensor | None) -> torch.Tensor | None:
 def kept_positions(
     source: torch.Tensor, logits_to_keep: int | torch.Tensor, shifted: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """(B, S) bool: positions a causal head reads though they may be padding."""
+    """(B, S) bool: positions that a causal head reads even where they are padding."""
     read = is_labelled(shifted)
     if isinstance(logits_to_keep, int) and not logits_to_keep:
         return read
@@ -63,10 +63,10 @@ def kept_positions(
 
 
 def keep_positions(states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
-    """States (B, S, E) at the positions that HF's logits_to_keep names.
+    """States (B, S, E) at the positions that HF's logits_to_keep selects.
 
-    which: the last so many, 0 for all; or their indices, (K,) for all rows or (B, K) for each; or a mask (B, S), whose
-    True ones come back as (N, E).
+    which: how many of the last positions, 0 for all; or indices, (K,) for all rows or (B, K) per row; or a bool mask
+    (B, S), for which the result is (N, E).
     """
     if isinstance(which, int) and not which:
         return states
@@ -79,7 +79,7 @@ def keep_positions(states: torch.Tensor, which: int | torch.Tensor) -> torch.Ten
 
 
 def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
-    """(B, S, V), zeros where nothing was computed."""
+    """Logits (B, S, V), zeros at positions that were not computed."""
     if unpadding.index is None:
         return linear(decoder, rows)
     if torch.is_grad_enabled() or not isinstance(decoder, nn.Linear) or torch.is_autocast_enabled(rows.device.type):
@@ -98,15 +98,15 @@ def masked_lm(
     labels: torch.Tensor | None,
     score: Any = F.cross_entropy,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(cross entropy over the labelled positions or None, logits (B, S, V)). score(logits, labels): a family's own.
+    """(cross entropy over the labelled positions or None, logits (B, S, V)). score(logits, labels): the loss function.
 
-    In training the logits of labelled and other positions are made apart, so the loss's gradient passes through the
-    labelled ones alone; the others still carry theirs to whoever uses the logits.
+    With labels, the logits of labelled and of other positions are separate matrix products. So the backward pass of the
+    loss computes the labelled rows only. The other logits have gradients too, for users of the logits.
     """
     if labels is None:
         return None, vocabulary_logits(decoder, rows, unpadding)
     _check_labels("labels", labels, (unpadding.batch, unpadding.length))
-    if torch.compiler.is_compiling():  # how many are labelled is not known while a graph is made
+    if torch.compiler.is_compiling():  # the number of labelled positions depends on the data
         logits = unpadding.pad(linear(decoder, rows))
         return score(logits.flatten(0, 1), labels.to(rows.device).flatten()), logits
     labels = unpadding.unpad(labels.to(rows.device))
@@ -159,13 +159,13 @@ def classification_loss(config, logits: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def every_position(source: torch.Tensor) -> torch.Tensor:
-    """(B, S) bool of source (B, S, ...): True, for a head that reads padding too."""
+    """(B, S) bool for source (B, S, ...), all True: for a head that reads padding too."""
     return torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
 
 
 def span_scores(logits: torch.Tensor, unpadding: Unpadding) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (..., 2) -> (start_logits, end_logits), (B, S) each; at padding the dtype's lowest number, so that no argmax
-    picks it."""
+    """Rows (..., 2) -> (start_logits, end_logits), (B, S) each. At padding they are the dtype's lowest number, so that
+    no argmax picks it."""
     logits = unpadding.pad(logits, fill=torch.finfo(logits.dtype).min)
     start, end = (t.squeeze(-1).contiguous() for t in logits.split(1, dim=-1))
     return start, end

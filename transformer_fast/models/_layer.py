@@ -1,4 +1,4 @@
-"""Layers and attention modules that are called in two ways: by our stack, and by HF's code as HF's own."""
+"""Mixins for layers and attention modules, which are called in two ways: by our stack, and by HF's code."""
 
 import threading
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from ..layers import SlotTable, StackCall, transformer_layer
 
 __all__ = ["CONFIG", "AttentionModule", "Layer", "kept_layers"]
 
-# Where an attention module keeps its configuration beside __dict__["config"], which torch 2.11's compiler takes for
-# the property below again, without end.
+# An attention module keeps its configuration under this name too: torch 2.11's compiler reads __dict__["config"]
+# through the property below, in an endless recursion.
 CONFIG = "_config_of_layer"
 
 
 def kept_layers(stack: Any, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """All layers, or in training those that LayerDrop (Fan et al., 2020) keeps, drawn as HF draws them."""
+    """All layers; in training those that LayerDrop (Fan et al., 2020) keeps, with the same random draws as HF."""
     p = getattr(stack, "layerdrop", 0.0)
     if not stack.training or not p:
         return list(layers)
@@ -25,8 +25,8 @@ def kept_layers(stack: Any, layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 class Layer:
-    """Before HF's layer class: one fused layer when our stack calls (see layers.run_layers), HF's own forward
-    for everybody else."""
+    """Mixin, placed before HF's layer class: a fused layer when our stack calls it (see layers.run_layers), HF's own
+    forward for any other caller."""
 
     _table: SlotTable
 
@@ -47,7 +47,7 @@ _thread = threading.local()
 
 
 class _WithKernel:
-    """A configuration that asks for our attention and is the user's in everything else."""
+    """The user's configuration with another attention implementation: ours."""
 
     _attn_implementation = "transformer_fast"
 
@@ -59,8 +59,9 @@ class _WithKernel:
 
 
 class AttentionModule:
-    """Before HF's class for attention: where its forward would call torch's scaled_dot_product_attention it calls ours,
-    with the same masks. The module's configuration stays as it is; what is compiled or exported keeps torch's."""
+    """Mixin, placed before HF's attention class: its forward calls our attention instead of torch's
+    scaled_dot_product_attention, with the same masks. The module's configuration is not changed. Under torch.compile
+    and export, torch's is called."""
 
     @property
     def config(self):

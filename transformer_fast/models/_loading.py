@@ -1,4 +1,4 @@
-"""from_pretrained with errors that name the file, what came and what was wanted; and no code from checkpoints."""
+"""from_pretrained with errors that name the file, what came and what was wanted. Code in checkpoints is never run."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from ._self_check import runs_as_hugging_face
 
 __all__ = ["LoadingErrors", "drop_trust", "explain_broken", "local_folder", "model_type_of", "need_hub"]
 
-# Without these a model is not a model.
+# Parts of a model that a checkpoint must have.
 _BODY = "embeddings|encoder|decoder|transformer|shared|wte|wpe|h|ln_f|tokens_embed|positions_embed"
-_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "afn")  # what configurations call it
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "afn")  # its names in configurations
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def local_folder(name, kwargs: dict) -> pathlib.Path | None:
-    """The folder a checkpoint is read from when it is on this machine under its own path."""
+    """The folder of a checkpoint that is given by its path; None for a name on the hub."""
     folder = pathlib.Path(os.fspath(name)) / (kwargs.get("subfolder") or "")
     if folder.is_dir():
         return folder
@@ -64,8 +64,8 @@ def model_type_of(name, kwargs: dict) -> str | None:
 
 
 def need_hub(name, kwargs: dict) -> None:
-    """Raises OSError, at once and with what to do, for a name on the hub that is not in its cache while the hub is out
-    of reach. Its client would try for half a minute, and then name neither."""
+    """Raise OSError, at once and with advice, for a name on the hub that is not in the local cache while the hub cannot
+    be reached. The hub's client would try for half a minute, and its error names neither."""
     import huggingface_hub
 
     text = os.fspath(name)
@@ -79,7 +79,7 @@ def need_hub(name, kwargs: dict) -> None:
     if kwargs.get("local_files_only") or huggingface_hub.constants.HF_HUB_OFFLINE:
         why = "local_files_only=True" if kwargs.get("local_files_only") else "HF_HUB_OFFLINE is set"
     elif urllib.request.getproxies():
-        return  # the way out is the proxy's to know
+        return  # only the proxy can tell whether the hub can be reached
     else:
         host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT)
         port = host.port or (80 if host.scheme == "http" else 443)
@@ -95,8 +95,8 @@ def need_hub(name, kwargs: dict) -> None:
 
 
 def drop_trust(kwargs: dict) -> None:
-    """Code in a checkpoint is never run: trust_remote_code is answered, not obeyed. Nor are transformers 4's arguments
-    for TensorFlow and Flax: they raise ValueError with what to do today."""
+    """Remove trust_remote_code with a warning: code in a checkpoint is never run. The arguments of transformers 4 for
+    TensorFlow and Flax raise ValueError with advice."""
     for name, what in (("from_tf", "TensorFlow's"), ("from_flax", "Flax's"), ("from_pt", "")):
         if kwargs.pop(name, False):
             raise ValueError(
@@ -113,14 +113,14 @@ def drop_trust(kwargs: dict) -> None:
 
 
 class LoadingErrors:
-    """Adds to HF's from_pretrained what it leaves silent or unclear."""
+    """Adds errors to HF's from_pretrained where that is silent or unclear."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As HF's. Raises FileNotFoundError (no folder, no config.json), ValueError (another model_type, a truncated or
         corrupt file, a pickle that is more than tensors, shapes that differ, layers the checkpoint lacks)."""
         name, kind = pretrained_model_name_or_path, cls.config_class.model_type
-        runs_as_hugging_face(cls)  # found here: HF makes the model on no device
+        runs_as_hugging_face(cls)  # before HF enters the meta device, where a tiny model cannot be run
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only: wanted True (a checkpoint's pickled code is never run), got False")
         drop_trust(kwargs)
@@ -145,8 +145,8 @@ class LoadingErrors:
 
 
 def _check_missing(model, name, info: dict) -> None:
-    """Heads, poolers, new cross-attention and sinusoids may be absent from a checkpoint (HF warns); the body may not.
-    Who asks for output_loading_info looks for himself."""
+    """ValueError where weights of the body are missing. Heads, poolers, new cross-attention and sinusoids may be absent
+    from a checkpoint (HF warns). Nothing is checked with output_loading_info=True."""
     body = re.compile(rf"^(?:{model.base_model_prefix}\.)?(?:{_BODY})\.(?!.*(?:crossattention|ln_cross_attn))")
     missing = sorted(k for k in info["missing_keys"] if body.match(k) and not _is_sinusoid(model, k))
     if missing:
@@ -163,8 +163,8 @@ def _is_sinusoid(model, name: str) -> bool:
 
 
 class MismatchedShapes(ValueError, RuntimeError):
-    """Weights of other shapes than the configuration's: a ValueError as this package's errors are, and a RuntimeError
-    as HF's."""
+    """Weights whose shapes are not the configuration's. A ValueError like this package's other errors, and a
+    RuntimeError like HF's."""
 
 
 def explain_broken(error: Exception, name, folder: pathlib.Path | None) -> None:
@@ -182,16 +182,16 @@ def explain_broken(error: Exception, name, folder: pathlib.Path | None) -> None:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / 'config.json' if folder else name}: {reason}") from error
     if isinstance(error, pickle.UnpicklingError) or "ignore_mismatched_sizes" in str(error):
-        return  # said elsewhere, with what is in the file
+        return  # another check reports it, with the contents of the file
     for file in sorted(folder.glob("pytorch_model*.bin")) if folder else ():
         try:
             torch.load(file, map_location="meta", weights_only=True)
-        except Exception as unreadable:  # whatever zipfile, pickle and torch raise for bytes that mean nothing
+        except Exception as unreadable:  # zipfile, pickle and torch raise many types for unreadable bytes
             raise ValueError(f"{file}: is truncated or corrupt ({unreadable})") from error
 
 
 def _explain(error: Exception, cls, name, config, kwargs) -> None:
-    """Raise a clearer error in place of `error`, or return when it is clear already."""
+    """Raise a clearer error in place of `error`, or return if it is clear enough."""
     folder = local_folder(name, kwargs)
     explain_broken(error, name, folder)
     if isinstance(error, KeyError) and folder is not None:

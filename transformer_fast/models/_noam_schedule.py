@@ -9,13 +9,13 @@ __all__ = ["noam_schedule"]
 def noam_schedule(optimizer: torch.optim.Optimizer, d_model: int, warmup: int = 4000) -> LambdaLR:
     """lr = optimizer's lr * d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), step = 1, 2, ...
 
-    The paper's with an optimizer of lr 1 (Adam, betas (0.9, 0.98), eps 1e-9): linear for `warmup` steps, then with the
-    inverse square root. Call step() after each optimizer step.
+    This is the paper's schedule if the optimizer has lr 1 (Adam, betas (0.9, 0.98), eps 1e-9): linear for `warmup`
+    steps, then with the inverse square root. Call step() after each optimizer step.
 
     Args:
         optimizer: any of torch's.
         d_model: the model's width.
-        warmup: steps.
+        warmup: number of steps with a rising rate.
 
     Returns:
         A torch.optim.lr_scheduler.LambdaLR.

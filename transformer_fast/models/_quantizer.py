@@ -49,7 +49,7 @@ class Int8Config(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
-    """Replaces modules before an int8 checkpoint is read, and after one in floating point was."""
+    """Replaces linear modules: before an int8 checkpoint is read, or after a floating-point one was read."""
 
     quantization_config: Int8Config
 
@@ -80,7 +80,7 @@ class Int8Quantizer(HfQuantizer):
 
 
 def untie(model: nn.Module) -> None:
-    """An output layer in int8 has a weight of its own: forget that it was the embedding table's."""
+    """Untie an int8 output layer from the embedding table: it has a weight of its own."""
     names = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     for prefix, part in model.named_modules():
         if not isinstance(part, PreTrainedModel):
@@ -98,7 +98,7 @@ def _is(pattern: str, name: str) -> bool:
 
 
 def mark(model: Any, skip: tuple[str, ...], group: int) -> None:
-    """Let a model that was quantised in memory be saved as one that was loaded so."""
+    """Mark a model that was quantised in memory, so that it is saved like one that was loaded in int8."""
     config = Int8Config(skip, group)
     model.hf_quantizer = Int8Quantizer(config, pre_quantized=False)
     model.is_quantized, model.quantization_method = True, METHOD

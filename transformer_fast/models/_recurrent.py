@@ -33,8 +33,8 @@ __all__ = [
     "source_mask",
 ]
 
-_WIDEST_HEAD = 256  # of scaled_dot_product_attention
-_FEW_STEPS = 4  # below that laying a weight out takes longer than it saves
+_WIDEST_HEAD = 256  # the largest head dim of scaled_dot_product_attention
+_FEW_STEPS = 4  # with fewer steps, repacking a weight takes longer than it saves
 
 
 @dataclass
@@ -80,7 +80,7 @@ class AttentionRNNPreTrainedModel(LoadingErrors, PreTrainedModel):
 
 
 class Score(nn.Module):
-    """Attention over the encoder's states by one of the four scores; without parameters where there is none."""
+    """Attention over the encoder's states by one of the four scores; has no parameters with attention "none"."""
 
     def __init__(self, config: AttentionRNNConfig):
         super().__init__()
@@ -96,7 +96,7 @@ class Score(nn.Module):
             self.key = nn.Linear(width, width, bias=False)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, Sk, hidden_size) -> what every step's query is scored against."""
+        """Encoder states (B, Sk, hidden_size) -> keys (B, Sk, width), projected once for all steps."""
         return states if self.key is None else linear(self.key, states)
 
     def forward(
@@ -135,7 +135,7 @@ class Score(nn.Module):
 
 
 class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
-    """Embedding and a recurrent network over the source, in both directions; padding is never computed."""
+    """Embedding and a bidirectional recurrent network over the source. Padding is not computed."""
 
     main_input_name = "input_ids"
 
@@ -188,7 +188,8 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         return states.view(batch, length, -1), last
 
     def _torch_without_padding(self, x: torch.Tensor, mask: torch.Tensor):
-        """Tokens first, whatever side the padding is on; then back to their places, with zeros elsewhere."""
+        """Run torch's network on rows whose tokens were moved to the front, whichever side the padding is on; then move
+        the outputs back, with zeros at padding."""
         lengths = mask.sum(1)
         order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[..., None]
         sequences = pack_padded_sequence(
@@ -205,7 +206,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
 
 
 class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
-    """A recurrent network that looks at the encoder's states in every step."""
+    """A recurrent network that attends to the encoder's states at every step."""
 
     def __init__(self, config: AttentionRNNConfig):
         super().__init__(config)
@@ -220,7 +221,7 @@ class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
         inputs = embedding + (hidden if self.maxout or self.feeds else 0)
         self.rnn = CELLS[config.cell](inputs, hidden, config.num_layers, batch_first=True, dropout=_between(config))
         self.readout = None
-        if self.maxout:  # two values for each maxout unit
+        if self.maxout:  # two values per maxout unit
             self.readout = nn.Linear(2 * hidden + embedding, 2 * config.readout_size)
         elif self.attends:
             self.readout = nn.Linear(2 * hidden, config.readout_size, bias=False)
@@ -230,14 +231,14 @@ class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
         return self.embed_tokens
 
     def start(self, encoded: AttentionRNNEncoderOutput) -> RecurrentState:
-        """The state before the first step: of the encoder's last ones, through a layer each."""
+        """The state before the first step: linear layers of the encoder's last states."""
         states, last, cell = encoded.last_hidden_state, encoded.state, encoded.cell
         assert states is not None and last is not None
         hidden = torch.tanh(linear(self.initial_state, last)).transpose(0, 1).contiguous()
         if self.initial_cell is not None:
             cell = linear(self.initial_cell, cell).transpose(0, 1).contiguous()  # type: ignore[arg-type]
         feed = states.new_zeros(states.shape[0], self.config.hidden_size) if self.feeds else None
-        # What every step sees of the source: keys, or without attention the last state.
+        # The keys of the source; without attention its last state.
         seen = self.score.keys(states) if self.attends else last[:, -1:]
         return RecurrentState(hidden, cell, seen, feed)
 
@@ -286,24 +287,25 @@ class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
         return self._maxout(self._advance(torch.cat((x, context), -1), state), x, context)
 
     def _why_not_steps(self, x: torch.Tensor) -> str:
-        """'' where the weights of the loop over the steps may be laid out for it once."""
+        """'' where the loop over the steps may repack its weights once for all steps; else why not."""
         if reason := why_not_recurrent(self.rnn, x):
             return reason
         for module in (self.readout, self.score.query):
             if module is not None and not is_plain(module, nn.Linear):
-                return f"a {type(module).__name__} is no plain linear layer"
+                return f"a {type(module).__name__} is not a plain linear layer"
         if not plain(x, *self.parameters()):
-            return "somebody watches the operations"
+            return "tensor subclasses, dispatch modes or transforms observe the operations"
         return "autocast is on" if torch.is_autocast_enabled("cpu") else ""
 
     def _steps(self, x, values, mask, state, weights):
-        """_bahdanau and _luong over weights that are laid out once, and get their gradients once."""
+        """_bahdanau and _luong with weights that are repacked once, and whose gradients are computed once, for all
+        steps."""
         batch, steps, _ = x.shape
         rnn = RecurrentSteps(self.rnn, x, state.hidden, state.cell)
         query = self.score.query
         ask = None if query is None else StepWeight(query.weight, steps, batch)
         read = None if self.maxout else StepWeight(self.readout.weight, steps, batch)
-        rows: list[tuple] = []  # of each step: its state and context, or its readout
+        rows: list[tuple] = []  # per step: (state, context), or (readout,)
         found = []
 
         def attend(hidden):
@@ -337,7 +339,7 @@ class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
         return readout, torch.cat(found, 1) if weights else None
 
     def _luong(self, x, values, mask, state, weights):
-        if not self.feeds:  # no step needs the one before but the network itself: all at once
+        if not self.feeds:  # without input feeding, attention and readout of all steps are computed at once
             return self._attend(self._advance(x, state), values, mask, state, weights)
         readouts, found = [], []
         for word in x.split(1, 1):
@@ -354,7 +356,7 @@ class AttentionRNNDecoder(AttentionRNNPreTrainedModel):
 
 
 def _between(config: AttentionRNNConfig) -> float:
-    """Dropout between layers, which torch warns about where there is one."""
+    """Dropout between layers; 0 for a single layer, where torch would warn."""
     return config.dropout if config.num_layers > 1 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What a recurrent encoder-decoder is made of."""
+"""The configuration of a recurrent encoder-decoder."""
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -10,31 +10,31 @@ SCORES = ("additive", "dot", "general", "concat")
 
 
 class AttentionRNNConfig(PreTrainedConfig):
-    """What a recurrent encoder-decoder is made of, with attention or without.
+    """Configuration of a recurrent encoder-decoder, with attention or without.
 
     Args:
-        vocab_size: of the target, which is scored.
+        vocab_size: of the target.
         encoder_vocab_size: of the source, by default the same.
-        embedding_size: of both.
-        hidden_size: of the decoder and of the encoder's states, whose two directions have half of it each.
-        num_layers: of encoder and decoder.
+        embedding_size: of source and target.
+        hidden_size: width of the decoder's and the encoder's states. Each direction of the encoder has half of it.
+        num_layers: of the encoder, and of the decoder.
         cell: "gru" or "lstm".
-        bidirectional: the encoder.
+        bidirectional: whether the encoder has two directions.
         attention: the score of a target state s against a source state h. "additive": v . tanh(W s + U h + b) (Bahdanau
             et al., 2015, appendix A). "dot": s . h, "general": s . W h, "concat": v . tanh(W [s; h]) (Luong et al.,
-            2015, section 3). "none": the decoder sees of the source its last state alone.
+            2015, section 3). "none": of the source, the decoder reads only the last state.
         attention_placing: "before": from the state before the step; the context enters the cell and a maxout readout of
             state, word and context (Bahdanau). "after": from the state after the step; the readout is tanh(W [context;
             state]) (Luong). By default "before" with "additive", else "after".
-        context: of "none". "initial": the last state is where the decoder starts, and its states are scored (Sutskever
-            et al., 2014). "every_step": it also enters every step's cell and a maxout readout of state, word and
-            context (Cho et al., 2014; peeky).
-        teacher_forcing: in training with labels, the probability of each input word to be the right one; else it is
-            what the model has just said (Bengio et al., 2015). 1 runs all steps at once where the decoder allows it.
+        context: with attention "none". "initial": the decoder starts from the source's last state, and the vocabulary
+            is scored on the decoder's states (Sutskever et al., 2014). "every_step": that state also enters the cell at
+            every step and a maxout readout of state, word and context (Cho et al., 2014; peeky).
+        teacher_forcing: in training with labels, the probability that an input word is the right one; otherwise it is
+            the model's own last output (Bengio et al., 2015). 1 runs all steps at once where the decoder allows it.
         attention_size: width of the hidden layer of "additive" and "concat", by default hidden_size.
-        input_feeding: of "after": the readout is part of the next step's input (Luong et al., section 3.3).
+        input_feeding: with placing "after", the readout is part of the next step's input (Luong et al., section 3.3).
         dropout: on embeddings, between layers and on the readout.
-        label_smoothing: of the loss.
+        label_smoothing: in the loss.
 
     Source:
         Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015; Luong,
@@ -104,12 +104,12 @@ class AttentionRNNConfig(PreTrainedConfig):
 
     @property
     def readout_size(self) -> int:
-        """Width of what the vocabulary is scored on."""
+        """Width of the input of the projection to the vocabulary."""
         return self.embedding_size if self.has_maxout else self.hidden_size
 
     @property
     def has_maxout(self) -> bool:
-        """Whether the readout is a maxout of state, word and context, which enters the cell too."""
+        """Whether the readout is a maxout of state, word and context; then the context enters the cell too."""
         if self.attention == "none":
             return self.context == "every_step"
         return self.attention_placing == "before"

@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al., 2019), every head: BERT's layers, positions that count tokens. And under other names (CamemBERT,
-XLM-RoBERTa): `classes_of` makes a family's classes of HF's."""
+"""RoBERTa (Liu et al., 2019), every head: BERT's layers, positions that count tokens. `classes_of` makes the same
+classes for families with other names (CamemBERT, XLM-RoBERTa)."""
 
 from types import ModuleType
 from typing import Any
@@ -21,8 +21,8 @@ __all__ = ["TokenPositions", "classes_of", "score_first"]
 
 
 class TokenPositions:
-    """Before EncoderBase: the positions of tokens are counted from padding_idx + 1, whatever padding lies before or
-    between them; padding has padding_idx."""
+    """Mixin, placed before EncoderBase: tokens have positions padding_idx + 1, padding_idx + 2, ... without gaps, and
+    padding has padding_idx."""
 
     embeddings: Any
 
@@ -46,7 +46,7 @@ class TokenPositions:
 
 
 def score_first(head: Any, first: torch.Tensor) -> torch.Tensor:
-    """A head of two layers on the first positions (B, E), with tanh between them -> (B, labels)."""
+    """A head of two linear layers with tanh between them: first positions (B, E) -> (B, labels)."""
     p = dropout_p(head.dropout)
     return linear(head.out_proj, dropout(torch.tanh(linear(head.dense, dropout(first, p))), p))
 
@@ -56,7 +56,7 @@ class _Base(TokenPositions, BertBase):
 
 
 class _Heads(EncoderHeads):
-    _positions_are_columns = False  # generate gives other positions than a model makes itself
+    _positions_are_columns = False  # transformers' generate passes other positions than forward computes
     lm_head: Any
 
     def _vocabulary_head(self) -> VocabularyHead:
@@ -70,10 +70,10 @@ class _ScoresFirst(_Heads):
 
 
 def classes_of(hf: ModuleType, prefix: str, module: str) -> dict[str, type]:
-    """{name: class} of a family with RoBERTa's code: HF's names, and this package's computation.
+    """{name: class} of a family with RoBERTa's architecture: HF's names, this package's computation.
 
-    hf: HF's module of the family. prefix: of the names of its classes. module: the name of our module, by which the
-    classes are pickled.
+    hf: HF's module of the family. prefix: the first part of its class names. module: the name of our module, by which
+    the classes are pickled.
     """
     adopted = Adopted()
 

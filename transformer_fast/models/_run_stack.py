@@ -1,7 +1,5 @@
-"""One pass through a stack of layers, from a call's arguments to the rows that heads read: the same for every family.
-
-A family says by the methods of Stack where its parts are and what they compute; run_stack does the rest.
-"""
+"""One pass through a stack of layers, from a call's arguments to the rows that heads read. All families use it: a
+family overrides methods of Stack, which return its modules and compute its embeddings, and run_stack does the rest."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class Inputs(NamedTuple):
-    """What every stack reads, by HF's names; shapes (B, S), inputs_embeds (B, S, E)."""
+    """The inputs of every stack, by HF's names; shapes (B, S), inputs_embeds (B, S, E)."""
 
     input_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
@@ -35,7 +33,7 @@ class Inputs(NamedTuple):
         return {name: t for name, t in self._asdict().items() if t is not None}
 
     def source(self) -> torch.Tensor:
-        """The ids or the embeddings; ValueError where neither or both were given."""
+        """The ids or the embeddings; ValueError if neither or both were given."""
         if (self.input_ids is None) == (self.inputs_embeds is None):
             came = "neither" if self.input_ids is None else "both"
             raise ValueError(f"input_ids, inputs_embeds: wanted exactly one of them, got {came}")
@@ -43,10 +41,10 @@ class Inputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a decoder reads beside its own tokens.
+    """The further inputs of a decoder.
 
-    returns_cache: whether past_key_values is part of what comes back. encoder_states: (B, Se, E), or the rows of
-    encoder_unpadding; encoder_mask: as HF's encoder_attention_mask.
+    returns_cache: whether past_key_values is part of the output. encoder_states: (B, Se, E), or unpadded rows as
+    encoder_unpadding describes them; encoder_mask: HF's encoder_attention_mask.
     """
 
     past_key_values: Any = None
@@ -60,34 +58,34 @@ _ALONE = Context()
 
 
 class Stack:
-    """What a family says of one stack: an encoder, or a decoder."""
+    """The methods that a family overrides for an encoder or a decoder."""
 
     config: Any
     training: bool
     get_input_embeddings: Any
-    # The settings that bound positions and tokens, for messages.
+    # The configuration fields that bound positions and token ids, for messages.
     _positions_setting = "config.max_position_embeddings"
     _words_setting = "config.vocab_size"
 
     # ---- where the parts are ----
     def _layers(self) -> Iterable[nn.Module]:
-        """The layer modules in the order they are called; one that is shared comes again."""
+        """The layer modules in the order of the calls; a shared layer is there several times."""
         raise NotImplementedError
 
     def _called_layers(self) -> list[nn.Module]:
-        """Those that this call runs."""
+        """The layers that this call runs."""
         return list(self._layers())
 
     def _words(self) -> Any:
-        """The embedding of tokens."""
+        """The token embedding."""
         return self.get_input_embeddings()
 
     def _embedding_module(self) -> nn.Module | None:
-        """The module in whose place _embed computes, or None where a family has no module for that."""
+        """The module that _embed replaces, or None where a family has no such module."""
         return None
 
     def _prefix(self) -> str:
-        """Before the names of arguments in messages ("decoder_")."""
+        """Put before the names of arguments in messages ("decoder_")."""
         return ""
 
     # ---- what they compute ----
@@ -95,7 +93,7 @@ class Stack:
         raise NotImplementedError
 
     def _causal(self, kwargs: dict) -> bool:
-        """Whether a token sees those before it alone. kwargs: of the call."""
+        """Whether attention is causal. kwargs: the call's keywords."""
         causal = kwargs.get("is_causal", getattr(self.config, "is_causal", None))
         return bool(self._decodes() if causal is None else causal)
 
@@ -104,32 +102,32 @@ class Stack:
         return bool(getattr(self.config, "is_decoder", False))
 
     def _relative_bias(self) -> ops.RelativeBias | None:
-        """Added to the scores of every layer."""
+        """The relative bias, added to the attention scores of every layer."""
         return None
 
     def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
-        """The rows that the first layer reads. positions: of _positions."""
+        """The first layer's input. positions: the result of _positions."""
         raise NotImplementedError
 
     def _close(self, rows: torch.Tensor) -> torch.Tensor:
-        """What follows the last layer."""
+        """Applied after the last layer: the final norm."""
         return rows
 
     def _pool(self, first: torch.Tensor) -> torch.Tensor | None:
-        """(B, E) of the first positions -> what heads on whole sequences read."""
+        """First positions (B, E) -> the input of heads on whole sequences."""
         return first
 
     # ---- positions, segments, documents ----
     def _positions(self, inputs: Inputs, past) -> torch.Tensor | None:
-        """(B or 1, S): the position of each token; None for past, past + 1, ..."""
+        """(B or 1, S): the position of each token. None: past, past + 1, ..."""
         return inputs.position_ids
 
     def _most_positions(self) -> int | None:
-        """How many positions there are embeddings for; None: any number."""
+        """The number of position embeddings. None: no limit."""
         return None
 
     def _segments(self) -> tuple[int, str] | None:
-        """(how many kinds of segments there are embeddings for, the setting that says so)."""
+        """(the number of segment embeddings, the configuration field it comes from)."""
         return None
 
     def _new_cache(self) -> DynamicCache:
@@ -137,23 +135,23 @@ class Stack:
         return DynamicCache(config=self.config)
 
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
-        """See layers.documents_of; asked where there is neither a mask nor a cache."""
+        """See layers.documents_of. Called where there is neither a mask nor a cache."""
         return documents_of(shape, None, kwargs)
 
     def _rotary(
         self, unpadding: Unpadding, positions: torch.Tensor | None, past, device: torch.device
     ) -> Rotary | Sequence[Rotary] | None:
-        """The angles of queries and keys, for all layers or for each. positions: of _positions."""
+        """The rotary angles of queries and keys, one for all layers or a list. positions: the result of _positions."""
         return None
 
     def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
-        """options: of plan_call."""
+        """options: further arguments of plan_call."""
         bias = self._relative_bias()
         return plan_call(spec, inputs.attention_mask, batch, length, device, relative_bias=bias, **options)
 
 
 def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: Context = _ALONE) -> Encoded:
-    """Check the arguments, plan what is computed, embed, run the layers. kwargs: the call's other keywords."""
+    """Check the arguments, plan the computation, embed, run the layers. kwargs: the call's other keywords."""
     words, prefix = stack._words(), stack._prefix()
     source = check_inputs(inputs.input_ids, inputs.inputs_embeds, words.embedding_dim, prefix)
     (batch, length), device, cache = source.shape[:2], source.device, context.past_key_values
@@ -186,7 +184,7 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
 
 
 def _checked_indices(inputs: Inputs, batch: int, length: int) -> Inputs:
-    """inputs, whose indices are of a right kind and shape, with position_ids (B or 1, S)."""
+    """Check dtype and shape of the index tensors; return the inputs with position_ids (B or 1, S)."""
     for name in ("position_ids", "token_type_ids"):
         if (t := getattr(inputs, name)) is not None:
             check_integers(name, t, (batch, length))
@@ -198,7 +196,7 @@ def _checked_indices(inputs: Inputs, batch: int, length: int) -> Inputs:
 def _check_sizes(
     stack: Stack, inputs: Inputs, words: Any, prefix: str, positions: torch.Tensor | None, length: int, past
 ) -> None:  # fmt: skip
-    """Refuse indices that a table has no row for."""
+    """Refuse indices beyond the embedding tables."""
     most, setting = stack._most_positions(), stack._positions_setting
     advice = "truncate the text (tokenizer(..., truncation=True))"
     if most is None:
@@ -219,11 +217,11 @@ def _check_sizes(
 def decoding_cache(
     stack: Stack, past_key_values: Any, use_cache: bool | None, *, crosses: bool = False, in_training: bool = False
 ) -> tuple[Any, bool]:
-    """(the cache of a decoder's call or None, whether it is asked for): HF's rule.
+    """(the cache of a decoder's call or None, whether the call returns it), by HF's rule.
 
-    In training a cache is made only where it is asked for, for it forbids dropping padding; in_training: also where
-    config.use_cache alone says so. crosses: the decoder reads an encoder, whose keys are kept too. Under gradient
-    checkpointing there is none.
+    In training a cache is made only if the call asks for it, because with a cache padding is not dropped; in_training:
+    also if config.use_cache is set. crosses: the decoder reads an encoder, whose keys are cached too. Under gradient
+    checkpointing there is no cache.
     """
     if use_cache is None:
         wanted = in_training or past_key_values is not None or not stack.training

@@ -1,4 +1,4 @@
-"""Under a release of transformers that nobody has tested: each class is compared with transformers' own before use."""
+"""For untested releases of transformers: each class is compared with transformers' own before it is used."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ from .._transformers import IS_TESTED
 
 __all__ = ["runs_as_hugging_face"]
 
-# Sizes of a tiny model, under the names that the configurations of all families have for them.
+# Sizes of a tiny model, under the field names of all families' configurations.
 _SIZES: dict[str, Any] = {
     "vocab_size": 61, "encoder_vocab_size": 61, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 48, "dim": 32, "hidden_dim": 48,
@@ -28,8 +28,8 @@ _checking = False
 
 
 def runs_as_hugging_face(cls: type) -> bool:
-    """Whether models of this class leave the computation to transformers: where the release is untested and a tiny
-    model of the class does not compute and generate what transformers' own does. Found once per class and process."""
+    """Whether models of this class run transformers' own code: the release is untested, and a tiny model of the class
+    computes or generates something else than transformers' own. Computed once per class and process."""
     return not (IS_TESTED or _checking) and not _agrees(cls)
 
 
@@ -39,7 +39,7 @@ def _agrees(cls: type) -> bool:
     _checking = True
     try:
         reason = _difference(cls)
-    except Exception as error:  # whatever an unknown release does
+    except Exception as error:  # an unknown release may raise anything
         reason = f"{type(error).__name__}: {error}"
     finally:
         _checking = False
@@ -53,7 +53,7 @@ def _agrees(cls: type) -> bool:
 
 
 def _difference(cls: Any) -> str:
-    """'' where ours and transformers' own do the same, else what differs."""
+    """'' if a tiny model of ours and of transformers' own agree, else what differs."""
     default = cls.config_class().to_dict()
     config = cls.config_class(**{k: v for k, v in _SIZES.items() if k in default})
     if any(kind in cls.__name__ for kind in ("LMHead", "CausalLM")) and "is_decoder" in default:
@@ -74,7 +74,7 @@ def _difference(cls: Any) -> str:
 
 def _forward_difference(ours: Any, theirs: Any) -> str:
     ids = torch.tensor(_PROMPTS).clamp(min=3)
-    ids[:, -1] = 2  # classification reads the end token
+    ids[:, -1] = 2  # the end token, which classification heads read
     if "MultipleChoice" in type(ours).__name__ or "DoubleHeads" in type(ours).__name__:
         ids = ids[None]
     call = {"input_ids": ids}
@@ -101,7 +101,7 @@ def _generation_difference(ours: Any, theirs: Any) -> str:
         if ours.config.is_encoder_decoder:
             options["decoder_start_token_id"] = 0
         seen = ours.generate(ids, **options)
-        if theirs is None:  # a family of our own: transformers' loop around our forward
+        if theirs is None:  # HF does not have this family: compare with transformers' loop around our forward
             ours.runs_as_hugging_face = True
             wanted = ours.generate(ids, **options)
             ours.runs_as_hugging_face = False

@@ -1,4 +1,4 @@
-"""What the encoder-decoder families share: two stacks, and how they are joined."""
+"""Code that encoder-decoder families share: the two stacks, and the base model that joins them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class StackBase(Stack, ModelMixin):
-    """For the encoder and the decoder of a family, each a module of its own in HF's tree."""
+    """For a family's encoder and decoder, which are separate modules in HF's tree."""
 
     embed_tokens: Any
 
@@ -43,7 +43,7 @@ class StackBase(Stack, ModelMixin):
         raise NotImplementedError
 
     def _step_parts(self) -> dict[str, Any]:
-        """What a StepDescription of this decoder has beside its layers, token embedding and head."""
+        """Arguments of StepDescription other than layers, token embedding and head."""
         raise NotImplementedError
 
     def _words(self) -> Any:
@@ -53,13 +53,13 @@ class StackBase(Stack, ModelMixin):
         return "decoder_" if self._decodes() and self.config.is_encoder_decoder else ""
 
     def _documents(self, inputs: Inputs, shape: tuple[int, int], kwargs: dict) -> torch.Tensor | None:
-        return None  # encoder-decoders have one in a row
+        return None  # one document per row in encoder-decoders
 
     def _called_layers(self) -> list[nn.Module]:
         return kept_layers(self, self._layers())
 
     def _encode(self, want: Want | None, input_ids, attention_mask, inputs_embeds, kwargs):
-        """An encoder's forward: Encoded when one of our models asks, else HF's output."""
+        """An encoder's forward: returns Encoded when one of our models calls, else HF's output."""
         inputs = Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds)
         encoded = run_stack(self, inputs, want or Want(), kwargs)
         if want is not None:
@@ -73,7 +73,7 @@ class StackBase(Stack, ModelMixin):
         self, want: Want | None, input_ids, attention_mask, encoder_states, encoder_mask, past_key_values,
         inputs_embeds, use_cache, kwargs,
     ):  # fmt: skip
-        """A decoder's forward: Encoded when one of our models asks, else HF's output."""
+        """A decoder's forward: returns Encoded when one of our models calls, else HF's output."""
         unpadding = kwargs.pop("encoder_unpadding", None)
         crosses = encoder_states is not None or self.config.is_encoder_decoder
         cache, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=crosses)
@@ -90,7 +90,7 @@ class StackBase(Stack, ModelMixin):
 
 
 def describe_decoder(model: nn.Module, decoder: Any, head: nn.Module, cross: bool = True, **head_parts: Any):
-    """The decoder for the generation engine; without `cross`, as one that never sees an encoder."""
+    """The decoder's StepDescription for the generation engine. cross=False: without cross-attention."""
     slots = decoder._slots()
     layers = [slots.read(layer) for layer in decoder._layers()]
     if not cross:
@@ -117,7 +117,7 @@ class DecoderInputs(NamedTuple):
     def starting_with(
         self, shifted: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor | None
     ) -> "DecoderInputs":
-        """With decoder_input_ids = shifted(tokens), of labels or of the encoder's own, where none were given."""
+        """Fill in decoder_input_ids = shifted(labels or input_ids) if no decoder inputs were given."""
         if self.decoder_input_ids is not None or self.decoder_inputs_embeds is not None:
             return self
         if tokens is None:
@@ -126,7 +126,7 @@ class DecoderInputs(NamedTuple):
 
 
 def shift_right(config, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, S) one position later, behind config.decoder_start_token_id; -100 becomes config.pad_token_id."""
+    """Tokens (B, S) shifted right by one, config.decoder_start_token_id first; -100 becomes config.pad_token_id."""
     ops.parallel.refuse("decoder_input_ids: the token before a position", "give the part of decoder_input_ids too")
     start, padding = (_special_token(config, name) for name in ("decoder_start_token_id", "pad_token_id"))
     shifted = tokens.roll(1, -1)
@@ -135,7 +135,7 @@ def shift_right(config, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def wrap_right(config, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, S) one position later, behind the last of each row that is not padding: mBART's language code."""
+    """Tokens (B, S) shifted right by one. First comes each row's last token before padding: mBART's language code."""
     padding = _special_token(config, "pad_token_id")
     tokens = tokens.masked_fill(tokens == IGNORE, padding)
     last = (tokens != padding).sum(1, keepdim=True) - 1
@@ -150,13 +150,13 @@ def _special_token(config, name: str) -> int:
 
 
 class Joined(NamedTuple):
-    """What both stacks gave: the decoder's before padding is restored, and the encoder's as an output of HF's."""
+    """The outputs of both stacks: the decoder's before padding is restored, the encoder's as HF's output class."""
 
     decoder: Encoded
     encoder: Any
 
     def extras(self) -> dict:
-        """The fields that outputs of encoder-decoders have in common, by HF's names."""
+        """The fields common to the output classes of encoder-decoders, by HF's names."""
         decoder, encoder = self
         return {
             CACHE_NAME: decoder.past_key_values,
@@ -170,9 +170,9 @@ class Joined(NamedTuple):
 
 
 class Shifts:
-    """For models that make decoder_input_ids of other tokens.
+    """For models that make decoder_input_ids from labels.
 
-    _starts_with_input: of input_ids too, where none are given.
+    _starts_with_input: without labels, from input_ids.
     """
 
     config: Any
@@ -229,8 +229,8 @@ class JoinedForward(Seq2SeqBase):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        """As HF's; padding is dropped where a mask says so, and the outputs are zeros there."""
-        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
+        """As HF's. Padding is dropped where a mask marks it; outputs there are zeros."""
+        want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds, use_cache,

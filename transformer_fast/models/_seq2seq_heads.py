@@ -1,4 +1,4 @@
-"""Heads on the decoder of an encoder-decoder, with the forwards that BART, T5 and the families after them have."""
+"""Heads on the decoder of an encoder-decoder, with the forwards of BART, T5 and the families derived from them."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ __all__ = ["CausalLMHead", "ClassificationHead", "LMHead", "QuestionHead"]
 
 
 def _vocabulary_rows(head: Any, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """rows W^T + bias; bias: (1, V), beside the head's own."""
+    """rows W^T + bias. bias: (1, V), added to the head's own."""
     if bias is None:
         return linear(head, rows)
     if is_plain(head, nn.Linear) and head.bias is None and bias.dtype == head.weight.dtype:
@@ -34,7 +34,7 @@ def _vocabulary_rows(head: Any, bias: torch.Tensor | None, rows: torch.Tensor) -
 def _vocabulary_loss(
     head: nn.Module, bias: torch.Tensor | None, encoded: Encoded, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(mean cross entropy over the labels that are not -100, or None; logits (B, S, V), zeros where nothing is)."""
+    """(mean cross entropy over the labels that are not -100, or None; logits (B, S, V), zeros at dropped padding)."""
     unpadding = encoded.unpadding
     logits = _vocabulary_rows(head, bias, encoded.rows)
     if labels is None:
@@ -47,7 +47,7 @@ def _vocabulary_loss(
 
 
 class _Head(Shifts, ModelMixin):
-    """A head on a base model. One that owns both stacks itself has Seq2SeqBase before it."""
+    """A head on a base model. Heads that own both stacks themselves have Seq2SeqBase as an earlier base."""
 
     base_model: Any
 
@@ -59,7 +59,8 @@ class _Head(Shifts, ModelMixin):
 class LMHead(_Head):
     """A language model.
 
-    final_logits_bias: (1, V) or None, beside the head's own. _caches_beside_labels: labels do not turn the cache off.
+    final_logits_bias: (1, V) or None, added to the head's own bias. _caches_beside_labels: labels do not turn the cache
+    off.
     """
 
     lm_head: nn.Module
@@ -67,7 +68,7 @@ class LMHead(_Head):
     _caches_beside_labels = False
 
     def _head_scale(self) -> float:
-        """What the decoder's states are multiplied by before the head."""
+        """The factor of the decoder's states before the head."""
         return 1.0
 
     def forward(
@@ -84,7 +85,7 @@ class LMHead(_Head):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        """As HF's; padding is dropped where a mask says so, and the logits are zeros there."""
+        """As HF's. Padding is dropped where a mask marks it; logits there are zeros."""
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds,
@@ -107,7 +108,7 @@ class LMHead(_Head):
 
 
 class CausalLMHead(ModelMixin):
-    """A family's decoder alone as a language model. HF's labels are not shifted here."""
+    """A family's decoder alone as a language model. As in HF, labels are not shifted here."""
 
     config: Any
     model: Any
@@ -126,7 +127,7 @@ class CausalLMHead(ModelMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ):
-        """As HF's; labels[i] is scored at position i. Without a cache padding is dropped: its logits are zeros."""
+        """As HF's: labels[i] is scored at position i. Without a cache padding is dropped, and its logits are zeros."""
         options = {k: v for k, v in kwargs.items() if k != "return_dict"}
         source = check_inputs(input_ids, inputs_embeds, self.config.d_model)
         encoded = self.model.decoder(
@@ -146,7 +147,7 @@ class CausalLMHead(ModelMixin):
 
 
 class ClassificationHead(_Head):
-    """Classification of sequences by the decoder's state at their last end-of-sequence token."""
+    """Sequence classification by the decoder's state at the last end-of-sequence token of each row."""
 
     classification_head: Any
 
@@ -178,7 +179,7 @@ class ClassificationHead(_Head):
         return self._finish(Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **joined.extras()), kwargs)
 
     def _check_ends(self, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """(B, S) bool: the end-of-sequence tokens, equally many and at least one in each row."""
+        """(B, S) bool: the end-of-sequence tokens. Checks that all rows have the same number, at least one."""
         ops.parallel.refuse(f"{type(self).__name__}: the last end token", "classify with whole sequences")
         if input_ids is None:
             raise NotImplementedError(f"inputs_embeds: {type(self).__name__} looks for end tokens; wanted input_ids")
@@ -195,7 +196,7 @@ class ClassificationHead(_Head):
 
 
 class QuestionHead(_Head):
-    """First and last token of an answer, scored at the decoder's positions."""
+    """Question answering: start and end of the answer, scored at the decoder's positions."""
 
     qa_outputs: nn.Module
 
@@ -226,7 +227,7 @@ class QuestionHead(_Head):
 
 
 def _question_want(mask: torch.Tensor | None, scored: bool) -> Want:
-    """Padding is computed where the loss counts it, as HF's does. mask: the decoder's."""
+    """With a loss, padding is computed too: HF's loss includes it. mask: the decoder's."""
     if not scored or mask is None or mask.dim() != 2:
         return Want()
     return Want(read=every_position(mask))

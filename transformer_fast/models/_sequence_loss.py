@@ -14,8 +14,8 @@ def sequence_loss(
     label_smoothing: float = 0.0,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross entropy of (B, T, V) over the labels (B, T) that are not -100: their mean, or with num_items_in_batch
-    (Trainer's gradient accumulation) their sum over that number."""
+    """Cross entropy of logits (B, T, V) over the labels (B, T) that are not -100: the mean, or with num_items_in_batch
+    (Trainer's gradient accumulation) the sum divided by it."""
     if tuple(labels.shape) != tuple(logits.shape[:2]):
         raise ValueError(f"labels: wanted shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
     reduction = "mean" if num_items_in_batch is None else "sum"

@@ -1,4 +1,5 @@
-"""Whether a model's own fast path may run, or HF's code has to: stock models only (see layers.stock)."""
+"""Whether a model's fast path may run or HF's code has to: the fast path is for stock models only (see
+layers.stock)."""
 
 import functools
 import inspect
@@ -18,19 +19,19 @@ from ._layer import Layer
 
 __all__ = ["remember", "watch", "why_hf_forward", "why_hf_loop"]
 
-# Of HF's classes for models: what their forwards and loops do not compute with.
+# Methods of HF's model classes that neither forward nor the generation loop computes with: they may be overridden.
 _APART = {
     "__init__", "_init_weights", "generate", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_output_embeddings", "set_input_embeddings", "set_output_embeddings", "tie_weights",
 }  # fmt: skip
-# assume_constant_result takes a module for an argument.
+# From torch 2.13, assume_constant_result accepts a module as an argument.
 _COMPILER_SEES_MODELS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 _DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 _GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
 
 
 def remember(model: nn.Module, kind: type) -> None:
-    """Note what `model` is made of, and each model of class `kind` inside it."""
+    """Record the modules of `model`, and of each model of class `kind` inside it."""
     for module in model.modules():
         if isinstance(module, kind):
             stock.remember(module)
@@ -38,8 +39,8 @@ def remember(model: nn.Module, kind: type) -> None:
 
 
 def why_hf_forward(model: Any, gathered: bool = False) -> str:
-    """'' when the fast path computes what HF's forward of `model` would, as it is now; else the reason why not.
-    gathered: FSDP2 gathers what it has sharded of it before its forward."""
+    """'' if the fast path computes what HF's forward of `model` would, in its present state; else the reason why not.
+    gathered: FSDP2 gathers the model's own shards before its forward."""
     if not IS_TESTED and model.runs_as_hugging_face:
         return "the installed transformers is untested, and a tiny model of the class differs from its own"
     if not torch.compiler.is_compiling():
@@ -50,7 +51,7 @@ def why_hf_forward(model: Any, gathered: bool = False) -> str:
     if ops.exporting():
         return "it is being exported"
     if torch.compiler.is_compiling() and not _COMPILER_SEES_MODELS:
-        return f"the compiler of torch {torch.__version__} cannot ask what a model is made of"
+        return f"the compiler of torch {torch.__version__} cannot inspect a model's modules"
     if torch.compiler.is_compiling() and (wrapped := _wrapped_part(model)):
         return f"it is being compiled, and {wrapped}"
     return _why_not_stock(model, gathered)
@@ -61,12 +62,12 @@ def _wrapped_part(model: Any) -> str:
     return stock.wrapped_part(model)
 
 
-# The forward of every class, by the module that defines it, when this package's models were defined.
+# {name of the module: {class: its forward}}, recorded when this package's models were defined.
 _forwards: dict[str, dict[type, Any]] = {}
 
 
 def watch(ours: type) -> None:
-    """Note the forwards of `ours` and of HF's modules that its models are made of: somebody may replace one."""
+    """Record the forwards of `ours` and of the classes in HF's modules for it, to notice when one is replaced."""
     _forwards.setdefault(ours.__module__, {})[ours] = ours.__dict__.get("forward")
     for name in {cls.__module__ for cls in ours.__mro__ if cls.__module__.startswith("transformers.models.")}:
         if name not in _forwards:
@@ -97,7 +98,7 @@ def _why_not_stock(model: Any, gathered: bool = False) -> str:
     ours = _our_class(kind)  # type: ignore[arg-type]
     if replaced := _replaced_forward(ours):
         return replaced
-    if kind is not ours:  # a subclass of somebody else's
+    if kind is not ours:  # a user's subclass
         methods = stock.methods_over(kind, ours, _computing(ours) - {"forward"})
         if methods:
             return f"{kind.__name__} has a {methods[0]} of its own"
@@ -105,7 +106,7 @@ def _why_not_stock(model: Any, gathered: bool = False) -> str:
 
 
 def why_hf_loop(model: Any) -> str:
-    """'' when generate may decode with our engine, which calls no method of the model after the prompt."""
+    """'' if generate may decode with our engine, which calls no method of the model after the prompt; else why not."""
     if reason := why_hf_forward(model):
         return reason
     if any(getattr(model.config, name, 1) == 0 for name in _DEPTHS):
@@ -131,13 +132,13 @@ def _our_class(kind: Any) -> type:
 
 @functools.cache
 def _computing(ours: Any) -> set[str]:
-    """The methods of HF's class for a model that its forward or generate may call."""
+    """The methods of HF's model class that its forward or generate may call."""
     theirs = [cls for cls in ours.__mro__ if cls.__module__.startswith("transformers.models.")]
     return {name for cls in theirs for name, value in vars(cls).items() if callable(value)} - _APART
 
 
 def _hands_on(method: Any) -> bool:
-    """True for PEFT's prepare_inputs_for_generation where no prompts are learned: it calls the model's."""
+    """True for PEFT's prepare_inputs_for_generation without prompt learning: it only calls the model's."""
     owner = getattr(method, "__self__", None)
     if (
         getattr(method, "__name__", "") != "prepare_inputs_for_generation"
@@ -147,7 +148,7 @@ def _hands_on(method: Any) -> bool:
     return not owner.active_peft_config.is_prompt_learning
 
 
-# ---- what others may add -----------------------------------------------------------------------------
+# ---- modules and hooks of other libraries that the fast path allows ----------------------------------
 def _is_lora(module: Any, kind: type) -> bool:
     """True for PEFT's LoRA on a linear layer: x W + x A B, row by row."""
     cls = type(module)
@@ -173,13 +174,13 @@ stock.allow_leaf(_is_lora)
 stock.allow_leaf(_is_int8)
 
 
-# By what name the families have the table of their words, which they call as a module.
+# The names of the families' token embeddings, which are called as modules.
 _WORDS = {"embed_in", "embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embeddings", "wte"}
 
 
 def _is_called(module: nn.Module, kind: type, name: str) -> bool:
-    """True for layers, for the embeddings of encoders (see run_stack), and for the leaves that layers.projection and
-    layers.embeddings call where they are not plain."""
+    """True for modules that the fast path calls as modules: layers, the embeddings of encoders (see run_stack), and
+    leaves, which layers.projection and layers.embeddings call where they are not plain."""
     if isinstance(module, Layer) or name == "embeddings" or kind in (nn.Linear, Conv1D, nn.LayerNorm, nn.RMSNorm):
         return True
     return "is_rms_norm" in kind.__dict__ or (issubclass(kind, nn.Embedding) and name in _WORDS)
@@ -189,7 +190,7 @@ stock.allow_called(_is_called)
 
 
 def _is_for_gradients(hook: Any) -> bool:
-    """True for the hook of HF and PEFT that lets embeddings require a gradient, for checkpointing."""
+    """True for the hook of HF and PEFT that makes embeddings require a gradient, for checkpointing."""
     return getattr(hook, "__module__", "").startswith(("transformers.", "peft.")) and getattr(
         hook, "__name__", ""
     ).startswith("make_inputs_require_grad")

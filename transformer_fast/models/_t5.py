@@ -1,8 +1,8 @@
-"""What T5 and the families that followed it share: the blocks, named alike in all, and what their heads differ in from
-others.
+"""Code that T5 and the families derived from it share: the blocks, which have the same names in all of them, and the
+heads.
 
-The relative position bias is computed inside attention from its table and never exists as a matrix, but where
-attention weights are asked for.
+The relative position bias is computed inside attention from its table. It exists as a matrix only where attention
+weights are requested.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def _slots(is_decoder: bool, gated: bool, **more: str) -> SlotTable:
 
 
 def slot_tables(**more: str) -> dict[tuple[bool, bool], SlotTable]:
-    """By whether a block is a decoder's and whether it is gated. more: what a family has beside T5's slots."""
+    """{(the block is a decoder's, it is gated): slots}. more: slots that a family has in addition to T5's."""
     return {(d, g): _slots(d, g, **more) for d in (False, True) for g in (False, True)}
 
 
@@ -83,7 +83,7 @@ class T5NormBase:
 
     @property
     def eps(self) -> float:
-        """HF's variance_epsilon by the name that torch's norms have for it."""
+        """HF's variance_epsilon under the name that torch's norms use."""
         return self.variance_epsilon
 
     @eps.setter
@@ -105,13 +105,13 @@ class T5BlockBase(Layer):
         return self._tables[self.is_decoder, hasattr(self.layer[-1].DenseReluDense, "wi_1")]
 
     def _fused(self, hidden_states, call: StackCall, *args, **kwargs):
-        if call.relative_bias is not None and call.relative_bias.table is None:  # the first block, which owns it
+        if call.relative_bias is not None and call.relative_bias.table is None:  # the first block, which owns the table
             call.share_table(self.layer[0].SelfAttention.relative_attention_bias.weight)
         return super()._fused(hidden_states, call, *args, **kwargs)
 
 
 class T5StackBase(StackBase):
-    """_tables: as of its blocks."""
+    """_tables: the slot tables of its blocks."""
 
     block: Any
     dropout: Any
@@ -168,7 +168,7 @@ class T5StackBase(StackBase):
         block: Any = self.block[0]
         attention = block.layer[0].SelfAttention
         table: Any = attention.relative_attention_bias.weight
-        table = None if is_shard(table) else table  # the block gathers it and shares it, see T5BlockBase._fused
+        table = None if is_shard(table) else table  # the first block gathers and shares it, see T5BlockBase._fused
         return ops.RelativeBias(table, attention.relative_attention_max_distance, not self.is_decoder)
 
     def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:

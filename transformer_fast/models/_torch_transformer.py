@@ -1,4 +1,4 @@
-"""Weights to and from torch.nn.Transformer: names, and projections that lie in one matrix there."""
+"""Weights to and from torch.nn.Transformer: names, and projections that are one matrix there."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ _ATTENTIONS = {"self_attn": "self_attn", "multihead_attn": "encoder_attn"}
 
 
 def settings_of(module: nn.Transformer) -> dict:
-    """The fields of TransformerConfig that a torch.nn.Transformer decides."""
+    """The fields of TransformerConfig that follow from a torch.nn.Transformer."""
     encoder, decoder = module.encoder, module.decoder
     first = encoder.layers[0]
     if first.linear1.bias is None:
@@ -34,7 +34,7 @@ def settings_of(module: nn.Transformer) -> dict:
 
 
 def _pairs(model, module: nn.Transformer):
-    """(our parameters, torch's one) for all of both; several of ours lie in one of torch's, row after row."""
+    """Yield (our parameters, torch's parameter), which is ours concatenated along the rows."""
     for side in ("encoder", "decoder"):
         ours, theirs = getattr(model, side), getattr(module, side)
         if len(ours.layers) != len(theirs.layers) or (ours.layer_norm is None) != (theirs.norm is None):

@@ -1,4 +1,4 @@
-"""What a Transformer of 2017 is made of."""
+"""The configuration of the 2017 Transformer."""
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -7,10 +7,10 @@ __all__ = ["TransformerConfig"]
 
 
 class TransformerConfig(PreTrainedConfig):
-    """What a 2017 Transformer is made of; the defaults are the paper's base model (table 3).
+    """Configuration of the 2017 Transformer; the defaults are the paper's base model (table 3).
 
     Args:
-        vocab_size: of the target, which is scored.
+        vocab_size: of the target.
         encoder_vocab_size: of the source, by default the same.
         d_model: width of the model.
         encoder_layers: layers of the encoder.
@@ -18,19 +18,18 @@ class TransformerConfig(PreTrainedConfig):
         num_attention_heads: a divisor of d_model.
         ffn_dim: width inside the feed-forward block.
         activation_function: the paper's relu, or another.
-        norm_position: "post", as the paper, or "pre" (Xiong et al., 2020).
+        norm_position: "post", as in the paper, or "pre" (Xiong et al., 2020).
         final_norm: a norm after the last layer of either stack, by default with "pre" only; torch.nn.Transformer always
             has one.
-        dropout: on embeddings and on what each sublayer adds (section 5.4).
-        attention_dropout: on attention weights, which the paper's text does not have and torch.nn.Transformer and
-            tensor2tensor do.
-        activation_dropout: inside the feed-forward block, as attention_dropout.
-        label_smoothing: of the loss.
-        share_embeddings: one matrix for source, target and output (section 3.4), by default where the vocabularies are
-            one.
-        tie_word_embeddings: one for target and output.
-        scale_embedding: times sqrt(d_model).
-        max_position_embeddings: sinusoids have no end; so many are tabulated, and longer inputs are refused.
+        dropout: on embeddings and on the output of each sublayer (section 5.4).
+        attention_dropout: on attention weights. Not in the paper's text, but in torch.nn.Transformer and tensor2tensor.
+        activation_dropout: inside the feed-forward block. Not in the paper's text either.
+        label_smoothing: in the loss.
+        share_embeddings: one matrix for source, target and output (section 3.4), by default if the two vocabularies
+            have the same size and tie_word_embeddings is on.
+        tie_word_embeddings: one matrix for target and output.
+        scale_embedding: multiply embeddings by sqrt(d_model).
+        max_position_embeddings: the number of tabulated sinusoids; longer inputs are refused.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017.

@@ -44,8 +44,8 @@ _ADOPTED = Adopted()
 
 @_ADOPTED.register
 class AlbertLayer(Layer, hf.AlbertLayer, GradientCheckpointingLayer):
-    """A shared layer. (HF's layer has a dropout after the feed-forward block that it does not apply; nor is it applied
-    here.)"""
+    """A shared layer. (HF's layer has a dropout module for the feed-forward block and does not apply it; so neither
+    does this one.)"""
 
     _table = SLOTS
 
@@ -74,7 +74,7 @@ class _AlbertHeads(EncoderHeads):
 class AlbertModel(EncoderBase, hf.AlbertModel):
     __doc__ = hf.AlbertModel.__doc__
     _adopted = _ADOPTED
-    supports_gradient_checkpointing = True  # which HF's ALBERT does not have
+    supports_gradient_checkpointing = True  # HF's ALBERT does not support it
 
     @public_forward(hf.AlbertModel.forward)
     def forward(
@@ -90,7 +90,7 @@ class AlbertModel(EncoderBase, hf.AlbertModel):
         return self._base_forward(inputs, kwargs, pools=True)
 
     def _layers(self):
-        """num_hidden_layers calls, spread over num_hidden_groups groups of inner_group_num layers each."""
+        """num_hidden_layers steps over num_hidden_groups groups, each with inner_group_num layers."""
         calls, groups = self.config.num_hidden_layers, self.encoder.albert_layer_groups
         for i in range(calls):
             yield from groups[int(i / (calls / len(groups)))].albert_layers

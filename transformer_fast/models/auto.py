@@ -1,5 +1,5 @@
-"""AutoModel*: the class of this package for a checkpoint's model_type, by HF's own table of which class does what; and
-transformers' own class where this package has none."""
+"""AutoModel*: this package's class for a checkpoint's model_type, chosen by HF's own mapping of model types to classes;
+transformers' class where this package has none."""
 
 import importlib
 import warnings
@@ -31,7 +31,7 @@ def _own(suffix: str) -> OrderedDict:
 
 
 def _class_for(names: dict, model_type: str):
-    """Our class of this name, or None where there is none."""
+    """Our class of this name, or None."""
     name = names.get(model_type)
     if model_type not in FAMILIES or not isinstance(name, str):
         return None
@@ -39,7 +39,7 @@ def _class_for(names: dict, model_type: str):
 
 
 class _Mapping(OrderedDict):
-    """{config class: our model class}, in the form HF's auto classes read; filled on first use."""
+    """{config class: our model class}, in the form that HF's auto classes read; filled on first use."""
 
     def __init__(self, names: dict):
         super().__init__()
@@ -64,7 +64,7 @@ class _Mapping(OrderedDict):
 
 
 def _theirs(cls, model_type: str | None, kwargs: dict):
-    """transformers' auto class, for a model_type that it has a class for and this package does not; else None."""
+    """transformers' auto class, if transformers has a class for model_type and this package has none; else None."""
     names, registered = cls._model_mapping.names, list(cls._model_mapping)
     known = sorted(t for t in FAMILIES if _class_for(names, t) is not None)
     if model_type is None or model_type in known or any(model_type == c.model_type for c in registered):
@@ -72,34 +72,34 @@ def _theirs(cls, model_type: str | None, kwargs: dict):
     theirs = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in theirs._model_mapping:
         raise ValueError(
-            f"{cls.__name__}: there is no class for model_type {model_type!r}, in transformers neither; there are "
-            f"{', '.join(known)} here"
+            f"{cls.__name__}: neither this package nor transformers has a class for model_type {model_type!r}; this "
+            f"package has {', '.join(known)}"
         )
     warnings.warn(
         f"{cls.__name__}: this package has no class for model_type {model_type!r}; transformers' own is used, "
-        f"{'as it is, for attn_implementation is given' if 'attn_implementation' in kwargs else 'with accelerate()'}",
+        f"{'unchanged, as attn_implementation is given' if 'attn_implementation' in kwargs else 'with accelerate()'}",
         stacklevel=3,
     )
     return theirs
 
 
 def _accelerated(loaded, kwargs: dict):
-    """transformers' model, or (model, loading info), with what this package has for any model."""
+    """transformers' model, or (model, loading info), after accelerate()."""
     if "attn_implementation" not in kwargs:
-        # By name: accelerate stands above the models, and only a model that is none of them needs it here.
+        # Imported by name: accelerate is a layer above the models, and only other models need it here.
         acceleration = importlib.import_module("..integrations.acceleration", __package__)
         acceleration.accelerate(loaded[0] if isinstance(loaded, tuple) else loaded, verbose=False)
     return loaded
 
 
 class _Auto:
-    """Before HF's auto class in the order of bases: our table first."""
+    """Mixin, placed before HF's auto class: our table is tried first."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As HF's. A checkpoint of a model_type this package has no class for becomes transformers' own model, with a
-        warning and, unless attn_implementation is given, with accelerate(). Raises ValueError where transformers has
-        none either, OSError where the hub is needed and cannot be reached."""
+        """As HF's. For a model_type without a class in this package, loads transformers' own model, with a warning and,
+        unless attn_implementation is given, with accelerate(). Raises ValueError where transformers has no class
+        either, OSError where the hub is needed and cannot be reached."""
         drop_trust(kwargs)
         config = kwargs.get("config")
         if isinstance(config, transformers.PreTrainedConfig):
@@ -119,7 +119,7 @@ class _Auto:
 
     @classmethod
     def from_config(cls, config, **kwargs):
-        """As HF's; transformers' own model, as in from_pretrained, for a model_type this package has no class for."""
+        """As HF's. For a model_type without a class in this package, transformers' own model, as in from_pretrained."""
         drop_trust(kwargs)
         if theirs := _theirs(cls, config.model_type, kwargs):
             return _accelerated(theirs.from_config(config, **kwargs), kwargs)

@@ -1,7 +1,7 @@
 """The AWD-LSTM (Merity et al., 2018) and ULMFiT's classifier on it (Howard and Ruder, 2018), on PreTrainedModel.
 
-Hugging Face has no class for it: the configuration and the checkpoints are this package's own. ULMFiT's schedule,
-learning rates and unfreezing are in transformer_fast.fine_tuning, for every model.
+Hugging Face has no such class: the configuration and the checkpoints are this package's own. ULMFiT's schedule,
+learning rates and unfreezing are in transformer_fast.fine_tuning; they work with every model.
 """
 
 from dataclasses import dataclass
@@ -38,23 +38,24 @@ __all__ = ["AWDLSTMConfig", "AWDLSTMForCausalLM", "AWDLSTMForSequenceClassificat
 
 
 class AWDLSTMConfig(PreTrainedConfig):
-    """What an AWD-LSTM is made of; the defaults are ULMFiT's.
+    """Configuration of an AWD-LSTM; the defaults are ULMFiT's.
 
     Args:
-        vocab_size: words.
-        embedding_size: of words, and of the last layer's states.
-        cell_size: of the layers before the last.
-        num_layers: of LSTMs.
-        embedding_dropout: share of the words that are dropped wherever they stand.
-        input_dropout: of the embeddings; one mask for all tokens of a sequence, as hidden_dropout and output_dropout.
-        weight_dropout: of the weights between hidden states (DropConnect), one mask per call.
+        vocab_size: number of words.
+        embedding_size: width of the embeddings and of the last layer's states.
+        cell_size: width of the layers before the last.
+        num_layers: number of LSTM layers.
+        embedding_dropout: share of the words that are dropped at all their positions.
+        input_dropout: on the embeddings. One mask for all tokens of a sequence, as in hidden_dropout and
+            output_dropout.
+        weight_dropout: on the weights between hidden states (DropConnect), one mask per call.
         hidden_dropout: between layers.
-        output_dropout: of the last layer.
-        activation_regularization: times the mean square of the last layer after its dropout, added to the language
-            model's loss in training.
-        temporal_regularization: as that, of the difference of the states of two neighbours, before the dropout.
-        classifier_size: of the classifier's hidden layer.
-        classifier_dropout: before the classifier's two layers.
+        output_dropout: on the last layer's states.
+        activation_regularization: factor of the mean square of the last layer's states after dropout, added to the
+            language model's loss in training.
+        temporal_regularization: the same for the difference of neighbouring states, before dropout.
+        classifier_size: width of the classifier's hidden layer.
+        classifier_dropout: before each of the classifier's two layers.
         tie_word_embeddings: one matrix for input and output.
 
     Source:
@@ -100,7 +101,7 @@ class AWDLSTMConfig(PreTrainedConfig):
 
 
 class AWDLSTMState:
-    """What the layers carry from token to token: a cache of one position. layers: (h (B, P), c (B, C)) of each."""
+    """The layers' states after a token. It has the place of a cache. layers: one (h (B, P), c (B, C)) per layer."""
 
     is_compileable = False
 
@@ -114,14 +115,14 @@ class AWDLSTMState:
         self.layers = [tuple(t.index_select(0, beam_idx.to(t.device)) for t in pair) for pair in self.layers]  # type: ignore[misc]
 
     def detach(self) -> "AWDLSTMState":
-        """The same state without its gradients: where back-propagation through time is cut."""
+        """The same state without gradients: this truncates back-propagation through time."""
         return AWDLSTMState([(h.detach(), c.detach()) for h, c in self.layers], self.length)
 
 
 @dataclass
 class AWDLSTMOutput(BaseModelOutputWithPast):
     """As BaseModelOutputWithPast. raw_hidden_state: (B, S, embedding_size), in training the last layer's states before
-    their dropout."""
+    dropout."""
 
     raw_hidden_state: torch.Tensor | None = None
 
@@ -178,9 +179,9 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         **kwargs,
     ) -> AWDLSTMOutput:
         """input_ids: (B, S), or inputs_embeds (B, S, embedding_size); attention_mask: (B, S) or, with a state, (B, past
-        + S), nonzero for tokens, padding on either side; past_key_values: an AWDLSTMState, to go on from.
-        Returns AWDLSTMOutput: last_hidden_state (B, S, embedding_size), after its dropout, zeros at padding;
-        hidden_states, num_layers + 1 of them, of their own widths."""
+        + S), nonzero for tokens, padding on either side; past_key_values: an AWDLSTMState to continue from.
+        Returns AWDLSTMOutput: last_hidden_state (B, S, embedding_size), after dropout, zeros at padding;
+        hidden_states, a tuple of num_layers + 1 tensors whose widths differ."""
         config = self.config
         source = check_inputs(input_ids, inputs_embeds, config.embedding_size)
         if input_ids is not None:
@@ -221,13 +222,14 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         )
 
     def _locked(self, x: torch.Tensor, rows: torch.Tensor, batch: int, p: float) -> torch.Tensor:
-        """Dropout with one mask for all tokens of a sequence (Gal and Ghahramani, 2016). x: (N, D) of rows (N,)."""
+        """Dropout with one mask for all tokens of a sequence (Gal and Ghahramani, 2016). x: (N, D); rows: (N,), the
+        sequence of each token."""
         if not self.training or not p:
             return x
         return x * ops.dropout(x.new_ones(batch, x.shape[1]), p).index_select(0, rows)
 
     def _recomputed(self, *inputs):
-        """As _layer, which backward runs again."""
+        """_layer under gradient checkpointing: the backward pass runs it again."""
         return recomputed(self, self._layer, *inputs)
 
     def _layer(self, layer: Any, x: torch.Tensor, order: TokenOrder, state: tuple[torch.Tensor, torch.Tensor]):
@@ -268,9 +270,8 @@ class AWDLSTMForCausalLM(AWDLSTMPreTrainedModel, HFGenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As AWDLSTMModel; labels: (B, S), -100 where there is nothing to score; each is told from the tokens before
-        it. In training the loss holds the two regularisations too. Returns CausalLMOutputWithPast with logits (B, S,
-        vocab_size)."""
+        """As AWDLSTMModel. labels: (B, S), -100 to ignore; each is predicted from the tokens before it. In training the
+        loss includes the two regularisation terms. Returns CausalLMOutputWithPast with logits (B, S, vocab_size)."""
         output = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, return_dict=True
         )
@@ -327,7 +328,7 @@ class AWDLSTMForSequenceClassification(AWDLSTMPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """As AWDLSTMModel; labels: (B,). Returns SequenceClassifierOutput with logits (B, num_labels)."""
+        """As AWDLSTMModel. labels: (B,). Returns SequenceClassifierOutput with logits (B, num_labels)."""
         output = self.model(
             input_ids, attention_mask, None, inputs_embeds, False, output_hidden_states, return_dict=True
         )
@@ -350,7 +351,7 @@ def _tokens(mask: torch.Tensor | None, source: torch.Tensor, past: int) -> torch
 
 
 def _padded(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(N, D), row after row -> (B, S, D)."""
+    """Tokens (N, D) in row-major order -> (B, S, D), zeros at padding."""
     out = x.new_zeros(mask.numel(), x.shape[-1])
     return out.index_copy(0, mask.flatten().nonzero().squeeze(1), x).unflatten(0, mask.shape)
 

@@ -124,7 +124,7 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
         return [_Convolved(encoder.layer[0], encoder.conv), *encoder.layer[1:]]
 
     def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
-        ops.parallel.refuse("DeBERTa's attention", "it has no way to pass the keys of distances on")
+        ops.parallel.refuse("DeBERTa's attention", "it cannot exchange the keys of distances between processes")
         mask, encoder = inputs.attention_mask, self.encoder
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention_mask: wanted shape {(batch, length)}, got {tuple(mask.shape)}")
@@ -133,8 +133,8 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
             options["read"] = _read(mask.expand(batch, length), options["read"], options["read_first"])
         if options["documents"] is not None and encoder.conv is not None:
             raise ValueError(
-                "cu_seq_lens_q, seq_idx: wanted None, for the convolution of this model (config.conv_kernel_size) "
-                "would reach from one document into the next"
+                "cu_seq_lens_q, seq_idx: wanted None, as the convolution of this model (config.conv_kernel_size) would "
+                "mix neighbouring documents"
             )
         call = super()._plan(spec, inputs, batch, length, device, **options)
         weighted = call.attentions is not None
@@ -148,7 +148,7 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
         return call
 
     def _places(self, length: int, device) -> tuple[torch.Tensor, int, int | None]:
-        """(each distance's row in the table of embeddings, the lowest, the highest)."""
+        """(per distance, its row in the embedding table; the lowest of these rows; the highest, None if unknown)."""
         encoder = self.encoder
         places = torch.arange(1 - length, length)
         if not encoder.relative_attention:
@@ -174,7 +174,7 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
 
 
 class _Convolved:
-    """The first layer, and the convolution of what it reads beside it."""
+    """The first layer, plus the convolution of that layer's input."""
 
     def __init__(self, layer: nn.Module, conv: Any):
         self.layer, self.conv = layer, conv
@@ -190,15 +190,15 @@ class _Convolved:
 
 
 def _without_padding(rows: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
-    """rows with zeros where padding is computed, as HF has it before the first layer and after the convolution."""
+    """rows with zeros at computed padding, as HF sets them before the first layer and after the convolution."""
     if unpadding.mask is None or unpadding.key_mask is None:
         return rows
     return rows * unpadding.unpad(unpadding.mask[..., None]).to(rows.dtype)
 
 
 def _read(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor | None:
-    """What is read beside the tokens. Where that is padding all of it is computed: a row of padding averages over the
-    others."""
+    """(B, S) bool: the positions to compute in addition to the tokens. If padding is read, all padding is computed:
+    a query at padding averages the values of all positions."""
     if torch.compiler.is_compiling() or not ops.concrete(mask) or padding_is_computed():
         return torch.ones_like(mask)
     beside = positions_kept(mask, None if read is None else read.to(mask.device), read_first) & ~mask
@@ -206,7 +206,7 @@ def _read(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> to
 
 
 class _Decoder(nn.Module):
-    """Scores of all words, by the embeddings themselves (config.legacy=False)."""
+    """Scores of all words, by the embedding table (config.legacy=False)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
         super().__init__()
@@ -248,7 +248,7 @@ class _DebertaV2Heads(EncoderHeads):
         return self._finish(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _classification_loss(self, logits: torch.Tensor, labels: torch.Tensor):
-        """HF's rule, which is this family's own where config.problem_type is not given: labels below 0 do not count."""
+        """HF's rule for this family: without config.problem_type, labels below 0 are ignored."""
         if self.config.problem_type is not None:
             return classification_loss(self.config, logits, labels), logits
         labels = labels.to(logits.device)

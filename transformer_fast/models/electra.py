@@ -71,7 +71,7 @@ class ElectraForPreTraining(_ElectraHeads, hf.ElectraForPreTraining):
     __doc__ = hf.ElectraForPreTraining.__doc__
 
     def _detect(self, inputs: Inputs, labels: torch.Tensor | None, kwargs: dict):
-        """logits (B, S): how much each token looks like a replaced one."""
+        """Logits (B, S): high for tokens that look replaced."""
         encoded = self._encode(inputs, Want(), kwargs)
         head, name = self.discriminator_predictions, activation_name(self.config.hidden_act)
         rows = linear(head.dense, encoded.rows, name)
@@ -116,7 +116,7 @@ class ElectraForMultipleChoice(_ElectraHeads, hf.ElectraForMultipleChoice):
     forward = labelled(hf.ElectraForMultipleChoice, EncoderHeads._choose)
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:
-        """The summary is HF's module, of the first positions or of them all: its kinds read padding too."""
+        """The summary is HF's module. summary_type "first" reads the first positions, others all, padding included."""
         if self.sequence_summary.summary_type == "first":
             encoded = self._encode(inputs, Want(first_only=True), kwargs)
             states: Any = encoded.pooled[:, None]  # type: ignore[index]

@@ -1,7 +1,7 @@
 """ELMo (Peters et al., "Deep contextualized word representations", 2018), on PreTrainedModel.
 
-Hugging Face has no class for it: configuration and checkpoints are this package's own, and the published files of
-AllenNLP are read by from_allennlp.
+Hugging Face has no such class: configuration and checkpoints are this package's own. from_allennlp reads the files that
+AllenNLP published.
 """
 
 import os
@@ -48,23 +48,23 @@ _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
 
 class ElmoConfig(PreTrainedConfig):
-    """What an ELMo is made of; the defaults are the published original's.
+    """Configuration of an ELMo; the defaults are the published original's.
 
     Args:
-        num_characters: ids of characters: 0 for no word, 256 bytes, and five marks.
+        num_characters: number of character ids: 0 for padding, 256 bytes, and five marks.
         max_characters_per_token: C, marks included.
-        char_embedding_size: width of a character.
+        char_embedding_size: width of a character's embedding.
         filters: (width, number) of each character convolution.
         char_activation: "relu" or "tanh".
-        num_highway_layers: after the convolutions.
-        projection_size: width of a word and of each direction's states; hidden_size is twice that.
+        num_highway_layers: highway layers after the convolutions.
+        projection_size: width of a word's vector and of each direction's states; hidden_size is twice that.
         cell_size: width of the LSTMs' cells.
-        num_layers: of LSTMs in each direction.
-        cell_clip: cells are kept within [-cell_clip, cell_clip]; None for no clipping.
-        projection_clip: as cell_clip, of the states.
+        num_layers: number of LSTM layers in each direction.
+        cell_clip: cells are clipped to [-cell_clip, cell_clip]; None for no clipping.
+        projection_clip: the same for the states.
         use_skip_connections: layers after the first add their input.
-        dropout: of the heads.
-        vocab_size: words of the language model's softmax, which ElmoForPreTraining alone has.
+        dropout: in the heads.
+        vocab_size: number of words in the language model's softmax; only ElmoForPreTraining uses it.
 
     Source:
         Peters et al., "Deep contextualized word representations", 2018, section 3 and 3.4.
@@ -117,10 +117,10 @@ class ElmoConfig(PreTrainedConfig):
 
 
 class ScalarMix(nn.Module):
-    """gamma * sum_k softmax(w)_k h_k: how a task weighs the layers that it is given; all alike at first.
+    """gamma * sum_k softmax(w)_k h_k: a task's weighted mean of the layers; the weights are equal at first.
 
     Args:
-        count: of hidden states.
+        count: number of hidden states.
 
     Source:
         Peters et al., 2018, equation 1.
@@ -138,7 +138,7 @@ class ScalarMix(nn.Module):
         self.gamma = nn.Parameter(torch.ones(()))
 
     def forward(self, states) -> torch.Tensor:
-        """states: `count` tensors of one shape, which the result has."""
+        """states: `count` tensors of the same shape. Returns a tensor of that shape."""
         if len(states) != len(self.weights):
             raise ValueError(f"states: wanted {len(self.weights)}, got {len(states)}")
         weights = (self.weights.float().softmax(0) * self.gamma.float()).unbind()
@@ -159,7 +159,7 @@ class Highway(nn.Module):
 
 
 class ElmoEmbeddings(nn.Module):
-    """Words of their characters: convolutions, the largest value of each over the word, highways, a projection."""
+    """Word vectors from characters: convolutions, max pooling over the word, highway layers, a projection."""
 
     def __init__(self, config: ElmoConfig):
         super().__init__()
@@ -174,11 +174,11 @@ class ElmoEmbeddings(nn.Module):
         self.projection = nn.Linear(total, config.projection_size)
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
-        """words: (N, C) character ids -> (N, projection_size). A word of the batch is computed once."""
+        """words: (N, C) character ids -> (N, projection_size). Each distinct word is computed once."""
         if not len(words):
             return self.projection.weight.new_zeros(0, self.projection.out_features)
         words, which = torch.unique(words, dim=0, return_inverse=True)
-        # Behind the longest word all windows are alike: one of each width is enough for the largest value.
+        # After the longest word there is only padding: one window of it per width is enough for the maximum.
         longest = int((words != BEHIND).any(0).nonzero()[-1]) + 1
         x = self.characters(words[:, : longest + self.widest]).transpose(1, 2)
         x = self.activation(torch.cat([convolution(x).amax(-1) for convolution in self.convolutions], 1))
@@ -188,7 +188,7 @@ class ElmoEmbeddings(nn.Module):
 
 
 class ElmoLayer(nn.Module):
-    """Both directions of one layer, which know nothing of each other."""
+    """Both directions of one layer, which are independent of each other."""
 
     def __init__(self, config: ElmoConfig, skip: bool):
         super().__init__()
@@ -198,7 +198,7 @@ class ElmoLayer(nn.Module):
         self.backward_lstm = LSTM(size, config.cell_size, size, *clips)
 
     def forward(self, x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-        """x: (N, 2P), the tokens row after row, forward states beside backward ones."""
+        """x: (N, 2P), the tokens in row-major order; forward states in the first P columns, backward in the last P."""
         ahead, back = x.chunk(2, -1)
         out = torch.cat((self.forward_lstm(ahead, order), self.backward_lstm(back, order, backward=True)), -1)
         return out + x if self.skip else out
@@ -218,29 +218,30 @@ class ElmoPreTrainedModel(LoadingErrors, PreTrainedModel):
                 if weight is not None:
                     init.xavier_uniform_(weight)
             start = torch.zeros_like(module.bias)
-            start[module.cell_size : 2 * module.cell_size] = 1.0  # of the gate that keeps what is in the cell
+            start[module.cell_size : 2 * module.cell_size] = 1.0  # the forget gate
             init.copy_(module.bias, start)
         elif isinstance(module, nn.Conv1d):
             init.uniform_(module.weight, -0.05, 0.05)
             init.zeros_(module.bias)
         elif isinstance(module, Highway):
-            init.constant_(module.carry.bias, -2.0)  # mostly carried at first, as in bilm-tf
+            init.constant_(module.carry.bias, -2.0)  # at first, highways mostly carry their input, as in bilm-tf
         elif isinstance(module, ScalarMix):
             init.zeros_(module.weights)
             init.ones_(module.gamma)
 
     @classmethod
     def from_allennlp(cls, options_file: str | os.PathLike, weight_file: str | os.PathLike, **changes):
-        """A model of AllenNLP's published options.json and weights.hdf5; of a class with a head, its base.
+        """A model from AllenNLP's published options.json and weights.hdf5; for a class with a head, only the base is
+        loaded.
 
-        changes: of the configuration, such as num_labels and dropout. save_pretrained writes it as safetensors, and
-        from_pretrained and AutoModel read that.
-        Raises ImportError without h5py; ValueError, naming the file and what it has, for options that are missing, a
-        file that is not HDF5 or is laid out otherwise, and weights that the options contradict.
+        changes: configuration fields to set, such as num_labels and dropout. save_pretrained writes the model as
+        safetensors, which from_pretrained and AutoModel read.
+        Raises ImportError without h5py; ValueError, naming the file and its contents, for missing options, a file that
+        is not HDF5 or has another layout, and weights that contradict the options.
         """
         options = read_options(options_file)
         if known := options.keys() & changes.keys():
-            raise ValueError(f"{min(known)}: is the weights', wanted no other than {options_file} has")
+            raise ValueError(f"{min(known)}: cannot be changed, as the weights have the value of {options_file}")
         config = cls.config_class(**options, **changes)
         state = read_weights(weight_file, config)
         model = cls(config)
@@ -255,11 +256,11 @@ class ElmoPreTrainedModel(LoadingErrors, PreTrainedModel):
         return self.base_model.embeddings
 
     def resize_token_embeddings(self, *args, **kwargs):
-        raise NotImplementedError("resize_token_embeddings: words are made of characters, of which there are no others")
+        raise NotImplementedError("resize_token_embeddings: words are embedded by their bytes; there is no vocabulary")
 
 
 class ElmoModel(ElmoPreTrainedModel):
-    """Character embeddings and the two-way language model's LSTMs."""
+    """Character embeddings and the LSTMs of the bidirectional language model."""
 
     def __init__(self, config: ElmoConfig):
         super().__init__(config)
@@ -278,11 +279,11 @@ class ElmoModel(ElmoPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """input_ids: (B, S, C) character ids, as ElmoTokenizer and AllenNLP's batch_to_ids make them, zeros for no
-        word; attention_mask: (B, S), nonzero for words, default where there are characters. The marks of a sentence's
-        begin and end are put around it here and taken away again. Returns BaseModelOutput: last_hidden_state (B, S,
-        2 * projection_size), the last layer's, zeros where there is no word; hidden_states, num_layers + 1 of them, the
-        first the word's own vector twice."""
+        """input_ids: (B, S, C) character ids, as ElmoTokenizer and AllenNLP's batch_to_ids make them, zeros at padding;
+        attention_mask: (B, S), nonzero for words, by default where there are characters. The begin and end marks of a
+        sentence are added here and removed from the outputs. Returns BaseModelOutput: last_hidden_state (B, S,
+        2 * projection_size), of the last layer, zeros at padding; hidden_states, num_layers + 1 tensors, of which the
+        first holds each word's vector twice."""
         tokens, mask = self._words(input_ids, attention_mask)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         rows, inner, order = self._bounded(tokens, mask)
@@ -320,8 +321,8 @@ class ElmoModel(ElmoPreTrainedModel):
         return ids, mask
 
     def _bounded(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenOrder]:
-        """(N, C) characters of the words, row after row, with a sentence's marks around each; which rows are words;
-        their order. A sentence without words is its marks alone."""
+        """(characters (N, C) of words and sentence marks in row-major order; (N,) bool, True for words; their
+        TokenOrder). A sentence without words consists of its marks."""
         batch, length = mask.shape
         first, last = (
             torch.tensor(row, device=ids.device, dtype=ids.dtype)
@@ -338,7 +339,7 @@ class ElmoModel(ElmoPreTrainedModel):
         return rows[framed], words[framed], order_tokens(framed)
 
     def _show(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(words, D) -> (B, S, D)."""
+        """Words (N, D) -> (B, S, D), zeros at padding."""
         out = rows.new_zeros(mask.numel(), rows.shape[-1])
         return out.index_copy(0, mask.flatten().nonzero().squeeze(1), rows).unflatten(0, mask.shape)
 
@@ -360,7 +361,7 @@ class _Headed(ElmoPreTrainedModel):
 
 
 class ElmoForSequenceClassification(_Headed):
-    """The task's mix of layers, its mean over the words of a sentence, and a linear layer."""
+    """A ScalarMix of the layers, its mean over the words of a sentence, and a linear layer."""
 
     @public_forward()
     @can_return_tuple
@@ -372,8 +373,8 @@ class ElmoForSequenceClassification(_Headed):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """As ElmoModel; labels: (B,). Returns SequenceClassifierOutput with logits (B, num_labels). A sentence without
-        words has a mean of zeros."""
+        """As ElmoModel. labels: (B,). Returns SequenceClassifierOutput with logits (B, num_labels). The mean of a
+        sentence without words is zeros."""
         mixed, states = self._mixed(input_ids, attention_mask, output_hidden_states)
         mask = (input_ids != 0).any(-1) if attention_mask is None else attention_mask != 0  # type: ignore[union-attr]
         pooled = mixed.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(mixed.dtype)
@@ -383,7 +384,7 @@ class ElmoForSequenceClassification(_Headed):
 
 
 class ElmoForTokenClassification(_Headed):
-    """The task's mix of layers and a linear layer on each word."""
+    """A ScalarMix of the layers, and a linear layer on each word."""
 
     @public_forward()
     @can_return_tuple
@@ -395,8 +396,7 @@ class ElmoForTokenClassification(_Headed):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
-        """As ElmoModel; labels: (B, S), -100 where there is nothing to score. Returns TokenClassifierOutput with logits
-        (B, S, num_labels)."""
+        """As ElmoModel. labels: (B, S), -100 ignored. Returns TokenClassifierOutput with logits (B, S, num_labels)."""
         mixed, states = self._mixed(input_ids, attention_mask, output_hidden_states)
         logits = linear(self.classifier, ops.dropout(mixed, dropout_p(self.dropout)))
         loss = None if labels is None else token_loss(logits, labels)
@@ -405,7 +405,7 @@ class ElmoForTokenClassification(_Headed):
 
 @dataclass
 class ElmoForPreTrainingOutput(ModelOutput):
-    """loss: the mean of both directions' cross entropies; forward_loss, backward_loss: each of them.
+    """loss: the mean of forward_loss and backward_loss, the cross entropies of the two directions.
     last_hidden_state: (B, S, 2 * projection_size)."""
 
     loss: torch.Tensor | None = None
@@ -415,12 +415,13 @@ class ElmoForPreTrainingOutput(ModelOutput):
 
 
 class ElmoForPreTraining(ElmoPreTrainedModel):
-    """The two-way language model: each word from those before it and from those after it, by one softmax."""
+    """The bidirectional language model: predicts each word from the words before it and from those after it, with one
+    softmax layer for both."""
 
     def __init__(self, config: ElmoConfig):
         super().__init__(config)
         if config.vocab_size < 1:
-            raise ValueError(f"vocab_size: wanted the number of words that are told apart, got {config.vocab_size}")
+            raise ValueError(f"vocab_size: wanted the number of words to predict, got {config.vocab_size}")
         self.elmo = ElmoModel(config)
         self.lm_head = nn.Linear(config.projection_size, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -435,8 +436,8 @@ class ElmoForPreTraining(ElmoPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> ElmoForPreTrainingOutput:
-        """As ElmoModel; labels: (B, S), each word's own id in the vocabulary, -100 where there is nothing to score. The
-        logits are never held as a whole. Returns ElmoForPreTrainingOutput."""
+        """As ElmoModel. labels: (B, S), the vocabulary id of each word itself (not shifted), -100 to ignore. The logits
+        are never in memory as a whole. Returns ElmoForPreTrainingOutput."""
         base = self.elmo
         ids, mask = base._words(input_ids, attention_mask)
         rows, inner, order = base._bounded(ids, mask)
@@ -452,8 +453,8 @@ class ElmoForPreTraining(ElmoPreTrainedModel):
         if (labels == IGNORE).logical_or(~mask).all():
             raise ValueError("labels: wanted at least one word to score, got none")
         check_indices("labels", labels[labels != IGNORE], self.config.vocab_size, "config.vocab_size")
-        # A word is told by the forward state before it and by the backward state after it; between sentences
-        # there are always two marks, so that neighbours in the list are neighbours in the sentence.
+        # A word is predicted from the forward state before it and the backward state after it. Every word has marks or
+        # words of its sentence on both sides, so rows i - 1 and i + 1 belong to the same sentence.
         at, words = inner.nonzero().squeeze(1), labels.to(mask.device)[mask].long()
         ahead, back = x.chunk(2, -1)
         forward_loss, backward_loss = (

@@ -66,7 +66,8 @@ register_transposed(Conv1D)
 
 
 def spec_of(config) -> TransformerSpec:
-    # config.reorder_and_upcast_attn asks for scores in float32: attention here always computes them so.
+    # config.reorder_and_upcast_attn (scores in float32) needs nothing: attention here always computes scores in
+    # float32.
     return TransformerSpec(
         num_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
@@ -126,7 +127,7 @@ class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
+        want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -148,7 +149,7 @@ class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
     def _cache(self, past_key_values, use_cache: bool | None):
         crosses = getattr(self.config, "add_cross_attention", False)
         past_key_values, use_cache = decoding_cache(self, past_key_values, use_cache, crosses=crosses)
-        if use_cache and crosses and not hasattr(past_key_values, "cross_attention_cache"):  # a user's own
+        if use_cache and crosses and not hasattr(past_key_values, "cross_attention_cache"):  # made by the caller
             past_key_values = EncoderDecoderCache(past_key_values, self._new_cache())
         return past_key_values, use_cache
 
@@ -311,8 +312,8 @@ class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
         end_positions: torch.Tensor | None = None,
         **kwargs,
     ):
-        """As HF's, padding dropped; start_logits and end_logits at padding are the dtype's lowest number, so that no
-        argmax picks it. With start_positions and end_positions padding is computed, as HF's loss counts it."""
+        """As HF's, without padding: start_logits and end_logits there are the dtype's lowest number, so that no argmax
+        picks it. With start_positions and end_positions padding is computed, because HF's loss includes it."""
         source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
         scored = start_positions is not None and end_positions is not None
         read = every_position(source) if scored else None

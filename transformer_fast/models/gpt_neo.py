@@ -1,4 +1,4 @@
-"""GPT-Neo (Black et al., 2021), every head: learned positions, a window in every other layer, no scale of scores."""
+"""GPT-Neo (Black et al., 2021), every head: learned positions, a window in every other layer, unscaled scores."""
 
 from typing import Any
 

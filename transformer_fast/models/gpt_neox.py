@@ -1,5 +1,5 @@
 """GPT-NeoX and Pythia (Black et al., 2022; Biderman et al., 2023), every head: both sublayers read the same states, a
-part of each head is rotated, queries, keys and values come of one weight head by head."""
+part of each head is rotated, and one weight (heads, 3, head dim) makes queries, keys and values."""
 
 from typing import Any
 

@@ -41,18 +41,19 @@ class M2M100Attention(AttentionModule, hf.M2M100Attention):
 class M2M100SinusoidalPositionalEmbedding(hf.M2M100SinusoidalPositionalEmbedding):
     @property
     def weight(self) -> torch.Tensor:
-        """The table (positions, E), by the name that embeddings have for it."""
+        """The table (positions, E), under the name that nn.Embedding uses."""
         return self.weights
 
     def cover(self, rows: int) -> None:
-        """Make the table at least `rows` long."""
+        """Extend the table to at least `rows` rows."""
         if rows > self.weights.shape[0]:
             self.make_weights(rows + self.offset, self.embedding_dim, self.padding_idx)
 
 
 class _Embeddings:
-    """scale * word + sinusoidal position: both stacks begin so. Padding, which its token id tells and not a mask, has a
-    row of its own in the table, and the tokens of one call are counted without it."""
+    """Mixin for both stacks: embeddings are scale * word + sinusoidal position. Padding is found by its token id, not
+    by
+    the mask: it has its own row in the table, and positions count the other tokens of a call."""
 
     embed_tokens: Any
     embed_positions: Any

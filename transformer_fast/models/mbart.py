@@ -57,7 +57,7 @@ class MBartDecoder(LearnedPositions, BartDecoderBase, hf.MBartDecoder):
 
 
 class _WrapsLanguage(Shifts):
-    """decoder_input_ids begin with the language code, the last of the tokens that they are made of."""
+    """decoder_input_ids begin with the language code, which is the last token of the labels."""
 
     def _shifted(self, tokens: torch.Tensor) -> torch.Tensor:
         return wrap_right(self.config, tokens)

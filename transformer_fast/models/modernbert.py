@@ -68,14 +68,14 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ):
-        if isinstance(attention_mask, dict):  # a mask for each kind of layer
+        if isinstance(attention_mask, dict):  # one mask per kind of layer
             return hf.ModernBertModel.forward(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
         return self._base_forward(inputs, kwargs)
 
     def _spec(self, causal: bool = False) -> TransformerSpec:
         config = self.config
-        local = config.sliding_window + 1  # the query's own key, and so many on either side
+        local = config.sliding_window + 1  # the query's own position and sliding_window keys on either side
         windows = tuple(local if kind == "sliding_attention" else None for kind in self._kinds())
         return TransformerSpec(
             num_heads=config.num_attention_heads,
@@ -93,7 +93,7 @@ class ModernBertModel(EncoderBase, hf.ModernBertModel):
         return [layer.attention_type for layer in self.layers]
 
     def _rotary(self, unpadding: Unpadding, positions: torch.Tensor | None, past, device: torch.device) -> list[Rotary]:
-        """The angles of each layer: HF's rule for its kind, in float32."""
+        """The rotary angles of each layer, by HF's rule for the layer's kind, in float32."""
         if positions is None:
             positions = unpadding.columns(device)[None]
         like = torch.empty(0, dtype=torch.float32, device=device)
@@ -153,7 +153,7 @@ class _ModernBertHeads(EncoderHeads):
         return self._finish(MaskedLMOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:
-        """Of the first position, or of the mean of all tokens (config.classifier_pooling)."""
+        """Logits of the first position, or of the mean over all tokens (config.classifier_pooling)."""
         if self.config.classifier_pooling == "cls":
             encoded = self._encode(inputs, Want(first_only=True), kwargs)
             return self._logits(encoded.pooled), encoded  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ class _ModernBertHeads(EncoderHeads):
 
 
 class _Choices(_ModernBertHeads):
-    """In multiple choice HF pools the first token, where padding is on the left too."""
+    """Multiple choice: HF reads the first token that is not padding, also with padding on the left."""
 
     def _pooled_logits(self, inputs: Inputs, kwargs: dict) -> tuple[torch.Tensor, Encoded]:
         mask = inputs.attention_mask
@@ -183,7 +183,7 @@ class _Choices(_ModernBertHeads):
             return super()._pooled_logits(inputs, kwargs)
         if mask.dim() != 2:
             raise ValueError(f"attention_mask: wanted (batch, choices, length), got {tuple(mask.shape)} of all choices")
-        first = mask.to(inputs.source().device).argmax(-1)  # of a row of padding, its first
+        first = mask.to(inputs.source().device).argmax(-1)  # 0 for a row of padding
         read = F.one_hot(first, mask.shape[1]).bool()
         encoded = self._encode(inputs, Want(read=read), kwargs)
         states = encoded.restored()

@@ -41,7 +41,7 @@ SLOTS = SlotTable(
     output_norm="output.LayerNorm",
 )
 _ADOPTED = Adopted()
-_BUCKETS, _MAX_DISTANCE = 32, 128  # HF's, whatever the configuration says
+_BUCKETS, _MAX_DISTANCE = 32, 128  # fixed in HF's code, regardless of the configuration
 
 
 @_ADOPTED.register
@@ -63,7 +63,7 @@ class _MPNetHeads(EncoderHeads):
 class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
     __doc__ = hf.MPNetModel.__doc__
     _adopted = _ADOPTED
-    supports_gradient_checkpointing = True  # which HF's MPNet does not have
+    supports_gradient_checkpointing = True  # HF's MPNet does not support it
 
     @public_forward(hf.MPNetModel.forward)
     def forward(
@@ -77,15 +77,15 @@ class MPNetModel(TokenPositions, BertBase, hf.MPNetModel):
         inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
         output = self._base_forward(inputs, kwargs, pools=True)
         if type(output) is tuple and self.pooler is None:
-            return output[0], None, *output[1:]  # as HF's: what would be the pooler's keeps its place
+            return output[0], None, *output[1:]  # as HF: None in the place of the pooler's output
         return output
 
     def _relative_bias(self) -> ops.RelativeBias:
         table = self.encoder.relative_attention_bias.weight
         if table.shape[0] < _BUCKETS:
             raise ValueError(
-                f"config.relative_attention_num_buckets: wanted at least {_BUCKETS}, which distances are counted in "
-                f"whatever it says, got {table.shape[0]}"
+                f"config.relative_attention_num_buckets: wanted at least {_BUCKETS}, as MPNet always uses that "
+                f"many, got {table.shape[0]}"
             )
         return ops.RelativeBias(table[:_BUCKETS], _MAX_DISTANCE)
 

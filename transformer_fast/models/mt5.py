@@ -1,4 +1,4 @@
-"""mT5 (Xue et al., 2021), every head: T5 v1.1 whose states reach the head as they are."""
+"""mT5 (Xue et al., 2021), every head: T5 v1.1 without scaling of the states before the head."""
 
 from transformers.models.mt5 import modeling_mt5 as hf
 

@@ -53,7 +53,7 @@ SLOTS = SlotTable(
     output_norm="ln_2",
 )
 _ADOPTED = Adopted()
-_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}  # its "gelu" is the tanh form
+_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}  # this "gelu" is the tanh form
 register_transposed(Conv1D)
 
 
@@ -102,8 +102,8 @@ class OpenAIGPTModel(GPTBase, _OpenAIGPTMixin, hf.OpenAIGPTModel):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        """Unlike HF's, it can also keep a cache: with past_key_values or use_cache=True."""
-        want = kwargs.pop("want", None)  # given by our heads, which read unpadded rows
+        """Unlike HF's, it can use a cache: with past_key_values or use_cache=True."""
+        want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -129,7 +129,7 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         if not why_hf_forward(self):
             return HFGenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
-        # HF's own forward keeps no cache and reads all tokens at every step.
+        # HF's own forward has no cache and reads all tokens at every step.
         dropped = (*CACHE_NAMES, "use_cache", "next_sequence_length", "is_first_iteration")
         kwargs = {k: v for k, v in kwargs.items() if k not in dropped}
         return hf.OpenAIGPTLMHeadModel.prepare_inputs_for_generation(self, input_ids, **kwargs)

@@ -1,5 +1,5 @@
-"""OPT (Zhang et al., 2022), every head: learned positions that count the tokens which the mask keeps, norms before or
-after the sublayers, words that may be narrower than the layers."""
+"""OPT (Zhang et al., 2022), every head: learned positions that count the tokens the mask keeps, norms before or after
+the sublayers, embeddings that may be narrower than the layers."""
 
 from typing import Any
 
@@ -61,13 +61,13 @@ class _Decoder(LearnedPositions, DecoderBase):
         return self.embed_positions
 
     def _positions(self, inputs: Inputs, past) -> torch.Tensor:
-        """(B or 1, S): rows of the table, the first of which no position has."""
+        """(B or 1, S): rows of the table. Positions start at row `offset`; padding has the row before."""
         positions, mask, source = inputs.position_ids, inputs.attention_mask, inputs.source()
         if positions is None and mask is not None:
             if mask.dim() != 2:
                 raise ValueError(
-                    f"position_ids: wanted beside an attention_mask of {mask.dim()} dimensions, got None; those of a "
-                    "mask (batch, length) are counted"
+                    f"position_ids: wanted with an attention_mask of {mask.dim()} dimensions, got None; they are "
+                    "counted only from a mask (batch, length)"
                 )
             positions = (mask.cumsum(1) * mask - 1).long()[:, past:]
         elif positions is None:
@@ -91,7 +91,7 @@ class _Decoder(LearnedPositions, DecoderBase):
         return rows if self.project_out is None else linear(self.project_out, rows)
 
     def _step_positions(self) -> dict[str, Any]:
-        refused = "" if self.project_in is None else "its words are narrower than its layers"
+        refused = "" if self.project_in is None else "its embeddings are narrower than its layers"
         return super()._step_positions() | {"position_offset": self.embed_positions.offset, "refused": refused}
 
 

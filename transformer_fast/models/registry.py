@@ -1,4 +1,4 @@
-"""The families: model_type -> the module of this package that has its classes, under HF's names where HF has it."""
+"""The families: model_type -> the module of this package with its classes, under HF's names where HF has the family."""
 
 FAMILIES = {
     "albert": "albert",
@@ -36,7 +36,7 @@ FAMILIES = {
     "xlm-roberta": "xlm_roberta",
 }
 
-# Those that HF has no class for: what the names of their classes begin with.
+# Families without an HF class: model_type -> prefix of their class names.
 OWN = {
     "attention_rnn": "AttentionRNN",
     "awd_lstm": "AWDLSTM",

@@ -1,7 +1,7 @@
 """The recurrent encoder-decoder (Sutskever et al., 2014; Cho et al., 2014), and with attention (Bahdanau et al., 2015;
 Luong et al., 2015), on PreTrainedModel.
 
-Hugging Face has no class for it: the configuration and the checkpoints are this package's own.
+Hugging Face has no such class: the configuration and the checkpoints are this package's own.
 """
 
 from typing import Any
@@ -78,7 +78,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
     ) -> Seq2SeqModelOutput:
         """As HF's encoder-decoders. input_ids: (B, Sk); attention_mask: (B, Sk), nonzero for tokens;
         decoder_input_ids: (B, T); past_key_values: a RecurrentState, advanced in place. Returns Seq2SeqModelOutput:
-        last_hidden_state is the readout (B, T, config.readout_size), cross_attentions holds one (B, 1, T, Sk)."""
+        last_hidden_state is the readout (B, T, config.readout_size), cross_attentions has one tensor (B, 1, T, Sk)."""
         config = self.config
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, return_dict=True)
@@ -136,15 +136,15 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
     def recurrent_step(
         self, tokens: torch.Tensor, state: RecurrentState, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Logits (B, vocab_size) after tokens (B,), which advance `state`; values: (B, Sk, hidden_size), the encoder's
-        states; mask: (B, Sk). forward without what only a first step needs."""
+        """Logits (B, vocab_size) after tokens (B,); advances `state` in place. values: (B, Sk, hidden_size), the
+        encoder's states; mask: (B, Sk). Does what forward does, without the work of a first step."""
         decoder = self.model.decoder
         words = ops.dropout(decoder.embed_tokens(tokens[:, None]), dropout_p(decoder.dropout))
         readout, _ = decoder(words, values, None if mask is None else (mask != 0)[:, None], state)
         return linear(self.lm_head, readout[:, 0])
 
     def recurrent_description(self) -> RecurrentDescription:
-        """What of this model the native decoding step computes in the place of."""
+        """The parts of this model that the native decoding step replaces."""
         decoder, refused = self.model.decoder, ""
         score = decoder.score
         step = AttentionRNNForConditionalGeneration.recurrent_step
@@ -152,7 +152,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
             refused = "the model has a recurrent_step of its own"
         for module, kind in ((decoder, AttentionRNNDecoder), (score, Score)):
             if type(module) is not kind:
-                refused = f"the model has a {type(module).__name__} in the place of {kind.__name__}"
+                refused = f"the model has a {type(module).__name__} in place of {kind.__name__}"
         return RecurrentDescription(
             (decoder, self.lm_head), decoder.embed_tokens, decoder.rnn, self.lm_head, score.query, score.weight,
             decoder.readout, decoder.maxout, decoder.attends, self._start, refused,
@@ -164,8 +164,7 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         )
 
     def why_hf_loop(self) -> str:
-        """'' when generate may decode with this package's engine, which calls no forward after the prompt; else the
-        reason why not."""
+        """'' if generate may decode with our engine, which calls no forward after the prompt; else why not."""
         for module, kind in ((self, AttentionRNNForConditionalGeneration), (self.model, AttentionRNNModel)):
             name = type(module).__name__
             if type(module).forward is not kind.forward or "forward" in vars(module):
@@ -175,20 +174,20 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         return ""
 
     def explain(self) -> str:
-        """How generate decodes with this model, and why not faster; see transformer_fast.explain."""
+        """How generate decodes with this model, and what prevents a faster way; see transformer_fast.explain."""
         if reason := self.why_hf_loop():
             how = f"transformers' own loop, as {reason}"
         elif reason := self.recurrent_description().why_not():
             how = f"this package's engine, module by module, as {reason}"
         else:
-            how = "this package's engine, one native call a token"
+            how = "this package's engine, one native call per token"
         return f"{type(self).__name__}\n  forward: the fast path, which is the only one\n  generate: {how}"
 
     def _sampled_inputs(
         self, ids, mask, targets, encoder_outputs, inputs_embeds, labels, output_attentions, num_items_in_batch
     ) -> Seq2SeqLMOutput:
-        """forward in training with teacher_forcing below 1: one step at a time, for a step's input may be what the one
-        before has said."""
+        """forward in training with teacher_forcing below 1: one step at a time, because the input may be the output of
+        the previous step."""
         if encoder_outputs is None:
             encoder_outputs = self.model.encoder(ids, mask, inputs_embeds, return_dict=True)
         state, words = None, targets[:, :1]
@@ -232,8 +231,8 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """As AttentionRNNModel; labels: (B, T), -100 where there is nothing to score, also make the decoder's input
-        when none is given. Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
+        """As AttentionRNNModel. labels: (B, T), -100 to ignore; decoder_input_ids are made from them if none are given.
+        Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

@@ -1,7 +1,7 @@
 """The Transformer of 2017 (Vaswani et al., "Attention Is All You Need"), post-norm and pre-norm, on PreTrainedModel.
 
-Hugging Face has no class for it: the configuration and the checkpoints are this package's own. Weights go to and from
-torch.nn.Transformer (load_torch, to_torch).
+Hugging Face has no such class: the configuration and the checkpoints are this package's own. Weights can be copied to
+and from torch.nn.Transformer (load_torch, to_torch).
 """
 
 import math
@@ -118,7 +118,7 @@ class TransformerPreTrainedModel(Outputs, LoadingErrors, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Xavier's uniform matrices; embeddings of variance 1 / d_model, which their scale makes 1."""
+        """Xavier uniform for matrices. Embeddings have variance 1 / d_model, so that sqrt(d_model) times them has 1."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
@@ -145,7 +145,7 @@ class TransformerPreTrainedModel(Outputs, LoadingErrors, PreTrainedModel):
 
 
 class _Stack(Stack, TransformerPreTrainedModel):
-    """Embedding, layers and the last norm: encoder and decoder alike."""
+    """Embedding, layers and the last norm, of the encoder or of the decoder."""
 
     causal = False
 
@@ -198,8 +198,8 @@ class _Stack(Stack, TransformerPreTrainedModel):
         return rows if self.layer_norm is None else norm(self.layer_norm, rows)
 
     def _embed(self, unpadding: Unpadding, inputs: Inputs, positions: torch.Tensor | None, past) -> torch.Tensor:
-        """dropout(scale * word + position). The encoder's positions count tokens, so that padding on the left shifts
-        nothing; the decoder's count columns, as those of HF's encoder-decoders do."""
+        """dropout(scale * word + position). The encoder's positions count tokens, so padding on the left does not shift
+        them; the decoder's count columns, as in HF's encoder-decoders."""
         if inputs.inputs_embeds is None:
             x = self.embed_tokens(unpadding.unpad(inputs.input_ids)) * self.embed_scale  # type: ignore[arg-type]
         else:
@@ -233,8 +233,8 @@ class TransformerEncoder(_Stack):
         **kwargs,
     ) -> BaseModelOutput | Encoded:
         """input_ids: (B, S), or inputs_embeds (B, S, d_model), to which positions are added; attention_mask: (B, S),
-        nonzero for tokens. Padding is never computed: its states are zeros."""
-        want = kwargs.pop("want", None)  # given by our model, whose decoder reads the rows without padding
+        nonzero for tokens. Padding is not computed: its states are zeros."""
+        want = kwargs.pop("want", None)  # passed by our model, whose decoder reads unpadded rows
         encoded = run_stack(self, Inputs(input_ids, attention_mask, inputs_embeds=inputs_embeds), Want(), kwargs)
         if want is not None:
             return encoded
@@ -303,22 +303,22 @@ class TransformerModel(JoinedForward, TransformerPreTrainedModel):
 
     @classmethod
     def from_torch(cls, module: nn.Transformer, **settings) -> "TransformerModel":
-        """A model with the weights of a torch.nn.Transformer; it has no embeddings, so ours are random.
+        """A model with the weights of a torch.nn.Transformer. That has no embeddings, so they are random here.
 
-        settings: further fields of TransformerConfig, vocab_size at least. Raises ValueError for what no configuration
-        says: layers without biases, other activations than relu and gelu.
+        settings: further fields of TransformerConfig, at least vocab_size. Raises ValueError for modules that no
+        TransformerConfig describes: without biases, or with activations other than relu and gelu.
         """
         config = TransformerConfig(**{**_torch_transformer.settings_of(module), **settings})
         return cls(config).load_torch(module)
 
     def load_torch(self, module: nn.Transformer) -> "TransformerModel":
-        """Copy the weights of a torch.nn.Transformer of the same shape into this model; returns it."""
+        """Copy the weights of a torch.nn.Transformer of the same shape into this model. Returns this model."""
         _torch_transformer.load(self, module)
         return self
 
     def to_torch(self) -> nn.Transformer:
         """A torch.nn.Transformer (batch_first) with copies of these weights. It has no embeddings: its input is the sum
-        of scaled words and sinusoids. Raises ValueError where torch's class has no such model: without final_norm."""
+        of scaled words and sinusoids. Raises ValueError without final_norm, which torch's class always has."""
         return _torch_transformer.export(self)
 
     forward = public_forward()(JoinedForward.forward)
@@ -343,11 +343,11 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         stock.remember(self)
 
     def why_hf_loop(self) -> str:
-        """'' when generate may decode with this package's engine, else the reason why transformers' loop runs."""
+        """'' if generate may decode with this package's engine; else why transformers' loop runs."""
         return why_hf_loop(self)
 
     def step_description(self) -> StepDescription:
-        """The decoder, for generation by one native call per token."""
+        """The decoder's description, for generation with one native call per token."""
         decoder = self.model.decoder
         return StepDescription(
             self, [SLOTS.read(layer) for layer in decoder.layers], decoder.spec, decoder.embed_tokens, self.lm_head,
@@ -374,8 +374,8 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """As TransformerModel; labels: (B, T), -100 where there is nothing to score, also make the decoder's input when
-        none is given. Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
+        """As TransformerModel. labels: (B, T), -100 to ignore; decoder_input_ids are made from them if none are given.
+        Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

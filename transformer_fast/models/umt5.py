@@ -1,4 +1,4 @@
-"""UMT5 (Chung et al., 2023), every head: T5 v1.1 with relative positions of every layer's own."""
+"""UMT5 (Chung et al., 2023), every head: T5 v1.1 with a table of relative positions in every layer."""
 
 from transformers.models.umt5 import modeling_umt5 as hf
 
@@ -68,7 +68,7 @@ class UMT5ForConditionalGeneration(GenerationMixin, T5Generation, hf.UMT5ForCond
 
     def _head_scale(self) -> float:
         config = self.config
-        scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)  # before 5.24 the second
+        scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)  # no such field before 5.24
         return self.model_dim**-0.5 if scaled else 1.0
 
 

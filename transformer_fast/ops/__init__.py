@@ -1,4 +1,4 @@
-"""The ops: schema, input checks, fake kernel, autograd and documentation, one file an op."""
+"""The ops: schema, input checks, fake kernel, autograd and documentation, one file per op."""
 
 from . import _parallel as parallel
 from ._common import concrete, exporting

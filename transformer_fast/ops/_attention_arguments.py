@@ -1,4 +1,4 @@
-"""The arguments of attention: T5's bias, and checks that name what came and what was wanted."""
+"""The arguments of attention: T5's relative bias, and the input checks."""
 
 import math
 from typing import NamedTuple
@@ -14,12 +14,13 @@ from ._attention_op import (
 
 
 class RelativeBias(NamedTuple):
-    """T5's bucketed relative position bias, computed inside the kernel and never materialised.
+    """T5's bucketed relative position bias. Kernels compute it on the fly; the (H, Sq, Sk) matrix is never stored.
 
     Attributes:
-        table: (num_buckets, H) float tensor; it gets a gradient.
-        max_distance: as in T5.
-        bidirectional: as in T5.
+        table: (num_buckets, H), floating point; gets a gradient.
+        max_distance: distances from here on share the last bucket (T5's relative_attention_max_distance).
+        bidirectional: True uses half of the buckets for keys after the query (T5's encoder); False puts all keys after
+            the query into bucket 0 (T5's decoder).
 
     Source:
         Raffel et al., "Exploring the Limits of Transfer Learning", 2020, section 2.1.
@@ -37,7 +38,15 @@ class RelativeBias(NamedTuple):
     bidirectional: bool = True
 
     def matrix(self, positions: torch.Tensor, keys: int) -> torch.Tensor:
-        """The bias of keys 0 .. keys - 1 seen from `positions` (Sq,), as a matrix (1, H, Sq, keys)."""
+        """The bias as a matrix (1, H, Sq, keys), for queries at `positions` (Sq,) and keys at 0 .. keys - 1.
+
+        Args:
+            positions: (Sq,) int, the positions of the queries.
+            keys: the number of keys.
+
+        Returns:
+            (1, H, Sq, keys) in the table's dtype, differentiable.
+        """
         distance = torch.arange(keys, device=positions.device) - positions[:, None]
         buckets = relative_buckets(distance, self.table.shape[0], self.max_distance, self.bidirectional)
         return self.table[buckets].permute(2, 0, 1)[None]
@@ -58,7 +67,7 @@ def check_head_dim(name: str, d: int) -> None:
 
 
 def check_qkv(query, key, value) -> None:
-    """(B, H, S, D) or (total, H, D) each."""
+    """query, key, value: (B, H, S, D) or (total, H, D)."""
     _common.check_same("key", key, "query", query)
     _common.check_same("value", value, "query", query)
     d, h, hk = query.shape[-1], query.shape[1], key.shape[1]
@@ -79,12 +88,12 @@ def check_alignment(alignment: str) -> None:
 
 
 def check_softcap(softcap: float) -> None:
-    """0 is off."""
+    """softcap >= 0; 0 switches it off."""
     _common.check_number("softcap", softcap, 0.0)
 
 
 def split_mask(attn_mask, bias, shape, query):
-    """(bool mask, float bias), each 4-D or None and known to broadcast to `shape`."""
+    """Returns (bool mask, float bias), each None or 4-D and broadcastable to `shape` (B, H, Sq, Sk)."""
     mask, name = None, "bias"
     if attn_mask is not None:
         _common.check_tensor("attn_mask", attn_mask)
@@ -107,7 +116,8 @@ def _broadcastable(name, t, shape, query):
     if t.device != query.device:
         raise ValueError(f"{name}: is on {t.device} but query is on {query.device}; wanted the same device")
     spread = _parallel.current()
-    if spread is not None and t.dim() and t.shape[-1] == shape[-1] * spread.size:  # a column for every position
+    # Under context_parallel a mask may have the columns of all processes.
+    if spread is not None and t.dim() and t.shape[-1] == shape[-1] * spread.size:
         shape = (*shape[:-1], t.shape[-1])
     if t.dim() > 4 or any(n not in (1, m) for n, m in zip(t.shape[::-1], shape[::-1])):
         raise ValueError(f"{name}: wanted a shape that broadcasts to (B, H, Sq, Sk) = {shape}, got {tuple(t.shape)}")
@@ -120,7 +130,7 @@ def check_integers(name, t, reference) -> None:
         raise ValueError(f"{name}: is on {t.device} but query is on {reference.device}; wanted the same device")
 
 
-# Windows and lengths beyond any tensor mean the same as this one, with which 32-bit positions do not overflow.
+# Larger windows and lengths are reduced to this: longer than any sequence, but 32-bit positions do not overflow.
 _FARTHEST = 2**30
 
 
@@ -128,7 +138,7 @@ def check_lengths(name, lengths, batch, longest, reference) -> None:
     check_integers(name, lengths, reference)
     if lengths.shape != (batch,):
         raise ValueError(f"{name}: wanted shape ({batch},), got {tuple(lengths.shape)}")
-    # Values are looked at where looking is free; on a GPU it would wait, and kernels clamp.
+    # Values are only checked on the CPU: on a GPU that would synchronise, and the kernels clamp them.
     if _readable(lengths) and batch:
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > longest:
@@ -136,8 +146,8 @@ def check_lengths(name, lengths, batch, longest, reference) -> None:
 
 
 def check_append(query, key, value, key_cache, value_cache, lengths) -> None:
-    """New rows (B, H, S, D) of query and (B, Hk, S, D) of key and value, for caches (B, Hk, capacity, D) that have
-    room for S behind the `lengths` (B,) rows in use."""
+    """Check new rows query (B, H, S, D), key and value (B, Hk, S, D) against caches (B, Hk, capacity, D), which need
+    room for S more rows after the `lengths` (B,) rows in use."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
         if t.dim() != 4:
@@ -227,7 +237,7 @@ def check_relative(relative: RelativeBias | None, query) -> tuple[torch.Tensor |
 
 
 def dropout_state(p: float, device, generator) -> tuple[torch.Tensor | None, float, bool]:
-    """The random state, the probability of the kernels, and whether everything is dropped, which they do not do."""
+    """Returns (rng, p, drop_all). The kernels do not handle a probability of 1; then p is 0 and drop_all is True."""
     _common.check_probability("dropout_p", p)
     if p == 1.0:
         return None, 0.0, True

@@ -1,8 +1,7 @@
-"""Attention on the CPU without gradients, by the shortest way to the kernel.
+"""A fast path for attention on the CPU without gradients.
 
-A small call is over in a few microseconds, less than its checks take. So what was checked is remembered by its
-signature, everything about a call that checks look at but for values (of cu_seqlens), and a call with a signature that
-is known goes straight to the kernel.
+A small call takes a few microseconds, less than its checks. So the signature of each checked call is remembered: all
+that the checks look at except the values of cu_seqlens. A call with a known signature goes straight to the kernel.
 """
 
 import operator
@@ -15,12 +14,12 @@ from . import _common
 
 __all__ = ["unpadded", "padded", "remember", "signature"]
 
-_known: dict[tuple, float] = {}  # signature -> the scale in use
+_known: dict[tuple, float] = {}  # signature -> scale
 _MOST = 4096
 
 
 def signature(query, key, value, other, *options) -> tuple | None:
-    """None when the call cannot go this way, whatever its checks say. other: a mask, cu_seqlens or None."""
+    """The signature of a call, or None if the call cannot take the fast path. other: a mask, cu_seqlens or None."""
     if not isinstance(query, torch.Tensor) or not query.is_cpu or not _common.direct(query, key, value, other):
         return None
     for t in (query, key, value, other):
@@ -36,7 +35,7 @@ def signature(query, key, value, other, *options) -> tuple | None:
 
 
 def remember(signature: tuple | None, chosen: str, scale: float) -> None:
-    """This call passed its checks and goes to the backend `chosen`."""
+    """Remember that a call with this signature passed its checks. chosen: the name of its backend."""
     if signature is None or chosen != "cpu":
         return
     if len(_known) >= _MOST:
@@ -45,7 +44,7 @@ def remember(signature: tuple | None, chosen: str, scale: float) -> None:
 
 
 def padded(signature, query, key, value, mask, is_causal, bottom_right, return_lse):
-    """The result of a call that is known, else None."""
+    """The result of a padded call if its signature is known, else None."""
     scale = _known.get(signature)
     if scale is None or query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         return None
@@ -60,7 +59,8 @@ def padded(signature, query, key, value, mask, is_causal, bottom_right, return_l
 
 
 def unpadded(signature, query, key, value, cu_seqlens, longest, is_causal, return_lse):
-    """The same for unpadded sequences, alike in queries and keys. longest: at least the longest, or None."""
+    """The result of an unpadded call with the same sequences for queries and keys if its signature is known, else None.
+    longest: an upper bound of the sequences' lengths, or None."""
     scale = _known.get(signature)
     if scale is None or query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         return None
@@ -69,7 +69,7 @@ def unpadded(signature, query, key, value, cu_seqlens, longest, is_causal, retur
     steps = list(map(operator.sub, bounds[1:], bounds))
     most = max(steps)
     if bounds[0] or bounds[-1] != total or min(steps) < 0 or (longest is not None and longest < most):
-        return None  # the checks say what is wrong
+        return None  # the full checks raise the error
     out = memory.empty_strided((total, h, d), (h * d, d, 1), query.dtype)
     lse = memory.empty((h, total), torch.float32, query.device) if return_lse else None
     _kernel(

@@ -1,6 +1,6 @@
-"""The registered attention ops: schemas, fakes, autograd, and the hand-over to a backend.
+"""The registered attention ops: schemas, fake kernels, autograd, and the calls of the backend.
 
-ops/attention.py holds the public functions, _attention_arguments.py their checks; nothing here is called by users.
+The public functions are in ops/attention.py, their input checks in _attention_arguments.py. Users call nothing here.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ _SPEC = _common.schema_of(AttentionSpec)
 
 
 def features(spec: AttentionSpec) -> tuple[str, ...]:
-    """Names of what a call asks for beyond plain attention, sorted."""
+    """The features that a call uses beyond plain attention, sorted by name."""
     found = []
     if spec.bias is not None:
         found.append("bias")
@@ -51,7 +51,7 @@ def _placed(spec: AttentionSpec) -> bool:
 
 
 def choose(spec: AttentionSpec, backward: bool = False) -> Backend:
-    """backward: for the gradients, which another backend may compute than the output."""
+    """The backend of a call. backward: select for the gradients, which may be another backend than the output's."""
     q = spec.query
     asked = ("backward", *features(spec)) if backward else features(spec)
     length = 1 << (max(spec.max_seqlen_q, spec.max_seqlen_k) - 1).bit_length() if q.is_cuda else 0
@@ -59,7 +59,7 @@ def choose(spec: AttentionSpec, backward: bool = False) -> Backend:
 
 
 def _out_like(q: torch.Tensor) -> torch.Tensor:
-    """Output memory is (B, S, H, D) whatever query's strides: heads can be merged without a copy."""
+    """An output with the memory layout (B, S, H, D), whatever query's strides, so that heads merge without a copy."""
     if q.dim() == 3:
         return memory.empty(q.shape, q.dtype, q.device)
     b, h, s, d = q.shape
@@ -105,7 +105,7 @@ def _forward_fake(*args):
 
 
 def backward_impl(grad_out, grad_lse, out, lse, *rest):
-    """Gradients to query, key, value, bias and the relative table (empty where not asked for)."""
+    """Gradients of query, key, value, bias and the relative bias table; the last two are empty if not needed."""
     *args, need_bias, need_relative = rest
     spec = _unit_stride(AttentionSpec(*args))
     grads = [_out_like(t) for t in spec[:3]]
@@ -118,15 +118,16 @@ def backward_impl(grad_out, grad_lse, out, lse, *rest):
 
 
 def _is_one_per_row(spec: AttentionSpec, grad_lse: torch.Tensor | None) -> bool:
-    """Whether the bias moves all scores of a row together (and lse, where it has a gradient, lies as the bias does)."""
+    """Whether the bias is constant along each row of scores. If lse has a gradient, it must also be padded, as its
+    shape then matches the bias."""
     if spec.bias is None or spec.bias.shape[-1] != 1 or (grad_lse is not None and spec.cu_seqlens_q is not None):
         return False
-    return choose(spec, backward=True).name != "eager"  # which is autograd's own, rounding and all
+    return choose(spec, backward=True).name != "eager"  # eager keeps autograd's own result
 
 
 def _gradient_of_rows(spec: AttentionSpec, grad_lse: torch.Tensor | None, lse: torch.Tensor) -> torch.Tensor:
-    """Softmax is the same for scores that have moved together; lse has moved with them. A kernel's sum of score
-    gradients would be what its rounding has left of zero."""
+    """The gradient of a bias that is constant along rows. Such a bias does not change the softmax and shifts lse, so
+    its gradient is that of lse. A kernel's sum of score gradients would be zero plus rounding errors."""
     assert spec.bias is not None
     if grad_lse is None:
         return torch.zeros(spec.bias.shape, dtype=_lse_dtype(spec.query), device=spec.query.device)
@@ -187,7 +188,7 @@ _backward_op = _common.define(
 
 
 def plain(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse in plain PyTorch, differentiable in every way."""
+    """out and lse in plain PyTorch, for higher-order gradients and torch.func transforms."""
     out, lse = eager.attention(spec)
     return out, lse.to(_lse_dtype(spec.query))
 
@@ -219,7 +220,7 @@ attention_op = _common.define(
 
 # ---- fused projections: one gradient for query, key and value ---------------------------------------
 class QkvSpec(NamedTuple):
-    """Self-attention on one tensor of projections: (B, S, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
+    """Self-attention on fused projections: qkv (B, S, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
 
     qkv: torch.Tensor
     key_lengths: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""Every shape that torch's scaled_dot_product_attention takes, as the four dimensions (B, H, S, D) of the kernels."""
+"""Converts every shape that torch's scaled_dot_product_attention accepts to the kernels' (B, H, S, D)."""
 
 import math
 from typing import NamedTuple
@@ -11,8 +11,8 @@ class Shaped(NamedTuple):
     query: torch.Tensor  # (B, H, Sq, D)
     key: torch.Tensor  # (B, Hk, Sk, D), Hk divides H
     value: torch.Tensor  # (B, Hk, Sk, D)
-    leading: tuple[int, ...]  # what the result has before (Sq, width)
-    width: int  # the result's; the kernels' D is the larger of it and query's head dim
+    leading: tuple[int, ...]  # the dimensions of the result before (Sq, width)
+    width: int  # head dim of the result; the kernels' D is the larger of it and query's head dim
     batch: tuple[int, ...]  # the leading dimensions that became B
 
     def restore(self, out: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ class Shaped(NamedTuple):
         return lse.reshape(*self.leading, lse.shape[2])
 
     def restrict(self, name: str, t: torch.Tensor) -> torch.Tensor:
-        """A mask or bias that broadcasts to (*leading, Sq, Sk) as one that broadcasts to (B, H, Sq, Sk)."""
+        """Turn a mask or bias that broadcasts to (*leading, Sq, Sk) into one that broadcasts to (B, H, Sq, Sk)."""
         rank = len(self.leading) + 2
         if rank == 3 and t.dim() == 3:
             return t.unsqueeze(1)
@@ -44,7 +44,7 @@ class Shaped(NamedTuple):
 
 
 def shaped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> Shaped:
-    """Raises ValueError naming the argument where torch would not take them together either."""
+    """Raises ValueError, with the name of the argument, for shapes that torch does not accept together either."""
     tensors = {"query": query, "key": key, "value": value}
     for name, t in tensors.items():
         if t.dim() < 2:
@@ -57,7 +57,7 @@ def shaped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_g
     if rank < 4:  # (N, S, D): one head
         tensors = {name: t[(None,) * (3 - t.dim())].unsqueeze(1) for name, t in tensors.items()}
     else:
-        # One that has all dimensions stays itself, which tells the caller that nothing was changed.
+        # A tensor with all dimensions must stay the same object: the caller tests that to see if anything changed.
         tensors = {name: t if t.dim() == rank else t[(None,) * (rank - t.dim())] for name, t in tensors.items()}
     batch = _broadcast_batch(tensors)
     heads = _heads(tensors, enable_gqa)
@@ -91,7 +91,8 @@ def _broadcast_batch(tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
 
 
 def _heads(tensors: dict[str, torch.Tensor], enable_gqa: bool) -> tuple[int, int, int]:
-    """Of query, key and value as the kernels get them: key's and value's are as many, and divide query's."""
+    """The numbers of heads of query, key and value for the kernels. Key and value have the same number, which divides
+    query's."""
     h, hk, hv = (t.shape[-3] for t in tensors.values())
     if enable_gqa:
         if h == 0 or hk == 0 or h % hk:

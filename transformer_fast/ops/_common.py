@@ -1,4 +1,4 @@
-"""What every op file shares: the library the schemas live in, and how a call reaches its kernel."""
+"""Shared by all ops: registration with torch.library, the paths from a call to its kernel, and input checks."""
 
 import collections
 import numbers
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from ..backends.specs import SymInt, layout
 
-# Schemas are registered from Python; the raw kernels behind them come from backends/.
+# Schemas are registered from Python. The raw kernels come from backends/.
 LIBRARY = torch.library.Library("transformer_fast", "FRAGMENT")
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -21,7 +21,7 @@ _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def schema_of(spec: type[tuple]) -> str:
-    """The arguments of a schema, from a spec's fields."""
+    """The argument list of a schema, generated from the fields of a spec."""
     hints = typing.get_type_hints(spec, include_extras=True)
     return ", ".join(f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in hints)
 
@@ -33,20 +33,21 @@ _SCHEMA_TYPES = {
 
 
 def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None) -> Callable:
-    """Register one op with its fake kernel and, where given, its gradient.
+    """Register one op with its fake kernel and, if given, its gradient.
 
     Args:
-        name: of the op.
+        name: name of the op.
         schema: its arguments and results.
         forward: function of the arguments.
-        fake: the same for tensors without memory.
-        setup_context: (ctx, inputs, output): keeps what the backward pass needs.
-        backward: (ctx, need, *grads) returns gradients by the argument's name; need says which are wanted, by name.
-            A name that is left out, or not wanted, gets None.
+        fake: the same for fake tensors: returns empty tensors of the right shapes and dtypes.
+        setup_context: function (ctx, inputs, output) that saves what the backward pass needs.
+        backward: function (ctx, need, *grads) that returns gradients by argument name; `need` says by name which are
+            needed. A name that is missing, or not needed, gets None.
 
     Returns:
-        What calls it: the registered op where somebody watches (a compiler, a tracer, a mode, a wrapper class), else
-        the same functions without torch's dispatcher, which costs more than a small call itself.
+        A function that calls the op. It goes through torch's dispatcher under a compiler, a tracer, a dispatch mode or
+        with tensor subclasses. Otherwise it calls the same functions directly, as the dispatcher costs more than a
+        small call.
     """
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
@@ -95,38 +96,39 @@ def _function(name: str, forward, setup_context, backward) -> type[torch.autogra
 
 
 def save(ctx, spec: tuple, *others: torch.Tensor) -> None:
-    """Keep a spec and other tensors for the backward pass."""
+    """Save a spec and further tensors for the backward pass."""
     where = layout(type(spec))
     ctx.kind, ctx.constants = type(spec), where.constants(spec)
     ctx.save_for_backward(*where.tensors(spec), *others)
 
 
 def saved(ctx) -> tuple:
-    """What `save` has kept: the spec, then the other tensors."""
+    """What `save` has saved: the spec, then the further tensors."""
     tensors, where = ctx.saved_tensors, layout(ctx.kind)
     return ctx.kind(*where.order((*tensors[: where.tensor_count], *ctx.constants))), *tensors[where.tensor_count :]
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """True when a call may skip torch's dispatcher: plain tensors with memory, no gradient wanted, nobody tracing. The
-    first stands for the device of all."""
+    """True when a call may skip torch's dispatcher: plain tensors with memory, no gradient needed, no tracing. Only the
+    first tensor is checked for the meta device."""
     if _watched() or (tensors[0] is not None and tensors[0].is_meta):
         return False
     grad = torch.is_grad_enabled()
-    for t in tensors:  # noqa: SIM110 - a generator costs three times the loop, on the path of every call
+    for t in tensors:  # noqa: SIM110 - runs on every call, and a generator takes three times as long
         if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
             return False
     return True
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """True when nobody traces, transforms or wraps these tensors: their memory may be worked on as it is."""
+    """True when these tensors are not traced, transformed or wrapped, so that kernels may read their memory
+    directly."""
     return not _watched() and is_plain(*tensors)
 
 
 def batched(*tensors: torch.Tensor | None) -> bool:
-    """True when one of these stands for a batch of gradients (is_grads_batched, vectorized jacobians): only torch's
-    dispatcher can take such a tensor apart."""
+    """True when one of these is a batched tensor of gradients (is_grads_batched, vectorized jacobians), which only
+    torch's dispatcher can unpack."""
     return any(t is not None and _batched(t) for t in tensors)
 
 
@@ -138,8 +140,15 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def concrete(t: torch.Tensor) -> bool:
-    """True when t's values can be read and what follows may depend on them: false for fake and meta tensors, in
-    batches of torch.func.vmap, and where a graph is recorded for other inputs too (torch.export, torch.jit.trace)."""
+    """Whether code may read the values of `t` and branch on them.
+
+    Args:
+        t: any tensor.
+
+    Returns:
+        False for fake and meta tensors, under torch.func.vmap, and while a graph is recorded that will run with other
+        inputs (torch.export, torch.jit.trace); else True.
+    """
     return not (
         type(t) not in _PLAIN
         or t.is_meta
@@ -151,7 +160,13 @@ def concrete(t: torch.Tensor) -> bool:
 
 
 def exporting() -> bool:
-    """torch.compiler.is_exporting(), which the compiler of torch 2.11 takes for True wherever it traces."""
+    """Whether torch.export is recording a graph.
+
+    torch.compiler.is_exporting() cannot be used: the compiler of torch 2.11 treats it as True whenever it traces.
+
+    Returns:
+        A bool.
+    """
     return torch.compiler._is_exporting_flag
 
 
@@ -166,8 +181,8 @@ def _watched() -> bool:
 
 
 def transformed() -> bool:
-    """True under forward-mode differentiation and torch.func's grad, jvp and kin. Registered ops have no rules for
-    these (tangents would be lost without a word), so plain PyTorch computes there."""
+    """True under forward-mode differentiation and under torch.func's grad, jvp and similar. Registered ops have no
+    rules for these, and tangents would be lost silently, so ops run in plain PyTorch there."""
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0:
@@ -181,13 +196,18 @@ def transformed() -> bool:
 def gradients(
     function: Callable, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
-    """Gradients of function(*inputs) that can be differentiated again: what a backward returns under create_graph.
+    """Differentiable gradients of function(*inputs), for a backward pass under create_graph.
 
-    function: plain PyTorch, returns as many tensors as there are grads (None: no gradient arrives there). Returns
-    one gradient per input, None for those that need none.
+    Args:
+        function: plain PyTorch; returns as many tensors as there are grads.
+        inputs: its arguments.
+        grads: the gradient of each output; None where there is none.
+
+    Returns:
+        One gradient per input, None for inputs that need none.
     """
     with torch.enable_grad():
-        # Aliases: one tensor given twice has two gradients.
+        # Aliases, because a tensor that is passed twice needs two gradients.
         inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
         arriving = [(o, g) for o, g in zip(function(*inputs), grads) if g is not None]
         wanted = [t for t in inputs if t is not None and t.requires_grad]
@@ -200,7 +220,7 @@ def gradients(
 def gradients_of(
     function: Callable, spec: tuple, names: Sequence[str], grads: Sequence[torch.Tensor | None]
 ) -> dict[str, torch.Tensor | None]:
-    """`gradients` to the fields `names` of a spec, by name. function: of the spec."""
+    """`gradients` for the fields `names` of a spec, by name. function: takes the spec."""
     index = [spec._fields.index(name) for name in names]  # type: ignore[attr-defined]
 
     def of_fields(*tensors):
@@ -210,21 +230,21 @@ def gradients_of(
 
 
 def draw_rng(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
-    """{seed, offset} for the dropout of one call, from torch's own generator of `device`: so
-    manual_seed, fork_rng, checkpointing and CUDA graphs behave as they do for torch's dropout."""
+    """{seed, offset}, int64 (2,), for the dropout of one call. They are drawn from torch's generator of `device`, so
+    that manual_seed, fork_rng, checkpointing and CUDA graphs behave as they do for torch's dropout."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: wanted a torch.Generator or None, got {type(generator).__name__}")
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype matrix-like ops run in under autocast, or None outside it."""
+    """The dtype in which matrix products run under autocast; None outside it."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
 
-# ---- checks: each names the argument, what came and what is wanted -------------------------------
+# ---- checks: each message names the argument, what was passed and what is expected ----------------
 def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
@@ -257,9 +277,9 @@ def check_same(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor,
         raise TypeError(f"{name}: has dtype {t.dtype} but {other_name} has {other.dtype}; wanted the same dtype")
 
 
-# A compiler's symbolic numbers are no float or int, and math.isfinite cannot be traced: comparisons can.
+# Symbolic numbers under torch.compile are not float or int, and math.isfinite cannot be traced. Comparisons can.
 def check_number(name: str, value: float, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> None:
-    """low <= value <= high; the defaults take every finite number."""
+    """Check that low <= value <= high. The defaults accept every finite number."""
     if type(value) is float and low <= value <= high:  # the usual case, on the path of every call
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
@@ -283,7 +303,7 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_flag(name: str, value: bool) -> None:
-    # numpy's scalars have no length, its arrays have.
+    # numpy scalars have no __len__; numpy arrays have one.
     if not isinstance(value, (bool, int, torch.SymBool, torch.SymInt)) and (
         type(value).__module__ != "numpy" or hasattr(value, "__len__")
     ):
@@ -297,7 +317,7 @@ def check_probability(name: str, p: float) -> None:
 def check_vector(name: str, t: torch.Tensor | None, width: int, reference: torch.Tensor) -> None:
     if t is None:
         return
-    # The usual case, by the cheapest questions: this is on the path of every call.
+    # The usual case first, with the cheapest checks, because this runs on every call.
     if (
         isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested and t.dtype in _FLOATS
         and t.shape == (width,) and t.device == reference.device
@@ -310,7 +330,7 @@ def check_vector(name: str, t: torch.Tensor | None, width: int, reference: torch
 
 
 def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:
-    """Of an op that changes its arguments."""
+    """Raise RuntimeError if a gradient is needed through an op that changes its arguments in place."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad()")
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -318,5 +338,5 @@ def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
-    """With unit stride along the last axis."""
+    """t, or a contiguous copy if its last stride is not 1."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

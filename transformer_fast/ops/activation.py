@@ -40,7 +40,7 @@ def _backward_impl(
     activation: str,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to x, bias and gate (empty where there is none)."""
+    """Gradients of x, bias and gate; empty where there is no such tensor."""
     width = x.shape[-1]
     grad_x = memory.empty(x.shape, x.dtype, x.device)
     grad_gate = memory.empty(x.shape if gate is not None else (0,), x.dtype, x.device)
@@ -86,7 +86,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, need, grad):
     tensors, names = ctx.saved_tensors, ("x", "bias", "gate")
-    if torch.is_grad_enabled():  # gradients of gradients are plain PyTorch's
+    if torch.is_grad_enabled():  # gradients of gradients run in plain PyTorch
         found = _common.gradients(lambda *t: (eager.bias_activation(*t, ctx.activation),), tensors, (grad,))
     else:
         found = _backward_op(grad, *tensors, ctx.activation, bool(need.bias))
@@ -114,15 +114,16 @@ def bias_activation(
 
     Args:
         input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
-        bias: (N,).
+        bias: (N,), floating point.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
-        gate: the shape of input, for the gated units of T5 v1.1 and kin; both may be column slices of one wider tensor.
+        gate: the shape and dtype of input, for gated units as in T5 v1.1. input and gate may be column slices of one
+            wider tensor.
 
     Returns:
-        A tensor of input's shape and dtype. Gradients to every tensor, deterministic.
+        A tensor of input's shape and dtype. All tensors get gradients, which are deterministic.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants Improve Transformer", 2020.

@@ -1,4 +1,4 @@
-"""Additive attention: a small network scores every query against every key, and its hidden layer is never stored."""
+"""Additive (Bahdanau) attention. The (B, Sq, Sk, D) hidden layer of its score network is never stored."""
 
 import torch
 
@@ -24,7 +24,8 @@ def _laid_out(spec: AdditiveAttentionSpec) -> AdditiveAttentionSpec:
 
 
 def _forward(*args) -> tuple[torch.Tensor, torch.Tensor]:
-    """The context in query's dtype and the weights, which the backward pass needs, in float32."""
+    """The context (B, Sq, Dv) in query's dtype, and the weights (B, Sq, Sk) in float32, which the backward pass
+    needs."""
     spec = _laid_out(AdditiveAttentionSpec(*args))
     query, keys = spec.query, spec.key.shape[1]
     batch, queries, width = query.shape
@@ -33,7 +34,7 @@ def _forward(*args) -> tuple[torch.Tensor, torch.Tensor]:
     if batch and queries:
         if keys and width:
             _select(spec).additive_attention_forward(spec, out, weights)
-        else:  # no keys, or scores that are all zero
+        else:  # no keys, or a width of 0, with which all scores are zero
             for buffer, result in zip((out, weights), eager.additive_attention(spec)):
                 buffer.copy_(result)
     return out, weights
@@ -48,7 +49,7 @@ def _forward_fake(query, key, value, *_):
 
 
 def _backward_impl(grad_out, grad_weights, weights, *fields) -> tuple[torch.Tensor, ...]:
-    """Gradients to query, key, value, score_weight and bias (empty where there is none)."""
+    """Gradients of query, key, value, score_weight and bias (empty without a bias)."""
     spec = _laid_out(AdditiveAttentionSpec(*fields))
     query, key, value, score_weight, bias, *_ = spec
     device, wide = query.device, weights.dtype
@@ -62,7 +63,7 @@ def _backward_impl(grad_out, grad_weights, weights, *fields) -> tuple[torch.Tens
         )  # fmt: skip
     else:
         eager.additive_attention_backward(spec, grad_out, grad_weights, (grad_query, grad_key, grad_value, grad_score))
-    # Summed before it is rounded to query's dtype.
+    # Sum before rounding to query's dtype.
     grad_bias = grad_query.new_empty(0) if bias is None else grad_query.sum((0, 1)).to(bias.dtype)
     return grad_query.to(query.dtype), grad_key, grad_value, grad_score.sum(0).to(score_weight.dtype), grad_bias
 
@@ -85,7 +86,7 @@ _backward_op = _common.define(
 
 
 def _plain(spec: AdditiveAttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """The context and the weights in plain PyTorch, differentiable in every way."""
+    """The context and the weights in plain PyTorch, for gradients of gradients."""
     out, weights = eager.additive_attention(spec)
     return out, weights.to(_wide(out.dtype))
 
@@ -179,26 +180,26 @@ def additive_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """context_i = sum_j w_ij value_j,  w_i = softmax_j(score_weight . tanh(query_i + key_j + bias)).
 
-    The hidden layer, (B, Sq, Sk, D), is never stored: kept for the backward pass are the inputs and w in float32.
-    Hidden layer, scores and softmax are float32 inside; deterministic. Under autocast it runs in the dtype of autocast.
+    The hidden layer, (B, Sq, Sk, D), is never stored. The backward pass keeps the inputs and w in float32. Hidden
+    layer, scores and softmax are computed in float32. Results are deterministic. Under autocast the op runs in
+    autocast's dtype.
 
     Args:
-        query: (B, Sq, D), the decoder's states projected, W_q q; float16, bfloat16 or float32 (float64 in plain
-            PyTorch).
-        key: (B, Sk, D), the encoder's projected, W_k k, which a decoder does once for all its steps; query's dtype.
+        query: (B, Sq, D), the projected decoder states W_q q; float16, bfloat16 or float32 (float64 in plain PyTorch).
+        key: (B, Sk, D), the projected encoder states W_k k, query's dtype. A decoder computes them once for all steps.
         value: (B, Sk, Dv), query's dtype.
-        score_weight: (D,), of query's dtype or float32.
-        bias: (D,), of query's dtype or float32.
+        score_weight: (D,), query's dtype or float32.
+        bias: (D,), query's dtype or float32.
         attn_mask: bool, broadcasts to (B, Sq, Sk); True takes part.
-        key_lengths: (B,) int; keys from there on do not take part.
-        return_weights: return w too.
+        key_lengths: (B,) int32 or int64; keys at and after this position do not take part.
+        return_weights: also return w.
 
     Returns:
-        The context (B, Sq, Dv); with return_weights also w, (B, Sq, Sk), of query's dtype, differentiable. A query with
-        nothing to attend to gets zeros and zero gradients.
+        The context (B, Sq, Dv). With return_weights a tuple of it and w, (B, Sq, Sk) in query's dtype, differentiable.
+        A query without keys to attend to gets zeros and zero gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015, section

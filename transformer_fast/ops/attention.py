@@ -1,4 +1,5 @@
-"""Attention: self, cross, causal and decoding are one op, padded (B, H, S, D) or unpadded (total, H, D)."""
+"""Attention: one op for self-, cross- and causal attention and decoding, padded (B, H, S, D) or unpadded (total, H,
+D)."""
 
 import math
 
@@ -56,41 +57,45 @@ def scaled_dot_product_attention(
     return_lse: bool = False,
     generator: torch.Generator | None = None,
 ):
-    """softmax(scale * Q K^T + bias) V, in memory linear in the sequence length.
+    """softmax(scale * Q K^T + bias) V, with memory linear in the sequence length.
 
     Same signature as torch.nn.functional.scaled_dot_product_attention, plus the keywords after `*`.
 
     Args:
-        query: (B, H, Sq, D), float16, bfloat16, float32 (float64 in plain PyTorch), any strides; D in 1..256. As in
-            torch, the leading dimensions broadcast, and there may be others: (S, D), (N, S, D), (..., H, S, D).
-        key: (B, Hk, Sk, D). Hk < H needs enable_gqa and H % Hk == 0, or Hk = 1.
-        value: (B, Hk, Sk, Dv), Dv in 1..256.
-        attn_mask: broadcasts to (B, H, Sq, Sk); bool (True takes part) or float (added; gets a gradient).
-        dropout_p: of the attention weights, counter-based: one seed gives one mask on every backend.
-        is_causal: key j is seen from query i when j <= i + offset.
-        scale: default 1 / sqrt(D).
+        query: (B, H, Sq, D), float16, bfloat16 or float32 (float64 in plain PyTorch), any strides; D in 1..256. As in
+            torch, leading dimensions broadcast, and there may be fewer or more: (S, D), (N, S, D), (..., H, S, D).
+        key: (B, Hk, Sk, D), query's dtype. Hk < H needs enable_gqa and H % Hk == 0, or Hk = 1.
+        value: (B, Hk, Sk, Dv), query's dtype; Dv in 1..256.
+        attn_mask: broadcasts to (B, H, Sq, Sk); bool (True takes part) or float (added to the scores; gets a gradient).
+        dropout_p: dropout probability of the attention weights. The dropout is counter-based: a seed gives the same
+            mask on every backend.
+        is_causal: query i attends to key j only if j <= i + offset.
+        scale: factor of the scores; default 1 / sqrt(D).
         enable_gqa: allow H to be a multiple of Hk.
-        bias: a float bias beside a bool attn_mask; gets a gradient.
-        key_lengths: (B,) int; keys from there on do not take part.
-        causal_alignment: offset = 0 ("top_left", torch's) or Sk - Sq with Sk the row's key length ("bottom_right",
-            decoding's).
-        window: (left, right) keys seen before and after position i + offset, None for all of a side.
-        softcap: c > 0 turns a scaled score s into c * tanh(s / c), before any bias.
-        relative_bias: adds table[bucket(j - i - offset), h].
-        return_lse: return the log-sum-exp of the scores too.
-        generator: where dropout's seed is drawn from.
+        bias: a float bias in addition to a bool attn_mask; broadcasts to (B, H, Sq, Sk); gets a gradient.
+        key_lengths: (B,) int32 or int64; keys at and after this position do not take part.
+        causal_alignment: "top_left" (as torch): offset = 0. "bottom_right" (as in decoding): offset = Sk - Sq, where Sk
+            is the key length of the sequence.
+        window: (left, right), how many keys before and after position i + offset query i attends to; None for no limit
+            on a side.
+        softcap: c > 0 replaces a scaled score s by c * tanh(s / c), before any bias; 0 is off.
+        relative_bias: adds table[bucket(j - i - offset), h] to the scores.
+        return_lse: also return the log-sum-exp of the scores.
+        generator: the torch.Generator from which dropout draws its seed; default torch's own of the device.
 
     Returns:
-        (B, H, Sq, Dv), laid out as (B, Sq, H, Dv); with return_lse also the natural-log-sum-exp of the scores, (B, H,
-        Sq) float32, differentiable. A row with nothing to attend to gives zeros, lse -inf and zero gradients. Gradients
-        are deterministic: no atomics (torch's own kernels, the sdpa backend, are so only under
-        torch.use_deterministic_algorithms(True)). In Triton that costs two matrix products more, Q K^T and dO V^T once
-        for dK, dV and once for dQ: seven, where a backward that adds dQ atomically has five. A gradient to bias or to
-        relative_bias, dropout with a mask or a bias, and at most 128 keys, cost two more again, for a delta without
-            the output's rounding.
+        The output (B, H, Sq, Dv), in memory as (B, Sq, H, Dv). With return_lse a tuple of it and the natural
+        log-sum-exp of the scores, (B, H, Sq) float32, differentiable. A row without keys to attend to gives zeros, lse
+        -inf and zero gradients.
+
+        Gradients are deterministic, as the kernels use no atomics. (torch's own kernels, the sdpa backend, are
+        deterministic only under torch.use_deterministic_algorithms(True).) In Triton this takes seven matrix products,
+        because Q K^T and dO V^T are computed once for dK and dV and once for dQ; a backward pass that adds to dQ
+        atomically has five. Two more are needed for a gradient of bias or relative_bias, for dropout with a mask or a
+        bias, and for at most 128 keys: they compute delta without the rounding of the output.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao, "FlashAttention-2", 2023.
@@ -174,34 +179,38 @@ def varlen_attention(
     return_lse: bool = False,
     generator: torch.Generator | None = None,
 ):
-    """Attention over sequences one after the other: no padding is stored, read or computed.
+    """Attention over concatenated sequences of different lengths, without padding.
+
+    Arguments that are not explained are those of scaled_dot_product_attention.
 
     Args:
-        query: (total_q, H, D).
-        key: (total_k, Hk, D), H % Hk == 0.
-        value: (total_k, Hk, D).
-        cu_seqlens_q: (B + 1,) int32, from 0 to the total, never falling; sequence b holds rows cu_seqlens[b] ..
-            cu_seqlens[b + 1].
-        cu_seqlens_k: default cu_seqlens_q.
-        max_seqlen_q: the longest sequence; read from cu_seqlens when not given, which waits for a GPU.
-        max_seqlen_k: as max_seqlen_q.
-        dropout_p: indexed by positions within the sequence, so an unpadded and a padded call drop the same elements.
-        is_causal: as in scaled_dot_product_attention, as are all that follow.
+        query: (total_q, H, D), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        key: (total_k, Hk, D), query's dtype, H % Hk == 0.
+        value: (total_k, Hk, D), query's dtype.
+        cu_seqlens_q: (B + 1,) int32 or int64, cumulative lengths from 0 to total_q; sequence b has the rows
+            cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1.
+        cu_seqlens_k: the same for keys; default cu_seqlens_q.
+        max_seqlen_q: the length of the longest sequence. If None it is computed from cu_seqlens_q, which synchronises
+            on a GPU.
+        max_seqlen_k: the same for keys.
+        dropout_p: dropout probability. The mask depends on positions within the sequence, so an unpadded and a padded
+            call drop the same elements.
+        is_causal: bool.
         scale: default 1 / sqrt(D).
-        attn_mask: broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions within the sequence.
-        bias: as attn_mask.
+        attn_mask: broadcasts to (B, H, max_seqlen_q, max_seqlen_k); indexed by positions within the sequence.
+        bias: float, shaped and indexed as attn_mask.
         causal_alignment: "top_left" or "bottom_right".
         window: (left, right).
-        softcap: c > 0.
-        relative_bias: T5's.
-        return_lse: return the log-sum-exp of the scores too.
-        generator: where dropout's seed is drawn from.
+        softcap: c > 0; 0 is off.
+        relative_bias: T5's relative position bias.
+        return_lse: also return the log-sum-exp of the scores.
+        generator: the torch.Generator from which dropout draws its seed.
 
     Returns:
-        (total_q, H, D); with return_lse also lse, (H, total_q).
+        The output (total_q, H, D). With return_lse a tuple of it and lse, (H, total_q) float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         As scaled_dot_product_attention.
@@ -265,27 +274,35 @@ def qkv_attention(
     generator: torch.Generator | None = None,
     return_lse: bool = False,
 ):
-    """Self-attention on fused projections, whose gradient is one tensor: no slices are cut, copied or summed.
+    """Self-attention on one tensor of query, key and value projections. Its gradient is one tensor too, without copies
+    or sums of slices.
 
     Args:
-        qkv: (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D).
-        cu_seqlens: as in varlen_attention.
-        max_seqlen: the longest sequence.
-        dropout_p: as in scaled_dot_product_attention, as are all that follow.
-        is_causal: each token sees itself and those before it.
+        qkv: (total, 3, H, D) with cu_seqlens, or (B, S, 3, H, D); float16, bfloat16 or float32 (float64 in plain
+            PyTorch).
+        cu_seqlens: (B + 1,) int32 or int64, as in varlen_attention; None for (B, S, 3, H, D).
+        max_seqlen: the length of the longest sequence; None: computed from cu_seqlens.
+        dropout_p: as in scaled_dot_product_attention.
+        is_causal: each token attends only to itself and the tokens before it.
         scale: default 1 / sqrt(D).
-        key_lengths: (B,) int, for (B, S, 3, H, D).
-        generator: where dropout's seed is drawn from.
-        return_lse: return the log-sum-exp of the scores too.
+        key_lengths: (B,) int32 or int64, for (B, S, 3, H, D); keys at and after this position do not take part.
+        generator: the torch.Generator from which dropout draws its seed.
+        return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        (total, H, D) or (B, S, H, D); with return_lse also lse, (H, total) or (B, H, S), not differentiable here.
+        The output (total, H, D) or (B, S, H, D). With return_lse a tuple of it and lse, (H, total) or (B, H, S)
+        float32, which gets no gradient here.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         As scaled_dot_product_attention.
+
+    Examples:
+        >>> import torch, transformer_fast
+        >>> transformer_fast.ops.qkv_attention(torch.randn(2, 16, 3, 4, 32), is_causal=True).shape
+        torch.Size([2, 16, 4, 32])
     """
     unpadded, spread = cu_seqlens is not None, _parallel.current()
     _common.check_floating("qkv", qkv)
@@ -324,7 +341,7 @@ def qkv_attention(
 def _attend_to_parts(
     qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
 ):  # fmt: skip
-    """qkv_attention where views of its parts are as good as the whole: without gradients, or spread over processes."""
+    """qkv_attention on views of query, key and value. It is used without gradients and under context_parallel."""
     query, key, value = qkv.unbind(-3)
     if cu_seqlens is not None:
         return varlen_attention(
@@ -345,7 +362,7 @@ def _attend(
 ):  # fmt: skip
     check_alignment(causal_alignment)
     _common.check_flag("is_causal", is_causal)
-    # Bottom-right also places windows and relative positions, so it is kept when not causal.
+    # The alignment also shifts windows and relative positions, so it matters without is_causal too.
     alignment = CAUSAL[causal_alignment]
     left, right = check_window(window)
     if is_causal:
@@ -372,7 +389,7 @@ def _attend(
 
 
 def _remember(known, query, key, mask, cu_seqlens, is_causal, causal_alignment, scale) -> None:
-    """Note that this call, on the CPU and without gradients, passed its checks."""
+    """Remember that this call, on the CPU and without gradients, passed its checks."""
     if not query.numel() or not key.numel():
         return
     args = (query, key, key, None, mask, None, cu_seqlens, cu_seqlens, 0, 0, None, 0, False, None)

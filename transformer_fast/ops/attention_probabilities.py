@@ -1,4 +1,4 @@
-"""Attention weights of chosen heads, beside an attention that does not keep them."""
+"""Attention weights of chosen heads, for attention kernels that do not store them."""
 
 import math
 
@@ -36,30 +36,32 @@ def attention_probabilities(
     softcap: float = 0.0,
     relative_bias: RelativeBias | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * Q K^T + bias): the attention weights of chosen heads, for a call that has already been made.
+    """softmax(scale * Q K^T + bias): the attention weights of chosen heads, after a call of
+    scaled_dot_product_attention.
+
+    All arguments but `heads` must be those of that call.
 
     Args:
         query: (B, H, Sq, D).
-        key: (B, Hk, Sk, D).
-        lse: (B, H, Sq), as scaled_dot_product_attention returned it for the same arguments: where it is -inf the
-            weights are zeros.
-        scale: as in that call, as are all but heads.
-        heads: indices, default all; only theirs are computed.
+        key: (B, Hk, Sk, D), query's dtype.
+        lse: (B, H, Sq) float32, as that call returned it. Where it is -inf the weights are zero.
+        scale: default 1 / sqrt(D).
+        heads: indices of the heads to compute; default all.
         bias: float, broadcasts to (B, H, Sq, Sk).
-        attn_mask: broadcasts to (B, H, Sq, Sk).
-        key_lengths: (B,) int.
-        is_causal: as in that call.
+        attn_mask: bool or float, broadcasts to (B, H, Sq, Sk).
+        key_lengths: (B,) int32 or int64.
+        is_causal: bool.
         causal_alignment: "top_left" or "bottom_right".
         window: (left, right).
-        softcap: c > 0.
-        relative_bias: T5's.
+        softcap: c > 0; 0 is off.
+        relative_bias: T5's relative position bias.
 
     Returns:
-        (B, len(heads), Sq, Sk) in query's dtype, before dropout, differentiable; rows with nothing to attend to are
+        (B, len(heads), Sq, Sk) in query's dtype, before dropout, differentiable. Rows without keys to attend to are
         zero.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         As scaled_dot_product_attention.
@@ -111,11 +113,11 @@ def attention_probabilities(
     position = torch.arange(sq, device=query.device)[:, None]
     if causal_alignment == "bottom_right":
         position = position + ((sk if key_lengths is None else key_lengths.view(-1, 1, 1, 1)) - sq)
-    # Rounded to 16 bits, the products would differ from those that the output was made with.
+    # In float32 at least: products rounded to 16 bits would differ from those that the output was computed from.
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key = (t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key))
-    # Keys as rows, heads and sequences one dimension before the transpose: the dot products that MKL makes of few rows
-    # are more exact than what it does with a copy that matmul would make of transposed keys.
+    # bmm on flattened heads keeps the keys as rows. matmul would make a transposed copy of them, and for few rows MKL's
+    # dot products are more accurate than its product with that copy.
     scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)).view(b, len(chosen), sq, sk)
     scores = scores * scale_or_default(scale, d)
     if softcap:
@@ -123,9 +125,9 @@ def attention_probabilities(
     if bias is not None:
         scores = scores + bias
     if table is not None:
-        # Its gradient is a sum over all pairs of positions, too long for 16 bits.
+        # Convert first: the gradient of the table is a sum over all pairs of positions, too long for 16 bits.
         relative = RelativeBias(table[:, chosen].to(wide), distance, bidirectional)
-        rows = position.expand(b, 1, sq, 1).reshape(-1)  # each sequence its own where lengths place the queries
+        rows = position.expand(b, 1, sq, 1).reshape(-1)  # per sequence, as key lengths may shift the positions
         scores = scores + relative.matrix(rows, sk)[0].unflatten(1, (b, sq)).transpose(0, 1)
     dead = (lse == -math.inf).unsqueeze(-1)
     if left >= 0:
@@ -136,7 +138,7 @@ def attention_probabilities(
         dead = dead | (column >= key_lengths.view(-1, 1, 1, 1))
     if mask is not None:
         dead = dead | ~mask
-    # Not exp(scores - lse): the gradients by way of scores and of lse would nearly cancel, each rounded by itself.
+    # Not exp(scores - lse): the gradients through scores and through lse would nearly cancel, after separate rounding.
     empty = dead.all(-1, keepdim=True)
     p = torch.softmax(scores.masked_fill(dead, -math.inf).masked_fill(empty, 0.0), -1)
     return p.masked_fill(dead, 0.0).to(dtype)

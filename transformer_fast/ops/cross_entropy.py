@@ -1,4 +1,5 @@
-"""Cross entropy over large vocabularies: no probability matrix is kept, and with linear_cross_entropy no logits."""
+"""Cross entropy over large vocabularies. It stores no probabilities, and linear_cross_entropy stores no logits
+either."""
 
 import torch
 
@@ -22,7 +23,7 @@ def _unit_rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def check_targets(target: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Only where looking at the values stalls nothing; on a GPU the kernels answer with NaN."""
+    """Check target values on the CPU only. On a GPU that would synchronise; the kernels write NaN for wrong targets."""
     if target.device.type != "cpu" or not target.numel():
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
@@ -34,8 +35,8 @@ def check_targets(target: torch.Tensor, classes: int, ignore_index: int) -> None
 
 
 def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, largest logits and sums of exp(x - largest): the logarithm of it all would round away what the
-    gradient needs."""
+    """Losses, largest logits and sums of exp(x - largest), (rows,) each. The log-sum-exp alone would lose precision
+    that the gradient needs."""
     *fields, _inplace_gradient = args
     spec = CrossEntropySpec(*fields)
     logits = spec.logits
@@ -96,10 +97,10 @@ def _backward(ctx, need, grad_losses, _largest, _total):
     arguments = (grad_losses, largest, total, *spec._replace(logits=logits.detach()))
     rows, classes = logits.shape
     own_memory = logits.stride(1) == 1 and (rows <= 1 or logits.stride(0) >= classes)
-    # A compiler that traces this plans its memory itself.
+    # Not under a compiler, which plans memory itself.
     if ctx.inplace and own_memory and _common.direct(grad_losses) and not _common.batched(grad_losses):
         grad = _backward_impl(*arguments, out=logits.detach())
-        torch.autograd.graph.increment_version(logits)  # whoever else kept the logits is told
+        torch.autograd.graph.increment_version(logits)  # autograd then raises for other users of the logits
     else:
         grad = _backward_op(*arguments)
     return {"logits": grad}
@@ -124,7 +125,7 @@ def check_options(ignore_index, reduction, reductions, label_smoothing, z_loss) 
 
 
 def class_indices(target: torch.Tensor, shape: tuple[int, ...], name: str, like: torch.Tensor) -> torch.Tensor:
-    """target, checked, as int64."""
+    """Check target and return it as int64. shape: the expected shape; name, like: the logits, for the messages."""
     _common.check_tensor("target", target)
     if target.is_floating_point():
         raise TypeError(
@@ -152,28 +153,29 @@ def cross_entropy(
 ) -> torch.Tensor:
     """loss = (1 - e) w[y] (-log p[y]) + e / V * sum_j w[j] (-log p[j]) + z_loss * logsumexp(x)^2, p = softmax(x).
 
-    As torch.nn.functional.cross_entropy, but for the keyword-only extras and the legacy arguments. Kept for the
-    backward pass: input and two numbers a row. Deterministic.
+    As torch.nn.functional.cross_entropy, except for the keyword-only arguments, and without torch's legacy arguments.
+    The backward pass keeps the input and two numbers per row. Results are deterministic.
 
     Args:
-        input: logits, (N, V), rows may be strided, or (V,); float16, bfloat16, float32 (or float64 in plain PyTorch).
-            torch's (N, C, d1, ...) with the classes second is refused: flatten (B, S, V) to (B * S, V) instead.
-        target: class indices, (N,) or (); class probabilities are refused.
-        weight: (V,) class weights, without gradient.
-        ignore_index: a row with this target has neither loss nor gradient.
-        reduction: "mean" divides by the sum of w[y] over the rows not ignored (NaN where there are none, as torch),
-            "sum", or "none" for the losses (N,).
+        input: logits, (N, V), with any stride between rows, or (V,); float16, bfloat16 or float32 (float64 in plain
+            PyTorch). torch's (N, C, d1, ...) with the classes second is refused: flatten (B, S, V) to (B * S, V).
+        target: class indices, (N,) or (), int64, int32 or uint8. Class probabilities are refused.
+        weight: (V,) class weights; get no gradient.
+        ignore_index: a row with this target has no loss and no gradient.
+        reduction: "mean" divides by the sum of w[y] over the rows that are not ignored (NaN if there are none, as in
+            torch); "sum"; or "none" for the losses (N,).
         label_smoothing: e, in [0, 1].
-        z_loss: pulls logsumexp towards 0; reduced like the rest, not weighted.
-        inplace_gradient: the backward pass may write the gradient over input, which must not be needed again (autograd
-            raises where it is); it saves memory of the size of input. Ignored when compiled.
+        z_loss: pulls logsumexp towards 0. It is reduced like the rest, but not weighted.
+        inplace_gradient: let the backward pass overwrite input with the gradient, which saves memory of the size of
+            input. Nothing else may use input after that; autograd raises if something does. Ignored under
+            torch.compile.
 
     Returns:
-        A float32 scalar, or (N,), whatever the dtype of the logits.
+        A scalar, or (N,) for reduction="none"; float32 whatever the dtype of the logits (float64 for float64).
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted. A target outside [0, V) is a
-            ValueError on the CPU; on a GPU, where looking would stall it, it gives that row a loss of NaN.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected. A target
+            outside [0, V) raises ValueError on the CPU. On a GPU a check would synchronise, so that row's loss is NaN.
 
     Source:
         Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; label smoothing: Szegedy et al.,

@@ -1,7 +1,7 @@
-"""One decoding step as one native call: a token a row through every layer of a decoder, over caches written in place.
+"""One decoding step in one native call: one token per row through all layers of a decoder, with in-place caches.
 
-No autograd and no fake kernel: what can be traced or differentiated is the model's own forward. This is for inference
-on the CPU, where a step of few rows is one pass over the weights and everything beside that pass is loss.
+It is for inference on the CPU, where the time of a step with few rows should be that of one pass over the weights. It
+has no autograd and no fake kernel; tracing and differentiation use the model's own forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 _ops = torch.ops.transformer_fast
-_PIECE = 64 * _PANEL  # rows of a weight that are copied at once
+_PIECE = 64 * _PANEL  # rows of a weight per copy
 
 
 class Norm(NamedTuple):
-    """weight, bias: (E,) or None."""
+    """A layer norm or RMS norm. weight, bias: (E,) or None."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -41,8 +41,8 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Linear maps of one input side by side: weights (out_i, in), or (in, out_i) when transposed; biases (out_i,).
-    An Int8Weight is read as it is, and makes the arithmetic int8."""
+    """Linear maps of one input with concatenated outputs: weights (out_i, in), or (in, out_i) if transposed; biases
+    (out_i,) or None. An Int8Weight is never copied, and its product is computed in int8."""
 
     weights: tuple[torch.Tensor | Int8Weight, ...]
     biases: tuple[torch.Tensor | None, ...]
@@ -50,12 +50,12 @@ class Projection(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the whole."""
+        """(sum of out_i, in)."""
         outs, inner = (1, 0) if self.transposed else (0, 1)
         return sum(w.shape[outs] for w in self.weights), self.weights[0].shape[inner]
 
     def parts(self) -> list[torch.Tensor | Int8Weight]:
-        """The weights (out_i, in), where they lie if they have a stride 1."""
+        """The weights as (out_i, in): views if one of their strides is 1, else copies."""
         return [self._part(w) for w in self.weights]
 
     def _part(self, weight: torch.Tensor | Int8Weight) -> torch.Tensor | Int8Weight:
@@ -65,7 +65,8 @@ class Projection(NamedTuple):
         return w if w.stride(-1) == 1 or w.stride(0) == 1 else w.contiguous()
 
     def read(self, panels: Iterator[torch.Tensor] | None, rows: bool = False) -> list[torch.Tensor]:
-        """What a step reads of each weight: the next of the copies' panels, or where it lies; rows: as (out, in)."""
+        """The memory that a step reads for each weight: the next of `panels`, or the weight itself if that is None.
+        rows: the step can only read a weight itself in (out, in) layout."""
         found: list[torch.Tensor] = []
         for part in self.parts():
             if isinstance(part, Int8Weight):
@@ -77,7 +78,7 @@ class Projection(NamedTuple):
         return found
 
     def tensors(self) -> list[torch.Tensor]:
-        """What the weights lie in."""
+        """The tensors that hold the weights."""
         return [w if isinstance(w, torch.Tensor) else w.data for w in self.weights]  # type: ignore[misc]
 
     def bias(self, index: int) -> torch.Tensor | None:
@@ -87,11 +88,13 @@ class Projection(NamedTuple):
 
 @dataclass
 class DecoderLayerTensors:
-    """qkv: queries, keys and values side by side, heads inside. scale, cross_scale: of the scores.
+    """The tensors of one decoder layer.
 
-    query_norm, key_norm: of each head, before rotation. attention_after_norm, output_after_norm: of what a sublayer
-    adds to the residual. window: keys that a query sees, its own too; None for all. relative: the layer's own table of
-    relative positions, see DecoderTensors.
+    qkv: query, key and value projections; see DecoderTensors.qkv_by_head. scale, cross_scale: factors of the scores of
+    self- and cross-attention. query_norm, key_norm: norms over each head, before the rotation. attention_after_norm,
+    output_after_norm: norms of what a sublayer adds to the residual. window: the number of keys that a query attends
+        to,
+    including its own position; None for all. relative: the layer's own table of relative positions, see DecoderTensors.
     """
 
     attention_norm: Norm | None
@@ -129,15 +132,16 @@ class DecoderLayerTensors:
 
 @dataclass
 class DecoderTensors:
-    """The arithmetic of a decoder: logits = head_scale * W_head f(x) + bias with x = embedding_norm(embed_scale *
-    token[id] + position[p]), f the layers and the final norm.
+    """The tensors and options of a decoder: logits = head_scale * W_head f(x) + bias, with x = embedding_norm(
+    embed_scale * token[id] + position[p]) and f the layers and the final norm.
 
-    token: (tokens, E); position: (positions, E) or None; head: (V, E). longer_positions: a function that gives position
-    with at least so many rows, where it grows. relative: T5's (buckets, H) table, or None; a layer may have its own.
-    pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: of every norm. parallel: both sublayers read the same x.
-    qkv_by_head: the outputs of a layer's qkv are each head's query, key and value in turn, in one weight.
-    key_heads: heads of keys and values, `heads` when None. softcap: of the scores, logits_softcap: of the logits
-    (s tanh(x / s)); 0 for none. rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2).
+    token: (tokens, E); position: (positions, E) or None; head: (V, E). longer_positions: a function of a number of rows
+    that returns `position` with at least that many, for tables that grow. relative: T5's (buckets, H) table, or None; a
+    layer may have its own. pre_norm: x + f(norm(x)), else norm(x + f(x)). rms: every norm is an RMS norm. parallel:
+    both sublayers read the same x. qkv_by_head: qkv is one weight whose outputs are query, key and value of the first
+    head, then of the second, and so on. key_heads: number of key and value heads; None for `heads`. softcap,
+    logits_softcap: soft caps s tanh(x / s) of the scores and of the logits; 0 for none. rotary: a function of a number
+    of positions that returns cos and sin, float32 (positions, R / 2).
     """
 
     layers: list[DecoderLayerTensors]
@@ -169,7 +173,7 @@ class DecoderTensors:
         return [p for p in found if p is not None]
 
     def weights(self) -> list[torch.Tensor]:
-        """Of all projections, those in floating point: what is worth a copy."""
+        """The floating-point weights of all projections, which are the ones that DecoderCopies copies."""
         return [w.detach() for p in self.projections() for w in p.weights if isinstance(w, torch.Tensor)]
 
     def sources(self) -> list[torch.Tensor]:
@@ -182,7 +186,7 @@ class DecoderTensors:
 
 
 class StepTensors(Protocol):
-    """What a decoding step computes with: of every kind of decoder."""
+    """The tensors of a decoding step; the interface that all kinds of decoders share."""
 
     token: torch.Tensor
 
@@ -194,11 +198,11 @@ class StepTensors(Protocol):
 
 
 class DecoderCopies:
-    """Copies of a decoder's weights in the layout for few rows, of all but the embedding tables.
+    """Copies of a decoder's weights in the panel layout for few rows. Embedding tables are not copied.
 
-    storage: torch.float32, torch.bfloat16 or torch.int8 (see to_panels); None for the weights' own dtype. Weights
-    that mirror a checkpoint's file give their memory back for their copies, else it is as much again. Copies do not
-    follow later changes of the weights: ask match and make them again when that says False.
+    storage: torch.float32, torch.bfloat16 or torch.int8 (see to_panels); None for the weights' own dtype. Weights in a
+    mapped checkpoint file release their memory once copied; other weights stay in memory beside their copies. Copies do
+    not follow later changes of the weights: check `match`, and make new ones if it returns False.
     """
 
     def __init__(self, tensors: StepTensors, storage: torch.dtype | None = None):
@@ -211,11 +215,11 @@ class DecoderCopies:
         self.storage = storage
         parts = [part for p in tensors.projections() for part in p.parts() if isinstance(part, torch.Tensor)]
         sizes = [_panels(part) * panel_rows(part.shape[1], storage) * _PANEL for part in parts]
-        # One piece of memory, so that nearly all of it lies in large pages: streaming through small ones takes up to
-        # half as long again.
+        # One allocation, so that nearly all of it is in large pages. Reading small pages takes up to half as long
+        # again.
         arena = memory.empty((sum(sizes),), storage, torch.device("cpu"))
         self.bytes = arena.nbytes
-        self.panels: list[torch.Tensor] = []  # of each weight
+        self.panels: list[torch.Tensor] = []  # one per weight
         self._contents, mappings = Contents(), FileMappings()
         for weight, part, piece in zip(tensors.weights(), parts, arena.split(sizes)):
             self._contents.note([weight], mappings)
@@ -223,12 +227,12 @@ class DecoderCopies:
             _lay_out(part, self.panels[-1], mappings)
 
     def match(self, tensors: StepTensors) -> bool:
-        """True when copies of the weights as they are now would be the same: see backends.contents."""
+        """True if copies made of the weights now would be the same; see backends.contents."""
         return self._contents.same(tensors.weights())
 
 
 def _lay_out(weight: torch.Tensor, panels: torch.Tensor, mappings: FileMappings) -> None:
-    # Piece by piece, so that there are never two of all of them.
+    # Piece by piece, so that memory never holds the weight and its copy in full.
     step = weight.shape[0] if weight.stride(1) != 1 else _PIECE
     for begin in range(0, weight.shape[0], step):
         piece = weight[begin : begin + step]
@@ -237,12 +241,13 @@ def _lay_out(weight: torch.Tensor, panels: torch.Tensor, mappings: FileMappings)
 
 
 class DecoderWeights:
-    """A decoder's weights as the step reads them now: those there are copies of by these, the others where they lie.
+    """A decoder's weights in the form that a step reads: the copies where there are any, else the weights themselves.
 
-    copies: match tensors, or None: then weights are read (out, in) or (in, out), which takes up to a quarter longer.
-    Sums and activations are float32 always. Made for each generation: biases and norms that are not float32 are
-    converted here.
-    by_weight: the copies by the id of their weight, for `linear`.
+    copies: must match the tensors; or None, and weights are read in their own (out, in) or (in, out) layout, which
+        takes
+    up to a quarter longer. Sums and activations are always float32. Make a new one for each generation: biases and
+    norms that are not float32 are converted here. by_weight: the copies as PanelWeights, by the id of their weight, for
+    `linear`.
     """
 
     def __init__(self, tensors: DecoderTensors, copies: DecoderCopies | None = None):
@@ -251,9 +256,9 @@ class DecoderWeights:
         self.tensors, self.copies = tensors, copies
         self.by_weight: dict[int, PanelWeight] = {}
         panels = None if copies is None else iter(copies.panels)
-        self.weights: list[list[torch.Tensor | None]] = []  # of each layer: weight, bias, weight, bias ...
+        self.weights: list[list[torch.Tensor | None]] = []  # per layer: weight, bias, weight, bias, ...
         for layer in tensors.layers:
-            whole = layer.gate is not None  # the products that a gate is for are not done in parts
+            whole = layer.gate is not None  # a gated product needs complete sums, so its weights are read as (out, in)
             slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
             self.weights.append([t for p, places in slots for t in self._pairs(p, panels, places, whole)])
         self.head = self._pairs(tensors.head, panels, 1)
@@ -265,7 +270,7 @@ class DecoderWeights:
         self.relative = [shared if w.relative is None else self._by_distance(w.relative) for w in tensors.layers]
 
     def _by_distance(self, table: torch.Tensor | None) -> torch.Tensor | None:
-        """A table (buckets, H) of relative positions as float32 (H, distances)."""
+        """The bias of a table (buckets, H) at each distance, float32 (H, relative_max_distance + 1)."""
         if table is None:
             return None
         longest = self.tensors.relative_max_distance
@@ -275,7 +280,8 @@ class DecoderWeights:
     def _pairs(
         self, p: Projection | None, panels: Iterator[torch.Tensor] | None, places: int, rows: bool = False
     ) -> list[torch.Tensor | None]:
-        """weight, bias, weight, bias ... of `places` weights. rows: as (out, in) only."""
+        """weight, bias, weight, bias, ... of a projection, padded with None to `places` pairs. rows: see
+        Projection.read."""
         found: list[torch.Tensor | None] = []
         if p is None:
             return [None] * (2 * places)
@@ -301,16 +307,15 @@ def _norm_arguments(norms: tuple[Norm | None, ...]) -> tuple[list[torch.Tensor |
 
 @dataclass
 class DecoderCache:
-    """The state of rows that are being decoded: their keys and values, and which of them each row attends to.
+    """The state of the rows that are being decoded: keys and values, and which of them each row attends to.
 
-    rows: the most there will be. capacity: positions there is room for at first; it doubles when they are used up.
-    cross_shape: (sources, length) of the encoder's states where there is cross-attention.
+    rows: the maximum number of rows. capacity: the initial number of positions; it doubles when it is used up.
+    cross_shape: (sources, length) of the encoder's states, if there is cross-attention.
 
-    keys, values: (layers, rows, key heads, capacity, D), cross_keys, cross_values: (layers, sources, H, length, D),
-    float32, or bfloat16 for a bfloat16 model and for keys and values that are products in int8. table: (rows, capacity)
-    int32, the cache row that holds a row's key at each position, -1 where there is nothing to attend to: so beams are
-    reordered by their lines of the table alone.
-    sources: (rows,) int32, the encoder's sequence of each row; cross_lengths: (sources,) int32.
+    keys, values: (layers, rows, key heads, capacity, D); cross_keys, cross_values: (layers, sources, H, length, D).
+    They are float32, or bfloat16 for a bfloat16 model and for int8 key and value projections. table: (rows, capacity)
+    int32, the cache row that holds a row's key at each position, or -1 for no key. So reordering beams only changes the
+    table. sources: (rows,) int32, the encoder sequence of each row. cross_lengths: (sources,) int32.
     """
 
     weights: DecoderWeights
@@ -321,7 +326,7 @@ class DecoderCache:
 
     def __post_init__(self):
         t = self.weights.tensors
-        # Products in int8 round keys and values far more than bfloat16 does.
+        # The error of int8 products in keys and values is far larger than bfloat16's rounding.
         int8 = all(isinstance(w, Int8Weight) for layer in t.layers for w in layer.qkv.weights)
         self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 or int8 else torch.float32
         self.live = self.rows
@@ -373,7 +378,7 @@ class DecoderCache:
             )  # fmt: skip
 
     def cover(self, positions: int) -> None:
-        """Have rows 0 .. positions - 1 in cos and sin, where positions are rotary, and in a table that grows."""
+        """Make sure that cos and sin of rotary positions, and a position table that grows, have `positions` rows."""
         t, changed = self.weights.tensors, self._cover_angles(positions)
         if t.longer_positions is not None and t.position.shape[0] < positions:  # type: ignore[union-attr]
             t.position, changed = t.longer_positions(max(positions, 2 * t.position.shape[0])), True  # type: ignore[union-attr]
@@ -389,8 +394,8 @@ class DecoderCache:
         return True
 
     def load(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The prompts' keys and values of one layer, (B, H, S, D) with B <= rows, into cache rows 0..B-1; attend says
-        who sees them."""
+        """Copy the prompts' keys and values of one layer, (B, H, S, D) with B <= rows, to cache rows 0 .. B - 1.
+        `attend` sets which rows attend to them."""
         batch, _, length, _ = keys.shape
         if length > self.capacity:
             self._grow(length)
@@ -398,12 +403,13 @@ class DecoderCache:
         self.values[layer, :batch, :, :length] = values
 
     def load_cross(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The encoder's keys and values of one layer, (sources, H, length, D), those to attend to first."""
+        """Copy the encoder's keys and values of one layer, (sources, H, length, D). In each source the positions to
+        attend to come first."""
         self.cross_keys[layer].copy_(keys)
         self.cross_values[layer].copy_(values)
 
     def attend(self, prompts: torch.Tensor, mask: torch.Tensor) -> None:
-        """Row r goes on from the loaded prompt prompts[r] and sees those of its positions that mask (rows, S) keeps."""
+        """Let row r continue the loaded prompt prompts[r] and attend to its positions where mask (rows, S) is True."""
         length = mask.shape[1]
         if length > self.capacity:
             self._grow(length)
@@ -412,9 +418,18 @@ class DecoderCache:
         self.length = length
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """Append ids (live rows,) int64 at positions (rows of the position table); logits (live rows, V), float32, in
-        memory that the next step writes again. positions: of the tables of positions or of cos and sin. Raises
-        RuntimeError for an id or a position out of range."""
+        """Append one token per row and return the logits.
+
+        Args:
+            ids: (live rows,) int64.
+            positions: (live rows,), rows of the position table or of cos and sin; None if the model has no positions.
+
+        Returns:
+            Logits (live rows, V) float32, in memory that the next step overwrites.
+
+        Raises:
+            RuntimeError: for an id or a position out of range.
+        """
         if self.length == self.capacity:
             self._grow(self.length + 1)
         logits = self._logits[: self.live]
@@ -426,15 +441,15 @@ class DecoderCache:
         return logits
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Row r goes on from what row index[r] holds; fewer rows than before are all there is from then on."""
+        """Let row r continue from the state of row index[r]. If index has fewer rows than before, only those remain."""
         self.live = len(index)
         self.table[: self.live, : self.length] = self.table[index, : self.length]
         if self.sources is not None:
             self.sources[: self.live] = self.sources[index]
 
     def gather(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer as the rows see them, (live rows, H, length, D); zeros where they see none, in
-        the model's dtype."""
+        """Keys and values per layer as each row attends to them, (live rows, H, length, D) in the model's dtype; zeros
+        at positions that a row does not attend to."""
         table = self.table[: self.live, : self.length]
         seen, rows = (table >= 0)[:, :, None, None], table.clamp(min=0).long()
         positions, dtype = torch.arange(self.length).expand_as(rows), self.weights.tensors.token.dtype

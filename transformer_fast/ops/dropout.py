@@ -1,4 +1,4 @@
-"""Dropout from a counter: nothing but a seed is saved for the backward pass (see backends/philox.py)."""
+"""Counter-based dropout, which saves only a seed for the backward pass (see backends/philox.py)."""
 
 import torch
 
@@ -38,21 +38,21 @@ _op = _common.define(
 def dropout(
     input: torch.Tensor, p: float = 0.5, training: bool = True, *, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """y = keep * x / (1 - p), keep ~ Bernoulli(1 - p), from a counter: nothing but the seed is saved.
+    """y = keep * x / (1 - p), keep ~ Bernoulli(1 - p). Counter-based: only the seed is saved for the backward pass.
 
-    Same signature as torch.nn.functional.dropout, plus generator.
+    Signature of torch.nn.functional.dropout without inplace, plus generator.
 
     Args:
-        input: (..., N) float tensor.
-        p: in [0, 1], rounded to 1/65536.
-        training: False returns input.
-        generator: where the seed is drawn from; default torch's own for the device.
+        input: (..., N), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        p: probability of dropping an element, in [0, 1], rounded to a multiple of 1/65536.
+        training: if False, input is returned unchanged.
+        generator: the torch.Generator from which the seed is drawn; default torch's own of the device.
 
     Returns:
         A tensor of input's shape and dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Srivastava et al., "Dropout", JMLR 2014; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
@@ -64,7 +64,7 @@ def dropout(
     """
     _common.check_floating("input", input)
     _common.check_probability("p", p)
-    if training and p == 1.0:  # which the kernels do not do
+    if training and p == 1.0:  # the kernels do not handle p = 1
         return input * 0
     if not training or threshold(p) == 0 or input.numel() == 0:
         return input

@@ -1,4 +1,4 @@
-"""The input of BERT-like models: token + position + segment embeddings, normalised, in one pass."""
+"""The input of BERT-like models: the sum of token, position and segment embeddings and its layer norm, in one pass."""
 
 import torch
 
@@ -18,7 +18,7 @@ def _stats_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_ids(name: str, ids: torch.Tensor | None, entries: int) -> None:
-    """Only where looking at the values stalls nothing; on a GPU the kernels answer with NaN."""
+    """Check ids on the CPU only. On a GPU that would synchronise; the kernels write NaN for wrong ids."""
     if ids is None or ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(t) for t in torch.aminmax(ids))
@@ -39,7 +39,7 @@ def _table(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _laid_out(spec: EmbeddingSpec) -> EmbeddingSpec:
-    """As the kernels want it: flat ids, unit stride along the width of the tables."""
+    """The spec as the kernels need it: flat ids, and tables with unit stride along the width."""
     return spec._replace(
         ids=spec.ids.reshape(-1).contiguous(), word=_rows(spec.word), position_ids=_flat(spec.position_ids),
         position=_table(spec.position), type_ids=_flat(spec.type_ids), token_type=_table(spec.token_type),
@@ -68,12 +68,12 @@ def _forward_fake(ids, word, *_):
     return word.new_empty((*ids.shape, word.shape[1])), *stats
 
 
-# What gets a gradient, in the order of the backward op's results and of its `need`.
+# The fields that get gradients, in the order of the backward op's results and of its `need`.
 _NAMES = ("word", "position", "token_type", "norm_weight", "norm_bias")
 
 
 def _backward_impl(*args) -> tuple[torch.Tensor, ...]:
-    """Gradients to the fields of _NAMES; empty when not needed."""
+    """Gradients of the fields in _NAMES; empty where not needed."""
     grad, mean, rstd, *fields, need = args
     spec = EmbeddingSpec(*fields)
     word, width = spec.word, spec.word.shape[1]
@@ -125,7 +125,7 @@ def _setup(ctx, inputs, output):
 
 
 def _plain(spec: EmbeddingSpec) -> tuple[torch.Tensor]:
-    """y in plain PyTorch, differentiable in every way."""
+    """y in plain PyTorch, for gradients of gradients and torch.func transforms."""
     return (eager.embedding_layer_norm(_laid_out(spec))[0].view(*spec.ids.shape, spec.word.shape[1]),)
 
 
@@ -151,7 +151,7 @@ _op = _common.define(
 
 
 def _check_lookup(name, ids, table_name, table, shape, word):
-    """ids of one further table, as int64 in the shape of input_ids."""
+    """Check the ids and the table of positions or segments. Returns the ids as int64 in the shape of input_ids."""
     if (ids is None) != (table is None):
         raise ValueError(f"{name}: wanted together with {table_name}, or neither")
     if ids is None:
@@ -189,27 +189,27 @@ def embedding_layer_norm(
     """y = dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
     Args:
-        input_ids: int64 or int32 of any shape, (B, S) or unpadded (T,).
+        input_ids: int64 or int32 of any shape, e.g. (B, S) or unpadded (T,).
         word_weight: (V, N), float16, bfloat16 or float32 (float64 in plain PyTorch).
-        position_ids: the shape of input_ids, or one that broadcasts to it; None together with its table.
-        position_weight: (P, N), of word_weight's dtype.
-        token_type_ids: as position_ids.
-        token_type_weight: (K, N), of word_weight's dtype.
-        norm_weight: (N,), of the tables' dtype or float32.
-        norm_bias: as norm_weight.
-        eps: of the norm.
-        dropout_p: in [0, 1], after the norm as in BERT.
-        padding_idx: this row of word_weight gets no gradient; negative counts from the end, as torch.
-        generator: where dropout's seed is drawn from.
+        position_ids: int64 or int32; broadcasts to the shape of input_ids. None if position_weight is None.
+        position_weight: (P, N), word_weight's dtype.
+        token_type_ids: int64 or int32; broadcasts to the shape of input_ids. None if token_type_weight is None.
+        token_type_weight: (K, N), word_weight's dtype.
+        norm_weight: (N,), the tables' dtype or float32.
+        norm_bias: (N,), the tables' dtype or float32.
+        eps: added to the variance.
+        dropout_p: dropout probability in [0, 1]; dropout follows the norm, as in BERT.
+        padding_idx: this row of word_weight gets no gradient. Negative values count from the end, as in torch.
+        generator: the torch.Generator from which dropout draws its seed.
 
     Returns:
-        (*input_ids.shape, N) in the tables' dtype; the sum and its statistics are float32. The gradients (to the
-        tables, norm_weight and norm_bias) are dense and deterministic, summed in float32; nothing of the size of the
-        output is kept for them.
+        (*input_ids.shape, N) in the tables' dtype. The sum and its statistics are computed in float32. The gradients of
+        the tables, norm_weight and norm_bias are dense and deterministic, and summed in float32. The backward pass
+        keeps nothing of the size of the output.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted. An index outside its table is a
-            ValueError on the CPU; on a GPU, where looking would stall it, it gives NaN in that row.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected. An index
+            outside its table raises ValueError on the CPU. On a GPU a check would synchronise, so that row becomes NaN.
 
     Source:
         Devlin et al., "BERT", 2019, section 3 and figure 2.
@@ -245,7 +245,7 @@ def embedding_layer_norm(
         if not -entries <= padding_idx < entries:
             raise ValueError(f"padding_idx: wanted a row of word_weight, in [{-entries}, {entries}), got {padding_idx}")
         padding = padding_idx % entries
-    nothing = dropout_p == 1.0  # everything is dropped, which the kernels do not do
+    nothing = dropout_p == 1.0  # the kernels do not handle p = 1
     p = dropout_p if threshold(dropout_p) and not nothing else 0.0
     rng = _common.draw_rng(word_weight.device, generator) if p else None
     tensors = (word_weight, position_weight, token_type_weight, norm_weight, norm_bias)

@@ -1,4 +1,4 @@
-"""Attention of new tokens on a preallocated cache of keys and values, which it extends in place."""
+"""Attention of new tokens over a preallocated key-value cache, with an in-place append."""
 
 import torch
 
@@ -71,31 +71,31 @@ def kv_cache_attention(
     relative_bias: RelativeBias | None = None,
     return_lse: bool = False,
 ):
-    """Writes key and value behind the cached ones, then softmax(scale * Q K^T) V over all of them, causal.
+    """Append key and value to the caches in place, then compute causal softmax(scale * Q K^T) V over the caches.
 
-    New token i stands at position cache_lengths[b] + i and sees the keys up to there, within `window`'s left side. The
-    Triton kernel appends in the launch that attends.
+    New token i has position cache_lengths[b] + i and attends to the keys up to that position, limited by the left side
+    of `window`. The Triton kernel appends and attends in one launch.
 
     Args:
-        query: (B, H, S, D), S new tokens a sequence; float16, bfloat16, float32 (float64 in plain PyTorch).
-        key: (B, Hk, S, D), H % Hk == 0.
-        value: as key.
-        key_cache: (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new row i.
-        value_cache: as key_cache.
-        cache_lengths: (B,) int, rows in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked
-            on a GPU: reading it waits).
+        query: (B, H, S, D), S new tokens per sequence; float16, bfloat16 or float32 (float64 in plain PyTorch).
+        key: (B, Hk, S, D), query's dtype, H % Hk == 0.
+        value: (B, Hk, S, D), query's dtype.
+        key_cache: (B, Hk, capacity, D), query's dtype; changed in place: row cache_lengths[b] + i becomes key i.
+        value_cache: (B, Hk, capacity, D), as key_cache.
+        cache_lengths: (B,) int32 or int64, rows in use before the call; the caller adds S afterwards. cache_lengths + S
+            must be at most capacity; this is not checked on a GPU, where it would synchronise.
         scale: default 1 / sqrt(D).
         window: (left, right), as in scaled_dot_product_attention.
-        softcap: as there.
-        relative_bias: as there.
-        return_lse: return the log-sum-exp of the scores too.
+        softcap: c > 0; 0 is off.
+        relative_bias: T5's relative position bias.
+        return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        (B, H, S, D), and with return_lse also the log-sum-exp (B, H, S).
+        The output (B, H, S, D). With return_lse a tuple of it and the log-sum-exp, (B, H, S) float32.
 
     Raises:
-        RuntimeError: where a gradient is wanted; there are none.
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        RuntimeError: if a gradient is needed; the op has none.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Dao et al., "Flash-Decoding for long-context inference", 2023.

@@ -1,4 +1,4 @@
-"""y = activation(x W^T + b) by the fastest GEMM of the machine, and several projections of one input."""
+"""y = activation(x W^T + b) by the fastest GEMM for the processor, and several projections of one input."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,13 @@ from .linear_panel import PanelWeight, linear_panel, to_panels
 __all__ = ["linear", "to_panels", "projections"]
 
 
-# Up to here MKL makes dot products, whose sums run side by side: twice as exact as oneDNN's, and no slower.
+# Up to this many outputs MKL computes dot products with parallel partial sums: twice as accurate as oneDNN, and no
+# slower.
 _FEW_OUTPUTS = 11
 
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
-    """True when a backend has a product of its own for this call, else torch's F.linear makes it."""
+    """True when a backend has its own kernel for this call. Otherwise torch's F.linear is used."""
     return (
         _is_alike(input, weight, bias)
         and weight.shape[0] > _FEW_OUTPUTS
@@ -27,7 +28,7 @@ def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
 
 
 def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
-    """True when a backend computes the gradients of bias and activation together, in 16 bits too."""
+    """True for 16-bit calls where a backend computes the gradients of bias and activation in one kernel."""
     return (
         input.dtype in (torch.bfloat16, torch.float16)
         and _is_alike(input, weight, bias)
@@ -36,7 +37,7 @@ def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> b
 
 
 def _is_alike(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
-    """Plain tensors of one dtype on the CPU."""
+    """True for plain tensors of one dtype on the CPU, outside autocast and without a size of 0."""
     if not _common.plain(input, weight, bias):
         return False
     if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -73,8 +74,8 @@ def _plain(input, weight, bias, activation) -> torch.Tensor:
             _common.check_same("bias", bias, "input", input)
     if activation is None:
         return F.linear(input, weight, bias)
-    # The bias goes into the product, which adds it before it rounds: a sum of two rounded numbers has another sign now
-    # and then, and relu's gradient another value.
+    # F.linear gets the bias, because it adds the bias before rounding. Adding it to the rounded product can change the
+    # sign of the sum, and with it relu's gradient.
     return bias_activation(F.linear(input, weight, bias), None, activation)
 
 
@@ -83,7 +84,7 @@ def _forward(input, weight, bias, activation) -> torch.Tensor:
     y = gemm.linear(x, weight, bias, activation)
     if input.dim() == 2:
         return y
-    # Not a view for autograd: the caller may change the result in place.
+    # A plain view would be a view for autograd too, and the caller could not change the result in place.
     return torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], y.shape[-1]))
 
 
@@ -98,7 +99,8 @@ def _column_sum(x: torch.Tensor) -> torch.Tensor:
 def _weight_gradient(
     g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """g^T x, in the layout of the weight: g (M, out), x (M, in). sums (out,): gets the column sums of g."""
+    """g^T x (out, in) with the weight's memory layout, for g (M, out) and x (M, in). sums (out,) receives the column
+    sums of g."""
     if sums is not None:
         if weight.is_contiguous() and not gemm.why_not_own_weight_gradient(g, x):
             return gemm.weight_gradient(g, x, sums)
@@ -109,7 +111,7 @@ def _weight_gradient(
 
 
 def _backward(grad, input, weight, bias, pre, activation, need):
-    """Gradients to input, weight and bias; pre is x W^T + b, kept when there is an activation."""
+    """Gradients of input, weight and bias. pre: x W^T + b, which is saved if there is an activation."""
     x = input.reshape(-1, input.shape[-1])
     g = grad.reshape(-1, weight.shape[0]).contiguous()
     grad_bias = None
@@ -132,7 +134,7 @@ def _backward(grad, input, weight, bias, pre, activation, need):
 
 
 def _differentiable_backward(grad, input, weight, bias, activation):
-    """The same through torch's own formulas, for gradients of gradients."""
+    """The same gradients in plain PyTorch, for gradients of gradients."""
 
     def function(input, weight, bias):
         y = F.linear(input, weight, bias)
@@ -170,17 +172,17 @@ def linear(
     """y = activation(x W^T + b).
 
     Args:
-        input: (..., in), float16, bfloat16, float32 (or float64 in plain PyTorch). Under autocast as
+        input: (..., in), float16, bfloat16 or float32 (float64 in plain PyTorch). Under autocast it behaves as
             torch.nn.functional.linear.
-        weight: (out, in), or a to_panels result (inference only).
-        bias: (out,).
-        activation: None or one of bias_activation's names, fused with the bias.
+        weight: (out, in), input's dtype, or a result of to_panels (inference only).
+        bias: (out,), input's dtype.
+        activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu"; fused with the bias.
 
     Returns:
-        (..., out). Gradients to every tensor.
+        (..., out) in input's dtype. All tensors get gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, for the default activation of transformers.
@@ -207,7 +209,8 @@ def linear(
 
 # ---- several projections of one input ------------------------------------------------------------
 class _Projections(torch.autograd.Function):
-    """n weights and n biases (or None) of one input: its gradients are added up by the products that make them."""
+    """n projections of one input. parameters: n weights, then n biases (or None). The input gradients are accumulated
+    inside the matrix products."""
 
     @staticmethod
     def forward(ctx, n, input, *parameters):
@@ -251,7 +254,7 @@ class _Projections(torch.autograd.Function):
         return None, grad_input, *grad_weights, *grad_biases
 
 
-_FEW = 64  # rows: up to here each call of oneDNN takes longer than it saves (measured on an AMD EPYC, Zen 5)
+_FEW = 64  # up to this many rows the overhead of oneDNN calls exceeds the gain (measured on an AMD EPYC, Zen 5)
 
 
 def _are_few_rows(input, weights, biases) -> bool:
@@ -279,16 +282,16 @@ def projections(
     """x W_i^T + b_i for each i: several projections of one input, such as query, key and value.
 
     Args:
-        input: (..., in).
-        weights: (out_i, in) each, or to_panels results (inference only); each is read where it lies.
-        biases: (out_i,) or None each, or None.
+        input: (..., in), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        weights: a list of (out_i, in) tensors, or of to_panels results (inference only). They are not copied.
+        biases: a list with (out_i,) or None for each weight; or None.
 
     Returns:
-        A tuple of (..., out_i). Gradients to every tensor; those of the input are added up by the products that make
-        them.
+        A tuple of (..., out_i) in input's dtype. All tensors get gradients. The input gradients are accumulated inside
+        the matrix products.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Examples:
         >>> import torch, transformer_fast

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer, a chunk of rows at a time, so that the logits never exist as a whole."""
+"""Cross entropy of a linear layer, computed in chunks of rows, so that the full logits never exist."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ from ..backends.specs import CrossEntropySpec
 from . import _common
 from .cross_entropy import check_options, check_targets, class_indices, loss_dtype, select_backend
 
-# Logits held at once: about a CPU's last-level cache; on a GPU enough rows to fill it.
+# Size of one chunk of logits: about a CPU's last-level cache; on a GPU enough rows to fill the GPU.
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 _NAMES = ("hidden", "weight", "bias")
-_FEWEST_ROWS = 128  # below, the GEMMs slow down
+_FEWEST_ROWS = 128  # with fewer rows the GEMMs slow down
 
 
 def _rows_of_a_chunk(rows: int, classes: int, itemsize: int, device: str, wanted: int) -> int:
@@ -36,13 +36,13 @@ def _forward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss and, as the logits are there only now, its gradients to hidden, weight and bias (empty when not
-    needed), to be multiplied by the last result."""
+    """The loss, its gradients of hidden, weight and bias (empty where not needed), and a scale by which the backward
+    pass multiplies these gradients. They are computed here because the logits exist only here."""
     (rows, width), classes, dtype, device = hidden.shape, weight.shape[0], hidden.dtype, hidden.device
     wide = loss_dtype(dtype)
     check_targets(target, classes, ignore_index)
     counted = target != ignore_index
-    index = None  # of the rows that count; of masked language modelling's they are one in seven
+    index = None  # indices of the rows that are not ignored; in masked language modelling one in seven
     if device.type == "cpu" and not counted.all():
         index = counted.nonzero().squeeze(1)
         target = target[index]
@@ -50,13 +50,13 @@ def _forward(
     scale = torch.ones((), dtype=wide, device=device)
     if mean:
         scale = torch.where(count > 0, 1.0 / count.to(wide), torch.zeros_like(scale))
-    # In float16 one row's share of a mean would underflow: there the scale comes last, with the loss scale.
+    # In float16 the gradient of one row of a mean would underflow, so the scale is applied last, with the loss scale.
     late = dtype == torch.float16
     used = rows if index is None else len(index)
     row_grads = (torch.ones_like(scale) if late else scale).expand(used).contiguous()
     losses, largest, sums = (memory.empty((used,), wide, device) for _ in range(3))
     grad_hidden = memory.empty((rows, width) if need_hidden else (0,), dtype, device)
-    # Sums over all chunks, so in float32 at least.
+    # In float32 at least, as these are sums over all chunks.
     grad_weight = memory.empty((classes, width) if need_weight else (0,), wide, device)
     grad_bias = torch.zeros((classes if need_bias else 0,), dtype=wide, device=device)
     if need_weight and not used:
@@ -112,7 +112,7 @@ def _forward_fake(
 
 
 def _plain(hidden, weight, bias, target, ignore_index, mean, label_smoothing, z_loss):
-    """The loss in plain PyTorch, logits and all, differentiable in every way."""
+    """The loss in plain PyTorch with full logits, for gradients of gradients and torch.func transforms."""
     spec = CrossEntropySpec(F.linear(hidden, weight, bias), target, None, ignore_index, label_smoothing, z_loss)
     total = eager.cross_entropy(spec).sum()
     return total / (target != ignore_index).sum() if mean else total
@@ -120,7 +120,7 @@ def _plain(hidden, weight, bias, target, ignore_index, mean, label_smoothing, z_
 
 def _setup(ctx, inputs, output):
     ctx.dtype, ctx.options = inputs[0].dtype, inputs[4:8]
-    # The inputs only for gradients of gradients: the caller holds them anyway.
+    # The inputs are saved for gradients of gradients only. This costs no memory, as the caller holds them anyway.
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -134,7 +134,7 @@ def _backward(ctx, need, grad_loss, *_):
 
         return dict(zip(_NAMES, _common.gradients(loss, (hidden, weight, bias), (grad_loss,))))
     factor = grad_loss * scale
-    # loss.backward() starts with 1; asking costs nothing on a CPU.
+    # loss.backward() starts with a gradient of 1. On a CPU checking for it is free.
     one = (
         factor.device.type == "cpu" and _common.direct(factor) and not _common.batched(factor) and factor.item() == 1.0
     )
@@ -166,29 +166,30 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """cross_entropy(hidden W^T + b, target) without the (N, V) logits: for heads whose caller wants only the loss.
+    """cross_entropy(hidden W^T + b, target) without the (N, V) logits, for language-model heads that need only the
+    loss.
 
-    The gradients to hidden, weight and bias are computed with the loss, while a chunk's logits are there, and kept for
-    the backward pass: the peak is one chunk of logits above the gradients themselves. On the CPU, ignored rows are left
-    out of the matrix products too. Deterministic.
+    The gradients of hidden, weight and bias are computed together with the loss, chunk by chunk, and kept for the
+    backward pass. Peak memory is one chunk of logits on top of these gradients. On the CPU, ignored rows are left out
+    of the matrix products. Results are deterministic.
 
     Args:
-        hidden: (..., D), float16, bfloat16 or float32 (float64 in plain PyTorch); under autocast hidden, weight and
-            bias are cast as torch.nn.functional.linear does.
-        weight: (V, D), of hidden's dtype.
-        target: hidden's leading dimensions.
-        bias: (V,), of hidden's dtype.
-        chunk_rows: rows whose logits exist at one time (default: about 32 MB of logits, on a GPU 256 MB).
-        ignore_index: as in cross_entropy, as are all that follow.
-        reduction: "mean" or "sum".
-        label_smoothing: in [0, 1].
-        z_loss: pulls logsumexp towards 0.
+        hidden: (..., D), float16, bfloat16 or float32 (float64 in plain PyTorch). Under autocast hidden, weight and
+            bias are cast as by torch.nn.functional.linear.
+        weight: (V, D), hidden's dtype.
+        target: class indices with hidden's leading dimensions, int64, int32 or uint8.
+        bias: (V,), hidden's dtype.
+        chunk_rows: rows per chunk of logits (default: about 32 MB of logits; on a GPU 256 MB).
+        ignore_index: a row with this target has no loss and no gradient.
+        reduction: "mean" over the rows that are not ignored, or "sum".
+        label_smoothing: in [0, 1], as in cross_entropy.
+        z_loss: pulls logsumexp towards 0, as in cross_entropy.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar (float64 for float64).
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Hsu et al., "Liger Kernel", 2024, section 3.2 (fused linear cross entropy).

@@ -1,4 +1,4 @@
-"""y = activation(x W^T + b) in int8 arithmetic: weights quantised once, the rows of x as they come."""
+"""y = activation(x W^T + b) in int8 arithmetic. Weights are quantised once, the rows of x in every call."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,22 +21,24 @@ __all__ = [
     "quantize_weight",
 ]
 
-GROUP = 128  # inputs that share a scale
+GROUP = 128  # inputs per scale
 GROUPS = (32, 64, 128)
-_PANEL = 32  # output columns side by side: csrc/cpu/linear_int8.hpp
+_PANEL = 32  # output columns per panel: csrc/cpu/linear_int8.hpp
 _ops = torch.ops.transformer_fast
 
 
 class Int8Weight:
     """A weight (out, in) in int8, for inference: w[n, k] = scale[n, k // group] * q[n, k], q in -127..127.
 
-    shape: (out, in). data: the layout of the kernels, or None where there are none; then q and scale are kept.
+    shape: (out, in). data: the weight in the layout of the kernels, or None if there is no kernel; then q and scale are
+    kept instead.
     """
 
     __slots__ = ("data", "group", "shape", "_parts")
 
     def __init__(self, q: torch.Tensor, scale: torch.Tensor, group: int = GROUP):
-        """q: int8 (out, in); scale: float32 (out, ceil(in / group)). Raises TypeError or ValueError for others."""
+        """q: int8 (out, in); scale: float32 (out, ceil(in / group)). Raises TypeError or ValueError for anything
+        else."""
         if q.dtype != torch.int8 or q.dim() != 2:
             raise TypeError(f"q: wanted an int8 tensor (out, in), got {q.dtype} {tuple(q.shape)}")
         if group not in GROUPS:
@@ -57,14 +59,14 @@ class Int8Weight:
 
     @classmethod
     def of(cls, weight: torch.Tensor, group: int = GROUP) -> "Int8Weight":
-        """Of a floating-point weight (out, in). Raises ValueError where it is not finite."""
+        """Quantise a floating-point weight (out, in). Raises ValueError if it is not finite."""
         _common.check_floating("weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
         return cls(*quantize_weight(weight, group), group)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(q, scale)."""
+        """q int8 (out, in) and scale float32 (out, ceil(in / group))."""
         if self._parts is not None:
             return self._parts
         q = torch.empty(self.shape, dtype=torch.int8)
@@ -124,13 +126,24 @@ def linear_int8(
     activation: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """activation(x W^T + b) with x quantised row by row, in groups of inputs with a scale and a zero point each.
+    """activation(x W^T + b) in int8. Each row of x is quantised in groups of inputs, with a scale and a zero point
+    each.
 
-    input: (..., in), float16, bfloat16 or float32; weights: one, or up to three of one input and group, whose outputs
-    lie side by side; biases: (out,) each or None. activation: None or one of bias_activation's names. dtype: of the
-    result, default input's. The sums of a group are exact in int32, and added up in float32 in the same order
-    everywhere: without an activation every machine gives the same bits. A row with NaN or infinity gives NaN.
-    Returns (..., out). Raises TypeError or ValueError naming the argument, also where a gradient would be wanted.
+    The sums within a group are exact in int32. They are added in float32 in the same order everywhere, so without an
+    activation every machine gives the same bits. A row with NaN or infinity gives NaN.
+
+    Args:
+        input: (..., in), float16, bfloat16 or float32.
+        weights: one weight, or up to three with the same input width and group; their outputs are concatenated.
+        biases: (out,) or None for each weight.
+        activation: None or one of bias_activation's names.
+        dtype: dtype of the result; default input's.
+
+    Returns:
+        (..., out), out being the sum of the weights' outputs.
+
+    Raises:
+        TypeError, ValueError: with the name of the argument; also if a gradient is needed.
     """
     weights = [weights] if isinstance(weights, Int8Weight) else list(weights)
     biases = [biases] if biases is None or isinstance(biases, torch.Tensor) else list(biases)
@@ -171,13 +184,13 @@ def _check(input, weights, biases, activation) -> None:
 
 
 def attention_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype for queries, keys and values that are products in int8: bfloat16, whose rounding is far below theirs,
-    where the processor multiplies it; else None, for x's own."""
+    """The dtype for queries, keys and values that come from int8 products: bfloat16 if the processor multiplies it, as
+    its rounding is far below the quantisation error; else None, for x's own dtype."""
     fast = x.dtype == torch.float32 and x.device.type == "cpu" and native.current_isa() == "avx512_bf16"
     return torch.bfloat16 if fast else None
 
 
-# ---- what follows attention in a layer -----------------------------------------------------------
+# ---- the part of a layer after attention ---------------------------------------------------------
 class Int8Norm(NamedTuple):
     """weight, bias: (E,) or None."""
 
@@ -187,7 +200,8 @@ class Int8Norm(NamedTuple):
 
 
 class Int8BlockWeights(NamedTuple):
-    """Of int8_block. biases: of output, up, gate, down. attention_norm: None with norms before. rms: of both norms."""
+    """The weights of int8_block. biases: of output, up, gate, down. attention_norm: None in a pre-norm layer. rms: both
+    norms are RMS norms."""
 
     output: Int8Weight
     up: Int8Weight
@@ -200,7 +214,7 @@ class Int8BlockWeights(NamedTuple):
     activation: str
 
     def why_not(self) -> str:
-        """'' when there is a kernel for them, else the reason why not."""
+        """'' if there is a kernel for these weights, else the reason why not."""
         weights = [w for w in (self.output, self.up, self.gate, self.down) if w is not None]
         if any(w.data is None for w in weights):
             return native.load() or "a weight is not on the CPU"
@@ -235,11 +249,12 @@ _block_op = _common.define(
 
 
 def int8_block(context: torch.Tensor, residual: torch.Tensor, w: Int8BlockWeights) -> torch.Tensor:
-    """What follows attention in a transformer layer, in one pass over the rows.
+    """The part of a transformer layer after attention, in one pass over the rows.
 
-    r = residual + context W_output^T; with norms after x = attention_norm(r) and output_norm(x + f(x)), with norms
-    before r + f(output_norm(r)); f(x) = (activation(x W_up^T) [* x W_gate^T]) W_down^T. context: (..., heads * D);
-    residual: (..., E). Products as in linear_int8. w.why_not() must be ''. Returns (..., E) in residual's dtype.
+    With r = residual + context W_output^T and f(x) = (activation(x W_up^T) [* x W_gate^T]) W_down^T, a post-norm layer
+    (attention_norm is given) returns output_norm(x + f(x)) with x = attention_norm(r). A pre-norm layer returns
+    r + f(output_norm(r)). context: (..., heads * D); residual: (..., E). Products are those of linear_int8. w.why_not()
+    must be ''. Returns (..., E) in residual's dtype.
     """
 
     def wide(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Weights laid out once for products with few rows, where reading the weight is all the time there is."""
+"""Weights in a panel layout for products with few rows, whose time is that of reading the weight."""
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +8,22 @@ from ..backends.contents import Contents, FileMappings
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 
-_PANEL = 32  # output columns side by side in the layout: csrc/cpu/linear.hpp
-_SCALES = 4  # rows of an int8 panel that hold its scales
+_PANEL = 32  # output columns per panel: csrc/cpu/linear.hpp
+_SCALES = 4  # extra rows of an int8 panel, which hold its scales
 STORAGES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def panel_rows(inner: int, dtype: torch.dtype) -> int:
-    """Rows of a panel of a weight with `inner` inputs."""
+    """The number of rows of each panel of a weight with `inner` inputs."""
     return inner + (_SCALES if dtype == torch.int8 else 0)
 
 
 class PanelWeight:
-    """A copy of a weight in panels, the layout of the kernel for few rows, for inference; made by to_panels.
+    """A copy of a weight in panels, the layout of the kernel for few rows. For inference; made by to_panels.
 
-    It does not follow later changes of the weight: ask matches(weight) and lay it out again when that says False.
-    shape: (out, in). dtype: of the storage. data: the panels, or the plain weight where there is no kernel for them.
+    It does not follow later changes of the weight: check matches(weight), and make a new one if that is False. shape:
+    (out, in). dtype: storage dtype. data: the panels (ceil(out / 32), rows, 32), or the plain weight if there is no
+    kernel.
     """
 
     __slots__ = ("data", "dtype", "panels", "shape", "_contents")
@@ -45,7 +46,7 @@ class PanelWeight:
 
     @classmethod
     def of_panels(cls, panels: torch.Tensor, out: int) -> "PanelWeight":
-        """Of panels (ceil(out / 32), panel_rows(in), 32) that are laid out already; matches no weight."""
+        """Wrap panels (ceil(out / 32), panel_rows(in), 32) that already exist. The result matches no weight."""
         made = object.__new__(cls)
         inner = panels.shape[1] - panel_rows(0, panels.dtype)
         made.shape, made.dtype = torch.Size((out, inner)), panels.dtype
@@ -53,11 +54,11 @@ class PanelWeight:
         return made
 
     def matches(self, weight: torch.Tensor) -> bool:
-        """True when to_panels would make the same of `weight` as it is now, whoever has written to it and however.
+        """True if to_panels would return the same for `weight` now, whatever may have written to it in the meantime.
 
-        It is read for that as far as must be: a weight in a checkpoint's mapped file that nobody has written to is
-        known by its pages; else all of it is hashed (or laid out again and compared, where there are no panels), at the
-        rate at which memory is read. One in another layout (strides) does not match.
+        A weight in unwritten pages of a mapped checkpoint file is recognised by its pages. Otherwise the whole weight
+        is hashed (or, without panels, converted again and compared), at the rate at which memory is read. A weight with
+        other strides does not match.
         """
         weight = weight.detach()
         if self._contents is not None:
@@ -71,7 +72,7 @@ class PanelWeight:
 
 
 def _rounded(weight: torch.Tensor) -> torch.Tensor:
-    """What int8 storage makes of a weight (out, in), in the weight's dtype."""
+    """A weight (out, in) rounded as by int8 storage, in the weight's dtype."""
     if not weight.numel():
         return weight.clone()
     wide = weight.float()
@@ -81,7 +82,7 @@ def _rounded(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of the weight as it is without panels."""
+    """A copy of the weight in the storage dtype, without panels."""
     return _rounded(weight) if dtype == torch.int8 else weight.to(dtype, copy=True)
 
 
@@ -91,18 +92,19 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def to_panels(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PanelWeight:
-    """Lay a weight out for linear(x, panels) with few rows (decoding): one pass over it in memory order.
+    """Copy a weight into the panel layout for linear(x, panels) with few rows, as in decoding. Products then read it in
+    memory order.
 
     Args:
         weight: (out, in), float16, bfloat16 or float32.
-        dtype: torch.float32, torch.bfloat16 or torch.int8 for the storage; sums are float32 always. int8 keeps round(w
-            / s) with s = max |w| / 127 of each output. None: bfloat16 for a bfloat16 weight, else float32.
+        dtype: storage dtype: torch.float32, torch.bfloat16 or torch.int8. Sums are always float32. int8 stores
+            round(w / s) with s = max |w| / 127 per output. None: bfloat16 for a bfloat16 weight, else float32.
 
     Returns:
-        A copy, for inference, which does not follow later changes of the weight: see PanelWeight.matches.
+        A PanelWeight, for inference. It does not follow later changes of the weight: see PanelWeight.matches.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, for panels.
@@ -145,7 +147,7 @@ _op = _common.define(
 def linear_panel(
     input: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
-    """activation(x W^T + b) with a PanelWeight; see linear. Raises where a gradient would be wanted."""
+    """activation(x W^T + b) with a PanelWeight; see linear. Raises ValueError if a gradient is needed."""
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("weight: a PanelWeight is a snapshot for inference and has no gradient; "
                          "call under torch.no_grad()")  # fmt: skip

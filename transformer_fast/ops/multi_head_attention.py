@@ -1,4 +1,4 @@
-"""Projections, attention and output projection as one function, without transposed copies."""
+"""Input projections, attention and output projection in one function, without transposed copies."""
 
 from typing import Any
 
@@ -28,25 +28,25 @@ def multi_head_attention(
     """concat_h(softmax(scale * Q_h K_h^T) V_h) W_o + b_o, with Q, K, V = x W_q, x W_k, x W_v.
 
     Args:
-        query: (B, Sq, E).
-        key: (B, Sk, E), or None for self-attention (then one matrix product makes query, key and value).
-        value: as key.
+        query: (B, Sq, E), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        key: (B, Sk, E), query's dtype; None for self-attention, which then uses one product for query, key and value.
+        value: (B, Sk, E), query's dtype; None: key.
         num_heads: a divisor of E.
-        in_proj_weight: (3E, E), as torch.nn.MultiheadAttention names and orders it.
-        in_proj_bias: (3E,).
+        in_proj_weight: (3E, E), in the order of torch.nn.MultiheadAttention.in_proj_weight.
+        in_proj_bias: (3E,) or None.
         out_proj_weight: (E, E).
-        out_proj_bias: (E,).
-        attn_mask: as in scaled_dot_product_attention, as are all that follow.
-        key_lengths: (B,) int.
-        dropout_p: of the attention weights.
-        is_causal: each token sees itself and those before it.
+        out_proj_bias: (E,) or None.
+        attn_mask: bool or float, broadcasts to (B, num_heads, Sq, Sk); as in scaled_dot_product_attention.
+        key_lengths: (B,) int32 or int64; keys at and after this position do not take part.
+        dropout_p: dropout probability of the attention weights.
+        is_causal: each token attends only to itself and the tokens before it.
         scale: default 1 / sqrt(E / num_heads).
 
     Returns:
-        (B, Sq, E).
+        (B, Sq, E) in query's dtype. All tensors get gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.

@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm, alone and fused with the residual addition and dropout before them."""
+"""layer_norm and rms_norm, alone and fused with the dropout and residual addition before them."""
 
 import itertools
 import numbers
@@ -10,7 +10,7 @@ from ..backends.philox import keep_mask_2d, keep_scale, threshold
 from ..backends.specs import NormSpec
 from . import _common
 
-# By (adds, drops, rms): the names in a Call's features.
+# The features of a Call, by (residual, dropout, rms).
 _FEATURES = {
     flags: tuple(name for name, on in zip(("add", "dropout", "rms"), flags) if on)
     for flags in itertools.product((False, True), repeat=3)
@@ -30,7 +30,7 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the sum, mean and rstd, the last three empty where not asked for."""
+    """y, the sum, mean and rstd; the last three are empty if not needed."""
     *fields, need_sum, need_stats = args
     spec = NormSpec(*fields)
     x, residual = spec.x, spec.residual
@@ -65,8 +65,8 @@ def _forward_fake(x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum,
 
 
 def _backward_impl(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to v = residual + dropout(x), to x (empty without dropout: it equals the first), to weight and to bias
-    (empty when not needed). The spec's x is v."""
+    """Gradients of v = residual + dropout(x), of x (empty without dropout, where it equals that of v), of weight and of
+    bias (empty if not needed). The spec's x is v."""
     grad_y, grad_sum, mean, rstd, *fields, need_weight, need_bias = args
     spec = NormSpec(*fields)
     v, dropout_p = spec.x, spec.dropout_p
@@ -127,7 +127,7 @@ def _setup(ctx, inputs, output):
     ctx.bias_dtype = spec.bias.dtype if spec.bias is not None else None
     _common.save(ctx, spec._replace(x=total if ctx.need_sum else spec.x, residual=None, bias=None), mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient, rather than a tensor of zeros
+    ctx.set_materialize_grads(False)  # an unused sum then has no gradient instead of a tensor of zeros
 
 
 def _backward(ctx, need, grad_y, grad_sum, _mean, _rstd):
@@ -149,7 +149,7 @@ def _backward(ctx, need, grad_y, grad_sum, _mean, _rstd):
 
 
 def _differentiable_backward(spec, need, bias_dtype, grad_y, grad_sum):
-    """The same in plain PyTorch, for gradients of gradients."""
+    """The same gradients in plain PyTorch, for gradients of gradients."""
     v, width = spec.x, spec.x.shape[-1]
     bias = torch.zeros(width, dtype=bias_dtype, device=v.device, requires_grad=True) if need.bias else None
 
@@ -171,7 +171,7 @@ def _differentiable_backward(spec, need, bias_dtype, grad_y, grad_sum):
 
 
 def _plain(input, residual, weight, bias, rng, eps, rms, p):
-    """(y, sum) in plain PyTorch, differentiable in every way."""
+    """(y, sum) in plain PyTorch, for torch.func transforms."""
     rows, others = (None if t is None else t.reshape(-1, input.shape[-1]) for t in (input, residual))
     y, total, _, _ = eager.norm(rows, others, weight, bias, rng, eps, rms, p)
     return y.view(input.shape), total.view(input.shape)
@@ -188,7 +188,7 @@ _op = _common.define(
 
 
 def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
-    """Checks, dropout's random numbers, dtype promotion; then the kernel, directly where that is allowed."""
+    """Checks, dtype promotion and the dropout seed; then the kernel, without torch's dispatcher where possible."""
     _common.check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input: wanted at least one dimension, got a scalar")
@@ -213,7 +213,7 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
     rng = None
     if type(p) is not float or p != 0.0:
         _common.check_probability("dropout_p", p)
-        if p == 1.0:  # which the kernels do not do
+        if p == 1.0:  # the kernels do not handle p = 1
             input, p = input * 0, 0.0
         p = p if threshold(p) else 0.0
         if p:
@@ -226,13 +226,13 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
             if chosen.name == "cpu":
                 return chosen.norm(input, residual, weight, bias, rng, eps, rms, p, need_sum)
         return _forward(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
-    # The backward pass needs v = residual + dropout(x): without either it is x itself.
+    # The backward pass needs v = residual + dropout(x). Without residual and dropout that is x itself.
     keep = need_sum or residual is not None or p > 0
     return _op(input, residual, weight, bias, rng, eps, rms, p, keep, True)
 
 
 def _normalized(input: torch.Tensor, normalized_shape, weight, bias):
-    """torch's normalized_shape may span several dimensions: fold them into one."""
+    """Flatten the dimensions of normalized_shape, which may be several as in torch, into one."""
     shape = normalized_shape if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
     for n in shape:
         if not isinstance(n, (int, torch.SymInt, numbers.Integral)):
@@ -262,20 +262,20 @@ def layer_norm(
 ) -> torch.Tensor:
     """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimensions.
 
-    Same signature as torch.nn.functional.layer_norm. Statistics are float32 always.
+    Same signature as torch.nn.functional.layer_norm. Statistics are always float32.
 
     Args:
-        input: (..., *normalized_shape), float16, bfloat16, float32 (or float64 in plain PyTorch).
-        normalized_shape: an int or a sequence of them.
-        weight: normalized_shape, of input's dtype or float32.
+        input: (..., *normalized_shape), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        normalized_shape: an int or a sequence of ints.
+        weight: tensor of shape normalized_shape, input's dtype or float32.
         bias: as weight.
         eps: added to the variance.
 
     Returns:
-        A tensor of input's shape and dtype. Gradients to input, weight and bias, deterministic.
+        A tensor of input's shape and dtype. input, weight and bias get gradients, which are deterministic.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Ba et al., "Layer Normalization", 2016.
@@ -296,19 +296,19 @@ def rms_norm(
 ) -> torch.Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimensions.
 
-    Same signature as torch.nn.functional.rms_norm. Statistics are float32 always.
+    Same signature as torch.nn.functional.rms_norm. Statistics are always float32.
 
     Args:
-        input: (..., *normalized_shape), float16, bfloat16, float32 (or float64 in plain PyTorch).
-        normalized_shape: an int or a sequence of them.
-        weight: normalized_shape, of input's dtype or float32.
-        eps: added to the mean square; None is the smallest step of input's dtype.
+        input: (..., *normalized_shape), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        normalized_shape: an int or a sequence of ints.
+        weight: tensor of shape normalized_shape, input's dtype or float32.
+        eps: added to the mean square; None: torch.finfo(input.dtype).eps.
 
     Returns:
-        A tensor of input's shape and dtype. Gradients to input and weight, deterministic.
+        A tensor of input's shape and dtype. input and weight get gradients, which are deterministic.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
@@ -338,20 +338,21 @@ def add_layer_norm(
     """s = residual + dropout(x); y = layer_norm(s), in one pass.
 
     Args:
-        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
-        residual: the shape of input; where dtypes differ both are promoted.
-        weight: (N,).
-        bias: (N,).
+        input: (..., N), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        residual: the shape of input; if the dtypes differ, both are promoted.
+        weight: (N,), input's dtype or float32.
+        bias: (N,), input's dtype or float32.
         eps: added to the variance.
-        dropout_p: in [0, 1], 0 in evaluation.
-        return_sum: return s too.
-        generator: where dropout's seed is drawn from.
+        dropout_p: dropout probability in [0, 1]; 0 in evaluation.
+        return_sum: also return s.
+        generator: the torch.Generator from which dropout draws its seed.
 
     Returns:
-        (y, s), or y alone with return_sum=False. Gradients to every tensor, deterministic.
+        (y, s), or y alone with return_sum=False, in input's shape and the promoted dtype. All tensors get gradients,
+        which are deterministic.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         The residual blocks of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
@@ -378,19 +379,20 @@ def add_rms_norm(
     """s = residual + dropout(x); y = rms_norm(s), in one pass.
 
     Args:
-        input: (..., N), float16, bfloat16, float32 (or float64 in plain PyTorch).
-        residual: the shape of input; where dtypes differ both are promoted.
-        weight: (N,).
+        input: (..., N), float16, bfloat16 or float32 (float64 in plain PyTorch).
+        residual: the shape of input; if the dtypes differ, both are promoted.
+        weight: (N,), input's dtype or float32.
         eps: added to the mean square.
-        dropout_p: in [0, 1], 0 in evaluation.
-        return_sum: return s too.
-        generator: where dropout's seed is drawn from.
+        dropout_p: dropout probability in [0, 1]; 0 in evaluation.
+        return_sum: also return s.
+        generator: the torch.Generator from which dropout draws its seed.
 
     Returns:
-        (y, s), or y alone with return_sum=False. Gradients to every tensor, deterministic.
+        (y, s), or y alone with return_sum=False, in input's shape and the promoted dtype. All tensors get gradients,
+        which are deterministic.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019; the residual blocks of Raffel et al.,

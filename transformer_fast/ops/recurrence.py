@@ -1,4 +1,4 @@
-"""Recurrent layers: all steps of a GRU or an LSTM in one call, and in one call back."""
+"""Recurrent layers: all steps of a GRU or an LSTM in one call forward and one call backward."""
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ def _laid_out(spec: RecurrenceSpec) -> RecurrenceSpec:
 
 
 def _forward(*args) -> tuple[torch.Tensor, ...]:
-    """Of a spec's fields and `keep`: out, the last hidden state, the last memory, and where `keep` says so what the
-    backward pass needs. Tensors that there are none of are empty; positions that belong to no sequence get zeros."""
+    """args: a spec's fields, then `keep`. Returns out, the last hidden state, the last memory, and what the backward
+    pass needs if `keep` is True: gates and memories. Results that do not apply are empty tensors. out is zero at
+    positions that belong to no sequence."""
     *fields, keep = args
     spec = _laid_out(RecurrenceSpec(*fields))
     gates, hidden, before = spec.gates, spec.hidden, spec.memory
@@ -72,7 +73,7 @@ def _forward_fake(*args):
 
 
 def _backward_impl(grad_out, grad_last, grad_last_memory, out, saved, memories, *fields) -> tuple[torch.Tensor, ...]:
-    """Gradients to gates, weight, bias, hidden and memory (empty where there is none)."""
+    """Gradients of gates, weight, bias, hidden and memory; empty for those that are None."""
     spec = _laid_out(RecurrenceSpec(*fields))
     shapes = [t.shape if t is not None else (0,) for t in spec[:5]]  # type: ignore[attr-defined]
     found = [memory.empty(shape, out.dtype, out.device) for shape in shapes]
@@ -184,7 +185,7 @@ def _check_integers(name: str, t, input) -> None:
 
 
 def _sequences(input, lengths, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, int, bool]:
-    """The spec's sequences, its steps, and whether positions lie between them."""
+    """The spec's `sequences`, `steps` and `gaps`."""
     device = input.device
     if cu_seqlens is not None:
         if input.dim() != 2:
@@ -230,8 +231,8 @@ def _sequences(input, lengths, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, in
 def _run(cell, input, weight_ih, weight_hh, bias_ih, bias_hh, initial, lengths, cu_seqlens, max_seqlen, reverse):
     if isinstance(input, PackedSequence):
         raise TypeError(
-            "input: wanted a tensor, got PackedSequence, whose steps lie side by side; give sequences one after the "
-            "other with cu_seqlens, or a padded batch with lengths"
+            "input: wanted a tensor, got PackedSequence, which stores step after step; pass concatenated sequences "
+            "with cu_seqlens, or a padded batch with lengths"
         )
     _common.check_floating("input", input)
     cast = _common.autocast_dtype(input.device)
@@ -249,7 +250,7 @@ def _run(cell, input, weight_ih, weight_hh, bias_ih, bias_hh, initial, lengths, 
     _check_weights(cell, input, weight_ih, weight_hh, (("bias_ih", bias_ih), ("bias_hh", bias_hh)))
     width = weight_hh.shape[1]
     hidden, memory_ = _check_states(cell, initial, input, sequences.shape[1], width)
-    if cell == "lstm" and bias_hh is not None:  # a GRU's reset gate stands between the two
+    if cell == "lstm" and bias_hh is not None:  # not for a GRU, whose reset gate multiplies only bias_hh
         bias_ih, bias_hh = bias_hh if bias_ih is None else bias_ih + bias_hh, None
     rows = input.reshape(-1, input.shape[-1])
     own = rows.dtype == torch.float32 and not _common.transformed()  # in other dtypes torch's product is as fast
@@ -279,30 +280,30 @@ def lstm(
     reverse: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """h_t = o * tanh(c_t),  c_t = f * c_(t-1) + i * g,  (i, f, g, o) = gates of W x_t + U h_(t-1) + b: one layer of an
-    LSTM in one direction, all steps in one call. Weights as torch.nn.LSTM has them (weight_ih_l0, ...).
+    LSTM in one direction, with all steps in one call. Weights are laid out as in torch.nn.LSTM (weight_ih_l0, ...).
 
-    Sums and states are float32 inside, and the gates are kept for the backward pass in float32; deterministic. Under
-    autocast it runs in the dtype of autocast.
+    Sums and states are float32 inside. The gates are saved for the backward pass in float32. Results are deterministic.
+    Under autocast the op runs in autocast's dtype.
 
     Args:
-        input: (B, T, I), or with cu_seqlens (total, I), sequences one after the other; float16, bfloat16 or float32
-            (float64 in plain PyTorch).
-        weight_ih: (4 * H, I), gates i, f, g, o; all weights have input's dtype.
+        input: (B, T, I), or concatenated sequences (total, I) with cu_seqlens; float16, bfloat16 or float32 (float64 in
+            plain PyTorch).
+        weight_ih: (4 * H, I), gates i, f, g, o; all weights and biases have input's dtype.
         weight_hh: (4 * H, H).
         bias_ih: (4 * H,) or None.
-        bias_hh: (4 * H,) or None; the two are added.
+        bias_hh: (4 * H,) or None; it is added to bias_ih.
         initial: hidden state and memory before the first step, (B, H) each; None: zeros.
-        lengths: (B,) int; positions from there on are not computed, and get zeros.
-        cu_seqlens: (B + 1,) int: where each sequence begins, and the total.
-        max_seqlen: of the sequences of cu_seqlens; None: found from them.
-        reverse: from the last position of each sequence to its first.
+        lengths: (B,) int32 or int64; positions at and after this are not computed, and their output is zero.
+        cu_seqlens: (B + 1,) int32 or int64, cumulative lengths: the start of each sequence, and the total.
+        max_seqlen: the length of the longest sequence in cu_seqlens; None: computed from cu_seqlens.
+        reverse: run each sequence from its last position to its first.
 
     Returns:
-        The hidden states, (B, T, H) or (total, H), and the last hidden state and memory, (B, H) each; of a sequence
-        without positions those are the initial ones.
+        The hidden states, (B, T, H) or (total, H), and a tuple of the last hidden state and memory, (B, H) each. For a
+        sequence of length 0 these are the initial ones.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers, Schmidhuber and Cummins, "Learning to Forget",
@@ -335,29 +336,30 @@ def gru(
     reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h_t = (1 - z) * n + z * h_(t-1),  n = tanh(W_n x_t + r * (U_n h_(t-1) + b_n)),  r, z sigmoids of W x_t +
-    U h_(t-1) + b: one layer of a GRU in one direction, all steps in one call. Weights as torch.nn.GRU has them.
+    U h_(t-1) + b: one layer of a GRU in one direction, with all steps in one call. Weights are laid out as in
+    torch.nn.GRU.
 
     Args:
-        input: as of lstm.
-        weight_ih: (3 * H, I), gates r, z, n; all weights have input's dtype.
+        input: (B, T, I), or concatenated sequences (total, I) with cu_seqlens; as in lstm.
+        weight_ih: (3 * H, I), gates r, z, n; all weights and biases have input's dtype.
         weight_hh: (3 * H, H).
         bias_ih: (3 * H,) or None.
         bias_hh: (3 * H,) or None; its part for n is multiplied by r.
         initial: the hidden state before the first step, (B, H); None: zeros.
-        lengths: as of lstm.
-        cu_seqlens: as of lstm.
-        max_seqlen: as of lstm.
-        reverse: as of lstm.
+        lengths: (B,) int32 or int64; positions at and after this are not computed, and their output is zero.
+        cu_seqlens: (B + 1,) int32 or int64, cumulative lengths: the start of each sequence, and the total.
+        max_seqlen: the length of the longest sequence in cu_seqlens; None: computed from cu_seqlens.
+        reverse: run each sequence from its last position to its first.
 
     Returns:
-        The hidden states, (B, T, H) or (total, H), and the last one, (B, H).
+        The hidden states, (B, T, H) or (total, H), and the last hidden state, (B, H).
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
-        2014, with the reset gate after the product.
+        2014, with the reset gate applied after the product with U_n.
 
     Examples:
         >>> import torch, transformer_fast

@@ -1,4 +1,4 @@
-"""One step of a recurrent decoder as one call: a token a row through its cells, its attention and its output."""
+"""One step of a recurrent decoder in one call: one token per row through cells, attention and output layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _ops = torch.ops.transformer_fast
 
 
 class CellTensors(NamedTuple):
-    """One layer, as torch.nn.GRU and LSTM hold it: weight_ih (G * H, in), weight_hh (G * H, H), biases (G * H,)."""
+    """One layer, laid out as in torch.nn.GRU and LSTM: weight_ih (G * H, in), weight_hh (G * H, H), biases (G * H,)."""
 
     weight_ih: torch.Tensor
     weight_hh: torch.Tensor
@@ -28,7 +28,7 @@ class CellTensors(NamedTuple):
 
 # ---- the op ----------------------------------------------------------------------------------------
 def _forward(*fields) -> tuple[torch.Tensor, ...]:
-    """Logits, hidden state, memory and feed; empty where there is none."""
+    """Logits, hidden state, memory and feed; the last two are empty if the spec has none."""
     spec = RecurrentStepSpec(*fields)
     hidden, device = spec.hidden, spec.hidden.device
     shapes = [(len(spec.ids), spec.head.shape[0]), *(None if t is None else t.shape for t in (hidden, *spec[3:5]))]
@@ -89,7 +89,7 @@ def _check(spec: RecurrentStepSpec) -> None:
         given = [n for n in ("feed", "keys", "mask", "sources", "query", "score_weight", "readout", "readout_bias")
                  if getattr(spec, n) is not None]  # fmt: skip
         if given or spec.maxout:
-            raise ValueError(f"values: wanted a tensor beside {', '.join(given) or 'maxout'}, got none")
+            raise ValueError(f"values: wanted a tensor with {', '.join(given) or 'maxout'}, got none")
         if size != width:
             raise ValueError(
                 f"head: wanted shape (vocabulary, H = {width}) without values, got {tuple(spec.head.shape)}"
@@ -118,7 +118,7 @@ def _check_source(spec: RecurrentStepSpec, rows: int, width: int, embedding: int
     _shape("values", values, (count, length, width), "(sources, length, H)", hidden)
     if keys is None:
         if length != 1 or spec.mask is not None or spec.query is not None or spec.score_weight is not None:
-            raise ValueError("keys: wanted a tensor where values are more than one state of each source, got none")
+            raise ValueError("keys: wanted a tensor, as values have more than one state per source, got none")
         scored = width
     else:
         scored = keys.shape[2] if keys.dim() == 3 else width
@@ -184,40 +184,41 @@ def recurrent_step(
     readout_bias: torch.Tensor | None = None,
     maxout: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """logits = W_head readout(s_t, c_t) + b,  s_t = cells([token[id]; feed or c_t], s_(t-1)),  c_t the context that
-    attention finds in the source: one step of a recurrent decoder in one call.
+    """logits = W_head readout(s_t, c_t) + b,  s_t = cells([token[id]; feed or c_t], s_(t-1)),  c_t the attention
+    context of the source: one step of a recurrent decoder in one call.
 
-    Luong's decoder scores the state after the step, c_t = attend(s_t), and its readout tanh(W [c_t; s_t]) may be fed to
-    the next step. Bahdanau's (maxout) scores the state before it, c_t = attend(s_(t-1)), which the cells read too; its
-    readout is the maximum of each two neighbours of W [s_t; token[id]; c_t] + b. Scores are softmax(keys . q), or with
-    a score_weight v softmax(v . tanh(keys + q)), with q = W_query s. Without values the readout is s_t.
+    Luong's decoder attends with the state after the step, c_t = attend(s_t), and its readout tanh(W [c_t; s_t]) may be
+    fed to the next step. Bahdanau's decoder (maxout) attends with the state before the step, c_t = attend(s_(t-1)), and
+    its cells read c_t too; its readout is the maximum over pairs of neighbours of W [s_t; token[id]; c_t] + b.
+    Attention weights are softmax(keys . q), or softmax(v . tanh(keys + q)) with a score_weight v, where q = W_query s.
+    Without values the readout is s_t. With gradients the op runs in plain PyTorch.
 
     Args:
-        ids: (R,) int, the tokens.
+        ids: (R,) int32 or int64, one token per row.
         token: (tokens, E), the embedding table; all floating-point tensors have hidden's dtype.
-        cells: of each layer (weight_ih, weight_hh, bias_ih, bias_hh) as torch.nn.GRU and LSTM hold them; biases may be
+        cells: per layer (weight_ih, weight_hh, bias_ih, bias_hh), laid out as in torch.nn.GRU and LSTM; biases may be
             None.
         head: (vocabulary, P), or (vocabulary, H) without values.
-        hidden: (layers, R, H), the states before the step.
-        memory: (layers, R, H) of an LSTM; None: the cells are GRUs.
+        hidden: (layers, R, H), the states before the step; float16, bfloat16 or float32 (float64 in plain PyTorch).
+        memory: (layers, R, H) for an LSTM; None: the cells are GRUs.
         head_bias: (vocabulary,) or None.
-        feed: (R, P), the last readout, for cells that read it.
-        keys: (N, S, W), of N sources; None: the context is values[:, 0].
+        feed: (R, P), the last readout, if the cells read it.
+        keys: (N, S, W), for N sources; None: the context is values[:, 0].
         values: (N, S, H).
-        mask: bool (N, S); True takes part. A row with nothing to attend to gets the context 0.
-        sources: (R,) int, which of the N each row attends to; None: row r to r.
-        query: (W, H), or None where W = H and states are scored as they are.
-        score_weight: (W,), or None for products.
+        mask: bool (N, S); True takes part. A row without positions to attend to gets a context of zeros.
+        sources: (R,) int32 or int64, the source that each row attends to; None: row r attends to source r.
+        query: (W, H); None if W = H and the state itself is the query.
+        score_weight: (W,); None for dot products.
         readout: (P, 2 * H), with maxout (2 * P, 2 * H + E).
         readout_bias: (P,), with maxout (2 * P,), or None.
-        maxout: Bahdanau's decoder.
+        maxout: use Bahdanau's decoder.
 
     Returns:
-        Logits (R, vocabulary), the states and memories (layers, R, H) after the step, and the new feed (R, P); None for
-        memory and feed where there were none. With gradients it runs in plain PyTorch.
+        Logits (R, vocabulary), the hidden states (layers, R, H) and memories (layers, R, H) after the step, and the new
+        feed (R, P). Memory and feed are None if None was passed.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015; Luong,
@@ -262,10 +263,10 @@ def _cast(field, dtype: torch.dtype):
     return field.to(dtype) if isinstance(field, torch.Tensor) and field.is_floating_point() else field
 
 
-# ---- many steps with the same weights --------------------------------------------------------------
+# ---- decoding with the same weights in many steps --------------------------------------------------
 @dataclass
 class RecurrentTensors:
-    """The arithmetic of a recurrent decoder, see recurrent_step. lstm: what the cells are."""
+    """The tensors and options of a recurrent decoder; see recurrent_step. lstm: the cells are LSTMs, else GRUs."""
 
     token: torch.Tensor
     cells: list[CellTensors]
@@ -278,7 +279,7 @@ class RecurrentTensors:
 
     @property
     def gates(self) -> list[Projection]:
-        """Of each layer's input and hidden state, a weight (H, in) for each gate."""
+        """weight_ih and weight_hh of each layer, each as a projection with one weight (H, in) per gate."""
         found = []
         for cell in self.cells:
             for weight in cell[:2]:
@@ -290,7 +291,7 @@ class RecurrentTensors:
         return [p for p in (*self.gates, self.query, self.readout, self.head) if p is not None]
 
     def weights(self) -> list[torch.Tensor]:
-        """Of all projections, those in floating point: what is worth a copy."""
+        """The floating-point weights of all projections, which are the ones that DecoderCopies copies."""
         return [w.detach() for p in self.projections() for w in p.weights if isinstance(w, torch.Tensor)]
 
     def sources(self) -> list[torch.Tensor]:
@@ -302,8 +303,8 @@ class RecurrentTensors:
 
 @dataclass
 class RecurrentSource:
-    """What all steps see of the sources, float32 and contiguous: see recurrent_step. mask: bool; rows: int32 (R,), the
-    source of each row."""
+    """The sources that all steps attend to; see recurrent_step. keys, values: float32, contiguous. mask: bool. rows:
+    int32 (R,), the source of each row."""
 
     keys: torch.Tensor | None
     values: torch.Tensor | None
@@ -312,9 +313,11 @@ class RecurrentSource:
 
 
 class RecurrentWeights:
-    """A recurrent decoder's weights as a step reads them now: by copies, which match tensors, or where they lie.
+    """A recurrent decoder's weights in the form that a step reads: `copies`, which must match the tensors, or the
+    weights themselves.
 
-    Sums and activations are float32 always. Made for each generation: biases that are not float32 are converted here.
+    Sums and activations are always float32. Make a new one for each generation: biases that are not float32 are
+    converted here.
     """
 
     def __init__(self, tensors: RecurrentTensors, copies: DecoderCopies | None = None):
@@ -338,8 +341,11 @@ class RecurrentWeights:
         source: RecurrentSource,
         logits: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Writes logits (R, V), float32, and returns the state after ids (R,) int64. state: hidden, memory, feed,
-        float32 and contiguous. Raises RuntimeError for an id out of range."""
+        """Run one step: write logits (R, V) float32 and return the new state.
+
+        ids: (R,) int64. state: hidden, memory and feed, float32 and contiguous. Raises RuntimeError for an id out of
+        range.
+        """
         return self._run(ids, state, source, logits)
 
     def choose(
@@ -351,9 +357,12 @@ class RecurrentWeights:
         bounds: torch.Tensor,
         barred: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, float, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-        """As step, but in place of all logits the first of each row's largest, (R,) int64, `barred` tokens (int64) left
-        out. screen: of the head's weight; bounds: the screen's. Returns also what part of the logits had to be
-        computed."""
+        """As `step`, but find the token with the largest logit per row without computing all logits.
+
+        screen: the HeadScreen of the head's weight; bounds: screen.bounds(head_bias). barred: int64 tokens to exclude.
+        Returns the tokens (R,) int64 (the first of equal ones), the fraction of the logits that had to be computed, and
+        the new state.
+        """
         tokens = torch.empty(len(ids) + 1, dtype=torch.int64)
         after = self._run(ids, state, source, None, screen.panels, bounds, barred, tokens)
         return tokens[:-1], int(tokens[-1]) / len(screen.panels), after
@@ -374,5 +383,5 @@ class RecurrentWeights:
 
 
 def wide(t: torch.Tensor | None) -> torch.Tensor | None:
-    """As a step reads states and vectors: float32, contiguous."""
+    """A state or vector as a step reads it: float32 and contiguous."""
     return None if t is None else t.detach().to(torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys: one read and one write."""
+"""Rotary position embedding of queries and keys, with one read and one write."""
 
 import torch
 
@@ -43,7 +43,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, need, grad):
     cos, sin, positions = ctx.saved_tensors
-    # A rotation's transpose is its inverse: the same op, so gradients of gradients come by themselves.
+    # The transpose of a rotation is its inverse, which is the same op. So gradients of gradients need no further code.
     return {"input": _op(grad, cos, sin, positions, ctx.interleaved, not ctx.inverse)}
 
 
@@ -66,27 +66,27 @@ def rotary_embedding(
     interleaved: bool = False,
     inverse: bool = False,
 ) -> torch.Tensor:
-    """Rotates pairs of columns of each head by angles that grow with the token's position.
+    """Rotary position embedding: rotate pairs of columns of each head by angles that depend on the token's position.
 
-    (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin) for the pairs of the first R columns; the others are copied.
+    (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin) for the pairs of the first R columns. The other columns are copied.
 
     Args:
-        input: (B, S, H, D), or unpadded (total, H, D); float32, bfloat16, float16 or float64, any strides. Queries and
-            keys that lie side by side in one projection are rotated by one call.
-        cos: (P, R / 2), a row per position, R <= D; any floating dtype, used in float32 (float64 for float64 input).
+        input: (B, S, H, D), or unpadded (total, H, D); float16, bfloat16, float32 or float64, any strides. Queries and
+            keys from one fused projection can be rotated in one call, as H query and key heads.
+        cos: (P, R / 2), one row per position, R <= D; any floating dtype, used in float32 (float64 for float64 input).
             It gets no gradient.
         sin: as cos.
-        positions: int32 or int64, (B, S), (1, S) or (S,); (total,) for unpadded input: the row of cos and sin of each
+        positions: int32 or int64, (B, S), (1, S) or (S,); (total,) for unpadded input. The row of cos and sin of each
             token. Default: 0 .. S - 1 in each sequence.
-        interleaved: pairs are columns (2 i, 2 i + 1) (GPT-J), else (i, R / 2 + i) (GPT-NeoX, Llama).
-        inverse: rotate back.
+        interleaved: pairs are columns (2 i, 2 i + 1), as in GPT-J; else (i, R / 2 + i), as in GPT-NeoX and Llama.
+        inverse: rotate by the negative angles.
 
     Returns:
-        A new contiguous tensor of input's shape and dtype, with a gradient to input.
+        A new contiguous tensor of input's shape and dtype. input gets a gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted. Positions are held against P where
-            looking is free (on the CPU).
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
+            Positions are held against P where looking is free (on the CPU).
 
     Source:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.2.

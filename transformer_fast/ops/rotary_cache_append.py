@@ -1,4 +1,4 @@
-"""New queries, keys and values of a decoder made ready in one launch: normed, rotated, and written to the cache."""
+"""Prepares the new queries, keys and values of a decoder in one launch: RMS norm, rotation and append to the cache."""
 
 import torch
 
@@ -59,35 +59,38 @@ def rotary_cache_append(
     eps: float = 1e-6,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """Rotates queries and keys (R) and writes keys and values behind the cached ones: q' = R rms(q), k' = R rms(k).
+    """q' = R rms(q), k' = R rms(k), with R the rotation: norm and rotate queries and keys, and append keys and values
+    to the caches in place.
 
-    rms(x) = weight * x / sqrt(mean(x^2) + eps) over each head where a weight is given, else x. Triton does all of it in
-    one launch, and nothing waits for the device: a CUDA graph captures it.
+    rms(x) = weight * x / sqrt(mean(x^2) + eps) over each head if a weight is given, else x. Triton does all of it in
+    one launch and never synchronises, so a CUDA graph can capture it.
 
     Args:
-        query: (B, H, S, D), S new tokens a sequence, any strides; float32, bfloat16, float16, and float64 in plain
-            PyTorch.
-        key: (B, Hk, S, D), H % Hk == 0.
-        value: as key.
-        key_cache: (B, Hk, capacity, D), changed in place: row cache_lengths[b] + i gets new key i, rotated.
-        value_cache: as key_cache, values as they are.
-        cache_lengths: (B,) int, rows in use before; the caller adds S to it. cache_lengths + S <= capacity (not checked
-            on a GPU: reading it waits).
-        cos: (P, R / 2), a row per position, R <= D; any floating dtype, used in float32 (float64 for float64 query).
+        query: (B, H, S, D), S new tokens per sequence, any strides; float16, bfloat16 or float32 (float64 in plain
+            PyTorch).
+        key: (B, Hk, S, D), query's dtype, H % Hk == 0.
+        value: (B, Hk, S, D), query's dtype.
+        key_cache: (B, Hk, capacity, D), query's dtype; changed in place: row cache_lengths[b] + i becomes new key i,
+            normed and rotated.
+        value_cache: (B, Hk, capacity, D); changed in place: row cache_lengths[b] + i becomes new value i, unchanged.
+        cache_lengths: (B,) int32 or int64, rows in use before the call; the caller adds S afterwards. cache_lengths + S
+            must be at most capacity; this is not checked on a GPU, where it would synchronise.
+        cos: (P, R / 2), one row per position, R <= D; any floating dtype, used in float32 (float64 for float64 query).
         sin: as cos.
         positions: int32 or int64, (B, S), (1, S) or (S,): the row of cos and sin of each new token. Default:
             cache_lengths[b] + i, which must be below P (not checked on a GPU).
-        query_weight: (D,), of the RMS norm of each query head (Qwen 3), any floating dtype; None for no norm.
-        key_weight: as query_weight.
-        eps: of both norms.
+        query_weight: (D,), any floating dtype: the weight of the RMS norm of each query head, as in Qwen 3; None for no
+            norm.
+        key_weight: as query_weight, for key heads.
+        eps: added to the mean square in both norms.
         interleaved: as in rotary_embedding.
 
     Returns:
-        The queries, (B, H, S, D), in memory as (B, S, H, D).
+        The normed and rotated queries, (B, H, S, D), in memory as (B, S, H, D).
 
     Raises:
-        RuntimeError: where a gradient is wanted; there are none. Training rotates by rotary_embedding.
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        RuntimeError: if a gradient is needed; the op has none. For training use rotary_embedding.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
 
     Source:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.2.

@@ -1,4 +1,5 @@
-"""A weight that every step of a loop multiplies by: laid out once, and its gradient one product over all the steps."""
+"""A weight that is used in every step of a loop. It is laid out once, and its gradient is one product over all
+steps."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -10,11 +11,11 @@ __all__ = ["StepWeight", "gru_step", "lstm_step"]
 
 
 class StepWeight:
-    """y_t = x_t W^T of the steps t of one pass; made for each pass, at most `steps` of which multiply.
+    """y_t = x_t W^T for the steps t of one pass. Make a new one for each pass; it can be called at most `steps` times.
 
-    Per step torch would add an outer product of the weight's size to the gradient: here each step leaves its rows, and
-    the pass one product. Once differentiable. weight: (out, in), on the CPU, float32, bfloat16 or float16; x_t: (rows,
-    in) of its dtype.
+    In every step torch would add an outer product of the weight's size to the gradient. Here each step only stores its
+    rows, and the backward pass computes one product. Differentiable once. weight: (out, in), on the CPU, float32,
+    bfloat16 or float16; x_t: (rows, in) of the same dtype.
     """
 
     def __init__(self, weight: torch.Tensor, steps: int, rows: int):
@@ -45,7 +46,8 @@ class StepWeight:
 
 
 class _Shared(torch.autograd.Function):
-    """The weight's node in the graph: a place for each step's gradient, of no memory."""
+    """The weight's node in the autograd graph. It outputs one placeholder per step, without memory of its own, through
+    which autograd passes the gradient of that step."""
 
     @staticmethod
     def forward(ctx, inputs, weight, steps, rows):
@@ -132,10 +134,12 @@ class _Lstm(torch.autograd.Function):
 
 
 def gru_step(gates: torch.Tensor, products: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The next hidden state (B, H) from what input and hidden state give the gates r, z, n, (B, 3 * H) each."""
+    """The next hidden state (B, H) of a GRU. gates, products: (B, 3 * H), the contributions of the input and of the
+    hidden state to the gates r, z, n."""
     return _Gru.apply(gates, products, hidden)
 
 
 def lstm_step(gates: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next hidden state and memory (B, H) from the sums of the gates i, f, g, o, (B, 4 * H)."""
+    """The next hidden state and memory (B, H) of an LSTM. gates: (B, 4 * H), the sums of the gates i, f, g, o before
+    their activations."""
     return _Lstm.apply(gates, memory)
