@@ -1,6 +1,6 @@
 // Multiplies quantised rows by panels of an int8 weight (linear_int8.hpp).
 #pragma once
-#include "int8_quantize.hpp"
+#include "linear_int8_quantize.hpp"
 
 namespace tf::TF_ISA {
 
