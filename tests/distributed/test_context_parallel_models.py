@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -217,9 +218,11 @@ def refusals(mesh) -> dict[str, str]:
     llama = MODELS[0].make()
     batch = cp.shard_batch({"input_ids": torch.randint(3, 61, (1, LENGTH))})
     ids = batch["input_ids"]
+    transformers_own = MODELS[0]._replace(package=theirs).make()
     calls = {
         "labels": lambda: llama(**batch, labels=ids),
         "positions": lambda: llama(ids, position_ids=torch.arange(ids.shape[1])[None] % 4),
+        "pattern": lambda: transformers_own(ids, position_ids=torch.arange(ids.shape[1])[None] % 4, use_cache=False),
         "attentions": lambda: llama(**batch, output_attentions=True),
         "generate": lambda: llama.eval().generate(ids, max_new_tokens=2),
     }
@@ -273,6 +276,7 @@ def test_refusals(found):
     said = found["refusals"]
     assert "shift_labels" in said["labels"]
     assert "one sequence per row" in said["positions"]
+    assert re.match("attention_mask: .*context_parallel.*16 queries and 16 keys", said["pattern"])
     assert "output_attentions: wanted False" in said["attentions"]
     assert "context_parallel" in said["generate"]
 
