@@ -8,6 +8,8 @@ import transformers as hf
 from hf_models import DECODERS, ENCODERS, SEQ2SEQ, TEXT, batch, cast, run, run_with_gradients, truth, vit
 from numerics import GRADIENT, assert_as_accurate, pooled
 
+import transformer_fast
+from transformer_fast import _transformers
 from transformer_fast.integrations import huggingface  # which registers the implementation
 from transformer_fast.integrations.lazy_mask import LazyMask
 
@@ -29,6 +31,37 @@ def test_every_row_and_gradient(family, padding):
             pooled(grads, true_grads), pooled(true_grads, true_grads), pooled(eager_grads, true_grads), GRADIENT,
             name=f"{family} {dtype} gradients",
         )  # fmt: skip
+
+
+_WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WRITTEN_IN = {"MPNet": _WIDTHS, "RoFormer": _WIDTHS, "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("family", WRITTEN_IN)
+def test_attention_that_is_written_into_the_model_stays(family, own, tmp_path):
+    """Such a model adds its mask to its scores, and has no other that is causal."""
+    cls = getattr(hf, f"{family}Model")
+    torch.manual_seed(0)
+    model = cls(cls.config_class(vocab_size=61, **WRITTEN_IN[family])).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    if own:  # transformers looks for attention in the file of the class, which is this one
+        cls = type("Own", (cls,), {"__module__": __name__})
+    chosen = cls.from_pretrained(tmp_path, attn_implementation="transformer_fast").eval()
+    accelerated = cls.from_pretrained(tmp_path).eval()
+    report = transformer_fast.accelerate(accelerated, adopt=False, verbose=False)
+    _transformers._takes.clear()
+    with pytest.warns(UserWarning, match=f"written into the models of {family}Config"):
+        run(chosen, batch("left"))
+    for padding in ("left", "none"):
+        inputs = batch(padding)
+        wanted = run(model, inputs)
+        torch.testing.assert_close(run(chosen, inputs), wanted)
+        torch.testing.assert_close(run(accelerated, inputs), wanted)
+    assert "written into the model" in report.left["attention"]
+    assert "attention: its own" in transformer_fast.explain(chosen)
 
 
 @pytest.mark.quick
@@ -85,7 +118,7 @@ def test_beam_search_tokens():
 @pytest.mark.parametrize("cache_class", [hf.DynamicCache, hf.StaticCache])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_prefill_in_chunks(family, cache_class):
-    """The second chunk's queries stand at the end of the keys, or in the middle of a static cache."""
+    """The second chunk's queries are at the end of the keys, or in the middle of a static cache."""
     model, inputs = DECODERS[family](), batch("left")
 
     def chunked(model, dtype=torch.float32):
@@ -104,7 +137,7 @@ def test_prefill_in_chunks(family, cache_class):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_packed_sequences(family, monkeypatch):
-    """Sequences one after the other in a row, told apart by position_ids alone: varlen attention, no dense mask."""
+    """Several sequences per row, separated only by position_ids: varlen attention without a dense mask."""
     model = DECODERS[family]().train()
     ids = batch("none")["input_ids"].view(2, -1)
     rows = [[4, 1, 10, 3], [7, 11]]  # mistral's and gemma2's windows are of 3
@@ -124,7 +157,7 @@ def test_packed_sequences(family, monkeypatch):
     exact, plain = (run_with_gradients(m, inputs, use_cache=False) for m in models[1:])
     assert_as_accurate(ours[0], exact[0], plain[0])
     assert_as_accurate(*(pooled(g[1], exact[1]) for g in (ours, exact, plain)), GRADIENT)
-    with torch.no_grad():  # whoever reads the mask gets transformers' own
+    with torch.no_grad():  # code that reads the mask gets transformers' own
         out = models[0](**inputs, use_cache=False, output_attentions=True)
         assert_as_accurate(out.logits.flatten(0, 1), exact[0], plain[0])
         assert not out.attentions[0][0, :, 5:15, :5].any()
@@ -148,7 +181,7 @@ def test_own_four_dimensional_mask(family, kind):
 
 
 def test_padding_is_never_attended_to():
-    """What stands at padded positions changes nothing at the others."""
+    """Values at padded positions do not affect other positions."""
     for family in ("bert", "llama", "t5"):
         model = cast(TEXT[family](), torch.float32, "transformer_fast")
         for padding in ("left", "right"):
@@ -171,7 +204,7 @@ def test_gradient_checkpointing(reentrant):
 
 @pytest.mark.parametrize("regional", [True, False])
 def test_compile(regional):
-    """Whole models with fullgraph, and layer by layer, where masks of different rules must not be mixed up."""
+    """Whole models with fullgraph, and single layers, where masks with different rules must not be confused."""
     model = cast(DECODERS["gpt2"](), torch.float32, "transformer_fast")
     compiled = copy.deepcopy(model)
     torch._dynamo.reset()
