@@ -1,5 +1,6 @@
 """Cases of text generation: decoders and encoder-decoders of true size with random weights."""
 
+import json
 import pathlib
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ import torch
 import transformer_fast as tf
 
 from . import shapes
-from .case import OURS, Bar, Candidate, Case
+from .case import OURS, Bar, Candidate, Case, Part
 from .checkpoints import folder
 from .openvino_generation import openvino_generation
 
@@ -230,6 +231,27 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
     )
 
 
+def _int8_parts(inputs: Inputs) -> list[Part]:
+    """The encoder, the prompt, and every step: products of int8 weights, a byte each. What the norms and attention read
+    is not counted."""
+    c = json.loads((inputs.checkpoint / "config.json").read_text())
+    width = c.get("d_model") or c["n_embd"]
+    rows, sources, tokens = len(inputs.ids) * inputs.beams, int(inputs.mask.sum()), inputs.tokens
+    head = float(width * c["vocab_size"])
+    if "n_embd" in c:
+        layers = 12.0 * c["n_layer"] * width * width
+        prompt = Part(2 * (layers * sources + head * rows), layers + head)
+        step = Part(2 * (layers + head) * rows, layers + head)
+        return [prompt] + [step] * (tokens - 1)
+    inner = c["num_heads"] * c["d_kv"] if "d_kv" in c else width
+    attention, feed_forward = 4.0 * width * inner, 2.0 * width * (c.get("d_ff") or c["decoder_ffn_dim"])
+    layers, decoders = c.get("num_layers") or c["encoder_layers"], c.get("num_layers") or c["decoder_layers"]
+    encoder = layers * (attention + feed_forward) + decoders * attention / 2  # and the keys and values of all layers
+    decoder = decoders * (1.5 * attention + feed_forward) + head
+    steps = tokens - (c.get("forced_eos_token_id") is not None)
+    return [Part(2 * encoder * sources, encoder)] + [Part(2 * decoder * rows, decoder)] * steps
+
+
 # What the other engines have a converter for.
 _CONVERTED = ("gpt2", "marian", "t5-small", "bart-base")
 
@@ -260,6 +282,7 @@ def _case(
         dtype=_WEIGHTS[weights][0],
         shape=f"{len(lengths)} x {max(lengths)}, {tokens} new",
         bar=Bar(bar),
+        parts=_int8_parts if weights == "int8" and model in _CONVERTED else None,
         result=None,  # the next token of random weights is a matter of rounding; tests hold that tokens are HF's
     )
 

@@ -146,6 +146,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");
+  // As cpu_decoder_step, to the largest logit of each row: tokens, int64 (rows, 1). barred: int64, those left out. With
+  // values, tokens and values (rows, k) are the largest of log_softmax(logits), and logits (rows, V) is work memory.
+  m.def(
+      "cpu_decoder_choose(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
+      "Tensor? cross_lengths, int length, Tensor? barred, Tensor(c!) tokens, Tensor(d!)? values, "
+      "Tensor(e!)? logits) -> ()");
   // query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv): last stride 1; score_weight, bias: float32 (D,). mask: bool
   // (B, Sq, Sk), any strides. weights, grad_query, grad_score_weight (B, D): float32. All results are contiguous.
 #define TF_ADDITIVE \

@@ -31,6 +31,22 @@ struct HeadChoice {
   int64_t* tokens;  // (rows + 1,): what is found, and of how many panels; null: outputs are wanted
 };
 
+// Which outputs of a weight are the largest for every row: the first of them, or with `values` the `count` largest log
+// softmax outputs, largest first.
+struct RowBest {
+  float value;
+  int32_t index;
+};
+static inline int64_t best_stride(int64_t rows) { return (rows + 7) / 8 * 8; }  // threads share no line of the cache
+struct RowChoice {
+  const int64_t* barred;  // outputs that do not count
+  int64_t barred_count;
+  int64_t count;
+  RowBest* best;    // work memory, best_stride(rows) for each thread
+  int64_t* tokens;  // (rows, count); null: outputs are wanted
+  float* values;    // (rows, count), or null
+};
+
 // Floats a row that a product with a weight (in, out) is gathered in: its parts over kSplitDepth inputs each; or that
 // its input takes in int8, twice: a product's result may be made into the next one's input beside it.
 constexpr int64_t kSplitDepth = 128;

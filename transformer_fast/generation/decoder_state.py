@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..backends.memory import Kept
 from ..ops.decoder_step import DecoderCopies
 from ..ops.head_screen import HeadScreen
 
@@ -20,13 +21,14 @@ class DecoderState:
 
     storage: (dtype, whether to copy) of set_weight_storage, or None. copies: of the weights, which the last generation
     has left; screen: of the head's weight, likewise. made: the caches that transformers has made for calls of generate,
-    which nobody else reads.
+    which nobody else reads. memory: that caches on the CPU lay in.
     """
 
     storage: tuple[torch.dtype | None, bool] | None = None
     copies: DecoderCopies | None = None
     screen: HeadScreen | None = None
     made: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+    memory: Kept = field(default_factory=Kept)
 
     def __deepcopy__(self, memo) -> "DecoderState":
         return DecoderState()

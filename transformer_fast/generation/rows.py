@@ -58,6 +58,21 @@ class LiveRows:
         found = choose(tokens[self.index], barred)
         return None if found is None else torch.zeros_like(tokens).index_copy_(0, self.index, found)
 
+    def rank(
+        self, tokens: torch.Tensor, count: int, barred: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The stepper's rank over the whole batch, or None if it has none. What finished rows get is for nobody."""
+        rank: Any = getattr(self.stepper, "rank", None)
+        if rank is None:
+            return None
+        if self.index is None:
+            return rank(tokens, count, barred)
+        index = self.index
+        return tuple(
+            found.new_zeros(self.rows, count).index_copy_(0, index, found)
+            for found in rank(tokens[index], count, barred)
+        )  # type: ignore[return-value]
+
     def reorder(self, index: torch.Tensor) -> None:
         """Row r goes on from row index[r] of the same block."""
         if self.index is not None:

@@ -44,6 +44,8 @@ class Stepper(Protocol):
     A stepper that can tell the largest logit of a row without all of them has choose(tokens, barred) -> (rows,) int64
     or None too: as step, but of each row the first of the largest logits, tokens in `barred` (int64, or None) left out;
     None, before anything is done, where step has to be asked.
+    One that can rank them has rank(tokens, count, barred) -> float32 and int64 (rows, count): the largest
+    log-probabilities of each row, largest first, and their tokens; those in `barred` have a log-probability of -inf.
     """
 
     def __init__(self, model: Any, prompt: Prompt): ...
