@@ -1,13 +1,14 @@
-"""Builds transformer_fast/_C.abi3.so: CPU kernels once per instruction set, CUDA kernels where nvcc is.
+"""Builds transformer_fast/_C.abi3.so: CPU kernels once per instruction set, and CUDA kernels if there is nvcc.
 
-The torch that the package will run with is the one to build against: with pip's build isolation it is looked for in the
-environment that pip installs into, and where it is not found the build stops and says which command does it.
-No compiler or no nvcc leaves that part out, and `transformer-fast info` and the first slow call say why: the reason is
-written to transformer_fast/_native_missing.txt, and a wheel without the library is a pure one.
-TRANSFORMER_FAST_NATIVE=0 leaves the library out, TRANSFORMER_FAST_NATIVE=1 makes a failed build an error.
+The library is built against the torch that the package will run with. Under pip's build isolation, torch is searched in
+the environment that pip installs into. If it is not found, the build stops with the command that works. Without a C++
+compiler the library is left out, and without nvcc the CUDA kernels are. The reason is written to
+transformer_fast/_native_missing.txt, and `transformer-fast info` and the first slow call show it. A wheel without the
+library is a pure Python wheel. TRANSFORMER_FAST_NATIVE=0 leaves the library out, TRANSFORMER_FAST_NATIVE=1 makes a
+failed build an error.
 
-CUDA code is compiled for the GPUs that torch sees here, so by default for none where there is no GPU.
-TRANSFORMER_FAST_CUDA_ARCHS asks for others: "all", "none", or a list of 80, 90a, 100, 120.
+CUDA code is compiled for the GPUs that torch sees here, so for none on a machine without a GPU.
+TRANSFORMER_FAST_CUDA_ARCHS selects others: "all", "none", or a list of 80, 90a, 100, 120.
 """
 
 import functools
@@ -37,12 +38,12 @@ X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx2", "-mfma", "-mf16c",
                "-mprefer-vector-width=512"],
 }  # fmt: skip
-# What a GPU of compute capability 8.x, 9.x, ... runs. Files with _wgmma in their names have code for sm_90a alone.
+# The architecture for GPUs of compute capability 8.x, 9.x, ... Files with _wgmma in their names are for sm_90a only.
 CUDA_ARCHS = {8: "80", 9: "90a", 10: "100", 12: "120"}
 LIBRARY, NOTE = "_C.abi3.so", "_native_missing.txt"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
-# Of the files with int8 in their names: more sets, with instructions that multiply bytes.
+# For files with int8 in their names: more instruction sets, with byte multiplications.
 X86_INT8_ISAS = {
     "baseline": X86_ISAS["baseline"],
     "avx2": X86_ISAS["avx2"],
@@ -62,7 +63,8 @@ pip install "setuptools>=77" wheel ninja. TRANSFORMER_FAST_NATIVE=0 installs wit
 
 
 class Torch(NamedTuple):
-    """The torch to build against. visible_majors: of the GPUs it sees, as compute capability 9 of 9.0."""
+    """The torch to build against. visible_majors: the major compute capabilities of the GPUs that it sees (9 for
+    9.0)."""
 
     folder: str
     version: str
@@ -79,10 +81,10 @@ print(json.dumps([os.path.dirname(torch.__file__), torch.__version__, majors]))
 
 @functools.cache
 def find_torch() -> Torch:
-    """Asks the interpreter as it is here, then without the path on which pip's build isolation puts its own packages.
+    """Find torch in the current environment, then without PYTHONPATH, in the environment of the interpreter itself.
 
-    pip builds with the interpreter that it installs for, with PYTHONPATH naming isolated packages alone: without the
-    variable that interpreter sees its own torch again. Raises SystemExit, which no installer swallows, without one.
+    pip's build isolation runs the interpreter that it installs for with a PYTHONPATH of isolated packages. Without that
+    variable the interpreter sees its own torch. Raises SystemExit, which installers pass on, if there is no torch.
     """
     errors = []
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -99,7 +101,7 @@ def find_torch() -> Torch:
         errors.append((done.stderr.strip().splitlines() or ["no output"])[-1])
     broken = [error for error in errors if "No module named 'torch'" not in error]
     where = f" that can be imported ({broken[-1]})" if broken else ""
-    temporary = ROOT.name.startswith(("pip-", "sdist-", "tmp"))  # pip's own copy of what it was given
+    temporary = ROOT.name.startswith(("pip-", "sdist-", "tmp"))  # pip's own copy of the sources
     raise SystemExit(NO_TORCH.format(where=where, what="(what you gave to pip)" if temporary else ROOT))
 
 
@@ -110,7 +112,7 @@ def isas(int8: bool = False) -> dict[str, list[str]]:
 
 
 def cuda_archs() -> list[str]:
-    """The architectures to compile CUDA code for; empty where there is nothing to compile."""
+    """The architectures to compile CUDA code for; empty if there is nothing to compile."""
     asked = os.environ.get("TRANSFORMER_FAST_CUDA_ARCHS", "").strip()
     if asked == "none":
         return []
@@ -145,7 +147,7 @@ def nvcc() -> str:
 
 
 def gencode(source: pathlib.Path, archs: list[str]) -> list[str]:
-    if "_wgmma" in source.stem:  # elsewhere its kernels are empty: their host code is there to say no
+    if "_wgmma" in source.stem:  # its kernels are empty on other architectures; only the host code is needed there
         archs = ["90a"] if "90a" in archs else archs[:1]
     return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
 
@@ -192,7 +194,7 @@ class Plan:
         self.objects.append((command, source, self.build / f"{stem}.o"))
 
     def link(self) -> list[str]:
-        # CUDA's runtime is linked in, and the driver found at run time: the library loads where there is no CUDA.
+        # CUDA's runtime is linked statically and the driver is found at run time, so the library loads without CUDA.
         linker = [nvcc(), "-ccbin", self.cxx, "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
         return [*(linker if self.archs else [self.cxx]), "-shared", "-o", str(self.output),
                 *(str(o) for _, _, o in self.objects),
@@ -224,7 +226,7 @@ def ninja_command() -> list[str] | None:
 
 
 def without_library() -> str:
-    """Why there is nothing to build, in a sentence for users; '' where there is."""
+    """Why the library cannot be built, as a sentence for users; '' if it can."""
     if os.environ.get("TRANSFORMER_FAST_NATIVE") == "0":
         return "transformer_fast was installed with TRANSFORMER_FAST_NATIVE=0"
     compiler = os.environ.get("CXX", "g++").split()[0]
@@ -243,7 +245,7 @@ def without_library() -> str:
 
 
 def failure(error: Exception) -> str:
-    """Of a build, in a sentence for users."""
+    """Why the build failed, as a sentence for users."""
     return (
         f"its build failed when transformer_fast was installed ({error}); to see why, build again with "
         "TRANSFORMER_FAST_NATIVE=1"
@@ -255,7 +257,7 @@ class BuildNative(build_ext):
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         output = output.with_name(LIBRARY)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)  # never ship an older build when this one fails
+        output.unlink(missing_ok=True)  # do not ship an older build if this one fails
         reason = without_library()
         if reason and required():
             raise SystemExit(f"TRANSFORMER_FAST_NATIVE=1, but {reason}")
@@ -295,7 +297,7 @@ class BuildNative(build_ext):
         for name in (LIBRARY, NOTE):
             built, here = pathlib.Path(self.build_lib) / "transformer_fast" / name, ROOT / "transformer_fast" / name
             if built.exists():
-                # A new file in its place: writing into the old one would crash processes that have it loaded.
+                # Replace the file: writing into it would crash processes that have it loaded.
                 copy = here.with_name(f"{name}.new")
                 shutil.copy2(built, copy)
                 copy.replace(here)
@@ -304,7 +306,7 @@ class BuildNative(build_ext):
 
 
 class PureWithoutLibrary(bdist_wheel):
-    """A wheel that runs anywhere is tagged so; one with the library, for this platform and CPython's stable ABI."""
+    """Tags a wheel without the library as pure, and one with it for this platform and CPython's stable ABI."""
 
     def run(self) -> None:
         self.run_command("build")

@@ -1,4 +1,4 @@
-// The table of contents: every native op's schema, and the functions of torch that the kernels use.
+// The schemas of all native ops, and the functions of torch that the kernels use.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -51,7 +51,7 @@ TF_FOR_EACH_ISA(TF_DECLARE)
 static const Kernels* active = &kernels_baseline;
 const Kernels& kernels() { return *active; }
 
-// name: one of the compiled instruction sets. The caller has checked that this processor has it.
+// name: one of the compiled instruction sets. The caller has checked that this processor supports it.
 void cpu_set_isa(std::string name) {
 #define TF_SELECT(isa) \
   if (name == #isa) {  \
@@ -62,7 +62,7 @@ void cpu_set_isa(std::string name) {
   STD_TORCH_CHECK(false, "transformer_fast: no CPU kernels were compiled for instruction set ", name);
 }
 
-// What the CUDA kernels of this build were compiled for: "80 90a ..."; "" when there are none.
+// The architectures of this build's CUDA kernels: "80 90a ..."; "" when there are none.
 std::string cuda_architectures() {
 #ifdef TF_WITH_CUDA
   return TF_WITH_CUDA;
@@ -94,9 +94,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
       "-> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
-  // query, key, value, out and their gradients: (B, H, S, D) or, unpadded, (total, H, D); last stride 1. bias, mask: 4-D.
-  // key_lengths, cu_seqlens: int32 or int64. relative_bias: reach covers every distance and 64 more. lse, grad_lse:
-  // float32 (B, H, Sq) or (H, total_q). dbias: float32 zeros of bias's shape. drelative_bias: float32 zeros
+  // query, key, value, out and their gradients: (B, H, S, D) or, unpadded, (total, H, D); last stride 1. bias, mask:
+  // 4-D. key_lengths, cu_seqlens: int32 or int64. relative_bias: reach covers every distance and 64 more. lse,
+  // grad_lse: float32 (B, H, Sq) or (H, total_q). dbias: float32 zeros, shape of bias. drelative_bias: float32 zeros
   // (B, H, 2 * reach + 1).
   m.def("cpu_attention_forward(" TF_ATTENTION_SCHEMA "Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION_SCHEMA
@@ -110,9 +110,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_linear_long(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
   // float32: g (rows, out) and x (rows, in) with last strides 1, y (out, in) and sums (out,) contiguous; rows > 0.
   m.def("cpu_weight_gradient(Tensor g, Tensor x, Tensor(a!) y, Tensor(b!)? sums) -> ()");
-  // Hashes the memory of each tensor in its own order; the memory has no gaps. hashes: int64, one per tensor.
+  // Hashes the memory of each tensor, in the order of addresses; the memory has no gaps. hashes: int64, one per tensor.
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
-  // logits: (rows, classes), last stride 1; target: int64; everything else float32.
+  // logits: (rows, classes), last stride 1; target: int64; all others float32.
   m.def(
       "cpu_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
       "float z_loss, Tensor(a!) losses, Tensor(b!) largest, Tensor(c!) total) -> ()");
@@ -129,8 +129,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "Tensor? position, Tensor? type_ids, Tensor? token_type, Tensor? norm_weight, Tensor mean, Tensor rstd, "
       "Tensor? rng, float dropout_p, Tensor(a!) grad_v, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def("cpu_embedding_gradient(Tensor grad_v, Tensor ids, int padding_idx, Tensor(a!) grad_table) -> ()");
-  // A plan is plain memory with addresses in it: its owner keeps every tensor that went into it. norms and weights hold
-  // pairs (weight, bias); a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
+  // A plan is plain memory that holds addresses: its owner must keep every tensor passed to it alive. norms and weights
+  // hold pairs (weight, bias); a norm whose eps is negative is absent. bias, workspace, relative, logits: float32.
   m.def("cpu_decoder_plan_bytes(int layers) -> int");
   m.def("cpu_decoder_phase_bytes(int layers) -> int");
   m.def("cpu_decoder_split_floats(Tensor weight) -> int");  // of workspace, per row
@@ -160,10 +160,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_additive_attention_backward(Tensor grad_out, Tensor? grad_weights, Tensor weights, " TF_ADDITIVE
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_score_weight) -> ()");
 #undef TF_ADDITIVE
-  // A GRU, or with a memory an LSTM. gates: (positions, gates * width), last stride 1. panels: as of cpu_to_panels;
-  // in the forward pass of each gate's (width, width), in the backward pass of the transposed weight. hidden, memory:
-  // (batch, width). sequences: int64 (3, batch): the start of each, its length, and their order, longest first. bias,
-  // saved (positions, 4 * width), memories: float32. All but gates is contiguous.
+  // A GRU, or with memory an LSTM. gates: (positions, gates * width), last stride 1. panels: from cpu_to_panels; in the
+  // forward pass of each gate's weight (width, width), in the backward pass of the transposed weight. hidden, memory:
+  // (batch, width). sequences: int64 (3, batch): starts, lengths, and the order from longest to shortest. bias, saved
+  // (positions, 4 * width), memories: float32. All but gates are contiguous.
   m.def(
       "cpu_recurrence_forward(Tensor gates, Tensor panels, Tensor? bias, Tensor hidden, Tensor? memory, "
       "Tensor sequences, int steps, bool reverse, Tensor(a!) out, Tensor(b!) last_hidden, Tensor(c!)? last_memory, "
@@ -173,12 +173,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "Tensor hidden, Tensor? memory, Tensor sequences, int steps, bool reverse, Tensor out, Tensor saved, "
       "Tensor? memories, Tensor(a!) grad_gates, Tensor(b!)? grad_products, Tensor(c!) grad_hidden, "
       "Tensor(d!)? grad_memory) -> ()");
-  // One token a row, ids int64 (rows,), through a recurrent decoder. weights: the gates of each layer's input and hidden
-  // state, (width, in) with contiguous rows or in panels, then query, readout and head; biases: of each layer's input
-  // and hidden state, of query, readout and head. sources: int32 (rows,); mask: bool (sources, length). All else is
-  // contiguous float32: hidden, memory (layers, rows, width), feed (rows, readout_size), keys and values (sources,
-  // length, ...), biases. The results lie apart from all that is read: logits, or with the int8 panels of the head's
-  // weight and bounds of their error the tokens (rows + 1,) with the largest, without the barred ones (int64).
+  // One token per row through a recurrent decoder; ids: int64 (rows,). weights: per layer the gates of the input, then
+  // those of the hidden state, (width, in) with contiguous rows or in panels; then query, readout and head. biases: per
+  // layer one for the input and one for the hidden state; then query, readout and head. sources: int32 (rows,). mask:
+  // bool (sources, length). All others are contiguous float32: hidden, memory (layers, rows, width), feed (rows,
+  // readout_size), keys and values (sources, length, ...), biases. Outputs overlap no input: logits; or with screen
+  // (the head in int8 panels) and bounds of its error, int64 tokens (rows + 1,), the largest per row, none in barred.
   m.def(
       "cpu_recurrent_step(Tensor ids, Tensor token, Tensor hidden, Tensor? memory, Tensor? feed, Tensor? keys, "
       "Tensor? values, Tensor? mask, Tensor? sources, Tensor? score_weight, Tensor?[] weights, Tensor?[] biases, "

@@ -1,4 +1,4 @@
-// What the bindings need from torch: the stable ABI alone, so that one library serves every torch >= 2.11.
+// What the bindings use of torch: only the stable ABI, so that one library serves every torch >= 2.11.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -34,7 +34,7 @@ inline Storage storage_of(const Tensor& t) {
 }
 inline int64_t bytes_of(Storage s) { return s == Storage::f32 ? 4 : s == Storage::i8 ? 1 : 2; }
 #ifdef TF_EMULATE
-// The emulator checks every access of a kernel against the tensors that its binding has passed to read() or write().
+// The emulator checks every access of a kernel against the tensors that its binding passed to read() or write().
 void name_tensor(const Tensor& t, const void* data, bool writable);
 void forget_tensors();
 #else

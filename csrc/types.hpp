@@ -1,4 +1,4 @@
-// What the arguments of every CPU kernel share.
+// Types that the arguments of all kernels share.
 #pragma once
 #include <cstdint>
 

@@ -26,8 +26,9 @@ class Inputs:
 
 @dataclass
 class Case:
-    """One call. lengths: keys of each sequence (padded: key_lengths). *_axes: which of B, H, Sq, Sk are not broadcast.
-    unpadded: sequence b has lengths[b] keys and queries - b queries. buckets: of a T5 bias, 0 for none."""
+    """One attention call. lengths: number of keys of each sequence (padded: key_lengths). *_axes: which of B, H, Sq, Sk
+    are not broadcast. unpadded: sequence b has lengths[b] keys and queries - b queries. buckets: number of buckets of a
+    T5 bias, 0 for none."""
 
     batch: int
     heads: int
@@ -82,7 +83,7 @@ class Case:
         return tuple(max(n) for n in self.counts()) if self.unpadded else (self.queries, self.keys)
 
     def forward(self, leaves, mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse of (query, key, value, bias, table)."""
+        """out and lse. leaves: (query, key, value, bias, table)."""
         q, k, v, bias, table = leaves
         more = {
             "attn_mask": mask, "bias": bias, "is_causal": self.is_causal, "softcap": self.softcap,
@@ -91,7 +92,7 @@ class Case:
         }  # fmt: skip
         if table is not None:
             more["relative_bias"] = tf.RelativeBias(table, 40, self.bidirectional)
-        torch.manual_seed(7)  # one dropout mask
+        torch.manual_seed(7)  # the same dropout mask in every run
         if self.unpadded:
             cu = [torch.tensor([0, *n]).cumsum(0).int() for n in self.counts()]
             out, lse = tf.varlen_attention(q, k, v, *cu, **more)
@@ -101,7 +102,7 @@ class Case:
         return out, lse
 
     def run(self, inputs: Inputs, name: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        """out, lse and every gradient, computed in dtype by backend `name`."""
+        """out, lse and all gradients, computed in `dtype` by backend `name`."""
         leaves = [
             None if t is None else t.detach().to(dtype).requires_grad_()
             for t in (inputs.query, inputs.key, inputs.value, inputs.bias, inputs.table)
@@ -114,7 +115,7 @@ class Case:
 
 
 def check(case: Case, inputs: Inputs | None = None, name: str = "cpu") -> None:
-    """Holds backend `name` against float64."""
+    """Compare backend `name` with float64."""
     inputs = inputs or case.inputs()
     truth = case.run(inputs, "eager", torch.float64)
     plain = case.run(inputs, "eager", case.dtype)
@@ -125,8 +126,8 @@ def check(case: Case, inputs: Inputs | None = None, name: str = "cpu") -> None:
 
 
 def next_to_one_key(device: str) -> tuple[dict, dict, tuple]:
-    """Tensors, keywords and gradients of a call with dropout whose mask leaves each row one key of 150, or nearly: its
-    score has next to no gradient, whatever dropout makes of its value."""
+    """Tensors, keywords and gradients of a call with dropout whose mask leaves each row (almost) only one of 150 keys.
+    That key's score has almost no gradient, with and without dropout of its value."""
     tensors = {name: torch.randn(1, 2, n, 32, device=device).bfloat16() for name, n in
                (("query", 24), ("key", 150), ("value", 150))}  # fmt: skip
     away = torch.arange(150, device=device) - 5 * torch.arange(24, device=device)[:, None]
@@ -135,8 +136,8 @@ def next_to_one_key(device: str) -> tuple[dict, dict, tuple]:
 
 
 def draw_case(draw) -> Case:
-    """Any combination of features. Sequences are long enough that softmax has something to weigh: with one key left
-    a row the gradient of the scores is an exact zero in plain PyTorch and rounding noise of any fused backward."""
+    """Any combination of features. Sequences are long enough that rows have several keys: with one key per row the
+    gradient of the scores is exactly zero in plain PyTorch and rounding noise in any fused backward pass."""
     sampled, chance = st.sampled_from, st.booleans()
     batch, key_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     keys = draw(st.integers(40, 200))

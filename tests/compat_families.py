@@ -1,4 +1,4 @@
-"""Every model class beside Hugging Face's: tiny configurations, and inputs with the labels that its head takes."""
+"""Every model class and Hugging Face's: tiny configurations, and inputs with the labels that its head takes."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ CONFIGS = {
     }),
     "gpt_neo": ("GPTNeoConfig", _DECODER | {
         "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
-        "window_size": 6,  # what padding sees where a window holds nothing else depends on the dtype in transformers
+        "window_size": 6,  # in transformers the output of padding whose window has no tokens depends on the dtype
     }),
     "gpt_neox": ("GPTNeoXConfig", _DECODER),
     "phi": ("PhiConfig", _DECODER),
@@ -83,7 +83,7 @@ CONFIGS = {
     "umt5": ("UMT5Config", _T5),
 }  # fmt: skip
 CLASSES = {name: family for family in CONFIGS for name in _EXPORTS[f"models.{family}"]}
-BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")  # decoders where the configuration says so
+BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")  # decoders if the configuration says so
 SEQ2SEQ = ("bart", "marian", "mbart", "pegasus", "m2m_100", "t5", "mt5", "umt5")
 _ONE_STACK = tuple(f"{f}T5{head}" for f in ("", "M", "UM") for head in ("EncoderModel", "ForTokenClassification")) + (
     "BartForCausalLM", "MarianForCausalLM",
@@ -102,22 +102,22 @@ _RELEASE = tuple(int(n) for n in transformers.__version__.split(".")[:2])
 
 
 def make_pair(name: str, **changes):
-    """(ours, Hugging Face's) with the same random weights, in evaluation mode."""
+    """(our model, Hugging Face's) with the same random weights, in evaluation mode."""
     import transformer_fast
 
     if name.startswith("UMT5") and name not in _UMT5_ENCODERS and _RELEASE < (5, 20):
-        pytest.skip(f"UMT5's decoder sees the tokens to come in transformers {transformers.__version__}")
+        pytest.skip(f"UMT5's decoder attends to later tokens in transformers {transformers.__version__}")
     torch.manual_seed(3)
     theirs = getattr(transformers, name)(make_config(name, **changes))
     with torch.no_grad():
-        for parameter in (p for p in theirs.parameters() if p.requires_grad):  # Marian's positions are no weights
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):  # Marian's positions are not learned
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if hasattr(theirs, "final_logits_bias"):
             theirs.final_logits_bias.normal_()
-        if CLASSES[name] == "gpt_neo":  # which does not scale its scores: one sharp row would be the largest error
+        if CLASSES[name] == "gpt_neo":  # GPT-Neo does not scale its scores: one sharp row would be the largest error
             for key in [k for k in theirs.state_dict() if k.endswith("q_proj.weight")]:
                 theirs.get_parameter(key).mul_(8**-0.5)
-    if CLASSES[name] == "gemma2":  # sdpa, the default in transformers 5.17, leaves the softcap out
+    if CLASSES[name] == "gemma2":  # sdpa, the default in transformers 5.17, ignores the softcap
         theirs.set_attn_implementation("eager")
     ours = getattr(transformer_fast, name)(make_config(name, **changes))
     ours.load_state_dict(theirs.state_dict())
@@ -125,14 +125,14 @@ def make_pair(name: str, **changes):
 
 
 def padding_mask(side: str = "right", batch: int = BATCH) -> torch.Tensor:
-    """(batch, LENGTH), rows of LENGTH, 4 and 2 tokens."""
+    """A mask (batch, LENGTH) for rows of LENGTH, 4 and 2 tokens."""
     lengths = torch.tensor([(LENGTH, 4, 2)[row % 3] for row in range(batch)])[:, None]
     position = torch.arange(LENGTH)
     return (position < lengths if side == "right" else position >= LENGTH - lengths).long()
 
 
 def make_inputs(name: str) -> dict[str, torch.Tensor]:
-    """A padded batch with labels where the class has them."""
+    """A padded batch, with labels if the class takes them."""
     generator = torch.Generator().manual_seed(4)
 
     def draw(*shape, low=3, high=VOCABULARY):
@@ -188,7 +188,7 @@ def real_parts(output, call: dict) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             continue
         mask = call.get("attention_mask", call["input_ids"] * 0 + 1)
-        if value.shape[:1] != mask.shape[:1]:  # one row per choice
+        if value.shape[:1] != mask.shape[:1]:  # multiple choice has one row per choice
             mask = mask.flatten(0, -2)
         seen = key.startswith("encoder") or "decoder_input_ids" not in call
         if seen and value.dim() >= mask.dim() and value.shape[: mask.dim()] == mask.shape:

@@ -4,7 +4,7 @@ import sys
 import types
 from unittest import mock
 
-os.environ.setdefault("TRANSFORMER_FAST_POISON", "1")  # outputs hold NaN until a kernel writes them
+os.environ.setdefault("TRANSFORMER_FAST_POISON", "1")  # outputs are NaN until a kernel writes them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -15,7 +15,8 @@ import torch
 
 
 def _without_hypothesis() -> types.ModuleType:
-    """In its place where it is not installed (a GPU machine without network): drawn tests are skipped and say why."""
+    """A stand-in if hypothesis is not installed (a GPU machine without network): drawn tests are skipped and say
+    why."""
     stand_in = types.ModuleType("hypothesis")
     reason = "hypothesis is not installed"
 
@@ -38,14 +39,14 @@ if importlib.util.find_spec("hypothesis") is None:
 else:
     import hypothesis
 
-    # The same examples every time, and no test fails because the machine is busy.
+    # The same examples in every run, and no test fails because the machine is busy.
     hypothesis.settings.register_profile(
         "here", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     hypothesis.settings.load_profile("here")
 
-    # Hypothesis mixes the numbers that it finds in the loaded modules into its draws: they would differ with the
-    # tests that a worker has run before.
+    # Hypothesis also draws constants that it finds in loaded modules. Draws would then depend on the tests that a
+    # worker has run before.
     from hypothesis.internal.conjecture import providers
 
     if hasattr(providers, "_get_local_constants"):
@@ -54,14 +55,14 @@ else:
 
 
 def pytest_configure(config):
-    # Under xdist every worker gets its share of the cores.
+    # Under xdist the workers share the cores.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(autouse=True)
 def _no_launch_plans_of_other_tests():
-    """They hold block sizes that a test may have replaced."""
+    """Launch plans contain block sizes, which a test may have replaced."""
     if torch.cuda.is_available() and (module := sys.modules.get("transformer_fast.backends.triton_launch")):
         module.forget()
 
@@ -72,7 +73,7 @@ def _seed():
 
 
 def pytest_fixture_setup(fixturedef):
-    """Those of a module or a session are made before _seed runs, after tests that nobody knows."""
+    """Seed fixtures of a module or session too: they run before _seed, after any other tests."""
     if fixturedef.scope != "function":
         torch.manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Attention calls that several processes share: each runs in all of them, and its parts are put together again."""
+"""Attention calls under context_parallel: each runs in all processes, and the parts are put together again."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ BATCH, LENGTH, DIM = 2, 32, 8
 
 @dataclass(frozen=True)
 class Case:
-    """One call of scaled_dot_product_attention, or of varlen_attention where `unpadded` has the sequences' lengths."""
+    """One call of scaled_dot_product_attention, or of varlen_attention if `unpadded` has the sequences' lengths."""
 
     name: str
     heads: int = 4
@@ -28,7 +28,7 @@ class Case:
     lengths: tuple[int, ...] = ()
     key_mask: bool = False
     key_bias: bool = False  # without a gradient
-    mask: bool = False  # a column for every position
+    mask: bool = False  # with the columns of all processes
     bias: bool = False
     buckets: int = 0
     max_distance: int = 6
@@ -79,7 +79,7 @@ class Case:
         return torch.tensor([0, *self.unpadded]).cumsum(0).int() if self.unpadded else None
 
     def alone(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """On one process, in plain PyTorch."""
+        """The result on one process, in plain PyTorch."""
         with tf.backend("eager"):
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.tensors().items()}
             return self._run(tensors, self.cu_seqlens())
@@ -95,7 +95,7 @@ class Case:
         return {"out": out.detach(), "lse": lse.detach().masked_fill(~seen, 0.0), **grads}
 
     def spread(self, cp: tf.distributed.context_parallel) -> dict[str, torch.Tensor]:
-        """On all processes of cp; the parts put together in each."""
+        """The result on all processes of cp, with the parts put together in each process."""
         cu = self.cu_seqlens()
         along = {"query": 2, "key": 2, "value": 2, "grad_out": 2, "grad_lse": 2, "bias": 2, "attn_mask": 3}
         if self.unpadded:

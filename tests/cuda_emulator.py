@@ -1,6 +1,6 @@
-"""Runs the CUDA kernels (csrc/cuda) on CPU tensors, under the emulator of tests/native/emulator, where no GPU is.
+"""Runs the CUDA kernels (csrc/cuda) on CPU tensors under the emulator in tests/native/emulator, without a GPU.
 
-The library is compiled once with g++ and ninja, into build/, from all of csrc/cuda/*.cu and csrc/bindings/cuda*.cpp; it
+The library is compiled once with g++ and ninja, into build/, from all of csrc/cuda/*.cu and csrc/bindings/cuda*.cpp. It
 registers the ops transformer_fast::cuda_* for CPU tensors.
 """
 
@@ -27,7 +27,7 @@ NAME = "cuda_emulator_library"
 
 
 def why_not() -> str:
-    """What the emulator lacks on this machine; empty when it can be built."""
+    """What is missing on this machine to build the emulator; '' if it can be built."""
     missing = [m for m in ("pybind11", "ninja") if importlib.util.find_spec(m) is None]
     if missing:
         return f"{' and '.join(missing)} not installed (pip install {' '.join(missing)})"
@@ -37,12 +37,12 @@ def why_not() -> str:
 
 @functools.cache
 def library():
-    """The emulator's controls: settings, counters(), reset_counters() and the kernels that test itself."""
+    """The emulator's controls: settings, counters(), reset_counters(), and kernels that test the emulator."""
     from transformer_fast.backends import native
 
     if why_not():
         pytest.skip(f"the CUDA emulator cannot be built: {why_not()}")
-    reason = native.load()  # it has the schemas
+    reason = native.load()  # the native library has the schemas
     if reason:
         pytest.skip(f"the CUDA emulator needs the native library: {reason}")
     spec = importlib.util.spec_from_file_location(NAME, _build())
@@ -53,10 +53,11 @@ def library():
 
 @contextlib.contextmanager
 def active(late: bool = True, seed: int = 0, compute_capability: int = 90) -> Iterator[None]:
-    """Inside, `backend("cuda")` takes CPU tensors. Skips the test where the emulator cannot be built.
+    """In this context `backend("cuda")` accepts CPU tensors. Skips the test if the emulator cannot be built.
 
-    late: copies and matrix products run behind a thread's back are done at the last legal moment, else at once
-    seed: of the order in which warps run   compute_capability: what the kernels' hosts see, 80, 90, 100 or 120
+    late: asynchronous copies and matrix products complete as late as allowed, else at once. seed: determines the order
+        in
+    which warps run. compute_capability: what the host code sees: 80, 90, 100 or 120.
     """
     from transformer_fast import backends
 
@@ -75,7 +76,7 @@ def active(late: bool = True, seed: int = 0, compute_capability: int = 90) -> It
             del os.environ["TRANSFORMER_FAST_CUDA_EMULATOR"]
         else:
             os.environ["TRANSFORMER_FAST_CUDA_EMULATOR"] = variable
-        backends._select.cache_clear()  # it holds choices that were right in here only
+        backends._select.cache_clear()  # selections in this context do not hold outside
 
 
 def _flags() -> list[str]:
@@ -91,7 +92,7 @@ def _flags() -> list[str]:
 
 
 def _build() -> pathlib.Path:
-    """Compiles what has changed. Several processes (pytest-xdist) may ask at once: one does it."""
+    """Compile what has changed. Several processes (pytest-xdist) may call this at once; one of them compiles."""
     import torch
 
     compiler = os.environ.get("CXX", "g++")

@@ -1,6 +1,6 @@
-"""Compiles csrc/cuda/*.cu with nvcc for the tests, each for one architecture, and reports on it.
+"""Compiles csrc/cuda/*.cu with nvcc for the tests, each for one architecture, and reports the result.
 
-Reports, and the objects of one architecture, are kept under build/ by the hash of the source, its headers and the
+Reports, and the objects of one architecture, are cached under build/ by the hash of the source, its headers and the
 compiler.
 """
 
@@ -24,13 +24,13 @@ SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHS = ("80", "90a", "100", "120")
 NVCC = os.environ.get("NVCC", "nvcc")
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-fPIC"]
-LINKED = "90a"  # of this architecture the objects are kept, host code and all, and linked
+LINKED = "90a"  # the objects of this architecture are kept, with host code, and linked
 needs_nvcc = pytest.mark.skipif(not shutil.which(NVCC), reason=f"{NVCC} is not on PATH")
 CACHE = ROOT / "build" / "cuda-static"
 
 
 def _closure(file: pathlib.Path, seen: dict[pathlib.Path, str]) -> dict[pathlib.Path, str]:
-    """The file and every header of ours that it includes."""
+    """The file and all headers of this repository that it includes."""
     if file not in seen:
         seen[file] = file.read_text()
         for name in re.findall(r'#include "([^"]+)"', seen[file]):
@@ -48,7 +48,7 @@ def _nvcc_version() -> str:
 
 def disassembler() -> str | None:
     found = shutil.which("nvdisasm")
-    spec = importlib.util.find_spec("triton")  # it ships one
+    spec = importlib.util.find_spec("triton")  # Triton's package contains one
     if not found and spec and spec.origin:
         shipped = pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
         found = str(shipped) if shipped.exists() else None
@@ -56,7 +56,7 @@ def disassembler() -> str | None:
 
 
 def _opcodes(tool: str, cubin: pathlib.Path) -> dict[str, dict[str, int]]:
-    """How often each instruction stands in each kernel."""
+    """How often each instruction occurs in each kernel."""
     sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
@@ -82,7 +82,7 @@ def object_of(name: str) -> pathlib.Path:
 def _report(name: str, arch: str) -> dict:
     CACHE.mkdir(parents=True, exist_ok=True)
     cached = CACHE / f"{_key(name, arch)}.json"
-    with open(cached.with_suffix(".lock"), "w") as lock:  # two tests may want it at once
+    with open(cached.with_suffix(".lock"), "w") as lock:  # two tests may compile it at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not cached.exists():
             report = _compile(name, arch)

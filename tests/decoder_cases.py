@@ -1,4 +1,4 @@
-"""Tiny decoders: Hugging Face's, ours and the truth, with the same random weights."""
+"""Tiny decoders with the same random weights: Hugging Face's, ours, and Hugging Face's in float64."""
 
 import torch
 import transformers
@@ -77,7 +77,7 @@ def models(family: str, head: str, dtype: torch.dtype = torch.float32, seed: int
     theirs = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)  # biases and norms are not left at 0 and 1
+            parameter.add_(torch.randn_like(parameter) * 0.05)  # so that biases are not 0 and norms not 1
     ours = getattr(transformer_fast, name)(config_for(family, **changes, num_labels=config.num_labels)).eval()
     ours.load_state_dict(theirs.to(dtype).state_dict())
     ours.to(dtype)

@@ -1,5 +1,5 @@
-"""Tiny random checkpoints in folders with the names that README and docs give of models on the hub, so that what is
-written there runs as it stands, without a network."""
+"""Tiny random checkpoints in folders named like the hub models in README and docs, so that the code there runs
+unchanged without a network."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ SEQ2SEQ = {
 
 
 def byte_pairs(*special: str, end: str = "") -> hf.PreTrainedTokenizerFast:
-    """Byte-level pairs as GPT-2's and BART's; `end` is put behind each text."""
+    """A byte-level BPE tokenizer as GPT-2's and BART's. `end` is appended to each text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Encoder families beside Hugging Face's: tiny configurations, labels for each head, and the comparison of outputs."""
+"""Encoder families compared with Hugging Face's: tiny configurations, labels for each head, comparison of outputs."""
 
 import torch
 import transformers
@@ -108,15 +108,15 @@ def real_rows(t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 def compare(ours, theirs, truth, mask, names):
     for name in names:
         parts = [real_rows(output[name], mask) for output in (ours, truth, theirs)]
-        if name == "loss":  # one number is right or wrong by luck: weighed among the scores it comes from
+        if name == "loss":  # the error of one number depends on chance: it is compared together with its scores
             parts = [torch.cat((p.view(-1), real_rows(o[names[0]], mask).flatten()))
                      for p, o in zip(parts, (ours, truth, theirs))]  # fmt: skip
         assert_as_accurate(*parts, OUTPUT, name)
 
 
 def compare_over_batches(models, name: str, make_mask, kind: str) -> None:
-    """Outputs and losses of (ours, theirs, truth) over four batches: the largest error of one batch's few scores is
-    luck."""
+    """Compare outputs and losses of (ours, theirs, truth) over four batches: the largest error of one batch's few
+    scores depends on chance."""
     names = outputs_of(name)
     collected: list[dict] = [{} for _ in models]
     for _ in range(4):
@@ -145,8 +145,8 @@ def gradients_of(model, ids, mask, call, weights):
 
 
 def by_module(model):
-    # Weight and bias of a module are weighed together: some biases have no gradient but rounding (a key's, as softmax
-    # does not change when every key moves).
+    # Weight and bias of a module are compared together, because the gradients of some biases are only rounding: softmax
+    # does not change if the same vector is added to every key.
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -1,8 +1,8 @@
-"""Draws calls of every op, forward and backward, on every instruction set, and holds each against float64.
+"""Draws calls of every op, forward and backward, on every instruction set, and compares each with float64.
 
     python tests/fuzz.py --minutes 10 --seed 3 [--op attention]
 
-Every tensor gets strides, a storage offset and a dtype of its own. A failure is printed as a program that stands alone.
+Every tensor gets its own strides, storage offset and dtype. A failure is printed as a standalone program.
 """
 
 import argparse
@@ -54,7 +54,7 @@ _GRADS = (
 
 
 def program(call: fuzz_calls.Call, rng: random.Random, backend: str = "") -> str:
-    """The call, on a backend, as Python source that leaves found, truth, same and their gradients behind."""
+    """The call, on a backend, as Python source that computes found, truth, same and their gradients."""
     names = ", ".join(call.tensors)
     lines = [_HEAD.format(isa=call.isa, threads=rng.choice((1, 1, 1, 1, 2)))]
     lines += [f"{name} = {source}\n" for name, source in call.tensors.items()]
@@ -67,10 +67,12 @@ def program(call: fuzz_calls.Call, rng: random.Random, backend: str = "") -> str
 
 
 def verdict(source: str, call: fuzz_calls.Call, seed: int) -> str:
-    """'' when the program runs and is accurate, else what is wrong. The largest error of few elements is luck now and
-    then (of 50, in one call of five where both are as accurate): what seems inaccurate is drawn again with other data,
-    and the errors, ours and plain PyTorch's, are taken together. A true loss stays one, however rare the data that
-    show it."""
+    """'' if the program runs and is accurate, else what is wrong.
+
+    The largest error of few elements can be large by chance (with 50 elements in one call of five, although both are
+    equally accurate). So a call that seems inaccurate is repeated with other data, and the errors of ours and of plain
+    PyTorch are pooled. A real loss of accuracy stays visible, however rare the data that show it.
+    """
     results: list = []
     wrong = ""
     for count in (1, 8, 64):
@@ -80,13 +82,13 @@ def verdict(source: str, call: fuzz_calls.Call, seed: int) -> str:
             return ""
         except AssertionError as error:
             wrong = str(error)
-        except Exception:  # whatever a call raises is a finding
+        except Exception:  # any exception of a call is a finding
             return traceback.format_exc(limit=-3)
     return wrong
 
 
 def _results(source: str, call: fuzz_calls.Call, seed: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """name -> (ours, truth, plain PyTorch's in the same dtype) of the outputs and gradients."""
+    """name -> (ours, truth, plain PyTorch's in the same dtype), for the outputs and gradients."""
     space: dict = {}
     exec(compile(source.replace("SEED", str(seed)), "<drawn call>", "exec"), space)
     found = {}
@@ -116,12 +118,12 @@ def _check(results: list[dict], call: fuzz_calls.Call) -> None:
         for name, three in grads.items():
             assert_as_accurate(*three, GRADIENT, name)
     except AssertionError:
-        # Where a softmax has little to weigh, a gradient is an exact zero in plain PyTorch and rounding noise of any
-        # fused backward: then it is held against the size of the others.
+        # With very few keys a gradient is exactly zero in plain PyTorch and rounding noise in any fused backward pass.
+        # It is then compared with the size of the other gradients.
         if not call.few:
             raise
         ours, truth, same = ({n: t[i].double() for n, t in grads.items()} for i in range(3))
-        if not any(t.any() for t in truth.values()):  # nothing to hold them against
+        if not any(t.any() for t in truth.values()):  # nothing to compare with
             raise
         whole = [pooled(t, truth) for t in (ours, truth, same)]
         floor = max(torch.finfo(t[0].dtype).eps for t in grads.values())
@@ -130,7 +132,7 @@ def _check(results: list[dict], call: fuzz_calls.Call) -> None:
 
 
 def fuzz(op: str, seed: int, seconds: float, most: int = 10**9) -> tuple[int, list[str]]:
-    """Draws calls of `op` for so long. Returns their number and each failure as text."""
+    """Draw calls of `op` for `seconds`, at most `most` of them. Returns their number and each failure as text."""
     end, failures, count = time.monotonic() + seconds, [], 0
     threads = torch.get_num_threads()
     isa = "" if native.load() else native.current_isa()

@@ -1,4 +1,4 @@
-"""One drawn call of each op as source text: tensors of any layout, the call, and the same in plain PyTorch."""
+"""A drawn call of each op as source text: tensors with any layout, the call, and the same in plain PyTorch."""
 
 import random
 
@@ -33,7 +33,7 @@ def _norm(d: Draw) -> None:
         d.call.ours = f"tf.rms_norm(x, ({width},), {weight}, {eps})"
     else:
         d.call.ours = f"tf.layer_norm(x, ({width},), {weight}, {bias}, {eps})"
-    if width < 8:  # so few elements are normalised to much the same numbers: their gradients are rounding noise
+    if width < 8:  # the norm of so few elements is almost constant: gradients are rounding noise
         d.call.grad = False
 
 
@@ -44,7 +44,7 @@ def _bias_activation(d: Draw) -> None:
     bias = d.maybe("b", (width,), dtype=d.parameter_dtype())
     gate = d.maybe("g", shape)
     d.call.ours = f"tf.bias_activation(x, {bias}, {d.rng.choice(ACTIVATIONS)!r}, gate={gate})"
-    d.call.few = "'relu'" in d.call.ours  # a sum near zero has one sign or the other
+    d.call.few = "'relu'" in d.call.ours  # the sign of a sum near zero depends on rounding
 
 
 def _dropout(d: Draw) -> None:
@@ -75,7 +75,7 @@ def _projections(d: Draw) -> None:
 
 
 def _to_panels(d: Draw) -> None:
-    """The weight is rounded when it is laid out: plain PyTorch gets it rounded."""
+    """to_panels rounds the weight, so plain PyTorch gets the rounded weight."""
     inner, outer = d.size(1, 100), d.size(1, 100)
     d.call.grad = False
     d.tensor("x", d.shape(inner))
@@ -170,7 +170,7 @@ def _recurrence(d: Draw) -> None:
 
 
 def _scores(d: Draw, batch: int, heads: int, queries: int, keys: int) -> list[str]:
-    """Arguments for what comes between the two products."""
+    """Arguments for the operations on the scores."""
     more = []
 
     def axes(n):
@@ -265,7 +265,7 @@ def _qkv(d: Draw) -> None:
 
 
 def _shapes(d: Draw) -> None:
-    """What torch's own function takes beside (B, H, S, D)."""
+    """The shapes other than (B, H, S, D) that torch's own function accepts."""
     queries, keys, dim, width = d.size(1, 40), d.size(1, 60), d.size(1, 70), d.size(1, 70)
     leading = tuple(d.size(1, 3) for _ in range(d.rng.randint(0, 3)))
 
@@ -420,7 +420,7 @@ def _step(d: Draw) -> None:
 
 
 def _recurrent_decoder(d: Draw) -> None:
-    """A step of a recurrent decoder; without gradients, with which it is plain PyTorch."""
+    """A step of a recurrent decoder, without gradients, because with them it runs in plain PyTorch."""
     rows, layers, width, embedding, size = d.size(1, 20), d.size(1, 2), d.size(1, 70), d.size(1, 40), d.size(1, 40)
     vocabulary, sources, keys = d.size(1, 100), d.size(1, 5), d.size(1, 40)
     lstm, maxout, source = d.chance(), d.chance(), d.chance(0.8)
@@ -492,7 +492,7 @@ OPS = {
 
 
 def draw(op: str, rng: random.Random, layouts: float = 0.5) -> Call:
-    """layouts: the share of tensors that are not contiguous."""
+    """Draw a call of `op`. layouts: the fraction of tensors that are not contiguous."""
     d = Draw(rng, layouts)
     OPS[op](d)
     return d.call

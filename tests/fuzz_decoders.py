@@ -1,5 +1,5 @@
-"""Drawn native decoding steps: small decoders of any options, padding, beams and a cache that is moved, against the
-whole rows in plain PyTorch. The printed programs import this file: tests/ has to be on the path."""
+"""Drawn native decoding steps: small decoders with any options, padding, beams and a moved cache, compared with whole
+rows in plain PyTorch. The printed programs import this file, so tests/ must be on the path."""
 
 import torch
 from fuzz_draw import ACTIVATIONS, Draw
@@ -10,11 +10,11 @@ from transformer_fast.ops.decoder_step import DecoderCache
 
 
 class Rows:
-    """Rows that a decoder goes on with column by column: at column `turn` row r takes the place of index[r], then other
-    tokens follow. moved: the cache's keys and values go to a new one there.
+    """Rows that a decoder decodes column by column. At column `turn` row r continues from row index[r], with other
+    tokens after it. moved: the keys and values are copied to a new cache there.
 
-    mask: how the columns are padded: None, "left", or "any". storage: of the copies of the weights, which then hold
-    nothing that it rounds; "in place": no copies.
+    mask: the padding of the columns: None, "left", or "any". storage: dtype of the weight copies, which represents the
+    weights exactly; "in place": no copies.
     """
 
     def __init__(self, token, dtype, options, rows, length, turn, index, mask, storage, capacity, moved, sources):
@@ -32,7 +32,7 @@ class Rows:
             keep = torch.rand(rows, length) > 0.3
         self.before = ids, keep
         self.after = self._turned(ids, later), None if keep is None else self._turned(keep, keep)
-        self.kept = None  # of the encoder's states
+        self.kept = None  # mask of the encoder's states
         if sources is not None:
             self.kept = torch.rand(rows, sources) > 0.3
             self.kept[:, -1] = True

@@ -1,4 +1,4 @@
-"""A drawn call as source text, and what its tensors are drawn with."""
+"""A drawn call as source text, and the functions that draw its tensors."""
 
 import random
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from transformer_fast.backends import native
 
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
-ISAS = [] if native.load() else native.supported_isas()  # to draw from
+ISAS = [] if native.load() else native.supported_isas()  # the instruction sets to draw from
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 @dataclass
 class Call:
-    """ours and plain are expressions of `tensors`; plain None: ours on the eager backend. wanted: tensors that get a
-    gradient. few: softmax over so few keys that its gradients are rounding noise."""
+    """ours, plain: expressions of `tensors`; plain None means ours on the eager backend. wanted: tensors that get a
+    gradient. few: the softmax has so few keys that its gradients are rounding noise."""
 
     tensors: dict[str, str] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
@@ -36,19 +36,19 @@ class Draw:
         return self.rng.random() < p
 
     def size(self, low: int, high: int) -> int:
-        """Small sizes and the sizes around whole vectors and tiles are as likely as all others together."""
+        """A size; small sizes and those next to full vectors and tiles are as likely as all others together."""
         near = [n for base in (1, 4, 8, 16, 32, 64, 128, 256) for n in (base - 1, base, base + 1) if low <= n <= high]
         return self.rng.choice(near) if near and self.chance() else self.rng.randint(low, high)
 
     def shape(self, *last: int) -> tuple[int, ...]:
-        """A few leading dimensions, one of them empty now and then."""
+        """A shape with a few leading dimensions, one of which is sometimes 0."""
         leading = [self.size(1, 9) for _ in range(self.rng.randint(0, 3))]
         if leading and self.chance(0.05):
             leading[0] = 0
         return (*leading, *last)
 
     def layout(self, shape: tuple[int, ...], expand=()) -> tuple[tuple[int, ...], int, int]:
-        """Strides, offset and the storage they need: permuted, padded and stepped dimensions, and one of `expand`
+        """Strides, offset and size of the storage: dimensions are permuted, padded and stepped, and one of `expand` is
         expanded."""
         rng, strides, step = self.rng, [0] * len(shape), 1
         order = list(range(len(shape)))[::-1]
@@ -84,7 +84,7 @@ class Draw:
         return name
 
     def other(self, name: str, expression: str, shape, kind: str):
-        """A tensor without gradient: expression makes {n} values of it, kind is its dtype."""
+        """A tensor without gradient. expression: source that makes {n} values. kind: its dtype."""
         strides, offset, storage = self.layout(tuple(shape))
         source = expression.format(n=storage)
         self.call.setup.append(f"{name} = {source}.to({kind}).as_strided({tuple(shape)}, {strides}, {offset})")

@@ -1,4 +1,5 @@
-"""Drawn calls of the int8 products: bits as defined in plain PyTorch, and layers as exact as their parts."""
+"""Drawn calls of the int8 products, which must have the bits of the definition, and of int8 layers, which must be as
+accurate as their parts."""
 
 from fuzz_draw import ACTIVATIONS, Draw
 
@@ -53,8 +54,8 @@ def plain_of(context, residual):
 
 
 def _weights(d: Draw, sizes: list[tuple[int, int] | None], scale: float) -> str:
-    """floats and biases of the weights (out, in), None for one that is left out. Returns the group."""
-    if d.call.isa:  # the int8 kernels that go with it
+    """Draw floats and biases for weights of sizes (out, in); None for a weight that is left out. Returns the group."""
+    if d.call.isa:  # set the matching int8 kernels too
         there = native.supported_int8_isas()
         within = [n for n in (d.call.isa, native._INT8_WIDEST[d.call.isa]) if n in there] or there[:1]
         d.call.setup.append(f"native.set_int8_isa({d.rng.choice(within)!r})")
@@ -84,7 +85,7 @@ def linear(d: Draw) -> None:
 
 
 def block(d: Draw) -> None:
-    """Held against the layer in float64 whose weights were never quantised."""
+    """Compared with the layer in float64 without quantised weights."""
     width, inner, heads = d.size(8, 140), d.size(8, 200), d.size(8, 140)
     shape = d.shape(width)
     d.tensor("context", (*shape[:-1], heads), dtype=d.rng.choice((d.dtype, "torch.bfloat16")))

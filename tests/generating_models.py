@@ -1,4 +1,4 @@
-"""Small random models that generate decided tokens: Hugging Face's and ours with the same weights."""
+"""Small random models with clear next tokens: Hugging Face's and ours with the same weights."""
 
 import torch
 from transformers import (
@@ -35,7 +35,7 @@ METHODS = {
 
 
 def models(seed=0, **options):
-    """HF's GPT-2 and ours with the same weights, large enough for decided next tokens."""
+    """HF's GPT-2 and ours with the same weights, large enough for clear next tokens."""
     torch.manual_seed(seed)
     options = {"n_embd": 32, **options}
     config = GPT2Config(
@@ -72,7 +72,7 @@ SEQ2SEQ = {
     "marian": (MarianMTModel, MarianConfig(**_BART, activation_function="swish")),
     "mbart": (MBartForConditionalGeneration, MBartConfig(**_BART, forced_bos_token_id=7)),
     "pegasus": (PegasusForConditionalGeneration, PegasusConfig(**_BART)),
-    # Positions past the first 6 make the table longer; this model takes padding for a token now and then.
+    # Positions after the first 6 extend the table. This model sometimes generates the padding token.
     "m2m_100": (M2M100ForConditionalGeneration, M2M100Config(**_BART | {"max_position_embeddings": 6})),
     "mt5": (MT5ForConditionalGeneration, MT5Config(**_T5)),
     "umt5": (UMT5ForConditionalGeneration, UMT5Config(**_T5)),

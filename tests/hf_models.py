@@ -20,8 +20,8 @@ def _build(model_class, config_class, **settings):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            # Freshly initialised models attend almost evenly: wider weights make attention matter. T5 does not scale
-            # its scores, its queries are smaller instead.
+            # Freshly initialised models attend almost uniformly. Larger weights make attention matter. T5 does not
+            # scale its scores; its queries are smaller instead.
             noise = torch.randn(p.shape, generator=generator)
             p.copy_((0.07 if name.endswith(".q.weight") else 0.2) * noise if p.dim() > 1 else p + 0.1 * noise)
     return model.eval()
@@ -50,7 +50,7 @@ _T5 = {
 
 ENCODERS = {
     "bert": lambda: _build(hf.BertModel, hf.BertConfig, **_ENCODER),
-    "ernie": lambda: _build(hf.ErnieModel, hf.ErnieConfig, **_ENCODER),  # of which this package has nothing
+    "ernie": lambda: _build(hf.ErnieModel, hf.ErnieConfig, **_ENCODER),  # a family that this package does not have
     "distilbert": lambda: _build(
         hf.DistilBertModel, hf.DistilBertConfig, vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48
     ),
@@ -94,7 +94,7 @@ def vit():
 def _reference_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, softcap=None, **kwargs
 ):
-    """Attention as the papers write it, in query's dtype. Masks are always there, so causality is in them."""
+    """Plain attention in query's dtype. Masks are always given and include causality."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -116,11 +116,11 @@ AttentionMaskInterface.register("float64_reference", _reference_mask)
 
 
 def truth(model):
-    """A copy of the model that computes in float64 throughout. (Hugging Face's own eager softmax and RMS norms
-    always go through float32, and its softmax makes NaN of a float64 mask.)"""
+    """A copy of the model that computes entirely in float64. (Hugging Face's eager softmax and RMS norms always compute
+    in float32, and its softmax gives NaN with a float64 mask.)"""
     exact = exact_norms(cast(model, torch.float64, "float64_reference"))
     for module in exact.modules():
-        if type(module).__name__ == "GPTNeoSelfAttention":  # asks no interface, and computes scores in float32
+        if type(module).__name__ == "GPTNeoSelfAttention":  # computes scores in float32 itself
             module._attn = functools.partial(_gpt_neo_attention, module)
     return exact
 
@@ -133,7 +133,7 @@ def _gpt_neo_attention(module, query, key, value, attention_mask=None):
 
 
 def exact_norms(model):
-    """The model, its RMS norms without Hugging Face's detour through float32."""
+    """The model with RMS norms that compute in its own dtype, where Hugging Face's compute in float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") or type(module).__name__.endswith("T5LayerNorm"):
             module.forward = functools.partial(_rms_norm, module, offset="Gemma" in type(module).__name__)

@@ -10,7 +10,7 @@ from transformer_fast.backends import native
 
 @contextmanager
 def running_on(isa: str) -> Iterator[str]:
-    """Inside, the kernels of this instruction set run; skips the test where they cannot."""
+    """Run the block with the kernels of this instruction set; skip the test if the processor does not have it."""
     if native.load():
         pytest.skip(native.load())
     if isa not in native.supported_isas():

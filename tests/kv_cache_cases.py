@@ -1,4 +1,4 @@
-"""Calls of kv_cache_attention: inputs, what they mean row by row in plain PyTorch, and the comparison with float64."""
+"""Calls of kv_cache_attention: inputs, the result per row in plain PyTorch, and the comparison with float64."""
 
 import torch
 from numerics import OUTPUT, assert_as_accurate
@@ -24,7 +24,7 @@ def inputs(device, dtype, h=2, hk=2, n=1, d=40, capacity=100, lengths=(37, 64)):
 
     caches = [data(hk, capacity) for _ in range(2)]
     lengths = torch.tensor(lengths, device=device)
-    for cache in caches:  # what lies behind the rows in use must not matter
+    for cache in caches:  # values after the rows in use must not matter
         for b, length in enumerate(lengths.tolist()):
             cache[b, :, length + n :] = torch.nan
             cache[b, :, length : length + n] = torch.inf
@@ -32,7 +32,7 @@ def inputs(device, dtype, h=2, hk=2, n=1, d=40, capacity=100, lengths=(37, 64)):
 
 
 def by_hand(query, key, value, key_cache, value_cache, lengths, dtype, **more):
-    """(out, lse, caches): row by row, one attention call each, in plain PyTorch."""
+    """(out, lse, caches) in plain PyTorch, with one attention call per row."""
     n = query.shape[2]
     caches = [key_cache.clone(), value_cache.clone()]
     found = []
@@ -49,7 +49,7 @@ def by_hand(query, key, value, key_cache, value_cache, lengths, dtype, **more):
 
 
 def check(name, device, dtype, **case):
-    """Holds backend `name` against float64: out, log-sum-exp, and the caches, bit for bit."""
+    """Compare out and log-sum-exp of backend `name` with float64, and the caches bit for bit."""
     more = {key: case.pop(key) for key in ("window", "softcap") if key in case}
     if "buckets" in case:
         more["relative_bias"] = tf.RelativeBias(torch.randn(case.pop("buckets"), 2, device=device), 20, False)

@@ -1,5 +1,5 @@
-"""Small random decoders as native_step describes them, what they compute in plain PyTorch, without a cache, and by the
-native step."""
+"""Small random decoders with a step description: their result in plain PyTorch without a cache, and by the native
+step."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ VOCABULARY, POSITIONS, OFFSET, MAX_DISTANCE = 61, 40, 2, 12
 
 
 class Decoder(nn.Module):
-    """As many of the options that families differ in as there are."""
+    """A decoder with all the options in which families differ."""
 
     def __init__(self, *, width=24, heads=3, head_dim=8, inner=40, layers=2, pre_norm=True, rms=False, bias=True,
                  fused=False, transposed=False, gated=False, activation="gelu_tanh", positions=True, relative=False,
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
             rotary_interleaved=interleaved, qkv_by_head=by_head,
         )  # fmt: skip
         self.config = {"embed_scale": embed_scale, "head_scale": head_scale, "logits_softcap": logits_softcap}
-        self.rotary = rotary  # pairs of columns
+        self.rotary = rotary  # number of rotated pairs of columns
         attention, keys = heads * head_dim, self.spec.heads_of_keys * head_dim
 
         def linear(n, m):
@@ -99,8 +99,8 @@ class Decoder(nn.Module):
         return copy.deepcopy(self).to(dtype)
 
     def forward(self, ids, mask=None, positions=None, states=None, states_mask=None):
-        """Logits (R, T, V) of whole rows ids (R, T); mask (R, T): what is attended to beside a row's own position;
-        positions: (R, T); states: (R, Se, E) with states_mask (R, Se)."""
+        """Logits (R, T, V) of whole rows ids (R, T). mask: (R, T), the positions that are attended to, besides a
+        query's own position. positions: (R, T). states: (R, Se, E), with states_mask (R, Se)."""
         rows, length = ids.shape
         x = self.token(ids) * self.config["embed_scale"]
         positions = torch.arange(length).expand(rows, -1) if positions is None else positions
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         return x + (f(norm(x)) if after is None else after(f(norm(x))))
 
     def _placed(self, w, q, k, v, positions):
-        """Queries and keys normed per head and rotated."""
+        """Apply the norm per head and the rotation to queries and keys."""
 
         def place(t, norm):
             t = t.unflatten(-1, (-1, self.spec.head_dim))
@@ -193,7 +193,7 @@ def capped(x, softcap):
     return softcap * torch.tanh(x / softcap) if softcap else x
 
 
-# What the families of the field ask for, by name.
+# The options of known families.
 FAMILIES = {
     "gpt2": {"fused": True, "transposed": True},
     "gpt2-scaled": {"fused": True, "transposed": True, "scale_by_layer": True, "activation": "gelu", "cross": True},
@@ -295,7 +295,7 @@ FAMILIES = {
 
 # ---- the native step -------------------------------------------------------------------------------
 def rounded(weight: torch.Tensor, storage: torch.dtype, out: int) -> torch.Tensor:
-    """What storage makes of a weight whose outputs lie along dimension `out`."""
+    """A weight rounded as by the storage dtype. out: the dimension of its outputs."""
     if storage == torch.bfloat16:
         return weight.bfloat16().to(weight.dtype)
     scale = 2.0 ** (weight.abs().amax(1 - out, keepdim=True) / 127).log2().ceil()
@@ -305,7 +305,7 @@ def rounded(weight: torch.Tensor, storage: torch.dtype, out: int) -> torch.Tenso
 
 
 def round_weights(model: Decoder, storage: torch.dtype) -> None:
-    """Makes the weights of all projections numbers that storage holds exactly, small ones."""
+    """Set the weights of all projections to small numbers that the storage dtype represents exactly."""
     tensors = model.step_description().tensors()
     for p in tensors.projections():
         for w in p.weights:
@@ -313,7 +313,7 @@ def round_weights(model: Decoder, storage: torch.dtype) -> None:
 
 
 def random_mask(rows: int, length: int) -> torch.Tensor:
-    """Padding left, right and in between; the last column of row 0 is kept."""
+    """A mask with padding on the left, on the right and in between; the last column of row 0 is kept."""
     mask = torch.rand(rows, length) > 0.3
     mask[0, -1] = True
     return mask
@@ -325,7 +325,7 @@ def weights_of(model: Decoder, storage: torch.dtype | None = None, copy: bool = 
 
 
 def make_cache(model, ids, states=None, states_mask=None, storage=None, copy=True, capacity=2) -> DecoderCache:
-    """Of the rows ids (R, T), empty; row r attends to the encoder's states of sequence r."""
+    """An empty DecoderCache for the rows of ids (R, T). Row r attends to the encoder's states of sequence r."""
     rows = ids.shape[0]
     cache = DecoderCache(weights_of(model, storage, copy), rows, capacity, None if states is None else states.shape[:2])
     if states is not None:
@@ -336,8 +336,8 @@ def make_cache(model, ids, states=None, states_mask=None, storage=None, copy=Tru
 
 
 def walk(model, cache: DecoderCache, ids, mask=None, positions=None) -> torch.Tensor:
-    """Logits (R, n, V) of the columns of ids (R, T) from the cache's length on, by the native step. positions: (R, T),
-    those of columns when None."""
+    """Logits (R, n, V) by the native step, for the columns of ids (R, T) from the cache's length on. positions: (R, T);
+    None: the columns."""
     found = []
     for t in range(cache.length, ids.shape[1]):
         at = None
@@ -352,5 +352,5 @@ def walk(model, cache: DecoderCache, ids, mask=None, positions=None) -> torch.Te
 
 
 def decode(model: Decoder, ids, mask=None, **more) -> torch.Tensor:
-    """Logits (R, T, V) of the native step, column by column. more: of make_cache."""
+    """Logits (R, T, V) by the native step, column by column. more: arguments of make_cache."""
     return walk(model, make_cache(model, ids, **more), ids, mask)

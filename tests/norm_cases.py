@@ -10,7 +10,7 @@ NAMES = ("y", "sum", "grad_x", "grad_residual", "grad_weight", "grad_bias")
 
 
 def run(backend, tensors, rms, add, p, rng, dtype, parameter_dtype=None):
-    """y, sum and the gradients, through the raw functions of a backend: dropout's random numbers are given."""
+    """y, the sum and the gradients, by the raw methods of a backend. rng: the dropout state."""
     x, residual, weight, bias, grad_y, grad_sum = (None if t is None else t.to(dtype) for t in tensors)
     weight, bias = (None if t is None else t.to(parameter_dtype or dtype) for t in (weight, bias))
     if not add:
@@ -41,8 +41,8 @@ def check(
     backend, device, rows, width, dtype, *, rms=False, add=False, p=0.0, affine=(True, True), stride=None, offset=0.0,
     parameter_dtype=None,
 ):  # fmt: skip
-    """Holds backend `backend` against float64. affine: whether there are a weight and a bias; stride: how much longer
-    than a row the memory of a row is; parameter_dtype: of weight and bias, where it is not the rows'."""
+    """Compare `backend` with float64. affine: with weight and bias. stride: elements between rows beyond the width.
+    parameter_dtype: dtype of weight and bias, if not that of the rows."""
 
     def draw(*shape):
         return torch.randn(shape, device=device).to(dtype)

@@ -1,11 +1,10 @@
-"""The one rule of accuracy: as close to float64 truth as plain PyTorch in the same dtype, within a factor."""
+"""The accuracy rule of all tests: the error against float64 is at most a factor times that of plain PyTorch."""
 
 import torch
 
 OUTPUT, GRADIENT = 2.0, 3.0
 
-# Where plain PyTorch is exact by luck or construction, so many units in the last place of the largest value
-# are still granted.
+# If plain PyTorch happens to be exact, this many units in the last place (ulps) of the largest value are allowed.
 FLOOR_ULPS = 2.0
 
 
@@ -16,9 +15,9 @@ def assert_as_accurate(
     factor: float = OUTPUT,
     name: str = "result",
 ) -> None:
-    """|actual - truth| is at most factor x |eager - truth|, in the largest element and in the mean square.
+    """Assert that |actual - truth| <= factor * |eager - truth|, for the largest error and for the root mean square.
 
-    actual and eager_same_dtype are of the dtype under test; truth_fp64 is the float64 result. NaN never passes.
+    actual and eager_same_dtype have the dtype under test. truth_fp64 is the float64 result. NaN never passes.
     """
     assert actual.shape == truth_fp64.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(truth_fp64.shape)}"
     assert truth_fp64.dtype == torch.float64, f"{name}: truth must be float64"
@@ -44,8 +43,8 @@ def assert_as_accurate(
 
 
 def pooled(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All gradients as one vector, each scaled by its true size: the errors of a single small tensor are luck, for
-    all its elements inherit one upstream rounding."""
+    """All gradients as one vector, each scaled by its true size. The errors of a single small tensor depend on chance,
+    because all its elements inherit one upstream rounding."""
     largest = max(t.abs().max().item() for t in truth.values())
     scales = {name: max(t.abs().max().item(), 0.05 * largest) for name, t in truth.items()}
     return torch.cat([(gradients[name] / scales[name]).flatten() for name in truth])

@@ -1,4 +1,4 @@
-"""What every backend's rotary embedding is held against: plain PyTorch in float64, on inputs of any strides."""
+"""Compares the rotary embedding of every backend with plain PyTorch in float64, on inputs with any strides."""
 
 import torch
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ LAYOUTS = ["contiguous", "heads first", "slice of a projection", "every second c
 
 
 def strided(shape, dtype, layout: str, device="cpu") -> torch.Tensor:
-    """Random (B, S, H, D) numbers that lie in memory as `layout` says."""
+    """A random (B, S, H, D) tensor with the memory layout `layout`."""
     batch, length, heads, width = shape
     if layout == "heads first":
         return torch.randn(batch, heads, length, width, device=device).to(dtype).transpose(1, 2)
@@ -43,7 +43,7 @@ def check(backend, shape, dtype, *, half=None, interleaved=False, inverse=False,
     half = width // 2 if half is None else half
     x, grad = strided(shape, dtype, layout, device), strided(shape, dtype, layout, device)
     cos, sin = tables(length + 7, half, device)
-    # Every second place of a longer tensor, so that its strides count.
+    # Every second element of a longer tensor, so that its strides matter.
     positions = torch.randint(0, length + 7, (batch, 2 * length), device=device)[:, ::2] if placed else None
     options = (cos, sin, positions, grad, interleaved, inverse)
     ours, eager = (run(b, x, *options) for b in (backend, "eager"))

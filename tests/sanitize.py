@@ -1,9 +1,9 @@
-"""Builds csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own, and fuzzes that library.
+"""Builds csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer, in a separate folder, and fuzzes that library.
 
     python tests/sanitize.py --minutes 5 --seed 1          (or: make sanitize)
 
-The arguments are those of tests/fuzz.py; --isa names the instruction sets that are instrumented and fuzzed (default:
-all that this processor has). What a sanitizer finds ends the run with its report.
+The arguments are those of tests/fuzz.py. --isa names the instruction sets that are instrumented and fuzzed (default:
+all of this processor). A finding of a sanitizer ends the run with its report.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g1"
 
 
 def build(isas: list[str]) -> pathlib.Path:
-    """The library, compiled as setup.py compiles it but for the flags of the bindings and of these instruction sets."""
+    """The library, compiled as by setup.py, except for the flags of the bindings and of these instruction sets."""
     spec = importlib.util.spec_from_file_location("setup_file", ROOT / "setup.py")
     setup_file = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup_file)
@@ -42,14 +42,14 @@ def main() -> int:
 
     arguments = sys.argv[1:]
     isas = [isa for option, isa in zip(arguments, arguments[1:]) if option == "--isa"] or native.supported_isas()
-    library = build([*isas, *(native._INT8_WIDEST[isa] for isa in isas)])  # with the int8 kernels that go with them
+    library = build([*isas, *(native._INT8_WIDEST[isa] for isa in isas)])  # with the matching int8 kernels
     compiler = os.environ.get("CXX", "g++")
     runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {
         **os.environ,
         "TRANSFORMER_FAST_LIBRARY": str(library),
         "LD_PRELOAD": runtime.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1",  # Python's own allocations are no leaks
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1",  # Python itself leaks
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
     return subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), *arguments], env=environment).returncode

@@ -1,4 +1,4 @@
-"""Encoder-decoder families beside Hugging Face's: tiny configurations, ragged inputs and labels for each head."""
+"""Encoder-decoder families compared with Hugging Face's: tiny configurations, ragged inputs, labels for each head."""
 
 import torch
 import transformers
@@ -52,7 +52,7 @@ def seq2seq_config(variant: str, **changes):
 
 
 def make_models(pair, variant: str, head: str, dtype=torch.float32, **changes):
-    """(ours, HF's, HF's in float64 throughout), the same random weights."""
+    """(ours, HF's, HF's entirely in float64) with the same random weights."""
     changes = ({"num_labels": 2} if head == "ForQuestionAnswering" else {}) | changes
     models = pair(VARIANTS[variant][0] + head, seq2seq_config(variant, **changes), dtype)
     exact_norms(models[2])
@@ -60,7 +60,7 @@ def make_models(pair, variant: str, head: str, dtype=torch.float32, **changes):
 
 
 def ragged(kind: str, length: int, batch: int = BATCH) -> torch.Tensor | None:
-    """A mask (batch, length): "none", "right", "left" or "holes" of padding."""
+    """A mask (batch, length). kind: the padding: "none", "right", "left" or "holes"."""
     if kind == "none":
         return None
     mask = torch.ones(batch, length, dtype=torch.long)
@@ -76,11 +76,11 @@ def ragged(kind: str, length: int, batch: int = BATCH) -> torch.Tensor | None:
 
 
 def make_inputs(head: str, kind: str, decoder_kind: str | None = None) -> dict:
-    """input_ids and masks; decoder_kind None: no decoder mask, and where a head makes its own decoder_input_ids,
-    none of these either."""
+    """input_ids and masks. decoder_kind None: no decoder mask, and no decoder_input_ids if the head makes them
+    itself."""
     ids, mask = torch.randint(3, VOCABULARY, (BATCH, SOURCE)), ragged(kind, SOURCE)
     if head == "ForSequenceClassification":
-        # As many ends a row, where tokens are: the last real one of each.
+        # The same number of end tokens per row: the last token of each row is one.
         last = torch.full((BATCH,), SOURCE - 1) if mask is None else (mask * torch.arange(SOURCE)).argmax(1)
         ids[torch.arange(BATCH), last] = END
     call = {"input_ids": ids, "attention_mask": mask}
@@ -105,7 +105,7 @@ def make_labels(head: str, call: dict) -> dict:
 
 
 def real_parts(output, call: dict) -> dict[str, torch.Tensor]:
-    """The outputs that are weighed, at every position that is not padding; a loss beside the scores it comes from."""
+    """The outputs to compare, at positions that are not padding; a loss is joined with its scores."""
     encoder, decoder = call["attention_mask"], call.get("decoder_attention_mask")
     found = {}
     for name in output:
@@ -120,7 +120,7 @@ def real_parts(output, call: dict) -> dict[str, torch.Tensor]:
 
 
 def collect(models, head: str, kind: str, decoder_kind: str | None, batches: int = 3, **options) -> list[dict]:
-    """The real parts of each model's outputs over a few batches: the largest error of one batch's scores is luck."""
+    """real_parts of each model's outputs over a few batches: the largest error of one batch depends on chance."""
     collected: list[dict] = [{} for _ in models]
     for _ in range(batches):
         call = make_inputs(head, kind, decoder_kind)
@@ -132,7 +132,7 @@ def collect(models, head: str, kind: str, decoder_kind: str | None, batches: int
             for name, part in real_parts(output, call).items():
                 found.setdefault(name, []).append(part)
     merged = [{name: torch.cat(parts) for name, parts in found.items()} for found in collected]
-    for found in merged:  # one number is right or wrong by luck
+    for found in merged:  # the error of one number depends on chance
         if "loss" in found:
             scores = next(found[name] for name in ("logits", "start_logits") if name in found)
             found["loss"] = torch.cat((found["loss"], scores))
@@ -140,7 +140,8 @@ def collect(models, head: str, kind: str, decoder_kind: str | None, batches: int
 
 
 def gradients_of(model, head: str, call: dict, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradient of every module, weights and bias as one; for the loss, or a random cotangent without one."""
+    """The gradient of every module, with weight and bias joined, from the loss or a random cotangent if there is
+    none."""
     model.train().zero_grad()  # dropout is 0 in the configuration
     output = model(**call)
     loss = output.get("loss")

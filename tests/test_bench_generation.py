@@ -1,4 +1,4 @@
-"""What the generation cases compare is the same work: other engines give Hugging Face's tokens."""
+"""The generation cases compare equal work: other engines return Hugging Face's tokens."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_openvino_generates_hugging_faces_tokens(name):
     inputs = case.inputs(True)
     expected = case.candidate(case.peer).prepare(inputs)()
     call = case.candidate("OpenVINO float32").prepare(inputs)
-    assert all(torch.equal(call(), expected) for _ in range(2))  # the cache starts empty every time
+    assert all(torch.equal(call(), expected) for _ in range(2))  # the cache must start empty in every call
     rounded = case.candidate("OpenVINO int8").prepare(inputs)()
     assert rounded.shape == expected.shape and torch.equal(rounded[:, 0], expected[:, 0])
 

@@ -1,4 +1,4 @@
-"""The GPU's benchmark cases, small and on the CPU: none may fail for a silly reason where there is a GPU at last."""
+"""The GPU benchmark cases, run small and on the CPU, so that none fails on a GPU for a trivial reason."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ ONLY_ON_A_GPU = ("SDPA cuDNN", "Liger", OURS_CUDA)
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """torch.compile gives back what it is given: its own work is not under test, and takes minutes."""
+    """Make torch.compile return its argument: compilation is not under test, and takes minutes."""
     monkeypatch.setattr(torch, "compile", lambda function=None, **_: function)
 
 
 def _of_each_kind() -> list[str]:
-    """Of all cases that differ in size alone, which a small run does not show, the first."""
+    """The first of the cases that differ only in size, as all run small here."""
     first: dict[tuple, str] = {}
     for name, case in OPS.items():
         first.setdefault((case.group, case.title.split(",")[0].split("(")[0], "causal" in name), name)
@@ -35,9 +35,9 @@ def test_op_case_runs_small(name, uncompiled):
         if candidate.name in ONLY_ON_A_GPU or missing(candidate, "cuda"):
             continue
         if candidate.name == "flex_attention" and case.group not in ("attention-forward", "t5-bias-forward"):
-            continue  # it has no backward pass on the CPU
+            continue  # this candidate has no backward pass on the CPU
         call = candidate.prepare(inputs)
-        call()  # a second time, as it is timed: graphs and caches must outlive the first
+        call()  # timed calls repeat: graphs and caches must survive the first call
         output = call()
         if case.result is not None and candidate.comparable:
             found[candidate.name] = [t.detach().double() for t in run._tensors(case.result(output, inputs))]

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, with candidates whose times are known."""
+"""The arithmetic of the benchmark harness, with candidates whose times are known."""
 
 import csv
 import math
@@ -21,7 +21,7 @@ FAST = Budget(rounds=5, seconds=0.0, limit=9.0, sample=0.0, warmup=0.0)
 
 
 class Clock:
-    """A machine that slows down with every sample: each call takes its cost times the drift so far."""
+    """A fake machine that slows down with every sample: each call takes its cost times the drift so far."""
 
     def __init__(self, drift: float = 1.0):
         self.drift, self.now = drift, 1.0
@@ -32,7 +32,8 @@ class Clock:
 
 
 def costing(seconds: float, result: float = 1.0):
-    """A candidate's prepare: its call takes `seconds` on the fake clock and gives a tensor of `result`."""
+    """The `prepare` function of a candidate whose call takes `seconds` on the fake clock and returns a tensor of
+    `result`."""
 
     def prepare(inputs):
         def call():
@@ -182,7 +183,7 @@ def test_a_case_that_no_process_lives_through_is_left_out_in_the_end(ends, tmp_p
     assert list(notes) == ["a/broken", "a/good"] and not notes["a/good"]
     assert notes["a/broken"].startswith("failed: 2 times")
     assert (tmp_path / "begun.json").read_text() == "{}"
-    # What is there of a case stays when it is begun again, with slow candidates say, and hangs.
+    # Results of a case stay if it is started again (e.g. with slow candidates) and hangs.
     arguments.remove("--missing")
     (tmp_path / "begun.json").write_text('{"a/broken": 2, "a/good": 2}')
     assert status(1000.0) == 0 and {row["case"]: row["note"] for row in results.read(tmp_path)} == notes
@@ -234,10 +235,10 @@ def test_memory_verdict(ours, verdict):
 
 
 def allocates(megabytes: int, kept: int):
-    """For memory.peak_memory_mb: 50 MB of inputs, `kept` MB of weights, `megabytes` MB while running."""
+    """A candidate for memory.peak_memory_mb: 50 MB of inputs, `kept` MB of weights, `megabytes` MB while running."""
     inputs = torch.ones(50_000_000, dtype=torch.uint8)
     yield
-    torch.ones(200_000_000, dtype=torch.uint8)  # building's own waste
+    torch.ones(200_000_000, dtype=torch.uint8)  # memory that only building uses
     weights = torch.ones(kept * 1_000_000, dtype=torch.uint8)
     yield
     scratch = torch.ones(megabytes * 1_000_000, dtype=torch.uint8)
@@ -372,7 +373,7 @@ def test_an_installed_copy_writes_into_the_current_folder(monkeypatch, tmp_path)
     monkeypatch.setattr(results, "CHECKOUT", False)
     monkeypatch.chdir(tmp_path)
     assert results.result_folder(about).resolve() == tmp_path / "transformer_fast_results/cpu-test/2026-01-02-abc"
-    assert results.machine("cpu")["commit"] == f"v{transformer_fast.__version__}"  # not that of a repository around it
+    assert results.machine("cpu")["commit"] == f"v{transformer_fast.__version__}"  # not that of an outer repository
 
 
 @pytest.mark.quick

@@ -1,4 +1,4 @@
-"""The ledger of what a GPU has run, and a benchmark run where little is installed."""
+"""The ledger of what has run on a GPU, and a benchmark run with few packages installed."""
 
 import importlib.util
 import json
@@ -89,6 +89,6 @@ def test_what_the_sanitizer_watches_runs():
 
 
 def test_memory_is_checked_block_by_block():
-    """Inside the blocks of torch's caching allocator compute-sanitizer sees nothing."""
+    """compute-sanitizer cannot see errors inside the blocks of torch's caching allocator."""
     source = (ROOT / "benchmarks" / "flight.py").read_text()
     assert '"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"' in source and "sanitize.py" in source

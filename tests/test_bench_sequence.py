@@ -1,4 +1,4 @@
-"""Plain PyTorch beside this package's own models: the same weights, losses, gradients and tokens."""
+"""The plain PyTorch versions of this package's own models have the same weights, losses, gradients and tokens."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""README's tables come from the results, and are up to date with those that are committed."""
+"""README's tables are generated from the results and match the committed ones."""
 
 import json
 import subprocess

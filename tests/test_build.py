@@ -1,4 +1,4 @@
-"""setup.py: whose torch it builds against, what it does without one, and how a wheel is tagged."""
+"""setup.py: which torch it builds against, what it does without torch, and how it tags a wheel."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="setup.
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """What is built, without what a build leaves."""
+    """A copy of the sources without build outputs."""
     folder = tmp_path_factory.mktemp("tree")
     for name in ("transformer_fast", "kernels", "benchmarks", "csrc"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_native_missing.txt")
@@ -45,7 +45,7 @@ def _ask(code: str, folder, executable: str = sys.executable, **environment):
 
 @pytest.fixture
 def isolated(tmp_path):
-    """A PYTHONPATH as pip's build isolation makes it: the packages of the environment itself are out of sight."""
+    """A PYTHONPATH as in pip's build isolation, which hides the packages of the environment itself."""
     site = tmp_path / "isolated"
     site.mkdir()
     installed = pathlib.Path(__import__("setuptools").__file__).parent.parent
@@ -73,7 +73,7 @@ def test_the_users_torch_is_found_behind_build_isolation(tree, isolated):
 
 @pytest.fixture
 def bare(tmp_path):
-    """An interpreter of an environment with nothing in it."""
+    """The interpreter of an empty environment."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     return str(tmp_path / "bare" / "bin" / "python")
 
@@ -128,7 +128,7 @@ def test_a_failed_compilation_is_noted(tree, tmp_path):
 
 @pytest.mark.skipif(not LIBRARY.exists() or platform.machine() != "x86_64", reason="no library for x86-64 was built")
 def test_the_library_runs_on_older_systems_and_hides_what_it_brings():
-    """glibc 2.28 is what torch's own wheels ask for."""
+    """The library needs at most glibc 2.28, as torch's own wheels."""
     newest = max(int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", LIBRARY.read_bytes()))
     assert newest <= 28, f"it asks for glibc 2.{newest}"
     if shutil.which("nm"):

@@ -1,4 +1,4 @@
-"""The command line: results, exit codes, and one clear line for whatever is wrong."""
+"""The command line: results, exit codes, and one clear line for every error."""
 
 import subprocess
 import sys
@@ -142,7 +142,7 @@ def test_verify_our_own_encoder_decoder(tmp_path):
 
 
 def test_verify_finds_a_wrong_row(tmp_path, monkeypatch):
-    """Padding that leaks into one sentence, as a missing mask would make it."""
+    """Padding that affects one sentence, as with a missing mask."""
     olmo().save_pretrained(tmp_path)
     from transformer_fast.integrations import huggingface
 

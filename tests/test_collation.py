@@ -1,4 +1,4 @@
-"""Sentence pairs for pre-training: their parts come from where their label says."""
+"""Sentence pairs for pre-training: their parts come from the places that their labels say."""
 
 import collections
 
@@ -11,7 +11,7 @@ import transformer_fast
 from transformer_fast import sentence_pairs
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Document d, sentence s, word w: every token says where it comes from.
+# Words are named by document d, sentence s and word w, so that every token shows where it comes from.
 DOCUMENTS = [[" ".join(f"d{d}s{s}w{w}" for w in range(2 + (3 * d + s) % 5)) for s in range(9)] for d in range(7)]
 
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def parts(tokenizer, pair) -> tuple[list, list]:
-    """The words of A and B as (document, sentence, word), the special tokens checked on the way."""
+    """The words of A and B as (document, sentence, word). It also checks the special tokens."""
     tokens = tokenizer.convert_ids_to_tokens(pair["input_ids"])
     first = tokens.index("[SEP]")
     assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and tokens.count("[SEP]") == 2
@@ -51,10 +51,10 @@ def test_next_sentences(max_length, tokenizer):
                 assert a[0][0] == b[0][0] and a[-1] < b[0]
             seen.update(w[:2] for w in a + b)
             lengths.append(len(pair["input_ids"]))
-    assert seen == {(d, s) for d in range(7) for s in range(9)}  # no sentence is lost
+    assert seen == {(d, s) for d in range(7) for s in range(9)}  # all sentences are used
     assert min(lengths) < 10
     share = labels[1] / sum(labels.values())
-    assert 0.4 < share < (0.7 if max_length > 12 else 0.95)  # a sentence alone always gets a random one
+    assert 0.4 < share < (0.7 if max_length > 12 else 0.95)  # a single sentence always gets a random one
 
 
 def test_sentence_order(tokenizer):
@@ -76,7 +76,7 @@ def test_the_same_for_the_same_seed(tokenizer):
 
 @pytest.mark.parametrize("family, objective", [("Bert", "next_sentence"), ("Albert", "sentence_order")])
 def test_a_training_step(family, objective, tokenizer):
-    """With transformers' collator for masked words the pairs are what ForPreTraining wants."""
+    """With transformers' masking collator the pairs are valid inputs of ForPreTraining models."""
     pairs = sentence_pairs(DOCUMENTS, tokenizer, objective=objective, max_length=24)
     batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)(pairs[:8])
     assert (batch["labels"] != -100).any() and (batch["input_ids"] == tokenizer.mask_token_id).any()

@@ -1,4 +1,4 @@
-"""The demo on a handful of sentences, with the real checkpoint."""
+"""The demo on a few sentences, with the real checkpoint."""
 
 import importlib.util
 import io

@@ -1,4 +1,4 @@
-"""README and docs are true: their code runs as it stands, their links lead somewhere, the front page is short."""
+"""README and docs: their code runs unchanged, their links resolve, and the README is short."""
 
 import contextlib
 import csv
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
 TOUR = ROOT / "docs" / "tour.md"
-# A block that cannot run here has a line before it that says why: <!-- not run: reason -->
+# A block that cannot run here is preceded by a line with the reason: <!-- not run: reason -->
 _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<why>[^>]+) -->\n+)?^(?P<pad> *)```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^ *```$", re.M | re.S
 )
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="READ
 
 
 def blocks(page: pathlib.Path, kind: str):
-    """(line, code) of each block of a kind that is to run."""
+    """(line, code) of each block of this kind that must run."""
     text = page.read_text(encoding="utf-8")
     for found in _BLOCK.finditer(text):
         if found["kind"] == kind and not found["why"]:
@@ -45,7 +45,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def here(hub, tmp_path, monkeypatch):
-    """A folder in which the hub's names are folders."""
+    """A folder in which the names of hub models are folders."""
     for owner in hub.iterdir():
         (tmp_path / owner.name).symlink_to(owner)
     monkeypatch.chdir(tmp_path)
@@ -53,7 +53,7 @@ def here(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p != TOUR and any(blocks(p, "python"))], ids=_name)
 def test_code_runs(page, here):
-    """The blocks of a page one after the other, as a reader would paste them."""
+    """Run the blocks of a page one after the other, as a reader would paste them."""
     scope = {"__name__": "__main__"}
     for line, code in blocks(page, "python"):
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -63,7 +63,8 @@ def test_code_runs(page, here):
 
 @pytest.mark.quick
 def test_tour_and_notebook_are_in_step():
-    """The page's blocks are the notebook's first cells, which test_tour_runs runs; its pictures are those they save."""
+    """The page's blocks are the first cells of the notebook, which test_tour_runs runs, and its pictures are those that
+    the cells save."""
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
     written = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     found = [code.rstrip("\n") for _, code in blocks(TOUR, "python")]
@@ -72,7 +73,7 @@ def test_tour_and_notebook_are_in_step():
     headings = re.findall(r"^## \d\. .*", page, re.M)
     told = [line for cell in cells if cell["cell_type"] == "markdown" for line in cell["source"]]
     assert headings == [line.strip() for line in told if re.match(r"## \d\. ", line)]
-    saved = set(re.findall(r'"(tour_\w+\.png)"', page)) - {"tour_attention.png"}  # whose picture is the demo's
+    saved = set(re.findall(r'"(tour_\w+\.png)"', page)) - {"tour_attention.png"}  # this picture comes from the demo
     assert saved == set(re.findall(r"images/tour/(tour_\w+\.png)", page)) and len(headings) == len(saved) + 1
 
 
@@ -86,7 +87,7 @@ def test_times_of_the_tour_are_measured():
 
 
 def test_tour_runs(here, monkeypatch):
-    """Every cell, with trainings of two steps."""
+    """Run every cell, with two training steps each."""
     examples = pathlib.Path("examples")
     examples.symlink_to(ROOT / "examples")
     scope = {"__name__": "__main__"}
@@ -109,7 +110,7 @@ def _commands(page: pathlib.Path):
 @pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_commands_exist(page):
-    """Targets of make, commands and options of transformer-fast, and files that python or bash is given."""
+    """Targets of make, commands and options of transformer-fast, and scripts for python or bash exist."""
     from transformer_fast.commands import app
 
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)

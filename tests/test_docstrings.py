@@ -1,4 +1,4 @@
-"""Public names say what they take and give in the form that tools parse, and their examples run."""
+"""Public docstrings have Google's sections, which tools parse, and their examples run."""
 
 import doctest
 import inspect
@@ -9,7 +9,7 @@ import pytest
 
 import transformer_fast as tf
 
-# What this package defines under Hugging Face's names is documented there.
+# Names of Hugging Face's classes are documented by Hugging Face.
 NAMES = [
     name for name in tf.__all__
     if name != "__version__" and not re.search("^Auto|Model$|Pipeline$|For[A-Z]", name)

@@ -1,4 +1,4 @@
-"""Layer-wise features: each text's are what its layers say when it is computed alone."""
+"""Layer-wise features: those of each text are the hidden states when it is computed alone."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def ours(name: str = "BertModel", dtype=torch.float32):
 
 
 def alone(model, tokenizer, text, layers, combine):
-    """By transformers, one text, no padding, float64 unless the model says otherwise."""
+    """The feature of one text by transformers, without padding."""
     with torch.no_grad():
         states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
     kept = [states[i][0] for i in layers]

@@ -1,4 +1,4 @@
-"""ULMFiT's tools: which layers there are, what they learn and when; on every kind of model."""
+"""ULMFiT's tools on every kind of model: layer groups, learning rates and gradual unfreezing."""
 
 import math
 
@@ -21,7 +21,7 @@ def bert(head="BertForSequenceClassification"):
     return getattr(tf, head)(hf.BertConfig(**TINY))
 
 
-# What stands in each group, by a part of a name; each group has exactly the parameters that have it.
+# A pattern per group: each group has exactly the parameters whose names match.
 GROUPS = {
     "BertForSequenceClassification": (lambda: bert(), ["embeddings.", "layer.0.", "layer.1.|pooler", "classifier."]),
     "BertModel": (lambda: bert("BertModel"), ["embeddings.", "layer.0.", "layer.1.|pooler"]),
@@ -125,7 +125,7 @@ def test_schedule_is_equation_3(steps, cut_fraction, ratio):
         elif cut:
             p = 1 - (t - cut) / (cut * (1 / cut_fraction - 1))
         else:
-            p = 1 - t / steps  # nothing to rise in
+            p = 1 - t / steps  # there are no steps in which the rate rises
         wanted.append([lr * (1 + p * (ratio - 1)) / ratio for lr in (2.0, 0.5)])
     torch.testing.assert_close(torch.tensor(rates), torch.tensor(wanted))
     assert max(rates)[0] == 2.0
@@ -136,11 +136,11 @@ def test_schedule_is_equation_3(steps, cut_fraction, ratio):
 
 @pytest.mark.parametrize("kind", ["bert", "awd_lstm"])
 def test_gradual_unfreezing(kind, tmp_path):
-    """What has moved after each epoch of a Trainer, and that all can learn again."""
+    """Which parameters have changed after each epoch of a Trainer, and that all are trainable again afterwards."""
     torch.manual_seed(0)
     model = bert() if kind == "bert" else tf.AWDLSTMForSequenceClassification(tf.AWDLSTMConfig(**AWD))
     frozen = next(n for n, _ in model.named_parameters() if "embed" in n)
-    model.get_parameter(frozen).requires_grad_(False)  # the user's own wish
+    model.get_parameter(frozen).requires_grad_(False)  # frozen by the user
     groups = tf.layer_groups(model)
     moved: list[list[bool]] = []
 
@@ -166,7 +166,7 @@ def test_gradual_unfreezing(kind, tmp_path):
     )  # fmt: skip
     trainer.train()
     last = len(groups) - 1
-    some = len(groups[0]) > 1  # the embeddings have more than the one that stays frozen
+    some = len(groups[0]) > 1  # the embeddings have more parameters than the frozen one
     for epoch, seen in enumerate(moved):
         assert seen == [i >= last - epoch and (i > 0 or some) for i in range(len(groups))], epoch
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == [frozen]
@@ -177,7 +177,7 @@ def test_gradual_unfreezing(kind, tmp_path):
 @pytest.mark.quick
 def test_concat_pooling_by_hand():
     states = torch.tensor([[[1.0, -4.0], [5.0, -2.0], [0.0, -9.0]]] * 3)
-    states[0, 2] = float("nan")  # padding is not read
+    states[0, 2] = float("nan")  # padding must not be read
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
     found = tf.concat_pooling(states, mask)
     truth = torch.tensor([[5, -2, 5, -2, 3, -3], [0, -9, 5, -2, 2.5, -5.5], [0] * 6], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The flight plan of benchmarks/gpu.sh, flown without a GPU by a stand-in for Python that records what it is to run."""
+"""The steps of benchmarks/gpu.sh without a GPU: a stand-in for Python records what it is asked to run."""
 
 import fnmatch
 import importlib.util
@@ -185,7 +185,7 @@ def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path, monkeyp
     )
     packings = []
     monkeypatch.setattr(flight, "PACKING", 0.5)
-    for limit in (2.0, 10.0, 60.0):  # a busy machine takes its time to get so far
+    for limit in (2.0, 10.0, 60.0):  # on a busy machine it may take long to get here
         step = flight.Step("endless", limit, (str(script),))
         assert flight.run(step, limit, tmp_path / "log", sys.executable, lambda: packings.append(1)) == 124
         if len(packings) >= 2 and "begun" in (tmp_path / "log").read_text():
@@ -215,7 +215,7 @@ def test_a_python_that_does_not_start_is_no_end(device):
 
 
 def test_what_is_missing_costs_its_own_step(device, tmp_path):
-    """Nothing but Python, and no GPU for those who find a torch: every step fails by itself, and it is written down."""
+    """With nothing but Python, and no GPU for steps that do find torch, every step fails separately and is recorded."""
     (device.state / "folder").unlink()
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
@@ -334,7 +334,7 @@ def test_the_plan_names_what_there_is():
 
 
 def test_settings_that_the_flight_makes_are_read_by_somebody():
-    """A build that is to fail without CUDA code must not make a library without it, because the name was another."""
+    """A build that must fail without CUDA code must not succeed because the variable has another name."""
     made = {
         name
         for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks" / "gpu.sh")

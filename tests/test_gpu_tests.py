@@ -1,4 +1,4 @@
-"""What of the tests for a GPU can go wrong where there is none: a tensor that is made beside the device."""
+"""Finds errors in the GPU tests without a GPU: tensors that are created on the wrong device."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ MOVES = {"to", "cuda", "tolist", "item"}
 
 
 def _tests_on_a_device(tree: ast.Module):
-    """Functions of a device; not those that skip the GPU."""
+    """Test functions with a `device` argument, except those that skip on a GPU."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or _skips_the_gpu(node):
             continue
@@ -26,13 +26,13 @@ def _skips_the_gpu(function: ast.FunctionDef) -> bool:
 
 
 def _beside_the_device(function: ast.FunctionDef) -> list[int]:
-    """Lines that make a tensor and neither say where nor move it."""
+    """The lines that create a tensor without a device and do not move it."""
     moved, found = set(), []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MOVES:
             moved |= {id(inner) for inner in ast.walk(node.func.value)}
         if isinstance(node, (ast.If, ast.IfExp)) and "device" in ast.dump(node.test):
-            moved |= {id(inner) for inner in ast.walk(node)}  # of one kind of device alone
+            moved |= {id(inner) for inner in ast.walk(node)}  # code for only one kind of device
     for node in ast.walk(function):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES):
             continue
@@ -61,8 +61,8 @@ def test_one(device):
 
 
 def _marked_beside_a_fixture_of_devices(tree: ast.Module) -> list[str]:
-    """Tests that are marked for the GPU in a file whose fixtures run every test on each device: a GPU would run them on
-    the CPU as well."""
+    """Tests with the gpu mark in a file whose fixtures run every test on each device. On a GPU machine they would also
+    run on the CPU."""
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     every = [f for f in functions if any("autouse" in ast.dump(d) for d in f.decorator_list)]
     if not any("device" in {a.arg for a in fixture.args.args} for fixture in every):

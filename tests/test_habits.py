@@ -1,4 +1,4 @@
-"""Versions that stand in several files are one; the files that other programs read can be read."""
+"""Versions agree between files, and files for other programs can be parsed."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""`from transformers import X` works with this package's name in place, for every X."""
+"""`from transformers import X` also works with this package's name, for every X."""
 
 import os
 import pickle

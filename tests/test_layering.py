@@ -16,7 +16,7 @@ def _floor(module: str) -> int:
 
 
 def _imports(path: pathlib.Path, package: list[str]):
-    """Dotted names imported by a file, relative ones made absolute."""
+    """The dotted names that a file imports; relative ones are made absolute."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -73,7 +73,7 @@ def test_layout():
     assert not (ROOT / "conftest.py").exists() and not list((ROOT / "tests").rglob("__init__.py"))
 
 
-# Code that kernels share, which belongs to no op: what a processor is, how work is shared out, tables of kernels.
+# Code that kernels share and that belongs to no op: processor features, distribution of work, tables of kernels.
 _SHARED = {
     "csrc/cpu": {
         "column_sums", "content_hash", "int8_rows", "kernels", "kernels_int8", "parallel", "philox", "simd",
@@ -90,7 +90,8 @@ _SHARED = {
 @pytest.mark.quick
 @pytest.mark.parametrize("folder", list(_SHARED))
 def test_kernels_bear_the_name_of_their_op(folder):
-    """A file is named after the file in ops/ whose kernels it has: `find . -name '*norm*'` finds an op's every part."""
+    """A kernel file is named after the file of its op in ops/, so that `find . -name '*norm*'` finds all parts of an
+    op."""
     ops = {path.stem for path in (PACKAGE / "ops").glob("[a-z]*.py")}
     files = {p.stem for p in (ROOT / folder).iterdir() if p.suffix in (".py", ".cpp", ".hpp", ".cu", ".cuh")}
     unknown = {

@@ -1,4 +1,4 @@
-"""Checkpoints that are not there, are cut off, or are of no family here: said at once, by name, with what to do."""
+"""Checkpoints that are missing, unreachable, truncated or of an unknown family: a clear error at once, with advice."""
 
 import argparse
 import socket
@@ -17,7 +17,7 @@ from transformer_fast.pipelines import factory
 
 @pytest.fixture(params=["offline", "no network"])
 def cut_off(request, monkeypatch):
-    """Without the hub; gives what the message says of it."""
+    """Make the hub unreachable; yields the part of the message that says so."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", request.param == "offline")
@@ -29,7 +29,7 @@ def cut_off(request, monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     yield "HF_HUB_OFFLINE is set" if request.param == "offline" else "cannot be reached: [Errno -2] Name or service"
-    assert len(tried) <= 1  # the client of the hub would try for half a minute
+    assert len(tried) <= 1  # the hub's client would retry for half a minute
 
 
 @pytest.mark.parametrize("load", [tf.BertModel.from_pretrained, tf.AutoModel.from_pretrained, given])
@@ -109,7 +109,7 @@ def test_a_family_that_is_not_ours_is_transformers_own(ernie):
         model = tf.AutoModel.from_pretrained(ernie)
     assert type(model) is transformers.ErnieModel and not tf.is_ours(model)
     assert model.config._attn_implementation == "transformer_fast"
-    assert not tf.accelerate(model, verbose=False).swapped  # nothing is left to do
+    assert not tf.accelerate(model, verbose=False).swapped  # everything is already accelerated
     with pytest.warns(UserWarning, match="unchanged, as attn_implementation is given"):
         chosen, info = tf.AutoModel.from_pretrained(ernie, attn_implementation="eager", output_loading_info=True)
     assert chosen.config._attn_implementation == "eager" and not info["missing_keys"]

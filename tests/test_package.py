@@ -1,4 +1,4 @@
-"""The package as installed: what it imports, how long it takes, and that it stays out of others' way."""
+"""The installed package: what it imports, how long that takes, and that it does not interfere with other packages."""
 
 import os
 import pathlib
@@ -31,7 +31,7 @@ def test_import_is_light():
     )
     best = min((_python(code).split(" ", 1) for _ in range(3)), key=lambda r: float(r[0]))
     assert best[1] == "[]"
-    assert float(best[0]) < 3.0  # of the processor; about 0.1 alone, and no room for importing transformers
+    assert float(best[0]) < 3.0  # CPU seconds: about 0.1 on a quiet machine, more if transformers were imported
 
 
 @pytest.mark.quick
@@ -44,9 +44,9 @@ def test_every_public_name_is_there():
 
 @pytest.mark.parametrize("hf_kernels", [False, True])
 def test_transformers_imports_from_the_checkout(hf_kernels, tmp_path):
-    """Hugging Face looks up a package named `kernels`; the folder of that name here must not be taken for it."""
+    """Hugging Face looks for a package named `kernels`. The folder of that name here must not be mistaken for it."""
     extra = ""
-    if hf_kernels:  # a stand-in for the installed package, found before the checkout as site-packages' would be
+    if hf_kernels:  # a stand-in for the installed package, which comes before the checkout on sys.path
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.1.0'\nmarker = 'hugging face'\n")
         extra = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import kernels; assert kernels.marker; "
@@ -61,7 +61,7 @@ def test_kernels_are_found_in_a_bare_checkout():
 
 @pytest.mark.parametrize("note", ["", "there was no C++ compiler (g++) when transformer_fast was installed"])
 def test_works_without_its_native_library(note, tmp_path):
-    """A copy of the Python files alone: everything runs in plain PyTorch, and info and one warning say why."""
+    """With only the Python files everything runs in plain PyTorch, and info and one warning say why."""
     shutil.copytree(
         ROOT / "transformer_fast", tmp_path / "transformer_fast",
         ignore=shutil.ignore_patterns("*.so", "__pycache__", "_native_missing.txt"),
@@ -119,7 +119,7 @@ def test_forced_instruction_set(isa):
 
 @pytest.mark.skipif(bool(native.load()), reason=f"no native library: {native.load()}")
 def test_a_library_without_an_op_that_is_asked_for(monkeypatch):
-    """One built from older sources runs nothing, and says what to do."""
+    """A library from older sources is not used, and the message says what to do."""
 
     def set_isa(name):
         raise AttributeError("'_OpNamespace' object has no attribute 'cpu_int8_isas'")
@@ -134,7 +134,7 @@ def test_a_library_without_an_op_that_is_asked_for(monkeypatch):
 
 @pytest.mark.skipif(bool(native.load()), reason=f"no native library: {native.load()}")
 def test_a_library_of_other_sources_is_noticed(tmp_path):
-    """In a checkout whose sources have changed since the build; a wheel has none beside it."""
+    """In a checkout whose sources have changed since the build. A wheel has no sources."""
     for folder in ("csrc", "transformer_fast"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "setup.py", tmp_path)

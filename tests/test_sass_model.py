@@ -1,4 +1,4 @@
-"""benchmarks/sass_model.py on machine code small enough to count by hand."""
+"""benchmarks/sass_model.py on machine code that is small enough to count by hand."""
 
 import csv
 
@@ -50,7 +50,7 @@ def test_a_left_operand_in_registers_is_not_read_from_shared_memory():
 
 @pytest.mark.parametrize("exponentials", [8, 100])
 def test_arithmetic_before_the_wait_runs_under_the_products(exponentials):
-    """Two products are 128 clocks of the tensor cores, an exponential 8 of its pipe."""
+    """Two products take 128 clocks of the tensor cores, an exponential 8 clocks of its pipe."""
     work = _line("MUFU.EX2 R3, R3") * exponentials
     under, after = (sass_model.simulate(loop, 1, 1) for loop in (_loop(under=work), _loop(after=work)))
     assert after >= 128 + 8 * exponentials

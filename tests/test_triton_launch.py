@@ -1,4 +1,4 @@
-"""Launch plans repeat what Triton's own launcher would be asked for, with other tensors; nothing is compiled or run."""
+"""Launch plans repeat the launches of Triton's own launcher with other tensors. Nothing is compiled or run."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The offline tuner's logic; its timings need a GPU."""
+"""The logic of the offline tuner. Its timings need a GPU."""
 
 import importlib.util
 import json

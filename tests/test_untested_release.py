@@ -1,4 +1,4 @@
-"""Under a release of transformers that nobody has tested: one warning, and nothing that is not transformers' result."""
+"""Under an untested release of transformers there is one warning, and every result is that of transformers."""
 
 import os
 import pathlib
@@ -86,7 +86,7 @@ assert len(said("GPT2LMHeadModel runs as transformers' own, for a tiny model dif
 
 @pytest.mark.parametrize("code", [_AGREES, _WRONG_TOKENS, _WRONG_FORWARD], ids=["agrees", "tokens", "forward"])
 def test_newer_release(code):
-    path = os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # of numerics
+    path = os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for numerics.py
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", _START + code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

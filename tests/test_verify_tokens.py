@@ -1,4 +1,4 @@
-"""verify compares tokens: the same by Hugging Face's loop and by ours, and told apart from a tie when they are not."""
+"""verify compares the tokens of Hugging Face's loop and of ours, and distinguishes differences from ties."""
 
 import copy
 
@@ -24,7 +24,7 @@ def gpt2():
 
 
 def _change(monkeypatch, by):
-    """Our loop's tokens, changed in their last column."""
+    """Change the last column of the tokens of our loop."""
     from transformer_fast.generation import mixin
 
     right = mixin.sample
@@ -60,7 +60,7 @@ def test_wrong_tokens_are_not_the_same(tmp_path, gpt2, monkeypatch):
 
 
 def test_a_tie_is_no_fault(gpt2, monkeypatch):
-    """The runner-up in float64 is an excuse only within what rounding may have moved."""
+    """Another token counts as a tie only if its float64 score is within the rounding error."""
     ours = transformer_fast.GPT2LMHeadModel(copy.deepcopy(gpt2.config)).eval()
     ours.load_state_dict(gpt2.state_dict())
     reference, inputs = copy.deepcopy(gpt2).double(), _inputs("left")
@@ -78,7 +78,7 @@ def test_a_tie_is_no_fault(gpt2, monkeypatch):
 
 @pytest.mark.parametrize("family, padding", [("gpt2", "left"), ("marian", "right")])
 def test_draws_of_sampling_are_known_again(family, padding):
-    """The largest of log p - log q in float64 is the token that Hugging Face has drawn, row by row, step by step."""
+    """In float64, the largest log p - log q is the token that Hugging Face draws, in every row and step."""
     model, inputs = {**DECODERS, **SEQ2SEQ}[family](), _inputs(padding)
     tokens = verify_tokens._generate(model, inputs, verify_tokens.MODES["sampled"])
     reference = copy.deepcopy(model).double()

@@ -1,27 +1,26 @@
-"""Compiles Triton kernels for GPUs that are not here, and reports what the compiler made of them.
+"""Compiles Triton kernels ahead of time, without a GPU, and reports the compiler's results.
 
-A test file lists its launches in `cases(arch, scope)`: names and functions that call a launcher of kernels/ on meta
-tensors. The scopes:
+A test file lists its launches in `cases(arch, scope)`: names and functions that call a launcher of kernels/ with meta
+tensors. The scopes are:
 
-- "test": as many as a test run has time for. `aot_reports` compiles them in a process of its own, as Triton interprets
-  in pytest's.
+- "test": as many as a test run has time for. `aot_reports` compiles them in a separate process, because Triton runs as
+  an interpreter in pytest's process.
 - "record": every row of the kernels' tables (tile, warps, stages, by width and kind of call), in 16 bits and float32,
-  for every architecture, each with the features that ask most of registers and shared memory. float16 compiles to
-  bfloat16's code but for the type: a sample of it.
-- "every": all features at all widths in all types, most of which repeat each other. Days on two cores.
+  for every architecture, each with the features that need most registers and shared memory. float16 compiles to the
+  same code as bfloat16 except for the type, so only a sample of it.
+- "every": all features at all widths in all dtypes, most of which are redundant. It takes days on two cores.
 
-By hand, under any Triton, the record's kernels or a share of them:
+By hand, with any Triton, the record's kernels or some of them:
 
     python tests/triton_aot.py
     python tests/triton_aot.py tests/native/test_triton_norm_aot.py --arch 80 90 --only bfloat16
     python tests/triton_aot.py --record [--minutes 30]
 
-prints a line for each kernel of every case, says which fail the file's `check`, and exits with 1 if any does.
+This prints a line per kernel and case, says which ones fail the file's `check`, and exits with 1 if any does.
 `--record` writes the summary that is committed, benchmarks/results/ahead-of-time/triton-<version>.csv. `--minutes`
-stops in between, what is compiled is kept, and the record says how many of how many. `--every-combination` takes the
-last scope.
-Reports are kept in $TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel, types,
-options, GPU and Triton.
+stops early; what is compiled is kept, and the record says how many of how many. `--every-combination` selects the last
+scope. Reports are cached in $TRANSFORMER_FAST_AOT_CACHE (default: in the temporary folder) by the hash of kernel,
+types, options, GPU and Triton.
 """
 
 import argparse
@@ -59,7 +58,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Kernel launches inside are noted, not run."""
+    """Kernel launches in this context are recorded and not run."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -72,7 +71,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _source(launch: Launch):
-    """What Triton's own launch would compile, and its options: types and alignments are read off the arguments."""
+    """The source that Triton's own launch would compile, and its options. Types and alignments come from the
+    arguments."""
     from triton.backends.compiler import BaseBackend
     from triton.compiler import ASTSource
     from triton.runtime.jit import native_specialize_impl
@@ -97,7 +97,7 @@ def _source(launch: Launch):
 
 
 def aot_report(launch: Launch, arch: int) -> dict:
-    """Registers a thread, spills, shared memory and the instructions that matter, read from the SASS."""
+    """Registers per thread, spills, shared memory and the relevant instructions, read from the SASS."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -132,7 +132,8 @@ def aot_report(launch: Launch, arch: int) -> dict:
 
 
 def assert_runs_well(report: dict, registers: int = 255) -> None:
-    """Fits the shared memory and the register file, spills nothing, stays within `registers` a thread."""
+    """Assert that a kernel fits shared memory and register file, does not spill, and uses at most `registers` registers
+    per thread."""
     assert report["shared"] <= SHARED_MEMORY[report["arch"]], report
     assert report["spills"] == 0, report
     assert report["registers"] <= registers, report
@@ -140,7 +141,7 @@ def assert_runs_well(report: dict, registers: int = 255) -> None:
 
 
 class Job(NamedTuple):
-    """One kernel to compile. key: what its report depends on. dtype: of the data."""
+    """One kernel to compile. key: what its report depends on. dtype: dtype of the data."""
 
     file: ModuleType
     case: str
@@ -178,7 +179,7 @@ def _folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("TRANSFORMER_FAST_AOT_CACHE", default))
 
 
-_pending: list[Job] = []  # forked workers find their jobs here: launches do not pickle
+_pending: list[Job] = []  # forked workers read their jobs here, because launches cannot be pickled
 
 
 def _report_path(job: Job) -> pathlib.Path:
@@ -186,7 +187,7 @@ def _report_path(job: Job) -> pathlib.Path:
 
 
 def known(job: Job) -> dict | None:
-    """The report of a kernel that has been compiled before."""
+    """The cached report of a kernel; None if it has not been compiled."""
     path = _report_path(job)
     return json.loads(path.read_text()) | {"dtype": job.dtype} if path.exists() else None
 
@@ -206,7 +207,7 @@ def _compile(index: int) -> dict:
 
 
 def reports(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict]]:
-    """Each job with its report, in the order of the jobs."""
+    """Yields each job with its report, in the order of the jobs."""
     _pending[:] = jobs
     if processes == 1:
         yield from zip(jobs, map(_compile, range(len(jobs))))
@@ -216,11 +217,11 @@ def reports(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict]]:
 
 
 def aot_reports(file: str, arch: int) -> dict[str, list[dict]]:
-    """Case name -> reports of the test run's cases of a test file, compiled in another process."""
+    """Case name -> reports, for the "test" cases of a test file, compiled in another process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, file, "--arch", str(arch), "--json"]
     if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
-        command.append("--processes=1")  # the workers fill the cores already
+        command.append("--processes=1")  # pytest's workers use all cores already
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout)
@@ -233,7 +234,8 @@ RECORD = [
 
 
 def _spread(jobs: list[Job]) -> list[Job]:
-    """In an order in which a run that is stopped has seen every kernel, type and architecture about equally often."""
+    """The jobs in an order such that a run that is stopped has compiled every kernel, dtype and architecture about
+    equally often."""
     seen: collections.Counter = collections.Counter()
     turns = []
     for job in jobs:
@@ -252,9 +254,10 @@ def fails(job: Job, report: dict) -> bool:
 
 
 def summary(jobs: list[Job], triton: str, commit: str) -> list[dict]:
-    """A row of RECORD for every kernel, data type and architecture, from the reports that are there.
+    """A row of RECORD for every kernel, dtype and architecture, from the reports that exist.
 
-    wgmma: "yes" where every configuration has Hopper's matrix instruction, "some" or "no"; empty off sm_90."""
+    wgmma: "yes" if every configuration has Hopper's matrix instruction, "some" or "no"; empty except for sm_90.
+    """
     groups: dict[tuple, list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.launch.kernel.fn.__name__, job.dtype, job.arch), []).append(job)
@@ -289,8 +292,8 @@ def _write_record(jobs: list[Job]) -> pathlib.Path:
 
 
 def merged(before: list[dict], rows: list[dict]) -> list[dict]:
-    """A record with the rows of this run, which are of its commit, in place of older ones of the same kernels; of a run
-    that compiled a share, kernels that it left out keep the rows, and the commit, that they have."""
+    """The record with the rows of this run, and its commit, in place of older rows of the same kernels. Kernels that
+    this run did not compile keep their rows and commits."""
 
     def place(row: dict) -> tuple:
         return row["kernel"], row["dtype"], int(row["arch"].removeprefix("sm_"))
@@ -326,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = _parser().parse_args()
-    # Kernels import as transformer_fast.kernels from the checkout this file is in.
+    # The kernels are imported as transformer_fast.kernels from the checkout of this file.
     sys.path.append(str(ROOT))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     os.environ.setdefault("TRITON_CACHE_DIR", str(_folder()))

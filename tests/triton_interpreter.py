@@ -1,7 +1,7 @@
-"""Runs the Triton kernels on CPU tensors, in numpy, where there is no GPU.
+"""Runs the Triton kernels on CPU tensors, in numpy, if there is no GPU.
 
-Triton decides when it is imported whether its own functions are interpreted, and transformers and torch.compile
-import it: so conftest imports this file first. Outside `active()` TRITON_INTERPRET is unset, as for any user.
+Triton decides at its import whether its own functions are interpreted. transformers and torch.compile import it, so
+conftest imports this file first. Outside `active()` TRITON_INTERPRET is unset, as for users.
 """
 
 import contextlib
@@ -37,20 +37,21 @@ if _LOADED:
 
 @contextlib.contextmanager
 def active() -> Iterator[None]:
-    """Inside, `backend("triton")` takes CPU tensors. Skips the test where Triton compiles for a GPU or is missing."""
+    """In this context `backend("triton")` accepts CPU tensors. Skips the test if Triton compiles for a GPU or is
+    missing."""
     from transformer_fast import backends
 
     if not _LOADED:
-        pytest.skip("Triton is not installed, or this process compiles for its GPU in place of interpreting")
+        pytest.skip("Triton is not installed, or it compiles for a GPU in this process and does not interpret")
     with _environment():
         try:
             yield
         finally:
-            backends._select.cache_clear()  # it holds choices that were right in here only
+            backends._select.cache_clear()  # selections in this context do not hold outside
 
 
 def _widen(handle):
-    """bfloat16, which the interpreter keeps as bits in uint16, as float32; anything else as it is."""
+    """Convert bfloat16, which the interpreter stores as uint16 bits, to float32; leave other dtypes unchanged."""
     if not _is_bfloat16(handle):
         return handle
     bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
@@ -58,7 +59,7 @@ def _widen(handle):
 
 
 def _narrow(handle):
-    """float32 to the nearest bfloat16, ties to even."""
+    """Round float32 to the nearest bfloat16, ties to even."""
     values = np.ascontiguousarray(handle.data, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -70,8 +71,8 @@ def _is_bfloat16(value) -> bool:
 
 
 def _compute_in_bfloat16() -> None:
-    """The interpreter adds, multiplies and compares the bits of bfloat16 values as integers: silently wrong.
-    Compute them as a GPU does, in float32, and round."""
+    """Compute bfloat16 operations as a GPU does: in float32, then round. The interpreter would add, multiply and
+    compare the bits as integers, which is silently wrong."""
     builder = interpreter.InterpreterBuilder
     same_bits = {np.bitwise_and, np.bitwise_or, np.bitwise_xor}
     comparisons = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
@@ -118,8 +119,8 @@ def _compute_in_bfloat16() -> None:
 
 
 def _multiply_float32_in_order() -> None:
-    """A GPU adds up an exact float32 product by fused multiplications in the order of K, so that A B^T and (B A^T)^T
-    are the same bits; numpy's library sums as the layout suits it."""
+    """Compute exact float32 products as a GPU does: by fused multiply-adds in the order of K, so that A B^T and
+    (B A^T)^T have the same bits. numpy's library chooses the order of sums by the layout."""
     builder = interpreter.InterpreterBuilder
     dot = builder.create_dot
 
@@ -129,7 +130,7 @@ def _multiply_float32_in_order() -> None:
             return dot(self, a, b, accumulator, input_precision, *rest)
         total = accumulator.data
         left, right = a.data.astype(np.float64), b.data.astype(np.float64)
-        for k in range(left.shape[-1]):  # in float64 the product is exact, and its sum all but
+        for k in range(left.shape[-1]):  # in float64 the product is exact, and the sum almost
             total = (total + left[..., k, None] * right[..., k, None, :]).astype(np.float32)
         return interpreter.TensorHandle(total, tl.float32)
 

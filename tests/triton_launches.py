@@ -1,4 +1,4 @@
-"""Records the launches of Triton kernels in place of running them: what a GPU would be asked for."""
+"""Records the launches of Triton kernels instead of running them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, `backend("triton")` takes CPU tensors and every launch goes into the list that this gives."""
+    """In this context `backend("triton")` accepts CPU tensors, and every launch is appended to the list it yields."""
     launches: list[Launch] = []
 
     def run(self, *arguments, grid, warmup=False, **options):

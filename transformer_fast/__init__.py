@@ -1,7 +1,7 @@
 """transformer_fast: fused attention, normalisation and activation kernels, and the models that run on them.
 
-Names are loaded on first use, so importing this package loads neither transformers nor Triton. Names of transformers
-that this package has nothing of its own for are transformers' own, handed on: `is_ours` tells them apart.
+Names are loaded on first use, so importing this package loads neither transformers nor Triton. Other names of
+transformers are passed through unchanged; `is_ours` tells which is which.
 """
 
 import importlib as _importlib
@@ -10,7 +10,7 @@ import pathlib as _pathlib
 from ._version import __version__
 from .integrations import import_hook as _import_hook
 
-# In a bare checkout the Triton kernels lie in <root>/kernels, installed they are transformer_fast/kernels.
+# The Triton kernels are in <root>/kernels in a bare checkout, and in transformer_fast/kernels once installed.
 if not (_pathlib.Path(__path__[0]) / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__path__[0]).parent))
 

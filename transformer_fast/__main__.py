@@ -1,4 +1,4 @@
-"""python -m transformer_fast: the command line, also where `transformer-fast` is not on PATH."""
+"""python -m transformer_fast: the command line, also if `transformer-fast` is not on PATH."""
 
 from .cli import main
 

@@ -1,8 +1,8 @@
-"""What this package uses of transformers that differs between its releases, or that transformers does not promise.
+"""The parts of transformers that this package uses although they are private or differ between releases.
 
-Such names are read through the functions here. Those that have to be overridden under their own name, or that Python
-cannot reach through a function, are only listed, in EXPECTED, with what is expected of them; tests compare the list
-with the installed release and with this package's source, so a release that changes one is known by that name.
+The functions here read such names. Names that must be overridden, or that cannot be read through a function, are only
+listed in EXPECTED, with what is expected of them. Tests compare the list with the installed release and with this
+package's source. So a release that changes one of them fails a test with that name.
 """
 
 import warnings
@@ -36,7 +36,7 @@ __all__ = [
     "takes_attention",
 ]
 
-# The first and the last release that the tests are run under: (major, minor).
+# The oldest and the newest release that the tests run with: (major, minor).
 OLDEST, NEWEST = (5, 17), (5, 24)
 
 
@@ -54,21 +54,21 @@ if not IS_TESTED:
     )
 
 # ---- the cache --------------------------------------------------------------------------------------------
-# What a release has called the key-value cache, in forward, generate and outputs.
+# The names of the key-value cache in forward, generate and outputs, over all releases.
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
-# The name in the release that is installed: `cache` since 5.24.
+# The name in the installed release: `cache` since 5.24.
 CACHE_NAME = next(name for name in CACHE_NAMES[1::-1] if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 
 def cached(cache: Any) -> dict[str, Any]:
-    """The field of an output, or the argument of a function of transformers, that holds the cache."""
+    """The cache as a keyword argument for an output class or a function of transformers."""
     return {CACHE_NAME: cache}
 
 
 def merge_cache_names(arguments: dict, name: str, where: str) -> dict:
-    """`arguments` with the cache under `name`, whichever of CACHE_NAMES it came under.
+    """`arguments` with the cache under `name`, whichever of CACHE_NAMES it was passed as.
 
-    Raises ValueError where two of them hold different caches.
+    Raises ValueError if two of these names have different caches. where: the function, for the message.
     """
     given = {k: arguments[k] for k in CACHE_NAMES if k in arguments}
     if not given:
@@ -82,33 +82,33 @@ def merge_cache_names(arguments: dict, name: str, where: str) -> dict:
 
 # ---- generation -------------------------------------------------------------------------------------------
 def end_tokens(generation_config: Any) -> Any:
-    """(n,) int64, the tokens that end a row, or None; generate sets it before a decoding loop begins."""
+    """(n,) int64, the tokens that end a row, or None. generate sets them before a decoding loop."""
     return generation_config._eos_token_tensor
 
 
 def pad_token(generation_config: Any) -> Any:
-    """() int64, what a row that has ended goes on with, or None; set as `end_tokens`."""
+    """() int64, the token that fills finished rows, or None; set as `end_tokens`."""
     return generation_config._pad_token_tensor
 
 
 # ---- configurations, attention ----------------------------------------------------------------------------
 def name_or_path(config: Any) -> str:
-    """Where a model was loaded from, "" where it was not."""
+    """Where a model was loaded from; "" if it was not loaded."""
     return getattr(config, "_name_or_path", "")
 
 
 def takes_attention(model: Any) -> bool:
-    """Whether a model asks the attention interface for its attention."""
+    """Whether a model uses transformers' attention interface."""
     return model._can_set_attn_implementation()
 
 
 def stored_attention(config: Any) -> Any:
-    """The attention implementation that a configuration holds itself, or None."""
+    """The attention implementation that is set in a configuration, or None."""
     return config._attn_implementation
 
 
 def set_attention(config: Any, implementation: Any) -> None:
-    """Make a configuration hold this implementation, unchecked."""
+    """Set the attention implementation of a configuration, without transformers' checks."""
     config._attn_implementation_internal = implementation
 
 
@@ -117,30 +117,30 @@ def holds_attention(config: Any) -> bool:
 
 
 def recorded_outputs(compiling: bool) -> Any:
-    """Names of what transformers collects from submodules in the running forward pass, or None."""
+    """The names of the outputs that transformers collects from submodules in the current forward pass, or None."""
     collector = output_capturing._active_collector
     return collector.global_var if compiling else collector.get()
 
 
 def collects_outputs() -> bool:
-    """True inside a forward of transformers that collects hidden states or attentions by hooks on its layers."""
+    """True inside a forward pass of transformers that collects hidden states or attentions by hooks."""
     return bool(recorded_outputs(False))
 
 
 def register_outputs(model: Any) -> None:
-    """Tell transformers which layers' outputs a model of this class can return: it asks by the name of the class."""
+    """Tell transformers which outputs of submodules a model of this class can return. It looks them up by class."""
     registry = output_capturing._CAN_RECORD_REGISTRY
-    key: Any = str(model.__class__) if type(registry) is dict else model  # later registries make the name themselves
+    key: Any = str(model.__class__) if type(registry) is dict else model  # newer registries take the model itself
     registry[key] = model._can_record_outputs
 
 
 def recomputed(model: Any, function: Any, *inputs: Any) -> Any:
-    """function(*inputs), which backward runs again, in the way that gradient_checkpointing_enable was told."""
+    """function(*inputs) under gradient checkpointing, with the settings of gradient_checkpointing_enable."""
     return model._gradient_checkpointing_func(function, *inputs)
 
 
 def is_capturing_hook(hook: Any) -> bool:
-    """True for the hooks that transformers leaves on layers to collect their outputs; they listen on request alone."""
+    """True for the hooks that transformers installs on layers to collect outputs. They do nothing unless requested."""
     return (
         getattr(hook, "__module__", "") == output_capturing.__name__
         and getattr(hook, "__name__", "") == "output_capturing_hook"
@@ -149,8 +149,9 @@ def is_capturing_hook(hook: Any) -> bool:
 
 # ---- the list ---------------------------------------------------------------------------------------------
 class Expected(NamedTuple):
-    """path: "module:Class.attribute" below transformers. parameters: the names a function takes, in order, as far as
-    they matter ("cache" stands for CACHE_NAME); None for what is no function. use: what this package does with it."""
+    """path: "module:Class.attribute" below transformers. parameters: the names of a function's parameters, in order, as
+    far as they matter ("cache" stands for CACHE_NAME); None if it is not a function. use: what this package does with
+    it."""
 
     path: str
     parameters: tuple[str, ...] | None

@@ -1,3 +1,3 @@
 __version__ = "0.2.0"
-# As pyproject.toml has it: what messages tell people to install.
+# The requirement from pyproject.toml, for messages that say what to install.
 TRANSFORMERS = "transformers>=5.17,<5.25"

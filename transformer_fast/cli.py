@@ -6,8 +6,8 @@ from ._version import __version__
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 not the same (verify), 2 wrong use or something missing."""
-    if sys.argv[1:] == ["--version"]:  # answered before anything has to be installed
+    """Entry point. Exit codes: 0 success, 1 not the same (verify), 2 wrong usage or something is missing."""
+    if sys.argv[1:] == ["--version"]:  # handled here, as it needs no other package
         print(f"transformer-fast {__version__}")
         return
     try:

@@ -1,6 +1,6 @@
-"""Pairs of text for pre-training: next-sentence prediction (BERT) and sentence order (ALBERT).
+"""Pairs of text for pre-training: next-sentence prediction (BERT) and sentence order prediction (ALBERT).
 
-Masked words come from transformers' own collator, which takes these pairs as they are:
+transformers' own collator adds the masking; it takes these pairs directly:
 
 >>> pairs = sentence_pairs(documents, tokenizer)
 >>> batch = transformers.DataCollatorForLanguageModeling(tokenizer)(pairs[:8])
@@ -28,25 +28,26 @@ def sentence_pairs(
     short_probability: float = 0.1,
     seed: int = 0,
 ) -> list[dict]:
-    """Pairs of segments (A, B) from documents, which are lists of sentences; the same for the same seed.
+    """Make pairs of segments (A, B) from documents. The result is the same for the same seed.
 
     Args:
-        documents: lists of sentences.
-        tokenizer: a fast one.
-        objective: "next_sentence": B follows A (label 0) or, half the time, comes from another document (label 1),
-            under the key next_sentence_label. "sentence_order": B follows A (0) or they are swapped (1), under
-            sentence_order_label. What a random B displaced is used in the next pair.
-        max_length: tokens of a pair with its special tokens.
-        short_probability: how often a pair is made shorter than that, down to two tokens of text, so that models see
-            short ones too.
-        seed: of the draws.
+        documents: a list of documents, each a list of sentences.
+        tokenizer: a fast tokenizer.
+        objective: "next_sentence": B follows A (label 0) or, half the time, comes from another document (label 1); the
+            label's key is next_sentence_label. "sentence_order": B follows A (0) or they are swapped (1); the key is
+            sentence_order_label. Sentences that a random B replaces are used in the next pair.
+        max_length: maximum number of tokens of a pair, special tokens included.
+        short_probability: fraction of the pairs that are made shorter, down to two tokens of text, so that models see
+            short pairs too.
+        seed: seed of the random draws.
 
     Returns:
-        dicts {"input_ids", "token_type_ids", "special_tokens_mask": lists of int, the label: int}.
+        A list of dicts with "input_ids", "token_type_ids" and "special_tokens_mask" (lists of int) and the label (int).
 
     Raises:
-        ValueError: for an unknown objective, next_sentence with fewer than two documents, a max_length without room.
-        TypeError: for a tokenizer that is not a fast one.
+        ValueError: for an unknown objective, next_sentence with fewer than two documents, or a max_length that is too
+            small.
+        TypeError: if the tokenizer is not a fast one.
 
     Source:
         Devlin et al., "BERT", 2019, appendix A.2; Lan et al., "ALBERT", 2020, section 3.1.
@@ -99,10 +100,10 @@ def _document_pairs(tokens, number: int, room: int, short: float, objective: str
         a, rest = Encoding.merge(chunk[:cut]), chunk[cut:]
         label = int(draw.random() < 0.5)
         if objective == "next_sentence" and (label or not rest):
-            label, at = 1, at - len(rest)  # what was displaced is read again
+            label, at = 1, at - len(rest)  # the replaced sentences are used again
             b = _elsewhere(tokens, number, goal - len(a), draw)
         elif not rest:
-            continue  # a sentence alone has no order
+            continue  # a single sentence has no order
         else:
             b = Encoding.merge(rest)
             a, b = (b, a) if label else (a, b)
@@ -110,7 +111,7 @@ def _document_pairs(tokens, number: int, room: int, short: float, objective: str
 
 
 def _elsewhere(tokens, number: int, goal: int, draw) -> Encoding:
-    """Sentences from a random place of another document."""
+    """Sentences from a random place in another document, at least `goal` tokens if there are as many."""
     other = draw.randrange(len(tokens) - 1)
     document = tokens[other + (other >= number)]
     found, size = [], 0
@@ -123,7 +124,7 @@ def _elsewhere(tokens, number: int, goal: int, draw) -> Encoding:
 
 
 def _fitted(a: Encoding, b: Encoding, room: int, draw) -> tuple[Encoding, Encoding]:
-    """Both within room: the longer loses tokens, at its beginning or its end by chance."""
+    """Truncate a and b to `room` tokens together: the longer one loses tokens, at its beginning or end at random."""
     lost = {"a": [0, 0], "b": [0, 0]}  # at the beginning, at the end
     left = {"a": len(a), "b": len(b)}
     while left["a"] + left["b"] > room:

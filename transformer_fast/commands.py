@@ -1,4 +1,4 @@
-"""The commands of `transformer-fast`. Needs typer and rich; the rest is imported by the command that needs it."""
+"""The commands of `transformer-fast`. They need typer and rich; each command imports what else it needs."""
 
 import functools
 import importlib.metadata
@@ -44,11 +44,11 @@ def _options(
 
 
 class _Problem(Exception):
-    """What a person can put right, in one line."""
+    """An error that the user can fix, described in one line."""
 
 
 def _command(**options):
-    """A command whose `_Problem`s are one line on stderr and exit code 2."""
+    """Register a command. A `_Problem` in it is printed as one line on stderr, and the exit code is 2."""
 
     def register(function):
         @functools.wraps(function)
@@ -65,7 +65,7 @@ def _command(**options):
 
 
 def _need(what: str, **packages: str) -> None:
-    """Each package is there, or a `_Problem` says how to get it."""
+    """Raise a `_Problem` that says how to install the packages that are missing."""
     missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise _Problem(f"{what} needs {', '.join(missing)}: pip install {' '.join(repr(m) for m in missing)}")
@@ -93,7 +93,7 @@ def _nvcc() -> str:
 
 @_command()
 def info() -> None:
-    """What is active, what is missing, and what it would bring."""
+    """What is active, what is missing, and what the missing parts would bring."""
     _need("info", torch="torch")
     import torch
 
@@ -101,7 +101,7 @@ def info() -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")  # never cut: what to type may stand at the end
+    table.add_column(overflow="fold")  # do not truncate: the command to type may be at the end
     rows = {"transformer_fast": __version__, "Python": platform.python_version()}
     rows.update({name: value for name, value in backends.info().items() if name != "forced backend"})
     rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -210,7 +210,7 @@ def _verify_precision(checkpoint: str, precision: str) -> None:
 def demo(
     output: Annotated[pathlib.Path, typer.Argument(help="folder for the pictures")] = pathlib.Path("demo_output"),
 ) -> None:
-    """Encode real sentences with a real BERT, by Hugging Face and by this package: same result, time, memory."""
+    """Encode sentences with a real BERT by Hugging Face and by this package; compare results, time and memory."""
     _need("demo", torch="torch", transformers=TRANSFORMERS, tqdm="tqdm", matplotlib="matplotlib")
     from .demo import CheckpointMissing, run
 

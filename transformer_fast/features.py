@@ -1,4 +1,4 @@
-"""Features of texts from the layers of a frozen model, for a classifier of one's own."""
+"""Text features from the layers of a frozen model, for classifiers on top of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,28 +27,29 @@ def layer_features(
     max_length: int | None = None,
     progress: bool = False,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """What layers say of a text: f = h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...] (several), pooled or not.
+    """Hidden states of chosen layers as features of texts: h_l (one layer), sum_l h_l, or [h_l1; h_l2; ...].
 
     Args:
-        model: any text model of this package or of transformers; of a model with a head its base is read, of an
-            encoder-decoder its encoder. It is put in eval mode while this runs; no gradients are taken.
-        texts: texts, pairs of texts, or lists of token ids; or one text.
-        tokenizer: the model's.
+        model: a text model of this package or of transformers. If it has a head, its base model is used; of an
+            encoder-decoder, the encoder. It runs in eval mode and without gradients.
+        texts: one text, or a list of texts, of pairs of texts, or of lists of token ids.
+        tokenizer: the model's tokenizer.
         layers: "last", "sum_last_four", "concat_last_four", the index of one hidden state (0: the embeddings, -1: the
-            last layer) or several indices, which are concatenated.
-        pooling: None, "cls" (the first token), "last" (the last), "mean" or "max" over the tokens, special ones
-            included, or "concat": [last; max; mean]; padding takes no part.
-        batch_size: texts at a time; they are computed in an order of length, so that batches hold little padding.
-        max_length: tokens of a text that are read; default: what tokenizer and model take.
-        progress: show a bar.
+            last layer), or several indices, whose states are concatenated.
+        pooling: None; "cls" (the first token), "last" (the last token), "mean" or "max" over all tokens, special tokens
+            included; or "concat": [last; max; mean]. Padding is left out.
+        batch_size: texts per batch. Texts are sorted by length, so that batches have little padding.
+        max_length: texts are truncated to this number of tokens; default: the limit of tokenizer and model.
+        progress: show a progress bar.
 
     Returns:
-        Float tensors of the model's dtype on the CPU, in the texts' order: (N, D) with pooling, else a list of
-        (tokens, D). For one text (D,), or (tokens, D). D is the model's width, times the number of layers that are
-        concatenated, and three times that with "concat".
+        Tensors in the model's dtype on the CPU, in the order of the texts: (N, D) with pooling, else a list of
+        (tokens, D). For one text (D,) or (tokens, D). D is the model's width times the number of concatenated layers,
+        and three times that with "concat".
 
     Raises:
-        ValueError: for an unknown layers or pooling, a layer that is not there, a text without tokens.
+        ValueError: for an unknown `layers` or `pooling`, a layer that the model does not have, or a text without
+            tokens.
 
     Source:
         Devlin et al., "BERT", 2019, section 5.3 and table 7.
@@ -109,7 +110,8 @@ def _layers(layers) -> tuple[tuple[int, ...], str]:
 
 
 def _max_length(base, tokenizer, asked: int | None) -> int | None:
-    """Tokens that fit: tokenizers without a limit say so by a huge number, models with relative positions by none."""
+    """The maximum length, or None. Tokenizers without a limit have a huge model_max_length; models with relative
+    positions have no max_position_embeddings."""
     limits = [asked, tokenizer.model_max_length, getattr(base.config, "max_position_embeddings", None)]
     known = [n for n in limits if n is not None and n < 10**9]
     return min(known) if known else None
@@ -131,7 +133,7 @@ def _tokens(texts, tokenizer, longest: int | None) -> list[dict]:
 
 
 def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, D), and which positions are tokens."""
+    """The combined states (B, S, D), and the mask (B, S) of tokens."""
     longest = max(len(row["input_ids"]) for row in rows)
     mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
     inputs = {"attention_mask": mask}
@@ -143,7 +145,7 @@ def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tenso
     inputs = {name: t.to(base.device) for name, t in inputs.items()}
     if indices == (-1,):
         return base(**inputs).last_hidden_state, inputs["attention_mask"]
-    # Ours keeps only the states that are asked for.
+    # Models of this package store only the states that are requested.
     chosen = sorted({i % (depth + 1) for i in indices}) if isinstance(base, ModelMixin) else True
     states = base(**inputs, output_hidden_states=chosen).hidden_states
     if any(not -len(states) <= i < len(states) for i in indices):
@@ -153,7 +155,7 @@ def _states(base, tokenizer, rows, indices, combine, depth) -> tuple[torch.Tenso
 
 
 def _pool(states: torch.Tensor, mask: torch.Tensor, pooling: str | None):
-    """A feature for each row of states (B, S, D); tokens stand first in a row."""
+    """One feature per row of states (B, S, D); padding is on the right."""
     lengths = mask.sum(1)
     if pooling is None:
         return [row[:n] for row, n in zip(states, lengths.tolist())]

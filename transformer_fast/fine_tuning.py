@@ -1,4 +1,4 @@
-"""ULMFiT's way of fine-tuning (Howard and Ruder, 2018), for every model: what each layer learns, and when."""
+"""ULMFiT fine-tuning (Howard and Ruder, 2018) for every model: learning rates per layer, and gradual unfreezing."""
 
 import math
 import re
@@ -15,18 +15,18 @@ __all__ = ["GradualUnfreezing", "discriminative_learning_rates", "layer_groups",
 def layer_groups(model: nn.Module) -> list[list[str]]:
     """The names of a model's parameters in groups, from the input to the output: embeddings, each layer, the head.
 
-    Layers are the outermost ModuleLists of the base model, one after the other (of an encoder-decoder the encoder's
-    first), and the layers of torch's recurrent networks. What else the base model has, such as a last norm or a
-    pooler, is with the layer before it; a parameter that stands in two places is where it stands first.
+    Layers are the members of the outermost ModuleLists of the base model, in order (in an encoder-decoder the encoder's
+    first), and the layers of torch's recurrent networks. Other parameters of the base model, such as a final norm or a
+    pooler, are grouped with the layer before them. A shared parameter is in the group of its first name.
 
     Args:
-        model: any model of this package or of transformers, with a head or not.
+        model: any model of this package or of transformers, with or without a head.
 
     Returns:
-        Lists of names, as model.named_parameters() has them; no list is empty.
+        Lists of names from model.named_parameters(); no list is empty.
 
     Raises:
-        ValueError: for a model in which no layers are found.
+        ValueError: if no layers are found.
 
     Source:
         Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018, section 3.2.
@@ -75,20 +75,20 @@ def layer_groups(model: nn.Module) -> list[list[str]]:
 def discriminative_learning_rates(
     model: nn.Module, lr: float, factor: float = 2.6, **options: Any
 ) -> list[dict[str, Any]]:
-    """lr_(l-1) = lr_l / factor: parameter groups for an optimizer, slower the nearer a layer is to the input.
+    """lr_(l-1) = lr_l / factor: parameter groups for an optimizer, with lower learning rates nearer to the input.
 
-    options are of every group, such as weight_decay.
+    Further keyword arguments, such as weight_decay, are set in every group.
 
     Args:
-        model: as layer_groups takes it. All its parameters are in the groups, those that are frozen now too.
-        lr: of the last group, the head.
-        factor: the paper's 2.6; 1 for one rate.
+        model: as for layer_groups. All parameters are included, also those that are frozen.
+        lr: learning rate of the last group, the head.
+        factor: ratio of the rates of consecutive groups; the paper uses 2.6, 1 gives equal rates.
 
     Returns:
-        A dict for each of layer_groups(model), in their order: "params", "lr" and options.
+        One dict per group of layer_groups(model), in order, with "params", "lr" and the further options.
 
     Raises:
-        ValueError: for a lr or factor that is not positive.
+        ValueError: if lr or factor is not positive.
 
     Source:
         Howard and Ruder, 2018, section 3.2, "Discriminative fine-tuning".
@@ -114,21 +114,21 @@ def discriminative_learning_rates(
 def slanted_triangular_schedule(
     optimizer: torch.optim.Optimizer, steps: int, cut_fraction: float = 0.1, ratio: float = 32
 ) -> LambdaLR:
-    """lr_t = lr * (1 + p * (ratio - 1)) / ratio, with p rising from 0 to 1 until cut = steps * cut_fraction, then back.
+    """lr_t = lr * (1 + p * (ratio - 1)) / ratio; p rises from 0 to 1 until cut = steps * cut_fraction, then falls to 0.
 
-    Each group keeps its own lr as the largest. Call step() after each optimizer step.
+    The maximum rate of each parameter group is its own lr. Call step() after each optimizer step.
 
     Args:
-        optimizer: any of torch's.
-        steps: T, of the whole training.
-        cut_fraction: of the steps in which the rate rises.
-        ratio: of the largest to the smallest rate.
+        optimizer: a torch optimizer.
+        steps: T, the number of steps of the whole training.
+        cut_fraction: fraction of the steps in which the rate rises.
+        ratio: ratio of the largest to the smallest rate.
 
     Returns:
         A torch.optim.lr_scheduler.LambdaLR.
 
     Raises:
-        ValueError: for steps under 1, a cut_fraction outside (0, 1) or a ratio under 1.
+        ValueError: for steps below 1, a cut_fraction outside (0, 1) or a ratio below 1.
 
     Source:
         Howard and Ruder, 2018, equation 3.
@@ -156,7 +156,7 @@ def slanted_triangular_schedule(
     def scale(step: int) -> float:
         if step < cut:
             p = step / cut
-        else:  # the paper's cut * (1 / cut_fraction - 1) is steps - cut where cut is not rounded
+        else:  # steps - cut is the paper's cut * (1 / cut_fraction - 1) without the rounding of cut
             p = max(0.0, 1 - (step - cut) / max(1, steps - cut))
         return (1 + p * (ratio - 1)) / ratio
 
@@ -164,16 +164,16 @@ def slanted_triangular_schedule(
 
 
 class GradualUnfreezing(TrainerCallback):
-    """For transformers' Trainer: the head learns first, and each epoch one layer more, from the last to the first.
+    """A callback for transformers' Trainer: the head is trained first, then one more layer per epoch, last layer first.
 
-    When training ends, all that could learn before can again. The optimizer has all parameters from the start; those
-    that are frozen have no gradient, and no optimizer of torch's moves them.
+    After training, all parameters that required a gradient before do so again. The optimizer has all parameters from
+    the start; torch's optimizers skip frozen ones, as they have no gradient.
 
     Args:
-        epochs_per_layer: epochs from one layer to the next.
+        epochs_per_layer: epochs until the next layer is unfrozen.
 
     Raises:
-        ValueError: for epochs_per_layer under 1.
+        ValueError: for epochs_per_layer below 1.
 
     Source:
         Howard and Ruder, 2018, section 3.3, "Gradual unfreezing".

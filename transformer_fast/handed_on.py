@@ -1,7 +1,7 @@
-"""Names of transformers that this package has nothing of its own for, handed on as they are; and names that are gone.
+"""Passes names of transformers through that this package does not define, and explains names that transformers removed.
 
-`from transformers import X, Y` keeps working with this package's name in place. transformers is imported when the first
-such name is asked for, not before.
+`from transformers import X, Y` so also works with this package's name. transformers is imported only when the first
+such name is used.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from ._version import TRANSFORMERS
 
 __all__ = ["find", "is_ours", "names"]
 
-# What transformers 4 had and 5 has not: what to use today. Names by rule (TF*, Flax*, ...) are found in `_today`.
+# Names that transformers 5 removed, and their replacements. `_today` handles names by rule (TF*, Flax*, ...).
 _GONE = {
     "AdamW": "torch.optim.AdamW",
     "AutoModelForVision2Seq": "AutoModelForImageTextToText",
@@ -46,14 +46,14 @@ _ENDINGS = {"FeatureExtractor": "ImageProcessor", "TokenizerFast": "Tokenizer", 
 
 
 def is_ours(thing) -> bool:
-    """Whether a class, a model or a function is this package's own, or else handed on from transformers.
+    """Whether a class, a model or a function is defined in this package and not passed through from transformers.
 
     Args:
-        thing: a class, a function, or an object, whose class is then asked about.
+        thing: a class, a function, or an object, for which its class is checked.
 
     Returns:
-        True where `thing` is defined in this package. A class that you derive from one of this package's is yours:
-        its forward may be your own.
+        True if `thing` is defined in this package. False for subclasses defined elsewhere, as these may have their own
+        forward.
 
     Examples:
         >>> import transformer_fast
@@ -65,10 +65,10 @@ def is_ours(thing) -> bool:
 
 
 def find(name: str):
-    """The object that transformers has under `name`.
+    """The object `name` of transformers.
 
-    Raises ImportError for a name that transformers 5 has dropped, with today's name (an AttributeError would lose its
-    text in `from transformer_fast import name`); AttributeError for one that never was, with names like it.
+    Raises ImportError for a name that transformers 5 removed, with its replacement (in `from transformer_fast import
+    name` the text of an AttributeError would be lost), and AttributeError for an unknown name, with similar names.
     """
     try:
         import transformers
@@ -93,13 +93,13 @@ def find(name: str):
 
 
 def names() -> list[str]:
-    """What transformers has, where it is loaded; nothing where it is not."""
+    """The public names of transformers if it is loaded, else none."""
     loaded = sys.modules.get("transformers")
     return [name for name in dir(loaded) if not name.startswith("_")] if loaded else []
 
 
 def _today(name: str, known: set[str]) -> str:
-    """What to use in the place of a name that is gone; '' where nothing is known of it."""
+    """What to use instead of a removed name; '' if that is not known."""
     for framework, prefix in (("TensorFlow", "TF"), ("Flax", "Flax")):
         bare = name.removeprefix(f"{prefix}_").removeprefix(prefix) if name.startswith(prefix) else ""
         if bare:

@@ -18,29 +18,29 @@ PRECISIONS = ("int8", "bf16")
 
 
 def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] = (), group: int = GROUP) -> Any:
-    """The model in low precision, in place, for inference on the CPU.
+    """Convert a model to low precision, in place, for inference on the CPU.
 
-    An output layer that shares its weight with the token embedding gets an int8 copy, and the table stays as it is.
+    An output layer that shares its weight with the token embedding gets an int8 copy; the embedding table is unchanged.
 
     Args:
         model: any torch.nn.Module.
-        precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an Int8Linear: weights int8, a scale for
-            each `group` inputs of an output; inputs quantised row by row as they come, a scale and a zero point for
-            each `group` of them; exact int32 sums. Attention, norms and embeddings keep their dtype. No calibration
-            data. "bf16": the model in bfloat16, where the processor multiplies it; elsewhere it stays as it is, with a
-            warning.
-        skip: names of modules to leave alone, as in named_modules; a name covers what is inside. Layers with fewer than
-            64 outputs and poolers are left alone too, and so is what is not a plain linear layer (LoRA, hooks, another
-            quantiser's): quantized_modules(model) lists them.
-        group: 32, 64 or 128; a shorter one is more accurate and slower.
+        precision: "int8": every linear layer (nn.Linear, HF's Conv1D) becomes an Int8Linear. Weights are int8, with a
+            scale per `group` inputs of an output. Inputs are quantised per row in each call, with a scale and a zero
+            point per `group`. Sums within a group are exact int32. Attention, norms and embeddings keep their dtype. No
+            calibration data is needed. "bf16": the model in bfloat16, if the processor can multiply it; else the model
+            is unchanged, with a warning.
+        skip: names of modules, as in named_modules, that are left unchanged with all their submodules. Layers with
+            fewer than 64 outputs, poolers, and linear layers that are not plain (LoRA, hooks, other quantisers) are
+            also left unchanged; quantized_modules(model) lists them.
+        group: 32, 64 or 128 inputs per scale; smaller groups are more accurate and slower.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for an unknown precision or group, a name in skip that is not in the model, weights with NaN or
-            infinity (then nothing is changed), and a model that is quantised already.
-        TypeError: for a model that is no torch.nn.Module.
+        ValueError: for an unknown precision or group, a name in `skip` that the model does not have, weights with NaN
+            or infinity (the model is then unchanged), or a model that is quantised already.
+        TypeError: if the model is not a torch.nn.Module.
 
     Examples:
         >>> import transformer_fast

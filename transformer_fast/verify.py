@@ -1,4 +1,5 @@
-"""verify(checkpoint): does this package compute, and generate, what Hugging Face does, on every row?"""
+"""verify(checkpoint): compares this package's outputs, gradients and generated tokens with Hugging Face's, row by
+row."""
 
 import collections
 import copy
@@ -17,20 +18,20 @@ from .verify_tokens import NEW_TOKENS, compare_tokens
 __all__ = ["DTYPES", "Row", "Verification", "VerifyError", "verify"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# As close to float64 as Hugging Face's eager attention in the same dtype, within these factors; and so many units in
-# the last place of the largest value where that is exact by luck.
+# Our error against float64 may be these factors times that of Hugging Face's eager attention in the same dtype. If that
+# happens to be exact, the floor in units in the last place (ulps) of the largest value applies.
 OUTPUT_FACTOR, GRADIENT_FACTOR, FLOOR_ULPS = 2.0, 3.0, 2.0
 LENGTHS = (23, 9, 1, 14)
 _REFERENCE = "transformer_fast_verify_reference"
 
 
 class VerifyError(ValueError):
-    """A checkpoint that cannot be verified; one line that says why."""
+    """Raised for a checkpoint that cannot be verified; the message is one line."""
 
 
 class Row(NamedTuple):
-    """One comparison. ours, theirs: largest error against float64. same: None where there is nothing to compare, and
-    then, as where it is False, note says why or where."""
+    """One comparison. ours, theirs: largest errors against float64. same: None if there is nothing to compare. note:
+    the reason if same is None, or where the difference is if same is False."""
 
     dtype: str
     padding: str
@@ -43,7 +44,8 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Verification:
-    """model: Hugging Face's class. through: what computed ours. release: of transformers. rows: every comparison."""
+    """The result of verify. model: Hugging Face's class. through: our class, or `accelerate`. release: the release of
+    transformers. rows: all comparisons."""
 
     model: str
     through: str
@@ -66,25 +68,27 @@ def verify(
 ) -> Verification:
     """Load a checkpoint with Hugging Face's class and with ours and compare outputs, parameter gradients and tokens.
 
-    Ragged batches of random tokens, right and left padded, in evaluation mode; every position that is not padding is
-    compared, and pooled outputs where what they read is not padding. Both are held against the same model in
-    float64: ours may be at most OUTPUT_FACTOR (gradients GRADIENT_FACTOR) times as far from it as Hugging Face's
-    eager attention in the same dtype. What generates must generate the same tokens (`verify_tokens`).
+    The inputs are ragged batches of random tokens with right and left padding, in evaluation mode. All positions that
+    are not padding are compared, and pooled outputs if they do not read padding. Both models are compared with the same
+    model in float64: our error may be at most OUTPUT_FACTOR (for gradients GRADIENT_FACTOR) times that of Hugging
+    Face's eager attention in the same dtype. Models that generate must generate the same tokens (`verify_tokens`).
 
     Args:
-        checkpoint: a folder, or a name on the hub. The class is the one config.json names. Ours is the class of that
-            name in this package, or, where there is none, a copy of the model under `accelerate`.
+        checkpoint: a folder, or a name on the hub. Hugging Face's class is the one that config.json names. Ours is the
+            class of that name in this package, or a copy of the model under `accelerate` if there is none.
         dtypes: names in DTYPES.
-        gradients: compare gradients of the parameters.
-        tokens: compare what `generate` gives: greedy, by beams, sampled with a seed, from ragged padded prompts.
+        gradients: compare the gradients of the parameters.
+        tokens: compare the results of `generate` from ragged padded prompts: greedy, beam search, and sampling with a
+            seed.
         device: "cpu" or "cuda".
         progress: called with a text before each step.
 
     Returns:
-        A `Verification`; its `same` is the verdict.
+        A `Verification`; its property `same` is the verdict.
 
     Raises:
-        VerifyError: in one line, when the checkpoint or transformers is missing, broken or of no kind known here.
+        VerifyError: if the checkpoint or transformers is missing or broken, or the model is of an unknown kind; the
+            message is one line.
 
     Examples:
         >>> from transformer_fast.demo import locate
@@ -151,7 +155,7 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
             except Exception as error:
                 explain_broken(error, checkpoint, local_folder(checkpoint, {}))
                 raise
-        except Exception as error:  # whatever a broken file makes of a loader, a person gets one line
+        except Exception as error:  # a broken file can raise anything; users get one line
             text = " ".join(str(error).split())
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error
 
@@ -176,7 +180,7 @@ def _load_ours(checkpoint, theirs) -> tuple[Any, str]:
 
 
 class _quiet:
-    """Without transformers' loading reports and progress bars."""
+    """Suppresses transformers' loading reports and progress bars."""
 
     def __enter__(self):
         from transformers.utils import logging as hf_logging
@@ -195,7 +199,8 @@ class _quiet:
 
 
 def _compare_weights(theirs, ours) -> Row:
-    """Same names, same bits; afterwards weights that the checkpoint lacks, random in both, are the same too."""
+    """Compare names and bits of the weights, then copy theirs to ours: weights that are missing in the checkpoint are
+    random in both."""
     a, b = theirs.state_dict(), ours.state_dict()
     different = sorted(a.keys() ^ b.keys()) or [name for name in a if not torch.equal(a[name], b[name])]
     ours.load_state_dict(a)
@@ -207,7 +212,7 @@ def _compare_weights(theirs, ours) -> Row:
 
 # ---- inputs ---------------------------------------------------------------------------------------------
 def _batches(model) -> Iterator[tuple[str, dict[str, torch.Tensor], torch.Tensor | None]]:
-    """(padding, inputs, mask of real positions)."""
+    """Yields (padding side, inputs, mask (B, S) of the positions that are not padding, or None)."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     text = config.get_text_config()
     if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
@@ -243,7 +248,7 @@ def _cast(model, dtype: torch.dtype):
 
 
 def _reference(theirs):
-    """The model in float64 with attention as the papers write it: eager attention goes through float32."""
+    """The model in float64, with a plain attention in float64: HF's eager attention computes its softmax in float32."""
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
@@ -299,7 +304,7 @@ def _run(model, inputs, real, padding: str, dtype, gradients: bool) -> _Result:
 
 
 def _readable(found, real, padding: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Outputs that do not depend on padding: by position where they have positions, else whole."""
+    """Yields the outputs that do not depend on padding: without padded positions if they have positions, else whole."""
     for name, t in found.items():
         if not isinstance(t, torch.Tensor) or not t.is_floating_point() or not t.dim():
             continue
@@ -317,7 +322,7 @@ def _compare(dtype: str, padding: str, real, ours: _Result, truth: _Result, eage
     for name, t in truth.outputs.items():
         yield _judge(dtype, padding, name, real, ours.outputs[name], t, eager.outputs[name], OUTPUT_FACTOR)
     if truth.gradients:
-        # One vector, each parameter scaled by its true size: the error of one small tensor is luck.
+        # All parameters in one vector, each scaled by its size: the error of one small tensor depends on chance.
         top = max(t.abs().max().item() for t in truth.gradients.values() if t.numel())
         scale = {name: max(t.abs().max().item(), 0.05 * top) for name, t in truth.gradients.items() if t.numel()}
         pooled = [torch.cat([(r.gradients[n] / s).flatten() for n, s in scale.items()]) for r in (ours, truth, eager)]
@@ -346,7 +351,7 @@ def _judge(dtype: str, padding: str, what: str, real, ours, truth, eager, factor
 
 
 def _where(error, bound: float, real) -> str:
-    """The rows of a batch that are off, or how many elements."""
+    """The positions of a batch that are over the bound, or the number of elements."""
     off = ~(error <= bound)
     if real is None or not off.dim() > 1 or len(error) != int(real.sum()):
         return f"{int(off.sum())} of {off.numel()} elements over {bound:.1e}"

@@ -1,4 +1,4 @@
-"""What low precision costs a checkpoint in accuracy: the quantised model against the same one in float32."""
+"""Measures the accuracy cost of low precision: a quantised model compared with the same model in float32."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ _NEW_TOKENS = 24
 
 
 class Cost(NamedTuple):
-    """One measure. note: of what, and how it is to be read."""
+    """One measure. note: what was measured, and how to read it."""
 
     what: str
     value: str
@@ -27,8 +27,8 @@ class Cost(NamedTuple):
 
 
 class PrecisionReport(NamedTuple):
-    """model: the class. text: what was read. left: modules that are not in low precision, and why. megabytes: of
-    parameters, in float32 and in low precision."""
+    """The result of verify_precision. model: the class. text: the kind of input. left: the modules that are not in low
+    precision, and why. megabytes: size of the parameters in float32 and in low precision."""
 
     model: str
     precision: str
@@ -45,12 +45,23 @@ def verify_precision(
     *,
     progress: Callable[[str], object] = lambda text: None,
 ) -> PrecisionReport:
-    """Load a checkpoint, quantise a copy, and compare the two on ragged text, where there is a tokenizer on sentences.
+    """Load a checkpoint, quantise a copy, and compare the two on ragged text: sentences, or random tokens if there is
+    no tokenizer.
 
-    precision: as in transformer_fast.quantize. Compared, where the model has them: hidden states of every token by
-    their cosine, sentences (the mean of their tokens) by their cosine and by whether each has the same nearest
-    neighbour, the likeliest class or token at every position, and greedily generated tokens.
-    Raises VerifyError, in one line, when the checkpoint cannot be loaded or precision is unknown.
+    Compared, as far as the model has them: the cosine of the hidden states of each token; the cosine of sentence
+    embeddings (token means), and whether each sentence keeps its nearest neighbour; the most likely class or token at
+    each position; greedily generated tokens.
+
+    Args:
+        checkpoint: a folder, or a name on the hub.
+        precision: "int8" or "bf16", as in transformer_fast.quantize.
+        progress: called with a text before each step.
+
+    Returns:
+        A PrecisionReport.
+
+    Raises:
+        VerifyError: if the checkpoint cannot be loaded or the precision is unknown; the message is one line.
     """
     if precision not in PRECISIONS:
         raise VerifyError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision}")
@@ -74,7 +85,8 @@ def _megabytes(model: nn.Module) -> float:
 
 
 def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
-    """Padded on the left where the model generates from it, else on the right."""
+    """The batches and a description of the text. Padding is on the left for decoders that generate, else on the
+    right."""
     from .demo.checkpoint import load_sentences
 
     config = model.config
@@ -96,7 +108,7 @@ def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
 
 
 def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[dict[str, torch.Tensor]]:
-    """Empty where the checkpoint has no tokenizer."""
+    """The lines as batches of token ids; empty if the checkpoint has no tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -106,19 +118,19 @@ def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[di
             tokenizer(lines[i : i + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt")
             for i in range(0, len(lines), _BATCH)
         ]
-    except Exception:  # whatever is missing of it: random tokens will do
+    except Exception:  # no usable tokenizer: the caller uses random tokens
         return []
     return [{k: b[k] for k in ("input_ids", "attention_mask")} for b in found]
 
 
 def _is_text(batch: dict[str, torch.Tensor], vocabulary: int) -> bool:
-    """False for what transformers makes where there are no files of a tokenizer: no tokens."""
+    """False if the batch has no real tokens: without tokenizer files transformers creates an empty tokenizer."""
     ids, mask = batch.values()
     return bool(ids.numel()) and bool((mask.sum(1) > 1).all()) and int(ids.max()) < vocabulary
 
 
 def _run(model, batch: dict[str, torch.Tensor]):
-    """(last hidden states (B, S, E), mask (B, S), logits or None)."""
+    """Returns (last hidden states (B, S, E), mask (B, S), logits or None)."""
     given = dict(batch)
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = batch["input_ids"][:, :16]

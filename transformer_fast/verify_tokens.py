@@ -1,4 +1,4 @@
-"""The part of verify that generates: the same tokens as Hugging Face, greedy, by beams and sampled with a seed."""
+"""The generation part of verify: the same tokens as Hugging Face for greedy, beam search and seeded sampling."""
 
 import copy
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ import torch
 __all__ = ["Comparison", "MODES", "NEW_TOKENS", "compare_tokens"]
 
 NEW_TOKENS, SEED = 8, 0
-# Names of what is compared, and what generate is given for it beside the checkpoint's own generation config.
+# The decoding modes that are compared, with the arguments of generate beside the checkpoint's own generation config.
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1, "do_sample": False},
     "3 beams": {"num_beams": 3, "do_sample": False},
     "sampled": {"num_beams": 1, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0},
 }
-# Two tokens whose logits in float64 are nearer than this many times Hugging Face's own error: rounding decides.
+# If the float64 logits of two tokens differ by less than this factor times Hugging Face's own error, it is a tie.
 TIE = 4.0
 
 
 class Comparison(NamedTuple):
-    """mode: a name in MODES. same: None where there is nothing to compare. note: which rows are off, or why not."""
+    """mode: a name in MODES. same: None if there is nothing to compare. note: the rows that differ, or the reason."""
 
     mode: str
     same: bool | None
@@ -28,16 +28,17 @@ class Comparison(NamedTuple):
 
 
 def compare_tokens(theirs, ours, reference, inputs: dict[str, torch.Tensor], error: float) -> Iterator[Comparison]:
-    """Each of MODES on a ragged batch of prompts, padded on the left, for encoder-decoders on the right.
+    """Compare generated tokens in each of MODES, from a ragged batch of prompts (padded on the left, for
+    encoder-decoders on the right).
 
-    theirs, ours: the models in the dtype that is compared. reference: the model in float64. error: of Hugging Face's
-    logits in that dtype. A row whose tokens differ is the same all the same where float64 calls it a tie: the first two
-    tokens that differ, or the beams' scores, lie within TIE times that error.
+    theirs, ours: the models in the dtype that is compared. reference: the model in float64. error: the error of Hugging
+    Face's logits in that dtype. A row with different tokens still counts as the same if float64 shows a tie: the scores
+    of the first two tokens that differ, or of the beams, are within TIE times that error.
     """
     for mode, settings in MODES.items():
         try:
             wanted = _generate(theirs, inputs, settings)
-        except Exception as failure:  # heads that inherit generate and cannot: not ours to judge
+        except Exception as failure:  # heads that inherit generate but cannot generate: nothing to compare
             yield Comparison(
                 mode, None, f"Hugging Face itself does not generate: {' '.join(str(failure).split())[:120]}"
             )
@@ -55,7 +56,7 @@ def compare_tokens(theirs, ours, reference, inputs: dict[str, torch.Tensor], err
 
 
 def _generate(model, inputs: dict[str, torch.Tensor], settings: dict) -> torch.Tensor:
-    """The new tokens, (rows, NEW_TOKENS)."""
+    """Generate and return the new tokens, (rows, NEW_TOKENS)."""
     config = copy.deepcopy(model.generation_config)
     config.max_length = None
     config.update(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_return_sequences=1, **settings)
@@ -66,12 +67,12 @@ def _generate(model, inputs: dict[str, torch.Tensor], settings: dict) -> torch.T
 
 
 def _first(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The first new token, counted from 0, in which two rows differ."""
+    """The index, from 0, of the first new token in which two rows differ."""
     return int((a != b).nonzero()[0])
 
 
 def _excuse(reference, inputs, settings, wanted, got, row: int, error: float) -> str | None:
-    """Why the tokens of a row may differ, or None where they may not."""
+    """Why the tokens of a row may differ, or None if they must not."""
     scores = [_log_probabilities(reference, inputs, row, tokens[row]) for tokens in (wanted, got)]
     if settings["num_beams"] > 1:
         sums = [s.gather(1, t[row, :, None].to(s.device)).sum().item() for s, t in zip(scores, (wanted, got))]
@@ -85,7 +86,7 @@ def _excuse(reference, inputs, settings, wanted, got, row: int, error: float) ->
 
 
 def _draws(rows: int, like: torch.Tensor, step: int) -> torch.Tensor:
-    """The exponential variables q of a step of sampling: torch.multinomial takes the largest of p / q."""
+    """The exponential variables q of one sampling step: torch.multinomial chooses the largest p / q."""
     torch.manual_seed(SEED)
     for _ in range(step + 1):
         q = torch.empty(rows, like.shape[-1], device=like.device).exponential_()
@@ -94,7 +95,8 @@ def _draws(rows: int, like: torch.Tensor, step: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _log_probabilities(reference, inputs, row: int, tokens: torch.Tensor) -> torch.Tensor:
-    """In float64, of each new token after the row's prompt, without its padding, and the tokens before it."""
+    """Log-probabilities (NEW_TOKENS, V) in float64 of each new token, given the row's prompt without padding and the
+    tokens before it."""
     prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
     if reference.config.is_encoder_decoder:
         start = tokens.new_full((1, 1), reference.generation_config.decoder_start_token_id)

@@ -1,13 +1,13 @@
-// Tensors -> pointers and strides of an attention call, for the CPU and for CUDA. Arguments were checked in Python
-// (ops/attention.py); what is looked at again here is what a wrong value would turn into a wild read.
+// Tensors -> pointers and strides of an attention call, for the CPU and for CUDA. Python has checked the arguments
+// (ops/attention.py); only values that could cause a wild read are checked again here.
 #pragma once
 #include "attention_call.hpp"
 #include "tensors.hpp"
 
 namespace tf {
 
-// What every attention op takes: the fields of AttentionSpec (transformer_fast/backends/specs.py) in their order, but
-// that relative_bias is by distance, float32 (H, 2 * reach + 1) for distances -reach .. reach.
+// Arguments of every attention op: the fields of AttentionSpec (transformer_fast/backends/specs.py) in their order. But
+// relative_bias is given per distance: float32 (H, 2 * reach + 1) for distances -reach .. reach.
 struct AttentionArguments {
   const Tensor &query, &key, &value;
   const OptionalTensor &bias, &mask, &key_lengths, &cu_seqlens_q, &cu_seqlens_k;
@@ -34,17 +34,17 @@ struct AttentionArguments {
         relative_bias, rng, scale, bottom_right, window_left, window_right, softcap, dropout_p                     \
   }
 
-// Below 2^30 in 32 bits, 2^40 in 64: sums of a few positions do not overflow.
+// 2^30 for 32 bits, 2^40 for 64: sums of a few positions do not overflow.
 template <class Integer>
 constexpr int64_t kFarthest = int64_t(1) << (sizeof(Integer) == 4 ? 30 : 40);
 
 template <class Integer>
 void narrow(int64_t n, Integer& to) {
-  STD_TORCH_CHECK(0 <= n && n < kFarthest<Integer>, "transformer_fast: ", n, " is past what the kernel counts to");
+  STD_TORCH_CHECK(0 <= n && n < kFarthest<Integer>, "transformer_fast: ", n, " is too large for the kernel");
   to = Integer(n);
 }
 template <class Integer>
-Integer window_of(int64_t n) {  // no farther than any position
+Integer window_of(int64_t n) {  // at most kFarthest, which is past every position
   return Integer(n < kFarthest<Integer> ? n : kFarthest<Integer>);
 }
 
@@ -68,7 +68,7 @@ inline void check_float_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && (t.stride(-1) == 1 || t.size(-1) == 1),
                   "transformer_fast: ", name, " must be float32 and its last axis contiguous");
 }
-// lse and what has its shape: (B, H, Sq) or, unpadded, (H, total_q).
+// lse and its gradient: (B, H, Sq) or, unpadded, (H, total_q).
 template <class Pointer>
 void take_lse(const Tensor& t, const char* name, Pointer data, Pointer& to, int64_t& batch, int64_t& head) {
   check_float_rows(t, name);
@@ -77,7 +77,7 @@ void take_lse(const Tensor& t, const char* name, Pointer data, Pointer& to, int6
   head = t.stride(-2);
 }
 
-// All but the lengths of the sequences and dropout.
+// Sets every argument except the sequence lengths and dropout.
 template <class Integer, class Real>
 void take_arguments(AttentionCall<Integer, Real>& a, const AttentionArguments& x) {
   const bool unpadded = x.cu_seqlens_q.has_value();
@@ -150,7 +150,7 @@ void take_gradients(AttentionGradients<Call>& a, const Tensor& grad_out, const O
   }
   if (drelative_bias.has_value()) {
     STD_TORCH_CHECK(a.relative_bias && drelative_bias->is_contiguous(),
-                    "transformer_fast: drelative_bias must be contiguous, and wants relative_bias");
+                    "transformer_fast: drelative_bias must be contiguous, and needs relative_bias");
     a.drelative_bias = write<float>(*drelative_bias);
   }
 }

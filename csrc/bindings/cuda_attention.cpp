@@ -1,4 +1,4 @@
-// Attention on a GPU: the lengths of the sequences, and which kernel takes a call.
+// Attention on a GPU: sequence lengths, and which kernel takes a call.
 #include "attention.hpp"
 #include "cuda.hpp"
 
@@ -11,7 +11,7 @@
 
 namespace tf::cuda {
 
-// A build may lack some of them: wgmma is for sm_90a alone.
+// Weak, as a build may lack some of them: wgmma is only for sm_90a.
 #define TF_OPTIONAL __attribute__((weak))
 TF_OPTIONAL const char* attention_forward_wgmma_refuses(const AttentionForward&);
 TF_OPTIONAL bool attention_forward_wgmma_counts(const AttentionForward&);
@@ -29,10 +29,10 @@ template <class Call>
 struct Kernel {
   const char* (*refuses)(const Call&);
   void (*run)(const Call&, Stream);
-  int64_t (*scratch)(const Call&) = nullptr;  // floats, where the kernel wants some
+  int64_t (*scratch)(const Call&) = nullptr;  // floats; null if the kernel needs none
 };
 
-// launch(kernel) with the first that takes the call; an error with every reason when none does.
+// Calls launch(kernel) with the first kernel that takes the call; throws every kernel's reason when none does.
 template <class Call, size_t N, class Launch>
 void launch_first(const Kernel<Call> (&kernels)[N], const Call& call, const char* what, Launch&& launch) {
   std::string reasons;
@@ -101,7 +101,7 @@ RowStrides new_strides(const OptionalTensor& t, const Attention& a) {
   if (!t.has_value()) return {};
   STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == a.batch && t->size(1) == a.key_heads && t->size(2) == a.max_seqlen_q &&
                       t->size(3) == a.dim && dtype_of(*t) == a.dtype,
-                  "transformer_fast: new keys and values must be as the queries, with the cache's heads");
+                  "transformer_fast: new keys and values must have the queries' shape and dtype, the cache's heads");
   return strides_of(*t);
 }
 
@@ -121,8 +121,8 @@ void attention_decode_op(TF_ATTENTION_PARAMETERS, OptionalTensor new_key, Option
   }
   if (new_key.has_value()) {
     STD_TORCH_CHECK(new_value.has_value() && all_lengths.has_value(),
-                    "transformer_fast: new keys want new values and key_lengths");
-    write(key);  // the kernel extends them
+                    "transformer_fast: new keys need new values and key_lengths");
+    write(key);  // the kernel appends to both
     write(value);
     a.new_key = read(new_key);
     a.new_value = read(new_value);
@@ -157,7 +157,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
   take_call(a, TF_ATTENTION_ARGUMENTS);
   take_gradients(a, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, drelative_bias);
   STD_TORCH_CHECK(!a.drelative_bias || drelative_bias->numel() == relative_bias->numel(),
-                  "transformer_fast: drelative_bias must be of relative_bias's shape");
+                  "transformer_fast: drelative_bias must have the shape of relative_bias");
   a.delta = write<float>(delta);
   a.deterministic = deterministic;
   launch_first(kernels, a, "backward", [&](const Kernel<AttentionBackward>& kernel) {
@@ -180,13 +180,13 @@ TF_CUDA_IMPL(m) {
 #endif
 
 // query, key, value, out and their gradients: (B, H, S, D) or, unpadded, (total, H, D); last stride 1. bias, mask: 4-D.
-// key_lengths, cu_seqlens: int32, contiguous. relative_bias: farther keys are as far as the ends. rng: int64 {seed,
+// key_lengths, cu_seqlens: int32, contiguous. relative_bias: farther keys take the value at the end. rng: int64 {seed,
 // offset}, on the device. lse, grad_lse, delta: float32 (B, H, Sq) or (H, total_q); delta: scratch. dbias,
-// drelative_bias: float32 zeros of bias's and relative_bias's shape.
+// drelative_bias: float32 zeros, shapes of bias and relative_bias.
 TF_CUDA_SCHEMA(m) {
   m.def("cuda_attention_forward(" TF_ATTENTION_SCHEMA "Tensor(a!) out, Tensor(b!)? lse) -> ()");
-  // With new_key and new_value key and value are a cache, changed in place: row key_lengths[b] + i gets new row i, and
-  // query i stands there. key_lengths: int32 or int64.
+  // With new_key and new_value, key and value are a cache, changed in place: row key_lengths[b] + i becomes new row i,
+  // and query i has its position. key_lengths: int32 or int64.
   m.def("cuda_attention_decode(" TF_ATTENTION_SCHEMA_OF("Tensor(a!)", "Tensor(b!)")
         "Tensor? new_key, Tensor? new_value, Tensor(c!) out, Tensor(d!) lse) -> ()");
   m.def("cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION_SCHEMA

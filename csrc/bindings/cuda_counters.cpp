@@ -14,7 +14,7 @@ int32_t* counters_of(const Tensor& like, const Device& device) {
   };
   constexpr size_t kStreams = 64;
   static std::mutex mutex;
-  // Never destroyed: at exit torch's allocator may be gone first.
+  // Never destroyed: at exit torch's allocator may be destroyed first.
   static auto& entries = *new std::map<std::pair<int32_t, uint64_t>, Entry>();
   const StreamIdentity stream = identity_of(device.stream());
   if (!stream.known) return nullptr;
@@ -22,7 +22,7 @@ int32_t* counters_of(const Tensor& like, const Device& device) {
   const std::pair<int32_t, uint64_t> key(device.index(), stream.stream);
   auto found = entries.find(key);
   if (found != entries.end() && found->second.capture != stream.capture) {
-    // Given back to the stream that it was taken on, in whose order it will be used next.
+    // Freed to the pool of the stream it was allocated on: its next use there is ordered after this one.
     entries.erase(found);
     found = entries.end();
   }

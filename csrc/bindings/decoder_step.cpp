@@ -18,9 +18,9 @@ StepNorm norm_of(const OptionalTensors& tensors, size_t at, double eps, bool rms
   return {read<float>(tensors[at]), read<float>(tensors[at + 1]), float(eps), rms};
 }
 
-// Floats a row of the workspace for the products with this weight.
+// Floats of workspace per row for the products with this weight.
 int64_t decoder_split_floats(Tensor weight) {
-  if (weight.dim() == 2 && weight.scalar_type() == ScalarType::Char)  // no fewer than its inputs take
+  if (weight.dim() == 2 && weight.scalar_type() == ScalarType::Char)  // an upper bound: the group size is not known
     return 2 * (int8_row_floats(weight.size(1) / kPanel, 32) + 1);
   return split_floats(weight_of({weight, OptionalTensor()}, 0, 0, 0));
 }
@@ -74,8 +74,8 @@ void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor tok
   p.counters = static_cast<PhaseCounter*>(phases.mutable_data_ptr());
 }
 
-// norms: attention, cross, output, query, key, after attention, after output; weights: query (with all after it when they are absent), key, value, attention_output, cross_query, cross_output, up, gate, down;
-// caches: keys, values, cross keys, cross values.
+// norms: attention, cross, output, query, key, after attention, after output. caches: keys, values; the same of cross.
+// weights: query, key, value (absent: in the one before), attention_output, cross_query, cross_output, up, gate, down.
 void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::vector<double> eps, bool rms,
                         OptionalTensors weights, OptionalTensors caches, OptionalTensor relative, double scale,
                         double cross_scale, int64_t window) {
@@ -112,7 +112,7 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
                   "gate: wanted weights (out, in)");
   STD_TORCH_CHECK(!l.gate.data || ((l.gate.layout == WeightLayout::int8) == (l.up.layout == WeightLayout::int8) &&
                                    l.gate.group == l.up.group),
-                  "gate: wanted int8 as the weights it is for");
+                  "gate: wanted the int8 layout of up, or no int8");
   l.relative = read<float>(relative);
   l.relative_count = relative.has_value() ? relative->size(1) : 0;
   l.scale = float(scale);

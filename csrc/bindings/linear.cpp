@@ -31,7 +31,7 @@ void to_panels(Tensor weight, Tensor panels) {
   a.out_stride = weight.stride(0);
   a.in_stride = weight.size(1) > 1 ? weight.stride(1) : 1;
 #if defined(__linux__)
-  // Through pages of 4 KiB, reading a weight would spend much of its time on address translation.
+  // With pages of 4 KiB, address translation would take much of the time of reading a weight.
   const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.panels);
   const uintptr_t end = begin + size_t(panels.numel() * bytes_of(a.storage));
   const uintptr_t first = (begin + page - 1) & ~(page - 1);

@@ -26,7 +26,7 @@ void cpu_set_int8_isa(std::string name) {
   STD_TORCH_CHECK(false, "transformer_fast: no int8 kernels were compiled for instruction set ", name);
 }
 
-// Those that were compiled and that the processor has, narrowest first: "baseline avx2 ...".
+// The int8 instruction sets that were compiled and that the processor supports, narrowest first: "baseline avx2 ...".
 std::string cpu_int8_isas() {
   std::string found = "baseline";
 #if defined(__x86_64__)

@@ -3,7 +3,7 @@
 
 namespace tf {
 
-// A tensor as a matrix: it has two dimensions, the last with stride 1, or any number of them and is contiguous.
+// A tensor as a matrix. It is 2-D with last stride 1, or contiguous with any number of dimensions.
 struct Matrix {
   int64_t rows, width, stride;
 };

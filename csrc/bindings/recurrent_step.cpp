@@ -5,7 +5,7 @@
 namespace tf {
 namespace {
 
-// A weight (out, in), from where it begins among its kind.
+// A weight (out, in) with its bias, checked; adds its bytes to s.weight_bytes.
 StepWeight checked(const char* name, const OptionalTensor& weight, const OptionalTensor& bias, int64_t out, int64_t in,
                    RecurrentStep& s) {
   STD_TORCH_CHECK(weight.has_value(), name, ": wanted a weight (", out, ", ", in, "), got none");
@@ -31,7 +31,7 @@ void fill_gates(StepWeight* gates, const OptionalTensors& weights, size_t at, co
   for (int64_t g = 0; g < count; ++g) {
     gates[g] = checked("weights", weights[at + size_t(g)], OptionalTensor(), width, in, s);
     STD_TORCH_CHECK(gates[g].layout == WeightLayout::panels || gates[g].layout == WeightLayout::rows,
-                    "weights: wanted those of the cells in panels or with contiguous rows");
+                    "weights: wanted the cells' weights in panels or with contiguous rows");
     if (bias.has_value()) gates[g].bias = read<float>(bias) + g * width;
   }
 }
@@ -80,12 +80,12 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
   const OptionalTensor *w = &weights[cells], *b = &biases[2 * layers];
   if (w[0].has_value()) s.query = gathered("query", w[0], b[0], s.score_width, s.width, s);
   const bool reads = maxout || s.context != Context::none;
-  STD_TORCH_CHECK(!maxout || s.context != Context::none, "values: wanted them with maxout");
+  STD_TORCH_CHECK(!maxout || s.context != Context::none, "values: wanted with maxout, got none");
   if (reads)
     s.readout = gathered("readout", w[1], b[1], maxout ? 2 * readout_size : readout_size,
                          2 * s.width + (maxout ? s.embedding : 0), s);
   STD_TORCH_CHECK(logits.has_value() != tokens.has_value(), "logits, tokens: wanted one of them");
-  STD_TORCH_CHECK(!logits.has_value() || logits->size(1) == vocabulary, "logits: wanted ", vocabulary, " of each row");
+  STD_TORCH_CHECK(!logits.has_value() || logits->size(1) == vocabulary, "logits: wanted ", vocabulary, " per row");
   s.head = gathered("head", w[2], b[2], vocabulary, reads ? readout_size : s.width, s);
   s.next_hidden = write<float>(next_hidden);
   s.next_memory = write<float>(next_memory);
@@ -93,7 +93,7 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
   s.logits = write<float>(logits);
   if (tokens.has_value()) s.choice = choice_of(s.head, s.rows, screen, bounds, barred, *tokens);
   const int64_t words = token.size(0), count = values.has_value() ? values->size(0) : s.rows;
-  STD_TORCH_CHECK(s.sources || s.rows <= count, "sources: wanted those of ", s.rows, " rows, got none");
+  STD_TORCH_CHECK(s.sources || s.rows <= count, "sources: wanted one for each of ", s.rows, " rows, got none");
   for (int64_t r = 0; r < s.rows; ++r) {
     STD_TORCH_CHECK(s.ids[r] >= 0 && s.ids[r] < words, "ids: ", s.ids[r], " is not one of ", words, " tokens");
     if (s.sources)

@@ -1,4 +1,4 @@
-// A weight of a decoding step from the tensor that holds it.
+// Weights of a decoding step from tensors.
 #pragma once
 #include <vector>
 
@@ -9,8 +9,8 @@ namespace tf {
 
 using OptionalTensors = std::vector<OptionalTensor>;
 
-// tensors[at]: panels (ceil(out / 32), in, 32), in int8 (ceil(out / 32), in + 4, 32), or the weight (out, in) with one stride 1; tensors[at + 1]: bias
-// int8 of two dimensions: the panels of linear_int8.hpp, (ceil(out / 32), bytes).
+// tensors[at]: panels (ceil(out / 32), in, 32), in int8 (ceil(out / 32), in + 4, 32); panels of linear_int8.hpp, int8
+// (ceil(out / 32), bytes); or the weight (out, in) with one stride 1. tensors[at + 1]: bias.
 inline StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t out, int64_t in) {
   StepWeight w{};
   if (!tensors[at].has_value()) return w;
@@ -40,12 +40,12 @@ inline StepWeight weight_of(const OptionalTensors& tensors, size_t at, int64_t o
   return w;
 }
 
-// screen: int8 panels of w, bounds: (3, 32 panels), barred: int64, tokens: int64 (rows + 1,); see HeadChoice.
+// screen: int8 panels of w; bounds: (3, 32 * panels); barred: int64; tokens: int64 (rows + 1,). See HeadChoice.
 inline HeadChoice choice_of(const StepWeight& w, int64_t rows, const OptionalTensor& screen,
                             const OptionalTensor& bounds, const OptionalTensor& barred, const Tensor& tokens) {
   HeadChoice c{};
   const int64_t panels = (w.out + kPanel - 1) / kPanel;
-  STD_TORCH_CHECK(screen.has_value() && bounds.has_value(), "screen, bounds: wanted them with tokens, got none");
+  STD_TORCH_CHECK(screen.has_value() && bounds.has_value(), "screen, bounds: wanted both with tokens, got none");
   STD_TORCH_CHECK(w.layout == WeightLayout::panels || w.layout == WeightLayout::rows,
                   "weights: wanted the head in panels or with contiguous rows");
   const StepWeight s = weight_of({screen, OptionalTensor()}, 0, w.out, w.in);

@@ -21,7 +21,7 @@ struct BiasActivationBackward {
   Activation activation;
   const void *grad, *x, *gate;  // gate may be null
   const float* bias;            // may be null
-  void *grad_x, *grad_gate;     // contiguous; grad_gate is there when gate is
+  void *grad_x, *grad_gate;     // contiguous; grad_gate is null if gate is
   float* grad_bias;             // may be null
   int64_t rows, width;
   int64_t grad_stride, x_stride, gate_stride;

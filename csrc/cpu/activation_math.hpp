@@ -8,12 +8,12 @@ namespace tf::TF_ISA {
 // Each activation gives y = act(x) and d = act'(x).
 struct Relu {
   static inline void compute(Vec x, Vec& y, Vec& d) {
-    y = x < 0.f ? broadcast(0.f) : x;  // NaN stays
+    y = x < 0.f ? broadcast(0.f) : x;  // NaN for NaN
     d = x > 0.f ? broadcast(1.f) : broadcast(0.f);
   }
 };
 
-// s = 1 / (1 + exp(u)) and its complement, both to the last places.
+// s = 1 / (1 + exp(u)) and 1 - s, both accurate to the last places.
 static inline void sigmoid_of_minus(Vec u, Vec& s, Vec& complement) {
   const Vec e = exp(u);
   s = 1.f / (1.f + e);
@@ -36,16 +36,16 @@ struct GeluTanh {
     Vec s, complement;
     sigmoid_of_minus(-x * fma(x * x, broadcast(cubic), broadcast(two_k)), s, complement);
     y = x * s;
-    const Vec near = max(broadcast(-16.f), min(broadcast(16.f), x));  // beyond, s (1 - s) is 0: no infinity x 0
+    const Vec near = max(broadcast(-16.f), min(broadcast(16.f), x));  // beyond, s (1 - s) is 0: avoids infinity * 0
     const Vec slope = fma(near * near, broadcast(3.f * cubic), broadcast(two_k));
     d = fma(near * slope, s * complement, s);
   }
 };
 
 struct Gelu {
-  // x Phi(x), Phi the normal distribution: 1/2 + x Q(x^2) for |x| < 1, and further out through the tail
-  // Phi(-a) = exp(-a^2 / 2) h(a), h(a) = t P(t), t = 1 / (1 + 0.35 a). Minimax fits, relative error below 4e-8;
-  // the same exponential is the density that the derivative Phi(x) + x phi(x) needs.
+  // x Phi(x), Phi the normal distribution: 1/2 + x Q(x^2) for |x| < 1, and for larger |x| from the tail
+  // Phi(-a) = exp(-a^2 / 2) h(a), h(a) = t P(t), t = 1 / (1 + 0.35 a). Minimax fits, relative error below 4e-8.
+  // The same exponential is the density in the derivative Phi(x) + x phi(x).
   static inline void compute(Vec x, Vec& y, Vec& d) {
     const Vec a = min(abs(x), broadcast(13.f));  // Phi(-13) is 6e-39
     const Vec square = a * a, e = exp_bounded(square * -0.5f);

@@ -9,8 +9,8 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kRun = 32;  // terms of a running sum
-constexpr int kVectors = 4;   // of the hidden layer that one task of the backward pass holds
+constexpr int64_t kRun = 32;  // terms per running sum
+constexpr int kVectors = 4;   // of the hidden layer per task of the backward pass
 constexpr int64_t kColumns = kVectors * kWidth;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

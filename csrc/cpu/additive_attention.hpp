@@ -16,7 +16,7 @@ struct AdditiveAttention {
 };
 
 struct AdditiveAttentionForward : AdditiveAttention {
-  void* out;       // contiguous, as all results
+  void* out;       // all results are contiguous
   float* weights;  // (batch, queries, keys)
 };
 

@@ -1,28 +1,28 @@
 // Attention backward: probabilities are recomputed from the saved log-sum-exp (Dao, "FlashAttention-2", 2023, algorithm
-// 2). One work item is a key head of one sequence: dK and dV have a single writer and a fixed order of addition, so
-// that the result does not depend on the number of threads.
+// 2). One work item is one key head of one sequence: dK and dV have a single writer and a fixed order of addition, so
+// the result does not depend on the number of threads.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
 
 namespace tf::TF_ISA {
 namespace {
 
-// A mask or a bias may leave a row one key above all, whose scores get no gradient. The rounding of an output, of which
-// dropout makes another number than the value, would give them one.
+// A mask or a bias may leave a row a single key with all the probability; its score has no gradient. With dropout the
+// output is not that key's value but a scaled one, and its rounding would give the score a gradient.
 bool has_lone_keys(const Attention& a) {
   return a.dropout.threshold != 0 || a.mask || a.bias_type != BiasType::none || a.relative_bias;
 }
-// The scores of up to so many keys are held at once; beyond a thousand that takes up to a tenth more time.
+// How many keys' scores are held at once, at most; beyond a thousand that takes up to a tenth more time.
 int64_t held_keys(const Attention& a) { return has_lone_keys(a) ? 8192 : 1024; }
 
 struct Buffers {
   float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
   float *p, *ds, *slope, *factor;                     // scores: (keys, lanes); factor: of dropout
-  float *lse, *lse_rest;      // in units of log2, and 2^-(what rounding took from it)
+  float *lse, *lse_rest;      // in units of log2, rounded; 2^-(its rounding error)
   float *delta, *grad_lse;
-  float* scale;  // sums of a row's p, then one over them, then the scale of the scores
-  float *ds_sum, *slope_sum;  // sums of a row's ds and of its p * slope
-  float* seen;                // keys of a row that have a probability
+  float* scale;  // row sums of p, then their inverses, then the scale of the scores
+  float *ds_sum, *slope_sum;  // row sums of ds and of p * slope
+  float* seen;                // keys per row with a probability above zero
   float* centre;              // the mean key: (padded dim)
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
 };
@@ -54,7 +54,7 @@ Buffers take_buffers(const Attention& a) {
   return s;
 }
 
-// dbias += the tile's score gradients, summed over broadcast axes.
+// dbias += score gradients of the tile, summed over broadcast axes.
 void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, int64_t keys, const float* ds) {
   const int64_t* s = a.dbias_strides;
   float* out = a.dbias + t.b * s[0] + t.h * s[1] + t.q0 * s[2] + j0 * s[3];
@@ -96,7 +96,7 @@ void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, in
 const float* lse_of(const AttentionBackward& a, const Tile& t) {
   return a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.query_starts[t.b] + t.q0;
 }
-// Rows that attend to nothing, and lanes past the last query.
+// True for rows that attend to nothing and for lanes past the last query.
 bool is_dead(const AttentionBackward& a, const Tile& t, int64_t i) {
   return i >= t.count || lse_of(a, t)[i] == -INFINITY;
 }
@@ -121,8 +121,8 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   }
 }
 
-// delta = rowsum(grad * out), added up in the order in which gemm, in chains of that length, adds up grad * value: the
-// score of a row that attends to one key then has a gradient of exactly zero.
+// delta = rowsum(grad * out), summed in the same order as gemm sums grad * value with this chain length: the score of a
+// row that attends to one key then has a gradient of exactly zero.
 template <class T>
 void load_delta(const AttentionBackward& a, const Tile& t, int64_t chain, const Buffers& s) {
   float* out_t = s.dq;  // not yet in use
@@ -142,9 +142,9 @@ void load_delta(const AttentionBackward& a, const Tile& t, int64_t chain, const 
     if (is_dead(a, t, i)) s.delta[i] = 0.f;
 }
 
-// dq -= (sum of ds - grad_lse) * mean key. Where delta is exact, the ds of a row sum to grad_lse. An error of delta
-// puts -error * p into ds and -error * sum_j p_j k_j into dq: much, where all keys share an offset, as the bias of
-// their projection gives them. Keys less their mean have no offset. With a softcap the sum is weighted by its slope.
+// dq -= (sum of ds - grad_lse) * mean key. If delta is exact, the ds of a row sum to grad_lse. An error of delta adds
+// -error * p to ds and -error * sum_j p_j k_j to dq, which is large where all keys share an offset, such as the bias of
+// their projection. Keys minus their mean have no offset. With a softcap the sum is weighted by its slope.
 void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec excess = load(s.ds_sum + c) - load(s.grad_lse + c);
@@ -172,7 +172,7 @@ void clear(float* row, int64_t lanes) {
   for (int64_t c = 0; c < lanes; c += kWidth) store(row + c, Vec{});
 }
 
-// total[lane] += value(x) over the keys of a tile, a few at a time: one long chain of sums would lose digits.
+// total[lane] += value(x) over the keys of a tile, in short running sums: one long sum would lose digits.
 template <class F>
 void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
   for (int64_t c = 0; c < lanes; c += kWidth) {
@@ -191,12 +191,12 @@ Operand from_key(Operand rows, int64_t j) {
 }
 
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
-// and so is the output that delta = rowsum(grad * out) comes from. Where it costs little, both are computed again:
+// and so is the output in delta = rowsum(grad * out). Where it costs little, row sums and delta are computed again:
 //
-//   whole_rows   keys whose scores are held, wherever they begin: sum and delta follow from the probabilities at hand
-//   two_passes   more keys, and few queries, lone keys, or a large lse, so coarsely rounded that rows would not sum to
-//                one: one more pass over the keys
-//   one_pass     lse and delta as saved; the error of delta is taken out of dQ by centring the keys
+//   whole_rows   the scores of all keys are held: row sums and delta come from the probabilities at hand
+//   two_passes   more keys, with few queries, lone keys, or an lse so large and coarsely rounded that rows do not sum
+//                to one: one more pass over the keys
+//   one_pass     lse and delta as saved; centring the keys removes the error of delta from dQ
 template <class T>
 class TileGradients {
  public:
@@ -282,7 +282,7 @@ class TileGradients {
     });
   }
 
-  // A key that a row sees alone has probability 1 whatever its score, whose gradient is zero to the last bit.
+  // A key that is alone in its row has probability 1 whatever its score: the score's gradient is exactly zero.
   bool a_key_alone() const {
     bool found = false;
     for (int64_t i = 0; i < lanes_; ++i)
@@ -347,7 +347,7 @@ class TileGradients {
     sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
   }
 
-  void normalise() const {  // scale: from the sum of a row's p to the factor that makes it one, which delta gets too
+  void normalise() const {  // scale: from row sums of p to their inverses; delta and lse_rest are multiplied by these
     for (int64_t i = 0; i < lanes_; ++i) {
       const bool dead = i >= t_.count || s_.scale[i] == 0.f;
       s_.scale[i] = dead ? 0.f : 1.f / s_.scale[i];
@@ -356,7 +356,7 @@ class TileGradients {
     }
   }
 
-  void score_gradients(int64_t j, int64_t keys) const {  // ds -> d loss / d score; p -> p times the dropout factors
+  void score_gradients(int64_t j, int64_t keys) const {  // ds -> d loss / d score; p -> p times dropout factors
     if (dropout_) {
       for_each_dropout(a_, t_, j, keys, [&](int64_t row, int64_t c, Vec factor) {
         const int64_t x = row * lanes_ + c;
@@ -438,7 +438,7 @@ void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const 
 
 template <class T>
 void backward_all(const AttentionBackward& a) {
-  // Items that add to the same slice of dbias are one item, in order.
+  // Heads and sequences that add to the same slice of dbias are one item, in order.
   const bool join_batch = a.dbias && a.dbias_strides[0] == 0, join_heads = a.dbias && a.dbias_strides[1] == 0;
   const int64_t batches = join_batch ? 1 : a.batch, heads = join_heads ? 1 : a.key_heads, items = batches * heads;
   share_out(items, threads_for(a, 1e5), [&] {

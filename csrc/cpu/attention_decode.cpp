@@ -1,20 +1,20 @@
-// Attention of a few queries over many keys (generation). Keys and values are read once, where they are: lanes run
-// along the head dim, and along keys in the softmax. Long sequences of few heads are split among threads and merged by
-// their log-sum-exp (Dao et al., "Flash-Decoding", 2023); the split depends on shapes only.
+// Attention of a few queries over many keys (generation). Keys and values are read once, in place: lanes run along the
+// head dim, and along keys in the softmax. Long sequences with few heads are split among threads and merged by their
+// log-sum-exp (Dao et al., "Flash-Decoding", 2023); the split depends on shapes only.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
 
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kBlock = 256;           // keys
+constexpr int64_t kBlock = 256;           // keys per block
 constexpr int64_t kSplitHeads = 16, kSplitKeys = 512;
 
-struct State {  // of one query: running maximum and sum, and the unnormalised output
+struct State {  // per query: running maximum and sum, and the unnormalised output
   float *top, *total, *out;
 };
 
-// The products of q with kWidth keys, the first `left` of which exist.
+// The products of q with kWidth keys; only the first `left` keys exist.
 template <class T>
 inline Vec dot_keys(const T* k, int64_t stride, int64_t left, const float* q, int64_t dim) {
   Vec acc[kWidth];
@@ -63,7 +63,7 @@ void weigh_part(const float* p, const T* v, int64_t stride, int64_t keys, int64_
   }
 }
 
-// Short sums first: a long float32 sum loses digits.
+// out = out * correction + sum_j p[j] * v[j], in short sums first: a long float32 sum loses digits.
 template <class T>
 void weigh_values(const float* p, const T* v, int64_t stride, int64_t keys, int64_t dim, float correction,
                   float* out) {
@@ -80,7 +80,7 @@ void add_row(const T* row, int64_t step, int64_t keys, float* scores) {
   for (int64_t j = 0; j < keys; ++j) scores[j] += to_float(row[j * step]);
 }
 
-// Products with keys j0.. -> scores, but for a scale that folds into the exponential. The rest of the last vector:
+// Products with keys j0.. -> scores, without a scale that folds into the exponential. The rest of the last vector is
 // -inf.
 void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t position, int64_t j0, int64_t keys,
                 float* scores) {
@@ -109,7 +109,7 @@ void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t pos
   for (int64_t j = keys; j < round_up(keys, kWidth); ++j) scores[j] = -INFINITY;
 }
 
-// Keys [begin, end) of the sequence for every query that shares key head hk.
+// Attends to keys [begin, end) of the sequence for every query that shares key head hk.
 template <class T>
 void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64_t end, const State& state) {
   const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.query_lengths[b];
@@ -156,7 +156,7 @@ void decode_part(const Attention& a, int64_t b, int64_t hk, int64_t begin, int64
   }
 }
 
-// Merges the parts of one key head, in their order, and writes out and lse.
+// Merges the parts of one key head, in order, and writes out and lse.
 template <class T>
 void write_rows(const AttentionForward& a, int64_t b, int64_t hk, const State& first, int64_t parts, int64_t stride) {
   const int64_t padded = round_up(a.dim, kWidth), group = a.heads / a.key_heads, count = a.query_lengths[b];

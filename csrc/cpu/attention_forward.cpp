@@ -1,5 +1,5 @@
-// Attention forward (Dao et al., "FlashAttention", 2022, on a CPU): a thread takes 64 queries of one head and goes over
-// the keys 128 at a time with an online softmax. Scores, probabilities and output are transposed, see
+// Attention forward (Dao et al., "FlashAttention", 2022, on a CPU): a thread takes 64 queries of one head and walks
+// over the keys 128 at a time with an online softmax. Scores, probabilities and output are transposed, see
 // attention_scores.hpp. Nothing of size Sq x Sk is stored.
 #include "attention_scores.hpp"
 #include "parallel.hpp"
@@ -7,7 +7,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kDecodeQueries = 6;  // with so few a tile of kWidth lanes would mostly idle
+constexpr int64_t kDecodeQueries = 6;  // at most this many leave most lanes of a tile idle
 
 struct Buffers {
   float *queries, *scores, *extra, *keys, *values, *out, *top, *total, *correction;
@@ -31,8 +31,8 @@ Buffers take_buffers(const Attention& a) {
   return s;
 }
 
-// Running maximum `top` and sum `total`, and scores -> probabilities, in place. The maximum is subtracted before the
-// factor to_log2 is applied: the largest score then has probability exp2(0) = 1 to the last bit.
+// Updates the running maximum `top` and sum `total`; scores -> probabilities, in place. The maximum is subtracted
+// before the factor to_log2 is applied: the largest score then has probability exp2(0) = 1 exactly.
 void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float to_log2, const Buffers& s) {
   float offset[kQueries];
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
@@ -150,7 +150,7 @@ void forward_all(const AttentionForward& a) {
   const int64_t items = first[a.batch] * a.heads;
   share_out(items, threads_for(a, 2e5), [&] {
     return [&, s = take_buffers(a)](int64_t item) {
-      int64_t low = 0, high = a.batch;  // the sequence: first[low] * heads <= item < first[low + 1] * heads
+      int64_t low = 0, high = a.batch;  // low becomes the sequence: first[low] * heads <= item < first[low + 1] * heads
       while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         (first[middle] * a.heads <= item ? low : high) = middle;

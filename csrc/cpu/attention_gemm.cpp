@@ -4,9 +4,9 @@ namespace tf::TF_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kColumns = 4;  // 24 accumulators of 32 registers
+constexpr int kRows = 6, kColumns = 4;  // 24 accumulators in 32 registers
 #else
-constexpr int kRows = 6, kColumns = 2;  // 12 of 16
+constexpr int kRows = 6, kColumns = 2;  // 12 in 16
 #endif
 
 struct Float {

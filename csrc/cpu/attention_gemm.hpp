@@ -1,8 +1,8 @@
 // The one matrix product behind attention: C[m][n] (+)= sum_k A(m, k) * B[k][n].
 //
 // B and C are scratch, rows of 32-bit words, n a multiple of kWidth. A is read one word at a time and broadcast, with
-// any byte strides: keys and values are used where they are, never transposed. A word is a float, or a pair of bf16
-// along k where the processor multiplies pairs (vdpbf16ps).
+// any byte strides: keys and values are used in place, never transposed. A word is a float, or a pair of bf16 along k
+// where the processor multiplies pairs (vdpbf16ps).
 #pragma once
 #include "simd.hpp"
 
@@ -21,14 +21,14 @@ struct Operand {  // A
   int64_t row_bytes, depth_bytes;
 };
 
-// m, n, depth: sizes, depth in words. column_scale: n floats, for kScaleAdd. chain: products per running sum. One long
-// sum would lose terms that are small beside a large first one. For few rows other libraries compute dot products,
-// whose many partial sums lose little; short chains lose as little.
+// m, n, depth: sizes, depth in words. column_scale: (n,), for kScaleAdd. chain: products per running sum. A long sum
+// would lose terms that are small beside a large first one. For few rows other libraries compute dot products, whose
+// many partial sums lose little; short chains lose as little.
 constexpr int64_t kChain = 64, kShortChain = 16, kFewRows = 16;
 static inline int64_t chain_of(int64_t rows) { return rows <= kFewRows ? kShortChain : kChain; }
 void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, const float* column_scale = nullptr, int64_t chain = kChain);
-// The same on words of two bf16. Only where kHasBf16Dot.
+// The same on words of two bf16, if kHasBf16Dot.
 void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                int64_t ldc, const float* column_scale = nullptr);
 

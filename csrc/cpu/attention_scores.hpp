@@ -1,4 +1,4 @@
-// What happens to a tile of scores between the two matrix products, forward and backward.
+// A tile of scores between the two matrix products, forward and backward.
 //
 // A tile is transposed, (keys, queries), with one lane per query: the softmax of kWidth queries needs no sum across
 // lanes, and masks by position are one comparison per key.
@@ -10,7 +10,7 @@
 
 namespace tf::TF_ISA {
 
-constexpr int64_t kQueries = kAttentionQueries, kKeys = 128;  // of a tile; kKeys is also the dropout counter's group
+constexpr int64_t kQueries = kAttentionQueries, kKeys = 128;  // per tile; kKeys is also a dropout counter's group
 constexpr double kLog2e = 1.4426950408889634;
 
 struct mask8 {
@@ -43,7 +43,7 @@ static inline Tile make_tile(const Attention& a, int64_t b, int64_t h, int64_t q
   return {b, h, q0, count, round_up(count, kWidth), offset, a.key_lengths[b]};
 }
 
-// Keys that any query of the tile can see: [begin, end), empty when end <= begin.
+// Keys that some query of the tile can see: [begin, end), empty when end <= begin.
 static inline void key_range(const Attention& a, const Tile& t, int64_t& begin, int64_t& end) {
   begin = 0;
   end = t.keys;
@@ -56,21 +56,21 @@ static inline void key_range(const Attention& a, const Tile& t, int64_t& begin, 
     if (past < end) end = past;
   }
 }
-// The part of [begin, end) in the group of kKeys that j belongs to.
+// The end of the group of kKeys that j belongs to, at most `end`.
 static inline int64_t block_end(int64_t j, int64_t end) {
   const int64_t next = (j / kKeys + 1) * kKeys;
   return next < end ? next : end;
 }
 
-// Only the scale comes between product and exponential. A scale that is not positive would change the sign of -inf and
-// make the maximum a minimum.
+// Whether only the scale is between product and exponential. A scale that is not positive would change the sign of -inf
+// and turn the maximum into a minimum.
 static inline bool folds_scale(const Attention& a) {
   return a.scale > 0. && a.bias_type == BiasType::none && !a.mask && !a.relative_bias && a.softcap == 0.f;
 }
-// The factor from differences of scores to powers of two.
+// The factor from differences of scores to exponents of two.
 static inline float log2_factor(const Attention& a) { return float(folds_scale(a) ? a.scale * kLog2e : kLog2e); }
 
-// use(x, v) for every vector of a tile: v = base[(c + lane) * si + j * sj] belongs to elements x = j * lanes + c on.
+// use(x, v) for every vector of a tile: v = base[(c + lane) * si + j * sj] is for the elements from x = j * lanes + c.
 template <class T, class Use>
 static inline void for_each_vector(const T* base, int64_t si, int64_t sj, const Tile& t, int64_t keys,
                                    const Use& use) {
@@ -119,15 +119,15 @@ static inline void for_each_bias(const Attention& a, const Tile& t, int64_t j0, 
     for_each_vector(static_cast<const f16*>(a.bias) + at, s[2], s[3], t, keys, use);
 }
 
-// Where the biases of the first vector of queries against key j begin in a head's row of biases by distance. Distances
-// fall while the queries' positions rise: the vector is in reverse order, and that of the next queries lies before it.
+// In a head's row of biases per distance, the start of the vector for key j and the first kWidth queries. Distances
+// fall as positions of queries rise: the vector is in reverse order, and that of the next queries is before it.
 template <class Float>
 static inline Float* relative_row(const Attention& a, const Tile& t, int64_t j, Float* row) {
   return row + a.reach + j - (t.q0 + t.offset) - (kWidth - 1);
 }
 
 // Products of keys j0.. with the tile's queries -> scores, in place: scale, softcap, biases and mask.
-// slope, where not null: d score / d (scaled product), for a softcap's backward.
+// slope, if not null: d score / d (scaled product), for the backward of a softcap.
 static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores,
                                  float* slope) {
   const int64_t size = keys * t.lanes;
@@ -164,7 +164,7 @@ static inline void finish_scores(const Attention& a, const Tile& t, int64_t j0, 
   }
 }
 
-// -inf outside the window. Blocks that no edge crosses return at once.
+// Sets scores outside the window to -inf. Returns at once for blocks that no edge crosses.
 static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float* scores) {
   const int64_t first = t.q0 + t.offset, last = first + t.count - 1, no_limit = INT32_MAX;
   const bool right = a.window_right >= 0 && j0 + keys - 1 > first + a.window_right;
@@ -190,7 +190,7 @@ static inline void mask_edges(const Attention& a, const Tile& t, int64_t j0, int
   }
 }
 
-// One thread where the call has fewer products than `least`: it is over before a second thread wakes up.
+// One thread if the call has fewer products than `least`: it ends before a second thread would wake up.
 static inline int64_t threads_for(const Attention& a, double least) {
   double work = 0;
   for (int64_t b = 0; b < a.batch; ++b)
@@ -198,8 +198,8 @@ static inline int64_t threads_for(const Attention& a, double least) {
   return work < least ? 1 : tf_num_threads();
 }
 
-// Calls use(row, c, factor): factor is 0 or keep_scale of key j0 + row for queries q0 + c .. q0 + c + kWidth. The keys
-// may lie in several groups of kKeys.
+// Calls use(row, c, factor): factor is 0 or keep_scale, for key j0 + row and queries q0 + c .. q0 + c + kWidth. The
+// keys may span several groups of kKeys.
 template <class Use>
 static inline void for_each_dropout(const Attention& a, const Tile& t, int64_t j0, int64_t keys, const Use& use) {
   const uint32_t bh = uint32_t(t.b * a.heads + t.h);

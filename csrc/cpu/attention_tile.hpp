@@ -72,7 +72,7 @@ static void load_transposed(const T* src, int64_t stride, int64_t rows, int64_t 
     }
 }
 
-// dst[r * stride + c] = src[c * ld + r] * factor[r]; src has columns rounded up to kWidth rows.
+// dst[r * stride + c] = src[c * ld + r] * factor[r]; src has `columns` rows, rounded up to kWidth.
 template <class T>
 static void store_transposed(const float* src, int64_t ld, const float* factor, T* dst, int64_t stride, int64_t rows,
                              int64_t columns) {

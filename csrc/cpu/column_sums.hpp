@@ -1,12 +1,12 @@
-// Sums over rows (gradients of weights and biases) that do not depend on the number of threads: the rows are cut into
-// chunks by their number alone, each chunk has its own partial sums, and those are added up in a fixed order.
+// Sums over rows (gradients of weights and biases) that do not depend on the number of threads: the chunks of rows
+// depend only on the number of rows, each has its own partial sums, and those are added up in a fixed order.
 #pragma once
 #include "parallel.hpp"
 #include "simd.hpp"
 
 namespace tf::TF_ISA {
 
-// N sums of `width` columns into out[0..N); those with a null `out` are not wanted.
+// N sums (width,) into out[0..N); a null out[i] is skipped.
 template <int N>
 class ColumnSums {
  public:
@@ -20,8 +20,8 @@ class ColumnSums {
     count_ = (rows + chunk_ - 1) / chunk_;
   }
 
-  // rows(begin, end, into) adds rows [begin, end) to into[0..N); called in parallel, in runs of at most kRun
-  // rows, so that no running sum grows long. grain: rows that are worth a thread.
+  // rows(begin, end, into) adds rows [begin, end) to into[0..N). It is called in parallel, for at most kRun rows, so
+  // that no running sum grows long. grain: rows that are worth a thread.
   template <class Rows>
   void run(int64_t grain, const Rows& rows) const {
     const int64_t stride = (width_ + 15) / 16 * 16, row = stride * wanted_;

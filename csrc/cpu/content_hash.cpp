@@ -1,4 +1,4 @@
-// A 64-bit hash of memory, at the rate of memory: tells whether bytes have changed.
+// A 64-bit hash of memory, at memory bandwidth: tells whether bytes have changed.
 #include "content_hash.hpp"
 
 #include "kernels.hpp"
@@ -11,8 +11,8 @@ constexpr int kLanes = 32;  // 64-bit words side by side: enough chains to hide 
 constexpr uint64_t kSpread = 0xA0761D6478BD642Fu, kPrime = 0xD6E8FEB86659FD93u;  // odd
 
 // Each step is a bijection of the lane for a given word, and of the word for a given lane: a difference in one word
-// never vanishes. A product alone would leave a change of the top bit in its place, and two changed signs could cancel:
-// so words are mixed before they are added to the lane, and the lane is rotated.
+// never vanishes. A product alone would leave a changed top bit in place, and two changed signs could cancel. So words
+// are mixed before they are added to the lane, and the lane is rotated.
 void add_words(uint64_t* lanes, const uint8_t* from) {
   uint64_t words[kLanes];
   __builtin_memcpy(words, from, sizeof words);
@@ -43,7 +43,7 @@ uint64_t hash_block(const uint8_t* data, int64_t bytes) {
 void content_hash(const ContentHash& a) {
   const int64_t alone = 1 + (int64_t(1) << 18) * a.blocks / (a.bytes + 1);  // blocks that are worth a thread
   parallel_for(a.blocks, alone, [&](int64_t begin, int64_t end) {
-    int64_t low = 0, high = a.count;  // the last piece of memory that begins at or before `begin`
+    int64_t low = 0, high = a.count;  // low becomes the last piece of memory that begins at or before `begin`
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       (a.memory[middle].first_block <= begin ? low : high) = middle;

@@ -13,14 +13,14 @@ struct HashedMemory {
   int64_t bytes, first_block;
 };
 
-// hashes[b]: of block b. Blocks are numbered through all pieces of memory; an empty piece has one block too.
+// hashes[b]: of block b. Blocks are numbered across all pieces of memory; an empty piece also has one block.
 struct ContentHash {
   const HashedMemory* memory;
   int64_t count, blocks, bytes;
   uint64_t* hashes;
 };
 
-// The hash of a sequence of values, in their order.
+// One step of the hash of a sequence of values.
 inline uint64_t hash_mix(uint64_t state, uint64_t value) {
   state ^= value;
   state = (state << 29 | state >> 35) * 0x9E3779B97F4A7C15u;

@@ -1,6 +1,6 @@
 // Cross entropy: one read of the logits forward, one read and one write backward. A row is cut into segments that stay
 // in the L1 cache between the search for their largest logit and the sum of exponentials. Several threads may share the
-// segments of a row; the result depends on the length of the segments alone.
+// segments of a row; the result depends only on the length of the segments.
 #include "cross_entropy.hpp"
 
 #include "kernels.hpp"
@@ -22,7 +22,7 @@ struct Partial {
 static inline int64_t segments_of(const CrossEntropy& a) { return (a.classes + kSegment - 1) / kSegment; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Adds up the lanes in double: with few classes no other sum would lose digits.
+// Adds up the lanes in double: with few classes a float32 sum here would be the only one to lose digits.
 static inline double wide_sum(Vec v) {
   double s = 0;
   for (int i = 0; i < kWidth; ++i) s += double(v[i]);
@@ -69,7 +69,7 @@ void finish_row(const CrossEntropyForward& a, int64_t r, const Partial* partials
     largest = largest > m ? largest : m;
   }
   double total = 0;
-  for (int64_t s = 0; s < segments; ++s)  // NaN must stay
+  for (int64_t s = 0; s < segments; ++s)  // a sum of NaN is not skipped
     if (partials[s].sum != 0) total += partials[s].sum * __builtin_exp(double(partials[s].base) - largest);
   const double log_sum = __builtin_log(total);
   const float x = to_float(static_cast<const T*>(a.logits)[r * a.logits_stride + y]);

@@ -9,7 +9,7 @@ struct CrossEntropy {
   DType dtype;
   const void* logits;
   const int64_t* target;
-  const float* weight;  // may be null: ones
+  const float* weight;  // null: ones
   int64_t rows, classes, logits_stride, ignore_index;
   double label_smoothing, z_loss;
 };

@@ -11,7 +11,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-struct Buffers {  // (rows, ...) each
+struct Buffers {  // each (rows, ...)
   float *x, *normed, *qkv, *context, *inner, *split;
 };
 
@@ -29,7 +29,7 @@ Buffers buffers_of(const DecoderPlan& p) {
   return b;
 }
 
-template <class C>  // element of the caches
+template <class C>  // element type of the caches
 class Walk : HeadArgmax {
  public:
   Walk(const DecoderStep& step, int64_t index, int64_t threads)
@@ -46,7 +46,7 @@ class Walk : HeadArgmax {
       StepInput in = before(l.attention_norm, l.qkv, 3);
       linear(l.qkv, 3, in, Finish{b_.qkv, outer});
       const StepInput context = self_attention(l);
-      if (p_.parallel) in = before(l.output_norm);  // of x as it still is
+      if (p_.parallel) in = before(l.output_norm);  // of x before attention is added
       after(l.attention_norm, l.attention_after_norm, l.attention_output, context);
       if (l.cross_query.data) {
         linear(l.cross_query, before(l.cross_norm, &l.cross_query), Finish{b_.qkv, outer});
@@ -66,8 +66,8 @@ class Walk : HeadArgmax {
   }
 
  private:
-  // What a sublayer reads: norm(x), or x where norms come after the sum. Rows that are for int8 weights are quantised on
-  // the way.
+  // The input of a sublayer: norm(x), or x where norms come after the sum. Rows for int8 weights are quantised in the
+  // same phase.
   StepInput before(const StepNorm& n, const StepWeight* weights = nullptr, int count = 1) {
     return normed(p_.pre_norm ? n : StepNorm{nullptr, nullptr, -1.f, false}, weights, count);
   }
@@ -91,7 +91,7 @@ class Walk : HeadArgmax {
     return in;
   }
 
-  // x + [after norm](output(inner)), and the norm of that where norms come after the sum: by whoever reads x next.
+  // x += [after norm](output(inner)). Where norms come after the sum, the next reader of x applies the norm.
   void after(const StepNorm& n, const StepNorm& after_norm, const StepWeight& output, const StepInput& inner) {
     if (after_norm.eps >= 0.f) {
       linear(output, inner, Finish{b_.normed, p_.width});
@@ -108,7 +108,7 @@ class Walk : HeadArgmax {
     if (!p_.pre_norm && n.eps >= 0.f) last_norm_ = &n;
   }
 
-  // activation(up x) [* gate x], quantised on the way where down is int8 and there are blocks enough for all threads.
+  // activation(up x) [* gate x], quantised in the same phase if down is int8 and all threads get a block.
   StepInput up(const DecoderLayer& l, const StepInput& in) {
     StepInput inner{b_.inner, p_.feed_forward};
     Finish f{b_.inner, p_.feed_forward};
@@ -159,9 +159,9 @@ class Walk : HeadArgmax {
     });
   }
 
-  // f(row, head) for all, and what they give for `output` to read: in u8 too where it is int8 and heads fill its groups.
-  // Rows of one prompt are neighbours, and so one after the other here: the keys of a head that they share (beams most of
-  // them, and those of their source all) are in the cache for the second.
+  // Calls f(row, head) for all, and returns the context for `output`, also in u8 if `output` is int8 and heads fill its
+  // groups. Rows of one prompt are neighbours and run one after another: the keys of a head that they share (most keys
+  // of beams, all cross keys) are then in the cache.
   template <class F>
   StepInput attention_phase(const StepWeight& output, const F& f) {
     const int64_t dim = p_.head_dim, width = p_.heads * dim;
@@ -186,14 +186,14 @@ class Walk : HeadArgmax {
     return context;
   }
 
-  // Where a head stands in a row of qkv.
+  // Offsets of a head in a row of qkv.
   int64_t query_at(int64_t head) const { return (p_.qkv_by_head ? 3 * head : head) * p_.head_dim; }
   int64_t key_at(int64_t head) const { return (p_.qkv_by_head ? 3 * head + 1 : p_.heads + head) * p_.head_dim; }
   int64_t value_at(int64_t head) const {
     return (p_.qkv_by_head ? 3 * head + 2 : p_.heads + p_.key_heads + head) * p_.head_dim;
   }
 
-  // This step's key and value of one head, into the caches.
+  // Writes this step's key and value of one head to the caches.
   void append(const DecoderLayer& l, int64_t r, int64_t head, const float* key, const float* value) {
     const int64_t at = ((r * p_.key_heads + head) * p_.capacity + s_.length) * p_.head_dim;
     for_columns(p_.head_dim, [&](int64_t c, auto part) {
@@ -202,7 +202,7 @@ class Walk : HeadArgmax {
     });
   }
 
-  // Norm and rotation of a head of queries or keys, in place.
+  // Norms and rotates a head of queries or keys, in place.
   void place_head(const StepNorm& n, float* x, int64_t r) {
     if (n.eps >= 0.f) norm_row(n, x, x, p_.head_dim);
     if (!p_.cos) return;
@@ -210,7 +210,7 @@ class Walk : HeadArgmax {
     rotate_head(x, x, p_.cos + at, p_.sin + at, p_.rotary_half, p_.rotary_interleaved, 1.f);
   }
 
-  // Where queries share keys or are changed on the way, keys are in the caches before anybody looks.
+  // Where query heads share keys, or heads are normed or rotated, a phase of its own fills the caches before attention.
   void place_and_append(const DecoderLayer& l) {
     const int64_t group = p_.heads / p_.key_heads;
     team_.phase(s_.rows * p_.key_heads, 1, [&](int64_t i) {
@@ -235,10 +235,10 @@ class Walk : HeadArgmax {
       const int64_t own = r * row + now * dim;
       const int32_t* table = s_.table + r * cap;
       int64_t first = l.window && now >= l.window ? now + 1 - l.window : 0;
-      while (table[first] < 0) ++first;  // ends at this step's own key
+      while (table[first] < 0) ++first;  // stops at this step's own key at the latest
       table += first;
       const int64_t count = now + 1 - first;
-      int64_t* at = scratch<int64_t>(1, cap);  // of key j; this step's own stands in for those not to attend to
+      int64_t* at = scratch<int64_t>(1, cap);  // offset of key j; for masked keys that of this step's own key
       for (int64_t j = 0; j < count; ++j) {
         const int64_t other = table[j] * row + (first + j) * dim;
         at[j] = table[j] < 0 ? own : other;
@@ -280,8 +280,8 @@ class Walk : HeadArgmax {
   const DecoderStep& s_;
   const DecoderPlan& p_;
   Buffers b_;
-  const StepNorm* last_norm_ = nullptr;  // of x, in place, still to be done
-  Int8Rows for_input_{}, for_output_{};  // of the product at hand: what it reads, and what it writes
+  const StepNorm* last_norm_ = nullptr;  // norm that x still needs, in place
+  Int8Rows for_input_{}, for_output_{};  // input and output of the current product
 };
 
 }  // namespace
@@ -289,7 +289,7 @@ class Walk : HeadArgmax {
 void decoder_step(const DecoderStep& s) {
   const DecoderPlan& p = *s.plan;
   __builtin_memset(p.counters, 0, sizeof(PhaseCounter) * size_t(kLayerPhases * p.layers + kStackPhases));
-  // Waking a thread costs as much as reading some hundred kilobytes.
+  // Waking a thread costs as much as reading a few hundred kilobytes.
   int64_t threads = tf_num_threads(), useful = 1 + p.weight_bytes / (1 << 19);
   if (threads > useful) threads = useful;
   parallel_for(threads, 1, [&](int64_t index, int64_t) {

@@ -1,4 +1,4 @@
-// Arguments of one decoding step: one token a row through a whole decoder, over caches that are written in place.
+// Arguments of one decoding step: one token per row through a whole decoder, with caches that are written in place.
 #pragma once
 #include "step_weight.hpp"
 #include "team.hpp"
@@ -13,13 +13,13 @@ struct StepNorm {  // absent when eps is negative
 
 struct DecoderLayer {
   StepNorm attention_norm, cross_norm, output_norm;
-  StepNorm query_norm, key_norm;                       // of each head
-  StepNorm attention_after_norm, output_after_norm;    // of what is added to the residual
-  StepWeight qkv[3];  // side by side; those that are absent are in the one before
+  StepNorm query_norm, key_norm;                       // per head
+  StepNorm attention_after_norm, output_after_norm;    // of the sublayer's output, before it is added to the residual
+  StepWeight qkv[3];  // outputs side by side; an absent weight's rows are part of the weight before it
   StepWeight attention_output, cross_query, cross_output, up, gate, down;
   float scale, cross_scale;               // of the scores
-  int64_t window;                         // keys that a query sees, its own too; 0: all
-  const float* relative;  // (heads, relative_count): a bias for every distance, the last for all beyond; may be null
+  int64_t window;                         // keys that a query sees, its own included; 0: all
+  const float* relative;  // (heads, relative_count): bias per distance, the last for all beyond; may be null
   int64_t relative_count;
   void *keys, *values;                    // (cache rows, key heads, capacity, head_dim)
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
@@ -27,28 +27,28 @@ struct DecoderLayer {
 
 constexpr int64_t kLayerPhases = 24, kStackPhases = 5;  // at most
 
-// Followed in memory by its layers; made by bindings/decoder_step.cpp.
+// Its layers follow it in memory; bindings/decoder_step.cpp fills it.
 struct DecoderPlan {
-  int64_t layers, width, heads, key_heads, head_dim, feed_forward, rows;  // rows: the most there can be
+  int64_t layers, width, heads, key_heads, head_dim, feed_forward, rows;  // rows: at most
   bool pre_norm;
   bool parallel;                 // x + attention(norm(x)) + feed_forward(output norm(x))
-  bool qkv_by_head;              // a head's query, key and value are neighbours in qkv, else all of each are
+  bool qkv_by_head;              // qkv is (heads, 3, head_dim); else all queries, then all keys, then all values
   float softcap, logits_softcap;  // s tanh(scores / s); 0: none
-  const float *cos, *sin;        // (rotary_positions, rotary_half): see rotary.hpp; null without rotary positions
+  const float *cos, *sin;        // (rotary_positions, rotary_half), see rotary.hpp; null without rotary positions
   int64_t rotary_half, rotary_positions;
   bool rotary_interleaved;
   Activation activation;
   DType embedding_dtype, cache_dtype;
   const void *token, *position;  // (entries, width); position may be null
-  int64_t tokens, positions;     // entries
+  int64_t tokens, positions;     // entries of the two tables
   float embed_scale;             // of the token embedding
   StepNorm embedding_norm, final_norm;
   StepWeight head;
   float head_scale;
   int64_t capacity, cross_capacity;
   int64_t weight_bytes;
-  int64_t split_room;      // floats a row for split_floats()
-  float* workspace;        // the buffers of all rows (decoder_step.cpp), then split_floats() of each
+  int64_t split_room;      // floats per row for split_floats()
+  float* workspace;        // the buffers of all rows (decoder_step.cpp), then split_room floats per row
   PhaseCounter* counters;  // kLayerPhases * layers + kStackPhases
 };
 static inline DecoderLayer* layers_of(DecoderPlan* p) { return reinterpret_cast<DecoderLayer*>(p + 1); }
@@ -58,7 +58,7 @@ struct DecoderStep {
   const DecoderPlan* plan;
   const Int8Kernels* int8;
   const int64_t *ids, *positions;  // (rows,); positions may be null
-  int32_t* table;                  // (rows, capacity): which cache row holds the row's key t; -1: none to attend to
+  int32_t* table;                  // (rows, capacity): which cache row holds the row's key t; -1: the key is masked
   const int32_t* sources;          // (rows,): whose cross keys a row attends to
   const int32_t* cross_lengths;    // (sources,)
   int64_t rows, length;            // keys so far; this step's go to position `length` of its own row

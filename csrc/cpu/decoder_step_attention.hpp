@@ -1,18 +1,18 @@
-// Attention of one query over keys and values found through a function of their position.
+// Attention of one query over keys and values; a function gives the address of each.
 #pragma once
 #include "attention_tile.hpp"
 
 namespace tf::TF_ISA {
 
-constexpr int64_t kAhead = 32;  // keys
+constexpr int64_t kAhead = 32;  // keys to prefetch ahead
 
-// A row's keys and values lie far from the last row's, and too short a stretch for the processor to see them coming.
+// Consecutive keys and values may be far apart, and each is too short for the hardware prefetcher.
 template <class T>
 static inline void prefetch_row(const T* row, int64_t dim) {
   for (int64_t c = 0; c < dim; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
 }
 
-// Two vectors of a row, in an order that costs little: bfloat16 are taken apart into those at even and at odd places.
+// Two vectors of a row, in an order that costs little: bfloat16 values are split into even and odd columns.
 static inline void load_pair(const float* p, Vec& a, Vec& b) { a = load(p), b = load(p + kWidth); }
 static inline void load_pair(const bf16* p, Vec& a, Vec& b) {
   VecU both;
@@ -21,7 +21,7 @@ static inline void load_pair(const bf16* p, Vec& a, Vec& b) {
   b = bit_cast<Vec>(both & 0xffff0000u);
 }
 
-// The pairs of vectors of x (dim) into that order, and back.
+// Permutes x (dim,) into that order, or back.
 template <class T>
 static inline void order_pairs(float* x, int64_t dim, bool back) {
   if constexpr (sizeof(T) == sizeof(float)) return;
@@ -37,8 +37,7 @@ static inline void order_pairs(float* x, int64_t dim, bool back) {
   }
 }
 
-// scores[0..kWidth) = the products of keys row(j).. row(j + kWidth - 1) with q, whose pairs are in order; dim of q is
-// padded with zeros.
+// The products of keys row(j) .. row(j + kWidth - 1) with q. q is in the order of load_pair and padded with zeros.
 template <class T, class Row>
 static inline Vec dot_rows(const Row& row, int64_t j, int64_t keys, const float* q, int64_t dim) {
   const T* k[kWidth];
@@ -67,10 +66,10 @@ static inline Vec dot_rows(const Row& row, int64_t j, int64_t keys, const float*
   return acc[0];
 }
 
-// out[0..2 Pairs * kWidth) (+)= sum over [begin, end) of p[j] * row(j)[c..], whose pairs are in order.
+// out[0..2 Pairs * kWidth) (+)= sum over [begin, end) of p[j] * row(j)[c..], in the order of load_pair.
 template <int Pairs, class T, class Row>
 static inline void add_rows(const float* p, const Row& row, int64_t begin, int64_t end, int64_t c, float* out) {
-  Vec acc[2][2 * Pairs];  // of every other key: one sum after the other would wait
+  Vec acc[2][2 * Pairs];  // for even and odd keys: two chains of additions hide their latency
   for (int i = 0; i < 2 * Pairs; ++i) acc[0][i] = acc[1][i] = Vec{};
   const auto add = [&](int64_t j, Vec* to) {
     const Vec x = broadcast(p[j]);
@@ -95,7 +94,7 @@ static inline void add_rows(const float* p, const Row& row, int64_t begin, int64
   }
 }
 
-// out = softmax(scores) V, with scores = scale * K q, then adjust(scores). `scores` holds keys rounded up to kWidth.
+// out = softmax(adjust(scale * K q)) V. `scores` has room for `keys` rounded up to kWidth.
 template <class T, class KeyRow, class ValueRow, class Adjust>
 static void attend(const float* query, int64_t dim, float scale, int64_t keys, const KeyRow& key, const ValueRow& value,
                    const Adjust& adjust, float* scores, float* out) {

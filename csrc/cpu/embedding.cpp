@@ -1,4 +1,4 @@
-// Embedding sum + layer norm (+ dropout): the tables are read and the result is written, with no tensor between.
+// Embedding sum + layer norm (+ dropout) in one pass, without intermediate tensors.
 #include "embedding.hpp"
 
 #include "column_sums.hpp"
@@ -30,7 +30,7 @@ void forward_rows(const EmbeddingLayerNormForward& a, int64_t begin, int64_t end
   for (int64_t r = begin; r < end; ++r) {
     gather<T>(a, r, row);
     float mean = inverse * sum(sum_columns(n, [&](int64_t c, auto part) { return load(row + c, part); }));
-    Vec drift = broadcast(0.f);  // the mean's own rounding
+    Vec drift = broadcast(0.f);  // sum of deviations: the rounding error of the mean
     const float spread = sum(sum_columns(n, [&](int64_t c, auto part) {
       const Vec d = load(row + c, part, mean) - mean;
       drift = drift + d;
@@ -91,7 +91,7 @@ void backward_rows(const EmbeddingLayerNormBackward& a, int64_t begin, int64_t e
   }
 }
 
-constexpr int64_t kBlock = 256;  // columns that a thread sums at a time
+constexpr int64_t kBlock = 256;  // columns per item
 
 // Adds up the rows of grad_v in the chain that starts at `row`, in ascending order, in short running sums.
 template <class T>
@@ -127,7 +127,7 @@ void embedding_layer_norm_backward(const EmbeddingLayerNormBackward& a) {
   });
 }
 
-// Each entry of the table belongs to one thread: nothing is added atomically and nothing is zeroed first.
+// Each entry of the table belongs to one thread: no atomic additions, and no pass that clears the table.
 void embedding_gradient(const EmbeddingGradient& a) {
   int32_t *head = scratch<int32_t>(3, a.entries), *next = scratch<int32_t>(4, a.rows);
   __builtin_memset(head, 0xff, size_t(a.entries) * sizeof(int32_t));
@@ -144,7 +144,7 @@ void embedding_gradient(const EmbeddingGradient& a) {
       for (int64_t i = first; i < last;) {
         const int64_t entry = i / blocks, c = i % blocks * kBlock, n = a.width - c < kBlock ? a.width - c : kBlock;
         T* out = static_cast<T*>(a.grad_table) + entry * a.width + c;
-        int64_t unused = entry;  // most of a vocabulary is not used: runs of zeros are written past the caches
+        int64_t unused = entry;  // most of a vocabulary is unused: memset writes long runs of zeros past the caches
         while (c == 0 && i + (unused + 1 - entry) * blocks <= last && head[unused] < 0) ++unused;
         if (unused > entry) {
           __builtin_memset(out, 0, size_t((unused - entry) * a.width) * sizeof(T));

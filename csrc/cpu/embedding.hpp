@@ -7,7 +7,7 @@ namespace tf {
 struct EmbeddingLayerNorm {
   DType dtype;
   const int64_t* ids[3];  // word, token type, position
-  const void* tables[3];  // null where there is none
+  const void* tables[3];  // null if absent
   int64_t strides[3];     // between the rows of a table
   const float* norm_weight;  // may be null
   int64_t rows, width;
@@ -32,9 +32,9 @@ struct EmbeddingGradient {  // grad_table[e] = sum of grad_v[r] over rows r with
   DType dtype;
   const float* grad_v;
   const int64_t* ids;
-  void* grad_table;  // contiguous, written everywhere
+  void* grad_table;  // contiguous; every element is written
   int64_t rows, width, entries;
-  int64_t padding_idx;  // of this entry the gradient is zero; negative: none
+  int64_t padding_idx;  // the entry whose gradient is zero; negative: none
 };
 
 }  // namespace tf

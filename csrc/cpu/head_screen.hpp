@@ -1,6 +1,6 @@
-// The largest of each row's outputs without all of them. A quarter of the weight's bytes, its int8 form, gives every
-// output but for an error that has a bound: |x . w - x8 . w8| <= |x| |w - w8| + |x - x8| |w8|. What cannot be the largest
-// by these bounds is left out; the others are made of the weight itself, 32 columns at a time as everywhere.
+// The largest output of each row without computing all outputs. The int8 form of the weight, a quarter of its bytes,
+// gives every output up to a bounded error: |x . w - x8 . w8| <= |x| |w - w8| + |x - x8| |w8|. Panels whose bounds
+// exclude the largest output are skipped; the others are computed with the weight itself, 32 columns at a time.
 #pragma once
 #include "step_products.hpp"
 
@@ -11,13 +11,13 @@ class ScreenedArgmax : public StepProducts {
   static constexpr int kPhasesOfArgmax = 5;
   using StepProducts::StepProducts;
 
-  // Floats of memory that argmax wants.
+  // Floats of memory that argmax needs.
   static int64_t argmax_floats(const StepWeight& w, const Int8Weight& screen, int64_t rows) {
     return Memory(nullptr, w, screen, rows).floats;
   }
 
-  // To c.tokens (rows,): the first of the largest outputs of w, NaN above all, without those that are barred; after
-  // them how many panels were computed.
+  // Writes c.tokens (rows + 1,): per row the first index of the largest output that is not barred, NaN being above all;
+  // then the number of panels that were computed.
   void argmax(const StepWeight& w, const HeadChoice& c, const float* x, int64_t ldx, float* memory) {
     const Memory m(memory, w, c.screen, rows_);
     const int64_t panels = m.panels;
@@ -46,9 +46,9 @@ class ScreenedArgmax : public StepProducts {
     int64_t panels, stride, floats = 0;
     Int8Rows x;
     float *size, *error;     // (rows,): |x|, |x - x8|
-    float *upper, *lower;    // (rows, stride): the largest of a panel's bounds
+    float *upper, *lower;    // (rows, stride): the largest upper and lower bound per panel
     int32_t *chosen, *count; // panels to compute
-    float* best;             // (rows, panels): of the i-th of them the largest output, and which it is
+    float* best;             // (rows, panels): the largest output of the i-th chosen panel, and its index
     int32_t* index;
 
     Memory(float* base, const StepWeight& w, const Int8Weight& screen, int64_t rows)
@@ -110,7 +110,7 @@ class ScreenedArgmax : public StepProducts {
         for (int64_t k = 0; k < kPanel; k += kWidth) {
           const Vec start = load(c.start + at + k), v = load(sums + r * kPanel + k) + start;
           Vec apart = fma(load(c.error + at + k), size, load(c.size + at + k) * error);
-          apart = fma(abs(start), broadcast(2.4e-7f), apart);  // what adding the bias rounds
+          apart = fma(abs(start), broadcast(2.4e-7f), apart);  // rounding of the bias addition
           const Vec high = v + apart;
           upper = max(high, upper);
           lower = max(v - apart, lower);

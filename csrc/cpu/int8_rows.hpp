@@ -1,4 +1,4 @@
-// Quantising rows, and the product of some of them with panels of an int8 weight (linear_int8.hpp).
+// Quantises rows, and multiplies them by panels of an int8 weight (linear_int8.hpp).
 #pragma once
 #include "linear_int8.hpp"
 #include "simd.hpp"
@@ -6,14 +6,14 @@
 namespace tf::TF_ISA {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows held in registers: 2 kInt8Rows accumulators
+constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows in registers at once: 2 kInt8Rows accumulators
 #else
 constexpr int kInt8Rows = kWidth == 16 ? 8 : 4;
 #endif
 
 typedef uint8_t VecB __attribute__((vector_size(kWidth)));
 
-// A value that has been rounded: nothing is contracted across.
+// v after rounding: the compiler contracts nothing across it.
 static inline Vec rounded(Vec v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
@@ -36,7 +36,7 @@ static inline VecI to_nearest(Vec v) {
 #endif
 }
 
-// The least of 0..255 that v is not under, and so the other way, as bytes.
+// Stores v clamped to 0..255, as bytes.
 static inline void store_clamped(uint8_t* to, VecI v) {
 #if defined(__AVX512F__)
   const __m512i least = _mm512_maskz_max_epi32(0xffff, bit_cast<__m512i>(v), bit_cast<__m512i>(VecI{}));
@@ -56,7 +56,7 @@ static inline void store_clamped(uint8_t* to, VecI v) {
 #endif
 }
 
-// The largest lanes of a and b.
+// The largest lane of a, and of b.
 static inline void largest_of(Vec a, Vec b, float& of_a, float& of_b) {
   typedef float Quad __attribute__((vector_size(16)));
   typedef int32_t QuadI __attribute__((vector_size(16)));
@@ -77,7 +77,7 @@ static inline void largest_of(Vec a, Vec b, float& of_a, float& of_b) {
   of_b = both[2] > both[3] ? both[2] : both[3];
 }
 
-// acc[lane] += the sum of 4 products u8 x int8 of a lane.
+// acc[lane] += the sum of the 4 products u8 x int8 in that lane.
 static inline VecI dot4(VecI acc, VecI u, VecI w) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
   return bit_cast<VecI>(_mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(u), bit_cast<__m512i>(w)));
@@ -85,7 +85,7 @@ static inline VecI dot4(VecI acc, VecI u, VecI w) {
   return bit_cast<VecI>(
       _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(acc), bit_cast<__m256i>(u), bit_cast<__m256i>(w)));
 #else
-  // Bytes 0 and 2, and 1 and 3, as 16-bit numbers: the instruction that multiplies bytes would saturate.
+  // Bytes 0 and 2, and 1 and 3, as 16-bit numbers: the instruction that multiplies bytes saturates.
   typedef int16_t VecS __attribute__((vector_size(kWidth * 4)));
   typedef uint16_t VecW __attribute__((vector_size(kWidth * 4)));
   const VecS w_even = bit_cast<VecS>(bit_cast<VecW>(w) << 8) >> 8, w_odd = bit_cast<VecS>(w) >> 8;
@@ -118,7 +118,7 @@ static inline Int8Rows from_row(const Int8Rows& x, int64_t row) {
   return {x.values + row * x.stride, x.scale + row * x.groups, x.zero + row * x.groups, x.stride, x.groups};
 }
 
-// x, n <= group of them -> u8 with scale and zero point. What is not finite makes the scale NaN, and so the results.
+// x (n,), n <= group -> u8 with a scale and zero point. A value that is not finite makes scale and results NaN.
 template <class T>
 static inline void quantize_group(const T* x, int64_t n, uint8_t* to, float& scale, float& zero) {
   Vec low = {}, high = {}, odd = {};
@@ -156,8 +156,8 @@ static inline int32_t load_four(const uint8_t* p) {
   return v;
 }
 
-// out (M, 32) (+)= x (M, 4 depth) times one group of a panel; as many bytes from `ahead` on come into the cache meanwhile.
-// Rows are found through every third one.
+// out (M, 32) (+)= x (M, 4 depth) times one group of a panel. As many bytes from `ahead` on are prefetched. Rows are
+// addressed from every third row.
 template <int M, bool First>
 static void multiply_group(const Int8Rows& x, const int8_t* w, const int8_t* ahead, int64_t depth, float* out,
                            int64_t ldo) {
@@ -210,8 +210,8 @@ static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t
   if constexpr (M > 1) multiply_group<M - 1>(rows, first, x, w, ahead, depth, out, ldo);
 }
 
-// out (rows, 32 count), ldo apart, = x W^T of the columns from 32 panel on. Group by group: what is read of x stays in
-// the first cache for all the columns.
+// out (rows, 32 count), rows ldo apart, = x W^T for the columns from 32 panel on. It goes group by group, so that a
+// group of x stays in the L1 cache for all columns.
 static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count, float* out,
                           int64_t ldo) {
   const int64_t bytes = int8_panel_bytes(w.in, w.group);

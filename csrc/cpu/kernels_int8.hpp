@@ -1,5 +1,5 @@
-// The table of int8 kernels. They are compiled for more instruction sets than the others (those that multiply bytes),
-// and chosen on their own.
+// The table of int8 kernels. They are compiled for more instruction sets than the others (also those that multiply
+// bytes), and are selected independently.
 #pragma once
 #include "linear_int8.hpp"
 
@@ -11,7 +11,7 @@ struct Int8Kernels {
   void (*from_panels)(const FromInt8Panels&);
   void (*linear)(const LinearInt8&);
   void (*block)(const Int8Block&);
-  // A row x of n, and the product of rows with 32 columns: out (rows, 32).
+  // Quantise a row x (n,); multiply rows by one panel of 32 columns, out (rows, 32).
   void (*quantize)(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row);
   void (*product)(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows, int64_t panel, float* out);
 };

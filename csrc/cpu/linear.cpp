@@ -1,4 +1,4 @@
-// Beside torch's GEMMs: the gradient of a bias.
+// The gradient of a bias, which torch's GEMMs do not compute.
 #include "linear.hpp"
 
 #include "column_sums.hpp"

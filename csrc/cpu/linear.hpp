@@ -1,4 +1,4 @@
-// Arguments of what linear layers need beside torch's GEMMs.
+// Arguments of the kernels of linear layers, other than torch's GEMMs.
 #pragma once
 #include "activation.hpp"
 
@@ -11,13 +11,13 @@ struct ColumnSum {  // out[c] = sum over r of x[r, c]
   int64_t rows, width, x_stride;
 };
 
-// A weight laid out for few rows: panels of 32 output columns; within a panel, the 32 columns of one input after those
-// of the other, so that a product reads memory once, in order. In bfloat16, 32-bit word i holds column i in its low
-// half and column 16 + i in its high half: widening is a shift and a mask. In int8 the values are round(w / scale).
-// After the inputs, in the place of four more, come the panel's 32 float32 scales, max |w| / 127 of each column.
+// A weight laid out for few rows: panels of 32 output columns, each (in, 32), so that a product reads memory once, in
+// order. In bfloat16, 32-bit word i holds column i in its low half and column 16 + i in its high half: widening is a
+// shift and a mask. In int8 the values are round(w / scale), and the panel's 32 float32 scales, max |w| / 127 per
+// column, follow its inputs; they take the space of four more inputs.
 enum class Storage : int32_t { f32, bf16, i8 };
 constexpr int64_t kPanel = 32;
-constexpr int64_t kScaleSlots = kPanel * int64_t(sizeof(float));  // int8 values that a panel's scales take the place of
+constexpr int64_t kScaleSlots = kPanel * int64_t(sizeof(float));  // int8 values that hold a panel's scales
 
 struct ToPanels {
   DType dtype;         // of the weight
@@ -49,7 +49,7 @@ struct LinearLong {  // y = act(x W^T + bias), float32
   Activation activation;
 };
 
-struct WeightGradient {  // y = g^T x, float32, and the sums of g's rows
+struct WeightGradient {  // y = g^T x, float32, and the sum of g over rows
   const float *g, *x;  // (rows, out), (rows, in), last strides 1
   float *y, *sums;     // (out, in) contiguous, (out,); sums may be null
   int64_t rows, in, out, g_stride, x_stride;

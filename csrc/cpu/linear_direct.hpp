@@ -1,4 +1,4 @@
-// The product of a few rows with 32 output columns of a weight that is read where it lies.
+// The product of a few rows with 32 output columns of a weight in its own layout.
 #pragma once
 #include "linear_panel.hpp"
 
@@ -15,7 +15,7 @@ static inline void fold_lanes(Vec* v) {
   for (int i = 0; i < kWidth; i += 2 * Step)
     v[i] = __builtin_shuffle(v[i], v[i + Step], low) + __builtin_shuffle(v[i], v[i + Step], high);
 }
-// Lane i: the sum of the lanes of v[i], for kWidth vectors.
+// Lane i of the result: the sum of the lanes of v[i], for kWidth vectors.
 static inline Vec lane_sums(Vec* v) {
   fold_lanes<1>(v);
   fold_lanes<2>(v);
@@ -24,9 +24,9 @@ static inline Vec lane_sums(Vec* v) {
   return v[0];
 }
 
-// A tile of M rows and N columns, M * N = kWidth at most: out[m * kPanel + n] = x[m] . w[n], rows of w `stride` apart.
-// Rows First to Last of the memory `ahead` are prefetched. Each lane adds up every kWidth-th product, kRun of them at most
-// in one running sum, whose rounding errors grow with its length.
+// A tile of M rows by N columns, M * N <= kWidth: out[m * kPanel + n] = x[m] . w[n]. Of the rows w[n] + ahead, First to
+// Last are prefetched. Each lane adds up every kWidth-th product, at most kRun per running sum: rounding errors grow
+// with the length of a sum.
 template <int M, int N, int First, int Last, class W>
 static inline void dot_tile(const float* x, int64_t ldx, const W* const* w, int64_t in, int64_t ahead, float* out) {
   constexpr int64_t kRun = 192;
@@ -69,7 +69,7 @@ static void multiply_dots(int rows, const float* x, int64_t ldx, const W* w, int
     const W* from[N];
     for (int n = 0; n < N; ++n) from[n] = w + (c + n < columns ? c + n : columns - 1) * stride;
     int r = 0;
-    if (fetch && rows > M) {  // half of the prefetches with each tile
+    if (fetch && rows > M) {  // each tile issues half of the prefetches
       dot_rows<M, N, 0, N / 2>(rows, x, ldx, from, in, ahead, out + c);
       dot_rows<M, N, N / 2, N>(rows - M, x + M * ldx, ldx, from, in, ahead, out + M * kPanel + c);
       r = 2 * M;
@@ -81,8 +81,8 @@ static void multiply_dots(int rows, const float* x, int64_t ldx, const W* w, int
   }
 }
 
-// out (rows, 32) = x (rows, in) times `columns` (at most 32) rows of a weight (out, in) that are `stride` apart. fetch:
-// prefetch the rows after them, for the next call.
+// out (rows, 32) = x (rows, in) times `columns` (at most 32) rows of a weight (out, in), `stride` apart. fetch: whether
+// to prefetch the rows after those, for the next call.
 template <class W>
 static void multiply_rows_of(int rows, const float* x, int64_t ldx, const W* w, int64_t stride, int64_t columns,
                              int64_t in, bool fetch, float* out) {
@@ -94,7 +94,7 @@ static void multiply_rows_of(int rows, const float* x, int64_t ldx, const W* w, 
 template <int M, class W>
 static void multiply_columns(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t columns, int64_t in,
                              float* out, int64_t ldo) {
-  constexpr int64_t kLines = 16;  // streamed side by side: as many as the processor's prefetching follows
+  constexpr int64_t kLines = 16;  // rows streamed side by side: as many as the hardware prefetcher follows
   for (int64_t begin = 0; begin < in; begin += kLines) {
     const int64_t end = begin + kLines < in ? begin + kLines : in;
     for (int64_t c = 0; c < columns; c += 2 * kWidth) {
@@ -126,7 +126,7 @@ static void multiply_columns(const float* x, int64_t ldx, const W* w, int64_t st
   }
 }
 
-// out (rows, columns rounded up to 32), ldo apart, = x (rows, in) times `columns` of a weight (in, out) whose rows are
+// out (rows, columns rounded up to 32), rows ldo apart, = x (rows, in) times `columns` of a weight (in, out), rows
 // `stride` apart.
 template <int M, class W>
 static void multiply_columns_of(int rows, const float* x, int64_t ldx, const W* w, int64_t stride, int64_t columns,

@@ -1,5 +1,5 @@
-// Products in int8 with everything around them: a thread takes some rows, quantises them, and finishes what it has
-// multiplied while that is in the cache.
+// Products in int8 with the operations around them: a thread takes some rows, quantises them, and finishes its products
+// while they are in the cache.
 #include "activation_math.hpp"
 #include "int8_rows.hpp"
 #include "kernels_int8.hpp"
@@ -8,8 +8,8 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kBlock = 48;               // rows that are taken together, at most
-constexpr int64_t kColumns = 4 * kPanel;     // columns that are finished together
+constexpr int64_t kBlock = 48;               // rows per item, at most
+constexpr int64_t kColumns = 4 * kPanel;     // columns finished together
 
 // Pieces of one scratch buffer.
 struct Pieces {
@@ -36,7 +36,7 @@ Int8Rows take_rows(Pieces& from, int64_t rows, int64_t in, int64_t group) {
   return r;
 }
 
-// Rows in blocks of kBlock, as many for each thread; then what is left in equal parts.
+// Rows in blocks of kBlock, the same number for each thread; then the remaining rows in equal parts.
 struct RowBlocks {
   RowBlocks(int64_t rows, int64_t threads) : rows(rows), whole(rows / (kBlock * threads) * threads) {
     const int64_t left = rows - whole * kBlock, part = (left + threads - 1) / threads;
@@ -63,8 +63,8 @@ void with_optional_activation(bool has, Activation activation, const F& f) {
   });
 }
 
-// gelu within 4e-5 (5e-5 |x| beyond 4), for results that are rounded to 8 bits right away: 0.5 + x P(x^2) in the place of
-// the normal distribution.
+// gelu within 4e-5 (5e-5 |x| beyond 4), for results that are rounded to 8 bits at once: 0.5 + x P(x^2) approximates the
+// normal distribution.
 struct CoarseGelu {
   static inline void compute(Vec x, Vec& y, Vec&) {
     const Vec near = max(broadcast(-4.f), min(broadcast(4.f), x)), s = fma(near * near, broadcast(0.125f), broadcast(-1.f));
@@ -85,7 +85,7 @@ void with_coarse_activation(Activation activation, const F& f) {
   activation == Activation::gelu ? f(CoarseGelu{}) : with_activation(activation, f);
 }
 
-// f(column, columns, sums (rows, kColumns)) for the columns [begin, end) of x W^T, begin a multiple of kColumns.
+// f(column, columns, sums (rows, kColumns)) for columns [begin, end) of x W^T; begin is a multiple of kColumns.
 template <class F>
 void for_products(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t begin, int64_t end, float* sums,
                   const F& f) {
@@ -113,7 +113,7 @@ void linear_columns(const LinearInt8& a, const Int8Weight& w, const Int8Rows& x,
   });
 }
 
-// v (n) -> its norm, in place.
+// v (n,) -> norm(v), in place.
 void norm_row(const Int8Norm& a, float* v, int64_t n) {
   const float inverse = 1.f / float(n);
   float mean = 0.f, variance;
@@ -221,7 +221,7 @@ class Block {
     });
   }
 
-  // act(up(x)) [* gate(x)], quantised as soon as a group of it is there.
+  // act(up(x)) [* gate(x)], quantised as soon as a group is complete.
   void feed_forward(int64_t rows) {
     const int64_t group = a_.down.group;  // divides kColumns
     with_coarse_activation(a_.activation, [&](auto kind) {
@@ -273,7 +273,7 @@ void linear_int8(const LinearInt8& a) {
   const int64_t threads = tf_num_threads();
   const RowBlocks of(a.rows, threads);
   const int64_t blocks = of.count;
-  // A block of rows is one item where there are many; else its columns are shared out, and quantised by each thread.
+  // With many blocks of rows, each is one item. Otherwise columns are split too, and each thread quantises the rows.
   int64_t parts = (4 * threads + blocks - 1) / blocks;
   if (blocks >= 8 * threads) parts = 1;
   if (parts > columns) parts = columns;

@@ -1,18 +1,18 @@
-// Arguments of products in int8: weights quantised once, activations row by row as they come, int32 sums.
+// Arguments of products in int8: weights are quantised once, activations row by row at run time, sums are int32.
 //
-// Inputs are quantised in groups, `group` of them to a scale: a weight w[n, k] = s[n, g] q[n, k] with q in -127..127, an
-// activation x[m, k] = t[m, g] (u[m, k] - z[m, g]) with u in 0..255. A group's sum of u q is exact in int32; less z times
-// the sum of q it is exact in float32 too (group <= 128), and t s times that is what the group adds to the product. So
-// every instruction set gives the same bits.
+// Inputs are quantised in groups, one scale per group: weights w[n, k] = s[n, g] q[n, k] with q in -127..127,
+// activations x[m, k] = t[m, g] (u[m, k] - z[m, g]) with u in 0..255. A group's sum of u q is exact in int32. Minus z
+// times the sum of q it is also exact in float32 (group <= 128), and t s times that is the group's term of the product.
+// So every instruction set gives the same bits.
 #pragma once
 #include "linear.hpp"
 
 namespace tf {
 
-constexpr int64_t kInt8Group = 128;  // the longest; others divide it and are multiples of 32
+constexpr int64_t kInt8Group = 128;  // the longest group; others divide it and are multiples of 32
 
-// Panels of 32 columns. In a panel group follows group: the inputs four by four, for each four 32 columns of 4 bytes, then
-// float32 scales of the 32 columns, and the sums of their q. Inputs are filled up with zeros to a multiple of four.
+// Panels of 32 columns. A panel is a sequence of groups: q (group / 4, 32, 4), then float32 scales (32,) and sums of q
+// (32,). Inputs are padded with zeros to a multiple of four.
 static inline int64_t int8_depth(int64_t in) { return (in + 3) / 4 * 4; }
 static inline int64_t int8_groups(int64_t in, int64_t group) { return (in + group - 1) / group; }
 static inline int64_t int8_panel_bytes(int64_t in, int64_t group) {
@@ -26,14 +26,14 @@ struct ToInt8Panels {  // weight (out, in) contiguous, scale (out, groups) -> pa
   int64_t out, in, group;
 };
 
-struct FromInt8Panels {  // the way back
+struct FromInt8Panels {  // the inverse of ToInt8Panels
   const int8_t* panels;
   int8_t* weight;
   float* scale;
   int64_t out, in, group;
 };
 
-struct QuantizeWeight {  // weight (out, in) -> q (out, in), scale (out, groups): max |w| / 127 of a group
+struct QuantizeWeight {  // weight (out, in) -> q (out, in), scale (out, groups): max |w| / 127 per group
   DType dtype;
   const void* weight;
   int8_t* q;
@@ -47,15 +47,15 @@ struct Int8Weight {  // absent when panels is null
   int64_t out, in, group;
 };
 
-// Rows in u8: values (rows, stride), and of each row's groups scale and zero point (rows, groups).
+// Rows in u8: values (rows, stride), and scales and zero points (rows, groups).
 struct Int8Rows {
   uint8_t* values;
   float *scale, *zero;
   int64_t stride, groups;
 };
-// A stride that is no power of two: rows would meet in one set of the cache. A vector may be written past the end.
+// Not a power of two: rows would map to the same cache sets. Leaves room to write one vector past the end.
 static inline int64_t int8_row_stride(int64_t in) { return (in + 127) / 64 * 64; }
-// Floats of memory that a row takes.
+// Floats of memory per row.
 static inline int64_t int8_row_floats(int64_t in, int64_t group) {
   return int8_row_stride(in) / 4 + 2 * int8_groups(in, group);
 }
@@ -77,8 +77,8 @@ struct Int8Norm {  // absent when eps is negative
   bool rms;
 };
 
-// What follows attention in a layer: r = residual + context W_output^T; then with norms after, x = norm1(r) and
-// y = norm2(x + f(x)), with norms before, y = r + f(norm2(r)); f(x) = down(act(up(x)) [* gate(x)]).
+// The part of a layer after attention. r = residual + context W_output^T and f(x) = down(act(up(x)) [* gate(x)]). With
+// norms after the sums, x = norm1(r) and y = norm2(x + f(x)); with norms before, y = r + f(norm2(r)).
 struct Int8Block {
   DType dtype, context_dtype;  // of residual and y
   const void *context, *residual;

@@ -1,4 +1,4 @@
-// Weights to int8, and the layout of int8 weights.
+// Quantises weights to int8, and converts int8 weights to and from panels.
 #include "int8_rows.hpp"
 #include "kernels_int8.hpp"
 #include "parallel.hpp"
@@ -16,7 +16,7 @@ void quantize_rows(const QuantizeWeight& a, int64_t begin, int64_t end) {
       float largest = 0.f;
       for (int64_t i = k; i < stop; ++i) {
         const float size = __builtin_fabsf(to_float(w[i * a.in_stride]));
-        largest = size > largest || size != size ? size : largest;  // a NaN stays one
+        largest = size > largest || size != size ? size : largest;  // a NaN stays NaN
       }
       a.scale[n * groups + g] = largest / 127.f;
       const float inverse = largest > 1e-30f ? 127.f / largest : 0.f;

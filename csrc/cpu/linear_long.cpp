@@ -1,6 +1,6 @@
-// Products with long sums: 64 columns of a weight and up to kDepth inputs at a time. The rounding errors of one running
-// sum grow with its length, so none is longer than kDepth before it is added to what there is: MKL's are of 192 at most.
-// A panel of the weight then fits the first cache (32 KB) beside the rows of x.
+// Products with long sums: 64 columns of a weight and up to kDepth inputs at a time. The rounding errors of a running
+// sum grow with its length, so none exceeds kDepth terms before it is added to the total (MKL: at most 192). A panel of
+// the weight then fits the L1 cache (32 KB) beside the rows of x.
 #include "activation_math.hpp"
 #include "attention_tile.hpp"
 #include "kernels.hpp"
@@ -9,13 +9,13 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kColumns = 64, kDepth = 128, kAhead = 12;  // kAhead: rows of x that are fetched while as many are used
-// Fewer rows would not pay for laying the weight out; more, and their sums, would not fit the second cache.
+constexpr int64_t kColumns = 64, kDepth = 128, kAhead = 12;  // kAhead: rows of x to prefetch ahead
+// Fewer rows do not pay for the copy of the weight; more, with their sums, do not fit the L2 cache.
 constexpr int64_t kLeastRows = 256, kMostRows = 512;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Part of the weight as (depth, kColumns), zeros from `columns` on.
+// Copies part of the weight into a panel (depth, kColumns), zeros from `columns` on.
 void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, int64_t depth, float* panel) {
   if (a.in_stride == 1)
     load_transposed(a.weight + column * a.out_stride + k, a.out_stride, columns, depth, panel, kColumns);
@@ -24,13 +24,13 @@ void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, in
 }
 
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kVectors = 4;  // 24 sums of 32 registers
+constexpr int kRows = 6, kVectors = 4;  // 24 sums in 32 registers
 #else
-constexpr int kRows = 6, kVectors = 2;  // 12 of 16
+constexpr int kRows = 6, kVectors = 2;  // 12 in 16
 #endif
 constexpr int64_t kTile = kVectors * kWidth;
 
-// y (M, kTile) (+)= x (M, depth) panel (depth, kTile of kColumns). Rows are found through every third one.
+// y (M, kTile) (+)= x (M, depth) panel (depth, kTile of kColumns). Rows are addressed from rows 0 and 3.
 template <int M, bool First>
 void block(const float* x, int64_t stride, const float* panel, int64_t depth, float* y, int64_t ldy) {
   Vec sums[M][kVectors];
@@ -70,7 +70,7 @@ void block(int64_t rows, bool first, const float* x, int64_t stride, const float
 template <class Activate>
 void multiply(const LinearLong& a, int64_t row, int64_t rows, int64_t column, const Activate& activate) {
   const int64_t columns = least(a.out - column, kColumns), runs = (a.in + kDepth - 1) / kDepth;
-  const int64_t run = round_up((a.in + runs - 1) / runs, 16);  // all of about one length: the longest decides the error
+  const int64_t run = round_up((a.in + runs - 1) / runs, 16);  // about equal lengths: the longest decides the error
   float* y = a.y + row * a.out + column;
   // Whole tiles are summed in y itself.
   const bool in_place = columns % kTile == 0;

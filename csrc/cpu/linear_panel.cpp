@@ -1,4 +1,4 @@
-// Products of few rows with a weight laid out for them: every weight is read once, in order.
+// Products of few rows with a weight in panels (linear.hpp): the weight is read once, in order.
 #include "activation_math.hpp"
 #include "attention_tile.hpp"
 #include "kernels.hpp"
@@ -63,7 +63,7 @@ void multiply(const LinearPanel& a) {
   });
 }
 
-// (depth, 32) floats to a panel's rows.
+// Stores (depth, 32) floats as rows of a panel.
 void store_panel(const float* rows, int64_t depth, float* panel) {
   __builtin_memcpy(panel, rows, size_t(depth * kPanel) * sizeof(float));
 }
@@ -76,9 +76,9 @@ void store_panel(const float* rows, int64_t depth, bf16* panel) {
     }
 }
 
-constexpr int64_t kDepth = 64;  // inputs that are gathered together
+constexpr int64_t kDepth = 64;  // inputs per call of visit
 
-// visit(k, rows, depth) for the inputs of a panel: floats (depth, 32), zeros in columns that the weight has not.
+// visit(k, rows, depth) for the inputs of a panel; rows: floats (depth, 32), zeros in columns past the weight's end.
 template <class T, class F>
 void visit_panel(const ToPanels& a, int64_t panel, const F& visit) {
   alignas(64) float rows[kDepth * kPanel];
@@ -101,12 +101,12 @@ void lay_out_int8(const ToPanels& a, int64_t p) {
   visit_panel<T>(a, p, [&](int64_t, const float* rows, int64_t depth) {
     for (int64_t i = 0; i < depth * kPanel; ++i) {
       const float size = __builtin_fabsf(rows[i]);
-      if (size > scales[i % kPanel] || size != size) scales[i % kPanel] = size;  // a NaN stays one
+      if (size > scales[i % kPanel] || size != size) scales[i % kPanel] = size;  // a NaN stays NaN
     }
   });
   for (int c = 0; c < kPanel; ++c) {
     inverse[c] = scales[c] > 0.f ? 127.f / scales[c] : 0.f;
-    if (!(inverse[c] <= 3e38f)) inverse[c] = 0.f;  // a column too small to have a scale, or not of numbers
+    if (!(inverse[c] <= 3e38f)) inverse[c] = 0.f;  // the column is too small for a scale, or has NaN
     scales[c] /= 127.f;
   }
   visit_panel<T>(a, p, [&](int64_t k, const float* rows, int64_t depth) {

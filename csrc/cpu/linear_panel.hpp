@@ -5,10 +5,10 @@
 
 namespace tf::TF_ISA {
 
-constexpr int kRows = kWidth == 16 ? 8 : 6;  // rows held in registers: 2 kRows accumulators
+constexpr int kRows = kWidth == 16 ? 8 : 6;  // rows in registers at once: 2 kRows accumulators
 constexpr int64_t kRun = 32;                 // products per running sum: long sums lose digits
 
-// Two vectors of a panel's row of 32: columns g.. and 16 + g..
+// Two vectors of a panel's row of 32: columns from g and from 16 + g.
 static inline void load_pair(const float* w, int g, Vec& low, Vec& high) {
   low = load(w + g);
   high = load(w + 16 + g);
@@ -37,13 +37,13 @@ static inline void load_pair(const int8_t* w, int g, Vec& low, Vec& high) {
   high = widen(w + 16 + g);
 }
 
-// Elements from one panel to the next.
+// Elements per panel, scales included.
 template <class W>
 constexpr int64_t panel_slots(int64_t in) {
   return in * kPanel + (sizeof(W) == 1 ? kScaleSlots : 0);
 }
 
-// out (M, 32) = x (M, in) times one panel, without the scales that int8 has. Memory `ahead` is prefetched.
+// out (M, 32) = x (M, in) times one panel, before the scales of int8. Memory `ahead` of the panel is prefetched.
 template <int M, class W>
 static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, int64_t ahead, float* out) {
   for (int g = 0; g < 16; g += kWidth) {
@@ -78,8 +78,8 @@ static void multiply_panels(int rows, const float* x, int64_t ldx, const W* pane
   if constexpr (M > 1) multiply_panels<M - 1>(rows, x, ldx, panel, in, ahead, out);
 }
 
-// out (rows, 32) = x (rows, in) times one panel; at most kRows rows. first: this is the first block of rows that the
-// panel is multiplied with. The others find the panel in the cache, and prefetch the next one.
+// out (rows, 32) = x (rows, in) times one panel; at most kRows rows. first: the panel's first block of rows. Later
+// blocks find the panel in the cache, and prefetch the next one.
 template <class W>
 static void multiply_rows(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, bool first, float* out) {
   multiply_panels<kRows>(rows, x, ldx, panel, in, first ? int64_t(4096 / sizeof(W)) : panel_slots<W>(in), out);

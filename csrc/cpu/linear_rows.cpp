@@ -1,4 +1,4 @@
-// Products of few rows with weights that are read where they lie: several of one input in one call.
+// Products of few rows with weights in their own layout: one input, several weights per call.
 #include "activation_math.hpp"
 #include "kernels.hpp"
 #include "linear_direct.hpp"
@@ -25,7 +25,7 @@ void multiply(const LinearRows& a, const Activate& activate) {
   for (int64_t i = 0; i < a.count; ++i) panels += (a.weights[i].out + kPanel - 1) / kPanel;
   parallel_for(panels, 1 + 65536 / (a.in * kPanel), [&](int64_t begin, int64_t end) {
     alignas(64) float sums[kRows * kPanel];
-    int64_t first = 0;  // panel of the weight at hand
+    int64_t first = 0;  // index of w's first panel
     const RowsWeight* w = a.weights;
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t own; p - first >= (own = (w->out + kPanel - 1) / kPanel); ++w) first += own;

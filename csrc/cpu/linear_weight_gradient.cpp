@@ -1,6 +1,6 @@
-// The gradient of a weight, y = g^T x. Both are laid out anew a stretch of rows at a time: for a range of g's columns, the
-// A of the products, once, and for 64 of x's columns, a panel in the first cache, once for each such range. No running sum
-// is longer than kDepth before it is added to what there is, as in linear_long.cpp.
+// The gradient of a weight, y = g^T x. Both operands are copied, a stretch of rows at a time: a range of g's columns
+// (A of the products) once, and 64 columns of x (a panel in the L1 cache) once per such range. No running sum exceeds
+// kDepth terms before it is added to the total, as in linear_long.cpp.
 #include "attention_gemm.hpp"
 #include "attention_tile.hpp"
 #include "kernels.hpp"
@@ -10,7 +10,7 @@ namespace tf::TF_ISA {
 namespace {
 
 constexpr int64_t kColumns = 64, kDepth = 128, kStrip = 48, kMostStrips = 10;
-constexpr int64_t kShort = 32;  // rows of a running sum of g alone
+constexpr int64_t kShort = 32;  // rows per running sum of g itself
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -24,7 +24,7 @@ class Item {
     sums_ = scratch<float>(3, 2 * kMostStrips * kStrip);
   }
 
-  // Columns [n, n + wide) of g, at most kMostStrips strips, and [k, k + deep) of x, k a multiple of kColumns.
+  // Columns [n, n + wide) of g, at most kMostStrips strips, and [k, k + deep) of x; k is a multiple of kColumns.
   void run(int64_t n, int64_t wide, int64_t k, int64_t deep) {
     const bool summed = a_.sums && !k;
     if (summed) __builtin_memset(sums_, 0, size_t(kMostStrips * kStrip) * sizeof(float));
@@ -76,7 +76,7 @@ class Item {
 
 void weight_gradient(const WeightGradient& a) {
   const int64_t threads = tf_num_threads(), strips = parts_of(a.out, kStrip), panels = parts_of(a.in, kColumns);
-  // Ranges as wide as can be, for x is laid out anew for each of them; and enough items for all threads.
+  // Ranges are as wide as possible, as x is copied once per range, but leave enough items for all threads.
   int64_t ranges = parts_of(strips, kMostStrips);
   const int64_t cuts = least(parts_of(4 * threads, ranges), parts_of(panels, 4));
   if (ranges * cuts < 4 * threads) ranges = least(strips, parts_of(4 * threads, cuts));

@@ -8,7 +8,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-// v = residual + dropout(x) of row r into `row` (float) and, rounded, into `sum` where there is one.
+// v = residual + dropout(x) of row r, into `row` (float) and, rounded, into `sum` if there is one.
 template <class T, bool kDropout>
 void combine_row(const NormForward& a, int64_t r, float* row) {
   const int64_t n = a.width;
@@ -25,7 +25,7 @@ void combine_row(const NormForward& a, int64_t r, float* row) {
     if (residual) v = v + load(residual + c, part);
     if (sum) {
       store(sum + c, v, part);
-      if constexpr (sizeof(T) == 2) v = load(sum + c, part);  // rounded, as the backward pass will read it
+      if constexpr (sizeof(T) == 2) v = load(sum + c, part);  // the rounded value, which the backward pass reads
     }
     if (sizeof(T) == 2 || !sum) store(row + c, v);
   });
@@ -52,12 +52,12 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
                    const Vec x = load(v + c, part);
                    return x * x;
                  }));
-    } else {  // two passes and a correction for the mean's own rounding: no cancellation
+    } else {  // two passes, corrected for the rounding error of the mean: no cancellation
       mean = inverse * sum(sum_columns(n, [&](int64_t c, auto part) { return load(v + c, part); }));
       Vec drift = broadcast(0.f);
       const char* next = static_cast<const char*>(a.x) + (r + 1) * a.x_stride * int64_t(sizeof(T));
       const float spread = sum(sum_columns(n, [&](int64_t c, auto part) {
-        __builtin_prefetch(next + c * int64_t(sizeof(T)));  // memory would idle during this pass
+        __builtin_prefetch(next + c * int64_t(sizeof(T)));  // this pass leaves memory idle otherwise
         const Vec d = load(v + c, part, mean) - mean;
         drift = drift + d;
         return d * d;
@@ -80,7 +80,7 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// Row r: the gradient to v, and its terms of the gradients to weight and bias. With g = weight * dy,
+// Row r: the gradient of v, and the row's terms of the gradients of weight and bias. With g = weight * dy,
 // dv = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum.
 template <class T>
 void backward_row(const NormBackward& a, int64_t r, float* grad_weight, float* grad_bias) {
@@ -107,7 +107,7 @@ void backward_row(const NormBackward& a, int64_t r, float* grad_weight, float* g
   const float along = sum(s1[0] + s1[1]) / float(n), across = a.mean ? sum(s2[0] + s2[1]) / float(n) : 0.f;
   const T *next_dy = dy + a.grad_y_stride, *next_v = v + a.v_stride;
   for_columns(n, [&](int64_t c, auto part) {
-    __builtin_prefetch(next_dy + c);  // memory would idle during this pass
+    __builtin_prefetch(next_dy + c);  // this pass leaves memory idle otherwise
     __builtin_prefetch(next_v + c);
     const Vec dy_c = load(dy + c, part), xhat = (load(v + c, part) - mean) * rstd;
     const Vec g = weight ? dy_c * load(weight + c, part) : dy_c;

@@ -19,7 +19,7 @@ struct NormForward {
 
 struct NormBackward {
   DType dtype;
-  const void *grad_y, *grad_sum, *v;  // grad_sum, the gradient to v from outside the norm, may be null
+  const void *grad_y, *grad_sum, *v;  // grad_sum may be null: the gradient of `sum`
   const float *weight, *mean, *rstd;  // weight may be null; mean is null for rms
   void *grad_v, *grad_x;              // contiguous; grad_x may be null: grad_v times the dropout factors
   float *grad_weight, *grad_bias;     // may be null

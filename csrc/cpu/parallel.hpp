@@ -1,5 +1,5 @@
 // Parallel loops for kernels that do not include torch. They run on torch's own thread pool (csrc/ops.cpp), so that
-// OMP_NUM_THREADS and torch.set_num_threads hold.
+// OMP_NUM_THREADS and torch.set_num_threads apply.
 #pragma once
 #include <cstdint>
 
@@ -9,8 +9,8 @@ int tf_num_threads();
 }
 
 namespace tf {
-// No std headers: code here is compiled once per instruction set, and the linker could take a shared inline function
-// (of std::vector, say) from the widest one.
+// No std headers: this code is compiled once per instruction set, and for an inline function of the standard library
+// the linker could choose the copy of the widest set.
 template <class Body>
 static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
   tf_parallel_for(
@@ -19,8 +19,8 @@ static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// On each of at most `threads` threads work = make(); then work(item) for every item in [0, items), each on whichever
-// thread is free.
+// Each of at most `threads` threads calls work = make() once. Then work(item) runs for every item in [0, items), on
+// whichever thread is free.
 template <class Make>
 static inline void share_out(int64_t items, int64_t threads, const Make& make) {
   int64_t next = 0;

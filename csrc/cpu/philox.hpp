@@ -5,7 +5,7 @@
 //   lane    = (j % 128) / 16             bits = word[lane % 4] >> (lane < 4 ? 0 : 16)
 //
 // so that 16 neighbouring columns are 16 neighbouring counters (vectors on a CPU, a whole mma fragment on a GPU), and
-// the mask depends on the element's place alone. An element is kept when bits >= threshold.
+// the mask depends only on the element's indices. An element is kept when bits >= threshold.
 #pragma once
 #include "simd.hpp"
 

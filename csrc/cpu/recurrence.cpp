@@ -1,6 +1,6 @@
-// A GRU or LSTM through all its steps in one call: threads that do not sleep share out 32 columns of the state at a
-// time, all gates of them, so that a step is one product, the gates' arithmetic on what it leaves in the cache, and one
-// meeting of the threads. Sequences that have ended are not computed.
+// A GRU or LSTM through all its steps in one call, by threads that do not sleep between steps. An item is 32 columns of
+// the state with all their gates, so that a step is one product, the arithmetic of the gates on results still in the
+// cache, and one barrier. Sequences that have ended are not computed.
 #include "recurrence.hpp"
 
 #include "attention_tile.hpp"
@@ -13,15 +13,15 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int kTile = kWidth == 16 ? 12 : 6;  // rows held in registers: 2 kTile accumulators
-constexpr int64_t kTogether = 32;             // rows that pass over a panel together
-// Products per running sum, at most: long sums lose digits. For few rows other libraries make dot products, of many
-// partial sums, and short ones lose as little.
+constexpr int kTile = kWidth == 16 ? 12 : 6;  // rows in registers at once: 2 kTile accumulators
+constexpr int64_t kTogether = 32;             // rows multiplied by a panel in one item
+// Products per running sum, at most: long sums lose digits. For few rows other libraries compute dot products, whose
+// many partial sums lose little; short runs lose as little.
 constexpr int64_t kRun = 128, kShortRun = 16, kFewRows = 4;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// out (M, 32) = x (M, in) times one panel. Fetch: the panel is new, and memory after it is prefetched.
+// out (M, 32) = x (M, in) times one panel. Fetch: the panel is not in the cache yet, so memory ahead is prefetched.
 template <int M, bool Fetch>
 static void multiply_tile(const float* x, int64_t ldx, const float* panel, int64_t in, float* out) {
   constexpr int64_t longest = M <= kFewRows ? kShortRun : kRun;
@@ -60,7 +60,7 @@ static void multiply_rows(int64_t rows, bool fetch, const float* x, int64_t ldx,
   if constexpr (M > 1) multiply_rows<M - 1>(rows, fetch, x, ldx, panel, in, out);
 }
 
-// out (rows, 32) = x (rows, in) times one panel, in tiles of about as many rows each.
+// out (rows, 32) = x (rows, in) times one panel, in tiles with about the same number of rows.
 static void multiply(int64_t rows, const float* x, int64_t ldx, const float* panel, int64_t in, float* out) {
   const int64_t tiles = (rows + kTile - 1) / kTile;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -69,13 +69,13 @@ static void multiply(int64_t rows, const float* x, int64_t ldx, const float* pan
   }
 }
 
-// A panel's columns of a row, for later.
+// Prefetches a panel's columns of a row.
 template <class T>
 static inline void fetch(const T* row) {
   for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
-// The states of the sequences in the order of their lengths, and what a step is made of.
+// The rows of a batch in the order of sequence lengths, and the loop over steps.
 class Steps {
  public:
   explicit Steps(const Recurrence& a)
@@ -90,7 +90,7 @@ class Steps {
   int64_t position(int64_t row, int64_t step) const {
     return a_.offsets[sequence(row)] + (a_.reverse ? length(row) - 1 - step : step);
   }
-  // Rows that have a step `step`: the first ones.
+  // How many rows have a step `step`: they are the first ones.
   int64_t live(int64_t step) const {
     if (step >= a_.steps) return 0;
     int64_t n = a_.batch;
@@ -98,13 +98,13 @@ class Steps {
     return n;
   }
 
-  // f(step, row, rows, panel) for each block of rows and 32 columns of a step, on threads that meet after every step.
+  // f(step, row, rows, panel) for each block of rows and 32 columns of a step; a barrier follows every step.
   template <class F>
   void run(int64_t first, int64_t last, const F& f) const {
     const int64_t direction = first <= last ? 1 : -1, count = (last - first) * direction + 1;
     PhaseCounter* counters = scratch<PhaseCounter>(3, count);
     __builtin_memset(static_cast<void*>(counters), 0, size_t(count) * sizeof(PhaseCounter));
-    // A meeting costs as much as some ten thousand products.
+    // A barrier costs as much as some ten thousand products.
     const int64_t work = a_.batch * a_.width * gates_ * a_.width, useful = 1 + work / (1 << 17);
     const int64_t threads = least(least(tf_num_threads(), useful), panels_ * blocks_);
     parallel_for(threads, 1, [&](int64_t index, int64_t) {
@@ -168,7 +168,7 @@ class Forward : Steps {
                             : gru_row(step, row + r, panel, sums, r * kPanel);
   }
 
-  // f(column, column in the panel, part) for those of a panel.
+  // f(column, column in the panel, part) over the columns of a panel.
   template <class F>
   void columns(int64_t panel, const F& f) const {
     const int64_t first = panel * kPanel;
@@ -240,7 +240,7 @@ class Backward : Steps {
 
   void run() {
     Steps::run(a_.steps - 1, -1, [&](int64_t step, int64_t row, int64_t rows, int64_t panel) {
-      // What the step after it sends back; rows that have none begin with the gradient of the last state.
+      // The gradient from the step after; rows without one begin with the gradient of the last state.
       alignas(64) float back[kTogether * kPanel];
       const int64_t after = step < 0 ? live(0) : live(step + 1), met = after < row ? 0 : least(rows, after - row);
       for (int64_t r = 0; r < rows && step >= 0; ++r) {
@@ -265,7 +265,7 @@ class Backward : Steps {
     return p ? load(static_cast<const T*>(p) + at, part) : Vec{};
   }
 
-  // kWidth columns of one row's step. back: what comes through the product, or null where the row ends here.
+  // kWidth columns of one row's step. back: the gradient through the product, or null where the row ends here.
   template <class Part>
   void one(int64_t step, int64_t row, int64_t c, Part part, const float* back) {
     const int64_t h = a_.width, b = sequence(row), end = b * h + c;
@@ -307,7 +307,7 @@ class Backward : Steps {
     T* gates = static_cast<T*>(a_.grad_gates) + at * inner_ + c;
     for (int g = 0; g < gates_; ++g) {
       store(gates + g * h, d[g], part);
-      if (!lstm && g == 2) d[g] = d[g] * s[0];  // of W_n h + b_n, which the reset gate multiplies
+      if (!lstm && g == 2) d[g] = d[g] * s[0];  // gradient of W_n h + b_n, which the reset gate multiplies
       store(flow + g * h, d[g], part);
       if (a_.grad_products) store(static_cast<T*>(a_.grad_products) + at * inner_ + g * h + c, d[g], part);
     }

@@ -1,6 +1,6 @@
-// One token a row through a recurrent decoder: cells, attention and output as phases that threads share out without
-// sleeping in between. All gates of 32 columns of a state are one item, so that the cells' arithmetic is done on what
-// the products leave in the cache.
+// One token per row through a recurrent decoder: cells, attention and output are phases, which threads go through
+// without sleeping in between. All gates of 32 columns of a state are one item, so that the arithmetic of the cells
+// works on products still in the cache.
 #include "recurrent_step.hpp"
 
 #include "decoder_step_attention.hpp"
@@ -12,16 +12,16 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kTogether = 4 * kRows;  // rows that pass over a panel together
-constexpr int64_t kPhases = 16;          // beside those of the layers, at most
+constexpr int64_t kTogether = 4 * kRows;  // rows multiplied by a panel in one item
+constexpr int64_t kPhases = 16;          // besides those of the layers, at most
 
-struct Buffers {  // (rows, ...) each
+struct Buffers {  // each (rows, ...)
   int64_t input_width, read_width, out_width;
   float *input, *query, *read, *wide, *out, *split, *choice;
   int64_t floats;
 };
 
-// base: null to count.
+// base: null to compute only the size.
 Buffers buffers_of(const RecurrentStep& s, float* base, int64_t choice_floats) {
   Buffers b{};
   const bool given = s.context != Context::none;
@@ -82,7 +82,7 @@ class Step : ScreenedArgmax {
  private:
   int64_t plane() const { return s_.rows * s_.width; }
   int64_t source(int64_t r) const { return s_.sources ? s_.sources[r] : r; }
-  // Where the context and the last layer's state are read from.
+  // Where the readout reads the context and the last layer's state.
   float* read_context(int64_t r) const { return b_.read + r * b_.read_width + (s_.maxout ? s_.width + s_.embedding : 0); }
   float* read_state(int64_t r) const { return b_.read + r * b_.read_width + (s_.maxout ? 0 : s_.width); }
 
@@ -107,7 +107,7 @@ class Step : ScreenedArgmax {
     });
   }
 
-  // The contexts of states (rows, width), to where they are read.
+  // Writes the contexts for states `query` (rows, width) to read_context.
   void attend_from(const float* query) {
     int64_t stride = s_.width;
     if (s_.query.data) {
@@ -231,7 +231,7 @@ void recurrent_step(const RecurrentStep& s) {
   const int64_t phases = kPhases + s.layers;
   PhaseCounter* counters = scratch<PhaseCounter>(3, phases);
   __builtin_memset(static_cast<void*>(counters), 0, size_t(phases) * sizeof(PhaseCounter));
-  // Waking a thread costs as much as reading some hundred kilobytes.
+  // Waking a thread costs as much as reading a few hundred kilobytes.
   int64_t threads = tf_num_threads(), useful = 1 + s.weight_bytes / (1 << 19);
   if (threads > useful) threads = useful;
   parallel_for(threads, 1, [&](int64_t index, int64_t) { Step(s, b, counters, index, threads).run(); });

@@ -1,4 +1,4 @@
-// Arguments of one step of a recurrent decoder: one token a row through its cells, its attention and its output.
+// Arguments of one step of a recurrent decoder: one token per row through its cells, attention and output.
 #pragma once
 #include "recurrence.hpp"
 #include "step_weight.hpp"
@@ -6,13 +6,13 @@
 namespace tf {
 
 struct RecurrentCell {
-  StepWeight input[4], hidden[4];  // of each gate, with its bias; panels or rows
+  StepWeight input[4], hidden[4];  // one per gate, with its bias; panels or rows
 };
 
-// What a step sees of the source beside its state.
+// What a step reads of the source, besides its state.
 enum class Context : int32_t {
   none,
-  given,     // the one state that there is of each source
+  given,     // one state per source
   dot,       // softmax(keys . query) values
   additive,  // softmax(v . tanh(keys + query)) values
 };
@@ -20,8 +20,8 @@ enum class Context : int32_t {
 struct RecurrentStep {
   Cell cell;
   Context context;
-  bool maxout;  // the context is of the state before the step, enters the cells and a maxout of state, word and context;
-                // else of the state after it: readout = tanh(W [context; state])
+  bool maxout;  // context of the state before the step, for the cells and a maxout of state, word and context;
+                // else context of the state after it: readout = tanh(W [context; state])
   int64_t rows, layers, width, embedding;
   const int64_t* ids;        // (rows,)
   DType token_dtype;
@@ -29,11 +29,11 @@ struct RecurrentStep {
   const RecurrentCell* cells;
   StepWeight query, readout, head;       // query and readout may be absent
   const float *hidden, *memory;          // (layers, rows, width) before the step; memory of an LSTM
-  const float* feed;                     // (rows, readout.out), beside the word in the cells' input; may be null
+  const float* feed;                     // (rows, readout.out), input of the cells next to the word; may be null
   const float *keys, *values;            // (sources, length, score width), (sources, length, width)
   const float* score_weight;             // (score width,)
   const bool* mask;                      // (sources, length); may be null; true: takes part
-  const int32_t* sources;                // (rows,): whose keys a row attends to; null: its own
+  const int32_t* sources;                // (rows,): the source a row attends to; null: source r for row r
   int64_t length, score_width;
   int64_t weight_bytes, split_floats;    // of all weights; the largest of query, readout and head
   const Int8Kernels* int8;

@@ -4,8 +4,8 @@
 
 namespace tf {
 
-// y = R(position) x: of each pair (x1, x2) of a head's first 2 * half columns, (x1 c - x2 s, x2 c + x1 s). Pairs are
-// columns (i, half + i), interleaved (2 i, 2 i + 1). The columns after them are copied.
+// y = R(position) x: each pair (x1, x2) of a head's first 2 * half columns becomes (x1 c - x2 s, x2 c + x1 s). Pairs
+// are columns (i, half + i), or if interleaved (2 i, 2 i + 1). The other columns are copied.
 struct Rotary {
   DType dtype;
   const void* x;             // (batch, length, heads, width), last stride 1

@@ -158,7 +158,7 @@ static inline void store(f16* p, Vec v) {
 #endif
 }
 
-// First n (< kWidth) elements; the rest reads as `fill` and is not written.
+// First n (< kWidth) elements; the rest is read as `fill` and not written.
 template <class T>
 static inline Vec load_partial(const T* p, int n, float fill = 0.f) {
   Vec v = broadcast(fill);
@@ -233,7 +233,7 @@ static inline void with_dtype(DType dtype, const F& f) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted: -ffp-contract=fast
-// Where one argument is NaN, max and min give the second, as the x86 instructions do.
+// If one argument is NaN, max and min return the second argument, as the x86 instructions do.
 #if defined(__AVX512F__)
 static inline Vec max(Vec a, Vec b) {
   return bit_cast<Vec>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -330,7 +330,7 @@ static inline Vec reciprocal(Vec x) {
 #endif
 }
 
-// 2^x for x <= 128, relative error about 1e-7; 0 for -inf; NaN stays.
+// 2^x for x <= 128, relative error about 1e-7; 0 for -inf; NaN for NaN.
 static inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec t = broadcast(-160.f) > x ? broadcast(-160.f) : x;
@@ -356,7 +356,7 @@ static inline Vec exp2(Vec x) {
 #endif
 }
 
-// Small arguments by their series, so that the relative error stays near 1e-7 (Cephes).
+// Small arguments use a series, so that the relative error stays near 1e-7 (Cephes).
 static inline Vec tanh_accurate(Vec x) {
   const Vec a = bit_cast<Vec>(bit_cast<VecU>(x) & broadcast_u(0x7fffffffu));
   const Vec z = x * x;

@@ -1,4 +1,4 @@
-// The products of a decoding step: a few rows with weights of any layout, shared out among a team of threads.
+// The products of a decoding step: a few rows with weights of any layout, by a team of threads.
 #pragma once
 #include "activation_math.hpp"
 #include "linear_direct.hpp"
@@ -7,11 +7,11 @@
 
 namespace tf::TF_ISA {
 
-// Columns of a weight (in, out) that are gone through together, at most: their sums must stay near.
+// Columns of a weight (in, out) per item, at most: their sums must stay in the cache.
 constexpr int64_t split_width(int64_t rows) { return rows < 4 ? 1024 : 256; }
 
-// What becomes of a product: y = [y +] activation(scale * product + bias) [* (gate product + gate bias)], and
-// softcap * tanh(y / softcap) where there is one.
+// The operations after a product: y = [y +] activation(scale * product + bias) [* (gate product + gate bias)], then
+// softcap * tanh(y / softcap) if softcap is not 0.
 struct Finish {
   float* y;
   int64_t stride;
@@ -20,11 +20,11 @@ struct Finish {
   bool has_activation = false;
   Activation activation = Activation::relu;
   const StepWeight* gate = nullptr;
-  const Int8Rows* int8 = nullptr;  // y in u8, in groups of int8_group, in the place of y: int8 weights, no add
+  const Int8Rows* int8 = nullptr;  // y in u8, in groups of int8_group, instead of y: only for int8 weights without add
   int64_t int8_group = 0;
 };
 
-// Rows that a product reads. int8: the same in u8, where somebody has made them.
+// Rows that a product reads. int8: the same rows in u8, or null.
 struct StepInput {
   const float* x;
   int64_t stride;
@@ -100,7 +100,7 @@ class StepProducts {
   void linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) { linear(&w, 1, {x, ldx}, f); }
   void linear(const StepWeight& w, const StepInput& in, const Finish& f) { linear(&w, 1, in, f); }
 
-  // Of up to three weights side by side.
+  // Up to three weights, outputs side by side.
   void linear(const StepWeight* weights, int count, const StepInput& in, Finish f) {
     const float* x = in.x;
     const int64_t ldx = in.stride;
@@ -134,14 +134,14 @@ class StepProducts {
     });
   }
 
-  // Whether the products with all of them are one in int8.
+  // Whether all weights are int8 with one group size, so that one int8 product covers them.
   static bool reads_int8(const StepWeight* weights, int count) {
     for (int i = 0; i < count && weights[i].data; ++i)
       if (weights[i].layout != WeightLayout::int8 || weights[i].group != weights[0].group) return false;
     return weights[0].data;
   }
 
-  // Memory for the rows that w reads in u8. beside: those of another weight that are kept meanwhile, or null.
+  // Memory for the rows that w reads in u8. beside: another weight whose rows must be kept, or null.
   Int8Rows int8_room(const StepWeight& w, const StepWeight* beside = nullptr) const {
     Int8Rows rows{};
     rows.stride = int8_row_stride(w.in);
@@ -152,13 +152,13 @@ class StepProducts {
     return rows;
   }
 
-  // n inputs of a row from `column` on, a multiple of group.
+  // Quantises n inputs of a row from `column` on, a multiple of group.
   void quantize(int64_t group, const float* x, int64_t n, const Int8Rows& to, int64_t row, int64_t column) const {
     const Int8Rows at{to.values + column, to.scale + column / group, to.zero + column / group, to.stride, to.groups};
     int8_->quantize(x, n, group, at, row);
   }
 
-  // In int8: the rows of x are quantised first where they are not yet.
+  // The product in int8. Rows that are not quantised yet are quantised first.
   void linear_int8(const StepWeight* weights, int count, const StepInput& in, const Finish& f) {
     Int8Weight parts[3] = {}, gate{};
     int64_t panels = 0, ends[3] = {};
@@ -209,15 +209,15 @@ class StepProducts {
     });
   }
 
-  // Whole groups of the outputs of w, that a thread can quantise as it has them.
+  // The number of groups of w's outputs: a thread quantises each once it is complete.
   static int64_t int8_blocks(const StepWeight& w) { return (w.out + kInt8Group - 1) / kInt8Group; }
 
   static Int8Weight int8_of(const StepWeight& w) {
     return {static_cast<const int8_t*>(w.data), w.bias, w.out, w.in, w.group};
   }
 
-  // Of a weight (in, out). Its rows are read from end to end, which memory likes best, and so the products with some of
-  // them are done first and added up afterwards. The parts do not depend on the number of threads.
+  // Of a weight (in, out). Its rows are read end to end, which is best for memory bandwidth: an item is the product
+  // with some of the rows, and the parts are added up afterwards. They do not depend on the number of threads.
   void split_linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
     const int64_t blocks = (w.in + kSplitDepth - 1) / kSplitDepth, panels = panels_of(w), ldo = panels * kPanel;
     const int64_t cuts = (w.out + split_width(rows_) - 1) / split_width(rows_), width = (panels + cuts - 1) / cuts * kPanel;

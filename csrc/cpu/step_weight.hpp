@@ -1,4 +1,4 @@
-// A weight as a decoding step reads it.
+// A weight in one of the layouts that a decoding step reads.
 #pragma once
 #include "kernels_int8.hpp"
 
@@ -8,15 +8,15 @@ enum class WeightLayout {
   panels,   // (ceil(out / 32), in, 32), see linear.hpp
   rows,     // (out, in)
   columns,  // (in, out)
-  int8,     // panels of linear_int8.hpp, and int8 arithmetic
+  int8,     // panels of linear_int8.hpp, for int8 arithmetic
 };
 
 struct StepWeight {  // y = x W^T + bias; absent when data is null
-  Storage storage;  // i8: of panels alone, or of int8
+  Storage storage;  // i8: only with panels or int8
   WeightLayout layout;
   const void* data;
   const float* bias;
-  int64_t out, in, stride;  // of rows or columns
+  int64_t out, in, stride;  // stride: between rows or columns
   int64_t group;            // of int8
 };
 

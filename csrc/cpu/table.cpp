@@ -1,4 +1,4 @@
-// Compiled once per instruction set: the kernels of this one.
+// The table of kernels of one instruction set; compiled once per instruction set.
 #include "kernels.hpp"
 
 #define TF_CONCAT_(a, b) a##b

@@ -1,4 +1,4 @@
-// Compiled once per instruction set of the int8 kernels.
+// The table of int8 kernels of one instruction set; compiled once per int8 instruction set.
 #include "kernels_int8.hpp"
 
 #define TF_CONCAT_(a, b) a##b

@@ -1,11 +1,11 @@
 // Threads that go through the phases of one computation together, without sleeping in between.
 //
-// Every thread runs the same program. A phase hands out its items one chunk at a time and is over when all of them are
-// done, by whichever threads. So any number of threads may take part: one that wakes late skips the phases that are
-// over, and none is waited for. A result must not depend on which thread computes it.
+// Every thread runs the same program. A phase assigns its items one chunk at a time and ends when all of them are done,
+// by whichever threads. So any number of threads may take part: one that wakes late skips the phases that have ended,
+// and no thread is waited for. A result must not depend on which thread computes it.
 //
-// Each thread begins with a share of its own, from end to end, and then helps with the others': what it reads is one
-// stretch of memory, which the processor sees coming, and what it wrote in one phase is near in the next.
+// Each thread first works through a share of its own, then helps with the others'. So it reads one stretch of memory,
+// which the hardware prefetches, and what it wrote in one phase is in its cache in the next.
 #pragma once
 #include <cstdint>
 
@@ -24,7 +24,7 @@ namespace tf::TF_ISA {
 
 class Team {
  public:
-  // counters: zeros, one per phase. index: of this thread, among `threads`.
+  // counters: zeros, one per phase. index: this thread's, below `threads`.
   Team(PhaseCounter* counters, int64_t index, int64_t threads)
       : counter_(counters), shares_(threads < kShares ? threads : kShares), own_(index % shares_) {}
 

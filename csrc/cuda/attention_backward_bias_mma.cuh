@@ -1,13 +1,13 @@
 // Gradient of an attention bias that broadcasts: dS summed over the axes along which the bias has one element.
 //
-// The kernel of dQ writes the gradient of a bias that does not broadcast.
+// The gradient of a bias that does not broadcast is written by the dQ kernel instead.
 #pragma once
 #include "attention_backward_mma.cuh"
 
 namespace tf::cuda::backward_mma {
 
 struct BiasTiles {  // sequences, heads, tiles of queries, tiles of keys
-  int32_t own[4], each[4];  // how many dbias has; over how many each tile of dbias sums
+  int32_t own[4], each[4];  // tiles of dbias; tiles of scores that each tile of dbias sums
 };
 
 // One block owns a tile of dbias and walks over everything that shares it, computing dS again.
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (first >= head.queries) continue;
     const Range range = key_range<kColumns>(p, head, first, min(first + kBackwardRows, head.queries) - 1);
     if (!is_seen<kColumns>(range, start)) continue;
-    __syncthreads();  // no warp reads the tiles before these any more
+    __syncthreads();  // no warp still reads the previous tiles
     const auto load_queries = [&](T* tile, const void* base, const RowStrides& rows) {
       load_rows<D, kBackwardRows, kBackwardThreads, true>(
           tile, head_rows(static_cast<const T*>(base), rows, head.b, head.h, head.first_q), rows.row, first,

@@ -1,4 +1,4 @@
-// What the backward of attention on mma.sync takes; its kernels for bfloat16.
+// Which calls the attention backward on mma.sync takes, and its kernels for bfloat16.
 #include "attention_backward_mma_launch.cuh"
 
 namespace tf::cuda {

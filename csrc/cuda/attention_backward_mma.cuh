@@ -1,12 +1,12 @@
-// Attention, backward, for sm_80 and up: mma.sync m16n8k16 on tiles that cp.async brings and ldmatrix reads.
+// Attention, backward, for sm_80 and up: mma.sync m16n8k16 on tiles loaded by cp.async and read by ldmatrix.
 //
 //   P = exp(score - lse)    dV = P^T dO    dP = dO V^T    delta = rowsum(dO * O) - dlse    dS = P * (dP - delta)
 //   dQ = scale * dS K       dK = scale * dS^T Q           dbias = dS    drelative[distance] = sum of dS along it
 //
-// One source, two sides: a block holds 64 rows of one pair of operands (queries: Q and dO; keys: K and V) and walks
-// over tiles of the other pair. No sum crosses blocks, so gradients are the same bits every time, with no atomics, no
-// semaphore and no float32 dQ in memory, which a kernel that adds to dQ reads and writes once per block of keys.
-// The price is Q K^T and dO V^T twice: seven products where that kernel has five.
+// One source, two sides: a block holds 64 rows of one pair of operands (query side: Q and dO; key side: K and V) and
+// walks over tiles of the other pair. No sum crosses blocks, so gradients are bitwise reproducible without atomics,
+// semaphores or a float32 dQ in memory. A kernel that adds to dQ reads and writes that dQ once per block of keys.
+// The price is Q K^T and dO V^T twice: seven products where such a kernel has five.
 #pragma once
 #include "attention_backward_mma_delta.cuh"
 #include "attention_backward_mma_distance.cuh"
@@ -14,8 +14,8 @@
 
 namespace tf::cuda::backward_mma {
 
-// Bytes of shared memory: the resident tiles, the streamed ones, then by side two buffers of a streamed tile's lse,
-// delta and dropout bits, or dS of a tile, for its sums by distance.
+// Bytes of shared memory: the resident tiles, the streamed tiles, then on the key side two buffers of a streamed tile's
+// lse, delta and dropout bits, on the query side dS of a tile, for its sums per distance.
 template <int D, Side SIDE, bool RICH, Wanted WANTED>
 struct BackwardMemory {
   using Tile = BackwardTile<D, RICH>;
@@ -23,7 +23,7 @@ struct BackwardMemory {
   static constexpr int kMore = kStreamed + Tile::kStages * 2 * Tile::kStreamed * 2;
   static constexpr int kStatistics = 2 * Tile::kColumns;  // floats of one buffer
   static constexpr int kKept = 16 * Tile::kColumns;       // bytes of one buffer
-  static constexpr int kPitch = Tile::kColumns + 1;       // of dS: a diagonal meets no bank twice
+  static constexpr int kPitch = Tile::kColumns + 1;       // of dS: no bank conflicts along a diagonal
   static constexpr int kBytes = kMore + (SIDE == Side::keys ? 2 * (4 * kStatistics + kKept) : 0);
   static constexpr int kScores = 4 * kBackwardRows * kPitch;
   // Large head dims leave no room for dS in the 99 KB of some GPUs: it takes the place of V.
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   const int tiles = first < used ? (range.end - range.begin + kColumns - 1) / kColumns : 0;
   const int total = kKeys ? tiles * groups : tiles;
 
-  const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: the first row of this warp
+  const int lane = threadIdx.x % 32, mine = first + int(threadIdx.x) / 32 * 16;  // mine: this warp's first row
   const auto load_queries = [&](auto rows, T* tile, const void* base, const RowStrides& strides, int h, int start) {
     const T* const from = head_rows(static_cast<const T*>(base), strides, int(opaque(head.b)), h, head.first_q);
     load_rows<D, decltype(rows)::value, kBackwardThreads, RICH>(tile, from, strides.row, start, head.queries, p.dim,
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     }
     cp_async_commit();
   };
-  // Key side: what a thread loads of the statistics of a tile of queries: lse the first kColumns, delta the next.
+  // Key side: statistics of a tile of queries. The first kColumns threads load lse, the next kColumns delta.
   const auto load_statistic = [&](int h, int start) {
     const int row = start + int(threadIdx.x) % kColumns;
     if (threadIdx.x >= 2 * kColumns || row >= head.queries) return kInfinity;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     }
   };
 
-  float peak[2], delta[2];  // delta: with delta_only what has been summed of it
+  float peak[2], delta[2];  // delta: with delta_only its sum so far
   if constexpr (!kKeys) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       delta[half] = row < head.queries && !(RICH && p.delta_only) ? load(p.delta + place) : 0.f;
     }
   }
-  // Query side, of this thread's two rows: what dS sums to, and P times the slope of a soft cap.
+  // Query side, sums over this thread's two rows: of dS, and of P times the slope of the soft cap.
   float excess[2] = {}, weight[2] = {};
   float sum1[kFirst ? D / 2 : 4] = {}, sum2[kSecond ? D / 2 : 4] = {};
   const float to_log2 = RICH ? kLog2e : p.scale * kLog2e;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     }
     const bool more = n + 1 < total;
     cp_async_wait<0>();
-    __syncthreads();  // this tile has arrived, and no warp reads the one before it any more
+    __syncthreads();  // this tile has arrived, and no warp still reads the previous one
     if (more) load_streamed(n + 1, next_h, next_start);
     float statistic = 0.f;
     if (kKeys && more) statistic = load_statistic(next_h, next_start);
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         });
       }
       if (p.drelative_bias) {
-        if (Memory::kInPlace) __syncthreads();  // no warp reads V any more
+        if (Memory::kInPlace) __syncthreads();  // no warp still reads V
         float* const scores = Memory::kInPlace ? reinterpret_cast<float*>(streamed(n) + Tile::kStreamed)
                                                : reinterpret_cast<float*>(memory + Memory::kBytes);
         by_distance.add<kColumns>(p, head, first, own, start, ds, scores);

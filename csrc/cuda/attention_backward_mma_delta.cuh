@@ -1,4 +1,4 @@
-// delta = rowsum(dO * O) - dlse, which attention_backward_mma.cuh takes off dP.
+// delta = rowsum(dO * O) - dlse, which attention_backward_mma.cuh subtracts from dP.
 #pragma once
 #include "attention_backward_mma_tiles.cuh"
 
@@ -8,7 +8,7 @@ TF_DEVICE int64_t lse_place(const AttentionBackward& a, const Head& head) {
   return head.b * a.lse_batch + head.h * a.lse_head + head.first_q;
 }
 
-// In units of log 2; a row with nothing to attend to gets +inf, which makes its P zero.
+// lse in units of log 2; +inf for a row with nothing to attend to, so that its P is zero.
 TF_DEVICE float peak_of(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2e; }
 
 TF_DEVICE float load_grad_lse(const AttentionBackward& a, const Head& head, int row) {

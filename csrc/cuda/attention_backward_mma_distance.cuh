@@ -1,12 +1,12 @@
-// The gradient of a relative bias: dS summed along distances, for attention_backward_mma.cuh.
+// The gradient of a relative bias: dS summed per distance, for attention_backward_mma.cuh.
 #pragma once
 #include "attention_backward_mma_tiles.cuh"
 
 namespace tf::cuda::backward_mma {
 
-// Sums of dS by distance for one block of queries: (2 * reach + 1) of its own in the scratch, which is (heads, batch,
-// blocks, 2 * reach + 1), zeros before. One thread adds to each element, in one order; distances at the ends and beyond
-// stay in registers until finish().
+// Sums of dS per distance for one block of queries, in its (2 * reach + 1,) slice of the scratch (heads, batch, blocks,
+// 2 * reach + 1), which starts as zeros. One thread adds to each element, in one order. Sums for distances at the ends
+// and beyond stay in registers until finish().
 struct DistanceSums {
   float low, high;
 
@@ -65,7 +65,7 @@ struct DistanceSums {
   }
 };
 
-// Of the scratch.
+// Size of the scratch.
 inline int64_t distance_floats(const AttentionBackward& a) {
   const int64_t blocks = (int64_t(a.max_seqlen_q) + kBackwardRows - 1) / kBackwardRows;
   return a.drelative_bias ? a.batch * a.heads * blocks * (2 * int64_t(a.reach) + 1) : 0;
@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(kBackwardThreads)
   const int distances = 2 * p.reach + 1, place = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (place >= p.heads * distances) return;
   const float* from = p.scratch + (int64_t(place / distances) * p.batch * p.blocks * distances + place % distances);
-  float sum = 0.f, lost = 0.f;  // Kahan's: most distances share the ends, long sums of small terms
+  float sum = 0.f, lost = 0.f;  // Kahan summation: the ends collect most distances, long sums of small terms
   for (int n = p.batch * p.blocks; n > 0; --n, from += distances) {
     const float term = load(from) - lost, next = sum + term;
     lost = (next - sum) - term;

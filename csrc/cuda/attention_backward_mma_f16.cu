@@ -1,4 +1,4 @@
-// The kernels of attention_backward_mma.cu for float16, apart so that both compile side by side.
+// The kernels of attention_backward_mma.cu for float16: a file of their own, so that both compile in parallel.
 #include "attention_backward_mma_launch.cuh"
 
 namespace tf::cuda {

@@ -7,8 +7,8 @@
 namespace tf::cuda {
 namespace backward_mma {
 
-constexpr int64_t kL2Bytes = 32 << 20;  // what a few heads stream stays in the L2 cache while their blocks run
-constexpr int kFewKeys = 128;           // so few do not average out the rounding of the output that delta comes from
+constexpr int64_t kL2Bytes = 32 << 20;  // budget for the tiles streamed by the heads that run together
+constexpr int kFewKeys = 128;           // up to this many keys do not average out the output's rounding in delta
 
 inline bool is_aligned(const AttentionBackward& a) {
   return a.dim % 8 == 0 && moves_by_16_bytes(a.query, a.query_strides) &&
@@ -66,7 +66,7 @@ void gradients(const AttentionBackward& a, Stream stream) {
   const int64_t streamed = int64_t(a.heads / a.key_heads) * a.max_seqlen_q;
   BackwardCall keys = call_of(a, kBackwardRows, a.max_seqlen_k, a.key_heads, streamed);
   BackwardCall queries = call_of(a, kBackwardRows, a.max_seqlen_q, a.heads, a.max_seqlen_k);
-  // Where one key is left of many, dropout rounds its value, and the score would get a gradient that it has not.
+  // Where a row sees one key, dropout scales and rounds its value: the score would get a gradient that should be zero.
   const bool may_be_alone = a.threshold && (a.mask || a.bias_type != BiasType::none || a.relative_bias);
   if (a.dbias || a.drelative_bias || a.max_seqlen_k <= kFewKeys || may_be_alone) {
     BackwardCall delta = queries;

@@ -1,5 +1,5 @@
-// What the blocks of attention_backward_mma.cuh are made of: their tiles, their places, the products of a warp, and the
-// way of its results to memory.
+// Parts of attention_backward_mma.cuh: the tiles and places of its blocks, the products of a warp, and how a warp
+// stores its results.
 #pragma once
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
@@ -7,13 +7,13 @@
 namespace tf::cuda::backward_mma {
 
 enum class Side { queries, keys };
-enum class Wanted { all, key, value };  // which of dK and dV a key-side block sums; registers hold both up to D = 128
+enum class Wanted { all, key, value };  // which of dK and dV a key-side block sums: registers hold both up to D = 128
 
 struct BackwardCall : AttentionBackward {
   int32_t blocks;          // per head
-  int32_t heads_together;  // are gone through block by block, so that what they stream stays in the L2 cache
+  int32_t heads_together;  // run block by block, so that the tiles they stream stay in the L2 cache
   bool aligned;            // rows can be moved 16 bytes at a time
-  bool delta_only;         // rowsum(P * dP) - dlse into delta, and nothing else
+  bool delta_only;         // write only delta = rowsum(P * dP) - dlse
   float* center;           // see attention_center.cuh
 };
 
@@ -39,7 +39,7 @@ TF_DEVICE BackwardPlace place_of(const BackwardCall& p, int program, int heads, 
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
-// s += A B^T: the 16 rows of A of this warp by the 2 E rows of B.
+// s += A B^T: this warp's 16 rows of A by the 2 E rows of B.
 template <int D, class T, int E>
 TF_DEVICE void multiply_rows(const T* a_tile, const T* b_tile, float (&s)[E]) {
   const int lane = threadIdx.x % 32, a_row = threadIdx.x / 32 * 16 + lane % 16, b_row = lane % 8 + lane / 16 * 8;
@@ -58,7 +58,7 @@ TF_DEVICE void multiply_rows(const T* a_tile, const T* b_tile, float (&s)[E]) {
   }
 }
 
-// sum += S B, S being accumulators, rounded to T.
+// sum += S B. S are accumulators, rounded to T.
 template <int D, class T, int E>
 TF_DEVICE void multiply_columns(const float (&s)[E], const T* b_tile, float (&sum)[D / 2]) {
   const int lane = threadIdx.x % 32;
@@ -78,8 +78,8 @@ TF_DEVICE void multiply_columns(const float (&s)[E], const T* b_tile, float (&su
   }
 }
 
-// Writes the 16 rows of this warp, times scale, to rows `first` .. of out, through its own rows of `tile`. Rows from
-// `used` on are zeros; those from `limit` on are not written.
+// Writes this warp's 16 rows, times scale, to rows first .. first + 15 of out, staged in its own rows of `tile`. Rows
+// from `used` on are written as zeros; rows from `limit` on are not written.
 template <int D, bool ANY, class T>
 TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, T* tile, T* out, int64_t stride, int first, int used,
                           int limit, int dim, bool aligned) {

@@ -8,13 +8,13 @@
 namespace tf::cuda {
 namespace {
 
-constexpr int64_t kL2Bytes = 32 << 20;  // queries and gradients that stay in the L2 cache while a few heads run
+constexpr int64_t kL2Bytes = 32 << 20;  // budget for the queries and gradients of the heads that run together
 constexpr int kSharedLimit = 227 << 10;
 static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit && BackwardWgmmaTile<128, 64>::kBytes <= kSharedLimit &&
               BackwardWgmmaTile<128, 80>::kBytes <= kSharedLimit);
 
-// Queries of a tile: as many as the registers hold. 80 do not divide 128 keys, so that diagonals would cost masks, for
-// which 80 leave no registers.
+// Queries per tile: as many as the registers hold. 80 does not divide into 128 keys, so that diagonals would need more
+// masks, for which 80 leaves no registers.
 int32_t tile_of(const AttentionBackward& a) {
   if (a.dim == 64) return 128;
   return a.window_left < 0 && a.window_right < 0 ? 80 : 64;
@@ -39,7 +39,7 @@ void launch(const AttentionBackward& arguments, Stream stream) {
   a.query_blocks = (a.max_seqlen_q + M - 1) / M;
   a.key_blocks = (a.max_seqlen_k + Tile::kKeys - 1) / Tile::kKeys;
   a.exponent_scale = a.scale * kLog2e;
-  // Causal: a head's blocks differ in length. Deterministic: they wait for each other. Then other heads fill the gaps.
+  // Causal: the blocks of a head differ in length. Deterministic: they wait for each other. Other heads fill the gaps.
   const int64_t head_bytes = int64_t(a.heads / a.key_heads) * a.max_seqlen_q * D * 8;
   const int64_t together = a.window_right >= 0 || a.deterministic ? kL2Bytes / head_bytes : 1;
   a.heads_together = int32_t(std::clamp<int64_t>(together, 1, int64_t(a.batch) * a.key_heads));
@@ -85,7 +85,7 @@ const char* attention_backward_wgmma_refuses(const AttentionBackward& a) {
     return "wgmma: addresses or strides that are not positive multiples of 16 bytes";
   }
   const int64_t blocks = int64_t(a.batch) * a.heads * (std::max(a.max_seqlen_q, a.max_seqlen_k) / 64 + 1);
-  if (blocks > INT32_MAX / 8) return "wgmma: more blocks than a grid has";  // and eight parts of dQ for each
+  if (blocks > INT32_MAX / 8) return "wgmma: more blocks than a grid has";  // each has eight parts of dQ
   return nullptr;
 }
 

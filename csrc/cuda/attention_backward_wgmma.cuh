@@ -4,13 +4,13 @@
 //     dV = P^T dO                 dK = scale * dS^T Q                             dQ = scale * dS K
 //
 // A block keeps one tile of 128 keys and values and walks over the queries that see it, of every head that shares the
-// key head: dK and dV stay in registers and have one order of summation. Scores are computed transposed, (keys,
-// queries), so that P^T and dS^T are left operands of dV and dK as they are in registers. Only dS passes through shared
-// memory, for dQ, where a warpgroup needs the keys of both.
+// key head. dK and dV stay in registers and have one order of summation. Scores are computed transposed, (keys,
+// queries), so that P^T and dS^T in registers are the left operands of dV and dK. Only dS passes through shared memory:
+// for dQ a warpgroup needs the keys of both warpgroups.
 //
-// dQ is summed over the key blocks in float32 in global memory, by bulk reductions out of shared memory. Its tiles have
-// the layout of the accumulators there; the last kernel puts them in order. Deterministic: for each part of dQ the key
-// blocks take turns, in ascending order.
+// dQ is summed over the key blocks in float32 in global memory, by bulk reductions from shared memory. Its tiles there
+// keep the layout of the accumulators; the last kernel reorders them. Deterministic: for each part of dQ the key blocks
+// take turns, in ascending order.
 #pragma once
 #include "attention_backward_wgmma_tiles.cuh"
 
@@ -18,17 +18,17 @@ namespace tf::cuda {
 
 // ---- the work of a block --------------------------------------------------------------------------------------------
 struct BackwardWork {
-  Head head;  // of the first of the query heads
+  Head head;  // the first query head of the group
   int32_t first_key, stored, group;
   Range queries;
-  int32_t tiles;       // of all heads of the group
+  int32_t tiles;       // summed over the heads of the group
   int32_t first_tile;  // in scratch memory: of query 0 of the first head
 };
 
 template <int M, int N>
 TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
-  // The key blocks of a few heads one after the other, so that L2 holds their queries. The first keys, which most
-  // queries see in causal attention, come first.
+  // The key blocks of a few heads run one after the other, so that L2 holds their queries. The first keys come first:
+  // in causal attention most queries see them.
   const int32_t key_heads = a.batch * a.key_heads;
   const int32_t span = a.heads_together * a.key_blocks, first_head = index / span * a.heads_together;
   const int32_t heads = min(a.heads_together, key_heads - first_head);
@@ -45,7 +45,7 @@ TF_DEVICE BackwardWork backward_work(const BackwardWgmma& a, int32_t index) {
   return w;
 }
 
-// Over the tiles of every head of the group; stage and parity are those of the ring of buffers.
+// Walks over the tiles of every head of the group. stage, parity: of the ring of buffers.
 template <int M, int STAGES>
 struct Walk {
   int32_t head = 0, row, stage = 0, parity = 0;
@@ -120,31 +120,31 @@ TF_DEVICE void produce(const BackwardWgmma& a, const BackwardWork& w, const Back
 constexpr int kConsumers = 256, kConsumerBarrier = 1;
 constexpr uint32_t kNoTurn = ~0u;
 
-// Descriptors of tiles of panels. Rows are the M or N axis of the product and columns its K axis; or transposed: then a
-// panel spans 64 of the M or N axis, and the next one is `leading` bytes farther. Eight rows are 1024 bytes either way.
+// Descriptors of tiles of panels. rows_: rows are the M or N axis of the product, columns its K axis. columns_ is the
+// transpose: a panel spans 64 of the M or N axis, and panels are `leading` bytes apart. Eight rows are 1024 bytes.
 TF_DEVICE uint64_t rows_descriptor(const unsigned char* tile) {
   return wgmma_descriptor(tile, 16, 1024, Swizzle::b128);
 }
 TF_DEVICE uint64_t columns_descriptor(const unsigned char* tile, int leading) {
   return wgmma_descriptor(tile, leading, 1024, Swizzle::b128);
 }
-// The distance of step k, 16 values of the K axis, from step 0, in a descriptor's units of 16 bytes.
+// Offset of step k (16 values of the K axis) from step 0, in a descriptor's units of 16 bytes.
 TF_DEVICE constexpr uint64_t row_step(int k, int rows) { return (k / 4 * rows * 128 + k % 4 * 32) / 16; }
 TF_DEVICE constexpr uint64_t column_step(int k) { return k * 16 * 128 / 16; }
 
-// All consumers set a tile's rows from `first` on to zero: behind the end of a sequence there may be inf or NaN, which
-// times zero is NaN.
+// All consumers set a tile's rows from `first` on to zero: past the end of a sequence there may be inf or NaN, and zero
+// times those is NaN.
 template <int D, int RowStrides>
 TF_DEVICE void clear_rows(unsigned char* tile, int first, int thread) {
   const int count = (RowStrides - first) * (D / 8);
-  for (int i = thread; i < count; i += kConsumers) {  // whole rows of panels: their swizzle does not matter
+  for (int i = thread; i < count; i += kConsumers) {  // whole rows of panels: the swizzle does not matter
     const int row = first + i / (D / 8), chunk = i % (D / 8);
     store_shared_vec(reinterpret_cast<uint32_t*>(tile + chunk / 8 * (RowStrides * 128) + row * 128 + chunk % 8 * 16),
                      Vec<uint32_t, 4>{});
   }
 }
 
-// All consumers: keys less their center, rounded. Chunk c of row r lies at c ^ (r % 8), in the widest swizzle.
+// All consumers write keys - center, rounded. Chunk c of row r is at c ^ (r % 8): the 128-byte swizzle.
 template <class T, int D, int N>
 TF_DEVICE void center_keys(const unsigned char* keys, unsigned char* to, const float* center, int thread) {
 #pragma unroll
@@ -158,7 +158,7 @@ TF_DEVICE void center_keys(const unsigned char* keys, unsigned char* to, const f
   }
 }
 
-// One warp's 16 rows of dK or dV through its own shared memory to whole rows in global memory; zeros from `keys` on.
+// Stores a warp's 16 rows of dK or dV as whole rows, through its own shared memory; zeros from row `keys` on.
 template <class T, int D>
 TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char* shared, T* rows, int64_t stride,
                           int32_t first, int32_t keys, int32_t stored) {
@@ -184,7 +184,7 @@ TF_DEVICE void store_rows(const float (&sum)[D / 2], float scale, unsigned char*
   __syncwarp();
 }
 
-// Deterministic: lets the next key block add to part `owed` of dQ, now that this thread's last sums have arrived there.
+// Deterministic: lets the next key block add to part `owed` of dQ, once this thread's last sums have arrived there.
 TF_DEVICE void pass_turn(const BackwardWgmma& a, uint32_t& owed, int32_t place) {
   if (owed == kNoTurn) return;
   bulk_wait<0>();
@@ -196,7 +196,7 @@ template <class T, int D, int M, class Tile>
 TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const BackwardShared<Tile>& shared) {
   constexpr int N = Tile::kKeys;
   const int thread = threadIdx.x - 128, lane = thread % 32, warp = thread / 32 % 4;
-  // From lane 0, so that the compiler knows it to be the same in the whole warp.
+  // Shuffled from lane 0, so that the compiler knows it to be uniform in the warp.
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   const int part = group * 4 + warp;
   unsigned char* base = shared.base;
@@ -219,7 +219,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     named_barrier_sync(kConsumerBarrier, kConsumers);
   }
 
-  // Values as left operands: those that fit in registers are read once, not for every tile of queries.
+  // Values as left operands: those that fit the registers are read once, not once per tile of queries.
   uint32_t v[Tile::kValueSteps ? Tile::kValueSteps : 1][4];
   {
     const int row = group * 64 + warp * 16 + lane % 16;
@@ -230,15 +230,15 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     }
   }
 
-  // This thread's keys are key and key + 8; query i sees those with low <= i <= high.
+  // This thread has keys key and key + 8. Query i sees those with low <= i <= high.
   const int32_t key = w.first_key + group * 64 + warp * 16 + lane / 4;
   const uint64_t k_rows = rows_descriptor(base + Tile::kK + group * 64 * 128);
   const uint64_t v_rows = rows_descriptor(base + Tile::kV + group * 64 * 128);
-  // dQ^T = K^T dS^T: with D 64 a warpgroup takes half of the queries, with D 128 half of the values of a head.
+  // dQ^T = K^T dS^T: with D 64 a warpgroup takes half of the queries, with D 128 half of the head dim.
   const uint64_t k_columns = columns_descriptor(base + Tile::kCentered + (D == 64 ? 0 : group * N * 128), 16);
 
-  uint32_t owed = kNoTurn;          // the part of dQ whose turn is passed on once the last sums have arrived
-  int32_t place = w.first_key / N;  // of this block among those that add to dQ
+  uint32_t owed = kNoTurn;          // the part of dQ whose turn passes on once the last sums have arrived
+  int32_t place = w.first_key / N;  // this block's rank among those that add to dQ
 
   Walk<M, Tile::kStages> at(w);
   for (int32_t i = 0; i < w.tiles; i++, at.next(w)) {
@@ -249,7 +249,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
     // S^T = K Q^T, dP^T = V dO^T.
     float s[M / 2], dp[M / 2];
     mbarrier_wait(shared.query_full(at.stage), at.parity);
-    if (a.cu_seqlens_q && at.row + M > w.head.queries) {  // beyond are the rows of the next sequence
+    if (a.cu_seqlens_q && at.row + M > w.head.queries) {  // the tile ends in rows of the next sequence
       mbarrier_wait(shared.grad_full(at.stage), at.parity);
       clear_rows<D, M>(q_tile, w.head.queries - at.row, thread);
       clear_rows<D, M>(grad_tile, w.head.queries - at.row, thread);
@@ -305,9 +305,9 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
       for (int e = 0; e < 4; e++) s[j * 4 + e] = exp2_approx(s[j * 4 + e] * a.exponent_scale - x.v[e % 2]);
     }
 
-    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15. dV is issued before the wait for dP. Without
-    // a product that needs the exponentials, ptxas would move that wait, which it takes to be free, before them, and
-    // they would not run under dP.
+    // P^T and dS^T as left operands: [k] holds queries 16 k .. 16 k + 15. dV, which needs the exponentials, is issued
+    // before the wait for dP: otherwise ptxas, which takes that wait to be free, would move it before the exponentials,
+    // and they would not overlap with dP.
     uint32_t p[M / 16][4], ds[M / 16][4];
 #pragma unroll
     for (int j = 0; j < M / 8; j++) {
@@ -339,8 +339,8 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
             pair_of<T>(rounded.x * (dp[e] - x.v[0]), rounded.y * (dp[e + 1] - x.v[1]));
       }
     }
-    // dS is stored transposed, (queries, keys); the keys of a warpgroup are one panel. There are two buffers: after the
-    // barrier below both warpgroups are done with the one before the last.
+    // dS is stored transposed, (queries, keys); the keys of a warpgroup are one panel. Of the two buffers, both
+    // warpgroups have finished with the older one after the barrier below.
     unsigned char* score = base + Tile::kScore + (i & 1) * Tile::kScoreBytes;
     unsigned char* score_row = score + group * (M * 128) + (lane / 16 * 8 + lane % 8) * 128 +
                                ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
@@ -403,7 +403,7 @@ TF_DEVICE void consume(const BackwardWgmma& a, const BackwardWork& w, const Back
   pass_turn(a, owed, place);
   if (lane == 0) bulk_wait_read<0>();
   __syncwarp();
-  // Computed again: kept through the loop it would cost registers.
+  // Computed again: kept through the loop, it would cost registers.
   const BackwardWork done = backward_work<M, N>(a, load_shared(shared.index()));
   const Head& head = done.head;
   const int32_t first = done.first_key + group * 64 + warp * 16;

@@ -1,48 +1,48 @@
-// The tiles of attention_backward_wgmma.cuh, its scratch memory, and the kernels before and after it: the first writes
-// delta and zeros to add to, the last puts dQ in order.
+// The tiles and scratch memory of attention_backward_wgmma.cuh, and the kernels before and after it: the first writes
+// delta and clears the sums, the last reorders dQ.
 #pragma once
 #include "attention_center.cuh"
 
 namespace tf::cuda {
 
-// M queries by 128 keys. Tiles are stored in panels 64 values, 128 bytes, wide: the widest swizzle.
+// M queries by 128 keys. Tiles are stored in panels of 64 columns, 128 bytes: the widest swizzle.
 template <int D, int M>
 struct BackwardWgmmaTile {
   static_assert(D == 64 ? M == 128 : D == 128 && (M == 64 || M == 80));
   static constexpr int kKeys = 128, kStages = 2;
-  static constexpr int kValueSteps = M == 80 ? 0 : 4;  // 16 values of a head each, in registers
-  static constexpr bool kWindows = D == 64 || M == 64;  // 80 queries: every one sees every key
-  static constexpr int kThreads = 384;  // a producer warpgroup and two of consumers
-  // A warpgroup computes 64 values of a head by kSumQueries queries of dQ^T, a warp 16 values: its part, in floats.
+  static constexpr int kValueSteps = M == 80 ? 0 : 4;  // steps of 16 columns of V that are kept in registers
+  static constexpr bool kWindows = D == 64 || M == 64;  // 80 queries: every query sees every key
+  static constexpr int kThreads = 384;  // one producer warpgroup and two consumer warpgroups
+  // A warpgroup computes 64 columns of the head by kSumQueries queries of dQ^T; a warp's part is 16 columns of that.
   static constexpr int kSumQueries = D == 64 ? M / 2 : M, kPart = 16 * kSumQueries, kParts = 8;
   static constexpr int kQueryBytes = M * D * 2, kKeyBytes = kKeys * D * 2, kScoreBytes = kKeys * M * 2;
   // Offsets in shared memory.
   static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kGrad = kQ + kStages * kQueryBytes;
   static constexpr int kScore = kGrad + kStages * kQueryBytes, kSum = kScore + 2 * kScoreBytes;
-  // The keys less their center, for dQ. Where there is no room for them beside the keys (D 128, 80 queries) they take
-  // their place. Then the scores of a row are less by q center, which `prepare` takes off the row's lse.
+  // keys - center, for dQ. Where there is no room for both (D 128, 80 queries), they replace the keys. The scores of a
+  // row are then lower by q center, which `prepare` subtracts from the row's lse.
   static constexpr bool kInPlace = D == 128 && M == 80;
   static constexpr int kCentered = kInPlace ? kK : kSum + kParts * kPart * 4;
   static constexpr int kPeak = kSum + kParts * kPart * 4 + (kInPlace ? 0 : kKeyBytes), kDelta = kPeak + kStages * M * 4;
   static constexpr int kBarriers = kDelta + kStages * M * 4, kIndex = kBarriers + 8 * (1 + 4 * kStages);
   static constexpr int kBytes = kIndex + 8;
-  static_assert(kParts * kPart == M * D && kPart * 4 >= 16 * D * 2);  // a part holds 16 rows of dK, too
+  static_assert(kParts * kPart == M * D && kPart * 4 >= 16 * D * 2);  // a part also holds 16 rows of dK
 };
 
 struct BackwardWgmma : AttentionBackward {
-  // Scratch memory is in tiles of queries, and every sequence starts a tile.
+  // Scratch memory is laid out in tiles of queries. Every sequence starts a tile.
   int64_t head_tiles;  // of one head
   float* sums;         // dQ, unscaled: (heads, head_tiles, parts, part)
-  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse in powers of two, +inf without keys; delta
-  int32_t* turns;      // deterministic: (heads, head_tiles, parts): how many key blocks have added theirs
+  float* statistics;   // (heads, head_tiles, 2, queries of a tile): lse * log2(e), +inf without keys; delta
+  int32_t* turns;      // deterministic: (heads, head_tiles, parts), how many key blocks have added theirs
   float* center;       // see attention_center.cuh
-  int32_t* ticket;     // deterministic: counts the blocks that have taken work, in whatever order they start
+  int32_t* ticket;     // deterministic: how many blocks have taken work; they take it in the order they start
   int32_t key_blocks, query_blocks, heads_together;
   float exponent_scale;
 };
 
-// The tile of scratch memory with query 0 of a sequence, among those of one head. Unpadded: (first_q + M b) / M, which
-// leaves room for the last tile of every sequence and needs no sum over the sequences before.
+// The tile of scratch memory, within one head, that starts a sequence. Unpadded: (first_q + M b) / M, which leaves room
+// for the last tile of every sequence and needs no sum over the sequences before.
 template <int M>
 TF_DEVICE int64_t first_tile(const BackwardWgmma& a, const Head& head) {
   return a.cu_seqlens_q ? head.first_q / M + head.b : int64_t(head.b) * a.query_blocks;
@@ -53,7 +53,7 @@ TF_DEVICE Vec<float, 8> load_center(const float* center) {
   return {{low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]}};
 }
 
-// ---- before: delta, lse in the units of scores, zeros to add to -----------------------------------------------------
+// ---- before: delta, lse in the units of scores, zeros where sums go -------------------------------------------------
 template <class T, int D, int M>
 __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const BackwardWgmma a) {
   using Tile = BackwardWgmmaTile<D, M>;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(256) attention_backward_prepare_kernel(const B
   const int lane = threadIdx.x % kLanes;
   for (int r = threadIdx.x / kLanes; r < M; r += 256 / kLanes) {
     const int32_t row = block * M + r;
-    float delta = 0.f, moved = 0.f;  // moved: q center, by which the scores are less
+    float delta = 0.f, moved = 0.f;  // moved: q center, by which the scores are lower
     if (row < head.queries) {
       if constexpr (Tile::kInPlace) {
         const T* queries = head_rows(static_cast<const T*>(a.query), a.query_strides, head.b, head.h, head.first_q);
@@ -114,12 +114,12 @@ __global__ void __launch_bounds__(256) attention_backward_finish_kernel(const Ba
   const float* sums = a.sums + (head.h * a.head_tiles + first_tile<M>(a, head) + block) * (M * D);
   T* dq = head_rows(static_cast<T*>(a.dq), a.dq_strides, head.b, head.h, head.first_q);
   for (int item = threadIdx.x; item < M * D / 16; item += 256) {
-    // Two queries by eight values of a head. A part is [query / 8][value % 8][query % 8 / 2][value / 8 % 2][query % 2].
+    // Two queries by eight columns. A part is [query / 8][column % 8][query % 8 / 2][column / 8 % 2][query % 2].
     const int half = item % 2, pair = item / 2 % 4, warp = item / 8 % 4, rest = item / 32;
     const int j = rest % (Tile::kSumQueries / 8), group = rest / (Tile::kSumQueries / 8);
     const int32_t row = block * M + (D == 64 ? group * Tile::kSumQueries : 0) + j * 8 + pair * 2;
     const int column = (D == 64 ? 0 : group * 64) + warp * 16 + half * 8;
-    // A row of dS sums to the gradient of its lse: that times the center is missing from dQ.
+    // A row of dS sums to the gradient of its lse; that sum times the center is missing from dQ.
     float excess[2] = {};
     Vec<float, 8> center{};
     if (a.grad_lse) {

@@ -1,23 +1,23 @@
-// The mean of the keys of a head, which the backward takes off the keys in dQ.
+// The mean of the keys of a head (center), which the backward subtracts from the keys in dQ.
 //
 // Rows of dS sum to zero, or to dlse, so that dQ = scale * sum_j dS_ij (k_j - center) for any center. The output's
-// rounding makes an error e of delta, which puts -e sum_j P_ij k_j into dQ: much where keys have an offset, as the bias
-// of a projection gives them. Less the center, keys have no offset.
+// rounding makes an error e in delta, which adds -e sum_j P_ij k_j to dQ: large where keys have an offset, such as the
+// bias of a projection. With the mean as center, keys have no offset.
 #pragma once
 #include "attention_scores.cuh"
 
 namespace tf::cuda {
 
-constexpr int kCenterWarps = 16, kCenterKeys = 1024;  // the center is the mean of at most so many keys, evenly spread
+constexpr int kCenterWarps = 16, kCenterKeys = 1024;  // the center is the mean of at most kCenterKeys keys
 
 inline int64_t center_floats(const Attention& a) { return int64_t(a.batch) * a.key_heads * a.dim; }
 
-// One block per key head; center: (batch, key heads, dim). Values that are not finite, which a mask may hide, count as
-// zeros.
+// One block per key head; center: (batch, key heads, dim). Values that are not finite count as zeros: a mask may hide
+// them.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kCenterWarps)
     attention_center_kernel(TF_GRID_CONSTANT Attention a, float* center) {
-  constexpr int kColumns = D / 32, kAhead = 512 / D;  // loads under way: as many as the registers hold
+  constexpr int kColumns = D / 32, kAhead = 512 / D;  // kAhead: loads in flight, as many as the registers hold
   TF_SHARED(memory);
   float* const sums = reinterpret_cast<float*>(memory);  // (warps, D)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

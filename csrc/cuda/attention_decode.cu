@@ -8,8 +8,8 @@
 namespace tf::cuda {
 namespace {
 
-constexpr int kSplitKeys = 64;  // fewer are not worth a block
-constexpr int kBlocks = 4;      // per multiprocessor, that run at once
+constexpr int kSplitKeys = 64;  // per block at least: fewer are not worth a block
+constexpr int kBlocks = 4;      // resident per multiprocessor
 
 struct Plan {
   bool plain;

@@ -1,10 +1,10 @@
 // The kernels of attention_decode.cu.
 //
 // Rows are the queries of the heads that share a key head. Block (sequence and key head, split, chunk) computes the
-// attention of kRows of them over its share of the keys. `lanes` neighbouring threads share a key. Each reads 16 bytes
-// of it at a time, straight into registers, and keeps the same columns of q and of the output. They exchange the sum of
-// a product and nothing else, and no warp waits for another until the block's states are joined at the end. The loads
-// of kKeys keys per thread are under way together.
+// attention of kRows rows over its share of the keys. `lanes` neighbouring threads share a key. Each reads 16 bytes of
+// it at a time, straight into registers, and keeps the same columns of q and of the output. They exchange only the sum
+// of each dot product. No warp waits for another until the block's states are joined at the end. The loads of kKeys
+// keys per thread are in flight together.
 #pragma once
 #include "attention_decode.hpp"
 #include "attention_scores.cuh"
@@ -14,7 +14,7 @@ namespace tf::cuda {
 
 constexpr int kDecodeThreads = 128, kDecodeWarps = kDecodeThreads / 32, kMostSplits = 128;
 
-// A softmax under way: the largest score, the sum of exp(score - peak), and the sum of exp(score - peak) * value.
+// State of an online softmax: the largest score, the sum of exp(score - peak), the sum of exp(score - peak) * value.
 template <int kColumns>
 struct DecodeState {
   float peak, total, sum[kColumns];
@@ -35,7 +35,7 @@ TF_DEVICE DecodeRow decode_row(const AttentionDecode& p, const Head& head, int32
   return {head.h + r / p.max_seqlen_q, i, r < decode_rows(p) && i < head.queries};
 }
 
-// Scale, soft cap, biases, mask and window, for calls that are not plain.
+// Score with scale, soft cap, biases, mask and window, for calls that are not plain.
 TF_DEVICE float rich_score(const AttentionDecode& p, const Head& head, const DecodeRow& row, int32_t j, float s) {
   s *= p.scale;
   if (p.softcap != 0.f) s = p.softcap * tanhf(s / p.softcap);
@@ -59,8 +59,8 @@ TF_DEVICE float rich_score(const AttentionDecode& p, const Head& head, const Dec
   return s;
 }
 
-// Columns from `column` on of a row of `dim`, and zeros beyond. Rows that are not aligned, or not whole vectors, are read
-// element by element.
+// Columns from `column` on of a row of `dim` elements; zeros past its end. Rows that are unaligned or end within a
+// vector are read element by element.
 template <class T, bool kAligned, int kWidth>
 TF_DEVICE void read_columns(Vector<T, kWidth>& vector, const T* row, int32_t column, int32_t dim) {
   if constexpr (kAligned) {
@@ -99,7 +99,7 @@ TF_DEVICE void write_out(const AttentionDecode& p, const Head& head, const Decod
   }
 }
 
-// Floats that a split writes per row: the sums, the peak, the total.
+// Where a split writes the dim + 2 floats of a row: the sums, the peak, the total.
 TF_DEVICE float* decode_part(const AttentionDecode& p, int64_t row, int32_t split) {
   return p.partial + (row * p.splits + split) * (p.dim + 2);
 }
@@ -142,7 +142,7 @@ TF_DEVICE void join_parts(const AttentionDecode& p, const Head& head, int32_t ti
   }
 }
 
-// The head of a block. With new keys its key count includes them, and its queries stand at their places.
+// The head of a block. With new keys, head.keys includes them, and query i has the position of new key i.
 TF_DEVICE Head decode_head(const AttentionDecode& p, int32_t tile, int32_t& stored) {
   const int32_t b = tile / p.key_heads;
   Head head = head_of(p, b, (tile - b * p.key_heads) * (p.heads / p.key_heads));
@@ -158,7 +158,7 @@ TF_DEVICE Head decode_head(const AttentionDecode& p, int32_t tile, int32_t& stor
   return head;
 }
 
-// arrivals: how many blocks of each (tile, chunk) have finished, zeros before and after; null: another launch joins the
+// arrivals: how many blocks of each (tile, chunk) have finished, zeros before and after. null: another launch joins the
 // parts.
 template <class T, int kRows, int kVectors, int kKeys, bool kPlain>
 __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kRows == 1 ? 4 : 3)
     }
   }
 
-  // Joins the states within each warp, then those of the warps: the first `lanes` lanes of each warp write theirs.
+  // States are joined within each warp, then across warps: the first `lanes` lanes of each warp write theirs.
   const int32_t width = lanes * kColumns + 2;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

@@ -6,7 +6,7 @@
 namespace tf::cuda {
 namespace {
 
-constexpr int64_t kL2Bytes = 32 << 20;  // keys and values that stay in the L2 cache while the blocks of a few heads run
+constexpr int64_t kL2Bytes = 32 << 20;  // budget for the keys and values of the heads that run together
 
 bool is_aligned(const AttentionForward& a) {
   return a.dim % 8 == 0 && moves_by_16_bytes(a.query, a.query_strides) &&
@@ -14,7 +14,7 @@ bool is_aligned(const AttentionForward& a) {
          moves_by_16_bytes(a.out, a.out_strides);
 }
 
-bool has_little_shared_memory() {  // 100 KB per multiprocessor
+bool has_little_shared_memory() {  // 100 KB per multiprocessor, not more
   const int capability = compute_capability();
   return capability == 86 || capability == 89 || capability / 10 == 12;
 }
@@ -32,11 +32,11 @@ void launch(const AttentionForward& a, Stream stream) {
 }
 
 // Tiles by their bottleneck. A plain warp has 32 rows, so that each operand of K or V that ldmatrix loads serves two
-// products: 160 bytes of shared memory per product, 1.25 of the 2 cycles that it takes on an A100. D 128 fills 255
-// registers and 64 KB, two blocks per multiprocessor; where there are 100 KB, N = 32 keeps it at two. Past D 128 the
-// output of 16 rows takes half the registers, and ldmatrix, 256 bytes per product, is the bound. Expected, of the
-// mma.sync peak: 55-65% at D 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on features:
-// 16 rows keep their loads in registers, and three blocks per multiprocessor hide them. Not yet run on a GPU.
+// products: 160 bytes of shared memory per product, 1.25 of the 2 cycles that a product takes on an A100. D 128 takes
+// 255 registers and 64 KB, two blocks per multiprocessor; with 100 KB of shared memory, N = 32 keeps it at two. Past
+// D 128 the output of 16 rows takes half the registers, and ldmatrix, 256 bytes per product, is the bound. Expected, of
+// the mma.sync peak: 55-65% at D 64 and 128, as FlashAttention-2; 35-40% past 128. Rich tiles spend their time on
+// features: 16 rows keep the loads in registers, three blocks per multiprocessor hide them. Not yet run on a GPU.
 template <class T>
 void choose(const AttentionForward& a, Stream stream) {
   if (is_plain(a) && is_aligned(a)) {

@@ -2,17 +2,17 @@
 //
 //   out = softmax(score) V      lse = log sum exp(score)
 //
-// Four warps share a block of queries, each with M * 16 rows of its own, and walk over blocks of N keys. Q, one block
-// of K and one of V are in shared memory, 16-byte chunks XOR-swizzled so that ldmatrix has no bank conflicts. cp.async
-// loads V during Q K^T, and the next K during softmax and P V. P goes from accumulators to operand in registers.
+// Four warps share a block of queries, M * 16 rows per warp, and walk over blocks of N keys. Q, one block of K and one
+// of V are in shared memory, their 16-byte chunks XOR-swizzled so that ldmatrix has no bank conflicts. cp.async loads V
+// during Q K^T, and the next K during softmax and P V. P goes from accumulators to operands within registers.
 #pragma once
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 
 namespace tf::cuda {
 
-// Programs go through `heads_together` heads block by block, so that their keys and values stay in the L2 cache.
-// Causal: from the last block, the longest one, to the first.
+// Thread blocks go through `heads_together` heads block by block, so that their keys and values stay in the L2 cache.
+// Causal: from the last block, which is the longest, to the first.
 struct BlockOrder {
   int32_t blocks, batch_heads, heads_together;
   bool descending;
@@ -21,14 +21,14 @@ struct BlockOrder {
 template <class T_, int D_, int M_, int N_, bool RICH_, int BLOCKS_>
 struct ForwardTile {
   using T = T_;  // half_t or bf16_t
-  static constexpr int D = D_, M = M_, N = N_;  // D: head dims up to it, filled with zeros
+  static constexpr int D = D_, M = M_, N = N_;  // D: head dims up to D, padded with zeros
   static constexpr bool RICH = RICH_;           // any feature that is_plain() excludes, rows of any alignment
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * M * kWarps;
   static constexpr int kBlocks = BLOCKS_;  // per multiprocessor: bounds the registers
   static constexpr int kTileBytes = (kRows + 2 * N) * D * int(sizeof(T));
 };
 
-// s += Q K^T, of the warp's rows from first_row on and N keys.
+// s += Q K^T for the warp's rows from first_row on and N keys.
 template <class Tile>
 TF_DEVICE void multiply_keys(const typename Tile::T* q, const typename Tile::T* k, uint32_t first_row,
                              float (&s)[Tile::M][Tile::N / 2]) {
@@ -54,7 +54,7 @@ TF_DEVICE void multiply_keys(const typename Tile::T* q, const typename Tile::T* 
   }
 }
 
-// o += P V; p: pairs of P, in the order of accumulators, which is that of operands.
+// o += P V. p: pairs of P in the order of accumulators, which is also that of operands.
 template <class Tile>
 TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const typename Tile::T* v,
                                float (&o)[Tile::M][Tile::D / 2]) {
@@ -78,7 +78,7 @@ TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const 
   }
 }
 
-// What a program needs beside its tiles, in shared memory behind them: registers are for accumulators.
+// What a block needs beside its tiles. It is kept in shared memory after them, to leave registers for accumulators.
 template <class T>
 struct Program {
   Head head;
@@ -87,7 +87,7 @@ struct Program {
   int32_t first;  // query of the block
 };
 
-// exp(score) = 2 ^ (to_log2 * what the accumulators hold)
+// exp(score) = 2 ^ (to_log2 * accumulator)
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     attention_forward_mma_kernel(TF_GRID_CONSTANT AttentionForward a, const BlockOrder order, const float to_log2,
@@ -140,14 +140,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   for (int32_t start = keys.begin; start < keys.end; start += N) {
     float s[M][N / 2] = {};
     cp_async_wait<0>();
-    __syncthreads();  // K has arrived, and no warp reads V any more
+    __syncthreads();  // K has arrived, and no warp still reads V
     load_rows<D, N, Tile::kThreads, Tile::RICH>(v, load_shared(&program->v), a.value_strides.row, start,
                                                 load_shared(&program->head.keys), a.dim, aligned);
     cp_async_commit();
     const bool seen = is_seen<N>(load_shared(&program->own[warp]), start);
     if (seen) multiply_keys<Tile>(q, k, warp_row, s);
     cp_async_wait<0>();
-    __syncthreads();  // V has arrived, and no warp reads K any more
+    __syncthreads();  // V has arrived, and no warp still reads K
     if (start + N < keys.end)
       load_rows<D, N, Tile::kThreads, Tile::RICH>(k, load_shared(&program->k), a.key_strides.row, start + N,
                                                   load_shared(&program->head.keys), a.dim, aligned);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         for (int n = 0; n < N / 8; ++n) highest = fmaxf(highest, fmaxf(s[m][4 * n + 2 * r], s[m][4 * n + 2 * r + 1]));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        // A row that has seen nothing yet: 2 ^ (-inf - 0) is 0, 2 ^ (-inf + inf) would be NaN.
+        // A row that has seen no key yet: 2 ^ (-inf - 0) is 0, 2 ^ (-inf + inf) would be NaN.
         const float shift = highest == -kInfinity ? 0.f : highest * to_log2;
         const float decay = exp2_approx(peak[m][r] * to_log2 - shift);
         peak[m][r] = highest;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     multiply_values<Tile>(p, v, o);
   }
   cp_async_wait<0>();
-  __syncthreads();  // Q has arrived, even without keys; from here on each warp uses its own rows of it for the output
+  __syncthreads();  // Q has arrived, even without keys; from here each warp stages its output in its own rows of Q
 
   const Head end = load_shared(&program->head);
   const int32_t mine = load_shared(&program->first) + int32_t(warp_row);
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       float sum = total[m][r];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const bool dead = sum == 0.f;  // NaN is not
+      const bool dead = sum == 0.f;  // a sum of NaN is not dead
       const float factor = dead ? 0.f : (Tile::RICH ? a.keep_scale : 1.f) / sum;
       const uint32_t row = 16 * m + lane / 4 + 8 * r;
       const int32_t i = mine + int32_t(row);

@@ -9,8 +9,8 @@
 namespace tf::cuda {
 namespace {
 
-constexpr int64_t kL2Bytes = 32 << 20;  // keys and values that stay in the L2 cache while the blocks of a few heads run
-constexpr int32_t kUnlimited = 1 << 30;  // a window; positions are less, so that their sums fit 32 bits
+constexpr int64_t kL2Bytes = 32 << 20;  // budget for the keys and values of the heads that run together
+constexpr int32_t kUnlimited = 1 << 30;  // an unlimited window: above all positions, and sums with them fit 32 bits
 
 template <class S>
 void launch(const AttentionForward& a, Stream stream) {
@@ -68,7 +68,7 @@ const char* attention_forward_wgmma_refuses(const AttentionForward& a) {
   if (a.mask) return "wgmma: a mask";
   if (a.softcap != 0.f) return "wgmma: a softcap";
   if (a.threshold != 0) return "wgmma: dropout";
-  if (!(a.scale > 0.f) || std::isinf(a.scale)) return "wgmma: a scale that is not positive";  // it finds peaks unscaled
+  if (!(a.scale > 0.f) || std::isinf(a.scale)) return "wgmma: a scale that is not positive";  // peaks are unscaled
   if (a.max_seqlen_q <= 0 || a.max_seqlen_k <= 0 || a.batch <= 0) return "wgmma: no queries or no keys";
   if (!a.cu_seqlens_q != !a.cu_seqlens_k || (a.cu_seqlens_q && (a.total_q <= 0 || a.total_k <= 0)))
     return "wgmma: unpadded tensors without rows";

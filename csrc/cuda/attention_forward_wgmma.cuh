@@ -1,11 +1,11 @@
-// Attention, forward, for Hopper (sm_90a): FlashAttention-3's schedule (Shah et al., 2024), in wgmma and TMA.
+// Attention, forward, for Hopper (sm_90a): FlashAttention-3's schedule (Shah et al., 2024), with wgmma and TMA.
 //
 //   out = softmax(scale * Q K^T) V      lse = log sum exp(scale * Q K^T)
 //
 // Blocks are persistent: each goes through tiles of queries. One warpgroup loads: it keeps a ring of key and value
-// tiles filled. The others compute 64 rows each. A group issues Q K^T of the next keys before P V of the last ones, and
-// computes the softmax between them while the tensor cores work on P V and on the other group's products: named
-// barriers pass the tensor cores from group to group. P never leaves the registers.
+// tiles filled. The others compute 64 rows each. A group issues Q K^T of the next keys before P V of the last ones. It
+// computes the softmax while the tensor cores work on P V and on the other group's products: named barriers pass the
+// tensor cores from group to group. P never leaves the registers.
 #pragma once
 #include "attention_forward_wgmma_tiles.cuh"
 
@@ -19,7 +19,7 @@ struct ForwardWgmmaShape {
   static constexpr bool WINDOWED = WINDOWED_;
   static constexpr int CONSUMERS = BM / 64, WARPS = 4 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
   static constexpr int STAGES = 2;
-  // Registers per thread after the loader has given up most of its own: at most 64 Ki per block, in steps of 8.
+  // Registers per thread, once the loader has given up most of its own: at most 64 Ki per block, in steps of 8.
   static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, REGISTERS = CONSUMERS == 2 ? 232 : 160;
   static_assert(128 * (LOADER_REGISTERS + CONSUMERS * REGISTERS) <= 65536);
   // A tile is D / 64 panels of rows of 128 bytes (64 columns), the span of a 128-byte swizzle. The swizzle repeats
@@ -31,8 +31,8 @@ struct ForwardWgmmaShape {
   static constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
 };
 
-// The full barriers count bytes that arrive (that of tile numbers counts their writer), the empty ones warps that have
-// read.
+// The full barriers count bytes that have arrived (tile_full counts the thread that writes the tile), the empty ones
+// warps that have read.
 template <class S>
 struct ForwardWgmmaBarriers {
   uint64_t q_full, q_empty, v_loaded;
@@ -48,7 +48,7 @@ constexpr int forward_wgmma_shared_bytes() {
   return bytes;
 }
 
-// A ring's slot and the parity of its barriers' phase at step `step`.
+// The slot of a ring, and the parity of its barriers' phase, at step `step`.
 template <int STAGES>
 struct ForwardWgmmaSlot {
   uint32_t stage, parity;
@@ -58,7 +58,7 @@ struct ForwardWgmmaSlot {
 template <class S>
 TF_DEVICE void forward_wgmma_load_tile(unsigned char* shared, const TensorMap* map, uint64_t* full, int panel_bytes,
                                        int32_t row, int32_t head, int32_t batch) {
-  mbarrier_expect_tx(full, S::PANELS * panel_bytes);  // before the loads: the phase must not end on a part of them
+  mbarrier_expect_tx(full, S::PANELS * panel_bytes);  // before the loads, so that the phase ends after all of them
 #pragma unroll
   for (int panel = 0; panel < S::PANELS; ++panel)
     tma_load(shared + panel * panel_bytes, map, full, panel * 64, row, head, batch);
@@ -72,12 +72,12 @@ TF_DEVICE void forward_wgmma_clear_tail(unsigned char* v, int32_t rows) {
     uint32_t* tail = reinterpret_cast<uint32_t*>(v + panel * S::KV_PANEL + rows * S::ROW_BYTES);
     for (int i = threadIdx.x % 32; i < chunks; i += 32) store_shared_vec(tail + 4 * i, Vec<uint32_t, 4>{});
   }
-  fence_async_shared();  // these stores are read by wgmma and overwritten by TMA, which are of another proxy
+  fence_async_shared();  // wgmma reads these stores and TMA overwrites them, both through the async proxy
   __syncwarp();
 }
 
-// By one warp: lane 0 hands out the tiles and fills Q for each, and the rings of K and V from the last block of keys to
-// the first; all lanes clear tails.
+// Run by one warp. Lane 0 posts the tiles, loads Q for each, and fills the rings of K and V from the last block of keys
+// to the first; all lanes clear tails.
 template <class S>
 TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_map, const TensorMap* k_map,
                                      const TensorMap* v_map, unsigned char* shared,
@@ -116,8 +116,8 @@ TF_DEVICE void forward_wgmma_produce(const ForwardWgmma& a, const TensorMap* q_m
       forward_wgmma_load_tile<S>(shared, q_map, &barriers->q_full, S::Q_PANEL, t.first_q + t.first_row, t.h, batch);
     }
     ++turn;
-    // Past the end of the tensors TMA fills in zeros, past that of a sequence within them it does not.
-    int32_t tail = t.keys - (t.end - 1) * S::BN;  // rows that are of the sequence, in the last block
+    // TMA fills in zeros past the end of the tensor, but not past the end of a sequence within it.
+    int32_t tail = t.keys - (t.end - 1) * S::BN;  // rows of the last block that belong to the sequence
     if (a.cu_seqlens_k == nullptr && a.key_lengths == nullptr) tail = S::BN;
 #pragma unroll 1
     for (int32_t left = t.end - t.begin; left > 0; --left, ++step, row -= S::BN) {
@@ -156,15 +156,15 @@ TF_DEVICE void forward_wgmma_scores(float (&s)[S::BN / 2], uint64_t q, uint64_t 
 // Issues O += P V. V is read transposed (its columns are contiguous), 16 rows per step.
 template <class S>
 TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S::BN / 16][4], uint64_t v) {
-  warpgroup_fence();  // also orders the registers of P and O, just written, before the reads of wgmma
+  warpgroup_fence();  // also orders the writes of P and O in registers before the reads of wgmma
 #pragma unroll
   for (int n = 0; n < S::BN / 16; ++n)
     wgmma_rs<typename S::T, S::D, true>(o, p[n], v + (n * 16 * S::ROW_BYTES >> 4), true);
   warpgroup_commit();
 }
 
-// What a thread holds of its two rows, lane / 4 and lane / 4 + 8: accumulator element 4 j + i is of the first (i < 2)
-// or second, at column 8 j + lane % 4 * 2 + i % 2.
+// State of a thread's two rows, lane / 4 and lane / 4 + 8. Accumulator element 4 j + i is in the first (i < 2) or the
+// second row, at column 8 j + lane % 4 * 2 + i % 2.
 struct ForwardWgmmaRows {
   float peak[2], total[2];  // largest score so far, before the scale; this thread's part of sum exp(score - peak)
 };
@@ -187,14 +187,14 @@ TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a, 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 8 * j + i;
-        // A selection, not a sum: past the keys there may be NaN.
+        // A select, not an addition: past the keys there may be NaN.
         if (at > last || (S::WINDOWED && at < first)) s[4 * j + 2 * r + i] = -INFINITY;
       }
   }
 }
 
-// 2^x for x up to 127 on the FMA pipe, with a relative error of 3e-6: x is split into the nearest whole number (by a
-// sum whose last place is 1) and the rest, which a polynomial takes. 0 below -127, NaN for NaN.
+// 2^x for x up to 127 on the FMA pipe, with a relative error of 3e-6. x is split into the nearest integer (by adding a
+// number whose last place is 1) and the rest, for a polynomial. 0 below -127, NaN for NaN.
 TF_DEVICE float exp2_polynomial(float x) {
   constexpr float kWhole = 12582912.f;  // 1.5 * 2^23
   x = x < -127.f ? -127.f : x;
@@ -207,7 +207,7 @@ TF_DEVICE float exp2_polynomial(float x) {
 }
 
 // Scores to exp(score - peak), in place; decay: the factor for the sums so far. With MIXED the FMA pipe computes one
-// exponential in 16: at head dim 64 the exponentials' own pipe has more work than the tensor cores.
+// exponential in 16: at head dim 64 the special function units have more work than the tensor cores.
 template <bool MIXED, int N>
 TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2], float scale_log2) {
 #pragma unroll
@@ -217,7 +217,7 @@ TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, flo
     for (int j = 0; j < N / 4; ++j) peak = fmaxf(peak, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 1));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 2));
-    // A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
+    // A row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
     const float shift = peak == -INFINITY ? 0.f : peak * scale_log2;
     decay[r] = exp2_approx(fmaf(state.peak[r], scale_log2, -shift));
     state.peak[r] = peak;
@@ -244,7 +244,7 @@ TF_DEVICE void forward_wgmma_pairs(uint32_t (&p)[S::BN / 16][4], const float (&s
     for (int i = 0; i < 4; ++i) p[n][i] = pair_of<typename S::T>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
 }
 
-// Four lanes hold the columns of a row in turn, two each. After a transposition among them each has 8 contiguous ones.
+// Four lanes hold the columns of a row in turn, two each. After this transpose each lane has 8 contiguous columns.
 TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -261,8 +261,8 @@ TF_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
       }
 }
 
-// Straight from registers to memory: each store of a warp writes 64 bytes of 8 rows. Rows past the sequence, where the
-// next one begins, are not written.
+// Straight from registers to memory: each store of a warp writes 64 bytes of 8 rows. Rows past the sequence are not
+// written: the next sequence begins there.
 template <class S>
 TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile& t, int32_t row,
                                    const float (&o)[S::D / 2], ForwardWgmmaRows& state) {
@@ -273,7 +273,7 @@ TF_DEVICE void forward_wgmma_store(const ForwardWgmma& a, const ForwardWgmmaTile
     float total = state.total[r];
     total += __shfl_xor_sync(0xffffffff, total, 1);
     total += __shfl_xor_sync(0xffffffff, total, 2);
-    const bool dead = total == 0.f;  // a row with nothing to attend to; NaN is not
+    const bool dead = total == 0.f;  // a row with nothing to attend to; a total of NaN is not dead
     const float factor = dead ? 0.f : rcp_approx(total);
     const int32_t i = row + 8 * r;
     const bool alive = i < t.queries;
@@ -305,9 +305,9 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint64_t q_descriptor = wgmma_descriptor(shared + group * 64 * S::ROW_BYTES, 0, 1024, Swizzle::b128);
   const uint64_t k_descriptor = wgmma_descriptor(shared + S::K_AT, 0, 1024, Swizzle::b128);
-  // Transposed: from one panel of 64 columns to the next, and from 8 rows (of the sum) to the next 8.
+  // Transposed: strides from one panel of 64 columns to the next, and from 8 rows (the K axis) to the next 8.
   const uint64_t v_descriptor = wgmma_descriptor(shared + S::V_AT, S::KV_PANEL, 1024, Swizzle::b128);
-  // One arrival per warp, when its part of the product has been read out of shared memory.
+  // One arrival per warp, once it has read its part of the product from shared memory.
   auto release = [&](uint64_t* empty) {
     if (lane == 0) mbarrier_arrive(empty);
   };
@@ -319,7 +319,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     const Slot tile_slot(tiles);
     mbarrier_wait(&barriers->tile_full[tile_slot.stage], tile_slot.parity);
     const ForwardWgmmaTile t = read_tile(&barriers->tile[tile_slot.stage]);
-    release(&barriers->tile_empty[tile_slot.stage]);  // the shuffles have made the warp wait for every lane's read
+    release(&barriers->tile_empty[tile_slot.stage]);  // the shuffles in read_tile waited for every lane's read
     if (t.last) break;
     const int32_t row = t.first_row + 64 * group + 16 * warp + lane / 4;
     float o[S::D / 2];
@@ -327,7 +327,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     for (float& x : o) x = 0.f;
     ForwardWgmmaRows state{{-INFINITY, -INFINITY}, {0.f, 0.f}};
     if (t.begin < t.end) {
-      // Blocks that every row sees whole need no mask.
+      // Blocks that every row sees in full need no mask.
       int32_t inner_begin = 0, inner_end = t.keys;
       if (S::WINDOWED) {
         inner_begin = max(min(t.first_row + S::BM, t.queries) - 1 + t.offset - a.left + S::BN - 1, 0) / S::BN;
@@ -354,7 +354,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         mask(s, t.end - 1);
         forward_wgmma_softmax<S::D == 64>(s, state, decay, a.scale_log2);
       }
-      // The last product is done: P's registers are free for the next one, O's for the change of peak.
+      // Once the last product is done, P's registers may be overwritten and O rescaled to the new peak.
       auto turn_over = [&](int32_t n) {
         warpgroup_wait<0>();
         register_fence(o);
@@ -363,17 +363,17 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
       };
-      // The softmax is the end of the loop's body and the wait that it runs under is the start: within one body ptxas
-      // would move the wait, which it takes to be free, before the arithmetic.
+      // The softmax ends the loop's body, and the wait that it overlaps with starts the next: within one body ptxas,
+      // which takes the wait to be free, would move it before the arithmetic.
       int32_t n = t.end - 2;
 #pragma unroll 1
       for (; n >= t.begin; --n, ++step) {
         turn_over(n);
         const Slot key_slot(step + 1), value_slot(step);
         mbarrier_wait(&barriers->k_full[key_slot.stage], key_slot.parity);
-        // ptxas puts most of P's conversions behind this barrier, register_fence(p) or not. They cost nothing there: the
-        // other group arrives once it has issued its two products, under which they run.
-        named_barrier_sync(mine, 256);  // the tensor cores are this group's
+        // ptxas puts most of P's conversions after this barrier, with or without register_fence(p). They cost nothing
+        // there: they overlap with the two products of the other group, which it has issued when it arrives.
+        named_barrier_sync(mine, 256);  // this group's turn on the tensor cores
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(key_slot));
         mbarrier_wait(&barriers->v_full[value_slot.stage], value_slot.parity);
         forward_wgmma_output<S>(o, p, values_at(value_slot));
@@ -423,10 +423,10 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       mbarrier_init(&barriers->tile_full[stage], 1);
       mbarrier_init(&barriers->tile_empty[stage], S::WARPS);
     }
-    mbarrier_fence_init();  // so that TMA, which is of another proxy, sees them
+    mbarrier_fence_init();  // so that TMA, in the async proxy, sees them
   }
   __syncthreads();
-  // From lane 0, so that the compiler knows it to be the same in the whole warp.
+  // Shuffled from lane 0, so that the compiler knows it to be uniform in the warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     registers_decrease<S::LOADER_REGISTERS>();

@@ -1,4 +1,4 @@
-// The tiles of queries of attention_forward_wgmma.cuh: how they are numbered, handed out and passed on.
+// The tiles of queries of attention_forward_wgmma.cuh: how they are numbered, assigned to blocks and passed to warps.
 #pragma once
 #include "attention.hpp"
 #include "ptx.cuh"
@@ -11,31 +11,31 @@ struct ForwardWgmma {
   float* lse;  // or null
   RowStrides out_strides;
   int64_t lse_batch, lse_head;
-  int32_t batch, heads, groups, batch_heads;  // groups: heads of queries per head of keys
+  int32_t batch, heads, groups, batch_heads;  // groups: query heads per key head
   int32_t max_seqlen_q, max_seqlen_k;
   int32_t blocks, tiles, heads_together;  // blocks: of the longest sequence; tiles: blocks * batch_heads
-  // The tiles that free blocks have taken, and the blocks that found none left; zeros before and after. null: block b
+  // (2,): how many tiles blocks have taken, how many blocks found none left; zeros before and after. null: block b
   // takes tiles b, b + blocks, ...
   int32_t* counters;
-  int32_t left, right;  // of the window; a large number where unlimited
+  int32_t left, right;  // of the window; kUnlimited where unlimited
   bool bottom_right;
   float scale_log2;  // scale * log2(e)
 };
 
 struct ForwardWgmmaTile {
-  int32_t b, h, first_q, first_k, queries, keys, offset;  // query i stands at position i + offset
+  int32_t b, h, first_q, first_k, queries, keys, offset;  // query i has position i + offset
   int32_t first_row;                                      // within its sequence
   int32_t begin, end;                                     // blocks of keys that some row sees
-  int32_t last;                                           // there are no more tiles, and this is none
+  int32_t last;                                           // no tile: there are no more
 };
 
-// In unpadded tensors: the first sequence that a search looks at, and the blocks of rows before it.
+// Unpadded tensors: the sequence where a search starts, and the number of blocks of rows before it.
 struct ForwardWgmmaSearch {
   int32_t b, blocks;
 };
 
-// Which sequence and block of rows tile `index` of unpadded tensors is. All lanes of a warp search, one sequence per
-// lane. Indices rise from call to call, so `search` moves on. false: there are no more.
+// Finds the sequence and block of rows of tile `index` of unpadded tensors. All lanes of a warp search, one sequence
+// per lane. Indices rise from call to call, so `search` moves on. false: there are no more tiles.
 template <class S>
 TF_DEVICE bool forward_wgmma_unpadded(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search, int32_t& b,
                                     int32_t& block, int32_t& blocks) {
@@ -44,7 +44,7 @@ TF_DEVICE bool forward_wgmma_unpadded(const ForwardWgmma& a, int32_t index, Forw
     int32_t mine = 0;
     b = search.b + lane;
     if (b < a.batch) mine = (load(a.cu_seqlens_q + b + 1) - load(a.cu_seqlens_q + b) + S::BM - 1) / S::BM;
-    int32_t end = search.blocks + mine;  // will be the number of blocks up to this lane's sequence, included
+    int32_t end = search.blocks + mine;  // becomes the number of blocks through this lane's sequence
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int32_t before = __shfl_up_sync(0xffffffff, end, distance);
@@ -63,9 +63,9 @@ TF_DEVICE bool forward_wgmma_unpadded(const ForwardWgmma& a, int32_t index, Forw
   return false;
 }
 
-// Tile `index` of all; false: there are no more. Padded tensors: tiles go through `heads_together` heads block by
-// block, so that their keys and values stay in the L2 cache. Unpadded ones: through the heads of a sequence. Windowed
-// calls start with the last rows, the longest tiles of a causal call.
+// Tile `index`; false: there are no more. Padded tensors: tiles go through `heads_together` heads block by block, so
+// that their keys and values stay in the L2 cache. Unpadded tensors: through the heads of a sequence. Windowed calls
+// start with the last rows, the longest tiles of a causal call.
 template <class S>
 TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardWgmmaSearch& search,
                                   ForwardWgmmaTile& t) {
@@ -104,7 +104,7 @@ TF_DEVICE bool forward_wgmma_tile(const ForwardWgmma& a, int32_t index, ForwardW
   return true;
 }
 
-// The tile after `index`, for the whole warp: the next one that no other block has, or this block's next in turn.
+// The tile after `index`, for the whole warp: the next one that no block has taken, or without counters index + grid.
 TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
   const int32_t grid = gridDim.x;
   if (a.counters == nullptr) return index + grid;
@@ -113,7 +113,7 @@ TF_DEVICE int32_t forward_wgmma_next(const ForwardWgmma& a, int32_t index) {
   return grid + __shfl_sync(0xffffffff, taken, 0);
 }
 
-// By one thread of a block that takes no more tiles. The last block resets the counters for the next launch.
+// Called by one thread of a block that takes no more tiles. The last block resets the counters for the next launch.
 TF_DEVICE void forward_wgmma_done(const ForwardWgmma& a) {
   if (a.counters == nullptr) return;
   __threadfence();
@@ -131,7 +131,7 @@ TF_DEVICE void post_tile(ForwardWgmmaTile* shared, const ForwardWgmmaTile& t) {
   for (int i = 0; i < kTileWords; ++i) store_shared(reinterpret_cast<int32_t*>(shared) + i, words[i]);
 }
 
-// Read by all lanes and passed through shuffles, so that the compiler knows them to be the same in the whole warp.
+// Read by all lanes and passed through shuffles, so that the compiler knows the tile to be uniform in the warp.
 TF_DEVICE ForwardWgmmaTile read_tile(const ForwardWgmmaTile* shared) {
   const int lane = threadIdx.x % 32;
   const int32_t word = load_shared(reinterpret_cast<const int32_t*>(shared) + min(lane, kTileWords - 1));

@@ -1,9 +1,9 @@
-// What the attention kernels share about scores, forward and backward, mma.sync and wgmma: which blocks take part, and
-// what happens to a warp's accumulators between Q K^T and the exponential.
+// Scores, for all attention kernels, forward and backward, mma.sync and wgmma: which blocks take part, and what happens
+// to a warp's accumulators between Q K^T and the exponential.
 //
 // Accumulators are laid out as for mma.m16n8 and wgmma: E of them hold 16 rows and 2 E columns of a warp, element e at
-// row lane / 4 + 8 * (e % 4 / 2) and column 8 * (e / 4) + 2 * (lane % 4) + e % 2. Rows are queries and columns keys, or
-// with TRANSPOSED the other way round.
+// row lane / 4 + 8 * (e % 4 / 2) and column 8 * (e / 4) + 2 * (lane % 4) + e % 2. Rows are queries and columns keys;
+// with TRANSPOSED it is the reverse.
 #pragma once
 #include "attention.hpp"
 #include "philox.cuh"
@@ -15,14 +15,14 @@ namespace tf::cuda {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Only a positive scale comes between product and exponential, so that it folds into the exponential and the maximum.
+// Whether only a positive scale is between product and exponential: it then folds into the exponential and the maximum.
 inline bool is_plain(const Attention& a) {
   return a.scale > 0.f && a.bias_type == BiasType::none && !a.mask && !a.relative_bias && a.softcap == 0.f &&
          !a.threshold;
 }
 
 // ---- which keys, which queries ----------------------------------------------------------------
-struct alignas(16) Head {  // one head of one sequence; query i stands at position i + offset
+struct alignas(16) Head {  // one head of one sequence; query i has position i + offset
   int32_t b, h, key_head;
   int32_t first_q, first_k;  // rows before it in unpadded tensors
   int32_t queries, keys, offset;
@@ -41,18 +41,18 @@ TF_DEVICE Head head_of(const Attention& a, int32_t b, int32_t h) {
   return head;
 }
 
-// Row 0 of a head: of queries with (head.h, head.first_q), of keys with (head.key_head, head.first_k).
+// Row 0 of a head. Queries: pass head.h and head.first_q; keys: head.key_head and head.first_k.
 template <class T>
 TF_DEVICE T* head_rows(T* base, const RowStrides& rows, int32_t b, int32_t h, int32_t first) {
   return base + (b * rows.batch + h * rows.head + first * rows.row);
 }
 
-// Blocks in [begin, end) take part; those in [inner_begin, inner_end) need no mask. All but end are multiples of BLOCK.
+// Elements in [begin, end) take part, and in [inner_begin, inner_end) need no mask. All but end are multiples of BLOCK.
 struct alignas(16) Range {
   int32_t begin, inner_begin, inner_end, end;
 };
 
-// Of `count` elements those in [x - before, x + after] for any x in first .. last; inner: for all of them.
+// Of `count` elements, those in [x - before, x + after] for any x in first .. last; inner: for every such x.
 template <int BLOCK>
 TF_DEVICE Range range_around(int32_t first, int32_t last, int32_t count, int32_t before,
                              int32_t after) {
@@ -93,13 +93,13 @@ TF_DEVICE bool is_inner(const Range& r, int32_t start) {
 }
 
 // ---- elements ----------------------------------------------------------------------------------------------------
-// Accumulators of columns 8 n .. 8 n + 7, as mma takes them.
+// The accumulators of columns 8 n .. 8 n + 7, in the form that mma takes.
 template <int E>
 TF_DEVICE float (&accumulator(float (&s)[E], int n))[4] {
   return *reinterpret_cast<float(*)[4]>(&s[4 * n]);
 }
 
-// use(element, query, key) for every accumulator of the thread; query0, key0: of the warp's tile.
+// Calls use(element, query, key) for every accumulator of the thread. query0, key0: the first of the warp's tile.
 template <bool TRANSPOSED, int E, class Use>
 TF_DEVICE void for_each_score(float (&s)[E], int32_t query0, int32_t key0, Use use) {
   const int32_t row0 = int32_t(threadIdx.x % 32 / 4), column0 = int32_t(threadIdx.x % 4 * 2);
@@ -110,7 +110,7 @@ TF_DEVICE void for_each_score(float (&s)[E], int32_t query0, int32_t key0, Use u
   }
 }
 
-// -inf outside of lengths and windows, for blocks that are not inner.
+// Sets scores outside of lengths and windows to -inf, for blocks that are not inner.
 template <bool TRANSPOSED, int E>
 TF_DEVICE void mask_edges(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                           float (&s)[E]) {
@@ -138,7 +138,7 @@ TF_DEVICE void add_relative(const Attention& a, const Head& head, int32_t query0
   constexpr int kQueries = TRANSPOSED ? 2 * E : 16, kKeys = TRANSPOSED ? 16 : 2 * E;
   const float* row = a.relative_bias + head.h * a.relative_bias_stride;
   const int32_t lowest = key0 - (query0 + kQueries - 1 + head.offset), highest = lowest + kQueries + kKeys - 2;
-  if (lowest >= a.reach || highest <= -a.reach) {  // all at one end: one value
+  if (lowest >= a.reach || highest <= -a.reach) {  // all distances at one end: one value
     const float far = load(row + (lowest >= a.reach ? 2 * a.reach : 0));
 #pragma unroll
     for (int e = 0; e < E; ++e) s[e] += far;
@@ -159,8 +159,8 @@ TF_DEVICE void apply_mask(const Attention& a, const Head& head, int32_t query0, 
   });
 }
 
-// Products to scores, in natural units, for calls that are not plain: scale, soft cap, biases, mask; not the edges.
-// slope, with SLOPE: the derivative of the soft cap; score = slope * scale * product + ...
+// Products to scores, in natural units, for calls that are not plain: scale, soft cap, biases, mask, but not the edges.
+// slope, with SLOPE: the derivative of the soft cap.
 template <bool TRANSPOSED, bool SLOPE, int E>
 TF_DEVICE void finish_scores(const Attention& a, const Head& head, int32_t query0, int32_t key0,
                              float (&s)[E], float (&slope)[SLOPE ? E : 1]) {
@@ -211,8 +211,8 @@ TF_DEVICE uint32_t keep_byte(const Dropout& d, uint32_t i, uint32_t group, uint3
   return bits;
 }
 
-// Which elements of its two rows of accumulators (queries) a thread keeps in the 128 columns of a group. Every bit of
-// eight Philox counters is used, whatever the width of a tile.
+// Which elements a thread keeps of its two rows of accumulators (queries) in a group of 128 columns. Every bit of eight
+// Philox counters is used, whatever the width of a tile.
 struct Kept {
   uint32_t bits[2];
 };
@@ -229,12 +229,12 @@ TF_DEVICE Kept kept_of(const Dropout& d, int32_t query0, int32_t key0) {
   return kept;
 }
 
-// Whether element e is kept, of a tile within one group of 128 keys. key0: a multiple of 16.
+// Whether element e of a tile is kept. The tile is within one group of 128 keys; key0: a multiple of 16.
 TF_DEVICE bool keeps(const Kept& kept, int32_t key0, int e) {
   return (kept.bits[e % 4 / 2] >> (uint32_t(key0) % 128 / 16)) >> (8 * (e / 4 % 2 * 2 + e % 2) + e / 8) & 1u;
 }
 
-// Zeros where elements are dropped.
+// Sets dropped elements to zero.
 template <int E>
 TF_DEVICE void drop(const Kept& kept, int32_t key0, float (&p)[E]) {
 #pragma unroll

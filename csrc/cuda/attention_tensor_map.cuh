@@ -1,4 +1,4 @@
-// The tensors of an attention call as TMA sees them: (batch, heads, rows, dim) in panels 64 values, 128 bytes, wide.
+// The tensors of an attention call as TMA sees them: (batch, heads, rows, dim) in panels of 64 columns, 128 bytes.
 #pragma once
 #include <string>
 
@@ -17,7 +17,7 @@ inline Extents key_extents(const Attention& a) {
   return a.cu_seqlens_k ? Extents{a.total_k, a.key_heads, 1} : Extents{a.max_seqlen_k, a.key_heads, a.batch};
 }
 
-// 16 bytes are what TMA and a vector are aligned to; an axis of one element is never stepped along.
+// TMA and vector accesses need alignment to 16 bytes. The stride of an axis of one element is never used.
 inline bool is_aligned(const void* base, const RowStrides& strides, const Extents& extents) {
   const auto fits = [](int64_t stride, int64_t extent) {
     return extent == 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t(1) << 39));
@@ -26,7 +26,7 @@ inline bool is_aligned(const void* base, const RowStrides& strides, const Extent
          fits(strides.head, extents.heads) && fits(strides.batch, extents.batch);
 }
 
-// In boxes of one panel and box_rows rows. Throws Refused.
+// A tensor map with boxes of one panel by box_rows rows. Throws Refused.
 inline TensorMap map_of(const Attention& a, const void* base, const RowStrides& strides, const Extents& extents,
                         int box_rows) {
   const auto bytes = [](int64_t stride, int64_t extent) { return uint64_t(extent == 1 ? 16 : 2 * stride); };

@@ -1,4 +1,4 @@
-// Tiles of 16-bit values in shared memory, as the attention kernels for mma.sync lay them out.
+// Tiles of 16-bit values in shared memory, in the layout of the attention kernels for mma.sync.
 #pragma once
 #include "attention.hpp"
 #include "ptx.cuh"
@@ -12,7 +12,7 @@ TF_DEVICE uint32_t swizzled(uint32_t row, uint32_t chunk) {
   return row * D + ((chunk ^ (D % 64 ? row / 2 % 4 : row % 8)) * 8);
 }
 
-// A value that the compiler knows nothing about: what is computed from it is computed again, not kept in registers.
+// Hides a value from the compiler: what depends on it is computed again where it is needed, not kept in registers.
 TF_DEVICE uint32_t opaque(uint32_t x) {
 #ifndef TF_EMULATE
   asm volatile("" : "+r"(x));
@@ -20,7 +20,7 @@ TF_DEVICE uint32_t opaque(uint32_t x) {
   return x;
 }
 
-// Rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read.
+// Loads rows first .. first + ROWS to shared memory; zeros past `limit` rows and `dim` columns, where nothing is read.
 // ANY: rows need not be aligned to 16 bytes.
 template <int D, int ROWS, int THREADS, bool ANY, class T>
 TF_DEVICE void load_rows(T* tile, const T* rows, int64_t stride, uint32_t first, uint32_t limit, uint32_t dim,

@@ -4,11 +4,11 @@
 
 namespace tf::cuda {
 
-constexpr int64_t kWidestNorm = int64_t(1) << 30;  // so that columns are int32
+constexpr int64_t kWidestNorm = int64_t(1) << 30;  // so that columns fit int32
 
 using Stream = void*;  // cudaStream_t
 
-struct Parameter {  // a (width,) vector: float, or of the rows' dtype
+struct Parameter {  // (width,): float, or the dtype of the rows
   const void* data;  // may be null
   bool wide;         // float
 };
@@ -35,12 +35,12 @@ struct NormForward {
 
 struct NormBackward {
   DType dtype;
-  const void *grad_y, *grad_sum, *v;  // grad_sum may be null: the gradient that reaches v beside the norm
+  const void *grad_y, *grad_sum, *v;  // grad_sum may be null: the gradient of `sum`
   Parameter weight;
   const float *mean, *rstd;  // mean is null for rms
   void *grad_v, *grad_x;     // contiguous; grad_x may be null: grad_v times the dropout factors
   float *grad_weight, *grad_bias;  // may be null
-  float* partial;  // (wanted gradients, blocks, width): the sums of each block; null when neither is wanted
+  float* partial;  // (wanted gradients, blocks, width): sums per block; null when neither is wanted
   int64_t rows;
   int32_t width;
   int64_t grad_y_stride, grad_sum_stride, v_stride;
@@ -49,7 +49,7 @@ struct NormBackward {
 };
 
 void norm_forward(const NormForward&, Stream);
-// How many blocks norm_backward will run on the current device: `partial` has as many rows.
+// How many blocks norm_backward runs on the current device: the second axis of `partial`.
 int64_t norm_backward_blocks(const NormBackward&);
 void norm_backward(const NormBackward&, Stream);
 

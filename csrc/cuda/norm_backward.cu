@@ -4,15 +4,15 @@
 //   dweight = sum over rows of dy * xhat                          dbias = sum over rows of dy
 //
 // A few blocks per multiprocessor walk over the rows, once. Each writes its share of dweight and dbias to `partial`,
-// which a second kernel adds up in a fixed order. No atomics: the same bits every time.
+// which a second kernel adds up in a fixed order: no atomics, bitwise reproducible.
 #include "norm_row.cuh"
 
 namespace tf::cuda {
 namespace {
 
-constexpr int kSumColumns = 32, kSumRows = 16;  // a block of norm_parameters_kernel
+constexpr int kSumColumns = 32, kSumRows = 16;  // block shape of norm_parameters_kernel
 
-// What each thread of a row holds of it: kVectors vectors, as they were read. All their loads are under way together.
+// A thread's share of a row: kVectors vectors, as they were read. All their loads are in flight together.
 template <class T, int kWidth, int kVectors>
 struct BackwardVectors {
   Vector<T, kWidth> grad_y[kVectors], v[kVectors];
@@ -32,7 +32,7 @@ struct BackwardVectors {
   }
 };
 
-// Read again for every row, from the L1 cache: there are too few registers to keep them.
+// The weights are read again for every row, from the L1 cache: there are too few registers to keep them.
 template <class T, int kWidth>
 TF_DEVICE void read_weight(const NormBackward& p, int column, float (&weight)[kWidth]) {
 #pragma unroll
@@ -80,7 +80,7 @@ TF_DEVICE void write_partial(const NormBackward& p, float* partial, const float 
   __syncthreads();
 }
 
-// kVectors vectors of a row per thread. kAhead: the next row is read while this one is computed.
+// kVectors vectors of a row per thread. kAhead: the next row is loaded while this one is computed.
 template <class T, int kVectors, bool kAhead>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormBackward p) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
       now.v[i].get(xhat);
       read_weight<T>(p, first + i * step, weight);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) {  // outside the row dy is 0, whatever xhat is
+      for (int e = 0; e < kWidth; ++e) {  // past the row dy is 0, so xhat does not matter
         xhat[e] = (xhat[e] - now.mean) * now.rstd;
         const float g = dy[e] * weight[e];
         sums[0] += g * xhat[e];
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const NormB
 }
 
 // Rows too wide for registers, or not aligned (kWidth 1): each is read twice, the second time from the caches. Sums
-// over rows are kept in `partial`, each by one thread.
+// over rows are kept in `partial`, one thread per element.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(const NormBackward p) {
   TF_SHARED(shared);
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(con
     }
     row_sum<true>(sums, scratch, turn);
     const float along = sums[0] * p.inverse, across = p.mean ? sums[1] * p.inverse : 0.f;
-    for (int base = 0; base < p.width; base += step) {  // whole warps: they draw the dropout mask together
+    for (int base = 0; base < p.width; base += step) {  // whole warps: they compute the dropout mask together
       const int column = base + first;
       const bool inside = column < p.width;
       float grad[kWidth], beside[kWidth];

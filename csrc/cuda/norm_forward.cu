@@ -21,7 +21,7 @@ struct ForwardRow {
   TF_DEVICE P residual(int column) const {
     return read_vector<T, kWidth>(static_cast<const T*>(p.residual) + row * p.residual_stride, column, inside(column));
   }
-  // residual + dropout(x), rounded to T: what is normalised is what is returned. Whole warps call it.
+  // residual + dropout(x), rounded to T: the sum that is returned is the one normalised. Whole warps call it.
   TF_DEVICE void combine(P& x, const P& residual, int column) const {
     float v[kWidth], r[kWidth];
     x.get(v);
@@ -64,7 +64,7 @@ struct ForwardRow {
   }
   TF_DEVICE float sum(const P& v, int column) const {
     float f[kWidth], total = 0.f;
-    v.get(f);  // zeros outside
+    v.get(f);  // zeros past the row
 #pragma unroll
     for (float x : f) total += x;
     return total;
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(const NormFo
   for (int i = 0; i < kVectors; ++i) row.write_y(v[i], first + i * step, mean, rstd);
 }
 
-// Rows too wide for registers, or not aligned (kWidth 1): each is read once for every statistic and once for y, all but
-// the first time from the caches. All lanes of a warp make every round, as they compute the dropout mask together.
+// Rows too wide for registers, or not aligned (kWidth 1): each is read once per statistic and once for y, all but the
+// first time from the caches. All lanes of a warp run every iteration: they compute the dropout mask together.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kNormThreads) norm_forward_wide_kernel(const NormForward p) {
   TF_SHARED(shared);

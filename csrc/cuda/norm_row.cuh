@@ -1,4 +1,4 @@
-// What the norm kernels share: how the threads of a block own rows, 16-byte vectors of elements, sums over a row.
+// Shared by the norm kernels: how threads of a block map to rows, 16-byte vectors of elements, sums over a row.
 //
 // A block is (threads per row, rows). There are 1, 2, 4 .. 32 threads per row, or a multiple of 32.
 #pragma once
@@ -44,8 +44,8 @@ TF_DEVICE void read_parameter(Parameter p, int column, float (&f)[kWidth]) {
   }
 }
 
-// Multiplies f by the dropout factors of columns column .. column + kWidth of a row. With more than one column per
-// thread, all lanes of the warp must take part, with the same row.
+// Multiplies f by the dropout factors of columns column .. column + kWidth of a row. With kWidth > 1 all lanes of the
+// warp must take part, with the same row.
 template <int kWidth>
 TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int column, float (&f)[kWidth]) {
   if constexpr (kWidth == 1) {
@@ -61,8 +61,8 @@ TF_DEVICE void drop_row(const RowDropout& d, PhiloxKey key, int64_t row, int col
 constexpr int row_sum_bytes(int values) { return 2 * (kNormThreads / 32) * values * int(sizeof(float)); }
 
 // Sums v over the threads of a row; every thread gets the sums, added in one order. Calls alternate turn 0 and 1.
-// kNamed: the warps of each row meet at a barrier of their own (at most 15 rows of several warps). Else a row of
-// several warps has the block to itself.
+// kNamed: the warps of each row have a named barrier of their own (at most 15 rows of several warps). Otherwise a row
+// of several warps has the block to itself.
 template <bool kNamed, int kValues>
 TF_DEVICE void row_sum(float (&v)[kValues], float* scratch, int turn) {
   const int threads = blockDim.x;

@@ -47,9 +47,9 @@ TF_DEVICE bool keeps(PhiloxKey key, uint32_t bh, uint32_t i, uint32_t j, uint32_
   return (lane < 4 ? low & 0xffffu : low >> 16) >= threshold;
 }
 
-// Bit e: whether dropout keeps column j + e of row i. All lanes of a warp call it, with the same i; lane l holds the
-// kColumns columns from j = first + kColumns * l on, where first is a multiple of 32 * kColumns. Every lane computes
-// one counter, and the lanes exchange its eight columns by votes.
+// Bit e: whether dropout keeps column j + e of row i. All lanes of a warp call it, with the same i. Lane l has kColumns
+// columns from j = first + kColumns * l on; first is a multiple of 32 * kColumns. Every lane computes one counter, and
+// the lanes exchange its eight columns by votes.
 template <int kColumns>
 TF_DEVICE uint32_t warp_keep_bits(PhiloxKey key, uint32_t i, uint32_t j, uint32_t threshold) {
   static_assert(kColumns == 4 || kColumns == 8);

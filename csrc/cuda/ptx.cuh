@@ -1,5 +1,5 @@
 // A wrapper for each PTX instruction that the kernels use (ptx_sm90.cuh: those of sm_90a). tests/native/emulator/
-// ptx_model.hpp has a CPU model of each, and takes the place of this file under TF_EMULATE.
+// ptx_model.hpp has a CPU model of each, and replaces this file under TF_EMULATE.
 #pragma once
 #include "simt.cuh"
 
@@ -9,7 +9,7 @@
 
 namespace tf::cuda {
 
-// ---- Maths, approximate: a few units in the last place, subnormals flushed to zero.
+// ---- Approximate maths: errors of a few units in the last place, subnormals flushed to zero.
 TF_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -23,7 +23,7 @@ TF_DEVICE float rcp_approx(float x) {
 
 TF_DEVICE uint32_t shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
 
-// ---- cp.async: 16 bytes, both addresses aligned. Where !valid it writes zeros and does not read `global`.
+// ---- cp.async: 16 bytes, both addresses aligned. If !valid it writes zeros and does not read `global`.
 TF_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -31,7 +31,7 @@ TF_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) 
                : "memory");
 }
 TF_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of this thread's committed groups are under way; other threads' copies need a barrier after it.
+// Waits until at most N of this thread's committed groups are in flight; other threads' copies need a barrier after it.
 template <int N>
 TF_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");

@@ -1,4 +1,4 @@
-// The instructions of sm_90a: mbarrier, TMA, wgmma and what goes with them. Included by ptx.cuh.
+// The instructions of sm_90a: mbarrier, TMA, wgmma and related ones. Included by ptx.cuh.
 #pragma once
 #include <cuda.h>
 
@@ -12,9 +12,9 @@ namespace tf::cuda {
 TF_DEVICE void mbarrier_init(uint64_t* bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
-// By the thread that initialised, before the __syncthreads that lets the others use it.
+// By the thread that initialised the barriers, before the __syncthreads after which others use them.
 TF_DEVICE void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Arrives, and adds `bytes` to what the phase waits for.
+// Arrives, and adds `bytes` to the bytes that the phase expects.
 TF_DEVICE void mbarrier_expect_tx(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                : "memory");
@@ -36,9 +36,9 @@ TF_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity) {
       : "memory");
 }
 
-// ---- TMA: boxes of a tensor, coordinates innermost first, by one thread. Loads write zeros where they are out of
-// bounds and count the box's bytes on `bar`; stores skip what is out of bounds. Shared memory: aligned to 128 bytes, or
-// to eight spans of the swizzle (1024 bytes for b128).
+// ---- TMA: boxes of a tensor, coordinates innermost first, by one thread. Loads write zeros for elements out of bounds
+// and count the box's bytes on `bar`; stores skip elements out of bounds. Shared memory: aligned to 128 bytes, or to
+// eight spans of the swizzle (1024 bytes for b128).
 using TensorMap = CUtensorMap;
 
 TF_DEVICE void tma_prefetch(const TensorMap* map) {
@@ -97,7 +97,7 @@ TF_DEVICE void tma_reduce_add(const TensorMap* map, const void* shared, int c0, 
       "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// The same without a tensor map: `bytes` in a row, a multiple of 16, both addresses aligned to 16.
+// The same without a tensor map: contiguous `bytes`, a multiple of 16, both addresses aligned to 16.
 TF_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
@@ -111,7 +111,7 @@ TF_DEVICE void bulk_reduce_add(float* global, const void* shared, uint32_t bytes
                : "memory");
 }
 
-// Waits for groups of this thread's stores and reductions. _read: until their shared memory may be written again.
+// Wait for groups of this thread's stores and reductions. _read: until their shared memory may be overwritten.
 TF_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N>
 TF_DEVICE void bulk_wait() {
@@ -121,7 +121,7 @@ template <int N>
 TF_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-// Makes this thread's writes to shared memory seen by TMA and wgmma.
+// Makes this thread's writes to shared memory visible to TMA and wgmma.
 TF_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Named barriers 1..15 (0 is __syncthreads), for `threads` threads, a multiple of 32.
@@ -157,8 +157,8 @@ TF_DEVICE void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4]) {
                : "memory");
 }
 
-// ---- wgmma. fence: before the first product of a batch, so that registers are written; commit: closes a group;
-// wait: until at most N groups are under way, and then their accumulators may be read.
+// ---- wgmma. fence: before the first product of a batch, so that registers are written. commit: closes a group.
+// wait: until at most N groups are in flight; the accumulators of the others may then be read.
 TF_DEVICE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 TF_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>

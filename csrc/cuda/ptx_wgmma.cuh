@@ -1,4 +1,4 @@
-// wgmma.mma_async: its accumulators are up to 128 operands; the preprocessor makes their lists.
+// wgmma.mma_async has up to 128 accumulators as operands; the preprocessor makes their lists.
 #pragma once
 #include "descriptor.cuh"
 
@@ -47,7 +47,7 @@ struct Wgmma;
                : "+f"(d[0]) TF_REST_##N(TF_OPERAND)                                                 \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BTrans))
 
-// Operands are numbered on from the accumulators: N / 2, N / 2 + 1, ...
+// The numbers of the other operands follow those of the accumulators: N / 2, N / 2 + 1, ...
 #define TF_WGMMA(N, i0, i1, i2, i3, i4, i5, i6)                                                             \
   template <>                                                                                               \
   struct Wgmma<N> {                                                                                         \
@@ -112,9 +112,9 @@ TF_WGMMA(256, 128, 129, 130, 131, 132, 133, 134);
 
 namespace tf::cuda {
 
-// D (64xN) = A (64x16) B (16xN), plus D where accumulate, by a warpgroup. Warp w, lane l hold
-// d[4 * j + i] = D[16 * w + l / 4 + 8 * (i / 2)][8 * j + 2 * (l % 4) + i % 2]. A and B: descriptors of shared memory.
-// ATrans, BTrans: M, or N, in place of K is contiguous in memory.
+// D (64xN) = A (64x16) B (16xN), plus D if `accumulate`, by a warpgroup. Warp w, lane l holds
+// d[4 * j + i] = D[16 * w + l / 4 + 8 * (i / 2)][8 * j + 2 * (l % 4) + i % 2]. a and b: descriptors of shared memory.
+// ATrans, BTrans: M or N, not K, is contiguous in memory.
 template <class T, int N, bool ATrans = false, bool BTrans = false>
 TF_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   detail::Wgmma<N>::template ss<T, ATrans, BTrans>(d, a, b, accumulate);

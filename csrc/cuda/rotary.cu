@@ -1,4 +1,4 @@
-// Rotary position embedding of queries and keys: one read and one write, a pair of vectors per thread.
+// Rotary position embedding of queries or keys: one read and one write, a pair of vectors per thread.
 #include "rotary.hpp"
 
 #include <algorithm>
@@ -61,7 +61,7 @@ struct Head {  // one head of one token
   }
 };
 
-// Threads of x: over the pairs of a head; of y: over heads.
+// threadIdx.x runs over the pairs of a head, threadIdx.y over heads.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) rotary_kernel(const Rotary p) {
   const int64_t rows = p.batch * p.length * p.heads;

@@ -1,4 +1,4 @@
-// The CUDA kernel of the rotary position embedding; its arguments are those of the CPU's. y is contiguous.
+// The CUDA kernel of the rotary position embedding. Its arguments are those of the CPU kernel; y must be contiguous.
 #pragma once
 #include "cpu/rotary.hpp"
 

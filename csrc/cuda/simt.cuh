@@ -1,9 +1,9 @@
-// The machine that the CUDA kernels are written for: CUDA's own headers under nvcc; under g++ with TF_EMULATE the same
-// names on the CPU (tests/native/emulator), where every access is checked.
+// The machine model of the CUDA kernels: CUDA's own headers under nvcc; under g++ with TF_EMULATE the same names on the
+// CPU (tests/native/emulator), where every access is checked.
 //
-// Rules that let a kernel be tested where there is no GPU: global and shared memory are read and written by load, store
-// and the like below, or by a wrapper of ptx.cuh; shared memory is dynamic and named by TF_SHARED; kernels are launched
-// by TF_LAUNCH.
+// Rules that let a kernel be tested without a GPU. Global and shared memory are accessed only by load, store and the
+// like below, or by a wrapper of ptx.cuh. Shared memory is dynamic and named by TF_SHARED. Kernels are launched by
+// TF_LAUNCH.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,7 +23,7 @@
 #define TF_DEVICE __device__ __forceinline__
 #define TF_GRID_CONSTANT const __grid_constant__
 
-// True where the instructions of sm_90a may be used: guard the bodies of kernels that need them.
+// 1 where the instructions of sm_90a may be used: guards the bodies of kernels that need them.
 #if defined(TF_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TF_SM90A 1
 #else
@@ -61,7 +61,7 @@ TF_DEVICE T from_float(float x) {
   }
 }
 
-// Two values in one register, lo in the low half, as mma wants them.
+// Two values in one register, lo in the low half, as mma takes them.
 template <class T>
 TF_DEVICE uint32_t pair_of(float lo, float hi) {
   uint32_t r;
@@ -142,7 +142,7 @@ TF_DEVICE void store_shared_vec(T* shared, const Vec<T, N>& value) {
   store_vec(shared, value);
 }
 
-// For values that another block writes or reads in the same launch: semaphores and counters in global memory.
+// For values shared between blocks of one launch: semaphores and counters in global memory.
 template <class T>
 TF_DEVICE T load_acquire(const T* global) {
   static_assert(sizeof(T) == 4);

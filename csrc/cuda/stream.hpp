@@ -10,7 +10,7 @@ struct StreamIdentity {
   uint64_t stream, capture;  // of the current device; capture: 0 outside one
 };
 
-// Not known: the legacy stream while another stream captures, when it must not be queried.
+// known is false for the legacy stream while another stream captures: it must not be queried then.
 StreamIdentity identity_of(void* stream);
 void fill_zero_async(void* global, size_t bytes, void* stream);
 

@@ -1,5 +1,5 @@
-// How TMA and wgmma spread rows over the banks of shared memory: of every address, the 16-byte chunk within the span is
-// xor-ed with the number of the 128-byte line, modulo the chunks of the span.
+// How TMA and wgmma spread rows over the banks of shared memory: in every address, the index of the 16-byte chunk in
+// the span is xor-ed with the index of the 128-byte line, modulo the chunks of the span.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// Describing a tensor to TMA, on the host.
+// Tensor descriptors for TMA, made on the host.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -10,11 +10,11 @@
 
 namespace tf::cuda {
 
-// sizes and box: elements, innermost first; strides_bytes: of dimensions 1 .. rank - 1. With a swizzle, box[0] is the
-// span of it. "" when *map is made, else why it cannot be. Reading outside gives zeros.
+// sizes and box: in elements, innermost first; strides_bytes: of dimensions 1 .. rank - 1. With a swizzle, box[0] is
+// its span. Returns "" when *map is made, else why not. Reads out of bounds give zeros.
 inline std::string make_tensor_map(CUtensorMap* map, DType dtype, const void* base, int rank, const uint64_t* sizes,
                                    const uint64_t* strides_bytes, const uint32_t* box, Swizzle swizzle) {
-  // The driver's function, looked up at run time: the library must load where there is no driver.
+  // The driver's function is looked up at run time: the library must load without a driver.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;

@@ -5,7 +5,7 @@
 
 namespace tf::cuda {
 
-// 16 bytes, or one element where rows are not aligned for that; as stored, with two 16-bit elements per register.
+// 16 bytes, or one element where rows are not aligned to 16; kept as stored, two 16-bit elements per register.
 template <class T, int kWidth>
 struct Vector {
   static_assert(kWidth == 1 || kWidth * sizeof(T) == 16);
@@ -45,7 +45,7 @@ struct Vector {
       for (int i = 0; i < kWidth; ++i) f[i] = bits_float(word[i]);
     }
   }
-  // Makes the compiler read the words again: it would keep what get() gave, twice the registers, across a barrier.
+  // Makes the compiler unpack the words again: it would keep the floats of get(), twice the registers, over a barrier.
   TF_DEVICE void forget() {
 #ifndef TF_EMULATE
 #pragma unroll

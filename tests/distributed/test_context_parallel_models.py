@@ -272,7 +272,7 @@ def assert_learned_alike(parts: dict[str, torch.Tensor], model: Model) -> None:
 def test_refusals(found):
     said = found["refusals"]
     assert "shift_labels" in said["labels"]
-    assert "one sequence a row" in said["positions"]
+    assert "one sequence per row" in said["positions"]
     assert "output_attentions: wanted False" in said["attentions"]
     assert "context_parallel" in said["generate"]
 

@@ -1,4 +1,4 @@
-"""What tests of the decoding steps share."""
+"""Fixtures of the tests of decoding steps."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from transformer_fast.generation.native_step import NativeStepper
 
 @pytest.fixture
 def served(monkeypatch, device):
-    """The graph steppers that were started; all others are out of the way."""
+    """The graph steppers that were started. All other steppers are disabled."""
     found = []
     start = GraphStepper.start
     monkeypatch.setattr(GraphStepper, "anywhere", True)

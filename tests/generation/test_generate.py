@@ -1,4 +1,5 @@
-"""generate() gives Hugging Face's tokens: greedy, sampled and by beams, over many tiny random models."""
+"""generate() returns Hugging Face's tokens for greedy decoding, sampling and beam search, on many tiny random
+models."""
 
 import copy
 
@@ -16,7 +17,7 @@ VOCABULARY = 83
 
 
 class Bart(GenerationMixin, transformers.BartForConditionalGeneration):
-    """Hugging Face's own model on this engine: an encoder-decoder whose forward knows nothing of it."""
+    """Hugging Face's own encoder-decoder on this engine."""
 
     _shares_encoder_keys = False
 
@@ -44,7 +45,7 @@ CLASSES = {
 
 
 def models(family: str, seed: int = 0, dtype=torch.float64):
-    """(ours, HF's) of the same random weights; float64, so that no near tie is decided by rounding."""
+    """(ours, HF's) with the same random weights, in float64 so that rounding does not decide near ties."""
     torch.manual_seed(seed)
     ours_class, theirs_class = CLASSES[family]
     theirs = theirs_class(configuration(family, seed)).to(dtype).eval()
@@ -83,7 +84,7 @@ def both(ours, theirs, inputs: dict, seed: int = 5, **options):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two are slower at these sizes."""
+    """Use one thread: two are slower at these sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,7 +93,7 @@ def one_thread():
 
 @pytest.fixture
 def by_engine(monkeypatch):
-    """The calls that the engine took."""
+    """The calls that the engine ran."""
     taken = []
 
     def choose(model, prompt):
@@ -166,7 +167,7 @@ def test_same_tokens_of_random_models(data):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "openai-gpt"])
 def test_float32(family, options, by_engine):
-    """On the kernels of the machine."""
+    """In float32, with the kernels of this machine."""
     ours, theirs = models(family, 2, torch.float32)
     for padding in ("none", "left"):
         a, b = both(ours, theirs, prompts(family, padding), max_new_tokens=12, **options)
@@ -176,7 +177,7 @@ def test_float32(family, options, by_engine):
 
 @pytest.mark.parametrize("name", ["greedy", "top-k", "beams", "beams, n best"])
 def test_cross_attention_of_a_decoder(name, by_engine):
-    """Rows of one prompt share the encoder's keys; use_cache=False is what Hugging Face's can do."""
+    """Rows of one prompt share the encoder's keys. Hugging Face's model runs with use_cache=False."""
     options = {"max_new_tokens": 9, **SETTINGS[name]}
     ours, theirs = models("gpt2 cross")
     inputs = prompts("gpt2 cross", "left")
@@ -209,7 +210,7 @@ def test_outputs_as_a_dict(family, options, by_engine):
     cache, expected = a.past_key_values, b.past_key_values
     assert type(cache) is type(expected) and cache.get_seq_length() == expected.get_seq_length()
     cache, expected = (getattr(c, "self_attention_cache", c) for c in (cache, expected))
-    seen = slice(7, None) if family == "gpt2" else slice(None)  # ours holds zeros for padding
+    seen = slice(7, None) if family == "gpt2" else slice(None)  # ours has zeros for padding
     for x, y in zip(cache.layers, expected.layers):
         torch.testing.assert_close(x.keys[:, :, seen], y.keys[:, :, seen])
 
@@ -244,7 +245,7 @@ HUGGING_FACES = {
 @pytest.mark.parametrize("name", HUGGING_FACES)
 def test_what_goes_to_hugging_faces_loop(name, by_engine):
     ours, theirs = models("gpt2")
-    theirs.set_attn_implementation("eager")  # or it returns no attentions
+    theirs.set_attn_implementation("eager")  # otherwise it returns no attentions
     rows = 1 if name == "prompt lookup" else 3
     a, b = both(ours, theirs, prompts("gpt2", rows=rows), max_new_tokens=8, **HUGGING_FACES[name])
     assert not by_engine
@@ -284,7 +285,7 @@ def test_from_nothing_but_the_first_token(by_engine):
 
 
 def test_processors_and_criteria_of_the_users(by_engine):
-    """Objects of Hugging Face's interfaces are called with the arguments, in the order, that its loop gives."""
+    """Users' processors and criteria are called with the same arguments in the same order as by Hugging Face's loop."""
     ours, theirs = models("gpt2")
     inputs = prompts("gpt2", "left")
 
@@ -317,7 +318,7 @@ def test_processors_and_criteria_of_the_users(by_engine):
 
 
 def test_guidance_by_another_prompt(by_engine):
-    """A processor that calls the model itself, with a cache of its own."""
+    """A processor that calls the model with its own cache."""
     ours, theirs = models("gpt2")
     negative = {"negative_prompt_ids": torch.randint(3, VOCABULARY, (4, 5)), "guidance_scale": 1.4}
     a, b = both(ours, theirs, prompts("gpt2"), max_new_tokens=9, **negative)
@@ -339,7 +340,7 @@ def test_streamers():
     kept = [Kept(), Kept()]
     for model, streamer in zip((ours, theirs), kept):
         model.generate(**prompts("gpt2", rows=1), max_new_tokens=6, streamer=streamer)
-    # prompts() drew anew: compare what one model streams with what it returns
+    # prompts() draws new prompts, so compare what one model streams with what it returns.
     out = ours.generate(**(one := prompts("gpt2", rows=1)), max_new_tokens=6, streamer=(again := Kept()))
     assert torch.equal(torch.cat([p.flatten() for p in again.parts]), out.flatten()) and again.ended
     assert torch.equal(again.parts[0], one["input_ids"]) and kept[0].ended and kept[1].ended
@@ -348,7 +349,7 @@ def test_streamers():
 
 
 def test_generators_of_rows():
-    """A row's draws are its own: the same tokens alone, in a batch, and in another place of it."""
+    """A row with its own generator gets the same tokens alone, in a batch, and at another place in the batch."""
     ours, _ = models("gpt2")
     ids = prompts("gpt2")["input_ids"]
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "pad_token_id": 0}
@@ -358,7 +359,7 @@ def test_generators_of_rows():
         return ours.generate(ids[rows], generators=generators, **options)
 
     whole = draws([0, 1, 2, 3])
-    torch.rand(7)  # the global generator plays no part
+    torch.rand(7)  # the global generator is not used
     for rows in ([2], [3, 0], [1, 2, 3]):
         part = draws(rows)
         for found, row in zip(part, rows):
@@ -407,7 +408,7 @@ def test_finished_rows_are_no_longer_computed(family, options, monkeypatch):
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_a_prompt_whose_mask_keeps_nothing(family, options):
-    """As in HF: nothing is attended to before the first new token."""
+    """As in HF: the first new token attends to no prompt token."""
     ours, theirs = models(family, 3)
     inputs = prompts(family, "none", rows=3)
     inputs["attention_mask"][1] = 0

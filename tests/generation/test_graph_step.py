@@ -1,4 +1,4 @@
-"""generate() by the step that a GPU captures as a graph: the tokens of HF's loop, on static tensors."""
+"""generate() with the step that a GPU captures as a graph returns the tokens of HF's loop, on static tensors."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_post_norm_decoder(device, served):
     ours = tf.OpenAIGPTLMHeadModel(config).eval().to(device)
     ids = prompts(2, 5, "left")[0].to(device)
     found = ours.generate(ids, max_new_tokens=9, do_sample=False)
-    for _ in range(9):  # by the model's own forward, without a cache
+    for _ in range(9):  # with the model's own forward, without a cache
         ids = torch.cat([ids, ours(ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, ids) and len(served) == 1
 
@@ -54,7 +54,7 @@ def test_a_cache_that_grows(device, served, monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_logits_and_cache_of_steps(family, device):
-    """Step by step beside the model's own forward, in float32 against float64; rows are reordered and leave."""
+    """Compared step by step with the model's forward, float32 against float64, while rows are reordered and dropped."""
     build = (lambda: models()[1]) if family == "gpt2" else (lambda: seq2seq_models(family)[1])
     ids, mask = (t.to(device) for t in prompts(3, 7, "left"))
     steppers = []

@@ -1,5 +1,5 @@
-"""The step that a GPU captures, of decoders with rotary positions, shared key heads, windows, softcaps and head norms:
-Hugging Face's tokens; nothing in it waits for the device, and what it keeps stays where it is."""
+"""The step that a GPU captures, for decoders with rotary positions, shared key heads, windows, softcaps and head norms.
+It must return Hugging Face's tokens, never synchronise, and keep its tensors at fixed addresses."""
 
 import decoder_cases
 import pytest
@@ -21,7 +21,7 @@ BEAMS = {"num_beams": 3, "num_return_sequences": 2}
     ids=lambda v: v if isinstance(v, str) else "beams" if v else "greedy",
 )
 def test_same_tokens_as_hugging_face(family, method, device, served, monkeypatch):
-    monkeypatch.setattr(GraphStepper, "growth", 5)  # the cache and the angles grow on the way
+    monkeypatch.setattr(GraphStepper, "growth", 5)  # so that the cache and the rotary tables grow
     ours, theirs, _ = decoder_cases.models(family, "ForCausalLM")
     ids, mask = (t[:FEW].to(device) for t in decoder_cases.batch("left"))
     options = {"attention_mask": mask, "max_new_tokens": 13, "do_sample": False, "disable_compile": True, **method}
@@ -36,7 +36,7 @@ def prompt_of(ids, mask, copies=1):
 
 @pytest.mark.parametrize("family", ["Gemma2", "Qwen3"])
 def test_logits_of_steps(family, device):
-    """Beside the model's own forward, in float32 against float64; rows are reordered and leave."""
+    """Compared with the model's own forward, float32 against float64, while rows are reordered and dropped."""
     ours, _, _ = decoder_cases.models(family, "ForCausalLM")
     ids, mask = (t[:3].to(device) for t in decoder_cases.batch("left"))
     steppers = []
@@ -60,7 +60,7 @@ def test_logits_of_steps(family, device):
 
 
 class Devices(TorchDispatchMode):
-    """Where the tensors of every call are."""
+    """Records the devices of the tensors of every call."""
 
     def __init__(self):
         super().__init__()
@@ -76,8 +76,8 @@ class Devices(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["Gemma2", "Qwen3", "GPTNeoX", "OPT"])
 def test_a_step_waits_for_nothing(family, monkeypatch):
-    """On tensors without values, so that reading one is an error, as it is while a GPU captures; and what a step writes
-    to and reads from one to the next keeps its place."""
+    """Runs on tensors without values, so that reading one raises an error, as it does during a capture. The tensors
+    that steps read and write keep their addresses."""
     monkeypatch.setattr(GraphStepper, "anywhere", True)
     ours, _, _ = decoder_cases.models(family, "ForCausalLM")
     ids, mask = (t[:FEW] for t in decoder_cases.batch("left"))
@@ -106,12 +106,12 @@ def test_a_step_waits_for_nothing(family, monkeypatch):
     assert devices.found == {"meta"}
     attention = "kv_cache_attention" if family == "OPT" else "rotary_cache_append"
     assert sum(attention in call for call in devices.calls) == 3
-    # Each sum goes with the norm that reads it. By themselves: the lengths, positions, one of GPT-NeoX's two sublayers.
+    # Residual sums are fused with the next norm. Separate additions: lengths, positions, one sublayer of GPT-NeoX.
     assert sum("aten.add.Tensor" in call for call in devices.calls) == {"GPTNeoX": 4, "OPT": 2}.get(family, 1)
 
 
 def test_windows_and_padding(monkeypatch):
-    """Distances count what padding lies between two tokens: only where there is none can it be left out."""
+    """Windows count padding between two tokens, so padding can only be left out if there is none between tokens."""
     monkeypatch.setattr(GraphStepper, "anywhere", True)
     ours, _, _ = decoder_cases.models("Mistral", "ForCausalLM")
     ids = torch.ones(2, 3, dtype=torch.long)

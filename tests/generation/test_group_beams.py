@@ -1,4 +1,4 @@
-"""Diverse beam search, which transformers 5 has no more, against one that is written out here prompt by prompt."""
+"""Diverse beam search, which transformers 5 removed, compared with a simple implementation per prompt in this file."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ END, PAD = 1, 2
 
 
 def next_log_probs(model, kwargs, sequences):
-    """(n, V) after n sequences of one prompt, nothing cached."""
+    """Log-probabilities (n, V) after n sequences of one prompt, without a cache."""
     if model.config.is_encoder_decoder:
         given = {k: v.expand(len(sequences), -1) for k, v in kwargs.items()}
         logits = model(**given, decoder_input_ids=sequences).logits
@@ -23,7 +23,7 @@ def next_log_probs(model, kwargs, sequences):
 
 
 def search(model, kwargs, start, beams, groups, strength, tokens, penalty, early):
-    """The ended hypotheses (score, tokens) of one prompt, best first, by lists and loops."""
+    """The finished hypotheses (score, tokens) of one prompt, best first, computed with lists and loops."""
     per_group = beams // groups
     running = [[(0.0, start)] for _ in range(groups)]
     ended = [[] for _ in range(groups)]

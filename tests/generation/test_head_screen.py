@@ -1,4 +1,4 @@
-"""Greedy decoding from a screened head: the token is the first of the largest float32 logits, whatever the weights."""
+"""Greedy decoding with a head screen chooses the first of the largest float32 logits, whatever the weights."""
 
 import math
 
@@ -22,7 +22,7 @@ WIDTH = 150  # more than a group of the int8 form
 
 
 def decoder(vocabulary, change=None, bias=True, width=WIDTH):
-    """A GRU without attention over words of 9 numbers: the head reads its state."""
+    """A GRU without attention, with an embedding size of 9; the head reads its state."""
     g = torch.Generator().manual_seed(5)
 
     def draw(*shape):
@@ -37,7 +37,7 @@ def decoder(vocabulary, change=None, bias=True, width=WIDTH):
 
 
 def both_ways(tensors, g, rows, barred=None, copied=False):
-    """Tokens from all logits, and from the screen, what part of those had to be computed, and the states of both."""
+    """The tokens from all logits and from the screen, the fraction of logits that was computed, and both states."""
     weights = RecurrentWeights(tensors, DecoderCopies(tensors) if copied else None)
     screen = HeadScreen(tensors.head.weights[0])
     width = tensors.cells[0].weight_hh.shape[1]
@@ -105,7 +105,7 @@ def test_an_infinite_bias_and_a_row_that_is_not_finite():
     logits, tokens, _ = both_ways(*decoder(517, change), 3)
     assert tokens.tolist() == [78] * 3
     tensors, g = decoder(517)
-    tensors.token[:] = math.nan  # every state, and every logit
+    tensors.token[:] = math.nan  # all states and logits become NaN
     logits, tokens, computed = both_ways(tensors, g, 3)
     assert logits.isnan().all() and torch.equal(tokens, logits.argmax(-1)) and computed == 1
 
@@ -121,7 +121,7 @@ def test_barred_tokens():
     state = g.get_state()
     logits, _, _ = both_ways(tensors, g, 5)
     best = logits.topk(20, -1).indices.flatten().unique()
-    barred = torch.cat([best, torch.tensor([-1, -33, 517, 10**9])])  # some are no tokens at all
+    barred = torch.cat([best, torch.tensor([-1, -33, 517, 10**9])])  # some are not in the vocabulary
     g.set_state(state)
     logits, tokens, _ = both_ways(tensors, g, 5, barred)
     assert torch.equal(tokens, logits.argmax(-1)) and not torch.isin(tokens, best).any()
@@ -131,7 +131,7 @@ def test_barred_tokens():
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """What part of the logits each step has computed; heads of any size are screened."""
+    """The fraction of the logits that each step computes. Heads of any size are screened."""
     parts, choose = [], RecurrentWeights.choose
 
     def counted(self, *args):
@@ -153,7 +153,7 @@ def source():
 
 @pytest.mark.parametrize("kind, cell", [("additive", "gru"), ("dot", "lstm"), ("peeky", "gru"), ("none", "lstm")])
 def test_generate(kind, cell, chosen, monkeypatch):
-    """Rows that end early and leave; a least length, which rules the end out for a while."""
+    """Rows finish early and are dropped; a minimum length excludes the end token at first."""
     model = build(kind, cell, vocab_size=900)
     model.generation_config.eos_token_id = list(range(2, 400, 2))
     call = {**source(), "do_sample": False, "max_new_tokens": 12}
@@ -172,7 +172,7 @@ def test_what_takes_all_logits(chosen):
     for more in ({"repetition_penalty": 1.3}, {"do_sample": True}, {"num_beams": 2}):
         model.generate(**call, **more)
     assert not chosen
-    set_weight_storage(model, copy=False)  # the memory of the model alone
+    set_weight_storage(model, copy=False)  # no memory beside the model's
     model.generate(**call, do_sample=False)
     assert not chosen and decoder_state(model).screen is None
     set_weight_storage(model)
@@ -190,7 +190,7 @@ def test_weights_as_they_are_now(copied, chosen):
     first = decoder_state(model).screen
     model.generate(**call)
     assert decoder_state(model).screen is first is not None
-    model.lm_head.weight.numpy()[333] = 0.0  # past torch's counters
+    model.lm_head.weight.numpy()[333] = 0.0  # a write that torch's version counters do not see
     model.lm_head.bias.numpy()[333] = 50.0
     assert (model.generate(**call)[:, 1:] == 333).all() and decoder_state(model).screen is not first
     model.lm_head.weight.numpy()[7, 3] = math.inf
@@ -201,7 +201,7 @@ def test_a_screen_that_screens_nothing_is_left(chosen, monkeypatch):
     monkeypatch.setattr("transformer_fast.generation.native_recurrent_step._USELESS", 0.5)
     model = build(vocab_size=900)
     with torch.no_grad():
-        model.lm_head.weight[:] = model.lm_head.weight[0]  # all logits alike
+        model.lm_head.weight[:] = model.lm_head.weight[0]  # all logits are equal
     model.generate(**source(), do_sample=False, min_new_tokens=6, max_new_tokens=6)
     assert len(chosen) == 1 and chosen[0] > 0.5
 

@@ -1,4 +1,4 @@
-"""The recurrent decoders' native step: HF's tokens for every kind, its logits, weights as they are now, refusals."""
+"""The native step of recurrent decoders: HF's tokens for every kind, logits, changed weights, refusals."""
 
 import copy
 import re
@@ -50,7 +50,7 @@ def in_hugging_faces_loop(model, monkeypatch, **arguments):
 
 @pytest.mark.parametrize("kind, cell", KINDS)
 def test_tokens_are_those_of_hugging_faces_loop(kind, cell, served, monkeypatch):
-    """Ragged sources; rows that end early and leave, beams that change places; greedy, beams, draws from a seed."""
+    """Ragged sources, rows that finish early, reordered beams; greedy decoding, beam search, and seeded sampling."""
     model = build(kind, cell)
     model.generation_config.eos_token_id = [2, 3, 4, 7 if (kind, cell) == ("peeky", "gru") else 5]
     for i, options in enumerate(OPTIONS):
@@ -61,7 +61,7 @@ def test_tokens_are_those_of_hugging_faces_loop(kind, cell, served, monkeypatch)
             torch.manual_seed(4)
             found.append(run(**call))
         assert torch.equal(*found) and len(served) > before, options
-    assert len(set(served)) > 2  # rows did leave
+    assert len(set(served)) > 2  # rows were dropped
 
 
 def prompt_of(model, copies=1, length=2):
@@ -75,8 +75,8 @@ def prompt_of(model, copies=1, length=2):
 @pytest.mark.parametrize("kind, cell", [("additive", "lstm"), ("general", "gru"), ("peeky", "lstm"), ("none", "gru")])
 @torch.no_grad()
 def test_logits(kind, cell, dtype):
-    """Random reorders inside each source's rows and rows that leave, against whole sequences in float64; a prompt of
-    several tokens, and one so long that it goes through the model's own forward."""
+    """Random reorders within the rows of each source, and dropped rows, compared with whole sequences in float64. A
+    short prompt, and one so long that the model's own forward runs it."""
     for length in (3, 11):
         model = build(kind, cell).to(dtype)
         wide = copy.deepcopy(model).double()
@@ -97,7 +97,7 @@ def test_logits(kind, cell, dtype):
             tokens = torch.randint(3, 37, (len(rows),))
             ids = torch.cat([ids, tokens[:, None]], 1)
             check(stepper.step(tokens), rows, ids)
-            if t == 3:  # the last rows take the place of others
+            if t == 3:  # the last rows replace others
                 kept = torch.arange(len(rows) - 3)
                 kept[1], kept[4] = len(rows) - 1, len(rows) - 3
                 stepper.keep(kept)
@@ -111,7 +111,7 @@ def test_logits(kind, cell, dtype):
 @pytest.mark.parametrize("copied", [True, False])
 @torch.no_grad()
 def test_weights_as_they_are_now(copied):
-    """Every tensor of the decoder, written past torch's counters between two generations."""
+    """Every tensor of the decoder is changed between two generations, unseen by torch's version counters."""
     for kind, cell in (("additive", "lstm"), ("general", "gru")):
         model = build(kind, cell)
         set_weight_storage(model, copy=copied)
@@ -130,7 +130,7 @@ def test_weights_as_they_are_now(copied):
         assert len(parameters) > 12
         for name, parameter in parameters.items():
             parameter.detach().numpy()[...] *= 1.5
-            if not parameter.any():  # biases begin as zeros
+            if not parameter.any():  # biases are initialised to zero
                 parameter.detach().numpy()[...] += 0.5
             after = logits()
             assert not torch.equal(after, before), name
@@ -142,7 +142,7 @@ def test_weights_as_they_are_now(copied):
 
 @torch.no_grad()
 def test_storages(served):
-    """Narrow copies are those of the transformers' step: kept, and near the weights' own."""
+    """Narrow copies work as in the decoding step of transformers: they are kept, and results stay close."""
     model = build("additive")
     exact = NativeRecurrentStepper(model, prompt_of(model)).start().clone()
     for storage in (torch.bfloat16, torch.int8):
@@ -154,7 +154,7 @@ def test_storages(served):
 
 
 def test_a_checkpoints_weights_give_their_place_to_copies(tmp_path, served):
-    """What from_pretrained maps is copied by itself, and saved afterwards as it was."""
+    """Mapped weights of from_pretrained are copied by default, and are saved unchanged afterwards."""
     built = build("additive")
     built.save_pretrained(tmp_path / "a")
     model = tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "a").eval()
@@ -195,7 +195,7 @@ def _own_linear(model):
 
 
 def _renormalise(model):
-    model.model.decoder.embed_tokens.max_norm = 100.0  # of no effect
+    model.model.decoder.embed_tokens.max_norm = 100.0  # has no effect
 
 
 def _own_step(model):

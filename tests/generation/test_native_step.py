@@ -1,4 +1,4 @@
-"""The native decoding step: the arithmetic of every family, padding, beams, rows that leave, and its refusals."""
+"""The native decoding step: the arithmetic of every family, padding, beams, dropped rows, and refusals."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def compare(model: Decoder, ids, actual, **inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("copy", [True, False], ids=["copy", "in-place"])
 def test_families(isa, family, dtype, copy):
-    """Rows of every count that the registers are split by, growing caches, padding in the prompt and in the source."""
+    """Every number of rows that the kernels treat differently, growing caches, padding in prompt and source."""
     for seed, rows in enumerate((1, 9)):
         model = make(family, seed, dtype)
         ids, mask = torch.randint(VOCABULARY, (rows, 18)), random_mask(rows, 18)
@@ -65,7 +65,7 @@ def test_families(isa, family, dtype, copy):
             states_mask[:, 3] = True
             inputs |= {"states": states, "states_mask": states_mask}
         compare(model, ids, decode(model, ids, copy=copy, **inputs), **inputs)
-        if dtype == torch.bfloat16 and copy:  # every number of it is one of float32
+        if dtype == torch.bfloat16 and copy:  # bfloat16 weights are exact in float32
             compare(model, ids, decode(model, ids, storage=torch.float32, **inputs), **inputs)
 
 
@@ -76,7 +76,7 @@ def test_quick():
 
 
 def test_options():
-    """Switches that no family combines so."""
+    """Combinations of options that no family has."""
 
     @settings(max_examples=30, deadline=None, derandomize=True)
     @given(
@@ -111,7 +111,7 @@ def test_options():
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "t5-v1.1"])
 def test_narrow_storage(isa, family, storage):
-    """Nothing is lost of weights that the storage holds exactly."""
+    """Weights that the storage dtype represents exactly give exact results."""
     model, ids = make(family), torch.randint(VOCABULARY, (5, 10))
     inputs = {}
     if "cross_query" in model.layers[0]:
@@ -131,7 +131,7 @@ def test_long_context():
 @pytest.mark.parametrize("copy", [True, False], ids=["copy", "in-place"])
 @pytest.mark.parametrize("rows", [2, 5])
 def test_wide_weights_and_threads(copy, rows):
-    """The result does not depend on the number of threads, (in, out) weights read in place in several parts."""
+    """The result does not depend on the number of threads, also for (in, out) weights, which are read in parts."""
     torch.manual_seed(0)
     model = Decoder(width=512, heads=8, head_dim=64, inner=2048, cross=False, layers=2).eval()  # enough for threads
     ids, before, found = torch.randint(VOCABULARY, (rows, 6)), torch.get_num_threads(), []
@@ -160,7 +160,8 @@ def seq2seq_prompt(model, batch: int, copies: int, length: int = 2, max_length: 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "gpt2-scaled"])
 def test_beams_and_leaving_rows(family):
-    """Random reorders inside each prompt's beams and rows that leave, against whole sequences without a cache."""
+    """Random reorders within the beams of each prompt, and dropped rows, compared with whole sequences without a
+    cache."""
     batch, copies = 3, 4
     model = make(family)
     prompt = seq2seq_prompt(model, batch, copies)
@@ -182,7 +183,7 @@ def test_beams_and_leaving_rows(family):
         tokens = torch.randint(VOCABULARY, (len(ids),))
         ids = torch.cat([ids, tokens[:, None]], 1)
         check(stepper.step(tokens))
-        if t in (5, 8):  # the last of some prompts' rows take the place of others
+        if t in (5, 8):  # rows of the last prompts replace others
             kept = torch.arange(len(ids) - 3)
             kept[1], kept[4] = len(ids) - 1, len(ids) - 3
             stepper.keep(kept)
@@ -226,7 +227,7 @@ def test_weights_are_copied_once_and_again_when_they_change():
 
 
 def test_weights_in_place():
-    """No memory for them, nothing kept between generations, and every change of them is seen."""
+    """Weights in place take no memory, nothing is kept between generations, and every change has an effect."""
     for family in FAMILIES:
         for dtype in (torch.float32, torch.bfloat16):
             tensors = make(family, 0, dtype).step_description().tensors()
@@ -235,13 +236,13 @@ def test_weights_in_place():
             read = [t for w in (*weights.weights, weights.head) for t in w[::2] if t is not None]
             assert read and all(t.data_ptr() in lie for t in read)
     model = make("marian")
-    set_weight_storage(model)  # its weights are no checkpoint's
+    set_weight_storage(model)  # its weights are not in a mapped checkpoint
     prompt = seq2seq_prompt(model, 2, 1)
     first = NativeStepper(model, prompt).start().clone()
     assert kept_copies(model) is None
-    model.layers[1]["up"].weight.data.mul_(2)  # a write that torch does not count
+    model.layers[1]["up"].weight.data.mul_(2)  # a write that torch's version counters do not see
     assert not torch.equal(NativeStepper(model, prompt).start(), first)
-    with pytest.raises(ValueError, match="read in place have their own"):
+    with pytest.raises(ValueError, match="wanted None with copy=False"):
         set_weight_storage(model, torch.bfloat16, copy=False)
 
 

@@ -1,4 +1,4 @@
-"""generate() by the native step: the tokens of the model's own forward, whatever the prompts and the method."""
+"""generate() with the native step returns the tokens of the model's own forward, for all prompts and methods."""
 
 import copy
 import os
@@ -22,14 +22,14 @@ if native.load():
 
 @pytest.fixture
 def served(monkeypatch):
-    """The number of native steppers that were started."""
+    """The native steppers that were started."""
     count = []
     start = NativeStepper.start
     monkeypatch.setattr(NativeStepper, "start", lambda self: (count.append(1), start(self))[1])
     return count
 
 
-# No weight is smaller than a page of memory.
+# So that no weight is smaller than a page of memory.
 WIDER = {"d_model": 64, "d_kv": 16, "d_ff": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 
 
@@ -81,7 +81,7 @@ def test_scores_and_cache_of_a_generation(served, copied):
     assert torch.equal(found.sequences, theirs.sequences)
     assert len(found.logits) == len(theirs.logits)
     assert len({id(x) for x in found.logits}) == len(found.logits)
-    read = torch.nn.functional.pad(mask, (0, 8), value=1)  # the last token is not read
+    read = torch.nn.functional.pad(mask, (0, 8), value=1)  # the model has not read the last token
     with torch.no_grad():
         truth = wide(found.sequences[:, :-1], attention_mask=read, position_ids=(read.cumsum(1) - 1).clamp(min=0))
     assert_as_accurate(torch.stack(found.logits, 1), truth.logits[:, 6:], torch.stack(theirs.logits, 1))
@@ -93,7 +93,7 @@ def test_scores_and_cache_of_a_generation(served, copied):
 
 
 def test_bfloat16_models_and_storage(served):
-    """Half precision decides as the model's own forward does wherever the two best tokens are not close."""
+    """In half precision the tokens are those of the model's own forward, unless the two best tokens are close."""
     _, ours = models()
     ids, mask = prompts(4, 6, "left")
     kwargs = {"attention_mask": mask, "max_new_tokens": 1, "do_sample": False}
@@ -109,10 +109,10 @@ def test_bfloat16_models_and_storage(served):
     assert decided.any() and len(served) == 2
 
 
-@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system has no /proc/self/pagemap")
 @pytest.mark.parametrize("family", ["gpt2", *SEQ2SEQ])
 def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path, monkeypatch):
-    """By itself where nothing is lost by it: the weights give back their memory, and stay what they are."""
+    """This happens by default if it costs no memory: the weights release their memory and keep their values."""
     theirs, built = models(n_embd=64) if family == "gpt2" else seq2seq_models(family, 0, **WIDER)
     theirs.save_pretrained(tmp_path)
     ours = type(built).from_pretrained(tmp_path).eval()
@@ -124,7 +124,7 @@ def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path,
     monkeypatch.setattr(memory, "unload", lambda t, files: (given_back.append(t.data_ptr()), unload(t, files)))
     for model in (ours, built):
         assert torch.equal(model.generate(ids, **kwargs), wanted)
-    assert len(served) == 2 and kept_copies(built) is None  # what lies in memory of its own is read there
+    assert len(served) == 2 and kept_copies(built) is None  # weights in ordinary memory are read in place
     copies = kept_copies(ours)
     copied = ours.step_description().tensors().weights()
     assert copied and {w.data_ptr() for w in copied} <= set(given_back)
@@ -133,7 +133,7 @@ def test_a_copy_takes_the_place_of_a_mapped_checkpoint(served, family, tmp_path,
         assert torch.equal(a, b), name
     copied[0].mul_(1)
     assert torch.equal(ours.generate(ids, **kwargs), wanted) and kept_copies(ours) is copies
-    copied[0].mul_(2)  # no checkpoint's any more
+    copied[0].mul_(2)  # no longer equal to the checkpoint
     ours.generate(ids, **kwargs)
     assert kept_copies(ours) is None
     copied[0].div_(2)
@@ -161,7 +161,7 @@ def test_what_the_native_step_leaves_to_the_model(served):
 
 
 def test_training_between_generations(served):
-    """An optimizer's step changes what the next generation sees."""
+    """An optimizer step has an effect on the next generation."""
     theirs, ours = models(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     ids, mask = prompts(2, 5, "right")
     ours.generate(ids, attention_mask=mask, max_new_tokens=3)

@@ -1,4 +1,4 @@
-"""Processors that write into the scores give what Hugging Face's give, and leave all others alone."""
+"""In-place processors give the results of Hugging Face's. All other processors are called unchanged."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Generation uses the weights as they are now, whoever wrote to them and however."""
+"""Generation uses the current weights, whatever has written to them."""
 
 import copy
 import ctypes
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 def wrote(model):
-    """A weight that decoding has a copy of."""
+    """A weight of which decoding has a copy."""
     return model.step_description().layers[1].up.weight
 
 
@@ -66,7 +66,7 @@ def load(assign):
 
 
 def exponential_average(model):
-    """As trainers keep it: every parameter goes a way towards another's."""
+    """As in trainers: every parameter moves a little towards that of another model."""
     other = copy.deepcopy(model)
     for p in other.parameters():
         p.data.mul_(-1)
@@ -81,7 +81,7 @@ def in_inference_mode(model):
 
 
 def storage_of_another_size(model):
-    """As sharding frees a parameter's memory and gathers it again."""
+    """As sharding does: a parameter's memory is freed and gathered again."""
     w = wrote(model).detach()
     if not w.untyped_storage().resizable():  # a mapped file
         return through_data(model)
@@ -102,7 +102,7 @@ def another_module(model):
 
 
 def broadcast(model):
-    """By torch's own process group, of this one process: its collectives raise no version."""
+    """By torch's process group with this one process. Collectives do not increase version counters."""
     import torch.distributed as dist
 
     w = wrote(model).detach()
@@ -117,7 +117,7 @@ def broadcast(model):
 
 
 def another_process(model):
-    """A worker that shares the weights, as in Hogwild training."""
+    """A worker process that shares the weights, as in Hogwild training."""
     model.share_memory()
     w = wrote(model).detach().numpy()
     child = os.fork()
@@ -154,7 +154,7 @@ WRITERS = {
 
 @pytest.fixture(params=["mapped", "own memory", "int8"])
 def kind(request, monkeypatch):
-    monkeypatch.setattr(contents, "_STILL", -(10**12))  # a file that was made a moment ago is as good as an old one
+    monkeypatch.setattr(contents, "_STILL", -(10**12))  # treat new files as old ones
     return request.param
 
 
@@ -168,7 +168,7 @@ def built(kind, folder, family="gpt2"):
 
 
 def logits_of(model):
-    """Of the first step and one after it, by the decoding step in use: any change of a weight is seen in them."""
+    """Logits of the first decoding step and the next one, which depend on every weight."""
     from transformer_fast.generation.native_step import NativeStepper
     from transformer_fast.generation.stepper import Prompt
 
@@ -189,7 +189,7 @@ def test_every_writer_is_seen(kind, writer, tmp_path):
     assert torch.equal(logits_of(model), before) and kept_copies(model) is copies
     WRITERS[writer](model)
     after = logits_of(model)
-    fresh = copy.deepcopy(model)  # has no copies yet
+    fresh = copy.deepcopy(model)  # without copies
     if kept_copies(model) is not None:
         set_weight_storage(fresh, kept_copies(model).storage)
     else:
@@ -231,13 +231,13 @@ def test_merged_and_unmerged_adapters(kind, tmp_path):
     whole = adapted.merge_and_unload()
     found = whole.generate(ids, **options)
     fresh = copy.deepcopy(whole)
-    if kind == "int8":  # layers with an adapter are called as they are, others have copies in int8
+    if kind == "int8":  # layers with an adapter are called, the others are in int8
         set_weight_storage(fresh, torch.int8)
     assert torch.equal(found, fresh.generate(ids, **options) if kind == "int8" else merged)
 
 
 def test_what_is_not_a_weight_is_not_remembered(tmp_path):
-    """Scales, eps and biases are those of each generation, with the copies that there are."""
+    """Scales, eps and biases are read in each generation, while the weight copies are reused."""
     model = built("own memory", tmp_path)
     before = logits_of(model)
     copies = kept_copies(model)
@@ -253,7 +253,7 @@ def test_what_is_not_a_weight_is_not_remembered(tmp_path):
 
 
 def test_threads_generate_while_another_writes(tmp_path):
-    """Nothing fails meanwhile, nothing that was written is lost, and afterwards the weights as they are count."""
+    """No generation fails, no write is lost, and afterwards generation uses the current weights."""
     model = built("mapped", tmp_path)
     stop, failures = threading.Event(), []
 
@@ -261,7 +261,7 @@ def test_threads_generate_while_another_writes(tmp_path):
         while not stop.is_set():
             try:
                 logits_of(model)
-            except Exception as error:  # reported below, on the test's own thread
+            except Exception as error:  # reported below, in the test's thread
                 failures.append(error)
                 return
 
@@ -279,5 +279,5 @@ def test_threads_generate_while_another_writes(tmp_path):
     assert all(torch.equal(value, new[name]) for name, value in model.state_dict().items())
     after = logits_of(model)
     fresh = copy.deepcopy(model)
-    set_weight_storage(fresh, copy=kept_copies(model) is not None)  # which of the two depends on who came first
+    set_weight_storage(fresh, copy=kept_copies(model) is not None)  # which of the two depends on timing
     assert torch.equal(after, logits_of(fresh))

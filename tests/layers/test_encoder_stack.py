@@ -1,4 +1,4 @@
-"""The encoder stack against plain PyTorch, for every TransformerSpec; unpadding there and back."""
+"""The encoder stack against plain PyTorch, for every TransformerSpec; unpadding and padding again."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class Layer(nn.Module):
         return transformer_layer(TABLE.read(self), x, call, index, first_only, past_key_values)
 
     def plain(self, x, allowed):
-        """The same in plain PyTorch; allowed: (B, 1, S, S) bool."""
+        """The layer in plain PyTorch. allowed: (B, 1, S, S) bool."""
         pre = self.spec.norm_position == "pre"
         y = self.attention_norm(x) if pre else x
         q, k, v = (m(y).unflatten(-1, (HEADS, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))

@@ -1,5 +1,5 @@
-"""Layers with norms before: the last sum of one and the first norm of the next are one op, and only where nobody looks
-between them."""
+"""Pre-norm layers: the last residual sum of a layer and the first norm of the next are one op, but only if nothing
+reads the state between them."""
 
 import decoder_cases
 import pytest
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Sums(TorchDispatchMode):
-    """How many additions are ops of their own."""
+    """Counts additions that are separate ops."""
 
     count = 0
 
@@ -27,7 +27,7 @@ def sums(model, ids):
 def test_one_sum_is_left_where_nothing_stands_between_layers():
     ours, theirs, _ = decoder_cases.models("Llama", "Model")
     ids = decoder_cases.batch("none")[0][:2]
-    assert sums(ours, ids) == 2  # of the positions, of the last layer
+    assert sums(ours, ids) == 2  # the positions, and the last layer's sum
     hooks = [model.layers[1].register_forward_hook(lambda m, a, out: out * 2) for model in (ours, theirs)]
     with torch.no_grad():
         found = [m(input_ids=ids).last_hidden_state for m in (ours, theirs)]
@@ -36,12 +36,12 @@ def test_one_sum_is_left_where_nothing_stands_between_layers():
         hook.remove()
     ours.train()
     ours.gradient_checkpointing_enable()
-    assert sums(ours, ids) == 4  # a layer that is computed again returns its sum alone
+    assert sums(ours, ids) == 4  # a checkpointed layer returns only its sum
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "GPTNeoX"])
 def test_outputs_and_gradients(family):
-    """In training, where the result of the norm is made inside the layer before it; dtypes apart."""
+    """In training, with the norm computed inside the previous layer, and with different dtypes."""
     models = decoder_cases.models(family, "ForCausalLM", torch.bfloat16)
     ids = decoder_cases.batch("none")[0]
     logits, grads = [], []

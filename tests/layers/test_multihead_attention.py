@@ -1,4 +1,4 @@
-"""layers.MultiheadAttention is torch.nn.MultiheadAttention, fused."""
+"""layers.MultiheadAttention computes the same as torch.nn.MultiheadAttention."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ MASKS = ["padding", "float padding", "pairs", "pairs per head", "float pairs", "
 
 
 def make(dtype=torch.float32, **options):
-    """(ours, torch's, torch's in float64), the same weights."""
+    """(ours, torch's, torch's in float64) with the same weights."""
     theirs = nn.MultiheadAttention(24, 3, **options)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -57,7 +57,7 @@ def run(model, tensors, backward=True, **call):
     out.square().sum().backward()
     gradients = [c.grad for c in copies.values()] + [
         torch.cat([p.grad.flatten() for p in model.parameters()])
-    ]  # biases of keys have no gradient but rounding: weighed with the rest
+    ]  # the gradient of key biases is only rounding, so they are compared with the rest
     return out.detach(), weights, gradients
 
 

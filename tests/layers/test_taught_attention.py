@@ -1,4 +1,4 @@
-"""The layers that are taught: numbers worked out by hand, the formulas in full, masks as Keras's layers take them."""
+"""Keras's attention layers: values computed by hand, the full formulas, and masks with Keras's meaning."""
 
 import math
 
@@ -14,13 +14,13 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 def by_hand(found, numbers):
-    """Numbers from paper, held as float32 can hold them."""
+    """Compare with values computed by hand, within float32's precision."""
     truth = torch.tensor(numbers, dtype=torch.float64)
     assert_as_accurate(found, truth, truth.float())
 
 
 def rows(*values):
-    """One batch of vectors."""
+    """A batch (1, n, width) of the given vectors."""
     return torch.tensor([[list(v) for v in values]], dtype=torch.float32)
 
 
@@ -33,7 +33,7 @@ def test_dot_product_by_hand():
     by_hand(out, [[[4]]])
     # A scale of 2: scores ln 4 and 0, weights 4/5 and 1/5; 12/5 + 6/5 = 18/5.
     scaled = DotProductAttention(use_scale=True)
-    by_hand(scaled(inputs), [[[4]]])  # 1 at first
+    by_hand(scaled(inputs), [[[4]]])  # the scale is initially 1
     torch.nn.init.constant_(scaled.scale, 2.0)
     by_hand(scaled(inputs), [[[18 / 5]]])
 
@@ -47,7 +47,7 @@ def test_masks_by_hand():
     query, value = rows((0,), (0,), (0,)), rows((3,), (6,), (9,))
     mask = [torch.tensor([[True, False, True]]), torch.tensor([[True, True, False]])]
     for layer in (DotProductAttention(), DotProductAttention(score_mode="concat"), AdditiveAttention(use_scale=False)):
-        # All scores that take part are equal where query + key is the same: keys of zero.
+        # Keys are zero, so all scores that take part are equal.
         inputs = [query, value, torch.zeros(1, 3, 1)]
         by_hand(layer(inputs, mask=mask), [[[4.5], [0], [4.5]]])
         by_hand(layer(inputs, use_causal_mask=True), [[[3], [4.5], [6]]])
@@ -66,7 +66,7 @@ def test_additive_by_hand():
     out, weights = layer([rows((LN3 / 4,)), rows((3,), (6,)), rows((LN3 / 4,), (-LN3 / 4,))], None, False, True)
     by_hand(weights, [[[2 / 3, 1 / 3]]])
     by_hand(out, [[[4]]])
-    # Luong's concat score is that with one scalar for the scale.
+    # Luong's concat score is the additive score with one scalar as scale.
     concat = DotProductAttention(use_scale=True, score_mode="concat")
     torch.nn.init.constant_(concat.concat_score_weight, 2 * LN2)
     torch.nn.init.constant_(concat.scale, 0.5)
@@ -75,7 +75,7 @@ def test_additive_by_hand():
 
 def test_multi_head_by_hand():
     """Two heads of key_dim 4, so scores are halved. Head 0: query (2, 0, 0, 0), keys (ln 2, 0, 0, 0) and 0: score ln 2.
-    Head 1: nothing is asked, weights 1/2. Values 3 and 6: 4 and 4.5; the output adds 10 * head 0, head 1 and 1."""
+    Head 1: query 0, weights 1/2. Values 3 and 6 give 4 and 4.5; the output is 10 * head 0 + head 1 + 1."""
     layer = MultiHeadAttention(2, 4, value_dim=1, output_shape=1)
     query_kernel, key_kernel = torch.zeros(1, 2, 4), torch.zeros(2, 2, 4)
     query_kernel[0, 0, 0], key_kernel[1, 0, 0] = 2, LN2
@@ -88,12 +88,12 @@ def test_multi_head_by_hand():
     by_hand(weights, [[[[2 / 3, 1 / 3]], [[1 / 2, 1 / 2]]]])
     by_hand(out, [[[10 * 4 + 4.5 + 1]]])
     by_hand(layer(query, value, value_mask=torch.tensor([[False, True]])), [[[10 * 6 + 6 + 1]]])
-    # Nothing to attend to: the output's bias.
+    # Without keys to attend to the result is the output's bias.
     by_hand(layer(query, value, key_mask=torch.zeros(1, 2, dtype=torch.bool)), [[[1]]])
 
 
 def test_windows_and_masks_of_pairs():
-    """Weights of no preference count who is seen."""
+    """With equal scores the weights show how many keys a query attends to."""
     layer = MultiHeadAttention(1, 2, sliding_window=2)
     x = torch.randn(1, 4, 3)
     layer.build((3,), (3,))
@@ -133,7 +133,7 @@ def test_as_accurate_as_the_formula(kind, width):
         scale = layer.scale if dtype is None else layer.scale.detach().to(dtype).requires_grad_()
         if dtype is None:
             out = layer(leaves, [None, mask], return_attention_scores=True)
-            torch.testing.assert_close(layer(leaves, [None, mask]), out[0])  # the way without weights
+            torch.testing.assert_close(layer(leaves, [None, mask]), out[0])  # the path without weights
         else:
             out = formula(kind, *leaves, scale, mask)
         gradients = torch.autograd.grad(sum(o.square().sum() for o in out), [*leaves, scale])

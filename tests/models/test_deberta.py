@@ -92,7 +92,7 @@ def test_documents_in_a_row(pair):
         apart, exact = (torch.cat([m(p).last_hidden_state for p in parts], 1) for m in (ours, truth))
     assert_as_accurate(together, exact, apart)
     convolved = transformer_fast.DebertaV2Model(encoder_config("DebertaV2", conv_kernel_size=3))
-    with pytest.raises(ValueError, match="cu_seq_lens_q, seq_idx: wanted None, for the convolution"):
+    with pytest.raises(ValueError, match="cu_seq_lens_q, seq_idx: wanted None, as the convolution"):
         convolved(torch.cat(parts, 1), cu_seq_lens_q=cu)
 
 

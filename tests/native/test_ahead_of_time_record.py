@@ -1,4 +1,4 @@
-"""The record of what was compiled ahead of time: how it is summed up, and what the committed ones say."""
+"""The record of ahead-of-time compilation: how it is summarised, and the contents of the committed records."""
 
 import csv
 import re

@@ -1,7 +1,8 @@
-"""That the sm_90a attention kernels do their arithmetic while the tensor cores work: read off their machine code.
+"""The sm_90a attention kernels must do their arithmetic while the tensor cores work. This is checked in the machine
+code.
 
-ptxas takes a wait for wgmma to be free and moves it up over arithmetic, after which the results are right and nothing
-runs at once. No test of values sees that.
+ptxas assumes that a wait for wgmma is free and may move it up past arithmetic. The results are then still right, but
+nothing overlaps, and no test of values detects that.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ CSRC = pathlib.Path(__file__).resolve().parent.parent.parent / "csrc"
 
 
 def _disassembler() -> str | None:
-    spec = importlib.util.find_spec("triton")  # it ships one
+    spec = importlib.util.find_spec("triton")  # Triton's package contains one
     shipped = pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if spec else None
     return shutil.which("nvdisasm") or (str(shipped) if shipped and shipped.exists() else None)
 
@@ -35,20 +36,22 @@ def _kernels(name: str, tmp_path: pathlib.Path) -> dict[str, str]:
 
 
 def test_softmax_runs_under_the_products(tmp_path):
-    """And between the barrier that passes the tensor cores on and the first product behind it there is nothing but P's
-    rounding: the other group, which arrived there, has both of its products queued. O is rescaled under Q K^T."""
+    """Softmax runs while the products run. Between the barrier that hands over the tensor cores and the next product
+    there is only the rounding of P, because the other warpgroup has queued both of its products there. O is rescaled
+    during Q K^T."""
     kernels = _kernels("attention_forward_wgmma.cu", tmp_path)
     assert len(kernels) == 8
     for name, code in kernels.items():
         dim, keys = map(int, re.search(r"Li(\d+)ELi\d+ELi(\d+)ELb", name).groups())
-        # From where the scores are there to where the other product is waited for.
+        # From the point where the scores are ready to the wait for the other product.
         _, after = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1)
         under = after.split("WARPGROUP.DEPBAR", 1)[0]
         assert "HGMMA" not in under, name
-        share = keys // 2  # a thread's of 64 rows; at head dim 64 one in 16 is a polynomial; two for a change of peak
+        # Exponentials per thread for 64 rows. At head dim 64 one in 16 is a polynomial; two more if the peak changes.
+        share = keys // 2
         expected = share + 2 - (share // 16 if dim == 64 else 0)
         assert under.count("MUFU.EX2") == expected, (name, under.count("MUFU.EX2"))
-        # The first barrier is that of the whole block.
+        # The first barrier is for the whole block.
         before_scores, after = code.split("BAR.SYNC", 2)[2].split("HGMMA", 1)
         under_scores = after.split("WARPGROUP.ARRIVE", 1)[0]
         assert before_scores.count("F2FP") <= keys // 4 and "MUFU" not in before_scores, name
@@ -61,12 +64,12 @@ def test_exponentials_run_under_dp_and_score_gradients_under_dv(tmp_path):
     assert len(kernels) == 2 * 3
     for name, code in kernels.items():
         queries = int(re.search(r"Li\d+ELi(\d+)E", name)[1])
-        # From where the scores are there to the next product, which is dV: dP runs.
+        # From the point where the scores are ready to the next product, dV: dP runs meanwhile.
         _, after = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1)
         under_dp, after = after.split("HGMMA", 1)
         assert "WARPGROUP.DEPBAR" not in under_dp, name
         assert under_dp.count("MUFU.EX2") == queries // 2, (name, under_dp.count("MUFU.EX2"))  # a thread's share
-        # From where dP is there to the product after dV, which is dQ, and the barrier before it: dV runs.
+        # From the point where dP is ready to the product after dV, dQ, and the barrier before it: dV runs meanwhile.
         _, after = after.split("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1)
         under_dv = after.split("HGMMA", 1)[0]
         assert "WARPGROUP.DEPBAR" not in under_dv and under_dv.count("BAR.SYNC") == 1, name

@@ -1,5 +1,6 @@
-"""The bindings of the CUDA kernels and the host code that nvcc makes, up to each launch, where no GPU is: linked with a
-stand-in for CUDA's runtime (standin/runtime.cpp), beside one for libtorch_cuda, loaded as Python loads that."""
+"""The bindings of the CUDA kernels and the host code that nvcc generates, up to each launch, without a GPU. They are
+linked with a stand-in for CUDA's runtime (standin/runtime.cpp), and a stand-in for libtorch_cuda is loaded as Python
+loads the real one."""
 
 import json
 import os
@@ -23,8 +24,8 @@ OPS = sorted({op for source in BINDINGS for op in re.findall(r'm\.impl\("(\w+)"'
 
 pytestmark = [
     cuda_objects.needs_nvcc,
-    pytest.mark.skipif(CUDA is None, reason="CUDA's headers are not beside nvcc"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA part of its own"),
+    pytest.mark.skipif(CUDA is None, reason="there are no CUDA headers next to nvcc"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA"),
 ]
 
 PRELUDE = """
@@ -74,7 +75,7 @@ def heads(h, s, d=64, dtype=torch.bfloat16, grad=True):
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
-    """The bindings for CPU tensors over the stand-in's runtime, and the stand-in's libtorch_cuda.so."""
+    """The bindings for CPU tensors, linked with the stand-in of the runtime, and the stand-in of libtorch_cuda.so."""
     folder = tmp_path_factory.mktemp("standin")
     cxx = os.environ.get("CXX", "g++")
     base = pathlib.Path(torch.__file__).parent
@@ -125,7 +126,7 @@ def _of(found, kind) -> list[dict]:
 
 
 def _names(found, *parts) -> bool:
-    """Whether the launches are of kernels with these parts in their names, in this order."""
+    """Whether the launched kernels have these parts in their names, in this order."""
     kernels = [event["kernel"] for event in _of(found, "launch")]
     assert len(kernels) == len(parts), kernels
     return all(part in kernel for part, kernel in zip(parts, kernels))
@@ -212,7 +213,7 @@ def test_counters_are_cleared_once_a_stream_and_once_a_capture(run):
         "next capture": 1, "after": 1, "streams": 1, "unknown stream": 0, "unknown stream, causal": 0,
     }  # fmt: skip
     assert _names(found["third"], "attention_decode_kernel")
-    # A stream that cannot be asked gets no counters: the parts are joined by a launch of their own.
+    # If a stream's capture state cannot be queried, there are no counters, and a separate launch joins the parts.
     assert _names(found["unknown stream"], "attention_decode_kernel", "attention_decode_join_kernel")
     assert all(one["left"] == 0 for one in found.values())
     counters = {name: _of(found[name], "launch")[0]["counters"] for name in ("third", "other stream", "unknown stream")}

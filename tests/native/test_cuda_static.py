@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, where no GPU is: no warnings, no spills, the instructions they are written for.
+"""Checks what nvcc makes of the CUDA kernels, without a GPU: no warnings, no spills, the intended instructions.
 
 Every csrc/cuda/*.cu is compiled for each architecture that it is shipped for.
 """
@@ -26,7 +26,7 @@ def _has(counts: dict[str, int], pattern: str) -> bool:
 def test_compiles_within_its_registers(name, arch):
     report = compiled(name, arch)
     assert report["kernels"], "no kernels"
-    # ptxas's own words for wgmma that it had to serialise and for setmaxnreg that it ignores.
+    # ptxas prints this if it has to serialise wgmma or ignores setmaxnreg.
     assert "Potential Performance Loss" not in report["log"], report["log"][-4000:]
     for kernel, use in report["kernels"].items():
         assert use["spills"] == 0 and use["stack"] == 0, (kernel, use)
@@ -40,7 +40,7 @@ def _instructions(name: str, arch: str) -> dict[str, dict[str, int]]:
     return report["opcodes"]
 
 
-# The kernels that multiply; others beside them prepare or finish their work.
+# The kernels with matrix products. Other kernels in the same files prepare or finish their work.
 @needs_nvcc
 @pytest.mark.parametrize("name", [s.name for s in SOURCES if "_wgmma" in s.name])
 def test_wgmma_and_tma(name):
@@ -74,7 +74,7 @@ def test_norms_read_and_write_16_bytes(name, arch):
 
 @needs_nvcc
 def test_library_registers_and_loads_without_a_gpu(tmp_path):
-    """Bindings, launchers and kernels linked as setup.py does: torch finds the ops under the CUDA key."""
+    """Bindings, launchers and kernels are linked as in setup.py, and torch then finds the ops under the CUDA key."""
     import torch
 
     torch_folder = pathlib.Path(torch.__file__).parent

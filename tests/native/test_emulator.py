@@ -1,4 +1,4 @@
-"""The emulator itself: each instruction against a plain model, and planted bugs, which must be caught."""
+"""Tests of the emulator itself: each instruction against a plain model, and planted bugs that it must detect."""
 
 import cuda_emulator
 import numpy as np
@@ -18,7 +18,7 @@ def _random(*shape):
 
 
 def _whole(*shape, dtype=torch.float32):
-    """Small whole numbers: their sums of products are exact, in whatever order."""
+    """Small integers, whose sums of products are exact in any order."""
     return torch.randint(-8, 9, shape).to(dtype)
 
 
@@ -57,7 +57,7 @@ def test_shuffles(emulator):
     assert set(out[5]) == {sum(1 << i for i in range(0, 32, 3))}
 
 
-# PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type", one value of a lane at a time.
+# PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": the place of value i of a lane.
 def _a_place(lane, i):
     row = lane // 4 + (8 if i in (2, 3, 6, 7) else 0)
     return row, lane % 4 * 2 + i % 2 + (8 if i >= 4 else 0)
@@ -72,7 +72,7 @@ def _d_place(lane, i):
 
 
 def _fragment(values, place, count):
-    """(32, count) of a matrix."""
+    """The fragment (32 lanes, count values) of a matrix."""
     return np.array([[values[place(lane, i)] for i in range(count)] for lane in range(32)])
 
 
@@ -102,7 +102,7 @@ def test_ldmatrix_and_stmatrix(emulator, count, transposed):
 @pytest.mark.parametrize("valid", [1024, 700, 0])
 def test_cp_async(emulator, valid):
     x, y = _random(1024), _new(1024)
-    emulator.copy(x[: max(valid, 4)].copy(), y, valid, 0)  # what is not valid is not touched
+    emulator.copy(x[: max(valid, 4)].copy(), y, valid, 0)  # bytes that are not valid must not be read
     np.testing.assert_array_equal(y[:valid], x[:valid])
     np.testing.assert_array_equal(y[valid:], 0)
 
@@ -171,7 +171,7 @@ def test_tma_boxes(emulator, row, column, add):
     emulator.box(_bits(x), raw, y, total, row, column, add, 0)
     padded = torch.nn.functional.pad(x, (128, 128, 64, 64))  # zeros out of bounds
     box = _bits(padded[64 + row : 72 + row, 128 + column : 192 + column].contiguous()).reshape(8, 8, 8)
-    # The 128-byte swizzle: chunk c of row r lies in place c ^ r.
+    # The 128-byte swizzle: chunk c of row r is at place c ^ r.
     for r in range(8):
         for chunk in range(8):
             np.testing.assert_array_equal(raw[r, chunk ^ r], box[r, chunk])

@@ -31,8 +31,9 @@ def _launch_dropout(dtype):
 
 
 def _chosen(arch: int, scope: str, activation: str, dtype: str, width: str, gated: bool, bias: bool) -> bool:
-    """In a test run: on sm_90 each activation in bfloat16, gated; elsewhere the two that cost most. In the record: each
-    activation so, the one that costs most at every width, BERT's everywhere, float16 at one width."""
+    """In a test run: on sm_90 every activation in bfloat16, gated; elsewhere the two most expensive ones. In the
+    record: every activation in that way, the most expensive one at every width, BERT's everywhere, float16 at one
+    width."""
     bert = (activation, width, gated, bias) == ("gelu", "bert", False, True)
     if scope == "test":
         full = gated and bias and (dtype, width) == ("bfloat16", "bert")

@@ -38,7 +38,7 @@ def _launch(widths, dtype, everything):
 
 
 def _chosen(arch: int, scope: str, name: str, dtype: str, full: bool) -> bool:
-    """In a test run every feature in float32 and bfloat16 at one width; in the record at each."""
+    """In a test run every feature in float32 and bfloat16 at one width; in the record at every width."""
     if scope == "test":
         return full and name == "512" and (dtype == "bfloat16" or (dtype == "float32" and arch != 100))
     return scope == "every" or (full and (dtype != "float16" or name == "512"))

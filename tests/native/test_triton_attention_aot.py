@@ -29,7 +29,7 @@ FEATURES = {
     "decode": {"queries": 1, "lengths": True, "groups": 4},
     "decode_relative": {"queries": 1, "relative": True},
     "decode_append": {"queries": 1, "lengths": True, "groups": 4, "window_right": 0},
-    # What models ask for together: T5 unpadded and decoding, BERT and GPT in training, Mistral, Gemma 2, a float mask.
+    # Combinations that models use: T5 unpadded and decoding, BERT and GPT in training, Mistral, Gemma 2, a float mask.
     "gqa_varlen": {"groups": 4, "window_right": 0, "varlen": True},
     "lengths_dropout": {"lengths": True, "dropout_p": 0.1},
     "mask_dropout": {"mask": True, "dropout_p": 0.1},
@@ -42,9 +42,9 @@ FEATURES = {
     "decode_append_relative": {"queries": 1, "lengths": True, "relative": True, "window_right": 0},
     "decode_mask": {"queries": 1, "mask": True},
 }
-# The record's: in each kind of kernels/attention_configurations.py what asks most of registers and shared memory, and
-# what models call most. One head dim a width of the table, and one that fills its tile in part. In float32 all kinds
-# share a row: the heaviest are enough.
+# For the record: in each kind of kernels/attention_configurations.py the calls that need most registers and shared
+# memory, and the calls that models make most. One head dim per width of the table, and one that fills its tile only
+# partly. In float32 all kinds share a row, so the heaviest are enough.
 RECORD = {
     "bfloat16": {
         256: ("few_keys", "gqa_varlen", "bias", "bias_broadcast", "softcap_window_gqa", "relative_causal_dropout",
@@ -70,7 +70,7 @@ def _spec(
     dtype, head_dim, queries=2048, keys=2048, groups=1, varlen=False, bias="", mask=False, lengths=False,
     relative=False, **more,
 ):  # fmt: skip
-    """An AttentionSpec of meta tensors: batch 4, 16 heads, laid out (B, S, H, D) as projections are."""
+    """An AttentionSpec of meta tensors: batch 4, 16 heads, with the memory layout (B, S, H, D) of projections."""
     from transformer_fast.backends.specs import AttentionSpec
 
     b, h = 4, 16
@@ -100,7 +100,7 @@ def _spec(
 
 
 def _launch(arch, dtype, head_dim, feature):
-    """What a call and its backward pass launch."""
+    """The launches of a call and its backward pass."""
     from transformer_fast.backends import triton_attention as backend
 
     features = dict(FEATURES[feature])
@@ -121,7 +121,7 @@ def _launch(arch, dtype, head_dim, feature):
         backend.attention_backward(spec, q, None, q, lse, q, k, v, dbias, dtable)
 
 
-# In a test run: what matters most on sm_90, and elsewhere each architecture's heaviest and a share of the features.
+# For a test run: the most important ones on sm_90, and elsewhere each architecture's heaviest and some of the features.
 CORE = {
     80: {("float32", 64, "plain"), ("bfloat16", 64, "bias_broadcast")},
     90: {("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 64, "relative"),
@@ -152,10 +152,10 @@ PRODUCTS = ("_forward_kernel", "_key_kernel", "_query_kernel", "_bias_kernel")
 def check(report: dict) -> None:
     triton_aot.assert_runs_well(report)
     if report["dtype"] != "float32" and report["kernel"].endswith(PRODUCTS):
-        # Else the compiler has put a trap in the kernel's place: it did so for sums that outgrow the tensor memory.
+        # Otherwise the compiler has replaced the kernel by a trap, as it does for sums that exceed the tensor memory.
         assert report["wgmma"] or report["mma"], report
     if report["arch"] == 90 and report["kernel"].endswith(PRODUCTS):
-        # 16-bit products run on Hopper's own instruction (float32 ones on neither, as they are exact).
+        # 16-bit products use Hopper's wgmma. float32 products are exact and use neither instruction.
         assert not report["mma"] and bool(report["wgmma"]) == (report["dtype"] != "float32"), report
 
 

@@ -25,7 +25,8 @@ def _launch(classes, dtype, weighted, label_smoothing, z_loss):
 
 
 def _chosen(arch: int, scope: str, dtype: str, name: str, classes: str) -> bool:
-    """In a test run bfloat16 with every feature, on sm_90 at every size; in the record on each GPU, and other types."""
+    """In a test run bfloat16 with every feature, on sm_90 at every size; in the record on every GPU, and other
+    dtypes."""
     if scope == "test":
         return dtype == "bfloat16" and name != "plain" and (arch == 90 or classes == "t5")
     return scope == "every" or (name != "plain" and (dtype == "bfloat16" or classes in ("two", "t5")))
@@ -52,6 +53,6 @@ def test_compiles_for(arch):
     for name, kernels in found.items():
         for report in kernels:
             check(report)
-            if "t5" in name:  # rows of a multiple of 16 classes are read and written in whole vectors
+            if "t5" in name:  # rows with a multiple of 16 classes are read and written in full vectors
                 assert report["loads_128"], report
                 assert report["stores_128"] or "forward" in report["kernel"], report

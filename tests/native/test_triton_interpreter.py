@@ -1,4 +1,4 @@
-"""The interpreter the kernels are tested under computes as a GPU would, bfloat16 included."""
+"""The interpreter under which the kernels are tested computes as a GPU, bfloat16 included."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_aot
 
-# Width classes: several rows a program, one row, the widest row in registers, and wider.
+# Classes of widths: several rows per program, one row per program, the widest row in registers, and wider rows.
 WIDTHS = {"narrow": 64, "bert": 768, "exact": 1024, "wide": 4096, "backward_limit": 8192, "forward_limit": 16384}
 WIDTHS |= {"looped": 20480}
 EXTREMES = {("float32", "bert"), ("bfloat16", "bert"), ("bfloat16", "backward_limit"), ("float32", "looped")}
@@ -54,8 +54,8 @@ HEAVIEST = "add_layer_norm + dropout"
 
 
 def _chosen(arch: int, scope: str, width: str, dtype: str, name: str) -> bool:
-    """In a test run: the heaviest features, on sm_90 at every width and elsewhere at the extremes; some light ones. In
-    the record: the heaviest at every width, float16 at the widest, every feature at BERT's."""
+    """In a test run: the heaviest features, on sm_90 at every width and elsewhere at the extreme widths, and some light
+    features. In the record: the heaviest at every width, float16 at the widest, every feature at BERT's width."""
     if scope == "test":
         if name == HEAVIEST:
             return dtype != "float16" and (arch == 90 or (dtype, width) in EXTREMES)
@@ -81,7 +81,7 @@ def check(report: dict) -> None:
     triton_aot.assert_runs_well(report)
     if report["kernel"] in ("_column_sum_kernel", "_layer_norm_backward_means_kernel"):
         return
-    # Rows are aligned: whole 16-byte vectors, but for a narrow weight that has fewer elements than the program threads.
+    # Rows are aligned, so accesses are 16-byte vectors, except for a weight with fewer elements than threads.
     assert report["loads_128"] and report["stores_128"] and not report["stores_narrow"], report
 
 

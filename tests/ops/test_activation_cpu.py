@@ -1,4 +1,4 @@
-"""The CPU kernels of bias + activation against plain PyTorch, for every instruction set this processor has."""
+"""The CPU kernels of bias + activation, compared with plain PyTorch on every instruction set of this processor."""
 
 import pytest
 import torch
@@ -65,10 +65,10 @@ def test_forward_and_backward(isa, dtype):
 @pytest.mark.quick
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_magnitude(isa, activation):
-    """From 2^-60 to 2^20 and both signs, in groups of one magnitude, so that each must be accurate by itself."""
+    """Inputs from 2^-60 to 2^20 with both signs, compared per magnitude, so that each magnitude must be accurate."""
     for exponent in [-60, -20, -10, *range(-6, 6), 10, 20]:
         x = (1 + torch.rand(2, 1000)) * 2.0**exponent * torch.tensor([[1.0], [-1.0]])
-        # Past -8 the definition's 1 + tanh(u) cancels to 0 even in float64; test_extremes has those.
+        # Below -8 the definition's 1 + tanh(u) cancels to 0 even in float64. test_extremes covers those.
         for side in (0, 1) if exponent < 3 else (0,):
             check(x[side : side + 1], None, None, 0.5 + torch.rand(1, 1000), activation)
 

@@ -1,4 +1,4 @@
-"""The Triton bias + activation kernels against float64: on a GPU where there is one, else under the interpreter."""
+"""The Triton bias + activation kernels against float64: on a GPU if there is one, else under the interpreter."""
 
 import contextlib
 
@@ -37,7 +37,7 @@ def _run(backend, tensors, activation, dtype):
 
 
 def _check(device, rows, width, dtype, activation, *, bias=True, gated=False, scale=2.0):
-    # x and gate are the two halves of one wider tensor, as gated units make them.
+    # x and gate are the two halves of one wider tensor, as in gated units.
     halves = (torch.randn(rows, 2 * width, device=device) * scale).to(dtype)
     tensors = (
         halves[:, :width],
@@ -83,7 +83,7 @@ def test_drawn_shapes(device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_at_the_ends(device, activation):
-    """Far out, nothing overflows; what is not a number stays so."""
+    """Large inputs do not overflow, and NaN stays NaN."""
     x = torch.tensor([[-1e4, -90.0, -0.0, 0.0, 90.0, 1e4, float("nan")]], device=device)
     y = memory.empty(tuple(x.shape), torch.float32, x.device)
     grad = memory.empty(tuple(x.shape), torch.float32, x.device)

@@ -1,4 +1,4 @@
-"""additive_attention: the definition against the paper's formula, every kernel against the definition."""
+"""additive_attention: the definition is compared with the paper's formula, every kernel with the definition."""
 
 import functools
 
@@ -26,7 +26,7 @@ def kernels(request):
 
 
 def case(batch=2, sq=3, sk=7, width=40, value_width=24, dtype=torch.float32, *, scale=1.0, weight_dtype=None, seed=0):
-    """Tensors, and cotangents of the context and of the weights."""
+    """The tensors of a call, and cotangents of the context and of the weights."""
     g = torch.Generator().manual_seed(seed)
     shapes = [(batch, sq, width), (batch, sk, width), (batch, sk, value_width), (width,), (width,)]
     tensors = [torch.randn(s, generator=g) * scale for s in shapes]
@@ -55,7 +55,7 @@ def check(backend, inputs, **options):
 
 
 def formula(query, key, value, v, bias, alive):
-    """Appendix A.1.2, the hidden layer written out."""
+    """The formula of appendix A.1.2, with the hidden layer in memory."""
     hidden = torch.tanh(query[:, :, None] + key[:, None] + bias)
     scores = (hidden * v).sum(-1).masked_fill(~alive, -torch.inf)
     weights = scores.softmax(-1)
@@ -92,7 +92,7 @@ def test_is_the_formula(backend):
     wide_weight=st.booleans(),
 )
 def test_drawn(kernels, dtype, masked, wide_weight, bias, batch, **shape):
-    # Enough values for the largest error among them not to be luck.
+    # Enough values that the largest error does not depend on chance.
     batch *= max(1, 600 // (shape["sq"] * shape["sk"]))
     options = {}
     if masked:
@@ -131,7 +131,7 @@ def test_triton_walks_over_several_tiles():
         found = check("triton", case(2, 3, 70, 150, 70), attn_mask=mask, key_lengths=torch.tensor([70, 66]))
         context, weights, query, *_ = run("triton", case(), key_lengths=torch.tensor([0, 7]))
         values = case()[0]
-        values[2][:, 4:] = float("nan")  # past the lengths nothing is read
+        values[2][:, 4:] = float("nan")  # values past the lengths must not be read
         unread = run("triton", (values, case()[1]), key_lengths=torch.tensor([4, 2]))
     assert not found[0].isnan().any() and not any(t.isnan().any() for t in unread)
     assert context[0].eq(0).all() and weights[0].eq(0).all() and query[0].eq(0).all() and context[1].ne(0).all()
@@ -166,7 +166,7 @@ def test_nothing_to_attend_to_gives_zeros(backend):
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_masked_positions_are_not_read(backend):
-    """What lies past key_lengths may be anything, NaN too."""
+    """Values past key_lengths may be anything, even NaN."""
     tensors, cotangents = case()
     lengths = torch.tensor([7, 4])
     wanted = run(backend, (tensors, cotangents), key_lengths=lengths)
@@ -200,7 +200,7 @@ def test_strides():
     tensors, cotangents = case(3, 40, 21, 64, 64)
     wanted = run("cpu", (tensors, cotangents))
     query, key, value, *vectors = tensors
-    wide = torch.stack([key, value], 2)  # projections side by side
+    wide = torch.stack([key, value], 2)  # adjacent projections
     for changed in (
         [query.transpose(1, 2).contiguous().transpose(1, 2), key, value],
         [query.transpose(0, 1).contiguous().transpose(0, 1), wide[:, :, 0], wide[:, :, 1]],
@@ -228,7 +228,7 @@ def test_same_bits_on_any_number_of_threads():
 
 
 def test_the_hidden_layer_is_never_stored():
-    """(B, Sq, Sk, D) would be 64 MB; forward and backward together allocate less than a tenth of it."""
+    """The hidden layer (B, Sq, Sk, D) would take 64 MB. Forward and backward together allocate less than a tenth."""
     if native.load():
         pytest.skip(native.load())
     inputs, _ = case(4, 64, 64, 1024, 64)
@@ -239,7 +239,7 @@ def test_the_hidden_layer_is_never_stored():
     assert 0 < allocated < 4 * 64 * 64 * 1024 * 4 / 10
 
 
-# ---- what every op owes torch ----------------------------------------------------------------------
+# ---- torch's requirements for ops ------------------------------------------------------------------
 def _function(query, key, value, v, bias):
     return ADDITIVE(query, key, value, v, bias, MASK, key_lengths=torch.tensor([7, 4]), return_weights=True)
 
@@ -277,7 +277,7 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_gradient_of_one_output_alone(which):
-    """The unused output brings no gradient, not zeros to multiply."""
+    """An unused output has no gradient, instead of a gradient of zeros."""
     tensors, cotangents = case()
     found = {}
     for backend in ("cpu", "eager"):

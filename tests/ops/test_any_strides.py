@@ -11,7 +11,7 @@ from numerics import GRADIENT, OUTPUT, assert_as_accurate
 import transformer_fast as tf
 
 HALF = torch.float16
-SMALL, LARGE = (9, 24), (300, 1100)  # rows and width; large: several tiles and programs, on a GPU
+SMALL, LARGE = (9, 24), (300, 1100)  # rows and width; the large one, on a GPU, has several tiles and programs
 
 
 def _vector(n):
@@ -26,7 +26,7 @@ def _heads(heads, length, dtype=HALF):
     return torch.randn(2, heads, length, 16).to(dtype)
 
 
-# op -> its call and its tensors; floating-point ones want a gradient where `gradients` says so.
+# op -> its call and its tensors. Floating-point tensors get gradients if `gradients` says so.
 CALLS = {
     "layer_norm": (lambda x, w, b: tf.layer_norm(x, w.shape, w, b), lambda n, m: {
         "x": torch.randn(n, 2, m), "w": _vector(m), "b": _vector(m)}),
@@ -83,7 +83,7 @@ SINGLE = (
     "rms_norm",
     "add_layer_norm",
     "rotary_embedding",
-)  # the rest of the cuda backend is 16-bit attention
+)  # the cuda backend's other op is 16-bit attention
 IN_PLACE = ("kv_cache_attention", "rotary_cache_append")  # without gradients
 OF_CUDA = (*SINGLE, *IN_PLACE, "attention", "attention_relative", "varlen_attention", "qkv_attention")
 
@@ -112,7 +112,7 @@ def _transposed(t):
 
 
 def _expanded(t):
-    """Vectors: the same value everywhere. (A row of equal values has no variance: its norm is noise.)"""
+    """Expand vectors from one value. Not other tensors: a row of equal values has no variance, so its norm is noise."""
     return t[:1].expand(t.shape) if t.is_floating_point() and t.dim() == 1 else _every_other(t)
 
 
@@ -127,7 +127,7 @@ def _cache_call(q, k, v, kc, vc, n, c=None, s=None, p=None, qw=None, kw=None):
 
 
 def _run(op, tensors, backend, way=None, dtype=None):
-    """Outputs and gradients. way: of the arguments and of the gradients that arrive."""
+    """Outputs and gradients. way: the layout of the arguments and of the incoming gradients."""
     call, gradients = CALLS[op][0] or _cache_call, op not in IN_PLACE
     leaves = {}
     for name, t in tensors.items():

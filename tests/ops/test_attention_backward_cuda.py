@@ -1,4 +1,5 @@
-"""The backward of CUDA C++ attention (mma.sync) against float64: on a GPU where one is, else under the emulator."""
+"""The backward pass of CUDA C++ attention (mma.sync) against float64: on a GPU if there is one, else under the
+emulator."""
 
 import contextlib
 import math
@@ -20,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device):
-    # Compute capability 8.0: the kernels of sm_90a would take what they can before these.
+    # Compute capability 8.0, because on 9.0 the sm_90a kernels come first.
     with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active(compute_capability=80):
         yield
 
@@ -58,8 +59,8 @@ def _check(function, tensors, kw, grads):
 
 
 def _padded(device, dtype, b=1, h=2, hk=None, sq=70, sk=100, d=64, offset=0.0, **kw):
-    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D), checked against float64. offset: of keys and
-    values, another for each channel."""
+    """Check a call on random (B, H, S, D) tensors with memory layout (B, S, H, D) against float64. offset: size of an
+    offset of keys and values, different for each channel."""
     hk = hk or h
     kw = {n: v(b, h, sq, sk) if callable(v) else v for n, v in kw.items()}
 
@@ -81,7 +82,7 @@ def _bias(axes, dtype, device="cpu"):
     return make
 
 
-# Up to 128 keys delta is summed from P and dP; past them it comes from the output.
+# With up to 128 keys delta is summed from P and dP, with more it comes from the output.
 CASES = {
     "plain": {},
     "many_keys": {"sq": 33, "sk": 200},
@@ -113,8 +114,8 @@ def test_padded(case, device):
 @pytest.mark.parametrize("kw", [{"hk": 1}, {"softcap": 3.0}, {"d": 128}], ids=["grouped", "softcap", "head_of_128"])
 @pytest.mark.parametrize("offset", [1.0, 8.0])
 def test_keys_and_values_with_offsets(offset, kw, device):
-    """An error of delta, which the output's rounding makes, is in the query's gradient times a mean of the keys, which
-    an offset of each channel makes large."""
+    """The output's rounding causes an error in delta. In the query's gradient it is multiplied by the mean of the keys,
+    which an offset per channel makes large."""
     _padded(device, HALF[offset == 1], **{"sk": 300, **kw}, offset=offset)
 
 
@@ -189,7 +190,7 @@ def test_dropout_where_a_mask_leaves_next_to_one_key_of_many(device):
 
 
 def test_unpadded(device):
-    """Sequences of any length beside each other, an empty one and one without keys among them."""
+    """Sequences of different lengths, including an empty one and one without keys."""
     cu_q = torch.tensor([0, 20, 20, 93, 98], device=device)
     cu_k = torch.tensor([0, 33, 40, 40, 85], device=device)
     q, k, v = (torch.randn(n, h, 64, device=device).bfloat16() for n, h in ((98, 4), (85, 2), (85, 2)))
@@ -212,14 +213,14 @@ def test_gradient_of_a_fused_projection_is_written_in_place(device):
 
 
 def test_rows_of_any_alignment(device):
-    """Rows that begin at any element are read one by one: the same numbers, bit for bit."""
+    """Rows that are not aligned are read element by element, with the same results bit for bit."""
     wide = torch.randn(3, 1, 70, 2, 67, device=device).bfloat16()
     odd = [t[..., 3:].transpose(1, 2) for t in wide]
     grads = []
     for tensors in (odd, [t.contiguous() for t in odd]):
         leaves = [t.detach().requires_grad_() for t in tensors]
         with tf.backend("cuda"):
-            # A soft cap: what needs no feature but alignment has kernels of its own, with other tiles.
+            # With a soft cap, because aligned calls without features use other kernels with other tiles.
             out = tf.scaled_dot_product_attention(*leaves, is_causal=True, softcap=5.0)
             grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
@@ -228,11 +229,11 @@ def test_rows_of_any_alignment(device):
 def test_strides_past_32_bits(device):
     """Rows 2^30 elements apart: offsets within one tile need 64 bits."""
     if device == "cuda":
-        pytest.skip("needs 6 GiB of GPU memory a tensor; the address arithmetic is the emulator's to check")
+        pytest.skip("needs 6 GiB of GPU memory per tensor; the emulator checks the address arithmetic")
     step = 2**30
     far = []
     for _ in range(3):
-        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # pages that are not touched cost nothing
+        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # untouched pages cost nothing
         far.append(memory.as_strided((1, 1, 3, 16), (0, 0, step, 1)))
         far[-1].copy_(torch.randn(1, 1, 3, 16))
     close = [t.clone(memory_format=torch.contiguous_format) for t in far]
@@ -249,7 +250,7 @@ def test_strides_past_32_bits(device):
 @given(data=st.data())
 def test_drawn_shapes_and_features(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # the data of an example is its own, so that it can be replayed
+    torch.manual_seed(0)  # so that the data of each example can be reproduced
     draw = data.draw
     dtype = draw(st.sampled_from(HALF))
     hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
@@ -257,7 +258,7 @@ def test_drawn_shapes_and_features(data):
     kw = {"is_causal": draw(st.booleans())}
     if draw(st.booleans()):
         kw["causal_alignment"] = "bottom_right"
-    # Sorted: a set's own order differs from run to run.
+    # Sorted, because the order of a set differs between runs.
     features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
     for name in sorted(draw(st.sets(st.sampled_from(features)))):
         if name == "window":
@@ -282,7 +283,7 @@ def test_drawn_shapes_and_features(data):
 
 def test_gradients_are_the_same_bits_whatever_the_order_of_warps(device):
     if device == "cuda":
-        pytest.skip("the order of warps is the emulator's to choose")
+        pytest.skip("only the emulator can change the order of warps")
     q, k, v = (torch.randn(1, 2, 140, 64).bfloat16().requires_grad_() for _ in range(3))
     bias = torch.randn(1, 1, 140, 140, requires_grad=True)
     table = torch.randn(8, 2, requires_grad=True)
@@ -296,7 +297,7 @@ def test_gradients_are_the_same_bits_whatever_the_order_of_warps(device):
 
 def test_gradients_are_the_same_bits_every_time_on_a_gpu(device):
     if device == "cpu":
-        pytest.skip("the test before this one is the emulator's")
+        pytest.skip("the previous test covers the emulator")
     q, k, v = (torch.randn(2, 8, 1024, 64, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     bias = torch.randn(1, 8, 1024, 1024, device=device, requires_grad=True)
     runs = []
@@ -309,7 +310,7 @@ def test_gradients_are_the_same_bits_every_time_on_a_gpu(device):
 
 def test_shared_memory_is_read_without_bank_conflicts(device):
     if device == "cuda":
-        pytest.skip("the emulator counts them")
+        pytest.skip("only the emulator counts bank conflicts")
     counters = cuda_emulator.library().counters
     for d in (64, 128, 256):
         cuda_emulator.library().reset_counters()

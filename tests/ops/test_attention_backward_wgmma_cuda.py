@@ -1,6 +1,5 @@
-"""The backward of attention on wgmma (sm_90a) against float64: on a GPU of compute capability 9.0 where there is one,
-else under the emulator. Outputs and their log-sum-exp are those of plain PyTorch in float64, rounded: no forward kernel
-takes part."""
+"""The backward pass of attention on wgmma (sm_90a) against float64: on a GPU of compute capability 9.0 if there is one,
+else under the emulator. Outputs and log-sum-exp come from plain PyTorch in float64, rounded; no forward kernel runs."""
 
 import contextlib
 import math
@@ -18,10 +17,10 @@ BF16, F16 = torch.bfloat16, torch.float16
 
 @pytest.fixture
 def machine(device):
-    """The GPU, or the emulator: call it to choose when asynchronous work is done and the order of warps."""
+    """The GPU or the emulator. Call it to set when asynchronous work completes, and the order of warps."""
     if device == "cuda":
         if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("wgmma runs on GPUs of compute capability 9.0 alone")
+            pytest.skip("wgmma runs only on GPUs of compute capability 9.0")
         return contextlib.nullcontext
     return cuda_emulator.active
 
@@ -58,7 +57,7 @@ def _unpadded(device, dtype, lengths_q, lengths_k, d=64, h=1, hk=None, **kw):
 
 
 def _eager(spec, grads, dtype):
-    """out, lse and the gradients."""
+    """out, lse and the gradients in plain PyTorch."""
     leaves = [t.to(dtype).detach().requires_grad_() for t in spec[:3]]
     out, lse = eager.attention(spec._replace(query=leaves[0], key=leaves[1], value=leaves[2]))
     wanted = [(o, g.to(o.dtype)) for o, g in zip((out, lse), grads) if g is not None]
@@ -68,7 +67,7 @@ def _eager(spec, grads, dtype):
 
 def _backward(spec, out, lse, grads, deterministic=False):
     results = [torch.full_like(t, math.nan) for t in spec[:3]]
-    torch.use_deterministic_algorithms(deterministic)  # here alone: on a GPU products of plain PyTorch would raise
+    torch.use_deterministic_algorithms(deterministic)  # only here: plain PyTorch's products would raise
     try:
         cuda_attention.attention_backward(spec, grads[0], grads[1], out, lse, *results, None, None)
     finally:
@@ -77,12 +76,12 @@ def _backward(spec, out, lse, grads, deterministic=False):
 
 
 def _check(spec, grad_lse=True, deterministic=False):
-    """Against float64; returns a function that computes the gradients once more."""
+    """Compare with float64. Returns a function that computes the gradients once more."""
     lse_shape = spec.query.shape[:-1] if spec.cu_seqlens_q is None else spec.query.shape[1::-1]
     grad_out = torch.randn_like(spec.query)
     grads = (grad_out, torch.randn(lse_shape, device=grad_out.device) if grad_lse else None)
     out, lse, truth = _eager(spec, grads, torch.float64)
-    if grad_lse:  # into a row without keys none flows
+    if grad_lse:  # rows without keys get no gradient
         grads = (grad_out, grads[1].masked_fill(lse == -math.inf, 0.0))
         truth = _eager(spec, grads, torch.float64)[2]
     plain = _eager(spec, grads, spec.query.dtype)[2]
@@ -128,8 +127,8 @@ def test_padded(case, device, machine):
 @pytest.mark.parametrize("offset", [1.0, 8.0])
 @pytest.mark.parametrize("case", ["grouped", "full_128", "causal_128"])
 def test_keys_and_values_with_offsets(case, offset, device, machine):
-    """An error of delta, which the output's rounding makes, is in the query's gradient times a mean of the keys, which
-    an offset of each channel makes large."""
+    """The output's rounding causes an error in delta. In the query's gradient it is multiplied by the mean of the keys,
+    which an offset per channel makes large."""
     spec = _padded(device, (BF16, F16)[offset == 1], **PADDED[case] | {"sq": 170, "sk": 300})
     for t in (spec.key, spec.value):
         t += (offset * torch.randn(t.shape[1], 1, t.shape[3], device=device)).to(t.dtype)
@@ -148,7 +147,7 @@ def test_one_tile_more_than_the_ring_holds(d, dtype, device, machine):
 @pytest.mark.parametrize(("late", "seed"), [(True, 1), (True, 2), (False, 3)])
 def test_any_order_of_warps_and_of_asynchronous_work(late, seed, device, machine):
     if device == "cuda":
-        pytest.skip("a GPU chooses its own order")
+        pytest.skip("only the emulator can change the order")
     with machine(late=late, seed=seed):
         _check(_padded(device, BF16, sq=400, sk=140, h=2, hk=1))
         _check(_padded(device, F16, d=128, sq=330, sk=130))
@@ -159,7 +158,7 @@ def test_any_order_of_warps_and_of_asynchronous_work(late, seed, device, machine
 def test_key_lengths(d, device, machine):
     lengths = torch.tensor([0, 61, 200], device=device, dtype=torch.int32)
     spec = _padded(device, BF16, d=d, b=3, key_lengths=lengths, **(CAUSAL if d == 64 else FROM_THE_END))
-    for b, n in enumerate(lengths.tolist()):  # nobody shall read what lies behind
+    for b, n in enumerate(lengths.tolist()):  # positions after the length must not be read
         spec.key[b, :, n:] = math.nan
         spec.value[b, :, n:] = math.inf
     with machine():
@@ -209,7 +208,7 @@ def test_deterministic(case, device, machine):
 
 
 def test_deterministic_windows(device, machine):
-    """The first of the key blocks that add to a tile of queries is not always block 0."""
+    """With a window the first key block that adds to a tile of queries need not be block 0."""
     with machine():
         _check(_padded(device, F16, sq=400, sk=400, window_left=100, window_right=30), deterministic=True)
 
@@ -227,6 +226,6 @@ def test_what_it_leaves_to_others(device, machine):
             before = _products(spec)
             grads = (torch.randn_like(spec.query), None)
             out, lse, _ = _eager(spec, grads, torch.float32)
-            with contextlib.suppress(RuntimeError):  # another kernel takes it, or the error names the reasons
+            with contextlib.suppress(RuntimeError):  # another kernel runs it, or the error names the reasons
                 _backward(spec, out.to(BF16), lse, grads)
             assert _products(spec) == before

@@ -1,4 +1,4 @@
-"""The CPU attention kernels against float64, for every instruction set this processor has."""
+"""The CPU attention kernels against float64, on every instruction set of this processor."""
 
 import contextlib
 
@@ -55,7 +55,7 @@ def test_head_dims(isa, dim, dtype):
 def test_decoding(isa, queries, dtype):
     check(Case(2, 6, 2, queries, 300, 64, dtype, is_causal=True, causal_alignment="bottom_right"))
     check(Case(2, 2, 2, queries, 261, 40, dtype, softcap=20.0, mask_axes=(1, 0, 0, 1), bias_axes=(0, 1, 1, 1)))
-    check(Case(1, 2, 1, queries, 2100, 24, dtype, lengths=[2050], buckets=32))  # split among threads
+    check(Case(1, 2, 1, queries, 2100, 24, dtype, lengths=[2050], buckets=32))  # split over threads
     check(Case(3, 2, 2, queries, 40, 80, dtype, unpadded=True, lengths=[40, 0, 33], window=(30, None)))
 
 
@@ -133,7 +133,7 @@ def test_strides(dtype):
 
 def test_offsets_past_two_to_the_31():
     step = 3 << 29
-    memory = torch.empty(3 * step + 64, dtype=torch.float16)  # pages that nobody touches cost nothing
+    memory = torch.empty(3 * step + 64, dtype=torch.float16)  # untouched pages cost nothing
     q, k, v = (torch.randn(1, 2, 4, 16, dtype=torch.float16) for _ in range(3))
     far = memory.as_strided((1, 2, 4, 16), (0, 32, step, 1))
     far.copy_(k)
@@ -234,7 +234,7 @@ def test_memory_is_linear(tmp_path):
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("offset", [1.0, 8.0])
 def test_keys_and_values_with_an_offset_of_each_channel(isa, dtype, softcap, offset):
-    """As the biases of their projections make them."""
+    """Biases of the key and value projections cause such offsets."""
     for keys in (300, 1100):  # whole rows of scores, and blocks of them
         case = Case(1, 2, 1, 70, keys, 64, dtype, softcap=softcap)
         inputs = case.inputs()
@@ -246,7 +246,7 @@ def test_keys_and_values_with_an_offset_of_each_channel(isa, dtype, softcap, off
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 20, 1), (1, 3, 1, 1), (1, 1, 1, 1)])
 def test_a_bias_of_whole_rows_moves_lse_alone(shape, with_lse):
-    """Softmax does not see it: its gradient is lse's, and exactly zero without one."""
+    """Softmax does not depend on such a bias. Its gradient is that of lse, and exactly zero if lse has none."""
     q, k, v = (torch.randn(2, 3, n, 48, dtype=torch.bfloat16) for n in (20, 225, 225))
     mask = torch.rand(2, 1, 20, 225) > 0.2
     mask[0, 0, 3] = False  # nothing to attend to
@@ -266,14 +266,14 @@ def test_a_bias_of_whole_rows_moves_lse_alone(shape, with_lse):
     truth, plain = (gradient(cast, tf.backend("eager")) for cast in (torch.Tensor.double, torch.Tensor.clone))
     if not with_lse:
         assert not ours.any()
-        truth = torch.zeros_like(truth)  # but for the rounding of float64
+        truth = torch.zeros_like(truth)  # exact, without float64's rounding
     assert_as_accurate(ours, truth, plain, GRADIENT, "bias")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [64, 100])
 def test_a_key_seen_alone_has_no_gradient(isa, dim, dtype):
-    """Its probability is 1 whatever the score, in plain PyTorch to the last bit."""
+    """Its probability is exactly 1 whatever the score, also in plain PyTorch."""
     q, k, v = (torch.randn(1, 2, n, dim).to(dtype) for n in (230, 300, 300))
     last = {"is_causal": True, "causal_alignment": "bottom_right", "window": (0, None)}
     for more in (last, {**last, "dropout_p": 0.3}, {"attn_mask": torch.eye(230, 300, dtype=torch.bool)}):
@@ -287,7 +287,7 @@ def test_a_key_seen_alone_has_no_gradient(isa, dim, dtype):
 @pytest.mark.parametrize("keys", [300, 8200])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_a_key_left_alone_by_a_mask_has_no_gradient(dtype, keys, dropout_p):
-    """Of any number of keys, and whatever dropout makes of its value; a gradient of lse it gets."""
+    """For any number of keys, with and without dropout. It still gets a gradient from lse."""
     q, k, v = (torch.randn(1, 1, n, 16).to(dtype).requires_grad_() for n in (70, keys, keys))
     hidden = torch.zeros(70, keys, dtype=torch.bool)
     hidden[torch.arange(70), torch.arange(70) * 37 % keys] = True
@@ -305,7 +305,8 @@ def test_a_key_left_alone_by_a_mask_has_no_gradient(dtype, keys, dropout_p):
 @pytest.mark.parametrize("keys", [300, 1100])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_rows_that_a_bias_sharpens(dtype, keys, dropout_p):
-    """To one key above all: its scores get next to no gradient, and none of the rounding of an output."""
+    """The bias leaves almost all weight on one key. The score gradients are then almost zero, and must not contain the
+    rounding of the output."""
     case = Case(1, 2, 2, 70, keys, 32, dtype, dropout_p=dropout_p, bias_axes=(0, 0, 1, 1))
     inputs = case.inputs()
     inputs.grad_lse.zero_()
@@ -316,7 +317,7 @@ def test_rows_that_a_bias_sharpens(dtype, keys, dropout_p):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_windows_across_two_groups_of_keys(isa, dtype):
-    """Few keys are one tile wherever they lie; dropout counts them from where groups begin."""
+    """Few keys fit one tile even if they cross a group of keys. Dropout counts keys from the start of each group."""
     last = {"is_causal": True, "causal_alignment": "bottom_right", "window": (3, None), "dropout_p": 0.3}
     check(Case(1, 2, 1, 150, 170, 100, dtype, **last))
     check(Case(1, 2, 1, 150, 300, 40, dtype, window=(20, 30), dropout_p=0.3, bias_axes=(0, 1, 1, 1), buckets=8))

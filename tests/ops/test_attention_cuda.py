@@ -1,5 +1,5 @@
-"""The CUDA C++ attention kernels for mma.sync against float64, forward: on a GPU where there is one, else under the
-emulator. What a GPU of compute capability 8.0 takes: on 9.0 a kernel for wgmma comes first."""
+"""The forward pass of the CUDA C++ attention kernels for mma.sync against float64: on a GPU if there is one, else under
+the emulator with compute capability 8.0, because on 9.0 a kernel for wgmma comes first."""
 
 import contextlib
 import math
@@ -24,7 +24,7 @@ def _on_the_device(device):
 
 
 def _call(backend, function, tensors, kw, dtype=None):
-    """out and lse, with dropout drawn from one seed."""
+    """out and lse, with dropout from a fixed seed."""
     data = [t.to(dtype or t.dtype) for t in tensors]
     kw = dict(kw)
     if kw.get("bias") is not None:
@@ -47,7 +47,7 @@ def _check(function, tensors, kw):
 
 
 def _padded(device, dtype, b=2, h=2, hk=None, sq=24, sk=40, d=32, **kw):
-    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D), checked against float64."""
+    """Check a call on random (B, H, S, D) tensors with memory layout (B, S, H, D) against float64."""
     hk = hk or h
     kw = {n: v(b, h, sq, sk) if callable(v) else v for n, v in kw.items()}
     if hk != h:
@@ -87,7 +87,7 @@ def test_padded(case, device):
     _padded(device, HALF[len(case) % 2], **CASES[case])
 
 
-# Several tiles of queries and of keys, with ends that no tile divides, in every class of head dims.
+# Several tiles of queries and keys, with partial tiles at the ends, for every class of head dims.
 @pytest.mark.parametrize("rich", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("d", [8, 32, 48, 64, 80, 96, 128, 136, 256])
@@ -98,16 +98,16 @@ def test_head_dims(d, causal, rich, device):
 
 def test_where_shared_memory_is_100_kb(device):
     if device == "cuda":
-        pytest.skip("a setting of the emulator")
+        pytest.skip("this sets an option of the emulator")
     with cuda_emulator.active(compute_capability=120):
         for causal in (False, True):
             _padded(device, torch.bfloat16, b=1, sq=150, sk=200, d=128, is_causal=causal)
 
 
 def test_copies_at_once(device):
-    """What the emulator does at the last legal moment in the other tests, as early as can be."""
+    """Asynchronous copies complete as early as possible here; in the other tests as late as allowed."""
     if device == "cuda":
-        pytest.skip("a setting of the emulator")
+        pytest.skip("this sets an option of the emulator")
     with cuda_emulator.active(late=False, seed=3, compute_capability=80):
         _padded(device, torch.bfloat16, b=1, sq=150, sk=200, d=64)
         _padded(device, torch.bfloat16, b=1, sq=150, sk=200, d=40, dropout_p=0.2, is_causal=True)
@@ -115,7 +115,7 @@ def test_copies_at_once(device):
 
 def test_shared_memory_has_no_bank_conflicts(device):
     if device == "cuda":
-        pytest.skip("the emulator counts them")
+        pytest.skip("only the emulator counts bank conflicts")
     library = cuda_emulator.library()
     library.reset_counters()
     for d in (32, 64, 96, 128, 256):
@@ -135,7 +135,7 @@ def test_bias(axes, dtype, device):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("d", [32, 80])
 def test_relative_bias(d, bidirectional, device):
-    """Blocks of keys nearer than the reach, across it, and beyond it on either side."""
+    """Key blocks within the reach, across it, and beyond it on both sides."""
     table = torch.randn(8, 2, device=device)
     kw = {"relative": (table, 12, bidirectional), "is_causal": not bidirectional}
     _padded(device, torch.float16, b=1, sq=150, sk=170, d=d, **kw)
@@ -187,7 +187,7 @@ def test_one_huge_logit(device):
 
 
 def _view(layout, s, d, device):
-    """(2, 3, s, d) in memory where rows are not aligned to 16 bytes, or lie 2^30 elements apart."""
+    """A (2, 3, s, d) tensor whose rows are not aligned to 16 bytes, or are 2^30 elements apart."""
     if layout == "offset":
         return torch.randn(2 * 3 * s * d + 1, device=device).half()[1:].view(2, 3, s, d)
     if layout == "stride":
@@ -204,10 +204,10 @@ def test_rows_that_are_not_aligned(layout, d, device):
 def test_strides_past_32_bits(device):
     """Rows 2^30 elements apart: offsets within one tile need 64 bits."""
     if device == "cuda":
-        pytest.skip("needs 6 GiB of GPU memory a tensor; the address arithmetic is the emulator's to check")
+        pytest.skip("needs 6 GiB of GPU memory per tensor; the emulator checks the address arithmetic")
     step, far = 2**30, []
     for _ in range(3):
-        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # pages that are not touched cost nothing
+        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # untouched pages cost nothing
         far.append(memory.as_strided((1, 1, 3, 16), (0, 0, step, 1)).copy_(torch.randn(1, 1, 3, 16)))
     close = [t.clone(memory_format=torch.contiguous_format) for t in far]
     for p in (0.0, 0.1):
@@ -242,7 +242,7 @@ def test_dropout(causal, device):
 
 @pytest.mark.parametrize("rich", [False, True])
 def test_unpadded(rich, device):
-    """Sequences of any length beside each other, an empty one and one without keys among them."""
+    """Sequences of different lengths, including an empty one and one without keys."""
     cu_q = torch.tensor([0, 20, 20, 53, 58, 200], device=device)
     cu_k = torch.tensor([0, 33, 40, 40, 45, 190], device=device)
     tensors = [torch.randn(n, h, 32, device=device).bfloat16() for n, h in ((200, 4), (190, 2), (190, 2))]
@@ -267,7 +267,7 @@ def test_opcheck(dtype, device):
 @given(data=st.data())
 def test_drawn_shapes_and_features(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # the data of an example is its own, so that it can be replayed
+    torch.manual_seed(0)  # so that the data of each example can be reproduced
     draw = data.draw
     dtype = draw(st.sampled_from(HALF))
     hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
@@ -275,7 +275,7 @@ def test_drawn_shapes_and_features(data):
     kw = {"is_causal": draw(st.booleans())}
     if draw(st.booleans()):
         kw["causal_alignment"] = "bottom_right"
-    # Sorted: a set's own order differs from run to run.
+    # Sorted, because the order of a set differs between runs.
     features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
     for name in sorted(draw(st.sets(st.sampled_from(features)))):
         if name == "window":
@@ -306,7 +306,7 @@ def test_float32_is_refused_with_the_reason(device):
 
 
 def _native(device, **changes):
-    """The native op itself, on arguments that are right but for `changes`."""
+    """Call the native op with valid arguments, except for `changes`."""
     q = torch.randn(2, 2, 4, 16, device=device).half()
     arguments = {
         "query": q, "key": q, "value": q, "bias": None, "mask": None, "key_lengths": None, "cu_seqlens_q": None,

@@ -1,4 +1,4 @@
-"""The CUDA decoding kernel against float64: on a GPU where there is one, else under the emulator."""
+"""The CUDA decoding kernel against float64: on a GPU if there is one, else under the emulator."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ _ops = torch.ops.transformer_fast
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device, monkeypatch):
-    # The backend refuses float32 attention as a whole, not knowing of how few queries; this kernel takes it.
+    # The backend refuses float32 attention because it does not know the number of queries. This kernel supports it.
     monkeypatch.setitem(cuda._REFUSES, "attention", lambda call: ())
     with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active():
         yield
@@ -28,7 +28,7 @@ def _on_the_device(device, monkeypatch):
 
 @contextlib.contextmanager
 def _multiprocessors(n):
-    """Of the emulated GPU: it decides into how many parts the keys are cut."""
+    """Set the number of multiprocessors of the emulated GPU, which determines the number of splits of the keys."""
     settings = cuda_emulator.library().settings
     before, settings.multiprocessors = settings.multiprocessors, n
     try:
@@ -71,9 +71,9 @@ def test_rows_that_share_keys(device, dtype, heads, key_heads, queries):
 @pytest.mark.parametrize("multiprocessors", [1, 4, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_splits(device, dtype, multiprocessors):
-    """From one part to as many as there are pieces of 64 keys; one sequence is shorter than the parts are many."""
+    """From one split to one per 64 keys. One sequence has fewer keys than there are splits."""
     if device == "cuda":
-        pytest.skip("the number of multiprocessors is the emulator's to set")
+        pytest.skip("only the emulator can set the number of multiprocessors")
     with _multiprocessors(multiprocessors):
         _check(device, Case(2, 2, 2, 1, 700, 64, dtype, lengths=[700, 5]))
         _check(device, Case(1, 6, 2, 2, 700, 40, dtype, softcap=5.0, is_causal=True, causal_alignment="bottom_right"))
@@ -152,7 +152,7 @@ def test_the_same_bits_every_time(device):
     leaves = (inputs.query, inputs.key, inputs.value, None, None)
     with backend("cuda"), torch.no_grad():
         first = case.forward(leaves, None)
-        with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active(seed=5):  # warps in another order
+        with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active(seed=5):  # another order of warps
             again = case.forward(leaves, None)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
@@ -180,8 +180,8 @@ def test_opcheck(device):
         ({"query": (1, 34, 1, 16)}, "more than 16 queries"),
         ({"query": (1, 2, 1, 16), "key": (1, 2, 8, 24)}, "do not fit each other"),
         ({"query": (1, 2, 1, 300), "key": (1, 2, 8, 300)}, "head dim over 256"),
-        ({"new": (1, 2, 2, 16)}, "new keys and values must be as the queries"),
-        ({"lengths": None, "new": (1, 2, 1, 16)}, "new keys want new values and key_lengths"),
+        ({"new": (1, 2, 2, 16)}, "new keys and values must have the queries' shape"),
+        ({"lengths": None, "new": (1, 2, 1, 16)}, "new keys need new values and key_lengths"),
     ],
 )
 def test_bad_input_is_refused_before_launch(device, change, message):
@@ -198,7 +198,7 @@ def test_bad_input_is_refused_before_launch(device, change, message):
 
 
 def test_dropout_goes_to_another_kernel(device, monkeypatch):
-    """The decoding kernel drops nothing: a call with dropout must not come to it."""
+    """The decoding kernel has no dropout, so a call with dropout must not reach it."""
     monkeypatch.setattr(cuda_attention, "_decode", lambda *_: pytest.fail("decoded"))
     query, key = (torch.randn(1, 2, n, 64, device=device).bfloat16() for n in (2, 50))
     with backend("cuda"), torch.no_grad():

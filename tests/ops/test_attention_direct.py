@@ -1,4 +1,4 @@
-"""Small calls on the CPU go straight to the kernel once a call like them has passed its checks."""
+"""Small calls on the CPU go straight to the kernel once a call with the same signature has passed the checks."""
 
 import pytest
 import torch

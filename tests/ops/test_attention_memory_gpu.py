@@ -15,7 +15,7 @@ FEATURES = {
 
 
 def _peak(length: int, feature: str, backward: bool) -> int:
-    """Bytes over the inputs at the worst moment."""
+    """Peak memory in bytes, without the inputs."""
     q, k, v = (
         torch.randn(1, 4, length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=backward) for _ in range(3)
     )
@@ -39,7 +39,7 @@ def _peak(length: int, feature: str, backward: bool) -> int:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("feature", list(FEATURES))
 def test_memory_is_linear_in_the_length(feature, backward):
-    _peak(LENGTHS[0], feature, backward)  # what the first call alone keeps
+    _peak(LENGTHS[0], feature, backward)  # warm up: the first call allocates memory that stays
     used = [_peak(length, feature, backward) for length in LENGTHS]
     for shorter, longer in zip(used, used[1:]):
-        assert longer <= 4.2 * shorter + 2**20, used  # lengths differ by 4; allocations are rounded
+        assert longer <= 4.2 * shorter + 2**20, used  # lengths differ by a factor of 4; allocations are rounded

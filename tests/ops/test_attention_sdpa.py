@@ -1,4 +1,4 @@
-"""torch's own attention kernels behind this package's contract (backends/sdpa.py), and the choice among backends."""
+"""torch's own attention kernels as a backend of this package (backends/sdpa.py), and the selection of backends."""
 
 import pathlib
 import re
@@ -16,7 +16,8 @@ from transformer_fast import backends
 from transformer_fast.backends import Call, measured
 
 OP_SOURCES = list((pathlib.Path(backends.__file__).parent.parent / "ops").glob("*.py"))
-# In float32 torch's CPU kernel has an approximate exp (20 units in the last place): held against torch itself below.
+# In float32 torch's CPU kernel has an approximate exp (20 units in the last place), so it is compared with torch
+# itself.
 HALF = [torch.bfloat16, torch.float16]
 CASES = {
     "plain": {},
@@ -82,7 +83,7 @@ def test_drawn_calls(data):
 def test_a_row_that_sees_nothing_is_zero_and_gets_no_gradient():
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
     mask = torch.rand(1, 1, 40, 40) > 0.3
-    mask[:, :, :, :5] = False  # causal: the first five rows see nothing
+    mask[:, :, :, :5] = False  # with the causal mask the first five rows have no keys
     with tf.backend("sdpa"):
         out, lse = tf.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True, return_lse=True)
         grads = torch.autograd.grad((out, lse), (q, k, v), (torch.randn_like(out), torch.randn_like(lse)))
@@ -120,14 +121,14 @@ def test_it_stands_between_the_kernels_and_plain_torch_on_cuda():
     assert "length 512" in text
     assert measured.LINES or "not yet run on a GPU" in text
     if not torch.cuda.is_available():
-        assert "sdpa: could, comes later" in text  # says nothing of a GPU it cannot see
+        assert "sdpa: could, comes later" in text  # no statement about a GPU that is not there
     odd = backends.get("sdpa").why_not(Call("attention", "cuda", torch.float16, 37))
     assert odd == ("head dim 37 is not a multiple of 8",)
 
 
 @pytest.mark.quick
 def test_a_detour_goes_last_of_the_kernels(monkeypatch):
-    """Where Triton computes the scores once for each slice of a wide head, others that can go first."""
+    """If Triton would recompute the scores for each slice of a wide head, other backends go first."""
     triton, cuda, sdpa = (backends.get(name) for name in ("triton", "cuda", "sdpa"))
     for backend in (triton, cuda):
         monkeypatch.setattr(backend, "why_not", lambda call: ())
@@ -186,7 +187,7 @@ def test_a_measured_line_goes_first(monkeypatch):
             {"features": ("causal", "mask")},
         ):  # fmt: skip
             assert measured.line(call._replace(**other)) is None
-        # A line never forces a call on a backend that cannot take it.
+        # A line never selects a backend that cannot run the call.
         monkeypatch.setattr(measured, "LINES", (line._replace(features=None),))
         backends._select.cache_clear()
         assert backends.select(call._replace(features=("softcap",))).name != "sdpa"

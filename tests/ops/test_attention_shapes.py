@@ -1,4 +1,4 @@
-"""Every shape that torch's scaled_dot_product_attention takes, against its plain maths."""
+"""Every shape that torch's scaled_dot_product_attention accepts, compared with torch's math implementation."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import transformer_fast as tf
 
-# name: (query, key, value, more)
+# name: (query, key, value, keyword arguments)
 SHAPES = {
     "two dimensions": ((5, 8), (9, 8), (9, 8), {}),
     "three": ((3, 5, 8), (3, 9, 8), (3, 9, 8), {"is_causal": True}),
@@ -113,19 +113,19 @@ def test_dropping_everything():
 @pytest.mark.parametrize("far", [2**31, 2**62, 2**63 - 1])
 def test_windows_beyond_every_position(far):
     q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 300, 16)
-    for queries in (q, q[:, :, :3]):  # the kernels for many queries and for few
+    for queries in (q, q[:, :, :3]):  # the kernel for many queries and the one for few
         for window, same in (((far, far), None), ((5, far), (5, None)), ((far, 5), (None, 5))):
             for alignment in ("top_left", "bottom_right"):
                 more = {"causal_alignment": alignment}
                 found = tf.scaled_dot_product_attention(queries, k, k, window=window, **more)
                 assert torch.equal(found, tf.scaled_dot_product_attention(queries, k, k, window=same, **more))
     spec = (q, k, k, None, None, None, None, None, 70, 300, None, 0, False, None, 0.25, 1, far, far, 0.0, 0.0)
-    out = torch.ops.transformer_fast.attention(*spec)[0]  # the registered op, which checks nothing
+    out = torch.ops.transformer_fast.attention(*spec)[0]  # the registered op has no input checks
     assert torch.equal(out, tf.scaled_dot_product_attention(q, k, k, scale=0.25, window=(far, far)))
 
 
 def test_few_keys_are_as_exact_as_dot_products():
-    """Libraries multiply a few rows by dot products, whose sums run side by side and lose less than one long sum."""
+    """For few rows libraries compute dot products with parallel partial sums, which lose less than one long sum."""
     triples = []
     for seed in range(30):
         torch.manual_seed(seed)
@@ -139,7 +139,7 @@ def test_few_keys_are_as_exact_as_dot_products():
 
 
 def test_probabilities_of_strided_keys_are_as_exact_as_dot_products():
-    """One query, keys whose heads do not follow one another: a copy of the transposed keys would lose digits."""
+    """One query, and keys whose heads are not adjacent. A product with a copy of transposed keys would lose digits."""
     torch.manual_seed(0)
     q, k = torch.randn(40, 2, 1, 256) * 4, torch.randn(40, 2, 40, 256)[:, :, :31]
     truth, same = (

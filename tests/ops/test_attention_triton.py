@@ -1,4 +1,4 @@
-"""The Triton attention kernels against float64: on a GPU where there is one, else under Triton's interpreter."""
+"""The Triton attention kernels against float64: on a GPU if there is one, else under Triton's interpreter."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ import transformer_fast as tf
 from transformer_fast.backends.philox import keep_mask
 from transformer_fast.ops import qkv_attention
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log2(0) in rows without keys
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log2(0) in rows without keys
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -28,8 +28,8 @@ def _on_the_device(device):
 
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch, device):
-    """Under the interpreter, tiles of a size at which short sequences have several; on a GPU, those that are shipped.
-    Call it to choose others."""
+    """Under the interpreter, small tiles, so that short sequences have several; on a GPU, the shipped ones. Call it to
+    set other sizes."""
     from transformer_fast.kernels import attention_configurations as configurations
 
     def choose(block_m=16, block_n=32, columns=None):
@@ -50,7 +50,7 @@ def _relative(kw, leaves):
 
 
 def _call(backend, function, tensors, kw, grads, dtype=None):
-    """Outputs (out, lse) and gradients of every tensor by name, with dropout drawn from one seed."""
+    """Outputs (out, lse) and gradients of every tensor by name, with dropout from a fixed seed."""
     found = {}
 
     def leaf(name, t):
@@ -84,7 +84,7 @@ def _check(function, tensors, kw, grads):
 
 
 def _padded(device, dtype, b=2, h=2, hk=None, sq=24, sk=40, d=32, grads=True, **kw):
-    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D), checked against float64."""
+    """Check a call on random (B, H, S, D) tensors with memory layout (B, S, H, D) against float64."""
     hk = hk or h
     kw = {n: v(b, h, sq, sk) if callable(v) else v for n, v in kw.items()}
 
@@ -145,7 +145,7 @@ def test_bias_gradient_over_the_axes_it_broadcasts_along(axes, device):
 def test_relative_bias_gradient_to_its_table(tile, bidirectional, device, blocks):
     blocks(*tile)
     table = torch.randn(8, 2, device=device)
-    d = 32 if bidirectional else 80  # wide heads sum for the table in a launch of its own
+    d = 32 if bidirectional else 80  # with wide heads dtable has a separate launch
     _padded(device, torch.float16, sq=50, sk=70, d=d, relative=(table, 12, bidirectional), is_causal=not bidirectional)
 
 
@@ -187,10 +187,10 @@ def test_one_huge_logit(device):
     [(40, 5.0, {}), (150, 10.0, {"dropout_p": 0.2}), (150, 30.0, {"softcap": 500.0}), (150, 10.0, "bias")],
 )
 def test_large_logits_in_float32(keys, size, kw, device):
-    """A log-sum-exp of hundreds is rounded so coarsely that rows of exp(score - lse) do not sum to one."""
+    """A log-sum-exp of several hundred is rounded so coarsely that rows of exp(score - lse) do not sum to one."""
     heads = [torch.randn(1, 1, s, 16, device=device) for s in (40, keys, keys)]
     tensors = dict(zip(("query", "key", "value"), heads))
-    tensors["query"][:, :, :30] *= size  # a block of rows with small ones stays
+    tensors["query"][:, :, :30] *= size  # one block of rows keeps small logits
     tensors["key"] *= size
     if kw == "bias":
         kw = {"bias": 1000 * torch.randn(1, 1, 40, 1, device=device)}
@@ -203,8 +203,8 @@ def test_large_logits_in_float32(keys, size, kw, device):
 )
 @pytest.mark.parametrize("offset", [1.0, 8.0])
 def test_keys_and_values_with_offsets(offset, kw, device, blocks):
-    """An error of delta, which the output's rounding makes, is in the query's gradient times a mean of the keys, which
-    an offset of each channel makes large."""
+    """The output's rounding causes an error in delta. In the query's gradient it is multiplied by the mean of the keys,
+    which an offset per channel makes large."""
     blocks(32, 64)
     b, h, sq, sk, d = 1, 2, 64, 300, 64
     hk = kw.get("hk", h)
@@ -220,11 +220,11 @@ def test_keys_and_values_with_offsets(offset, kw, device, blocks):
 def test_strides_past_32_bits(device):
     """Rows 2^30 elements apart: offsets within one tile need 64 bits."""
     if device == "cuda":
-        pytest.skip("needs 6 GiB of GPU memory a tensor; the address arithmetic is the interpreter's to check")
+        pytest.skip("needs 6 GiB of GPU memory per tensor; the interpreter checks the address arithmetic")
     step = 2**30
     tensors = {}
     for name in ("query", "key", "value"):
-        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # pages that are not touched cost nothing
+        memory = torch.empty(2 * step + 16, dtype=torch.float16)  # untouched pages cost nothing
         tensors[name] = memory.as_strided((1, 1, 3, 16), (0, 0, step, 1))
         tensors[name].copy_(torch.randn(1, 1, 3, 16))
     close = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
@@ -265,7 +265,7 @@ def test_dropout_where_a_mask_leaves_next_to_one_key_of_many(device):
 
 
 def test_unpadded(device):
-    """Sequences of any length beside each other, an empty one and one without keys among them."""
+    """Sequences of different lengths, including an empty one and one without keys."""
     cu_q = torch.tensor([0, 20, 20, 53, 58], device=device)
     cu_k = torch.tensor([0, 33, 40, 40, 45], device=device)
     q, k, v = (torch.randn(n, h, 32, device=device).bfloat16() for n, h in ((58, 4), (45, 2), (45, 2)))
@@ -328,7 +328,7 @@ def test_drawn_shapes_and_features(data):
     from transformer_fast.kernels import attention_configurations as configurations
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # the data of an example is its own, so that it can be replayed
+    torch.manual_seed(0)  # so that the data of each example can be reproduced
     draw = data.draw
     dtype = draw(st.sampled_from(HALF))
     hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
@@ -336,7 +336,7 @@ def test_drawn_shapes_and_features(data):
     kw = {"is_causal": draw(st.booleans())}
     if draw(st.booleans()):
         kw["causal_alignment"] = "bottom_right"
-    # Sorted: a set's own order differs from run to run.
+    # Sorted, because the order of a set differs between runs.
     features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
     for name in sorted(draw(st.sets(st.sampled_from(features)))):
         if name == "window":
@@ -417,13 +417,13 @@ SHIPPED = {
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("case", list(SHIPPED))
 def test_shipped_tiles(case, d, dtype, device, monkeypatch):
-    """Several tiles each way of the sizes that are shipped, those of sm_90 under the interpreter."""
+    """Several tiles of queries and keys with the shipped sizes; under the interpreter, those of sm_90."""
     from transformer_fast.backends import triton_attention
 
     kw = dict(SHIPPED[case])
     if device == "cpu":
         if (d, dtype) != (64, torch.bfloat16) or case not in ("plain", "causal"):
-            pytest.skip("a GPU's to check: the interpreter takes minutes for all of them")
+            pytest.skip("only on a GPU: the interpreter would take minutes for all of them")
         monkeypatch.undo()
         monkeypatch.setattr(triton_attention, "_capability", lambda device: (9, 0))
     if case == "relative":
@@ -435,7 +435,7 @@ def test_shipped_tiles(case, d, dtype, device, monkeypatch):
 
 def test_gradients_are_the_same_bits_every_time(device):
     if device == "cpu":
-        pytest.skip("numpy adds in one order anyway")
+        pytest.skip("numpy always adds in the same order")
     q, k, v = (torch.randn(2, 8, 1024, 64, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     bias = torch.randn(1, 8, 1024, 1024, device=device, requires_grad=True)
     runs = []
@@ -448,11 +448,11 @@ def test_gradients_are_the_same_bits_every_time(device):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "none"])
 def test_float32_products_follow_torch_s_setting(precision, device):
-    """However it was made: reading the older allow_tf32 raises after the newer setting."""
+    """With the old and the new setting: reading the old allow_tf32 raises once the new setting has been used."""
     import triton_launches
 
     if device == "cuda":
-        pytest.skip("the same on every device")
+        pytest.skip("this does not depend on the device")
     q, matmul = torch.randn(1, 1, 40, 16), torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:

@@ -1,4 +1,4 @@
-"""The sm_90a attention kernel (TMA, wgmma) against float64: on a GPU of compute capability 9.0 where there is one, else
+"""The sm_90a attention kernel (TMA, wgmma) against float64: on a GPU of compute capability 9.0 if there is one, else
 under the emulator of CUDA kernels."""
 
 import contextlib
@@ -18,18 +18,18 @@ HALF = (torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def _machine(device):
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma runs on GPUs of compute capability 9.0 alone")
+        pytest.skip("wgmma runs only on GPUs of compute capability 9.0")
 
 
 @contextlib.contextmanager
 def _kernel(device, late=True, seed=0, wgmma=True):
-    """Inside, the cuda backend runs, under the emulator where there is no GPU. wgmma: whether this kernel is to take
-    the call."""
+    """Run the block with the cuda backend, under the emulator if there is no GPU. wgmma: whether the wgmma kernel must
+    run the call."""
     if device == "cuda":
         kernels: list[str] = []
         with tf.backend("cuda"), _launched(kernels):
             yield
-        if any("attention" in name and "kernel" in name for name in kernels):  # else the profiler sees no kernels here
+        if any("attention" in name and "kernel" in name for name in kernels):  # else the profiler sees none here
             assert any("attention_forward_wgmma_kernel" in name for name in kernels) == wgmma, kernels
         return
     with cuda_emulator.active(late=late, seed=seed), tf.backend("cuda"):
@@ -43,7 +43,7 @@ def _kernel(device, late=True, seed=0, wgmma=True):
 
 @contextlib.contextmanager
 def _launched(kernels):
-    """Adds the names of the kernels that the GPU has run."""
+    """Collect the names of the kernels that the GPU runs."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         yield
@@ -52,7 +52,7 @@ def _launched(kernels):
 
 
 def _check(device, function, tensors, wgmma=True, late=True, seed=0, **kw):
-    """out and lse of a call against float64; returns them."""
+    """Compare out and lse of a call with float64, and return them."""
     with _kernel(device, late, seed, wgmma):
         ours = function(*tensors, return_lse=True, **kw)
     with tf.backend("eager"):
@@ -64,7 +64,7 @@ def _check(device, function, tensors, wgmma=True, late=True, seed=0, **kw):
 
 
 def _padded(device, b=1, h=2, hk=None, sq=200, sk=260, d=128, dtype=torch.bfloat16, **kw):
-    """A call on random (B, H, S, D) tensors laid out as (B, S, H, D)."""
+    """Check a call on random (B, H, S, D) tensors with memory layout (B, S, H, D)."""
     sizes = (h, sq), (hk or h, sk), (hk or h, sk)
     tensors = [torch.randn(b, s, n, d, device=device).to(dtype).transpose(1, 2) for n, s in sizes]
     kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kw.items()}
@@ -124,12 +124,12 @@ def _unpadded(device, queries, keys, h, hk, d, dtype, **kw):
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("kw", [{}, {"is_causal": True}, BOTTOM_RIGHT], ids=["full", "causal", "bottom_right"])
 def test_unpadded(d, kw, device):
-    """Sequences of any length beside each other, an empty one and one without keys among them."""
+    """Sequences of different lengths, including an empty one and one without keys."""
     _unpadded(device, [200, 0, 33, 140], [190, 10, 0, 260], 2, 1, d, HALF[d == 64], **kw)
 
 
 def test_many_unpadded_sequences(device):
-    """More than the loader looks at at once, tiles of several sequences and none among them."""
+    """More sequences than the loader reads at once, with several tiles and with none."""
     lengths = [(5 * n) % 7 for n in range(70)]
     lengths[40] = 200
     _unpadded(device, lengths, lengths, 1, 1, 64, torch.float16, is_causal=True)
@@ -142,8 +142,8 @@ def test_fused_projection_is_read_in_place(device):
 
 
 def test_tiles_of_every_length_are_handed_out_once(device):
-    """Many more tiles than multiprocessors, by the counter, which each call finds as the last one left it, and in
-    turn."""
+    """Many more tiles than multiprocessors, assigned by the counter, which each call finds in the state that the
+    previous call left, and assigned round-robin."""
     for _ in range(2):
         _padded(device, b=2, h=7, sq=300, sk=300, d=64, is_causal=True)
     _unpadded(device, [5, 200, 9], [5, 200, 9], 3, 3, 64, torch.float16, is_causal=True)
@@ -178,7 +178,7 @@ def test_one_huge_logit(device):
 
 def test_a_score_that_is_nan_shows_whatever_pipe_its_exponential_takes(device):
     q, k, v = (torch.randn(1, 1, s, 64, device=device).half() for s in (64, 200, 200))
-    for column in (56, 59):  # at head dim 64 a polynomial computes 2^x of the second
+    for column in (56, 59):  # at head dim 64 a polynomial computes the exponential of the second
         broken = k.clone()
         broken[:, :, column] = math.nan
         with _kernel(device):

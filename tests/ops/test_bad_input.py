@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what came and what was wanted."""
+"""Bad input gets an error that names the argument, its value and what is expected."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Each argument of each op replaced by what it should not be: an error that names an argument, or a result."""
+"""Each argument of each op is replaced by wrong values. The call must raise an error that names an argument, or
+work."""
 
 import inspect
 
@@ -21,7 +22,7 @@ ATTENTION = {
     "causal_alignment": "top_left", "window": (3, 0), "softcap": 5.0, "relative_bias": tf.RelativeBias(r(8, 4)),
     "return_lse": False, "generator": None,
 }  # fmt: skip
-# op: its arguments, each right
+# op: valid arguments
 CALLS = {
     tf.scaled_dot_product_attention: ATTENTION,
     tf.varlen_attention: {
@@ -98,7 +99,7 @@ CALLS = {
 
 
 def _wrong(value):
-    """What somebody could give in the place of value."""
+    """Wrong values that a user might pass instead of `value`."""
     yield from (
         None,
         "seven",
@@ -175,7 +176,7 @@ def test_wrong_arguments(op):
             except (TypeError, ValueError) as error:
                 if not any(n in str(error) for n in (name, name.rstrip("es"), *names)):
                     failures.append(f"{said}: {type(error).__name__}: {error}")
-            except Exception as error:  # anything else is raw
+            except Exception as error:  # other exceptions are not from an input check
                 failures.append(f"{said}: {type(error).__name__}: {str(error)[:100]}")
     assert not failures, "\n".join(failures)
 
@@ -194,7 +195,7 @@ def _tensors(value):
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op is not tf.to_panels], ids=lambda op: op.__name__)
 def test_everything_on_meta(op):
-    """Shapes and dtypes without numbers, lengths among them."""
+    """All tensors on the meta device, lengths included: only shapes and dtypes."""
     wanted = _tensors(op(**CALLS[op]))
     found = _tensors(op(**{name: _on_meta(value) for name, value in CALLS[op].items()}))
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]

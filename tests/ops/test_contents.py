@@ -1,4 +1,4 @@
-"""Whether tensors hold what they held: the hash of memory, the pages of mapped files, and both together."""
+"""Detection of changed tensors: hashes of memory, pages of mapped files, and both together."""
 
 import mmap
 import os
@@ -15,7 +15,7 @@ if native.load():
 
 pytestmark = pytest.mark.quick
 needs_pagemap = pytest.mark.skipif(
-    not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages"
+    not os.access("/proc/self/pagemap", os.R_OK), reason="the system has no /proc/self/pagemap"
 )
 
 
@@ -25,12 +25,12 @@ def hash_of(*tensors):
 
 @pytest.fixture
 def no_hash(monkeypatch):
-    """Nothing is hashed from here on."""
+    """Call the result to make any further hashing fail the test."""
     return lambda: monkeypatch.setattr(contents, "_hashes", lambda tensors: pytest.fail("hashed"))
 
 
 def mapped(path, values):
-    """A float32 tensor in a private mapping of a file that holds values, and was not written a moment ago."""
+    """A float32 tensor in a private mapping of a file with these values, which was not written just now."""
     path.write_bytes(values.numpy().tobytes())
     os.utime(path, (1e9, 1e9))
     return torch.from_file(str(path), shared=False, size=values.numel(), dtype=torch.float32)
@@ -38,7 +38,7 @@ def mapped(path, values):
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    """Files that were made a moment ago are as good as old ones, but where a test is about that."""
+    """Treat new files as old ones, except in the test about that."""
     monkeypatch.setattr(contents, "_STILL", -(10**12))
 
 
@@ -77,7 +77,7 @@ def test_every_bit_and_every_length_counts(isa):
 
 
 def test_changes_that_undo_each_other_count():
-    """Signs of any two numbers, numbers that change places, blocks that change places, and many at once."""
+    """Two changed signs, swapped numbers, swapped blocks, and many such changes at once."""
     t = torch.randn(3 << 18)  # 3 blocks
     (original,) = hash_of(t)
     seen = {original, *hash_of(-t, t.flip(0), t.view(3, -1).flip(0).contiguous(), t.roll(1), t.roll(64), t.abs())}
@@ -150,7 +150,7 @@ def test_an_unwritten_file_is_known_by_its_pages(tmp_path, no_hash):
 @needs_pagemap
 @pytest.mark.parametrize("at", [0, 5, (1 << 17) - 1])
 def test_what_is_written_to_a_mapped_file_shows(tmp_path, at):
-    """To a whole page, or to the page that two tensors share; what is written back is as before."""
+    """Writes to a whole page, and to a page that two tensors share. Writing the old value back is no change."""
     whole = mapped(tmp_path / "weights", torch.randn(1 << 17))
     parts = [whole[:3], whole[3:]]
     held = noted(*parts)
@@ -171,7 +171,7 @@ def test_another_file_or_a_file_that_was_rewritten_shows(tmp_path):
     assert held.same([other]) and held.same([t])
     os.utime(tmp_path / "weights", (2e9, 2e9))
     assert held.same([t])
-    with open(tmp_path / "weights", "r+b") as file:  # a mapping that nobody has written to shows it
+    with open(tmp_path / "weights", "r+b") as file:  # an unwritten mapping shows the new content
         file.write((values + 1).numpy().tobytes())
     assert not held.same([t])
     os.remove(tmp_path / "other")
@@ -194,7 +194,7 @@ def test_a_file_that_was_just_written_is_not_believed_by_its_time(tmp_path, monk
 
 
 def test_shared_mappings_are_no_private_ones(tmp_path):
-    """Their pages stay the file's when they are written to."""
+    """Pages of a shared mapping stay file pages after a write."""
     path = tmp_path / "shared"
     path.write_bytes(bytes(1 << 16))
     os.utime(path, (1e9, 1e9))

@@ -1,4 +1,4 @@
-"""What every op owes torch: opcheck, one graph under torch.compile, autocast, right gradients."""
+"""torch's requirements for ops: opcheck, one graph under torch.compile, autocast, correct gradients."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _t(*shape, dtype=torch.float32, grad=True):
 
 
 def _calls():
-    """name -> (function of the tensors, the tensors). Dropout calls draw from torch's generator."""
+    """name -> (function of the tensors, the tensors). Dropout uses torch's generator."""
     mask = torch.rand(2, 1, 5, 9) > 0.3
     relative = (8, 3)
     return {

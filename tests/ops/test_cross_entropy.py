@@ -1,4 +1,4 @@
-"""cross_entropy and linear_cross_entropy: the definition against torch, every kernel against the definition."""
+"""cross_entropy and linear_cross_entropy: the definition is compared with torch, every kernel with the definition."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module", params=[*native.ISAS, "triton"])
 def kernels(request):
-    """A backend of which every kernel is tested: C++ of each instruction set, Triton under its interpreter."""
+    """A backend whose kernels are all tested: C++ for each instruction set, Triton under its interpreter."""
     if request.param == "triton":
         with triton_interpreter.active():
             yield "triton"
@@ -83,7 +83,7 @@ def test_large_vocabulary(kernels, dtype):
 
 @pytest.mark.parametrize("offset", [1e4, -3e4])
 def test_large_logits(kernels, offset):
-    """logsumexp as one number would round the probabilities away."""
+    """With one rounded logsumexp the probabilities would lose their precision."""
     logits, *rest = case(5, 5000, torch.float32)
     check(kernels, (logits + offset, *rest), label_smoothing=0.1)
     logits[:, 4500] = 5e4  # one huge logit
@@ -91,7 +91,7 @@ def test_large_logits(kernels, offset):
 
 
 def test_minus_infinity(kernels):
-    """Banned words, among them whole blocks."""
+    """Logits of -inf (banned tokens), including whole blocks."""
     logits, target, weight, grad = case(6, 9000, torch.float32, ignored=0.0)
     logits[:, 4000:8500] = -math.inf
     target[:3], target[3:] = 8600, 5
@@ -178,7 +178,7 @@ def test_nothing_counted(kernels):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_one_class_has_a_gradient_of_exactly_zero(kernels, smoothing):
-    """Its probability is 1 whatever the logit: what is left is rounding, and none is due."""
+    """With one class the probability is exactly 1, so the gradient must have no rounding error."""
     torch.manual_seed(0)
     logits = torch.randn(40, 1, requires_grad=True)
     with tf.backend(kernels):
@@ -269,7 +269,7 @@ def test_linear_losses(kernels, dtype, reduction):
 
 
 def test_linear_half_precision_shares_do_not_underflow():
-    """A row's share of a mean over many is below float16; with a loss scale its gradient is not."""
+    """The gradient of one row of a mean over many rows underflows in float16, but not with a loss scale."""
     tensors, target = linear_case(3000, 4, 5, torch.float16, ignored=0.0)
     ours = run_linear("eager", tensors, target, {}, fused=True, factor=65536.0)
     truth = run_linear("eager", tensors, target, {}, fused=False, factor=65536.0, dtype=torch.float64)

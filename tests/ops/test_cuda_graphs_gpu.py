@@ -23,7 +23,7 @@ def _embedding(word, position, weight, bias):
 
 
 HEADS = (2, 4, 70, 64)
-# name -> (function, shapes of its leaves)
+# name -> (function, shapes of its arguments)
 CALLS = {
     "attention": (_attention, [HEADS, HEADS, HEADS, (1, 4, 70, 70), (8, 4)]),
     "layer_norm": (lambda x, w, b: tf.layer_norm(x, (256,), w, b), [(33, 256), (256,), (256,)]),
@@ -49,14 +49,14 @@ def _leaves(shapes, dtype=torch.float16):
 
 
 def _step(function, leaves):
-    """Outputs, and gradients of all leaves."""
+    """The outputs and the gradients of all leaves."""
     found = function(*leaves)
     outs = found if isinstance(found, tuple) else (found,)
     return *outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
 
 
 def _captured(step):
-    """A graph of step(), and its outputs in static memory."""
+    """A CUDA graph of step(), and its outputs in static memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

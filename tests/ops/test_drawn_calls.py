@@ -26,7 +26,8 @@ def test_drawn(op):
 
 
 def test_every_op_is_drawn():
-    """What the package and the modules of ops/ export as functions, but for those that compute nothing."""
+    """All functions that the package and the modules of ops/ export have a drawn call, except those that compute
+    nothing."""
     modules = [
         importlib.import_module(f"{ops.__name__}.{m.name}")
         for m in pkgutil.iter_modules(ops.__path__)
@@ -50,13 +51,13 @@ def test_every_op_is_drawn():
 
 @pytest.mark.parametrize("name", ["eager", "cpu", "sdpa", "onednn", "blas"])
 def test_layouts(name, monkeypatch):
-    """Any strides and offsets of every tensor of every op, its gradients among them, on every backend."""
+    """Any strides and offsets of every tensor of every op, gradients included, on every backend."""
     from transformer_fast import backends
 
-    if name in ("onednn", "blas"):  # both products of `linear`, whichever this processor prefers
+    if name in ("onednn", "blas"):  # both GEMMs of `linear`, whichever this processor prefers
         if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             pytest.skip("this torch was built without oneDNN")
-        monkeypatch.setattr(gemm, "why_not_onednn", lambda: "" if name == "onednn" else "the test wants torch's own")
+        monkeypatch.setattr(gemm, "why_not_onednn", lambda: "" if name == "onednn" else "this test uses torch's GEMM")
         backends._select.cache_clear()
     products = ("linear", "multi_head_attention", "projections")
     ran = 0
@@ -66,7 +67,7 @@ def test_layouts(name, monkeypatch):
             call = fuzz_calls.draw(op, rng, layouts=1.0)
             source = fuzz.program(call, rng, name if name in ("eager", "sdpa") else "")
             wrong = fuzz.verdict(source, call, i)
-            if "BackendError" in wrong:  # a feature that torch's kernels lack
+            if "BackendError" in wrong:  # torch's kernels do not have this feature
                 continue
             ran += 1
             assert not wrong, f"{wrong}\n{source}"

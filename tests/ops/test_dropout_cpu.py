@@ -1,4 +1,4 @@
-"""Dropout on the CPU: the very mask of plain PyTorch's definition, forward and backward."""
+"""Dropout on the CPU has exactly the mask of the definition in plain PyTorch, forward and backward."""
 
 import pytest
 import torch

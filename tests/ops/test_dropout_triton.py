@@ -1,4 +1,4 @@
-"""The Triton dropout kernel has the definition's mask, bit for bit."""
+"""The Triton dropout kernel has exactly the mask of the definition."""
 
 import contextlib
 

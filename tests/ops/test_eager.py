@@ -1,4 +1,4 @@
-"""The definitions themselves, held against torch, Hugging Face and published vectors."""
+"""The definitions in plain PyTorch, compared with torch, Hugging Face and published test vectors."""
 
 import math
 

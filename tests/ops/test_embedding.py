@@ -1,4 +1,4 @@
-"""embedding_layer_norm: the definition against torch, every kernel against the definition."""
+"""embedding_layer_norm: the definition is compared with torch, every kernel with the definition."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ NAMES = ("word", "position", "token_type", "norm_weight", "norm_bias")
 
 @pytest.fixture(scope="module", params=[*native.ISAS, "triton"])
 def kernels(request):
-    """A backend of which every kernel is tested: C++ of each instruction set, Triton under its interpreter."""
+    """A backend whose kernels are all tested: C++ for each instruction set, Triton under its interpreter."""
     if request.param == "triton":
         with triton_interpreter.active():
             yield "triton"
@@ -52,7 +52,7 @@ def check(backend, inputs, **options):
     ours, eager = run(backend, inputs, **options), run("eager", inputs, **options)
     truth = run("eager", inputs, **options, dtype=torch.float64)
     assert_as_accurate(ours[0], truth[0], eager[0], name="y")
-    if ours[0].shape[-1] < 8:  # so few elements are normalised to much the same numbers: gradients are rounding noise
+    if ours[0].shape[-1] < 8:  # the norm of so few elements is almost constant, so gradients are rounding noise
         return ours
     for i, (a, t, e) in enumerate(zip(ours[1:], truth[1:], eager[1:])):
         assert_as_accurate(a, t, e, GRADIENT, name=f"gradient {i}")
@@ -77,7 +77,7 @@ def test_drawn(kernels, dtype, shape, width, wide_norm, **options):
 
 @pytest.mark.quick
 def test_bert_input(kernels):
-    """Many rows to few entries: long sums for positions and segments."""
+    """Many rows per table entry: long sums in the gradients of positions and segments."""
     check(kernels, case((8, 40), 64, torch.float32, entries=(100, 40, 2)), dropout_p=0.1, padding_idx=0)
 
 

@@ -1,4 +1,4 @@
-"""Beyond one backward pass: gradients of gradients, forward mode, torch.func, and what in-place writes may do."""
+"""Beyond one backward pass: gradients of gradients, forward mode, torch.func, and in-place writes."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def _arguments(shapes, dtype):
 
 
 def _with_penalty(function, shapes, dtype):
-    """Gradients of a loss to which the squared norm of the first gradients is added."""
+    """Gradients of a loss plus the squared norm of its first gradients."""
     inputs = _arguments(shapes, dtype)
     out = function(*inputs)
     out = out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -129,7 +129,7 @@ def test_per_sample_gradients(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_batched_gradients(name):
-    """What is_grads_batched and vectorized jacobians ask for: one gradient for each of several output gradients."""
+    """is_grads_batched and vectorized jacobians: one gradient for each of several output gradients."""
     ours, plain, shapes = OPS[name]
 
     def gradients(function, dtype):

@@ -1,4 +1,4 @@
-"""Decoding on a preallocated cache that the same call extends: plain PyTorch, the CPU kernels and Triton."""
+"""Decoding with a preallocated cache to which the same call appends: plain PyTorch, the CPU kernels and Triton."""
 
 import contextlib
 
@@ -35,7 +35,7 @@ def test_in_plain_pytorch_and_on_the_cpu(name, case):
     _check(name, "cpu", torch.bfloat16 if len(case) % 2 else torch.float32, **CASES[case])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in rows that do not take part
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about infinities in rows that do not take part
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("case", list(CASES))
 def test_in_one_launch(case, splits, device, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the Triton backend asks of a GPU: grids of any number of sequences, heads and columns."""
+"""The launches of the Triton backend: grids for any number of sequences, heads and columns."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ pytestmark = pytest.mark.quick
 
 
 def _shared(*shape, dtype=torch.float16):
-    """Of any size, in the memory of one row."""
+    """A tensor of any size in the memory of one row."""
     return torch.zeros(shape[-1], dtype=dtype).expand(shape)
 
 
 @pytest.mark.parametrize("batch, heads, length", [(4096, 16, 64), (70_000, 1, 17), (3, 40_000, 20)])
 def test_attention_of_any_number_of_heads(batch, heads, length):
-    """A grid's second and third axes end at 65535; the recorder refuses what a driver does."""
+    """The second and third axes of a grid are limited to 65535. The recorder refuses what a driver refuses."""
     q = _shared(batch, heads, length, 2).requires_grad_()
     with triton_launches.recorded() as launches, tf.backend("triton"):
         out = tf.scaled_dot_product_attention(q, q.detach(), q.detach(), is_causal=True)

@@ -1,4 +1,4 @@
-"""linear and projections: the machine's fastest GEMM, several weights of one input, and when torch's own takes over."""
+"""linear and projections: the fastest GEMM, several weights of one input, and the fallback to torch's own."""
 
 import types
 
@@ -20,10 +20,10 @@ ACTIVATIONS = [None, "gelu", "gelu_tanh", "relu", "silu"]
 
 @pytest.fixture(params=["onednn", "blas"])
 def route(request, monkeypatch):
-    """Both GEMMs, whichever this processor prefers."""
+    """Run with both GEMMs, whichever this processor prefers."""
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch was built without oneDNN")
-    reason = "" if request.param == "onednn" else "the test wants torch's own"
+    reason = "" if request.param == "onednn" else "this test uses torch's own GEMM"
     monkeypatch.setattr(gemm, "why_not_onednn", lambda: reason)
     from transformer_fast import backends
 
@@ -106,7 +106,7 @@ def test_strided_biases(route, activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_bias_is_added_before_the_sum_is_rounded(route, dtype, activation):
-    """Else relu's mask is another one wherever the sum is near zero."""
+    """Otherwise relu's mask changes where the sum is near zero."""
     x, w, b = (t.to(dtype).requires_grad_() for t in (torch.randn(64, 96), torch.randn(128, 96) / 10, torch.randn(128)))
     grad = torch.randn(64, 128)
     plain = lambda *t: reference(*t, activation)  # noqa: E731
@@ -166,7 +166,7 @@ def test_compiles_without_a_break(route):
 @pytest.mark.parametrize("isa", native.supported_isas())
 @pytest.mark.parametrize("transposed", [False, True])
 def test_long_sums(isa, transposed, monkeypatch):
-    """Of thousands of products, for any number of rows and outputs: in runs as short as torch's own BLAS makes."""
+    """Sums of thousands of products, for any number of rows and outputs, have running sums as short as torch's BLAS."""
     monkeypatch.setattr(gemm, "why_not_onednn", lambda: "")
     from transformer_fast import backends
 
@@ -188,7 +188,8 @@ def test_long_sums(isa, transposed, monkeypatch):
 
 @pytest.mark.parametrize("isa", native.supported_isas())
 def test_long_sums_of_one_sign(isa, monkeypatch):
-    """Where errors grow with the length of a running sum: of hundreds of inputs, or thousands of rows and outputs."""
+    """With numbers of one sign errors grow with the length of a running sum: hundreds of inputs, or thousands of rows
+    and outputs."""
     monkeypatch.setattr(gemm, "why_not_onednn", lambda: "")
     from transformer_fast import backends
 
@@ -203,7 +204,7 @@ def test_long_sums_of_one_sign(isa, monkeypatch):
             check(tf.linear, F.linear, (x, w), grad)
             check(lambda x, w: tf.projections(x, [w, w])[1], F.linear, (x, w), grad)
             check(lambda x, w: sum(tf.projections(x, [w, w])), lambda x, w: 2 * F.linear(x, w), (x, w), grad)
-        x, w = torch.rand(8, 20000), torch.rand(39, 20000)  # few rows: a running sum for each lane of a vector
+        x, w = torch.rand(8, 20000), torch.rand(39, 20000)  # few rows: one running sum per vector lane
         check(lambda x, w: tf.projections(x, [w])[0], F.linear, (x, w), None)
         check(tf.linear, F.linear, (x, w), None)
     finally:
@@ -243,7 +244,7 @@ def test_projections(route, dtype, frozen, bare):
 
 
 def test_projections_that_nothing_is_asked_of(route):
-    """Some outputs are not used, and some use the same weight."""
+    """Some outputs are not used, and some share a weight."""
     w, b, *_ = [torch.randn(5, 6, requires_grad=True), torch.randn(5, requires_grad=True)]
     x = torch.randn(4, 6, requires_grad=True)
     grad = torch.randn(4, 5)
@@ -256,7 +257,7 @@ def test_projections_that_nothing_is_asked_of(route):
 @pytest.mark.quick
 @pytest.mark.parametrize("isa", native.supported_isas())
 def test_projections_of_few_rows(isa, monkeypatch):
-    """In inference by one pass over the weights, each where it lies: any number of rows, sizes and strides."""
+    """In inference, one pass over the weights in place: any number of rows, sizes and strides."""
     monkeypatch.setattr(gemm, "why_not_onednn", lambda: "")
     from transformer_fast import backends
 
@@ -289,7 +290,7 @@ def test_few_outputs_are_as_exact_as_dot_products(route, out):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_onednn_gets_no_weight_with_gaps(route, activation, monkeypatch):
-    """It has plain loops alone for those, a thousand times slower than its kernels."""
+    """oneDNN only has reference loops for those, a thousand times slower than its kernels."""
     x = torch.randn(70, 40, requires_grad=True)
     gaps = torch.randn(20, 50)[:, 5:45], torch.randn(50, 20)[5:45].t(), torch.randn(50, 90)[5:45, 7:27].t()
     seen, packet = [], torch.ops.mkldnn._linear_pointwise

@@ -1,4 +1,4 @@
-"""Products in int8: the same bits on every instruction set as their definition in plain PyTorch."""
+"""int8 products have the same bits on every instruction set as the definition in plain PyTorch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformer_fast.ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Wei
 from transformer_fast.ops.linear_int8 import linear_int8 as product
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=native.load() or "there")
-# Rows around those held in registers and in a block, widths around groups, vectors and panels.
+# Numbers of rows around those kept in registers and in a block; widths around groups, vectors and panels.
 SHAPES = [(1, 1, 1), (5, 7, 3), (13, 129, 33), (50, 384, 65), (97, 130, 200), (3, 300, 1000)]
 
 
@@ -48,7 +48,7 @@ def test_bits_are_those_of_the_definition(isa, shape, group):
 
 
 def test_largest_products_do_not_saturate(isa):
-    """Instructions that add products of bytes in 16 bits would be off by thousands here."""
+    """Instructions that add byte products in 16 bits would give errors of thousands here."""
     x = torch.zeros(13, 256)
     x[:, 1::2] = 1.0
     x[:, ::4] = 1.0
@@ -102,7 +102,8 @@ def test_activation(isa, activation):
 
 @pytest.mark.parametrize("group", linear_int8.GROUPS)
 def test_error_is_within_the_steps(group):
-    """Half a step of each input times the weights, half a step of each weight times the inputs."""
+    """The error bound: half a step of each input times the weights, plus half a step of each weight times the
+    inputs."""
     x, weight, _ = _case(40, 300, 50)
     w = Int8Weight.of(weight, group)
     q, scale = w.parts()
@@ -114,7 +115,7 @@ def test_error_is_within_the_steps(group):
     bound = step_x @ (q.double() * step_w).abs().t() + (x.double().abs() / 2) @ step_w.t()
     error = (product(x, w).double() - exact).abs()
     assert (error <= bound).all()
-    assert error.norm() < 0.012 * exact.norm()  # what 8 bits leave of random numbers: 1 in 2^7.5, half of it
+    assert error.norm() < 0.012 * exact.norm()  # the error of 8 bits for random numbers: half of 2^-7.5
 
 
 def test_blocks_are_their_parts(isa):

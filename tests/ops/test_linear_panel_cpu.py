@@ -27,7 +27,7 @@ def reference(x, weight, bias, activation):
 
 
 def held_exactly(w, storage, dtype):
-    """A weight of dtype near w, of which storage loses nothing."""
+    """A weight near w, in dtype, that the storage dtype represents exactly."""
     if storage != torch.int8:
         w = w.to(storage).to(dtype)
         return w.float().to(storage).to(dtype)
@@ -64,7 +64,7 @@ def test_products(isa, dtype, storage):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_int8_is_the_nearest_of_255_steps(isa, dtype, transposed):
     w = torch.randn(70, 133) * torch.logspace(-3, 2, 70)[:, None]
-    w[5], w[40] = 0.0, 1e-42  # columns with nothing to scale by
+    w[5], w[40] = 0.0, 1e-42  # outputs whose scale is zero or subnormal
     w = w.to(dtype)
     panels = tf.to_panels(w.t().contiguous().t() if transposed else w, torch.int8)
     assert panels.data.shape == (3, 137, 32) and panels.shape == w.shape

@@ -1,4 +1,4 @@
-"""The gradient of a weight, g^T x, and of a bias: every instruction set's kernel against torch's own product."""
+"""The gradients of a weight, g^T x, and of a bias: the kernels of every instruction set against torch's product."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformer_fast.backends import gemm, native
 if native.load():
     pytest.skip(native.load(), allow_module_level=True)
 
-# rows, out, in: one of each, strips and panels that are not full, several ranges of columns, several runs of rows
+# (rows, out, in): one of each, partial strips and panels, several ranges of columns, several running sums of rows
 SHAPES = [(1, 1, 1), (3, 49, 65), (130, 48, 64), (257, 1000, 30), (600, 70, 333), (37, 2, 520), (300, 530, 17)]
 
 
@@ -22,7 +22,7 @@ def test_products_and_sums(isa):
             g = torch.randn(rows, out + 5, generator=generator)[:, 3:-2]
             x = torch.rand(rows, inner + 2, generator=generator)[
                 :, 1:-1
-            ]  # of one sign: errors grow with a sum's length
+            ]  # numbers of one sign, whose errors grow with the length of a sum
             found, sums = (torch.full(shape, float("nan")) for shape in ((out, inner), (out,)))
             assert gemm.weight_gradient(g, x, sums, found) is found
             name = str((rows, out, inner))
@@ -55,7 +55,7 @@ def test_what_it_does_not_take():
 
 
 def test_nothing_is_hidden():
-    """NaN in a row of either shows where it belongs, and nowhere else."""
+    """NaN in a row of g or x reaches exactly the results that depend on it."""
     g, x = torch.randn(200, 100), torch.randn(200, 90)
     g[150, 60], x[10, 70] = float("nan"), float("inf")
     sums = torch.empty(100)

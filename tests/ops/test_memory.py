@@ -1,4 +1,4 @@
-"""Output memory: large pages are asked for inside a tensor only, and the tensor stays an ordinary one."""
+"""Output memory: large pages are requested only inside a tensor, and the tensor stays an ordinary one."""
 
 import array
 import copy
@@ -89,7 +89,7 @@ def test_kept_memory_is_poisoned_again(monkeypatch):
 
 
 def _pages_of_a_file(t: torch.Tensor) -> int:
-    """How many of the pages inside t are resident and mirror a file."""
+    """The number of pages inside t that are resident pages of a file."""
     first, end = -(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         file.seek(8 * first)
@@ -97,7 +97,7 @@ def _pages_of_a_file(t: torch.Tensor) -> int:
     return sum(bool(e >> 63 and e & 1 << 61) for e in entries)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system has no /proc/self/pagemap")
 @pytest.mark.parametrize("written", [None, 0, 3 << 19, (1 << 20) * 4 - 1])
 def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
     values = torch.randn(1 << 20)
@@ -111,11 +111,11 @@ def test_unload_gives_back_a_mapped_file_and_loses_nothing(tmp_path, written):
     before = _pages_of_a_file(mapped)
     memory.unload(mapped, FileMappings())
     after = _pages_of_a_file(mapped)
-    assert before > 100 and (after == 0) == (written is None)  # some may go where memory is short
+    assert before > 100 and (after == 0) == (written is None)  # the system may drop some if memory is short
     assert torch.equal(mapped, values)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system has no /proc/self/pagemap")
 def test_quantising_gives_back_the_pages_of_a_mapped_weight(tmp_path):
     values = torch.randn(1024, 1024)
     path = tmp_path / "weights"
@@ -142,9 +142,9 @@ def test_unload_keeps_memory_of_its_own():
     assert torch.equal(t, expected)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system does not list a process's pages")
+@pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="the system has no /proc/self/pagemap")
 def test_what_is_written_while_pages_are_given_back_is_kept(tmp_path, monkeypatch):
-    """By another thread, between the question whether they are unwritten and the moment they go, and right after."""
+    """Another thread writes between the check and the release of the pages, and right after."""
     values = torch.randn(1 << 14)
     path = tmp_path / "weights"
     path.write_bytes(values.numpy().tobytes())

@@ -1,11 +1,11 @@
-"""One name for one thing: the native ops call their arguments as the specs of backends/specs.py call their fields."""
+"""The native ops name their arguments like the fields of the specs in backends/specs.py."""
 
 import pytest
 import torch
 
 from transformer_fast.backends import native, specs
 
-# The native ops are given the relative bias at each distance, not the table and what its buckets are.
+# The native ops get the relative bias at each distance, not the table and the parameters of its buckets.
 _TABLE = {"relative_max_distance", "relative_bidirectional"}
 ATTENTION = [name for name in specs.AttentionSpec._fields if name not in _TABLE]
 OPS = {

@@ -1,4 +1,4 @@
-"""The CPU kernels of the norms against plain PyTorch, for every instruction set this processor has."""
+"""The CPU kernels of the norms, compared with plain PyTorch on every instruction set of this processor."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def tensors(rows, width, dtype, weight_dtype, scale=1.0, shift=0.0, seed=0):
 
 
 def run(backend, inputs, grads, *, rms, add, dropout_p, affine, return_sum, eps, dtype=None):
-    """Outputs and gradients of one call; dtype: compute in this instead."""
+    """Outputs and gradients of one call. dtype: compute in this dtype instead."""
     x, residual, weight, bias = (t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs)
     weight, bias = (weight if affine else None), (bias if affine and not rms else None)
     torch.manual_seed(1)
@@ -89,7 +89,7 @@ def test_forward_and_backward(isa, dtype):
     )
     def property(rows, width, float_weight, shift, options, seed):
         if width <= 2 and not options["rms"]:
-            options["eps"] = 0.1  # y is +-1 whatever x is, but for eps: all of the gradient would cancel
+            options["eps"] = 0.1  # without a large eps y is always +-1, and the gradient cancels
         inputs, grads = tensors(rows, width, dtype, torch.float32 if float_weight else dtype, 1.0, shift, seed)
         check(inputs, grads, **options)
 

@@ -1,4 +1,4 @@
-"""The CUDA norm kernels against float64: on a GPU where there is one, else under the emulator."""
+"""The CUDA norm kernels against float64: on a GPU if there is one, else under the emulator."""
 
 import contextlib
 
@@ -55,7 +55,7 @@ def test_drawn_shapes(device):
     _drawn(device)
 
 
-# Threads to a row from 4 of a warp to 16 warps, vectors to a thread from 1 to 4, and what is too wide for registers.
+# From 4 threads to 16 warps per row, 1 to 4 vectors per thread, and rows too wide for registers.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, width", [(1, 5), (37, 16), (21, 64), (9, 512), (70, 768), (7, 1024), (6, 2304),
                                          (5, 4096), (5, 8192), (5, 8200), (2, 16400)])  # fmt: skip
@@ -71,7 +71,7 @@ def test_wide_and_unaligned_rows(device, dtype, rms, rows, width, p):
 
 
 def test_a_row_that_starts_between_vectors(device):
-    """Width and strides allow vectors of 16 bytes, the address does not."""
+    """Width and strides would allow 16-byte vectors, but the address is not aligned."""
     x = torch.randn(9 * 64 + 1, device=device, dtype=torch.bfloat16)[1:].view(9, 64)
     with tf.backend("cuda"):
         y = tf.layer_norm(x, 64)
@@ -88,7 +88,8 @@ def test_large_mean_does_not_cancel(device, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [96, 300, 1024, 16400])
 def test_dropout_mask_bit_for_bit(device, width, dtype):
-    """Of ones, dropout leaves its mask: forward in the sum, backward in the gradient to x."""
+    """With inputs of ones the result is the dropout mask: the sum in the forward pass, the gradient of x in the
+    backward pass."""
     p, rows = 0.5, 9
     rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=device)
     x = torch.ones(rows, width, device=device, dtype=dtype)
@@ -99,20 +100,20 @@ def test_dropout_mask_bit_for_bit(device, width, dtype):
     assert torch.equal(total, wanted)
     spec = NormSpec(total, None, None, None, rng, 1e-5, False, p)
     BACKEND.norm_backward(spec, torch.randn_like(x), None, mean, rstd, grad_v, grad_x, None, None)
-    assert torch.equal(grad_x, grad_v * wanted)  # twice a rounded number is the rounded double
+    assert torch.equal(grad_x, grad_v * wanted)  # doubling is exact
 
 
 def test_gradients_of_parameters_are_the_same_bits_every_time(device):
     tensors = (*(torch.randn(60, 80, device=device) for _ in range(2)), *(torch.randn(80, device=device),) * 2)
     tensors += tuple(torch.randn(60, 80, device=device) for _ in range(2))
     first = run(BACKEND, tensors, False, True, 0.0, None, torch.bfloat16)
-    with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active(seed=9):  # warps in another order
+    with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active(seed=9):  # another order of warps
         again = run(BACKEND, tensors, False, True, 0.0, None, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
 def test_autograd_through_the_op(device):
-    """float32 weights beside bfloat16 rows, one seed: the same values as plain PyTorch's, and every gradient."""
+    """float32 weights with bfloat16 rows and one seed give the values and gradients of plain PyTorch."""
     x, residual = (torch.randn(3, 5, 48, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight, bias = (torch.randn(48, device=device) for _ in range(2))
     leaves = [x, residual, weight, bias]

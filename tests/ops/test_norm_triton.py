@@ -1,4 +1,4 @@
-"""The Triton norm kernels against float64: on a GPU where there is one, else under Triton's interpreter."""
+"""The Triton norm kernels against float64: on a GPU if there is one, else under Triton's interpreter."""
 
 import contextlib
 
@@ -26,7 +26,7 @@ def _on_the_device(device):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Wide rows at a size that the interpreter gets through: the code beyond the register limit, from 128 columns."""
+    """Use the code for rows beyond the register limit from 128 columns on, a size that the interpreter can run."""
     from transformer_fast.kernels import norm as kernels
 
     monkeypatch.setattr(kernels, "FORWARD_WIDTH", 128)
@@ -88,7 +88,8 @@ def test_large_mean_does_not_cancel(device, small_blocks, width):
 @pytest.mark.quick
 @pytest.mark.parametrize("width", [96, 300])
 def test_dropout_mask_bit_for_bit(device, width, small_blocks):
-    """Of ones, dropout leaves its mask: forward in the sum, backward in the gradient to x."""
+    """With inputs of ones the result is the dropout mask: the sum in the forward pass, the gradient of x in the
+    backward pass."""
     from transformer_fast.backends.specs import NormSpec
 
     p, rows = 0.4, 9
@@ -117,7 +118,7 @@ def _call(x, residual, weight, bias):
 
 
 def test_autograd_through_the_op(device):
-    """float32 weights beside bfloat16 rows, one seed: the same values as plain PyTorch's, and every gradient."""
+    """float32 weights with bfloat16 rows and one seed give the values and gradients of plain PyTorch."""
     x, residual = (torch.randn(3, 5, 48, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight, bias = (torch.randn(48, device=device) for _ in range(2))
     leaves = [x, residual, weight, bias]

@@ -1,4 +1,5 @@
-"""lstm and gru: the definition against torch's own layers, every instruction set's kernels against the definition."""
+"""lstm and gru: the definition is compared with torch's layers, the kernels of every instruction set with the
+definition."""
 
 import contextlib
 
@@ -23,7 +24,7 @@ def kernels(request):
 
 
 def case(cell, batch=4, steps=5, inputs=7, width=11, dtype=torch.float32, seed=0):
-    """input, weights, biases and states; and cotangents of out and the last states."""
+    """Input, weights, biases and states, and cotangents of out and the last states."""
     g = torch.Generator().manual_seed(seed)
     gates, states = CELLS[cell][1] * width, 2 if cell == "lstm" else 1
     shapes = [(batch, steps, inputs), (gates, inputs), (gates, width), (gates,), (gates,), *[(batch, width)] * states]
@@ -33,7 +34,7 @@ def case(cell, batch=4, steps=5, inputs=7, width=11, dtype=torch.float32, seed=0
 
 
 def function_of(cell, **options):
-    """(tensors) -> (out, last states ...)"""
+    """A function (tensors) -> (out, last states, ...)."""
 
     def function(*tensors):
         initial = tensors[5:] if cell == "lstm" else tensors[5]
@@ -61,7 +62,7 @@ def check(backend, cell, inputs, **options):
 
 
 def in_torch(cell, inputs, lengths=None):
-    """The same by torch's own layer, which takes no sequence without positions."""
+    """The result of torch's own layer, which accepts no sequence of length 0."""
     tensors, cotangents = inputs
     layer = CELLS[cell][2](tensors[0].shape[2], tensors[2].shape[1], batch_first=True).to(tensors[0].dtype)
     x = tensors[0].detach().requires_grad_()
@@ -92,7 +93,7 @@ def test_is_torchs_layer(cell, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_kernels(kernels, cell, dtype):
-    """Panels that are not full, several of them, blocks of rows that are not full, and rows that end in between."""
+    """Partial panels, several panels, partial blocks of rows, and sequences that end at different steps."""
     g = torch.Generator().manual_seed(1)
     for batch, steps, inputs, width in ((37, 3, 9, 70), (5, 13, 8, 32), (40, 1, 6, 33)):
         lengths = torch.randint(0, steps + 1, (batch,), generator=g)
@@ -105,7 +106,8 @@ def test_kernels(kernels, cell, dtype):
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_lengths_and_reverse(cell, backend):
-    """Each sequence as if it were alone; backwards is forwards over what is turned round; unpadded is padded."""
+    """Each sequence is computed as if alone; reverse equals forward over the reversed sequence; unpadded equals
+    padded."""
     (x, *rest), cotangents = case(cell)
     lengths = torch.tensor(LENGTHS)
     for reverse in (False, True):
@@ -191,11 +193,11 @@ def test_same_bits_on_any_number_of_threads(cell):
             results.append(run("cpu", cell, inputs, lengths=torch.arange(40) % 7))
     finally:
         torch.set_num_threads(before)
-    one, three = ([*out, grads[0], *grads[2:]] for out, grads in results)  # without what torch's own products give
+    one, three = ([*out, grads[0], *grads[2:]] for out, grads in results)  # without what torch's products compute
     assert all(torch.equal(a, b) for a, b in zip(one, three))
 
 
-# ---- what every op owes torch ----------------------------------------------------------------------
+# ---- torch's requirements for ops ------------------------------------------------------------------
 @pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell):
@@ -224,7 +226,7 @@ def test_compiles_to_one_graph(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_derivatives(cell):
-    """By finite differences; gradients of gradients; forward mode."""
+    """Finite differences, gradients of gradients, and forward mode."""
     tensors, cotangents = case(cell, 2, 3, 4, 5, torch.float64)
     function = function_of(cell, lengths=torch.tensor([3, 1]), reverse=True)
     with tf.backend("eager"):
@@ -298,7 +300,7 @@ def test_bad_input(name):
 
 @pytest.mark.parametrize("isa", native.supported_isas() if not native.load() else [])
 def test_one_sequence_is_as_exact_as_dot_products(isa):
-    """Which plain PyTorch makes of one row, of many partial sums. The errors of many draws, taken together."""
+    """Plain PyTorch computes one row by dot products with many partial sums. The errors of many draws are pooled."""
     found = []
     with running_on(isa):
         for seed in range(627, 691):

@@ -1,4 +1,5 @@
-"""recurrent_step: every instruction set's kernel against the definition, weights in every storage, what an op owes."""
+"""recurrent_step: the kernels of every instruction set against the definition, weights in every storage dtype, and
+torch's requirements for ops."""
 
 import functools
 
@@ -13,7 +14,7 @@ from transformer_fast.ops import recurrent_step
 from transformer_fast.ops.decoder_step import DecoderCopies, Projection
 from transformer_fast.ops.recurrent_step import CellTensors, RecurrentSource, RecurrentTensors, RecurrentWeights
 
-# name: (where the context comes from, its score, whether the readout is fed)
+# name: (when the context is computed, its score function, whether the readout is fed to the next step)
 KINDS = {
     "plain": (None, None, False), "peeky": ("before", "given", False), "one state": ("after", "given", True),
     "additive before": ("before", "additive", False), "product before": ("before", "product", False),
@@ -31,7 +32,7 @@ def isa(request):
 
 def case(kind, cell="gru", rows=4, width=11, embedding=7, size=6, layers=2, keys=5, dtype=torch.float32, bias=True,
          seed=0):  # fmt: skip
-    """The arguments of a call, by name. One source has nothing to attend to, one is nobody's."""
+    """The arguments of a call, by name. One source has no positions to attend to, and one is not used by any row."""
     placing, score, feeds = KINDS[kind]
     g = torch.Generator().manual_seed(seed)
 
@@ -65,7 +66,7 @@ def case(kind, cell="gru", rows=4, width=11, embedding=7, size=6, layers=2, keys
         inner = 9 if score == "additive" else width
         mask = torch.rand(sources, length, generator=g) > 0.3
         mask[0], mask[1, -1] = False, True
-        given |= {"keys": draw(sources, length, inner) * 0.3, "mask": mask}  # so that no score decides alone
+        given |= {"keys": draw(sources, length, inner) * 0.3, "mask": mask}  # small, so that no key gets all the weight
         if score != "bare":
             given["query"] = draw(inner, width)
         if score == "additive":
@@ -88,13 +89,13 @@ def run(given, backend="cpu"):
 
 
 def definition(given):
-    """The truth, and what plain PyTorch makes of it."""
+    """The result in float64, and that of plain PyTorch in the tensors' dtype."""
     return run(cast(given, torch.float64), "eager"), run(given, "eager")
 
 
 def check(*calls, ours=run, known=None):
-    """ours: function of a call's arguments; known: the definition of each call, where it is at hand. The largest error
-    of few elements is luck: those of all calls are taken together."""
+    """Compare `ours`, a function of a call's arguments, with float64. known: the definition's results, if computed
+    already. The errors of all calls are pooled, because the largest error of few elements depends on chance."""
     found = [(ours(given), *(known[i] if known else definition(given))) for i, given in enumerate(calls)]
     assert len(found[0][0]) == 1 + sum(calls[0].get(n) is not None for n in ("hidden", "memory", "feed"))
     for i in range(len(found[0][0])):
@@ -104,7 +105,7 @@ def check(*calls, ours=run, known=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_kernels(isa, cell, dtype):
-    """Panels that are not full and several of them, blocks of rows that are not full, heads past 256."""
+    """Partial panels, several panels, partial blocks of rows, and heads wider than 256."""
     for kind in KINDS:
         check(*(case(kind, cell, dtype=dtype, seed=seed) for seed in range(4)))
     check(case("additive after", cell, 37, 70, 33, 65, 1, 40, dtype))
@@ -145,8 +146,8 @@ def step(given, weights):
 
 @functools.cache
 def laid_out_calls(kind, cell):
-    """Calls, the same of weights in bfloat16, and of weights that int8 holds exactly; each with the definition of all.
-    Every instruction set is held against the same."""
+    """Calls with float32 weights, with bfloat16 weights, and with weights that int8 represents exactly, each with the
+    results of the definition. All instruction sets are compared with these."""
     calls = [case(kind, cell, 17, 40, seed=seed) for seed in range(10)]
     narrow = [cast(given, torch.bfloat16) for given in calls]
     exact = [case(kind, cell, 17, 40, seed=seed) for seed in range(10)]
@@ -164,7 +165,7 @@ def laid_out_calls(kind, cell):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("kind", ["additive before", "product after"])
 def test_laid_out_weights(isa, kind, cell):
-    """Copies in every storage, of weights that it holds exactly, and weights where they lie, of either dtype."""
+    """Copies in every storage dtype, of weights that it represents exactly, and weights in place in both dtypes."""
     if native.load():
         pytest.skip(native.load())
     (calls, of_calls), (narrow, of_narrow), (exact, of_exact) = laid_out_calls(kind, cell)
@@ -200,7 +201,7 @@ def test_no_rows():
         assert logits.shape == (0, 33) and hidden.shape == (2, 0, 11)
 
 
-# ---- what every op owes torch ----------------------------------------------------------------------
+# ---- torch's requirements for ops ------------------------------------------------------------------
 def tensors_of(given):
     return [t for v in given.values() for t in (sum(map(list, v), []) if isinstance(v, list) else [v])
             if isinstance(t, torch.Tensor) and t.is_floating_point()]  # fmt: skip

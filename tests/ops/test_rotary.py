@@ -1,5 +1,5 @@
-"""Rotary embedding: the CPU's kernels on every instruction set, Triton's under its interpreter and CUDA's under the
-emulator (or on a GPU), against plain PyTorch in float64; and what models rely on."""
+"""Rotary embedding against plain PyTorch in float64: the CPU kernels on every instruction set, Triton's under its
+interpreter and CUDA's under the emulator (or on a GPU). Also the properties that models rely on."""
 
 import contextlib
 

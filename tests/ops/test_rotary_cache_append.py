@@ -1,5 +1,5 @@
-"""Rotation, head norms and the append to a cache in one call: every backend against plain PyTorch in float64, that
-against transformers, and what callers rely on."""
+"""Rotation, head norms and the append to a cache in one call: every backend is compared with plain PyTorch in float64,
+and that with transformers. Also the properties that callers rely on."""
 
 import contextlib
 
@@ -72,7 +72,7 @@ def test_against_float64(name, case, device):
                 torch.cat([t[i][b, :, n : n + new] for b, n in enumerate(LENGTHS)]) for t in (ours, truth, plain)
             ]
             assert_as_accurate(*written, name=what)
-            assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are as they were
+            assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are unchanged
 
 
 def test_is_what_transformers_computes():

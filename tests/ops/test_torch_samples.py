@@ -1,4 +1,4 @@
-"""torch.testing's own sample inputs for the functions that ours stand beside: the same result, or a stated refusal."""
+"""torch.testing's sample inputs for the functions that ours replace: the same result, or a documented refusal."""
 
 import re
 
@@ -10,16 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import transformer_fast as tf
 
-pytest.importorskip("expecttest", reason="expecttest, which torch's samples import, is not installed")
+pytest.importorskip("expecttest", reason="expecttest, which torch's samples need, is not installed")
 
 
 def _maths(*args, **more):
-    """Unfused, where gradients and sums are rounded as plain PyTorch rounds them."""
+    """Attention without fused kernels, with the rounding of plain PyTorch."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **more)
 
 
-# torch's op: (ours, plain PyTorch, what ours refuses)
+# torch's op: (ours, plain PyTorch, a pattern for the errors of what ours refuses)
 OPS = {
     "scaled_dot_product_attention": (tf.scaled_dot_product_attention, _maths, None),
     "layer_norm": (tf.layer_norm, F.layer_norm, "^eps: wanted a finite number >= 0"),
@@ -80,7 +80,7 @@ def test_samples(name):
                 largest = three[1].abs().max().item() or 1.0
                 errors["gradients" if k else "out"].append([t.flatten() / largest for t in three])
     assert ran >= 2
-    for kind, triples in errors.items():  # taken together: in so few numbers a single error is luck
+    for kind, triples in errors.items():  # pooled, because a single error of few numbers depends on chance
         if triples:
             assert_as_accurate(
                 *(torch.cat(t) for t in zip(*triples)), GRADIENT if kind == "gradients" else OUTPUT, kind

@@ -1,4 +1,4 @@
-"""Generation: one engine for every decoder, under Hugging Face's generate."""
+"""Generation: one decoding engine for all models, behind Hugging Face's generate()."""
 
 from .mixin import GenerationMixin
 from .step_description import StepDescription

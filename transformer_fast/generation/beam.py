@@ -1,4 +1,4 @@
-"""Beam search as HF scores it, around a Stepper: the beams' caches are reordered by index."""
+"""Beam search with HF's scoring, on a Stepper, whose caches are reordered by index."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from .stepper import Stepper
 
 __all__ = ["beam_search"]
 
-_NEVER = -1.0e9  # HF's score of what must not be chosen
+_NEVER = -1.0e9  # HF's score for what must not be chosen
 _BLOCK = 256
 
 
 def top_values(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch.topk along the last dimension of (rows, n), sorted. In long rows the k best blocks are found by their
-    maxima first, one pass at the speed of memory; what is not in one of them is not among the k best."""
+    """torch.topk along the last dimension of (rows, n), sorted. For long rows it first finds the k blocks with the
+    largest maxima, in one pass at memory speed. The k best values are all in these blocks."""
     rows, n = x.shape
     blocks = n // _BLOCK
     if x.device.type != "cpu" or blocks < 4 * k or not x.is_contiguous():
@@ -35,9 +35,9 @@ def top_values(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _continuations(log_probs, running, k: int, do_sample: bool):
-    """The k best (or drawn) continuations of each prompt: scores, beams and tokens, (B, k) each.
+    """The k best (or sampled) continuations of each prompt: scores, beams and tokens, (B, k) each.
 
-    log_probs: (B * K, V); running: (B, K), the scores so far.
+    log_probs: (B * K, V). running: (B, K), the scores so far.
     """
     batch, beams = running.shape
     vocabulary = log_probs.shape[-1]
@@ -48,11 +48,12 @@ def _continuations(log_probs, running, k: int, do_sample: bool):
             return total.gather(1, index), index // vocabulary, index % vocabulary
         scores, index = torch.topk(total, k)
         return scores, index // vocabulary, index % vocabulary
+    # The k best continuations of a prompt are among the k best of each of its beams.
     return _best_of_beams(*top_values(log_probs, k), running)
 
 
 def _best_of_beams(best, tokens, running):
-    """What _continuations returns, from the k best of each beam: best, tokens (B * K, k)."""
+    """What _continuations returns, from the k best tokens of each beam: best, tokens (B * K, k)."""
     (batch, beams), k = running.shape, best.shape[-1]
     total = (best.view(batch, beams, k) + running[:, :, None]).view(batch, -1)
     scores, index = torch.topk(total, k)
@@ -60,15 +61,15 @@ def _best_of_beams(best, tokens, running):
 
 
 def _select(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """t[b, index[b]] for (B, n, L) or (B, n)."""
+    """t[b, index[b]] for t (B, n, L) or (B, n)."""
     return t.gather(1, index) if t.dim() == 2 else t.gather(1, index[..., None].expand(-1, -1, t.shape[2]))
 
 
 class _Search:
-    """The state of every prompt's groups of beams, (G, n, ...) each: a plain search has one group a prompt.
+    """The state of the groups of beams of all prompts, tensors (G, n, ...). A plain search has one group per prompt.
 
-    Scores are summed log-probabilities over length ** length_penalty. `running` are the beams that go on, `ids` the
-    best that have ended.
+    Scores are summed log-probabilities divided by length ** length_penalty. `running` are the scores of the unfinished
+    beams, `ids` the best finished sequences.
     """
 
     def __init__(self, input_ids: torch.Tensor, groups: int, config: Any):
@@ -83,21 +84,22 @@ class _Search:
         self.running_ids[:, :, : self.prompt] = input_ids.view(*shape, -1)
         self.ids = self.running_ids.clone()
         self.running = torch.full(shape, _NEVER, device=device)
-        self.running[:, 0] = 0.0  # all beams begin alike: only the first counts
+        self.running[:, 0] = 0.0  # all beams start equal, so only the first counts
         self.scores = torch.full(shape, _NEVER, device=device)
         self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
         self.improvable = torch.ones((self.count, 1), dtype=torch.bool, device=device)
-        self.over = torch.zeros(self.count, dtype=torch.bool, device=device)  # nothing better can come of a group
+        self.over = torch.zeros(self.count, dtype=torch.bool, device=device)  # groups that cannot improve any more
         self.running_from = torch.full((*shape, self.most - self.prompt), -1, dtype=torch.int32, device=device)
         self.came_from = self.running_from.clone()
-        self.first = torch.arange(self.k, device=device) < n  # only the best n continuations may end
-        self.chosen: torch.Tensor  # (g, n), the tokens of the groups that were extended last
+        self.first = torch.arange(self.k, device=device) < n  # only the best n continuations may finish
+        self.chosen: torch.Tensor  # (g, n), the tokens that the last call of extend chose
         self.offset = (torch.arange(self.count, device=device) * n)[:, None]
 
     def extend(self, groups: slice, continuations: tuple, length: int, hits: Any) -> tuple[torch.Tensor, ...]:
-        """Running beams of `groups` by their best continuations: those, (g, k) each, and which of them `hits` ends.
+        """Replace the running beams of `groups` by their best continuations.
 
-        continuations: of _continuations. hits(ids): (rows, length + 1) -> (rows,).
+        continuations: the result of _continuations. hits(ids): (rows, length + 1) -> (rows,) bool, True for rows that
+        are finished. Returns scores, ids, origins and finished flags of the k best continuations, (g, k, ...) each.
         """
         top, beam, token = continuations
         top_ids = _select(self.running_ids[groups], beam)
@@ -107,15 +109,15 @@ class _Search:
         hit = hits(top_ids[:, :, : length + 1].flatten(0, 1)).view(top.shape)
         self.running[groups], chosen = torch.topk(top + hit.to(torch.float32) * _NEVER, self.beams)
         self.running_ids[groups], self.running_from[groups] = _select(top_ids, chosen), _select(top_from, chosen)
-        # Where all end, at the greatest length, nothing goes on: the best are what was chosen.
+        # At the maximum length all continuations finish, and the best ones count as chosen.
         self.chosen = torch.where(hit.all(1, keepdim=True), token[:, : self.beams], token.gather(1, chosen))
         return top, top_ids, top_from, hit
 
     def close(self, length: int, top, top_ids, top_from, hit) -> None:
-        """Keep the best of those that end, and see which groups are over. length: with the new token."""
+        """Keep the best finished sequences, and mark groups that cannot improve. length: includes the new token."""
         config, early = self.config, self.config.early_stopping
         ends, penalty = hit & self.first, config.length_penalty
-        if bool(ends.any()):  # else nothing could join the ended ones
+        if bool(ends.any()):
             done = top / ((length - self.prompt) ** penalty)
             blocked = ~self.improvable | (self.ended.all(-1, keepdim=True) & (early is True))
             done = done + blocked.to(torch.float32) * _NEVER + (~ends).to(torch.float32) * _NEVER
@@ -135,12 +137,13 @@ class _Search:
 def beam_search(
     stepper: Stepper, input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any, record: Record
 ) -> dict[str, torch.Tensor]:
-    """sequences (B * n, longest), sequences_scores (B * n,) and beam_indices (B * n, generated), as HF returns them.
+    """sequences (B * n, longest), sequences_scores (B * n,) and beam_indices (B * n, generated), as in HF's output.
 
-    input_ids: (B * K, S), each prompt K = config.num_beams times. With config.num_beam_groups = G > 1 these are G
-    searches of K / G beams; a step goes through them in turn, and from a log-probability (after the processors) it
-    takes diversity_penalty for every beam of the prompt's earlier groups that has chosen the token in this step.
-    Source: HF's GenerationMixin._beam_search, whose rules for ending these are; Vijayakumar et al., Diverse Beam
+    input_ids: (B * K, S), each prompt repeated K = config.num_beams times. With config.num_beam_groups = G > 1 there
+        are
+    G searches with K / G beams each. A step extends the groups in turn, and subtracts diversity_penalty from a token's
+    log-probability (after the processors) for every beam of the prompt's earlier groups that chose it in this step.
+    Source: the rules for finishing are those of HF's GenerationMixin._beam_search; Vijayakumar et al., Diverse Beam
     Search, 2016, with Hamming diversity.
     """
     rules, processors = known_rules(processors), in_place(processors)
@@ -198,12 +201,13 @@ def beam_search(
 
 
 def _turns(search: _Search, log_probs: torch.Tensor, groups: int):
-    """Which of search's groups choose together, and from what, (rows, V): those of one prompt one after the other."""
+    """Yield the groups that are extended together, and their log-probabilities (rows, V). The groups of one prompt are
+    extended one after the other."""
     if groups == 1:
         yield slice(None), log_probs
         return
     by_group = log_probs.unflatten(0, (-1, groups, search.beams))
-    counts = torch.zeros_like(by_group[:, 0, 0])  # (B, V): beams that have chosen a token
+    counts = torch.zeros_like(by_group[:, 0, 0])  # (B, V): how many beams have chosen each token
     for g in range(groups):
         part = slice(g, None, groups)
         yield part, (by_group[:, g] - search.config.diversity_penalty * counts[:, None]).flatten(0, 1)

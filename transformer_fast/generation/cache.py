@@ -1,4 +1,4 @@
-"""A key-value cache written in place, behind Hugging Face's Cache interface."""
+"""A key-value cache that is written in place, with Hugging Face's Cache interface."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 __all__ = ["StepCache", "shared_cross_cache"]
 
-_SLACK = 256  # positions allocated beyond the prompt when nobody knows how long rows will grow
+_SLACK = 256  # positions allocated beyond the prompt if the maximum length is far larger than the prompt
 
 
 class StepCache(Cache):
     """Keys and values of all layers in one tensor (layers, 2, rows, H, capacity, D).
 
-    The prompts' are kept as they come, (B, H, S, D) per layer; `open` then gives each its `copies` rows, and every
-    further position is written where it belongs. Nothing is concatenated.
+    Those of the prompts are first stored per layer, (B, H, S, D). `open` then copies them to the `copies` rows of each
+    prompt, and further positions are written in place, without concatenation.
     """
 
     def __init__(self):
         super().__init__(layers=[])
-        self.length = 0  # positions held by every layer
+        self.length = 0  # positions in use, in every layer
         self.prompt_length = 0
         self._prompts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._store: torch.Tensor | None = None
@@ -37,7 +37,7 @@ class StepCache(Cache):
         return keys[:, :, :end], values[:, :, :end]
 
     def open(self, copies: int, max_length: int) -> None:
-        """Make the rows, prompt by prompt `copies` of them, with place for max_length positions."""
+        """Allocate `copies` rows per prompt, with room for at most max_length positions, and fill in the prompts."""
         key, _ = self._prompts[0]
         batch, heads, length, dim = key.shape
         most = max(max_length, length + 1)
@@ -58,7 +58,7 @@ class StepCache(Cache):
         self._views = [(pair[0], pair[1]) for pair in self._store[:, :, : self._rows]]
 
     def advance(self) -> None:
-        """Count the position that all layers have written, and make place for the next."""
+        """Count the position that all layers have written, and make room for the next."""
         self.length += 1
         assert self._store is not None
         if self.length == self._store.shape[4]:
@@ -68,10 +68,10 @@ class StepCache(Cache):
             self._look()
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Row r becomes row index[r] of the same prompt: only what was generated, of the rows that change, moves."""
+        """Row r becomes row index[r] of the same prompt. Only generated positions of rows that change are copied."""
         assert self._store is not None
         part = self._store[:, :, : self._rows, :, self.prompt_length : self.length]
-        if part.device.type == "cpu":  # looking is free there
+        if part.device.type == "cpu":  # on a GPU reading index would synchronise
             moved = (index != torch.arange(self._rows)).nonzero().squeeze(1)
             if len(moved):
                 part[:, :, moved] = part[:, :, index[moved]]
@@ -109,13 +109,14 @@ class StepCache(Cache):
 
 
 def shared_cross_cache(cache: EncoderDecoderCache, index: torch.Tensor) -> None:
-    """The cross-attention keys of prompts (or rows) `index` only, in that order."""
+    """Keep only the cross-attention keys and values of the prompts (or rows) `index`, in that order."""
     for layer in cache.cross_attention_cache.layers:
         layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
 
 
 def as_hugging_face(pairs: list[tuple[torch.Tensor, torch.Tensor]], encoder_decoder: bool) -> Any:
-    """A DynamicCache of these keys and values; a decoder with an encoder makes its cross-attention's anew from it."""
+    """A DynamicCache of these keys and values. For an encoder-decoder it has an empty cross-attention cache, which a
+    model fills again."""
     cache = DynamicCache()
     for index, (key, value) in enumerate(pairs):
         cache.update(key, value, index)

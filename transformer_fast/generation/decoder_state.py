@@ -1,4 +1,4 @@
-"""What generation keeps of a model from one call to the next."""
+"""State that generation keeps on a model between calls."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ _NAME = "_decoder_state"
 
 @dataclass
 class DecoderState:
-    """Kept on the model and freed with it. Copies and pickles of a model have an empty one.
+    """Kept on the model and freed with it. Copies and pickles of a model start with an empty one.
 
-    storage: (dtype, whether to copy) of set_weight_storage, or None. copies: of the weights, which the last generation
-    has left; screen: of the head's weight, likewise. made: the caches that transformers has made for calls of generate,
-    which nobody else reads. memory: that caches on the CPU lay in.
+    storage: (dtype, whether to copy) from set_weight_storage, or None. copies, screen: the weight copies and the head
+    screen of the last generation. made: the caches that transformers created for calls of generate, as opposed to
+    caches that a user passed. memory: for the caches of native steps, kept between generations.
     """
 
     storage: tuple[torch.dtype | None, bool] | None = None
@@ -38,5 +38,5 @@ class DecoderState:
 
 
 def decoder_state(model: Any) -> DecoderState:
-    """The model's own; an empty one where there was none."""
+    """The model's DecoderState; created empty if there is none."""
     return model.__dict__.setdefault(_NAME, DecoderState())

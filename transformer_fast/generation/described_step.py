@@ -1,4 +1,4 @@
-"""What the steppers share that compute a step themselves, from a StepDescription and by no forward of the model."""
+"""The common part of the steppers that compute a step from a StepDescription, without the model's forward."""
 
 from typing import Any
 
@@ -12,15 +12,16 @@ __all__ = ["DescribedStepper"]
 
 
 class DescribedStepper:
-    """Half a Stepper: which models and prompts are served, and where the next tokens lie."""
+    """Base class for Steppers: which models and prompts can be decoded, and the positions of the next tokens."""
 
-    growth = 512  # positions allocated beyond what is held: a longer answer moves to a larger cache
+    growth = 512  # positions allocated beyond those in use; a longer answer is copied to a larger cache
 
     def __init__(self, model: Any, prompt: Prompt):
         self._model, self._prompt = model, prompt
         self._description: StepDescription = model.step_description()
-        self._positions: torch.Tensor | None = None  # the next token's row of the table, for each prompt, then each row
-        self._last = 0  # the largest position of a next token
+        # The row of the position table for the next token, first per prompt, later per row.
+        self._positions: torch.Tensor | None = None
+        self._last = 0  # the largest position of the next tokens
 
     @classmethod
     def why_not(cls, model: Any, prompt: Prompt) -> str:
@@ -38,12 +39,12 @@ class DescribedStepper:
 
     @classmethod
     def _why_not_on(cls, device: torch.device) -> str:
-        """'' when prompts on this device are served."""
+        """'' if prompts on this device can be decoded, else the reason why not."""
         raise NotImplementedError
 
     @classmethod
     def _why_not_described(cls, description: StepDescription, prompt: Prompt) -> str:
-        """'' when the step computes what the modules would."""
+        """'' if the step computes the same as the modules, else the reason why not."""
         raise NotImplementedError
 
     def _prompt_of_row(self) -> torch.Tensor:
@@ -52,7 +53,7 @@ class DescribedStepper:
         return torch.arange(prompt.rows, device=prompt.input_ids.device) // prompt.copies
 
     def _room(self, length: int) -> int:
-        """How many positions to allocate for prompts of `length`."""
+        """The number of positions to allocate for prompts of `length`."""
         return length + min(max(self._prompt.max_length - length, 1), self.growth)
 
     def _begin_positions(self) -> None:
@@ -71,7 +72,7 @@ class DescribedStepper:
             )
 
     def _kept_encoder(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(the columns of each prompt's encoder states, those that its mask keeps first, and how many it keeps):
-        cross-attention knows no order. (None, None) where all are kept."""
+        """An order (B, Se) of each prompt's encoder states with those that its mask keeps first, and their numbers
+        (B,). Cross-attention does not depend on the order. (None, None) if all are kept."""
         mask = encoder_mask(self._prompt)
         return (None, None) if mask is None else kept_first(mask)

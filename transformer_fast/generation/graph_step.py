@@ -1,8 +1,9 @@
 """Decoding on a GPU as one captured CUDA graph per token. Not yet run on a GPU.
 
-Every tensor of a step keeps its place: tokens, positions and lengths in, logits out, keys and values in a cache that
-attention extends where it lies. The first step runs kernel by kernel, the second is captured, the others are replays of
-that: one launch in place of a few hundred. On the CPU (tests) the same steps run without a capture.
+Every tensor of a step keeps its address: tokens, positions and lengths as inputs, logits as output, and the caches, to
+which attention appends in place. The first step runs kernel by kernel, the second is captured, and the following ones
+replay the graph, so a step is one launch instead of a few hundred. On the CPU (in tests) the same steps run without a
+capture.
 """
 
 import warnings
@@ -26,11 +27,10 @@ __all__ = ["GraphStepper"]
 
 
 class AppendedCache:
-    """Keys and values of every layer, (layers, 2, rows, H, capacity, D), extended by the attention that reads them.
+    """Keys and values of all layers, (layers, 2, rows, H, capacity, D), to which attention appends.
 
-    lengths: (rows,) int32, positions held by each row; filled: the same with the one that a step adds.
-    layers.transformer_layer asks a cache that has `attend` to do so; cross_attention_cache and is_updated are what it
-    wants of an EncoderDecoderCache.
+    lengths: (rows,) int32, positions in use per row. filled: lengths after the current step. layers.transformer_layer
+    calls `attend` of a cache that has it; cross_attention_cache and is_updated are those of an EncoderDecoderCache.
     """
 
     def __init__(self, store: torch.Tensor, lengths: torch.Tensor, cross: Any):
@@ -39,8 +39,11 @@ class AppendedCache:
         self.is_updated = {} if cross is None else dict.fromkeys(range(len(cross.layers)), True)
 
     def attend(self, query, key, value, index: int, place: dict[str, Any] | None, **options) -> torch.Tensor:
-        """(rows, H, 1, D): one new position per row, on all that the row holds with it, or on those of a window. place:
-        of ops.rotary_cache_append, where queries and keys are still to be rotated; options: of attention."""
+        """Append one position per row and attend to all positions of the row, or to those of a window.
+
+        query, key, value: (rows, H, 1, D). place: arguments of ops.rotary_cache_append if queries and keys have not
+        been rotated yet, else None. options: of attention. Returns (rows, H, 1, D).
+        """
         keys, values = self.store[index]
         if place is None:
             return ops.kv_cache_attention(query, key, value, keys, values, self.lengths, **options)
@@ -55,7 +58,7 @@ _NORMS = ("attention_norm", "cross_norm", "output_norm", "query_norm", "key_norm
 
 
 def _ready(module: Any) -> Any:
-    """A norm for many steps: where its factor is 1 + weight, another that holds that sum."""
+    """A norm for many steps. If its factor is 1 + weight (Gemma), an RMSNorm whose weight is that sum."""
     if not getattr(module, "adds_one", False):
         return module
     made = nn.RMSNorm(tuple(module.weight.shape), module.eps, device="meta")
@@ -64,21 +67,21 @@ def _ready(module: Any) -> Any:
 
 
 def _is_on_the_left(padding: torch.Tensor) -> bool:
-    """padding: (B, S) bool. Whether it comes before all of a row that is none."""
+    """Whether all padding precedes the tokens of its row. padding: (B, S) bool."""
     return bool((padding[:, :-1] | ~padding[:, 1:]).all())
 
 
 class GraphStepper(DescribedStepper):
-    """See Stepper."""
+    """A Stepper that replays a CUDA graph per token."""
 
-    anywhere = False  # also on the CPU, where there is nothing to capture: for tests
+    anywhere = False  # tests set it to True to run without a capture on the CPU
 
     def __init__(self, model: Any, prompt: Prompt):
         super().__init__(model, prompt)
         self._replay: Callable[[], None] | None = None
         self._steps = 0
         self._angles: tuple[torch.Tensor, ...] = ()
-        self._sharing = prompt.copies  # rows for each set of encoder keys
+        self._sharing = prompt.copies  # rows per set of encoder keys
 
     @classmethod
     def _why_not_on(cls, device: torch.device) -> str:
@@ -88,9 +91,9 @@ class GraphStepper(DescribedStepper):
     def _why_not_described(cls, description: StepDescription, prompt: Prompt) -> str:
         kept, device = kept_columns(prompt), prompt.input_ids.device
         if description.relative_bias is not None and not bool(kept.all()):
-            return "relative positions count padding, which this cache does not hold"
+            return "relative positions count padding, which this cache does not store"
         if any(description.spec.windows) and not _is_on_the_left(~kept):
-            return "windows count the padding behind tokens, which this cache does not hold"
+            return "windows count the padding after tokens, which this cache does not store"
         reason = description.why_not_modules()
         if reason:
             return reason
@@ -107,7 +110,7 @@ class GraphStepper(DescribedStepper):
         order, self._lengths = kept_first(kept)
         self._lengths = self._lengths[row]
         batch, heads, self._length, dim = pairs[0][0].shape
-        self._shortest = int(kept.sum(1).min())  # positions before it never move
+        self._shortest = int(kept.sum(1).min())  # reordering never moves positions before this
         store = pairs[0][0].new_empty((len(pairs), 2, prompt.rows, heads, self._room(self._length), dim))
         by_prompt = store.unflatten(2, (batch, prompt.copies))
         for index, pair in enumerate(pairs):
@@ -126,7 +129,7 @@ class GraphStepper(DescribedStepper):
         self._call = StackCall(
             replace(description.spec, causal=False),
             Unpadding(prompt.rows, 1),
-            encoder_states=states,  # its keys and values are in the cache: it is not looked at
+            encoder_states=states,  # only enables cross-attention: its keys and values are in the cache
             encoder_lengths=cross_lengths,
             relative_bias=None
             if relative is None
@@ -162,7 +165,7 @@ class GraphStepper(DescribedStepper):
         part.copy_(part.index_select(2, index))
 
     def keep(self, index: torch.Tensor) -> None:
-        # What a graph reads and writes keeps its address: other shapes are another graph.
+        # A graph's tensors have fixed addresses and shapes, so this needs new tensors and a new graph.
         store = self._cache.store.index_select(2, index)
         self._lengths, self._tokens = (t.index_select(0, index) for t in (self._lengths, self._tokens))
         if self._positions is not None:
@@ -178,7 +181,7 @@ class GraphStepper(DescribedStepper):
     def key_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         store = self._cache.store[:, :, :, :, : self._length]
         kept = kept_columns(self._prompt)
-        if not bool(kept.all()):  # back to the columns they had; what the prompt's padding held is zeros
+        if not bool(kept.all()):  # move positions back to their columns, with zeros for the prompt's padding
             kept = torch.nn.functional.pad(kept, (0, self._length - kept.shape[1]), value=True)[self._prompt_of_row()]
             place = (kept.cumsum(1) - 1).clamp(min=0)[None, None, :, None, :, None]
             store = store.take_along_dim(place, 4) * kept[:, None, :, None]
@@ -218,7 +221,7 @@ class GraphStepper(DescribedStepper):
             self._positions += 1
 
     def _cover_angles(self) -> None:
-        """Have the angles of the next position, where positions are rotary."""
+        """Make sure that the rotary tables, if there are any, cover the next position."""
         rotary, have = self._description.rotary, self._call.rotary
         if rotary is None or (have is not None and have.cos.shape[0] > self._last):  # type: ignore[union-attr]
             return
@@ -232,13 +235,13 @@ class GraphStepper(DescribedStepper):
             self._call.rotary = Rotary(*self._angles, self._positions[:, None])  # type: ignore[call-arg, index]
 
     def _captured(self) -> Callable[[], None]:
-        """One step as a graph, or as it is where something in it cannot be captured."""
+        """A function that replays one captured step, or that runs it kernel by kernel if it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self._run()
         except RuntimeError as error:
-            warnings.warn(f"a decoding step could not be captured, each is launched kernel by kernel: {error}",
+            warnings.warn(f"a decoding step could not be captured; steps are launched kernel by kernel: {error}",
                           stacklevel=2)  # fmt: skip
             return self._run
         return graph.replay
@@ -255,7 +258,8 @@ class GraphStepper(DescribedStepper):
 
     # ---- the encoder ---------------------------------------------------------------------------------
     def _cross(self, inner: ModelStepper) -> tuple[Any, torch.Tensor | None]:
-        """The encoder's keys and values, and how many of each prompt's count."""
+        """The encoder's keys and values, and how many of them each prompt attends to; (None, None) without an
+        encoder."""
         if inner._cross is None or encoder_states(self._prompt) is None:
             return None, None
         cross, (order, lengths) = inner._cross.cross_attention_cache, self._kept_encoder()
@@ -268,7 +272,7 @@ class GraphStepper(DescribedStepper):
         return cross, lengths
 
     def _spread_cross(self, cross: Any, index: torch.Tensor) -> None:
-        """Row r's encoder keys for row index[r], one set per row from now on."""
+        """Give each row its own set of encoder keys and values: row r gets those of row index[r]."""
         source, self._sharing = index // self._sharing, 1
         for layer in cross.layers:
             layer.keys, layer.values = layer.keys.index_select(0, source), layer.values.index_select(0, source)

@@ -1,4 +1,4 @@
-"""generate(): HF's signature and results, by this package's engine wherever it can."""
+"""generate() with HF's signature and results, run by this package's engine where possible."""
 
 import functools
 from collections.abc import Sequence
@@ -19,28 +19,36 @@ __all__ = ["GenerationMixin"]
 
 
 class GenerationMixin:
-    """Before HF's class in the order of bases: HF prepares a call, and its decoding loops are replaced by ours. No
-    subclass of HF's mixin, which comes last among a model's bases: those beside this one would come after HF's class.
+    """Replaces the decoding loops of HF's generate; HF still prepares the call. A model lists this class before HF's
+    model class. It is no subclass of HF's mixin, which would change the method resolution order of models.
 
-    Greedy decoding, sampling and beam search run on a cache written in place, prompts run once however many rows
-    continue them, and rows that have ended are no longer computed. What the engine does not take goes to HF's loop with
-    the model's forward: assisted decoding, a user's own cache, static, quantised and offloaded caches, no cache,
-    attentions and hidden states in the output, chunked prompts, synced_gpus.
+    Greedy decoding, sampling and beam search run on a cache that is written in place. Prompts run once, however many
+    rows continue them, and finished rows are dropped. The following go to HF's loop with the model's forward: assisted
+    decoding, a user's own cache, static, quantised and offloaded caches, no cache, attentions and hidden states in the
+    output, chunked prompts, synced_gpus.
     """
 
     config: Any
     generation_config: Any
-    runs_as_hugging_face = False  # what a call computes is left to HF's loop and forward
-    _shares_encoder_keys = True  # cross-attention takes fewer keys than queries: rows of one prompt share them
+    runs_as_hugging_face = False  # True: use HF's loop and forward
+    _shares_encoder_keys = True  # rows of one prompt share one set of encoder keys in cross-attention
 
     @functools.wraps(transformers.GenerationMixin.generate, assigned=())  # the signature
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """As HF's generate, whose arguments it has, with one more keyword.
+        """HF's generate, with the same arguments and one more keyword.
 
-        generators: one torch.Generator per row (prompts times num_return_sequences) for sampling: each row's draws are
-            its own, whatever it is batched with.
-        Raises ValueError for empty batches and prompts, and for masks of another shape.
+        Args:
+            inputs: as in HF's generate.
+            *args: as in HF's generate.
+            **kwargs: as in HF's generate; and generators, one torch.Generator per row (prompts times
+                num_return_sequences) for sampling, so that a row's draws do not depend on the batch.
+
+        Returns:
+            As HF's generate.
+
+        Raises:
+            ValueError: for empty batches and prompts, and for masks of a wrong shape.
         """
         kwargs = merge_cache_names(kwargs, CACHE_NAME, "generate")
         given = {"inputs": inputs, **{k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "decoder_input_ids")}}
@@ -67,7 +75,7 @@ class GenerationMixin:
         if groups is not None and groups > 1 and kwargs.get("custom_generate") is None:
             if kwargs.get("streamer") is not None:
                 raise ValueError("streamer: wanted None with num_beam_groups > 1: beams cannot be streamed")
-            kwargs["custom_generate"] = type(self)._group_beam_search  # transformers 5 has none of its own
+            kwargs["custom_generate"] = type(self)._group_beam_search  # transformers 5 has no group beam search
         return super().generate(inputs, *args, **kwargs)
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, *args, **more):
@@ -80,7 +88,7 @@ class GenerationMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE_NAME)
         if isinstance(made, Cache):
-            own = decoder_state(self).made  # a user's own cache is not among them
+            own = decoder_state(self).made  # without caches that a user passed
             (own.add if given is None else own.discard)(made)
 
     def _sample(
@@ -121,7 +129,7 @@ class GenerationMixin:
         return super()._beam_search(input_ids, logits_processor, stopping_criteria, config, synced_gpus, **model_kwargs)
 
     def _search_beams(self, input_ids, logits_processor, stopping_criteria, config, synced_gpus, model_kwargs) -> Any:
-        """What generate returns, or None when the engine does not take the call."""
+        """The result of generate, or None if the engine cannot run the call."""
         stepper = None
         if not config.low_memory:
             stepper = self._stepper(input_ids, config.num_beams, config, synced_gpus, model_kwargs)
@@ -142,11 +150,11 @@ class GenerationMixin:
                 f"num_beam_groups: wanted a divisor of num_beams = {config.num_beams}, got {config.num_beam_groups}"
             )
         if config.do_sample:
-            raise ValueError("do_sample: wanted False with num_beam_groups > 1, whose groups choose in turn, got True")
+            raise ValueError("do_sample: wanted False with num_beam_groups > 1, got True")
         if not (config.diversity_penalty or 0.0) > 0.0:
             raise ValueError(
-                f"diversity_penalty: wanted a number over 0 with num_beam_groups > 1, whose groups would all find the "
-                f"same, got {config.diversity_penalty}"
+                f"diversity_penalty: wanted a number over 0 with num_beam_groups > 1, else all groups find the same "
+                f"sequences, got {config.diversity_penalty}"
             )
         result = self._search_beams(input_ids, logits_processor, stopping_criteria, config, False, model_kwargs)
         if result is None:
@@ -157,7 +165,7 @@ class GenerationMixin:
         return result
 
     def _stepper(self, input_ids, copies: int, config, synced_gpus: bool, model_kwargs: dict) -> Stepper | None:
-        """What decodes this call, or None when HF's loop has to."""
+        """The Stepper for this call, or None if HF's loop must run it."""
         cache = model_kwargs.get(CACHE_NAME)
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if (
@@ -180,7 +188,7 @@ class GenerationMixin:
         return choose_stepper(self, Prompt(input_ids[::copies], copies, config.max_length, inputs))
 
     def _is_our_cache(self, cache: Any, config: Any) -> bool:
-        if hasattr(self, "recurrent_step"):  # its own state, which is no cache of keys that could be returned
+        if hasattr(self, "recurrent_step"):  # a recurrent state cannot be returned as a key-value cache
             return cache is None and not config.return_dict_in_generate
         return type(cache) is DynamicCache and not cache.offloading
 
@@ -191,13 +199,13 @@ class GenerationMixin:
 
 
 def _has_empty_prompts(model_kwargs: dict) -> bool:
-    """Whether a prompt's mask keeps nothing of it."""
+    """Whether a mask leaves out all tokens of some prompt."""
     masks = (model_kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
     return any(not bool((m != 0).any(-1).all()) for m in masks if isinstance(m, torch.Tensor) and m.dim() == 2)
 
 
 def _first_copies(value: Any, copies: int) -> Any:
-    """HF gives each prompt's inputs `copies` times over: once is enough."""
+    """The first of the `copies` equal rows that HF makes of each prompt's inputs."""
     if copies == 1:
         return value
     if isinstance(value, torch.Tensor) and value.dim():

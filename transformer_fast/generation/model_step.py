@@ -1,4 +1,5 @@
-"""A decoder's own forward, one token per row and call, on a cache written in place: for every model and device."""
+"""Decoding by the model's own forward, one token per row and call, with an in-place cache. For all models and
+devices."""
 
 from typing import Any
 
@@ -11,13 +12,14 @@ from .stepper import Prompt
 
 __all__ = ["ModelStepper"]
 
-# What a prompt brings that later tokens do without, and what is made anew for each of them.
+# Inputs of the prompt that later steps do not get, and inputs that are made anew in each step.
 _PROMPT_ONLY = ("inputs_embeds", "labels", "logits_to_keep", "decoder_inputs_embeds")
 _PER_STEP = ("attention_mask", "position_ids", "token_type_ids", "decoder_attention_mask", "decoder_position_ids")
 
 
 class ModelStepper:
-    """See Stepper. Prompts run once, not once per row; rows of one prompt share the encoder's keys and values."""
+    """A Stepper that calls the model. Prompts run once and not once per row. The rows of a prompt share the encoder's
+    keys and values."""
 
     def __init__(self, model: Any, prompt: Prompt):
         self.model, self.prompt = model, prompt
@@ -26,7 +28,7 @@ class ModelStepper:
         self.cache = StepCache()
         crossed = self.encoder_decoder or prompt.inputs.get("encoder_hidden_states") is not None
         self._cross = EncoderDecoderCache(self.cache, DynamicCache()) if crossed else None
-        # Models outside this package want one row of encoder keys for each row of the decoder.
+        # Models outside this package need one row of encoder keys per decoder row.
         self._shared = prompt.copies if getattr(model, "_shares_encoder_keys", False) else 1
 
     @staticmethod
@@ -40,7 +42,7 @@ class ModelStepper:
         return logits
 
     def run_prompt(self, cache: StepCache) -> torch.Tensor:
-        """The logits after the prompts' last columns, their keys and values in `cache`."""
+        """Run the prompts, store their keys and values in `cache`, and return the logits after their last columns."""
         model, prompt = self.model, self.prompt
         if self._cross is not None:
             self._cross.self_attention_cache = cache
@@ -49,7 +51,7 @@ class ModelStepper:
         return model(**inputs, return_dict=True).logits[:, -1]
 
     def _prepare(self) -> None:
-        """What every later call is given: tensors a row long, except the encoder's where rows share them."""
+        """Prepare the inputs of the later steps: one row each, except encoder inputs that rows share."""
         prompt, copies = self.prompt, self.prompt.copies
         prefix = "decoder_" if self.encoder_decoder else ""
         self._ids, self._position_name, self._mask_name = (
@@ -63,7 +65,7 @@ class ModelStepper:
             self._mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
             self._mask = self._per_row(self._mask)
         self._position = None
-        columns = getattr(self.model, "_positions_are_columns", True)  # where a model is given no positions
+        columns = getattr(self.model, "_positions_are_columns", True)  # the model's default without position_ids
         if positions is not None and (
             not columns or self._mask is not None or not bool((positions[:, -1:] == length - 1).all())
         ):  # fmt: skip
@@ -82,7 +84,7 @@ class ModelStepper:
         return t if self.prompt.copies == 1 else t.repeat_interleave(self.prompt.copies, 0)
 
     def _spread(self, index: torch.Tensor) -> None:
-        """Give row r the encoder states that index[r] has now."""
+        """Give row r the encoder inputs of row index[r]."""
         assert self._cross is not None
         shared_cross_cache(self._cross, index)
         for name in ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "encoder_outputs"):

@@ -1,7 +1,7 @@
-"""A recurrent decoder on the CPU by one native call a token: see ops.recurrent_step for the arithmetic.
+"""Recurrent decoding on the CPU with one native call per token. ops.recurrent_step has the arithmetic.
 
-A model says what its decoder is made of by a RecurrentDescription, from `model.recurrent_description()`. What the
-native step cannot serve has a reason (why_not) and goes step by step through the modules, by RecurrentStepper.
+`model.recurrent_description()` returns a RecurrentDescription of the decoder. For what the native step cannot run,
+why_not gives the reason, and RecurrentStepper calls the modules step by step instead.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,20 @@ from .weights import decoder_copies, head_screen
 
 __all__ = ["NativeRecurrentStepper", "RecurrentDescription"]
 
-_USELESS = 0.5  # of the logits: where so many have to be computed, all are
-_SHORT = 8  # prompts up to here go through the step, token by token
+_USELESS = 0.5  # if more than this fraction of the logits has to be computed, stop using the screen
+_SHORT = 8  # prompts up to this length are run by the step, token by token
 
 
 @dataclass
 class RecurrentDescription:
-    """A recurrent decoder for generation: its modules, and what is not in them.
+    """A recurrent decoder: its modules, and the options that are not in the modules.
 
-    roots: the modules whose trees are left out by the native step: hooks in them would not run.
-    rnn: the cells, a GRU or LSTM in one direction.
-    query, readout: linear layers or None; score_weight: of additive scores, or None.
-    attends: whether scores find the context; else, with maxout, it is one state of each source.
-    start: of the encoder's output: the state before the first step, which has hidden, cell, feed and keys.
-    refused: why no native step may be made of it; '' where one may.
+    roots: the module trees that the native step bypasses, so that hooks in them would not run. rnn: a GRU or LSTM in
+        one
+    direction. query, readout: linear layers or None. score_weight: the weight of additive scores, or None. attends: the
+    context is computed by attention; else, with maxout, it is one state per source. start: a function of the encoder's
+    output that returns the state before the first step, with hidden, cell, feed and keys. refused: why a native step
+    must not be used; '' if it may.
     """
 
     roots: tuple[nn.Module, ...]
@@ -52,7 +52,7 @@ class RecurrentDescription:
     refused: str = ""
 
     def why_not(self) -> str:
-        """'' when the native step computes what the modules would, else the reason why not."""
+        """'' if the native step computes the same as the modules, else the reason why not."""
         return native.load() or self._why_not_modules() or why_not_tensors(self.tensors())
 
     def _why_not_modules(self) -> str:
@@ -67,7 +67,7 @@ class RecurrentDescription:
         if not any(is_plain(self.rnn, kind) for kind in (nn.GRU, nn.LSTM)):
             return f"the cells are a {type(self.rnn).__name__}, not a plain GRU or LSTM"
         if self.rnn.bidirectional or getattr(self.rnn, "proj_size", 0):
-            return "the cells' states are projected or go both ways"
+            return "the GRU or LSTM is bidirectional or projects its states"
         if not is_plain(self.token, nn.Embedding):
             return f"the embedding is a {type(self.token).__name__}, not a plain embedding"
         if self.token.max_norm is not None:
@@ -79,7 +79,7 @@ class RecurrentDescription:
         return ""
 
     def tensors(self) -> RecurrentTensors:
-        """The weights as they are now."""
+        """The current weights."""
         rnn = self.rnn
         names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if rnn.bias else ()))
         cells = [CellTensors(*(getattr(rnn, f"{name}_l{i}") for name in names)) for i in range(rnn.num_layers)]
@@ -91,16 +91,16 @@ class RecurrentDescription:
 
 
 class NativeRecurrentStepper:
-    """See Stepper. Logits are float32 and the caller's until the next call."""
+    """A Stepper for recurrent decoders on the CPU. Logits are float32; the next call overwrites them."""
 
     def __init__(self, model: Any, prompt: Prompt):
         self._model, self._prompt = model, prompt
         self._description: RecurrentDescription = model.recurrent_description()
-        self._weights: Any = None  # a RecurrentWeights, from start on
+        self._weights: Any = None  # a RecurrentWeights, set by start
         self._state: Any = None  # hidden, memory, feed of the rows
         self._source: Any = None  # a RecurrentSource
         self._logits: Any = None
-        self._screen: Any = None  # a HeadScreen with its bounds; False: none
+        self._screen: Any = None  # a HeadScreen and its bounds; False if there is none
 
     @staticmethod
     def why_not(model: Any, prompt: Prompt) -> str:

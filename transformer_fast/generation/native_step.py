@@ -1,7 +1,7 @@
-"""Decoding on the CPU by one native call per token: see ops.decoder_step for the arithmetic and the cache.
+"""Decoding on the CPU with one native call per token. ops.decoder_step has the arithmetic and the cache.
 
-A family says what its decoder is made of by a StepDescription; everything else here is the same for all of them. What
-the native step cannot serve has a reason (why_not) and goes to the next stepper.
+A model family describes its decoder by a StepDescription; this module is the same for all families. For what the native
+step cannot run, why_not gives the reason, and the next stepper is tried.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from .weights import decoder_copies
 
 __all__ = ["NativeStepper"]
 
-_FEW = 512  # tokens of prompts
-_SHORT = 8  # prompts of an encoder-decoder up to here go through the step, column by column
+_FEW = 512  # prompts of bfloat16 models with at most so many tokens in all use the weight copies
+_SHORT = 8  # encoder-decoder prompts up to this length are run by the step, column by column
 
 
 class _Loading(StepCache):
-    """What a model's forward takes for its cache while it runs the prompt: each layer's keys and values are copied to
-    where the steps want them as they come, and so kept once."""
+    """The cache for the model's forward on the prompt. It writes the keys and values of each layer directly to the
+    DecoderCache, so that they are stored only once."""
 
     def __init__(self, cache: DecoderCache):
         super().__init__()
@@ -41,11 +41,11 @@ class _Loading(StepCache):
 
 
 class NativeStepper(DescribedStepper):
-    """A Stepper on the CPU. Logits are float32 and the caller's until the next call."""
+    """A Stepper on the CPU. Logits are float32; the next call overwrites them."""
 
     def __init__(self, model: Any, prompt: Prompt):
         super().__init__(model, prompt)
-        self._cache: Any = None  # a DecoderCache, from start on
+        self._cache: Any = None  # a DecoderCache, set by start
 
     @classmethod
     def _why_not_on(cls, device: torch.device) -> str:
@@ -117,14 +117,14 @@ class NativeStepper(DescribedStepper):
 
     # ---- the prompt ----
     def _step_prompt(self, cache: DecoderCache, mask: torch.Tensor) -> torch.Tensor:
-        """A short prompt through the step itself, column by column, with the encoder's states loaded."""
+        """Run a short prompt by the step itself, column by column, with the encoder's states already loaded."""
         ids, padding = self._prompt.input_ids, self._description.position_padding
         batch, length = ids.shape
         cache.live = batch
         cache.sources[:batch] = torch.arange(batch)
         if self._positions is not None:
             cache.cover(self._last + self._description.position_offset)
-        before = None if padding is None else (ids == padding).cumsum(1)  # the others are counted without it
+        before = None if padding is None else (ids == padding).cumsum(1)  # positions do not count padding tokens
         for column in range(length):
             positions = None
             if self._positions is not None:
@@ -136,15 +136,15 @@ class NativeStepper(DescribedStepper):
         return logits
 
     def _run_prompt(self, cache: DecoderCache) -> torch.Tensor:
-        """The prompt through the model's own forward, with GEMMs of many rows."""
+        """Run the prompt by the model's own forward, with GEMMs of many rows."""
         weights, stepper = cache.weights, ModelStepper(self._model, replace(self._prompt, copies=1, max_length=0))
-        # Many rows are faster by torch's products in bfloat16.
+        # For many rows torch's bfloat16 products are faster.
         few = weights.tensors.token.dtype == torch.float32 or self._prompt.input_ids.numel() <= _FEW
         with reading_copies(weights.by_weight if few else {}):
             return stepper.run_prompt(_Loading(cache))
 
     def _load_encoder(self, cache: DecoderCache, states: torch.Tensor) -> None:
-        """Keys and values of the encoder's states."""
+        """Compute the cross-attention keys and values of the encoder's states and load them into the cache."""
         spec, (order, lengths) = self._description.spec, self._kept_encoder()
         if order is None:
             cache.cross_lengths.fill_(states.shape[1])

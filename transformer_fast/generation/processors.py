@@ -1,4 +1,4 @@
-"""HF's logits processors, without the copies of all scores that some of them make to change one column."""
+"""HF's logits processors in place: some of them copy all scores only to change one column."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from transformers.generation import logits_process as hf
 __all__ = ["Rules", "bar", "in_place", "known_rules"]
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Bars = Callable[[int], Any]  # of the length so far: tokens that may not follow, or None
+Bars = Callable[[int], Any]  # length so far -> the tokens that are excluded now, or None
 
 
 def in_place(processors: Any) -> Any:
-    """What HF's LogitsProcessorList computes, maybe into the scores it is given. Only processors that are exactly the
-    classes known here are replaced; all others are called as they are, in their order."""
+    """A function with the result of HF's LogitsProcessorList, which may write to the scores it gets. Only processors of
+    exactly the classes in _BARS are replaced; all others are called unchanged, in their order."""
     if type(processors) is not hf.LogitsProcessorList or not any(type(p) in _BARS for p in processors):
         return processors
     chosen: list[Processor] = [_barring(_BARS[type(p)](p)) if type(p) in _BARS else p for p in processors]
@@ -29,10 +29,10 @@ def in_place(processors: Any) -> Any:
 
 
 class Rules(NamedTuple):
-    """What processors come to that look at nothing but lengths.
+    """The effect of processors that depend on nothing but the length.
 
-    barred: of the length so far, the tokens that may not follow, int64 (n,), or None for none. forced: of the length so
-    far, the tokens that alone may follow, all alike, or None where the logits decide.
+    barred: length so far -> the tokens that are excluded now, int64 (n,), or None for no tokens. forced: length so far
+    -> the only tokens that are allowed now, with equal scores, or None if the logits decide.
     """
 
     barred: Bars
@@ -40,15 +40,15 @@ class Rules(NamedTuple):
 
 
 def known_rules(processors: Any) -> Rules | None:
-    """The rules of processors that are exactly of the classes known here; None for any others, which have to see the
-    scores."""
+    """The rules of processors that are exactly of the classes known here. The result is None if there is any other
+    processor, because that needs all scores."""
     if not processors:
         return Rules(_nothing, _nothing)
     if type(processors) is not hf.LogitsProcessorList or not all(type(p) in {**_BARS, **_FORCES} for p in processors):
         return None
     bars = [_BARS[type(p)](p) for p in processors if type(p) in _BARS]
     forces = [_FORCES[type(p)](p) for p in processors if type(p) in _FORCES]
-    if any(type(p) in _BARS for p in processors[len(bars) :]):  # one that bars what has been forced
+    if any(type(p) in _BARS for p in processors[len(bars) :]):  # it would exclude what is forced
         return None
     return Rules(_all_of(bars), _last_of(forces))
 
@@ -74,11 +74,14 @@ def _last_of(forces: list[Bars]) -> Bars:
 
 
 def bar(scores: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-    """scores (rows, V), those of tokens made -inf in place; tokens that are none of V are nobody's."""
+    """Set the scores (rows, V) of tokens to -inf, in place. Tokens outside [0, V) are ignored, as in HF."""
     if tokens is None:
         return scores
-    tokens = tokens[(tokens >= 0) & (tokens < scores.shape[1])]
-    return scores.index_fill_(1, tokens.to(scores.device), -math.inf)
+    if scores.device.type == "cpu":
+        tokens = tokens[(tokens >= 0) & (tokens < scores.shape[1])]
+        return scores.index_fill_(1, tokens, -math.inf)
+    every = torch.arange(scores.shape[1], device=scores.device)  # without a wait for the device
+    return scores.masked_fill_(torch.isin(every, tokens.to(scores.device)), -math.inf)
 
 
 def _as_tokens(tokens: Any) -> torch.Tensor:

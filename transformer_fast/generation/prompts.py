@@ -1,4 +1,4 @@
-"""How steppers read a prompt: what they serve, which columns rows attend to, where the next token lies."""
+"""What steppers read from a prompt: whether they can run it, which columns rows attend to, the next positions."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ _SERVED = {
 
 
 def why_not_prompt(prompt: Prompt) -> str:
-    """'' when a step that is no forward of the model can decode this prompt as things are, else the reason why not."""
+    """'' if a step other than the model's forward can decode this prompt in the current state, else the reason why
+    not."""
     device = prompt.input_ids.device
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
@@ -35,7 +36,7 @@ def why_not_prompt(prompt: Prompt) -> str:
 
 
 def encoder_states(prompt: Prompt) -> torch.Tensor | None:
-    """(B, Se, E), what cross-attention reads."""
+    """The encoder's states (B, Se, E) for cross-attention, or None."""
     outputs = prompt.inputs.get("encoder_outputs")
     if outputs is None:
         return prompt.inputs.get("encoder_hidden_states")
@@ -43,7 +44,7 @@ def encoder_states(prompt: Prompt) -> torch.Tensor | None:
 
 
 def encoder_mask(prompt: Prompt) -> torch.Tensor | None:
-    """(B, Se) bool, or None where all of the encoder's states are kept."""
+    """(B, Se) bool, or None if all of the encoder's states are kept."""
     name = "attention_mask" if prompt.inputs.get("encoder_outputs") is not None else "encoder_attention_mask"
     mask: Any = prompt.inputs.get(name)
     return None if mask is None or bool((mask != 0).all()) else mask != 0
@@ -61,7 +62,8 @@ def kept_columns(prompt: Prompt) -> torch.Tensor:
 
 
 def kept_first(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(the columns of each row, those that mask keeps first; None for as they are), how many it keeps, int32."""
+    """An order (B, S) of the columns of each row with those that mask keeps first (None if all are kept), and the
+    number of kept columns, int32 (B,)."""
     lengths = mask.sum(1, dtype=torch.int32)
     if bool(mask.all()):
         return None, lengths

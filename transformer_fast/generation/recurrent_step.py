@@ -1,4 +1,4 @@
-"""A recurrent decoder, one token per row and call: its state is its cache, however long the output."""
+"""Recurrent decoding by the model's modules, one token per row and call."""
 
 from typing import Any
 
@@ -11,12 +11,13 @@ __all__ = ["RecurrentStepper"]
 
 
 class RecurrentStepper:
-    """See Stepper. For models with `recurrent_step(tokens, state, values, mask) -> logits`, which advances `state`, and
-    a forward that returns the state it has come to as past_key_values, with select(index) for some of its rows."""
+    """A Stepper for models with a method `recurrent_step(tokens, state, values, mask) -> logits`, which advances
+    `state`. Their forward returns the final state as past_key_values, with a method select(index) that keeps some of
+    its rows."""
 
     def __init__(self, model: Any, prompt: Prompt):
         self._model, self._prompt = model, prompt
-        self.state: Any = None  # of the rows, from start on
+        self.state: Any = None  # of the rows, set by start
         self._values: Any = None  # (rows, Sk, E), the encoder's states
         self._mask: torch.Tensor | None = None  # (rows, Sk)
 
@@ -36,7 +37,7 @@ class RecurrentStepper:
         return logits
 
     def run_prompt(self) -> torch.Tensor:
-        """The prompts through the model's own forward: the logits that follow, (B, V), and `state`, of B rows."""
+        """Run the prompts by the model's forward. Returns the next logits (B, V) and sets `state`, with B rows."""
         output = self._model(
             attention_mask=self._prompt.inputs.get("attention_mask"), decoder_input_ids=self._prompt.input_ids,
             encoder_outputs=self._prompt.inputs["encoder_outputs"], use_cache=True, logits_to_keep=1, return_dict=True,

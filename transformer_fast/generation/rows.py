@@ -1,4 +1,4 @@
-"""Which rows of a batch a stepper still decodes."""
+"""Tracks which rows of a batch a stepper still decodes."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ __all__ = ["LiveRows"]
 
 
 class LiveRows:
-    """Drops finished rows from a stepper, and spreads its logits over the whole batch again.
+    """Drops finished rows from a stepper, and scatters its logits back to the whole batch.
 
-    index: the batch's row behind each of the stepper's, or None while they are the same. What is spread for finished
-    rows are old logits or zeros: nobody reads what comes of them.
+    index: the batch row of each of the stepper's rows; None while they are the same. Finished rows get old logits or
+    zeros, which are not used.
     """
 
     def __init__(self, stepper: Stepper, rows: int, *, fixed: bool = False):
@@ -23,8 +23,9 @@ class LiveRows:
         self._place: torch.Tensor | None = None
 
     def drop(self, finished: torch.Tensor) -> None:
-        """Leave out finished rows, (rows,) bool, alike within blocks, once they are a quarter of what is computed."""
-        if self.fixed or finished.device.type != "cpu":  # on a GPU looking would wait at every step
+        """Drop finished rows, once they are a quarter of those that are computed. finished: (rows,) bool, equal within
+        each block of beams."""
+        if self.fixed or finished.device.type != "cpu":  # on a GPU this would synchronise in every step
             return
         now = finished if self.index is None else finished[self.index]
         count, live = len(now), int((~now).sum())
@@ -49,7 +50,7 @@ class LiveRows:
         return self._all
 
     def choose(self, tokens: torch.Tensor, barred: torch.Tensor | None) -> torch.Tensor | None:
-        """The stepper's choose, over the whole batch; what finished rows get is for nobody."""
+        """The stepper's `choose`, scattered to the whole batch; finished rows get 0."""
         choose: Any = getattr(self.stepper, "choose", None)
         if choose is None:
             return None
@@ -74,7 +75,7 @@ class LiveRows:
         )  # type: ignore[return-value]
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Row r goes on from row index[r] of the same block."""
+        """Let row r continue from row index[r] of the same block of beams."""
         if self.index is not None:
             assert self._place is not None
             index = self._place[index[self.index]]

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: HF's processors, criteria and draws around a Stepper."""
+"""Greedy decoding and sampling on a Stepper, with HF's processors, criteria and draws."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["Record", "sample"]
 
 
 class Record:
-    """The per-step tensors that return_dict_in_generate asks for."""
+    """The per-step tensors of the output with return_dict_in_generate."""
 
     def __init__(self, config: Any):
         wanted = config.return_dict_in_generate
@@ -31,13 +31,13 @@ class Record:
             self.logits += (logits,)
 
     def fields(self, stepper: Stepper, encoder_decoder: bool) -> dict[str, Any]:
-        """The fields that all of HF's output classes share."""
+        """The fields that HF's output classes have in common."""
         cache = as_hugging_face(stepper.key_values(), encoder_decoder)
         return {"scores": self.scores, "logits": self.logits, **cached(cache)}
 
 
 def draw(scores: torch.Tensor, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
-    """One token per row from softmax(scores): by HF's own draw, or row r by generators[r]."""
+    """Sample one token per row from softmax(scores): with HF's draw, or for row r with generators[r]."""
     probabilities = torch.softmax(scores, -1)
     if generators is None:
         return torch.multinomial(probabilities, num_samples=1).squeeze(1)
@@ -55,10 +55,10 @@ def sample(
     generators: Sequence[torch.Generator] | None,
     record: Record,
 ) -> torch.Tensor:
-    """input_ids (rows, S) with what was generated after it, (rows, longest).
+    """Returns (rows, longest): input_ids (rows, S), followed by the generated tokens.
 
-    A row that has ended goes on with config's pad token. Rows are processed, and drawn from, as one whole batch however
-    few are still computed, so the draws are HF's.
+    Finished rows are filled with config's pad token. Processors and draws see the whole batch, however few rows are
+    still computed, so that the draws equal HF's.
     """
     rules = None if config.do_sample or record.active else known_rules(processors)
     pad, known = pad_token(config), known_ends(criteria)

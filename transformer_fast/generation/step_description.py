@@ -1,6 +1,6 @@
-"""What a decoder is made of, said once by its family for every stepper that computes its step without its forward.
+"""A description of a decoder, from which steppers compute a decoding step without the model's forward.
 
-A model has a method `step_description()`. What a step cannot be made of has a reason: see StepDescription.why_not.
+Models return it from a method `step_description()`. StepDescription.why_not says why a model cannot be run so.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,20 +23,21 @@ __all__ = ["StepDescription"]
 
 @dataclass
 class StepDescription:
-    """A decoder for generation: its modules and what is not in them.
+    """A decoder: its modules, and the options that are not in the modules.
 
-    root: the module whose tree is left out by the native step: hooks in it would not run.
-    layers: in order; where there is cross-attention, with the slots cross_query, cross_output, and cross_key and
-        cross_value or cross_key_value. spec: of all layers.
-    token: the embedding table's module, times embed_scale; position: a module whose `weight` has one row per position,
-        the first at position_offset (BART: 2). With a method `cover` (a number of rows) it grows, and no position
-        is the last. position_padding: a token that has no position but the row of its own number.
+    root: the module tree that the native step bypasses, so that hooks in it would not run.
+    layers: the weights of the layers, in order; with cross-attention the slots cross_query and cross_output are set,
+        and cross_key and cross_value or cross_key_value. spec: the spec of all layers.
+    token: the embedding module, whose rows are multiplied by embed_scale. position: a module whose `weight` has one row
+        per position, the first at row position_offset (BART: 2). If it has a method `cover(rows)`, which makes the
+        table longer, the number of positions is not limited. position_padding: a padding token, whose position row is
+        the row with the token's own number.
     head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
-    relative_bias: T5's table (buckets, heads) as a module, of all layers but those with one in a slot of their own;
-        relative_max_distance: of its buckets.
-    rotary: a function of a number of positions: cos and sin, float32 (positions, R / 2), of rotary embedding.
+    relative_bias: T5's table (buckets, heads) as a module, for all layers without their own table;
+        relative_max_distance: its largest distance.
+    rotary: a function of a number of positions that returns cos and sin, float32 (positions, R / 2).
     logits_softcap: logits become logits_softcap * tanh(logits / logits_softcap); 0 for none.
-    refused: why no step may be made of it; '' where one may.
+    refused: why no step other than the forward may be used; '' if one may.
     """
 
     root: nn.Module
@@ -63,13 +64,13 @@ class StepDescription:
         return any(w.cross_query is not None for w in self.layers)
 
     def positions(self, tokens: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        """The rows of the table for `tokens`, where `following` are those of tokens that have a position."""
+        """The rows of the position table for `tokens`: those in `following`, except for padding tokens."""
         padding = self.position_padding
         return following if padding is None else torch.where(tokens == padding, padding, following)
 
     @property
     def most_positions(self) -> int | None:
-        """How many positions there are embeddings for; None: any number."""
+        """The number of positions with embeddings; None for no limit."""
         if self.position is None or hasattr(self.position, "cover"):
             return None
         return self.position.weight.shape[0] - self.position_offset
@@ -79,11 +80,11 @@ class StepDescription:
         return self.position.weight
 
     def why_not(self) -> str:
-        """'' when the native step computes what the modules would, else the reason why not."""
+        """'' if the native step computes the same as the modules, else the reason why not."""
         return native.load() or self.why_not_modules() or self._why_not_tensors()
 
     def why_not_modules(self) -> str:
-        """'' when the modules compute what this description says, else the reason why not."""
+        """'' if the modules compute exactly what this description says, else the reason why not."""
         if self.refused:
             return self.refused
         if not self.layers:
@@ -108,7 +109,7 @@ class StepDescription:
             if w.relative_bias is not None and not is_known(w.relative_bias, nn.Embedding):
                 return f"relative_bias is a {type(w.relative_bias).__name__}, not a plain embedding"
             if w.gate is not None and is_int8(w.gate) != is_int8(w.up):
-                return "of the up and gate projections one is in int8 and the other is not"
+                return "only one of the up and gate projections is in int8"
         kinds = {_norm_kind(n) for n in self._norms()}
         if None in kinds or len(kinds) > 1:
             return "its norms are not all layer norms or all rms norms"
@@ -124,7 +125,7 @@ class StepDescription:
         if reason := why_not_tensors(self.tensors()):
             return reason
         if self.position is not None and self.position.weight.dtype != self.token.weight.dtype:
-            return "the embeddings are of two dtypes"
+            return "the embeddings have different dtypes"
         return ""
 
     def _norms(self) -> list[nn.Module]:
@@ -135,7 +136,7 @@ class StepDescription:
         return [n for n in (*found, self.embedding_norm, self.final_norm) if n is not None]
 
     def tensors(self) -> DecoderTensors:
-        """The weights as they are now."""
+        """The current weights."""
         spec, head = self.spec, projection_of(self.head)
         if self.head_bias is not None:
             head = head._replace(biases=(self.head_bias,))

@@ -1,4 +1,4 @@
-"""What modules hold, for native decoding steps that compute in their place."""
+"""Reads the weights of modules, for native decoding steps that bypass the modules."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True for `kind` itself and the variants that models define; False for what adapters make of them."""
+    """True for `kind` itself and for variants that model files define; False for classes of adapters."""
     cls = type(module)
     package = __package__.split(".")[0]
     known = ("transformers.models.", f"{package}.models.", f"{package}.layers.")
@@ -49,7 +49,7 @@ def projection_of(*modules: Any) -> Projection:
 
 
 def why_not_tensors(tensors: StepTensors) -> str:
-    """'' when a native step can read all of them, else the reason why not."""
+    """'' if a native step can read all of these tensors, else the reason why not."""
     for t in tensors.sources():
         if type(t) not in (torch.Tensor, nn.Parameter):
             return f"a weight is a {type(t).__name__}"

@@ -1,4 +1,5 @@
-"""Layers: what a transformer computes, driven by a TransformerSpec and modules by role. They never name a backend."""
+"""The computation of transformer layers, driven by a TransformerSpec and by modules with roles (LayerWeights). Layers
+never name a backend."""
 
 from .attention import MultiheadAttention
 from .disentangled import Disentangled

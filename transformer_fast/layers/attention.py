@@ -11,12 +11,11 @@ __all__ = ["MultiheadAttention"]
 class MultiheadAttention(nn.MultiheadAttention):
     """concat_h(softmax(Q_h K_h^T / sqrt(D)) V_h) W_o + b_o: a drop-in for torch.nn.MultiheadAttention.
 
-    The same constructor, parameters, state dict and call; memory linear in the sequence length unless weights are asked
-    for, which come from the saved log-sum-exp. As in torch: inputs (S, B, E), (B, S, E) with batch_first, or (S, E);
-    key_padding_mask (B, Sk), bool True for keys to leave out, or float to add; attn_mask (Sq, Sk) or (B * H, Sq, Sk),
-    bool True for pairs to leave out, or float to add. is_causal means what a causal attn_mask would, which then need
-    not be given. Unlike torch, a query with nothing to attend to gives the output bias, not NaN, and the weights
-    returned while training are those before dropout.
+    Constructor, parameters, state dict and call are torch's. Memory is linear in the sequence length, unless the
+    attention weights are requested; they are computed from the saved log-sum-exp.
+
+    Two things differ from torch: a query without keys to attend to gives the output bias and not NaN, and the weights
+    that are returned in training are those before dropout.
 
     Raises:
         TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
@@ -44,7 +43,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(output of query's shape, weights (B, Sq, Sk), (B, H, Sq, Sk) when not averaged, or None)."""
+        """Compute attention as torch.nn.MultiheadAttention.
+
+        Args:
+            query: (Sq, B, E), (B, Sq, E) with batch_first, or (Sq, E); floating point.
+            key: (Sk, B, kdim), (B, Sk, kdim) with batch_first, or (Sk, kdim).
+            value: (Sk, B, vdim), (B, Sk, vdim) with batch_first, or (Sk, vdim).
+            key_padding_mask: (B, Sk), or (Sk,) without a batch; bool (True leaves a key out) or float (added to the
+                scores).
+            need_weights: also return the attention weights.
+            attn_mask: (Sq, Sk) or (B * H, Sq, Sk); bool (True leaves a pair out) or float (added to the scores).
+            average_attn_weights: average the returned weights over the heads.
+            is_causal: use a causal mask; attn_mask is then ignored.
+
+        Returns:
+            The output, of query's shape, and the weights: (B, Sq, Sk), (B, H, Sq, Sk) if not averaged, without the B
+            for inputs without a batch, or None.
+        """
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             raise ValueError(
                 "query, key, value: wanted all 3 dimensions, or all 2 without a batch, got shapes "
@@ -72,7 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q, k, v = self._project(query, key, value, self_attention)
             mask = self._mask(attn_mask, key_padding_mask, q.shape[0], q.shape[2], key.shape[1], k.shape[2])
             if is_causal and k.shape[2] != key.shape[1]:
-                # The appended keys are seen by every query.
+                # Every query attends to the appended keys (bias_k, add_zero_attn).
                 seen = torch.ones(q.shape[2], key.shape[1], dtype=torch.bool, device=q.device).tril()
                 mask = _joined(mask, nn.functional.pad(seen, (0, k.shape[2] - key.shape[1]), value=True)[None, None])
                 is_causal = False
@@ -87,7 +102,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def _project(self, query, key, value, self_attention: bool):
-        """(B, H, S, D) each, with torch's optional extra keys appended."""
+        """q, k and v, (B, H, S, D) each, with torch's optional extra keys (bias_k, add_zero_attn) appended."""
         heads = (self.num_heads, self.head_dim)
         if self._qkv_same_embed_dim and self_attention:
             qkv = ops.linear(query, self.in_proj_weight, self.in_proj_bias)
@@ -111,7 +126,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _mask(self, attn_mask, key_padding_mask, batch: int, sq: int, sk: int, keys: int) -> torch.Tensor | None:
-        """Torch's masks (bool: True leaves out) as one 4-D mask of ours (bool: True takes part), or a float bias."""
+        """Combine torch's masks (bool: True leaves out) into one 4-D bool mask (True takes part) or float bias."""
         found = None
         if attn_mask is not None:
             shapes = [(sq, sk), (batch * self.num_heads, sq, sk)]

@@ -1,4 +1,5 @@
-"""Disentangled attention (DeBERTa): a score has terms of contents, of content and distance, of distance and content."""
+"""Disentangled attention (DeBERTa). A score has content-to-content, content-to-position and position-to-content
+terms."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ __all__ = ["Disentangled"]
 
 
 class _Group(NamedTuple):
-    """Sequences of about one length, padded to the longest of them.
+    """Sequences of similar lengths, padded to the longest of them.
 
-    shape: (b, s). lengths: (b,) int32, or None where all are s. mask: (b, 1, 1, s) bool, keys that are attended to, in
-    place of lengths."""
+    shape: (b, s). lengths: (b,) int32, or None if all are s. mask: (b, 1, 1, s) bool, True for keys that are attended
+    to; used in place of lengths.
+    """
 
     shape: tuple[int, int]
     lengths: torch.Tensor | None
@@ -26,14 +28,15 @@ class _Group(NamedTuple):
 
 @dataclass
 class Disentangled:
-    """What all layers of one forward pass share of it.
+    """The state of disentangled attention that all layers of one forward pass share.
 
-    score(i, j) = scale * (q_i k_j + q_i K(i - j) + k_j Q(i - j)), with K and Q made of one row of the table of
-    distances for each i - j; the second term where a layer has the slot position_key, the third for position_query.
+    score(i, j) = scale * (q_i k_j + q_i K(i - j) + k_j Q(i - j)). K and Q are projections of the row of the distance
+    table for i - j. The second term needs the slot position_key in the layer, the third position_query.
 
-    places: (2 L - 1,) int64, the row of the table for each distance -(L - 1) .. L - 1; L: the longest sequence. first,
-    last: the lowest and the highest of them, where they are known. weighted: the scores are made in memory, for the
-    weights are wanted; so they are where padding is computed, whose positions average over the whole row, as in HF.
+    places: (2 L - 1,) int64, the row of the table for each distance -(L - 1) .. L - 1, with L the length of the longest
+    sequence. first, last: the smallest and the largest of these rows, if known. weighted: compute the score matrix,
+    because the weights are returned. This is also done if padding is computed, because a padded query averages over the
+    whole row, as in HF.
 
     Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled Attention", 2021, section 3.1.
     """
@@ -44,8 +47,8 @@ class Disentangled:
     last: int | None = None
     weighted: bool = False
     _groups: list[_Group] | None = None
-    _rows: torch.Tensor | None = None  # of all groups, one after the other: which unpadded row it is
-    _order: torch.Tensor | None = None  # of each unpadded row: where it is among the groups' rows
+    _rows: torch.Tensor | None = None  # the unpadded row of each row of the concatenated groups
+    _order: torch.Tensor | None = None  # for each unpadded row, its index in the concatenated groups
 
     def __post_init__(self):
         unpadding = self.unpadding
@@ -57,8 +60,8 @@ class Disentangled:
         self, w: LayerWeights, x: torch.Tensor, table: torch.Tensor | None, heads: tuple[int, int], scale: float,
         weights: dict[int, torch.Tensor] | None, index: int,
     ) -> torch.Tensor:  # fmt: skip
-        """x: (B, S, E) or unpadded (total, E) -> (..., H * D). table: (rows, E), the distances' embeddings. weights:
-        takes those of layer `index`, (B, H, S, S)."""
+        """x: (B, S, E) or unpadded (total, E) -> (..., H * D). table: (rows, E), the embeddings of the distances.
+        weights: receives the attention weights of layer `index`, (B, H, S, S)."""
         q, k, v = (t.unflatten(-1, heads) for t in projections([w.query, w.key, w.value], x))
         keys, queries = self._of_distances(w, table, heads, scale)
         p = dropout_p(w.attention_dropout)
@@ -68,7 +71,7 @@ class Disentangled:
             return self.unpadding.unpad(out).flatten(-2)
         if self._groups is None:
             return _attend(q, k, v, keys, queries, scale, p, None, None).flatten(-2)
-        if not self._groups:  # no token anywhere
+        if not self._groups:  # there are no tokens
             return q.flatten(-2)
         sizes = [b * s for (b, s), *_ in self._groups]
         parts = zip(*(t.index_select(0, self._rows).split(sizes) for t in (q, k, v)))  # type: ignore[arg-type]
@@ -83,10 +86,11 @@ class Disentangled:
         return torch.cat(found).index_select(0, self._order).flatten(-2)  # type: ignore[arg-type]
 
     def _of_distances(self, w: LayerWeights, table, heads, scale: float):
-        """K and Q, times scale, (H, 2 L - 1, D): K from the farthest distance down, Q up. None where there is none."""
+        """K and Q, multiplied by scale, (H, 2 L - 1, D) each, or None. K is in descending order of distances, Q in
+        ascending order."""
         if table is None:
             return None, None
-        if self.last is not None:  # of short sequences few rows are read
+        if self.last is not None:  # short sequences read few rows of the table
             table = table[self.first : self.last + 1]
         rows = ops.dropout(table, dropout_p(w.position_dropout))
         places = self.places - self.first
@@ -106,7 +110,8 @@ class Disentangled:
         scores = scores if bias is None else scores + bias
         if self.unpadding.mask is not None:
             together = self.unpadding.mask[:, None, :, None] & self.unpadding.mask[:, None, None]
-            scores = scores.masked_fill(~together, torch.finfo(scores.dtype).min)  # a row of padding averages over all
+            # The least finite number, not -inf: a padded query then averages over all keys.
+            scores = scores.masked_fill(~together, torch.finfo(scores.dtype).min)
         found = scores.softmax(-1)
         if weights is not None:
             weights[index] = found
@@ -114,7 +119,7 @@ class Disentangled:
 
 
 def _attend(q, k, v, keys, queries, scale: float, p: float, lengths, mask) -> torch.Tensor:
-    """(B, S, H, D) each -> (B, S, H, D)."""
+    """q, k, v: (B, S, H, D) -> (B, S, H, D)."""
     bias = _bias(q, k, keys, queries)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = ops.scaled_dot_product_attention(q, k, v, mask, p, False, scale, bias=bias, key_lengths=lengths)
@@ -122,7 +127,8 @@ def _attend(q, k, v, keys, queries, scale: float, p: float, lengths, mask) -> to
 
 
 def _bias(q: torch.Tensor, k: torch.Tensor, keys, queries) -> torch.Tensor | None:
-    """(B, H, S, S): what distances add to the scores. q, k: (B, S, H, D); keys, queries: of _of_distances."""
+    """The terms of the scores that depend on distances, (B, H, S, S). q, k: (B, S, H, D); keys, queries: from
+    _of_distances."""
     batch, length, total = q.shape[0], q.shape[1], None
     for rows, table, across in ((q, keys, False), (k, queries, True)):
         if table is None:
@@ -137,7 +143,7 @@ def _bias(q: torch.Tensor, k: torch.Tensor, keys, queries) -> torch.Tensor | Non
 
 
 def _shifted(x: torch.Tensor) -> torch.Tensor:
-    """(..., S, 2 S - 1) -> (..., S, S): row i from column S - 1 - i on, by a view."""
+    """(..., S, 2 S - 1) -> (..., S, S), a view: S columns of row i, starting at column S - 1 - i."""
     length = x.shape[-2]
     if not length:
         return x[..., :0]
@@ -147,7 +153,7 @@ def _shifted(x: torch.Tensor) -> torch.Tensor:
 
 @torch.compiler.disable
 def _grouped(unpadding: Unpadding) -> tuple[list[_Group], torch.Tensor, torch.Tensor]:
-    """The sequences of an Unpadding by length, and the fields _rows and _order of Disentangled."""
+    """Group the sequences of an Unpadding by length. Returns the fields _groups, _rows and _order of Disentangled."""
     cu: Any = unpadding.cu_seqlens
     device, step = cu.device, 16 if cu.device.type == "cpu" else 64
     starts = cu.tolist()

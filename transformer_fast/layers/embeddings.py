@@ -1,4 +1,4 @@
-"""Token, position and segment embeddings of the computed positions alone."""
+"""Token, position and segment embeddings, only of the positions that are computed."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,8 @@ __all__ = ["check_indices", "embed"]
 
 
 def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None:
-    """ValueError when an id lies outside [0, size). Looked at where looking is free: plain tensors on the CPU."""
+    """Raise ValueError if an id is outside [0, size). Only plain tensors on the CPU are checked: elsewhere it would
+    synchronise. meaning: what size is, for the message."""
     if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling() or not ops.concrete(ids):
         return
     low, high = (int(v) for v in ids.aminmax())
@@ -35,10 +36,10 @@ def embed(
     segment_ids: torch.Tensor | None,
     past: int | torch.Tensor = 0,
 ) -> torch.Tensor:
-    """dropout(norm(word + segment + position)): (B, S, E), or (total, E) when padding is dropped.
+    """dropout(norm(word + segment + position)): (B, S, E), or (total, E) if padding is dropped.
 
-    word, position: modules or functions of ids. Without norm_module there is no norm (GPT).
-    position_ids: (B, S) or (1, S), default past, past + 1, ...; segment_ids: (B, S), default 0.
+    word, position: modules or functions of ids. norm_module: None for no norm (GPT). position_ids: (B, S) or (1, S),
+    default past, past + 1, ... segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """
     x = unpadding.unpad(inputs_embeds) if inputs_embeds is not None else word(unpadding.unpad(input_ids))  # type: ignore[arg-type]
@@ -51,14 +52,14 @@ def embed(
 
 
 def _added(unpadding, position, segment, position_ids, segment_ids, past, device) -> torch.Tensor | None:
-    """position + segment of the computed positions, or (S, E) when it is the same for all sequences."""
+    """position + segment of the computed positions, or (S, E) if it is the same for all sequences."""
     if position is None and segment is None:
         return None
     rows = None
     if position_ids is not None and position is not None:
         rows = position(unpadding.unpad(position_ids.expand(unpadding.batch, -1)))
     elif position is not None:
-        # Few different rows: make each once, then copy.
+        # There are few different rows: compute each once, then copy.
         rows = position(unpadding.columns(device) + past)
         kinds = getattr(segment, "num_embeddings", 0) if segment_ids is not None else 1
         if segment is not None and 0 < kinds <= 4:

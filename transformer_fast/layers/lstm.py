@@ -1,4 +1,4 @@
-"""One direction of one LSTM layer over sequences without padding. This is the one place that runs the recurrence."""
+"""One direction of one LSTM layer over unpadded sequences, with optional projection and clipping."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,18 @@ from torch import nn
 from .. import ops
 from ..backends import Call, select
 
-_FEWEST_STEPS = 4  # from so many on it pays to lay a weight out for products with few rows
+_FEWEST_STEPS = 4  # from this many steps on, converting a weight to panels pays off
 
 __all__ = ["LSTM", "TokenOrder", "lstm", "order_tokens"]
 
 
 class TokenOrder(NamedTuple):
-    """How the tokens of a padded batch lie step after step, longest sequence first, as torch's packed sequences do.
+    """The order of the tokens of a padded batch step after step, longest sequence first, as in torch's PackedSequence.
 
-    forward, backward: (N,) int64, which of the N tokens (row after row of the batch) stands at each place, for the two
-    directions. steps: (T,) int64 on the CPU, the sequences that have a token at each step. rows: (B',) int64, the row
-    of the batch of each sequence; rows without tokens are not among them. ends: (B + 1,) int64, where the tokens of
-    each row of the batch begin among all, and N.
+    The N tokens are numbered row after row of the batch. forward, backward: (N,) int64, the token at each place, for
+    the two directions. steps: (T,) int64 on the CPU, the number of sequences with a token at each step. rows: (B',)
+    int64, the batch row of each sequence, without rows that have no tokens. ends: (B + 1,) int64, the number of the
+    first token of each batch row, and N.
     """
 
     forward: torch.Tensor
@@ -34,7 +34,8 @@ class TokenOrder(NamedTuple):
 
 
 def order_tokens(mask: torch.Tensor) -> TokenOrder:
-    """mask: (B, T) bool, True for tokens, on whatever side the padding is. Waits for the device once."""
+    """The TokenOrder of a batch. mask: (B, T) bool, True for tokens; padding may be on either side. Synchronises
+    once."""
     ops.parallel.refuse("a recurrent network", "run it on whole sequences")
     lengths = mask.sum(1)
     order = lengths.argsort(descending=True, stable=True)
@@ -62,9 +63,9 @@ def lstm(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """c = clip(f * c + i * g), h = clip(W_hr (o * tanh(c))), with i, f, g, o of W_ih x + W_hh h + bias.
 
-    x: (N, I), the tokens row after row of the batch; state: (h (B, P), c (B, C)) before the first; weight_ih: (4C, I),
-    weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g, o; weight_hr: (P, C), or None where P = C;
-    backward: from the last token to the first. Returns the h of every token, (N, P), and the last h and c of each row.
+    x: (N, I), the tokens row after row of the batch. state: (h (B, P), c (B, C)) before the first token. weight_ih:
+    (4C, I), weight_hh: (4C, P), bias: (4C,), gates in torch's order i, f, g, o. weight_hr: (P, C), or None if P = C.
+    backward: run from the last token to the first. Returns h of every token, (N, P), and the last h and c of each row.
     Source: Hochreiter and Schmidhuber, 1997; Sak, Senior and Beaufays, 2014 (the projection).
     """
     if weight_hr is None and cell_clip is None and projection_clip is None and _is_fused(x, order, weight_hh):
@@ -82,15 +83,15 @@ def lstm(
 
 
 def _is_fused(x: torch.Tensor, order: TokenOrder, weight: torch.Tensor) -> bool:
-    """Whether the fused op, which knows neither projection nor clipping, has a kernel for the call, and steps enough to
-    lay the weight out for."""
+    """Whether the fused op has a kernel for the call and there are enough steps for its conversion of the weight."""
     if len(order.steps) < _FEWEST_STEPS:
         return False
     return select(Call("recurrence", x.device.type, x.dtype, weight.shape[1])).name != "eager"
 
 
 def _by_steps(x, steps, state, weight_ih, weight_hh, bias, weight_hr, cell_clip, projection_clip):
-    """x: (N, I), step after step, steps (T,) of them; state: of the sequences that have tokens, longest first."""
+    """x: (N, I), step after step; steps: (T,) rows per step; state: of the sequences that have tokens, longest
+    first."""
     h, c = state
     if cell_clip is None and projection_clip is None:
         weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)] + ([] if weight_hr is None else [weight_hr])
@@ -101,7 +102,7 @@ def _by_steps(x, steps, state, weight_ih, weight_hh, bias, weight_hr, cell_clip,
     weight_hh, weight_hr = (_for_many_steps(w, len(steps)) for w in (weight_hh, weight_hr))  # type: ignore[assignment]
     outputs, last = [], []
     for gates in inputs.split(steps.tolist()):
-        if len(gates) < len(h):  # the shortest have ended
+        if len(gates) < len(h):  # the shortest sequences have ended
             last.append((h[len(gates) :], c[len(gates) :]))
             h, c = h[: len(gates)], c[: len(gates)]
         i, f, g, o = (gates + ops.linear(h, weight_hh)).chunk(4, -1)
@@ -117,14 +118,14 @@ def _by_steps(x, steps, state, weight_ih, weight_hh, bias, weight_hr, cell_clip,
 
 
 def _for_many_steps(weight: torch.Tensor | None, steps: int):
-    """The weight, or a copy for products with few rows where every step reads it and no gradient is taken."""
+    """The weight, or a panel copy of it if there are enough steps and no gradient is needed."""
     if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu" or torch.is_grad_enabled():
         return weight
     return ops.to_panels(weight) if steps >= _FEWEST_STEPS and ops.concrete(weight) else weight
 
 
 class LSTM(nn.Module):
-    """The weights of one direction of one layer, with one bias, and what clips its values."""
+    """The weights of one direction of one layer, with one bias, and its clipping limits."""
 
     def __init__(
         self,
@@ -146,11 +147,11 @@ class LSTM(nn.Module):
         return f"{self.weight_ih.shape[1]}, {self.cell_size}, output_size={self.output_size}"
 
     def start(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeros."""
+        """The initial state (h (B, P), c (B, C)): zeros."""
         return self.bias.new_zeros(batch, self.output_size), self.bias.new_zeros(batch, self.cell_size)
 
     def forward(self, x: torch.Tensor, order: TokenOrder, backward: bool = False) -> torch.Tensor:
-        """x: (N, I), the tokens row after row of the batch; (N, P) in the same order."""
+        """x: (N, I), the tokens row after row of the batch -> (N, P) in the same order."""
         return lstm(
             x, order, self.start(order.batch), self.weight_ih, self.weight_hh, self.bias, self.weight_hr,
             self.cell_clip, self.projection_clip, backward,

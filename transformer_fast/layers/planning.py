@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share, planned once from the masks: what is computed, and how it is masked."""
+"""Plans one forward pass from its masks: which positions are computed and how they are masked. All layers share it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ __all__ = ["Rotary", "StackCall", "plan_call", "self_cache"]
 
 
 class Rotary(NamedTuple):
-    """cos, sin: float32 (rows, R / 2); positions: the row of each position, as ops.rotary_embedding takes it."""
+    """Rotary tables. cos, sin: float32 (rows, R / 2); positions: as the argument of ops.rotary_embedding."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -31,7 +31,7 @@ class Rotary(NamedTuple):
 
     @classmethod
     def of(cls, unpadding: Unpadding, cos: torch.Tensor, sin: torch.Tensor) -> "Rotary":
-        """From cos and sin (B or 1, S, R / 2) of every position of the batch."""
+        """Make a Rotary from cos and sin (B or 1, S, R / 2) of every position of the batch."""
         own, index = cos.shape[0] > 1, unpadding.index
         if index is not None:
             positions = index if own else index % unpadding.length
@@ -48,22 +48,25 @@ class Rotary(NamedTuple):
 
 @dataclass
 class StackCall:
-    """What all layers of one forward pass share.
+    """The state of one forward pass that all layers share.
 
-    unpadding: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; where
-    unpadding leaves positions out, its key_mask is used instead. causal, bottom_right: as in
-    ops.scaled_dot_product_attention. relative_bias: added to the scores of self-attention, with a layer's own table
-    where it has one, and without any until share_table; bias: the same as a matrix, (1, H, Sq, Sk), made only where
-    probabilities are wanted or a cache is longer than what it holds; bias_of: what RelativeBias.matrix makes it of.
-    table_is_cut: whether the copy of share_table has no gradient where the table has one.
-    encoder_states: (B, Se, E), or the rows of encoder_unpadding; encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
-    cross-attention; encoder_lengths: (B,), says the same where padding is on the right.
-    attentions, cross_attentions: {layer: (B, H, Sq, Sk)}, filled when not None.
-    windowed: False where a mask that is complete in itself takes the place of spec.windows. rotary: of queries, keys;
-    one for each layer where layers differ. disentangled: takes the place of self-attention; distances: the table it
-    reads.
-    following: the norm that reads what a layer returns, computed with its last sum; ready: (that sum, the norm, its
-    result).
+    unpadding: which positions are computed. mask: (B or 1, H or 1, Sq or 1, Sk), bool or additive float, or None; if
+    unpadding drops positions, its key_mask is used instead. causal, bottom_right: as in
+    ops.scaled_dot_product_attention.
+
+    relative_bias: added to the scores of self-attention; a layer may have its own table, and the shared table may be
+        set
+    later by share_table. bias: the same bias as a matrix (1, H, Sq, Sk), computed only if the attention weights are
+    returned or a cache has more positions than are in use. bias_of: the arguments of RelativeBias.matrix for it.
+    table_is_cut: the table needs a gradient, but share_table's copy of it has none.
+
+    encoder_states: (B, Se, E), or the rows of encoder_unpadding. encoder_mask: (B, 1, 1, Se) bool or full 4-D, for
+    cross-attention. encoder_lengths: (B,), replaces encoder_mask if padding is on the right. attentions,
+    cross_attentions: {layer: (B, H, Sq, Sk)}, filled if not None.
+
+    windowed: False if a complete 4-D mask replaces spec.windows. rotary: rotary tables, or one per layer if layers
+    differ. disentangled: replaces self-attention; distances: the table it reads. following: the norm that reads the
+    layer's result; it is fused with the layer's last residual sum. ready: (that sum, the norm, its result).
     """
 
     spec: TransformerSpec
@@ -90,7 +93,7 @@ class StackCall:
     ready: tuple[torch.Tensor, nn.Module, torch.Tensor] | None = None
 
     def relative_of(self, w: LayerWeights) -> tuple[ops.RelativeBias | None, torch.Tensor | None]:
-        """relative_bias and bias for the layer of weights w; without padding alone the matrix, where there is one."""
+        """relative_bias and bias for the layer with weights w. relative_bias is None if the matrix is used instead."""
         relative, bias = self.relative_bias, self.bias
         if relative is not None and w.relative_bias is not None:
             relative = relative._replace(table=w.relative_bias.weight)  # type: ignore[arg-type]
@@ -103,8 +106,8 @@ class StackCall:
         return (None if bias is not None and self.unpadding.index is None else relative), bias
 
     def share_table(self, table: torch.Tensor) -> None:
-        """Give relative_bias the table that it was planned without: FSDP2 has it whole in the layer that owns it alone,
-        so that the other layers read a copy."""
+        """Set the table of relative_bias. FSDP2 gathers the table only in the layer that owns it, so the other layers
+        read a copy."""
         self.table_is_cut = table.requires_grad and not torch.is_grad_enabled()
         self.relative_bias = self.relative_bias._replace(table=table.clone())  # type: ignore[union-attr]
         if self.bias_of is not None:
@@ -114,7 +117,8 @@ class StackCall:
         return self.rotary if self.rotary is None or isinstance(self.rotary, Rotary) else self.rotary[index]
 
 
-# FSDP2 and accelerate look for tensors in dataclasses, and would give each layer a copy of what all fill.
+# FSDP2 and accelerate search dataclasses for tensors and would give each layer a copy, but the layers share this
+# object.
 del StackCall.__dataclass_fields__
 
 
@@ -135,13 +139,13 @@ def plan_call(
     read_first: bool = False,
     attentions: bool = False,
 ) -> StackCall:
-    """Look at the masks once: choose what is computed and how it is masked.
+    """Read the masks once and decide which positions are computed and how they are masked.
 
-    attention_mask: None, (B, S) with nonzero for tokens (B, past + S with a cache), (B, Sq, Sk), or 4-D and complete
-    in itself (then spec.causal adds nothing). encoder_unpadding: encoder_states are its rows, else (B, Se, E).
-    relative_bias: distances count the positions between two tokens, padding too. documents: (B, S), the one that each
-    position belongs to and that alone it sees; without attention_mask and cache only. read, read_first: see
-    plan_unpadding.
+    attention_mask: None, (B, S) with nonzero for tokens ((B, past + S) with a cache), (B, Sq, Sk), or 4-D; masks with
+    more than 2 dimensions are complete, and spec.causal adds nothing to them. encoder_unpadding: if given,
+    encoder_states are its rows, else (B, Se, E). relative_bias: distances include padding between two tokens.
+    documents: (B, S), the document of each position, which attends only to that document; only without attention_mask
+    and cache. read, read_first: see plan_unpadding.
     """
     spread = spread_in_use()
     call = StackCall(
@@ -195,11 +199,11 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
 
 
 def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
-    if call.unpadding.spread is not None:  # all parts are of one length
+    if call.unpadding.spread is not None:  # the parts of all processes must have the same length
         call.mask = mask[:, None, None]
         return
     placed = call.relative_bias is not None or call.spec.disentangled or any(call.spec.windows)
-    if placed:  # what lies between two tokens keeps its place
+    if placed:  # keep padding between tokens, as distances count it
         read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
@@ -229,14 +233,14 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
 
 def _plan_cross(call: StackCall, mask, unpadding: Unpadding | None, past_key_values) -> None:
     states: Any = call.encoder_states
-    if call.unpadding.spread is not None:  # nothing was dropped
+    if call.unpadding.spread is not None:  # padding is not dropped under context_parallel
         unpadding = None
     if unpadding is None and mask is not None:
         mask = _expand(mask, "encoder_attention_mask", states.shape[0], states.shape[1], states.device)
         if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or call.unpadding.spread is not None:
             call.encoder_mask = mask
             return
-        if _all_stored(past_key_values):  # the states are not looked at
+        if _all_stored(past_key_values):  # keys and values come from the cache, not from the states
             call.encoder_mask = mask
             _shorten(call)
             return
@@ -255,7 +259,7 @@ def _all_stored(past_key_values) -> bool:
 
 
 def _shorten(call: StackCall) -> None:
-    """The encoder's mask as lengths where it says no more than they do, and looking is free."""
+    """Replace the encoder's mask by lengths if its padding is on the right. Only on the CPU, where reading is free."""
     mask: Any = call.encoder_mask
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or not ops.concrete(mask):
         return
@@ -266,7 +270,7 @@ def _shorten(call: StackCall) -> None:
 
 
 def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, device: torch.device) -> torch.Tensor:
-    """A user's mask as 4-D, a 2-D one as bool."""
+    """A user's mask as a 4-D mask; a 2-D mask becomes bool."""
     mask = mask.to(device)
     if mask.dim() == 2:
         if mask.shape[0] not in (1, batch) or mask.shape[1] != length:
@@ -281,7 +285,7 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
 def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
     cache = self_cache(past_key_values)
     seen = cache.get_seq_length()
-    # Layers with a window keep the last keys alone: each cuts the mask to what it holds.
+    # Layers with a window keep only the last keys. Each of them cuts the mask to the keys that it has.
     keys = seen + length if call.spec.windows else cache.get_mask_sizes(length, 0)[0]
     if attention_mask is not None:
         batch, given = attention_mask.shape
@@ -291,18 +295,18 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
                 f"attention_mask: wanted shape (batch, past + length) = {wanted}, got {tuple(attention_mask.shape)}"
             )
         mask = _expand(attention_mask, "attention_mask", batch, given, device)
-        if given < keys:  # a static cache is longer than what it holds
+        if given < keys:  # a static cache has more positions than are in use
             mask = nn.functional.pad(mask, (0, keys - given))
         visible = not torch.compiler.is_compiling() and ops.concrete(mask)
         if visible and call.causal and read is not None and isinstance(seen, int) and not seen and keys == length:
-            _drop_padding(call, mask[:, 0, 0], *read)  # a first call: padding is dropped as without a cache
+            _drop_padding(call, mask[:, 0, 0], *read)  # the cache is empty, so padding is dropped as without one
             return
-        # On the CPU looking is free, and plain attention is faster than masked.
+        # Reading the mask is free on the CPU, and attention without a mask is faster.
         if device.type != "cpu" or not visible or not bool(mask.all()):
             call.mask = mask
     if not call.causal:
         return
-    call.bottom_right = isinstance(seen, int) and keys == seen + length  # windows too end at a query's own key
+    call.bottom_right = isinstance(seen, int) and keys == seen + length  # windows also end at the query's position
     if call.bottom_right and call.attentions is None:
         call.causal = length > 1 or call.unpadding.spread is not None
         return

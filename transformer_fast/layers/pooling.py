@@ -1,4 +1,4 @@
-"""One vector of the tokens of a sequence."""
+"""Pooling of the token states of a sequence into one vector."""
 
 import torch
 
@@ -6,17 +6,17 @@ __all__ = ["concat_pooling"]
 
 
 def concat_pooling(states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """[h_T; max_t h_t; mean_t h_t]: the last token's state beside the largest and the mean value of each feature.
+    """[h_T; max_t h_t; mean_t h_t]: the last token's state, and maximum and mean of each feature over the tokens.
 
-    A word that decides may stand anywhere, and the last state alone may have lost it. Takes the last_hidden_state of
-    every model.
+    A classifier then also sees words whose information the last state may have lost. It works on the last_hidden_state
+    of every model.
 
     Args:
-        states: (B, S, D) float.
+        states: (B, S, D), floating point.
         attention_mask: (B, S), nonzero for tokens, padding on either side; default: all are tokens.
 
     Returns:
-        (B, 3 * D) of states' dtype, zeros for a row without tokens.
+        (B, 3 * D) in states' dtype; zeros for a row without tokens.
 
     Raises:
         ValueError: for other shapes.
@@ -40,7 +40,7 @@ def concat_pooling(states: torch.Tensor, attention_mask: torch.Tensor | None = N
         return states.new_zeros(batch, 3 * width)
     tokens = (attention_mask != 0)[..., None]
     at = (tokens[..., 0] * torch.arange(1, length + 1, device=states.device)).argmax(1)
-    kept = states.masked_fill(~tokens, 0.0)  # no NaN of padding reaches the sums
+    kept = states.masked_fill(~tokens, 0.0)  # so that NaN in padding does not reach the sums
     last = kept[torch.arange(batch, device=states.device), at]
     count = tokens.sum(1)
     largest = kept.masked_fill(~tokens, -torch.inf).amax(1).masked_fill(count == 0, 0.0)

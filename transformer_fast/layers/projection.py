@@ -1,4 +1,5 @@
-"""Linear, norm and dropout modules through the fused ops; a module that is more than plain is called as it is."""
+"""Runs Linear, norm and dropout modules by the fused ops. Modules that are not plain (subclassed, hooked) are
+called."""
 
 import contextlib
 import threading
@@ -29,23 +30,23 @@ __all__ = [
     "rms_norm_of",
 ]
 
-# Classes that compute x W + b with W (in, out), such as HF's Conv1D; families add theirs.
+# Classes that compute x W + b with W (in, out), such as HF's Conv1D. Model families register theirs.
 _TRANSPOSED: set[type[nn.Module]] = set()
 
 
 def register_transposed(kind: type[nn.Module]) -> None:
-    """Let `linear` compute plain modules of this class, which hold a weight (in, out) and a bias, by the fused ops."""
+    """Let `linear` run plain modules of class `kind`, with weight (in, out) and bias, by the fused ops."""
     _TRANSPOSED.add(kind)
 
 
-# Weights that have a copy laid out for few rows, and which threads read it: (thread, id of the weight) -> the copy.
+# The panel copies that `linear` uses, per thread: (thread, id of the weight) -> copy.
 _copies: dict[tuple[int, int], PanelWeight] = {}
 
 
 @contextlib.contextmanager
 def reading_copies(copies: Mapping[int, PanelWeight]) -> Iterator[None]:
-    """Inside, on this thread, `linear` multiplies by the copy of a weight in place of the weight where there is one.
-    copies: by the id of the weight, (out, in) whichever way the weight lies. Without gradients only."""
+    """In this context and thread, `linear` uses the copy of a weight where there is one. Only without gradients.
+    copies: PanelWeights (out, in) by the id of the weight, whatever the weight's layout."""
     keys = {(threading.get_ident(), weight): copy for weight, copy in copies.items()}
     _copies.update(keys)
     try:
@@ -66,8 +67,8 @@ def _weight(module: Any) -> torch.Tensor | PanelWeight:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True when a module's forward is its class's own: no subclass (LoRA, quantised, parametrised), no hooks, no
-    replaced forward (accelerate's device maps)."""
+    """True if a module is exactly of class `kind`, with the class's own forward: no subclass (LoRA, quantised,
+    parametrised), no hooks, no replaced forward (accelerate's device maps)."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -95,8 +96,8 @@ def linear(module: Any, x: torch.Tensor, activation: str | None = None) -> torch
 def projections(
     modules: Sequence[Any], x: torch.Tensor, int8_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """W_i x + b_i of each module; those that are more than plain are called.
-    int8_dtype: of the results where the modules are Int8Linear; None for x's."""
+    """W_i x + b_i for each module; modules that are not plain are called. int8_dtype: dtype of the results if the
+    modules are Int8Linear; None for x's."""
     if is_int8(*modules):
         return int8_linears(list(modules), x, int8_dtype).split([m.out_features for m in modules], -1)
     if all(is_plain(module, nn.Linear) for module in modules):
@@ -105,7 +106,7 @@ def projections(
 
 
 def is_rms_norm(module: Any) -> bool:
-    """True for torch's RMSNorm and for a family's own class that says so: `is_rms_norm`, with weight and eps."""
+    """True for a plain RMS norm: torch's RMSNorm, or a family's class that defines `is_rms_norm`, weight and eps."""
     kind = type(module)
     return (kind is nn.RMSNorm or "is_rms_norm" in kind.__dict__) and is_plain(module, kind)
 
@@ -119,12 +120,13 @@ def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm_of(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a norm computes that is_rms_norm knows, whatever hooks it has."""
+    """The result of an RMS norm by the fused op, without its hooks. module: one that is_rms_norm accepts, except for
+    hooks."""
     return _of_weight(ops.rms_norm(x, module.weight.shape, _rms_weight(module), module.eps), module)
 
 
 def _rms_weight(module: Any) -> torch.Tensor:
-    """What a family's norm multiplies by: its weight, or Gemma's 1 + weight."""
+    """The factor of an RMS norm: its weight, or 1 + weight for Gemma's."""
     weight = module.weight
     if not getattr(module, "adds_one", False):
         return weight
@@ -132,7 +134,7 @@ def _rms_weight(module: Any) -> torch.Tensor:
 
 
 def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
-    """What a plain norm module holds, and whether it is an RMS norm; None for any other."""
+    """The parameters of a plain norm module, and whether it is an RMS norm; None for any other module."""
     if is_plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return Int8Norm(module.weight, module.bias, module.eps), False
     if is_rms_norm(module) and not getattr(module, "adds_one", False):
@@ -142,7 +144,7 @@ def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
 
 
 def _of_weight(y: torch.Tensor, module: Any) -> torch.Tensor:
-    """A family's norm goes on in the dtype of its weight, where the residual sum is wider."""
+    """Convert the result of a family's norm to the dtype of its weight, if the residual sum has a wider dtype."""
     return y if type(module) is nn.RMSNorm or y.dtype == module.weight.dtype else y.to(module.weight.dtype)
 
 
@@ -168,7 +170,8 @@ def add_norm_sum(
 
 
 def dropout_p(module: nn.Module | float | None) -> float:
-    """The probability a dropout module applies now; read live, as users and trainers change it. A number is itself."""
+    """The probability that a dropout module applies now. It is read in every call, as users and trainers change it. A
+    number is returned unchanged."""
     if isinstance(module, float):
         return module
     return float(getattr(module, "p", 0.0)) if module is not None and module.training else 0.0

@@ -1,4 +1,4 @@
-"""Linear modules in int8, and the part of a layer that is one op when all its modules are int8."""
+"""int8 Linear modules, and the part of a layer that runs as one op if all its modules are int8."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ __all__ = ["Int8Linear"]
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8 and int8 arithmetic (see ops.linear_int8), in place of an nn.Linear or a Conv1D.
+    """y = x W^T + b with int8 weights and int8 arithmetic (see ops.linear_int8); replaces an nn.Linear or a Conv1D.
 
-    State: weight int8 (out, in), weight_scale float32 (out, ceil(in / group)), bias (out,) or none. The weight lies in
-    the layout of the kernels from the first call on, and only there.
-    For inference: train(True) and inputs that want a gradient raise ValueError.
+    State dict: weight int8 (out, in), weight_scale float32 (out, ceil(in / group)), bias (out,) or none. From the first
+    call on the weight is stored only in the layout of the kernels. For inference: train(True) and inputs that require a
+    gradient raise ValueError.
     """
 
     weight: torch.Tensor
@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, group: int = linear_int8.GROUP) -> "Int8Linear":
-        """Of a weight (out, in). Raises ValueError where it is not finite."""
+        """Quantise a weight (out, in), with bias (out,) or None. Raises ValueError if the weight is not finite."""
         q, scale = linear_int8.quantize_weight(weight, group)
         if not bool(scale.isfinite().all()):
             raise ValueError("weight: wanted finite numbers, got NaN or infinity")
@@ -53,13 +53,13 @@ class Int8Linear(nn.Module):
     @torch.compiler.disable
     def _in_int8(self) -> Int8Weight:
         found = Int8Weight(self.weight, self.weight_scale, self.group)
-        if found.data is not None:  # kept once
+        if found.data is not None:  # do not keep the weight twice
             self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
         self._int8 = found
         return found
 
     def dequantized(self) -> torch.Tensor:
-        """The weight (out, in) that the int8 one stands for, float32."""
+        """The weight as float32 (out, in)."""
         q, scale = self.int8_weight().parts()
         return q * scale.repeat_interleave(self.group, 1)[:, : self.in_features]
 
@@ -79,7 +79,7 @@ class Int8Linear(nn.Module):
             f"group={self.group}"
         )
 
-    # ---- state: always (out, in), whichever way the weight lies -----------------------------------
+    # ---- state dict: always (out, in), whatever the layout of the weight in memory -----------------
     def _restore(self) -> None:
         if self._int8 is not None and self._int8.data is not None:
             self.weight, self.weight_scale = self._int8.parts()
@@ -102,13 +102,13 @@ class Int8Linear(nn.Module):
         self._restore()
         scale = self.weight_scale
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # .half() and kin are for the rest of the model
+        if self.weight_scale.dtype != torch.float32:  # .half() and similar must not change the scales
             self.weight_scale = scale.to(self.weight.device)
         return self
 
 
 def is_int8(*modules: Any) -> bool:
-    """True when all modules are Int8Linear without hooks."""
+    """True if all modules are Int8Linear without hooks or a replaced forward."""
     return all(
         type(m) is Int8Linear
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
@@ -118,13 +118,13 @@ def is_int8(*modules: Any) -> bool:
 
 
 def int8_linears(modules: list[Any], x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The outputs of up to three Int8Linear of one input side by side, in dtype or x's."""
+    """The concatenated outputs of up to three Int8Linear modules of one input. dtype: of the result, None for x's."""
     weights = [m.int8_weight() for m in modules]
     return linear_int8.linear_int8(x, weights, [m.bias for m in modules], None, dtype)
 
 
 def block_weights(w: Any, spec: Any, attention_norm: Int8Norm | None, output_norm: Int8Norm, rms: bool):
-    """What ops.int8_block needs of a layer, or None where a module is not int8 or there is no kernel."""
+    """The Int8BlockWeights of a layer, or None if a module is not int8 or there is no kernel."""
     gates = (w.gate,) if spec.gated else ()
     if spec.activation is None or not is_int8(w.attention_output, w.up, w.down, *gates):
         return None

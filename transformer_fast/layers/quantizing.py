@@ -1,4 +1,4 @@
-"""Which modules of a model become Int8Linear, and why the others do not."""
+"""Replaces the linear modules of a model by Int8Linear, and says why others are not replaced."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +12,12 @@ from .quantized import Int8Linear
 
 __all__ = ["Quantized", "quantized_modules", "replace"]
 
-_FEW = 64  # outputs: the last layer of a classifier costs nothing, and decides
+_FEW = 64  # layers with fewer outputs stay: a classifier's last layer costs nothing, and its accuracy matters most
 
 
 def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = False) -> None:
-    """Put Int8Linear in the place of the linear layers; empty: without values, for a checkpoint to fill."""
+    """Replace the linear layers of a model by Int8Linear in place. skip: names of modules to leave. group: inputs per
+    scale. empty: make them without values, for a checkpoint that is loaded later."""
     skip = tuple(skip)
     names = {name for name, _ in model.named_modules()}
     unknown = [name for name in skip if name not in names]
@@ -37,7 +38,7 @@ def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = 
             made[module] = Int8Linear.of(weight, bias, group)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        unload(module.weight.detach(), files)  # else a checkpoint's pages stay as long as any of its tensors
+        unload(module.weight.detach(), files)  # a mapped checkpoint would otherwise keep these pages in memory
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in made:
@@ -51,7 +52,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _why_not(name: str, module: Any, skip: tuple[str, ...]) -> str | None:
-    """Why a module with a linear layer's weight stays as it is; None where it does not."""
+    """Why a module with a matrix weight is not quantised; None if it is."""
     if any(name == s or name.startswith(f"{s}.") for s in skip):
         return "it is in skip"
     if not _is_linear(module):
@@ -68,7 +69,7 @@ def _why_not(name: str, module: Any, skip: tuple[str, ...]) -> str | None:
 
 
 class Quantized(dict[str, str]):
-    """{name of a linear module: "int8", or why it is not}."""
+    """A dict from the name of a linear module to "int8" or the reason why it is not in int8."""
 
     @property
     def left(self) -> dict[str, str]:
@@ -77,13 +78,14 @@ class Quantized(dict[str, str]):
 
 
 def quantized_modules(model: nn.Module) -> Quantized:
-    """Every module of a model with a matrix for its weight but embeddings, and "int8" or why it is not.
+    """List the modules of a model that have a weight matrix, without embeddings, and say which are in int8.
 
     Args:
         model: any torch.nn.Module.
 
     Returns:
-        A dict by module name, which prints in groups.
+        A Quantized: a dict from the name of each module to "int8" or the reason why it is not in int8. Its property
+        `left` has only those that are not.
 
     Examples:
         >>> import torch, transformer_fast

@@ -1,4 +1,4 @@
-"""torch's recurrent layers through the fused ops."""
+"""Runs torch's GRU and LSTM modules by the fused ops."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _CELLS: dict[type[nn.RNNBase], Any] = {nn.GRU: ops.gru, nn.LSTM: ops.lstm}
 
 
 def why_not_recurrent(module: Any, x: torch.Tensor) -> str:
-    """'' when recurrent_layers computes what the module would, faster; else the reason why not."""
+    """'' if recurrent_layers can run the module, and faster than torch; else the reason why not."""
     if not any(is_plain(module, kind) for kind in _CELLS):
         return f"{type(module).__name__} is not a plain GRU or LSTM"
     if x.device.type != "cpu":
@@ -37,10 +37,11 @@ def recurrent_layers(
     initial: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Any]:
-    """What a plain GRU or LSTM with batch_first computes, all layers and directions.
+    """The result of a plain GRU or LSTM with batch_first, all layers and directions.
 
-    x: (B, T, in), or with cu_seqlens (total, in), sequences one after the other. initial: as of the module. Returns
-    the states of the last layer, as x, and the last states (layers * directions, B, H), a pair of an LSTM.
+    x: (B, T, in), or concatenated sequences (total, in) with cu_seqlens. initial: as the module's argument. Returns the
+    states of the last layer, (B, T, directions * H) or (total, directions * H), and the last states
+    (layers * directions, B, H), for an LSTM a pair of hidden states and memories.
     """
     function, lstm = _CELLS[type(module)], isinstance(module, nn.LSTM)
     directions = 2 if module.bidirectional else 1

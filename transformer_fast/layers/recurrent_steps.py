@@ -1,4 +1,4 @@
-"""A plain GRU or LSTM, one step at a time, where a step's input needs the step before."""
+"""A plain GRU or LSTM run one step at a time, for inputs that depend on the previous step."""
 
 from typing import Any
 
@@ -12,9 +12,12 @@ __all__ = ["RecurrentSteps"]
 
 
 class RecurrentSteps:
-    """All layers of a module in one direction, for x.shape[1] steps: the part `words` (B, T, E) of the first layer's
-    input is there for all steps, and multiplied at once; the rest of it, (B, in - E), comes with each step.
-    hidden, memory: (layers, B, H) before the first step; memory of an LSTM."""
+    """All layers of a module in one direction, for T steps.
+
+    words: (B, T, E), the part of the first layer's input that is known for all steps; its product is computed at once.
+    The rest of the input, (B, in - E), is passed in each step. hidden, memory: (layers, B, H) before the first step;
+    memory is None for a GRU.
+    """
 
     def __init__(self, module: nn.RNNBase, words: torch.Tensor, hidden: torch.Tensor, memory: torch.Tensor | None):
         batch, steps, width = words.shape
@@ -31,7 +34,8 @@ class RecurrentSteps:
         return getattr(self._module, f"{name}_l{layer}", None)  # type: ignore[return-value]
 
     def __call__(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        """The last layer's hidden state (B, H) after the step whose input beside the words is x."""
+        """Run one step and return the last layer's hidden state (B, H). x: (B, in - E), the step's input after the
+        words."""
         for layer, (of_input, of_hidden) in enumerate(zip(self._inputs, self._hiddens)):
             if layer:
                 x = ops.dropout(x, self._dropout)

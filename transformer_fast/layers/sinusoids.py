@@ -12,12 +12,12 @@ def sinusoids(positions: torch.Tensor, width: int, dtype: torch.dtype = torch.fl
     """PE(p, 2i) = sin(p / 10000^(2i / width)), PE(p, 2i + 1) = cos of the same angle.
 
     Args:
-        positions: of any shape and dtype.
-        width: an even number.
-        dtype: of the result; the angles are float64.
+        positions: a tensor of any shape and dtype.
+        width: the embedding size, an even number.
+        dtype: dtype of the result; angles are computed in float64.
 
     Returns:
-        (*positions.shape, width).
+        (*positions.shape, width) in `dtype`.
 
     Raises:
         ValueError: for an odd width.
@@ -38,7 +38,7 @@ def sinusoids(positions: torch.Tensor, width: int, dtype: torch.dtype = torch.fl
 
 
 class SinusoidalPositions(nn.Module):
-    """The first rows of `sinusoids`: no parameter, and in no checkpoint."""
+    """A table of the first `count` rows of `sinusoids`, as a buffer that is not saved in checkpoints."""
 
     weight: torch.Tensor
 

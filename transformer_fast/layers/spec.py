@@ -1,4 +1,4 @@
-"""What a transformer layer computes (TransformerSpec) and which modules hold its weights (LayerWeights)."""
+"""The computation of a transformer layer (TransformerSpec) and the modules that hold its weights (LayerWeights)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,27 +10,29 @@ __all__ = ["LayerWeights", "SlotTable", "TransformerSpec"]
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """A family's arithmetic, the same for every layer; what changes while training (dropout) lies in the modules.
+    """The arithmetic of a model family, the same for every layer. Dropout, which may change in training, is read from
+    the modules.
 
-    num_heads, head_dim: of the attention; the inner width is their product. scale: of the scores, default
-        1 / sqrt(head_dim). causal: queries see no later keys.
+    num_heads, head_dim: of the attention; its inner width is their product. scale: factor of the scores, default
+        1 / sqrt(head_dim). causal: queries do not attend to later keys.
     norm_position: "post" (x = norm(x + f(x)): Vaswani et al., 2017, BERT) or "pre" (x = x + f(norm(x)): GPT-2, T5).
-        The kind of norm and its eps are the norm modules' own.
-    activation: a name that ops.bias_activation knows, or None to call the module in the slot `activation_fn`.
-    gated: the inner product act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), W_gate in the slot `gate`; without that
-        slot `up` makes both, side by side (ModernBERT).
-    clamp_float16: float16 states that overflowed become the largest numbers again: after each residual sum when
-        norms come before, at the end of the layer when they come after.
-    scale_by_layer: divides layer i's scale by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx).
-    key_heads: heads of keys and values, each shared by num_heads / key_heads of queries; None: num_heads.
-    parallel: x + attention(norm(x)) + feed_forward(output_norm(x)) (GPT-J, GPT-NeoX, Phi); norm_position "pre" alone.
+        The norm modules determine the kind of norm and its eps.
+    activation: a name that ops.bias_activation accepts, or None to call the module in the slot `activation_fn`.
+    gated: the gated unit act(x W) * (x W_gate) of T5 v1.1 (Shazeer, 2020), with W_gate in the slot `gate`. Without that
+        slot `up` computes both, concatenated (ModernBERT).
+    clamp_float16: replace float16 states that overflowed by the largest finite numbers: after each residual sum in
+        pre-norm layers, at the end of the layer in post-norm layers.
+    scale_by_layer: divide the scale of layer i by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx).
+    key_heads: number of key and value heads, each shared by num_heads / key_heads query heads; None: num_heads.
+    parallel: x + attention(norm(x)) + feed_forward(output_norm(x)) (GPT-J, GPT-NeoX, Phi); only with norm_position
+        "pre".
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); 0 for none.
-    windows: how many keys the queries of each layer see, their own and those before it, None for all; () for all in
-        all layers. Where it is not causal they see as many after it.
-    rotary_interleaved: which columns are a pair, see ops.rotary_embedding.
-    qkv_by_head: the outputs of `qkv` are each head's query, key and value in turn (GPT-NeoX), else all queries, all
-        keys, all values.
-    disentangled: scores have terms of contents and distances (DeBERTa), see Disentangled.
+    windows: per layer, how many keys a query attends to, counting its own position and those before it; None for all.
+        () means all keys in all layers. If not causal, a query attends to as many keys after its position.
+    rotary_interleaved: which columns form a pair, see ops.rotary_embedding.
+    qkv_by_head: the outputs of `qkv` are query, key and value of the first head, then of the second, and so on
+        (GPT-NeoX); else all queries, all keys, all values.
+    disentangled: scores have content and distance terms (DeBERTa), see Disentangled.
     """
 
     num_heads: int
@@ -54,7 +56,7 @@ class TransformerSpec:
         if self.norm_position not in ("post", "pre"):
             raise ValueError(f"norm_position: wanted 'post' or 'pre', got {self.norm_position!r}")
         if self.parallel and self.norm_position != "pre":
-            raise ValueError(f"parallel: wants norm_position 'pre', got {self.norm_position!r}")
+            raise ValueError(f"parallel: needs norm_position 'pre', got {self.norm_position!r}")
         if self.num_heads % self.heads_of_keys:
             raise ValueError(f"key_heads: wanted a divisor of num_heads = {self.num_heads}, got {self.key_heads}")
         if self.qkv_by_head and self.num_heads != self.heads_of_keys:
@@ -65,26 +67,29 @@ class TransformerSpec:
         return self.num_heads if self.key_heads is None else self.key_heads
 
     def window_of(self, index: int) -> int | None:
-        """How many keys the queries of layer `index` see; None for all."""
+        """How many keys the queries of layer `index` attend to; None for all."""
         return self.windows[index] if self.windows else None
 
     def scale_of(self, index: int) -> float | None:
-        """The scale of layer `index`'s scores; None for 1 / sqrt(head_dim)."""
+        """The factor of the scores of layer `index`; None for 1 / sqrt(head_dim)."""
         if not self.scale_by_layer:
             return self.scale
         return (self.head_dim**-0.5 if self.scale is None else self.scale) / (index + 1)
 
 
 class LayerWeights(NamedTuple):
-    """The modules of one layer by role. Modules, not tensors: one that is wrapped (LoRA, quantised) or hooked is
-    called as it is, a plain one is computed by the fused ops. Projections are query, key and value, or one `qkv` whose
-    outputs are theirs side by side; of cross-attention cross_key and cross_value, or one `cross_key_value`. Dropout may
-    be a number, the probability in force now."""
+    """The modules of one layer by role.
+
+    These are modules and not tensors: a wrapped (LoRA, quantised) or hooked module is called, a plain one runs by the
+    fused ops. Projections are either query, key and value, or one `qkv` with their concatenated outputs; for
+    cross-attention either cross_key and cross_value, or one `cross_key_value`. A dropout may be a number, the
+    probability that applies now.
+    """
 
     attention_output: nn.Module
     attention_norm: nn.Module
     up: nn.Module  # first linear of the feed-forward block
-    down: nn.Module  # second
+    down: nn.Module  # second linear of the feed-forward block
     output_norm: nn.Module
     query: nn.Module | None = None
     key: nn.Module | None = None
@@ -104,19 +109,19 @@ class LayerWeights(NamedTuple):
     cross_norm: nn.Module | None = None
     cross_dropout: nn.Module | float | None = None
     cross_output_dropout: nn.Module | float | None = None
-    query_norm: nn.Module | None = None  # of each head, before rotation
+    query_norm: nn.Module | None = None  # norm over each head, before the rotation
     key_norm: nn.Module | None = None
-    attention_after_norm: nn.Module | None = None  # of what a sublayer adds to the residual
+    attention_after_norm: nn.Module | None = None  # norm of what the sublayer adds to the residual
     output_after_norm: nn.Module | None = None
-    relative_bias: nn.Module | None = None  # (buckets, heads), of this layer's self-attention alone
-    position_key: nn.Module | None = None  # of the table of distances
+    relative_bias: nn.Module | None = None  # (buckets, heads), only for this layer's self-attention
+    position_key: nn.Module | None = None  # projections of the table of distances
     position_query: nn.Module | None = None
     position_dropout: nn.Module | float | None = None
 
 
 class SlotTable:
-    """A family's table {slot: path of the submodule inside its layer class}; optional slots may be absent. A path may
-    end at a number: a dropout probability, in force while its owner is training.
+    """A family's table {slot: path of the submodule inside its layer class}. Optional slots may be absent. A path may
+    end at a number: a dropout probability, which applies while the module that has it is in training mode.
 
     >>> SlotTable(query="attention.self.query", ...).read(layer)
     """
@@ -130,7 +135,8 @@ class SlotTable:
         self._paths = {slot: tuple(path.split(".")) for slot, path in paths.items()}
 
     def read(self, layer: nn.Module) -> LayerWeights:
-        """Read anew at each forward: adapters replace submodules at any time, and a walk costs microseconds."""
+        """The LayerWeights of a layer. Read it in each forward pass, as adapters may replace submodules at any time; it
+        takes microseconds."""
         found: dict[str, Any] = {}
         for slot, path in self._paths.items():
             owner: nn.Module | None = None

@@ -1,4 +1,4 @@
-"""The stack of layers of encoders and decoders: attention, feed-forward and norms, on unpadded rows."""
+"""The layers of encoders and decoders: attention, feed-forward block and norms, on unpadded rows."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,20 +26,20 @@ def run_layers(
     past_key_values: Any = None,
     keep_hidden: Any = (),
 ) -> torch.Tensor:
-    """Call each layer as a module (so hooks, checkpointing and sharding see it) on the unpadded rows.
+    """Call each layer, as a module (for hooks, checkpointing and sharding), on the unpadded rows.
 
-    first_only: the last layer computes the first position of each sequence alone and (batch, E) comes back.
-    keep_hidden: the indices of the hidden states, 0 for the embedding, to leave in call.hidden_states as
-    (batch, length, E).
+    first_only: the last layer computes only the first position of each sequence, and the result is (batch, E).
+    keep_hidden: the indices of the hidden states to store in call.hidden_states as (batch, length, E); 0 is the
+    embedding.
     """
     layers = list(layers)
     for index, layer in enumerate(layers):
         if index in keep_hidden:
             call.hidden_states[index], rows = call.unpadding.show(rows)
         last = first_only and index == len(layers) - 1
-        # A state that is returned carries the gradient of all that reads it, the next norm too.
+        # A returned state must get the gradients of everything that reads it, so the next norm is not fused then.
         call.following = None if index + 1 in keep_hidden else _following(layers, index, call)
-        # By position: reentrant checkpointing differentiates with respect to these alone.
+        # Positional arguments, because reentrant checkpointing differentiates only with respect to these.
         states = tuple(t for t in (call.encoder_states, call.distances) if t is not None)
         rows = layer(rows, call, index, last, *states, past_key_values=past_key_values)
     return rows if layers or not first_only else call.unpadding.first(rows)
@@ -55,13 +55,14 @@ def transformer_layer(
     encoder_states: torch.Tensor | None = None,
     distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x: (B, S, E) or unpadded (total, E) -> the same, or (B, E) with first_only. encoder_states, distances: call's.
+    """x: (B, S, E) or unpadded (total, E) -> the same shape, or (B, E) with first_only. encoder_states, distances:
+    those of `call`.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; Xiong et al., "On Layer Normalization in
     the Transformer Architecture", 2020, for norm_position "pre".
     """
     before = spread = call.unpadding.spread
-    if spread is not None:  # checkpointing calls again when the context may have been left
+    if spread is not None:  # checkpointing may run this again outside of context_parallel
         before = ops.parallel.set_current(spread)
     try:
         return _layer(w, x, call, index, first_only, past_key_values, encoder_states, distances)
@@ -112,13 +113,13 @@ def _layer(w: LayerWeights, x, call: StackCall, index, first_only, past_key_valu
 
 
 def normed_input(module: Any, x: torch.Tensor, call: StackCall) -> torch.Tensor:
-    """norm(x), which the layer before may have computed."""
+    """norm(x), which the previous layer may have computed already."""
     ready, call.ready = call.ready, None
     return ready[2] if ready is not None and ready[0] is x and ready[1] is module else norm(module, x)
 
 
 def _last_sum(inner, residual, p: float, call: StackCall) -> torch.Tensor:
-    """residual + dropout(inner), and what call.following makes of it in the same pass."""
+    """residual + dropout(inner). If call.following is set, its norm is computed in the same pass."""
     if call.following is None:
         return _clamped(residual + ops.dropout(inner, p), call.spec)
     normed, total = _sum_norm(call.following, inner, residual, p, call.spec)
@@ -127,8 +128,8 @@ def _last_sum(inner, residual, p: float, call: StackCall) -> torch.Tensor:
 
 
 def _following(layers: list[nn.Module], index: int, call: StackCall) -> nn.Module | None:
-    """The norm that the layer after `index` begins with, where both are nobody's but ours: a hook may read or change
-    what goes from layer to layer, or be what gathers a layer's weights. A compiler joins sum and norm itself."""
+    """The first norm of the layer after `index`, if both layers are unmodified: a hook may read or change the state
+    between layers, or gather a layer's weights. None under a compiler, which fuses sum and norm itself."""
     if call.spec.norm_position != "pre" or index + 1 >= len(layers) or torch.compiler.is_compiling():
         return None
     for layer in layers[index : index + 2]:
@@ -141,7 +142,7 @@ def _following(layers: list[nn.Module], index: int, call: StackCall) -> nn.Modul
 
 
 def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8BlockWeights | None:
-    """The layer after attention as one op, where it is int8 and none of it is somebody else's."""
+    """The weights for running the layer after attention as one int8 op; None if it cannot be one."""
     dropouts = (w.attention_output_dropout, w.activation_dropout, w.output_dropout)
     if (
         (torch.is_grad_enabled() and x.requires_grad)
@@ -159,7 +160,7 @@ def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8
 
 
 def _sum_norm(module, x, residual, p: float, spec: TransformerSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(s), s) with s = residual + dropout(x), clamped where the family does."""
+    """(norm(s), s) with s = residual + dropout(x), clamped if the spec says so."""
     if spec.clamp_float16 and x.dtype == residual.dtype == torch.float16:
         total = _clamped(residual + ops.dropout(x, p), spec)
         return norm(module, total), total
@@ -170,7 +171,7 @@ def _clamped(x: torch.Tensor, spec: TransformerSpec) -> torch.Tensor:
     if not spec.clamp_float16 or x.dtype != torch.float16:
         return x
     largest = torch.finfo(x.dtype).max
-    bound = torch.where(x.isinf().any(), largest - 1000, largest)  # without waiting for the device
+    bound = torch.where(x.isinf().any(), largest - 1000, largest)  # a tensor, so that nothing synchronises
     return x.clamp(-bound, bound)
 
 
@@ -200,7 +201,7 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
         if spec.activation is None:
             inner = w.activation_fn(inner)  # type: ignore[misc]
     inner = ops.dropout(inner, dropout_p(w.activation_dropout))
-    weight = getattr(w.down, "weight", None)  # T5 keeps it in float32 when the rest is float16
+    weight = getattr(w.down, "weight", None)  # T5 keeps it in float32 if the rest is float16
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype != inner.dtype:
         inner = inner.to(weight.dtype)
     return linear(w.down, inner)

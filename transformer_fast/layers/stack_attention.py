@@ -14,7 +14,8 @@ __all__ = ["cross_attention", "self_attention"]
 
 
 def self_attention(w, x, call: StackCall, index, first_only, past_key_values, int8: bool = False) -> torch.Tensor:
-    """(..., E) -> (..., H * D), before the output projection. int8: that takes any dtype."""
+    """(..., E) -> (..., H * D), before the output projection. int8: the output projection is int8 and takes any
+    dtype."""
     spec, unpadding = call.spec, call.unpadding
     heads, scale = (spec.num_heads, spec.head_dim), spec.scale_of(index)
     p = dropout_p(w.attention_dropout)
@@ -38,7 +39,7 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
         else:
             qkv = qkv.unflatten(-1, (-1, spec.head_dim))
             q, k, v = qkv.split(sizes, -2)
-            if placed and w.query_norm is None:  # side by side they are rotated by one call
+            if placed and w.query_norm is None:  # rotate queries and keys, which are adjacent, in one call
                 both = call.rotary_of(index)(qkv[..., : -sizes[2], :], spec.rotary_interleaved)  # type: ignore[misc]
                 (q, k), placed = both.split(sizes[:2], -2), False
     elif first_only and not placed:
@@ -61,7 +62,7 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
         assert cache is not None
-        if hasattr(cache, "attend"):  # it extends itself while it is read
+        if hasattr(cache, "attend"):  # this cache appends and attends in one op
             out = cache.attend(
                 q, k, v, index, place, scale=scale, relative_bias=relative, window=_window(call, index),
                 softcap=spec.softcap,
@@ -72,7 +73,7 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
     if first_only and mask is not None:
         mask = mask[:, :, :1]
     if mask is not None and mask.shape[-1] > k.shape[2]:
-        mask = mask[..., -k.shape[2] :]  # a cache that keeps the keys of a window alone
+        mask = mask[..., -k.shape[2] :]  # the cache keeps only the keys of a window
     if bias is not None and mask is not None and mask.dtype != torch.bool:
         mask, bias = mask + bias, None
     out = _padded_attention(
@@ -83,7 +84,7 @@ def self_attention(w, x, call: StackCall, index, first_only, past_key_values, in
 
 
 def _placed(w, q, k, call: StackCall, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys with the norms of their heads and their rotation."""
+    """Apply the norms of the heads and the rotation to queries and keys."""
     if w.query_norm is not None:
         q, k = norm(w.query_norm, q), norm(w.key_norm, k)
     rotary = call.rotary_of(index)
@@ -93,7 +94,7 @@ def _placed(w, q, k, call: StackCall, index: int) -> tuple[torch.Tensor, torch.T
 
 
 def _place_with_append(w, x, call: StackCall, index: int) -> dict[str, Any] | None:
-    """What ops.rotary_cache_append is told of a layer; None where it would compute something else."""
+    """The arguments of ops.rotary_cache_append for a layer; None if that op does not compute the same."""
     rotary = call.rotary_of(index)
     if rotary is None:
         return None
@@ -111,7 +112,7 @@ def _place_with_append(w, x, call: StackCall, index: int) -> dict[str, Any] | No
 
 
 def _is_special(call: StackCall, index: int) -> bool:
-    """Whether the scores of a layer are more than products of as many queries as keys."""
+    """Whether a layer has shared key heads, a soft cap or a window."""
     spec = call.spec
     return bool(spec.heads_of_keys != spec.num_heads or spec.softcap or _window(call, index))
 
@@ -178,8 +179,8 @@ def _padded_attention(
 def _weighted(
     q, k, v, mask, call: StackCall, causal: bool, p: float, index: int, *, bias=None, window=None, softcap=0.0
 ):  # fmt: skip
-    """(out (B, Sq, H, D), weights (B, H, Sq, Sk)): out is made of the weights, so that its gradient reaches them, which
-    attribution methods read. mask, bias: as in ops.scaled_dot_product_attention."""
+    """(out (B, Sq, H, D), weights (B, H, Sq, Sk)). out is computed from the weights, so that they get its gradient,
+    which attribution methods need. mask, bias: as in ops.scaled_dot_product_attention."""
     scale = call.spec.scale_of(index)
     wide = torch.promote_types(q.dtype, torch.float32)
     if k.shape[1] != q.shape[1]:
@@ -210,7 +211,7 @@ def _probabilities(q, k, lse, **masks) -> torch.Tensor:
     weights = ops.attention_probabilities(q, k, lse, **masks)
     if weights.dtype not in (torch.float32, torch.float64):
         return weights
-    # The scores here and those inside lse were rounded apart: make rows sum to one again.
+    # These scores and those in lse were rounded separately: make the rows sum to one again.
     total = weights.sum(-1, keepdim=True)
     return weights / total.masked_fill(total == 0, 1.0)
 
@@ -239,10 +240,10 @@ def cross_attention(w, x, states, call: StackCall, index, past_key_values) -> to
         if cache is not None:
             k, v = cache.cross_attention_cache.update(k, v, index)
             cache.is_updated[index] = True
-    if _is_unpadded(unpadding):  # queries take their place again: few rows beside the encoder's
+    if _is_unpadded(unpadding):  # pad the queries again; they are few compared with the encoder's rows
         q = unpadding.pad(q)
     rows, length = q.shape[:2]
-    if rows != k.shape[0]:  # rows that continue one prompt (beams) are queries of its one set of keys
+    if rows != k.shape[0]:  # beams of one prompt are further queries on its keys
         q = q.reshape(k.shape[0], -1, *heads)
     out = _padded_attention(
         q.transpose(1, 2), k, v, call.encoder_mask, call, False, p, call.cross_attentions, index,
@@ -252,7 +253,8 @@ def cross_attention(w, x, states, call: StackCall, index, past_key_values) -> to
 
 
 def _unpadded_cross_attention(q, k, v, call: StackCall, index: int, p: float) -> torch.Tensor:
-    """Neither side's padding is read: q (total, H, D) or (B, Sq, H, D), k, v (total, H, D) or (B, Se, H, D)."""
+    """Cross-attention without padding on either side. q: (total, H, D) or (B, Sq, H, D); k, v: (total, H, D) or
+    (B, Se, H, D)."""
     shape, source = q.shape, call.encoder_unpadding
     (q, cu_q, longest_q), (k, cu_k, longest_k) = _sequences(q, call.unpadding), _sequences(k, source)
     v = _sequences(v, source)[0]
@@ -264,8 +266,8 @@ def _unpadded_cross_attention(q, k, v, call: StackCall, index: int, p: float) ->
 
 
 def _sequences(t: torch.Tensor, unpadding: Unpadding | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(rows, where each sequence begins, the longest) of rows padded or not. All documents in a row see its encoder
-    states."""
+    """(rows, cu_seqlens, max_seqlen) of padded or unpadded rows. All documents in a batch row attend to the row's
+    encoder states."""
     if unpadding is not None and unpadding.index is not None:
         if not unpadding.documents:
             return t, unpadding.cu_seqlens, unpadding.max_seqlen  # type: ignore[return-value]

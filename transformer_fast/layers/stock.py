@@ -1,8 +1,8 @@
-"""Is a tree of modules still what its constructor made? The fast path computes what the modules would: it has to know.
+"""Detects whether a tree of modules is still as its constructor made it. Only then may the fast path replace it.
 
-`remember` notes the classes and settings of a tree when it is made; `why_changed` names the first module that was
-replaced, wrapped, subclassed, hooked, parametrised or given methods of its own since. A tree that is as it was in the
-last call is recognised by lists that C code compares: tens of microseconds for a BERT of 228 modules.
+`remember` records the classes and settings of a new tree. `why_changed` names the first module that has since been
+replaced, wrapped, subclassed, hooked, parametrised or given its own methods. A tree that has not changed since the last
+call is recognised by comparing lists, in C: tens of microseconds for a BERT with 228 modules.
 """
 
 import sys
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Read anew in every call, or of no account: a module in which these differ is as it was made.
+# Attributes that may change: they are read in every call, or have no effect.
 _LIVE = {"training", "gradient_checkpointing", "layer_idx", "chunk_size_feed_forward", "max_seq_len_cached",
          "attention_scaling"}  # fmt: skip
 _SETTINGS = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
@@ -44,8 +44,8 @@ _NOTE, _LAST = "_made_of", "_last_call"
 
 
 class _Made(NamedTuple):
-    """What a constructor put in one place: the class, (name, value) of its settings, its children by name, and what it
-    set to None, for its forward asks for that."""
+    """A module as its constructor made it: class, (name, value) of its settings, children by name, and the names of the
+    attributes that are None, as its forward may test those."""
 
     kind: type
     settings: tuple[tuple[str, Any], ...]
@@ -53,26 +53,27 @@ class _Made(NamedTuple):
     absent: tuple[str, ...]
 
 
-# ---- what others may add and change nothing ----------------------------------------------------------
+# ---- changes by others that are harmless -------------------------------------------------------------
 _harmless_hooks: list[Callable[[Any], bool]] = []
 _row_wise_leaves: list[Callable[[nn.Module, type], bool]] = []
 _called: list[Callable[[nn.Module, type, str], bool]] = []
 
 
 def allow_hook(test: Callable[[Any], bool]) -> None:
-    """test(hook): True for a forward hook that nobody listens to now."""
+    """Register test(hook), which returns True for a forward hook that does nothing at present."""
     _harmless_hooks.append(test)
 
 
 def allow_leaf(test: Callable[[nn.Module, type], bool]) -> None:
-    """test(module, kind): True for a module in the place of a `kind` that computes every row by itself, whatever the
-    rows' shape, so that it may be called on rows without padding."""
+    """Register test(module, kind), which returns True for a module that replaces a `kind` and treats rows
+    independently, so that it may be called on unpadded rows."""
     _row_wise_leaves.append(test)
 
 
 def allow_called(test: Callable[[nn.Module, type, str], bool]) -> None:
-    """test(module, kind, name): True for a module, a `kind` but for what FSDP2 makes of it, that the fast path calls as
-    one and reads nowhere else: what FSDP2 and checkpointing do around a forward is done around it."""
+    """Register test(module, kind, name), which returns True for a module of class `kind` (or FSDP2's subclass of it)
+    that the fast path calls as a module and reads in no other way. FSDP2 and checkpointing then work around its
+    forward."""
     _called.append(test)
 
 
@@ -84,14 +85,14 @@ _WRAPPERS = {
 
 
 def before_fsdp(kind: type) -> type | None:
-    """The class that FSDP2's fully_shard made `kind` of; None for a class that it did not make."""
+    """The class from which FSDP2's fully_shard derived `kind`; None if fully_shard did not make `kind`."""
     base = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     made_by_torch = base is not None and len(kind.__bases__) == 2 and issubclass(kind.__bases__[0], base)
     return kind.__bases__[1] if made_by_torch else None
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """True for a module that FSDP2 gathers before its forward."""
+    """True for a module whose parameters FSDP2 gathers before its forward."""
     return before_fsdp(type(module)) is not None
 
 
@@ -100,8 +101,8 @@ def _is_fsdp_hook(hook: Any) -> bool:
 
 
 def is_shard(parameter: Any) -> bool:
-    """True for what FSDP2 leaves of a parameter between forwards: a DTensor cut in one dimension of its mesh, and
-    copied in those before it (HSDP). What tensor parallelism cuts is never whole, and is not meant."""
+    """True for a parameter that FSDP2 has sharded: a DTensor sharded in the last dimension of its mesh and replicated
+    in those before it (HSDP). False for shards of tensor parallelism, which are never gathered."""
     placements = getattr(parameter, "placements", None)
     if not placements or not hasattr(parameter, "device_mesh"):
         return False
@@ -109,7 +110,8 @@ def is_shard(parameter: Any) -> bool:
 
 
 def as_forward_of(module: Any, run: Callable[[], Any]) -> Any:
-    """run(), which reads the parameters of `module`: as its forward where FSDP2 gathers them before that."""
+    """Return run(), which reads the parameters of `module`. If FSDP2 has sharded the module, run() is called as its
+    forward, before which FSDP2 gathers the parameters."""
     if torch.compiler.is_compiling() or not is_sharded(module):
         return run()
     module.forward = run
@@ -124,12 +126,12 @@ def _is_called(module: nn.Module, kind: type, path: str) -> bool:
 
 
 def _inside(module: Any, kind: type) -> nn.Module | None:
-    """What a wrapper of torch's for activation checkpointing or offloading calls; None for any other module."""
+    """The module inside torch's wrapper for activation checkpointing or offloading; None for any other module."""
     return module._checkpoint_wrapped_module if (kind.__module__, kind.__name__) in _WRAPPERS else None
 
 
 def wrapped_part(root: nn.Module) -> str:
-    """The first part that FSDP2 has sharded or torch's checkpointing wrapped, in words; '' where there is none."""
+    """A description of the first submodule that FSDP2 has sharded or torch's checkpointing has wrapped; '' if none."""
     for path, module in root.named_modules():
         kind, where = type(module), path or type(root).__name__
         if is_sharded(module):
@@ -139,22 +141,23 @@ def wrapped_part(root: nn.Module) -> str:
     return ""
 
 
-# ---- the note ----------------------------------------------------------------------------------------
+# ---- recording ---------------------------------------------------------------------------------------
 def remember(root: nn.Module, like: nn.Module | None = None) -> None:
-    """Note what `root` is made of, as its constructor leaves it: an attribute, which copies and pickles keep.
+    """Record the tree of `root`, just after its constructor, in an attribute that copies and pickles keep.
 
-    like: what its constructor makes, where `root` itself has been changed since; see why_unlike."""
+    like: a fresh module of the same kind to record instead, if `root` itself has been changed; see why_unlike.
+    """
     root.__dict__[_NOTE], root.__dict__[_LAST] = _made(root if like is None else like, {}), _LastCall()
 
 
 def forget(root: nn.Module) -> None:
-    """Take back `remember`."""
+    """Undo `remember`."""
     root.__dict__.pop(_NOTE, None)
     root.__dict__.pop(_LAST, None)
 
 
 def why_unlike(root: nn.Module, like: nn.Module) -> str:
-    """'' when everything below `root` is made as `like` is and carries nothing of anyone else's, else the reason."""
+    """'' if everything below `root` is as in `like` and unmodified, else the reason."""
     return _compare(root, _made(like, {}), "", ())
 
 
@@ -166,8 +169,9 @@ def _made(module: nn.Module, seen: dict) -> _Made:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module without weights was told: head counts, scales, is_causal, the kind of gelu. What has weights is
-    computed from its attributes as they are (eps, offsets), and so are the probabilities of dropout."""
+    """The constructor settings of a module without weights: head counts, scales, is_causal, the kind of gelu. Modules
+    with weights have none, as the fast path reads their attributes (eps, offsets) live, as it does dropout
+    probabilities."""
     if any(p is not None for p in module._parameters.values()) or hasattr(module, "base_model_prefix"):
         return {}
     return {
@@ -179,7 +183,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 # ---- the comparison ----------------------------------------------------------------------------------
 class _Seen(NamedTuple):
-    """A tree in the last call: all that a change would show in, in lists that compare by identity; and the answer."""
+    """A tree at the last call: everything that a change would affect, in lists that compare by identity, and the
+    answer."""
 
     dicts: list[dict]
     kinds: list[type]
@@ -194,7 +199,7 @@ class _Seen(NamedTuple):
 
 
 class _LastCall:
-    """Where a tree keeps what it looked like. Never copied or pickled: it is of these very modules."""
+    """Holds the _Seen of a tree. Copies and pickles start empty, because it refers to these very modules."""
 
     seen: _Seen | None = None
 
@@ -209,11 +214,10 @@ _hooks_of, _modules, _parameters = itemgetter(*_HOOKS), itemgetter("_modules"), 
 
 
 def why_changed(root: nn.Module, harmless: Collection[str] = (), gathered: bool = False) -> str:
-    """'' when everything below `root` is as `remember` found it and carries nothing of anyone else's, else the reason.
+    """'' if everything below `root` is as `remember` recorded it and unmodified, else the reason.
 
-    Of `root` itself hooks, class and forward are not looked at: who is in its forward has come through them. harmless:
-    names of its methods that an instance may replace. gathered: FSDP2 gathers what it has sharded of it
-    before its forward.
+    Hooks, class and forward of `root` itself are not checked, because its forward is already running. harmless: names
+    of its methods that an instance may replace. gathered: FSDP2 gathers its sharded parameters before its forward.
     """
     for name in _HOOKS:
         if getattr(torch_module, "_global" + name):
@@ -229,7 +233,7 @@ def why_changed(root: nn.Module, harmless: Collection[str] = (), gathered: bool 
 
 
 def _hook_keys(dicts: list[dict]) -> list[int]:
-    """The keys of all hooks: a key is never given twice."""
+    """The keys of all hooks. torch never reuses a key."""
     if not any(chain.from_iterable(map(_hooks_of, dicts))):
         return []
     return list(chain.from_iterable(chain.from_iterable(map(_hooks_of, dicts))))
@@ -263,7 +267,8 @@ def _look(root: nn.Module, answer: str) -> _Seen:
 def _compare(
     module: nn.Module, made: _Made | None, path: str, harmless: Collection[str], gathered: bool = False
 ) -> str:
-    """gathered: the module is in one that FSDP2 has sharded, and that the fast path calls."""
+    """The first difference between `module` and `made`, or ''. gathered: the module is inside one that FSDP2 has
+    sharded and that the fast path calls."""
     if made is None:
         return f"{path or type(module).__name__} was not made by a constructor of this package"
     before = before_fsdp(type(module))
@@ -298,7 +303,7 @@ def _compare(
 def _compare_children(module: nn.Module, made: _Made, path: str, gathered: bool) -> str:
     prefix = f"{path}." if path else ""
     if isinstance(module, nn.ModuleList) and made.children:
-        # Layers may have been taken out, put in or moved, as long as each is what was made at its place.
+        # Layers may be removed, added or moved, as long as each is as made for its place.
         plans = [plan for _, plan in made.children]
         for i, layer in enumerate(module):
             if reason := _compare(layer, plans[min(i, len(plans) - 1)], f"{prefix}{i}", (), gathered):
@@ -310,7 +315,7 @@ def _compare_children(module: nn.Module, made: _Made, path: str, gathered: bool)
             continue
         if name not in wanted:
             if not path and type(module) is not made.kind and name not in made.absent:
-                continue  # a subclass's own, of which the forward that it inherits knows nothing
+                continue  # added by a subclass: the inherited forward does not use it
             return f"{prefix}{name} was added"
         if reason := _compare(child, wanted.pop(name), prefix + name, (), gathered):
             return reason
@@ -319,7 +324,7 @@ def _compare_children(module: nn.Module, made: _Made, path: str, gathered: bool)
 
 
 def hooks_on(module: nn.Module, sharded: bool = False) -> str:
-    """What hooks a module has, in words; '' for none that do something. sharded: those of FSDP2 are expected."""
+    """A description of the hooks of a module; '' if none of them does anything. sharded: ignore FSDP2's hooks."""
     for name in _HOOKS:
         hooks: Mapping = module.__dict__[name]
         found = (hook for hook in hooks.values() if not (sharded and _is_fsdp_hook(hook)))
@@ -329,7 +334,7 @@ def hooks_on(module: nn.Module, sharded: bool = False) -> str:
 
 
 def own_methods(module: nn.Module, harmless: Collection[str] = (), root: bool = False) -> list[str]:
-    """Methods of its class that this instance has replaced, but for those that move or save it."""
+    """The methods of its class that this instance has replaced, without those that move or save it."""
     kind, found = type(module), []
     for name, value in module.__dict__.items():
         if not callable(value) or name in harmless or not hasattr(kind, name) or isinstance(value, type):
@@ -342,7 +347,7 @@ def own_methods(module: nn.Module, harmless: Collection[str] = (), root: bool = 
 
 
 def methods_over(kind: type, base: type, names: Collection[str]) -> list[str]:
-    """Of `names`, those that subclasses between `kind` and `base` define anew."""
+    """Those of `names` that `kind`, or a class between it and `base`, overrides."""
     between = kind.__mro__[: kind.__mro__.index(base)]
     return [name for cls in between for name in vars(cls) if name in names]
 

@@ -1,4 +1,4 @@
-"""The three attention layers that courses teach, called as Keras's are, on the fused ops."""
+"""The three attention layers of Keras, which courses teach, with Keras's call signatures, on the fused ops."""
 
 import math
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from .projection import linear
 
 __all__ = ["AdditiveAttention", "DotProductAttention", "MultiHeadAttention"]
 
-_WIDEST_HEAD = 256  # of scaled_dot_product_attention
+_WIDEST_HEAD = 256  # limit of scaled_dot_product_attention
 
 
 class DotProductAttention(nn.Module):
     """softmax(scale * Q K^T) V, without projections: Luong's attention, which Keras calls Attention.
 
-    The layer is called as Keras's is: layer([query, value]) or layer([query, value, key]), with query (B, Tq, D), key
-    (B, Tv, D), by default value, and value (B, Tv, Dv). Unlike in the Transformer the scores are not divided by
-    sqrt(D). Differences from Keras: a query with nothing to attend to gives zeros, where Keras averages all values, and
+    The call is that of Keras: layer([query, value]) or layer([query, value, key]), with query (B, Tq, D), value
+    (B, Tv, Dv) and key (B, Tv, D), which defaults to value. Unlike in the Transformer the scores are not divided by
+    sqrt(D). Differences from Keras: a query without keys to attend to gives zeros, where Keras averages all values, and
     the weights that are returned in training are those before dropout.
 
     Args:
-        use_scale: learn a scalar that the scores are multiplied by, 1 at first.
-        score_mode: "dot", or "concat": w * sum_d tanh(scale * (q_d + k_d)) with a learned scalar w, 1 at first.
-        dropout: of the attention weights, in training.
+        use_scale: multiply the scores by a learned scalar, initially 1.
+        score_mode: "dot", or "concat": w * sum_d tanh(scale * (q_d + k_d)) with a learned scalar w, initially 1.
+        dropout: dropout probability of the attention weights in training.
 
     Raises:
         TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
@@ -67,9 +67,20 @@ class DotProductAttention(nn.Module):
         return_attention_scores: bool = False,
         use_causal_mask: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """inputs: [query, value] or [query, value, key]; mask: [query_mask (B, Tq), value_mask (B, Tv)], True or
-        nonzero for positions that take part; training: default, what train() and eval() say. Returns (B, Tq, Dv),
-        zeros where query_mask is False; with return_attention_scores also the weights (B, Tq, Tv)."""
+        """Compute attention.
+
+        Args:
+            inputs: [query (B, Tq, D), value (B, Tv, Dv)] or [query, value, key (B, Tv, D)], floating point.
+            mask: [query_mask (B, Tq), value_mask (B, Tv)] or None; True or nonzero for positions that take part. Either
+                may be None.
+            training: whether dropout applies; default: the mode set by train() and eval().
+            return_attention_scores: also return the attention weights.
+            use_causal_mask: query i attends to values 0 .. i only.
+
+        Returns:
+            (B, Tq, Dv), zeros where query_mask is False. With return_attention_scores a tuple of it and the weights
+            (B, Tq, Tv).
+        """
         query, value, key = _listed(inputs)
         query_mask, value_mask = _masks(mask, query, value)
         p = self.dropout if (self.training if training is None else training) else 0.0
@@ -97,11 +108,11 @@ class DotProductAttention(nn.Module):
 class AdditiveAttention(LazyModuleMixin, DotProductAttention):
     """softmax_j(scale . tanh(query_i + key_j)) V: Bahdanau's attention without projections, as Keras's layer.
 
-    Called as DotProductAttention is. `scale` is (D,); D is learned from the first call, or from build.
+    The call is that of DotProductAttention. `scale` is (D,); D is set by the first call, or by build.
 
     Args:
-        use_scale: learn `scale`, which starts as Glorot and Bengio's uniform; otherwise it is all ones.
-        dropout: of the attention weights, in training.
+        use_scale: learn `scale`, initialised by Glorot and Bengio's uniform distribution; otherwise it is all ones.
+        dropout: dropout probability of the attention weights in training.
 
     Raises:
         TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
@@ -128,7 +139,7 @@ class AdditiveAttention(LazyModuleMixin, DotProductAttention):
         return f"use_scale={self.scale is not None}, dropout={self.dropout}"
 
     def build(self, input_shape: Sequence[Sequence[int]]) -> None:
-        """Make `scale` before the first call, as an optimizer needs it. input_shape: of [query, value]."""
+        """Create `scale` before the first call, as an optimizer needs. input_shape: the shapes of [query, value]."""
         if self.has_uninitialized_params():
             scale: Any = self.scale
             width = input_shape[0][-1]
@@ -149,7 +160,7 @@ class AdditiveAttention(LazyModuleMixin, DotProductAttention):
 
 
 class _Dense(nn.LazyLinear):
-    """A Linear that learns its input's width from the first call and starts as Keras's Dense does."""
+    """A Linear whose input width is set by the first call, initialised as Keras's Dense."""
 
     cls_to_become = nn.Linear  # type: ignore[assignment]
 
@@ -161,20 +172,20 @@ class _Dense(nn.LazyLinear):
 
 
 class MultiHeadAttention(nn.Module):
-    """concat_h(softmax(Q_h K_h^T / sqrt(key_dim)) V_h) W_o + b_o, called as Keras's layer of this name.
+    """concat_h(softmax(Q_h K_h^T / sqrt(key_dim)) V_h) W_o + b_o, with the call of Keras's MultiHeadAttention.
 
     The call is layer(query, value, key=value, ...): value comes before key, as in Keras. (`MultiheadAttention`, with a
-    small h, is torch's.) Widths of the inputs are learned from the first call, or from build. Differences from Keras: a
-    query with nothing to attend to gives the output's bias, where Keras averages all values.
+    small h, is torch's.) The input widths are set by the first call, or by build. Difference from Keras: a query
+    without keys to attend to gives the output bias, where Keras averages all values.
 
     Args:
-        num_heads: H.
-        key_dim: of each head, for query and key; at most 256.
-        value_dim: of each head, for value; default key_dim.
-        dropout: of the attention weights, in training.
-        use_bias: in the four projections.
-        output_shape: width of the output, default query's.
-        sliding_window: a query sees keys less than so many positions away.
+        num_heads: H, the number of heads.
+        key_dim: size of each query and key head, at most 256.
+        value_dim: size of each value head, at most 256; default key_dim.
+        dropout: dropout probability of the attention weights in training.
+        use_bias: use biases in the four projections.
+        output_shape: width of the output; default query's.
+        sliding_window: a query attends only to keys less than this many positions away; None for all.
 
     Raises:
         TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
@@ -221,7 +232,7 @@ class MultiHeadAttention(nn.Module):
         return f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, dropout={self.dropout}"
 
     def build(self, query_shape: Sequence[int], value_shape: Sequence[int], key_shape: Sequence[int] | None = None):
-        """Make the weights before the first call, as an optimizer needs them; of the shapes the last size counts."""
+        """Create the weights before the first call, as an optimizer needs. Only the last size of each shape is used."""
         output: Any = self.output_dense
         if isinstance(output, _Dense) and not self.output_shape:
             output.out_features = query_shape[-1]
@@ -233,8 +244,15 @@ class MultiHeadAttention(nn.Module):
                     dense(torch.empty(0, width, dtype=dense.weight.dtype, device=dense.weight.device))
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Take what get_weights() of Keras's layer gives: arrays, kernel before bias, of query, key, value and output;
-        kernels (E, H, D), biases (H, D); of the output (H, D, E) and (E,). ValueError for others."""
+        """Load the weights of Keras's layer.
+
+        Args:
+            weights: the arrays from its get_weights(): kernel and bias of query, key and value, kernels (E, H, D),
+                biases (H, D); then kernel (H, D, E) and bias (E,) of the output. No biases if use_bias is False.
+
+        Raises:
+            ValueError: for another number of arrays or other shapes.
+        """
         denses = (self.query_dense, self.key_dense, self.value_dense, self.output_dense)
         each = 1 if self.query_dense.bias is None else 2
         if len(weights) != 4 * each:
@@ -273,10 +291,24 @@ class MultiHeadAttention(nn.Module):
         training: bool | None = None,
         use_causal_mask: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """query: (B, T, Eq); value: (B, S, Ev); key: (B, S, Ek), default value; query_mask: (B, T); value_mask and
-        key_mask: (B, S); attention_mask: (B, T, S) or one that broadcasts to it, or (B, H, T, S); True or nonzero takes
-        part; all masks count. Returns (B, T, output_shape); with return_attention_scores also the weights before
-        dropout, (B, H, T, S)."""
+        """Compute attention. A pair takes part if all masks allow it (True or nonzero).
+
+        Args:
+            query: (B, T, Eq), floating point.
+            value: (B, S, Ev).
+            key: (B, S, Ek); default value.
+            query_mask: (B, T).
+            value_mask: (B, S).
+            key_mask: (B, S).
+            attention_mask: broadcasts to (B, T, S), or (B, H, T, S).
+            return_attention_scores: also return the attention weights.
+            training: whether dropout applies; default: the mode set by train() and eval().
+            use_causal_mask: query i attends to keys 0 .. i only.
+
+        Returns:
+            (B, T, output_shape). With return_attention_scores a tuple of it and the weights before dropout,
+            (B, H, T, S).
+        """
         query, value, key = _listed([query, value] if key is None else [query, value, key], same_width=False)
         mask = None
         for name, given, wanted in (
@@ -311,7 +343,7 @@ def _probability(dropout: float) -> float:
 
 
 def _listed(inputs: Any, same_width: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(query, value, key) of Keras's list, of shapes that fit."""
+    """(query, value, key) from Keras's list of inputs, after checks of dtypes and shapes."""
     if not isinstance(inputs, (list, tuple)) or len(inputs) not in (2, 3):
         came = f"{len(inputs)} of them" if isinstance(inputs, (list, tuple)) else type(inputs).__name__
         raise TypeError(f"inputs: wanted a list [query, value] or [query, value, key], got {came}")
@@ -354,7 +386,7 @@ def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def _fused(q, k, v, mask, p: float, want: bool, causal: bool, scale: float, window=None):
-    """(B, H, Tq, Dv) and the weights (B, H, Tq, Tv) where they are wanted."""
+    """The output (B, H, Tq, Dv), and the weights (B, H, Tq, Tv) if `want`, else None."""
     given: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale, "window": window}
     if not want:
         return ops.scaled_dot_product_attention(q, k, v, dropout_p=p, **given), None
@@ -363,7 +395,7 @@ def _fused(q, k, v, mask, p: float, want: bool, causal: bool, scale: float, wind
 
 
 def _wide(query, key, value, mask, p: float, causal: bool):
-    """Vectors wider than the fused op takes: scores as one matrix product."""
+    """Attention for vectors wider than the fused op supports, with the score matrix in memory."""
     scores = torch.matmul(query, key.transpose(1, 2))
     if causal:
         mask = _causal(query, key) if mask is None else mask & _causal(query, key)

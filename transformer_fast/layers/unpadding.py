@@ -1,4 +1,5 @@
-"""Dropping padding: which positions of a batch are computed, and the way there and back. And documents in a row."""
+"""Padding removal: which positions of a batch are computed, and conversion between padded and unpadded rows. Also for
+several documents in one row."""
 
 import importlib
 import sys
@@ -25,7 +26,7 @@ _TORCH = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 def spread_in_use() -> Any:
-    """The context_parallel over more than one process that is in use (see distributed), or None."""
+    """The active context_parallel over more than one process (see distributed), or None."""
     found = parallel.current()
     if found is None and not torch.compiler.is_compiling() and _TORCH in sys.modules:
         found = importlib.import_module("..distributed", __package__).current()
@@ -36,14 +37,14 @@ def spread_in_use() -> Any:
 class Unpadding:
     """The computed positions of a (batch, length) batch, row after row.
 
-    index: (total,) int64 into the flattened batch * length positions, or None when every position is computed (then
-    rows stay (batch, length, ...)). cu_seqlens: (batch + 1,) int32, where each sequence begins; max_seqlen: the
-    longest. key_mask: bool, (batch, 1, 1, max_seqlen), False for computed positions that nobody attends to; or None.
-    mask: bool, (batch, length), True for the positions that are attended to; None when all are.
-    kept: bool, (batch, length), when all positions are computed only because lengths cannot be read: True where they
-    would have been computed.
-    documents: every position is computed, and the sequences of cu_seqlens are documents, several in a row of the batch.
-    spread: the context_parallel of which this is one process's part; then every position of it is computed.
+    index: (total,) int64 into the flattened batch * length positions; None if every position is computed (then rows
+        stay
+    (batch, length, ...)). cu_seqlens: (batch + 1,) int32, where each sequence begins. max_seqlen: the length of the
+    longest. key_mask: (batch, 1, 1, max_seqlen) bool, False for computed positions that are not attended to; or None.
+    mask: (batch, length) bool, True for positions that are attended to; None if all are.
+    kept: (batch, length) bool, True for positions that would be computed if lengths could be read; None otherwise.
+    documents: every position is computed, and the sequences of cu_seqlens are documents, several per batch row.
+    spread: the context_parallel of which this is one process's part; then every position is computed.
     """
 
     batch: int
@@ -58,7 +59,7 @@ class Unpadding:
     spread: Any = None
 
     def unpad(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, length, ...) -> (total, ...); x itself when every position is computed."""
+        """(batch, length, ...) -> (total, ...); x itself if every position is computed."""
         if self.index is None:
             return x
         return x.flatten(0, 1) if self.documents else x.flatten(0, 1).index_select(0, self.index)
@@ -69,13 +70,13 @@ class Unpadding:
             return rows if self.kept is None else rows.masked_fill(~self.kept[..., None], fill)
         if self.documents:
             return rows.unflatten(0, (self.batch, self.length))
-        # From a plain fresh tensor the copy is in place, with a gradient to rows alone.
+        # index_copy_ in place on a fresh tensor: only rows get a gradient.
         out = rows.new_full((self.batch * self.length, *rows.shape[1:]), fill)
         return out.index_copy_(0, self.index, rows).unflatten(0, (self.batch, self.length))
 
     def show(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows as (batch, length, ...), rows) to return as a hidden state and to go on with: with gradients on, what
-        follows is made of what is returned, so that its gradient reaches it."""
+        """(hidden state (batch, length, ...) to return, rows to continue with). With gradients enabled the rows are
+        computed from the returned state, so that it gets their gradient."""
         shown = self.pad(rows)
         return shown, self.unpad(shown) if torch.is_grad_enabled() else rows
 
@@ -92,11 +93,11 @@ class Unpadding:
         return rows.index_select(0, self.cu_seqlens[:-1])  # type: ignore[index]
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """The column of each computed position: (total,), or (length,) when all are."""
+        """The column of each computed position: (total,), or (length,) if all are computed."""
         return self.columns(device) if self.index is None else self.index % self.length
 
     def columns(self, device: torch.device) -> torch.Tensor:
-        """(length,): where the columns of the batch stand in the sequence."""
+        """(length,): the positions in the sequence of the columns of the batch."""
         if self.spread is not None:
             return self.spread.positions(self.length, device)
         return torch.arange(self.length, device=device)
@@ -106,16 +107,16 @@ _padding_is_computed = False
 
 
 class compute_padding:
-    """Compute what stands at padded positions, as transformers does, in place of zeros.
+    """Compute outputs at padded positions, as transformers does. By default they are zeros.
 
-    compute_padding(True) switches it on and compute_padding(False) off again; `with compute_padding(True):` switches it
-    for the block. Process-wide. Costs what padding costs: dropping it is most of the gain on ragged batches.
+    compute_padding(True) switches this on for the whole process, compute_padding(False) off again. As a context manager
+    it applies to the block. It costs most of the speed gain on ragged batches, which comes from dropping padding.
 
     Args:
         on: whether padding is computed from now on.
 
     Raises:
-        TypeError: on is not a bool.
+        TypeError: if `on` is not a bool.
 
     Examples:
         >>> import torch, transformer_fast
@@ -147,12 +148,12 @@ def padding_is_computed() -> bool:
 
 
 def plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None = None, read_first: bool = False) -> Unpadding:
-    """A Unpadding of the positions where mask holds, and of those whose result is read though they are padding.
+    """An Unpadding of the positions where mask is True, and of padding whose result is read.
 
-    mask: (B, S) bool, True for tokens. read: (B, S) bool or None. read_first: the first position of every sequence is
-    read. Padding that is read is computed as a query and never attended to, as in a padded batch.
-    Waits for the device once: for the lengths. Where they cannot be read (torch.export, torch.jit.trace, fake tensors,
-    torch.compile with fullgraph=True) every position is computed.
+    mask: (B, S) bool, True for tokens. read: (B, S) bool, True for positions whose result is read; or None. read_first:
+    the first position of every sequence is read. Padding that is read is computed as a query and never attended to, as
+    in a padded batch. It synchronises once, for the lengths. If they cannot be read (torch.export, torch.jit.trace,
+    fake tensors, torch.compile with fullgraph=True) every position is computed.
     """
     if torch.compiler.is_compiling() and _in_one_graph():
         return _computing_all(mask, positions_kept(mask, read, read_first))
@@ -160,7 +161,7 @@ def plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None = None, read_fi
 
 
 def positions_kept(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor:
-    """(B, S) bool: what plan_unpadding computes of its arguments."""
+    """(B, S) bool: the positions that plan_unpadding with these arguments computes."""
     keep = mask if read is None else mask | read
     if read_first and mask.shape[1]:
         keep = torch.cat((torch.ones_like(keep[:, :1]), keep[:, 1:]), 1)
@@ -173,7 +174,7 @@ def _computing_all(mask: torch.Tensor, kept: torch.Tensor | None) -> Unpadding:
 
 @torch.compiler.assume_constant_result
 def _in_one_graph() -> bool:
-    """Whether the compiler that is tracing refuses to break the graph. Where torch does not say, it may."""
+    """Whether the compiler that is tracing refuses graph breaks. If torch does not tell, assume that it does."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -210,17 +211,17 @@ def _plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None, read_first: b
     return Unpadding(batch, length, index, cu, longest, key_mask, mask)
 
 
-# ---- documents: several sequences in one row, which do not see one another ----------------------------
+# ---- documents: several independent sequences in one row -----------------------------------------------
 def documents_of(
     shape: tuple[int, int], position_ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> torch.Tensor | None:
-    """(batch, length) int: the document that each position is in, as transformers' DataCollatorWithFlattening says it;
-    None where nothing says that there is more than one in a row.
+    """(batch, length) int: the document of each position, from inputs in the form of transformers'
+    DataCollatorWithFlattening. None if there is nothing that means several documents per row.
 
-    position_ids: (batch or 1, length) or None: a document begins wherever they do not go on by one. options: a
-    forward's other keywords, of which cu_seq_lens_q (documents + 1,), counted through all rows, or seq_idx
-    (batch, length) count first. Raises ValueError for cu_seq_lens_q that do not end with the last position, and
-    NotImplementedError for documents in a row that is spread over processes.
+    position_ids: (batch or 1, length) or None; a document begins wherever they do not increase by one. options: the
+    forward's other keywords. Of these, cu_seq_lens_q (documents + 1,), counted through all rows, or else seq_idx
+    (batch, length), takes precedence over position_ids. Raises ValueError for cu_seq_lens_q that do not end at the last
+    position, and NotImplementedError for several documents per row under context_parallel.
     """
     batch, length = shape
     ends, numbers = options.get("cu_seq_lens_q"), options.get("seq_idx")
@@ -251,13 +252,13 @@ def _check_one_document(spread: Any, length: int, position_ids: torch.Tensor | N
         told = bool((from_first != from_first[..., :1]).any())
     if told:
         raise NotImplementedError(
-            "position_ids, cu_seq_lens_q, seq_idx: wanted one sequence a row under context_parallel, with position_ids "
-            "as shard_batch makes them, got several documents"
+            "position_ids, cu_seq_lens_q, seq_idx: wanted one sequence per row under context_parallel, with "
+            "position_ids as shard_batch makes them, got several documents"
         )
 
 
 def plan_documents(documents: torch.Tensor) -> Unpadding:
-    """A Unpadding of all positions in which each document is a sequence. documents: (B, S), see documents_of."""
+    """An Unpadding of all positions, with each document as a sequence. documents: (B, S), see documents_of."""
     batch, length = documents.shape
     begins = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True).flatten()
     starts = begins.nonzero().squeeze(1)

@@ -174,8 +174,8 @@ def cross_entropy(
         A scalar, or (N,) for reduction="none"; float32 whatever the dtype of the logits (float64 for float64).
 
     Raises:
-        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected. A target outside [0, V) raises
-            ValueError on the CPU. On a GPU a check would synchronise, so that row's loss is NaN.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected. A target
+            outside [0, V) raises ValueError on the CPU. On a GPU a check would synchronise, so that row's loss is NaN.
 
     Source:
         Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; label smoothing: Szegedy et al.,

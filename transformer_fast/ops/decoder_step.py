@@ -258,7 +258,7 @@ class DecoderWeights:
         panels = None if copies is None else iter(copies.panels)
         self.weights: list[list[torch.Tensor | None]] = []  # per layer: weight, bias, weight, bias, ...
         for layer in tensors.layers:
-            whole = layer.gate is not None  # gated products are not split over threads
+            whole = layer.gate is not None  # a gated product needs complete sums, so its weights are read as (out, in)
             slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
             self.weights.append([t for p, places in slots for t in self._pairs(p, panels, places, whole)])
         self.head = self._pairs(tensors.head, panels, 1)

@@ -208,8 +208,8 @@ def embedding_layer_norm(
         keeps nothing of the size of the output.
 
     Raises:
-        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected. An index outside its table raises
-            ValueError on the CPU. On a GPU a check would synchronise, so that row becomes NaN.
+        TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected. An index
+            outside its table raises ValueError on the CPU. On a GPU a check would synchronise, so that row becomes NaN.
 
     Source:
         Devlin et al., "BERT", 2019, section 3 and figure 2.
