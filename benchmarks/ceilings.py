@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured beside the cases: matrix products, and copying and reading memory."""
+"""The machine's peak rates, measured in the same run as the cases: matrix products, memory copies and reads."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,17 +12,17 @@ __all__ = ["Ceilings", "measure"]
 
 
 class Ceilings(NamedTuple):
-    """gemm: FLOP/s of a square matrix product by dtype name. copy: bytes read + written a second. read: bytes read a
-    second of memory that no cache holds; 0 where it is not measured."""
+    """gemm: {dtype name: FLOP/s of a square matrix product}. copy: bytes read and written per second. read: bytes read
+    per second from memory; 0 if not measured."""
 
     gemm: dict[str, float]
     copy: float
     read: float = 0.0
 
     def seconds(self, flops: float, bytes_: float, dtype: str, parts: Sequence[Part] = ()) -> float:
-        """The least time of a work at these rates: arithmetic and memory traffic may overlap, parts may not.
+        """The least time of a piece of work at these rates, if arithmetic and memory traffic overlap and parts do not.
 
-        dtype: what stands before its first comma is that of the arithmetic.
+        dtype: of the arithmetic; what follows a comma is ignored.
         """
         rate, read = self.gemm.get(dtype.split(",")[0]) or self.gemm["fp32"], max(self.read, self.copy)
         whole = max(flops / rate, bytes_ / self.copy)
@@ -30,7 +30,7 @@ class Ceilings(NamedTuple):
 
 
 def measure(device: str, budget: Budget) -> Ceilings:
-    """The best median of the ways torch offers: on the CPU its two GEMM libraries."""
+    """The best median over torch's implementations: on the CPU its two GEMM libraries."""
     size, elements = (8192, 1 << 28) if device == "cuda" else (1024, 1 << 24)
     calls, gemms = {}, {"fp32": torch.float32, "bf16": torch.bfloat16}
     for name, dtype in gemms.items():

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 __all__ = [
     "ALBERT_BASE", "BERT_BASE", "DEBERTA_BASE", "DISTILBERT_BASE", "ELECTRA_BASE", "MINILM", "MODERNBERT_BASE",
-    "MPNET_BASE", "POINTWISE", "ROBERTA_BASE", "TINY", "TINY_BERT", "AttentionShape", "ragged_lengths",
+    "MPNET_BASE", "POINTWISE", "ROBERTA_BASE", "TINY", "TINY_BERT", "AppendShape", "AttentionShape", "ragged_lengths",
 ]  # fmt: skip
 
 
@@ -18,6 +18,21 @@ class AttentionShape(NamedTuple):
     @property
     def name(self) -> str:
         return f"b{self.batch}-s{self.length}" + (f"-d{self.head_dim}" if self.head_dim != 64 else "")
+
+
+class AppendShape(NamedTuple):
+    """length new tokens of each sequence behind `cached` ones."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    length: int
+    cached: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        return f"b{self.batch}-s{self.length}-cached{self.cached}"
 
 
 # BERT-base's heads, from many short sequences to one long one.
@@ -36,6 +51,10 @@ DECODE_CUDA = [(batch, context) for batch in (1, 8, 64) for context in (128, 102
 
 POINTWISE = (4096, 768)  # (rows, width): 32 sentences of 128 tokens in BERT-base
 NORM_CUDA = [(4096, 768), (32768, 768), (32768, 1024), (32768, 4096), (32768, 8192)]
+# Qwen3-0.6B: the feed-forward's activations (rows, width), and the heads of a decoding step and of a prompt.
+GATED_CPU, GATED_CUDA = [(1024, 3072)], [(16384, 3072)]
+APPEND_CPU = [AppendShape(8, 16, 8, 1, 1024, 128), AppendShape(1, 16, 8, 512, 0, 128)]
+APPEND_CUDA = [AppendShape(64, 16, 8, 1, 1024, 128), AppendShape(8, 16, 8, 1024, 0, 128)]
 LOSS_CUDA = [(4096, 32128), (4096, 128256)]  # (rows, classes)
 
 BERT_BASE = {
@@ -97,7 +116,7 @@ TINY = {
 def ragged_lengths(count: int, mean: int = 40, longest: int = 128, seed: int = 0) -> list[int]:
     """Token counts like those of real sentences: a gamma distribution (shape 2), at least 4, the longest present.
 
-    The mean is met exactly, so that every seed asks for the same amount of work.
+    The mean is exact, so that the amount of work is the same for every seed.
     """
     draw = random.Random(seed)
     lengths = [longest] + [min(longest, max(4, round(draw.gammavariate(2.0, mean / 2)))) for _ in range(count - 1)]

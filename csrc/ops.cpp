@@ -93,6 +93,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
       "-> ()");
+  // query, y: as x; key, value: with key heads; caches: (batch, key heads, capacity, width); lengths: int32 or int64.
+  m.def(
+      "cpu_rotary_append(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor lengths, Tensor cos, Tensor sin, Tensor? positions, Tensor? query_weight, Tensor? key_weight, float eps, "
+      "bool interleaved, Tensor(c!) y) -> ()");
   m.def("cpu_dropout_forward(Tensor x, Tensor rng, float p, Tensor(a!) y) -> ()");
   // query, key, value, out and their gradients: (B, H, S, D) or, unpadded, (total, H, D); last stride 1. bias, mask:
   // 4-D. key_lengths, cu_seqlens: int32 or int64. relative_bias: reach covers every distance and 64 more. lse,

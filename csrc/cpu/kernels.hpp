@@ -13,6 +13,7 @@
 #include "recurrence.hpp"
 #include "recurrent_step.hpp"
 #include "rotary.hpp"
+#include "rotary_append.hpp"
 
 namespace tf {
 
@@ -41,6 +42,7 @@ namespace tf {
   X(additive_attention_forward, AdditiveAttentionForward) \
   X(additive_attention_backward, AdditiveAttentionBackward) \
   X(rotary, Rotary) \
+  X(rotary_append, RotaryAppend) \
   X(recurrence_forward, RecurrenceForward) \
   X(recurrence_backward, RecurrenceBackward) \
   X(recurrent_step, RecurrentStep)

@@ -150,6 +150,10 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
         with noting("cuda_rotary"), torch.no_grad():
             tf.ops.rotary_embedding(torch.randn(2, 9, 4, 64), torch.randn(9, 32), torch.randn(9, 32))
         query, key, value = (heads(4, 1, grad=False) for _ in range(3))
+        with noting("cuda_rotary_append"), torch.no_grad():
+            room = [torch.zeros(2, 4, 9, 64, dtype=torch.bfloat16) for _ in range(2)]
+            used, table = torch.tensor([5, 2]), torch.randn(9, 32)
+            tf.rotary_cache_append(query, key, value, *room, used, table, table)
         caches = [torch.zeros(2, 4, 3000, 64, dtype=torch.bfloat16) for _ in range(2)]
         with noting("cuda_attention_decode"), torch.no_grad():
             tf.kv_cache_attention(query, key, value, *caches, torch.tensor([5, 2000]))
@@ -166,7 +170,7 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
     assert re.search(r"attention_backward_prepare.*attention_backward_wgmma.*attention_backward_finish", kernels)
     assert _names(found["cuda_attention_forward mma"], "attention_forward_mma_kernel")
     assert _names(found["cuda_attention_decode"], "attention_decode_kernel")
-    assert _names(found["cuda_rotary"], "rotary_kernel")
+    assert _names(found["cuda_rotary"], "rotary_kernel") and _names(found["cuda_rotary_append"], "rotary_append_kernel")
     persistent = _of(found["cuda_attention_forward wgmma"], "launch")[0]
     assert persistent["grid"] == [16, 1, 1] and 48 << 10 < persistent["shared"] <= 227 << 10
 

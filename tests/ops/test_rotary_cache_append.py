@@ -8,6 +8,9 @@ import pytest
 import rotary_cases
 import torch
 import triton_interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruction_sets import running_on
 from numerics import assert_as_accurate
 
 import transformer_fast as tf
@@ -20,16 +23,20 @@ CASES = {
     "a part of the columns, several tokens": {"n": 3, "half": 5, "norms": (False, True), "placed": True},
     "interleaved": {"n": 2, "interleaved": True, "norms": (True, True), "half": 3, "placed": True},
     "every column, to the last row": {"n": 4, "d": 16, "norms": (True, False)},
+    "Qwen 3's heads": {"h": 4, "d": 128, "norms": (True, True)},
 }
 BACKENDS = ["eager", "cpu", "triton", "cuda"]
 
 
-def inputs(device, dtype, h=2, hk=2, n=1, d=14, half=None, norms=(False, False), placed=False, interleaved=False):
-    def data(heads, rows):
-        return torch.randn(B, rows, heads, d, device=device).to(dtype).transpose(1, 2)
+def inputs(device, dtype, h=2, hk=2, n=1, d=14, half=None, norms=(False, False), placed=False, interleaved=False,
+           layout="heads first", length_dtype=torch.int32):  # fmt: skip
+    """layout: of query, key, value and caches, see rotary_cases.strided."""
 
-    caches = [torch.full((B, hk, CAPACITY, d), torch.nan, device=device, dtype=dtype) for _ in range(2)]
-    lengths = torch.tensor(LENGTHS, device=device, dtype=torch.int32)
+    def data(heads, rows):
+        return rotary_cases.strided((B, rows, heads, d), dtype, layout, device).transpose(1, 2)
+
+    caches = [torch.full_like(data(hk, CAPACITY), torch.nan) for _ in range(2)]
+    lengths = torch.tensor(LENGTHS, device=device, dtype=length_dtype)
     cos, sin = rotary_cases.tables(CAPACITY + 5, d // 2 if half is None else half, device)
     positions = torch.randint(0, CAPACITY + 5, (B, n), device=device) if placed else None
     weights = [torch.rand(d, device=device) + 0.5 if norm else None for norm in norms]
@@ -55,24 +62,57 @@ def using(name, device):
         yield
 
 
+def check(arguments, more, name, device):
+    new = arguments[0].shape[2]
+    with tf.backend("eager"):
+        truth, plain = run(arguments, more, torch.float64), run(arguments, more)
+    with using(name, device):
+        ours = run(arguments, more)
+    assert_as_accurate(ours[0], truth[0], plain[0], name="queries")
+    for i, what in ((1, "keys"), (2, "values")):
+        written = [torch.cat([t[i][b, :, n : n + new] for b, n in enumerate(LENGTHS)]) for t in (ours, truth, plain)]
+        assert_as_accurate(*written, name=what)
+        assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are unchanged
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_against_float64(name, case, device):
     for dtype in (torch.float32, torch.bfloat16):
-        arguments, more = inputs(device, dtype, **CASES[case])
-        new = arguments[0].shape[2]
-        with tf.backend("eager"):
-            truth, plain = run(arguments, more, torch.float64), run(arguments, more)
-        with using(name, device):
-            ours = run(arguments, more)
-        assert_as_accurate(ours[0], truth[0], plain[0], name="queries")
-        for i, what in ((1, "keys"), (2, "values")):
-            written = [
-                torch.cat([t[i][b, :, n : n + new] for b, n in enumerate(LENGTHS)]) for t in (ours, truth, plain)
-            ]
-            assert_as_accurate(*written, name=what)
-            assert ours[i].isnan().sum() == truth[i].isnan().sum()  # the other rows are unchanged
+        check(*inputs(device, dtype, **CASES[case]), name, device)
+
+
+@st.composite
+def calls(draw):
+    width, key_heads = draw(st.integers(1, 70) | st.sampled_from([64, 128, 256])), draw(st.integers(1, 3))
+    return draw(st.sampled_from(rotary_cases.DTYPES)), {
+        "h": key_heads * draw(st.integers(1, 3)),
+        "hk": key_heads,
+        "n": draw(st.integers(1, 4)),
+        "d": width,
+        "half": draw(st.sampled_from([width // 2, width // 4, 0, min(1, width // 2)])),
+        "norms": (draw(st.booleans()), draw(st.booleans())),
+        "placed": draw(st.booleans()),
+        "interleaved": draw(st.booleans()),
+        "layout": draw(st.sampled_from([w for w in rotary_cases.LAYOUTS if w != "expanded"])),
+        "length_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+    }
+
+
+ISAS = [] if native.load() else native.supported_isas()
+
+
+@pytest.mark.parametrize("name, isa", [*(("cpu", isa) for isa in ISAS), ("triton", ""), ("cuda", "")])
+def test_drawn_calls(name, isa, device):
+    @settings(max_examples=40 if name == "cpu" else 15, deadline=None, derandomize=True)
+    @given(call=calls())
+    def drawn(call):
+        dtype, features = call
+        check(*inputs(device, dtype, **features), name, device)
+
+    with running_on(isa) if isa else contextlib.nullcontext():
+        drawn()
 
 
 def test_is_what_transformers_computes():
@@ -110,6 +150,25 @@ def test_opcheck_and_one_graph_of_any_shape():
             found = [compiled(*call, **more), *call[3:5]]
         for ours, wanted in zip(found, run(arguments, more)):
             torch.testing.assert_close(ours, wanted, equal_nan=True)
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(bool(native.load()), reason=native.load() or "there")
+def test_the_kernel_looks_at_what_a_graph_hides():
+    """A compiled graph cannot check values, so the kernel itself must stay within its tables and caches."""
+    compiled = torch.compile(tf.rotary_cache_append, fullgraph=True, backend="aot_eager")
+    cases = (
+        (lambda t: t + 4, (5,), r"cache_lengths: wanted values in \[0, 12\], got 13"),
+        (lambda t: t - 4, (5,), r"cache_lengths.*got -1"),
+        (lambda t: t[:9], (6, 7), r"cos: wanted rows in \[0, 9\), got 9"),
+        (lambda t: torch.tensor([[0], [18]]), (8,), r"positions.*\[0, 18\), got 18"),
+    )
+    for change, places, message in cases:
+        arguments, more = inputs("cpu", torch.float32)
+        for i in places:
+            arguments[i] = change(arguments[i])
+        with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+            compiled(*arguments, **more)
 
 
 BAD = {

@@ -151,6 +151,10 @@ class CpuBackend(Backend):
     def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
         _ops.cpu_rotary.default(x, cos, sin, positions, interleaved, inverse, y)
 
+    def rotary_append(self, spec, y) -> None:
+        *tensors, query_weight, key_weight, eps, interleaved = spec
+        _ops.cpu_rotary_append.default(*tensors, _float(query_weight), _float(key_weight), eps, interleaved, y)
+
     def cross_entropy_forward(self, spec, losses, largest, total) -> None:
         _ops.cpu_cross_entropy_forward.default(*spec, losses, largest, total)
 

@@ -1,4 +1,4 @@
-"""Prepares the new queries, keys and values of a decoder in one launch: RMS norm, rotation and append to the cache."""
+"""Prepares the new queries, keys and values of a decoder in one pass: RMS norm, rotation and append to the cache."""
 
 import torch
 
@@ -62,8 +62,8 @@ def rotary_cache_append(
     """q' = R rms(q), k' = R rms(k), with R the rotation: norm and rotate queries and keys, and append keys and values
     to the caches in place.
 
-    rms(x) = weight * x / sqrt(mean(x^2) + eps) over each head if a weight is given, else x. Triton does all of it in
-    one launch and never synchronises, so a CUDA graph can capture it.
+    rms(x) = weight * x / sqrt(mean(x^2) + eps) over each head if a weight is given, else x. It is one pass on the CPU
+    and one launch on a GPU, which never synchronises, so a CUDA graph can capture it.
 
     Args:
         query: (B, H, S, D), S new tokens per sequence, any strides; float16, bfloat16 or float32 (float64 in plain
