@@ -231,8 +231,7 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
 
 
 def _int8_parts(inputs: Inputs) -> list[Part]:
-    """The encoder or the prompt, then every step: products with int8 weights, one byte each. Norms and attention are not
-    counted."""
+    """The encoder or the prompt, then every step: products with int8 weights, one byte each, without attention."""
     c = json.loads((inputs.checkpoint / "config.json").read_text())
     width = c.get("d_model") or c["n_embd"]
     rows, sources, tokens = len(inputs.ids) * inputs.beams, int(inputs.mask.sum()), inputs.tokens
