@@ -27,7 +27,8 @@ def known_ends(criteria: Any) -> Ends | None:
     """What stopping criteria say, or None if there are any but exactly those known here, or no greatest length."""
     if type(criteria) is not hf.StoppingCriteriaList:
         return None
-    most, tokens = math.inf, set()
+    most: float = math.inf
+    tokens: set[int] = set()
     for c in criteria:
         if type(c) is hf.MaxLengthCriteria:
             longest = c.max_position_embeddings

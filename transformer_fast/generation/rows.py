@@ -68,11 +68,11 @@ class LiveRows:
             return None
         if self.index is None:
             return rank(tokens, count, barred)
-        index = self.index
-        return tuple(
-            found.new_zeros(self.rows, count).index_copy_(0, index, found)
-            for found in rank(tokens[index], count, barred)
-        )  # type: ignore[return-value]
+        values, found = rank(tokens[self.index], count, barred)
+        return (
+            values.new_zeros(self.rows, count).index_copy_(0, self.index, values),
+            found.new_zeros(self.rows, count).index_copy_(0, self.index, found),
+        )
 
     def reorder(self, index: torch.Tensor) -> None:
         """Let row r continue from row index[r] of the same block of beams."""
