@@ -129,8 +129,8 @@ def test_dropout_is_of_each_process_and_the_same_in_backward(found, method):
 
 def test_refusals_say_what_was_wanted(found):
     said, size = found["refusals"], found["size"]
-    assert f"heads that {size} processes divide" in said["heads"] and "got 3" in said["heads"]
-    assert "two chunks of the same length" in said["odd"] and "got 5" in said["odd"]
+    assert f"a multiple of the {size} processes" in said["heads"] and "got 3" in said["heads"]
+    assert "two equal chunks" in said["odd"] and "got 5" in said["odd"]
     assert f"{8 * size}) with a column for every position, got (1, 1, 8, 8)" in said["mask"]
     for name in ("cache", "probabilities", "additive"):
         assert "context_parallel" in said[name], name

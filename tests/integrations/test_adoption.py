@@ -183,12 +183,12 @@ def test_precision():
         found = run(model, inputs)
     cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=-1)
     assert cosine.min() > 0.99 and not torch.equal(found, wanted)
-    with pytest.raises(ValueError, match="precision: there is no part of Linear"):
+    with pytest.raises(ValueError, match="precision: no part of Linear"):
         transformer_fast.accelerate(nn.Linear(2, 2), precision="int8")
     with pytest.raises(ValueError, match="int3"):
         transformer_fast.accelerate(TEXT["bert"](), precision="int3")
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="model: wanted a torch.nn.Module or what holds one.*, got str"):
+    with pytest.raises(TypeError, match="model: wanted a torch.nn.Module or an object with a `model`, got str"):
         transformer_fast.accelerate("bert")

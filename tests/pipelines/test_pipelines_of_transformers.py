@@ -155,7 +155,7 @@ def test_unknown_tasks(tokenizer):
         transformer_fast.pipeline("sentiment")
     with pytest.raises(ValueError, match=r"'image-classification' is unknown \(transformers.pipeline has it\)"):
         transformer_fast.pipeline("image-classification")
-    with pytest.raises(ValueError, match="model: wanted one, as a tokenizer is given"):
+    with pytest.raises(ValueError, match="model: wanted one, as the given tokenizer"):
         transformer_fast.pipeline("ner", tokenizer=tokenizer)
     with pytest.raises(TypeError, match="model: wanted a checkpoint's name or a PreTrainedModel, got int"):
         transformer_fast.pipeline("ner", 3)

@@ -300,7 +300,7 @@ def _compare(
         now = _settings(module)
         for name, value in made.settings:
             if name not in now or now[name] != value:
-                return f"{path}.{name} is {getattr(module, name, 'gone')!r}, it was made {value!r}"
+                return f"{path}.{name} is {getattr(module, name, 'gone')!r}, but was created as {value!r}"
     return _compare_children(module, made, path, gathered)
 
 
