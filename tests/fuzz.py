@@ -107,8 +107,8 @@ def _results(source: str, call: fuzz_calls.Call, seed: int) -> dict[str, tuple[t
 
 
 def _left_behind(source: str) -> dict:
-    """The program's results. Its functions hold its namespace, which holds every tensor of the call: the namespace is
-    cleared, since Python collects such cycles late."""
+    """Run the program and return its results. The namespace and the functions in it refer to each other, and to every
+    tensor of the call, so it is cleared: Python collects such cycles late."""
     space: dict = {}
     try:
         exec(compile(source, "<drawn call>", "exec"), space)
@@ -175,7 +175,7 @@ def main() -> int:
     arguments = parser.parse_args()
     fuzz_draw.ISAS = arguments.isa or fuzz_draw.ISAS
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        # PyTorch keeps code for the last 1,024 shapes of its 16-bit products; drawn shapes seldom come again.
+        # PyTorch caches code for the last 1,024 shapes of its 16-bit products, but drawn shapes seldom repeat.
         os.environ.setdefault(name, "16")
     ops, end = arguments.op or sorted(fuzz_calls.OPS), time.monotonic() + 60 * arguments.minutes
     counts, failed = collections.Counter(), collections.Counter()

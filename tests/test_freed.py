@@ -1,4 +1,4 @@
-"""Models that are dropped leave nothing behind: no tensor, no cache, no copy of their weights."""
+"""Deleted models leave nothing behind: no tensor, no cache, no copy of their weights."""
 
 import collections
 import gc
@@ -53,7 +53,7 @@ def decoder(dtype=None, copy=True):
 
 
 def decoder_that_fails():
-    """In the middle of a generation."""
+    """A generation that stops in the middle."""
     model = generating_models.models()[1]
     set_weight_storage(model, copy=True)
 
@@ -149,7 +149,7 @@ def living() -> collections.Counter:
 
 @pytest.mark.parametrize("use", CASES)
 def test_nothing_is_left(use):
-    use()  # fills what all models share, such as the buckets of distances
+    use()  # fill the caches that all models share, such as the buckets of distances
     before = living()
     gc.disable()
     try:
@@ -157,7 +157,7 @@ def test_nothing_is_left(use):
             model = use()
             weights = [weakref.ref(p) for p in model.parameters()]
             del model
-            assert weights and not any(w() is not None for w in weights)  # without waiting for the collector
+            assert weights and not any(w() is not None for w in weights)  # without the garbage collector
     finally:
         gc.enable()
     assert living() - before == collections.Counter()

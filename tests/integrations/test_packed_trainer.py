@@ -1,4 +1,4 @@
-"""Trainer on unpadded rows, several documents in each: the steps are those of transformers on the padded documents."""
+"""Trainer on unpadded rows with several documents: the steps equal those of transformers on padded documents."""
 
 import copy
 
@@ -31,7 +31,7 @@ def _padded(rows: list[dict]) -> dict[str, torch.Tensor]:
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
     labels = pad(ids, batch_first=True, padding_value=-100)
-    labels[:, 0] = -100  # no token predicts it; DataCollatorWithFlattening does not count it either
+    labels[:, 0] = -100  # no token predicts it, and DataCollatorWithFlattening does not count it
     masks = [torch.ones_like(t) for t in ids]
     return {
         "input_ids": pad(ids, batch_first=True), "attention_mask": pad(masks, batch_first=True), "labels": labels,
@@ -39,7 +39,7 @@ def _padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _float64_loss(outputs, labels, num_items_in_batch=None):
-    """transformers' own loss is computed in float32."""
+    """The loss of the float64 model; transformers' own loss is computed in float32."""
     logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 

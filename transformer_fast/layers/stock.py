@@ -186,9 +186,9 @@ class _Seen(NamedTuple):
     """A tree at the last call: everything that a change would affect, in lists that compare by identity, and the
     answer.
 
-    dicts: of the modules below the root. The root's own, which holds this, is not among them: in a cycle the weights of
-    a dropped model would wait for the garbage collector. readers: of settings, each with its module's index, 0 for the
-    root.
+    dicts: the __dict__ of each module below the root. The root's own is left out, because it refers to this object, and
+    with a cycle the weights of a deleted model would wait for the garbage collector. readers: functions that read the
+    settings, each with the index of its module, 0 for the root.
     """
 
     dicts: list[dict]
