@@ -68,7 +68,8 @@ def draw(histories: dict[str, list[dict]], baseline: float, path: pathlib.Path) 
     for axes, title in ((loss, "loss, training"), (score, "accuracy, held-out reviews")):
         axes.set_xlabel("epoch")
         axes.set_title(title)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:  # very short runs log no training loss
+            axes.legend()
     loss.set_ylim(bottom=0)
     score.set_ylim(0, 1.05)
     figure.savefig(path, dpi=110)

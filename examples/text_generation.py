@@ -116,7 +116,7 @@ def write(folder: pathlib.Path, beginnings: list[str], arguments: argparse.Names
 def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
-    axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out lives")
+    axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out texts")
     best = min(checked, key=checked.get)
     axes.plot(best, checked[best], "k*", markersize=14, label=f"kept: step {best}", zorder=3)
     axes.set_xlabel("step")
@@ -152,13 +152,13 @@ def main(arguments: argparse.Namespace) -> dict[str, list[str]] | None:
     tokenizer = build_tokenizer(known, arguments.vocabulary)
     model = build_model(tokenizer, arguments)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens; "
-          f"learns from {len(known)} lives")  # fmt: skip
+          f"trained on {len(known)} texts")  # fmt: skip
     training = train(model, tokenizer, known, held_out, arguments)
     losses, checked, folder = training.losses, training.checked, arguments.output / "model"
     if not training.finish(folder):
         return None
     best = min(checked, key=checked.get)
-    print(f"loss {losses[0]:.3f} -> {losses[best - 1]:.3f}, of held-out lives {checked[best]:.3f}: "
+    print(f"loss {losses[0]:.3f} -> {losses[best - 1]:.3f}, of held-out texts {checked[best]:.3f}: "
           f"kept from step {best} of {arguments.steps}")  # fmt: skip
     picture = arguments.output / "text_generation.png"
     tokenizer.save_pretrained(folder)

@@ -175,7 +175,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrain", type=int, default=12, help="epochs of general text")
     parser.add_argument("--adapt", type=int, default=60, help="epochs of the reviews' text")
     parser.add_argument("--classify", type=int, default=24, help="epochs of the labelled reviews")
-    parser.add_argument("--batch-size", type=int, default=16, help="texts a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts per step")
     parser.add_argument("--longest", type=int, default=60, help="words of a text, its two end marks included")
     parser.add_argument(
         "--dropout", type=float, default=0.1, help="of the LSTMs in training; a fifth of it for whole words"

@@ -240,7 +240,7 @@ def test_text_generation(load, tmp_path, capsys):
     found = example.main(example.parse(arguments))
     printed = capsys.readouterr().out
     first, last, held_out = map(
-        float, re.search(r"loss ([.\d]+) -> ([.\d]+), of held-out lives ([.\d]+)", printed).groups()
+        float, re.search(r"loss ([.\d]+) -> ([.\d]+), of held-out texts ([.\d]+)", printed).groups()
     )
     assert last < 0.8 * first and held_out < 0.8 * first
     assert 1 <= int(re.search(r"kept from step (\d+) of 30", printed)[1]) <= 30
@@ -252,7 +252,7 @@ def test_text_generation(load, tmp_path, capsys):
     model = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     batch = tokenizer(example.END + example.BEGINNINGS[0], return_tensors="pt")
-    with torch.no_grad():  # saved is what was best on the held-out lives
+    with torch.no_grad():  # the saved weights are the best on the held-out texts
         loss = model(**example.encode(example.read(example.DATA)[1], tokenizer)).loss
     assert f"{loss:.3f}" == f"{held_out:.3f}"
     ids = model.generate(**batch, max_new_tokens=12, do_sample=False)
