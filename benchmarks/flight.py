@@ -1,7 +1,8 @@
-"""The flight plan of gpu.sh: steps with time limits, results packed into one file all along, made to be killed.
+"""The flight plan of gpu.sh: steps with time limits; results are written to one archive continuously, so that a call
+may be killed at any time.
 
-Nothing here imports torch: a broken one, a GPU in an error, a full disk or a missing tool costs the steps that need it.
-A call that is killed, or a step that is, leaves what it had; the next call goes on with the steps that are not done.
+Nothing here imports torch: a broken torch, a GPU in an error, a full disk or a missing tool affects only the steps that
+need it. After a call or a step was killed, its results so far are kept, and the next call runs the steps that are left.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STATE = pathlib.Path(os.environ.get("FLIGHT_STATE", "build/flight"))  # survives between the calls to one machine
+STATE = pathlib.Path(os.environ.get("FLIGHT_STATE", "build/flight"))  # kept between calls on one machine
 KIT = pathlib.Path("build/flight-kit")
-CALL = 285.0  # seconds of one call, what is left of five minutes after the start of Python and the last packing
-PACKING = 10.0  # seconds between two packings while a step runs
-LARGEST = 15 << 20  # bytes of the packed results, of 16 MiB that come back
-LONGEST_LOG = 256 << 10  # bytes of a log that are packed: its beginning and its end
+CALL = 285.0  # seconds per call: five minutes minus the start of Python and the last archive
+PACKING = 10.0  # seconds between two archives while a step runs
+LARGEST = 15 << 20  # bytes of the archive; 16 MiB can be returned
+LONGEST_LOG = 256 << 10  # bytes of a log in the archive: its beginning and its end
 
-SMOKES = {  # names of benchmarks/smoke.py that a stage needs
+SMOKES = {  # {stage: the smoke tests of benchmarks/smoke.py that it needs}
     "cuda-attention-forward": ("cuda-forward-wgmma", "cuda-forward-mma"),
     "cuda-attention-backward": ("cuda-backward-wgmma", "cuda-backward-mma"),
     "cuda-decode": ("cuda-decode",),
@@ -41,14 +42,15 @@ SMOKES = {  # names of benchmarks/smoke.py that a stage needs
 }
 DECISIVE = "attention-{}/bf16-*s4096*,attention-{}/bf16-*s16384*"
 OURS = "transformer_fast"
-GPU_LOST = 3  # a benchmark that ends so, or by a signal, goes on in a new process, behind the case that it died of
+# After this exit status, or a signal, a benchmark continues in a new process, after the case that caused it.
+GPU_LOST = 3
 ATTEMPTS = 5
 
 
 class Step(NamedTuple):
-    """name, also of its log; seconds: its limit; stages: of SMOKES, all of which must have passed; ours: our candidates
-    of a benchmark, groups: of tests, of both of which those whose stages have not passed are left out; always: run in
-    every call."""
+    """name: of the step and its log. seconds: its time limit. stages: keys of SMOKES, all of which must have passed.
+    ours: our candidates of a benchmark; groups: test groups; of both, those whose stages have not passed are left out.
+    always: run in every call."""
 
     name: str
     seconds: float
@@ -60,13 +62,13 @@ class Step(NamedTuple):
 
 
 def plan(call: str, results: pathlib.Path) -> list[Step]:
-    """The steps of `first`, `second` or `tune`, most valuable first. Commands begin after the interpreter."""
+    """The steps of `first`, `second` or `tune`, most important first. Commands do not include the interpreter."""
     quick = "--quick", "--no-memory", "--no-plots"
     bench = ("benchmarks/run.py", "--device", "cuda", *quick, "--output", str(results))
     tests = ("benchmarks/flight_tests.py", "--output", str(results / "tests"))
 
     def measure(name, seconds, only, *more, cuda=(), triton=()):
-        longest = 0.8 * seconds if "--slow" in more else max(12.0, 0.4 * seconds)  # of a case
+        longest = 0.8 * seconds if "--slow" in more else max(12.0, 0.4 * seconds)  # for one case
         limits = "--seconds", f"{seconds - 8:.0f}", "--case-limit", f"{longest:.0f}", "--only", only
         ours = ((OURS, triton), (f"{OURS} cuda", cuda))
         return Step(f"bench-{name}", seconds, (*bench, *limits, *more), ours=ours)
@@ -116,7 +118,7 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
 
 
 class State:
-    """What is done, in a file that is always whole."""
+    """Which steps are done, in a file that is written atomically."""
 
     def __init__(self, folder: pathlib.Path):
         self.file = folder / "state.json"
@@ -133,7 +135,7 @@ class State:
 
 
 def replace(file: pathlib.Path, content: bytes) -> bool:
-    """Writes the file whole or not at all. False, and a line on stderr, where the disk is full."""
+    """Write the file atomically. Returns False, with a line on stderr, if the disk is full."""
     fresh = file.with_name(f"{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +155,8 @@ def shortened(content: bytes) -> bytes:
 
 
 def pack(folders: Sequence[pathlib.Path], target: pathlib.Path) -> bool:
-    """Everything of value in one file, with paths from the project's root; logs first, shortened. Built in memory:
-    a full disk loses at most the newest."""
+    """Write all results into one archive, with paths relative to the project's root; logs first, shortened. It is built
+    in memory, so a full disk loses at most the newest archive."""
     buffer, left = io.BytesIO(), LARGEST
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
         found = (p for folder in folders for p in folder.rglob("*") if "triton-cache" not in p.parts and p.is_file())
@@ -162,13 +164,13 @@ def pack(folders: Sequence[pathlib.Path], target: pathlib.Path) -> bool:
         for path in files:
             try:
                 content = path.read_bytes()
-            except OSError:  # gone meanwhile
+            except OSError:  # deleted meanwhile
                 continue
             if path.suffix in (".log", ".jsonl", ".txt"):
                 content = shortened(content)
             if path.suffix in (".gz", ".new", ".so") or len(content) > left // 2:
                 continue
-            left -= len(content) // 3  # text packs better than that
+            left -= len(content) // 3  # text compresses better than that
             entry = tarfile.TarInfo(path.as_posix().lstrip("/"))
             entry.size, entry.mtime = len(content), int(time.time())
             tar.addfile(entry, io.BytesIO(content))
@@ -183,7 +185,7 @@ def _size(path: pathlib.Path) -> int:
 
 
 def end(process: subprocess.Popen) -> None:
-    """The process and all that it started, in a group of its own."""
+    """Kill the process and everything it started, which are one process group."""
     for sign, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
@@ -192,11 +194,11 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run(step: Step, limit: float, log: pathlib.Path, python: str, meanwhile: Callable[[], object]) -> int:
-    """The step's exit status, 124 where it was ended at its limit. Its output goes to the log and its last lines here.
-    Every PACKING seconds `meanwhile` is called."""
+    """Run a step. Returns its exit status, 124 if it was killed at its limit. Its output goes to the log, the last
+    lines are printed. `meanwhile` is called every PACKING seconds."""
     end_at, next_packing = time.monotonic() + limit, time.monotonic() + PACKING
     try:
-        output = open(log, "ab", buffering=0)  # noqa: SIM115 - closed below; where there is no room, nothing is kept
+        output = open(log, "ab", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
         print(f"flight: no log: {error}", file=sys.stderr)
         output = open(os.devnull, "ab", buffering=0)  # noqa: SIM115
@@ -223,7 +225,7 @@ def run(step: Step, limit: float, log: pathlib.Path, python: str, meanwhile: Cal
 
 
 def not_passed(stages: Sequence[str], smoke: pathlib.Path) -> list[str]:
-    """The smokes of these stages that have not passed; with no smoke results at all, none is missed."""
+    """The smoke tests of these stages that have not passed; an empty list without any smoke results."""
     try:
         found = json.loads(smoke.read_text())
     except (OSError, ValueError):
@@ -232,8 +234,8 @@ def not_passed(stages: Sequence[str], smoke: pathlib.Path) -> list[str]:
 
 
 def fit(step: Step, smoke: pathlib.Path) -> Step | list[str]:
-    """The step without our candidates and the groups of tests whose kernels have not passed; or, where nothing is left
-    of it, what has not."""
+    """The step without candidates and test groups whose smoke tests have not passed. If nothing is left of it: the list
+    of these smoke tests."""
     unfit = not_passed(step.stages, smoke)
     if unfit:
         return unfit
@@ -247,7 +249,7 @@ def fit(step: Step, smoke: pathlib.Path) -> Step | list[str]:
 
 def fly(call: str, steps: Sequence[Step], folders: Sequence[pathlib.Path], target: pathlib.Path, python: str,
         seconds: float = CALL) -> int:  # fmt: skip
-    """Runs the steps that are not done, as far as the time goes; 0 when all were run and passed."""
+    """Run the steps that are not done until the time is over. Returns 0 if all ran and passed."""
     started, failed = time.monotonic(), 0
     state = State(STATE)
     with contextlib.suppress(OSError):
@@ -301,7 +303,7 @@ def _tail(log: pathlib.Path, lines: int = 12) -> None:
 
 
 def environment(out: pathlib.Path) -> dict[str, str]:
-    """Of the steps: what the kit brings, and nothing that waits for a network."""
+    """Environment variables of the steps: the kit's packages are found, and no network is used."""
     carried = {"HF_HUB_OFFLINE": "1", "TRITON_CACHE_DIR": str(STATE.resolve() / "triton-cache"), "OMP_NUM_THREADS": "2"}
     commit = KIT / "commit"
     if commit.exists():
@@ -312,7 +314,7 @@ def environment(out: pathlib.Path) -> dict[str, str]:
 
 
 def unpack_kit() -> None:
-    """The library into its place."""
+    """Copy the kit's native library into the package."""
     library = ROOT / "transformer_fast" / "_C.abi3.so"
     carried = KIT / library.name
     try:
@@ -323,7 +325,7 @@ def unpack_kit() -> None:
 
 
 def build() -> int:
-    """A library with CUDA code, where none was carried or one of other sources: of this GPU's architecture alone."""
+    """Build a library with CUDA code for this GPU's architecture, if the kit has none or one of other sources."""
     from transformer_fast.backends import cuda, native
 
     reason = native.load() or native.stale() or ("" if cuda.architectures() else "the library has no CUDA code")
@@ -340,15 +342,15 @@ def memcheck() -> int:
     if tool is None:
         print("compute-sanitizer is not on PATH: memory is not checked")
         return 0
-    # Inside the blocks of torch's caching allocator it would see nothing.
+    # It does not detect errors inside the blocks of torch's caching allocator.
     settings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "benchmarks/sanitize.py", "--cuda"]
     return subprocess.run(command, env=settings).returncode
 
 
 def results_folder() -> pathlib.Path:
-    """benchmarks/results/<device>/<date>-<commit>, the same in every call; found by a process of its own, as torch may
-    hang or crash."""
+    """benchmarks/results/<device>/<date>-<commit>, the same in every call. A separate process finds it, because torch
+    may hang or crash."""
     noted = STATE / "folder"
     if noted.exists():
         return pathlib.Path(noted.read_text().strip())
@@ -359,7 +361,7 @@ def results_folder() -> pathlib.Path:
     except (subprocess.TimeoutExpired, IndexError):
         text = ""
     if not text:
-        return STATE / "results"  # of no known machine: not among those that may be committed
+        return STATE / "results"  # unknown machine: outside the folder of committed results
     folder = pathlib.Path(text).resolve()
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     replace(noted, str(folder).encode())
@@ -385,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.suppress(OSError):
         STATE.mkdir(parents=True, exist_ok=True)
     os.environ.update(environment(out))
-    # Whatever hangs, the call ends: the packed results are written all along.
+    # The call ends even if a step hangs: the archive is written continuously.
     last = threading.Timer(options.seconds + 10, os._exit, [124])
     last.daemon = True
     last.start()

@@ -1,8 +1,8 @@
-"""What a GPU machine is to find there, made where there is none: bash benchmarks/gpu.sh pack
+"""Makes the files that a GPU machine needs, on a machine without a GPU: bash benchmarks/gpu.sh pack
 
-build/flight-kit: the library with code for sm_90a, the Python packages that may be missing there, and the name of the
-commit. Triton's kernels are compiled there, by all cores at once: its cache is keyed by the bytes of the Triton that is
-installed, which nobody here has.
+build/flight-kit: the library with code for sm_90a, Python packages that may be missing there, and the commit. Triton
+kernels are compiled on the GPU machine, on all cores: Triton's cache is keyed by the bytes of the installed Triton,
+which may differ there.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ PACKAGES = (
     "sortedcontainers",
     "liger_kernel",
 )  # pure Python; liger_kernel: a peer
-LARGEST = 64 << 20  # bytes of what is carried
+LARGEST = 64 << 20  # bytes of the kit
 
 
 def make(kit: pathlib.Path) -> int:
@@ -33,7 +33,7 @@ def make(kit: pathlib.Path) -> int:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            print(f"not installed, not carried: {package}")
+            print(f"not installed, left out: {package}")
             continue
         target = kit / "packages" / package / package
         shutil.rmtree(target, ignore_errors=True)
@@ -42,7 +42,7 @@ def make(kit: pathlib.Path) -> int:
         )
     size = sum(path.stat().st_size for path in kit.rglob("*") if path.is_file())
     print(
-        f"{kit.relative_to(ROOT)}: {size / 2**20:.1f} MiB of {LARGEST >> 20}. To be carried beside the tracked files;"
+        f"{kit.relative_to(ROOT)}: {size / 2**20:.1f} MiB of {LARGEST >> 20}. Copy it together with the tracked files;"
     )
     print("there: bash benchmarks/gpu.sh first; bash benchmarks/gpu.sh second; bash benchmarks/gpu.sh tune")
     return int(size > LARGEST)

@@ -1,11 +1,11 @@
-"""Runs the GPU tests of some groups in many processes, none of which can take the others down:
+"""Runs the GPU tests of some groups in several processes, so that a crash affects a single test:
 
     python benchmarks/flight_tests.py --groups cuda-norm cuda-decode --output FOLDER [--workers 14] [--seconds 60]
 
-Every process takes the next test that none has; its outcome is on disk before the next begins. A test over its time
-limit, a process that dies and a CUDA error, after which nothing works in that process, cost that test alone: another
-process goes on. A later call runs what has not passed. FOLDER/<group>.jsonl has the outcomes, FOLDER/<group>.xml the
-report that ledger.py reads. Needs pytest and nothing beside it.
+Every process takes the next free test, and writes its outcome to disk before the next one. After a timeout, a crash or
+a CUDA error, after which the process cannot be used any more, a new process continues with the other tests. A later
+call runs the tests that have not passed. FOLDER/<group>.jsonl has the outcomes, FOLDER/<group>.xml the report that
+ledger.py reads. Needs only pytest.
 """
 
 import argparse
@@ -34,14 +34,14 @@ GROUPS = {
     "graphs": (f"{OPS}cuda_graphs_gpu.py", f"{OPS}attention_memory_gpu.py", f"{OPS}attention_sdpa.py"),
     "models": ("tests/generation/test_graph_step.py", "tests/layers/test_encoder_stack.py"),
 }  # fmt: skip
-TEST_LIMIT = 40.0  # seconds a test may take, its compilation included
+TEST_LIMIT = 40.0  # seconds per test, compilation included
 RESTARTS = 60
-DEAD = 70  # exit status of a process whose GPU context is of no use any more
+DEAD = 70  # exit status of a process whose GPU context cannot be used any more
 STICKY = ("CUDA error", "AcceleratorError", "device-side assert", "illegal memory access", "unspecified launch failure")
 
 
 def outcomes(report: pathlib.Path) -> dict[str, dict]:
-    """Test -> its last outcome. A line that was cut off is skipped."""
+    """{test: its last outcome}. An incomplete line is skipped."""
     found: dict[str, dict] = {}
     try:
         lines = report.read_text(errors="replace").splitlines()
@@ -59,12 +59,12 @@ def outcomes(report: pathlib.Path) -> dict[str, dict]:
 def note(report: pathlib.Path, test: str, outcome: str, seconds: float, message: str = "") -> None:
     line = json.dumps({"id": test, "outcome": outcome, "seconds": round(seconds, 2), "message": message[-4000:]})
     with open(report, "ab", buffering=0) as file:
-        file.write(f"{line}\n".encode())  # one write: lines of two processes do not mix
+        file.write(f"{line}\n".encode())  # one write, so that lines of several processes do not mix
 
 
 def write_xml(report: pathlib.Path, files: tuple[str, ...], complete: bool) -> None:
-    """The outcomes as a JUnit report. One that is not complete says so as an error in each file, so that nothing of it
-    counts as verified."""
+    """Write the outcomes as a JUnit report. An incomplete one has an error in each test file, so that none of it counts
+    as verified."""
     suite = ElementTree.Element("testsuite", name=report.stem)
     found = outcomes(report)
     for test, entry in found.items():
@@ -93,7 +93,7 @@ def _printable(text: str) -> str:
 
 
 class Reports:
-    """Where the outcome of a test goes: the report of the group whose file it is in."""
+    """Finds the report of a test: that of the group with its file."""
 
     def __init__(self, folder: pathlib.Path, groups: list[str]):
         self.folder = folder
@@ -111,21 +111,21 @@ class Reports:
         for group, files in self.groups.items():
             if any(path.endswith(pathlib.Path(file).name) for file in files):
                 return self.report(group)
-        raise ValueError(f"{test}: of none of the groups {', '.join(self.groups)}")
+        raise ValueError(f"{test}: in none of the groups {', '.join(self.groups)}")
 
     def outcomes(self) -> dict[str, dict]:
         return {test: entry for group in self.groups for test, entry in outcomes(self.report(group)).items()}
 
 
 class Worker:
-    """A pytest plugin: runs the tests that it is the first to claim."""
+    """A pytest plugin that runs the tests which this process claims first."""
 
     def __init__(self, reports: Reports, claims: pathlib.Path, current: pathlib.Path):
         self.reports, self.claims, self.current = reports, claims, current
         self.phases: list = []
 
     def pytest_runtestloop(self, session):
-        fresh = self.claims / f"collected-{os.getpid()}"  # all write the same: one that is ended at it spoils nothing
+        fresh = self.claims / f"collected-{os.getpid()}"  # all write the same: an incomplete file does no harm
         fresh.write_text(json.dumps([item.nodeid for item in session.items]))
         os.replace(fresh, self.claims / "collected")
         for item in session.items:
@@ -164,7 +164,7 @@ def work(options) -> int:
 
 
 def lead(options) -> int:
-    """Starts the workers and looks after them."""
+    """Start the workers, and restart them when they end early."""
     end_at = time.monotonic() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     reports, claims = Reports(options.output, options.groups), options.output / "claims"
@@ -201,7 +201,7 @@ def lead(options) -> int:
                     (claims / f"current-{number}").unlink(missing_ok=True)
                     if test not in reports.outcomes() or status != DEAD:
                         note(reports.of(test), test, "failed", time.time() - since, reason)
-                ended = status in (0, 5) or (status == 1 and not test)  # pytest's: passed, none were there, some failed
+                ended = status in (0, 5) or (status == 1 and not test)  # pytest's: passed, no tests, some failed
                 if ended:
                     continue
                 if started < RESTARTS:
@@ -224,7 +224,7 @@ def lead(options) -> int:
         counts = {what: sum(e["outcome"] == what for e in found.values()) for what in ("passed", "failed", "skipped")}
         print(f"{group}: {counts}" + ("" if complete else ", not all were run"))
         failed += counts["failed"]
-        whole = whole and complete and counts["passed"] > 0  # all skipped: not on the GPU that they are for
+        whole = whole and complete and counts["passed"] > 0  # all skipped: this is another GPU than they are for
         for test, entry in found.items():
             if entry["outcome"] == "failed":
                 print(f"FAILED {test}: {entry['message'].strip().splitlines()[-1:]}")

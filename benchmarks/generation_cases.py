@@ -1,4 +1,4 @@
-"""Cases of text generation: decoders and encoder-decoders of true size with random weights."""
+"""Cases of text generation: decoders and encoder-decoders of real sizes with random weights."""
 
 import pathlib
 import shutil
@@ -31,7 +31,7 @@ _OUR_TOKENS = {"pad_token_id": 0, "eos_token_id": 2}
 
 # name: (model class, its configuration). Sizes of gpt2, Helsinki-NLP/opus-mt-en-de, t5-small, facebook/bart-base,
 # facebook/nllb-200-distilled-600M, facebook/mbart-large-cc25, HuggingFaceTB/SmolLM-135M and Qwen/Qwen3-0.6B; of the
-# base model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units a direction.
+# base model of Vaswani et al. (2017), and of RNNsearch (Bahdanau et al., 2015) with 500 units per direction.
 MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2LMHeadModel", {"bos_token_id": 50256, "eos_token_id": 50256}),
     "marian": ("MarianMTModel", {
@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[str, dict]] = {
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "bos_token_id": 151643, "eos_token_id": 151645,
     }),
-    # As torch.nn.Transformer has them: norms at the ends, dropout inside the sublayers too.
+    # As in torch.nn.Transformer: norms after the last layers, dropout inside the sublayers too.
     "transformer-base": ("TransformerForConditionalGeneration", {
         "final_norm": True, "attention_dropout": 0.1, "activation_dropout": 0.1, **_OUR_TOKENS,
     }),
@@ -97,7 +97,7 @@ _TINY_SEQ2SEQ = {"vocab_size": 99, "decoder_vocab_size": 99, "d_model": 32, "enc
 
 
 class Inputs(NamedTuple):
-    """One generate call: exactly `tokens` new tokens for every row of ids."""
+    """The inputs of a generate call that makes exactly `tokens` new tokens per row of ids."""
 
     checkpoint: pathlib.Path
     kind: str
@@ -108,7 +108,7 @@ class Inputs(NamedTuple):
 
 
 def checkpoint(name: str, tiny: bool) -> pathlib.Path:
-    """The folder of a model of MODELS with random weights, or of a tiny one of its kind."""
+    """The folder of a model of MODELS with random weights, or of a tiny one with the same architecture."""
     kind = MODELS[name][0]
     path = folder() / f"generation-{name}{'-tiny' if tiny else ''}"
     if not (path / "config.json").exists():
@@ -153,8 +153,7 @@ def run_generate(model, inputs: Inputs) -> Callable:
     return call
 
 
-# How the weights are held: what a result says of them, the model's dtype and set_weight_storage's arguments; "int8" is
-# quantize's.
+# {storage of the weights: (its description, the model's dtype, arguments of set_weight_storage)}; "int8" is quantize's.
 _WEIGHTS: dict[str, tuple[str, torch.dtype, dict]] = {
     "": ("fp32", torch.float32, {}),
     "in-place": ("fp32, weights in place", torch.float32, {"copy": False}),
@@ -183,7 +182,7 @@ def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Callabl
 
 
 class _Tokens:
-    """What CTranslate2's converter asks of a tokenizer, for a vocabulary without texts: token i is "ti"."""
+    """A tokenizer for CTranslate2's converter, with a vocabulary without texts: token i is "ti"."""
 
     def __init__(self, config: Any):
         self._size, self._pad = config.vocab_size, config.pad_token_id
@@ -210,7 +209,7 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
         def load_model(self, *args, **kwargs):
             model = super().load_model(*args, **kwargs)
             for name, value in (("normalize_before", False), ("normalize_embedding", True)):
-                if not hasattr(model.config, name):  # BART's, which configurations no longer carry
+                if not hasattr(model.config, name):  # for BART, whose configurations no longer have it
                     setattr(model.config, name, value)
             return model
 
@@ -230,7 +229,7 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
     )
 
 
-# What the other engines have a converter for.
+# Models that the other engines can convert.
 _CONVERTED = ("gpt2", "marian", "t5-small", "bart-base")
 
 
@@ -260,7 +259,7 @@ def _case(
         dtype=_WEIGHTS[weights][0],
         shape=f"{len(lengths)} x {max(lengths)}, {tokens} new",
         bar=Bar(bar),
-        result=None,  # the next token of random weights is a matter of rounding; tests hold that tokens are HF's
+        result=None,  # with random weights, rounding decides the next token; tests compare tokens with HF's
     )
 
 

@@ -1,7 +1,8 @@
-"""The grid that a GPU is measured on: what users bring there, each with its peers and its bar.
+"""The GPU cases, each with its peers and its bar.
 
-Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding on a cache, norms, gated activations,
-the loss. `device` is "cuda" but in tests, which run every case small on the CPU. Not yet run on a GPU.
+Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding with a cache, norms, gated
+activations, the loss. `device` is "cuda", except in tests, which run small versions of every case on the CPU. Not yet
+run on a GPU.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ __all__ = ["gpu_cases"]
 
 BF16 = torch.bfloat16
 DROPOUT = 0.1
-OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels, where OURS runs what is chosen by default
+OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels; OURS is the default choice of kernels
 SDPA, FLASH, CUDNN, FLEX = "torch SDPA", "SDPA flash", "SDPA cuDNN", "flex_attention"
 TORCH, COMPILE, LIGER = "torch", "torch.compile", "Liger"
 FILL = 0.4  # share of real tokens in a padded batch
@@ -61,7 +62,7 @@ def _forward(function: Callable) -> Callable:
 
 
 def _backward(function: Callable) -> Callable:
-    """The backward alone, again and again over one graph: gradients of every leaf."""
+    """The backward alone, repeated on one graph: gradients of every leaf."""
 
     def prepare(x):
         out = function(x)
@@ -82,7 +83,7 @@ def _training(function: Callable) -> Callable:
 
 
 def _cuda_candidate(prepare: Callable) -> Candidate:
-    """The same call through the CUDA C++ kernels. The backend is chosen in each call, forward and backward."""
+    """The same call with the CUDA C++ kernels. The backend is set in each call, forward and backward."""
 
     def prepare_on_cuda(x):
         with tf.backend("cuda"):
@@ -99,7 +100,7 @@ def _cuda_candidate(prepare: Callable) -> Candidate:
 
 # ---- attention ---------------------------------------------------------------------------------------
 def _qkv(shape: shapes.AttentionShape, device: str, tiny: bool, grad: bool) -> SimpleNamespace:
-    """(B, S, H, D) in memory, seen as (B, H, S, D), as models hand them over."""
+    """q, k, v (B, H, S, D) with the memory layout (B, S, H, D), as in models."""
     b, h, s, d = (2, 2, 32, 16) if tiny else shape
     torch.manual_seed(0)
     leaves = [_random(device, b, s, h, d, grad=grad) for _ in range(3)]
@@ -165,7 +166,7 @@ def _attention_backward(shape, causal: bool, device: str) -> Case:
 
 
 def _padded(shape: shapes.AttentionShape, device: str) -> Case:
-    """A BERT layer's attention on sentences padded to the longest: the others compute the padding too."""
+    """A BERT layer's attention on sentences padded to the longest. The peers compute the padding too."""
     b, h, s, d = shape
     lengths = shapes.ragged_lengths(b, mean=round(FILL * s), longest=s)
 
@@ -216,7 +217,7 @@ def _t5_flex(x) -> Callable:
 
 
 def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
-    """T5's bias, from its table each time: the others build it, (1, H, S, S), and differentiate to the table."""
+    """T5's bias from its table in each call. The peers build the bias (1, H, S, S), with gradients to the table."""
     b, h, s, d = shape
     wrap = _training if training else _forward
     kind = "training" if training else "forward"
@@ -281,7 +282,7 @@ def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
 
 # ---- decoding ----------------------------------------------------------------------------------------
 def _decode(batch: int, context: int, device: str) -> Case:
-    """One token a sequence: append to the cache, attend to it. GPT-2's heads."""
+    """One token per sequence: append to the cache, attend to it. GPT-2's heads."""
     h, d = 12, 64
 
     def inputs(tiny: bool):
@@ -406,7 +407,7 @@ def _cross_entropy(size: tuple[int, int], device: str) -> Case:
         apply = _liger("LigerCrossEntropyFunction", "cross_entropy")
 
         def call():
-            # Its gradient overwrites the logits: a copy each time, as a model's own fresh logits would be.
+            # Liger's gradient overwrites the logits, so each call gets a copy, like a model's new logits.
             logits = x.logits.detach().clone().requires_grad_()
             loss = apply(logits, x.target, None, -100)
             loss = loss[0] if isinstance(loss, tuple) else loss

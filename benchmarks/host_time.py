@@ -1,8 +1,8 @@
-"""What a call of a Triton op costs the host, before the GPU has anything to do: python benchmarks/host_time.py
+"""Measures the host time of a call of a Triton op: python benchmarks/host_time.py
 
-On a machine without a GPU, over a stand-in for Triton's driver whose launch does nothing: kernels are compiled for
-sm_90 (once, into Triton's cache) and never run. Prints microseconds of processor time a call, over those of the bare
-launches that it makes through Triton's own launcher, as medians of interleaved rounds.
+Runs on a machine without a GPU, with a substitute for Triton's driver whose launch does nothing: kernels are compiled
+for sm_90 (once, into Triton's cache) and never run. Prints microseconds of processor time per call, of its bare
+launches through Triton's own launcher, and the difference, as medians of interleaved rounds.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 
 class _Driver:
-    """As much of a CUDA driver as Triton asks for."""
+    """The part of a CUDA driver that Triton uses."""
 
     def __init__(self):
         from triton.backends.compiler import GPUTarget
@@ -52,14 +52,14 @@ class _Driver:
 
 
 def install() -> _Driver:
-    """Makes Triton launch nothing, and the Triton backend take CPU tensors."""
+    """Make Triton's launches do nothing, and the Triton backend take CPU tensors."""
     import triton
 
     driver = _Driver()
     triton.runtime.driver.set_active(driver)
     from transformer_fast.backends import triton as backend
 
-    backend.interpreting = lambda: True  # it takes CPU tensors
+    backend.interpreting = lambda: True  # so that it takes CPU tensors
     return driver
 
 
@@ -94,7 +94,7 @@ def cases():
 
 
 def bare(call):
-    """A function that makes the launches of `call` through Triton's launcher, and nothing else."""
+    """A function that only makes the launches of `call`, through Triton's launcher."""
     from triton.runtime.jit import JITFunction
 
     launches, run = [], JITFunction.run

@@ -1,4 +1,4 @@
-"""Encoders in int8 on the CPU beside other engines' int8; the note of a row says what it costs in accuracy."""
+"""Encoders in int8 on the CPU, compared with other engines' int8; the note of a row has the cost in accuracy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -58,7 +58,7 @@ def _hf_bf16(inputs: EncoderInputs) -> Callable:
 
 
 def torchao_encoder(inputs: EncoderInputs) -> Callable:
-    """torch.compile of the sdpa model with torchao's int8 weights and activations quantised row by row."""
+    """torch.compile of the sdpa model with torchao's int8 weights and activations quantised per row."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     def change(model):
@@ -74,7 +74,7 @@ def onnxruntime_encoder(inputs: EncoderInputs) -> Callable:
 
 
 def openvino_encoder(inputs: EncoderInputs) -> Callable:
-    """OpenVINO's CPU plugin after nncf's quantisation, which sees the first batches."""
+    """OpenVINO's CPU plugin after nncf's quantisation, calibrated on the first batches."""
     return peers.openvino_encoder(inputs, int8=True)
 
 

@@ -1,8 +1,8 @@
-"""What a GPU has really run: python benchmarks/ledger.py FOLDER, after the GPU tests of gpu.sh.
+"""Records which ops a GPU has run: python benchmarks/ledger.py FOLDER, after the GPU tests of gpu.sh.
 
-Reads FOLDER/tests/*.xml (JUnit reports of flight_tests.py, whose unfinished outcomes are made one first) and writes
-FOLDER/verified.json: the ops whose GPU tests all passed.
-`transformer-fast info` and README say "not yet run on a GPU" of every op that no committed verified.json names.
+Reads FOLDER/tests/*.xml (JUnit reports of flight_tests.py; unfinished outcomes are turned into reports first) and
+writes FOLDER/verified.json: the ops whose GPU tests all passed.
+`transformer-fast info` says "not yet run on a GPU" for every op that no committed verified.json names.
 """
 
 import json
@@ -17,8 +17,8 @@ from transformer_fast.benchmarks.flight_tests import GROUPS, write_xml
 __all__ = ["OPS", "verified", "write"]
 
 _DRAWN = r"test_any_strides(?=.*\btriton\b)"
-# What is verified -> the tests that prove it, by a pattern of their files (before any parenthesis) and names.
-# "cuda ...": the CUDA C++ kernels of an op; without it: Triton's.
+# {op: pattern of the files and names of the tests that verify it}.
+# "cuda ...": the CUDA C++ kernels of an op; otherwise Triton's.
 OPS = {
     "additive_attention": rf"{_DRAWN}(?=.*\badditive_attention\b)",
     "attention": "test_attention_triton",
@@ -35,12 +35,12 @@ OPS = {
 }
 
 
-# Tests without which the others prove too little: of the tiles that are shipped.
+# Tests that must be among those that passed: they run the shipped tiles.
 NEEDED = {"attention": "test_shipped_tiles"}
 
 
 def verified(reports: Sequence[pathlib.Path]) -> dict[str, int]:
-    """op -> how many of its tests passed, for those where some did and none failed. Skipped tests prove nothing."""
+    """{op: how many of its tests passed}, for ops where some passed and none failed. Skipped tests do not count."""
     passed, failed = dict.fromkeys(OPS, 0), set()
     needed = set(NEEDED)
     tests = [test for report in reports for test in xml.etree.ElementTree.parse(report).iter("testcase")]
@@ -49,7 +49,7 @@ def verified(reports: Sequence[pathlib.Path]) -> dict[str, int]:
         outcomes = {child.tag for child in test}
         for op, pattern in OPS.items():
             if "error" in outcomes and re.search(pattern.partition("(")[0], where):
-                failed.add(op)  # of the file as a whole: not all of its tests were run
+                failed.add(op)  # an error of the whole file: not all of its tests ran
             elif not re.search(pattern, where):
                 continue
             elif outcomes & {"failure", "error"}:
@@ -64,7 +64,7 @@ def verified(reports: Sequence[pathlib.Path]) -> dict[str, int]:
 def write(folder: pathlib.Path) -> dict[str, int]:
     for outcomes in sorted((folder / "tests").glob("*.jsonl")):
         report = outcomes.with_suffix(".xml")
-        if not report.exists():  # ended before its time
+        if not report.exists():  # the run was killed
             write_xml(outcomes, GROUPS.get(outcomes.stem, ()), complete=False)
     found = verified(sorted((folder / "tests").glob("*.xml")))
     (folder / "verified.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -1,16 +1,16 @@
-"""Peak memory of a piece of work, measured in a process of its own.
+"""Peak memory of a piece of work, measured in a separate process.
 
 The work is a generator function, named "package.module:function", that yields twice:
 
     def work(**arguments):
         ...warm up on something tiny, make the inputs...
-        yield      # what is resident now does not count
+        yield      # memory resident now does not count
         ...build: models, weights in panels...
-        yield      # what building freed again does not count
+        yield      # memory that building has freed does not count
         ...run...
 
-The result is the highest resident size (GPU: allocated bytes) of the run over that at the first yield: weights and
-whatever a library keeps for itself count, the inputs and the libraries' code do not.
+The result is the highest resident size (GPU: allocated bytes) of the run minus that at the first yield: weights and
+memory that a library keeps count, the inputs and the libraries' code do not.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ _STATUS = pathlib.Path("/proc/self/status")
 
 
 def peak_memory_mb(work: str, *, timeout: float = 600.0, **arguments) -> float:
-    """Run `work` in a fresh process; megabytes (10^6 bytes). Raises RuntimeError with what it printed if it fails."""
+    """Run `work` in a new process; megabytes (10^6 bytes). Raises RuntimeError with its output if it fails."""
     command = [sys.executable, "-m", __name__, work, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     if done.returncode != 0:
@@ -49,7 +49,7 @@ def _peak_bytes() -> int:
 
 
 def _release() -> None:
-    """Give freed memory back to the system, so that it does not hide in the baseline."""
+    """Return freed memory to the system, so that it is not part of the baseline."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -60,7 +60,7 @@ def _reset_peak() -> None:
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
-        return  # not Linux: the peak is then that of the whole process, an upper bound
+        return  # not Linux: the result is the peak of the whole process, an upper bound
 
 
 def _measure(work: str, arguments: dict) -> float:

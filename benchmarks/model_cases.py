@@ -60,7 +60,7 @@ def model_cases(device: str) -> list[Case]:
 
 
 def gpu_model_cases(device: str) -> list[Case]:
-    """In bfloat16, batches large enough for a GPU, 40% of the tokens real."""
+    """Cases in bfloat16, with batches large enough for a GPU, of which 40% of the tokens are real."""
     sentences, steps = shapes.ragged_lengths(256, mean=51), shapes.ragged_lengths(64, mean=51)
     cases = []
     for name, config in (("bert-base", shapes.BERT_BASE), ("bert-large", shapes.BERT_LARGE)):
@@ -79,7 +79,7 @@ BERT_BASE = "bert-base", shapes.BERT_BASE
 
 
 def _our(name: str):
-    """A name of the package that may not be there (a door without its dependencies)."""
+    """A name of the package, which may be missing (without optional dependencies)."""
     try:
         return getattr(tf, name)
     except (AttributeError, ImportError) as error:
@@ -97,9 +97,9 @@ def random_batch(
 
 
 def _encoder_flops(lengths: list[int], config: dict) -> float:
-    """Of the real tokens alone: projections, feed-forward and attention."""
+    """FLOPs of the real tokens only: projections, feed-forward and attention."""
     width, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-    products = 3 if config is shapes.MODERNBERT_BASE else 2  # of the feed-forward block
+    products = 3 if config is shapes.MODERNBERT_BASE else 2  # matrix products of the feed-forward block
     per_token = 2 * (4 * width * width + products * width * inner)
     return float(layers * sum(n * per_token + 4 * n * n * width for n in lengths))
 
@@ -121,21 +121,21 @@ def _accelerated(inputs: EncoderInputs, attention: str = "sdpa") -> Callable:
 
 def _attention_door(inputs: EncoderInputs) -> Callable:
     if importlib.util.find_spec("transformer_fast.integrations.huggingface") is None:
-        raise Unavailable("transformer_fast.integrations.huggingface is not there")
+        raise Unavailable("transformer_fast.integrations.huggingface is missing")
     importlib.import_module("transformer_fast.integrations.huggingface")
     return peers.hugging_face(inputs, attention="transformer_fast")
 
 
 def _sorted_by_length(inputs: EncoderInputs) -> Callable:
-    """What careful users do by hand: batches of neighbours in length, each padded to its own longest."""
+    """What careful users do by hand: batches sorted by length, each padded to its longest sentence."""
     from transformer_fast.demo.encode import sorted_batches
 
     groups, _ = sorted_batches(inputs.batches, 8)
     return peers.hugging_face(inputs._replace(batches=groups))
 
 
-_NO_INTERFACE = ("DebertaV2",)  # transformers' class has one attention, its own
-_NO_CONVERTER = ("DebertaV2", "ModernBert")  # CTranslate2 has none
+_NO_INTERFACE = ("DebertaV2",)  # transformers' class has no attention interface
+_NO_CONVERTER = ("DebertaV2", "ModernBert")  # no converter in CTranslate2
 
 
 def _encoder_candidates(sortable: bool, exported: bool = True, family: str = "Bert") -> tuple[Candidate, ...]:
@@ -236,13 +236,13 @@ class TrainingInputs(NamedTuple):
 
 
 def training_step(make: Callable, inputs: TrainingInputs) -> Callable:
-    """One step as a Trainer takes it: forward with dropout, loss, backward, fused AdamW."""
+    """One step like Trainer's: forward with dropout, loss, backward, fused AdamW."""
     model = make(inputs.checkpoint).train().to(inputs.ids.device, inputs.dtype)
     return optimizer_step(model, {"input_ids": inputs.ids, "attention_mask": inputs.mask, "labels": inputs.labels})
 
 
 def optimizer_step(model, batch: dict) -> Callable:
-    """The same of a model and the keywords of its forward."""
+    """The same for a given model and the keywords of its forward."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def call():

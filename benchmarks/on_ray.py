@@ -1,10 +1,10 @@
-"""The examples on Ray: embeddings by one worker and by two, and the service under load beside transformers' model.
+"""The Ray examples: embeddings with one worker and with two, and the service under load, compared with transformers.
 
     python benchmarks/on_ray.py [--quick]
 
-all-MiniLM-L6-v2 on the demo's sentences. Workers of one thread each take turns, one and two; what is compared is the
-rate while all of a pool's workers compute, without their start. The two services are up together and are loaded in
-turn: each computes on all cores but one, which the clients, in this process, keep to. Written:
+all-MiniLM-L6-v2 on the demo's sentences. Pools of one and of two workers, with one thread each, are interleaved; their
+rates are compared while all workers of a pool compute, without the start. The two services run at the same time and are
+loaded in turn: each computes on all cores but one, on which the clients, in this process, run. Writes
 benchmarks/results/ray/<date>-<commit>.json.
 """
 
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def example(name: str):
-    """Ray carries a script's classes to its workers by value; this asks the same for a module."""
+    """Import an example as a module whose classes Ray pickles by value, like a script's."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def example(name: str):
 
 
 def rate(answers: list[dict]) -> float:
-    """Rows a second while every worker computes; of a block that reaches beyond that time, its share."""
+    """Rows per second while all workers compute. Blocks that extend beyond this time count partly."""
     own: dict = {}
     for answer in answers:
         own.setdefault(answer["process"], []).append(answer)
@@ -50,7 +50,7 @@ def rate(answers: list[dict]) -> float:
 
 
 def scaling(rows: int, rounds: int) -> dict:
-    """{workers: {rates (texts/s), cpu (CPU seconds of 1,000 texts)}} and the medians of the rounds' ratios."""
+    """{workers: {rates (texts/s), cpu (CPU seconds per 1,000 texts)}} and the medians of the rounds' ratios."""
     embed_many = example("embed_many")
     sentences = load_sentences()
     whole, kept = embed_many.run, []
@@ -85,7 +85,7 @@ def scaling(rows: int, rounds: int) -> dict:
 
 
 async def load(url: str, requests: int, clients: int) -> tuple[float, list[float]]:
-    """(seconds, the latencies) of so many requests of one sentence each."""
+    """(seconds, latencies) of `requests` requests with one sentence each."""
     import aiohttp
 
     sentences = load_sentences()
@@ -115,9 +115,9 @@ def service(requests: int, clients: int, rounds: int) -> dict:
         given = serve_models.parse(["--library", name, "--port", str(port), "--threads", str(threads)])
         serve_models.connect(given)
         serve_models.start(given, name, f"/{name}")
-    os.sched_setaffinity(0, cores[-1:])  # the clients alone: Ray and the services have started
+    os.sched_setaffinity(0, cores[-1:])  # only the clients: Ray and the services have started
     found: dict = {name: {"requests_per_s": [], "latencies": []} for name in names}
-    for turn in range(-1, rounds):  # the first warms up
+    for turn in range(-1, rounds):  # the first is a warm-up
         for name in names if turn % 2 else names[::-1]:
             url = f"http://127.0.0.1:{port}/{name}/v1/embeddings"
             seconds, latencies = asyncio.run(load(url, requests if turn >= 0 else requests // 4, clients))
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "ray")
     arguments = parser.parse_args()
-    locate()  # says so where the checkpoint is not installed
+    locate()  # raises if the checkpoint is not installed
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.pop("OMP_NUM_THREADS", None)
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="warning")

@@ -1,4 +1,4 @@
-"""Cases of the ops: attention, norms, activations, and what a call costs over its bare kernel."""
+"""Cases of the ops: attention, norms, activations, and the overhead of a call over its bare kernel."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ DROPOUT = 0.1
 TORCH = "torch"
 SDPA = "torch SDPA"
 
-# (length, causal) -> speed-up over torch SDPA in fp32; bfloat16 has one bar for all.
+# {(length, causal): speed-up over torch SDPA in fp32}; bfloat16 has a single bar.
 _ATTENTION_BARS = {(128, False): 1.3, (512, False): 1.1, (2048, False): 1.0, (512, True): 1.8, (2048, True): 1.15}
 _ATTENTION_BAR_BF16 = 1.5
 
@@ -44,7 +44,7 @@ def op_cases(device: str) -> list[Case]:
 
 # ---- attention ---------------------------------------------------------------------------------------
 def _attention_inputs(shape: shapes.AttentionShape, dtype: str, device: str, *, grad: bool = False, bias: bool = False):
-    """q, k, v as models hand them over: (B, S, H, D) in memory, seen as (B, H, S, D)."""
+    """q, k, v (B, H, S, D) with the memory layout (B, S, H, D), as in models."""
 
     def make(tiny: bool):
         b, h, s, d = (1, 1, 16, shape.head_dim) if tiny else shape
@@ -143,7 +143,7 @@ def _attention_training(shape, dtype: str, feature: str, device: str) -> Case:
 
 # ---- norms and activations ---------------------------------------------------------------------------
 def _pointwise_inputs(rows_width, dtype: str, device: str, *, vectors: int, residual: bool = False, grad: bool = True):
-    """x, perhaps a residual, and `vectors` parameters of the row's width."""
+    """x, optionally a residual, and `vectors` parameters of the row's width."""
 
     def make(tiny: bool):
         rows, width = (4, 64) if tiny else rows_width
@@ -171,7 +171,7 @@ def _pointwise_case(
     grad: bool = True,
     agree: bool = True,
 ) -> Case:
-    """tensors: activations read or written at least; vectors: parameters; agree: both give the same numbers."""
+    """tensors: the least number of activations read or written; vectors: of parameters; agree: compare the results."""
     rows, width = rows_width
     wrap = _with_gradients if grad else _no_grad
 
@@ -254,7 +254,7 @@ def _gelu_tanh(rows_width, dtype: str, device: str) -> Case:
 
 
 def _rotary(rows_width, dtype: str, device: str) -> Case:
-    """Queries and keys of 64 columns to a head, rows of one sequence, forward and backward."""
+    """Queries and keys with head dim 64, rows of one sequence, forward and backward."""
     head = 64
 
     def angles(x):
@@ -277,12 +277,12 @@ def _rotary(rows_width, dtype: str, device: str) -> Case:
     )
 
 
-# ---- what a call costs over its kernel ---------------------------------------------------------------
+# ---- the overhead of a call over its kernel ----------------------------------------------------------
 BARE = "bare kernel"
 
 
 def _overhead(device: str) -> list[Case]:
-    """One small call of each op without gradients: what is left of its time when its kernel is called alone."""
+    """One small call of each op without gradients: its time minus that of its bare kernel."""
     x, w, b = (torch.randn(size, device=device) for size in ((8, 768), (768,), (768,)))
     q = torch.randn(1, 8, 12, 64, device=device).transpose(1, 2)
     qkv, cu = torch.randn(8, 3, 12, 64, device=device), torch.tensor([0, 8], dtype=torch.int32, device=device)
@@ -317,7 +317,7 @@ def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str
 
     candidates = [
         Candidate(OURS, plain(ours)),
-        # In no_grad too: entering it is no part of a call.
+        # Also in no_grad: entering it is not part of a call.
         Candidate(BARE, lambda _: plain(bare_kernel(ours))(None), works_on=("cpu",)),
     ]
     if theirs is not None:
@@ -337,7 +337,7 @@ def _overhead_case(op: str, ours: Callable, theirs: Callable | None, device: str
 
 
 def bare_kernel(call: Callable[[], object]) -> Callable[[], None]:
-    """The native kernels that one public CPU call runs, with the same arguments and buffers, and nothing around."""
+    """A function that runs only the native kernels of a public CPU call, with the same arguments and buffers."""
     found: list[tuple[Callable, tuple, dict]] = []
 
     def recorder(kernel):

@@ -1,8 +1,8 @@
 """Greedy generation by OpenVINO's CPU plugin: Hugging Face's GPT-2, T5, BART and Marian as stateful models.
 
-The decoder's step is converted with its cache as inputs and outputs, which OpenVINO's own pass then makes the model's
-state, as optimum-intel does: keys and values stay inside the plugin, where attention is fused with them. The encoder
-gives the keys and values of cross-attention once a call.
+The decoder's step is converted with its cache as inputs and outputs, which OpenVINO's own pass then turns into the
+model's state, as in optimum-intel: keys and values stay inside the plugin, where attention is fused with them. The
+encoder computes the keys and values of cross-attention once per call.
 """
 
 import pathlib
@@ -23,11 +23,11 @@ __all__ = ["openvino_generation"]
 
 
 def openvino_generation(inputs: Any, weights: str = "float32") -> Callable[[], torch.Tensor]:
-    """The call that gives HF's tokens: (batch, prompt or start token and new tokens).
+    """The call that returns HF's tokens: (batch, prompt or start token and new tokens).
 
-    inputs: generation_cases.Inputs with beams = 1, its prompts of one length where there is no encoder.
-    weights: "float32", or "int8" for matrices of 8 bits with one scale a row, as NNCF's INT8_SYM leaves them, and
-    activations that the plugin quantises as it goes; all else is float32 with both.
+    inputs: generation_cases.Inputs with beams = 1, and without an encoder prompts of equal length.
+    weights: "float32", or "int8" for 8-bit matrices with one scale per row, like NNCF's INT8_SYM, and activations that
+    the plugin quantises at run time; everything else is float32.
     """
     from transformers import AutoConfig
 
@@ -65,7 +65,7 @@ def openvino_generation(inputs: Any, weights: str = "float32") -> Callable[[], t
 
 # ---- the step as a traceable module ------------------------------------------------------------------
 def _cache(pairs: tuple[torch.Tensor, ...]) -> Any:
-    """HF's cache holding keys and values, which lie in turns in `pairs`."""
+    """HF's cache with the keys and values of `pairs`, which alternate there."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -79,8 +79,8 @@ def _cache(pairs: tuple[torch.Tensor, ...]) -> Any:
 
 
 def _bias(seen: torch.Tensor) -> torch.Tensor:
-    """0 where `seen`, the least float32 elsewhere. HF takes a mask of four dimensions as it is, where its own code
-    would not trace to other lengths."""
+    """0 where `seen`, the least float32 elsewhere. HF uses a mask with four dimensions unchanged; its own mask code
+    would not trace for other lengths."""
     return (1.0 - seen.to(torch.float32)) * torch.finfo(torch.float32).min
 
 
@@ -152,7 +152,7 @@ def _shape(config: Any) -> tuple[int, int, int]:
 
 # ---- conversion --------------------------------------------------------------------------------------
 def _converted(inputs: Any, weights: str) -> pathlib.Path:
-    """The folder of the converted models, made where it is not there."""
+    """The folder of the converted models, which are converted if it does not exist."""
     path = folder() / f"{inputs.checkpoint.name}-openvino-{weights}"
     if not path.exists():
         import openvino
@@ -231,7 +231,7 @@ def _convert_step(model: nn.Module) -> Any:
 
 
 def _start_empty(graph: Any, heads: int, size: int) -> None:
-    """A state that has been reset has the batch of input_ids and no positions."""
+    """Give the reset state the batch size of input_ids and no positions."""
     from openvino import opset13 as ops
 
     ids = next(port for port in graph.inputs if "input_ids" in port.names)
@@ -245,8 +245,8 @@ def _start_empty(graph: Any, heads: int, size: int) -> None:
 
 
 def _compress(graph: Any) -> None:
-    """Constant weights of matrix products become int8 with a float32 scale for each output, a pattern that the plugin
-    multiplies without unpacking. Embeddings stay."""
+    """Make the constant weights of matrix products int8 with a float32 scale per output, a pattern that the plugin
+    multiplies without decompression. Embeddings are not changed."""
     from openvino import Type
     from openvino import opset13 as ops
 
@@ -276,7 +276,7 @@ def _compile(path: pathlib.Path, weights: str) -> Any:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
-        # The activations of int8 weights' products, in groups; the plugin's own size.
+        # Group size of quantised activations, with int8 weights; the plugin's default.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32" if weights == "int8" else "0",
     }
     return openvino.Core().compile_model(path, "CPU", settings).create_infer_request()

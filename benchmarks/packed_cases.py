@@ -1,5 +1,5 @@
-"""Fine-tuning a decoder on documents of many lengths: packed into one row by DataCollatorWithFlattening, through each
-door of this package, against Hugging Face's padded batch."""
+"""Fine-tuning a decoder on documents of many lengths: concatenated into one row by DataCollatorWithFlattening, by
+import, accelerate() and attn_implementation, against Hugging Face's padded batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ MODEL = "smollm-135m"
 
 
 class PackedInputs(NamedTuple):
-    """The same documents twice, as keywords of a forward."""
+    """The same documents in one row and padded, as keywords of a forward."""
 
     checkpoint: object
     padded: dict[str, torch.Tensor]
@@ -82,6 +82,7 @@ def _accelerated(path: object):
 
 
 def _step(inputs: PackedInputs, make: Callable, packed: bool) -> Callable:
-    """Its loss, which is the same for all: there is no dropout, and the first token of a document is no target."""
+    """A training step that returns its loss. All candidates have the same loss: there is no dropout, and the first
+    token of a document is not a target."""
     batch = inputs.packed if packed else inputs.padded
     return optimizer_step(make(inputs.checkpoint).train(), batch | {"use_cache": False})

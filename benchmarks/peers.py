@@ -1,7 +1,7 @@
 """Other ways to run a Hugging Face BERT encoder on the CPU: ONNX Runtime, OpenVINO, CTranslate2, torch.compile.
 
-Each function takes an EncoderInputs and returns the call to time. All get the same padded batches, the thread count
-of torch, float32 (unless the name says int8) and the settings their documentation advises for latency.
+Each function takes an EncoderInputs and returns the call to time. All use the same padded batches, torch's thread
+count, float32 (unless the name says int8) and the settings that their documentation recommends for latency.
 """
 
 import inspect
@@ -30,8 +30,8 @@ __all__ = [
 
 
 class EncoderInputs(NamedTuple):
-    """checkpoint: folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest. dtype: of
-    the model. family: the prefix of its classes' names."""
+    """checkpoint: a folder. batches: (input_ids, attention_mask), int64, padded on the right to the longest. dtype: of
+    the model. family: the prefix of its class names."""
 
     checkpoint: pathlib.Path
     batches: list[tuple[torch.Tensor, torch.Tensor]]
@@ -47,7 +47,7 @@ class EncoderInputs(NamedTuple):
         import transformers
 
         if self.family == "MPNet" and options.pop("attn_implementation", "sdpa") not in ("sdpa", "eager"):
-            raise Unavailable("transformers' MPNet has attention of its own alone")
+            raise Unavailable("transformers' MPNet has no attention interface")
         if "add_pooling_layer" in inspect.signature(getattr(transformers, f"{self.family}Model").__init__).parameters:
             options["add_pooling_layer"] = False
         model = getattr(module, f"{self.family}Model").from_pretrained(self.checkpoint, **options).eval()
@@ -55,7 +55,7 @@ class EncoderInputs(NamedTuple):
 
 
 def gather(hidden: list[torch.Tensor], inputs: EncoderInputs) -> torch.Tensor:
-    """The last hidden states of the real tokens, (tokens, width): what every candidate must agree on."""
+    """The last hidden states of the real tokens (tokens, width), which must be equal for all candidates."""
     return torch.cat([h[mask.bool()] for h, (_, mask) in zip(hidden, inputs.batches)])
 
 
@@ -68,7 +68,7 @@ def run_batches(forward: Callable, inputs: EncoderInputs) -> Callable:
 
 
 def hugging_face(inputs: EncoderInputs, attention: str = "sdpa", change: Callable | None = None) -> Callable:
-    """The model of transformers; `change` may transform it (accelerate, compile)."""
+    """transformers' model; `change` may transform it (accelerate, compile)."""
     import transformers
 
     model = inputs.load(transformers, attn_implementation=attention)
@@ -82,7 +82,7 @@ def compiled(inputs: EncoderInputs, freezing: bool = False) -> Callable:
     from torch._inductor import config
 
     lengths = {ids.shape for ids, _ in inputs.batches}
-    # Dynamo looks at the global setting, when a shape is first seen: so every shape is run inside the patch.
+    # Dynamo reads the global setting when it first sees a shape, so every shape is run inside the patch.
     with config.patch(freezing=freezing):
         call = hugging_face(inputs, change=lambda m: torch.compile(m, dynamic=len(lengths) > 1))
         call()
@@ -91,7 +91,7 @@ def compiled(inputs: EncoderInputs, freezing: bool = False) -> Callable:
 
 @contextmanager
 def quiet():
-    """Converters' warnings stay out of the progress bar's way."""
+    """Silence the converters' warnings, which would disturb the progress bar."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,7 +102,7 @@ def quiet():
 
 
 class _Traceable(torch.nn.Module):
-    """(input_ids, attention_mask) -> last hidden state, by HF's eager attention, which exporters understand."""
+    """(input_ids, attention_mask) -> last hidden state, with HF's eager attention, which exporters support."""
 
     def __init__(self, checkpoint: pathlib.Path, attention: str):
         super().__init__()
@@ -112,7 +112,7 @@ class _Traceable(torch.nn.Module):
         self.eval()
 
     def forward(self, input_ids, attention_mask):
-        # A 4-D additive mask: transformers' own mask code does not trace to other lengths.
+        # A 4-D additive mask: transformers' own mask code does not trace for other lengths.
         bias = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
         return self.model(
             input_ids=input_ids,
@@ -180,7 +180,7 @@ def _export_onnx(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def openvino_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
-    """OpenVINO's CPU plugin, latency hint, float32 arithmetic. int8: nncf's, which sees two batches."""
+    """OpenVINO's CPU plugin, latency hint, float32 arithmetic. int8: nncf's, calibrated on two batches."""
     import openvino
 
     with quiet(), torch.no_grad():

@@ -16,7 +16,7 @@ OURS_COLOUR, PEER_COLOURS = "#c0392b", ["#34495e", "#7f8c8d", "#2980b9", "#27ae6
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write every plot that the rows of `folder` allow, as PNG beside them."""
+    """Write every plot that the rows of `folder` allow, as PNG into the same folder."""
     rows = [row for row in results.read(folder) if row["median_s"]]
     written = []
     for group in dict.fromkeys(row["group"] for row in rows if row["group"] != "overhead"):
@@ -34,7 +34,7 @@ def _colour(name: str, names: list[str]) -> str:
 
 
 def speedups(rows: list[dict], group: str, folder: pathlib.Path) -> pathlib.Path:
-    """Bars: speed-up over the peer, whiskers p20 to p80, our bar to reach as a tick."""
+    """Bars: speed-up over the peer, whiskers p20 to p80, the bar to reach as a tick."""
     rows = [row for row in rows if row["ratio_to_peer"]]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows))
@@ -60,7 +60,7 @@ def speedups(rows: list[dict], group: str, folder: pathlib.Path) -> pathlib.Path
 
 
 def attention_rates(rows: list[dict], group: str, folder: pathlib.Path) -> pathlib.Path:
-    """Lines: FLOP rate over sequence length, one panel a dtype, head dim and feature."""
+    """Lines: FLOP rate over sequence length, one panel per dtype, head dim and feature."""
     unit, factor = ("TFLOP/s", 1.0) if rows[0]["device"] == "cuda" else ("GFLOP/s", 1e3)
     panels: dict[str, list[dict]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Progress of a run: tqdm's bar where it is installed, else a line a case."""
+"""Progress of a run: tqdm's bar if it is installed, else one line per case."""
 
 import importlib.util
 import sys

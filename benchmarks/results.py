@@ -1,4 +1,4 @@
-"""The results on disk: one CSV schema, the machine they come from, and where they lie."""
+"""Results on disk: their CSV schema, the description of the machine, and the folders."""
 
 import csv
 import datetime
@@ -18,7 +18,7 @@ __all__ = ["COLUMNS", "ROOT", "device_slug", "machine", "newest", "read", "resul
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE / "results"
-CHECKOUT = (HERE.parent / "setup.py").exists()  # else this is an installed copy, where nothing may be written
+CHECKOUT = (HERE.parent / "setup.py").exists()  # False: an installed copy, where nothing may be written
 COLUMNS = [
     "case", "group", "candidate", "peer", "device", "dtype", "threads", "shape", "median_s", "p20_s", "p80_s",
     "ratio_to_peer", "ratio_p20", "ratio_p80", "tflops", "gbps", "share_of_ceiling", "peak_memory_mb", "bar", "met",
@@ -26,7 +26,7 @@ COLUMNS = [
 ]  # fmt: skip
 _PACKAGES = ["torch", "transformers", "triton", "numpy", "onnxruntime", "openvino", "ctranslate2"]
 
-# (vendor, family, models) -> microarchitecture, for names that say what a processor can do.
+# (vendor, family, models) -> microarchitecture, for folder names that tell processors apart.
 _MICROARCHITECTURES = [
     ("AuthenticAMD", 26, range(0x00, 0x100), "zen5"),
     ("AuthenticAMD", 25, [*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)], "zen4"),
@@ -54,7 +54,7 @@ def _slugify(text: str) -> str:
 
 
 def device_slug(device: str) -> str:
-    """A folder name for the kind of machine, without the machine's own name: cpu-amd-epyc-zen4-2c."""
+    """A folder name for the kind of machine, without its host name: cpu-amd-epyc-zen4-2c."""
     if device == "cuda":
         return f"cuda-{_slugify(torch.cuda.get_device_name())}"
     info = _cpuinfo()
@@ -73,7 +73,7 @@ def device_slug(device: str) -> str:
 
 
 def _git(*args: str) -> str:
-    if not CHECKOUT:  # the repository around an installed copy would be somebody else's
+    if not CHECKOUT:  # an installed copy may be inside an unrelated repository
         return ""
     done = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -87,7 +87,7 @@ def _version(package: str) -> str:
 
 
 def machine(device: str) -> dict:
-    """What a reader needs to judge the numbers."""
+    """Facts about the machine that a reader needs to judge the numbers."""
     from transformer_fast.backends import native
 
     reason = native.load()
@@ -100,7 +100,7 @@ def machine(device: str) -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        # Where the sources were carried to without their history, who carried them says what they are.
+        # Where the sources were copied without their history, this variable has the commit.
         "commit": os.environ.get("TRANSFORMER_FAST_COMMIT")
         or _git("rev-parse", "--short=10", "HEAD")
         or f"v{__version__}",
@@ -114,18 +114,18 @@ def machine(device: str) -> dict:
 
 
 def result_folder(about: dict, root: pathlib.Path | None = None) -> pathlib.Path:
-    """root: default, benchmarks/results in a checkout, ./transformer_fast_results where the package is installed."""
+    """root: by default benchmarks/results in a checkout, ./transformer_fast_results of an installed package."""
     root = root or (ROOT if CHECKOUT else pathlib.Path("transformer_fast_results"))
     return root / about["device"] / f"{about['time'][:10]}-{about['commit']}"
 
 
 def write(folder: pathlib.Path, rows: list[dict], ceilings: dict, about: dict) -> None:
-    """Write a run. What is there already from an earlier run in the same folder stays, unless measured anew."""
+    """Write a run. Rows of an earlier run in the same folder are kept, unless they were measured again."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = {(row["case"], row["candidate"]): row for row in (read(folder) if (folder / "results.csv").exists() else [])}
     measured = {row["case"] for row in rows}
     kept = {key: row for key, row in kept.items() if key[0] not in measured}
-    with open(folder / "results.csv.new", "w", newline="") as file:  # whole or not at all, whenever a run is ended
+    with open(folder / "results.csv.new", "w", newline="") as file:  # renamed when complete
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept.values(), *rows])
@@ -143,7 +143,7 @@ def read(folder: pathlib.Path) -> list[dict[str, str]]:
 
 
 def newest(device: str, root: pathlib.Path = ROOT, among: set[pathlib.Path] | None = None) -> pathlib.Path | None:
-    """The newest results of a device type ("cpu", "cuda") or of a slug that starts so; `among` restricts them."""
+    """The newest results of a device type ("cpu", "cuda") or of a slug with this prefix; `among` restricts them."""
     folders = [path.parent for path in root.glob("*/*/machine.json") if path.parent.parent.name.startswith(device)]
     if among is not None:
         folders = [folder for folder in folders if folder in among]

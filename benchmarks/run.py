@@ -19,18 +19,18 @@ from transformer_fast.benchmarks.case import OURS, Case, Unavailable, missing
 from transformer_fast.benchmarks.progress import Progress
 from transformer_fast.benchmarks.timing import QUICK, Budget, Timing, interleave, ratios
 
-# What measuring a process's memory cannot tell apart: allocator and interpreter noise.
+# The noise of allocator and interpreter in measurements of a process's memory.
 MEMORY_NOISE_MB = 1.0
-# Nothing is downloaded, and Hugging Face's loading reports stay out of the progress bar's way.
+# No downloads, and no loading reports of Hugging Face, which would disturb the progress bar.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-GPU_LOST, TIME_UP = 3, 4  # exit statuses: --missing goes on
+GPU_LOST, TIME_UP = 3, 4  # exit statuses after which --missing continues
 WRONG = "WRONG RESULT"  # begins the note of a candidate of ours, whichever backend it names
-# Larger than any rounding, smaller than any mistake: a fast wrong answer must not count. Of the largest value.
+# Relative to the largest value: larger than rounding, smaller than any mistake, so that wrong results do not count.
 DISAGREEMENT = 0.02
 
 
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
                 return TIME_UP
             bar.describe(case.name)
             if attempts.given_up(case.name):
-                note = f"failed: {MOST} times it took over the limit of a case, or its process did not live through it"
-                # Rows that an earlier run has of it, without the slow candidates, are worth more.
+                note = f"failed: {MOST} times it took over the time limit of a case, or its process crashed"
+                # Rows of an earlier run without the slow candidates are better than this one.
                 measured = [] if case.name in there else [_row(case, OURS, args.device, note)]
             else:
                 attempts.begin(case.name)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
                 bar.line(_line(row))
             bar.update()
             if args.device == "cuda" and (reason := _gpu_is_lost()):
-                print(f"the GPU is in an error, and a new process has to go on: {reason}", file=sys.stderr)
+                print(f"the GPU is in an error, and a new process has to continue: {reason}", file=sys.stderr)
                 return GPU_LOST
     if not args.no_plots:
         _draw(folder)
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _gpu_is_lost() -> str:
-    """What a synchronisation raises, once an error of the GPU has made the process useless."""
+    """The error of a synchronisation after a GPU error, which makes the process useless; else ''."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -131,16 +131,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="cases by name, comma-separated, * and ? allowed")
     parser.add_argument("--candidates", metavar="PATTERN", help="candidates by name; ours and the peer always run")
-    parser.add_argument("--without", metavar="NAMES", help="candidates that must not run, by their whole names")
-    parser.add_argument("--seconds", type=float, help="no case is begun after so many")
+    parser.add_argument("--without", metavar="NAMES", help="candidates to leave out, by their full names")
+    parser.add_argument("--seconds", type=float, help="begin no case after this time")
     parser.add_argument(
         "--case-limit", type=float, metavar="SECONDS",
-        help=f"a case that takes longer ends the process with status {GPU_LOST}; with --missing it is left out the "
-        "second time, as is one of which the process dies",
+        help=f"a case that takes longer ends the process with status {GPU_LOST}; with --missing it is left out after "
+        "the second time, as is a case that crashes the process",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
-    parser.add_argument("--slow", action="store_true", help="with --quick: those too")
-    parser.add_argument("--missing", action="store_true", help="only cases that the output folder does not hold yet")
+    parser.add_argument("--slow", action="store_true", help="with --quick: include them")
+    parser.add_argument("--missing", action="store_true", help="only cases that are not in the output folder yet")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
     parser.add_argument(
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         type=pathlib.Path,
         help="default: <device>/<date>-<commit> in benchmarks/results of a checkout, or in ./transformer_fast_results",
     )
-    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs a process each")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs one process per row")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     return parser
@@ -168,7 +168,7 @@ def measure(
     peak: Callable[..., float] = _peak_memory_mb,
     clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one case, OURS first; a candidate that cannot run has a row whose note says why."""
+    """The rows of one case, OURS first. The row of a candidate that cannot run has the reason as its note."""
     calls, notes = _prepare(case, device, candidates, without, slow, progress)
     settle = {c.name: c.settle for c in case.candidates if c.name in calls and c.settle}
     try:
@@ -180,7 +180,7 @@ def measure(
             on_sample=lambda name, done: progress(f"{name}, round {done + 1}"),
             clock=clock,
         )
-    except RuntimeError as error:  # of a GPU: out of memory, or in an error
+    except RuntimeError as error:  # a GPU is out of memory, or in an error
         timings = {}
         notes = {name: f"{notes.get(name, '')}; not timed: {_first_line(error)}".lstrip("; ") for name in calls}
     del calls
@@ -220,7 +220,7 @@ def _first_line(error: Exception) -> str:
 def _prepare(
     case: Case, device: str, chosen: str | None, without: frozenset[str], slow: bool, progress
 ) -> tuple[dict, dict[str, str]]:
-    """The calls to time, by candidate, and a note for every candidate: why it is missing or how far it is off."""
+    """({candidate: call to time}, {candidate: note}). A note says why a candidate is missing, or its difference."""
     calls: dict[str, Callable] = {}
     notes: dict[str, str] = {}
     inputs, expected = case.inputs(False), None
@@ -232,7 +232,7 @@ def _prepare(
         if candidate.slow and not slow:
             continue
         if name in without:
-            notes[name] = "left out: its kernels did not pass a first test"
+            notes[name] = "left out: its kernels did not pass a smoke test"
             continue
         absent = missing(candidate, device)
         if absent.startswith("does not run"):
@@ -247,7 +247,7 @@ def _prepare(
         except Unavailable as reason:
             notes[name] = str(reason)
             continue
-        except Exception as error:  # one candidate's failure must not cost the others' results
+        except Exception as error:  # the failure of a candidate must not affect the others' results
             notes[name] = f"failed: {_first_line(error)}"
             continue
         calls[name] = call
@@ -269,7 +269,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _cosine(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
-    """Of the rows, in words."""
+    """The cosine of the rows, as text."""
     found = torch.cat(
         [torch.nn.functional.cosine_similarity(a, e, dim=-1).flatten() for a, e in zip(actual, expected, strict=True)]
     )
@@ -354,7 +354,7 @@ def _digits(value: float) -> str:
 
 
 def _line(row: dict) -> str:
-    """One measured row for a person to read while the run goes on."""
+    """The text of one measured row, printed during the run."""
     if not row["median_s"]:
         return f"{row['case']:52s} {row['candidate']:26s} {row['note']}"
     seconds = float(row["median_s"])

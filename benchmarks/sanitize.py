@@ -1,7 +1,6 @@
-"""Every op once, forward and backward, on small awkward shapes: what compute-sanitizer watches in gpu.sh.
+"""Runs every op once, forward and backward, on small awkward shapes, for compute-sanitizer in gpu.sh.
 
-On a GPU the ops that have CUDA C++ kernels go through those too, whichever is chosen by default; --cuda: through those
-alone.
+On a GPU, ops with CUDA C++ kernels also run on these, regardless of the default choice; --cuda: only on these.
 """
 
 import sys
@@ -31,7 +30,7 @@ def main(device: str = "cuda", cuda_alone: bool = False) -> None:
 
 
 def cuda_calls(device: str) -> Iterator[tuple[str, str]]:
-    """Runs what the CUDA C++ kernels take, under backend("cuda"): (what, why it was refused or "")."""
+    """Run calls under backend("cuda"); yields (call, why the CUDA C++ kernels refused it or "")."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         calls = {f"norms {r}x{w}": partial(_norms, r, w) for r, w in ((1, 1), (3, 100), (17, 768), (5, 1025))}
         for length, head_dim in ((1, 64), (65, 64), (130, 128), (130, 40)):
@@ -87,7 +86,7 @@ def _attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> N
 
 
 def _plain_attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
-    """What the kernels of one architecture take: nothing but causal, grouped heads, lengths."""
+    """A call that the kernels for a single architecture take: only causal, grouped heads and lengths."""
     q, k, v = (torch.randn(2, h, length, head_dim, device=device, dtype=dtype, requires_grad=True) for h in (4, 2, 2))
     lengths = torch.tensor([length, length // 2], device=device)
     for options in ({}, {"is_causal": True}, {"key_lengths": lengths}):

@@ -1,18 +1,20 @@
-"""Predicts the attention kernels' speed on an H100 from their machine code, where no GPU is:
+"""Predicts the attention kernels' speed on an H100 from their machine code, without a GPU:
 
     python benchmarks/sass_model.py [--record]
 
-A kernel's main loop is read off its SASS for sm_90a: matrix products (HGMMA), exponentials (MUFU), arithmetic, bytes of
-shared memory, barriers, and what lies between a product and the wait for it. From that, cycles of an iteration:
+A kernel's main loop is read from its SASS for sm_90a: matrix products (HGMMA), exponentials (MUFU), arithmetic, bytes
+of shared memory, barriers, and the instructions between a product and the wait for it. From these, cycles per iteration
+are
+computed in two ways:
 
-- what each unit of a multiprocessor needs at its full rate: tensor cores, MUFU, FMA and ALU pipes, instruction issue,
+- the time of each unit of a multiprocessor at its full rate: tensor cores, MUFU, FMA and ALU pipes, instruction issue,
   shared memory;
 - a simulation of the warpgroups that share the multiprocessor: products queue at the tensor cores in the order of issue
-  and run behind the warpgroup's back, arithmetic shares the pipes, waits and named barriers hold a warpgroup up.
+  and run asynchronously, arithmetic shares the pipes, waits and named barriers stop a warpgroup.
 
-The larger of the two is the prediction. What it leaves out: prologue and epilogue, masked tiles, L2 and DRAM, the drop
-of the clock under load. So a prediction is of the main loop, at the clock it states, and measured figures of long
-sequences should come to somewhat less. `--record` writes benchmarks/results/predictions/h100.csv.
+The larger of the two is the prediction. Not modelled: prologue and epilogue, masked tiles, L2 and DRAM, the drop of the
+clock under load. So a prediction is for the main loop, at the stated clock, and measured rates of long sequences should
+be somewhat lower. `--record` writes benchmarks/results/predictions/h100.csv.
 """
 
 import argparse
@@ -29,14 +31,14 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "predictions" / "h100.csv"
 MULTIPROCESSORS, GHZ = 132, 1.755  # H100 SXM, its boost clock
-TENSOR_FMA, SHARED_BYTES = 2048, 128  # a clock and multiprocessor, 16-bit dense
-# Clocks that one warp's instruction takes of its pipe in one of the four parts of a multiprocessor.
+TENSOR_FMA, SHARED_BYTES = 2048, 128  # per clock and multiprocessor, 16-bit dense
+# Clocks per warp instruction of the pipes of one of the four sub-partitions of a multiprocessor.
 MUFU, ALU, FMA = 8, 2, 1
 PIPES = ("issue", "MUFU", "FMA", "ALU", "shared")
 FMA_PIPE = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "IMAD", "MOV")
 NO_PIPE = ("U", "R2UR", "S2UR", "NOP", "BRA", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "FENCE", "LDC", "ELECT")
 PRODUCT_LATENCY, WAIT_LATENCY, BARRIER_LATENCY = 32, 16, 24  # clocks; published microbenchmarks' order of magnitude
-ITERATIONS = 24  # of a simulation, after as many to settle
+ITERATIONS = 24  # of a simulation, after the same number of warm-up iterations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Of one warp: the instructions of an iteration, without blocks that an inner tile jumps over."""
+    """The instructions of one warp in an iteration, without blocks that inner tiles skip."""
 
     instructions: tuple[Instruction, ...]
 
@@ -57,7 +59,7 @@ class Loop:
 
 
 def parse(sass: str) -> dict[str, list[str | Instruction]]:
-    """Kernel name -> labels and instructions, in order."""
+    """{kernel name: labels and instructions, in order}."""
     kernels: dict[str, list[str | Instruction]] = {}
     for part in re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]:
         name, *lines = part.splitlines()
@@ -76,12 +78,12 @@ def _target(item) -> str | None:
 
 
 def main_loop(items: list[str | Instruction]) -> Loop:
-    """The innermost loop with most products; of several as long ones, the one with fewest choices (masks)."""
+    """The innermost loop with most products; among equal ones, the one with the fewest selects (masks)."""
     places = {item: n for n, item in enumerate(items) if isinstance(item, str)}
     spans = []
     for end, item in enumerate(items):
         begin = places.get(_target(item) or "", end)
-        # A wait's spin lies at the kernel's end and comes back by a branch: no loop of work.
+        # The spin loop of a wait is at the kernel's end and branches back: it is not a main loop.
         spins = any(isinstance(i, Instruction) and i.opcode.startswith("SYNCS") for i in items[end - 3 : end])
         if begin < end and not spins:
             spans.append((begin, end))
@@ -99,7 +101,7 @@ def main_loop(items: list[str | Instruction]) -> Loop:
 
 
 def _executed(items: list[str | Instruction]) -> list[Instruction]:
-    """Without what a branch leaves out in most iterations: masks and zeros of an edge, sums scaled for a new peak,
+    """Without blocks that are skipped in most iterations: masks and zeros at an edge, rescaling for a new maximum,
     turns of a deterministic call."""
     kept: list[Instruction] = []
     n = 0
@@ -129,7 +131,7 @@ def product_shape(i: Instruction) -> tuple[int, int, int]:
 
 
 def pipes(instructions) -> collections.Counter:
-    """Clocks of one part's pipes, and bytes of shared memory, for one warp."""
+    """Clocks of a sub-partition's pipes, and bytes of shared memory, for one warp."""
     used: collections.Counter = collections.Counter()
     for i in instructions:
         name = i.opcode.split(".")[0]
@@ -141,7 +143,7 @@ def pipes(instructions) -> collections.Counter:
             matrices = re.search(r"\.(?:M|MT)88\.(\d)", i.opcode)
             size = 128 * int(matrices[1]) if matrices else 32 * (int(width[1]) // 8 if width else 4)
             used["bytes"] += size
-            used["shared"] += 4 * size / SHARED_BYTES  # the four parts share it
+            used["shared"] += 4 * size / SHARED_BYTES  # the four sub-partitions share it
         elif name == "SHFL":
             used["shared"] += 4
         elif name in FMA_PIPE:
@@ -152,8 +154,8 @@ def pipes(instructions) -> collections.Counter:
 
 
 def _program(loop: Loop) -> list[tuple]:
-    """What a warpgroup does in an iteration: ("work", clocks alone, share of each pipe), ("product", clocks, last of
-    its group), ("wait", groups), ("sync", barrier), ("arrive", barrier)."""
+    """The actions of a warpgroup in an iteration: ("work", clocks without contention, share of each pipe), ("product",
+    clocks, last of its group), ("wait", groups), ("sync", barrier), ("arrive", barrier)."""
     steps: list[tuple] = []
     pending: list[Instruction] = []
 
@@ -174,22 +176,22 @@ def _program(loop: Loop) -> list[tuple]:
             steps.append(("wait", int(re.search(r"gsb0, (0x\w+)", i.operands)[1], 16)))
         elif i.opcode.startswith(("BAR.SYNC", "BAR.ARV", "BAR.RED")):
             flush()
-            own = re.match(r"R\d", i.operands)  # the tensor cores are passed from group to group
+            own = re.match(r"R\d", i.operands)  # warpgroups take turns on the tensor cores
             steps.append(("arrive" if "ARV" in i.opcode else "sync", "turn" if own else "all"))
     flush()
     return steps
 
 
 def simulate(loop: Loop, groups: int, together: int) -> float:
-    """Clocks of an iteration in the steady state, with `groups` warpgroups on a multiprocessor, of blocks of `together`
-    that share barriers."""
+    """Clocks per iteration in the steady state, with `groups` warpgroups on a multiprocessor, in blocks of `together`
+    warpgroups that share barriers."""
     program = _program(loop)
     now, tensor_free = 0.0, 0.0
     place, rounds = [0] * groups, [0] * groups
-    left: list[float | None] = [None] * groups  # clocks of work that a group is in the middle of
-    shares: list[dict[str, float]] = [{}] * groups  # of each pipe, in that work
+    left: list[float | None] = [None] * groups  # clocks left of a group's current work
+    shares: list[dict[str, float]] = [{}] * groups  # share of each pipe in that work
     ready = [0.0] * groups
-    closed: list[list[float]] = [[] for _ in range(groups)]  # when the groups of products of a warpgroup are done
+    closed: list[list[float]] = [[] for _ in range(groups)]  # when each group of products of a warpgroup is done
     arrived: collections.Counter = collections.Counter()
     turn = 0
     marks: list[float] = []
@@ -251,8 +253,8 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel to predict. groups: warpgroups that multiply on a multiprocessor, blocks of `together` of them.
-    loaded: bytes that TMA brings or takes of shared memory for one iteration of a block. info: of the compiler."""
+    """A kernel to predict. groups: number of warpgroups with products per multiprocessor, in blocks of `together`.
+    loaded: bytes of shared memory that TMA reads or writes per iteration of a block. info: the compiler's output."""
 
     name: str
     loop: Loop
@@ -270,7 +272,7 @@ COLUMNS = [
 
 
 def predict(kernel: Kernel) -> dict:
-    """A row of COLUMNS. Clocks are those of a multiprocessor, for one iteration of each of its warpgroups."""
+    """A row of COLUMNS. Clocks are per multiprocessor, for one iteration of each of its warpgroups."""
     loop, groups = kernel.loop, kernel.groups
     shapes = [product_shape(i) for i in loop.instructions if "HGMMA" in i.opcode]
     used = pipes(loop.instructions)

@@ -1,10 +1,10 @@
-"""What context parallelism moves between processes, counted and by formula, and what that makes of many nodes.
+"""Communication of context parallelism, counted and by formula, and the simulated speed-up on many nodes.
 
     python benchmarks/scaling.py [--output benchmarks/results/scaling]
 
-Bytes are counted in two and four gloo processes, as they leave one of them in forward and backward. The processor time
-of attention on one thread is measured here; the curve to 64 nodes is simulated from it, from assumed threads of a node
-and from assumed bandwidths.
+Bytes that one process sends in forward and backward are counted with two and four gloo processes. The processor time of
+attention on one thread is measured; the curve up to 64 nodes is simulated from it, with an assumed number of threads
+per node and assumed bandwidths.
 Writes <date>-<commit>.csv and .png.
 """
 
@@ -28,18 +28,18 @@ from transformer_fast.distributed import collectives
 SHAPE = {"batch": 1, "heads": 8, "key_heads": 4, "length": 256, "dim": 32}
 MEASURED = {"batch": 1, "heads": 12, "key_heads": 12, "length": 4096, "dim": 64}
 SIMULATED = MEASURED | {"length": 65536}
-THREADS = 32  # assumed, of a node, each as fast as the one measured
+THREADS = 32  # assumed, per node, each as fast as the measured one
 BANDWIDTHS = {"1 GbE": 0.125e9, "10 GbE": 1.25e9, "100 GbE": 12.5e9}  # assumed, bytes/s one way
 
 
 def ring_bytes(size: int, batch: int, heads: int, key_heads: int, length: int, dim: int, item: int = 4) -> int:
-    """One process sends, forward and backward: keys and values twice, and their gradients, in float32."""
+    """Bytes that one process sends, forward and backward: keys and values twice, and their gradients in float32."""
     part = 2 * batch * key_heads * length // size * dim
     return 2 * (size - 1) * part * item + size * part * 4
 
 
 def ulysses_bytes(size: int, batch: int, heads: int, key_heads: int, length: int, dim: int, item: int = 4) -> int:
-    """One process sends, forward and backward: query, key, value and the output, and the log-sum-exp forward."""
+    """Bytes that one process sends: query, key, value and output, forward and backward; the log-sum-exp, forward."""
     rows = batch * length // size
     each = rows * (2 * heads + 2 * key_heads) * dim * item
     return (2 * each + rows * heads * 4) * (size - 1) // size
@@ -94,7 +94,7 @@ def counted(size: int) -> dict[str, int]:
 
 
 def measured_seconds(repeats: int) -> float:
-    """Processor time of one attention, forward and backward, on one thread: the least."""
+    """The least processor time of one attention, forward and backward, on one thread."""
     torch.set_num_threads(1)
     parts = [t.requires_grad_() for t in tensors(**MEASURED)]
     found = []
@@ -106,8 +106,8 @@ def measured_seconds(repeats: int) -> float:
 
 
 def simulated_speedup(method: str, size: int, seconds: float, bandwidth: float) -> float:
-    """Against one node at SIMULATED's length. The ring sends while it computes, and computes a forward again (4.5
-    products for 3.5); Ulysses waits for its exchanges."""
+    """Speed-up over one node at SIMULATED's length. The ring sends while it computes, and recomputes the forward (4.5
+    products instead of 3.5); Ulysses waits for its exchanges."""
     alone = seconds / THREADS * (SIMULATED["length"] / MEASURED["length"]) ** 2
     if size == 1:
         return 1.0
@@ -134,7 +134,7 @@ def main() -> None:
         for method in FORMULAS:
             for size in (1, 2, 4, 8, 16, 32, 64):
                 if method == "ulysses" and MEASURED["heads"] % size:
-                    continue  # not that many heads
+                    continue  # more processes than heads
                 speedup = simulated_speedup(method, size, seconds, bandwidth)
                 rows.append(("speed-up, simulated", method, size, link, round(speedup, 2)))
                 curves.setdefault((method, link), []).append((size, speedup))

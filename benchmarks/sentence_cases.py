@@ -1,4 +1,4 @@
-"""sentence-transformers' encode, which sorts by length itself: as it is, and made fast in place."""
+"""sentence-transformers' encode, which sorts by length itself: with and without accelerate()."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,5 +1,5 @@
-"""Cases of the models that Hugging Face has no class for: the 2017 Transformer of the paper's base size, and the
-recurrent network with additive attention that it replaced. No bars: there is no reference but plain PyTorch."""
+"""Cases of models without a Hugging Face class: the 2017 Transformer in the paper's base size, and the recurrent
+network with additive attention that preceded it. No bars: the only reference is plain PyTorch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ __all__ = ["sequence_cases"]
 
 HF_LOOP = "HF's loop"
 NEW_TOKENS = 32
-# name: (its class, the same in plain PyTorch, how that is called, what to say of the size)
+# name: (its class, the same in plain PyTorch, the name of the latter, a description of the size)
 MODELS: dict[str, tuple[str, Callable, str, str]] = {
     "transformer-base": (
         "TransformerForConditionalGeneration", PlainTransformer, "nn.Transformer", "the 2017 Transformer's base model",
@@ -109,7 +109,7 @@ def _training(name: str) -> Case:
         peer=peer,
         dtype="fp32",
         shape=f"16 x {max(lengths[0])} to {max(lengths[1])}, {sum(map(sum, lengths))} tokens",
-        result=None,  # dropout; tests hold that both are the same model
+        result=None,  # dropout; tests check that both are the same model
     )
 
 
@@ -127,15 +127,15 @@ def _in_plain_pytorch(inputs: Inputs, name: str) -> Callable:
     ours = _load(inputs.checkpoint, name)
     model = MODELS[name][1](ours).eval()
     call = partial(model.greedy, inputs.ids, inputs.mask, inputs.tokens, ours.config.eos_token_id)
-    with quiet():  # torch warns of the nested tensors in its own encoder, once
+    with quiet():  # torch warns once about the nested tensors in its own encoder
         call()
     return call
 
 
 def _generation(name: str, beams: int) -> Case:
-    """The peer is Hugging Face's own loop over this package's forward and cache, without its engine: the best that
-    these weights could otherwise be decoded with. nn.Transformer alone has no cache, and its usual loop, which runs the
-    decoder over the whole prefix for every token, is measured beside it; so is the recurrent network's own loop."""
+    """The peer is Hugging Face's loop with this package's forward and cache, without its engine: the best other way to
+    decode with these weights. nn.Transformer has no cache; its usual loop, which runs the decoder on the whole prefix
+    for every token, is measured too, and so is the recurrent network's own loop."""
     _, _, plain, title = MODELS[name]
     lengths = shapes.ragged_lengths(8, mean=25, longest=60)
     candidates = [
@@ -153,5 +153,5 @@ def _generation(name: str, beams: int) -> Case:
         peer=HF_LOOP,
         dtype="fp32",
         shape=f"8 x {max(lengths)}, {NEW_TOKENS} new",
-        result=None,  # as of all generation: the next token of random weights is a matter of rounding
+        result=None,  # with random weights, rounding decides the next token
     )

@@ -1,5 +1,5 @@
 """The 2017 Transformer and the recurrent network with additive attention in plain PyTorch, as they are commonly
-written: the other way to do the work of this package's own models, whose weights they take over.
+written: the peers of this package's own models, whose weights they copy.
 
 Both are called as (input_ids, attention_mask, labels) -> an output with loss and logits, and have
 greedy(ids, mask, tokens, barred) -> (B, 1 + tokens): the start token and `tokens` new ones, none of which is `barred`.
@@ -24,12 +24,12 @@ class Output(NamedTuple):
 
 
 class _Plain(nn.Module):
-    """The loss with label smoothing, and the decoder's input that labels make."""
+    """The loss with label smoothing, and the decoder's input from labels."""
 
     def __init__(self, config: Any):
         super().__init__()
         self.start, self.pad = config.decoder_start_token_id, config.pad_token_id
-        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)  # of labels that are not -100
+        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)  # ignores labels of -100
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Output:
         target = F.pad(labels[:, :-1], (1, 0), value=self.start).masked_fill_(labels.roll(1, 1) == -100, self.pad)
@@ -43,8 +43,8 @@ class _Plain(nn.Module):
 
 
 class PlainTransformer(_Plain):
-    """torch.nn.Transformer with embeddings, sinusoids and an output that is tied to the words. It has no cache: to
-    decode is to run the decoder again over all tokens so far, while the encoder runs once."""
+    """torch.nn.Transformer with embeddings, sinusoids and an output layer tied to the embeddings. It has no cache: each
+    decoding step runs the decoder on all tokens so far; the encoder runs once."""
 
     def __init__(self, ours: Any):
         super().__init__(ours.config)
@@ -62,7 +62,7 @@ class PlainTransformer(_Plain):
         return self.body.encoder(self.embed(ids), src_key_padding_mask=mask == 0)
 
     def decode(self, target: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # Targets are padded on the right, where causality already keeps their padding unseen.
+        # Targets are padded on the right, so the causal mask already hides their padding.
         causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=torch.bool)
         return self.body.decoder(
             self.embed(target), states, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=mask == 0
@@ -82,8 +82,8 @@ class PlainTransformer(_Plain):
 
 
 class PlainAttentionRNN(_Plain):
-    """nn.GRU reads, an nn.GRUCell writes, and attention between them is v . tanh(W s + U h + b) in torch's operations
-    (Bahdanau et al., 2015), a step at a time."""
+    """An nn.GRU encoder, an nn.GRUCell decoder, and attention v . tanh(W s + U h + b) in torch's operations (Bahdanau
+    et al., 2015), one step at a time."""
 
     def __init__(self, ours: Any):
         super().__init__(ours.config)
@@ -97,7 +97,7 @@ class PlainAttentionRNN(_Plain):
         self.dropout = nn.Dropout(ours.config.dropout)
 
     def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """States (B, Sk, E), what queries are scored against (B, Sk, A), and the decoder's first state (B, E)."""
+        """(states (B, Sk, E), keys (B, Sk, A), the decoder's first state (B, E))."""
         packed = pack_padded_sequence(
             self.dropout(self.source(ids)), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
         )
@@ -111,7 +111,7 @@ class PlainAttentionRNN(_Plain):
         return self.cell(torch.cat((word, context), -1), hidden), context
 
     def read(self, *parts: torch.Tensor) -> torch.Tensor:
-        """Logits from state, word and context, by a maxout layer."""
+        """Logits from state, word and context, through a maxout layer."""
         readout = self.readout(torch.cat(parts, -1)).unflatten(-1, (-1, 2)).amax(-1)
         return self.output(self.dropout(readout))
 

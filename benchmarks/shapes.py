@@ -116,7 +116,7 @@ TINY = {
 def ragged_lengths(count: int, mean: int = 40, longest: int = 128, seed: int = 0) -> list[int]:
     """Token counts like those of real sentences: a gamma distribution (shape 2), at least 4, the longest present.
 
-    The mean is met exactly, so that every seed asks for the same amount of work.
+    The mean is exact, so that the amount of work is the same for every seed.
     """
     draw = random.Random(seed)
     lengths = [longest] + [min(longest, max(4, round(draw.gammavariate(2.0, mean / 2)))) for _ in range(count - 1)]

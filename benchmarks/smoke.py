@@ -1,8 +1,8 @@
-"""Whether each family of GPU kernels gives the right values at all, in seconds: python benchmarks/smoke.py [NAME ...]
+"""Smoke tests of each family of GPU kernels, in seconds: python benchmarks/smoke.py [NAME ...]
 
-One call of each against float64, forward and backward, each in a process of its own, all at once: one that hangs or
-leaves the GPU in an error costs itself. --output FILE: {name: {"passed": ..., "seconds": ..., "message": ...}}.
-On a CPU (--device cpu) under the emulator and the interpreter of the tests.
+One call of each is compared with float64, forward and backward. Each runs in its own process, in parallel, so one that
+hangs or leaves the GPU in an error affects no other. --output FILE: {name: {"passed": ..., "seconds": ...,
+"message": ...}}. On a CPU (--device cpu) they run in the emulator and the interpreter of the tests.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-LIMIT = 40.0  # seconds of a process: imports, compilation and the call
+LIMIT = 40.0  # seconds per process: imports, compilation and the call
 
 Maker = Callable[[str], tuple[str, str, Callable, dict]]
 CASES: dict[str, Maker] = {}
@@ -33,7 +33,7 @@ def _heads(device, length, dim, heads=4, dtype=None):
 
 
 def _attention(forward: str, backward: str, dim: int, **options):
-    """The pass that is under test by its backend, the other by plain PyTorch."""
+    """Attention whose forward and backward run on the given backends."""
 
     def make(device):
         import transformer_fast as tf
@@ -141,7 +141,7 @@ def _triton_additive(device):
 
 
 def check(name: str, device: str) -> str:
-    """Raises where the values are wrong; what it did, in a line."""
+    """Run a smoke test. Raises if the values are wrong; returns a line that describes the test."""
     import torch
     from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[[], *CASES])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=pathlib.Path)
-    parser.add_argument("--one", action="store_true", help="in this process: one name")
+    parser.add_argument("--one", action="store_true", help="run one name in this process")
     options = parser.parse_args()
     if options.one:
         if options.device == "cpu":

@@ -1,8 +1,8 @@
 """Fill the tables of README and docs/performance.md from the newest committed results:
 python benchmarks/tables.py [--check].
 
-Between `<!-- results:NAME -->` and `<!-- /results -->` everything is generated. NAME is DEVICE (all tables but headline
-of the newest results whose folder name starts so: "cpu", "cuda") or DEVICE/TABLE with TABLE one of headline, bars,
+Text between `<!-- results:NAME -->` and `<!-- /results -->` is generated. NAME is DEVICE (all tables but headline, from
+the newest results whose folder name begins with "cpu" or "cuda") or DEVICE/TABLE with TABLE one of headline, bars,
 models, generation, attention, machine.
 """
 
@@ -20,7 +20,7 @@ from transformer_fast.benchmarks.case import OURS
 __all__ = ["PAGES", "TABLES", "fill", "main", "render"]
 
 PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md")]
-PLOTS = results.HERE.parent / "docs" / "images" / "cpu"  # a link to the folder that the tables are of, for its pictures
+PLOTS = results.HERE.parent / "docs" / "images" / "cpu"  # a link to the results folder of the tables, for its pictures
 _BLOCK = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _link_plots(root: pathlib.Path, check: bool) -> bool:
-    """Whether the pictures of docs are of another folder than the tables and stay so."""
+    """Link the docs' pictures to the tables' results folder. With `check`: return whether they are of another
+    folder."""
     newest = results.newest("cpu", root, _committed(root))
     if newest is None or PLOTS.resolve() == newest.resolve():
         return False
@@ -62,7 +63,7 @@ def _link_plots(root: pathlib.Path, check: bool) -> bool:
 
 
 def fill(text: str, root: pathlib.Path = results.ROOT) -> str:
-    """`text` with every block generated anew."""
+    """`text` with every block regenerated."""
     return _BLOCK.sub(lambda block: block[1] + render(block[2], root) + "\n" + block[3], text)
 
 
@@ -83,7 +84,7 @@ def render(name: str, root: pathlib.Path = results.ROOT) -> str:
 
 
 def _committed(root: pathlib.Path) -> set[pathlib.Path] | None:
-    """Folders of results that git knows; None outside a repository."""
+    """The results folders that are tracked by git; None outside a repository."""
     done = subprocess.run(["git", "-C", str(root), "ls-files", "."], capture_output=True, text=True)
     if done.returncode != 0:
         return None
@@ -104,7 +105,7 @@ def _machine(rows: list[dict], about: dict) -> str:
     )
 
 
-# What people ask about, in their words.
+# Cases of the front page, with their titles.
 HEADLINE = {
     "inference/minilm-real-sentences": "embed real sentences, MiniLM, fp32",
     "int8/minilm-as-they-come": "the same in int8",
@@ -119,7 +120,7 @@ HEADLINE = {
 
 
 def _headline(rows: list[dict], about: dict) -> str:
-    """A few works: Hugging Face's time, ours, the speed-up, and the fastest other tool of the same run."""
+    """A few cases: Hugging Face's time, ours, the speed-up, and the fastest other tool of the same run."""
     lines = _header("work", "Hugging Face", "transformer_fast", "speed-up", "fastest other tool in that run")
     for case, words in HEADLINE.items():
         mine = {row["candidate"]: row for row in rows if row["case"] == case and row["median_s"]}
@@ -135,7 +136,7 @@ def _headline(rows: list[dict], about: dict) -> str:
 
 
 def _bars(rows: list[dict], about: dict) -> str:
-    """Every work that has a bar: what was reached, and whether."""
+    """All cases with a bar: the result, and whether the bar was reached."""
     lines = _header("work", "against", "bar", "measured", "p20..p80", "met", "peak memory, MB (peer)")
     for row in rows:
         if row["candidate"] != OURS or not row["bar"]:
@@ -166,7 +167,7 @@ def _models(rows: list[dict], about: dict) -> str:
 
 
 def _generation(rows: list[dict], about: dict) -> str:
-    """Generated text, a work a row: the peer's time, and the speed-up of every other candidate over it."""
+    """Text generation, one row per case: the peer's time, and the speed-up of every other candidate over it."""
     rows = [row for row in rows if row["group"] == "generation"]
     if not rows:
         return ""
@@ -184,7 +185,7 @@ def _generation(rows: list[dict], about: dict) -> str:
 
 
 def _speedup(row: dict | None) -> str:
-    """Of a candidate over its peer, or why there is none."""
+    """The speed-up of a candidate over its peer, or why there is none."""
     if row is None:
         return ""
     if not row["median_s"] and row["note"]:

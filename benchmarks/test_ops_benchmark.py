@@ -1,7 +1,7 @@
 """The op cases under pytest-benchmark: pytest benchmarks/test_ops_benchmark.py [-k attention].
 
-For watching one op while working on it (--benchmark-compare, --benchmark-histogram). Results that are quoted come
-from run.py, which interleaves the candidates.
+For work on a single op (--benchmark-compare, --benchmark-histogram). Published results come from run.py, which
+interleaves the candidates.
 """
 
 import pytest

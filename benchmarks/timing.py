@@ -1,7 +1,7 @@
-"""Interleaved timing: every candidate once a round, ratios within the round, medians over the rounds.
+"""Interleaved timing: every candidate once per round, ratios within the round, medians over the rounds.
 
-A machine's speed drifts (frequency, neighbours, sleeping worker threads), so times taken minutes apart do not
-compare. Candidates therefore take turns, and a speed-up is the median of the ratios of neighbouring samples.
+A machine's speed drifts (frequency, other users, sleeping worker threads), so times taken minutes apart cannot be
+compared. Therefore candidates are interleaved, and a speed-up is the median of the ratios of neighbouring samples.
 """
 
 import gc
@@ -26,7 +26,7 @@ def percentile(values: list[float], q: float) -> float:
 
 @dataclass
 class Timing:
-    """Seconds a call, one sample a round."""
+    """Seconds per call, one sample per round."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -94,7 +94,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def _warm_up(call: Callable[[], object], clock: Callable[[Callable[[], object], int], float], seconds: float) -> float:
-    """Run for `seconds`; the shortest time of a call, without the first unless that alone takes much longer."""
+    """Run for `seconds`; returns the shortest time of a call, without the first unless that alone takes much longer."""
     first = clock(call, 1)
     if seconds and first > 4 * seconds:
         return first
@@ -116,8 +116,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time the calls in turns. The order rotates, so that no candidate always follows the same one.
 
-    settle: seconds to wait after a candidate whose own worker threads keep spinning for a while; without it they
-    would slow whoever comes next. on_sample(name, round) is for progress; clock replaces the clock in tests.
+    settle: seconds to wait after a candidate whose own worker threads keep spinning for a while: they would slow the
+    next candidate. on_sample(name, round) is for progress; clock replaces the clock in tests.
     """
     budget = budget or Budget()
     settle = settle or {}
@@ -139,7 +139,7 @@ def interleave(
                     on_sample(name, done)
                 call, count = calls[name], counts[name]
                 if count > 1:
-                    clock(call, 1)  # wakes the worker threads and refills the caches after the candidate before
+                    clock(call, 1)  # wakes the worker threads and refills the caches after the previous candidate
                 timings[name].seconds.append(clock(call, count) / count)
                 time.sleep(settle.get(name, 0.0))
             done += 1

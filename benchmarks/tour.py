@@ -1,5 +1,5 @@
-"""Run docs/tour.md as a reader would, with one thread: its pictures go to docs/images/tour, the processor time of each
-station to benchmarks/results/tour.
+"""Run the code of docs/tour.md with one thread: its pictures go to docs/images/tour, the processor time of each section
+to benchmarks/results/tour.
 
     python benchmarks/tour.py
 """
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "tour.md"
 
 
 def stations(text: str) -> list[tuple[str, str]]:
-    """(heading, code) of each; the code before the first heading is "imports"."""
+    """(heading, code) of each section; the code before the first heading is "imports"."""
     parts = re.split(r"^## (.*)$", text, flags=re.M)
     pairs = [("imports", parts[0]), *zip(parts[1::2], parts[2::2])]
     found = [(name, "\n".join(re.findall(r"^```python\n(.*?)^```$", part, re.M | re.S))) for name, part in pairs]
@@ -45,7 +45,7 @@ def main() -> None:
             print(f"{rows[-1][1]:>6} s  {name}")
         pictures.mkdir(parents=True, exist_ok=True)
         for file in sorted(pathlib.Path(folder).glob("tour_*.png")):
-            if file.name != "tour_attention.png":  # the page shows the demo's
+            if file.name != "tour_attention.png":  # the page shows the demo's picture
                 (pictures / file.name).write_bytes(file.read_bytes())
         os.chdir(ROOT)
     output = ROOT / "benchmarks" / "results" / "tour" / f"{datetime.date.today()}-{commit.strip()}.csv"

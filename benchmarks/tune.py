@@ -2,14 +2,15 @@
 
     python benchmarks/tune.py                     every class of this GPU's architecture, some minutes
     python benchmarks/tune.py --kernel forward --width 64 128
-    python benchmarks/tune.py --few --seconds 110 --output tiles.json     in a short slot: what matters most
-    python benchmarks/tune.py --apply tiles.json                          elsewhere, afterwards
+    python benchmarks/tune.py --few --seconds 110 --output tiles.json     if time is short: the most important ones
+    python benchmarks/tune.py --apply tiles.json                          afterwards, on any machine
 
-Times a forward or backward pass for every candidate of one kernel, the other kernels as the table has them, on calls of
-16k tokens, hidden 2048: plain (causal), rich (a bias and dropout), with a relative bias and with grouped heads. A
-candidate replaces one of the table only when it is at least 2% faster and gives what the table's gives. --few: plain
-calls of head dims 64 and 128, the nearest candidates alone, written to --output after each. An offline tool: nothing is
-ever tuned while a model runs.
+Times a forward or backward pass for every candidate of one kernel, with the table's configurations for the other
+kernels,
+on calls with 16k tokens and hidden size 2048: plain (causal), rich (a bias and dropout), with a relative bias, and with
+grouped heads. A candidate replaces a row of the table only if it is at least 2% faster and has the same result. --few:
+only plain calls of head dims 64 and 128 and the nearest candidates, written to --output after each. Models never tune
+at run time.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from transformer_fast.kernels.attention_configurations import Config
 
 GAIN = 0.98  # a new configuration must take less than this share of the old one's time
 TOKENS, HIDDEN = 16384, 2048
-DISAGREEMENT = 0.02  # of the largest value: more than two roundings to 16 bits differ
+DISAGREEMENT = 0.02  # relative to the largest value: more than two roundings to 16 bits
 
 
 def candidates(kernel: str, sliced: int | None = None) -> Iterator[Config]:
-    """Block sizes, warps and stages worth timing; those that do not fit fail to launch and drop out. sliced: their
-    columns, see Config."""
+    """Block sizes, warps and stages worth timing; those that do not fit fail to launch and are skipped. sliced: the
+    number of columns per slice, see Config."""
     few, many = (16, 32, 64), (64, 128)
     rows = {"decode": (16,), "backward_key": few + (128,), "backward_bias": (32, 64)}.get(kernel, many)
     columns = {"decode": (32, 64, 128, 256), "backward_key": many, "backward_bias": (32, 64)}.get(kernel, (32, 64, 128))
@@ -41,7 +42,7 @@ def candidates(kernel: str, sliced: int | None = None) -> Iterator[Config]:
 
 
 def nearest(kernel: str, old: Config, most: int = 8) -> list[Config]:
-    """Of `candidates`, those that differ from the table's by one step in one or two ways."""
+    """The `candidates` that differ from the table's row by one step in one or two fields."""
 
     def steps(choice: Config) -> int:
         ratios = zip(choice[:3], old[:3])
@@ -53,7 +54,8 @@ def nearest(kernel: str, old: Config, most: int = 8) -> list[Config]:
 
 
 def best(old: Config, choices: Iterator[Config], seconds: Callable[[Config], float]) -> Config:
-    """The fastest choice where it gains, else the old one. `seconds` raises RuntimeError for one that cannot run."""
+    """The fastest choice if it is faster by GAIN, else the old one. `seconds` raises RuntimeError for choices that
+    cannot run."""
     fastest, least = old, seconds(old) * GAIN
     for choice in choices:
         try:
@@ -74,7 +76,7 @@ def _arguments(config: Config) -> str:
 
 
 def rewrite(source: str, table: dict) -> str:
-    """The text of attention_configurations.py with `table` in the place of its TABLE."""
+    """The text of attention_configurations.py with its TABLE replaced by `table`."""
     names = {False: "HALF", True: "SINGLE"}
     rows = []
     for (kernel, architecture, width, single), kinds in table.items():
@@ -87,7 +89,7 @@ def rewrite(source: str, table: dict) -> str:
 
 
 def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]:
-    """Seconds of the pass that `kernel` belongs to, as a function of its configuration."""
+    """A function from a configuration of `kernel` to the seconds of the pass that the kernel belongs to."""
     import triton
 
     import transformer_fast as tf
@@ -110,14 +112,14 @@ def timer(kernel: str, shape: configurations.Shape) -> Callable[[Config], float]
         "grouped": {"is_causal": True, "enable_gqa": True},
         "rich": {"bias": bias} | ({"dropout_p": 0.1} if kernel != "decode" else {}),
         "relative": {"relative_bias": tf.RelativeBias(relative)}
-        | ({"dropout_p": 0.1} if kernel == "backward_table" else {}),  # else its sums come with dQ
+        | ({"dropout_p": 0.1} if kernel == "backward_table" else {}),  # else the dQ kernel computes these sums
     }[shape.kind]
     leaves = [q, k, v] + {"rich": [bias], "relative": [relative]}.get(shape.kind, [])
     expected: list[torch.Tensor] = []
 
     def check(found) -> None:
-        """Against the first configuration that was timed, the table's: a fast wrong one must not win."""
-        if shape.kind != "plain":  # dropout draws anew
+        """Compare with the first configuration that was timed, the table's, so that a fast wrong one cannot win."""
+        if shape.kind != "plain":  # dropout differs in each call
             return
         if not expected:
             expected.extend(t.clone() for t in found)
@@ -163,14 +165,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="*", default=[64, 128, 256])
     parser.add_argument("--single", action="store_true", help="float32 rows too")
     parser.add_argument("--few", action="store_true", help="plain calls, head dims 64 and 128, nearest candidates")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="with --few: no candidate after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="with --few: begin no candidate after this time"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="with --few: where to write what was found")
     parser.add_argument("--apply", type=pathlib.Path, metavar="FILE", help="put what --few found into the table")
     options = parser.parse_args()
     if options.apply:
         return apply(json.loads(options.apply.read_text()))
     if not torch.cuda.is_available():
-        raise SystemExit("tune: there is no NVIDIA GPU here; the table stays as it is")
+        raise SystemExit("tune: there is no NVIDIA GPU here; the table is not changed")
     architecture = configurations.architecture(torch.cuda.get_device_capability())
     if options.few:
         return few(architecture, options.output, time.monotonic() + options.seconds)
@@ -191,7 +195,7 @@ def main() -> None:
 
 
 def few(architecture: str, output: pathlib.Path | None, end: float, timer: Callable = timer) -> None:
-    """The fastest of a few candidates for each kernel of plain 16-bit calls, noted after every candidate."""
+    """Find the fastest of a few candidates for each kernel of plain 16-bit calls; write the results after each."""
     found: list[dict] = []
     for width, kernel in itertools.product((64, 128), ("forward", "backward_key", "backward_query")):
         shape = configurations.Shape(architecture, width)
@@ -216,11 +220,11 @@ def few(architecture: str, output: pathlib.Path | None, end: float, timer: Calla
 
 
 def apply(found: list[dict]) -> None:
-    """The fastest of each entry into the table, where it gains."""
+    """Write the fastest configuration of each entry into the table, if it is faster by GAIN."""
     table = dict(configurations.TABLE)
     for entry in found:
         timed = [t for t in entry["times"] if t["ms"] is not None]
-        if not timed or timed[0] is not entry["times"][0]:  # the table's own was not timed: nothing to compare with
+        if not timed or timed[0] is not entry["times"][0]:  # the table's own row was not timed: nothing to compare with
             continue
         fastest = min(timed, key=lambda t: t["ms"])
         if fastest["ms"] >= GAIN * timed[0]["ms"]:

@@ -93,7 +93,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "
       "-> ()");
-  // query, key, value, y: as x, of their own heads; caches: (batch, key heads, capacity, width); lengths: int32 or int64.
+  // query, y: as x; key, value: with key heads; caches: (batch, key heads, capacity, width); lengths: int32 or int64.
   m.def(
       "cpu_rotary_append(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor lengths, Tensor cos, Tensor sin, Tensor? positions, Tensor? query_weight, Tensor? key_weight, float eps, "

@@ -5,13 +5,13 @@
     python examples/embed_many.py --input texts --output labels --task classify --checkpoint FOLDER_OR_NAME
     python examples/embed_many.py --input /shared/texts --output /shared/vectors --address auto
 
-Input: a file or a folder of .parquet (one column holds the text) and .txt (one text a line). It is cut into blocks of
---block-rows rows. Each worker loads the model once; it reads a block, computes it in batches of like lengths and writes
-one parquet file, which appears under its name only when it is whole. So a killed worker costs one block computed
-again, and a second run computes the blocks that are not there.
+Input: a file or a folder of .parquet (one column has the text) and .txt (one text per line). It is cut into blocks of
+--block-rows rows. Each worker loads the model once; it reads a block, computes it in batches of similar lengths and
+writes one parquet file, atomically. So after the loss of a worker one block is computed again, and a second run
+computes the missing blocks.
 
 Output: OUTPUT/<input file>/<first row>.parquet (a.txt gives a_txt/000000000000.parquet) with the columns file, row and
-embedding (float32), or label and score, or summary. A missing or blank text has its row, with nulls.
+embedding (float32), or label and score, or summary. A missing or blank text has a row with nulls.
 """
 
 import argparse
@@ -27,8 +27,8 @@ import time
 import uuid
 
 SUFFIXES = (".parquet", ".txt")
-SETTINGS = "_embed_many.json"  # files with a leading _ or . are no data: Arrow and Spark pass over them
-RETRIES = 5  # of a block whose worker died: one that kills every worker, by its size say, ends the run
+SETTINGS = "_embed_many.json"  # Arrow and Spark ignore files with a leading _ or .
+RETRIES = 5  # of a block whose worker died: a block that is too large, for example, then ends the run
 KEPT = ("task", "checkpoint", "column", "keep", "pooling", "max_length", "max_new_tokens", "block_rows")
 
 
@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         given.checkpoint = str(locate())
     elif os.path.isdir(given.checkpoint):
         given.checkpoint = os.path.abspath(given.checkpoint)
-    elif not given.address:  # on a cluster the nodes are asked
+    elif not given.address:  # on a cluster, the nodes check it
         from transformer_fast.demo.checkpoint import given as known
 
         try:
@@ -74,11 +74,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-# Blocks: which rows of which file
+# Blocks: ranges of rows of the input files
 
 
 def input_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Name under the output folder -> path."""
+    """{name under the output folder: path}."""
     if root.is_file():
         found = [root]
     elif root.is_dir():
@@ -118,13 +118,13 @@ def blocks(name: str, path: pathlib.Path, arguments: argparse.Namespace) -> list
 
 
 def part(output: pathlib.Path, block: dict) -> pathlib.Path:
-    """a.txt -> a_txt/000000000000.parquet: no folder is called as a file is."""
+    """a.txt -> a_txt/000000000000.parquet: a folder's name must not look like a file's."""
     stem, _, suffix = block["name"].rpartition(".")
     return output / f"{stem}_{suffix}" / f"{block['start']:012d}.parquet"
 
 
 def plan(arguments: argparse.Namespace) -> tuple[list[dict], list[dict], list[str]]:
-    """(blocks, those without an output file, files that cannot be read and why)."""
+    """(all blocks, blocks without an output file, messages about unreadable files)."""
     files = input_files(arguments.input)
     found, broken = [], []
     for name, path in files.items():
@@ -139,7 +139,7 @@ def plan(arguments: argparse.Namespace) -> tuple[list[dict], list[dict], list[st
 
 
 def settle(arguments: argparse.Namespace, sizes: dict[str, int]) -> None:
-    """Write what this run does beside its output; refuse to go on with a run that did something else."""
+    """Write the settings into the output folder; refuse to continue a run with other settings."""
     said = {name: getattr(arguments, name) for name in KEPT}
     path = arguments.output / SETTINGS
     try:
@@ -149,7 +149,7 @@ def settle(arguments: argparse.Namespace, sizes: dict[str, int]) -> None:
             if before and before["settings"].get(name) != value:
                 raise SystemExit(
                     f"--{name.replace('_', '-')}: {arguments.output} was begun with {before['settings'].get(name)!r}, "
-                    f"got {value!r}; go on with that or take another --output"
+                    f"got {value!r}; keep that setting or use another --output"
                 )
         for name, size in before.get("sizes", {}).items():
             if sizes.get(name, size) != size:
@@ -163,7 +163,7 @@ def settle(arguments: argparse.Namespace, sizes: dict[str, int]) -> None:
         raise SystemExit(f"--output: {arguments.output} cannot be written: {error}") from None
 
 
-# In a worker
+# Workers
 
 
 class Worker:
@@ -175,7 +175,7 @@ class Worker:
 
         import transformer_fast as tf
 
-        transformers.utils.logging.disable_progress_bar()  # of loading, once for each worker
+        transformers.utils.logging.disable_progress_bar()  # of loading, which every worker does
         torch.set_num_threads(arguments.threads)
         self.arguments = arguments
         self.device = "cuda" if arguments.gpus else "cpu"
@@ -188,7 +188,7 @@ class Worker:
             self.pipe = tf.pipeline(task, model=arguments.checkpoint, device=self.device)
 
     def __call__(self, batch: dict) -> dict:
-        """One block a call. What is wrong with the data is an answer: other blocks go on."""
+        """Compute one block. Errors in the data are returned, so that other blocks continue."""
         block = json.loads(batch["block"][0])
         began, cpu = time.time(), time.process_time()
         try:
@@ -211,7 +211,7 @@ class Worker:
         return {self.arguments.column: [line.decode("utf-8").rstrip("\r\n") for line in lines]}
 
     def read_parquet(self, block: dict, names: list[str]) -> dict:
-        """Rows of a block, from one row group or several; the last row group is kept, the next block begins there."""
+        """The rows of a block, from one or more row groups. The last row group is kept: the next block begins in it."""
         import pyarrow
         import pyarrow.parquet
 
@@ -234,7 +234,7 @@ class Worker:
         }
 
     def compute(self, texts: list[str | None]) -> dict:
-        """Columns of answers, for every text; null where there is nothing to read."""
+        """The columns of answers for all texts; null for missing and blank ones."""
         import pyarrow
 
         given = self.arguments
@@ -269,7 +269,7 @@ class Worker:
         }
 
     def write(self, block: dict, kept: dict, answers: dict) -> None:
-        """Under a name of its own, then under the block's: a file that is there is whole."""
+        """Write a temporary file and rename it to the block's name, so that files with that name are complete."""
         import pyarrow
         import pyarrow.parquet
 
@@ -300,7 +300,7 @@ def connect(arguments: argparse.Namespace) -> None:
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default Ray sends usage statistics
     if arguments.address:
         try:
             ray.init(address=arguments.address, logging_level="warning")
@@ -308,12 +308,12 @@ def connect(arguments: argparse.Namespace) -> None:
             raise SystemExit(f"--address: no Ray cluster at {arguments.address}: {error}") from None
         return
     cores = (arguments.workers or 0) * arguments.threads or os.cpu_count()
-    # Texts go from file to worker: Ray's own store carries only the names of blocks.
+    # Workers read the texts from files: Ray's object store only has the names of blocks.
     ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="warning")
 
 
 def look_around(checkpoint: str, is_folder: bool, seen: str) -> str:
-    """What a node lacks, in words, or nothing."""
+    """What is missing on a node, or ''."""
     if is_folder and not os.path.isdir(checkpoint):
         return f"--checkpoint: {checkpoint} is not there"
     if not os.path.exists(seen):
@@ -322,7 +322,7 @@ def look_around(checkpoint: str, is_folder: bool, seen: str) -> str:
 
 
 def check_nodes(arguments: argparse.Namespace) -> None:
-    """Every node has to see the model and the output folder: it is better to hear it now than from each worker."""
+    """Check before the run that every node has the model and the output folder."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -347,10 +347,10 @@ def run(todo: list[dict], workers: int, arguments: argparse.Namespace):
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts texts
+    context.enable_progress_bars = False  # the example's own bar counts texts
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     data = ray.data.from_items([{"block": json.dumps(block)} for block in todo], override_num_blocks=len(todo))
-    # Ray starts a worker again that died, and gives its block to whoever is free.
+    # Ray restarts a worker that died, and gives its block to a free worker.
     yield from data.map_batches(
         Worker,
         fn_constructor_args=(arguments,),
@@ -363,12 +363,12 @@ def run(todo: list[dict], workers: int, arguments: argparse.Namespace):
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in a worker, without the way there."""
+    """The error of a worker, without the traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
     if named:
         return named[-1]
-    advice = f"One block ended {RETRIES} workers: is a smaller --batch-size or --block-rows better?"
+    advice = f"One block ended more than {RETRIES} workers: is a smaller --batch-size or --block-rows better?"
     return "\n".join([*lines[:1], advice])
 
 
@@ -400,10 +400,10 @@ def main(arguments: argparse.Namespace) -> dict:
                         bar.update(answer["rows"])
         except ray.exceptions.RayError as error:
             raise SystemExit(
-                f"The workers cannot go on: {reason(error)}\nThe same command goes on from here."
+                f"The workers cannot continue: {reason(error)}\nThe same command continues from here."
             ) from None
         except KeyboardInterrupt:
-            raise SystemExit("\nstopped; the same command goes on from here") from None
+            raise SystemExit("\nstopped; the same command continues from here") from None
     seconds = time.perf_counter() - start
     print(f"{done:,} rows in {seconds:.1f} s; they are in {arguments.output}")
     for error in errors:

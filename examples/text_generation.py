@@ -1,11 +1,11 @@
-"""Text generation: train a small GPT-2 and its tokenizer from nothing, then let it write in three ways.
+"""Text generation: train a small GPT-2 and its tokenizer from scratch, then let it write in three ways.
 
     python examples/text_generation.py
 
-The 100 short lives of data/questions.json, made from phrases, are the text: a byte-level BPE tokenizer is trained on
-them, then a GPT-2 of 4 layers learns to write such lives. So few are soon learned by heart, so every tenth of them is
-held out, and kept are the weights that did best on those. From the same beginnings it continues greedily, by sampling
-and by beam search. Saved: the model with its tokenizer, and a picture of the learning curve.
+The text is the 100 short biographies of data/questions.json, made from phrases: a byte-level BPE tokenizer is trained
+on them, then a GPT-2 with 4 layers. The model soon memorises so few, so every tenth of them is held out, and the
+weights with the least loss on those are kept. It continues the same beginnings greedily, by sampling and by beam
+search. Saved: the model with its tokenizer, and a picture of the learning curve.
 """
 
 import argparse
@@ -29,18 +29,18 @@ import matplotlib.pyplot as plt
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "questions.json"
 END = "<|endoftext|>"
 BEGINNINGS = ["Kenji Dubois was born in", "Elena Weber was born in Prague in 1911. After school"]
-HELD_OUT = 10  # every tenth life is never trained on
+HELD_OUT = 10  # every tenth biography is held out
 
 
 def read(path: pathlib.Path) -> tuple[list[str], list[str]]:
-    """(lives to learn from, lives held out)."""
+    """(training texts, held-out texts)."""
     lives = json.loads(path.read_text(encoding="utf-8"))["contexts"]
     known, held_out = ([life for i, life in enumerate(lives) if (i % HELD_OUT == 0) == held] for held in (False, True))
     return known, held_out
 
 
 def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `size` tokens; pads on the left, as generation needs."""
+    """A byte-level BPE tokenizer of at most `size` tokens; pads on the left, as generation needs."""
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts, vocab_size=size, special_tokens=[END], show_progress=False)
     return transformers.PreTrainedTokenizerFast(
@@ -49,7 +49,7 @@ def build_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedToken
 
 
 def encode(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:
-    """A batch of whole texts between two END, padded on the right; neither padding nor the first END is to be told."""
+    """A batch of whole texts between two END tokens, padded on the right. Padding and the first END have no label."""
     rows = [torch.tensor(tokenizer(END + text + END)["input_ids"]) for text in texts]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -68,7 +68,8 @@ def build_model(tokenizer, arguments: argparse.Namespace) -> tf.GPT2LMHeadModel:
 
 
 def train(model, tokenizer, known: list[str], held_out: list[str], arguments: argparse.Namespace) -> Training:
-    """The held-out lives are judged every twentieth of the way; the model is left at the best."""
+    """Train; evaluate the held-out texts after every twentieth of the steps. At the end the model has the best
+    weights."""
     training = Training(
         model, arguments,
         lambda weights: torch.optim.AdamW(weights, lr=arguments.lr, weight_decay=arguments.weight_decay),
@@ -95,7 +96,7 @@ def judge(model, batch: dict[str, torch.Tensor]) -> float:
 
 
 def write(folder: pathlib.Path, beginnings: list[str], arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """How it was written -> one text a beginning."""
+    """{decoding method: one text per beginning}."""
     ways = {
         "greedy": {"do_sample": False},
         "sampled": {"do_sample": True, "temperature": arguments.temperature, "top_p": 0.95},
@@ -115,11 +116,11 @@ def write(folder: pathlib.Path, beginnings: list[str], arguments: argparse.Names
 def draw(losses: list[float], checked: dict[int, float], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
-    axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out lives")
+    axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out texts")
     best = min(checked, key=checked.get)
     axes.plot(best, checked[best], "k*", markersize=14, label=f"kept: step {best}", zorder=3)
     axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy of a token")
+    axes.set_ylabel("cross entropy per token")
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, dpi=110)
@@ -132,12 +133,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=128, help="width of the model")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")
     parser.add_argument("--dropout", type=float, default=0.2, help="in training")
     parser.add_argument("--beginnings", nargs="+", default=BEGINNINGS, metavar="TEXT", help="to be continued")
-    parser.add_argument("--new-tokens", type=int, default=80, help="to write, at most")
+    parser.add_argument("--new-tokens", type=int, default=80, help="largest number of tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampling")
     parser.add_argument("--beams", type=int, default=4, help="of beam search")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -151,13 +152,13 @@ def main(arguments: argparse.Namespace) -> dict[str, list[str]] | None:
     tokenizer = build_tokenizer(known, arguments.vocabulary)
     model = build_model(tokenizer, arguments)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens; "
-          f"learns from {len(known)} lives")  # fmt: skip
+          f"trained on {len(known)} texts")  # fmt: skip
     training = train(model, tokenizer, known, held_out, arguments)
     losses, checked, folder = training.losses, training.checked, arguments.output / "model"
     if not training.finish(folder):
         return None
     best = min(checked, key=checked.get)
-    print(f"loss {losses[0]:.3f} -> {losses[best - 1]:.3f}, of held-out lives {checked[best]:.3f}: "
+    print(f"loss {losses[0]:.3f} -> {losses[best - 1]:.3f}, of held-out texts {checked[best]:.3f}: "
           f"kept from step {best} of {arguments.steps}")  # fmt: skip
     picture = arguments.output / "text_generation.png"
     tokenizer.save_pretrained(folder)

@@ -1,12 +1,12 @@
-"""A transformer from nothing, of taught layers: one block, global average pooling, and a classifier of reviews.
+"""A transformer from scratch, with Keras-style attention: one block, global average pooling, and a classifier.
 
     python examples/transformer_classifier.py
     torchrun --nproc-per-node 2 examples/transformer_classifier.py
 
-Words and sinusoidal positions are added; `layers.MultiHeadAttention` and a feed-forward layer, each with a residual and
-a norm, make the block; the mean of its tokens goes to a small classifier. It learns from two thirds of
-data/reviews.tsv, 300 sentences made from phrases, and is judged on the others, in seconds. Saved: the learning curve,
-where the heads look in the first held-out review, and the sinusoids as a picture.
+Word embeddings and sinusoidal positions are added; the block is `layers.MultiHeadAttention` and a feed-forward layer,
+each with a residual and a norm; a small classifier reads the mean of its tokens. It is trained on two thirds of
+data/reviews.tsv, 300 sentences made from phrases, and evaluated on the others, in seconds. Saved: pictures of the
+learning curve, of the heads' attention in the first held-out review, and of the sinusoids.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         self.checkpointing = False
 
     def gradient_checkpointing_enable(self) -> None:
-        """Keep nothing of the block for backward, which computes it again."""
+        """Keep no activations of the block: backward recomputes them."""
         self.checkpointing = True
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Judged:
@@ -91,7 +91,7 @@ def encode(rows: list[tuple[list[str], int]], known: dict[str, int]) -> tuple[to
 
 
 def train(model, ids, labels, held_out, arguments: argparse.Namespace) -> Training:
-    """The held-out reviews are judged before training and after each epoch."""
+    """Train; evaluate the held-out reviews before training and after each epoch."""
     training = Training(
         model, arguments, lambda weights: torch.optim.AdamW(weights, lr=arguments.lr), seed=arguments.seed
     )
@@ -145,15 +145,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="width of the model")
     parser.add_argument("--heads", type=int, default=2, help="of attention")
     parser.add_argument("--dropout", type=float, default=0.1, help="of attention weights and before the classifier")
-    parser.add_argument("--epochs", type=int, default=12, help="times that the reviews are read")
-    parser.add_argument("--batch-size", type=int, default=16, help="reviews a step")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training reviews")
+    parser.add_argument("--batch-size", type=int, default=16, help="reviews per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> tuple[float, float] | None:
-    """Accuracy on the held-out reviews before and after; None in processes beside the first."""
+    """Accuracy on the held-out reviews before and after; None in processes other than the first."""
     torch.manual_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = read(DATA)
@@ -164,7 +164,7 @@ def main(arguments: argparse.Namespace) -> tuple[float, float] | None:
     print(f"{count:,} parameters learn from {cut} reviews of {len(known)} different words")
     held_out = encode(rows[cut:], known)
     training = train(model, *encode(rows[:cut], known), held_out, arguments)
-    with torch.no_grad():  # by all processes, as long as they share the model
+    with torch.no_grad():  # in all processes: the model may be sharded
         first = encode(rows[cut : cut + 1], known)[0].to(training.device)
         weights = model.eval()(first).weights[0].cpu()
     losses, scores = training.losses, list(training.checked.values())

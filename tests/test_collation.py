@@ -95,7 +95,7 @@ def test_a_training_step(family, objective, tokenizer):
 def test_bad_input(tokenizer):
     with pytest.raises(ValueError, match="objective: wanted 'next_sentence' or 'sentence_order', got 'nsp'"):
         sentence_pairs(DOCUMENTS, tokenizer, objective="nsp")
-    with pytest.raises(ValueError, match="documents: next_sentence wants at least 2 with text, got 1"):
+    with pytest.raises(ValueError, match="documents: next_sentence needs at least 2 with text, got 1"):
         sentence_pairs([["d0s0w0"], [], [""]], tokenizer)
     with pytest.raises(ValueError, match="max_length: wanted at least 5, got 4"):
         sentence_pairs(DOCUMENTS, tokenizer, max_length=4)

@@ -62,9 +62,7 @@ def test_shortened_run(example, model, tmp_path, capsys):
     example.main(example.parse([*arguments, "--output", str(tmp_path)]))
     printed = capsys.readouterr().out
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", printed).groups())
-    held_out, least = map(
-        float, re.search(r"held-out dates ([\d.]+) \(smoothed labels allow ([\d.]+)", printed).groups()
-    )
+    held_out, least = map(float, re.search(r"held-out dates ([\d.]+) \(least possible: ([\d.]+)", printed).groups())
     assert last < 0.9 * first and least < held_out < first
     assert re.search(r"translated exactly, of 20 held-out dates: [\d.]+% greedily, [\d.]+% with 4 beams", printed)
     assert len(re.findall(r"^  .+ -> [-\d]*( \(true: [-\d]{10}\))?$", printed, re.M)) == 5

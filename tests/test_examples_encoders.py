@@ -85,8 +85,8 @@ def test_finetune_classifier(flags, run):
     results, printed, folder = run("finetune_classifier", "--limit", "60", "--epochs", "2", *flags)
     assert list(results) == (["pooler and head"] if flags else ["all weights", "pooler and head"])
     assert "1,122 of" in printed  # the pooler's 32 x 32 weights and 32 biases, the head's 2 x 32 and 2
-    commoner = re.search(r"accuracy on 20 held-out reviews \(always the commoner class: ([.\d]+)%\)", printed)
-    assert 50 <= float(commoner[1]) < 100
+    frequent = re.search(r"accuracy on 20 held-out reviews \(always the more frequent class: ([.\d]+)%\)", printed)
+    assert 50 <= float(frequent[1]) < 100
     for (way, (before, after)), name in zip(reversed(results.items()), ("frozen", "model")):
         assert f"  {way:16} {before:.1%} -> {after:.1%}\n" in printed
         model = tf.AutoModelForSequenceClassification.from_pretrained(folder / name)
@@ -112,7 +112,7 @@ def test_name_tagging(run):
 def test_reading_answers(run):
     results, printed, folder = run("reading_answers", "--steps", "6", "--batch-size", "8", "--test", "8")
     assert list(results) == ["alone", "joined"]
-    for (exact, f1), where in zip(results.values(), ("on a life alone", "on one text of")):
+    for (exact, f1), where in zip(results.values(), ("on single biographies", "on one text of")):
         assert 0 <= exact <= f1 <= 1
         line = next(line for line in printed.splitlines() if f"8 held-out questions {where}" in line)
         assert f"{exact:.1%} answered exactly, F1 {f1:.1%}" in line
@@ -205,7 +205,7 @@ def test_looking_at_attention(installed, run, monkeypatch):
     strongest, printed, folder = run("looking_at_attention", "--layer", "1", "--sentences", *sentences)
     assert "BertModel: 4 layers of 2 heads; 2 sentences" in printed
     for place, (layer, head, share) in strongest.items():
-        assert f"layer {layer} head {head:2} looks most at {place:16}  {share:.0%}" in printed
+        assert f"layer {layer} head {head:2} attends most to {place:16}  {share:.0%}" in printed
         assert 0 <= layer < 4 and 0 <= head < 2 and 0 < share < 1
     assert is_picture(folder / "looking_at_attention.png")
     page = folder / "looking_at_attention.html"
@@ -240,7 +240,7 @@ def test_text_generation(load, tmp_path, capsys):
     found = example.main(example.parse(arguments))
     printed = capsys.readouterr().out
     first, last, held_out = map(
-        float, re.search(r"loss ([.\d]+) -> ([.\d]+), of held-out lives ([.\d]+)", printed).groups()
+        float, re.search(r"loss ([.\d]+) -> ([.\d]+), of held-out texts ([.\d]+)", printed).groups()
     )
     assert last < 0.8 * first and held_out < 0.8 * first
     assert 1 <= int(re.search(r"kept from step (\d+) of 30", printed)[1]) <= 30
@@ -252,7 +252,7 @@ def test_text_generation(load, tmp_path, capsys):
     model = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     batch = tokenizer(example.END + example.BEGINNINGS[0], return_tensors="pt")
-    with torch.no_grad():  # saved is what was best on the held-out lives
+    with torch.no_grad():  # the saved weights are the best on the held-out texts
         loss = model(**example.encode(example.read(example.DATA)[1], tokenizer)).loss
     assert f"{loss:.3f}" == f"{held_out:.3f}"
     ids = model.generate(**batch, max_new_tokens=12, do_sample=False)
@@ -320,7 +320,7 @@ def test_ulmfit(run):
         all(0 <= score <= 1 for score in scores.values()) and f"ULMFiT               {scores['ULMFiT']:.1%}" in printed
     )
     before, after = (
-        float(n) for n in re.search(r"held-out reviews: ([\d.]+) -> ([\d.]+) by adapting", printed).groups()
+        float(n) for n in re.search(r"held-out reviews: ([\d.]+) -> ([\d.]+) after adaptation", printed).groups()
     )
     assert after < 0.9 * before  # the reviews' words are learned
     assert is_picture(folder / "ulmfit.png")

@@ -134,7 +134,7 @@ def test_killed_and_resumed_fully_sharded(tmp_path, monkeypatch):
     kill_at(process, output, "checkpoints/[0-9]*/progress.json")
     assert not (output / "model").exists()  # it was killed on the way
     printed = finished(start("text_generation", output, *many, "--resume"))
-    assert "goes on after step" in printed and "saved" in printed
+    assert "continues after step" in printed and "saved" in printed
     assert len(progress(output)["losses"]) == 10
     assert_learned_alike("text_generation", output, tmp_path, monkeypatch, *given)
     assert (output / "model" / "model.safetensors").is_file()
@@ -212,7 +212,7 @@ def test_several_trainings(way, tmp_path, monkeypatch):
         many.append("--resume")
     printed = finished(start("ulmfit", output, *many))
     assert printed.count("accuracy on 100 held-out reviews") == 1
-    assert ("goes on after step 3, from" in printed) == killed  # of general text
+    assert ("continues after step 3, from" in printed) == killed  # of general text
     assert (output / "model" / "model.safetensors").is_file()
     losses = {}
     for name, count in {**STEPS, **HEADS}.items():
@@ -229,7 +229,9 @@ def test_too_few_rows_for_batch_norm(tmp_path):
     rows = [{"input_ids": [3, 4], "attention_mask": [1, 1], "labels": 0}] * 5
     model = tf.AWDLSTMForSequenceClassification(tf.AWDLSTMConfig(vocab_size=9, embedding_size=4, cell_size=4))
     arguments = module.parse(["--output", str(tmp_path), "--batch-size", "4"])
-    with pytest.raises(ValueError, match="--labels, --batch-size: 5 rows in steps of 4 leave a process 1 at once"):
+    with pytest.raises(
+        ValueError, match="--labels, --batch-size: 5 rows in steps of 4 leave a process 1 per micro-batch"
+    ):
         module.fit(model, rows, None, 1, 0.1, arguments, "heads")
 
 
@@ -281,5 +283,5 @@ def test_refusals(arguments, said, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Trainer shares a model where there are GPUs")
 def test_trainer_does_not_share_on_cpus(tmp_path):
     module = load("finetune_classifier")
-    with pytest.raises(SystemExit, match="--fsdp: Trainer shares a model by accelerate, .* got CPUs; leave it out"):
+    with pytest.raises(SystemExit, match="--fsdp: Trainer shards a model with accelerate, .* got CPUs: leave it out"):
         module.main(module.parse(["--output", str(tmp_path), "--limit", "6", "--freeze", "--fsdp"]))

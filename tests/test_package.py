@@ -79,7 +79,7 @@ def test_works_without_its_native_library(note, tmp_path):
         "print(len(said)); print(said[0].message)"
     )
     where, status, before, double, after, said = _python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
-    reason = note or "this copy of transformer_fast has none; install it again, with torch and a C++ compiler there"
+    reason = note or "this copy of transformer_fast has none; reinstall it where torch and a C++ compiler are available"
     assert where.startswith(str(tmp_path)) and status.startswith(f"missing: {reason}. They would bring")
     assert (before, double, after) == ("0", "0", "1"), "one warning, of the first call that kernels would have taken"
     assert said == f"transformer_fast runs in plain PyTorch, without its CPU kernels: {reason}"

@@ -67,7 +67,7 @@ def sentence_pairs(
     tokens = [[found for s in document if len(found := _encode(tokenizer, s))] for document in documents]
     tokens = [document for document in tokens if document]
     if objective == "next_sentence" and len(tokens) < 2:
-        raise ValueError(f"documents: next_sentence wants at least 2 with text, got {len(tokens)}")
+        raise ValueError(f"documents: next_sentence needs at least 2 with text, got {len(tokens)}")
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 2:
         raise ValueError(f"max_length: wanted at least {max_length - room + 2}, got {max_length}")

@@ -82,7 +82,7 @@ def _version(name: str, brings: str) -> str:
 def _nvcc() -> str:
     path = shutil.which("nvcc")
     if path is None:
-        return "not installed. It compiles the CUDA C++ kernels from source; the Triton kernels do without"
+        return "not installed. It compiles the CUDA C++ kernels from source; the Triton kernels do not need it"
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -125,10 +125,10 @@ def verify(
         list[str] | None, typer.Option(help="fp32, bf16, fp16; may be repeated; default all three")
     ] = None,
     gradients: Annotated[bool, typer.Option(help="compare parameter gradients too")] = True,
-    tokens: Annotated[bool, typer.Option(help="compare generated tokens too, where the model generates")] = True,
+    tokens: Annotated[bool, typer.Option(help="compare generated tokens too, if the model generates")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     precision: Annotated[
-        str | None, typer.Option(help="int8 or bf16: say what that costs in accuracy, and compare nothing else")
+        str | None, typer.Option(help="int8 or bf16: measure what that costs in accuracy, and compare nothing else")
     ] = None,
 ) -> None:
     """Compare a checkpoint with Hugging Face: outputs, gradients and tokens, every row, both paddings, each dtype."""

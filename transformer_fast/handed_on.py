@@ -36,9 +36,9 @@ _GONE = {
     "TextDatasetForNextSentencePrediction": "sentence_pairs",
     "Wav2Vec2Tokenizer": "Wav2Vec2CTCTokenizer",
     "create_optimizer": "torch.optim.AdamW and get_scheduler",
-    "is_flax_available": "nothing: transformers 5 has PyTorch models alone",
+    "is_flax_available": "nothing: transformers 5 only has PyTorch models",
     "is_safetensors_available": "nothing: safetensors is always there",
-    "is_tf_available": "nothing: transformers 5 has PyTorch models alone",
+    "is_tf_available": "nothing: transformers 5 only has PyTorch models",
     "is_torch_tpu_available": "is_torch_xla_available",
     "prune_layer": "prune_linear_layer of transformers.pytorch_utils",
 }

@@ -71,7 +71,7 @@ def _to_bfloat16(model: nn.Module) -> nn.Module:
     if device == "cpu" and (native.load() or native.current_isa() != "avx512_bf16"):
         warnings.warn(
             "this processor has no instructions that multiply bfloat16 (avx512_bf16), so it would be slower than "
-            "float32: the model stays as it is",
+            "float32: the model is unchanged",
             stacklevel=3,
         )
         return model

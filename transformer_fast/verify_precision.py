@@ -179,6 +179,6 @@ def _compare_generated(exact, low, batch) -> Iterator[Cost]:
     small = {k: v[:8, -room:] for k, v in batch.items()}
     one, other = (m.generate(**small, **options)[:, -count:] for m in (exact, low))
     agree = (one == other).long()
-    rows = f"of {one.numel()} generated greedily, {len(one)} rows; one that differs changes those after it"
+    rows = f"of {one.numel()} generated greedily, {len(one)} rows; a different token changes all later ones"
     yield Cost("generated tokens the same", f"{agree.float().mean():.1%}", rows)
     yield Cost("generated before the first that differs", f"{agree.cumprod(1).sum(1).float().mean():.1f}", rows)

@@ -9,7 +9,8 @@ import torch
 __all__ = ["Comparison", "MODES", "NEW_TOKENS", "compare_tokens"]
 
 NEW_TOKENS, SEED = 8, 0
-# The decoding modes that are compared, with the arguments of generate beside the checkpoint's own generation config.
+# The decoding modes that are compared, with the arguments of generate in addition to the checkpoint's generation
+# config.
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1, "do_sample": False},
     "3 beams": {"num_beams": 3, "do_sample": False},

@@ -7,7 +7,7 @@ void rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool int
   kernels().rotary(rotary_of(x, cos, sin, positions, interleaved, inverse, y));
 }
 
-// The op looks at these where it sees their values; a compiled graph brings them here unseen.
+// The Python op checks these where it can see their values; calls from a compiled graph are only checked here.
 void check_places(const RotaryAppend& a, int64_t table_rows) {
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t at = b * a.length_stride;

@@ -26,8 +26,8 @@ inline Rotary rotary_of(const Tensor& x, const Tensor& cos, const Tensor& sin, c
   return a;
 }
 
-// query, key, value, y: (batch, length, heads, width); caches: (batch, key heads, capacity, width); all with last stride
-// 1. lengths: int32 or int64 (batch,). Weights: (width,), contiguous, float32 or (CUDA alone) of query's dtype. cos, sin,
+// query, key, value, y: (batch, length, heads, width); caches: (batch, key heads, capacity, width); last strides 1.
+// lengths: int32 or int64 (batch,). Weights: (width,), contiguous, float32, or on CUDA also query's dtype. cos, sin,
 // positions: as above.
 inline RotaryAppend rotary_append_of(const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& key_cache, const Tensor& value_cache, const Tensor& lengths,

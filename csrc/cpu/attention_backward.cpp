@@ -193,7 +193,7 @@ Operand from_key(Operand rows, int64_t j) {
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
 // and so is the output in delta = rowsum(grad * out). Where it costs little, row sums and delta are computed again:
 //
-//   whole_rows   the scores of all keys are held: row sums and delta come from the probabilities at hand
+//   whole_rows   the scores of all keys are held: row sums and delta come from these
 //   two_passes   more keys, with few queries, lone keys, or an lse so large and coarsely rounded that rows do not sum
 //                to one: one more pass over the keys
 //   one_pass     lse and delta as saved; centring the keys removes the error of delta from dQ

@@ -22,7 +22,7 @@ struct Operand {  // A
 };
 
 // m, n, depth: sizes, depth in words. column_scale: (n,), for kScaleAdd. chain: products per running sum. A long sum
-// would lose terms that are small beside a large first one. For few rows other libraries compute dot products, whose
+// would lose terms that are small next to a large first one. For few rows other libraries compute dot products, whose
 // many partial sums lose little; short chains lose as little.
 constexpr int64_t kChain = 64, kShortChain = 16, kFewRows = 16;
 static inline int64_t chain_of(int64_t rows) { return rows <= kFewRows ? kShortChain : kChain; }

@@ -60,7 +60,7 @@ static inline int64_t int8_row_floats(int64_t in, int64_t group) {
   return int8_row_stride(in) / 4 + 2 * int8_groups(in, group);
 }
 
-struct LinearInt8 {  // y = act(x W^T + bias), several weights of one input side by side
+struct LinearInt8 {  // y = act(x W^T + bias); several weights share x, their outputs are side by side in y
   DType x_dtype, y_dtype;
   const void* x;
   void* y;

@@ -8,7 +8,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kRowsInCache = 64;  // rows that pass over a weight together
+constexpr int64_t kRowsInCache = 64;  // rows multiplied by a weight in one pass
 
 template <class T>
 void finish_rows(const LinearPanel& a, int64_t row, int rows, int64_t column, float* sums) {

@@ -1,4 +1,4 @@
-// New queries, keys and values of a decoder made ready in one pass: normed, rotated, and written to the cache.
+// New queries and keys of a decoder are normed and rotated, keys and values appended to the cache, all in one pass.
 #include "rotary_append.hpp"
 
 #include "kernels.hpp"

@@ -1,27 +1,27 @@
-// Arguments of the rotation of new queries and keys with the append of keys and values to a cache, for the CPU and CUDA.
+// Arguments of the kernel that rotates new queries and keys and appends keys and values to a cache, for CPU and CUDA.
 #pragma once
 #include "types.hpp"
 
 namespace tf {
 
-// Heads of rows, (batch, length or capacity, heads, width) by strides; the last one is 1.
+// A (batch, length or capacity, heads, width) tensor; the last stride is 1.
 struct HeadRows {
   void* data;
   int64_t batch, token, head;
 };
 
-// A vector of the heads' width: float, or of the heads' dtype (CUDA alone).
+// The weight of a norm, (width,): float, or on CUDA also the dtype of the heads.
 struct HeadNorm {
   const void* weight;  // null for no norm
   bool wide;           // float
 };
 
-// Of each head of query and key: x' = R(position) norm(x), with norm(x) = weight * x / sqrt(mean(x^2) + eps), and R as in
-// rotary.hpp. Token i of a sequence is row lengths[b] + i of the caches.
+// Each head x of query and key becomes R(position) norm(x), with norm(x) = weight * x / sqrt(mean(x^2) + eps) and R as
+// in rotary.hpp. Token i of sequence b is row lengths[b] + i of the caches.
 struct RotaryAppend {
   DType dtype;
-  HeadRows query, key, value;       // read
-  HeadRows y, key_cache, value_cache;  // written
+  HeadRows query, key, value;       // inputs
+  HeadRows y, key_cache, value_cache;  // outputs
   const float *cos, *sin;           // (positions, half), contiguous
   const int64_t* positions;         // (batch, length) by strides; null: the row of the caches
   int64_t position_batch, position_token;

@@ -4,7 +4,7 @@
 
 namespace tf::TF_ISA {
 
-// Separates two vectors of pairs (x1, x2, x1, x2, ...) into x1 and x2, and joins them again.
+// Splits two vectors of pairs (x1, x2, x1, x2, ...) into x1 and x2, and joins them again.
 static inline VecI lanes(int start, int step) {
   VecI v;
   for (int i = 0; i < kWidth; ++i) v[i] = start + i * step;
@@ -24,7 +24,7 @@ static inline void join_pairs(Vec first, Vec second, Vec& a, Vec& b) {
   b = __builtin_shuffle(first, second, high);
 }
 
-// How a head's columns are read: as they are, or normed, weight * x * scale.
+// How the columns of a head are read: x as stored, or the norm weight * x * scale.
 struct AsIs {
   template <class T, class Part>
   Vec operator()(const T* x, int64_t c, Part part) const {
@@ -78,7 +78,7 @@ static inline void rotate_interleaved(const T* x, T* y, const float* cos, const 
   }
 }
 
-// The first 2 * half columns of one head; y may be x.
+// Rotates the first 2 * half columns of one head; y may be x.
 template <class T, class Read = AsIs>
 static inline void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t half, bool interleaved,
                                float sign, const Read& read = {}) {

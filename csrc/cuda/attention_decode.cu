@@ -1,6 +1,6 @@
 // Attention of a few queries on a cache of keys and values, split over the GPU (Dao et al., "Flash-Decoding for
 // long-context inference", 2023), in one launch: the blocks whose keys include the new rows append them, and the last
-// block to finish joins the parts of the splits. The order of every sum depends on shapes and the GPU alone.
+// block to finish joins the parts of the splits. The order of every sum depends only on shapes and the GPU.
 #include <algorithm>
 
 #include "attention_decode.cuh"

@@ -78,7 +78,7 @@ TF_DEVICE void multiply_values(const uint32_t (&p)[Tile::M][Tile::N / 4], const 
   }
 }
 
-// What a block needs beside its tiles. It is kept in shared memory after them, to leave registers for accumulators.
+// What a block needs besides its tiles. It is kept in shared memory after them, to leave registers for accumulators.
 template <class T>
 struct Program {
   Head head;

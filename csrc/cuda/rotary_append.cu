@@ -1,7 +1,7 @@
-// New queries, keys and values of a decoder made ready in one launch: normed, rotated, and written to the cache.
+// New queries and keys of a decoder are normed and rotated, keys and values appended to the cache, all in one launch.
 //
-// A row is one head of one token, of queries, then keys, then values; up to a warp of threads shares it. A norm reads
-// its row twice, the second time from the L1 cache.
+// A row is one head of one token; the rows of a token are its queries, keys, then values. Up to 32 threads share a row.
+// A norm reads its row twice, the second time from the L1 cache.
 #include "rotary_append.hpp"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ struct AppendRow {
   Parameter weight;  // null for no norm
   float scale;       // of the norm
 
-  // kWidth columns, as they are or normed.
+  // Loads kWidth columns, normed if there is a norm.
   TF_DEVICE void read(int column, float (&f)[kWidth]) const {
     Vector<T, kWidth> vector;
     vector.read(x + column);
@@ -84,13 +84,13 @@ TF_DEVICE T* head_of(const HeadRows& rows, int64_t b, int64_t token, int64_t h) 
   return static_cast<T*>(rows.data) + b * rows.batch + token * rows.token + h * rows.head;
 }
 
-// Threads of x: over the columns of a head; of y: over heads. blockDim.x is a power of two up to a warp.
+// threadIdx.x runs over the columns of a head, threadIdx.y over heads. blockDim.x is a power of two up to 32.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 6) rotary_append_kernel(const RotaryAppend p) {
   const int64_t of_token = p.heads + 2 * p.key_heads, rows = p.batch * p.length * of_token;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < rows; first += int64_t(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
-    const bool exists = row < rows;  // the threads of a warp go on together: they add squares
+    const bool exists = row < rows;  // no early exit: the threads of a warp add squares together
     const int64_t token = exists ? row / of_token : 0, h = exists ? row - token * of_token : 0;
     const int64_t b = token / p.length, t = token - b * p.length;
     const int64_t used = p.long_lengths ? load(static_cast<const int64_t*>(p.lengths) + b * p.length_stride)

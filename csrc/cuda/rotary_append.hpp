@@ -1,4 +1,4 @@
-// The CUDA kernel of the rotation of new queries and keys with the append to a cache; its arguments are the CPU's.
+// The CUDA kernel that rotates new queries and keys and appends to a cache; its arguments are those of the CPU kernel.
 #pragma once
 #include "cpu/rotary_append.hpp"
 

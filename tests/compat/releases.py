@@ -1,7 +1,7 @@
-"""Runs tests/compat under other releases of transformers, each in a folder of its own: python tests/compat/releases.py
+"""Runs tests/compat under other releases of transformers, each in its own folder: python tests/compat/releases.py
 
-Without arguments the oldest and the newest that are supported; the pinned one runs with all other tests. Folders are
-kept in .cache, so another run installs nothing. --record adds what passed to benchmarks/results/compatibility.csv and
+Without arguments, the oldest and the newest supported release; the pinned one runs with all other tests. Folders are
+kept in .cache, so another run installs nothing. --record adds the results to benchmarks/results/compatibility.csv and
 to the table in docs/compatibility.md.
 """
 
@@ -22,14 +22,14 @@ RECORD = ROOT / "benchmarks" / "results" / "compatibility.csv"
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = ("tests/compat", "tests/models/test_forward_contract.py")
 _HTTPX = ("httpx==0.28.1", "httpcore==1.0.9", "certifi==2026.10.19.post1")
-# What a release needs beside itself, where the environment of the pinned one has another version, or none.
+# Dependencies of a release that the environment of the pinned release lacks or has in another version.
 NEEDS = {"5.17.0": ("huggingface-hub==1.33.0", *_HTTPX), "5.20.0": _HTTPX}
 DEFAULT = ("5.17.0", "5.24.0")
 FIELDS = ("transformers", "torch", "python", "passed", "failed", "skipped", "date", "commit")
 
 
 def folder_of(release: str) -> pathlib.Path:
-    """The folder that holds a release; installed when it is not there."""
+    """The folder of a release, which is installed if necessary."""
     folder = ROOT / ".cache" / f"transformers-{release}"
     if not folder.is_dir():
         part = folder.with_suffix(".part")
@@ -54,7 +54,7 @@ def start(release: str, options: list[str]) -> tuple[subprocess.Popen, pathlib.P
 
 
 def counts(log: str) -> dict[str, int]:
-    """How many tests passed, failed and were skipped, by pytest's report of each."""
+    """How many tests passed, failed and were skipped, from pytest's output."""
     found = dict.fromkeys(("passed", "failed", "skipped"), 0)
     for line in re.findall(r"^([.FEsx]+)(?: +\[ *\d+%\])?$", log, flags=re.M):
         found["passed"] += line.count(".")
@@ -81,7 +81,7 @@ def record(release: str, found: dict[str, int]) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The record as docs/compatibility.md has it."""
+    """The record as the table of docs/compatibility.md."""
     lines = ["| " + " | ".join(FIELDS) + " |", "|" + " --- |" * len(FIELDS)]
     return "\n".join([*lines, *("| " + " | ".join(row[k] for k in FIELDS) + " |" for row in rows)]) + "\n"
 
@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--option", action="append", default=[], help="handed to pytest")
     arguments = parser.parse_args()
-    for release in arguments.releases:  # one after the other: pip does not like company
+    for release in arguments.releases:  # one after the other: pip cannot run in parallel
         folder_of(release)
     began, running = time.monotonic(), {r: start(r, arguments.option) for r in arguments.releases}
     failed = False

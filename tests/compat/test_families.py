@@ -1,4 +1,4 @@
-"""Every class: load, forward, backward and outputs as the installed release of transformers has them."""
+"""Every class: load, forward, backward and outputs equal those of the installed release of transformers."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WINDOWED = ("modernbert", "mistral", "qwen2")
 def test_forward_and_backward(name):
     ours, theirs = make_pair(name)
     exact = truth(theirs)  # HF's eager attention in float64 makes NaN where a window holds nothing but padding
-    # There SDPA gives zeros and HF's eager attention the mean of all values; a loss over spans reads such tokens.
+    # In such rows SDPA gives zeros, and HF's eager attention the mean of all values; a loss over spans reads them.
     theirs.set_attn_implementation("sdpa" if CLASSES[name] in WINDOWED else "eager")
     if CLASSES[name] in WINDOWED:
         exact.set_attn_implementation("sdpa")
@@ -25,7 +25,7 @@ def test_forward_and_backward(name):
     outputs, gradients, keys = [], [], []
     for model in (ours, theirs, exact):
         model.train()  # dropout is 0
-        output = model(**call, output_hidden_states=True)  # a head alone has few numbers: its errors are luck
+        output = model(**call, output_hidden_states=True)  # a head alone has too few elements to compare
         loss = output.get("loss")
         parts = real_parts(output, call)
         if loss is None:
@@ -35,7 +35,7 @@ def test_forward_and_backward(name):
         loss.backward()
         outputs.append(parts)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        keys.append([key for key in output if key != CACHE_NAME])  # in training ours makes none unasked
+        keys.append([key for key in output if key != CACHE_NAME])  # in training ours makes a cache only on request
     assert keys[0] == keys[1]
     assert [g.keys() for g in gradients] == [gradients[2].keys()] * 3
     for found, factor, kind in ((outputs, OUTPUT, "outputs"), (gradients, GRADIENT, "gradients")):

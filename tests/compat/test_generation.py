@@ -41,7 +41,7 @@ def _generate(model, **options):
 
 @pytest.fixture
 def no_loop_of_transformers(monkeypatch):
-    """Only the engine may decode."""
+    """Fail if transformers' own loop decodes."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("transformers' own loop was used")
@@ -85,7 +85,7 @@ def test_a_cache_that_is_given_is_used_and_filled(cache_name):
         with torch.no_grad():
             model(ids[:, :-1], **{CACHE_NAME: cache})
         out = model.generate(ids, **{name: cache}, max_new_tokens=4, do_sample=False, eos_token_id=None)
-        # Again with the cache that came of it, one token further.
+        # Again with the resulting cache, one token further.
         again = model.generate(
             torch.cat((out, out[:, :1]), 1), **{name: cache}, max_new_tokens=3, do_sample=False, eos_token_id=None
         )

@@ -1,4 +1,4 @@
-"""Every name of transformers that is not promised is as _transformers.EXPECTED says, and every one we use is listed."""
+"""Private names of transformers are as _transformers.EXPECTED says, and every one that we use is listed."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ def _find(path: str):
 
 @pytest.mark.quick
 def test_release_is_the_one_that_is_asked_for():
-    asked = os.environ.get("TRANSFORMER_FAST_TEST_RELEASE")  # by tests/compat/releases.py
+    asked = os.environ.get("TRANSFORMER_FAST_TEST_RELEASE")  # set by tests/compat/releases.py
     assert asked is None or transformers.__version__ == asked
     assert hf.IS_TESTED
 
@@ -54,7 +54,7 @@ def test_is_as_expected(expected):
 
 @pytest.mark.quick
 def test_order_of_calls(monkeypatch):
-    """generate prepares the special tokens and its cache before it calls the decoding loop, by their names."""
+    """generate prepares the special tokens and its cache before it calls the decoding loop, by the expected names."""
     calls = []
     names = [e.path.rpartition(".")[2] for e in EXPECTED if "GenerationMixin._" in e.path]
     mixin = transformers.GenerationMixin
@@ -90,7 +90,7 @@ def test_configurations_hold_their_attention_where_expected():
 
 
 def _classes():
-    """Every class of ours that stands on one of transformers'."""
+    """Every class of ours that is derived from one of transformers'."""
     for name in [n for names in transformer_fast._EXPORTS.values() for n in names]:
         getattr(transformer_fast, name)
     importlib.import_module("transformer_fast.pipelines.factory")
@@ -104,7 +104,7 @@ def _classes():
 
 
 def _own(cls: type):
-    """vars(cls), for a class that has an attribute __dict__ of its own too."""
+    """vars(cls), also for a class with its own attribute __dict__."""
     return type.__dict__["__dict__"].__get__(cls)
 
 
@@ -116,13 +116,13 @@ def test_every_private_name_that_is_overridden_is_listed():
         mixed = [transformers.GenerationMixin] if cls.__name__ == "GenerationMixin" else []
         for name in _own(cls):
             private = name.startswith("_") and not name.startswith(("__", "_abc_"))
-            private = private and not name.endswith("_cached_value")  # transformers' own notes on classes
+            private = private and not name.endswith("_cached_value")  # set on classes by transformers itself
             if private and name not in LISTED and any(name in _own(b) for b in bases + mixed):
                 missing.add(f"{cls.__module__}.{cls.__qualname__}.{name}")
     assert not missing, f"list them in _transformers.EXPECTED: {sorted(missing)}"
 
 
-# Of named tuples, of our own classes, torch's and importlib's.
+# Names of named tuples, of our own classes, of torch and importlib.
 _OURS = {"_asdict", "_replace", "_fields", "_kind", "_original", "_version", "_initializing"}
 
 
@@ -147,7 +147,7 @@ def test_every_private_name_that_is_read_is_reached_in_one_module():
         for node in ast.walk(tree):
             name = getattr(node, "attr", "") if isinstance(node, ast.Attribute) else ""
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
-                name = getattr(node.args[1], "value", "")  # "" where it is no literal
+                name = getattr(node.args[1], "value", "")  # "" if it is not a literal
             if not isinstance(name, str) or not name.startswith("_") or name.startswith("__") or name in allowed:
                 continue
             owner = ast.unparse(node.value) if isinstance(node, ast.Attribute) else ""

@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md is the record, and has both ends of the supported range."""
+"""The table of docs/compatibility.md equals the record, and includes both ends of the supported range."""
 
 import csv
 import importlib.util

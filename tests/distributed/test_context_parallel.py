@@ -1,4 +1,4 @@
-"""Attention over a sequence in parts, by two and by four processes, is what one process gives for the whole."""
+"""Attention over a sequence split over two and four processes equals that of one process."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def work(rank: int, world: int, rendezvous: str, result: str) -> None:
             cp = tf.distributed.context_parallel(mesh, method=method, load_balance=case.load_balance)
             try:
                 found[method, case.name] = case.spread(cp)
-            except NotImplementedError as error:  # in all of them
+            except NotImplementedError as error:  # in all processes
                 found[method, case.name] = str(error)
         found[method, "saved"] = saved_bytes(tf.distributed.context_parallel(mesh, method=method))
         found[method, "dropout"] = dropout(tf.distributed.context_parallel(mesh, method=method))
@@ -38,7 +38,7 @@ def work(rank: int, world: int, rendezvous: str, result: str) -> None:
 
 
 def saved_bytes(cp) -> int:
-    """What a causal call keeps for backward in this process."""
+    """The bytes that a causal call keeps for backward in this process."""
     kept = 0
 
     def pack(t):
@@ -53,7 +53,7 @@ def saved_bytes(cp) -> int:
 
 
 def dropout(cp) -> dict[str, torch.Tensor]:
-    """out of equal weights and values of one: the share that was kept; and how linear backward is in the same mask."""
+    """Equal weights and values of 1, so that out is the kept share; and a check that backward uses the same mask."""
     torch.manual_seed(0)  # the same in every process
     q = cp.shard(torch.zeros(2, 4, 128, 8), 2)
     v = torch.ones_like(q).requires_grad_()
@@ -114,7 +114,7 @@ def test_as_one_process(found, method, case: Case):
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_falls_with_the_processes(found, method):
     floats = 4 * 256 * 16 * 4 + 4 * 256  # query, key, value, out, and lse
-    positions = 2 * 256 * 8 * 2 if method == "ulysses" else 0  # where each row stands: two exchanges, int64
+    positions = 2 * 256 * 8 * 2 if method == "ulysses" else 0  # positions of the rows: two exchanges, int64
     assert found[method, "saved"] <= floats * 4 / found["size"] + positions
 
 
@@ -122,15 +122,15 @@ def test_memory_falls_with_the_processes(found, method):
 def test_dropout_is_of_each_process_and_the_same_in_backward(found, method):
     out, sums = found[method, "dropout"].values()
     assert not torch.equal(out[0], out[1])
-    assert 0.9 < out[0].mean() < 1.1  # 2 * 4 * 128 * 128 draws of 3/4, in each part a share of them
-    # d(sum of out)/dv sums to the sum of weights kept, as out does for values of one.
+    assert 0.9 < out[0].mean() < 1.1  # 2 * 4 * 128 * 128 draws with probability 3/4
+    # The sum of d(sum of out)/dv is the sum of the kept weights, as is the sum of out for values of 1.
     torch.testing.assert_close(sums[0], sums[1])
 
 
 def test_refusals_say_what_was_wanted(found):
     said, size = found["refusals"], found["size"]
-    assert f"heads that {size} processes divide" in said["heads"] and "got 3" in said["heads"]
-    assert "two chunks of the same length" in said["odd"] and "got 5" in said["odd"]
+    assert f"a multiple of the {size} processes" in said["heads"] and "got 3" in said["heads"]
+    assert "two equal chunks" in said["odd"] and "got 5" in said["odd"]
     assert f"{8 * size}) with a column for every position, got (1, 1, 8, 8)" in said["mask"]
     for name in ("cache", "probabilities", "additive"):
         assert "context_parallel" in said[name], name

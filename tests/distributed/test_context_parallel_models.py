@@ -1,8 +1,9 @@
-"""Models on parts of their sequences: losses and gradients are those of one process."""
+"""Models on parts of sequences: losses and gradients equal those of one process."""
 
 import contextlib
 import functools
 import os
+import re
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +27,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Model(NamedTuple):
-    """package: where the class is; switch: whose context_parallel is used, ours or torch's (as accelerate does)."""
+    """package: the library of the class. switch: whose context_parallel is used, ours or torch's (as in accelerate)."""
 
     name: str
     config: str
@@ -46,7 +47,7 @@ class Model(NamedTuple):
         model = getattr(self.package(), self.name)(config)
         if self.checkpointing:
             model.gradient_checkpointing_enable()
-        for module in model.modules():  # of T5 and others, whose configurations have it under many names
+        for module in model.modules():  # modules instead of the configuration, which has many names for it
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if hasattr(model, "set_attn_implementation") and self.package() is not tf:
@@ -79,7 +80,7 @@ class Model(NamedTuple):
         else:
             found["labels"] = found["input_ids"].clone()
         if found["labels"].dim() > 1:
-            found["labels"][:, 20:] = -100  # all that some chunks have
+            found["labels"][:, 20:] = -100  # some chunks have no labels
             if self.padding and "Conditional" not in self.name:
                 found["labels"] = found["labels"].masked_fill(found["attention_mask"] == 0, -100)
         return found
@@ -149,7 +150,7 @@ def spread(model: Model, mesh) -> dict[str, torch.Tensor]:
         loss = module(**parts).loss
         if "SequenceClass" not in model.name:
             loss = cp.mean(loss, parts.get("shift_labels", parts["labels"]))
-        if model.checkpointing:  # what is computed again knows where it was
+        if model.checkpointing:  # the recomputation must use the forward's context
             stack.close()
         loss.backward()
     return summed(loss, module)
@@ -171,7 +172,7 @@ def alone(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def through_hugging_face(mesh) -> dict:
-    """cp_size=2 of accelerate and Trainer, by their own code but for what processes they take, which are GPUs'."""
+    """cp_size=2 in accelerate and Trainer, with their own code except for the check that processes have GPUs."""
     import accelerate
     import transformers
     from accelerate.big_modeling import _attach_context_parallel_hooks
@@ -189,7 +190,7 @@ def through_hugging_face(mesh) -> dict:
         _attach_context_parallel_hooks(module)
         try:
             context, inputs = transformers.Trainer._prepare_context_parallel_inputs(trainer, module, inputs)
-        except ValueError as error:  # of Trainer alone: accelerate goes on
+        except ValueError as error:  # only Trainer refuses; accelerate continues
             found["refused", model.label] = str(error)
             inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
             inputs["position_ids"] = torch.arange(LENGTH).repeat(BATCH, 1)
@@ -203,7 +204,7 @@ def through_hugging_face(mesh) -> dict:
         found[model.label] = summed(loss, module)
     rank, count = str(mesh.get_rank()), str(WORLD)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # looked at, not used: the processes have met
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # read but not used: the process group exists
     try:
         accelerate.Accelerator(cpu=True, parallelism_config=accelerate.ParallelismConfig(cp_size=WORLD))
     except ValueError as error:
@@ -212,14 +213,16 @@ def through_hugging_face(mesh) -> dict:
 
 
 def refusals(mesh) -> dict[str, str]:
-    """What a process says of what it cannot know."""
+    """{case: error message} of calls that context_parallel refuses."""
     cp = tf.distributed.context_parallel(mesh)
     llama = MODELS[0].make()
     batch = cp.shard_batch({"input_ids": torch.randint(3, 61, (1, LENGTH))})
     ids = batch["input_ids"]
+    transformers_own = MODELS[0]._replace(package=theirs).make()
     calls = {
         "labels": lambda: llama(**batch, labels=ids),
         "positions": lambda: llama(ids, position_ids=torch.arange(ids.shape[1])[None] % 4),
+        "pattern": lambda: transformers_own(ids, position_ids=torch.arange(ids.shape[1])[None] % 4, use_cache=False),
         "attentions": lambda: llama(**batch, output_attentions=True),
         "generate": lambda: llama.eval().generate(ids, max_new_tokens=2),
     }
@@ -261,7 +264,7 @@ def test_loss_and_gradients(found, model: Model):
 
 def assert_learned_alike(parts: dict[str, torch.Tensor], model: Model) -> None:
     parts = dict(parts)
-    # transformers' loss is float32 whatever the model is: the truth is that of our class, of the same weights.
+    # transformers' loss is always computed in float32, so the reference is our class with the same weights.
     truth, plain = alone(model._replace(package=lambda: tf), torch.float64), alone(model, torch.float32)
     assert parts.keys() == truth.keys()
     losses = [d.pop("loss") for d in (parts, truth, plain)]
@@ -273,14 +276,15 @@ def test_refusals(found):
     said = found["refusals"]
     assert "shift_labels" in said["labels"]
     assert "one sequence per row" in said["positions"]
+    assert re.match("attention_mask: .*context_parallel.*16 queries and 16 keys", said["pattern"])
     assert "output_attentions: wanted False" in said["attentions"]
     assert "context_parallel" in said["generate"]
 
 
 @pytest.mark.parametrize("package", ["ours", "theirs"])
 def test_hugging_faces_switch(found, package):
-    """transformers' class with attn_implementation="transformer_fast" by accelerate, for Trainer refuses that; this
-    package's by Trainer too."""
+    """transformers' class with attn_implementation="transformer_fast" in accelerate, because Trainer refuses it; this
+    package's class in Trainer too."""
     model = MODELS[0] if package == "ours" else MODELS[0]._replace(package=theirs)
     spread_by_it = found["Hugging Face's switch"]
     assert ("refused", MODELS[0].label) not in spread_by_it

@@ -1,4 +1,4 @@
-"""tp_plan="auto" of transformers: two processes that share the weights of each layer have the loss and the gradients of
+"""tp_plan="auto" of transformers: two processes, with the weights of each layer split, have the loss and gradients of
 one."""
 
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 WORLD = 2
 IDS = torch.arange(3, 35).view(2, 16)
-# Hugging Face's class with this package's attention, and this package's, which goes to Hugging Face's forward.
+# Hugging Face's class with this package's attention, and this package's class, which runs Hugging Face's forward.
 WAYS = {"theirs": "transformer_fast", "ours": None}
 
 
@@ -67,4 +67,4 @@ def test_tensor_parallel(tmp_path):
         whole = {n: t for n, t in truth.items() if n != "loss"}
         assert parts.keys() == whole.keys()
         assert_as_accurate(*(pooled(g, whole) for g in (parts, whole, plain)), GRADIENT)
-    assert "transformers' own forward" in found["explain"]  # and says so
+    assert "transformers' own forward" in found["explain"]  # as explain says

@@ -370,9 +370,9 @@ def test_generators_of_rows():
         ours.generate(ids, do_sample=True, generators=[torch.Generator()])
     with pytest.raises(ValueError, match="do_sample=False"):
         ours.generate(ids, generators=[torch.Generator()] * 4)
-    with pytest.raises(ValueError, match="generators: are for sampling without beams"):
+    with pytest.raises(ValueError, match="generators: only for sampling without beams"):
         ours.generate(ids, num_beams=2, do_sample=True, generators=[torch.Generator()] * 4)
-    with pytest.raises(ValueError, match="generators: are taken with a cache of generate's own"):
+    with pytest.raises(ValueError, match="generators: can only be used with the cache that generate creates"):
         ours.generate(ids, do_sample=True, use_cache=False, generators=[torch.Generator()] * 4)
 
 

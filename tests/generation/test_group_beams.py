@@ -127,7 +127,7 @@ def test_first_group_is_a_plain_search_and_the_others_differ():
         ({"diversity_penalty": 0.0}, "diversity_penalty: wanted a number over 0"),
         ({"do_sample": True}, "do_sample: wanted False"),
         ({"streamer": object()}, "streamer: wanted None"),
-        ({"use_cache": False}, "num_beam_groups: groups of beams are searched with a cache"),
+        ({"use_cache": False}, "num_beam_groups: can only be used with the cache"),
     ],
 )
 def test_bad_input(options, message):

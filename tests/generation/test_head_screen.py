@@ -172,7 +172,7 @@ def test_what_takes_all_logits(chosen):
     for more in ({"repetition_penalty": 1.3}, {"do_sample": True}, {"num_beams": 2}):
         model.generate(**call, **more)
     assert not chosen
-    set_weight_storage(model, copy=False)  # no memory beside the model's
+    set_weight_storage(model, copy=False)  # no memory in addition to the model's
     model.generate(**call, do_sample=False)
     assert not chosen and decoder_state(model).screen is None
     set_weight_storage(model)

@@ -301,7 +301,7 @@ def test_refused_calls():
     model = make("bart")
     prompt = seq2seq_prompt(model, 2, 1)
     with torch.enable_grad():
-        assert NativeStepper.why_not(model, prompt) == "gradients are wanted"
+        assert NativeStepper.why_not(model, prompt) == "gradients are enabled"
     with torch.autocast("cpu", torch.bfloat16):
         assert NativeStepper.why_not(model, prompt) == "autocast is on"
     assert "does not describe" in NativeStepper.why_not(torch.nn.Linear(1, 1), prompt)

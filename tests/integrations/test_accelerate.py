@@ -1,4 +1,4 @@
-"""accelerate and restore: what is swapped computes the same, what is left is said, and undoing is exact."""
+"""accelerate and restore: swapped modules compute the same, the report names what is left, and undo is exact."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""accelerate makes Hugging Face's models this package's in place, wherever they lie, and gives them back."""
+"""accelerate gives Hugging Face's models this package's classes in place, at any depth, and restores them."""
 
 import copy
 import pickle
@@ -41,7 +41,7 @@ def test_becomes_ours_and_goes_back(family):
     torch.testing.assert_close(found, wanted)
     imported = ours(copy.deepcopy(model.config)).eval()
     imported.load_state_dict(model.state_dict())
-    assert torch.equal(run(imported, inputs), found)  # the very same code
+    assert torch.equal(run(imported, inputs), found)  # the same code runs
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run(other, inputs), found) and "the fast path" in transformer_fast.explain(other)
     assert report.undo() is model and classes_of(model) == before
@@ -64,7 +64,7 @@ def test_generates_by_the_engine(family, monkeypatch):
 
 
 class Classifier(nn.Module):
-    """Somebody's own model with one of Hugging Face's inside."""
+    """A user's model with one of Hugging Face's inside."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ def test_what_is_somebody_s_own_is_left_with_its_reason(name):
     change(model)
     wanted = run(model, inputs)
     report = transformer_fast.accelerate(model, verbose=False)
-    assert type(model) is hf.BertModel and re.search(reason, report.left[""]) and report.swapped  # the old way
+    assert type(model) is hf.BertModel and re.search(reason, report.left[""]) and report.swapped  # only swapped
     torch.testing.assert_close(run(model, inputs), wanted)
     report.undo()
     assert torch.equal(run(model, inputs), wanted)
@@ -183,12 +183,12 @@ def test_precision():
         found = run(model, inputs)
     cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=-1)
     assert cosine.min() > 0.99 and not torch.equal(found, wanted)
-    with pytest.raises(ValueError, match="precision: there is no part of Linear"):
+    with pytest.raises(ValueError, match="precision: no part of Linear"):
         transformer_fast.accelerate(nn.Linear(2, 2), precision="int8")
     with pytest.raises(ValueError, match="int3"):
         transformer_fast.accelerate(TEXT["bert"](), precision="int3")
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="model: wanted a torch.nn.Module or what holds one.*, got str"):
+    with pytest.raises(TypeError, match="model: wanted a torch.nn.Module or an object with a `model`, got str"):
         transformer_fast.accelerate("bert")

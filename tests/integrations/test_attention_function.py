@@ -1,4 +1,4 @@
-"""The attention function itself: what transformers may pass, and what it refuses."""
+"""The attention function: arguments that transformers may pass, and arguments that are refused."""
 
 import types
 
@@ -78,7 +78,7 @@ def test_position_bias_gradient_under_causality():
 
 
 def _with_sinks(module, query, key, value, mask, s_aux=None, **options):
-    """One more key of score s_aux, whose value is zero."""
+    """The reference: one more key with score s_aux and value zero."""
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -8,7 +8,7 @@ import transformers as hf
 from hf_models import DECODERS, ENCODERS, SEQ2SEQ, TEXT, batch, cast, run, run_with_gradients, truth, vit
 from numerics import GRADIENT, assert_as_accurate, pooled
 
-from transformer_fast.integrations import huggingface  # which registers the implementation
+from transformer_fast.integrations import huggingface  # registers the implementation
 from transformer_fast.integrations.lazy_mask import LazyMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +85,7 @@ def test_beam_search_tokens():
 @pytest.mark.parametrize("cache_class", [hf.DynamicCache, hf.StaticCache])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_prefill_in_chunks(family, cache_class):
-    """The second chunk's queries stand at the end of the keys, or in the middle of a static cache."""
+    """The second chunk's queries are at the end of the keys, or in the middle of a static cache."""
     model, inputs = DECODERS[family](), batch("left")
 
     def chunked(model, dtype=torch.float32):
@@ -104,7 +104,7 @@ def test_prefill_in_chunks(family, cache_class):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_packed_sequences(family, monkeypatch):
-    """Sequences one after the other in a row, told apart by position_ids alone: varlen attention, no dense mask."""
+    """Several sequences per row, separated only by position_ids: varlen attention without a dense mask."""
     model = DECODERS[family]().train()
     ids = batch("none")["input_ids"].view(2, -1)
     rows = [[4, 1, 10, 3], [7, 11]]  # mistral's and gemma2's windows are of 3
@@ -124,7 +124,7 @@ def test_packed_sequences(family, monkeypatch):
     exact, plain = (run_with_gradients(m, inputs, use_cache=False) for m in models[1:])
     assert_as_accurate(ours[0], exact[0], plain[0])
     assert_as_accurate(*(pooled(g[1], exact[1]) for g in (ours, exact, plain)), GRADIENT)
-    with torch.no_grad():  # whoever reads the mask gets transformers' own
+    with torch.no_grad():  # code that reads the mask gets transformers' own
         out = models[0](**inputs, use_cache=False, output_attentions=True)
         assert_as_accurate(out.logits.flatten(0, 1), exact[0], plain[0])
         assert not out.attentions[0][0, :, 5:15, :5].any()
@@ -148,7 +148,7 @@ def test_own_four_dimensional_mask(family, kind):
 
 
 def test_padding_is_never_attended_to():
-    """What stands at padded positions changes nothing at the others."""
+    """Values at padded positions do not affect other positions."""
     for family in ("bert", "llama", "t5"):
         model = cast(TEXT[family](), torch.float32, "transformer_fast")
         for padding in ("left", "right"):
@@ -171,7 +171,7 @@ def test_gradient_checkpointing(reentrant):
 
 @pytest.mark.parametrize("regional", [True, False])
 def test_compile(regional):
-    """Whole models with fullgraph, and layer by layer, where masks of different rules must not be mixed up."""
+    """Whole models with fullgraph, and single layers, where masks with different rules must not be confused."""
     model = cast(DECODERS["gpt2"](), torch.float32, "transformer_fast")
     compiled = copy.deepcopy(model)
     torch._dynamo.reset()

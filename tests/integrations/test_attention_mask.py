@@ -1,4 +1,4 @@
-"""Masks kept as rules: the same as transformers' dense ones, whatever reads them."""
+"""Masks stored as rules equal transformers' dense masks, for every kind of access."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_has_the_values_of_sdpa_mask(pattern, queries, keys, seen, kv_offset, pa
     }  # fmt: skip
     wanted = hf.sdpa_mask(**arguments)
     assert torch.equal(attention_mask(**arguments) & True, wanted.expand(3, 1, queries, keys))
-    # Where nothing needs to be said, None says what it says to transformers' own attention.
+    # If no mask is needed, None means the same as for transformers' own attention.
     skips = {"allow_is_causal_skip": "bidirectional" not in pattern and "both" not in pattern}
     skips["allow_is_bidirectional_skip"] = not skips["allow_is_causal_skip"]
     skips["local_size"] = {"sliding": 3, "sliding both ways": 2}.get(pattern)

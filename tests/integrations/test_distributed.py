@@ -1,5 +1,5 @@
-"""Data parallel and fully sharded training of each family: two processes get the gradients that one gets on both halves
-of a batch, and a model that FSDP2 has sharded still takes the fast path."""
+"""Data parallel and fully sharded training of each family: two processes have the gradients of one process on both
+halves of a batch, and a model sharded by FSDP2 uses the fast path."""
 
 import datetime
 import functools
@@ -89,7 +89,7 @@ def layers_of(model) -> list[nn.Module]:
 
 
 def shard(model, *apart: list[nn.Module]):
-    """Each layer with what it is wrapped in, then the lists of modules, then the model."""
+    """Shard each layer with its wrapper, then the lists of modules, then the model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -111,8 +111,8 @@ def fully_sharded(name: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def words_apart(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """As accelerate does it: the table of words and what is tied to it are a unit of their own, BERT's embeddings too.
-    torch refuses that where a third module holds one of their parameters."""
+    """Units as in accelerate: the token embedding and the weights tied to it are one unit, BERT's embeddings another.
+    torch refuses that if a third module has one of their parameters."""
     model = make_model(name)
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = [words] if head is None else [words, head]
@@ -129,7 +129,7 @@ def words_apart(name: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def computed_again(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """Layers in torch's wrapper, which keeps nothing of them for backward."""
+    """Layers in torch's checkpoint wrapper, which keeps no activations for backward."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
     model = make_model(name)
@@ -138,7 +138,7 @@ def computed_again(name: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def checkpointed(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """By Hugging Face's switch."""
+    """With Hugging Face's gradient_checkpointing_enable."""
     model = make_model(name)
     if model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -152,7 +152,7 @@ WAYS = {
 
 
 def uses(name: str, rank: int, model) -> dict:
-    """Without gradients: what is planned from a table that no process has whole, and a cache."""
+    """Calls without gradients: planning from a sharded table, and a cache."""
     inputs = {k: v for k, v in batch(name, rank).items() if "label" not in k}
     model.eval()
     with torch.no_grad():
@@ -172,7 +172,7 @@ USED = ["GPT2LMHeadModel", "T5ForConditionalGeneration", "LlamaForCausalLM"]
 
 
 class Counted:
-    """How often a layer is computed by our stack."""
+    """Counts how often our stack computes a layer."""
 
     def __init__(self):
         self.calls, self._run, _layer.transformer_layer = 0, _layer.transformer_layer, self
@@ -195,7 +195,7 @@ def work(rank: int, rendezvous: str, result: str) -> None:
         counted.calls = 0
         try:
             found[key] = run()
-        except Exception as error:  # in both of them
+        except Exception as error:  # in both processes
             found[key] = f"{type(error).__name__}: {error}"
         found[key, "calls"] = counted.calls
     if rank == 0:

@@ -1,4 +1,4 @@
-"""LoRA on Hugging Face's own target names: the same outputs and adapter gradients as on Hugging Face's models."""
+"""LoRA with Hugging Face's target names: the same outputs and adapter gradients as on Hugging Face's models."""
 
 import copy
 
@@ -39,10 +39,10 @@ def adapted(model, targets, adapter):
 def run(model, parameters, name, ids, mask):
     labels = ids % 2 if name == "bert" else ids
     output = model(input_ids=ids, attention_mask=mask, labels=labels)
-    # Not the loss alone, a mean over many tokens: its gradients are small beside their rounding.
+    # Not only the loss: it is a mean over many tokens, and its gradients are small relative to their rounding errors.
     real = mask.bool() if output.logits.dim() == 3 else slice(None)
     (output.loss + output.logits[real].square().mean()).backward()
-    # One number of the whole adapter: a matrix of four rows has too few for a largest error to say much.
+    # All gradients of the adapter together: the largest error of a matrix with four rows is too random.
     return output.logits[real].detach(), torch.cat([p.grad.flatten() for p in parameters.values()])
 
 

@@ -1,4 +1,4 @@
-"""attn_implementation="transformer_fast" is known whichever package comes first, and nothing is imported early."""
+"""attn_implementation="transformer_fast" is registered in both orders of import, and nothing is imported early."""
 
 import subprocess
 import sys

@@ -24,7 +24,7 @@ def minilm():
 
 @pytest.fixture
 def small(tmp_path):
-    """small("RobertaForMaskedLM") -> the folder of a tiny random model with MiniLM's tokenizer."""
+    """small("RobertaForMaskedLM") returns the folder of a tiny random model with MiniLM's tokenizer."""
 
     def make(name: str, **changes) -> str:
         family = name.partition("For")[0].removesuffix("Model")
@@ -67,7 +67,7 @@ def test_the_real_model(minilm):
 def test_encoded_by_other_processes(minilm):
     truth, wanted = embeddings(truth_of(minilm), convert_to_tensor=True), embeddings(minilm)
     made_fast(minilm, "0.model", "BertModel")
-    pool = minilm.start_multi_process_pool(["cpu"])  # the model travels there by pickle
+    pool = minilm.start_multi_process_pool(["cpu"])  # the model is pickled for the process
     try:
         found = embeddings(minilm, pool=pool)
     finally:
@@ -78,7 +78,7 @@ def test_encoded_by_other_processes(minilm):
 @pytest.mark.parametrize("family", ["Roberta", "MPNet", "Electra"])
 @torch.no_grad()
 def test_kinds_of_pooling(family, small):
-    """None of them reads the zeros that stand where padding was."""
+    """No pooling reads the zeros at padding."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     model = st.SentenceTransformer(modules=[Transformer(small(f"{family}Model"))], device="cpu")
@@ -146,8 +146,8 @@ def test_gradients_of_a_loss_of_theirs(small):
 
 
 def test_trainer(small, tmp_path):
-    """Steps of its Trainer end where they end with transformers' model, and what it saves is read again."""
-    datasets = pytest.importorskip("datasets", reason="datasets, which its Trainer wants, is not installed")
+    """Training has the same result as with transformers' model, and saved files load again."""
+    datasets = pytest.importorskip("datasets", reason="datasets, which its Trainer needs, is not installed")
     from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 

@@ -22,7 +22,7 @@ def _mask(kind: str) -> torch.Tensor | None:
 
 @pytest.fixture(autouse=True)
 def exact_rotation(monkeypatch):
-    """HF's ModernBERT rotates in float32 whatever the dtype: in float64 where the model is the truth."""
+    """HF's ModernBERT rotates in float32 in every dtype; in the float64 reference model, rotate in float64."""
     from transformers.models.modernbert import modeling_modernbert as hf
 
     def rotate(q, k, cos, sin, unsqueeze_dim=1):
@@ -54,13 +54,13 @@ def pair():
         theirs = getattr(transformers, name)(config)
         with torch.no_grad():
             for parameter in theirs.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)  # biases and norms are not left at 0 and 1
+                parameter.add_(torch.randn_like(parameter) * 0.05)  # so that biases and norms are not 0 and 1
             theirs.to(dtype)
         truth = getattr(transformers, name)(config).double()
         ours = getattr(transformer_fast, name)(config).to(dtype)
         for other in (truth, ours):
             other.load_state_dict(theirs.state_dict())
-        # Eager attention averages over padding where a window holds nothing else; torch's gives zeros, as ours does.
+        # If a window has only padding, eager attention averages over it; torch's attention gives zeros, like ours.
         attention = "sdpa" if name.startswith("ModernBert") else "eager"
         for model in (theirs, truth):
             model.set_attn_implementation(attention)

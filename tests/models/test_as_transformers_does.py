@@ -1,4 +1,4 @@
-"""Small things that users of transformers rely on: what is accepted, what raises, what one seed gives."""
+"""Details that users of transformers rely on: accepted arguments, errors, the results of a seed."""
 
 import copy
 
@@ -132,7 +132,7 @@ def test_checkpoints_that_lack_weights(tmp_path, caplog):
         transformer_fast.GPT2LMHeadModel.from_pretrained(tmp_path, n_layer=2)
     _, info = transformer_fast.GPT2LMHeadModel.from_pretrained(tmp_path, n_layer=2, output_loading_info=True)
     assert any("h.1." in key for key in info["missing_keys"])
-    for kind in (ValueError, RuntimeError):  # ours, and transformers'
+    for kind in (ValueError, RuntimeError):  # ours, and that of transformers
         with pytest.raises(kind, match="shapes in the checkpoint differ"):
             transformer_fast.GPT2LMHeadModel.from_pretrained(tmp_path, n_positions=50)
     transformers.MarianMTModel(transformers.MarianConfig(**BART)).save_pretrained(tmp_path / "marian")
@@ -158,7 +158,7 @@ def test_attributes():
 @pytest.mark.parametrize("name, config", [("GPT2LMHeadModel", gpt2()), ("T5ForConditionalGeneration", t5())])
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning", "embeddings", "tokens"])
 def test_peft(name, config, kind):
-    """Soft prompts, prefixes and adapters on embeddings count at every step."""
+    """Soft prompts, prefixes and adapters on embeddings apply at every step."""
     task = "CAUSAL_LM" if name == "GPT2LMHeadModel" else "SEQ_2_SEQ_LM"
     linear, table = ("c_attn", "wte") if name == "GPT2LMHeadModel" else ("q", "shared")
     fan = {"fan_in_fan_out": name == "GPT2LMHeadModel"}
@@ -210,7 +210,7 @@ def test_lora_on_linear_layers_stays_fast():
                 and "the fast path" in transformer_fast.explain(tuned)
             )
             tuned.prepare_inputs_for_generation = tuned.prepare_inputs_for_generation
-            ours.prepare_inputs_for_generation = tuned.prepare_inputs_for_generation  # as its generate does
+            ours.prepare_inputs_for_generation = tuned.prepare_inputs_for_generation  # as PEFT's generate does
             assert not why_hf_loop(ours)
             tuned.base_model.model.transformer.h[0].attn.c_attn.lora_A["default"].register_forward_hook(lambda *_: None)
             assert "c_attn" in why_hf_forward(ours)

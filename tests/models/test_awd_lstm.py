@@ -21,7 +21,7 @@ def build(head=tf.AWDLSTMForCausalLM, **settings):
     defaults = {"vocab_size": 31, "embedding_size": 12, "cell_size": 20, "num_layers": 3, "initializer_range": 0.8}
     model = head(tf.AWDLSTMConfig(**{**defaults, **settings})).eval()
     with torch.no_grad():
-        for layer in model.base_model.layers:  # states that tell tokens apart
+        for layer in model.base_model.layers:  # so that states differ between tokens
             layer.weight_ih.mul_(4), layer.weight_hh.mul_(2)
     return model
 
@@ -35,7 +35,7 @@ def batch(padding="right"):
 
 
 def written_out(model, ids):
-    """Logits (S, V) of one sentence, a step at a time (Merity et al., 2018, section 2)."""
+    """Logits (S, V) of one sentence, step by step (Merity et al., 2018, section 2)."""
     x = list(model.model.embed_tokens.weight[ids])
     for layer in model.model.layers:
         h, c = x[0].new_zeros(layer.output_size), x[0].new_zeros(layer.cell_size)
@@ -96,7 +96,7 @@ def test_regularisation_in_training_alone():
     torch.testing.assert_close(losses[0.0, 3.0] - losses[0.0, 0.0], temporal)
 
 
-# ---- dropouts, each alone --------------------------------------------------------------------------------
+# ---- each dropout separately -----------------------------------------------------------------------------
 def states(name, layer, ids, p=0.5):
     model = build(tf.AWDLSTMModel, **{**NO_DROPOUT, f"{name}_dropout": p}).train()
     torch.manual_seed(7)
@@ -131,17 +131,17 @@ def test_weights_are_dropped():
     ids = torch.randint(1, 31, (2, 6))
     x, model = states("weight", 1, ids)
     plain = model.eval()(ids, output_hidden_states=True).hidden_states[1]
-    torch.testing.assert_close(x[:, 0], plain[:, 0])  # no state to weigh yet
+    torch.testing.assert_close(x[:, 0], plain[:, 0])  # the first step has no state for the weights
     assert not torch.isclose(x[:, 1:], plain[:, 1:]).any(-1).all()
     y, model = states("weight", 1, ids)
     assert torch.equal(x, y)  # one seed, one mask
     y.sum().backward()
     dropped = model.layers[0].weight_hh.grad.eq(0).float().mean()
-    assert 0.35 < dropped < 0.65  # what is dropped learns nothing
+    assert 0.35 < dropped < 0.65  # dropped weights have no gradient
 
 
 def test_layers_computed_again(monkeypatch):
-    """With gradient checkpointing, dropout and all: the gradients are those without."""
+    """Gradient checkpointing gives the same gradients, also with dropout."""
     found = []
     for again in (False, True):
         model = build(num_layers=2).train()

@@ -1,4 +1,4 @@
-"""Checkpoints travel between Hugging Face and this package bit for bit, and broken ones are named."""
+"""Checkpoints load in Hugging Face and in this package bit for bit; errors name broken files."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def test_from_hugging_face_and_back(name, form, bert_config, ids, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not ours.training
     same_weights(ours, theirs)
     with torch.no_grad():
-        ours(ids)  # however the fused ops lay out the weights, what is saved is the same
+        ours(ids)  # the weight layout of the fused ops must not change what is saved
     save(ours, tmp_path / "ours", form)
     back = getattr(transformers, name).from_pretrained(tmp_path / "ours")
     assert type(back) is getattr(transformers, name)
@@ -69,7 +69,7 @@ def test_dtype_copies_and_pickles(bert_config, ids, tmp_path):
         assert type(other) is transformer_fast.BertModel
         same_weights(other, model)
         assert torch.equal(other(ids)[0], before)
-        with torch.no_grad():  # a copy shares nothing
+        with torch.no_grad():  # a copy shares no memory
             for parameter in other.parameters():
                 parameter.zero_()
         assert torch.equal(model(ids)[0], before)
@@ -83,12 +83,12 @@ def test_dtype_copies_and_pickles(bert_config, ids, tmp_path):
 
 
 def test_weights_changed_in_place_are_used(bert_config, ids):
-    """Nothing computed from the weights outlives a change of them."""
+    """Nothing computed from old values of the weights is used after a change."""
     model = transformer_fast.BertModel(bert_config()).eval()
     with torch.no_grad():
         before = model(ids)[0]
         query = model.encoder.layer[0].attention.self.query
-        query.weight.mul_(4)  # and back by a power of two: the same bits
+        query.weight.mul_(4)  # a power of two: dividing again gives the same bits
         changed = model(ids)[0]
         query.weight.div_(4)
         query.weight.data = query.weight.data.clone()
@@ -118,7 +118,7 @@ def test_auto_classes(bert_config, tmp_path):
 
 @pytest.fixture
 def checkpoint(bert_config, tmp_path):
-    """A good checkpoint folder; change(**values) edits its config.json."""
+    """A valid checkpoint folder; change(**values) edits its config.json."""
     transformers.BertModel(bert_config()).save_pretrained(tmp_path)
 
     def change(**values):

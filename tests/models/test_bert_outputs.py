@@ -1,4 +1,4 @@
-"""BERT's outputs and gradients are Hugging Face's, on every row of ragged batches."""
+"""BERT's outputs and gradients equal Hugging Face's, on every row of ragged batches."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_multiple_choice(kind, bert_config, pair, make_mask):
     models = pair("BertForMultipleChoice", bert_config())
     labels = torch.randint(0, 2, (6,))
     outputs = [[] for _ in models]
-    for _ in range(40):  # a batch has few scores and one loss
+    for _ in range(40):  # several batches, because one has few scores and a single loss
         ids = torch.randint(1, 99, (6, 2, 13))
         for found, model in zip(outputs, models):
             found.append(model(ids, attention_mask=mask, labels=labels))
@@ -176,7 +176,7 @@ def test_an_empty_row_and_an_empty_batch(bert_config, pair, ids):
 
 
 def test_adapters_and_hooks_are_called(bert_config, pair, make_mask, ids):
-    """A projection that is more than a plain Linear is called, alone or among the three that are fused."""
+    """A projection that is not a plain Linear is called as a module, also if it is one of the three fused ones."""
     mask = make_mask("right")
     models = pair("BertForSequenceClassification", bert_config())
     seen = []
@@ -200,7 +200,7 @@ def test_adapters_and_hooks_are_called(bert_config, pair, make_mask, ids):
 
 
 def test_dropout_modules_decide(bert_config, pair, ids):
-    """Dropout is read from the modules, live: trainers set p, and freeze single modules by eval()."""
+    """Dropout is read from the modules in each call: trainers set p, and freeze single modules with eval()."""
     ours = pair("BertModel", bert_config(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5))[0].train()
     assert not torch.equal(ours(ids)[0], ours(ids)[0])
     for module in ours.modules():

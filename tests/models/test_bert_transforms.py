@@ -1,4 +1,4 @@
-"""BERT where values cannot be read or others took over: traced, exported, on meta, in inference mode, in torch.func."""
+"""BERT where tensor values cannot be read: traced, exported, on meta, in inference mode, in torch.func."""
 
 import copy
 
@@ -11,7 +11,7 @@ import transformer_fast
 
 @pytest.fixture
 def case(bert_config, pair, make_mask, ids):
-    """(our BertModel, ids, a ragged mask, the same without its rows' order)."""
+    """(our BertModel, ids, a ragged mask, the same with other rows)."""
     ours, _, _ = pair("BertModel", bert_config())
     mask = make_mask("right")
     return ours, ids, mask, mask.flip(0)

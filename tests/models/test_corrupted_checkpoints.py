@@ -1,5 +1,5 @@
-"""Corrupted checkpoints, drawn: each gives an error that names its file, or loads what the file says. None crashes,
-hangs or runs code."""
+"""Randomly corrupted checkpoints: each raises an error that names its file, or loads the values in the file. None
+crashes, hangs or runs code."""
 
 import json
 import pathlib
@@ -145,7 +145,7 @@ class Canary:
 
 
 def code(folder, rng):
-    """A pickle that does something when it is read."""
+    """A pickle that runs code when it is loaded."""
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     tensors = {"embeddings.word_embeddings.weight": torch.randn(20, 16), "x": Canary(folder / "canary")}

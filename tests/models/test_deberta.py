@@ -1,4 +1,4 @@
-"""What DeBERTa alone has: groups of sequences by length, padding that is read, its rule for losses, the convolution."""
+"""Features of DeBERTa alone: groups of sequences by length, padding that is read, its loss rule, the convolution."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LENGTHS = (40, 17, 1, 16, 33, 5, 32, 2)
 
 
 def ragged(kind: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences of several groups."""
+    """(ids, mask) whose sequences belong to several groups."""
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     if kind == "holes":
         mask &= (torch.rand(mask.shape) < 0.7) | (torch.arange(max(LENGTHS)) == 0)
@@ -22,7 +22,7 @@ def ragged(kind: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("changes", [{}, {"conv_kernel_size": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["right", "holes"])
 def test_sequences_of_many_lengths(kind, changes, pair):
-    """Outputs and gradients, of every parameter, the embeddings of distances among them."""
+    """Outputs, and gradients of every parameter, including the embeddings of distances."""
     models = pair("DebertaV2Model", encoder_config("DebertaV2", max_position_embeddings=48, **changes))
     ids, mask = ragged(kind)
     weights = torch.randn(*ids.shape, 48, dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_sequences_of_many_lengths(kind, changes, pair):
 
 @pytest.mark.parametrize("changes", [{}, {"conv_kernel_size": 3}, {"relative_attention": False}], ids=str)
 def test_padding_that_is_read(changes, pair, make_mask, ids):
-    """A label on padding, and a first position that is padding: HF's rows of padding average over the others."""
+    """A label on padding, and a first position that is padding: in HF, padded queries average over all positions."""
     mask = make_mask("left")
     models = pair("DebertaV2ForTokenClassification", config_for("DebertaV2ForTokenClassification", **changes))
     labels = torch.randint(0, 4, ids.shape)
@@ -70,12 +70,12 @@ def test_losses_of_no_problem_type(kind, pair, make_mask, ids):
 
 
 def test_one_layer_and_a_convolution(pair, make_mask, ids):
-    """The first layer is the last one: the convolution reads its neighbours, whatever the head reads."""
+    """The first layer is also the last: the convolution reads neighbours of the positions that the head reads."""
     name = "DebertaV2ForSequenceClassification"
     models = pair(name, config_for(name, num_hidden_layers=1, conv_kernel_size=3, pooler_hidden_act="tanh"))
     mask = make_mask("right")
     found = [[] for _ in models]
-    for _ in range(8):  # a head has few scores
+    for _ in range(8):  # several batches, because a head has few scores
         ids = torch.randint(1, VOCABULARY, ids.shape)
         for logits, model in zip(found, models):
             logits.append(model(ids, attention_mask=mask).logits.flatten())
@@ -97,7 +97,7 @@ def test_documents_in_a_row(pair):
 
 
 def test_labels_of_words_go_as_hugging_face_s(pair, make_mask, ids):
-    """The head that scores by the embeddings themselves trains them."""
+    """The head whose scores come from the embedding table has gradients to it."""
     models = pair("DebertaV2ForMaskedLM", encoder_config("DebertaV2", legacy=False))
     mask = make_mask("right")
     call = labels_for("DebertaV2ForMaskedLM", mask, ids.shape)

@@ -1,5 +1,5 @@
-"""Decoders are Hugging Face's: outputs and gradients on every row of ragged batches, caches,
-windows, generated tokens, checkpoints."""
+"""Decoders equal Hugging Face's: outputs and gradients on every row of ragged batches, caches, windows, generated
+tokens, checkpoints."""
 
 import decoder_cases
 import pytest
@@ -24,7 +24,7 @@ CASES = [("none", F32), ("right", F32), ("left", F32), ("right", BF16), ("left",
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two are slower at these sizes."""
+    """Two threads are slower at these sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +37,7 @@ def labels_for(head: str, ids, mask) -> dict:
         return {"labels": torch.randint(0, 4, (len(ids),))}
     if head == "ForCausalLM":
         labels = torch.randint(0, VOCABULARY, ids.shape).masked_fill(~real, -100)
-        labels[:, 1:].masked_fill_(~real[:, :-1], -100)  # the position before it is padding
+        labels[:, 1:].masked_fill_(~real[:, :-1], -100)  # the previous position is padding
         return {"labels": labels}
     if head == "ForTokenClassification":
         return {"labels": torch.randint(0, 4, ids.shape).masked_fill(~real, -100)}
@@ -53,7 +53,7 @@ def compare(ours, theirs, truth, mask, names):
         if name not in theirs:
             continue
         parts = [real_rows(output[name], mask) for output in (ours, truth, theirs)]
-        if name == "loss":  # one number is right or wrong by luck: weighed among the scores it comes from
+        if name == "loss":  # the error of a single number is random: compare it together with the logits
             parts = [torch.cat((p.view(-1), real_rows(o[names[0]], mask).flatten()))
                      for p, o in zip(parts, (ours, truth, theirs))]  # fmt: skip
         assert_as_accurate(*parts, OUTPUT, name)
@@ -62,7 +62,7 @@ def compare(ours, theirs, truth, mask, names):
 @pytest.mark.quick
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "GPTNeo"])
 def test_windows_over_padding_among_the_tokens(family):
-    """Distances count the padding between two tokens."""
+    """Distances in windows include the padding between two tokens."""
     models = decoder_cases.models(family, "Model")
     ids, _ = decoder_cases.batch("none")
     mask = ((torch.rand(ids.shape) < 0.6) | (torch.arange(ids.shape[1]) == 0)).long()
@@ -75,7 +75,7 @@ def test_windows_over_padding_among_the_tokens(family):
 def test_outputs(family, head, padding, dtype):
     models = decoder_cases.models(family, head, dtype)
     collected = [{} for _ in models]
-    for _ in range(16 if head in ("ForSequenceClassification", "ForQuestionAnswering") else 4):  # few scores: luck
+    for _ in range(16 if head in ("ForSequenceClassification", "ForQuestionAnswering") else 4):  # few scores
         ids, mask = decoder_cases.batch(padding)
         call = labels_for(head, ids, mask)
         with torch.no_grad():
@@ -181,7 +181,7 @@ def test_what_the_native_call_serves(name, reason):
 
 @pytest.mark.parametrize("name", ["positions that change with the length", "positions of LongRoPE"])
 def test_a_long_row_that_ends_changes_the_angles_of_the_others(name):
-    """As in Hugging Face's loop, where rows that have ended are counted: the fast path serves what comes after."""
+    """As in Hugging Face's loop, the length includes rows that have ended; later calls use the fast path."""
     family, changes = SWITCHES[name]
     ours, theirs, _ = decoder_cases.models(family, "ForCausalLM", **changes)
     ids, mask = decoder_cases.batch("left")
@@ -189,7 +189,7 @@ def test_a_long_row_that_ends_changes_the_angles_of_the_others(name):
     call = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
     whole = [
         m.generate(ids, **call, eos_token_id=None) for m in (ours, theirs)
-    ]  # each keeps the angles of its last call
+    ]  # each model keeps the angles of its last call
     end = int(whole[1][0, ids.shape[1] + 5])
     found = [m.generate(ids, **call, eos_token_id=end) for m in (ours, theirs)]
     assert torch.equal(*whole) and torch.equal(*found) and not torch.equal(found[1], whole[1])
@@ -208,7 +208,7 @@ def test_goes_on_from_a_cache(family):
         cache, logits = None, []
         for begin, end in ((0, 7), (7, 9), (9, 10), (10, 11), (11, 13)):
             with torch.no_grad():
-                places = None if family == "OPT" else positions[:, begin:end]  # which counts what the mask keeps
+                places = None if family == "OPT" else positions[:, begin:end]  # OPT counts positions from the mask
                 output = model(
                     ids[:, begin:end], attention_mask=mask[:, :end], position_ids=places, past_key_values=cache,
                     use_cache=True,
@@ -231,7 +231,7 @@ def test_attentions(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_in_one_row(family):
-    """position_ids that begin again begin a document that sees no other."""
+    """A new document begins where position_ids restart; documents do not attend to one another."""
     models = decoder_cases.models(family, "ForCausalLM")
     ids = torch.randint(3, VOCABULARY, (1, 12))
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]])
@@ -239,7 +239,7 @@ def test_documents_in_one_row(family):
         whole = [m(ids, position_ids=positions, use_cache=False) for m in models]
         alone = models[0](ids[:, 7:])
     compare(*whole, None, ("logits",))
-    if family != "OPT":  # whose masks know nothing of positions
+    if family != "OPT":  # its masks ignore position_ids
         torch.testing.assert_close(whole[0].logits[:, 7:], alone.logits)
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints of the encoders beside BERT travel between Hugging Face and this package bit for bit, and are trained."""
+"""Checkpoints of the encoders other than BERT load in Hugging Face and in this package bit for bit, and can be
+trained."""
 
 import json
 
@@ -32,7 +33,7 @@ def test_from_hugging_face_and_back(name, ids, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not ours.training
     same_weights(ours, theirs)
     with torch.no_grad():
-        ours(ids[:, None] if name.endswith("MultipleChoice") else ids)  # which lays out the weights
+        ours(ids[:, None] if name.endswith("MultipleChoice") else ids)  # copies weights into another layout
     ours.save_pretrained(tmp_path / "ours")
     back = getattr(transformers, name).from_pretrained(tmp_path / "ours")
     same_weights(back, theirs)
@@ -109,7 +110,7 @@ def test_resized_embeddings(family, pair, ids, tmp_path):
 
 @pytest.mark.parametrize("family", ["DistilBert", "Albert", "MPNet"])
 def test_trainer(family, pair, tmp_path):
-    """Three steps of HF's Trainer end where they end with HF's model."""
+    """Three steps of HF's Trainer have the same result as with HF's model."""
     from transformers import Trainer, TrainingArguments
 
     ours, theirs, _ = pair(f"{family}ForTokenClassification", encoder_config(family))

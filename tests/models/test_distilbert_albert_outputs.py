@@ -1,4 +1,4 @@
-"""Outputs and gradients of the encoders beside BERT are Hugging Face's, on every row of ragged batches."""
+"""Outputs and gradients of the encoders other than BERT equal Hugging Face's, on every row of ragged batches."""
 
 import hf_models  # noqa: F401  registers float64_reference
 import pytest
@@ -26,7 +26,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [("none", F32), ("left", F32), ("holes", F32), ("right", BF16), ("left", F16)]
 SHARED = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
 FAMILIES = ["DistilBert", "Albert", "ModernBert", "DebertaV2", "Roberta", "Electra", "MPNet"]
-# Of BERT's likes the heads that are BERT's own are taken once more; tests/compat runs every class.
+# Of families like BERT, only some heads that share BERT's code; tests/compat runs every class.
 NAMES = [*(f"{family}{head}" for family in FAMILIES[:4] for head in SHARED), "AlbertForPreTraining",
          *(f"{family}{head}" for family in FAMILIES[4:] for head in SHARED[:3]), "ElectraForPreTraining",
          "XLMRobertaForTokenClassification", "CamembertForQuestionAnswering"]  # fmt: skip
@@ -60,7 +60,7 @@ def test_multiple_choice(family, kind, pair, make_mask):
     models = pair(f"{family}ForMultipleChoice", encoder_config(family))
     labels = torch.randint(0, 2, (6,))
     outputs = [[] for _ in models]
-    for _ in range(16):  # a batch has few scores
+    for _ in range(16):  # several batches, because one has few scores
         ids = torch.randint(1, VOCABULARY, (6, 2, 13))
         for found, model in zip(outputs, models):
             found.append(model(ids, attention_mask=mask, labels=labels))
@@ -156,7 +156,7 @@ def test_classification_problems(family, problem, pair, make_mask):
 def test_hidden_states_and_attentions(name, kind, pair, make_mask, ids):
     mask = make_mask(kind)
     models = pair(name, config_for(name))
-    if name.startswith("ModernBert"):  # whose eager softmax is of float32 in float64 too
+    if name.startswith("ModernBert"):  # its eager softmax is in float32, also in float64 models
         models[1].set_attn_implementation("eager")
         models[2].set_attn_implementation("float64_reference")
     outputs = [m(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True) for m in models]
@@ -200,7 +200,7 @@ def test_inputs_embeds_positions_and_tuples(family, pair, make_mask, ids):
     assert list(pooled(ids).keys()) == ["last_hidden_state"]
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "DebertaV2"])  # HF's embeddings take none
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "DebertaV2"])  # HF's embeddings have no inputs_embeds
 def test_full_masks(family, pair, ids):
     models = pair(BASE[family], encoder_config(family))
     allowed = (torch.rand(BATCH, 1, 13, 13) < 0.7) | torch.eye(13, dtype=torch.bool)
@@ -262,7 +262,7 @@ def test_autocast(family, pair, make_mask, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_and_hooks_are_called(family, pair, make_mask, ids):
-    """A projection that is more than a plain Linear is called; a hook on a layer sees every call of it."""
+    """A projection that is not a plain Linear is called as a module; a hook on a layer fires in every call."""
     mask = make_mask("right")
     models = pair(BASE[family], encoder_config(family))
     seen = []
@@ -326,7 +326,7 @@ def test_bad_input(family, call, message):
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", ["first", "last", "mean", "cls_index"])
 def test_kinds_of_summary(kind, pair, make_mask):
-    """ELECTRA's multiple choice reads the first positions, the last ones or all, padding too."""
+    """ELECTRA's multiple choice reads the first positions, the last ones or all, including padding."""
     mask = make_mask("right").view(6, 2, -1)
     models = pair("ElectraForMultipleChoice", encoder_config("Electra", summary_type=kind))
     found = [[] for _ in models]
@@ -341,7 +341,7 @@ def test_kinds_of_summary(kind, pair, make_mask):
 @pytest.mark.quick
 @pytest.mark.parametrize("family", ["Roberta", "Electra", "MPNet"])
 def test_padding_among_the_tokens(family, pair, ids):
-    """Without a mask padding is a token like others, but RoBERTa and MPNet do not count it."""
+    """Without a mask padding tokens are ordinary tokens, but the positions of RoBERTa and MPNet do not count them."""
     ids[:, 3:5], ids[::2, :2] = 1, 1
     models = pair(BASE[family], encoder_config(family, pad_token_id=1))
     compare(*(m(ids) for m in models), None, outputs_of(BASE[family]))
@@ -349,7 +349,7 @@ def test_padding_among_the_tokens(family, pair, ids):
 
 @pytest.mark.quick
 def test_a_tuple_without_a_pooler(ids):
-    """HF's MPNet keeps the place of what the pooler would give."""
+    """HF's MPNet has None in the place of the pooler's output."""
     models = [package.MPNetModel(encoder_config("MPNet"), False) for package in (transformer_fast, transformers)]
     for options in ({}, {"output_hidden_states": True}):
         seen, wanted = (m(ids, return_dict=False, **options) for m in models)

@@ -1,4 +1,4 @@
-"""Documents in one row, as DataCollatorWithFlattening packs them, do not see one another; and padding on request."""
+"""Documents concatenated into one row by DataCollatorWithFlattening do not attend to one another; compute_padding."""
 
 import copy
 
@@ -15,7 +15,7 @@ LENGTHS = (3, 5, 1, 4)
 
 
 def _models(name: str, config):
-    """(ours, HF's, HF's in float64), wide random weights."""
+    """(ours, HF's, HF's in float64), with large random weights."""
     torch.manual_seed(0)
     theirs = getattr(transformers, name)(config).eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def llama():
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("family", [gpt2, llama])
 def test_packed_by_position_ids(family, train):
-    """Loss, logits and gradients are HF's; no document changes another's."""
+    """Loss, logits and gradients equal HF's; documents do not affect one another."""
     batch, results = packed(), []
     for model in family():
         model.train(train)
@@ -62,7 +62,7 @@ def test_packed_by_position_ids(family, train):
         targets = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        reported = out.loss if model.dtype == torch.float32 else loss  # HF's is made in float32
+        reported = out.loss if model.dtype == torch.float32 else loss  # HF computes it in float32
         results.append((reported.view(1), out.logits, next(p for p in model.parameters() if p.dim() > 1).grad))
     ours, theirs, truth = results
     for i in range(2):
@@ -115,7 +115,7 @@ def test_documents_otherwise(how):
 
 @pytest.mark.quick
 def test_what_is_not_packed():
-    """With a mask or a cache HF looks at positions for the embedding alone, and so do encoders."""
+    """With a mask or a cache, HF uses positions only for the embedding, and so do encoders."""
     ours, theirs, truth = gpt2()
     batch = packed()
     ids, positions = batch["input_ids"], batch["position_ids"]
@@ -183,7 +183,7 @@ def test_compile_of_a_padded_batch_in_one_graph():
         assert not found.logits[~at].any()
 
 
-# ---- what is returned carries gradients ----------------------------------------------------------------
+# ---- returned states have gradients --------------------------------------------------------------------
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_gradients_reach_returned_states(make, masked):

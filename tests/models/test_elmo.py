@@ -1,4 +1,5 @@
-"""ELMo: against a reference written from the paper on the published files' layout; files, heads, tokens, training."""
+"""ELMo, compared with a reference written from the paper for the published file format; files, heads, tokens,
+training."""
 
 import json
 import shutil
@@ -32,7 +33,7 @@ def options(**lstm):
 
 
 def datasets():
-    """As bilm-tf writes them: matrices (in, out), gates i, g, f, o."""
+    """Weights in bilm-tf's format: matrices (in, out), gates i, g, f, o."""
     g = torch.Generator().manual_seed(2)
 
     def draw(*shape, size=0.5):
@@ -90,7 +91,7 @@ def word_vector(w, ids):
 
 
 def run_lstm(w, cell, vectors, clip):
-    """Of Sak et al. (2014) in TensorFlow's layout, forget_bias 1."""
+    """The LSTM of Sak et al. (2014) in TensorFlow's layout, forget_bias 1."""
     h, c, out = vectors[0].new_zeros(PROJECTION), vectors[0].new_zeros(CELL), []
     for x in vectors:
         i, g, f, o = (torch.cat((x, h)) @ w[f"{cell}/W_0"] + w[f"{cell}/B"]).chunk(4)
@@ -103,7 +104,7 @@ def run_lstm(w, cell, vectors, clip):
 
 
 def reference(w, sentence, clip=3.0, skip=True):
-    """(layers + 1, words, 2 * PROJECTION)."""
+    """Hidden states (layers + 1, words, 2 * PROJECTION)."""
     words = [word_vector(w, characters_of(word)) for word in [256, *sentence, 257]]
     layers, ahead, back = [[torch.cat((x, x)) for x in words]], words, words
     for i in range(LAYERS):
@@ -122,7 +123,7 @@ def references(dtype, **how):
 
 
 def flat(states, mask):
-    """(layers + 1, words of all sentences, D)."""
+    """Hidden states (layers + 1, words of all sentences, D)."""
     return torch.stack([s[mask] for s in states])
 
 
@@ -162,7 +163,7 @@ def test_is_the_papers(clip, skip, tmp_path):
 
 @pytest.mark.quick
 def test_clipping_is_on(files):
-    """The weights of these tests reach the bounds, so that the comparison with the paper is of clipped values."""
+    """The weights of these tests reach the bounds, so the comparison with the reference includes clipped values."""
     w, clipped = references(torch.float64, clip=0.4)
     _, free = references(torch.float64, clip=None)
     assert not torch.allclose(clipped[1], free[1])
@@ -355,7 +356,7 @@ def test_heads_mix_the_layers(files):
 
 
 def test_pipelines_take_its_tokenizer(files):
-    """Ragged texts as a batch, each as alone."""
+    """A batch of ragged texts has the results of the single texts."""
     model = tf.ElmoForSequenceClassification.from_allennlp(*files, num_labels=3).eval()
     tokenizer, texts = ElmoTokenizer(CHARACTERS), ["The cat sat.", "Panic!", "A dog."]
     found = tf.pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)(texts, batch_size=3)
@@ -380,7 +381,8 @@ def test_layer_features(files):
 
 
 def test_two_way_language_model(files):
-    """Each word from the forward state before it and the backward state after it; then it learns."""
+    """Each word is predicted from the forward state before it and the backward state after it; training lowers the
+    loss."""
     torch.manual_seed(0)
     model = tf.ElmoForPreTraining.from_allennlp(*files, vocab_size=11, dropout=0.0)
     batch = ElmoTokenizer(CHARACTERS)(SENTENCES, is_split_into_words=True, padding=True, return_tensors="pt")

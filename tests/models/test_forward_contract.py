@@ -1,4 +1,4 @@
-"""Every public forward: HF's signature, the cache under each of its names, and no argument ignored."""
+"""Every public forward: HF's signature, the cache under each of its names, and no ignored arguments."""
 
 import inspect
 
@@ -68,14 +68,14 @@ def test_cache_under_every_name():
             out = model(ids[:, :-1], use_cache=True)
             assert out[CACHE_NAME] is out.past_key_values and out.past_key_values.get_seq_length() == 6
             torch.testing.assert_close(model(ids[:, -1:], **{name: out.past_key_values}).logits[:, -1], whole)
-            assert out.past_key_values.get_seq_length() == 7  # it was written to
+            assert out.past_key_values.get_seq_length() == 7  # the passed cache was written to
         assert list(model(ids, use_cache=True).keys()) == ["logits", CACHE_NAME]
 
 
 @pytest.mark.quick
 def test_cache_is_handed_on_by_heads():
     model, ids = _gpt2(tf.GPT2ForQuestionAnswering), torch.randint(3, 61, (2, 7))
-    with pytest.raises(TypeError):  # HF's too: this head runs without a cache
+    with pytest.raises(TypeError):  # as in HF: this head has no cache
         model(ids, cache=DynamicCache())
     config = transformers.BertConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, is_decoder=True

@@ -1,4 +1,4 @@
-"""GPT and GPT-2 checkpoints travel between Hugging Face and this package bit for bit."""
+"""GPT and GPT-2 checkpoints load in Hugging Face and in this package bit for bit."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_from_hugging_face_and_back(name, changes, tmp_path):
     same_weights(ours, theirs)
     ids = torch.randint(3, 61, (3, 7))
     with torch.no_grad():
-        ours(ids[:1] if "Sequence" in name else ids)  # whatever the fused ops do, what is saved is the same
+        ours(ids[:1] if "Sequence" in name else ids)  # the fused ops must not change what is saved
     ours.save_pretrained(tmp_path / "ours")
     back = getattr(transformers, name).from_pretrained(tmp_path / "ours")
     assert type(back) is getattr(transformers, name)

@@ -1,4 +1,4 @@
-"""GPT's and GPT-2's outputs and gradients are Hugging Face's, on every row of ragged batches."""
+"""GPT's and GPT-2's outputs and gradients equal Hugging Face's, on every row of ragged batches."""
 
 import copy
 
@@ -39,7 +39,7 @@ SWITCHES = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two are slower at these sizes."""
+    """Two threads are slower at these sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -70,7 +70,7 @@ def labels_for(name: str, kind: str, mask: torch.Tensor | None, ids) -> dict:
     if name.endswith("SequenceClassification"):
         return {"labels": torch.randint(0, 4, (batch,))}
     if name.endswith("QuestionAnswering"):
-        # A query that sees no key: Hugging Face's attentions differ among themselves, and the loss counts it.
+        # Queries without a key: Hugging Face's attention implementations differ, and the loss includes them.
         if kind == "left":
             return {}
         return {"start_positions": torch.randint(0, 4, (batch,)), "end_positions": torch.randint(0, length, (batch,))}
@@ -79,7 +79,7 @@ def labels_for(name: str, kind: str, mask: torch.Tensor | None, ids) -> dict:
     classes = 4 if name.endswith("TokenClassification") else 99
     labels = torch.randint(0, classes, ids.shape).masked_fill(~real | (torch.rand(ids.shape) < 0.3), -100)
     if classes == 99:
-        labels[:, 1:].masked_fill_(~real[:, :-1], -100)  # the position before it is padding
+        labels[:, 1:].masked_fill_(~real[:, :-1], -100)  # the previous position is padding
     return {"labels": labels}
 
 
@@ -92,7 +92,7 @@ def compare(ours, theirs, truth, mask, names):
         if name not in theirs:
             continue
         parts = [real_rows(output[name], mask) for output in (ours, truth, theirs)]
-        if name == "loss":  # one number is right or wrong by luck: weighed among the scores it comes from
+        if name == "loss":  # the error of a single number is random: compare it together with the logits
             parts = [torch.cat((p.view(-1), real_rows(o[names[0]], mask).flatten()))
                      for p, o in zip(parts, (ours, truth, theirs))]  # fmt: skip
         assert_as_accurate(*parts, OUTPUT, name)
@@ -112,7 +112,7 @@ def by_module(model):
 def test_outputs(name, kind, dtype, pair, make_mask):
     models = pair(name, config_for(name), dtype)
     collected = [{} for _ in models]
-    for _ in range(3):  # the largest error of one batch's few scores is luck
+    for _ in range(3):  # several batches, because one has few scores
         ids, mask = inputs_for(kind, make_mask)
         call = labels_for(name, kind, mask, ids) | {"token_type_ids": torch.randint(0, 99, ids.shape)}
         with torch.no_grad():
@@ -154,7 +154,7 @@ def test_switches_of_the_configuration(switch, pair, make_mask):
     """Every configuration switch, with the gradients that it changes."""
     models = pair("GPT2LMHeadModel", config_for("GPT2LMHeadModel", **SWITCHES[switch]))
     for layer in models[2].transformer.h:
-        layer.attn.reorder_and_upcast_attn = False  # float32 would be no truth
+        layer.attn.reorder_and_upcast_attn = False  # the reference must not compute in float32
     ids, mask = inputs_for("right", make_mask)
     labels = labels_for("GPT2LMHeadModel", "right", mask, ids)
     outputs = [m(ids, attention_mask=mask, **labels) for m in models]
@@ -185,7 +185,7 @@ def test_double_heads(name, summary, pair, make_mask):
         at = (mask.sum(1) - 1).view(6, 2)
         labels = labels_for("GPT2LMHeadModel", "right", mask, ids)["labels"]
         given = {"input_ids": ids.view(shape), "attention_mask": mask, "labels": labels.view(shape)}
-        # Hugging Face's other summaries mistake choices for positions when there are several.
+        # With several choices, Hugging Face's other summary types take choices for positions.
         if summary == "cls_index":
             given |= {"mc_token_ids": at, "mc_labels": torch.randint(0, 2, (6,))}
         else:
@@ -209,7 +209,7 @@ def test_double_heads(name, summary, pair, make_mask):
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel"])
 def test_choices_of_a_language_model(name):
-    """ids (B, choices, S), which HF's models take; a 3-D mask only its GPT-2."""
+    """ids (B, choices, S), as in HF's models; of these only GPT-2 takes a 3-D mask."""
     config = getattr(transformers, "GPT2Config" if "2" in name else "OpenAIGPTConfig")(
         vocab_size=90, n_embd=32, n_layer=2, n_head=2, n_positions=20, bos_token_id=1, eos_token_id=2,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
@@ -370,7 +370,7 @@ def test_gradient_checkpointing(reentrant, pair, make_mask):
 
 
 def test_loss_over_accumulated_batches(pair, make_mask):
-    """Trainer's num_items_in_batch, and labels that were shifted before."""
+    """Trainer's num_items_in_batch, and labels that are already shifted."""
     models = pair("GPT2LMHeadModel", config_for("GPT2LMHeadModel"))
     ids, mask = inputs_for("right", make_mask)
     labels = labels_for("GPT2LMHeadModel", "right", mask, ids)["labels"]
@@ -405,7 +405,7 @@ def test_autocast_and_compile(pair, make_mask):
 
 
 def test_adapters_are_called(pair, make_mask):
-    """A projection that is more than a plain Conv1D is called as it is."""
+    """A projection that is not a plain Conv1D is called as a module."""
     models = pair("GPT2LMHeadModel", config_for("GPT2LMHeadModel"))
     ids, mask = inputs_for("right", make_mask)
 

@@ -1,4 +1,4 @@
-"""What people do with GPT: complete texts through pipelines, fine-tune with Trainer."""
+"""Uses of GPT: text generation with pipelines, fine-tuning with Trainer."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NAMES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two are slower at these sizes."""
+    """Two threads are slower at these sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def test_text_generation_pipeline(family, options, pair, tokenizer):
 
 @pytest.mark.parametrize("name", [*NAMES.values(), "GPT2ForSequenceClassification"])
 def test_trainer(name, pair, tmp_path):
-    """Three steps of HF's Trainer end where they end with HF's model."""
+    """Three steps of HF's Trainer have the same result as with HF's model."""
     ours, theirs, _ = pair(name, config_for(name))
     data = []
     for i, length in enumerate((5, 12, 3, 9, 7, 12)):

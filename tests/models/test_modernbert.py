@@ -1,4 +1,4 @@
-"""What ModernBERT alone has: windows on both sides, pooling by the mean, sparse prediction, masks by kind of layer."""
+"""Features of ModernBERT alone: windows on both sides, mean pooling, sparse prediction, one mask per layer kind."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 
 
 def over_batches(models, call, count: int = 8):
-    """The outputs of each model over several batches, flat: a head has few scores, and the error of few is luck."""
+    """The flattened outputs of each model over several batches, because a head has few scores."""
     found: list[dict] = [{} for _ in models]
     for _ in range(count):
         arguments = call()
@@ -54,7 +54,7 @@ def test_a_mask_that_no_mean_can_be_taken_over(ids):
 
 
 def test_sparse_prediction(pair, make_mask, ids):
-    """With labels there are logits of the labelled positions alone."""
+    """With labels, only the labelled positions have logits."""
     mask = make_mask("right")
     models = pair("ModernBertForMaskedLM", encoder_config("ModernBert", sparse_prediction=True))
     labels = labels_for("ModernBertForMaskedLM", mask, ids.shape)
@@ -66,7 +66,7 @@ def test_sparse_prediction(pair, make_mask, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_is_of_a_batch_gathered_in_parts(dtype, pair, make_mask, ids):
-    """num_items_in_batch, which Trainer gives, divides the sum; the loss is in float32."""
+    """The sum of losses is divided by Trainer's num_items_in_batch; the loss is in float32."""
     mask = make_mask("right")
     models = pair("ModernBertForMaskedLM", encoder_config("ModernBert"), dtype)
     call = labels_for("ModernBertForMaskedLM", mask, ids.shape) | {"num_items_in_batch": torch.tensor(700)}
@@ -78,20 +78,20 @@ def test_loss_is_of_a_batch_gathered_in_parts(dtype, pair, make_mask, ids):
 
 
 def test_masks_by_kind_of_layer(pair, ids):
-    """HF takes a mask for each kind: its own forward serves them, in heads too."""
+    """HF takes one mask per layer kind: its own forward runs with them, in heads too."""
     near = (torch.arange(13)[:, None] - torch.arange(13)).abs() <= 1
     masks = {"full_attention": None, "sliding_attention": near.expand(BATCH, 1, 13, 13)}
     for name in ("ModernBertModel", "ModernBertForTokenClassification", "ModernBertForQuestionAnswering"):
         models = pair(name, config_for(name))
         outputs = [model(ids, attention_mask=masks) for model in models]
         plain = models[0](ids)[0]
-        with pytest.raises(AssertionError, match="largest error"):  # the masks say something
+        with pytest.raises(AssertionError, match="largest error"):  # the masks have an effect
             assert_as_accurate(plain, outputs[2][0], outputs[1][0])
         compare(*outputs, None, tuple(outputs[1]))
 
 
 def test_documents_in_a_row(pair):
-    """cu_seq_lens_q ends what a token sees, and a window with it."""
+    """Attention, with and without windows, does not cross the documents of cu_seq_lens_q."""
     ours, _, truth = pair("ModernBertModel", encoder_config("ModernBert"))
     parts = [torch.randint(1, VOCABULARY, (1, n)) for n in (13, 2, 9)]
     cu = torch.tensor([0, 13, 15, 24], dtype=torch.int32)

@@ -97,7 +97,7 @@ def _inputs(model, seed=0):
 
 
 class _Simulated(nn.Module):
-    """The definition of an int8 layer, in plain PyTorch."""
+    """The reference of an int8 layer, in plain PyTorch."""
 
     def __init__(self, of: Int8Linear):
         super().__init__()
@@ -110,7 +110,7 @@ class _Simulated(nn.Module):
 
 
 def _simulated(model):
-    """The model with the definition in the place of each int8 layer: each is called as a module."""
+    """The model with the reference in place of each int8 layer; each is called as a module."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -122,7 +122,7 @@ def _simulated(model):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_outputs_are_as_accurate_as_the_definition(family):
-    """Its own error, that of the quantisation, is all there is: not more than the same in plain PyTorch."""
+    """The only error is that of the quantisation: it is not larger than that of the reference."""
     model = _model(family)
     inputs, real = _inputs(model)
     truth = copy.deepcopy(model).double()(**inputs).logits[real]
@@ -144,13 +144,13 @@ def test_generates(family):
     for options in ({}, {"num_beams": 3}):
         found = model.generate(**prompt, max_new_tokens=8, do_sample=False, **options)
         assert found.shape[0] == 1 and found.shape[1] > 1
-    # The likeliest token after each prefix, by the forward without a cache.
+    # The likeliest token after each prefix, from the forward without a cache.
     ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
     start = 0 if model.config.is_encoder_decoder else 4
     for end in range(start + 1, len(ids)):
         given = {"decoder_input_ids": ids[None, :end]} if model.config.is_encoder_decoder else {}
         logits = model(**(prompt | given if given else {"input_ids": ids[None, :end]})).logits[0, -1]
-        # Equal but for a rounding that turns over a step of the quantisation.
+        # Equal, except where rounding changes a quantised value by one step.
         assert logits[ids[end]] >= logits.max() - 0.05 * logits.std()
 
 
@@ -158,7 +158,7 @@ def test_generates(family):
 @pytest.mark.parametrize("family", GENERATING)
 @torch.no_grad()
 def test_native_step_computes_in_int8(family, rows):
-    """One native call a token, as close to float64 as the definition."""
+    """One native call per token, as close to float64 as the reference."""
     model = _model(family)
     torch.manual_seed(4)
     ids, given = torch.randint(5, 80, (rows, 7)), {}
@@ -180,7 +180,7 @@ def test_native_step_computes_in_int8(family, rows):
 
 @torch.no_grad()
 def test_native_step_is_the_same_on_any_number_of_threads():
-    """What a thread quantises as it has it, and what is quantised in a phase of its own, are the same bits."""
+    """Inputs quantised within a phase and inputs quantised in a separate phase have the same bits."""
     torch.manual_seed(1)
     config = hf.GPT2Config(vocab_size=80, n_embd=256, n_layer=2, n_head=4, n_inner=2048, n_positions=40)
     model = tf.quantize(tf.GPT2LMHeadModel(config).eval(), "int8")
@@ -191,7 +191,8 @@ def test_native_step_is_the_same_on_any_number_of_threads():
             stepper = NativeStepper(model, Prompt(ids[:, :5], 1, 12))
             stepper.start()
             stepper.step(ids[:, 5])
-            for t in (stepper._cache.keys, stepper._cache.values):  # the prompt's are rounded as threads share it out
+            # The prompt's keys and values are replaced: their rounding depends on the number of threads.
+            for t in (stepper._cache.keys, stepper._cache.values):
                 t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(2)))
             found.append(stepper.step(ids[:, 5]).clone())
     finally:
@@ -201,7 +202,7 @@ def test_native_step_is_the_same_on_any_number_of_threads():
 
 @torch.no_grad()
 def test_keys_of_decoding_are_bfloat16():
-    """Half the memory of a step's attention; who asks for them gets the model's dtype."""
+    """The native step stores keys in bfloat16, half the memory; callers get them in the model's dtype."""
     model = tf.quantize(_model("gpt2"), "int8")
     stepper = NativeStepper(model, Prompt(torch.randint(5, 80, (2, 5)), 1, 12))
     stepper.start()
@@ -228,7 +229,7 @@ def test_saved_and_loaded(family, tmp_path):
     assert torch.equal(again(**inputs).logits, logits)
     assert torch.equal(copy.deepcopy(again)(**inputs).logits, logits)
     assert again.state_dict().keys() == model.state_dict().keys()
-    # Loaded in floating point, quantised on the way; and by Hugging Face's class.
+    # Quantised during loading of a floating-point checkpoint, with our class and with Hugging Face's.
     on_the_way = cls.from_pretrained(tmp_path / "float", quantization_config=tf.Int8Config())
     assert torch.equal(on_the_way(**inputs).logits, logits)
     on_the_way.save_pretrained(tmp_path / "again")
@@ -291,7 +292,7 @@ def test_bfloat16_where_it_is_multiplied(monkeypatch):
 
 @torch.no_grad()
 def test_follows_the_model_about():
-    """Casts, copies and state dicts see the weight as it was given."""
+    """Casts, copies and state dicts have the original weight."""
     model = tf.quantize(_model("bert"), "int8")
     inputs = _inputs(model)[0]
     logits = model(**inputs).logits
@@ -306,7 +307,7 @@ def test_follows_the_model_about():
 
 
 def test_verify_says_what_it_costs(tmp_path):
-    """The costs of nothing are none; those of int8 are few and those of a broken weight many."""
+    """The cost of no change is zero, that of int8 is small and that of a broken weight large."""
     model = _model("gpt2")
     model.save_pretrained(tmp_path)
     report = verify_precision(tmp_path, "int8")
@@ -343,12 +344,12 @@ def test_what_follows_attention_is_one_op(family, monkeypatch):
     monkeypatch.setattr(stack, "int8_block", lambda *args: calls.append(args) or block(*args))
     model = tf.quantize(_model(family), "int8")
     model(**_inputs(model)[0])
-    assert len(calls) == 2  # of two layers; a decoder's with cross-attention has none
+    assert len(calls) == 2  # two layers; those with cross-attention have no such call
 
 
 @torch.no_grad()
 def test_models_of_hugging_face(tmp_path):
-    """A model that is not ours: its linear layers are, and it is saved and loaded as it is."""
+    """In a model that is not ours, linear layers become ours; it is saved and loaded by its own class."""
     torch.manual_seed(2)
     model = hf.RobertaModel(hf.RobertaConfig(**_WIDE, max_position_embeddings=40)).eval()
     mask = torch.arange(9) < torch.tensor(LENGTHS)[:, None]

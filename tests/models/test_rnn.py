@@ -1,4 +1,4 @@
-"""The recurrent encoder-decoder: against its papers' formulas, in checkpoints, in generation, in training."""
+"""The recurrent encoder-decoder: compared with its papers' formulas; checkpoints, generation, training."""
 
 import copy
 
@@ -35,7 +35,7 @@ def written_out(model, inputs):
     for ids, mask, words in zip(inputs["input_ids"], inputs["attention_mask"].bool(), starts):
         h, last = encoder.rnn(encoder.embed_tokens(ids[mask])[None])
         h, last = h[0], last if lstm else (last,)
-        last = [s.reshape(config.num_layers, 1, -1) for s in last]  # both directions side by side
+        last = [s.reshape(config.num_layers, 1, -1) for s in last]  # both directions concatenated
         state = torch.tanh(decoder.initial_state(last[0]))
         state = (state, decoder.initial_cell(last[1])) if lstm else state
         feed = h.new_zeros(config.hidden_size)
@@ -62,7 +62,7 @@ def written_out(model, inputs):
 
 
 def gradients(model, outputs):
-    """Of every parameter, for random cotangents."""
+    """Gradients of every parameter, for random cotangents."""
     g = torch.Generator().manual_seed(5)
     loss = sum((o * torch.randn(o.shape, generator=g).to(o)).sum() for o in outputs)
     names, parameters = zip(*model.named_parameters())
@@ -109,10 +109,11 @@ def test_generates_the_same_with_and_without_a_cache(kind, cell):
 
 @pytest.mark.parametrize("kind, cell", KINDS)
 def test_the_engine_gives_the_tokens_of_hugging_face(kind, cell, monkeypatch):
-    """Rows that end early and leave, beams that change places, shared sources; the same model in HF's own loop."""
+    """Rows that end early and are removed, reordered beams, shared sources; compared with the same model in HF's
+    loop."""
     model, inputs = build(kind, cell), batch()
     inputs.pop("labels")
-    # A random model ends soon then; the peeky GRU would with its first token.
+    # With these end tokens a random model ends soon; with 5, the peeky GRU would end at its first token.
     model.generation_config.eos_token_id = [2, 3, 4, 7 if (kind, cell) == ("peeky", "gru") else 5]
     steps, step = [], model.recurrent_step
     monkeypatch.setattr(model, "recurrent_step", lambda tokens, *more: steps.append(len(tokens)) or step(tokens, *more))
@@ -129,7 +130,7 @@ def test_the_engine_gives_the_tokens_of_hugging_face(kind, cell, monkeypatch):
             torch.manual_seed(4)
             theirs = model.generate(**inputs, max_new_tokens=14, **options)
         assert torch.equal(ours, theirs) and 0 < count == len(steps), options
-    assert len(set(steps)) > 2  # rows did leave
+    assert len(set(steps)) > 2  # rows were removed
 
 
 @pytest.mark.parametrize("kind", ["additive", "dot"])
@@ -161,7 +162,7 @@ def test_saved_and_loaded_bit_for_bit(kind, cell, tmp_path):
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
         assert loaded.config.to_diff_dict() | {"dtype": None} == model.config.to_diff_dict() | {"dtype": None}
-        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)  # equal weights lie elsewhere
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)  # equal weights in other memory
     base = tf.AutoModel.from_pretrained(tmp_path)
     assert type(base) is tf.AttentionRNNModel
     states = base(inputs["input_ids"], inputs["attention_mask"], inputs["labels"].clamp(min=0)).last_hidden_state
@@ -169,7 +170,7 @@ def test_saved_and_loaded_bit_for_bit(kind, cell, tmp_path):
 
 
 def test_attention_wider_than_the_fused_heads():
-    """Beyond 256 the dot score is plain PyTorch's; the same formula."""
+    """Above 256 the dot score is computed in plain PyTorch, by the same formula."""
     model, inputs = build("dot", hidden_size=288, embedding_size=8, num_layers=1), batch()
     out = model(**inputs, output_attentions=True)
     logits, weights = written_out(copy.deepcopy(model).double(), inputs)
@@ -233,7 +234,8 @@ def test_loss():
 @pytest.mark.quick
 @pytest.mark.parametrize("kind, cell", [("additive", "gru"), ("dot", "gru"), ("none", "lstm"), ("peeky", "gru")])
 def test_teacher_forcing(kind, cell):
-    """Never forced: the loss of what greedy decoding was given. Half: some inputs are the right ones. In evaluation,
+    """At 0: the logits equal those with the inputs of greedy decoding. At 0.5: some inputs are the labels. In
+    evaluation,
     and at 1: all are."""
     model, inputs = build(kind, cell, dropout=0.0), batch()
     forced = model(**inputs, output_attentions=True)
@@ -260,7 +262,7 @@ def test_teacher_forcing(kind, cell):
 
 @pytest.mark.quick
 def test_configurations_of_before():
-    """A checkpoint's config without the newer settings is the decoder that its attention has always meant."""
+    """A config without the newer settings gives the decoder that older versions made from its attention."""
     for attention, placing in (("additive", "before"), ("dot", "after"), ("concat", "after")):
         config = tf.AttentionRNNConfig.from_dict({"attention": attention, "hidden_size": 8, "embedding_size": 6})
         assert (config.attention_placing, config.teacher_forcing) == (placing, 1.0)
@@ -310,7 +312,7 @@ def test_state_advances_step_by_step():
 
 
 def test_gradients_of_gradients_are_had_from_plain_pytorch():
-    """The loop over laid-out weights says no instead of leaving something out."""
+    """The loop over repacked weights raises an error for second-order gradients; plain PyTorch has them."""
     model, inputs = build("additive", num_layers=1), batch()
     weight = model.model.decoder.rnn.weight_hh_l0
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -1,4 +1,4 @@
-"""Whatever writes a model writes all of it: to every saver parameters look as Hugging Face's do."""
+"""Every way of saving writes the whole model: the storage of parameters is like that of Hugging Face's."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ CONFIGS = {
 
 
 def used(family, folder):
-    """A loaded model after a training step, a forward in inference mode and, where it has one, a generation."""
+    """A loaded model after a training step, a forward in inference mode and, if it can generate, a generation."""
     torch.manual_seed(0)
     name, config = CONFIGS[family]
     getattr(transformers, name)(config).save_pretrained(folder)
@@ -45,7 +45,7 @@ def used(family, folder):
 
 
 def layout(model):
-    """What a saver sees of the parameters: shape, strides, offset and size of the storage, and who shares one."""
+    """The storage of the parameters: shape, strides, offset and size of the storage, and which of them share one."""
     first = {}
     for name, p in model.named_parameters():
         first.setdefault(p.untyped_storage().data_ptr(), name)
@@ -91,7 +91,7 @@ def shards(model, folder):
 def torch_file(model, folder):
     torch.save(model.state_dict(), folder / "model.pt")
     size = sum(p.nbytes for p in model.parameters())
-    assert (folder / "model.pt").stat().st_size < size + 100_000  # a part of a larger storage would bring all of it
+    assert (folder / "model.pt").stat().st_size < size + 100_000  # a view of a larger storage would save all of it
     return torch.load(folder / "model.pt")
 
 
@@ -125,7 +125,7 @@ def test_every_saver_writes_every_tensor(family, tmp_path):
         found = save(model, folder)
         for name, value in state.items():
             kept = found.get(name)
-            if kept is None:  # of tensors that are tied, one is enough: HF ties them when it loads
+            if kept is None:  # one of several tied tensors is enough: HF ties them at loading
                 tied = [k for k, v in state.items() if v.data_ptr() == value.data_ptr()]
                 kept = next((found[k] for k in tied if k in found), None)
             assert kept is not None, f"{save.__name__}: {name} is missing"
@@ -137,7 +137,7 @@ def test_parameters_lie_as_those_of_hugging_face(family, tmp_path):
     """After training, inference, generation, .to(), deepcopy and pickling."""
     model = used(family, tmp_path)
     theirs = layout(getattr(transformers, CONFIGS[family][0]).from_pretrained(tmp_path))
-    mapped = {n: (*about[:2], about[4]) for n, about in layout(model).items()}  # a checkpoint's file is one storage
+    mapped = {n: (*about[:2], about[4]) for n, about in layout(model).items()}  # a mapped file is one storage
     assert {n: (*about[:2], about[4]) for n, about in theirs.items()} == mapped
     for change in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), torch.nn.Module.bfloat16):
         ours = change(model)

@@ -1,4 +1,4 @@
-"""Checkpoints of encoder-decoders travel between Hugging Face and this package bit for bit."""
+"""Checkpoints of encoder-decoders load in Hugging Face and in this package bit for bit."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def test_from_hugging_face_and_back(variant, head, tmp_path):
     same_weights(ours, theirs)
     call = make_inputs(head, "right")
     call |= make_labels(head, call)
-    with torch.no_grad():  # however the fused ops lay out the weights, what is saved is the same
+    with torch.no_grad():  # the weight layout of the fused ops must not change what is saved
         a, b = (real_parts(m(**call), call) for m in (ours, theirs))
     assert a.keys() == b.keys()
     ours.save_pretrained(tmp_path / "ours")
@@ -54,7 +54,7 @@ def test_from_hugging_face_and_back(variant, head, tmp_path):
 
 @pytest.mark.parametrize("family, name", [("T5 v1.1", "T5ForConditionalGeneration"), ("Marian", "MarianMTModel")])
 def test_an_untied_head(family, name, tmp_path):
-    """A checkpoint whose head has weights of its own (T5 v1.1's, say) keeps them."""
+    """A checkpoint with an untied head, such as T5 v1.1's, keeps its weights."""
     theirs = perturbed(getattr(transformers, name)(seq2seq_config(family)))
     theirs.save_pretrained(tmp_path)
     state = {k: v.clone() for k, v in theirs.state_dict().items()}
@@ -164,7 +164,7 @@ def test_a_head_from_a_base_checkpoint_and_no_other_family(variant, head, tmp_pa
 
 
 def test_float16_t5_keeps_its_last_projections_in_float32(tmp_path):
-    """As Hugging Face loads it, with the residual sums in float32 from there on; and the same outputs."""
+    """Like Hugging Face, with residual sums in float32 from there on; the outputs are the same."""
     config = seq2seq_config("T5 v1.1")
     perturbed(transformers.T5ForConditionalGeneration(config)).save_pretrained(tmp_path)
     name = "T5ForConditionalGeneration"
@@ -185,7 +185,7 @@ def test_float16_t5_keeps_its_last_projections_in_float32(tmp_path):
 
 
 def test_float16_t5_that_overflows_is_finite():
-    """States past float16's range become its largest numbers, as in Hugging Face's model."""
+    """States beyond float16's range are clamped to its largest numbers, as in Hugging Face's model."""
     config = seq2seq_config("T5")
     theirs = transformers.T5Model(config).half().eval()
     with torch.no_grad():

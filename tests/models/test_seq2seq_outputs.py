@@ -1,4 +1,4 @@
-"""Outputs and gradients of the encoder-decoders are Hugging Face's, on every row of ragged batches."""
+"""Outputs and gradients of the encoder-decoders equal Hugging Face's, on every row of ragged batches."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_masks_of_both_sides(variant, head, kind, decoder_kind, use_cache, pair)
 def test_gradients(variant, head, kind, dtype, pair):
     models = make_models(pair, variant, head, dtype)
     draws = []
-    for _ in range(3 if dtype == F32 else 1):  # one norm's gradient is few numbers: its errors in one draw are luck
+    for _ in range(3 if dtype == F32 else 1):  # several batches, because a norm's gradient has few elements
         call = make_inputs(head, kind, kind)
         call |= make_labels(head, call)
         weights = torch.randn(BATCH, SOURCE, WIDTH, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_gradients(variant, head, kind, dtype, pair):
 
 @pytest.mark.parametrize("variant, head", [*GENERATORS, ("Bart", "Model"), ("MBart", "Model")])
 def test_decoder_input_ids_that_the_model_makes(variant, head, pair):
-    """Of labels, or of the encoder's own tokens."""
+    """Made from labels, or from the encoder's tokens."""
     models = make_models(pair, variant, head)
     call = {"input_ids": torch.randint(3, VOCABULARY, (BATCH, SOURCE))}
     if head != "Model":
@@ -80,7 +80,7 @@ def test_decoder_input_ids_that_the_model_makes(variant, head, pair):
             torch.rand(BATCH, TARGET) < 0.3, -100
         )
         call["labels"][:, 0] = 7
-        if hasattr(models[1], "prepare_decoder_input_ids_from_labels"):  # M2M100 of transformers has none
+        if hasattr(models[1], "prepare_decoder_input_ids_from_labels"):  # transformers' M2M100 does not have it
             made, wanted = (m.prepare_decoder_input_ids_from_labels(call["labels"]) for m in models[:2])
             assert torch.equal(made, wanted)
     compare([{"out": m(**call)["last_hidden_state" if head == "Model" else "logits"]} for m in models])
@@ -174,7 +174,8 @@ def test_full_masks(shape, variant, head, pair):
     "variant, head", [("T5 v1.1", "ForConditionalGeneration"), ("Bart", "ForConditionalGeneration")]
 )
 def test_gradient_checkpointing(variant, head, reentrant, pair):
-    """The same gradients, the encoder's through cross-attention too; dropout draws the same masks again."""
+    """The same gradients, also the encoder's through cross-attention; the recomputation draws the same dropout
+    masks."""
     dropout = {"dropout_rate": 0.2} if variant != "Bart" else {"dropout": 0.2, "attention_dropout": 0.1}
     ours = make_models(pair, variant, head, **dropout)[0]
     double = type(ours)(ours.config).double()
@@ -204,7 +205,7 @@ def test_layers_are_dropped_as_hugging_face_drops_them(variant, pair):
         for model in models:
             torch.manual_seed(seed)
             outputs.append(model(**call, use_cache=False, output_hidden_states=True))
-        # Where every layer was dropped Hugging Face has no states at all.
+        # If all layers were dropped, Hugging Face returns no hidden states.
         kept = [len(o.encoder_hidden_states) for o in outputs]
         assert kept[0] == max(kept[1], 1)
         lengths.add(kept[0])

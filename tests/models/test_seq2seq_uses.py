@@ -1,4 +1,4 @@
-"""What people do with encoder-decoders: translate, summarise, train."""
+"""Uses of encoder-decoders: translation, summarisation, training."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_generate(variant, head, options, kind, pair):
 
 @pytest.mark.parametrize("variant, head", GENERATORS)
 def test_generate_goes_on_from_given_tokens(variant, head, pair):
-    """decoder_input_ids with padding on the left, and repeated calls with the cache of the last one."""
+    """decoder_input_ids with padding on the left, and repeated calls with the cache of the previous one."""
     ours, theirs, truth = make_models(pair, variant, head)
     start = torch.randint(3, VOCABULARY, (4, 3))
     mask = torch.ones_like(start)
@@ -45,7 +45,7 @@ def test_generate_goes_on_from_given_tokens(variant, head, pair):
 
 @pytest.mark.parametrize("variant", ["Bart", "Marian", "MBart", "Pegasus"])
 def test_the_decoder_alone(variant, pair):
-    """A language model, and with somebody else's encoder states."""
+    """As a language model, and with encoder states from another model."""
     ours, theirs, truth = make_models(pair, variant, "ForCausalLM")
     ids = torch.randint(3, VOCABULARY, (4, 6))
     mask = torch.ones_like(ids)
@@ -73,7 +73,7 @@ def test_the_decoder_alone(variant, pair):
 
 
 def test_trainer(pair, tmp_path):
-    """Three steps of HF's Seq2SeqTrainer end where they end with HF's model."""
+    """Three steps of HF's Seq2SeqTrainer have the same result as with HF's model."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     ours, theirs, _ = make_models(pair, "T5", "ForConditionalGeneration")
@@ -97,7 +97,7 @@ def test_trainer(pair, tmp_path):
 
 
 def test_relative_bias_is_never_a_matrix():
-    """T5's memory grows with the sequence length, not with its square: no call makes (S, S) scores."""
+    """T5's memory grows linearly with the sequence length: no call makes scores (S, S)."""
     model = transformer_fast.T5EncoderModel(seq2seq_config("T5")).eval()
     length = 600
     ids = torch.randint(3, VOCABULARY, (1, length))
@@ -118,7 +118,7 @@ def test_relative_bias_is_never_a_matrix():
 
 
 def test_layers_see_unpadded_rows(monkeypatch):
-    """Padding is dropped on both sides."""
+    """Padding is dropped in the encoder and in the decoder."""
     model = transformer_fast.BartModel(seq2seq_config("Bart")).eval()
     shapes, run = [], _layer.Layer._fused
 
@@ -137,7 +137,7 @@ def test_layers_see_unpadded_rows(monkeypatch):
 
 @pytest.mark.parametrize("variant, head", GENERATORS)
 def test_export(variant, head, pair):
-    """torch.export with free batch and lengths; other sizes than those it has seen."""
+    """torch.export with dynamic batch size and lengths; run with other sizes than in the export."""
     model, plain, truth = make_models(pair, variant, head)
     size = {name: torch.export.Dim(name, min=2, max=32) for name in ("batch", "source", "target")}
     source, target = {0: size["batch"], 1: size["source"]}, {0: size["batch"], 1: size["target"]}

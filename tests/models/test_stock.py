@@ -1,4 +1,4 @@
-"""A model that somebody changed gives what Hugging Face's gives with the same change; one that is stock runs fast."""
+"""A changed model has the results of Hugging Face's with the same change; a stock model uses the fast path."""
 
 import copy
 import functools
@@ -38,7 +38,8 @@ CONFIGS = {
         embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **SIZES
     ),
     "GPT2LMHeadModel": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=40, **SIZES),
-    # relu: HF makes this family's others at import, of classes that a second import of transformers replaces.
+    # relu: HF creates this family's other activations at import, and a second import of transformers replaces their
+    # classes.
     "OpenAIGPTLMHeadModel": lambda: transformers.OpenAIGPTConfig(
         afn="relu",
         n_embd=32, n_layer=2, n_head=4, n_positions=40, **SIZES
@@ -96,7 +97,7 @@ def inputs(name: str, masked: bool = True) -> dict:
 
 
 def same(name: str, change, masked: bool = True):
-    """Our model with the change gives what HF's with it gives, here and in float64; `change` did change something."""
+    """Our model with the change is as close to float64 as HF's with it; and `change` has an effect."""
     call = inputs(name, masked)
     found = []
     for library, dtype in ((transformer_fast, None), (transformers, torch.float64), (transformers, None)):
@@ -123,7 +124,7 @@ def _put(path: str, module):
 @pytest.mark.quick
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stock(name):
-    """As constructed, copied, pickled, loaded, with other embeddings, fewer layers and another dtype."""
+    """Constructed, copied, pickled, loaded, with other embeddings, fewer layers or another dtype."""
     model = make(name)
     model(**inputs(name))
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -187,7 +188,7 @@ def test_changed(change):
 
 
 def test_wrapped_for_checkpointing():
-    """torch's wrapper computes a layer again in backward, and nothing else."""
+    """torch's checkpoint wrapper only recomputes a layer in backward."""
 
     def wrap(model):
         model.bert.encoder.layer[0] = checkpoint_wrapper(model.bert.encoder.layer[0])
@@ -199,7 +200,7 @@ def test_wrapped_for_checkpointing():
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_hooked_layers(name, masked):
-    """Hooks on every module fire, as often and with the shapes of transformers' own."""
+    """Hooks on every module fire as often and with the same shapes as in transformers' own models."""
     seen, handles = [], []
 
     def change(model):
@@ -254,14 +255,14 @@ def test_outputs_collected_by_transformers_leave_a_model_stock():
     model = make("BertForSequenceClassification")
     handle = model.bert.embeddings.register_forward_hook(lambda *_: None)
     out = model(**inputs("BertForSequenceClassification"), output_hidden_states=True, output_attentions=True)
-    assert len(out.hidden_states) == 3 and len(out.attentions) == 2  # by hooks that stay
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2  # collected by hooks that are not removed
     handle.remove()
     assert not why_hf_forward(model)
 
 
 @pytest.mark.quick
 def test_layers_called_as_transformers_calls_them():
-    """encoder(embeddings(x)) and layer(h), with gradient checkpointing by hand: the recomputation is the same."""
+    """encoder(embeddings(x)) and layer(h), with manual gradient checkpointing: the recomputation is the same."""
     bert, theirs = (make("BertForSequenceClassification", library=lib).bert for lib in (transformer_fast, transformers))
     x = inputs("BertForSequenceClassification")["input_ids"]
     h, other = bert.embeddings(x), theirs.embeddings(x)
@@ -290,7 +291,7 @@ def test_attention_in_the_forward_of_transformers_is_ours(monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "transformer_fast", counted)
     model(**inputs("T5ForConditionalGeneration"))
-    assert len(calls) == 2  # the encoder's; the decoder is stock, and does not go this way
+    assert len(calls) == 2  # the encoder's; the decoder is stock and uses the fast path
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
@@ -324,7 +325,7 @@ def test_libraries_that_change_models(name, how, tmp_path):
 
 
 def test_sharded_where_the_fast_path_does_not_call(tmp_path):
-    """A container that only Hugging Face's forward calls, and somebody's hook on a layer that FSDP2 has sharded."""
+    """A sharded container that only Hugging Face's forward calls, and a user's hook on a layer sharded by FSDP2."""
     name = "BertForSequenceClassification"
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -352,7 +353,7 @@ def test_sharded_where_the_fast_path_does_not_call(tmp_path):
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("changed", [False, True])
 def test_compile_in_one_graph(name, changed):
-    torch._dynamo.reset()  # what was compiled before counts against its limit
+    torch._dynamo.reset()  # earlier compilations count towards its limit
     model = make(name)
     if changed:
         model.get_submodule(LAYERS[name])[0].register_forward_hook(lambda *_: None)
@@ -438,7 +439,7 @@ def test_generate_with_a_changed_layer(name):
 
 @pytest.mark.quick
 def test_replaced_class(monkeypatch):
-    """Somebody who replaces the forward of a class of transformers gets what it computes."""
+    """A replaced forward of a transformers class takes effect."""
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
     model, call = make("GPT2LMHeadModel"), inputs("GPT2LMHeadModel")

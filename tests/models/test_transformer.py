@@ -1,4 +1,4 @@
-"""The Transformer of 2017: against torch.nn.Transformer, in checkpoints, in generation, in training."""
+"""The 2017 Transformer: compared with torch.nn.Transformer; checkpoints, generation, training."""
 
 import copy
 
@@ -19,7 +19,7 @@ SMALL = {
 
 
 def build(**settings):
-    """With weights wide enough for attention to matter."""
+    """A model with weights large enough for attention to matter."""
     torch.manual_seed(1)
     model = tf.TransformerForConditionalGeneration(tf.TransformerConfig(**{**SMALL, **settings})).eval()
     g = torch.Generator().manual_seed(2)
@@ -41,7 +41,7 @@ def batch(padding="right", lengths=LENGTHS, targets=6, seed=3):
 
 
 def torch_logits(model, module, inputs):
-    """Logits by torch.nn.Transformer, which gets embeddings and masks."""
+    """Logits from torch.nn.Transformer, with the model's embeddings and masks."""
     config, base = model.config, model.model
     source, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     target = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
@@ -60,7 +60,7 @@ def torch_logits(model, module, inputs):
 
 
 def gradients(loss, model, module=None):
-    """Of our parameters by name; torch's are put under our names by loading them into a copy."""
+    """Gradients of our parameters by name. Those of `module` are renamed by loading them into a copy of the model."""
     if module is None:
         names, parameters = zip(*model.named_parameters())
         return dict(zip(names, torch.autograd.grad(loss, parameters)))
@@ -78,7 +78,7 @@ def gradients(loss, model, module=None):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("share", [True, False])
 def test_is_torchs_transformer(norm_position, padding, share, dtype):
-    """Outputs and gradients of every weight, over four ragged batches: in one, a few signs under relu decide."""
+    """Outputs and gradients of every weight, over four ragged batches: in one alone, a few signs before relu decide."""
     settings = {} if share else {"vocab_size": 37, "encoder_vocab_size": 43}
     model = build(norm_position=norm_position, final_norm=True, **settings).to(dtype)
     g, logits, grads = torch.Generator().manual_seed(5), {}, {}
@@ -239,7 +239,7 @@ def test_padding_changes_nothing():
 
 
 def test_padded_targets():
-    """decoder_attention_mask: what is padding is neither seen nor computed."""
+    """decoder_attention_mask: padding is neither attended to nor computed."""
     model, inputs = build(norm_position="pre"), batch()
     target = inputs.pop("labels").clamp(min=3)
     mask = torch.arange(6) < torch.tensor([6, 4, 2, 5])[:, None]
@@ -256,7 +256,8 @@ def test_padded_targets():
 @pytest.mark.quick
 @pytest.mark.parametrize("norm_position", ["post", "pre"])
 def test_one_native_call_a_token(norm_position, monkeypatch):
-    """Where the native library is, generation runs by it; with a hook in the model by its own forward, and alike."""
+    """With the native library, generation uses it; with a hook in the model it uses the model's forward. Tokens
+    agree."""
     steps, step = [], NativeStepper.step
     monkeypatch.setattr(NativeStepper, "step", lambda self, tokens: steps.append(1) or step(self, tokens))
     model, inputs = build(norm_position=norm_position), batch()
@@ -396,7 +397,7 @@ def test_bad_input(name):
 @pytest.mark.quick
 @pytest.mark.parametrize("how", ["subclass", "instance", "hook"])
 def test_generate_calls_what_was_put_in(how):
-    """A forward of somebody's own and hooks run at every step."""
+    """A user's own forward and hooks run at every step."""
     seen = []
 
     class Counted(tf.TransformerForConditionalGeneration):

@@ -30,7 +30,7 @@ BACKENDS = ["eager", "cpu", "triton", "cuda"]
 
 def inputs(device, dtype, h=2, hk=2, n=1, d=14, half=None, norms=(False, False), placed=False, interleaved=False,
            layout="heads first", length_dtype=torch.int32):  # fmt: skip
-    """layout: of everything that has heads, see rotary_cases.strided."""
+    """layout: of query, key, value and caches, see rotary_cases.strided."""
 
     def data(heads, rows):
         return rotary_cases.strided((B, rows, heads, d), dtype, layout, device).transpose(1, 2)
@@ -155,7 +155,7 @@ def test_opcheck_and_one_graph_of_any_shape():
 @pytest.mark.quick
 @pytest.mark.skipif(bool(native.load()), reason=native.load() or "there")
 def test_the_kernel_looks_at_what_a_graph_hides():
-    """A compiled graph is made without values: the kernel itself keeps to its tables and caches."""
+    """A compiled graph cannot check values, so the kernel itself must stay within its tables and caches."""
     compiled = torch.compile(tf.rotary_cache_append, fullgraph=True, backend="aot_eager")
     cases = (
         (lambda t: t + 4, (5,), r"cache_lengths: wanted values in \[0, 12\], got 13"),

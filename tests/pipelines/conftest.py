@@ -26,7 +26,7 @@ def train(special: list[str], unknown: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=260, special_tokens=special, show_progress=False)
-    # Among pairs as frequent the trainer chooses by chance: words that tests name are frequent enough to be whole.
+    # The trainer breaks ties between pairs randomly, so words that tests name are frequent enough to be whole tokens.
     tokenizer.train_from_iterator([*CORPUS, *["paris river warsaw"] * 40], trainer)
     return tokenizer
 
@@ -38,7 +38,7 @@ def texts():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """WordPiece with BERT's special tokens and pairs."""
+    """WordPiece with BERT's special tokens and its format of pairs."""
     made = train(SPECIAL, "[UNK]")
     cls, sep = made.token_to_id("[CLS]"), made.token_to_id("[SEP]")
     made.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
@@ -92,7 +92,7 @@ def seq2seq(family: str, **changes):
 
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer):
-    """Save a tiny BERT with a head by Hugging Face, tokenizer beside it; gives the folder."""
+    """A function that saves a tiny Hugging Face BERT with a head and its tokenizer, and returns the folder."""
 
     def make(head: str, **changes):
         folder = tmp_path / head
@@ -110,7 +110,7 @@ def make_seq2seq():
 
 @pytest.fixture
 def ours_and_theirs(checkpoint):
-    """The same task and checkpoint by this package and by transformers."""
+    """Pipelines of this package and of transformers for the same task and checkpoint."""
 
     def make(task: str, head: str, changes: dict, **arguments):
         folder = checkpoint(head, **changes)

@@ -1,4 +1,4 @@
-"""Translation by mBART and NLLB with their own tokenizers, trained here: both sides are told the language."""
+"""Translation with mBART and NLLB and their own tokenizers, trained here: source and target language are passed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The tasks transformers has give what its own pipelines give, whatever the inputs come as."""
+"""Tasks that transformers has give the results of its own pipelines, for every form of input."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_lists_are_batched_by_length(task, ours_and_theirs, texts, monkeypatch):
     assert rows == (3, 3, 2) and list(columns) == sorted(columns, reverse=True)
     lengths.clear()
     assert_same(ours(texts), found)
-    assert len(lengths) == 1  # lists are batched by themselves
+    assert len(lengths) == 1  # lists are batched automatically
 
 
 @pytest.mark.quick
@@ -155,7 +155,7 @@ def test_unknown_tasks(tokenizer):
         transformer_fast.pipeline("sentiment")
     with pytest.raises(ValueError, match=r"'image-classification' is unknown \(transformers.pipeline has it\)"):
         transformer_fast.pipeline("image-classification")
-    with pytest.raises(ValueError, match="model: wanted one, as a tokenizer is given"):
+    with pytest.raises(ValueError, match="model: wanted one, as the given tokenizer"):
         transformer_fast.pipeline("ner", tokenizer=tokenizer)
     with pytest.raises(TypeError, match="model: wanted a checkpoint's name or a PreTrainedModel, got int"):
         transformer_fast.pipeline("ner", 3)

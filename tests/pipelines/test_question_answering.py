@@ -1,4 +1,5 @@
-"""Question answering: answers computed by hand, by brute force over all spans, and by transformers' own span search."""
+"""Question answering, compared with answers computed by hand, by brute force over all spans, and by transformers'
+search."""
 
 import types
 
@@ -18,7 +19,7 @@ LONG = " ".join(
 
 
 def scored(pipe, starts: dict[str, float], ends: dict[str, float], otherwise=-5.0):
-    """Make the model score each word piece by a table, so that answers follow by hand."""
+    """Make the model score each word piece by a table, so that answers can be computed by hand."""
     vocabulary = pipe.tokenizer.get_vocab()
     tables = []
     for given in (starts, ends):
@@ -45,7 +46,7 @@ def test_an_answer_by_hand(pipe):
     answer = pipe(question="What is the capital?", context=CONTEXT)
     assert set(answer) == {"score", "start", "end", "answer"}
     assert answer["answer"] == "Paris" == CONTEXT[answer["start"] : answer["end"]]
-    # one piece at 10, the other n at -5: [CLS] and the context's
+    # One piece has score 10, the other n have -5: [CLS] and the context's pieces.
     pieces = len(pipe.tokenizer(CONTEXT, add_special_tokens=False)["input_ids"])
     assert answer["score"] == pytest.approx((1 / (1 + pieces * torch.tensor(-15.0).exp().item())) ** 2, rel=1e-6)
 
@@ -108,7 +109,7 @@ def test_long_contexts_are_read_in_windows(pipe):
 @pytest.mark.parametrize("impossible", [False, True])
 @pytest.mark.parametrize("stride, length", [(8, 40), (None, None), (16, 64)])
 def test_as_transformers_span_search(pipe, impossible, stride, length):
-    """A random model over windows: scores and places are those of transformers' own search, window by window."""
+    """A random model over windows: scores and positions equal those of transformers' search in each window."""
     question, top = "what is the river there?", 4
     found = pipe(
         question=question, context=LONG, doc_stride=stride, max_seq_len=length, top_k=top, align_to_words=False,
@@ -144,7 +145,7 @@ def test_as_transformers_span_search(pipe, impossible, stride, length):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_batches_give_what_single_questions_give(pipe, texts, side):
     pipe.tokenizer.padding_side = side
-    if side == "left":  # where BERT's own scores depend on the padding, through its positions
+    if side == "left":  # here BERT's own scores depend on the padding, through its positions
         words = pipe.tokenizer.get_vocab()
         scored(pipe, *({word: score.item() for word, score in zip(words, torch.randn(len(words)))} for _ in range(2)))
     try:

@@ -1,4 +1,4 @@
-"""text2text-generation, summarization and translation: the texts are those that generate and the tokenizer give."""
+"""text2text-generation, summarization and translation: the texts equal those of generate and the tokenizer."""
 
 import functools
 
@@ -31,7 +31,7 @@ def loaded(folder):
 
 
 def by_hand(folder, text: str, **arguments) -> list[str]:
-    """Tokenise, generate, decode: one text at a time, by transformers."""
+    """Tokenise, generate, decode: one text at a time, with transformers."""
     tokenizer, model = loaded(folder)
     found = model.generate(**tokenizer(text, return_tensors="pt"), **arguments)
     return tokenizer.batch_decode(found, skip_special_tokens=True)
@@ -71,7 +71,7 @@ def test_several_sequences_and_tokens(folder, texts):
 
 @pytest.mark.quick
 def test_what_the_checkpoint_says_for_a_task(folder, texts):
-    """Prefix and generation arguments of task_specific_params; the call counts more."""
+    """Prefix and generation arguments of task_specific_params; the call's arguments override them."""
     params = {
         "summarization": {"prefix": "summary : ", "max_length": 9, "num_beams": 3, "min_length": 4},
         "translation_en_to_de": {"prefix": "english to german : ", "max_length": 7, "num_beams": 1},
@@ -100,7 +100,7 @@ def test_defaults_fill_what_nobody_says(folder):
 
 
 def test_languages(folder, seq2seq_tokenizer, texts, monkeypatch):
-    """A tokenizer that wants languages is told them; one that does not is left alone."""
+    """Languages are passed to tokenizers that need them, and not to others."""
     path = folder("marian")
     pipe = transformer_fast.pipeline("translation_en_to_fr", path, device="cpu", **SHORT)
     asked = []

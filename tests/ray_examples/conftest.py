@@ -1,4 +1,4 @@
-"""One Ray of two cores, the examples as modules, a tiny BERT with a tokenizer."""
+"""Fixtures: a Ray instance with two cores, the examples as modules, a tiny BERT with a tokenizer."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ and then came back home again very slowly""".split()  # noqa: SIM905
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """Ray carries the classes of a script to its workers by value; register_pickle_by_value does it for a module."""
+    """Ray pickles the classes of a script by value; register_pickle_by_value does so for a module."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: pip install 'transformer-fast[ray]'")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "TRANSFORMER_FAST_POISON": "1"}
@@ -94,7 +94,7 @@ def checkpoints(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def texts():
-    """40 of 1 to 30 words."""
+    """40 texts of 1 to 30 words."""
     drawn = torch.Generator().manual_seed(3)
     draw = lambda n: torch.randint(n, (1,), generator=drawn).item()  # noqa: E731
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(1 + draw(30))) for _ in range(40)]

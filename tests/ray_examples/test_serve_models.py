@@ -1,4 +1,4 @@
-"""examples/serve_models.py over HTTP: right answers, batches made of requests, 4xx with the reason, 429 when full."""
+"""examples/serve_models.py over HTTP: answers, batches of several requests, 4xx with the reason, 429 when full."""
 
 import base64
 import concurrent.futures
@@ -41,7 +41,7 @@ BAD = [
 
 
 def free_port() -> int:
-    """Below those that the system gives to connections: none of those takes it before the service does."""
+    """A port below the range of outgoing connections, so that no connection takes it before the service starts."""
     for port in random.Random(os.getpid()).sample(range(20000, 32768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -113,7 +113,7 @@ def a_long_prompt_takes_no_room_from_a_short_one(ask, texts, checkpoints):
 
 
 def requests_share_batches(ask, texts, checkpoints):
-    for _ in range(20):  # on a busy machine they may come one at a time
+    for _ in range(20):  # on a busy machine they may arrive one at a time
         before = ask("/v1/status")[1]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda t: ask("/v1/embeddings", {"input": t}), texts))
@@ -145,7 +145,7 @@ def a_full_queue_says_429_and_what_was_taken_is_answered(ask, texts, checkpoints
 
 
 def test_the_service(ask, texts, checkpoints, subtests):
-    """One test: however tests are shared out among processes, the service starts once."""
+    """A single test, so that the service starts once, regardless of how tests are distributed over processes."""
     checks = (
         embeddings,
         labels_and_completions,

@@ -43,7 +43,7 @@ def _missing() -> str:
     if native.load():
         return native.load()
     if not architectures():
-        return "the native library was built without CUDA kernels (no nvcc, or no GPU to be seen then)"
+        return "the native library was built without CUDA kernels (no nvcc, or no visible GPU at build time)"
     return ""
 
 
@@ -57,7 +57,7 @@ def _unsupported(major: int, minor: int) -> str:
     if code is None:
         return f"{capability}; there are kernels for {', '.join(f'{m}.x' for m in _CODE)}"
     if code not in architectures():
-        return f"{capability}, and this build has code for sm_{', sm_'.join(architectures())} alone"
+        return f"{capability}, and this build only has code for sm_{', sm_'.join(architectures())}"
     return ""
 
 
@@ -79,7 +79,7 @@ class CudaBackend(Backend):
         note = f"compiled for sm_{', sm_'.join(architectures())}"
         note += f"; not yet run on a GPU: {unverified}" if unverified else ""
         unsupported = _unsupported(*torch.cuda.get_device_capability())
-        return f"{note}; idle: {unsupported}" if unsupported else f"{note}; taken on request, backend('cuda')"
+        return f"{note}; idle: {unsupported}" if unsupported else f"{note}; used on request only, by backend('cuda')"
 
     def why_not(self, call: Call) -> tuple[str, ...]:
         reasons = []

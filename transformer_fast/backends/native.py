@@ -43,7 +43,7 @@ def why_not_built(root: pathlib.Path = _PACKAGE.parent) -> str:
         return _NOTE.read_text(encoding="utf-8").strip()
     if (root / "setup.py").exists():
         return f"it was not built in this checkout: cd {root} && python setup.py build_ext --inplace"
-    return "this copy of transformer_fast has none; install it again, with torch and a C++ compiler there"
+    return "this copy of transformer_fast has none; reinstall it where torch and a C++ compiler are available"
 
 
 @functools.cache
@@ -55,8 +55,8 @@ def warn_missing() -> None:
 
 
 def stale(root: pathlib.Path = _PACKAGE.parent) -> str:
-    """What to do if the library was built from other sources than those beside the package; '' if it was not, or if
-    there are no sources beside the package (as there are in an editable install)."""
+    """What to do if the library was built from other sources than those next to the package; '' if it was not, or if
+    there are no sources next to the package (an editable install has them)."""
     if not ((root / "csrc" / "ops.cpp").exists() and (root / "setup.py").exists()):
         return ""
     try:

@@ -84,7 +84,7 @@ class TritonBackend(Backend):
         if call.op != "attention" or "backward" not in call.features or call.size <= _WIDE_HEAD:
             return ""
         if call.dtype == torch.float32 or _large_tiles(call.device):
-            return f"gradients with head dims over {_WIDE_HEAD} go slice by slice, and each recomputes the scores"
+            return f"gradients with head dims over {_WIDE_HEAD} go in slices, each of which recomputes the scores"
         return ""
 
     def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:

@@ -20,7 +20,7 @@ LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
 DECODE_QUERIES, DECODE_ROWS = 16, 32
 FEW_KEYS = 128  # rows with at most so many keys keep the rounding of the output: see kernels/attention_backward.py
-WIDEST_WITH_TABLE = 64  # up to this head dim, without dropout, the sums for dtable fit the registers beside dQ
+WIDEST_WITH_TABLE = 64  # up to this head dim, without dropout, the sums for dtable fit into registers together with dQ
 L2_BYTES = 32 * 2**20  # bytes of keys and values that stay in the L2 cache while the blocks of a few heads run
 
 _CONSTANTS = layout(AttentionSpec).constants
@@ -51,7 +51,7 @@ def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _key(kind: str, spec) -> tuple:
-    """What a plan depends on beside its tensors. It includes functions, because the tuner and tests replace them."""
+    """What a plan depends on, besides its tensors. It includes functions, because the tuner and tests replace them."""
     table = spec.relative_bias
     return (
         kind, spec.query.device, _CONSTANTS(spec), table is not None and table.shape[0],

@@ -8,6 +8,6 @@ __all__ = ["CheckpointMissing", "DemoResult", "load_sentences", "locate", "run"]
 
 
 def __getattr__(name: str):
-    if name in ("DemoResult", "run"):  # they need rich, which those who want the checkpoint alone do not
+    if name in ("DemoResult", "run"):  # these need rich; the checkpoint does not
         return getattr(_importlib.import_module(".main", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

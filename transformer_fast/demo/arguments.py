@@ -1,5 +1,5 @@
-"""What the arguments of the examples share: help that shows defaults, checkpoints that are looked for at once, a folder
-for the output that git does not see."""
+"""Arguments that the examples share: help with defaults, checkpoints that are located at once, an output folder that
+git ignores."""
 
 import argparse
 import pathlib
@@ -13,15 +13,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         unsaid = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        shown = not unsaid and "default" not in text  # 0 equals False, and is shown
+        shown = not unsaid and "default" not in text  # 0 equals False, but is shown
         return f"{text} (default: %(default)s)" if shown else text
 
 
 def argument_parser(
     description: str, name: str, checkpoint: str = "", training: bool = False
 ) -> argparse.ArgumentParser:
-    """With --output, --checkpoint where that says of what, and those of `training`. The others are the example's own,
-    each with a help."""
+    """A parser with --output, with --checkpoint if `checkpoint` describes it, and with the arguments of `training`. An
+    example adds its own, each with a help text."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     if checkpoint:
         text = f"folder or name of {checkpoint}; default: all-MiniLM-L6-v2"

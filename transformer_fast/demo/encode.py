@@ -1,4 +1,4 @@
-"""Sentence embeddings with either model, timed in turns, and the memory each needs."""
+"""Sentence embeddings with either model: timing in turns, and memory."""
 
 import pathlib
 import time
@@ -30,7 +30,7 @@ LOADERS = {"Hugging Face": load_hugging_face, "transformer_fast": load_ours}
 
 
 def embed(model, batches: Batches, on_batch: Callable[[], object] = lambda: None) -> torch.Tensor:
-    """(sentences, width): the mean of each sentence's last hidden states, of length one, as the model was trained."""
+    """(sentences, width): the mean of each sentence's last hidden states, normalised, as the model was trained."""
     means = []
     with torch.inference_mode():
         for ids, mask in batches:
@@ -42,7 +42,7 @@ def embed(model, batches: Batches, on_batch: Callable[[], object] = lambda: None
 
 
 def sorted_batches(batches: Batches, size: int) -> tuple[Batches, torch.Tensor]:
-    """The same sentences in batches of `size` neighbours in length, and where each of them was before."""
+    """The same sentences, sorted by length, in batches of `size`; and the former index of each."""
     rows = [(ids[i], mask[i]) for ids, mask in batches for i in range(len(ids))]
     lengths = torch.tensor([int(mask.sum()) for _, mask in rows])
     order = lengths.argsort(descending=True, stable=True)
@@ -61,8 +61,8 @@ def _stack(rows: list[torch.Tensor], length: int) -> torch.Tensor:
 def time_in_turns(
     calls: Mapping[str, Callable[[], torch.Tensor]], passes: int, seconds: float
 ) -> tuple[dict[str, Timing], dict[str, torch.Tensor]]:
-    """Run every call once a pass, in rotating order: (times, last results). At most `passes` passes, and no new one
-    once `seconds` are over."""
+    """Run every call once per pass, in rotating order: (times, last results). Runs at most `passes` passes, and starts
+    no new one after `seconds`."""
     timings = {name: Timing() for name in calls}
     last: dict[str, torch.Tensor] = {}
     names, start = list(calls), time.perf_counter()
@@ -78,7 +78,7 @@ def time_in_turns(
 
 
 def memory_work(model: str, sentences: list[str], threads: int):
-    """Encoding the longest batch, in the steps that benchmarks.memory.peak_memory_mb asks for."""
+    """Encode the longest batch, in the steps that benchmarks.memory.peak_memory_mb expects."""
     torch.set_num_threads(threads)
     checkpoint = locate()
     load = LOADERS[model]

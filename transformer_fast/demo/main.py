@@ -1,4 +1,4 @@
-"""What `transformer-fast demo` does, from checkpoint to table and pictures."""
+"""`transformer-fast demo`, from the checkpoint to tables and pictures."""
 
 import os
 import pathlib
@@ -33,8 +33,8 @@ QUERIES = [
 
 
 class DemoResult(NamedTuple):
-    """error: the largest difference of an embedding's element from Hugging Face's. speedup: over Hugging Face, the
-    median of the passes. memory_mb: peak by model name. nearest: by query, (similarity, sentence)."""
+    """error: the largest difference from Hugging Face's in any element of an embedding. speedup: over Hugging Face,
+    from the medians of the passes. memory_mb: {model name: peak}. nearest: {query: (similarity, sentence)}."""
 
     timings: dict[str, Timing]
     error: float
@@ -55,8 +55,8 @@ def run(
 ) -> DemoResult:
     """Encode sentences with all-MiniLM-L6-v2, by Hugging Face's BertModel and by this package's, and compare.
 
-    output: folder for the pictures. sentences: default, those shipped with the demo. passes: times each model
-    encodes all of them, fewer when `seconds` run out. memory: measure peak memory, in a process a model.
+    output: folder for the pictures. sentences: by default those shipped with the demo. passes: how many times each
+    model encodes all of them, fewer when `seconds` run out. memory: measure peak memory, in one process per model.
     Raises CheckpointMissing, with the pip command, when the checkpoint's package is not installed.
     """
     checkpoint = locate()
@@ -103,7 +103,7 @@ def run(
 
 
 def _encode_all(theirs, ours, batches: encode.Batches, passes: int, seconds: float):
-    """Times and embeddings of the three ways, in the sentences' own order."""
+    """Times and embeddings of the three ways, in the order of the sentences."""
     by_length, order = encode.sorted_batches(batches, max(len(ids) for ids, _ in batches))
     ways: dict[str, tuple] = {HUGGING_FACE: (theirs, batches), SORTED: (theirs, by_length), OURS: (ours, batches)}
     warm = min(2, len(batches))
@@ -180,7 +180,7 @@ def _comparison(timings: dict[str, Timing], embeddings, used: dict[str, float], 
 
 
 def _backends(config) -> Table:
-    """Which backend runs each op of this model here, and why no other."""
+    """Which backend runs each op of this model on this machine, and why not the others."""
     table = Table(title="backend per op", title_justify="left")
     for heading in ("op", "backend", "why"):
         table.add_column(heading)

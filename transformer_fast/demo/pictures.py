@@ -17,7 +17,7 @@ COLOURS = {"transformer_fast": "#c0392b"}
 
 
 def choose_heads(attentions: tuple[torch.Tensor, ...]) -> list[int]:
-    """In each layer the head that looks most from word to other word: not at [CLS], [SEP] or the word itself."""
+    """Per layer, the head with the most attention between different words, not to [CLS], [SEP] or the word itself."""
     chosen = []
     for layer in attentions:
         inner = layer[0, :, 1:-1, 1:-1]
@@ -27,7 +27,7 @@ def choose_heads(attentions: tuple[torch.Tensor, ...]) -> list[int]:
 
 
 def attention_picture(model, tokenizer, sentence: str, path: pathlib.Path) -> pathlib.Path:
-    """One heatmap a layer: row i shows where token i looks."""
+    """One heatmap per layer: row i shows the attention of token i."""
     encoded = tokenizer(sentence, return_tensors="pt")
     with torch.inference_mode():
         attentions = model(**encoded, output_attentions=True).attentions
@@ -50,7 +50,7 @@ def attention_picture(model, tokenizer, sentence: str, path: pathlib.Path) -> pa
 
 
 def timing_picture(timings: dict[str, Timing], lengths: list[int], padded: int, path: pathlib.Path) -> pathlib.Path:
-    """Left: seconds for all sentences, whiskers p20 to p80. Right: how long the sentences are."""
+    """Left: seconds for all sentences, whiskers p20 to p80. Right: the lengths of the sentences."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     names = [name.strip() for name in timings]
     medians = [timing.median for timing in timings.values()]
@@ -73,8 +73,8 @@ def timing_picture(timings: dict[str, Timing], lengths: list[int], padded: int, 
 
 
 def positions_picture(count: int, width: int, path: pathlib.Path) -> pathlib.Path:
-    """Left: sinusoids of `count` positions, a row each. Right: how alike positions are, from the first, the middle and
-    the last one: the products of their rows, over the largest."""
+    """Left: sinusoids, one row per position. Right: dot products of all rows with the first, the middle and the last
+    one, relative to the largest."""
     table = sinusoids(torch.arange(count), width)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     image = left.imshow(table.numpy(), cmap="RdBu", vmin=-1.0, vmax=1.0, aspect="auto", interpolation="nearest")

@@ -1,9 +1,9 @@
-"""The loop of the examples that train, in one process or, under torchrun, in many.
+"""The training loop of the examples, in one process or, under torchrun, in several.
 
     torchrun --nproc-per-node 8 examples/text_generation.py --fsdp --save-every 50
     torchrun --nproc-per-node 8 examples/text_generation.py --fsdp --save-every 50 --resume
 
-The work is torch's: DistributedDataParallel, FSDP2 (fully_shard), torch.distributed.checkpoint.
+It uses torch's DistributedDataParallel, FSDP2 (fully_shard) and torch.distributed.checkpoint.
 """
 
 import argparse
@@ -29,20 +29,20 @@ _PROGRESS, _KEPT = "progress.json", 2
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("many processes, little memory, long runs (start them with torchrun)")
     group.add_argument("--fsdp", action="store_true", help="share parameters, gradients and optimizer states (FSDP2)")
-    group.add_argument("--accumulate", type=int, default=1, help="parts that a process computes its rows of a step in")
-    group.add_argument("--checkpointing", action="store_true", help="compute layers again in backward")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process")
+    group.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     group.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="0: save nothing on the way")
-    group.add_argument("--resume", action="store_true", help="go on from what --save-every saved in --output")
+    group.add_argument("--resume", action="store_true", help="continue from what --save-every saved in --output")
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """The number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Inside, the processes that torchrun started know one another, through several trainings one after the other."""
+    """Context manager: the process group of torchrun's processes, which several successive trainings can use."""
     started = world_size() > 1 and not dist.is_initialized()
     if started:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -54,20 +54,21 @@ def processes() -> Iterator[None]:
 
 
 class Training:
-    """A model in training. Every process makes the same batches; `step` computes its rows of them.
+    """A model in training. Every process makes the same batches; `step` computes this process's rows of them.
 
-    Losses are means over all labels of a batch, so any number of processes and parts learns what one does.
+    Losses are means over all labels of a batch, so the result does not depend on the number of processes and
+    micro-batches.
 
     Args:
         model: a model of this package; it is moved, wrapped and, with --fsdp, sharded.
-        arguments: of add_training_arguments, and output, a folder.
-        optimizer: makes one of the parameters.
-        schedule: makes one of the optimizer; None: a constant rate.
-        clip: the largest norm of a gradient; None: any.
-        seed: of what differs between processes: dropout.
-        name: of the folder for what --save-every saves, below arguments.output. Of several trainings one after the
-            other, below one folder of that: with --resume those begin that had saved nothing, if another had.
-        partly: whether some parameters may be frozen on the way.
+        arguments: those of add_training_arguments, and `output`, a folder.
+        optimizer: a function from parameters to an optimizer.
+        schedule: a function from the optimizer to a schedule; None: a constant learning rate.
+        clip: the largest gradient norm; None: no clipping.
+        seed: for dropout, which differs between processes.
+        name: the folder for what --save-every saves, below arguments.output. Successive trainings share its parent
+            folder: with --resume a training that had saved nothing starts anew if another had saved something.
+        partly: whether some parameters may be frozen during training.
     """
 
     def __init__(
@@ -131,14 +132,14 @@ class Training:
 
     # ---- steps -------------------------------------------------------------------------------------
     def steps(self, count: int, text: str, unit: str = "step") -> Iterator[tuple[int, tqdm]]:
-        """(step, its progress bar). Those that a resumed run has behind it come too, so that data are drawn alike, but
-        `step` and `check` give what they gave then."""
+        """Yield (step, progress bar). A resumed run also yields the steps before the checkpoint, so that the same data
+        are drawn; `step` and `check` return the recorded results for them."""
         with tqdm(range(count), desc=text, unit=unit, disable=not self.main) as bar:
             for self._at in bar:
                 yield self._at, bar
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
-        """Learn from a batch, the same in all processes; its loss, the mean over its labels."""
+        """Train on a batch, the same in all processes. Returns its loss, the mean over its labels."""
         if self._at < self._done:
             return self.losses[self._at]
         total, loss = self._labelled(batch), torch.zeros((), device=self.device)
@@ -147,7 +148,7 @@ class Training:
         for part in range(parts):
             own = {name: t[self.rank :: self.size][part::parts] for name, t in batch.items()}
             count = self._labelled(own)
-            if not len(own["input_ids"]):  # fewer rows than parts: one that does not count keeps processes together
+            if not len(own["input_ids"]):  # compute one row with weight 0, so that the collectives match
                 own = {name: t[:1] for name, t in batch.items()}
             own = {name: t.to(self.device) for name, t in own.items()}
             with self._together(part + 1 == parts):
@@ -172,7 +173,7 @@ class Training:
         return int((labels != IGNORE).sum())
 
     def _together(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients are summed over processes with the last part alone."""
+        """Sum gradients over processes with the last micro-batch only."""
         model: Any = self.model
         if self._arguments.fsdp:
             model.set_requires_gradient_sync(last)
@@ -181,14 +182,14 @@ class Training:
         return contextlib.nullcontext()
 
     def check(self, measure: Callable[[], float]) -> float:
-        """measure() after the current step, by all processes, kept under the number of steps then."""
+        """measure() after the current step, in all processes. The result is recorded under the number of steps."""
         steps = self._at + 1
         if steps not in self.checked:
             self.checked[steps] = measure()
         return self.checked[steps]
 
     def keep(self, average: bool = False) -> None:
-        """Set the weights after the current step aside, in place of those before, or averaged with them."""
+        """Keep a copy of the current weights, in place of the previous copy, or averaged with it."""
         if self._at < self._done:
             return
         now = self.module.state_dict()
@@ -204,7 +205,7 @@ class Training:
         self.module.load_state_dict(self._kept)
 
     def save_if_due(self) -> None:
-        """At the end of a step: what --resume goes on from, where --save-every says so."""
+        """At the end of a step: write a checkpoint for --resume, if --save-every says so."""
         every = self._arguments.save_every
         if every and self._at >= self._done and (self._at + 1) % every == 0:
             self._save()
@@ -231,7 +232,7 @@ class Training:
         self._barrier()
         checkpoint.save(self._state(), checkpoint_id=unfinished, no_dist=self.size == 1)
         self._barrier()
-        if self.main:  # a kill leaves the last whole checkpoint
+        if self.main:  # if the process is killed here, the previous checkpoint is whole
             progress = {
                 "losses": self.losses, "checked": list(self.checked.items()), "processes": self.size,
                 "averaged": self._averaged, "schedule": self.schedule and self.schedule.state_dict(),
@@ -261,10 +262,10 @@ class Training:
         if self._averaged:
             self._kept = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
         frozen = [p for name, p in self.module.named_parameters() if p.requires_grad and name in progress["frozen"]]
-        for parameter in frozen:  # the optimizer knew nothing of them yet
+        for parameter in frozen:  # the optimizer has no state for them yet
             parameter.requires_grad_(False)
         state = self._state()
-        if progress["processes"] != self.size:  # their random numbers are not these processes'
+        if progress["processes"] != self.size:  # the saved random states belong to other processes
             state = {name: value for name, value in state.items() if "random" not in name}
         checkpoint.load(state, checkpoint_id=saved[-1], no_dist=self.size == 1)
         set_state_dict(
@@ -281,7 +282,7 @@ class Training:
         self.losses, self.checked = progress["losses"], dict(progress["checked"])
         self._done = len(self.losses)
         if self.main:
-            print(f"goes on after step {self._done}, from {saved[-1]}")
+            print(f"continues after step {self._done}, from {saved[-1]}")
 
     def _barrier(self) -> None:
         if self.size > 1:
@@ -289,7 +290,7 @@ class Training:
 
     # ---- the end -----------------------------------------------------------------------------------
     def finish(self, folder: pathlib.Path | None = None) -> bool:
-        """Save the model in `folder`, leave the other processes; True in the one that goes on alone."""
+        """Save the model in `folder` and end the distributed run. Returns True in the one process that may continue."""
         if folder is not None:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -1,4 +1,4 @@
-"""Sequences over several devices: context parallelism on torch.distributed."""
+"""Sequences split over several devices: context parallelism on torch.distributed."""
 
 from .context import context_parallel, current, resumed
 

@@ -1,4 +1,4 @@
-"""Attention of one process's queries to another's keys, as calls that the kernels can take."""
+"""Attention of one process's queries to another's keys, split into blocks that the kernels can compute."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,12 +11,13 @@ from .layout import Layout
 
 __all__ = ["Block", "Rows", "blocks", "narrow_bias", "sub_call"]
 
-_Part = tuple[int, int]  # rows from, to
+_Part = tuple[int, int]  # a range of rows: first, one past the last
 
 
 class Block(NamedTuple):
-    """rows of the queries and columns of the keys. left, right: the window as those two count, -1: no limit.
-    shift: how far the first row stands behind the first column, which is column `start` of the whole."""
+    """A range of query rows and a range of key columns. left, right: the window, relative to the block's own row and
+    column numbers, -1: no limit. shift: the position of the first row minus the position of the first column. start:
+    the position of the first column."""
 
     rows: _Part
     columns: _Part
@@ -27,12 +28,13 @@ class Block(NamedTuple):
 
 
 def is_plain(spec: AttentionSpec, by_column: bool) -> bool:
-    """Whether only the order of positions counts, not their distance: all of a process's rows go into one call."""
+    """Whether masks depend on the order of positions only, not on distances: then blocks can have all rows of a
+    process."""
     return spec.window_left < 0 and spec.window_right <= 0 and spec.relative_bias is None and not by_column
 
 
 def blocks(spec: AttentionSpec, layout: Layout, rank: int, source: int, by_column: bool) -> Iterator[Block]:
-    """What `rank` computes with the keys of `source`. by_column: masks have a column for every position."""
+    """The blocks that `rank` computes with the keys of `source`. by_column: masks have a column for every position."""
     queries, keys = _length(spec.query), _length(spec.key)
     if is_plain(spec, by_column):
         yield from _plain(spec, layout, rank, source, queries, keys)
@@ -69,14 +71,14 @@ def _plain(spec, layout: Layout, rank: int, source: int, queries: int, keys: int
 
 
 def _near(spec, shift: int, queries: int, keys: int) -> tuple[_Part, _Part, int, int] | None:
-    """(rows, columns, left, right) of two chunks where the window reaches, None where it does not."""
+    """(rows, columns, left, right): the parts of two chunks that the window covers; None if it covers none."""
     left = spec.window_left + (-shift if spec.window_left >= 0 else 0)
     right = spec.window_right + (shift if spec.window_right >= 0 else 0)
     rows, columns = (0, queries), (0, keys)
-    if spec.window_left >= 0 and left < 0:  # the first keys are too far back for every query
+    if spec.window_left >= 0 and left < 0:  # no query sees the first keys
         columns = (-left, keys)
         right, left = right + left if spec.window_right >= 0 else -1, 0
-    elif spec.window_right >= 0 and right < 0:  # the first queries do not see so far ahead
+    elif spec.window_right >= 0 and right < 0:  # the first queries see none of these keys
         rows = (-right, queries)
         left, right = left + right if spec.window_left >= 0 else -1, 0
     if rows[0] >= rows[1] or columns[0] >= columns[1]:
@@ -89,7 +91,7 @@ def _near(spec, shift: int, queries: int, keys: int) -> tuple[_Part, _Part, int,
 
 
 class Rows:
-    """Parts of what lies along the sequence: slices of padded tensors, halves of each sequence of unpadded ones."""
+    """Reads and writes ranges of rows: slices of padded tensors, halves of each sequence in unpadded ones."""
 
     def __init__(self, cu_seqlens: torch.Tensor | None, length: int, longest: int):
         self.cu, self.length, self.longest = cu_seqlens, length, longest
@@ -122,7 +124,7 @@ class Rows:
         self.put(t, part, dim, self.take(t, part, dim) + values)
 
     def bounds(self, part: _Part) -> tuple[torch.Tensor | None, int]:
-        """cu_seqlens of a part, and its longest sequence."""
+        """(cu_seqlens, longest sequence) of a part."""
         if self.cu is None:
             return None, part[1] - part[0]
         if part == (0, self.length):
@@ -131,7 +133,7 @@ class Rows:
 
 
 def _slice_mask(t: torch.Tensor | None, block: Block, travels: bool) -> torch.Tensor | None:
-    """The rows and columns of a block in a 4-D mask or bias. travels: it has the columns of the keys at hand alone."""
+    """The rows and columns of a block in a 4-D mask or bias. travels: it has only the columns of the current keys."""
     if t is None:
         return None
     if t.shape[2] > 1:
@@ -143,7 +145,7 @@ def _slice_mask(t: torch.Tensor | None, block: Block, travels: bool) -> torch.Te
 
 
 def narrow_bias(t: torch.Tensor, block: Block) -> torch.Tensor:
-    """The view of a bias, or of its gradient, that a block adds to."""
+    """The view of a bias, or of its gradient, that belongs to a block."""
     return _slice_mask(t, block, False)  # type: ignore[return-value]
 
 
@@ -151,7 +153,7 @@ def relative_matrix(spec: AttentionSpec, table: torch.Tensor, block: Block) -> t
     """T5's bias of a block: (1, H, rows, columns), or (1, H, 1, 1) where all distances share a bucket."""
     relative = RelativeBias(table, spec.relative_max_distance, spec.relative_bidirectional)
     rows, columns = block.rows[1] - block.rows[0], block.columns[1] - block.columns[0]
-    # Distances are those of one side, or small: the buckets of their ends say whether there are others between.
+    # If every distance in the block is at least max_distance, and all on one side, they share the last bucket.
     far = abs(block.shift) - max(rows, columns) >= spec.relative_max_distance
     if far:
         rows = columns = 1
@@ -161,8 +163,8 @@ def relative_matrix(spec: AttentionSpec, table: torch.Tensor, block: Block) -> t
 def sub_call(
     spec: AttentionSpec, block: Block, queries: Rows, keys: Rows, key_value: torch.Tensor, travelling: list, seed: int
 ) -> AttentionSpec:
-    """The call of a block. key_value: (2, *key.shape), of the process whose turn it is, as are travelling: its key mask
-    and key bias, None where it has none and the masks of `spec` count."""
+    """The call of a block. key_value: (2, *key.shape), the current keys and values. travelling: the key mask and key
+    bias that go with them; None where the masks of `spec` apply instead."""
     dim = 0 if spec.cu_seqlens_q is not None else 2
     cu_q, longest_q = queries.bounds(block.rows)
     cu_k, longest_k = keys.bounds(block.columns)
@@ -175,7 +177,7 @@ def sub_call(
         matrix = relative_matrix(spec, table, block)
         bias, table = matrix if bias is None else matrix + bias, None
     rng = spec.rng
-    if rng is not None:  # every block draws from a stream of its own
+    if rng is not None:  # every block has its own random stream
         rng = rng + torch.tensor([seed * 0x9E3779B97F4A7C15 % 2**63, 0], device=rng.device)
     return spec._replace(
         query=queries.take(spec.query, block.rows, dim), key=key, value=value, bias=bias, mask=mask, key_lengths=None,

@@ -1,7 +1,7 @@
-"""What processes say to one another, with gradients.
+"""Communication between processes, with gradients.
 
-Gradients are sums over processes: a process's loss counts by itself, and whatever it read from others sends its
-gradient back to them.
+Gradients are sums over processes: each process has its own loss, and the gradients of received tensors are sent back to
+the processes they came from.
 """
 
 import torch
@@ -11,7 +11,7 @@ __all__ = ["Ring", "all_gather", "exchange", "from_first"]
 
 
 class Ring:
-    """Tensors on their way to the next process, while those of the one before are on theirs here."""
+    """Sends tensors to the next process while it receives those of the previous one."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
@@ -19,7 +19,8 @@ class Ring:
         self._before = dist.get_global_rank(group, (self.rank - 1) % self.size)
 
     def start(self, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list]:
-        """(what will have arrived, the requests to wait for). tensors: contiguous; not written to until then."""
+        """(the tensors to receive, the requests to wait for). tensors: contiguous; must not be written to until
+        then."""
         arriving = [torch.empty_like(t) for t in tensors]
         calls = []
         for leaving, coming in zip(tensors, arriving):
@@ -52,7 +53,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """x (size, ...): slice i goes to process i; returns (size, ...), slice i from process i."""
+    """All-to-all. x (size, ...): slice i goes to process i. Returns (size, ...): slice i is from process i."""
     return _Exchange.apply(x, group)
 
 
@@ -75,7 +76,7 @@ def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(size, *x.shape): x of every process."""
+    """x of every process: (size, *x.shape)."""
     return _AllGather.apply(x, group)
 
 
@@ -95,5 +96,5 @@ class _FromFirst(torch.autograd.Function):
 
 
 def from_first(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """x of the first process, in all of them."""
+    """Broadcast x of the first process to all."""
     return _FromFirst.apply(x, group)

@@ -1,4 +1,4 @@
-"""context_parallel: attention over sequences of which every process holds a part."""
+"""context_parallel: attention over sequences that are split over processes."""
 
 import sys
 from collections.abc import Mapping
@@ -19,26 +19,26 @@ __all__ = ["context_parallel", "current", "resumed"]
 
 METHODS = {"ring": ring_attention, "ulysses": ulysses_attention}
 IGNORE = -100
-# Inputs of models by the length they have: the encoder's, or an encoder-decoder's decoder's.
+# Inputs of models along the sequence: the encoder's (or only) sequence, and the decoder's of an encoder-decoder.
 _ALONG = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _ALONG_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 
 class context_parallel:
-    """Sequences over several devices: inside `with`, attention sees the parts that the other processes hold.
+    """Sequences over several devices: inside `with`, attention also sees the parts that other processes have.
 
-    Every process calls the same functions and models with its own part of each sequence, which `shard` cuts; backward
-    belongs inside the `with` too. scaled_dot_product_attention, varlen_attention, this package's models and Hugging
-    Face's with attn_implementation="transformer_fast" give what one device gives for the whole, to rounding. Gradients
-    of parameters are one process's share: their sum over processes is the whole gradient, which DDP and FSDP make when
-    the loss comes from `mean`. Process-wide. Each process draws its own dropout.
+    Every process calls the same functions and models with its own part of each sequence, as `shard` cuts it. Backward
+    must run inside the `with` too. scaled_dot_product_attention, varlen_attention, this package's models and Hugging
+    Face's with attn_implementation="transformer_fast" compute the same as one device for the whole sequence, to
+    rounding. Gradients of parameters are one process's share: their sum over processes is the whole gradient. DDP and
+    FSDP compute it if the loss comes from `mean`. The setting is process-wide. Each process draws its own dropout.
 
     Args:
         mesh: DeviceMesh of one dimension, such as init_device_mesh("cuda", (8,)) or mesh["cp"].
-        method: "ring" sends keys and values round, for any number of heads; "ulysses" exchanges positions for heads,
-            which the processes must divide, and takes everything that attention takes.
-        load_balance: two chunks a process, in zigzag, so that all have as much to do under a causal mask. The length of
-            a sequence is a multiple of 2 * mesh.size() then, else of mesh.size().
+        method: "ring" sends keys and values around, for any number of heads. "ulysses" exchanges positions for heads:
+            the number of processes must divide the number of heads, and all arguments of attention are supported.
+        load_balance: two chunks per process, in zigzag order, so that all processes have equal work under a causal
+            mask. Sequence lengths must then be multiples of 2 * mesh.size(), else of mesh.size().
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -73,16 +73,16 @@ class context_parallel:
     def __exit__(self, *error) -> None:
         _parallel.set_current(self._before.pop())
 
-    # ---- what a process holds ------------------------------------------------------------------------
+    # ---- parts of sequences --------------------------------------------------------------------------
     def positions(self, part: int, device: torch.device | str | None = None) -> torch.Tensor:
-        """(part,) int64: where the `part` positions that this process holds stand in the sequence."""
+        """(part,) int64: the positions in the sequence of this process's `part` rows."""
         return self.layout.positions(self.rank, part, device)  # type: ignore[arg-type]
 
     def shard(self, t: torch.Tensor, dim: int = 1, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-        """This process's part of a tensor along `dim`; of unpadded sequences, of each, where they begin at cu_seqlens.
+        """This process's part of a tensor along `dim`. With cu_seqlens, its part of each unpadded sequence.
 
         Raises:
-            ValueError: for a length that the chunks do not divide.
+            ValueError: for a length that is not a multiple of the number of chunks.
         """
         if cu_seqlens is None:
             part = self.layout.part_length(f"t, dimension {dim}", t.shape[dim])
@@ -90,34 +90,34 @@ class context_parallel:
         return t.index_select(dim, self.layout.unpadded_rows(self.rank, self.shard_cu_seqlens(cu_seqlens)))
 
     def shard_cu_seqlens(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Where the parts of unpadded sequences begin; ValueError for a sequence that the chunks do not divide."""
+        """cu_seqlens of the parts; ValueError for a sequence length that is not a multiple of the number of chunks."""
         for length in cu_seqlens.diff().tolist():
             self.layout.part_length("cu_seqlens", length)
         return cu_seqlens // self.size
 
     def unshard(self, t: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """The whole of what `shard` cut, or of an output along the sequence, in every process."""
+        """The whole tensor, in every process, from the parts that `shard` cut or from an output along the sequence."""
         order = self.layout.restoring(t.shape[dim], device=t.device)
         return all_gather(t, self.group).movedim(0, dim).flatten(dim, dim + 1).index_select(dim, order)
 
     def shard_batch(
         self, batch: Mapping[str, Any], *, causal_lm: bool = False, position_ids: bool = True
     ) -> dict[str, Any]:
-        """A model's inputs, the same in every process, as this process's part of them.
+        """This process's part of a model's inputs. The whole batch must be the same in every process.
 
         Args:
-            batch: by Hugging Face's names; (B, S) or (B, S, E) tensors are cut along S. Others stay.
-            causal_lm: labels are the next position's token, so they are shifted before they are cut: as shift_labels,
-                which Hugging Face's and this package's causal language models take beside labels.
-            position_ids: add those that count from 0 to a batch without them, which models of Hugging Face's need.
-                False for RoBERTa and its kin, which count otherwise (this package's count by themselves), and for
-                models that take none. Encoder-decoders get none.
+            batch: inputs by Hugging Face's names; (B, S) or (B, S, E) tensors are cut along S. Others are not changed.
+            causal_lm: labels are the next position's token, so they are shifted before they are cut. They are added as
+                shift_labels, which Hugging Face's and this package's causal language models take.
+            position_ids: add position_ids that count from 0 to a batch without them; Hugging Face's models need them.
+                False for RoBERTa and related families, which count differently (this package's classes count by
+                themselves), and for models without position_ids. Encoder-decoders get none.
 
         Returns:
-            The parts.
+            A dict with the parts.
 
         Raises:
-            ValueError: naming the input whose length the chunks do not divide.
+            ValueError: naming an input whose length is not a multiple of the number of chunks.
         """
         found = dict(batch)
         labels = found.get("labels")
@@ -140,13 +140,14 @@ class context_parallel:
         return found
 
     def mean(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean over the labels of all processes that are not -100, of means over each process's.
+        """The mean over the labels of all processes that are not -100, from the means of each process.
 
-        Gradients are for averaging over processes, as DDP and FSDP do: each is `size` times this process's share.
+        Gradients are scaled for averaging over processes, as in DDP and FSDP: each is `size` times this process's
+        share.
 
         Args:
-            loss: () the mean over this process's labels; what it is does not matter where there are none.
-            labels: this process's.
+            loss: (), the mean over this process's labels; ignored if it has none.
+            labels: this process's part.
         """
         counts = all_gather((labels != IGNORE).sum().to(loss.dtype), self.group)
         share = counts[self.rank] / counts.sum().clamp_min(1)
@@ -155,13 +156,13 @@ class context_parallel:
         return self.size * own + (total - self.size * own).detach()
 
     def first(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of rows (B, part, ...) those at position 0 of each sequence, in every process: (B, ...)."""
+        """Rows (B, part, ...) -> the rows at position 0 of each sequence (B, ...), in every process."""
         return from_first(rows[:, 0], self.group)
 
     # ---- attention -----------------------------------------------------------------------------------
     @torch.compiler.disable
     def attend(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse of an AttentionSpec whose tensors are parts; key_lengths count in whole sequences."""
+        """out and lse of an AttentionSpec whose tensors are parts. key_lengths are those of the whole sequences."""
         if self.size == 1:
             return attention_op(*spec)
         unpadded = spec.cu_seqlens_q is not None
@@ -172,7 +173,7 @@ class context_parallel:
         elif self.layout.balanced:
             for name, length in (("query", queries), ("key", keys)):
                 if length % 2:
-                    raise ValueError(f"{name}: wanted two chunks of the same length a process, got {length} positions")
+                    raise ValueError(f"{name}: wanted two equal chunks per process, got {length} positions")
         if spec.key_lengths is not None:
             spec = self._lengths_as_mask(spec)
         masks = {}
@@ -182,7 +183,7 @@ class context_parallel:
                 masks[name] = self._of_keys_alone(name, t, queries, keys)
                 if masks[name] and t.requires_grad and self.method == "ring":
                     raise NotImplementedError(
-                        f"{name}: a gradient to a bias that goes round with the keys is not computed; give all "
+                        f"{name}: the ring computes no gradient to a bias with this process's columns only; pass all "
                         f'{keys * self.size} columns, or use method="ulysses"'
                     )
         if self.method == "ring":
@@ -192,7 +193,7 @@ class context_parallel:
     def _check_parts(self, cu: torch.Tensor) -> None:
         if self.layout.balanced and bool((cu.diff() % 2).any()):
             raise ValueError(
-                "cu_seqlens: wanted two chunks of the same length of every sequence, got sequences of "
+                "cu_seqlens: wanted two equal chunks of every sequence, got sequences of "
                 f"{cu.diff().tolist()[:8]} positions; cut them with shard and shard_cu_seqlens"
             )
 
@@ -202,26 +203,26 @@ class context_parallel:
         alike = spec.max_seqlen_q == spec.max_seqlen_k and (not unpadded or spec.cu_seqlens_q is spec.cu_seqlens_k)
         if placed and not alike:
             raise NotImplementedError(
-                'is_causal, window, relative_bias: method="ring" takes them for as many queries as keys; wanted that, '
-                f'got {spec.max_seqlen_q} and {spec.max_seqlen_k}, so use method="ulysses"'
+                'is_causal, window, relative_bias: method="ring" wants as many queries as keys with these, got '
+                f'{spec.max_seqlen_q} and {spec.max_seqlen_k}; use method="ulysses"'
             )
         window = spec.window_left >= 0 or spec.window_right > 0
         if unpadded and (window or spec.relative_bias is not None or masks):
             raise NotImplementedError(
-                'is_causal, window, relative_bias, attn_mask, bias: of these method="ring" takes is_causal alone for '
-                'unpadded sequences; use method="ulysses"'
+                'window, relative_bias, attn_mask, bias: method="ring" does not take them for unpadded sequences, only '
+                'is_causal; use method="ulysses"'
             )
 
     def _lengths_as_mask(self, spec: AttentionSpec) -> AttentionSpec:
         keys, mask = spec.max_seqlen_k, spec.mask
-        if mask is not None and (mask.shape[2] != 1 or mask.shape[3] != keys):  # then of a column for every position
+        if mask is not None and (mask.shape[2] != 1 or mask.shape[3] != keys):  # it has a column for every position
             positions = torch.arange(keys * self.size, device=spec.key.device)
         else:
             positions = self.positions(keys, spec.key.device)
         inside = (positions < spec.key_lengths[:, None])[:, None, None]  # type: ignore[index]
         if mask is not None:
             if mask.shape[3] not in (1, inside.shape[3]):
-                self._of_keys_alone("mask", mask, spec.max_seqlen_q, keys)  # says what is wrong
+                self._of_keys_alone("mask", mask, spec.max_seqlen_q, keys)  # raises
             inside = inside & mask
         return spec._replace(mask=inside, key_lengths=None)
 
@@ -238,7 +239,7 @@ class context_parallel:
 
 
 class resumed:
-    """`spread` in use for a block, as it was when something was planned: checkpointing computes layers again later."""
+    """Context manager that puts `spread` in use again: checkpointing recomputes layers after the `with` has ended."""
 
     def __init__(self, spread: Any):
         self._spread = spread
@@ -250,17 +251,17 @@ class resumed:
         _parallel.set_current(self._before)
 
 
-# ---- torch's own switch, which accelerate and Trainer turn ------------------------------------------
+# ---- torch's own context_parallel, which accelerate and Trainer use ---------------------------------
 _TORCH = "torch.distributed.tensor.experimental._context_parallel._attention"
 _made: dict[tuple, context_parallel] = {}
 
 
 def current() -> Any:
-    """The context_parallel in use, by this package's name or by torch's; None where there is none.
+    """The context_parallel in use, this package's or torch's; None outside of one.
 
-    torch.distributed.tensor.experimental.context_parallel (accelerate's cp_size) replaces
-    F.scaled_dot_product_attention alone. Its layout is the one here, so this package's attention takes part as a ring
-    on the same mesh.
+    torch.distributed.tensor.experimental.context_parallel (accelerate's cp_size) replaces only
+    F.scaled_dot_product_attention. Its layout of sequences is the same as here, so this package's attention runs as a
+    ring on the same mesh.
     """
     found = _parallel.current()
     if found is not None:

@@ -1,11 +1,11 @@
-"""Ring attention: keys and values go round, every process computes its own queries.
+"""Ring attention: keys and values are sent from process to process, every process computes its own queries.
 
     out = sum over blocks of exp(lse_b - lse) out_b        lse = log of the sum over blocks of exp(lse_b)
 
-Nothing of length S x S, and nothing of the length of the whole sequence, is held. Backward goes round once more, with
-the gradients of keys and values, in float32, behind them. It computes each block's out_b and lse_b again, for they are
-what the kernels' backward takes, with exp(lse_b - lse) grad as the gradient of out_b: one forward more than on one
-device, in place of all blocks' outputs in memory.
+No tensor has S x S elements or the length of the whole sequence. Backward sends keys and values around once more,
+followed by their gradients in float32. It recomputes each block's out_b and lse_b, which the kernels' backward takes,
+with exp(lse_b - lse) grad as the gradient of out_b: one more forward than on one device, instead of all blocks' outputs
+in memory.
 
 Source: Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers", 2023.
 """
@@ -26,9 +26,9 @@ __all__ = ["ring_attention"]
 
 
 class _Call(NamedTuple):
-    """What a forward and its backward have in common beside the tensors with gradients."""
+    """The arguments that forward and backward share."""
 
-    spec: AttentionSpec  # with those tensors as they came
+    spec: AttentionSpec
     layout: Layout
     group: dist.ProcessGroup
     travelling: list[torch.Tensor | None]  # key mask, key bias
@@ -44,8 +44,8 @@ class _Call(NamedTuple):
 def ring_attention(
     spec: AttentionSpec, layout: Layout, group: dist.ProcessGroup, masks: dict[str, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of this process's queries. masks: of "mask" and "bias", those that are given, whether they have the
-    columns of this process's keys alone, and so go round with them."""
+    """out and lse of this process's queries. masks: {"mask" or "bias": True if it has the columns of this process's
+    keys only, and so is sent around with them}, for those that were given."""
     travelling = [spec.mask if masks.get("mask") else None, spec.bias if masks.get("bias") else None]
     spec = spec._replace(mask=None if masks.get("mask") else spec.mask, bias=None if masks.get("bias") else spec.bias)
     unpadded = spec.cu_seqlens_q is not None
@@ -87,7 +87,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _as_rows(call: _Call, lse: torch.Tensor) -> torch.Tensor:
-    """lse (H, total) of unpadded sequences as (total, H), as their rows lie; a padded one as it is."""
+    """lse (H, total) of unpadded sequences as (total, H); lse of padded ones unchanged."""
     return lse if call.dim else lse.t()
 
 
@@ -99,7 +99,7 @@ def _start(ring: Ring, key_value: torch.Tensor, travelling: list) -> tuple[torch
 
 
 def _home(call: _Call) -> tuple[torch.Tensor, list]:
-    """(keys and values, key mask and bias) of this process, as they go round."""
+    """(keys and values, key mask and bias) of this process, contiguous."""
     key_value = torch.stack((call.spec.key, call.spec.value))
     return key_value, [None if t is None else t.contiguous() for t in call.travelling]
 
@@ -127,7 +127,7 @@ def _forward(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
             key_value, travelling, requests = arriving
             wait(requests)
     out = total.to(spec.query.dtype)
-    if call.dim:  # laid out as the ops lay it out: heads beside one another
+    if call.dim:  # in the memory layout of the ops: (B, S, H, D)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, _as_rows(call, lse).contiguous()
 
@@ -143,7 +143,7 @@ def _merge(call: _Call, total, lse, rows, out, part) -> None:
 
 
 def _backward(call: _Call, grad_out, grad_lse, out, lse, need_bias: bool, need_table: bool):
-    """Gradients to query, key, value, bias and the relative table."""
+    """Gradients to query, key, value, bias and the relative position table."""
     ring, spec, size, dim = Ring(call.group), call.spec, call.layout.size, call.dim
     wide, device = _lse_dtype(spec.query), spec.query.device
     upstream, lse = grad_out.to(wide), _as_rows(call, lse)
@@ -154,7 +154,7 @@ def _backward(call: _Call, grad_out, grad_lse, out, lse, need_bias: bool, need_t
     d_bias = None if not need_bias else torch.zeros(spec.bias.shape, dtype=wide, device=device)  # type: ignore[union-attr]
     d_table = None if not need_table else torch.zeros(spec.relative_bias.shape, dtype=wide, device=device)  # type: ignore[union-attr]
     key_value, travelling = _home(call)
-    coming: Any = None  # gradients of the keys at hand, from those who had them before
+    coming: Any = None  # gradients of the current keys, from the processes that had them before
     for step in range(size):
         source = (ring.rank - step) % size
         last = step + 1 == size

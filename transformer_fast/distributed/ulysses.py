@@ -1,6 +1,6 @@
-"""DeepSpeed-Ulysses: an all-to-all gives each process whole sequences of a share of the heads, and takes them back.
+"""DeepSpeed-Ulysses: an all-to-all gives each process the whole sequences of some heads, a second one reverses it.
 
-Between the two any attention call is what it is on one device.
+Between the two, attention is called as on one device.
 
 Source: Jacobs et al., "DeepSpeed Ulysses", 2023.
 """
@@ -19,17 +19,19 @@ __all__ = ["ulysses_attention"]
 def ulysses_attention(
     spec: AttentionSpec, layout: Layout, group: dist.ProcessGroup, masks: dict[str, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ring_attention. Raises ValueError for heads that the processes cannot share evenly."""
+    """As ring_attention. Raises ValueError for a number of heads that the processes cannot share evenly."""
     size, rank = layout.size, dist.get_rank(group)
     dim = 2 if spec.cu_seqlens_q is None else 0
     heads, key_heads = spec.query.shape[1], spec.key.shape[1]
     if heads % size:
-        raise ValueError(f'query: wanted a number of heads that {size} processes divide for "ulysses", got {heads}')
+        raise ValueError(
+            f'query: wanted a number of heads that is a multiple of the {size} processes for "ulysses", got {heads}'
+        )
     key, value = spec.key, spec.value
     if key_heads % size:
         if size % key_heads:
             raise ValueError(
-                f'key: wanted a number of heads that {size} processes divide, or that divides them, for "ulysses", '
+                f'key: wanted a number of heads that is a multiple or a divisor of the {size} processes for "ulysses", '
                 f"got {key_heads}"
             )
         key, value = (t.repeat_interleave(size // key_heads, 1) for t in (key, value))
@@ -64,7 +66,7 @@ def ulysses_attention(
 
 
 def _to_heads(tensors: list[torch.Tensor], dim: int, order: torch.Tensor, group) -> list[torch.Tensor]:
-    """(B, H, S / n, D) -> (B, H / n, S, D), or (total / n, H, D) -> (total, H / n, D); all in one exchange."""
+    """(B, H, S / n, D) -> (B, H / n, S, D), or (total / n, H, D) -> (total, H / n, D); all tensors in one exchange."""
     size = dist.get_world_size(group)
     parts = [t.unflatten(1, (size, -1)) for t in tensors]
     sizes = [t.shape[2] for t in parts]
@@ -74,7 +76,7 @@ def _to_heads(tensors: list[torch.Tensor], dim: int, order: torch.Tensor, group)
 
 
 def _from_heads(x: torch.Tensor, dim: int, order: torch.Tensor, group) -> torch.Tensor:
-    """The way back: every position's heads to the process whose it is."""
+    """The reverse of _to_heads."""
     size = dist.get_world_size(group)
     x = x.index_select(dim, order.argsort()).unflatten(dim, (size, -1)).movedim(dim, 0)
     x = exchange(x, group)  # (n, B, H / n, S / n, D) or (n, total / n, H / n, D): slice i has the heads of process i

@@ -105,7 +105,7 @@ class GenerationMixin:
         stepper = self._stepper(input_ids, copies, config, synced_gpus, model_kwargs)
         if stepper is None:
             if generators is not None:
-                raise ValueError("generators: are taken with a cache of generate's own making, greedy or sampled only")
+                raise ValueError("generators: can only be used with the cache that generate creates, and without beams")
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
             )
@@ -122,7 +122,7 @@ class GenerationMixin:
     ):
         config = generation_config
         if model_kwargs.pop("generators", None) is not None:
-            raise ValueError("generators: are for sampling without beams; use torch.manual_seed with num_beams > 1")
+            raise ValueError("generators: only for sampling without beams; use torch.manual_seed with num_beams > 1")
         found = self._search_beams(input_ids, logits_processor, stopping_criteria, config, synced_gpus, model_kwargs)
         if found is not None:
             return found
@@ -159,7 +159,7 @@ class GenerationMixin:
         result = self._search_beams(input_ids, logits_processor, stopping_criteria, config, False, model_kwargs)
         if result is None:
             raise ValueError(
-                "num_beam_groups: groups of beams are searched with a cache of generate's own making only, without "
+                "num_beam_groups: can only be used with the cache that generate creates, and without "
                 "attentions and hidden states in the output"
             )
         return result

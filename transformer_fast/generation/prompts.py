@@ -21,7 +21,7 @@ def why_not_prompt(prompt: Prompt) -> str:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     if torch.is_grad_enabled():
-        return "gradients are wanted"
+        return "gradients are enabled"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     if not prompt.input_ids.numel():

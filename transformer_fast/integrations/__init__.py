@@ -1,4 +1,4 @@
-"""Doors for models this package has no class for: Hugging Face's attention interface, and `accelerate`."""
+"""For models that are not this package's classes: Hugging Face's attention interface, and `accelerate`."""
 
 import importlib as _importlib
 

@@ -1,4 +1,4 @@
-"""accelerate(model): what can run on this package's kernels does, in any torch or Hugging Face model."""
+"""accelerate(model): replaces parts of any torch or Hugging Face model by parts that run this package's kernels."""
 
 import collections
 import dataclasses
@@ -14,13 +14,14 @@ _STATE = "_transformer_fast_attention"
 
 
 class _PreviousAttention(dict):
-    """{place: attention implementation before `accelerate`}, kept on the model, so that a pickled or copied model can
-    be restored too. A class of this package: unpickling it imports, and so registers, the implementation."""
+    """{place: attention implementation before `accelerate`}, kept on the model, so that pickled and copied models can
+    be restored too. It is a class of this package so that unpickling imports the package, which registers the
+    implementation."""
 
 
 @dataclasses.dataclass
 class Report:
-    """What `accelerate` swapped and what it left. print(report) shows it; undo() puts everything back.
+    """What `accelerate` swapped and what it left. print(report) shows it; undo() reverts all changes.
 
     swapped: {module path: op}, with attention under "attention" or "attention (path)".  left: {module path: reason}.
     """
@@ -30,7 +31,7 @@ class Report:
     left: dict[str, str]
 
     def undo(self) -> torch.nn.Module:
-        """`restore` the model: its classes and attention implementation are what they were."""
+        """`restore` the model: revert its classes and attention implementation."""
         return restore(self.model)
 
     def __str__(self) -> str:
@@ -59,33 +60,34 @@ class Report:
 
 
 def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, verbose: bool = True) -> Report:
-    """Make any model fast in place, as far as that can be done, and say what was done and what was left, and why.
+    """Speed up any model in place, as far as possible, and report what was changed, what was not, and why.
 
-    Models of Hugging Face that this package has a class for, at any depth (in a SentenceTransformer, a PEFT model, a
-    module of your own), become of that class: as fast as the model import. Of every other model attention, norms and
+    Hugging Face models that this package has a class for get that class, at any depth (in a SentenceTransformer, a PEFT
+    model, a module of your own): they are as fast as by the model import. In every other model, attention, norms and
     activations are swapped for this package's.
 
     Args:
-        model: a torch.nn.Module, or what holds one as its `model` (a pipeline). Attention: models of transformers with
-            an attention interface get attn_implementation="transformer_fast". Norms: torch.nn.LayerNorm,
-            torch.nn.RMSNorm and modules named *Norm* with one weight (and bias) whose own forward agrees with
-            layer_norm, rms_norm or Gemma's rms_norm with 1 + weight. Activations: modules named *gelu*, *silu*,
-            *swish* whose own forward agrees with gelu, gelu_tanh or silu. Agreement is checked by running both on
-            random input.
-        precision: "int8" or "bf16": of the models that became this package's, see `quantize`. It is not undone.
-        adopt: False: no model becomes this package's; attention, norms and activations are swapped in all of them.
+        model: a torch.nn.Module, or an object with one as its attribute `model` (a pipeline). Attention: models of
+            transformers with an attention interface get attn_implementation="transformer_fast". Norms:
+            torch.nn.LayerNorm, torch.nn.RMSNorm and modules named *Norm* with one weight (and bias) whose own forward
+            agrees with layer_norm, rms_norm or Gemma's rms_norm with 1 + weight. Activations: modules named *gelu*,
+            *silu*, *swish* whose own forward agrees with gelu, gelu_tanh or silu. Agreement is checked by running both
+            on random input.
+        precision: "int8" or "bf16": quantize the models that got this package's classes, see `quantize`. undo() does
+            not revert it.
+        adopt: False: no model gets this package's class; attention, norms and activations are swapped in all of them.
         verbose: print the report.
 
-    Parameters, their names, state dict, isinstance, hooks, training mode and gradients stay as they are; deepcopy,
-    pickle and save_pretrained work, and what is saved loads without this package. Models imported from this package
-    are left: they run on it already. A second call finds nothing more to do.
+    Parameters and their names, the state dict, isinstance, hooks, training mode and gradients do not change. deepcopy,
+    pickle and save_pretrained work, and saved models load without this package. Models imported from this package are
+    not changed. A second call changes nothing more.
 
     Returns:
-        A `Report`; `report.undo()` or `restore(model)` puts everything back.
+        A `Report`; `report.undo()` or `restore(model)` reverts all changes.
 
     Raises:
-        TypeError: model is neither a torch.nn.Module nor holds one.
-        ValueError: the precision is unknown, or the model has no part that can have it.
+        TypeError: model is neither a torch.nn.Module nor has one.
+        ValueError: the precision is unknown, or no part of the model can be quantised so.
 
     Examples:
         >>> import torch, transformer_fast
@@ -96,7 +98,7 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
     model = _module_of(model)
     report = Report(model, {}, {})
     before = {id(m) for m in model.modules() if _is_ours(m)}
-    if adopt and "transformers.modeling_utils" in sys.modules:  # else no module here is transformers'
+    if adopt and "transformers.modeling_utils" in sys.modules:  # else there are no transformers models
         from . import adoption
 
         adopted, report.left = adoption.adopt(model)
@@ -129,16 +131,16 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `accelerate`: every class and attention implementation is what it was before.
+    """Undo `accelerate`: revert every class and attention implementation.
 
     Args:
-        model: what was given to `accelerate`.
+        model: the model that `accelerate` was called with.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: model is neither a torch.nn.Module nor holds one.
+        TypeError: model is neither a torch.nn.Module nor has one.
 
     Examples:
         >>> import torch, transformer_fast
@@ -162,10 +164,10 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _module_of(model: Any) -> torch.nn.Module:
-    """A module, or the one that a pipeline holds."""
+    """The module itself, or the `model` of a pipeline."""
     held = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)
     if not isinstance(held, torch.nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module or what holds one as `model`, got {type(model).__name__}")
+        raise TypeError(f"model: wanted a torch.nn.Module or an object with a `model`, got {type(model).__name__}")
     return held
 
 
@@ -179,7 +181,7 @@ def _set_precision(model: torch.nn.Module, precision: str) -> None:
             inside |= {id(m) for m in module.modules()}
             quantize(module, precision)
     if not inside:
-        raise ValueError(f"precision: there is no part of {type(model).__name__} that could be {precision!r}")
+        raise ValueError(f"precision: no part of {type(model).__name__} can be quantised to {precision!r}")
 
 
 def _is_ours(module: torch.nn.Module) -> bool:
@@ -189,7 +191,7 @@ def _is_ours(module: torch.nn.Module) -> bool:
 # ---- attention ------------------------------------------------------------------------------------------
 def _swap_attention(model, report: Report, own: set[int]) -> None:
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None:  # then no module here is transformers'
+    if modeling is None:  # there are no transformers models
         return
     inside: set[int] = set()
     for path, module in model.named_modules():
@@ -207,7 +209,8 @@ def _swap_attention(model, report: Report, own: set[int]) -> None:
 
 
 def _set_attention(model) -> str:
-    """'' when the outermost Hugging Face model `model` now attends through us, else the reason why not."""
+    """Set our attention on the outermost Hugging Face model `model`. Returns '', or the reason why that is
+    impossible."""
     from .._transformers import stored_attention, takes_attention
 
     if not takes_attention(model):
@@ -233,7 +236,7 @@ def _put_back(model, previous) -> None:
 
 
 def _configs(model) -> list[tuple[str, Any]]:
-    """Every config object in the model, each once, with a name that a copy of the model gives it too."""
+    """(name, config) of every config object in the model, each once. A copy of the model has the same names."""
     from .._transformers import holds_attention
 
     found: dict[int, tuple[str, Any]] = {}

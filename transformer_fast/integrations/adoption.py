@@ -1,7 +1,8 @@
-"""Hugging Face's models made this package's in place: the same parameters and names, our forward and generation.
+"""Gives Hugging Face's models this package's classes in place: the same parameters and names, our forward and
+generation.
 
-Whatever holds them (sentence-transformers, PEFT, a pipeline, a Trainer, modules of a user's own) keeps its reference: a
-module's class changes, nothing else. Going back is setting the classes back.
+Only the classes of modules change, so references from elsewhere (sentence-transformers, PEFT, a pipeline, a Trainer, a
+user's modules) stay valid. Setting the classes back undoes it.
 """
 
 import copy
@@ -22,7 +23,7 @@ _FORMER = "_class_before"
 
 
 def class_for(kind: type) -> Any:
-    """This package's class for exactly Hugging Face's class `kind`, or None where there is none."""
+    """This package's class for Hugging Face's class `kind` (not for its subclasses), or None."""
     package, _, rest = kind.__module__.partition("transformers.models.")
     if package or not rest:
         return None
@@ -35,10 +36,10 @@ def class_for(kind: type) -> Any:
 
 
 def adopt(model: nn.Module) -> tuple[dict[str, type], dict[str, str]]:
-    """Every outermost model of Hugging Face in the tree of `model` that there is a class for becomes ours.
+    """Give our class to every outermost Hugging Face model in the tree of `model` that we have a class for.
 
-    Returns {path: our class} of those that did, and {path: reason} of those that could not: the ones that are not what
-    their constructor makes (subclasses, hooks, replaced modules, wrappers that rows without padding cannot go through).
+    Returns {path: our class} of the models changed, and {path: reason} of those left alone because they differ from
+    what their constructor makes (subclasses, hooks, replaced modules, wrappers that cannot run on unpadded rows).
     """
     adopted, left, inside = {}, {}, set()
     module: Any
@@ -53,7 +54,7 @@ def adopt(model: nn.Module) -> tuple[dict[str, type], dict[str, str]]:
             base = next((class_for(cls) for cls in type(module).__mro__ if class_for(cls)), None)
             if base is not None:
                 inside |= {id(m) for m in module.modules()}
-                left[path] = f"{type(module).__name__} is a subclass with code of its own of a class that is known"
+                left[path] = f"{type(module).__name__} is a user's subclass of a class that this package has"
             continue
         inside |= {id(m) for m in module.modules()}
         reason = _adopt(module, ours)
@@ -65,7 +66,7 @@ def adopt(model: nn.Module) -> tuple[dict[str, type], dict[str, str]]:
 
 
 def _adopt(module: Any, ours: Any) -> str:
-    """'' when `module` is of class `ours` now, else why it is not."""
+    """Change the class of `module` to `ours`. Returns '', or the reason why that is impossible."""
     if hooks := stock.hooks_on(module):
         return f"it has {hooks}"
     if "forward" in module.__dict__:
@@ -91,17 +92,17 @@ def _adopt(module: Any, ours: Any) -> str:
 
 
 def _as_constructed(module: Any, ours: Any) -> nn.Module:
-    """What ours would be made as with the module's configuration; without memory for its weights."""
+    """A new model of class `ours` with the module's configuration, on the meta device."""
     with torch.device("meta"):
         fresh = ours(copy.deepcopy(module.config))
     for path, part in fresh.named_modules():
         if "pooler" in part._modules and getattr(module.get_submodule(path), "pooler", part) is None:
-            part.pooler = None  # add_pooling_layer=False, which no configuration tells
+            part.pooler = None  # add_pooling_layer=False, which is not in the configuration
     return fresh
 
 
 def release(model: nn.Module) -> None:
-    """Undo `adopt`: every module is of the class that it was."""
+    """Undo `adopt`: revert the class of every module."""
     for module in model.modules():
         former = module.__dict__.pop(_FORMER, None)
         if former is not None:

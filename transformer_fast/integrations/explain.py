@@ -1,4 +1,5 @@
-"""explain: who computes an op's call, or what of a model runs on this package, and why not the rest."""
+"""explain: which backend computes an op's call, or which parts of a model run on this package, and why not the
+others."""
 
 from typing import Any
 
@@ -12,19 +13,19 @@ __all__ = ["explain"]
 
 
 def explain(what: Any) -> str:
-    """What runs fast, what does not, and why.
+    """Say what runs fast, what does not, and why.
 
     Args:
-        what: a backends.Call (op, device, dtype, size, features): which backend runs it, why each earlier one does not,
-            and what a forced one cannot. Or a model: for one of this package, which of its parts take the fast path
-            and what keeps the others in transformers' own forward or loop; for any other, what `accelerate` swapped.
+        what: a backends.Call (op, device, dtype, size, features): says which backend runs it, why each earlier one does
+            not, and why a forced one cannot. Or a model: for one of this package, says which parts use the fast path
+            and why the others run transformers' own forward or loop; for any other, what `accelerate` swapped.
 
     Returns:
         Lines of text.
 
     Raises:
-        ValueError: an op that does not exist.
-        TypeError: neither a Call nor a torch.nn.Module.
+        ValueError: for an unknown op.
+        TypeError: for neither a Call nor a torch.nn.Module.
 
     Examples:
         >>> import transformer_fast
@@ -51,7 +52,7 @@ def explain(what: Any) -> str:
 
 
 def _explain_own(model: Any) -> str:
-    """Of a model that Hugging Face has no class for."""
+    """For a model without an HF class."""
     lines = [type(model).__name__, "  forward: the fast path, which is the only one"]
     if hasattr(model, "why_hf_loop"):
         reason = model.why_hf_loop()

@@ -1,8 +1,8 @@
 """attn_implementation="transformer_fast" for every Hugging Face model that uses the attention interface.
 
-transformers asks two functions of an implementation: one makes the mask once a forward pass, from the 2-D padding
-mask and the model's pattern (causal, bidirectional, sliding window); one computes attention in every layer. Ours
-hand over a rule (`LazyMask`) instead of an S x S tensor wherever the kernels can follow the rule themselves.
+transformers calls two functions of an implementation. One makes the mask, once per forward pass, from the 2-D padding
+mask and the model's pattern (causal, bidirectional, sliding window). The other computes attention in every layer. Our
+mask is a rule (`LazyMask`) instead of an S x S tensor wherever the kernels can apply the rule themselves.
 """
 
 import torch
@@ -16,12 +16,12 @@ NAME = "transformer_fast"
 
 
 def register() -> None:
-    """Make attn_implementation="transformer_fast" known to transformers.
+    """Register attn_implementation="transformer_fast" with transformers.
 
-    Importing both packages, in either order, does this by itself; calling it again changes nothing.
+    Importing both packages, in either order, does this automatically; a further call changes nothing.
 
     Raises:
-        ImportError: where transformers (>= 5.17) is missing.
+        ImportError: transformers (>= 5.17) is not installed.
 
     Examples:
         >>> import transformer_fast
@@ -32,12 +32,12 @@ def register() -> None:
         from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
         raise ImportError(f"register needs transformers: pip install '{TRANSFORMERS}' ({error})") from error
-    # Both or neither: without a mask function transformers passes no mask, and padding would be attended to.
+    # Both must be registered: without a mask function transformers passes no mask, and padding would be attended to.
     AttentionMaskInterface.register(NAME, attention_mask)
     AttentionInterface.register(NAME, attention_forward)
 
 
-# ---- the mask, once a forward pass --------------------------------------------------------------------
+# ---- the mask, once per forward pass ------------------------------------------------------------------
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -55,10 +55,10 @@ def attention_mask(
 ) -> torch.Tensor | None:
     """The mask of one forward pass: None, a `LazyMask`, or transformers' own (B, 1, Sq, Sk) bool mask.
 
-    Same contract as transformers.masking_utils.sdpa_mask, whose values it always has. attention_mask: (B, <= Sk)
-    bool, True for real tokens. None stands for "all keys", or, in a causal model with Sq > 1, for a plain causal
-    mask with query 0 at key 0. Patterns other than causal, bidirectional and sliding windows of either, within
-    documents or not, traced calls and the decoding steps that generate() may compile get transformers' dense mask.
+    Arguments and values are those of transformers.masking_utils.sdpa_mask. attention_mask: (B, <= Sk) bool, True for
+    tokens. The result None means all keys, or, in a causal model with Sq > 1, a plain causal mask with query 0 at key
+    0. Rules exist for causal and bidirectional patterns, with or without a sliding window, within documents or not.
+    Other patterns, traced calls and decoding steps that generate() may compile get transformers' dense mask.
     """
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
@@ -97,7 +97,7 @@ def attention_mask(
 
 
 def _rule(pattern, q_length, kv_length, q_offset, kv_offset, padding) -> MaskRule | None:
-    """The rule of a pattern and a padding mask, or None where no kernel takes their combination."""
+    """The rule for a pattern and a padding mask, or None if no kernel takes their combination."""
     left, right = pattern
     shift = q_offset - kv_offset
     reach = kv_length if right is None else min(kv_length, max(shift + q_length + right, 0))
@@ -124,22 +124,24 @@ def _rule(pattern, q_length, kv_length, q_offset, kv_offset, padding) -> MaskRul
 
 
 def _spread_mask(spread, batch: int, queries: int, keys: int, mask_function, padding, device) -> LazyMask:
-    """The mask of a sequence that processes share: the pattern, and which of this process's keys are tokens."""
+    """The mask under context_parallel: the pattern, and which of this process's keys are tokens."""
     pattern = _pattern(mask_function, spread)
     if pattern is None or (queries != keys and pattern != (None, None)):
         raise NotImplementedError(
             "attention_mask: under context_parallel wanted a causal, bidirectional or sliding pattern over one "
-            f"sequence a row without a cache, got {mask_function} for {queries} queries and {keys} keys"
+            f"sequence per row without a cache, got {mask_function} for {queries} queries and {keys} keys"
         )
     rule = MaskRule(keys, None if padding is None or bool(padding.all()) else padding.bool(), None, *pattern)
     return LazyMask(rule, batch, queries, keys, torch.device(device))
 
 
 def _pattern(mask_function, spread=None) -> tuple[int | None, int | None] | None:
-    """(left, right) limits of what a query sees around its own position, None for no limit; None when unknown.
+    """(left, right): how many keys a query sees on either side of its position, None for no limit; or None for an
+    unknown pattern.
 
     transformers describes a pattern by nested closures over (batch, head, query, key). They are recognised by their
-    code and read by their free variables, so any change to one makes it unknown, never wrong.
+    code objects, and their parameters are read from their free variables. So a changed closure is unknown, never
+    misread.
     """
     from transformers import masking_utils as hf
 
@@ -150,7 +152,7 @@ def _pattern(mask_function, spread=None) -> tuple[int | None, int | None] | None
     code = getattr(mask_function, "__code__", None)
     if code is hf.and_masks().__code__:
         parts = _free_variable(mask_function, "mask_functions")
-        if spread is not None:  # its parts of a row are not documents
+        if spread is not None:  # the two chunks of a process look like documents
             parts = [part for part in parts if not _is_jump(part, spread)]
         limits = [_pattern(part, spread) for part in parts]
         if not limits or None in limits:
@@ -167,10 +169,10 @@ def _pattern(mask_function, spread=None) -> tuple[int | None, int | None] | None
 
 
 def _pattern_of_documents(mask_function) -> tuple[torch.Tensor | None, tuple[int | None, int | None] | None]:
-    """((B, S) the document of every position, the pattern within each), or (None, None) when it is nothing of the kind.
+    """(the document of every position (B, S), the pattern within documents), or (None, None) without documents.
 
-    transformers says so where position_ids begin again: and_masks of the pattern, whose positions are counted within
-    the documents from 5.23 on, and of packed_sequence_mask_function.
+    Where position_ids restart, transformers makes an and_masks of the pattern and packed_sequence_mask_function; from
+    5.23 on, the pattern's positions are counted within the documents.
     """
     from transformers import masking_utils as hf
 
@@ -189,12 +191,12 @@ def _pattern_of_documents(mask_function) -> tuple[torch.Tensor | None, tuple[int
 
 
 def _is_like(mask_function, other) -> bool:
-    """Whether both are closures of one function."""
+    """Whether both are closures of the same function."""
     return getattr(mask_function, "__code__", None) is other.__code__
 
 
 def _is_jump(mask_function, spread) -> bool:
-    """Whether a rule that keeps documents apart says no more than that a process's two chunks are not neighbours."""
+    """Whether the documents of a mask are only the two chunks of this process, whose positions are not contiguous."""
     from transformers import masking_utils as hf
 
     if not _is_like(mask_function, hf.packed_sequence_mask_function(torch.zeros(1))):
@@ -225,15 +227,16 @@ def attention_forward(
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """softmax(softcap(scaling * Q K^T) + position_bias + mask) V, as transformers' attention interface wants it.
+    """softmax(softcap(scaling * Q K^T) + position_bias + mask) V, with the signature of transformers' interface.
 
     query (B, H, Sq, D), key (B, Hk, Sk, D), value (B, Hk, Sk, Dv), H % Hk == 0, D and Dv in 1..256, any strides.
-    attention_mask: what `attention_mask` above returned, or a user's own bool or float mask that broadcasts to
-    (B, H, Sq, Sk), which then says everything. Without one, module.is_causal (or is_causal) and sliding_window count.
-    cu_seq_lens_q, seq_idx: documents in a row, which do not see one another (see layers.documents_of).
+    attention_mask: the result of `attention_mask` above, or a user's bool or float mask that broadcasts to
+    (B, H, Sq, Sk). With a user's mask, is_causal and sliding_window are ignored; without any mask, module.is_causal (or
+    is_causal) and sliding_window apply.
+    cu_seq_lens_q, seq_idx: documents of a row, which do not attend to one another (see layers.documents_of).
     position_bias: float, (1 or B, H, Sq, Sk), with gradient. s_aux: (H,) attention sinks, one more logit in every
-    softmax's denominator. Returns out (B, Sq, H, Dv) and, when output_attentions asks for them, the attention
-    weights (B, H, Sq, Sk) before dropout, else None. Raises NotImplementedError for a paged cache.
+    softmax's denominator. Returns out (B, Sq, H, Dv) and, with output_attentions, the attention weights
+    (B, H, Sq, Sk) before dropout, else None. Raises NotImplementedError for a paged cache.
     """
     spread = spread_in_use()
     if spread is not None and parallel.current() is not spread:  # torch's own context_parallel
@@ -250,7 +253,7 @@ def attention_forward(
             'cache: continuous batching (a paged cache) is not supported by attn_implementation="transformer_fast"; '
             'wanted none, so use attn_implementation="sdpa" for it'
         )
-    if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, shared by the batch
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, the same for the whole batch
         query = query.expand(key.shape[0], -1, -1, -1)
     sq, sk = query.shape[2], key.shape[2]
     rule, mask, bias = _read_mask(
@@ -290,7 +293,7 @@ def attention_forward(
         if output_attentions:
             weights = _weights(query, key, lse, scaling, mask, bias, softcap, rule, sk)
         if s_aux is not None:
-            # exp(lse) / (exp(lse) + exp(sink)): what the sink leaves to the keys.
+            # exp(lse) / (exp(lse) + exp(sink)): the keys' share of the softmax.
             share = torch.sigmoid(lse - s_aux.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
             out = out * share
             weights = None if weights is None else weights * share
@@ -299,7 +302,8 @@ def attention_forward(
 
 
 def _documents_of_call(batch: int, length: int, rule: MaskRule | None, options: dict) -> Documents | None:
-    """What position_ids said when the mask was made, what cu_seq_lens_q or seq_idx say, or both together."""
+    """The documents of a call: from position_ids (in the mask's rule), from cu_seq_lens_q or seq_idx, or both
+    merged."""
     told = documents_of((batch, length), None, options)
     known = None if rule is None else rule.documents
     if told is None:
@@ -313,7 +317,7 @@ def _documents_of_call(batch: int, length: int, rule: MaskRule | None, options: 
 def _documents(
     query, key, value, documents: Documents, rule: MaskRule | None, dropout, scaling, softcap
 ) -> torch.Tensor:
-    """(B, S, H, D): every document of a row by itself."""
+    """Attention within each document of a row: out (B, S, H, D)."""
     unpadding = documents.unpadding
     width = value.shape[-1]
     if width != query.shape[-1]:
@@ -336,7 +340,7 @@ def _within_documents(documents: Documents, rule: MaskRule | None, mask, length:
 
 
 def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_window):
-    """(rule, bool mask, float bias); a rule stands alone, a mask comes without one."""
+    """(rule, bool mask, float bias). At most one of rule and mask is not None."""
     if isinstance(mask, LazyMask):
         if mask.rule is not None and tuple(mask.shape) == (batch, 1, sq, sk):
             return mask.rule, None, position_bias
@@ -349,7 +353,7 @@ def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_wi
         is_causal = getattr(module, "is_causal", True)
     if not is_causal:
         return None, None, position_bias
-    # Without a mask, one query is the newest position; several start where the keys start.
+    # Without a mask, a single query is at the last key's position; several queries start at key 0.
     if (spread := parallel.current()) is not None:
         left = sliding_window - 1 if sliding_window and sliding_window < sk * spread.size else None
         return MaskRule(sk, left=left, right=0), None, position_bias
@@ -360,7 +364,7 @@ def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_wi
 
 
 def _attentions_recorded(module) -> bool:
-    """Whether transformers will look for weights although it did not tell: not every model passes the request on."""
+    """Whether transformers will collect attention weights: not every model passes output_attentions to its layers."""
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return True
     from .._transformers import recorded_outputs
@@ -369,7 +373,7 @@ def _attentions_recorded(module) -> bool:
 
 
 def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Zeros in the missing columns change neither a score nor the columns that are kept."""
+    """Pad the last dimension with zeros to one width. That changes neither scores nor the original output columns."""
     widest = max(t.shape[-1] for t in tensors)
     return tuple(torch.nn.functional.pad(t, (0, widest - t.shape[-1])) for t in tensors)
 
@@ -379,6 +383,6 @@ def _weights(query, key, lse, scaling, mask, bias, softcap, rule, sk) -> torch.T
         mask = rule.dense(query.shape[0], query.shape[2], rule.reach, query.device)
     weights = attention_probabilities(query, key, lse, scale=scaling, bias=bias, attn_mask=mask, softcap=softcap or 0.0)
     if weights.dtype == torch.float32:
-        # The kernel's log-sum-exp and these scores were rounded apart: take out what that leaves in a row's sum.
+        # The kernel's log-sum-exp and these scores were rounded differently: normalise so that rows sum to 1.
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights if weights.shape[-1] == sk else torch.nn.functional.pad(weights, (0, sk - weights.shape[-1]))

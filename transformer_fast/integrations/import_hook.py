@@ -1,7 +1,7 @@
-"""attn_implementation="transformer_fast" is there as soon as both packages are imported, in either order.
+"""Registers attn_implementation="transformer_fast" as soon as both packages are imported, in either order.
 
-`import transformer_fast` must not import transformers, which takes seconds. So where transformers is not loaded yet,
-a finder waits for `transformers.modeling_utils` and registers right after it has run; where it is, at once.
+`import transformer_fast` must not import transformers, which takes seconds. If transformers is loaded, registration is
+immediate. If not, an import finder registers right after `transformers.modeling_utils` was executed.
 """
 
 import importlib.abc
@@ -13,7 +13,7 @@ _WATCHED = "transformers.modeling_utils"
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the other finders find the watched module and adds a step after its execution."""
+    """Lets the other finders find the watched module, and adds a step after its execution."""
 
     def __init__(self) -> None:
         self._searching = False
@@ -34,7 +34,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
             execute(module)
             _register()
 
-        # On the instance: the loader keeps its type, so inspect and importlib.resources see what they expect.
+        # Set on the instance, so that the loader keeps its type, which inspect and importlib.resources check.
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
@@ -44,12 +44,12 @@ def _register() -> None:
 
     try:
         register()
-    except ImportError as error:  # an old transformers must still import
+    except ImportError as error:  # importing an old transformers must not fail
         warnings.warn(f'attn_implementation="transformer_fast" is not available: {error}', stacklevel=2)
 
 
 def install() -> None:
-    """Register now if transformers' modelling code is loaded; and whenever it is loaded (again) from here on."""
+    """Register now if transformers' modelling code is loaded, and again whenever it is loaded later."""
     if not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterImport())
     module = sys.modules.get(_WATCHED)

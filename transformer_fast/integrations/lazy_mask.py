@@ -1,4 +1,4 @@
-"""An attention mask known by its rule: never materialised while the kernels can follow the rule instead."""
+"""An attention mask given by a rule. It is materialised only where an op reads it; our kernels apply the rule."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -10,28 +10,28 @@ from ..layers.unpadding import Unpadding, plan_documents
 
 
 class Documents:
-    """Several sequences in a row, which do not see one another. numbers: (B, S) int, see layers.documents_of."""
+    """Several documents per row, which do not attend to one another. numbers: (B, S) int, see layers.documents_of."""
 
     def __init__(self, numbers: torch.Tensor):
         self.numbers = numbers
 
     @cached_property
     def unpadding(self) -> Unpadding:
-        """Planned once for all layers."""
+        """The unpadding plan, made once for all layers."""
         return plan_documents(self.numbers)
 
     def together(self) -> torch.Tensor:
-        """(B, 1, S, S) bool: which positions are in one document."""
+        """(B, 1, S, S) bool: which positions are in the same document."""
         return (self.numbers[:, :, None] == self.numbers[:, None])[:, None]
 
 
 class MaskRule(NamedTuple):
-    """Key j takes part in query i when j < reach, j < key_lengths[b], padding[b, j], and
+    """Query i attends to key j if j < reach, j < key_lengths[b], padding[b, j], and
     i + shift - left <= j <= i + shift + right (None: no limit on that side).
 
-    shift is where query 0 stands among the keys: 0, or, where it matters, reach - Sq.
-    padding: (B, reach) bool. key_lengths: (B,) int32; then shift is 0 or no side is limited.
-    documents: key j and query i are in the same one; then Sq == Sk, shift is 0, and there is no padding.
+    shift: the key position of query 0, which is 0 or, where it matters, reach - Sq.
+    padding: (B, reach) bool. key_lengths: (B,) int32; with it, shift is 0 or neither side is limited.
+    documents: key j and query i must be in the same document; then Sq == Sk, shift is 0, and there is no padding.
     """
 
     reach: int
@@ -43,7 +43,7 @@ class MaskRule(NamedTuple):
     documents: Documents | None = None
 
     def dense(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-        """The (B, 1, Sq, Sk) bool mask the rule stands for."""
+        """The rule as a (B, 1, Sq, Sk) bool mask."""
         j = torch.arange(keys, device=device)
         i = torch.arange(queries, device=device)[:, None] + self.shift
         mask = (j < self.reach).expand(batch, 1, queries, keys)
@@ -62,10 +62,10 @@ class MaskRule(NamedTuple):
 
 
 class LazyMask(torch.Tensor):
-    """The (B, 1, Sq, Sk) bool tensor of a `MaskRule`, which only comes into being when an op reads it.
+    """The (B, 1, Sq, Sk) bool tensor of a `MaskRule`, materialised when an op reads it.
 
-    Model code may slice, combine, move or print it like any mask and gets what the dense tensor gives. The
-    attention function reads `.rule`, which is None once somebody holds an alias they could have written through.
+    Model code may slice, combine, move or print it and gets the results of the dense tensor. The attention function
+    reads `.rule`, which is None once an op returned an alias, because the mask could be written through it.
     """
 
     rule: MaskRule | None

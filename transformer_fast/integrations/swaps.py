@@ -1,14 +1,14 @@
 """Norms and activations of any torch model on this package's kernels, by changing the class of the module.
 
-An instance keeps its parameters, buffers, hooks, training mode and place in the tree; its class becomes a subclass of
-the one it had, with another forward. So state dicts, isinstance, hooks, deepcopy and pickle see what they saw before,
-and going back is setting the class back.
+An instance keeps its parameters, buffers, hooks, training mode and place in the tree. Its new class is a subclass of
+its former class, with another forward. So state dicts, isinstance, hooks, deepcopy and pickle work as before, and
+setting the class back undoes the swap.
 """
 
 import copy
-import functools
 import inspect
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +30,15 @@ def _eps(module: torch.nn.Module) -> float | None:
 
 
 def _same_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """With mixed dtypes every model has its own rule for the result's dtype: those calls keep the model's forward."""
+    """Whether x and the parameters have one dtype. With mixed dtypes the model's own forward runs, because models
+    differ in the result's dtype."""
     return x.is_floating_point() and all(p is None or p.dtype == x.dtype for p in parameters)
 
 
 def _layer_norm(module, x, original):
     weight, bias = module.weight, getattr(module, "bias", None)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # as torch's layer norm does there
+        x = x.float()  # as torch's layer norm does under autocast
     if not _same_dtype(x, weight, bias):
         return original(module, x)
     shape = module.normalized_shape if hasattr(module, "normalized_shape") else weight.shape
@@ -77,19 +78,24 @@ _FORWARDS = {**NORMS, **ACTIVATIONS}
 
 
 class Swapped:
-    """Mixed into the class of every swapped module. _original is the class it had, _kind the op it now calls."""
+    """Mixin of every swapped module's class. _original: the module's former class; _kind: the op it calls."""
 
     _original: type
     _kind: str
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle and deepcopy make it again from the class it stands on.
+        # The class is made at run time: pickle and deepcopy make it again from the former class.
         return _remake, (self._original, self._kind), self.__getstate__()
 
 
-@functools.cache
+# By (original, kind), as long as there are modules of it.
+_swapped_classes: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
+
+
 def swapped_class(original: Any, kind: str) -> type:
     """The subclass of `original` whose forward is op `kind`. Same name, so printed models read the same."""
+    if (known := _swapped_classes.get((original, kind))) is not None:
+        return known
     run, before = _FORWARDS[kind], original.forward
 
     def forward(self, input):
@@ -97,7 +103,8 @@ def swapped_class(original: Any, kind: str) -> type:
 
     names: dict[str, Any] = {"forward": forward, "_original": original, "_kind": kind, "__doc__": original.__doc__}
     names["__module__"], names["__qualname__"] = original.__module__, original.__qualname__
-    return type(original.__name__, (Swapped, original), names)
+    made = type(original.__name__, (Swapped, original), names)
+    return _swapped_classes.setdefault((original, kind), made)
 
 
 def _remake(original: type, kind: str) -> torch.nn.Module:
@@ -107,7 +114,7 @@ def _remake(original: type, kind: str) -> torch.nn.Module:
 
 # ---- recognition ----------------------------------------------------------------------------------------
 def candidate(module: torch.nn.Module) -> str | None:
-    """ "norm" or "activation" when the module looks like one: a leaf of that name."""
+    """ "norm" or "activation" if the module is a leaf whose class has such a name, else None."""
     name = type(module).__name__
     if next(module.children(), None) is not None:
         return None
@@ -119,7 +126,7 @@ def candidate(module: torch.nn.Module) -> str | None:
 
 
 def recognise(module: torch.nn.Module, what: str) -> tuple[str | None, str]:
-    """(kind, "") when the module computes what op `kind` does, else (None, the reason why it is left)."""
+    """(kind, "") if the module computes the same as op `kind`, else (None, why it is left alone)."""
     if "forward" in vars(module):
         return None, "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
@@ -131,7 +138,7 @@ def recognise(module: torch.nn.Module, what: str) -> tuple[str | None, str]:
     if getattr(module, "inplace", False):
         return None, "it works in place"
     if any(p.is_meta for p in module.parameters(recurse=False)):
-        return None, "its parameters are on the meta device, where nothing can be tried"
+        return None, "its parameters are on the meta device, where it cannot be run"
     if len(_inputs(module)) != 1:
         return None, f"its forward takes {len(_inputs(module))} inputs, wanted 1"
     return _recognise_norm(module) if what == "norm" else _recognise_activation(module)
@@ -148,12 +155,12 @@ def _recognise_norm(module) -> tuple[str | None, str]:
     if "weight" not in parameters:
         if type(module) in (torch.nn.LayerNorm, torch.nn.RMSNorm):
             return ("layer_norm" if type(module) is torch.nn.LayerNorm else "rms_norm"), ""
-        return None, "it has no weight to tell its width by"
+        return None, "it has no weight that shows its width"
     if not all(p.is_floating_point() for p in parameters.values()):
         return None, "its weight is not of a floating-point dtype"
     if _eps(module) is None and not isinstance(module, torch.nn.RMSNorm):
         return None, f"it has none of the attributes {', '.join(_EPS_NAMES)}"
-    kinds = NORMS if _eps(module) is not None else {"rms_norm": _rms_norm}  # only RMS norm has a default eps
+    kinds = NORMS if _eps(module) is not None else {"rms_norm": _rms_norm}  # only rms_norm has a default eps
     kind = _behaves_like(module, _norm_probe(module, parameters), kinds)
     return kind, "" if kind else "its forward is neither layer norm nor RMS norm of its last dimension"
 
@@ -166,7 +173,7 @@ def _recognise_activation(module) -> tuple[str | None, str]:
 
 
 def _norm_probe(module, parameters) -> tuple[torch.nn.Module, list[torch.Tensor]]:
-    """A stand-in with random float32 weights on the CPU, and inputs that tell the norms and their eps apart."""
+    """A copy with random float32 weights on the CPU, and inputs on which the norms and their eps differ."""
     generator = torch.Generator().manual_seed(0)
     probe = copy.copy(module)
     probe.__dict__["_parameters"] = {
@@ -180,13 +187,13 @@ def _norm_probe(module, parameters) -> tuple[torch.nn.Module, list[torch.Tensor]
 
 
 def _behaves_like(module, probe, kinds: dict[str, Callable]) -> str | None:
-    """The kind whose values agree with the module's own forward, in float32's rounding, on every probe input."""
+    """The kind whose values equal the module's own forward within float32 rounding, on every probe input; else None."""
     stand_in, inputs = probe
     forward = type(module).forward
     with torch.no_grad():
         try:
             wanted = [forward(stand_in, x) for x in inputs]
-        except Exception:  # whatever a foreign forward raises: it is not one of ours
+        except Exception:  # a foreign forward may raise anything: then it is none of the kinds
             return None
         for kind, run in kinds.items():
             found = [run(stand_in, x, forward) for x in inputs]

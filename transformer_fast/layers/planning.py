@@ -185,7 +185,7 @@ def _check_spread(past_key_values, attentions: bool) -> None:
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     if not isinstance(seen, int) or seen:
         raise NotImplementedError(
-            "past_key_values: a cache cannot be read under context_parallel; wanted none, so generate outside it"
+            "past_key_values: wanted an empty cache under context_parallel; generate outside of context_parallel"
         )
 
 

@@ -184,7 +184,12 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 # ---- the comparison ----------------------------------------------------------------------------------
 class _Seen(NamedTuple):
     """A tree at the last call: everything that a change would affect, in lists that compare by identity, and the
-    answer."""
+    answer.
+
+    dicts: the __dict__ of each module below the root. The root's own is left out, because it refers to this object, and
+    with a cycle the weights of a deleted model would wait for the garbage collector. readers: functions that read the
+    settings, each with the index of its module, 0 for the root.
+    """
 
     dicts: list[dict]
     kinds: list[type]
@@ -193,8 +198,7 @@ class _Seen(NamedTuple):
     children: list[Any]
     sizes: list[int]
     settings: list[tuple]
-    read_settings: list[Callable]
-    setting_dicts: list[dict]
+    readers: list[tuple[int, Callable]]
     answer: str
 
 
@@ -225,7 +229,7 @@ def why_changed(root: nn.Module, harmless: Collection[str] = (), gathered: bool 
     if gathered:
         return _compare(root, root.__dict__.get(_NOTE), "", harmless, True)
     last = root.__dict__.setdefault(_LAST, _LastCall())
-    if last.seen is not None and _is_as(last.seen):
+    if last.seen is not None and _is_as(root, last.seen):
         return last.seen.answer
     answer = _compare(root, root.__dict__.get(_NOTE), "", harmless)
     last.seen = _look(root, answer)
@@ -239,15 +243,15 @@ def _hook_keys(dicts: list[dict]) -> list[int]:
     return list(chain.from_iterable(chain.from_iterable(map(_hooks_of, dicts))))
 
 
-def _is_as(last: _Seen) -> bool:
-    dicts = last.dicts
+def _is_as(root: nn.Module, last: _Seen) -> bool:
+    dicts = [root.__dict__, *last.dicts]
     return (
         list(map(len, dicts)) == last.sizes
         and list(chain.from_iterable(map(dict.values, map(_modules, dicts)))) == last.children
         and list(map(type, last.children)) == last.kinds
         and _hook_keys(dicts) == last.hooks
         and list(map(type, chain.from_iterable(map(dict.values, map(_parameters, dicts))))) == last.tensors
-        and [read(d) for read, d in zip(last.read_settings, last.setting_dicts)] == last.settings
+        and [read(dicts[place]) for place, read in last.readers] == last.settings
     )
 
 
@@ -255,12 +259,12 @@ def _look(root: nn.Module, answer: str) -> _Seen:
     modules = list(root.modules())
     dicts = [m.__dict__ for m in modules]
     children = list(chain.from_iterable(d["_modules"].values() for d in dicts))
-    told = [(d, names) for m, d in zip(modules, dicts) if (names := list(_settings(m)))]
-    read: list[Callable] = [itemgetter(*names) for _, names in told]
+    told = [(place, names) for place, m in enumerate(modules) if (names := list(_settings(m)))]
+    readers: list[tuple[int, Callable]] = [(place, itemgetter(*names)) for place, names in told]
     return _Seen(
-        dicts, list(map(type, children)), _hook_keys(dicts),
+        dicts[1:], list(map(type, children)), _hook_keys(dicts),
         [type(p) for d in dicts for p in d["_parameters"].values()], children, list(map(len, dicts)),
-        [r(d) for r, (d, _) in zip(read, told)], read, [d for d, _ in told], answer,
+        [read(dicts[place]) for place, read in readers], readers, answer,
     )  # fmt: skip
 
 
@@ -296,7 +300,7 @@ def _compare(
         now = _settings(module)
         for name, value in made.settings:
             if name not in now or now[name] != value:
-                return f"{path}.{name} is {getattr(module, name, 'gone')!r}, it was made {value!r}"
+                return f"{path}.{name} is {getattr(module, name, 'gone')!r}, but was created as {value!r}"
     return _compare_children(module, made, path, gathered)
 
 

@@ -100,7 +100,7 @@ def drop_trust(kwargs: dict) -> None:
     for name, what in (("from_tf", "TensorFlow's"), ("from_flax", "Flax's"), ("from_pt", "")):
         if kwargs.pop(name, False):
             raise ValueError(
-                f"{name}: transformers 5 has PyTorch models alone; "
+                f"{name}: transformers 5 only has PyTorch models; "
                 + (f"save {what} checkpoints as PyTorch's with transformers 4 first" if what else "leave it out")
             )
     if kwargs.get("trust_remote_code"):

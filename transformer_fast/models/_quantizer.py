@@ -55,7 +55,7 @@ class Int8Quantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype != torch.float32:
-            logger.info(f"What is not int8 is float32, not {dtype}: quantization_config is an Int8Config.")
+            logger.info(f"Modules that are not int8 are float32, not {dtype}: quantization_config is an Int8Config.")
         return torch.float32
 
     def _process_model_before_weight_loading(self, model, **kwargs):

@@ -125,7 +125,6 @@ def why_hf_loop(model: Any) -> str:
     return ""
 
 
-@functools.cache
 def _our_class(kind: Any) -> type:
     return next(cls for cls in kind.__mro__ if cls.__module__.startswith(f"{__package__}."))
 

@@ -73,7 +73,7 @@ def attention_probabilities(
         >>> transformer_fast.attention_probabilities(q, k, lse, heads=[0, 3]).shape
         torch.Size([2, 2, 16, 16])
     """
-    _parallel.refuse("attention_probabilities", "ask for them with whole sequences")
+    _parallel.refuse("attention_probabilities", "compute them with whole sequences")
     for name, t in (("query", query), ("key", key)):
         _common.check_floating(name, t)
         if t.dim() != 4:

@@ -201,8 +201,8 @@ class DecoderCopies:
     """Copies of a decoder's weights in the panel layout for few rows. Embedding tables are not copied.
 
     storage: torch.float32, torch.bfloat16 or torch.int8 (see to_panels); None for the weights' own dtype. Weights in a
-    mapped checkpoint file release their memory once copied; other weights stay in memory beside their copies. Copies do
-    not follow later changes of the weights: check `match`, and make new ones if it returns False.
+    mapped checkpoint file release their memory once copied; other weights stay in memory in addition to their copies.
+    Copies do not follow later changes of the weights: check `match`, and make new ones if it returns False.
     """
 
     def __init__(self, tensors: StepTensors, storage: torch.dtype | None = None):

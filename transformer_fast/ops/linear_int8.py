@@ -219,7 +219,7 @@ class Int8BlockWeights(NamedTuple):
         if any(w.data is None for w in weights):
             return native.load() or "a weight is not on the CPU"
         if len({w.group for w in weights}) > 1:
-            return "the weights are in groups of different lengths"
+            return "the weights have different group sizes"
         return ""
 
 

@@ -86,7 +86,7 @@ def rotary_embedding(
 
     Raises:
         TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
-            Positions are held against P where looking is free (on the CPU).
+            Positions are compared with P on the CPU only.
 
     Source:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.2.

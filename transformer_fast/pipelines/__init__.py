@@ -1,4 +1,4 @@
-"""Tasks on text: `pipeline(task, model=...)`, with transformers' own pipelines where it has them and the four that it
+"""Tasks on text: `pipeline(task, model=...)`. The pipelines are transformers' own, plus the four that transformers 5
 dropped (question-answering, summarization, translation, text2text-generation)."""
 
 from .factory import pipeline, supported_tasks

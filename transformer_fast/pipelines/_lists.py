@@ -1,4 +1,4 @@
-"""What every pipeline of ours adds to transformers' base: batches of like lengths, progress, empty lists."""
+"""Additions of our pipelines to transformers' base: batches of similar lengths, progress bars, empty lists."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ __all__ = ["ListInputs"]
 
 
 def _length(item: Any) -> int | None:
-    """How long an input is, for the order of a list; None for inputs that are not text."""
+    """The length of an input, for sorting; None for inputs that are not text."""
     if isinstance(item, str):
         return len(item)
     if isinstance(item, dict) and "role" not in item and item:
@@ -19,10 +19,10 @@ def _length(item: Any) -> int | None:
 
 
 class ListInputs:
-    """First base of a pipeline. A list is computed in batches of like lengths and returned in its own order;
-    progress=True, at construction or at a call, shows a bar.
+    """First base of a pipeline. A list is computed in batches of similar lengths; outputs are in the order of the list.
+    progress=True, at construction or in a call, shows a bar.
 
-    list_batch_size: the batch size of lists where none is asked for; None leaves transformers' own (1).
+    list_batch_size: the default batch size for lists; None: transformers' default (1).
     """
 
     list_batch_size: int | None = None
@@ -63,7 +63,7 @@ class ListInputs:
         return output
 
     def _advance(self) -> None:
-        """One input of a list is done."""
+        """Advance the bar: one input of a list is done."""
         if self._bar is not None:
             self._bar.update()
 
@@ -74,12 +74,12 @@ class ListInputs:
         if self._batch_size is not None:  # type: ignore[attr-defined]
             return self._batch_size  # type: ignore[attr-defined]
         tokenizer = getattr(self, "tokenizer", None)
-        # Padding on the left moves the positions of what comes after it.
+        # Padding on the left shifts the positions of the tokens after it.
         padded = tokenizer is not None and tokenizer.pad_token_id is not None and tokenizer.padding_side != "left"
         return (self.list_batch_size if padded else None) or 1
 
     def _order(self, inputs: list, kwargs: dict) -> list[int] | None:
-        """The longest first, so that what does not fit in memory shows at once; None where the order matters."""
+        """Indices with the longest input first, so that a lack of memory shows at once; None to keep the order."""
         lengths = [_length(item) for item in inputs]
         if None in lengths:
             return None

@@ -81,41 +81,41 @@ def pipeline(
     progress: bool = False,
     **kwargs,
 ) -> Pipeline:
-    """A callable text -> answers, as transformers.pipeline gives, on this package's models.
+    """A callable text -> answers, like transformers.pipeline, with this package's models.
 
-    Lists are computed in batches of like lengths and come back in their order.
+    Lists are computed in batches of similar lengths; outputs are in the order of the list.
 
     Args:
         task: sentiment-analysis / text-classification, ner / token-classification, question-answering, fill-mask,
             text-generation, summarization, translation (translation_xx_to_yy), text2text-generation,
-            feature-extraction, zero-shot-classification. Those that transformers 5 has are its own pipelines, the
-            others are this package's.
-        model: a checkpoint's folder or name, or a model; default: the one transformers names for the task. A checkpoint
-            of a family this package has no class for is loaded by transformers and given to `accelerate`; a warning
-            says so.
-        config: as transformers.pipeline's.
+            feature-extraction, zero-shot-classification. Where transformers 5 has the pipeline it is used; the others
+            are this package's.
+        model: a checkpoint's folder or name, or a model; default: transformers' default for the task. A checkpoint
+            of a family without a class in this package is loaded by transformers and given to `accelerate`, with a
+            warning.
+        config: as in transformers.pipeline.
         tokenizer: its folder or name, or a tokenizer; default: the model's.
-        revision: as transformers.pipeline's, as are token, device, device_map, dtype, model_kwargs, and the task's own
+        revision: as in transformers.pipeline, like token, device, device_map, dtype, model_kwargs and the task's
             arguments.
         token: for the hub.
         device: of the model.
-        device_map: of the model's parts.
+        device_map: devices of the model's parts.
         dtype: of the model.
         torch_dtype: the older name of dtype.
         trust_remote_code: has no effect: code in a checkpoint is never run.
-        use_fast: a fast tokenizer.
+        use_fast: load a fast tokenizer.
         model_kwargs: for from_pretrained.
-        pipeline_class: in place of the task's own.
+        pipeline_class: replaces the task's pipeline class.
         progress: show a bar over lists, generators and datasets; also an argument of each call.
 
     Returns:
-        A pipeline of transformers' kind.
+        A transformers.Pipeline.
 
     Raises:
         ValueError: for an unknown task.
-        TypeError: for a model or tokenizer that is neither.
+        TypeError: for a model or tokenizer of another type.
         ImportError: when a tokenizer needs a package that is not installed.
-        OSError: for a checkpoint that is not there, and that the hub cannot be asked for.
+        OSError: for a checkpoint that is neither on this machine nor available from the hub.
 
     Examples:
         >>> import transformer_fast
@@ -133,12 +133,12 @@ def pipeline(
         drop_trust({"trust_remote_code": True})
     if model is None:
         if tokenizer is not None:
-            raise ValueError("model: wanted one, as a tokenizer is given: it need not fit the task's default model")
+            raise ValueError("model: wanted one, as the given tokenizer may not fit the task's default model")
         model = found.default or PIPELINE_REGISTRY.check_task(_ALIASES.get(task, task))[1]["default"]["model"][0]
         try:
             need_hub(model, loading)
         except OSError as error:
-            raise OSError(f"model: none was given for {task!r}, and its default is out of reach: {error}") from None
+            raise OSError(f"model: none was given for {task!r}, and the default cannot be loaded: {error}") from None
         warnings.warn(f"model: none given, {model} is used", stacklevel=2)
     source = model
     if isinstance(model, (str, os.PathLike)):
@@ -149,7 +149,7 @@ def pipeline(
     if tokenizer is None:
         tokenizer = source if isinstance(source, (str, os.PathLike)) else name_or_path(model.config)
         if not tokenizer:
-            raise ValueError("tokenizer: wanted one, as the model was not loaded from a checkpoint that has it")
+            raise ValueError("tokenizer: wanted one, as the model was not loaded from a checkpoint with a tokenizer")
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = _load_tokenizer(os.fspath(tokenizer), use_fast=use_fast, **loading)
     elif not isinstance(tokenizer, (hf.PreTrainedTokenizerBase, ElmoTokenizer)):
@@ -163,9 +163,9 @@ def pipeline(
 
 
 def _load_model(auto_model: str, name: str, config: Any, loads: dict) -> hf.PreTrainedModel:
-    """Ours where there is a class for the checkpoint's model_type, else transformers' own, accelerated."""
+    """Our class for the checkpoint's model_type, else transformers' own with accelerate()."""
     loads = {key: value for key, value in loads.items() if value is not None}
-    if local_folder(name, loads) is None:  # or says that it is not there
+    if local_folder(name, loads) is None:  # raises for a path that does not exist
         need_hub(name, loads)
     if not isinstance(config, hf.PreTrainedConfig):
         hub = {key: value for key, value in loads.items() if key not in ("dtype", "device_map")}
@@ -192,7 +192,8 @@ def _load_tokenizer(name: str, **loading) -> hf.PreTrainedTokenizerBase:
         return hf.AutoTokenizer.from_pretrained(name, **loading)
     except Exception as error:
         text = str(error).lower()
-        # Without sentencepiece, or without protobuf, transformers takes the file for tiktoken's, and asks for that.
+        # Without sentencepiece or protobuf, transformers takes the file for tiktoken's, and its error asks for
+        # tiktoken.
         asked = {
             "sentencepiece": (("sentencepiece", "tiktoken", "protobuf"), "sentencepiece"),
             "protobuf": (("sentencepiece", "tiktoken", "protobuf"), "google.protobuf"),
@@ -214,12 +215,12 @@ def _load_tokenizer(name: str, **loading) -> hf.PreTrainedTokenizerBase:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it lies in
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _register() -> None:
-    """Make the tasks transformers dropped known to its registry."""
+    """Register the tasks that transformers dropped in its registry."""
     for task in ("question-answering", "summarization", "text2text-generation", "translation"):
         entry = TASKS[task]
         classes = [getattr(auto, entry.auto_model, None), getattr(hf, entry.auto_model)]

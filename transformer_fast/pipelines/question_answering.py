@@ -19,8 +19,8 @@ _MAX_LENGTH, _STRIDE = 384, 128
 
 @dataclass
 class _Window:
-    """One stretch of a context that the model sees. tokens: its encoding without padding; spans: bool (tokens,), True
-    where an answer may begin or end; null: the position whose score means "no answer", or None."""
+    """A part of a context that fits the model. tokens: its encoding without padding; spans: bool (tokens,), True where
+    an answer may begin or end; null: the position whose score means "no answer", or None."""
 
     context: str
     tokens: Any
@@ -33,19 +33,19 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
 
     Call with question=..., context=..., a dict {"question", "context"}, a list, generator or dataset of such dicts, or
     lists for question and context (one context may serve several questions). A context longer than the model's
-    window is read in windows that overlap by doc_stride tokens; each window's probabilities are its own.
+    window is read in windows that overlap by doc_stride tokens; probabilities are normalised within each window.
 
-    Returns {"score": float, "start": int, "end": int, "answer": str} with context[start:end] == answer, a list of
+    Returns {"score": float, "start": int, "end": int, "answer": str} with context[start:end] == answer, or a list of
     them, best first, when top_k > 1; for several questions a list of these.
 
-    Arguments, at construction or at a call:
-        top_k: how many answers. Answers with the same text are one, their scores added.
+    Arguments, at construction or in a call:
+        top_k: how many answers. Answers with the same text are merged, and their scores added.
         doc_stride: tokens that neighbouring windows share; default 128, at most half of max_seq_len.
         max_seq_len: tokens in a window, question included; default 384 or what the model takes.
-        max_question_len: tokens of the question that are read, default 64.
-        max_answer_len: tokens of an answer at most, default 15.
-        handle_impossible_answer: "" is an answer too, scored by the first token ([CLS]) as start and end; of several
-            windows the least score counts.
+        max_question_len: how many tokens of the question are read, default 64.
+        max_answer_len: the largest number of tokens in an answer, default 15.
+        handle_impossible_answer: allow the answer "", scored by the first token ([CLS]) as start and end; with several
+            windows its lowest score is used.
         align_to_words: answers begin and end at words, default True.
     Raises ValueError for an empty question or context, a missing key, values out of range; TypeError for a tokenizer
     without character offsets.
@@ -70,9 +70,9 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
         """See the class."""
         if question is not None or context is not None:
             if inputs is not None or args:
-                raise ValueError("question, context: given both by name and by position")
+                raise ValueError("question, context: wanted by name or by position, got both")
             inputs = _paired(question, context)
-        elif args:  # as transformers 4: question, context, or several dicts
+        elif args:  # as in transformers 4: question, context, or several dicts
             inputs = _paired(inputs, *args) if isinstance(inputs, str) and len(args) == 1 else [inputs, *args]
         if inputs is None:
             raise ValueError("question, context: wanted both, got neither")
@@ -101,7 +101,7 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
         handle_impossible_answer: bool | None = None,
         align_to_words: bool | None = None,
     ):
-        """padding has no effect (windows are padded when batched); topk is transformers 4's older name of top_k."""
+        """padding has no effect (windows are padded when batched); topk is the name of top_k in transformers 4."""
         counts = {
             "top_k": topk if top_k is None else top_k,
             "doc_stride": doc_stride,
@@ -119,7 +119,7 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
         return given, {}, found | {name: value for name, value in flags.items() if value is not None}
 
     def preprocess(self, example, doc_stride=None, max_question_len=64, max_seq_len=None):
-        """Yields the windows of one example."""
+        """Yield the windows of one example."""
         example, tokenizer = _example(example), self.tokenizer
         length = min(tokenizer.model_max_length, _MAX_LENGTH) if max_seq_len is None else max_seq_len
         stride = min(length // 2, _STRIDE) if doc_stride is None else doc_stride
@@ -132,7 +132,7 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
                 f"doc_stride: wanted less than the {room} tokens of context in a window (max_seq_len {length} less the "
                 f"question's {len(offsets)} and special tokens), got {stride}"
             )
-        first = tokenizer.padding_side == "right"  # which of the pair is first, as models were trained
+        first = tokenizer.padding_side == "right"  # the question comes first, as in training of models that pad so
         encoded = tokenizer(
             text if first else example["context"],
             example["context"] if first else text,
@@ -171,7 +171,7 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
     def _answers(self, outputs, top_k, handle_impossible_answer, max_answer_len, align_to_words) -> list[dict]:
         found: dict[str, dict] = {}
         least_null = float("inf")
-        candidates = 2 * top_k + 10 if align_to_words else top_k  # several may become one when aligned
+        candidates = 2 * top_k + 10 if align_to_words else top_k  # aligned to words, several may become equal
         for output in outputs:
             window = output["window"]
             n = len(window.spans)
@@ -208,7 +208,7 @@ def _paired(question, context) -> list[dict]:
 
 
 def _example(item) -> dict[str, str]:
-    """{"question", "context"} of what a user gave for one."""
+    """The dict {"question", "context"} of one input."""
     if hasattr(item, "question_text") and hasattr(item, "context_text"):  # transformers 4's SquadExample
         item = {"question": item.question_text, "context": item.context_text}
     if not isinstance(item, dict):
@@ -238,7 +238,7 @@ def _best_spans(
     """The `count` likeliest (first token, last token, score), best first."""
     longest = min(longest, len(start))
     start, end = start * spans, end * spans
-    # scores[i, l]: from i to i + l; what begins or ends outside the context is nought
+    # scores[i, l]: the span from i to i + l; 0 where it begins or ends outside the context
     scores = start[:, None] * torch.nn.functional.pad(end, (0, longest - 1)).unfold(0, longest, 1)
     best = scores.flatten().topk(min(count, scores.numel()))
     return [
@@ -249,7 +249,7 @@ def _best_spans(
 
 
 def _characters(tokens, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
-    """Where tokens first..last begin and end in the context."""
+    """The character range of tokens first..last in the context."""
     begin, end = tokens.offsets[first][0], tokens.offsets[last][1]
     if align_to_words:
         which = tokens.sequence_ids[first]

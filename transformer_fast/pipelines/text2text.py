@@ -16,13 +16,13 @@ _DEFAULTS = {"max_new_tokens": 256, "num_beams": 4}
 
 
 class Text2TextGenerationPipeline(ListInputs, Pipeline):
-    """text -> [{"generated_text": text}], one dict for each returned sequence; for a list a list of dicts (of lists of
-    dicts when num_return_sequences > 1). Takes a text, a list, a generator or a dataset of texts.
+    """text -> [{"generated_text": text}], one dict per returned sequence; for a list of texts a list of dicts (of lists
+    of dicts when num_return_sequences > 1). Takes a text, a list, a generator or a dataset of texts.
 
-    return_tensors=True gives {"generated_token_ids": tensor} instead, return_text=True as well. truncation: as the
-    tokenizer's. stop_sequence: text whose first token ends generation. All other arguments go to model.generate. Where
-    neither the call nor the model's generation configuration says, 256 new tokens and 4 beams are used; what
-    config.task_specific_params has for the task (T5's prefixes) counts more than that.
+    return_tensors=True gives {"generated_token_ids": tensor} instead, with return_text=True both. truncation: as in the
+    tokenizer. stop_sequence: text whose first token ends generation. All other arguments go to model.generate. The
+    defaults are 256 new tokens and 4 beams, unless the model's generation configuration or config.task_specific_params
+    (T5's prefixes) has others for the task.
     """
 
     _load_processor = False
@@ -73,7 +73,7 @@ class Text2TextGenerationPipeline(ListInputs, Pipeline):
         return before, generate_kwargs, after
 
     def _task_params(self) -> dict:
-        """What the checkpoint says for this task: generation arguments and a prefix."""
+        """The checkpoint's generation arguments and prefix for this task."""
         return dict((getattr(self.model.config, "task_specific_params", None) or {}).get(self.task, {}))
 
     def _prefixed(self, text: Any, prefix: str | None) -> str:
@@ -103,7 +103,7 @@ class Text2TextGenerationPipeline(ListInputs, Pipeline):
         return filled | task | kwargs
 
     def check_inputs(self, input_length: int, arguments: dict) -> None:
-        """Warn about lengths that do not go together."""
+        """Warn about lengths that contradict each other."""
 
     def _forward(self, inputs, **kwargs):
         ids = inputs["input_ids"]
@@ -150,7 +150,7 @@ class SummarizationPipeline(Text2TextGenerationPipeline):
 
 class TranslationPipeline(Text2TextGenerationPipeline):
     __doc__ = (
-        "text -> [{'translation_text': text}]. src_lang, tgt_lang: languages, for tokenizers that want them (mBART, "
+        "text -> [{'translation_text': text}]. src_lang, tgt_lang: languages, for tokenizers that need them (mBART, "
         "NLLB, M2M100); task translation_xx_to_yy sets them too, and selects T5's prefix. As text2text-generation:"
         "\n\n    " + (Text2TextGenerationPipeline.__doc__ or "")
     )

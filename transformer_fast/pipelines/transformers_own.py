@@ -1,4 +1,4 @@
-"""transformers' own pipelines, with lists in batches of like lengths and progress."""
+"""transformers' own pipelines, with lists in batches of similar lengths and progress bars."""
 
 import transformers as hf
 
@@ -30,7 +30,7 @@ class TokenClassificationPipeline(ListInputs, hf.TokenClassificationPipeline):
 
 class FillMaskPipeline(ListInputs, hf.FillMaskPipeline):
     __doc__ = hf.FillMaskPipeline.__doc__
-    list_batch_size = 8  # a score for every word of the vocabulary at every position
+    list_batch_size = 8  # small, because logits are (B, S, V)
 
 
 class TextGenerationPipeline(ListInputs, hf.TextGenerationPipeline):
