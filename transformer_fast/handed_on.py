@@ -1,6 +1,6 @@
 """Passes names of transformers through that this package does not define, and explains names that transformers removed.
 
-`from transformers import X, Y` so also works with this package's name. transformers is imported only when the first
+So `from transformers import X, Y` also works with this package's name. transformers is imported only when the first
 such name is used.
 """
 

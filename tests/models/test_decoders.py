@@ -266,7 +266,7 @@ def test_bad_input():
         ours(ids * VOCABULARY)
     with pytest.raises(ValueError, match=r"position_ids: wanted shape \(2, 3\)"):
         ours(ids, position_ids=torch.zeros(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="input_ids: 49 positions are past config.max_position_embeddings = 48"):
+    with pytest.raises(ValueError, match="input_ids: 49 positions exceed config.max_position_embeddings = 48"):
         decoder_cases.models("GPTNeo", "Model")[0](torch.ones(1, 49, dtype=torch.long))
     ours, _, _ = decoder_cases.models("OPT", "ForSequenceClassification")
     with pytest.raises(ValueError, match=r"position_ids: wanted values in \[0, 50\)"):

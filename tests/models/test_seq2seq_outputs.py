@@ -264,7 +264,7 @@ def test_bad_sequences():
     call["input_ids"][0, :2] = END
     with pytest.raises(ValueError, match=r"equally many end-of-sequence tokens .*got 1\.\.3"):
         model(**call)
-    with pytest.raises(ValueError, match="33 positions are past config.max_position_embeddings = 32"):
+    with pytest.raises(ValueError, match="33 positions exceed config.max_position_embeddings = 32"):
         model.model(torch.ones(1, 33, dtype=torch.long))
     with pytest.raises(NotImplementedError, match="inputs_embeds: .* looks for end tokens; wanted input_ids"):
         model(inputs_embeds=torch.randn(2, 5, model.config.d_model))

@@ -205,7 +205,7 @@ def mirror_files(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _unwritten_files(tensors: Sequence[torch.Tensor], files: Sequence[_File | None]) -> list[_File | None]:
-    """`files` with None in the place of tensors that were written to."""
+    """`files` with None for tensors that were written to."""
     inside = [i for i, file in enumerate(files) if file is not None]
     clean = dict(zip(inside, unwritten([tensors[i] for i in inside])))
     return [file if clean.get(i) else None for i, file in enumerate(files)]

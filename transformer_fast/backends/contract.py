@@ -65,7 +65,7 @@ class Call(NamedTuple):
 class Backend:
     """One implementation of the ops.
 
-    Raw methods write into buffers that the op has allocated. None in the place of a buffer means that the result is not
+    Raw methods write into buffers that the op has allocated. None instead of a buffer means that the result is not
     needed. The specs are those of specs.py; their data has unit stride along the last dimension.
     """
 

@@ -19,7 +19,7 @@ from .specs import AttentionSpec, layout
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
 DECODE_QUERIES, DECODE_ROWS = 16, 32
-FEW_KEYS = 128  # rows with at most so many keys keep the rounding of the output: see kernels/attention_backward.py
+FEW_KEYS = 128  # rows with at most this many keys keep the rounding of the output: see kernels/attention_backward.py
 WIDEST_WITH_TABLE = 64  # up to this head dim, without dropout, the sums for dtable fit into registers together with dQ
 L2_BYTES = 32 * 2**20  # bytes of keys and values that stay in the L2 cache while the blocks of a few heads run
 

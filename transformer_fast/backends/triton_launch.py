@@ -1,7 +1,7 @@
 """Launch plans: the launches of a kind of call are computed once and then repeated with other tensors.
 
 Grids, block sizes, strides and Triton's choice of a compiled kernel depend only on shapes, strides, dtypes and options.
-Computing them takes far longer than a launch. `run` caches them by a key that holds everything they depend on. A plan
+Computing them takes far longer than a launch. `run` caches them by a key of everything they depend on. A plan
 is a list of steps on numbered tensors: first the inputs of the call, then the tensors that the plan allocates. Triton
 chooses the compiled kernel in the first run of a plan; later runs launch its handle directly. Under the interpreter,
 and with Triton versions whose handle is not known here, every launch goes through Triton's public interface.

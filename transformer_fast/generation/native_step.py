@@ -21,7 +21,7 @@ from .weights import decoder_copies
 
 __all__ = ["NativeStepper"]
 
-_FEW = 512  # prompts of bfloat16 models with at most so many tokens in all use the weight copies
+_FEW = 512  # prompts of bfloat16 models with at most this many tokens in all use the weight copies
 _SHORT = 8  # encoder-decoder prompts up to this length are run by the step, column by column
 
 

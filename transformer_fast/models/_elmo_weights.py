@@ -87,7 +87,7 @@ class _Reader:
             near = sorted(n for n in self.found if n not in self.taken)
             raise ValueError(
                 f"{self.file}: wanted a dataset {name} of shape {shape}, which is not there; the file has "
-                f"{', '.join(near[:4]) or 'none that are not taken'}"
+                f"{', '.join(near[:4]) or 'no unused ones'}"
             )
         dataset = self.found[name]
         if tuple(dataset.shape) != shape:

@@ -207,7 +207,7 @@ def _check_sizes(
         given = "input_ids" if inputs.inputs_embeds is None else "inputs_embeds"
         check_indices(f"the positions of {prefix}{given}", positions, most, f"{setting}; {advice}")
     elif isinstance(past, int) and past + length > most:
-        raise ValueError(f"{prefix}input_ids: {past + length} positions are past {setting} = {most}; {advice}")
+        raise ValueError(f"{prefix}input_ids: {past + length} positions exceed {setting} = {most}; {advice}")
     if inputs.input_ids is not None:
         check_indices(f"{prefix}input_ids", inputs.input_ids, words.num_embeddings, stack._words_setting)
     if inputs.token_type_ids is not None and (segments := stack._segments()) is not None:
