@@ -6,7 +6,6 @@ from . import Backend, Call, gemm, memory, native, native_attention, relative_bi
 from .memory import unit_stride, unit_stride_weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
 
 
@@ -134,15 +133,15 @@ class CpuBackend(Backend):
     def bias_activation(self, x, bias, gate, activation) -> torch.Tensor:
         """bias_activation_forward without gradients, for contiguous tensors."""
         y = memory.empty_like(x)
-        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
+        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, native.ACTIVATIONS[activation], y)
         return y
 
     def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
-        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
+        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, native.ACTIVATIONS[activation], y)
 
     def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
         _ops.cpu_bias_activation_backward.default(
-            grad, x, _float(bias), gate, _ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
+            grad, x, _float(bias), gate, native.ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
         )
 
     def dropout_forward(self, x, rng, p, y) -> None:

@@ -12,6 +12,7 @@ from .source_hash import source_hash
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 _LIBRARY = pathlib.Path(os.environ.get("TRANSFORMER_FAST_LIBRARY") or _PACKAGE / "_C.abi3.so")
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _NOTE = _PACKAGE / "_native_missing.txt"  # setup.py writes here why it built no library
 
 
