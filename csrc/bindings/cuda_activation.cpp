@@ -7,7 +7,7 @@
 namespace tf::cuda {
 namespace {
 
-// What forward and backward share.
+// The arguments that forward and backward share.
 template <class Arguments>
 void fill(Arguments& a, const Tensor& x, const OptionalTensor& bias, const OptionalTensor& gate, int64_t activation) {
   a.dtype = dtype_of(x);

@@ -1,7 +1,7 @@
 // y = act(x + bias) [* gate] and its gradients: one read and one write, a vector of each tensor per thread.
 //
-// Programs of the backward pass walk over rows and keep their share of the bias gradient in registers; a second kernel
-// adds the shares up in a fixed order. No atomics: the same bits every time.
+// Blocks of the backward pass walk over rows and keep their share of the bias gradient in registers; a second kernel
+// adds the shares up in a fixed order: no atomics, bitwise reproducible.
 #include "activation.hpp"
 
 #include "column_sum.cuh"
@@ -11,7 +11,7 @@ namespace tf::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPrograms = 8;  // that walk, per multiprocessor
+constexpr int kPrograms = 8;  // blocks per multiprocessor in the backward pass
 
 struct Gelu {
   static TF_DEVICE void compute(float u, float& y, float& slope) {
@@ -24,7 +24,7 @@ struct GeluTanh {  // (1 + tanh z) / 2 = sigmoid(2 z), z = sqrt(2 / pi) (u + 0.0
   static TF_DEVICE void compute(float u, float& y, float& slope) {
     const float open = 1.f / (1.f + expf(-1.5957691216057308f * u * (1.f + 0.044715f * u * u)));
     y = u * open;
-    const float near = fminf(fmaxf(u, -16.f), 16.f);  // past them open (1 - open) is 0: no 0 x infinity
+    const float near = fminf(fmaxf(u, -16.f), 16.f);  // beyond, open (1 - open) is 0: avoids 0 * infinity
     slope = open + near * open * (1.f - open) * 1.5957691216057308f * (1.f + 0.134145f * near * near);
   }
 };
@@ -70,7 +70,7 @@ TF_DEVICE void write_row(void* data, int64_t row, int64_t width, int column, con
   vector.write(static_cast<T*>(data) + row * width + column);
 }
 
-// A grid is row blocks times `blocks` of columns, in one axis: the others end at 65535.
+// A grid is blocks of rows times `blocks` of columns, all in axis 0: the other axes end at 65535.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) bias_activation_forward_kernel(const BiasActivationForward p, int blocks) {
   const int column = (int(blockIdx.x % blocks) * int(blockDim.x) + int(threadIdx.x)) * kWidth;

@@ -21,16 +21,16 @@ struct BiasActivationBackward {
   Activation activation;
   const void *grad, *x, *gate;  // gate may be null
   Parameter bias;
-  void *grad_x, *grad_gate;  // contiguous; grad_gate is there when gate is
+  void *grad_x, *grad_gate;  // contiguous; grad_gate is null if gate is
   float* grad_bias;          // may be null
-  float* partial;            // (programs, width): the sums of each program's rows; null when grad_bias is
+  float* partial;            // (programs, width): sums over each program's rows; null if grad_bias is
   int64_t rows;
   int32_t width;
   int64_t grad_stride, x_stride, gate_stride;
 };
 
 void bias_activation_forward(const BiasActivationForward&, Stream);
-// How many programs share the rows in bias_activation_backward on the current device: `partial` has as many rows.
+// How many programs share the rows in bias_activation_backward on the current device: the first axis of `partial`.
 int64_t bias_activation_programs(const BiasActivationBackward&);
 void bias_activation_backward(const BiasActivationBackward&, Stream);
 

@@ -1,10 +1,10 @@
-// Sums over the rows of a matrix of partial results, added in a fixed order: the same bits every time.
+// Sums over the rows of a matrix of partial results, in a fixed order: bitwise reproducible.
 #pragma once
 #include "simt.cuh"
 
 namespace tf::cuda {
 
-constexpr int kSumColumns = 32, kSumRows = 16;  // of a block
+constexpr int kSumColumns = 32, kSumRows = 16;  // block shape
 constexpr int kSumBytes = kSumColumns * kSumRows * int(sizeof(float));
 
 inline dim3 column_sum_grid(int width, int matrices) { return dim3(unsigned((width + kSumColumns - 1) / kSumColumns), matrices); }
