@@ -95,6 +95,9 @@ _TINY_SEQ2SEQ = {"vocab_size": 99, "decoder_vocab_size": 99, "d_model": 32, "enc
                  "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
                  "decoder_ffn_dim": 32, "pad_token_id": 98, "bos_token_id": 0, "eos_token_id": 1,
                  "decoder_start_token_id": 98, "forced_eos_token_id": 1}  # fmt: skip
+for _kind in ("M2M100ForConditionalGeneration", "MBartForConditionalGeneration"):
+    _TINY[_kind] = {**_TINY_SEQ2SEQ, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+                    "forced_eos_token_id": None}  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -185,6 +188,8 @@ def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Callabl
 class _Tokens:
     """A tokenizer for CTranslate2's converter, with a vocabulary without texts: token i is "ti"."""
 
+    special_tokens_map: dict = {}
+
     def __init__(self, config: Any):
         self._size, self._pad = config.vocab_size, config.pad_token_id
         for name in ("bos", "eos", "pad", "unk"):
@@ -203,14 +208,16 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
     from ctranslate2.converters import TransformersConverter
     from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(inputs.checkpoint)
+
     class Converter(TransformersConverter):
         def load_tokenizer(self, *args, **kwargs):
-            return _Tokens(AutoConfig.from_pretrained(inputs.checkpoint))
+            return _Tokens(config)
 
         def load_model(self, *args, **kwargs):
             model = super().load_model(*args, **kwargs)
-            for name, value in (("normalize_before", False), ("normalize_embedding", True)):
-                if not hasattr(model.config, name):  # for BART, whose configurations no longer have it
+            for name, value in (("normalize_before", config.model_type == "mbart"), ("normalize_embedding", True)):
+                if not hasattr(model.config, name):  # BART's and mBART's, which configurations no longer carry
                     setattr(model.config, name, value)
             return model
 
@@ -219,25 +226,27 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
         Converter(str(inputs.checkpoint)).convert(str(path), force=True)
     options = {"device": "cpu", "compute_type": compute_type, "intra_threads": torch.get_num_threads()}
     rows = [[f"t{i}" for i in row[m.bool()].tolist()] for row, m in zip(inputs.ids, inputs.mask)]
-    if inputs.kind == "GPT2LMHeadModel":
+    if not config.is_encoder_decoder:
         generator = ctranslate2.Generator(str(path), **options)
         return lambda: generator.generate_batch(
             rows, max_length=inputs.tokens, min_length=inputs.tokens, sampling_topk=1, include_prompt_in_result=False
         )
     translator = ctranslate2.Translator(str(path), **options)
+    # mBART's first token is a language, which the converted model does not hold.
+    first = [[f"t{config.decoder_start_token_id}"]] * len(rows) if config.model_type == "mbart" else None
     return lambda: translator.translate_batch(
-        rows, beam_size=inputs.beams, max_decoding_length=inputs.tokens, min_decoding_length=inputs.tokens
+        rows, first, beam_size=inputs.beams, max_decoding_length=inputs.tokens, min_decoding_length=inputs.tokens
     )
 
 
 def _int8_parts(inputs: Inputs) -> list[Part]:
     """The encoder or the prompt, then every step: products with int8 weights, one byte each, without attention."""
     c = json.loads((inputs.checkpoint / "config.json").read_text())
-    width = c.get("d_model") or c["n_embd"]
+    width = c.get("d_model") or c.get("n_embd") or c["hidden_size"]
     rows, sources, tokens = len(inputs.ids) * inputs.beams, int(inputs.mask.sum()), inputs.tokens
     head = float(width * c["vocab_size"])
-    if "n_embd" in c:
-        layers = 12.0 * c["n_layer"] * width * width
+    if "d_model" not in c:
+        layers = 12.0 * c["n_layer"] * width * width if "n_embd" in c else _gated_layers(c)
         prompt = Part(2 * (layers * sources + head * rows), layers + head)
         step = Part(2 * (layers + head) * rows, layers + head)
         return [prompt] + [step] * (tokens - 1)
@@ -250,8 +259,11 @@ def _int8_parts(inputs: Inputs) -> list[Part]:
     return [Part(2 * encoder * sources, encoder)] + [Part(2 * decoder * rows, decoder)] * steps
 
 
-# Models that the other engines can convert.
-_CONVERTED = ("gpt2", "marian", "t5-small", "bart-base")
+def _gated_layers(config: dict) -> float:
+    """The weights of the layers of Llama and its kin."""
+    width, heads, keys = (config[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    dim = config.get("head_dim") or width // heads
+    return config["num_hidden_layers"] * width * (2.0 * (heads + keys) * dim + 3.0 * config["intermediate_size"])
 
 
 def _case(
@@ -263,7 +275,7 @@ def _case(
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
     engines = {"": ("float32", "int8"), "int8-weights": ("int8",), "int8": ("int8",)}.get(weights, ())
-    for kind in engines if model in _CONVERTED else ():
+    for kind in engines:
         theirs: Callable = partial(_ctranslate2, compute_type=kind)
         needs = ("ctranslate2", "transformers")
         candidates.append(Candidate(f"CTranslate2 {kind}", theirs, needs, works_on=("cpu",), settle=0.25))
@@ -280,7 +292,7 @@ def _case(
         dtype=_WEIGHTS[weights][0],
         shape=f"{len(lengths)} x {max(lengths)}, {tokens} new",
         bar=Bar(bar),
-        parts=_int8_parts if weights == "int8" and model in _CONVERTED else None,
+        parts=_int8_parts if weights == "int8" else None,
         result=None,  # with random weights, rounding decides the next token; tests compare tokens with HF's
     )
 
