@@ -37,7 +37,7 @@ def _openvino(sentences: list[str], **options) -> Callable:
     from .checkpoints import minilm
 
     model = SentenceTransformer(str(minilm()), device="cpu")
-    batches = [model.tokenize(sentences[i : i + 32]) for i in (0, 32) if i < len(sentences)]
+    batches = [model.preprocess(sentences[i : i + 32]) for i in (0, 32) if i < len(sentences)]
     inputs = peers.EncoderInputs(minilm(), [(batch["input_ids"], batch["attention_mask"]) for batch in batches])
     run = peers.openvino_forward(inputs, **options)
 
