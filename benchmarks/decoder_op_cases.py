@@ -87,7 +87,8 @@ def _gated(unit: str, rows_width: tuple[int, int], dtype: str, device: str) -> C
 
 # ---- rotation, head norms and the append to a cache ----------------------------------------------------
 def _append(shape: shapes.AppendShape, dtype: str, device: str) -> Case:
-    """New tokens of every sequence: heads are normalised and rotated, keys and values are appended to the cached ones."""
+    """New tokens of every sequence: heads are normalised and rotated, keys and values are appended to the cached
+    ones."""
     tokens, rotated = shape.batch * shape.length, shape.heads + shape.key_heads
 
     def inputs(tiny: bool):
