@@ -94,6 +94,9 @@ _TINY_SEQ2SEQ = {"vocab_size": 99, "decoder_vocab_size": 99, "d_model": 32, "enc
                  "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
                  "decoder_ffn_dim": 32, "pad_token_id": 98, "bos_token_id": 0, "eos_token_id": 1,
                  "decoder_start_token_id": 98, "forced_eos_token_id": 1}  # fmt: skip
+for _kind in ("M2M100ForConditionalGeneration", "MBartForConditionalGeneration"):
+    _TINY[_kind] = {**_TINY_SEQ2SEQ, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+                    "forced_eos_token_id": None}  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -184,6 +187,8 @@ def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Callabl
 class _Tokens:
     """A tokenizer for CTranslate2's converter, with a vocabulary without texts: token i is "ti"."""
 
+    special_tokens_map: dict = {}
+
     def __init__(self, config: Any):
         self._size, self._pad = config.vocab_size, config.pad_token_id
         for name in ("bos", "eos", "pad", "unk"):
@@ -202,14 +207,16 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
     from ctranslate2.converters import TransformersConverter
     from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(inputs.checkpoint)
+
     class Converter(TransformersConverter):
         def load_tokenizer(self, *args, **kwargs):
-            return _Tokens(AutoConfig.from_pretrained(inputs.checkpoint))
+            return _Tokens(config)
 
         def load_model(self, *args, **kwargs):
             model = super().load_model(*args, **kwargs)
-            for name, value in (("normalize_before", False), ("normalize_embedding", True)):
-                if not hasattr(model.config, name):  # for BART, whose configurations no longer have it
+            for name, value in (("normalize_before", config.model_type == "mbart"), ("normalize_embedding", True)):
+                if not hasattr(model.config, name):  # BART's and mBART's, which configurations no longer carry
                     setattr(model.config, name, value)
             return model
 
@@ -218,19 +225,17 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
         Converter(str(inputs.checkpoint)).convert(str(path), force=True)
     options = {"device": "cpu", "compute_type": compute_type, "intra_threads": torch.get_num_threads()}
     rows = [[f"t{i}" for i in row[m.bool()].tolist()] for row, m in zip(inputs.ids, inputs.mask)]
-    if inputs.kind == "GPT2LMHeadModel":
+    if not config.is_encoder_decoder:
         generator = ctranslate2.Generator(str(path), **options)
         return lambda: generator.generate_batch(
             rows, max_length=inputs.tokens, min_length=inputs.tokens, sampling_topk=1, include_prompt_in_result=False
         )
     translator = ctranslate2.Translator(str(path), **options)
+    # mBART's first token is a language, which the converted model does not hold.
+    first = [[f"t{config.decoder_start_token_id}"]] * len(rows) if config.model_type == "mbart" else None
     return lambda: translator.translate_batch(
-        rows, beam_size=inputs.beams, max_decoding_length=inputs.tokens, min_decoding_length=inputs.tokens
+        rows, first, beam_size=inputs.beams, max_decoding_length=inputs.tokens, min_decoding_length=inputs.tokens
     )
-
-
-# Models that the other engines can convert.
-_CONVERTED = ("gpt2", "marian", "t5-small", "bart-base")
 
 
 def _case(
@@ -242,7 +247,7 @@ def _case(
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
     engines = {"": ("float32", "int8"), "int8-weights": ("int8",), "int8": ("int8",)}.get(weights, ())
-    for kind in engines if model in _CONVERTED else ():
+    for kind in engines:
         theirs: Callable = partial(_ctranslate2, compute_type=kind)
         needs = ("ctranslate2", "transformers")
         candidates.append(Candidate(f"CTranslate2 {kind}", theirs, needs, works_on=("cpu",), settle=0.25))

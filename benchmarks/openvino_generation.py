@@ -1,4 +1,4 @@
-"""Greedy generation by OpenVINO's CPU plugin: Hugging Face's GPT-2, T5, BART and Marian as stateful models.
+"""Greedy generation by OpenVINO's CPU plugin: Hugging Face's decoders and encoder-decoders as stateful models.
 
 The decoder's step is converted with its cache as inputs and outputs, which OpenVINO's own pass then turns into the
 model's state, as in optimum-intel: keys and values stay inside the plugin, where attention is fused with them. The
@@ -92,7 +92,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
         self.crossed = bool(model.config.is_encoder_decoder)
-        self.decoder = model.get_decoder() if self.crossed else model.transformer
+        self.decoder = model.get_decoder() if self.crossed else model.base_model
 
     def forward(self, input_ids, beam_idx, *tensors):
         from transformers import EncoderDecoderCache
@@ -108,6 +108,8 @@ class _Step(nn.Module):
         if self.crossed:
             cache = EncoderDecoderCache(own, _cache(cross))
             options = {"encoder_hidden_states": cross[0], "encoder_attention_mask": _bias(mask[:, None, None])}
+        else:
+            options = {"position_ids": columns[past:][None]}
         states = self.decoder(
             input_ids=input_ids, attention_mask=causal, past_key_values=cache, use_cache=True, **options
         ).last_hidden_state[:, -1]
@@ -141,11 +143,14 @@ class _Encoder(nn.Module):
 
 
 def _shape(config: Any) -> tuple[int, int, int]:
-    """(layers, heads, head size) of the decoder."""
+    """(layers, heads of keys and values, head size) of the decoder."""
     if config.model_type == "t5":
         return config.num_decoder_layers, config.num_heads, config.d_kv
     if config.model_type == "gpt2":
         return config.n_layer, config.n_head, config.n_embd // config.n_head
+    if not config.is_encoder_decoder:
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers, config.num_key_value_heads, size
     heads = config.decoder_attention_heads
     return config.decoder_layers, heads, config.d_model // heads
 

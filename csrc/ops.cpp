@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "bindings/attention.hpp"
+#include "bindings/norm.hpp"
 #include "cpu/parallel.hpp"
 
 extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -76,15 +77,9 @@ std::string cuda_architectures() {
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_set_isa(str name) -> ()");
   m.def("cuda_architectures() -> str");  // the schemas of the CUDA kernels' ops: csrc/bindings/cuda_*.cpp
-  // Data is (rows, width) with last stride 1, or contiguous (..., width); weight, bias, mean and rstd are float32
-  // vectors; results are contiguous.
-  m.def(
-      "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
-      "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
-  m.def(
-      "cpu_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor v, Tensor? weight, Tensor? mean, Tensor rstd, "
-      "Tensor? rng, float dropout_p, Tensor(a!) grad_v, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, "
-      "Tensor(d!)? grad_bias) -> ()");
+  m.def("cpu_norm_forward" TF_NORM_FORWARD_SCHEMA);
+  m.def("cpu_norm_backward" TF_NORM_BACKWARD_SCHEMA);
+  // Data is as for the norms, bias a float32 vector.
   m.def("cpu_bias_activation_forward(Tensor x, Tensor? bias, Tensor? gate, int activation, Tensor(a!) y) -> ()");
   m.def(
       "cpu_bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, int activation, "

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformer_fast.benchmarks import cases
 
-GREEDY = ["gpt2-b8", "marian-greedy-b8", "t5-small-greedy-b8"]
+GREEDY = ["gpt2-b8", "marian-greedy-b8", "t5-small-greedy-b8", "nllb-600m-greedy-b8", "smollm-135m-b8", "qwen3-0.6b-b8"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,23 @@ MORE = ["nllb-600m-greedy-b8", "mbart-large-beam4-b8", "smollm-135m-b8", "qwen3-
 def test_both_generate_as_many_tokens(name):
     case = cases.find(f"generation/{name}")
     inputs = case.inputs(True)
-    found = [candidate.prepare(inputs)() for candidate in case.candidates]
-    assert len(found) == 2 and found[0].shape == found[1].shape
+    found = [case.candidate(name).prepare(inputs)() for name in (case.candidates[0].name, case.peer)]
+    assert found[0].shape == found[1].shape
     if "int8" not in name:
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["gpt2-b8", "marian-greedy-b8", "mbart-large-beam4-b8", *MORE[:1], *MORE[2:4]])
+def test_ctranslate2_generates_hugging_faces_tokens(name):
+    pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+    case = cases.find(f"generation/{name}")
+    inputs = case.inputs(True)
+    expected = case.candidate(case.peer).prepare(inputs)()[:, -inputs.tokens :].tolist()
+    found = case.candidate("CTranslate2 float32").prepare(inputs)()
+    for row, tokens in zip(found, expected, strict=True):
+        (theirs,) = getattr(row, "sequences", None) or row.hypotheses
+        assert len(theirs) == inputs.tokens
+        assert theirs[:-1] == [f"t{token}" for token in tokens[:-1]]  # Hugging Face may end by force
 
 
 def test_openvino_refuses_padded_prompts_without_an_encoder():

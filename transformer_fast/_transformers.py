@@ -5,9 +5,14 @@ listed in EXPECTED, with what is expected of them. Tests compare the list with t
 package's source. So a release that changes one of them fails a test with that name.
 """
 
+import functools
+import inspect
+import re
+import sys
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import output_capturing
@@ -22,6 +27,7 @@ __all__ = [
     "Expected",
     "cached",
     "collects_outputs",
+    "config_takes_attention",
     "end_tokens",
     "holds_attention",
     "is_capturing_hook",
@@ -98,8 +104,46 @@ def name_or_path(config: Any) -> str:
 
 
 def takes_attention(model: Any) -> bool:
-    """Whether a model uses transformers' attention interface."""
-    return model._can_set_attn_implementation()
+    """Whether a model asks the attention interface for its attention. transformers looks into the file of the model's
+    class; a subclass has its layers from another."""
+    parts = (m for m in model.modules() if getattr(m, "config", None) is model.config)
+    files = {cls.__module__ for part in parts for cls in type(part).__mro__}
+    return model._can_set_attn_implementation() and not any(_writes_attention(name) for name in files)
+
+
+@torch.compiler.assume_constant_result
+def config_takes_attention(kind: type) -> bool:
+    """The same of the models of transformers that have a configuration of class `kind`; warns once where not."""
+    if kind not in _takes:
+        bases = set(kind.__mro__)
+        files = {
+            cls.__module__
+            for name, module in list(sys.modules.items())
+            if name.startswith("transformers.models.") and ".modeling_" in name
+            for cls in vars(module).values()
+            if isinstance(cls, type) and getattr(cls, "config_class", None) in bases
+        }
+        _takes[kind] = not any(_writes_attention(name) for name in files)
+        if not _takes[kind]:
+            warnings.warn(
+                f"attn_implementation: transformers has attention written into the models of {kind.__name__}; it stays "
+                "as it is",
+                stacklevel=2,
+            )
+    return _takes[kind]
+
+
+_takes: dict[type, bool] = {}
+
+
+@functools.cache
+def _writes_attention(name: str) -> bool:
+    """Whether a file of transformers has attention written into its layers, which no implementation replaces."""
+    if not name.startswith("transformers.models."):
+        return False
+    text = inspect.getsource(sys.modules[name])
+    layers = re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE)
+    return layers is not None and "ALL_ATTENTION_FUNCTIONS" not in text
 
 
 def stored_attention(config: Any) -> Any:

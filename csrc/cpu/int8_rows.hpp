@@ -1,7 +1,6 @@
-// Quantises rows, and multiplies them by panels of an int8 weight (linear_int8.hpp).
+// Multiplies quantised rows by panels of an int8 weight (linear_int8.hpp).
 #pragma once
-#include "linear_int8.hpp"
-#include "simd.hpp"
+#include "linear_int8_quantize.hpp"
 
 namespace tf::TF_ISA {
 
@@ -10,72 +9,6 @@ constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows in registers at once: 
 #else
 constexpr int kInt8Rows = kWidth == 16 ? 8 : 4;
 #endif
-
-typedef uint8_t VecB __attribute__((vector_size(kWidth)));
-
-// v after rounding: the compiler contracts nothing across it.
-static inline Vec rounded(Vec v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#else
-  volatile Vec kept = v;
-  v = kept;
-#endif
-  return v;
-}
-
-static inline VecI to_nearest(Vec v) {
-#if defined(__AVX512F__)
-  return bit_cast<VecI>(_mm512_maskz_cvtps_epi32(0xffff, bit_cast<__m512>(v)));
-#elif defined(__AVX2__)
-  return bit_cast<VecI>(_mm256_cvtps_epi32(bit_cast<__m256>(v)));
-#else
-  return __builtin_convertvector((rounded(v) + 12582912.f) - 12582912.f, VecI);  // |v| < 2^22
-#endif
-}
-
-// Stores v clamped to 0..255, as bytes.
-static inline void store_clamped(uint8_t* to, VecI v) {
-#if defined(__AVX512F__)
-  const __m512i least = _mm512_maskz_max_epi32(0xffff, bit_cast<__m512i>(v), bit_cast<__m512i>(VecI{}));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtusepi32_epi8(0xffff, least));
-#elif defined(__AVX2__)
-  const __m256i words = _mm256_packs_epi32(bit_cast<__m256i>(v), bit_cast<__m256i>(v));
-  const __m256i bytes = _mm256_packus_epi16(words, words);
-  const int32_t low = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
-  const int32_t high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
-  __builtin_memcpy(to, &low, 4);
-  __builtin_memcpy(to + 4, &high, 4);
-#else
-  v = v < 0 ? VecI{} : v;
-  v = v > 255 ? broadcast_i(255) : v;
-  const VecB bytes = __builtin_convertvector(v, VecB);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
-#endif
-}
-
-// The largest lane of a, and of b.
-static inline void largest_of(Vec a, Vec b, float& of_a, float& of_b) {
-  typedef float Quad __attribute__((vector_size(16)));
-  typedef int32_t QuadI __attribute__((vector_size(16)));
-  const auto larger = [](Quad x, Quad y) { return x > y ? x : y; };
-  Quad p[kWidth / 4], q[kWidth / 4];
-  __builtin_memcpy(p, &a, sizeof a);
-  __builtin_memcpy(q, &b, sizeof b);
-#pragma GCC unroll 2
-  for (int n = kWidth / 8; n > 0; n /= 2)
-#pragma GCC unroll 2
-    for (int i = 0; i < n; ++i) {
-      p[i] = larger(p[i], p[i + n]);
-      q[i] = larger(q[i], q[i + n]);
-    }
-  const QuadI low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
-  const Quad both = larger(__builtin_shuffle(p[0], q[0], low), __builtin_shuffle(p[0], q[0], high));
-  of_a = both[0] > both[1] ? both[0] : both[1];
-  of_b = both[2] > both[3] ? both[2] : both[3];
-}
 
 // acc[lane] += the sum of the 4 products u8 x int8 in that lane.
 static inline VecI dot4(VecI acc, VecI u, VecI w) {
@@ -112,42 +45,6 @@ static inline VecI dot4(VecI acc, VecI u, VecI w) {
 #endif
   return acc + multiply(u_even, w_even) + multiply(u_odd, w_odd);
 #endif
-}
-
-static inline Int8Rows from_row(const Int8Rows& x, int64_t row) {
-  return {x.values + row * x.stride, x.scale + row * x.groups, x.zero + row * x.groups, x.stride, x.groups};
-}
-
-// x (n,), n <= group -> u8 with a scale and zero point. A value that is not finite makes scale and results NaN.
-template <class T>
-static inline void quantize_group(const T* x, int64_t n, uint8_t* to, float& scale, float& zero) {
-  Vec low = {}, high = {}, odd = {};
-  for_columns(n, [&](int64_t c, auto part) {
-    const Vec v = load(x + c, part);
-    low = min(v, low);
-    high = max(v, high);
-    odd = fma(v, Vec{}, odd);
-  });
-  float top, bottom;
-  largest_of(high, -low, top, bottom);
-  const float least = -bottom, range = top - least;
-  const bool some = range > 1e-30f;
-  const float inverse = some ? 255.f / range : 0.f;
-  zero = __builtin_rintf(-least * inverse);
-  if (zero != zero) zero = 0.f;
-  scale = (some ? range / 255.f : 0.f) + sum(odd);
-  const VecI shift = broadcast_i(int32_t(zero));
-  for_columns(n, [&](int64_t c, auto part) {
-    store_clamped(to + c, to_nearest(load(x + c, part) * inverse) + shift);
-  });
-}
-
-template <class T>
-static inline void quantize_row(const T* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row) {
-  const Int8Rows r = from_row(to, row);
-  int64_t g = 0;
-  for (int64_t c = 0; c < n; c += group, ++g)
-    quantize_group(x + c, n - c < group ? n - c : group, r.values + c, r.scale[g], r.zero[g]);
 }
 
 static inline int32_t load_four(const uint8_t* p) {

@@ -164,14 +164,13 @@ class Block {
       float* r = residual_ + m * width();
       if (post) {
         norm_row(a_.attention_norm, r, a_.width);
-        quantize_row(r, a_.width, a_.up.group, x_, m);
       } else {
         float* y = normed_ + m * width();
         __builtin_memcpy(y, r, size_t(a_.width) * 4);
         norm_row(a_.output_norm, y, a_.width);
-        quantize_row(y, a_.width, a_.up.group, x_, m);
       }
     }
+    quantize_rows(post ? residual_ : normed_, width(), rows, a_.width, a_.up.group, x_, 0);
     feed_forward(rows);
     for_products(a_.down, activated_, rows, 0, a_.down.out, sums_, [&](int64_t c, int64_t n, const float* from) {
       for (int64_t m = 0; m < rows; ++m, from += kColumns) {
@@ -204,9 +203,8 @@ class Block {
     };
     with_dtype(a_.context_dtype, [&](auto element) {
       using C = decltype(element);
-      for (int64_t m = 0; m < rows; ++m)
-        quantize_row(static_cast<const C*>(a_.context) + (row + m) * a_.context_stride, a_.output.in, a_.output.group,
-                     context_, m);
+      quantize_rows(static_cast<const C*>(a_.context) + row * a_.context_stride, a_.context_stride, rows, a_.output.in,
+                    a_.output.group, context_, 0);
     });
     for_products(a_.output, context_, rows, 0, a_.output.out, sums_, [&](int64_t c, int64_t n, const float* from) {
       for (int64_t m = 0; m < rows; ++m, from += kColumns) {
@@ -227,25 +225,38 @@ class Block {
     with_coarse_activation(a_.activation, [&](auto kind) {
       for_products(a_.up, x_, rows, 0, a_.up.out, sums_, [&](int64_t c, int64_t n, const float* from) {
         if (gates_) multiply_int8(a_.gate, x_, rows, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kColumns);
-        for (int64_t m = 0; m < rows; ++m) {
-          float* row = sums_ + m * kColumns;
-          const float* gate = gates_ ? gates_ + m * kColumns : nullptr;
-          for_columns(n, [&](int64_t i, auto part) {
-            Vec v = load(row + i), y, slope;
-            if (a_.up.bias) v = v + load(a_.up.bias + c + i, part);
-            decltype(kind)::compute(v, y, slope);
-            if (gate) {
-              Vec g = load(gate + i);
-              if (a_.gate.bias) g = g + load(a_.gate.bias + c + i, part);
-              y = y * g;
-            }
-            store(row + i, y, part);
-          });
-          const Int8Rows to = from_row(activated_, m);
-          for (int64_t i = 0; i < n; i += group)
-            quantize_group(row + i, n - i < group ? n - i : group, to.values + c + i, to.scale[(c + i) / group],
-                           to.zero[(c + i) / group]);
-        }
+        // Results overwrite their sums until the scales of kWidth groups are known.
+        const int64_t groups = int8_groups(n, group);
+        const auto length = [&](int64_t g) { return n - g * group < group ? n - g * group : group; };
+        quantize_groups(
+            rows * groups,
+            [&](int64_t i) {
+              const int64_t m = i / groups, g = i % groups;
+              float* row = sums_ + m * kColumns + g * group;
+              const float* gate = gates_ ? gates_ + m * kColumns + g * group : nullptr;
+              const int64_t column = c + g * group;
+              Reach found;
+              for_columns(length(g), [&](int64_t k, auto part) {
+                Vec v = load(row + k, part), y, slope;
+                if (a_.up.bias) v = v + load(a_.up.bias + column + k, part);
+                decltype(kind)::compute(v, y, slope);
+                if (gate) {
+                  Vec by = load(gate + k, part);
+                  if (a_.gate.bias) by = by + load(a_.gate.bias + column + k, part);
+                  y = y * by;
+                }
+                store(row + k, y, part);
+                found.add(y);
+              });
+              return found;
+            },
+            [&](int64_t i, float scale, float zero, float inverse) {
+              const int64_t m = i / groups, g = i % groups, at = m * activated_.groups + c / group + g;
+              activated_.scale[at] = scale;
+              activated_.zero[at] = zero;
+              store_quantized(sums_ + m * kColumns + g * group, length(g), inverse, zero,
+                              activated_.values + m * activated_.stride + c + g * group);
+            });
       });
     });
   }
@@ -259,7 +270,7 @@ class Block {
 }  // namespace
 
 void int8_quantize(const float* x, int64_t n, int64_t group, const Int8Rows& to, int64_t row) {
-  quantize_row(x, n, group, to, row);
+  quantize_rows(x, 0, 1, n, group, to, row);
 }
 
 void int8_product(const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows, int64_t panel, float* out) {
@@ -289,8 +300,7 @@ void linear_int8(const LinearInt8& a) {
       if (block != here)
         with_dtype(a.x_dtype, [&](auto element) {
           using T = decltype(element);
-          for (int64_t m = 0; m < rows; ++m)
-            quantize_row(static_cast<const T*>(a.x) + (row + m) * a.x_stride, first.in, first.group, x, m);
+          quantize_rows(static_cast<const T*>(a.x) + row * a.x_stride, a.x_stride, rows, first.in, first.group, x, 0);
         });
       here = block;
       const int64_t from = columns * part / parts, to = columns * (part + 1) / parts;

@@ -8,7 +8,9 @@ import transformers as hf
 from hf_models import DECODERS, ENCODERS, SEQ2SEQ, TEXT, batch, cast, run, run_with_gradients, truth, vit
 from numerics import GRADIENT, assert_as_accurate, pooled
 
-from transformer_fast.integrations import huggingface  # registers the implementation
+import transformer_fast
+from transformer_fast import _transformers
+from transformer_fast.integrations import huggingface  # which registers the implementation
 from transformer_fast.integrations.lazy_mask import LazyMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +31,37 @@ def test_every_row_and_gradient(family, padding):
             pooled(grads, true_grads), pooled(true_grads, true_grads), pooled(eager_grads, true_grads), GRADIENT,
             name=f"{family} {dtype} gradients",
         )  # fmt: skip
+
+
+_WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WRITTEN_IN = {"MPNet": _WIDTHS, "RoFormer": _WIDTHS, "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("family", WRITTEN_IN)
+def test_attention_that_is_written_into_the_model_stays(family, own, tmp_path):
+    """Such a model adds its mask to its scores, and has no other that is causal."""
+    cls = getattr(hf, f"{family}Model")
+    torch.manual_seed(0)
+    model = cls(cls.config_class(vocab_size=61, **WRITTEN_IN[family])).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    if own:  # transformers looks for attention in the file of the class, which is this one
+        cls = type("Own", (cls,), {"__module__": __name__})
+    chosen = cls.from_pretrained(tmp_path, attn_implementation="transformer_fast").eval()
+    accelerated = cls.from_pretrained(tmp_path).eval()
+    report = transformer_fast.accelerate(accelerated, adopt=False, verbose=False)
+    _transformers._takes.clear()
+    with pytest.warns(UserWarning, match=f"written into the models of {family}Config"):
+        run(chosen, batch("left"))
+    for padding in ("left", "none"):
+        inputs = batch(padding)
+        wanted = run(model, inputs)
+        torch.testing.assert_close(run(chosen, inputs), wanted)
+        torch.testing.assert_close(run(accelerated, inputs), wanted)
+    assert "written into the model" in report.left["attention"]
+    assert "attention: its own" in transformer_fast.explain(chosen)
 
 
 @pytest.mark.quick

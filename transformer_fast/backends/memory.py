@@ -29,6 +29,17 @@ if _mremap is not None and _munmap is not None:
     _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
+def unit_stride(t: torch.Tensor) -> torch.Tensor:
+    """t with unit stride along its last axis, or a single element there; copied if necessary."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def unit_stride_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (out, in) with unit stride along its rows; copied if necessary. This holds for rows of one element too:
+    the kernels take a weight with any other stride there for a transposed one."""
+    return weight if weight.stride(-1) == 1 else weight.contiguous()
+
+
 def empty_like(t: torch.Tensor) -> torch.Tensor:
     """Uninitialised contiguous output with t's shape, dtype and device; poisoned as by `empty`."""
     if _poison or not t.is_contiguous():

@@ -44,7 +44,7 @@ def explain(what: Any) -> str:
         outermost = [(path, m) for path, m in parts if not any(path.startswith(f"{other}.") for other, _ in parts)]
         return "\n".join([type(what).__name__, *(f"{path}: {m.explain()}" for path, m in outermost)])
     swapped = [(path, m) for path, m in what.named_modules() if isinstance(m, swaps.Swapped)]
-    attends = getattr(getattr(what, "config", None), "_attn_implementation", None) == NAME
+    attends = getattr(getattr(what, "config", None), "_attn_implementation", None) == NAME and _asks(what)
     lines = [f"{type(what).__name__}: not a model of this package; accelerate(model) swaps what can be swapped"]
     lines.append(f"  attention: {'ours' if attends else 'its own'}")
     lines += [f"  {path}: {m._kind}" for path, m in swapped]
@@ -59,3 +59,9 @@ def _explain_own(model: Any) -> str:
         what = f"transformers' own loop, as {reason}" if reason else "this package's engine"
         lines.append(f"  generate: {what}")
     return "\n".join(lines)
+
+
+def _asks(model: Any) -> bool:
+    from .._transformers import takes_attention
+
+    return takes_attention(model)

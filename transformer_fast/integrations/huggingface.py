@@ -53,7 +53,8 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
-    """The mask of one forward pass: None, a `LazyMask`, or transformers' own (B, 1, Sq, Sk) bool mask.
+    """The mask of one forward pass: None, a `LazyMask`, or transformers' own (B, 1, Sq, Sk) bool mask; its float mask
+    for a model that has attention written into it, and adds what it gets to its scores.
 
     Arguments and values are those of transformers.masking_utils.sdpa_mask. attention_mask: (B, <= Sk) bool, True for
     tokens. The result None means all keys, or, in a causal model with Sq > 1, a plain causal mask with query 0 at key
@@ -63,9 +64,23 @@ def attention_mask(
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
 
+    from .._transformers import config_takes_attention
+
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
-    if (spread := spread_in_use()) is not None:
+    spread = spread_in_use()
+    if "config" in kwargs and not config_takes_attention(type(kwargs["config"])):
+        if spread is not None:
+            raise ValueError(
+                f"model: transformers has attention written into the models of {type(kwargs['config']).__name__}, "
+                "where context_parallel cannot reach it"
+            )
+        return masking_utils.eager_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
+            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip, **kwargs,
+        )  # fmt: skip
+    if spread is not None:
         return _spread_mask(spread, batch_size, q_length, kv_length, mask_function, attention_mask, device)
     pattern = None if use_vmap or is_tracing(attention_mask) else _pattern(mask_function)
     if pattern is None and not use_vmap and attention_mask is None and q_length == kv_length and not kv_offset:
