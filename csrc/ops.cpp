@@ -146,8 +146,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");
-  // As cpu_decoder_step, to the largest logit of each row: tokens, int64 (rows, 1). barred: int64, those left out. With
-  // values, tokens and values (rows, k) are the largest of log_softmax(logits), and logits (rows, V) is work memory.
+  // As cpu_decoder_step, then the largest logit per row: tokens, int64 (rows, 1). barred: int64, tokens left out. With
+  // values, tokens and values (rows, k) are the largest of log_softmax(logits); logits (rows, V) is scratch.
   m.def(
       "cpu_decoder_choose(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor? barred, Tensor(c!) tokens, Tensor(d!)? values, "

@@ -166,12 +166,12 @@ void decoder_choose(Tensor plan, Tensor ids, OptionalTensor positions, Tensor ta
   STD_TORCH_CHECK(tokens.size(0) == s.rows && count > 0 && count <= vocabulary, "tokens: wanted (", s.rows, ", 1 .. ",
                   vocabulary, "), got (", tokens.size(0), ", ", count, ")");
   if (values.has_value()) {
-    STD_TORCH_CHECK(values->numel() == tokens.numel(), "values: wanted one for each of tokens");
+    STD_TORCH_CHECK(values->numel() == tokens.numel(), "values: wanted one per token");
     STD_TORCH_CHECK(logits.has_value() && logits->numel() == s.rows * vocabulary, "logits: wanted (", s.rows, ", ",
                     vocabulary, ") with values");
     s.logits = write<float>(logits);
   } else {
-    STD_TORCH_CHECK(count == 1, "tokens: wanted one of each row without values, got ", count);
+    STD_TORCH_CHECK(count == 1, "tokens: wanted one per row without values, got ", count);
     STD_TORCH_CHECK(s.plan->head.layout != WeightLayout::columns, "weights: wanted those of the head (out, in)");
   }
   std::vector<RowBest> best(size_t(tf_num_threads() * best_stride(s.rows)));

@@ -1,4 +1,4 @@
-// One token a row through a whole decoder: the phases of a step, shared out among threads that do not sleep in between.
+// One token per row through a whole decoder: a step is a sequence of phases, whose threads do not sleep in between.
 #include "decoder_step.hpp"
 
 #include "decoder_step_argmax.hpp"

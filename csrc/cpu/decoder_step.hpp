@@ -62,7 +62,7 @@ struct DecoderStep {
   const int32_t* sources;          // (rows,): whose cross keys a row attends to
   const int32_t* cross_lengths;    // (sources,)
   int64_t rows, length;            // keys so far; this step's go to position `length` of its own row
-  float* logits;                   // (rows, head.out); null with choice, but for choice.values
+  float* logits;                   // (rows, head.out); null with choice unless choice.values is given
   RowChoice choice;
 };
 

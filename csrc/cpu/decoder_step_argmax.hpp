@@ -1,4 +1,4 @@
-// The largest of each row's outputs, found as they are computed: they are not written anywhere.
+// The largest output of each row, found while the outputs are computed: they are not written to memory.
 #pragma once
 #include "step_products.hpp"
 
@@ -8,13 +8,13 @@ class HeadArgmax : public StepProducts {
  protected:
   using StepProducts::StepProducts;
 
-  // Before argmax, in an earlier phase: every thread's best of the row.
+  // Resets every thread's best of the row; called in a phase before argmax.
   void begin_argmax(const RowChoice& c, int64_t row) const {
     for (int64_t t = 0; t < threads_; ++t) c.best[t * best_stride(rows_) + row] = {-INFINITY, INT32_MAX};
   }
 
-  // To c.tokens: of each row the first of the largest outputs of w, as finish makes them, NaN above all. Barred outputs
-  // count as -infinity. Two phases.
+  // Writes c.tokens: per row the first index of the largest output of w, after finish, NaN being above all. Barred
+  // outputs count as -infinity. Two phases.
   void argmax(const StepWeight& w, const RowChoice& c, const StepInput& in, Finish f) {
     RowBest* best = c.best + index_ * best_stride(rows_);
     f.stride = kPanel;
@@ -44,7 +44,7 @@ class HeadArgmax : public StepProducts {
   }
 
  private:
-  // The first of the largest, whichever is looked at first.
+  // Keeps the larger of the two, or of equal ones the first index, in whatever order they come.
   static void take(RowBest& best, const RowBest& other) {
     if (above(other.value, best.value) || (!above(best.value, other.value) && other.index < best.index)) best = other;
   }
@@ -55,7 +55,7 @@ class HeadArgmax : public StepProducts {
       for (int64_t k = kWidth; k < kPanel; k += kWidth) {
         const Vec v = load(y + k);
         top = max(v, top);
-        odd = fma(v, Vec{}, odd);  // NaN where one is not finite
+        odd = fma(v, Vec{}, odd);  // NaN where a value is not finite
       }
       if (max_of(top) < best.value && sum(odd) == 0.f) return;
     }

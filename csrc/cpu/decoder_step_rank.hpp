@@ -1,17 +1,17 @@
-// The largest of a row's log softmax outputs, in three passes over a row that is in the cache.
+// The largest log softmax outputs of a row, in three passes over a row that is in the cache.
 #pragma once
 #include "step_products.hpp"
 
 namespace tf::TF_ISA {
 
-constexpr int64_t kRankBlock = 256;  // columns
+constexpr int64_t kRankBlock = 256;  // columns per block
 
-// Before: whichever is the larger, or the first of two that are alike.
+// Whether a ranks before b: it is larger, or equal and has the smaller index.
 static inline bool before(const RowBest& a, const RowBest& b) {
   return above(a.value, b.value) || (!above(b.value, a.value) && a.index < b.index);
 }
 
-// x (n,): the row's logits, written to. Barred ones are counted in the softmax and are -infinity after it.
+// x (n,): the row's logits, which are overwritten. Barred ones count in the softmax and are set to -infinity after it.
 static void rank(const RowChoice& c, float* x, int64_t n, int64_t row) {
   const int64_t blocks = (n + kRankBlock - 1) / kRankBlock;
   float* tops = scratch<float>(0, blocks);
@@ -37,7 +37,7 @@ static void rank(const RowChoice& c, float* x, int64_t n, int64_t row) {
     x[c.barred[i]] = -INFINITY;
     tops[c.barred[i] / kRankBlock] = top_of(c.barred[i] / kRankBlock);
   }
-  const bool odd = !(total > 0. && total < 1e300);  // then NaN hides in the maxima, and every value counts
+  const bool odd = !(total > 0. && total < 1e300);  // the maxima may then hide NaN: look at every value
   RowBest* best = scratch<RowBest>(1, c.count);
   for (int64_t i = 0; i < c.count; ++i) best[i] = {-INFINITY, INT32_MAX};
   RowBest& last = best[c.count - 1];

@@ -74,7 +74,7 @@ class ScreenedArgmax : public StepProducts {
     }
   };
 
-  // |x| and |x - x8| of a row, a little more rather than less.
+  // Upper bounds of |x| and |x - x8| of a row.
   static void measure(const float* x, int64_t n, int64_t group, const Int8Rows& rows, int64_t r, float& size,
                       float& error) {
     const uint8_t* values = rows.values + r * rows.stride;
@@ -90,7 +90,7 @@ class ScreenedArgmax : public StepProducts {
       square += part;
       off += apart;
     }
-    const float tiny = 1e-18f * float(n);  // squares that are nothing
+    const float tiny = 1e-18f * float(n);  // for squares that underflow
     size = 1.0001f * __builtin_sqrtf(square) + tiny;
     error = 1.0001f * __builtin_sqrtf(off) + tiny;
   }
