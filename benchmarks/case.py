@@ -3,9 +3,9 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["OURS", "Bar", "Candidate", "Case", "Unavailable", "everything", "missing"]
+__all__ = ["OURS", "Bar", "Candidate", "Case", "Part", "Unavailable", "everything", "missing"]
 
 OURS = "transformer_fast"
 
@@ -61,13 +61,23 @@ class Bar:
         return text + (f", {self.ceiling:.0%} of the ceiling" if self.ceiling else "")
 
 
+class Part(NamedTuple):
+    """A part of a case's work that starts when the part before it has finished.
+
+    flops: of its matrix products. read: bytes of the weights that it reads.
+    """
+
+    flops: float
+    read: float
+
+
 @dataclass(frozen=True)
 class Case:
     """name is "group/what". inputs(tiny) makes the inputs, or small ones of the same kind, used to load code.
 
     peer: the candidate that ratios refer to. result(output, inputs) selects the tensors that must be equal for all
     candidates; None where they may differ (dropout). flops, bytes: of the work itself, reading and writing everything
-    once; 0 where they mean nothing.
+    once; 0 where they mean nothing. parts(inputs): the work in parts that run one after the other, or None.
     """
 
     name: str
@@ -79,6 +89,7 @@ class Case:
     title: str = ""
     flops: float = 0.0
     bytes: float = 0.0
+    parts: Callable[[Any], list[Part]] | None = None
     bar: Bar | None = None
     result: Callable[[Any, Any], Any] | None = everything
     memory: bool = True

@@ -1,6 +1,6 @@
-"""Cases of what decoders of today add: gated activations, and rotation with head norms and the append to a cache.
+"""Cases of ops in modern decoders: gated activations, and rotary embedding with head norms and the append to a cache.
 
-On a GPU not yet run.
+Not yet run on a GPU.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ __all__ = ["decoder_op_cases"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TORCH, COMPILE = "torch", "torch.compile"
-OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels, where OURS runs what is chosen by default
+OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels; OURS is the default choice of kernels
 EPS = 1e-6
-# unit -> (our activation, torch's)
+# {gated unit: (our activation, torch's)}
 GATED = {"swiglu": ("silu", F.silu), "geglu": ("gelu", F.gelu)}
 
 
 def decoder_op_cases(device: str, dtype: str, gated: list[tuple[int, int]], appended: list[shapes.AppendShape]):
-    """dtype: of all of them; gated: (rows, width) of the activations; appended: of new tokens."""
+    """dtype: of all cases; gated: (rows, width) of the activations; appended: shapes of the new tokens."""
     cases = [_gated(unit, size, dtype, device) for size in gated for unit in GATED]
     return [*cases, *(_append(shape, dtype, device) for shape in appended)]
 
@@ -59,7 +59,7 @@ def _training(function: Callable) -> Callable:
 
 
 def _gated(unit: str, rows_width: tuple[int, int], dtype: str, device: str) -> Case:
-    """act(x) * gate, forward and backward: eight tensors are read or written."""
+    """act(x) * gate, forward and backward: reads and writes eight tensors."""
     rows, width = rows_width
     ours, theirs = GATED[unit]
 
@@ -87,7 +87,8 @@ def _gated(unit: str, rows_width: tuple[int, int], dtype: str, device: str) -> C
 
 # ---- rotation, head norms and the append to a cache ----------------------------------------------------
 def _append(shape: shapes.AppendShape, dtype: str, device: str) -> Case:
-    """New tokens of every sequence: heads are normed and rotated, keys and values written behind the cached ones."""
+    """New tokens of every sequence: heads are normalised and rotated, keys and values are appended to the cached
+    ones."""
     tokens, rotated = shape.batch * shape.length, shape.heads + shape.key_heads
 
     def inputs(tiny: bool):
@@ -148,7 +149,7 @@ def _append(shape: shapes.AppendShape, dtype: str, device: str) -> Case:
         peer=TORCH,
         dtype=dtype,
         shape=f"{tuple(shape)}",
-        # Of queries and keys: squares and their sum, two factors, and three of the rotation; of values none.
+        # Per element of queries and keys: squares and their sum, two factors, and three for the rotation.
         flops=7.0 * tokens * rotated * shape.head_dim,
         bytes=2.0 * tokens * (rotated + shape.key_heads) * shape.head_dim * DTYPES[dtype].itemsize,
         bar=Bar(2.0),

@@ -27,7 +27,7 @@ GROUPS = {
     "cuda-attention-backward": (f"{OPS}attention_backward_cuda.py", f"{OPS}attention_backward_wgmma_cuda.py"),
     "cuda-decode": (f"{OPS}attention_decode_cuda.py",),
     "cuda-norm": (f"{OPS}norm_cuda.py",),
-    "cuda-rotary": (f"{OPS}rotary.py", f"{OPS}rotary_cache_append.py"),
+    "cuda-rotary": (f"{OPS}rotary.py", f"{OPS}rotary_cache_append.py", f"{OPS}activation_cuda.py"),
     "triton-attention": (f"{OPS}attention_triton.py",),
     "triton-rows": (f"{OPS}any_strides.py", f"{OPS}norm_triton.py", f"{OPS}activation_triton.py",
                     f"{OPS}dropout_triton.py"),

@@ -1,5 +1,6 @@
 """Cases of text generation: decoders and encoder-decoders of real sizes with random weights."""
 
+import json
 import pathlib
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ import torch
 import transformer_fast as tf
 
 from . import shapes
-from .case import OURS, Bar, Candidate, Case
+from .case import OURS, Bar, Candidate, Case, Part
 from .checkpoints import folder
 from .openvino_generation import openvino_generation
 
@@ -238,6 +239,33 @@ def _ctranslate2(inputs: Inputs, compute_type: str) -> Callable:
     )
 
 
+def _int8_parts(inputs: Inputs) -> list[Part]:
+    """The encoder or the prompt, then every step: products with int8 weights, one byte each, without attention."""
+    c = json.loads((inputs.checkpoint / "config.json").read_text())
+    width = c.get("d_model") or c.get("n_embd") or c["hidden_size"]
+    rows, sources, tokens = len(inputs.ids) * inputs.beams, int(inputs.mask.sum()), inputs.tokens
+    head = float(width * c["vocab_size"])
+    if "d_model" not in c:
+        layers = 12.0 * c["n_layer"] * width * width if "n_embd" in c else _gated_layers(c)
+        prompt = Part(2 * (layers * sources + head * rows), layers + head)
+        step = Part(2 * (layers + head) * rows, layers + head)
+        return [prompt] + [step] * (tokens - 1)
+    inner = c["num_heads"] * c["d_kv"] if "d_kv" in c else width
+    attention, feed_forward = 4.0 * width * inner, 2.0 * width * (c.get("d_ff") or c["decoder_ffn_dim"])
+    layers, decoders = c.get("num_layers") or c["encoder_layers"], c.get("num_layers") or c["decoder_layers"]
+    encoder = layers * (attention + feed_forward) + decoders * attention / 2  # and the keys and values of all layers
+    decoder = decoders * (1.5 * attention + feed_forward) + head
+    steps = tokens - (c.get("forced_eos_token_id") is not None)
+    return [Part(2 * encoder * sources, encoder)] + [Part(2 * decoder * rows, decoder)] * steps
+
+
+def _gated_layers(config: dict) -> float:
+    """The weights of the layers of Llama and its kin."""
+    width, heads, keys = (config[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    dim = config.get("head_dim") or width // heads
+    return config["num_hidden_layers"] * width * (2.0 * (heads + keys) * dim + 3.0 * config["intermediate_size"])
+
+
 def _case(
     name: str, model: str, lengths: list[int], tokens: int, beams: int, bar: float, device: str,
     weights: str = "",
@@ -264,6 +292,7 @@ def _case(
         dtype=_WEIGHTS[weights][0],
         shape=f"{len(lengths)} x {max(lengths)}, {tokens} new",
         bar=Bar(bar),
+        parts=_int8_parts if weights == "int8" else None,
         result=None,  # with random weights, rounding decides the next token; tests compare tokens with HF's
     )
 

@@ -1,5 +1,6 @@
 """Encoders in int8 on the CPU, compared with other engines' int8; the note of a row has the cost in accuracy."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 import transformer_fast as tf
 
 from . import checkpoints, peers, shapes
-from .case import OURS, Bar, Candidate, Case
+from .case import OURS, Bar, Candidate, Case, Part
 from .model_cases import DTYPES, HF_SDPA, random_batch
 from .peers import EncoderInputs
 
@@ -78,6 +79,14 @@ def openvino_encoder(inputs: EncoderInputs) -> Callable:
     return peers.openvino_encoder(inputs, int8=True)
 
 
+def _parts(inputs: EncoderInputs) -> list[Part]:
+    """Each batch: its tokens, without padding, through the layers' products, whose weights are a byte each."""
+    config = json.loads((inputs.checkpoint / "config.json").read_text())
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    weights = config["num_hidden_layers"] * (4 * width * width + 2 * width * inner)
+    return [Part(2.0 * weights * int(mask.sum()), weights) for _, mask in inputs.batches]
+
+
 def _case(name: str, title: str, inputs: Callable) -> Case:
     needs = ("transformers",)
     low = {"low_precision": True}
@@ -103,5 +112,6 @@ def _case(name: str, title: str, inputs: Callable) -> Case:
         dtype="int8",
         shape="the demo's sentences" if "minilm" in name else title.split(", ", 1)[1],
         bar=Bar(3.0, ahead_of=PEERS),
+        parts=_parts,
         result=peers.gather,
     )

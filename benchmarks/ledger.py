@@ -28,6 +28,7 @@ OPS = {
     "embedding_layer_norm": rf"{_DRAWN}(?=.*\bembedding_layer_norm\b)",
     "norm": "test_norm_triton",
     "rotary_embedding": "test_rotary",
+    "cuda bias_activation": "test_activation_cuda",
     "cuda attention": r"test_attention\w*_cuda",
     "cuda norm": "test_norm_cuda",
     "cuda rotary_embedding": "test_rotary",

@@ -25,6 +25,7 @@ __all__ = [
     "hugging_face",
     "onnxruntime_encoder",
     "openvino_encoder",
+    "openvino_forward",
     "quiet",
 ]
 
@@ -180,7 +181,12 @@ def _export_onnx(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def openvino_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
-    """OpenVINO's CPU plugin, latency hint, float32 arithmetic. int8: nncf's, calibrated on two batches."""
+    """OpenVINO's CPU plugin, latency hint, float32 arithmetic. int8: nncf's, which sees two batches."""
+    return run_batches(openvino_forward(inputs, int8), inputs)
+
+
+def openvino_forward(inputs: EncoderInputs, int8: bool = False, precision: str = "f32") -> Callable:
+    """(input_ids, attention_mask) -> last hidden state, by OpenVINO. precision: of its arithmetic."""
     import openvino
 
     with quiet(), torch.no_grad():
@@ -191,7 +197,7 @@ def openvino_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     if int8:
         import nncf
@@ -205,7 +211,7 @@ def openvino_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
         feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
         return torch.from_numpy(next(iter(request.infer(feed).values())).copy())
 
-    return run_batches(forward, inputs)
+    return forward
 
 
 def ctranslate2_encoder(inputs: EncoderInputs, compute_type: str) -> Callable:

@@ -15,7 +15,7 @@ from transformer_fast.benchmarks import cases as case_list
 from transformer_fast.benchmarks import ceilings as ceiling
 from transformer_fast.benchmarks import results
 from transformer_fast.benchmarks.attempts import MOST, Attempts
-from transformer_fast.benchmarks.case import OURS, Case, Unavailable, missing
+from transformer_fast.benchmarks.case import OURS, Case, Part, Unavailable, missing
 from transformer_fast.benchmarks.progress import Progress
 from transformer_fast.benchmarks.timing import QUICK, Budget, Timing, interleave, ratios
 
@@ -169,7 +169,7 @@ def measure(
     clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one case, OURS first. The row of a candidate that cannot run has the reason as its note."""
-    calls, notes = _prepare(case, device, candidates, without, slow, progress)
+    calls, notes, parts = _prepare(case, device, candidates, without, slow, progress)
     settle = {c.name: c.settle for c in case.candidates if c.name in calls and c.settle}
     try:
         timings = interleave(
@@ -191,7 +191,7 @@ def measure(
             continue
         row = _row(case, name, device, notes.get(name, ""))
         if name in timings:
-            _fill_times(row, case, timings[name], timings.get(case.peer), top)
+            _fill_times(row, case, parts, timings[name], timings.get(case.peer), top)
         rows.append(row)
     if memory and case.memory:
         _fill_memory(rows, case, device, timings, progress, peak)
@@ -219,8 +219,9 @@ def _first_line(error: Exception) -> str:
 
 def _prepare(
     case: Case, device: str, chosen: str | None, without: frozenset[str], slow: bool, progress
-) -> tuple[dict, dict[str, str]]:
-    """({candidate: call to time}, {candidate: note}). A note says why a candidate is missing, or its difference."""
+) -> tuple[dict, dict[str, str], list[Part]]:
+    """({candidate: call to time}, {candidate: note}, parts of the work). A note says why a candidate is missing, or its
+    difference."""
     calls: dict[str, Callable] = {}
     notes: dict[str, str] = {}
     inputs, expected = case.inputs(False), None
@@ -261,7 +262,7 @@ def _prepare(
                 notes[name] = f"differs from {case.peer} by {_difference(result, expected):.1e} of the largest value"
                 if name.split()[0] == OURS and not _difference(result, expected) <= DISAGREEMENT:
                     notes[name] = f"{WRONG}: {notes[name]}"
-    return calls, notes
+    return calls, notes, case.parts(inputs) if case.parts else []
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -283,7 +284,9 @@ def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> flo
     )
 
 
-def _fill_times(row: dict, case: Case, timing: Timing, peer: Timing | None, top: ceiling.Ceilings) -> None:
+def _fill_times(
+    row: dict, case: Case, parts: list[Part], timing: Timing, peer: Timing | None, top: ceiling.Ceilings
+) -> None:
     row |= {"median_s": _digits(timing.median), "p20_s": _digits(timing.p20), "p80_s": _digits(timing.p80)}
     if peer is not None:
         ratio = ratios(peer, timing)
@@ -296,8 +299,8 @@ def _fill_times(row: dict, case: Case, timing: Timing, peer: Timing | None, top:
         row["tflops"] = _digits(case.flops / timing.median / 1e12)
     if case.bytes:
         row["gbps"] = _digits(case.bytes / timing.median / 1e9)
-    if case.flops or case.bytes:
-        row["share_of_ceiling"] = _digits(top.seconds(case.flops, case.bytes, case.dtype) / timing.median)
+    if case.flops or case.bytes or parts:
+        row["share_of_ceiling"] = _digits(top.seconds(case.flops, case.bytes, case.dtype, parts) / timing.median)
 
 
 def _fill_memory(rows: list[dict], case: Case, device: str, timings, progress, peak: Callable[..., float]) -> None:

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "bindings/attention.hpp"
+#include "bindings/norm.hpp"
 #include "cpu/parallel.hpp"
 
 extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -76,15 +77,9 @@ std::string cuda_architectures() {
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_set_isa(str name) -> ()");
   m.def("cuda_architectures() -> str");  // the schemas of the CUDA kernels' ops: csrc/bindings/cuda_*.cpp
-  // Data is (rows, width) with last stride 1, or contiguous (..., width); weight, bias, mean and rstd are float32
-  // vectors; results are contiguous.
-  m.def(
-      "cpu_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps, bool rms, "
-      "float dropout_p, Tensor(a!) y, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
-  m.def(
-      "cpu_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor v, Tensor? weight, Tensor? mean, Tensor rstd, "
-      "Tensor? rng, float dropout_p, Tensor(a!) grad_v, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, "
-      "Tensor(d!)? grad_bias) -> ()");
+  m.def("cpu_norm_forward" TF_NORM_FORWARD_SCHEMA);
+  m.def("cpu_norm_backward" TF_NORM_BACKWARD_SCHEMA);
+  // Data is as for the norms, bias a float32 vector.
   m.def("cpu_bias_activation_forward(Tensor x, Tensor? bias, Tensor? gate, int activation, Tensor(a!) y) -> ()");
   m.def(
       "cpu_bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, int activation, "
@@ -151,6 +146,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def(
       "cpu_decoder_step(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
       "Tensor? cross_lengths, int length, Tensor(c!) logits) -> ()");
+  // As cpu_decoder_step, then the largest logit per row: tokens, int64 (rows, 1). barred: int64, tokens left out. With
+  // values, tokens and values (rows, k) are the largest of log_softmax(logits); logits (rows, V) is scratch.
+  m.def(
+      "cpu_decoder_choose(Tensor(a!) plan, Tensor ids, Tensor? positions, Tensor(b!) table, Tensor? sources, "
+      "Tensor? cross_lengths, int length, Tensor? barred, Tensor(c!) tokens, Tensor(d!)? values, "
+      "Tensor(e!)? logits) -> ()");
   // query (B, Sq, D), key (B, Sk, D), value (B, Sk, Dv): last stride 1; score_weight, bias: float32 (D,). mask: bool
   // (B, Sq, Sk), any strides. weights, grad_query, grad_score_weight (B, D): float32. All results are contiguous.
 #define TF_ADDITIVE \

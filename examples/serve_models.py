@@ -116,7 +116,10 @@ async def _refused(_: fastapi.Request, error: Refused):
 
 @app.exception_handler(RequestValidationError)
 async def _malformed(_: fastapi.Request, error: RequestValidationError):
-    found = [(".".join(str(part) for part in one["loc"][1:]), one["msg"]) for one in error.errors()]
+    def named(loc) -> str:  # the argument and indices, without pydantic's names of the types in a union
+        return ".".join(str(part) for n, part in enumerate(loc[1:]) if not n or isinstance(part, int))
+
+    found = [(named(one["loc"]), one["msg"]) for one in error.errors()]
     return refusal(400, "; ".join(f"{where}: {what}" if where else what for where, what in found), found[0][0] or None)
 
 

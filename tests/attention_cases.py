@@ -156,3 +156,46 @@ def draw_case(draw) -> Case:
         scale=draw(sampled([None, None, 0.3, -0.2])), dropout_p=draw(sampled([0.0, 0.1, 0.4])),
         mask_axes=draw(axes), bias_axes=draw(axes), buckets=draw(sampled([0, 0, 8, 32])), bidirectional=draw(chance),
     )  # fmt: skip
+
+
+def bias_of(axes: str, dtype: torch.dtype, device: str = "cpu"):
+    """A function of (b, h, sq, sk) that makes a random bias. axes: those of "bhmn" that are not broadcast."""
+
+    def make(b, h, sq, sk):
+        return torch.randn([n if a in axes else 1 for a, n in zip("bhmn", (b, h, sq, sk))], device=device).to(dtype)
+
+    return make
+
+
+def draw_features(draw, device: str, queries: tuple[int, int], keys: tuple[int, int], side: tuple[int, int]) -> dict:
+    """Sizes and features of a call in 16 bits, without its head dim. queries, keys, side of a window: least and most.
+    bias is a function as of bias_of; relative: (table, maximum distance, bidirectional)."""
+    torch.manual_seed(0)  # so that the data of each example can be reproduced
+    dtype = draw(st.sampled_from((torch.bfloat16, torch.float16)))
+    hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    h, sq, sk = hk * group, draw(st.integers(*queries)), draw(st.integers(*keys))
+    found = {"dtype": dtype, "b": b, "h": h, "hk": hk, "sq": sq, "sk": sk, "is_causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        found["causal_alignment"] = "bottom_right"
+    # Sorted, because the order of a set differs between runs.
+    features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
+    for name in sorted(draw(st.sets(st.sampled_from(features)))):
+        if name == "window":
+            limit = st.none() | st.integers(*side)
+            found["window"] = draw(limit), draw(limit)
+        elif name == "lengths":
+            lengths = draw(st.lists(st.integers(0, sk), min_size=b, max_size=b))
+            found["key_lengths"] = torch.tensor(lengths, device=device)
+        elif name == "mask":
+            shape = [draw(st.sampled_from([1, n])) for n in (b, h, sq, sk)]
+            found["attn_mask"] = torch.rand(shape, device=device) > 0.4
+        elif name == "bias":
+            found["bias"] = bias_of(draw(st.sampled_from(["bhmn", "hmn", "bmn", "mn", "bn"])), dtype, device)
+        elif name == "relative":
+            bidirectional = draw(st.booleans())
+            found["relative"] = torch.randn(8, h, device=device), draw(st.integers(5, 40)), bidirectional
+        elif name == "softcap":
+            found["softcap"] = 3.0
+        else:
+            found["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
+    return found

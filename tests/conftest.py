@@ -78,6 +78,15 @@ def pytest_fixture_setup(fixturedef):
         torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """For models so small that two threads are slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():

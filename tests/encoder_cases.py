@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from numerics import OUTPUT, assert_as_accurate
+from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 VOCABULARY, WIDTH, BATCH, LENGTH = 99, 48, 12, 13
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "initializer_range": 0.15, "num_labels": 4}
@@ -152,3 +152,19 @@ def by_module(model):
         if parameter.grad is not None:
             found.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def compare_with_checkpointing(ours, truth, reentrant: bool, inputs: dict) -> None:
+    """Loss and gradients where the layers run again in the backward pass, dropout included. inputs: with labels."""
+    results = []
+    for model, checkpointing in ((truth, False), (ours, False), (ours, True)):
+        model.train().zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(1)
+        loss = model(**inputs).loss
+        loss.backward()
+        results.append([loss.detach().view(1).to(model.dtype), *by_module(model).values()])
+    for expected, plain, again in zip(*results):
+        assert_as_accurate(again, expected, plain, GRADIENT)

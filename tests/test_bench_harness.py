@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from transformer_fast.benchmarks import cases, memory, results, run, shapes
-from transformer_fast.benchmarks.case import OURS, Bar, Candidate, Case, Unavailable, missing
+from transformer_fast.benchmarks.case import OURS, Bar, Candidate, Case, Part, Unavailable, missing
 from transformer_fast.benchmarks.ceilings import Ceilings
 from transformer_fast.benchmarks.timing import Budget, Timing, interleave, percentile, ratios
 
@@ -118,6 +118,18 @@ def test_rows_hold_ratio_rates_and_verdict():
     assert float(ours["share_of_ceiling"]) == 0.5  # one second of arithmetic, half a second of traffic
     assert ours["bar"] == ">= 1.4x" and ours["met"] == "yes"
     assert "differs from peer by 0.0e+00" in ours["note"]
+
+
+@pytest.mark.quick
+def test_the_ceiling_of_work_in_parts():
+    """Each part at the slower of its two rates, int8 at int8's, weights at the rate of reading."""
+    top = Ceilings(gemm={"fp32": 1e9, "int8": 8e9}, copy=1e9, read=4e9)
+    parts = [Part(16e9, 1e9), Part(1e9, 12e9)]
+    assert top.seconds(0, 0, "int8, peer fp32", parts) == 2.0 + 3.0
+    assert top._replace(read=0.0).seconds(0, 0, "fp32", parts) == 16.0 + 12.0
+    candidates = Candidate(OURS, costing(10.0)), Candidate("peer", costing(12.0))
+    rows = measure(case(*candidates, flops=0.0, bytes=0.0, parts=lambda inputs: [Part(6e9, 0.0)]))
+    assert float(rows[OURS]["share_of_ceiling"]) == 0.3  # of 2e9 a second
 
 
 @pytest.mark.quick

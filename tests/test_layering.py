@@ -80,7 +80,8 @@ _SHARED = {
         "step_products", "table", "table_int8", "team",
     },
     "csrc/cuda": {
-        "descriptor", "philox", "ptx", "ptx_sm90", "ptx_wgmma", "simt", "stream", "swizzle", "tensor_map", "vector",
+        "column_sum", "descriptor", "philox", "ptx", "ptx_sm90", "ptx_wgmma", "simt", "stream", "swizzle", "tensor_map",
+        "vector",
     },
     "csrc/bindings": {"content_hash", "cuda", "cuda_counters", "matrix"},
     "kernels": {"column_sum", "direct", "philox"},

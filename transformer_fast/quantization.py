@@ -68,7 +68,7 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] =
 
 def _to_bfloat16(model: nn.Module) -> nn.Module:
     device = next((p.device.type for p in model.parameters()), "cpu")
-    if device == "cpu" and (native.load() or native.current_isa() != "avx512_bf16"):
+    if device == "cpu" and (native.load() or not native.multiplies_bfloat16()):
         warnings.warn(
             "this processor has no instructions that multiply bfloat16 (avx512_bf16), so it would be slower than "
             "float32: the model is unchanged",

@@ -1,4 +1,5 @@
 #include "cpu/decoder_step.hpp"
+#include "cpu/parallel.hpp"
 
 #include "step_weight.hpp"
 
@@ -123,8 +124,8 @@ void decoder_plan_layer(Tensor plan, int64_t index, OptionalTensors norms, std::
   l.cross_values = write(caches[3]);
 }
 
-void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor table, OptionalTensor sources,
-                  OptionalTensor cross_lengths, int64_t length, Tensor logits) {
+DecoderStep step_of(const Tensor& plan, const Tensor& ids, const OptionalTensor& positions, const Tensor& table,
+                    const OptionalTensor& sources, const OptionalTensor& cross_lengths, int64_t length) {
   const DecoderPlan& p = plan_of(plan);
   DecoderStep s{};
   s.plan = &p;
@@ -136,7 +137,6 @@ void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor tabl
   s.cross_lengths = read<int32_t>(cross_lengths);
   s.rows = ids.size(0);
   s.length = length;
-  s.logits = write<float>(logits);
   STD_TORCH_CHECK(s.rows <= p.rows, "ids: wanted at most ", p.rows, " rows, got ", s.rows);
   STD_TORCH_CHECK(length < p.capacity, "length: wanted less than ", p.capacity, ", got ", length);
   for (int64_t r = 0; r < s.rows; ++r) {
@@ -148,6 +148,35 @@ void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor tabl
       STD_TORCH_CHECK(s.positions[r] >= 0 && s.positions[r] < p.rotary_positions, "positions: ", s.positions[r],
                       " is past the ", p.rotary_positions, " rows of cos and sin");
   }
+  return s;
+}
+
+void decoder_step(Tensor plan, Tensor ids, OptionalTensor positions, Tensor table, OptionalTensor sources,
+                  OptionalTensor cross_lengths, int64_t length, Tensor logits) {
+  DecoderStep s = step_of(plan, ids, positions, table, sources, cross_lengths, length);
+  s.logits = write<float>(logits);
+  kernels().decoder_step(s);
+}
+
+void decoder_choose(Tensor plan, Tensor ids, OptionalTensor positions, Tensor table, OptionalTensor sources,
+                    OptionalTensor cross_lengths, int64_t length, OptionalTensor barred, Tensor tokens,
+                    OptionalTensor values, OptionalTensor logits) {
+  DecoderStep s = step_of(plan, ids, positions, table, sources, cross_lengths, length);
+  const int64_t count = tokens.size(1), vocabulary = s.plan->head.out;
+  STD_TORCH_CHECK(tokens.size(0) == s.rows && count > 0 && count <= vocabulary, "tokens: wanted (", s.rows, ", 1 .. ",
+                  vocabulary, "), got (", tokens.size(0), ", ", count, ")");
+  if (values.has_value()) {
+    STD_TORCH_CHECK(values->numel() == tokens.numel(), "values: wanted one per token");
+    STD_TORCH_CHECK(logits.has_value() && logits->numel() == s.rows * vocabulary, "logits: wanted (", s.rows, ", ",
+                    vocabulary, ") with values");
+    s.logits = write<float>(logits);
+  } else {
+    STD_TORCH_CHECK(count == 1, "tokens: wanted one per row without values, got ", count);
+    STD_TORCH_CHECK(s.plan->head.layout != WeightLayout::columns, "weights: wanted those of the head (out, in)");
+  }
+  std::vector<RowBest> best(size_t(tf_num_threads() * best_stride(s.rows)));
+  s.choice = {read<int64_t>(barred), barred.has_value() ? barred->numel() : 0, count, best.data(), write<int64_t>(tokens),
+              write<float>(values)};
   kernels().decoder_step(s);
 }
 
@@ -159,6 +188,7 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_decoder_plan_stack", TORCH_BOX(&tf::decoder_plan_stack));
   m.impl("cpu_decoder_plan_layer", TORCH_BOX(&tf::decoder_plan_layer));
   m.impl("cpu_decoder_step", TORCH_BOX(&tf::decoder_step));
+  m.impl("cpu_decoder_choose", TORCH_BOX(&tf::decoder_choose));
 }
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_decoder_plan_bytes", TORCH_BOX(&tf::decoder_plan_bytes));

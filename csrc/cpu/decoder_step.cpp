@@ -1,11 +1,12 @@
-// One token a row through a whole decoder: the phases of a step, shared out among threads that do not sleep in between.
+// One token per row through a whole decoder: a step is a sequence of phases, whose threads do not sleep in between.
 #include "decoder_step.hpp"
 
+#include "decoder_step_argmax.hpp"
 #include "decoder_step_attention.hpp"
+#include "decoder_step_rank.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "rotary_head.hpp"
-#include "step_products.hpp"
 
 namespace tf::TF_ISA {
 namespace {
@@ -29,10 +30,10 @@ Buffers buffers_of(const DecoderPlan& p) {
 }
 
 template <class C>  // element type of the caches
-class Walk : StepProducts {
+class Walk : HeadArgmax {
  public:
   Walk(const DecoderStep& step, int64_t index, int64_t threads)
-      : StepProducts(step.plan->counters, index, threads, step.rows, step.plan->rows, buffers_of(*step.plan).split, step.int8),
+      : HeadArgmax(step.plan->counters, index, threads, step.rows, step.plan->rows, buffers_of(*step.plan).split, step.int8),
         s_(step),
         p_(*step.plan),
         b_(buffers_of(*step.plan)) {}
@@ -57,7 +58,11 @@ class Walk : StepProducts {
     Finish f{s_.logits, p_.head.out};
     f.scale = p_.head_scale;
     f.softcap = p_.logits_softcap;
-    linear(p_.head, normed(p_.final_norm, &p_.head), f);
+    const StepInput in = normed(p_.final_norm, &p_.head);
+    if (s_.choice.tokens && !s_.choice.values) return argmax(p_.head, s_.choice, in, f);
+    linear(p_.head, in, f);
+    if (s_.choice.values)
+      team_.phase(s_.rows, 1, [&](int64_t r) { rank(s_.choice, s_.logits + r * p_.head.out, p_.head.out, r); });
   }
 
  private:
@@ -149,6 +154,7 @@ class Walk : StepProducts {
   void embed() {
     team_.phase(s_.rows, 1, [&](int64_t r) {
       s_.table[r * p_.capacity + s_.length] = int32_t(r);
+      if (s_.choice.tokens) begin_argmax(s_.choice, r);
       p_.embedding_dtype == DType::f32 ? embed_row<float>(r) : embed_row<bf16>(r);
     });
   }

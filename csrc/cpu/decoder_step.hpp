@@ -25,7 +25,7 @@ struct DecoderLayer {
   void *cross_keys, *cross_values;        // (sources, heads, cross_capacity, head_dim); null without cross-attention
 };
 
-constexpr int64_t kLayerPhases = 24, kStackPhases = 4;  // at most
+constexpr int64_t kLayerPhases = 24, kStackPhases = 5;  // at most
 
 // Its layers follow it in memory; bindings/decoder_step.cpp fills it.
 struct DecoderPlan {
@@ -62,7 +62,8 @@ struct DecoderStep {
   const int32_t* sources;          // (rows,): whose cross keys a row attends to
   const int32_t* cross_lengths;    // (sources,)
   int64_t rows, length;            // keys so far; this step's go to position `length` of its own row
-  float* logits;                   // (rows, head.out)
+  float* logits;                   // (rows, head.out); null with choice unless choice.values is given
+  RowChoice choice;
 };
 
 }  // namespace tf

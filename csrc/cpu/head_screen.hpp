@@ -74,9 +74,7 @@ class ScreenedArgmax : public StepProducts {
     }
   };
 
-  static bool above(float a, float b) { return a > b || (a != a && b == b); }
-
-  // |x| and |x - x8| of a row, a little more rather than less.
+  // Upper bounds of |x| and |x - x8| of a row.
   static void measure(const float* x, int64_t n, int64_t group, const Int8Rows& rows, int64_t r, float& size,
                       float& error) {
     const uint8_t* values = rows.values + r * rows.stride;
@@ -92,25 +90,18 @@ class ScreenedArgmax : public StepProducts {
       square += part;
       off += apart;
     }
-    const float tiny = 1e-18f * float(n);  // squares that are nothing
+    const float tiny = 1e-18f * float(n);  // for squares that underflow
     size = 1.0001f * __builtin_sqrtf(square) + tiny;
     error = 1.0001f * __builtin_sqrtf(off) + tiny;
   }
 
-  template <class F>
-  static void for_barred(const HeadChoice& c, int64_t begin, const F& f) {
-    for (int64_t i = 0; i < c.barred_count; ++i)
-      if (c.barred[i] >= begin && c.barred[i] < begin + kPanel) f(c.barred[i] - begin);
-  }
-
   void bound(const HeadChoice& c, const Memory& m, int64_t p) const {
-    constexpr int64_t kTogether = 24;
     alignas(64) float sums[kTogether * kPanel];
     const int64_t at = p * kPanel;
     for (int64_t first = 0; first < rows_; first += kTogether) {
       const int64_t rows = rows_ - first < kTogether ? rows_ - first : kTogether;
       int8_->product(c.screen, m.x, first, rows, p, sums);
-      for_barred(c, at, [&](int64_t column) {
+      for_barred(c.barred, c.barred_count, at, [&](int64_t column) {
         for (int64_t r = 0; r < rows; ++r) sums[r * kPanel + column] = -1e38f;
       });
       for (int64_t r = 0; r < rows; ++r) {
@@ -156,7 +147,7 @@ class ScreenedArgmax : public StepProducts {
         float* v = sums + r * kPanel;
         if (w.bias)
           for (int64_t k = 0; k < columns; ++k) v[k] += w.bias[at + k];
-        for_barred(c, at, [&](int64_t column) { v[column] = -INFINITY; });
+        for_barred(c.barred, c.barred_count, at, [&](int64_t column) { v[column] = -INFINITY; });
         int64_t best = 0;
         for (int64_t k = 1; k < columns; ++k)
           if (above(v[k], v[best])) best = k;

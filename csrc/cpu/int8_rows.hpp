@@ -119,11 +119,14 @@ static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t
     const Int8Rows part{x.values + k, x.scale + g, x.zero + g, x.stride, x.groups};
     for (int64_t p = 0; p < count; ++p) {
       const int8_t* here = from + p * bytes;
-      const int8_t* next = k + w.group < w.in ? here + size : w.panels + (panel + count + p) * bytes;
+      // With few rows, multiplying a group takes less time than loading the next one.
+      const int8_t* next = count == 1             ? here + 2 * size
+                           : k + w.group < w.in ? here + size
+                                                : w.panels + (panel + count + p) * bytes;
       for (int64_t r = 0; r < rows; r += kInt8Rows) {
         const Int8Rows block = from_row(part, r);
         const int left = int(rows - r < kInt8Rows ? rows - r : kInt8Rows);
-        if (p == count - 1)  // the next group's inputs
+        if (p == count - 1)  // prefetch the next group's inputs
           for (int m = 0; m < left; ++m)
             for (int64_t c = 0; c < w.group; c += 64)
               __builtin_prefetch(block.values + m * x.stride + w.group + c);

@@ -225,7 +225,7 @@ class Block {
     with_coarse_activation(a_.activation, [&](auto kind) {
       for_products(a_.up, x_, rows, 0, a_.up.out, sums_, [&](int64_t c, int64_t n, const float* from) {
         if (gates_) multiply_int8(a_.gate, x_, rows, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kColumns);
-        // The results take the place of the sums until the scales of some groups are known.
+        // Results overwrite their sums until the scales of kWidth groups are known.
         const int64_t groups = int8_groups(n, group);
         const auto length = [&](int64_t g) { return n - g * group < group ? n - g * group : group; };
         quantize_groups(

@@ -1,4 +1,4 @@
-// Quantises rows in groups, to u8 with a scale and a zero point for each group (linear_int8.hpp).
+// Quantises rows in groups, to u8 with a scale and a zero point per group (linear_int8.hpp).
 #pragma once
 #include "linear_int8.hpp"
 #include "simd.hpp"
@@ -54,7 +54,7 @@ static inline Int8Rows from_row(const Int8Rows& x, int64_t row) {
   return {x.values + row * x.stride, x.scale + row * x.groups, x.zero + row * x.groups, x.stride, x.groups};
 }
 
-// Lane i: op over the lanes of v[i], for kWidth vectors.
+// Lane i of the result: op over the lanes of v[i], for kWidth vectors.
 template <int Step, class F>
 static inline void fold_by(Vec* v, const F& op) {
   VecI low, high;  // lane l of the lower vector: l & Step ? upper[l - Step] : lower[l]
@@ -75,7 +75,7 @@ static inline Vec fold(Vec* v, const F& op) {
   return v[0];
 }
 
-// The least and the largest number of a group, 0 included. odd: NaN where a number is not finite.
+// The smallest and largest value of a group, 0 included. odd: NaN where a value is not finite.
 struct Reach {
   Vec low = {}, high = {}, odd = {};
   inline void add(Vec v) {
@@ -85,7 +85,7 @@ struct Reach {
   }
 };
 
-// x (n,) -> u8, nearest(x * inverse) + zero with an integer zero. A vector may be written past the end.
+// x (n,) -> u8: nearest(x * inverse) + zero, with an integer zero. May write up to one vector past the end.
 template <class T>
 static inline void store_quantized(const T* x, int64_t n, float inverse, float zero, uint8_t* to) {
   const VecI shift = broadcast_i(int32_t(zero));
@@ -105,8 +105,8 @@ static inline void store_quantized(const T* x, int64_t n, float inverse, float z
   });
 }
 
-// Quantises `count` groups: reach_of(i) returns the Reach of group i, and write(i, scale, zero, 1 / scale) follows. kWidth
-// groups are taken at a time, as one group alone waits for its own scale. A value that is not finite makes scale and
+// Quantises `count` groups: reach_of(i) returns the Reach of group i, then write(i, scale, zero, 1 / scale) is called.
+// kWidth groups go together, to hide the latency of computing a scale. A value that is not finite makes scale and
 // results NaN.
 template <class Find, class Write>
 static inline void quantize_groups(int64_t count, const Find& reach_of, const Write& write) {
@@ -127,13 +127,13 @@ static inline void quantize_groups(int64_t count, const Find& reach_of, const Wr
     const Vec zero = __builtin_convertvector(to_nearest(-least * inverse), Vec);
     float inverses[kWidth], zeros[kWidth], scales[kWidth];
     store(inverses, inverse);
-    store(zeros, zero >= Vec{} ? zero : Vec{});  // also where least is not finite
+    store(zeros, zero >= Vec{} ? zero : Vec{});  // 0 also where least is not finite
     store(scales, (some ? range / 255.f : Vec{}) + odd);
     for (int64_t i = 0; i < here; ++i) write(begin + i, scales[i], zeros[i], inverses[i]);
   }
 }
 
-// x (rows, n), `stride` apart, -> u8.
+// Quantises x (rows, n), rows `stride` apart, to u8.
 template <class T>
 static inline void quantize_rows(const T* x, int64_t stride, int64_t rows, int64_t n, int64_t group, const Int8Rows& to,
                                  int64_t row) {

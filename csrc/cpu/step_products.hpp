@@ -51,9 +51,19 @@ static void finish_columns(const StepWeight& w, const Finish& f, float* y, int r
   }
 }
 
+// NaN is above everything, as it is for torch.argmax.
+static inline bool above(float a, float b) { return a > b || (a != a && b == b); }
+
+// f(column of the panel) for the barred outputs in the panel that begins at output `begin`.
+template <class F>
+static inline void for_barred(const int64_t* barred, int64_t count, int64_t begin, const F& f) {
+  for (int64_t i = 0; i < count; ++i)
+    if (barred[i] >= begin && barred[i] < begin + kPanel) f(barred[i] - begin);
+}
+
 static inline int64_t panels_of(const StepWeight& w) { return (w.out + kPanel - 1) / kPanel; }
 
-// sums (kRows, 32): those of a panel. first: of the blocks of rows that it meets.
+// sums (kRows, 32) = rows of x times one panel. first: the panel's first block of rows.
 template <class W>
 static void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
   const W* data = static_cast<const W*>(w.data);
@@ -73,11 +83,14 @@ static void multiply(const StepWeight& w, int64_t panel, int rows, const float* 
 
 class StepProducts {
  protected:
-  // index: of this thread. rows: of this step, at most most_rows. split: memory for split_floats() of each row of those,
-  // and int8: its kernels, where a weight needs them.
+  static constexpr int64_t kTogether = 24;  // rows per int8 product
+
+  // index: this thread's. rows: of this step, at most most_rows. split: split_floats() per row of most_rows. int8: the
+  // int8 kernels. split and int8 may be null if no weight needs them.
   StepProducts(PhaseCounter* counters, int64_t index, int64_t threads, int64_t rows, int64_t most_rows = 0,
                float* split = nullptr, const Int8Kernels* int8 = nullptr)
       : team_(counters, index, threads),
+        index_(index),
         rows_(rows),
         threads_(threads),
         most_rows_(most_rows),
@@ -164,8 +177,7 @@ class StepProducts {
         quantize(weights[0].group, in.x + r * in.stride, weights[0].in, rows, r, 0);
       });
     }
-    constexpr int64_t kTogether = 24;
-    // Panel p of the products with rows r .. r + n - 1, into y of r and the panel's first column.
+    // Panel p of the products with rows r .. r + n - 1. y: of row r and the panel's first column.
     const auto product = [&](int i, const Finish& own, int64_t p, int64_t r, int64_t n, float* y) {
       alignas(64) float sums[kTogether * kPanel], gates[kTogether * kPanel];
       int8_->product(parts[i], rows, r, n, p, sums);
@@ -256,7 +268,7 @@ class StepProducts {
   }
 
   Team team_;
-  const int64_t rows_, threads_, most_rows_;
+  const int64_t index_, rows_, threads_, most_rows_;
   const Int8Kernels* int8_;
 
  private:

@@ -5,12 +5,11 @@
 //
 // A few blocks per multiprocessor walk over the rows, once. Each writes its share of dweight and dbias to `partial`,
 // which a second kernel adds up in a fixed order: no atomics, bitwise reproducible.
+#include "column_sum.cuh"
 #include "norm_row.cuh"
 
 namespace tf::cuda {
 namespace {
-
-constexpr int kSumColumns = 32, kSumRows = 16;  // block shape of norm_parameters_kernel
 
 // A thread's share of a row: kVectors vectors, as they were read. All their loads are in flight together.
 template <class T, int kWidth, int kVectors>
@@ -209,23 +208,11 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_wide_kernel(con
   }
 }
 
-// Block (columns, gradient): adds up the partial sums of the backward kernel's blocks.
+// Block (columns, gradient): sums the partial results of the blocks of the backward kernel.
 __global__ void __launch_bounds__(kSumColumns* kSumRows) norm_parameters_kernel(const NormBackward p, int blocks) {
   TF_SHARED(shared);
-  float* sums = reinterpret_cast<float*>(shared);
-  const int column = blockIdx.x * kSumColumns + threadIdx.x;
-  const float* from = p.partial + int64_t(blockIdx.y) * blocks * p.width + column;
-  float total = 0.f;
-  if (column < p.width) {
-#pragma unroll 8
-    for (int b = threadIdx.y; b < blocks; b += kSumRows) total += load(from + int64_t(b) * p.width);
-  }
-  store_shared(sums + threadIdx.y * kSumColumns + threadIdx.x, total);
-  __syncthreads();
-  if (threadIdx.y || column >= p.width) return;
-#pragma unroll
-  for (int y = 1; y < kSumRows; ++y) total += load_shared(sums + y * kSumColumns + threadIdx.x);
-  store((blockIdx.y || !p.grad_weight ? p.grad_bias : p.grad_weight) + column, total);
+  column_sum(p.partial + int64_t(blockIdx.y) * blocks * p.width, blocks, p.width,
+             blockIdx.y || !p.grad_weight ? p.grad_bias : p.grad_weight, shared);
 }
 
 struct Plan {
@@ -281,9 +268,8 @@ void launch(const NormBackward& p, const Plan& plan, Stream stream) {
     TF_LAUNCH((norm_backward_kernel<T, 4, false>), grid, plan.block, bytes, stream, p);
   }
   if (!p.partial) return;
-  const dim3 columns(unsigned((p.width + kSumColumns - 1) / kSumColumns), p.grad_weight && p.grad_bias ? 2 : 1);
-  const dim3 block(kSumColumns, kSumRows);
-  TF_LAUNCH(norm_parameters_kernel, columns, block, block.x * block.y * sizeof(float), stream, p, int(plan.blocks));
+  const dim3 grid_of_sums = column_sum_grid(p.width, p.grad_weight && p.grad_bias ? 2 : 1);
+  TF_LAUNCH(norm_parameters_kernel, grid_of_sums, column_sum_block(), kSumBytes, stream, p, int(plan.blocks));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ import transformer_fast
 from transformer_fast.generation import GenerationMixin, choose_stepper
 from transformer_fast.generation.model_step import ModelStepper
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 83
 
 
@@ -80,15 +81,6 @@ def both(ours, theirs, inputs: dict, seed: int = 5, **options):
         torch.manual_seed(seed)
         found.append(model.generate(**inputs, **options))
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: two are slower at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -4,7 +4,15 @@ import pytest
 import torch
 import transformers
 from encoder_cases import HEADS as SHARED_HEADS
-from encoder_cases import by_module, compare, compare_over_batches, config_for, gradients_of, labels_for, real_rows
+from encoder_cases import (
+    compare,
+    compare_over_batches,
+    compare_with_checkpointing,
+    config_for,
+    gradients_of,
+    labels_for,
+    real_rows,
+)
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast
@@ -219,18 +227,7 @@ def test_gradient_checkpointing(reentrant, bert_config, pair, make_mask, ids):
     double = transformer_fast.BertForMaskedLM(config).double()
     double.load_state_dict(truth.state_dict())
     labels = labels_for("BertForMaskedLM", mask, ids.shape)
-    results = []
-    for model, checkpointing in ((double, False), (ours, False), (ours, True)):
-        model.train().zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        torch.manual_seed(1)
-        loss = model(ids, attention_mask=mask, **labels).loss
-        loss.backward()
-        results.append([loss.detach().view(1), *by_module(model).values()])
-    for expected, plain, again in zip(*results):
-        assert_as_accurate(again, expected, plain, GRADIENT)
+    compare_with_checkpointing(ours, double, reentrant, {"input_ids": ids, "attention_mask": mask, **labels})
 
 
 def test_autocast(bert_config, pair, make_mask, ids):

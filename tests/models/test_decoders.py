@@ -11,6 +11,7 @@ from numerics import GRADIENT, OUTPUT, assert_as_accurate, pooled
 import transformer_fast
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = {
     "Model": ("last_hidden_state",),
     "ForCausalLM": ("logits", "loss"),
@@ -20,15 +21,6 @@ HEADS = {
 }
 NAMES = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f"{f}{h}")]
 CASES = [("none", F32), ("right", F32), ("left", F32), ("right", BF16), ("left", F16)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads are slower at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def labels_for(head: str, ids, mask) -> dict:

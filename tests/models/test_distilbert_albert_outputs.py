@@ -8,9 +8,9 @@ from encoder_cases import (
     BATCH,
     VOCABULARY,
     WIDTH,
-    by_module,
     compare,
     compare_over_batches,
+    compare_with_checkpointing,
     config_for,
     encoder_config,
     gradients_of,
@@ -226,18 +226,7 @@ def test_gradient_checkpointing(family, reentrant, pair, make_mask, ids):
     double = getattr(transformer_fast, name)(config).double()
     double.load_state_dict(truth.state_dict())
     labels = labels_for(name, mask, ids.shape)
-    results = []
-    for model, checkpointing in ((double, False), (ours, False), (ours, True)):
-        model.train().zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        torch.manual_seed(1)
-        loss = model(ids, attention_mask=mask, **labels).loss
-        loss.backward()
-        results.append([loss.detach().view(1).to(model.dtype), *by_module(model).values()])
-    for expected, plain, again in zip(*results):
-        assert_as_accurate(again, expected, plain, GRADIENT)
+    compare_with_checkpointing(ours, double, reentrant, {"input_ids": ids, "attention_mask": mask, **labels})
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

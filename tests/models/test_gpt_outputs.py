@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from encoder_cases import by_module, compare_with_checkpointing
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
 import transformer_fast
@@ -12,6 +13,7 @@ import transformer_fast
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [("none", F32), ("right", F32), ("left", F32), ("holes", F32), ("right", BF16), ("left", F16), ("holes", BF16)]
 TRAINING_CASES = [("right", F32), ("left", BF16), ("holes", F16)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = {
     "GPT2Model": ("last_hidden_state",),
     "GPT2LMHeadModel": ("logits", "loss"),
@@ -35,15 +37,6 @@ SWITCHES = {
     "untied": {"tie_word_embeddings": False},
     "eps": {"layer_norm_epsilon": 1e-2},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads are slower at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config_for(name: str, **changes):
@@ -96,14 +89,6 @@ def compare(ours, theirs, truth, mask, names):
             parts = [torch.cat((p.view(-1), real_rows(o[names[0]], mask).flatten()))
                      for p, o in zip(parts, (ours, truth, theirs))]  # fmt: skip
         assert_as_accurate(*parts, OUTPUT, name)
-
-
-def by_module(model):
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            found.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten())
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @pytest.mark.quick
@@ -355,18 +340,7 @@ def test_gradient_checkpointing(reentrant, pair, make_mask):
     double = transformer_fast.GPT2LMHeadModel(config).double()
     double.load_state_dict(truth.state_dict())
     labels = labels_for("GPT2LMHeadModel", "right", mask, ids)
-    results = []
-    for model, checkpointing in ((double, False), (ours, False), (ours, True)):
-        model.train().zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        torch.manual_seed(1)
-        loss = model(ids, attention_mask=mask, **labels).loss
-        loss.backward()
-        results.append([loss.detach().view(1), *by_module(model).values()])
-    for expected, plain, again in zip(*results):
-        assert_as_accurate(again, expected, plain, GRADIENT)
+    compare_with_checkpointing(ours, double, reentrant, {"input_ids": ids, "attention_mask": mask, **labels})
 
 
 def test_loss_over_accumulated_batches(pair, make_mask):

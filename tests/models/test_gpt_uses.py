@@ -7,18 +7,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import transformer_fast
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["<pad>", "<s>", "</s>", *"the a cat dog sat ran on mat over fence , .".split()]  # noqa: SIM905
 TEXTS = ["the cat sat on", "a dog", "the dog , the cat , the fence ,", "cat"]
 NAMES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads are slower at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

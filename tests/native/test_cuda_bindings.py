@@ -136,7 +136,7 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
     found = run("""
         torch_cuda = load_torch_cuda()
         torch_cuda.standin_set_stream(0xabc0)
-        x, w, b = torch.randn(33, 256, requires_grad=True), torch.ones(256, requires_grad=True), torch.zeros(256)
+        x, w, b = (torch.randn(n, requires_grad=True) for n in ((33, 256), (256,), (256,)))
         with noting("cuda_norm_forward"):
             y = tf.layer_norm(x, (256,), w, b)
         with noting("cuda_norm_backward"):
@@ -147,6 +147,10 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
                 out = tf.scaled_dot_product_attention(q, k, v, **options)
             with noting("cuda_attention_backward " + name):
                 torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        with noting("cuda_bias_activation_forward"):
+            y = tf.bias_activation(x, b, "silu", gate=x)
+        with noting("cuda_bias_activation_backward"):
+            torch.autograd.grad(y, (x, b), torch.ones_like(y))
         with noting("cuda_rotary"), torch.no_grad():
             tf.ops.rotary_embedding(torch.randn(2, 9, 4, 64), torch.randn(9, 32), torch.randn(9, 32))
         query, key, value = (heads(4, 1, grad=False) for _ in range(3))
@@ -170,6 +174,8 @@ def test_every_op_reaches_its_launches_on_torch_s_stream(run):
     assert re.search(r"attention_backward_prepare.*attention_backward_wgmma.*attention_backward_finish", kernels)
     assert _names(found["cuda_attention_forward mma"], "attention_forward_mma_kernel")
     assert _names(found["cuda_attention_decode"], "attention_decode_kernel")
+    assert _names(found["cuda_bias_activation_forward"], "bias_activation_forward_kernel")
+    assert _names(found["cuda_bias_activation_backward"], "bias_activation_backward_kernel", "activation_bias_kernel")
     assert _names(found["cuda_rotary"], "rotary_kernel") and _names(found["cuda_rotary_append"], "rotary_append_kernel")
     persistent = _of(found["cuda_attention_forward wgmma"], "launch")[0]
     assert persistent["grid"] == [16, 1, 1] and 48 << 10 < persistent["shared"] <= 227 << 10

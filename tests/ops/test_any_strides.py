@@ -83,6 +83,7 @@ SINGLE = (
     "rms_norm",
     "add_layer_norm",
     "rotary_embedding",
+    "bias_activation",
 )  # the cuda backend's other op is 16-bit attention
 IN_PLACE = ("kv_cache_attention", "rotary_cache_append")  # without gradients
 OF_CUDA = (*SINGLE, *IN_PLACE, "attention", "attention_relative", "varlen_attention", "qkv_attention")

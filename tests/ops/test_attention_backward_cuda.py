@@ -7,7 +7,7 @@ import math
 import cuda_emulator
 import pytest
 import torch
-from attention_cases import next_to_one_key
+from attention_cases import bias_of, draw_features, next_to_one_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT, assert_as_accurate
@@ -75,13 +75,6 @@ def _padded(device, dtype, b=1, h=2, hk=None, sq=70, sk=100, d=64, offset=0.0, *
     return _check(tf.scaled_dot_product_attention, tensors, kw, grads)
 
 
-def _bias(axes, dtype, device="cpu"):
-    def make(b, h, sq, sk):
-        return torch.randn([n if a in axes else 1 for a, n in zip("bhmn", (b, h, sq, sk))], device=device).to(dtype)
-
-    return make
-
-
 # With up to 128 keys delta is summed from P and dP, with more it comes from the output.
 CASES = {
     "plain": {},
@@ -121,7 +114,7 @@ def test_keys_and_values_with_offsets(offset, kw, device):
 
 @pytest.mark.parametrize("axes", ["bhmn", "hmn", "bn", "m", "n", ""])
 def test_bias_gradient_over_the_axes_it_broadcasts_along(axes, device):
-    _padded(device, torch.bfloat16, b=2, sq=40, sk=50, bias=_bias(axes, torch.bfloat16, device))
+    _padded(device, torch.bfloat16, b=2, sq=40, sk=50, bias=bias_of(axes, torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
@@ -250,35 +243,8 @@ def test_strides_past_32_bits(device):
 @given(data=st.data())
 def test_drawn_shapes_and_features(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # so that the data of each example can be reproduced
-    draw = data.draw
-    dtype = draw(st.sampled_from(HALF))
-    hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    h, sq, sk = hk * group, draw(st.integers(10, 90)), draw(st.integers(20, 150))
-    kw = {"is_causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        kw["causal_alignment"] = "bottom_right"
-    # Sorted, because the order of a set differs between runs.
-    features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
-    for name in sorted(draw(st.sets(st.sampled_from(features)))):
-        if name == "window":
-            side = st.none() | st.integers(5, 60)
-            kw["window"] = draw(side), draw(side)
-        elif name == "lengths":
-            kw["key_lengths"] = torch.tensor(draw(st.lists(st.integers(0, sk), min_size=b, max_size=b)), device=device)
-        elif name == "mask":
-            shape = [draw(st.sampled_from([1, n])) for n in (b, h, sq, sk)]
-            kw["attn_mask"] = torch.rand(shape, device=device) > 0.4
-        elif name == "bias":
-            kw["bias"] = _bias(draw(st.sampled_from(["bhmn", "hmn", "bmn", "mn", "bn"])), dtype, device)
-        elif name == "relative":
-            bidirectional = draw(st.booleans())
-            kw["relative"] = torch.randn(8, h, device=device), draw(st.integers(5, 40)), bidirectional
-        elif name == "softcap":
-            kw["softcap"] = 3.0
-        else:
-            kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
-    _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([16, 40, 64])), **kw)
+    drawn = draw_features(data.draw, device, queries=(10, 90), keys=(20, 150), side=(5, 60))
+    _padded(device, d=data.draw(st.sampled_from([16, 40, 64])), **drawn)
 
 
 def test_gradients_are_the_same_bits_whatever_the_order_of_warps(device):

@@ -7,6 +7,7 @@ import math
 import cuda_emulator
 import pytest
 import torch
+from attention_cases import bias_of, draw_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import OUTPUT, assert_as_accurate
@@ -56,13 +57,6 @@ def _padded(device, dtype, b=2, h=2, hk=None, sq=24, sk=40, d=32, **kw):
         torch.randn(b, s, n, d, device=device).to(dtype).transpose(1, 2) for n, s in ((h, sq), (hk, sk), (hk, sk))
     ]
     return _check(tf.scaled_dot_product_attention, tensors, kw)
-
-
-def _bias(axes, dtype, device="cpu"):
-    def make(b, h, sq, sk):
-        return torch.randn([n if a in axes else 1 for a, n in zip("bhmn", (b, h, sq, sk))], device=device).to(dtype)
-
-    return make
 
 
 CASES = {
@@ -129,7 +123,7 @@ def test_shared_memory_has_no_bank_conflicts(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bias(axes, dtype, device):
     data = torch.bfloat16 if dtype == torch.float32 else dtype
-    _padded(device, data, sq=20, sk=77, bias=_bias(axes, dtype, device))
+    _padded(device, data, sq=20, sk=77, bias=bias_of(axes, dtype, device))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -267,35 +261,8 @@ def test_opcheck(dtype, device):
 @given(data=st.data())
 def test_drawn_shapes_and_features(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # so that the data of each example can be reproduced
-    draw = data.draw
-    dtype = draw(st.sampled_from(HALF))
-    hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    h, sq, sk = hk * group, draw(st.integers(1, 150)), draw(st.integers(1, 150))
-    kw = {"is_causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        kw["causal_alignment"] = "bottom_right"
-    # Sorted, because the order of a set differs between runs.
-    features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
-    for name in sorted(draw(st.sets(st.sampled_from(features)))):
-        if name == "window":
-            side = st.none() | st.integers(0, 30)
-            kw["window"] = draw(side), draw(side)
-        elif name == "lengths":
-            kw["key_lengths"] = torch.tensor(draw(st.lists(st.integers(0, sk), min_size=b, max_size=b)), device=device)
-        elif name == "mask":
-            shape = [draw(st.sampled_from([1, n])) for n in (b, h, sq, sk)]
-            kw["attn_mask"] = torch.rand(shape, device=device) > 0.4
-        elif name == "bias":
-            kw["bias"] = _bias(draw(st.sampled_from(["bhmn", "hmn", "bmn", "mn", "bn"])), dtype, device)
-        elif name == "relative":
-            bidirectional = draw(st.booleans())
-            kw["relative"] = torch.randn(8, h, device=device), draw(st.integers(5, 40)), bidirectional
-        elif name == "softcap":
-            kw["softcap"] = 3.0
-        else:
-            kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
-    _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64, 100])), **kw)
+    drawn = draw_features(data.draw, device, queries=(1, 150), keys=(1, 150), side=(0, 30))
+    _padded(device, d=data.draw(st.sampled_from([3, 16, 40, 64, 100])), **drawn)
 
 
 @pytest.mark.quick

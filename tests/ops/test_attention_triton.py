@@ -7,7 +7,7 @@ import unittest.mock
 import pytest
 import torch
 import triton_interpreter
-from attention_cases import next_to_one_key
+from attention_cases import bias_of, draw_features, next_to_one_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
@@ -98,13 +98,6 @@ def _padded(device, dtype, b=2, h=2, hk=None, sq=24, sk=40, d=32, grads=True, **
     return _check(tf.scaled_dot_product_attention, tensors, kw, gradients)
 
 
-def _bias(axes, dtype, device="cpu"):
-    def make(b, h, sq, sk):
-        return torch.randn([n if a in axes else 1 for a, n in zip("bhmn", (b, h, sq, sk))], device=device).to(dtype)
-
-    return make
-
-
 CASES = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -137,7 +130,7 @@ def test_float32(case, device):
 
 @pytest.mark.parametrize("axes", ["bhmn", "hmn", "bn", "m", "bm", "n", ""])
 def test_bias_gradient_over_the_axes_it_broadcasts_along(axes, device):
-    _padded(device, torch.bfloat16, sq=20, bias=_bias(axes, torch.bfloat16, device))
+    _padded(device, torch.bfloat16, sq=20, bias=bias_of(axes, torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -293,7 +286,7 @@ DECODING = {
     "few_queries": {"sq": 5, "is_causal": True, "causal_alignment": "bottom_right", "h": 4, "hk": 2, "softcap": 4.0},
     "window": {"sq": 2, "window": (40, 0), "causal_alignment": "bottom_right", "key_lengths": torch.tensor([100, 0])},
     "biases": {
-        "sq": 2, "relative": (torch.randn(8, 2), 20, True), "bias": _bias("bhmn", torch.float16),
+        "sq": 2, "relative": (torch.randn(8, 2), 20, True), "bias": bias_of("bhmn", torch.float16),
         "attn_mask": lambda b, h, sq, sk: torch.rand(b, 1, 1, sk) > 0.3,
     },
 }  # fmt: skip
@@ -307,7 +300,7 @@ def test_decoding(case, splits, device, monkeypatch):
     monkeypatch.setattr(triton_attention, "splits_of", lambda *_: splits)
     kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in DECODING[case].items()}
     if device == "cuda" and case == "biases":
-        kw |= {"relative": (kw["relative"][0].cuda(), 20, True), "bias": _bias("bhmn", torch.float16, device)}
+        kw |= {"relative": (kw["relative"][0].cuda(), 20, True), "bias": bias_of("bhmn", torch.float16, device)}
         kw["attn_mask"] = lambda b, h, sq, sk: torch.rand(b, 1, 1, sk, device=device) > 0.3
     _padded(device, torch.float16, sk=100, d=40, grads=False, **kw)
 
@@ -328,38 +321,11 @@ def test_drawn_shapes_and_features(data):
     from transformer_fast.kernels import attention_configurations as configurations
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # so that the data of each example can be reproduced
-    draw = data.draw
-    dtype = draw(st.sampled_from(HALF))
-    hk, group, b = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    h, sq, sk = hk * group, draw(st.integers(1, 40)), draw(st.integers(1, 50))
-    kw = {"is_causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        kw["causal_alignment"] = "bottom_right"
-    # Sorted, because the order of a set differs between runs.
-    features = ["bias", "dropout", "lengths", "mask", "relative", "softcap", "window"]
-    for name in sorted(draw(st.sets(st.sampled_from(features)))):
-        if name == "window":
-            side = st.none() | st.integers(0, 30)
-            kw["window"] = draw(side), draw(side)
-        elif name == "lengths":
-            kw["key_lengths"] = torch.tensor(draw(st.lists(st.integers(0, sk), min_size=b, max_size=b)), device=device)
-        elif name == "mask":
-            shape = [draw(st.sampled_from([1, n])) for n in (b, h, sq, sk)]
-            kw["attn_mask"] = torch.rand(shape, device=device) > 0.4
-        elif name == "bias":
-            kw["bias"] = _bias(draw(st.sampled_from(["bhmn", "hmn", "bmn", "mn", "bn"])), dtype, device)
-        elif name == "relative":
-            bidirectional = draw(st.booleans())
-            kw["relative"] = torch.randn(8, h, device=device), draw(st.integers(5, 40)), bidirectional
-        elif name == "softcap":
-            kw["softcap"] = 3.0
-        else:
-            kw["dropout_p"] = draw(st.sampled_from([0.1, 0.6]))
-    config = configurations.Config(16, 32, 4, 1, columns=draw(st.sampled_from([None, 16])))
+    drawn = draw_features(data.draw, device, queries=(1, 40), keys=(1, 50), side=(0, 30))
+    config = configurations.Config(16, 32, 4, 1, columns=data.draw(st.sampled_from([None, 16])))
     small = unittest.mock.patch.object(configurations, "select", lambda kernel, shape: config)
     with contextlib.nullcontext() if device == "cuda" else small:
-        _padded(device, dtype, b=b, h=h, hk=hk, sq=sq, sk=sk, d=draw(st.sampled_from([3, 16, 40, 64])), **kw)
+        _padded(device, d=data.draw(st.sampled_from([3, 16, 40, 64])), **drawn)
 
 
 @pytest.mark.parametrize("case", ["plain", "bottom_right", "window", "softcap", "grouped_heads"])
@@ -378,7 +344,7 @@ def test_biases_and_dropout_with_head_dims_in_slices(axes, dtype, device, blocks
     kw = (
         {"relative": (torch.randn(8, 2, device=device), 12, True)}
         if axes is None
-        else {"bias": _bias(axes, dtype, device)}
+        else {"bias": bias_of(axes, dtype, device)}
     )
     _padded(device, dtype, d=24, key_lengths=torch.tensor([40, 13], device=device), dropout_p=0.2, **kw)
 
@@ -395,8 +361,8 @@ def test_wide_heads(kind, capability, device, monkeypatch):
         pytest.skip("a GPU has one capability")
     dtype = torch.float32 if capability == (9, 0) and kind == "relative" else torch.bfloat16
     kw = {
-        "bias": {"bias": _bias("bhmn", dtype, device)},
-        "broadcast": {"bias": _bias("mn", dtype, device)},
+        "bias": {"bias": bias_of("bhmn", dtype, device)},
+        "broadcast": {"bias": bias_of("mn", dtype, device)},
         "relative": {"relative": (torch.randn(8, 1, device=device), 12, True)},
     }[kind]
     _padded(device, dtype, b=1, h=1, sq=40, sk=70, d=130 if kind == "broadcast" else 256, **kw)
@@ -429,7 +395,7 @@ def test_shipped_tiles(case, d, dtype, device, monkeypatch):
     if case == "relative":
         kw["relative"] = torch.randn(8, 1, device=device), 100, True
     if case in ("bias", "broadcast"):
-        kw["bias"] = _bias("bhmn" if case == "bias" else "mn", dtype, device)
+        kw["bias"] = bias_of("bhmn" if case == "bias" else "mn", dtype, device)
     _padded(device, dtype, **{"b": 1, "h": 1, "sk": 300, "d": d, **kw})
 
 

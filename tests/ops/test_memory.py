@@ -48,6 +48,46 @@ def test_small_large_and_non_cpu_outputs_are_poisoned(monkeypatch):
     assert memory.empty((3,), torch.float32, torch.device("meta")).shape == (3,)
 
 
+def test_kept_memory_serves_the_next_loan():
+    kept = memory.Kept(1 << 20)
+    loan = memory.Loan(kept)
+    t, u = loan.empty((100, 8), torch.float32), loan.empty((0,), torch.int32)
+    assert t.shape == (100, 8) and t.dtype == torch.float32 and u.numel() == 0
+    first = t.data_ptr()
+    del loan
+    again = memory.Loan(kept)
+    larger, fits = again.empty((801,), torch.float32), again.empty((400, 3), torch.bfloat16)
+    assert fits.data_ptr() == first != larger.data_ptr()
+    assert memory.Loan(kept).empty((100, 8), torch.float32).data_ptr() != first  # lent already
+    again.give(fits)
+    one = memory.Loan(kept)
+    assert one.empty((399,), torch.float32).data_ptr() != first  # a block is no more than twice what is asked for
+    assert one.empty((400,), torch.float32).data_ptr() == first
+
+
+def test_no_more_than_the_limit_is_kept():
+    kept = memory.Kept(3000)
+    loan = memory.Loan(kept)
+    blocks = [loan.empty((size,), torch.uint8).data_ptr() for size in (1500, 1400, 1300, 5000)]
+    del loan
+    assert kept._blocks == []  # the last alone is more
+    loan = memory.Loan(kept)
+    blocks = [loan.empty((size,), torch.uint8).data_ptr() for size in (1500, 1400, 1300)]
+    del loan
+    assert [b.data_ptr() for b in kept._blocks] == blocks[1:]  # the longest unused has gone
+
+
+def test_kept_memory_is_poisoned_again(monkeypatch):
+    monkeypatch.setattr(memory, "_poison", True)
+    kept = memory.Kept()
+    for _ in range(2):
+        loan = memory.Loan(kept)
+        t = loan.empty((50,), torch.float32)
+        assert t.isnan().all()
+        t.fill_(1.0)
+        del t, loan
+
+
 def _pages_of_a_file(t: torch.Tensor) -> int:
     """The number of pages inside t that are resident pages of a file."""
     first, end = -(-t.data_ptr() // mmap.PAGESIZE), (t.data_ptr() + t.nbytes) // mmap.PAGESIZE

@@ -36,6 +36,7 @@ BAD = [
     ("/v1/embeddings", {"input": "cat", "model": "other"}, 404, "has 'embed', got 'other'"),
     ("/v1/completions", {"prompt": "cat", "max_tokens": 64}, 400, "and 64 new ones; the model takes 64"),
     ("/v1/completions", {"prompt": "cat", "max_tokens": 0}, 400, "greater than or equal to 1"),
+    ("/v1/completions", {"prompt": 3}, 400, "prompt: Input should be a valid string"),
     ("/v1/nothing", {"input": "cat"}, 404, "Not Found"),
 ]
 

@@ -3,10 +3,9 @@
 import torch
 
 from . import Backend, Call, gemm, memory, native, native_attention, relative_bias
-from .native_attention import unit_stride as _unit_stride
+from .memory import unit_stride, unit_stride_weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _ops = torch.ops.transformer_fast
 
 
@@ -43,7 +42,7 @@ class CpuBackend(Backend):
             drelative = relative.new_zeros((sequences, *relative.shape))
         grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
         _ops.cpu_attention_backward.default(
-            _unit_stride(grad_out), grad_lse, _unit_stride(out), lse.contiguous(),
+            unit_stride(grad_out), grad_lse, unit_stride(out), lse.contiguous(),
             *native_attention.arguments(spec, relative), dq, dk, dv, dbias, drelative,
         )  # fmt: skip
         if drelative is not None:
@@ -134,15 +133,15 @@ class CpuBackend(Backend):
     def bias_activation(self, x, bias, gate, activation) -> torch.Tensor:
         """bias_activation_forward without gradients, for contiguous tensors."""
         y = memory.empty_like(x)
-        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
+        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, native.ACTIVATIONS[activation], y)
         return y
 
     def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
-        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, _ACTIVATIONS[activation], y)
+        _ops.cpu_bias_activation_forward.default(x, _float(bias), gate, native.ACTIVATIONS[activation], y)
 
     def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
         _ops.cpu_bias_activation_backward.default(
-            grad, x, _float(bias), gate, _ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
+            grad, x, _float(bias), gate, native.ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
         )
 
     def dropout_forward(self, x, rng, p, y) -> None:
@@ -197,7 +196,7 @@ def gate_panels(weight: torch.Tensor) -> torch.Tensor:
     rows, width = weight.shape
     of_each = -(-width // _PANEL)
     panels = memory.empty((rows // width * of_each, width, _PANEL), torch.float32, weight.device)
-    weight = _unit_stride(weight.detach())
+    weight = unit_stride_weight(weight.detach())
     if width % _PANEL == 0:
         _ops.cpu_to_panels.default(weight, panels)
     else:
@@ -210,7 +209,7 @@ def back_panels(weight: torch.Tensor) -> torch.Tensor:
     """The same weight (G * H, H) transposed, as panels, for the backward steps."""
     rows, width = weight.shape
     panels = memory.empty((-(-width // _PANEL), rows, _PANEL), torch.float32, weight.device)
-    _ops.cpu_to_panels.default(_unit_stride(weight.detach()).t(), panels)
+    _ops.cpu_to_panels.default(unit_stride_weight(weight.detach()).t(), panels)
     return panels
 
 
@@ -231,7 +230,7 @@ def _states_before(spec, out: torch.Tensor) -> torch.Tensor:
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
     """A weight with unit stride along its rows, in a dtype that the decoding step reads; a copy only where needed."""
-    return _unit_stride(weight.detach().float() if weight.dtype == torch.float16 else weight.detach())
+    return unit_stride_weight(weight.detach().float() if weight.dtype == torch.float16 else weight.detach())
 
 
 _TILE = 64  # queries: kAttentionQueries of csrc/cpu/attention.hpp

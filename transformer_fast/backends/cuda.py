@@ -12,6 +12,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The native op that each op needs in the compiled library.
 _NATIVE: dict[str, str] = {
     "attention": "cuda_attention_forward",
+    "bias_activation": "cuda_bias_activation_forward",
     "norm": "cuda_norm_forward",
     "rotary_embedding": "cuda_rotary",
 }
@@ -129,6 +130,14 @@ class CudaBackend(Backend):
             _dense(spec.rng), spec.dropout_p, grad_v, grad_x, grad_weight,
             grad_bias,
         )  # fmt: skip
+
+    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
+        _ops.cuda_bias_activation_forward.default(x, _parameter(bias, x.dtype), gate, native.ACTIVATIONS[activation], y)
+
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
+        _ops.cuda_bias_activation_backward.default(
+            grad, x, _parameter(bias, x.dtype), gate, native.ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
+        )
 
     def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
         _ops.cuda_rotary.default(x, cos, sin, positions, interleaved, inverse, y)

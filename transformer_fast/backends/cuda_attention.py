@@ -3,7 +3,7 @@
 import torch
 
 from . import memory, native_attention, relative_bias
-from .native_attention import unit_stride
+from .memory import unit_stride
 from .philox import threshold
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -1,9 +1,11 @@
 """Allocates the outputs of the ops, so that tests can poison all of them and large outputs get large pages."""
 
 import ctypes
+import math
 import mmap
 import os
 import sys
+import threading
 
 import torch
 
@@ -27,6 +29,17 @@ if _mremap is not None and _munmap is not None:
     _mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
     _mremap.restype = ctypes.c_void_p
     _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+def unit_stride(t: torch.Tensor) -> torch.Tensor:
+    """t with unit stride along its last axis, or a single element there; copied if necessary."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def unit_stride_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (out, in) with unit stride along its rows; copied if necessary. This holds for rows of one element too:
+    the kernels take a weight with any other stride there for a transposed one."""
+    return weight if weight.stride(-1) == 1 else weight.contiguous()
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:
@@ -54,6 +67,59 @@ def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
     if _poison:
         out.fill_(float("nan"))
     return out
+
+
+class Kept:
+    """CPU memory that stays with the process between the calls that need it: the system takes longer to hand out fresh
+    pages than a call to write to them.
+
+    most: bytes to keep while nobody uses them. What has been unused for longest goes first.
+    """
+
+    def __init__(self, most: int = 64 << 20):
+        self.most = most
+        self._blocks: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> torch.Tensor:
+        """Uninitialised uint8 memory of at least `size` bytes, until it is given back."""
+        with self._lock:
+            fits = [i for i, block in enumerate(self._blocks) if size <= block.nbytes <= 2 * size]
+            if fits:
+                return self._blocks.pop(fits[-1])
+        return empty((size,), torch.uint8, torch.device("cpu"))
+
+    def give(self, block: torch.Tensor) -> None:
+        with self._lock:
+            self._blocks.append(block)
+            while sum(b.nbytes for b in self._blocks) > self.most:
+                del self._blocks[0]
+
+
+class Loan:
+    """Tensors in memory of a Kept. Their memory goes back to it with the loan: nobody may read them after that."""
+
+    def __init__(self, kept: Kept):
+        self._kept = kept
+        self._blocks: dict[int, torch.Tensor] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As empty, on the CPU."""
+        size = dtype.itemsize * math.prod(shape)
+        block = self._kept.take(max(size, 1))
+        self._blocks[block.data_ptr()] = block
+        out = block[:size].view(dtype).view(shape)
+        if _poison and out.is_floating_point():
+            out.fill_(float("nan"))
+        return out
+
+    def give(self, t: torch.Tensor) -> None:
+        """Give back the memory of t, made by empty."""
+        self._kept.give(self._blocks.pop(t.data_ptr()))
+
+    def __del__(self):
+        for block in self._blocks.values():
+            self._kept.give(block)
 
 
 def _use_large_pages(out: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from .source_hash import source_hash
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 _LIBRARY = pathlib.Path(os.environ.get("TRANSFORMER_FAST_LIBRARY") or _PACKAGE / "_C.abi3.so")
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Activation in csrc/cpu/activation.hpp
 _NOTE = _PACKAGE / "_native_missing.txt"  # setup.py writes here why it built no library
 
 
@@ -100,10 +101,16 @@ def current_isa() -> str:
     return _current
 
 
+def multiplies_bfloat16() -> bool:
+    """True if the instruction set in use multiplies bfloat16."""
+    return current_isa() in _MULTIPLIES_BFLOAT16
+
+
 INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 # Each instruction set, and the widest instruction set of the int8 kernels that may run with it.
 _INT8_WIDEST = {"baseline": "baseline", "avx2": "avx_vnni", "avx512": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
 ISAS = tuple(_INT8_WIDEST)
+_MULTIPLIES_BFLOAT16 = ("avx512_bf16",)
 _INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # per torch capability; else all
 _current_int8 = ""
 

@@ -23,8 +23,3 @@ def arguments(spec: AttentionSpec, relative_bias: torch.Tensor | None) -> tuple:
         if bias.dtype not in _DTYPES:
             bias = bias.to(torch.float32)
     return _fields(spec._replace(bias=bias, relative_bias=relative_bias))
-
-
-def unit_stride(t: torch.Tensor) -> torch.Tensor:
-    """t, or a contiguous copy if its last stride is not 1."""
-    return t if t.stride(-1) == 1 else t.contiguous()

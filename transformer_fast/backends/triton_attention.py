@@ -13,6 +13,7 @@ from ..kernels.attention_bias_backward import _attention_backward_bias_kernel
 from ..kernels.attention_decode import _attention_combine_kernel, _attention_decode_kernel
 from ..kernels.attention_forward import _attention_forward_kernel
 from . import relative_bias, triton_launch
+from .memory import unit_stride
 from .philox import keep_scale, threshold
 from .specs import AttentionSpec, layout
 
@@ -287,7 +288,7 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
 
 def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
     """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller)."""
-    out, grad_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (out, grad_out))
+    out, grad_out = unit_stride(out), unit_stride(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     bucket = None if dtable is None else relative_bias.buckets(spec)[1]
     inputs = (*_inputs(spec), grad_out, grad_lse, out, lse.contiguous(), dq, dk, dv, dbias, dtable, bucket)

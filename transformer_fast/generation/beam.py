@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .._transformers import end_tokens, pad_token
-from .processors import in_place
+from .processors import in_place, known_rules
 from .rows import LiveRows
 from .sample import Record
 from .stepper import Stepper
@@ -49,7 +49,12 @@ def _continuations(log_probs, running, k: int, do_sample: bool):
         scores, index = torch.topk(total, k)
         return scores, index // vocabulary, index % vocabulary
     # The k best continuations of a prompt are among the k best of each of its beams.
-    best, tokens = top_values(log_probs, k)
+    return _best_of_beams(*top_values(log_probs, k), running)
+
+
+def _best_of_beams(best, tokens, running):
+    """What _continuations returns, from the k best tokens of each beam: best, tokens (B * K, k)."""
+    (batch, beams), k = running.shape, best.shape[-1]
     total = (best.view(batch, beams, k) + running[:, :, None]).view(batch, -1)
     scores, index = torch.topk(total, k)
     return scores, index // k, tokens.view(batch, -1).gather(1, index)
@@ -90,13 +95,13 @@ class _Search:
         self.chosen: torch.Tensor  # (g, n), the tokens that the last call of extend chose
         self.offset = (torch.arange(self.count, device=device) * n)[:, None]
 
-    def extend(self, groups: slice, log_probs: torch.Tensor, length: int, hits: Any) -> tuple[torch.Tensor, ...]:
+    def extend(self, groups: slice, continuations: tuple, length: int, hits: Any) -> tuple[torch.Tensor, ...]:
         """Replace the running beams of `groups` by their best continuations.
 
-        log_probs: (g * n, V). hits(ids): (rows, length + 1) -> (rows,) bool, True for rows that are finished. Returns
-        scores, ids, origins and finished flags of the k best continuations, (g, k, ...) each.
+        continuations: the result of _continuations. hits(ids): (rows, length + 1) -> (rows,) bool, True for rows that
+        are finished. Returns scores, ids, origins and finished flags of the k best continuations, (g, k, ...) each.
         """
-        top, beam, token = _continuations(log_probs, self.running[groups], self.k, self.config.do_sample)
+        top, beam, token = continuations
         top_ids = _select(self.running_ids[groups], beam)
         top_ids[:, :, length] = token
         top_from = _select(self.running_from[groups], beam)
@@ -141,22 +146,31 @@ def beam_search(
     Source: the rules for finishing are those of HF's GenerationMixin._beam_search; Vijayakumar et al., Diverse Beam
     Search, 2016, with Hamming diversity.
     """
-    processors, beams = in_place(processors), config.num_beams
-    groups = config.num_beam_groups or 1
+    rules, processors = known_rules(processors), in_place(processors)
+    beams, groups = config.num_beams, config.num_beam_groups or 1
     search, batch, length = _Search(input_ids, groups, config), len(input_ids) // beams, input_ids.shape[1]
     live = LiveRows(stepper, batch * beams, fixed=record.active or config.do_sample)
     logits = stepper.start().repeat_interleave(beams, 0)
+    alike = groups == 1 and not config.do_sample and not record.active and logits.shape[1] >= 2 * search.k
+    best = None  # of each beam, where the stepper ranks them
+
+    def hits(ids):
+        return criteria(ids, record.scores)
+
     while True:
-        flat_ids = search.running_ids[:, :, :length].flatten(0, 1)
-        raw = logits.to(torch.float32, copy=True) if record.active else None
-        logits = logits.to(torch.float32)
-        # In place, as fresh memory would cost page faults.
-        log_probs = processors(flat_ids, torch.log_softmax(logits, -1, out=logits))
-        if raw is not None:
-            record.add(raw, log_probs.clone())
         found = []
-        for part, scores in _turns(search, log_probs, groups):
-            found.append(search.extend(part, scores, length, lambda ids: criteria(ids, record.scores)))
+        if best is not None:
+            found.append(search.extend(slice(None), _best_of_beams(*best, search.running), length, hits))
+        else:
+            flat_ids = search.running_ids[:, :, :length].flatten(0, 1)
+            raw = logits.to(torch.float32, copy=True) if record.active else None
+            logits = logits.to(torch.float32)
+            log_probs = processors(flat_ids, torch.log_softmax(logits, -1, out=logits))  # fresh memory would cost more
+            if raw is not None:
+                record.add(raw, log_probs.clone())
+            for part, scores in _turns(search, log_probs, groups):
+                chosen = _continuations(scores, search.running[part], search.k, config.do_sample)
+                found.append(search.extend(part, chosen, length, hits))
         top, top_ids, top_from, hit = found[0]
         if groups > 1:
             top, top_ids, top_from, hit = (torch.stack(t, 1).flatten(0, 1) for t in zip(*found))
@@ -168,7 +182,11 @@ def beam_search(
         if not bool(go_on):
             break
         live.drop(search.over.view(batch, groups).all(1).repeat_interleave(beams))
-        logits = live.step(search.running_ids[:, :, length - 1].flatten())
+        tokens = search.running_ids[:, :, length - 1].flatten()
+        ranks = alike and rules is not None and rules.forced(length) is None
+        best = live.rank(tokens, search.k, rules.barred(length)) if ranks else None
+        if best is None:
+            logits = live.step(tokens)
 
     n = config.num_return_sequences
     scores, order = search.scores.view(batch, beams).sort(dim=-1, descending=True, stable=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..backends.memory import Kept
 from ..ops.decoder_step import DecoderCopies
 from ..ops.head_screen import HeadScreen
 
@@ -20,13 +21,14 @@ class DecoderState:
 
     storage: (dtype, whether to copy) from set_weight_storage, or None. copies, screen: the weight copies and the head
     screen of the last generation. made: the caches that transformers created for calls of generate, as opposed to
-    caches that a user passed.
+    caches that a user passed. memory: for the caches of native steps, kept between generations.
     """
 
     storage: tuple[torch.dtype | None, bool] | None = None
     copies: DecoderCopies | None = None
     screen: HeadScreen | None = None
     made: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+    memory: Kept = field(default_factory=Kept)
 
     def __deepcopy__(self, memo) -> "DecoderState":
         return DecoderState()

@@ -4,6 +4,7 @@ A model family describes its decoder by a StepDescription; this module is the sa
 step cannot run, why_not gives the reason, and the next stepper is tried.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from ..layers.projection import linear, projections, reading_copies
 from ..ops.decoder_step import DecoderCache, DecoderWeights
 from .cache import StepCache
+from .decoder_state import decoder_state
 from .described_step import DescribedStepper
 from .model_step import ModelStepper
 from .prompts import encoder_states, kept_columns
@@ -61,7 +63,8 @@ class NativeStepper(DescribedStepper):
         length = prompt.input_ids.shape[1]
         states = encoder_states(prompt)
         shape = None if states is None else (states.shape[0], states.shape[1])
-        cache = self._cache = DecoderCache(weights, prompt.rows, self._room(length), shape)
+        kept = decoder_state(self._model).memory
+        cache = self._cache = DecoderCache(weights, prompt.rows, self._room(length), shape, kept)
         mask = kept_columns(prompt)
         if states is not None:
             self._load_encoder(cache, states)
@@ -80,15 +83,26 @@ class NativeStepper(DescribedStepper):
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._append(self._cache.step, tokens)
+
+    def choose(self, tokens: torch.Tensor, barred: torch.Tensor | None) -> torch.Tensor | None:
+        if not self._cache.weights.can_choose:
+            return None
+        return self._append(self._cache.choose, tokens, barred)
+
+    def rank(self, tokens: torch.Tensor, count: int, barred: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._append(self._cache.rank, tokens, count, barred)
+
+    def _append(self, step: Callable[..., Any], tokens: torch.Tensor, *more: Any) -> Any:
         cache, positions = self._cache, self._positions
         if positions is None:
-            return cache.step(tokens, None)
+            return step(tokens, None, *more)
         self._check_position()
         cache.cover(self._last + self._description.position_offset + 1)
-        logits = cache.step(tokens, self._description.positions(tokens, positions))
+        found = step(tokens, self._description.positions(tokens, positions), *more)
         positions += 1
         self._last += 1
-        return logits
+        return found
 
     def reorder(self, index: torch.Tensor) -> None:
         self._cache.reorder(index)

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import logits_process as hf
 
-__all__ = ["barred_tokens", "in_place"]
+__all__ = ["Rules", "bar", "in_place", "known_rules"]
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Bars = Callable[[int], Any]  # length so far -> the tokens that are excluded now, or None
@@ -28,20 +28,60 @@ def in_place(processors: Any) -> Any:
     return run
 
 
-def barred_tokens(processors: Any) -> Callable[[int], torch.Tensor | None] | None:
-    """A function of the length so far that returns the tokens, int64 (n,), which the processors exclude, or None for no
-    tokens. The result is None if a processor does anything else, because that needs all scores."""
-    if not processors:
-        return lambda length: None
-    if type(processors) is not hf.LogitsProcessorList or not all(type(p) in _BARS for p in processors):
-        return None
-    bars = [_BARS[type(p)](p) for p in processors]
+class Rules(NamedTuple):
+    """The effect of processors that depend on nothing but the length.
 
+    barred: length so far -> the tokens that are excluded now, int64 (n,), or None for no tokens. forced: length so far
+    -> the only tokens that are allowed now, with equal scores, or None if the logits decide.
+    """
+
+    barred: Bars
+    forced: Bars
+
+
+def known_rules(processors: Any) -> Rules | None:
+    """The rules of processors that are exactly of the classes known here. The result is None if there is any other
+    processor, because that needs all scores."""
+    if not processors:
+        return Rules(_nothing, _nothing)
+    if type(processors) is not hf.LogitsProcessorList or not all(type(p) in {**_BARS, **_FORCES} for p in processors):
+        return None
+    bars = [_BARS[type(p)](p) for p in processors if type(p) in _BARS]
+    forces = [_FORCES[type(p)](p) for p in processors if type(p) in _FORCES]
+    if any(type(p) in _BARS for p in processors[len(bars) :]):  # it would exclude what is forced
+        return None
+    return Rules(_all_of(bars), _last_of(forces))
+
+
+def _nothing(length: int) -> None:
+    return None
+
+
+def _all_of(bars: list[Bars]) -> Bars:
     def run(length: int) -> torch.Tensor | None:
         found = [_as_tokens(tokens) for bar in bars if (tokens := bar(length)) is not None]
         return torch.cat(found) if found else None
 
     return run
+
+
+def _last_of(forces: list[Bars]) -> Bars:
+    def run(length: int) -> torch.Tensor | None:
+        found = [_as_tokens(tokens) for force in forces if (tokens := force(length)) is not None]
+        return found[-1] if found else None
+
+    return run
+
+
+def bar(scores: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """Set the scores (rows, V) of tokens to -inf, in place. Tokens outside [0, V) are ignored, as in HF."""
+    if tokens is None:
+        return scores
+    if scores.device.type == "cpu":
+        tokens = tokens[(tokens >= 0) & (tokens < scores.shape[1])]
+        return scores.index_fill_(1, tokens, -math.inf)
+    every = torch.arange(scores.shape[1], device=scores.device)  # without a wait for the device
+    return scores.masked_fill_(torch.isin(every, tokens.to(scores.device)), -math.inf)
 
 
 def _as_tokens(tokens: Any) -> torch.Tensor:
@@ -51,7 +91,7 @@ def _as_tokens(tokens: Any) -> torch.Tensor:
 def _barring(bars: Bars) -> Processor:
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = bars(ids.shape[-1])
-        return scores if tokens is None else scores.index_fill_(1, _as_tokens(tokens).to(scores.device), -math.inf)
+        return scores if tokens is None else bar(scores, _as_tokens(tokens))
 
     return process
 
@@ -68,4 +108,18 @@ def _min_new_tokens(p: Any) -> Bars:
 _BARS: dict[type, Callable[[Any], Bars]] = {
     hf.MinLengthLogitsProcessor: _min_length,
     hf.MinNewTokensLengthLogitsProcessor: _min_new_tokens,
+}
+
+
+def _forced_end(p: Any) -> Bars:
+    return lambda length: p.eos_token_id if length == p.max_length - 1 else None
+
+
+def _forced_beginning(p: Any) -> Bars:
+    return lambda length: p.bos_token_id if length == 1 else None
+
+
+_FORCES: dict[type, Callable[[Any], Bars]] = {
+    hf.ForcedBOSTokenLogitsProcessor: _forced_beginning,
+    hf.ForcedEOSTokenLogitsProcessor: _forced_end,
 }

@@ -59,6 +59,21 @@ class LiveRows:
         found = choose(tokens[self.index], barred)
         return None if found is None else torch.zeros_like(tokens).index_copy_(0, self.index, found)
 
+    def rank(
+        self, tokens: torch.Tensor, count: int, barred: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The stepper's rank over the whole batch, or None if it has none. What finished rows get is for nobody."""
+        rank: Any = getattr(self.stepper, "rank", None)
+        if rank is None:
+            return None
+        if self.index is None:
+            return rank(tokens, count, barred)
+        values, found = rank(tokens[self.index], count, barred)
+        return (
+            values.new_zeros(self.rows, count).index_copy_(0, self.index, values),
+            found.new_zeros(self.rows, count).index_copy_(0, self.index, found),
+        )
+
     def reorder(self, index: torch.Tensor) -> None:
         """Let row r continue from row index[r] of the same block of beams."""
         if self.index is not None:

@@ -7,7 +7,8 @@ import torch
 
 from .._transformers import cached, pad_token
 from .cache import as_hugging_face
-from .processors import barred_tokens, in_place
+from .greedy import greedy, known_ends
+from .processors import in_place, known_rules
 from .rows import LiveRows
 from .stepper import Stepper
 
@@ -59,20 +60,19 @@ def sample(
     Finished rows are filled with config's pad token. Processors and draws see the whole batch, however few rows are
     still computed, so that the draws equal HF's.
     """
-    bars = None if config.do_sample or record.active else barred_tokens(processors)
+    rules = None if config.do_sample or record.active else known_rules(processors)
+    pad, known = pad_token(config), known_ends(criteria)
+    if rules is not None and known is not None and input_ids.device.type == "cpu":
+        return greedy(stepper, input_ids, copies, rules, known, pad, streamer)
     processors = in_place(processors)
-    pad = pad_token(config)
     ends = any(hasattr(c, "eos_token_id") for c in criteria)
     plain = not processors and not config.do_sample and not record.active
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     live = LiveRows(stepper, len(input_ids), fixed=record.active or not ends)
-    chosen = None
     logits = stepper.start()
     logits = logits if copies == 1 else logits.repeat_interleave(copies, 0)
     while True:
-        if chosen is not None:
-            tokens = chosen
-        elif plain:
+        if plain:
             tokens = logits.argmax(-1)
         else:
             logits = logits.to(torch.float32, copy=record.logits is not None)
@@ -90,9 +90,7 @@ def sample(
             break
         if ends:
             live.drop(unfinished == 0)
-        chosen = None if bars is None else live.choose(tokens, bars(input_ids.shape[1]))
-        if chosen is None:
-            logits = live.step(tokens)
+        logits = live.step(tokens)
     if streamer is not None:
         streamer.end()
     return input_ids

@@ -43,6 +43,8 @@ class Stepper(Protocol):
     A stepper may also have choose(tokens, barred) -> (rows,) int64 or None. It is like step, but returns the token with
     the largest logit per row (the first of equal ones), except for tokens in `barred` (int64, or None). It returns
     None, and does nothing, if the caller must use step instead.
+    It may also have rank(tokens, count, barred) -> (float32, int64), (rows, count) each. It is like step, but returns
+    the largest log-probabilities per row, largest first, and their tokens. Tokens in `barred` have -inf.
     """
 
     def __init__(self, model: Any, prompt: Prompt): ...

@@ -259,32 +259,32 @@ class Heads(ModelMixin):
         """The linear layer that scores each token."""
         return self.score
 
-    def _source(self, inputs: dict) -> torch.Tensor:
+    def _source(self, inputs: Inputs) -> torch.Tensor:
         width = self.get_input_embeddings().embedding_dim
-        return check_inputs(inputs["input_ids"], inputs["inputs_embeds"], width)
+        return check_inputs(inputs.input_ids, inputs.inputs_embeds, width)
 
-    def _classify(self, inputs: dict, labels, kwargs: dict):
+    def _classify(self, inputs: Inputs, labels, kwargs: dict):
         loss, logits, encoded = classify_last(self, inputs, self.base_model, labels, kwargs)
         output = SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()
         )
         return self._finish(output, kwargs)
 
-    def _classify_tokens(self, inputs: dict, labels, kwargs: dict):
+    def _classify_tokens(self, inputs: Inputs, labels, kwargs: dict):
         labels = per_position(labels, self._source(inputs))
-        encoded = self.base_model(**inputs, want=Want(read=is_labelled(labels)), **kwargs)
+        encoded = self.base_model(**inputs.given(), want=Want(read=is_labelled(labels)), **kwargs)
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
         logits = encoded.unpadding.pad(linear(self._token_head(), rows))
         loss = None if labels is None else token_loss(logits, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
-    def _find_spans(self, inputs: dict, labels, kwargs: dict):
+    def _find_spans(self, inputs: Inputs, labels, kwargs: dict):
         """start_logits and end_logits at padding are the dtype's lowest number, so that no argmax picks it. With labels
         padding is computed, because HF's loss includes it."""
         source = self._source(inputs)
         scored = labels is not None
         read = every_position(source) if scored else None
-        encoded = self.base_model(**inputs, want=Want(read=read), **kwargs)
+        encoded = self.base_model(**inputs.given(), want=Want(read=read), **kwargs)
         start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.unpadding)
         loss = span_loss(start, end, *labels) if scored else None
         return self._finish(
@@ -330,16 +330,16 @@ def causal_forward(hf_class: Any):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ):
-        inputs = _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
         if _is_for_hf(self._body(), attention_mask, past_key_values):
-            inputs[CACHE_NAME] = inputs.pop("past_key_values")
-            return hf_class.forward(
-                self, **inputs, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
-            )
+            kwargs = kwargs | {CACHE_NAME: past_key_values, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+            return hf_class.forward(self, **inputs.given(), labels=labels, **kwargs)
         source = self._source(inputs)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         want = Want(read=kept_positions(source, logits_to_keep, shifted))
-        encoded = self.base_model(**inputs, use_cache=use_cache, want=want, **kwargs)
+        encoded = self.base_model(
+            **inputs.given(), past_key_values=past_key_values, use_cache=use_cache, want=want, **kwargs
+        )
         softcap = self.logits_softcap()
         scored = None if softcap else labels  # with a softcap, the loss is computed below, on the capped logits
         loss, logits = causal_logits(self, encoded, logits_to_keep, scored, shifted, kwargs)
@@ -372,8 +372,8 @@ def head_forward(hf_class: Any, compute, *, spans: bool = False):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        inputs = _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        return compute(self, inputs | {"use_cache": use_cache}, labels, kwargs)
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
+        return compute(self, inputs, labels, kwargs | {"past_key_values": past_key_values, "use_cache": use_cache})
 
     @public_forward(hf_class.forward)
     def spanned(
@@ -387,15 +387,9 @@ def head_forward(hf_class: Any, compute, *, spans: bool = False):
         end_positions: torch.Tensor | None = None,
         **kwargs,
     ):
-        inputs = _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        inputs = Inputs(input_ids, attention_mask, None, position_ids, inputs_embeds)
         whole = start_positions is not None and end_positions is not None
-        return compute(self, inputs, (start_positions, end_positions) if whole else None, kwargs)
+        labels = (start_positions, end_positions) if whole else None
+        return compute(self, inputs, labels, kwargs | {"past_key_values": past_key_values})
 
     return spanned if spans else labelled
-
-
-def _inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds) -> dict:
-    return {
-        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-        "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
-    }  # fmt: skip

@@ -66,21 +66,19 @@ class GPTBase(Stack, ModelMixin):
         )  # fmt: skip
 
 
-def flatten_leading(kwargs: dict) -> tuple[torch.Size | None, dict]:
+def flatten_leading(inputs: Inputs) -> tuple[torch.Size | None, Inputs]:
     """Flatten inputs (..., S), as multiple choice heads pass them, to (B, S). Returns the leading shape, or None where
     it has one dimension, and the inputs."""
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    ids, embeds = inputs.input_ids, inputs.inputs_embeds
     source, trailing = (ids, 1) if ids is not None else (embeds, 2)
     if source is None or source.dim() <= trailing + 1:
-        return None, kwargs
-    leading = source.shape[:-trailing]
-    kept = {"input_ids": 1, "attention_mask": 1, "token_type_ids": 1, "position_ids": 1, "inputs_embeds": 2}
-    found = dict(kwargs)
-    for name, dims in kept.items():
-        t = kwargs.get(name)
-        if t is not None and t.dim() == len(leading) + dims:
+        return None, inputs
+    leading, found = source.shape[:-trailing], {}
+    for name, t in inputs.given().items():
+        dims = 2 if name == "inputs_embeds" else 1
+        if t.dim() == len(leading) + dims:
             found[name] = t.reshape(-1, *t.shape[-dims:])
-    return leading, found
+    return leading, inputs._replace(**found)
 
 
 def flatten_labels(leading: torch.Size | None, labels: torch.Tensor | None, kwargs: dict):
@@ -126,15 +124,15 @@ def _like(labels: torch.Tensor, unpadding: Unpadding) -> torch.Tensor:
     return labels
 
 
-def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict):
+def classify_last(model: Any, inputs: Inputs, run: Callable, labels, kwargs: dict):
     """Classify by the last token that is not config.pad_token_id; without a pad_token_id, by the last column. Returns
     (loss, logits, encoded).
 
     Only those positions go through the head. Raises ValueError for a batch without a pad_token_id.
     """
     ops.parallel.refuse(f"{type(model).__name__}: the last token", "classify with whole sequences")
-    config, input_ids = model.config, inputs["input_ids"]
-    source = check_inputs(input_ids, inputs["inputs_embeds"], model.get_input_embeddings().embedding_dim)
+    config, input_ids = model.config, inputs.input_ids
+    source = check_inputs(input_ids, inputs.inputs_embeds, model.get_input_embeddings().embedding_dim)
     (batch, length), device = source.shape[:2], source.device
     if not length:
         raise ValueError(f"input_ids: wanted at least one position to classify, got shape {tuple(source.shape)}")
@@ -148,7 +146,7 @@ def classify_last(model: Any, inputs: dict, run: Callable, labels, kwargs: dict)
             f"{type(model).__name__} cannot see padding in inputs_embeds: the last column is classified"
         )
     read = torch.arange(length, device=device) == last[:, None]
-    encoded = run(want=Want(read=read), **inputs, **kwargs)
+    encoded = run(want=Want(read=read), **inputs.given(), **kwargs)
     logits = linear(model.score, _at(encoded, last))
     return (None if labels is None else classification_loss(config, logits, labels)), logits, encoded
 
@@ -162,18 +160,18 @@ def _at(encoded: Encoded, column: torch.Tensor) -> torch.Tensor:
     return rows.index_select(0, torch.searchsorted(unpadding.index, batch * unpadding.length + column))
 
 
-def double_heads(model: Any, inputs: dict, run: Callable, mc_token_ids, labels, mc_labels, kwargs: dict):
+def double_heads(model: Any, inputs: Inputs, run: Callable, mc_token_ids, labels, mc_labels, kwargs: dict):
     """Language modelling and multiple choice on inputs (..., S): returns (loss, mc_loss, logits (..., S, V),
     mc_logits (...), encoded)."""
     ops.parallel.refuse(f"{type(model).__name__}: a choice's token", "run it on whole sequences")
     leading, flat = flatten_leading(inputs)
-    source = check_inputs(flat["input_ids"], flat["inputs_embeds"], model.config.hidden_size)
+    source = check_inputs(flat.input_ids, flat.inputs_embeds, model.config.hidden_size)
     batch, length = source.shape[:2]
     leading = leading or source.shape[:1]
     shifted = None if labels is None else shifted_labels(labels.reshape(-1, labels.shape[-1]), None)
     read, head = is_labelled(shifted), model.multiple_choice_head
     summarised = _summarised(head.summary_type, mc_token_ids, batch, length, source.device)
-    encoded = run(want=Want(read=summarised if read is None else read | summarised), **flat, **kwargs)
+    encoded = run(want=Want(read=summarised if read is None else read | summarised), **flat.given(), **kwargs)
     rows = linear(model.lm_head, encoded.rows)
     loss = mc_loss = None
     if shifted is not None:

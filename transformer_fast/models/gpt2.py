@@ -128,14 +128,12 @@ class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
         **kwargs,
     ):
         want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        leading, inputs = flatten_leading(inputs)
+        leading, inputs = flatten_leading(
+            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
         past_key_values, use_cache = self._cache(past_key_values, use_cache)
         context = Context(past_key_values, use_cache, encoder_hidden_states, encoder_attention_mask)
-        encoded = run_stack(self, Inputs(**inputs), want or Want(), kwargs, context)  # type: ignore[arg-type]
+        encoded = run_stack(self, inputs, want or Want(), kwargs, context)
         if want is not None:
             return encoded
         states = encoded.restored()
@@ -182,15 +180,14 @@ class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadMode
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ):
-        leading, inputs = flatten_leading({
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        })  # fmt: skip
+        leading, inputs = flatten_leading(
+            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
         labels, kwargs = flatten_labels(leading, labels, kwargs)
-        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.n_embd)
+        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, self.config.n_embd)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         encoded = self.transformer(
-            **inputs, past_key_values=past_key_values, encoder_hidden_states=encoder_hidden_states,
+            **inputs.given(), past_key_values=past_key_values, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask, use_cache=use_cache,
             want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
         )  # fmt: skip
@@ -224,11 +221,8 @@ class GPT2DoubleHeadsModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2Doubl
         use_cache: bool | None = None,
         **kwargs,
     ):
-        inputs = {
-            "input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        }  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        kwargs = kwargs | {"past_key_values": past_key_values, "use_cache": use_cache}
         loss, mc_loss, logits, mc_logits, encoded = double_heads(
             self, inputs, self.transformer, mc_token_ids, labels, mc_labels, kwargs
         )
@@ -257,11 +251,8 @@ class GPT2ForSequenceClassification(_GPT2Mixin, hf.GPT2ForSequenceClassification
         use_cache: bool | None = None,
         **kwargs,
     ):
-        inputs = {
-            "input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        }  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        kwargs = kwargs | {"past_key_values": past_key_values, "use_cache": use_cache}
         loss, logits, encoded = classify_last(self, inputs, self.transformer, labels, kwargs)
         return self._finish(
             SequenceClassifierOutputWithPast(

@@ -104,13 +104,11 @@ class OpenAIGPTModel(GPTBase, _OpenAIGPTMixin, hf.OpenAIGPTModel):
     ):
         """Unlike HF's, it can use a cache: with past_key_values or use_cache=True."""
         want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        leading, inputs = flatten_leading(inputs)
+        leading, inputs = flatten_leading(
+            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
         context = Context(*decoding_cache(self, past_key_values, bool(use_cache)))
-        encoded = run_stack(self, Inputs(**inputs), want or Want(), kwargs, context)  # type: ignore[arg-type]
+        encoded = run_stack(self, inputs, want or Want(), kwargs, context)
         if want is not None:
             return encoded
         states = encoded.restored()
@@ -155,15 +153,14 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
         use_cache: bool | None = None,
         **kwargs,
     ):
-        leading, inputs = flatten_leading({
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        })  # fmt: skip
+        leading, inputs = flatten_leading(
+            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
         labels, kwargs = flatten_labels(leading, labels, kwargs)
-        source = check_inputs(inputs["input_ids"], inputs["inputs_embeds"], self.config.n_embd)
+        source = check_inputs(inputs.input_ids, inputs.inputs_embeds, self.config.n_embd)
         shifted = shifted_labels(labels, kwargs.get("shift_labels"))
         encoded = self.transformer(
-            **inputs, past_key_values=past_key_values, use_cache=use_cache,
+            **inputs.given(), past_key_values=past_key_values, use_cache=use_cache,
             want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
         )  # fmt: skip
         loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
@@ -192,10 +189,7 @@ class OpenAIGPTDoubleHeadsModel(_OpenAIGPTMixin, hf.OpenAIGPTDoubleHeadsModel):
         mc_labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         loss, mc_loss, logits, mc_logits, encoded = double_heads(
             self, inputs, self.transformer, mc_token_ids, labels, mc_labels, kwargs
         )
@@ -221,9 +215,6 @@ class OpenAIGPTForSequenceClassification(_OpenAIGPTMixin, hf.OpenAIGPTForSequenc
         labels: torch.Tensor | None = None,
         **kwargs,
     ):
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         loss, logits, encoded = classify_last(self, inputs, self.transformer, labels, kwargs)
         return self._finish(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)

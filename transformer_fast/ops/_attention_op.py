@@ -90,7 +90,7 @@ def _run_forward(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _unit_stride(spec: AttentionSpec) -> AttentionSpec:
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in spec[:3])
+    q, k, v = map(memory.unit_stride, spec[:3])
     return spec if q is spec[0] and k is spec[1] and v is spec[2] else spec._replace(query=q, key=k, value=v)
 
 
@@ -155,7 +155,7 @@ def _run_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
         for g in (dq, dk, dv):
             g.zero_()
         return
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_out = memory.unit_stride(grad_out)
     choose(spec, backward=True).attention_backward(
         spec, grad_out, grad_lse, out, lse, dq, dk, dv,
         dbias if dbias.numel() else None, dtable if dtable.numel() else None,

@@ -335,8 +335,3 @@ def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:
         raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad()")
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(f"{op} writes to its caches: call it outside torch.func's transforms")
-
-
-def unit_stride(t: torch.Tensor) -> torch.Tensor:
-    """t, or a contiguous copy if its last stride is not 1."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

@@ -15,7 +15,7 @@ def _select(x: torch.Tensor, gated: bool) -> Backend:
 def _rows(t: torch.Tensor) -> torch.Tensor:
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1])
-    return _common.unit_stride(t)
+    return memory.unit_stride(t)
 
 
 def _forward(x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str) -> torch.Tensor:

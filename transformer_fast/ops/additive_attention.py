@@ -19,7 +19,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _laid_out(spec: AdditiveAttentionSpec) -> AdditiveAttentionSpec:
     return spec._replace(
-        query=_common.unit_stride(spec.query), key=_common.unit_stride(spec.key), value=_common.unit_stride(spec.value)
+        query=memory.unit_stride(spec.query), key=memory.unit_stride(spec.key), value=memory.unit_stride(spec.value)
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..backends import memory
 from . import _common, _parallel
 from ._attention_arguments import (
     RelativeBias,
@@ -115,7 +116,7 @@ def attention_probabilities(
         position = position + ((sk if key_lengths is None else key_lengths.view(-1, 1, 1, 1)) - sq)
     # In float32 at least: products rounded to 16 bits would differ from those that the output was computed from.
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
-    query, key = (t.to(wide) if t.stride(-1) == 1 else t.to(wide).contiguous() for t in (query, key))
+    query, key = (memory.unit_stride(t.to(wide)) for t in (query, key))
     # bmm on flattened heads keeps the keys as rows. matmul would make a transposed copy of them, and for few rows MKL's
     # dot products are more accurate than its product with that copy.
     scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)).view(b, len(chosen), sq, sk)

@@ -6,7 +6,7 @@ has no autograd and no fake kernel; tracing and differentiation use the model's 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -247,7 +247,7 @@ class DecoderWeights:
         takes
     up to a quarter longer. Sums and activations are always float32. Make a new one for each generation: biases and
     norms that are not float32 are converted here. by_weight: the copies as PanelWeights, by the id of their weight, for
-    `linear`.
+    `linear`. can_choose: whether DecoderCache.choose works with them.
     """
 
     def __init__(self, tensors: DecoderTensors, copies: DecoderCopies | None = None):
@@ -262,6 +262,8 @@ class DecoderWeights:
             slots = zip(layer.projections, (3, 1, 1, 1, 1, 1, 1))
             self.weights.append([t for p, places in slots for t in self._pairs(p, panels, places, whole)])
         self.head = self._pairs(tensors.head, panels, 1)
+        head: Any = self.head[0]
+        self.can_choose = head.dtype == torch.int8 or head.dim() == 3 or head.stride(1) == 1
         read = [t for slots in (*self.weights, self.head) for t in slots[::2] if t is not None]
         self.split_floats = max(map(_ops.cpu_decoder_split_floats.default, read))
         self.norms = [_norm_arguments(layer.norms) for layer in tensors.layers]
@@ -310,7 +312,8 @@ class DecoderCache:
     """The state of the rows that are being decoded: keys and values, and which of them each row attends to.
 
     rows: the maximum number of rows. capacity: the initial number of positions; it doubles when it is used up.
-    cross_shape: (sources, length) of the encoder's states, if there is cross-attention.
+    cross_shape: (sources, length) of the encoder's states, if there is cross-attention. kept: where the memory comes
+    from and goes back to.
 
     keys, values: (layers, rows, key heads, capacity, D); cross_keys, cross_values: (layers, sources, H, length, D).
     They are float32, or bfloat16 for a bfloat16 model and for int8 key and value projections. table: (rows, capacity)
@@ -322,6 +325,7 @@ class DecoderCache:
     rows: int
     capacity: int
     cross_shape: tuple[int, int] | None = None
+    kept: memory.Kept = field(default_factory=lambda: memory.Kept(0))
     length: int = field(default=0, init=False)
 
     def __post_init__(self):
@@ -330,7 +334,7 @@ class DecoderCache:
         int8 = all(isinstance(w, Int8Weight) for layer in t.layers for w in layer.qkv.weights)
         self.dtype = torch.bfloat16 if t.token.dtype == torch.bfloat16 or int8 else torch.float32
         self.live = self.rows
-        device, layers = torch.device("cpu"), len(t.layers)
+        self._memory, layers = memory.Loan(self.kept), len(t.layers)
         self.table = torch.full((self.rows, self.capacity), -1, dtype=torch.int32)
         self.keys, self.values = self._room(self.rows, self.capacity), self._room(self.rows, self.capacity)
         self.cross_keys = self.cross_values = self.sources = self.cross_lengths = None
@@ -342,10 +346,10 @@ class DecoderCache:
         self._vocabulary = t.head.shape[0]
         heads = 2 * t.heads + 2 * self._key_heads
         floats = 2 * t.token.shape[1] + heads * t.head_dim + self._feed_forward + self.weights.split_floats
-        self._workspace = memory.empty((self.rows * floats,), torch.float32, device)
+        self._workspace = self._memory.empty((self.rows * floats,), torch.float32)
         self._phases = torch.empty(_ops.cpu_decoder_phase_bytes.default(layers), dtype=torch.uint8)
         self._plan = torch.empty(_ops.cpu_decoder_plan_bytes.default(layers), dtype=torch.uint8)
-        self._logits = memory.empty((self.rows, self._vocabulary), torch.float32, device)
+        self._logits: torch.Tensor | None = None
         self._angles: tuple[torch.Tensor | None, ...] = (None, None)
         self._cover_angles(self.capacity)
         self._make_plan()
@@ -358,7 +362,7 @@ class DecoderCache:
     def _room(self, rows: int, length: int) -> torch.Tensor:
         t = self.weights.tensors
         shape = (len(t.layers), rows, self._key_heads, length, t.head_dim)
-        return memory.empty(shape, self.dtype, torch.device("cpu"))
+        return self._memory.empty(shape, self.dtype)
 
     def _make_plan(self) -> None:
         weights, t = self.weights, self.weights.tensors
@@ -430,15 +434,63 @@ class DecoderCache:
         Raises:
             RuntimeError: for an id or a position out of range.
         """
+        logits = self._room_for_logits()
+        self._append(_ops.cpu_decoder_step.default, ids, positions, logits)
+        return logits
+
+    def choose(self, ids: torch.Tensor, positions: torch.Tensor | None, barred: torch.Tensor | None) -> torch.Tensor:
+        """Append one token per row, as step does, and return the next one: the first of the row's largest logits.
+
+        Args:
+            ids: see step.
+            positions: see step.
+            barred: (n,) int64, tokens whose logits count as -inf, or None.
+
+        Returns:
+            (live rows,) int64. A logit that is NaN counts as the largest, as for torch.argmax.
+
+        Raises:
+            RuntimeError: see step; or for weights that cannot choose.
+        """
+        tokens = torch.empty((self.live, 1), dtype=torch.int64)
+        self._append(_ops.cpu_decoder_choose.default, ids, positions, barred, tokens, None, None)
+        return tokens.squeeze(1)
+
+    def rank(
+        self, ids: torch.Tensor, positions: torch.Tensor | None, count: int, barred: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one token per row, as step does, and return the best next ones.
+
+        Args:
+            ids: see step.
+            positions: see step.
+            count: how many, 1 .. V.
+            barred: (n,) int64, tokens whose log-probabilities count as -inf, or None.
+
+        Returns:
+            Log-probabilities of the softmax over all tokens, largest first, float32 (live rows, count), and the tokens,
+            int64 (live rows, count).
+
+        Raises:
+            RuntimeError: see step.
+        """
+        tokens = torch.empty((self.live, count), dtype=torch.int64)
+        values = torch.empty((self.live, count), dtype=torch.float32)
+        logits = self._room_for_logits()
+        self._append(_ops.cpu_decoder_choose.default, ids, positions, barred, tokens, values, logits)
+        return values, tokens
+
+    def _room_for_logits(self) -> torch.Tensor:
+        if self._logits is None:
+            self._logits = self._memory.empty((self.rows, self._vocabulary), torch.float32)
+        return self._logits[: self.live]
+
+    def _append(self, step: Callable[..., None], ids: torch.Tensor, positions: torch.Tensor | None, *more: Any) -> None:
         if self.length == self.capacity:
             self._grow(self.length + 1)
-        logits = self._logits[: self.live]
         positions = None if positions is None else positions.contiguous()
-        _ops.cpu_decoder_step.default(
-            self._plan, ids.contiguous(), positions, self.table, self.sources, self.cross_lengths, self.length, logits
-        )
+        step(self._plan, ids.contiguous(), positions, self.table, self.sources, self.cross_lengths, self.length, *more)
         self.length += 1
-        return logits
 
     def reorder(self, index: torch.Tensor) -> None:
         """Let row r continue from the state of row index[r]. If index has fewer rows than before, only those remain."""
@@ -465,4 +517,5 @@ class DecoderCache:
         self.keys, self.values = self._room(self.rows, self.capacity), self._room(self.rows, self.capacity)
         self.table[:, :used] = table[:, :used]
         self.keys[..., :used, :], self.values[..., :used, :] = keys[..., :used, :], values[..., :used, :]
+        self._memory.give(keys), self._memory.give(values)
         self._make_plan()

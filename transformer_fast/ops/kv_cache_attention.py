@@ -28,7 +28,7 @@ def _forward(query, key, value, key_cache, value_cache, lengths, table, distance
     lse = memory.empty(_lse_shape(query), torch.promote_types(query.dtype, torch.float32), query.device)
     if out.numel() == 0:
         return out, lse
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    query, key, value = map(memory.unit_stride, (query, key, value))
     chosen = choose(spec)
     if key_cache.stride(-1) == value_cache.stride(-1) == 1:
         chosen.attention_append(spec._replace(query=query), key, value, out, lse)

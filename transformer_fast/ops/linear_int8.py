@@ -186,7 +186,7 @@ def _check(input, weights, biases, activation) -> None:
 def attention_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype for queries, keys and values that come from int8 products: bfloat16 if the processor multiplies it, as
     its rounding is far below the quantisation error; else None, for x's own dtype."""
-    fast = x.dtype == torch.float32 and x.device.type == "cpu" and native.current_isa() == "avx512_bf16"
+    fast = x.dtype == torch.float32 and x.device.type == "cpu" and native.multiplies_bfloat16()
     return torch.bfloat16 if fast else None
 
 

@@ -127,9 +127,7 @@ def to_panels(weight: torch.Tensor, dtype: torch.dtype | None = None) -> PanelWe
 
 def _forward(x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: int, activation: int):
     y = memory.empty((*x.shape[:-1], out), x.dtype, x.device)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(-1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
+    rows = memory.unit_stride(x.reshape(-1, x.shape[-1]))
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     torch.ops.transformer_fast.cpu_linear_panel.default(rows, panels, bias, activation, y.view(-1, out))
     return y

@@ -26,7 +26,7 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     """(rows, width) with unit stride along the width; rows may be strided."""
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1])
-    return _common.unit_stride(t)
+    return memory.unit_stride(t)
 
 
 def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _laid_out(spec: RecurrenceSpec) -> RecurrenceSpec:
     gates, before = spec.gates, spec.memory
     return spec._replace(
-        gates=gates if gates.stride(-1) == 1 else gates.contiguous(), hidden=spec.hidden.contiguous(),
+        gates=memory.unit_stride(gates), hidden=spec.hidden.contiguous(),
         memory=None if before is None else before.contiguous(),
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def _forward(
     y = memory.empty(tuple(input.shape), input.dtype, input.device)
     if y.numel():
         _select(input, interleaved).rotary_embedding(
-            _common.unit_stride(input), _table(cos, input), _table(sin, input), positions, interleaved, inverse, y
+            memory.unit_stride(input), _table(cos, input), _table(sin, input), positions, interleaved, inverse, y
         )
     return y
 

@@ -12,11 +12,11 @@ from .rotary import _check_positions, _check_tables, _select, _table
 def _forward(
     query, key, value, key_cache, value_cache, lengths, cos, sin, positions, query_weight, key_weight, eps, interleaved
 ):
-    query, key, value = (_common.unit_stride(t).transpose(1, 2) for t in (query, key, value))
+    query, key, value = (memory.unit_stride(t).transpose(1, 2) for t in (query, key, value))
     y = memory.empty(tuple(query.shape), query.dtype, query.device)
     if y.numel():
         given = key_cache, value_cache
-        caches = [_common.unit_stride(t) for t in given]
+        caches = [memory.unit_stride(t) for t in given]
         spec = RotaryAppendSpec(
             query, key, value, *caches, lengths, _table(cos, query), _table(sin, query), positions,
             *(None if w is None else w.detach().contiguous() for w in (query_weight, key_weight)), eps, interleaved,

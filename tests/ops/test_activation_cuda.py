@@ -1,0 +1,62 @@
+"""The CUDA bias + activation kernels against float64: on a GPU if there is one, else under the emulator."""
+
+import contextlib
+
+import activation_cases
+import cuda_emulator
+import pytest
+import torch
+
+import transformer_fast as tf
+from transformer_fast.ops.activation import ACTIVATIONS
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(device):
+    with contextlib.nullcontext() if device == "cuda" else cuda_emulator.active():
+        yield
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", activation_cases.DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_features(device, dtype, activation, gated):
+    activation_cases.check("cuda", device, 9, 80, dtype, activation, gated=gated)
+
+
+def test_drawn_shapes(device):
+    activation_cases.check_drawn("cuda", device)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_at_the_ends(device, activation):
+    activation_cases.check_ends("cuda", device, activation)
+
+
+def test_rows_of_several_blocks(device):
+    """Blocks walk over more rows than one pass takes, and over columns of two blocks."""
+    activation_cases.check("cuda", device, 700, 264, torch.bfloat16, "silu", gated=True)
+    activation_cases.check("cuda", device, 6, 2100, torch.bfloat16, "gelu", gated=True)
+
+
+def test_same_bits_every_time(device):
+    x, gate, grad = (torch.randn(300, 96, device=device) for _ in range(3))
+    bias = torch.randn(96, device=device, requires_grad=True)
+    leaves, found = (x.requires_grad_(), bias, gate.requires_grad_()), []
+    for _ in range(2):
+        with tf.backend("cuda"):
+            found.append(torch.autograd.grad(tf.bias_activation(x, bias, "gelu", gate=gate), leaves, grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_opcheck_and_autograd(device):
+    x = torch.randn(6, 40, device=device, requires_grad=True)
+    bias = torch.randn(20, device=device, requires_grad=True)
+    args = (x[:, :20], bias, x[:, 20:], "silu")
+    with tf.backend("cuda"):
+        torch.library.opcheck(torch.ops.transformer_fast.bias_activation.default, args)
+        ours = torch.autograd.grad(tf.bias_activation(*args[:2], "silu", gate=args[2]).square().sum(), (x, bias))
+    u = torch.nn.functional.silu(x[:, :20] + bias) * x[:, 20:]
+    for a, b in zip(ours, torch.autograd.grad(u.square().sum(), (x, bias))):
+        torch.testing.assert_close(a, b)
