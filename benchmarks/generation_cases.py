@@ -178,11 +178,14 @@ def _ours(inputs: Inputs, weights: str = "") -> Callable:
     return run_generate(model, inputs)
 
 
-def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Callable:
+def _hugging_face(inputs: Inputs, dtype: torch.dtype = torch.float32, accelerate: bool = False) -> Callable:
     import transformers
 
     cls = getattr(transformers, inputs.kind)
-    return run_generate(cls.from_pretrained(inputs.checkpoint, attn_implementation="sdpa", dtype=dtype), inputs)
+    model = cls.from_pretrained(inputs.checkpoint, attn_implementation="sdpa", dtype=dtype)
+    if accelerate:
+        tf.accelerate(model, verbose=False)
+    return run_generate(model, inputs)
 
 
 class _Tokens:
@@ -272,6 +275,9 @@ def _case(
 ) -> Case:  # fmt: skip
     ours = partial(_ours, weights=weights)
     candidates = [Candidate(OURS, ours, ("transformers",)), Candidate(HF_SDPA, _hugging_face, ("transformers",))]
+    if not weights:
+        accelerated = partial(_hugging_face, accelerate=True)
+        candidates.append(Candidate("HF with accelerate()", accelerated, ("transformers",)))
     if "bf16" in weights:
         candidates.append(Candidate("HF bf16", partial(_hugging_face, dtype=torch.bfloat16), ("transformers",)))
     engines = {"": ("float32", "int8"), "int8-weights": ("int8",), "int8": ("int8",)}.get(weights, ())

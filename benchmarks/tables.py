@@ -1,9 +1,9 @@
-"""Fill the tables of README and docs/performance.md from the newest committed results:
+"""Fill the tables of README, docs/performance.md and docs/doors.md from the newest committed results:
 python benchmarks/tables.py [--check].
 
-Text between `<!-- results:NAME -->` and `<!-- /results -->` is generated. NAME is DEVICE (all tables but headline, from
-the newest results whose folder name begins with "cpu" or "cuda") or DEVICE/TABLE with TABLE one of headline, bars,
-models, generation, attention, machine.
+Text between `<!-- results:NAME -->` and `<!-- /results -->` is generated. NAME is DEVICE (all tables but headline and
+doors, from the newest results whose folder name begins with "cpu" or "cuda") or DEVICE/TABLE with TABLE one of
+headline, bars, models, doors, generation, attention, machine.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformer_fast.benchmarks.case import OURS
 
 __all__ = ["PAGES", "TABLES", "fill", "main", "render"]
 
-PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md")]
+PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md", "docs/doors.md")]
 PLOTS = results.HERE.parent / "docs" / "images" / "cpu"  # a link to the results folder of the tables, for its pictures
 _BLOCK = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -78,7 +78,7 @@ def render(name: str, root: pathlib.Path = results.ROOT) -> str:
     rows = results.read(folder)
     about = json.loads((folder / "machine.json").read_text())
     about |= {"ceilings": json.loads((folder / "ceilings.json").read_text()), "folder": folder, "root": root}
-    makers = [TABLES[table]] if table else [make for name, make in TABLES.items() if name != "headline"]
+    makers = [TABLES[table]] if table else [make for name, make in TABLES.items() if name not in ("headline", "doors")]
     parts = [make(rows, about) for make in makers]
     return "\n\n".join(part for part in parts if part)
 
@@ -166,6 +166,23 @@ def _models(rows: list[dict], about: dict) -> str:
     return "\n".join(lines)
 
 
+# Column of the table of doors -> the candidate that goes through it.
+DOORS = {"import": OURS, "accelerate": "HF with accelerate()", "attn_implementation": "HF with attn_implementation"}
+
+
+def _doors(rows: list[dict], about: dict) -> str:
+    """One row per model and task: the speed-up over the peer through each door. Empty where it was not measured."""
+    at = {(row["case"], row["candidate"]): row for row in rows}
+    lines = _header("work", "peer", *DOORS)
+    for row in rows:
+        if row["candidate"] != OURS or row["group"] not in ("inference", "training", "generation"):
+            continue
+        doors = {door: at.get((row["case"], name)) for door, name in DOORS.items()}
+        if any(doors[door] for door in ("accelerate", "attn_implementation")):
+            lines.append(_row(_work(row), row["peer"], *(_speedup(found) for found in doors.values())))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def _generation(rows: list[dict], about: dict) -> str:
     """Text generation, one row per case: the peer's time, and the speed-up of every other candidate over it."""
     rows = [row for row in rows if row["group"] == "generation"]
@@ -214,6 +231,7 @@ TABLES = {
     "machine": _machine,
     "bars": _bars,
     "models": _models,
+    "doors": _doors,
     "generation": _generation,
     "attention": _attention,
 }
