@@ -136,6 +136,7 @@ def test_long_texts_progress_and_nothing(tokenizer, capsys):
         ({"pooling": "sum"}, "pooling: wanted one of None, 'cls', .* got 'sum'"),
         ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
         ({"texts": [[5], []]}, "texts: number 1 has no tokens"),
+        ({"texts": [[], [5]]}, "texts: number 0 has no tokens"),
     ],
 )
 def test_bad_input(call, message, tokenizer):

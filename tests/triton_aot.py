@@ -38,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -225,6 +225,17 @@ def aot_reports(file: str, arch: int) -> dict[str, list[dict]]:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout)
+
+
+def assert_compiles(file: str, arch: int, check: Callable[[dict], None], kernels: Set[str] = frozenset()) -> dict:
+    """Compile the test run's cases of a test file and `check` each report. With `kernels`: these are all there are.
+    Returns case name -> reports."""
+    found = aot_reports(file, arch)
+    every = [report for reports in found.values() for report in reports]
+    assert every and (not kernels or {report["kernel"] for report in every} == kernels), found
+    for report in every:
+        check(report)
+    return found
 
 
 RECORD = [

@@ -118,7 +118,7 @@ def _max_length(base, tokenizer, asked: int | None) -> int | None:
 
 
 def _tokens(texts, tokenizer, longest: int | None) -> list[dict]:
-    if len(texts) and not isinstance(texts[0], (str, tuple)) and not isinstance(texts[0][0], str):
+    if len(texts) and not isinstance(texts[0], (str, tuple)) and not any(isinstance(x, str) for x in texts[0][:1]):
         rows = [{"input_ids": list(ids)[:longest]} for ids in texts]
     else:
         pairs = len(texts) > 0 and not isinstance(texts[0], str)

@@ -161,9 +161,6 @@ def check(report: dict) -> None:
 
 @pytest.mark.parametrize("arch", triton_aot.ARCHS)
 def test_compiles_for(arch):
-    found = triton_aot.aot_reports(__file__, arch)
-    for kernels in found.values():
-        for report in kernels:
-            check(report)
+    found = triton_aot.assert_compiles(__file__, arch, check)
     wanted = {case[2] for case in CORE[arch]}
     assert {name.split(",")[0] for name in found} == wanted

@@ -64,8 +64,9 @@ class CpuBackend(Backend):
 
     def recurrence_forward(self, spec, out, last, last_memory, saved, memories) -> None:
         _ops.cpu_recurrence_forward.default(
-            spec.gates, gate_panels(spec.weight), _float(spec.bias), *spec[3:8], out, last, last_memory, saved, memories
-        )
+            spec.gates, gate_panels(spec.weight), _float(spec.bias), *_recurrence_arguments(spec),
+            out, last, last_memory, saved, memories,
+        )  # fmt: skip
 
     def recurrence_backward(
         self, spec, grads, out, saved, memories, grad_gates, grad_weight, grad_bias, grad_hidden, grad_memory
@@ -75,8 +76,8 @@ class CpuBackend(Backend):
         if not lstm and grad_gates.shape[0]:  # the kernel does not write positions that belong to no sequence
             grad_products.zero_()
         _ops.cpu_recurrence_backward.default(
-            *grads, back_panels(spec.weight), *spec[3:8], out, saved, memories if lstm else None, grad_gates,
-            None if lstm else grad_products, grad_hidden, grad_memory if lstm else None,
+            *grads, back_panels(spec.weight), *_recurrence_arguments(spec), out, saved, memories if lstm else None,
+            grad_gates, None if lstm else grad_products, grad_hidden, grad_memory if lstm else None,
         )  # fmt: skip
         before = _states_before(spec, out)
         if spec.gates.dtype == torch.float32:
@@ -211,6 +212,11 @@ def back_panels(weight: torch.Tensor) -> torch.Tensor:
     panels = memory.empty((-(-width // _PANEL), rows, _PANEL), torch.float32, weight.device)
     _ops.cpu_to_panels.default(unit_stride_weight(weight.detach()).t(), panels)
     return panels
+
+
+def _recurrence_arguments(spec) -> tuple:
+    """What forward and backward of the native recurrence both take."""
+    return spec.hidden, spec.memory, spec.sequences, spec.steps, spec.reverse
 
 
 def _states_before(spec, out: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_strided(shape, strides, dtype=dtype)
     if out.nbytes >= _LARGE:
         _use_large_pages(out)
-    if _poison:
+    if _poison and out.is_floating_point():
         out.fill_(float("nan"))
     return out
 
