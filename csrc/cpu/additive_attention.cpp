@@ -13,8 +13,6 @@ constexpr int64_t kRun = 32;  // terms per running sum
 constexpr int kVectors = 4;   // of the hidden layer per task of the backward pass
 constexpr int64_t kColumns = kVectors * kWidth;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 static inline const T* row(const void* p, const int64_t (&strides)[2], int64_t b, int64_t i) {
   return static_cast<const T*>(p) + b * strides[0] + i * strides[1];

@@ -20,7 +20,6 @@ struct Partial {
 };
 
 static inline int64_t segments_of(const CrossEntropy& a) { return (a.classes + kSegment - 1) / kSegment; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Adds up the lanes in double: with few classes a float32 sum here would be the only one to lose digits.
 static inline double wide_sum(Vec v) {

@@ -13,8 +13,6 @@ constexpr int64_t kColumns = 64, kDepth = 128, kAhead = 12;  // kAhead: rows of 
 // Fewer rows do not pay for the copy of the weight; more, with their sums, do not fit the L2 cache.
 constexpr int64_t kLeastRows = 256, kMostRows = 512;
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Copies part of the weight into a panel (depth, kColumns), zeros from `columns` on.
 void lay_out(const LinearLong& a, int64_t column, int64_t columns, int64_t k, int64_t depth, float* panel) {
   if (a.in_stride == 1)

@@ -12,7 +12,6 @@ namespace {
 constexpr int64_t kColumns = 64, kDepth = 128, kStrip = 48, kMostStrips = 10;
 constexpr int64_t kShort = 32;  // rows per running sum of g itself
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 class Item {

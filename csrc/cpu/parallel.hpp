@@ -11,6 +11,8 @@ int tf_num_threads();
 namespace tf {
 // No std headers: this code is compiled once per instruction set, and for an inline function of the standard library
 // the linker could choose the copy of the widest set.
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class Body>
 static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
   tf_parallel_for(

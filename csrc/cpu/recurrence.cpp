@@ -19,7 +19,6 @@ constexpr int64_t kTogether = 32;             // rows multiplied by a panel in o
 // many partial sums lose little; short runs lose as little.
 constexpr int64_t kRun = 128, kShortRun = 16, kFewRows = 4;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out (M, 32) = x (M, in) times one panel. Fetch: the panel is not in the cache yet, so memory ahead is prefetched.
 template <int M, bool Fetch>
