@@ -48,6 +48,8 @@ def processes() -> Iterator[None]:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        if started:
+            dist.barrier()  # see Training.finish
     finally:
         if started:
             dist.destroy_process_group()
@@ -300,7 +302,9 @@ class Training:
                 weights = get_model_state_dict(self.module, options=whole)
             if self.main:
                 self.module.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
-            self._barrier()
+        # Also without a folder: a thread of gloo that still frees the tensors of its last collective when Python
+        # exits aborts the process.
+        self._barrier()
         if self._started:
             dist.destroy_process_group()
         return self.main
