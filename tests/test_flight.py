@@ -330,6 +330,8 @@ def test_the_plan_names_what_there_is():
                 assert 0 < limit < step.seconds and ("--slow" in step.command or 2 * limit < 1.3 * step.seconds)
                 only = step.command[step.command.index("--only") + 1].split(",")
                 assert all(fnmatch.filter(cases, pattern) for pattern in only), step
+    every = {group for step in flight.plan("second", pathlib.Path("results")) for group, _ in step.groups}
+    assert every == set(flight_tests.GROUPS), "a group that no step runs"
     assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 10
 
 
