@@ -12,6 +12,8 @@ import json
 import os
 import pathlib
 import shutil
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,10 +51,27 @@ def processes() -> Iterator[None]:
     try:
         yield
         if started:
-            dist.barrier()  # see Training.finish
+            _let_go()
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Wait until all processes are here and gloo's threads have freed the tensors of their collectives.
+
+    For that they need Python's lock. The destructor of a process group waits for the threads with the lock held, and
+    Python's exit aborts a thread that asks for the lock."""
+    if dist.get_backend() != "gloo":
+        return
+    last = torch.zeros(1)
+    dist.all_reduce(last)
+    freed = weakref.ref(last)
+    del last
+    end = time.monotonic() + 10
+    time.sleep(0.05)
+    while freed() is not None and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 class Training:
@@ -302,9 +321,8 @@ class Training:
                 weights = get_model_state_dict(self.module, options=whole)
             if self.main:
                 self.module.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
-        # Also without a folder: a thread of gloo that still frees the tensors of its last collective when Python
-        # exits aborts the process.
-        self._barrier()
+            self._barrier()
         if self._started:
+            _let_go()
             dist.destroy_process_group()
         return self.main
