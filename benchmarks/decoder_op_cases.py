@@ -14,7 +14,7 @@ import transformer_fast as tf
 from . import shapes
 from .case import OURS, Bar, Candidate, Case
 
-__all__ = ["decoder_op_cases"]
+__all__ = ["decoder_op_cases", "with_gradients"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TORCH, COMPILE = "torch", "torch.compile"
@@ -47,7 +47,9 @@ def _candidates(wrap: Callable, ours: Callable, theirs: Callable) -> tuple[Candi
 
 
 # ---- gated activations -------------------------------------------------------------------------------
-def _training(function: Callable) -> Callable:
+def with_gradients(function: Callable) -> Callable:
+    """Forward and backward; returns the output and the gradients of every leaf."""
+
     def prepare(x):
         def call():
             out = function(x)
@@ -74,7 +76,7 @@ def _gated(unit: str, rows_width: tuple[int, int], dtype: str, device: str) -> C
         title=f"{unit} forward + backward {dtype}, {rows_width}",
         inputs=inputs,
         candidates=_candidates(
-            _training, lambda x: tf.bias_activation(x.leaves[0], None, ours, gate=x.leaves[1]),
+            with_gradients, lambda x: tf.bias_activation(x.leaves[0], None, ours, gate=x.leaves[1]),
             lambda x: theirs(x.leaves[0]) * x.leaves[1],
         ),
         peer=TORCH,

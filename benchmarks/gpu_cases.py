@@ -17,7 +17,7 @@ import transformer_fast as tf
 
 from . import shapes
 from .case import OURS, Bar, Candidate, Case, everything
-from .decoder_op_cases import decoder_op_cases
+from .decoder_op_cases import decoder_op_cases, with_gradients
 
 __all__ = ["gpu_cases"]
 
@@ -67,17 +67,6 @@ def _backward(function: Callable) -> Callable:
     def prepare(x):
         out = function(x)
         return lambda: torch.autograd.grad(out, x.leaves, x.upstream, retain_graph=True)
-
-    return prepare
-
-
-def _training(function: Callable) -> Callable:
-    def prepare(x):
-        def call():
-            out = function(x)
-            return out, *torch.autograd.grad(out, x.leaves, x.upstream)
-
-        return call
 
     return prepare
 
@@ -219,7 +208,7 @@ def _t5_flex(x) -> Callable:
 def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
     """T5's bias from its table in each call. The peers build the bias (1, H, S, S), with gradients to the table."""
     b, h, s, d = shape
-    wrap = _training if training else _forward
+    wrap = with_gradients if training else _forward
     kind = "training" if training else "forward"
 
     def inputs(tiny: bool):
@@ -266,9 +255,9 @@ def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
         title=f"attention with dropout, forward + backward bf16, {tuple(shape)}",
         inputs=lambda tiny: _qkv(shape, device, tiny, True),
         candidates=(
-            Candidate(OURS, _training(ours)),
-            _cuda_candidate(_training(ours)),
-            Candidate(SDPA, _training(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
+            Candidate(OURS, with_gradients(ours)),
+            _cuda_candidate(with_gradients(ours)),
+            Candidate(SDPA, with_gradients(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
         ),
         peer=SDPA,
         dtype="bf16",
@@ -420,8 +409,8 @@ def _cross_entropy(size: tuple[int, int], device: str) -> Case:
         title=f"cross entropy forward + backward bf16, {size}",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, _training(lambda x: tf.cross_entropy(x.logits, x.target).to(x.upstream.dtype))),
-            Candidate(TORCH, _training(lambda x: F.cross_entropy(x.logits.float(), x.target))),
+            Candidate(OURS, with_gradients(lambda x: tf.cross_entropy(x.logits, x.target).to(x.upstream.dtype))),
+            Candidate(TORCH, with_gradients(lambda x: F.cross_entropy(x.logits.float(), x.target))),
             Candidate(LIGER, liger, ("liger_kernel",), works_on=("cuda",)),
         ),
         peer=TORCH,

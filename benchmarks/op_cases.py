@@ -10,7 +10,7 @@ import transformer_fast as tf
 
 from . import shapes
 from .case import OURS, Bar, Candidate, Case, Unavailable, everything
-from .decoder_op_cases import decoder_op_cases
+from .decoder_op_cases import decoder_op_cases, with_gradients
 from .gpu_cases import gpu_cases
 
 __all__ = ["op_cases"]
@@ -80,19 +80,6 @@ def _no_grad(function: Callable) -> Callable:
     return prepare
 
 
-def _with_gradients(function: Callable) -> Callable:
-    """Forward and backward; returns the output and the gradients of every leaf."""
-
-    def prepare(inputs):
-        def call():
-            out = function(inputs)
-            return out, *torch.autograd.grad(out, inputs.leaves, inputs.upstream)
-
-        return call
-
-    return prepare
-
-
 def _sdpa_candidates(wrap: Callable, causal: bool, dropout_p: float = 0.0) -> tuple[Candidate, ...]:
     def attend(op):
         return lambda x: op(x.q, x.k, x.v, x.bias, dropout_p, causal)
@@ -130,7 +117,7 @@ def _attention_training(shape, dtype: str, feature: str, device: str) -> Case:
         name=f"attention-training/{dtype}-{shape.name}-{feature.replace(' ', '-')}",
         title=f"attention forward + backward {dtype}, {tuple(shape)}, {feature}",
         inputs=_attention_inputs(shape, dtype, device, grad=True, bias=bias),
-        candidates=_sdpa_candidates(_with_gradients, causal, dropout_p),
+        candidates=_sdpa_candidates(with_gradients, causal, dropout_p),
         peer=SDPA,
         dtype=dtype,
         shape=f"{tuple(shape)}",
@@ -173,7 +160,7 @@ def _pointwise_case(
 ) -> Case:
     """tensors: the least number of activations read or written; vectors: of parameters; agree: compare the results."""
     rows, width = rows_width
-    wrap = _with_gradients if grad else _no_grad
+    wrap = with_gradients if grad else _no_grad
 
     def compiled(inputs):
         return wrap(torch.compile(theirs, dynamic=False))(inputs)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
+import transformer_fast as tf
 from transformer_fast.backends import get, memory
 from transformer_fast.ops.activation import ACTIVATIONS
 
@@ -75,3 +76,15 @@ def check_ends(backend, device, activation) -> None:
     ours.bias_activation_backward(torch.ones_like(x), x, None, None, activation, grad, None, None)
     wanted.bias_activation_backward(torch.ones_like(x), x, None, None, activation, slope, None, None)
     torch.testing.assert_close(grad[:, :6], slope[:, :6])
+
+
+def check_opcheck_and_autograd(backend, device) -> None:
+    x = torch.randn(6, 40, device=device, requires_grad=True)
+    bias = torch.randn(20, device=device, requires_grad=True)
+    args = (x[:, :20], bias, x[:, 20:], "silu")
+    with tf.backend(backend):
+        torch.library.opcheck(torch.ops.transformer_fast.bias_activation.default, args)
+        ours = torch.autograd.grad(tf.bias_activation(*args[:2], "silu", gate=args[2]).square().sum(), (x, bias))
+    u = torch.nn.functional.silu(x[:, :20] + bias) * x[:, 20:]
+    for a, b in zip(ours, torch.autograd.grad(u.square().sum(), (x, bias))):
+        torch.testing.assert_close(a, b)

@@ -4,10 +4,8 @@ import contextlib
 
 import activation_cases
 import pytest
-import torch
 import triton_interpreter
 
-import transformer_fast as tf
 from transformer_fast.ops.activation import ACTIVATIONS
 
 
@@ -35,12 +33,4 @@ def test_values_at_the_ends(device, activation):
 
 
 def test_opcheck_and_autograd(device):
-    x = torch.randn(6, 40, device=device, requires_grad=True)
-    bias = torch.randn(20, device=device, requires_grad=True)
-    args = (x[:, :20], bias, x[:, 20:], "silu")
-    with tf.backend("triton"):
-        torch.library.opcheck(torch.ops.transformer_fast.bias_activation.default, args)
-        ours = torch.autograd.grad(tf.bias_activation(*args[:2], "silu", gate=args[2]).square().sum(), (x, bias))
-    u = torch.nn.functional.silu(x[:, :20] + bias) * x[:, 20:]
-    for a, b in zip(ours, torch.autograd.grad(u.square().sum(), (x, bias))):
-        torch.testing.assert_close(a, b)
+    activation_cases.check_opcheck_and_autograd("triton", device)
