@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops._common import autocast_dtype
 from ..ops.linear_int8 import Int8BlockWeights, int8_block
 from .planning import StackCall
 from .projection import add_norm, add_norm_sum, dropout_p, is_plain, is_rms_norm, linear, norm, norm_of
@@ -202,6 +203,6 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
             inner = w.activation_fn(inner)  # type: ignore[misc]
     inner = ops.dropout(inner, dropout_p(w.activation_dropout))
     weight = getattr(w.down, "weight", None)  # T5 keeps it in float32 if the rest is float16
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype != inner.dtype:
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and autocast_dtype(inner.device) is None:
         inner = inner.to(weight.dtype)
     return linear(w.down, inner)
