@@ -10,14 +10,14 @@ from torch import nn
 from .backends import native
 from .layers.quantized import Int8Linear
 from .layers.quantizing import Quantized, quantized_modules, replace
-from .ops.linear_int8 import GROUP, GROUPS
+from .ops.linear_int8 import GROUPS, LONG_GROUP
 
 __all__ = ["PRECISIONS", "Quantized", "quantize", "quantized_modules"]
 
 PRECISIONS = ("int8", "bf16")
 
 
-def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] = (), group: int = GROUP) -> Any:
+def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] = (), group: int = LONG_GROUP) -> Any:
     """Convert a model to low precision, in place, for inference on the CPU.
 
     An output layer that shares its weight with the token embedding gets an int8 copy; the embedding table is unchanged.
@@ -32,7 +32,8 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] =
         skip: names of modules, as in named_modules, that are left unchanged with all their submodules. Layers with
             fewer than 64 outputs, poolers, and linear layers that are not plain (LoRA, hooks, other quantisers) are
             also left unchanged; quantized_modules(model) lists them.
-        group: 32, 64 or 128 inputs per scale; smaller groups are more accurate and slower.
+        group: 32, 64, 128 or 256 inputs per scale; smaller groups are more accurate and slower. With 256, layers with
+            fewer than 768 inputs, or not a multiple of 256, get 128.
 
     Returns:
         The model.

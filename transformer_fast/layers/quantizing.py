@@ -7,6 +7,7 @@ from torch import nn
 
 from ..backends.contents import FileMappings
 from ..backends.memory import unload
+from ..ops.linear_int8 import group_of
 from .projection import is_plain, is_transposed
 from .quantized import Int8Linear
 
@@ -17,7 +18,7 @@ _FEW = 64  # layers with fewer outputs stay: a classifier's last layer costs not
 
 def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = False) -> None:
     """Replace the linear layers of a model by Int8Linear in place. skip: names of modules to leave. group: inputs per
-    scale. empty: make them without values, for a checkpoint that is loaded later."""
+    scale, at most (see group_of). empty: make them without values, for a checkpoint that is loaded later."""
     skip = tuple(skip)
     names = {name for name, _ in model.named_modules()}
     unknown = [name for name in skip if name not in names]
@@ -30,12 +31,13 @@ def replace(model: nn.Module, skip: Iterable[str], group: int, *, empty: bool = 
             continue
         weight: Any = module.weight.t() if is_transposed(module) else module.weight
         bias: Any = module.bias
+        out, inner = weight.shape
+        chosen = group_of(inner, group)
         if empty:
-            out, inner = weight.shape
-            made[module] = Int8Linear(inner, out, bias is not None, group, weight.device, weight.dtype)
+            made[module] = Int8Linear(inner, out, bias is not None, chosen, weight.device, weight.dtype)
             continue
         try:
-            made[module] = Int8Linear.of(weight, bias, group)
+            made[module] = Int8Linear.of(weight, bias, chosen)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         unload(module.weight.detach(), files)  # a mapped checkpoint would otherwise keep these pages in memory

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.quantized import Int8Linear
 from ..layers.quantizing import replace
-from ..ops.linear_int8 import GROUP, GROUPS
+from ..ops.linear_int8 import GROUPS, LONG_GROUP
 
 __all__ = ["Int8Config"]
 
@@ -27,7 +27,7 @@ class Int8Config(QuantizationConfigMixin):
 
     Args:
         skip: names of modules to leave as they are.
-        group: inputs that share a scale, 32, 64 or 128.
+        group: inputs that share a scale, 32, 64, 128 or 256; see transformer_fast.quantize.
 
     Raises:
         ValueError: for another group.
@@ -39,7 +39,7 @@ class Int8Config(QuantizationConfigMixin):
         >>> model = transformer_fast.AutoModel.from_pretrained(locate(), quantization_config=config)
     """
 
-    def __init__(self, skip: Any = (), group: int = GROUP, **kwargs):
+    def __init__(self, skip: Any = (), group: int = LONG_GROUP, **kwargs):
         if group not in GROUPS:
             raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
         self.quant_method = METHOD
