@@ -64,6 +64,9 @@ def install() -> _Driver:
     from transformer_fast.backends import triton as backend
 
     backend.interpreting = lambda: True  # so that it takes CPU tensors
+    from transformer_fast.ops import _attention_direct
+
+    _attention_direct.signature = lambda *_: None  # a fast path that GPU tensors do not take
     return driver
 
 
