@@ -170,7 +170,7 @@ def record(rows: list[list]) -> None:
     file = results.ROOT / "host-time" / f"{about['time'][:10]}-{about['commit'][:7]}.csv"
     file.parent.mkdir(exist_ok=True)
     versions = about["versions"]
-    more = [about["cpu"], about["python"], versions["torch"], versions["triton"], about["commit"]]
+    more = [about["device"], about["python"], versions["torch"], versions["triton"], about["commit"]]
     with file.open("w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([COLUMNS, *([*row, *more] for row in rows)])
