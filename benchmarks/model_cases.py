@@ -56,6 +56,10 @@ def model_cases(device: str) -> list[Case]:
         _training("ragged-16x128", "bert-base fine-tuning step, ragged 16 x 128 (mean 40)",
                   shapes.ragged_lengths(16), device, Bar(2.2)),
         _training("full-8x128", "bert-base fine-tuning step, full 8 x 128", full, device, Bar(1.25)),
+        _training("autocast-ragged-16x128", "bert-base fine-tuning step, bf16 autocast, ragged 16 x 128 (mean 40)",
+                  shapes.ragged_lengths(16), device, Bar(3.5), autocast=True),
+        _training("autocast-full-8x128", "bert-base fine-tuning step, bf16 autocast, full 8 x 128", full, device,
+                  Bar(1.4), autocast=True),
     ]  # fmt: skip
 
 
@@ -228,26 +232,32 @@ def _minilm(device: str) -> Case:
 
 # ---- fine-tuning -------------------------------------------------------------------------------------
 class TrainingInputs(NamedTuple):
+    """dtype: of the weights. autocast: the forward runs in torch.autocast's bfloat16."""
+
     checkpoint: object
     ids: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
     dtype: torch.dtype
+    autocast: bool = False
 
 
 def training_step(make: Callable, inputs: TrainingInputs) -> Callable:
     """One step like Trainer's: forward with dropout, loss, backward, fused AdamW."""
     model = make(inputs.checkpoint).train().to(inputs.ids.device, inputs.dtype)
-    return optimizer_step(model, {"input_ids": inputs.ids, "attention_mask": inputs.mask, "labels": inputs.labels})
+    batch = {"input_ids": inputs.ids, "attention_mask": inputs.mask, "labels": inputs.labels}
+    return optimizer_step(model, batch, inputs.autocast)
 
 
-def optimizer_step(model, batch: dict) -> Callable:
+def optimizer_step(model, batch: dict, autocast: bool = False) -> Callable:
     """The same for a given model and the keywords of its forward."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    device = model.device.type
 
     def call():
         optimizer.zero_grad(set_to_none=True)
-        loss = model(**batch).loss
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -267,14 +277,15 @@ def _hf_classifier(checkpoint, attention: str, change: Callable | None = None):
 
 
 def _training(
-    name: str, title: str, lengths: list[int], device: str, bar: Bar, model=BERT_BASE, dtype: str = "fp32"
-) -> Case:
+    name: str, title: str, lengths: list[int], device: str, bar: Bar, model=BERT_BASE, dtype: str = "fp32",
+    autocast: bool = False,
+) -> Case:  # fmt: skip
     def inputs(tiny: bool) -> TrainingInputs:
         sizes = [5, 3] if tiny else lengths
         config = ("bert-tiny", shapes.TINY_BERT) if tiny else model
         ids, mask = random_batch(sizes, device)
         labels = torch.arange(len(sizes), device=device) % 2
-        return TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels, DTYPES[dtype])
+        return TrainingInputs(checkpoints.random_bert(*config), ids, mask, labels, DTYPES[dtype], autocast)
 
     def accelerated(model):
         _our("accelerate")(model, verbose=False)
@@ -296,7 +307,7 @@ def _training(
             for key, make in makes.items()
         ),
         peer=HF_SDPA,
-        dtype=dtype,
+        dtype="bf16, autocast" if autocast else dtype,
         shape=f"{len(lengths)} x {max(lengths)}, {sum(lengths)} tokens",
         flops=3 * _encoder_flops(lengths, model[1]),
         bar=bar,

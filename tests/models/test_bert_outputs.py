@@ -14,6 +14,7 @@ from encoder_cases import (
     real_rows,
 )
 from numerics import GRADIENT, assert_as_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformer_fast
 
@@ -237,6 +238,27 @@ def test_autocast(bert_config, pair, make_mask, ids):
         a, b = (m(ids, attention_mask=mask).logits for m in (ours, theirs))
     assert a.dtype == b.dtype
     assert_as_accurate(a, truth(ids, attention_mask=mask).logits, b)
+
+
+def test_autocast_widens_no_activations(bert_config, pair, ids):
+    """The wide activations of a feed-forward block stay in bfloat16 between its products."""
+    config = bert_config()
+    assert config.intermediate_size != config.hidden_size
+    model = pair("BertModel", config)[0].train()
+    converted = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.dim() == 3 and out.shape[-1] == config.intermediate_size:
+                converted.append(out.dtype)
+            return out
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        loss = model(ids).last_hidden_state.sum()
+    with Watch():
+        loss.backward()
+    assert not converted
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops._common import autocast_dtype
 from ..ops.linear_int8 import Int8BlockWeights, int8_block
 from .planning import StackCall
 from .projection import add_norm, add_norm_sum, dropout_p, is_plain, is_rms_norm, linear, norm, norm_of
@@ -146,6 +147,7 @@ def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8
     dropouts = (w.attention_output_dropout, w.activation_dropout, w.output_dropout)
     if (
         (torch.is_grad_enabled() and x.requires_grad)
+        or x.dtype == torch.float64
         or any(dropout_p(d) for d in dropouts)
         or spec.parallel
         or not (w.attention_after_norm is None and w.output_after_norm is None)
@@ -202,6 +204,6 @@ def _feed_forward(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> to
             inner = w.activation_fn(inner)  # type: ignore[misc]
     inner = ops.dropout(inner, dropout_p(w.activation_dropout))
     weight = getattr(w.down, "weight", None)  # T5 keeps it in float32 if the rest is float16
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype != inner.dtype:
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and autocast_dtype(inner.device) is None:
         inner = inner.to(weight.dtype)
     return linear(w.down, inner)
