@@ -198,7 +198,7 @@ def test_a_step_s_output_is_kept_when_it_is_ended(device):
         shutil.rmtree(device.state / "logs", ignore_errors=True)
         (device.state / "state.json").unlink(missing_ok=True)
         device.record.unlink(missing_ok=True)
-        status, output = device.fly("first", "--seconds", limit, HANG_AT="2")
+        status, output = device.fly("first", "--seconds", limit, HANG_AT="2", PYTHONUNBUFFERED="")
         if len(device.asked()) == 2:
             break
     assert status == 1 and "== smoke: exit 124" in output
