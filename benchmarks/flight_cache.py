@@ -156,10 +156,12 @@ def _tune():
 
 def _tests():
     import pytest
+    from transformer_fast.benchmarks import flight
     from transformer_fast.benchmarks.flight_tests import GROUPS
 
-    for group in ("triton-attention", "triton-rows", "graphs"):
-        for file in GROUPS[group]:
+    steps = flight.plan("first", pathlib.Path("results"))
+    for group in dict.fromkeys(group for step in steps for group, _ in step.groups):
+        for file in GROUPS[group] if not group.startswith("cuda-") else ():
             arguments = [str(ROOT / file), "-q", "-p", "no:xdist", "--tb=no", "-m", "gpu"]
             yield f"tests {file}", lambda arguments=arguments: pytest.main(arguments)
 
