@@ -24,6 +24,7 @@ STANDIN = """\
 #!{python} -S
 import json, os, sys, time
 script, arguments = os.path.basename(sys.argv[1]), sys.argv[2:]
+flight = os.getppid()  # before the record, which the test may answer by killing the flight
 def after(flag):
     return arguments[arguments.index(flag) + 1]
 with open({record!r}, "a") as record:
@@ -40,7 +41,6 @@ if script == "run.py":
 time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
 with open({record!r}) as record:
     hangs = len(record.readlines()) == int(os.environ.get("HANG_AT", "0"))
-flight = os.getppid()
 while hangs and os.getppid() == flight:
     time.sleep(0.02)
 sys.exit(int(os.environ.get("FAIL_" + script.split(".")[0].upper(), "0")))
