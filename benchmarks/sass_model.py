@@ -14,13 +14,15 @@ computed in two ways:
 
 The larger of the two is the prediction. Not modelled: prologue and epilogue, masked tiles, L2 and DRAM, the drop of the
 clock under load. So a prediction is for the main loop, at the stated clock, and measured rates of long sequences should
-be somewhat lower. `--record` writes benchmarks/results/predictions/h100.csv.
+be somewhat lower. `--record` writes the rows of the CUDA kernels and of the installed Triton's into
+benchmarks/results/predictions/h100.csv, each with the hash of its sources.
 """
 
 import argparse
 import collections
 import csv
 import dataclasses
+import hashlib
 import importlib.util
 import pathlib
 import re
@@ -254,18 +256,19 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel to predict. groups: number of warpgroups with products per multiprocessor, in blocks of `together`.
-    loaded: bytes of shared memory that TMA reads or writes per iteration of a block. info: the compiler's output."""
+    loaded: bytes of shared memory that TMA reads or writes per iteration of a block. sources: their hash."""
 
     name: str
     loop: Loop
     groups: int
     together: int
     loaded: int = 0
-    info: str = ""
+    sources: str = ""
 
 
 COLUMNS = [
-    "kernel", "warpgroups", "products", "exponentials", "fma", "alu", "shared_bytes", "tensor_clocks", "mufu_clocks",
+    "kernel", "sources", "warpgroups", "products", "exponentials", "fma", "alu", "shared_bytes", "tensor_clocks",
+    "mufu_clocks",
     "fma_clocks", "alu_clocks", "issue_clocks", "shared_clocks", "simulated_clocks", "clocks", "bound_by",
     "loop_tflops", "ghz", "multiprocessors",
 ]  # fmt: skip
@@ -290,7 +293,7 @@ def predict(kernel: Kernel) -> dict:
     total = max(simulated, clocks[most])
     flops = 2 * groups * sum(64 * n * 16 for n, _, _ in shapes)
     values = [
-        kernel.name, groups, len(shapes), loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
+        kernel.name, kernel.sources, groups, len(shapes), loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
         *(round(clocks[c]) for c in ("tensor", "MUFU", "FMA", "ALU", "issue", "shared memory")), round(simulated),
         round(total), most if clocks[most] >= 0.95 * total else "latency of waits",
         round(flops / total * MULTIPROCESSORS * GHZ / 1000), GHZ, MULTIPROCESSORS,
@@ -328,7 +331,7 @@ def cuda_kernels() -> list[Kernel]:
                 else:
                     label, groups = f"cuda backward D {d} {m}x128", 2
                     loaded = 2 * m * d * 2 + m * 8 + m * d * 4  # queries, their gradients, statistics; dQ goes out
-                found.append(Kernel(label, loop, groups, groups, loaded))
+                found.append(Kernel(label, loop, groups, groups, loaded, sources_of(label)))
     return sorted(found, key=lambda kernel: kernel.name)
 
 
@@ -371,22 +374,65 @@ def triton_kernels(only: str = "", dims=(64, 128), features=("plain", "causal"))
                 constants = {p.name: launch.kwargs.get(p.name) for p in launch.kernel.params}
                 tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
                 label = f"triton {triton.__version__} {kernel} D {head_dim} {feature} {tile}"
-                spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in items if isinstance(i, Instruction))
-                info = f"{registers} registers, {compiled.metadata.shared} bytes shared, {spills} spills"
-                found.append(Kernel(label, main_loop(items), max(1, blocks) * warps // 4, warps // 4, 0, info))
+                groups = max(1, blocks) * warps // 4, warps // 4
+                found.append(Kernel(label, main_loop(items), *groups, 0, sources_of(label)))
     return found
+
+
+def sources_of(label: str) -> str:
+    """A hash of the sources of a kernel of the record, without their comments and layout."""
+    side = "forward" if "forward" in label else "backward"
+    if label.startswith("cuda"):
+        first, include = ROOT / "csrc" / "cuda" / f"attention_{side}_wgmma.cu", r'#include "([\w./]+)"'
+    else:
+        first, include = ROOT / "kernels" / f"attention_{side}.py", r"from \.(\w+) import"
+    found: dict[pathlib.Path, str] = {}
+    left = [first]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        text = path.read_text()
+        for name in re.findall(include, text):
+            near = (path.parent / name, ROOT / "csrc" / name, (path.parent / name).with_suffix(".py"))
+            left += [p.resolve() for p in near if p.is_file()][:1]
+        comments = r'#[^\n]*|""".*?"""' if path.suffix == ".py" else r"//[^\n]*"
+        found[path] = "".join(re.sub(comments, "", text, flags=re.DOTALL).split())
+    code = "".join(found[path] for path in sorted(found, key=lambda p: p.name))
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def read() -> list[dict[str, str]]:
+    """The rows of the record."""
+    with RECORD.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def merged(before: list[dict], rows: list[dict]) -> list[dict]:
+    """The record with new rows: those of the same compiler are replaced, the others kept."""
+    compilers = {_compiler(row["kernel"]) for row in rows}
+    return sorted(
+        [row for row in before if _compiler(row["kernel"]) not in compilers] + rows, key=lambda row: row["kernel"]
+    )
+
+
+def _compiler(label: str) -> str:
+    return label.split(" forward")[0].split(" backward")[0]  # cuda, or triton and its version
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--cuda-only", action="store_true", help="leave Triton's kernels out")
+    parser.add_argument("--triton-only", action="store_true", help="leave the CUDA kernels out")
     args = parser.parse_args()
-    rows = [predict(kernel) for kernel in cuda_kernels() + ([] if args.cuda_only else triton_kernels())]
+    found = [] if args.triton_only else cuda_kernels()
+    rows = [predict(kernel) for kernel in found + ([] if args.cuda_only else triton_kernels())]
     for row in rows:
         print(*(f"{name}={value}" for name, value in row.items()))
     if args.record:
         RECORD.parent.mkdir(parents=True, exist_ok=True)
+        rows = merged(read() if RECORD.exists() else [], rows)
         with RECORD.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

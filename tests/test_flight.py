@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ def after(flag):
     return arguments[arguments.index(flag) + 1]
 with open({record!r}, "a") as record:
     record.write(json.dumps([script, *arguments]) + "\\n")
-print("this is", script)
+print("this is", script, "with ptxas", os.environ.get("TRITON_PTXAS_PATH"))
 if script == "smoke.py":
     failing = os.environ.get("FAILING", "").split(",")
     with open(after("--output"), "w") as file:
@@ -68,7 +69,7 @@ class Flight:
         python.chmod(0o755)
         self.environment = {
             **os.environ, "FLIGHT_STATE": str(self.state), "FLIGHT_PYTHON": str(python), "OUT": str(self.out),
-            "PYTHON": sys.executable,
+            "PYTHON": sys.executable, "FLIGHT_KIT": str(folder / "kit"),
         }  # fmt: skip
 
     def start(self, call, *arguments, **environment):
@@ -115,6 +116,33 @@ def test_steps_run_in_order_and_the_second_call_goes_on(device):
     assert any("memcheck" in line for line in second) and sum("--slow" in line for line in second) == 1
     device.record.unlink()
     assert device.fly("tune")[0] == 0 and device.asked()[0][0] == "tune.py"
+
+
+def _kit_of_kernels(archive: pathlib.Path) -> None:
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in ("KEY/_a_kernel.json", "KEY/_a_kernel.cubin"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(name)
+            tar.addfile(entry, io.BytesIO(name.encode()))
+
+
+def test_the_kit_s_kernels_are_in_triton_s_cache(device, tmp_path):
+    _kit_of_kernels(tmp_path / "kit" / flight.KERNELS)
+    # Another ptxas would change the keys of the cache.
+    status, output = device.fly("first", TRITON_PTXAS_PATH="/usr/local/cuda/bin/ptxas")
+    assert status == 0 and "1 were in the cache, 0 were compiled here" in output
+    assert flight.kernels(device.state / "triton-cache") == {"KEY"}
+    assert "with ptxas None" in (device.state / "logs" / "smoke.log").read_text()
+    assert "triton-kernels-first.json" in device.packed() and "_a_kernel.cubin" not in device.packed()
+
+
+def test_a_broken_kit_costs_itself_alone(device, tmp_path):
+    archive = tmp_path / "kit" / flight.KERNELS
+    _kit_of_kernels(archive)
+    archive.write_bytes(archive.read_bytes()[:60])
+    status, output = device.fly("first")
+    assert status == 0 and "was not unpacked" in output and len(device.asked()) == 10
 
 
 def test_a_stage_whose_smoke_fails_is_left_out(device):
@@ -309,6 +337,7 @@ def test_a_run_cut_short_verifies_nothing(tmp_path):
 
 def test_the_plan_names_what_there_is():
     from transformer_fast.benchmarks import ledger
+    from transformer_fast.benchmarks.generation_cases import generation_cases
     from transformer_fast.benchmarks.gpu_cases import gpu_cases
     from transformer_fast.benchmarks.model_cases import gpu_model_cases
 
@@ -319,7 +348,7 @@ def test_the_plan_names_what_there_is():
         file = pattern.partition("(")[0]
         proving = {path for path in (ROOT / "tests" / "ops").glob("test_*.py") if re.search(file, path.stem)}
         assert proving and proving <= set(files), pattern
-    cases = [case.name for case in (*gpu_cases("cpu"), *gpu_model_cases("cpu"))]
+    cases = [case.name for case in (*gpu_cases("cpu"), *gpu_model_cases("cpu"), *generation_cases("cuda"))]
     for call in ("first", "second", "tune"):
         steps = flight.plan(call, pathlib.Path("results"))
         assert sum(step.seconds for step in steps if step.name not in ("build",)) < 2.7 * flight.CALL

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from transformers import core_model_loading
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import output_capturing
 
@@ -33,6 +34,7 @@ __all__ = [
     "is_capturing_hook",
     "merge_cache_names",
     "name_or_path",
+    "names_when_saved",
     "pad_token",
     "recomputed",
     "recorded_outputs",
@@ -191,6 +193,14 @@ def is_capturing_hook(hook: Any) -> bool:
     )
 
 
+def names_when_saved(model: Any, names: list[str]) -> dict[str, str]:
+    """{name of a parameter: its name in checkpoints}, which is another for some models."""
+    marks = {name: torch.empty(0, device="meta") for name in names}
+    back = {id(t): name for name, t in marks.items()}
+    saved = core_model_loading.revert_weight_conversion(model, dict(marks))
+    return {back[id(t)]: name for name, t in saved.items() if id(t) in back}
+
+
 # ---- the list ---------------------------------------------------------------------------------------------
 class Expected(NamedTuple):
     """path: "module:Class.attribute" below transformers. parameters: the names of a function's parameters, in order, as
@@ -260,6 +270,9 @@ EXPECTED = (
     Expected("modeling_utils:PreTrainedModel._init_weights", ("self", "module"), "overridden by models of our own"),
     Expected("modeling_utils:PreTrainedModel._tied_weights_keys", None, "overridden by models of our own"),
     Expected("modeling_utils:PreTrainedModel._is_stateful", None, "overridden by recurrent models"),
+    Expected("core_model_loading:revert_weight_conversion", ("model", "state_dict"), "called: names_when_saved"),
+    Expected(f"{_QUANTIZER}.update_dtype", ("self", "dtype"), "overridden"),
+    Expected(f"{_QUANTIZER}.preprocess_model", None, "calls the next with checkpoint_files"),
     Expected(f"{_QUANTIZER}._process_model_before_weight_loading", ("self", "model"), "overridden"),
     Expected(f"{_QUANTIZER}._process_model_after_weight_loading", ("self", "model"), "overridden"),
     Expected("modeling_utils:PreTrainedModel._no_split_modules", None, "overridden by models of our own"),

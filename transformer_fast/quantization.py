@@ -1,5 +1,6 @@
 """quantize(model, "int8" | "bf16"): low precision for inference on the CPU."""
 
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -8,16 +9,17 @@ import torch
 from torch import nn
 
 from .backends import native
-from .layers.quantized import Int8Linear
-from .layers.quantizing import Quantized, quantized_modules, replace
-from .ops.linear_int8 import GROUP, GROUPS
+from .layers.quantizing import Quantized, check_group, is_int8_model, module_names, quantized_modules, replace
+from .ops.linear_int8 import LONG_GROUP
 
 __all__ = ["PRECISIONS", "Quantized", "quantize", "quantized_modules"]
 
 PRECISIONS = ("int8", "bf16")
 
 
-def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] = (), group: int = GROUP) -> Any:
+def quantize(
+    model: nn.Module, precision: str = "int8", *, skip: Iterable[str] | None = (), group: int = LONG_GROUP
+) -> Any:
     """Convert a model to low precision, in place, for inference on the CPU.
 
     An output layer that shares its weight with the token embedding gets an int8 copy; the embedding table is unchanged.
@@ -30,39 +32,49 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] =
             calibration data is needed. "bf16": the model in bfloat16, if the processor can multiply it; else the model
             is unchanged, with a warning.
         skip: names of modules, as in named_modules, that are left unchanged with all their submodules. Layers with
-            fewer than 64 outputs, poolers, and linear layers that are not plain (LoRA, hooks, other quantisers) are
-            also left unchanged; quantized_modules(model) lists them.
-        group: 32, 64 or 128 inputs per scale; smaller groups are more accurate and slower.
+            fewer than 64 outputs, poolers, and linear layers that are not plain (LoRA, hooks, other quantisers) or
+            whose weight other code reads are also left unchanged; quantized_modules(model) lists them. For "int8" only.
+        group: 32, 64, 128 or 256 inputs per scale; smaller groups are more accurate and slower. With 256, layers with
+            fewer than 768 inputs, or not a multiple of 256, get 128. For "int8" only.
 
     Returns:
         The model.
 
     Raises:
         ValueError: for an unknown precision or group, a name in `skip` that the model does not have, weights with NaN
-            or infinity (the model is then unchanged), or a model that is quantised already.
-        TypeError: if the model is not a torch.nn.Module.
+            or infinity or on the meta device (the model is then unchanged), a model that is quantised already, or one
+            that is itself a linear layer.
+        TypeError: if the model is not a torch.nn.Module, or `skip` is not a list of names.
 
     Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate
         >>> model = transformer_fast.quantize(transformer_fast.AutoModel.from_pretrained(locate()).eval())
     """
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
-    if group not in GROUPS:
-        raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
-    if any(isinstance(m, Int8Linear) for m in model.modules()):
+    check_group(group)
+    skip = module_names(skip)
+    if is_int8_model(model):
         raise ValueError("model: is quantised already")
     if precision == "bf16":
+        if skip or group != LONG_GROUP:
+            raise ValueError('skip, group: are for "int8" only, as "bf16" converts the whole model')
         return _to_bfloat16(model)
-    skip = tuple(skip)
-    replace(model, skip, group)
-    if hasattr(model, "save_pretrained"):
-        from .models._quantizer import mark
+    if "transformers.modeling_utils" not in sys.modules:  # then no part of the model is one of transformers
+        count = replace(model, skip, group)
+    else:
+        from .models._quantizer import mark  # registers its linear layers too
 
+        count = replace(model, skip, group)
         mark(model, skip, group)
+    if not count:
+        warnings.warn(
+            f"model: {type(model).__name__} has no linear layer that can be int8; quantized_modules says why",
+            stacklevel=2,
+        )
     return model
 
 

@@ -8,39 +8,41 @@ namespace tf::TF_ISA {
 namespace {
 
 constexpr int64_t kDecodeQueries = 6;  // at most this many leave most lanes of a tile idle
+constexpr int64_t kGroup = 4;          // tiles of one head that share the copies of its keys and values
 
 struct Buffers {
-  float *queries, *scores, *extra, *keys, *values, *out, *top, *total, *correction;
+  float *scores, *keys, *values, *correction;
+  float *queries, *out, *top, *total;  // of kGroup tiles
 };
 
 Buffers take_buffers(const Attention& a) {
   const int64_t padded = round_up(a.dim, kWidth), tile = kKeys * kQueries, rows = kKeys * padded;
   Arena arena{static_cast<char*>(
-      tf_scratch(0, 2 * Arena::bytes(padded * kQueries) + 2 * Arena::bytes(tile) + 2 * Arena::bytes(rows) +
-                        3 * Arena::bytes(kQueries)))};
+      tf_scratch(0, 2 * kGroup * Arena::bytes(padded * kQueries) + Arena::bytes(tile) + 2 * Arena::bytes(rows) +
+                        (1 + 2 * kGroup) * Arena::bytes(kQueries)))};
   Buffers s;
-  s.queries = arena.take(padded * kQueries);
-  s.out = arena.take(padded * kQueries);
   s.scores = arena.take(tile);
-  s.extra = arena.take(tile);
   s.keys = arena.take(rows);
   s.values = arena.take(rows);
-  s.top = arena.take(kQueries);
-  s.total = arena.take(kQueries);
   s.correction = arena.take(kQueries);
+  s.queries = arena.take(kGroup * padded * kQueries);
+  s.out = arena.take(kGroup * padded * kQueries);
+  s.top = arena.take(kGroup * kQueries);
+  s.total = arena.take(kGroup * kQueries);
   return s;
 }
 
 // Updates the running maximum `top` and sum `total`; scores -> probabilities, in place. The maximum is subtracted
 // before the factor to_log2 is applied: the largest score then has probability exp2(0) = 1 exactly.
-void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float to_log2, const Buffers& s) {
+void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, float to_log2, float* tops,
+                   float* totals, const Buffers& s) {
   float offset[kQueries];
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec top = load(s.scores + c);
     for (int64_t j = 1; j < keys; ++j) top = max(load(s.scores + j * t.lanes + c), top);
-    const Vec before = load(s.top + c), after = max(top, before);
+    const Vec before = load(tops + c), after = max(top, before);
     const Vec finite = after == broadcast(-INFINITY) ? broadcast(0.f) : after;
-    store(s.top + c, after);
+    store(tops + c, after);
     store(offset + c, finite);
     store(s.correction + c, exp2((before - finite) * to_log2));
   }
@@ -58,7 +60,7 @@ void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, 
       }
       sum = sum + part;
     }
-    store(s.total + c, fma(load(s.total + c), load(s.correction + c), sum));
+    store(totals + c, fma(load(totals + c), load(s.correction + c), sum));
   }
   if (dropout)
     for_each_dropout(a, t, j0, keys, [&](int64_t row, int64_t c, Vec factor) {
@@ -67,99 +69,228 @@ void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, 
     });
 }
 
-template <class T, bool Pairs>
-void forward_tile(const AttentionForward& a, const Tile& t, const Buffers& s) {
-  const int64_t hk = t.h / (a.heads / a.key_heads), padded = round_up(a.dim, kWidth), lanes = t.lanes;
-  T* out = row_of<T>(a.out, a.out_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
-  float* lse = !a.lse ? nullptr : a.lse + t.b * a.lse_batch + t.h * a.lse_head + a.query_starts[t.b] + t.q0;
-  int64_t begin, end;
-  key_range(a, t, begin, end);
-  if (end <= begin) {
-    zero_rows(out, a.out_strides.row, t.count, a.dim);
-    for (int64_t i = 0; lse && i < t.count; ++i) lse[i] = -INFINITY;
-    return;
-  }
-  const T* q = row_of<const T>(a.query, a.query_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
-  if constexpr (Pairs)
-    load_pairs_transposed(q, a.query_strides.row, t.count, a.dim, s.queries, lanes);
-  else
-    load_transposed(q, a.query_strides.row, t.count, a.dim, s.queries, lanes);
-  for (int64_t c = 0; c < lanes; c += kWidth) {
-    store(s.top + c, broadcast(-INFINITY));
-    store(s.total + c, Vec{});
-  }
-  const bool fold = folds_scale(a);
-  const float to_log2 = log2_factor(a);
-
-  for (int64_t j = begin; j < end; j = block_end(j, end)) {
-    const int64_t keys = block_end(j, end) - j;
-    const Write write = j == begin ? Write::kStore : Write::kScaleAdd;
-    const T* k = row_of<const T>(a.key, a.key_strides, t.b, hk, a.key_starts[t.b] + j);
-    const T* v = row_of<const T>(a.value, a.value_strides, t.b, hk, a.key_starts[t.b] + j);
-    if constexpr (Pairs) {
-      Operand rows{k, a.key_strides.row * 2, 4};
-      if (a.dim % 2) {  // a pair would reach into the next row
-        load_pair_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
-        rows = {s.keys, padded * 4, 4};
-      }
-      gemm_bf16(Write::kStore, keys, lanes, (a.dim + 1) / 2, rows, s.queries, lanes, s.scores, lanes);
-      pair_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
-    } else {
-      Operand rows{k, a.key_strides.row * int64_t(sizeof(T)), 4};
-      if constexpr (sizeof(T) == 2) {
-        load_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
-        load_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
-        rows = {s.keys, padded * 4, 4};
-      }
-      gemm(Write::kStore, keys, lanes, a.dim, rows, s.queries, lanes, s.scores, lanes, nullptr, chain_of(keys));
-    }
-    if (!fold) finish_scores(a, t, j, keys, s.scores, nullptr);
-    mask_edges(a, t, j, keys, s.scores);
-    softmax_block(a, t, j, keys, to_log2, s);
-    if constexpr (Pairs) {
-      for (int64_t r = 0; r < keys; r += 2)
-        for (int64_t c = 0; c < lanes; c += kWidth)
-          store(s.extra + r / 2 * lanes + c,
-                pair(load(s.scores + r * lanes + c), r + 1 < keys ? load(s.scores + (r + 1) * lanes + c) : Vec{}));
-      gemm_bf16(write, a.dim, lanes, (keys + 1) / 2, {s.values, 4, padded * 4}, s.extra, lanes, s.out,
-                lanes, s.correction);
-    } else {
-      const Operand columns = sizeof(T) == 2 ? Operand{s.values, 4, padded * 4}
-                                             : Operand{v, 4, a.value_strides.row * 4};
-      gemm(write, a.dim, lanes, keys, columns, s.scores, lanes, s.out, lanes, s.correction);
-    }
-  }
-
-  for (int64_t c = 0; c < lanes; c += kWidth) {
-    const Vec total = load(s.total + c);
-    store(s.correction + c, total == Vec{} ? broadcast(0.f) : 1.f / total);
-  }
-  store_transposed(s.out, lanes, s.correction, out, a.out_strides.row, t.count, a.dim);
-  for (int64_t i = 0; i < t.count; ++i)
-    if (lse)
-      lse[i] =
-          s.total[i] == 0.f ? -INFINITY : s.top[i] * (fold ? float(a.scale) : 1.f) + __builtin_logf(s.total[i]);
+// 2^x for x <= 0, 0 for -inf, within 3e-6: to be rounded to bf16.
+inline Vec exp2_for_bf16(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = bit_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(x), 9));  // x - floor(x); 0 for -inf
+  Vec p = broadcast(0.0134267015f);
+  p = fma(p, r, broadcast(0.0522424467f));
+  p = fma(p, r, broadcast(0.241280213f));
+  p = fma(p, r, broadcast(0.693044841f));
+  p = fma(p, r, broadcast(1.f));
+  return bit_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(p), bit_cast<__m512>(x)));  // p * 2^floor(x)
+#else
+  return exp2(x);
+#endif
 }
+
+// softmax_block and the pairs of its probabilities, in place, without dropout.
+template <int N>
+void softmax_pairs(int64_t keys, float to_log2, float* scores, float* tops, float* totals, float* correction) {
+  constexpr int64_t lanes = N * kWidth;
+  Vec top[N], shift[N], sum[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) top[n] = load(tops + n * kWidth);
+  for (int64_t j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) top[n] = max(load(scores + j * lanes + n * kWidth), top[n]);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    shift[n] = top[n] == broadcast(-INFINITY) ? broadcast(0.f) : top[n];
+    store(correction + n * kWidth, exp2((load(tops + n * kWidth) - shift[n]) * to_log2));
+    store(tops + n * kWidth, top[n]);
+    sum[n] = Vec{};
+  }
+  const Vec zero = Vec{};
+  for (int64_t j = 0; j < keys; j += 32) {  // short sums first: a long float32 sum loses digits
+    Vec part[N] = {};
+    const int64_t past = least(j + 32, keys);
+    for (int64_t r = j; r < past; r += 2) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const float* p = scores + r * lanes + n * kWidth;
+        const Vec even = exp2_for_bf16((load(p) - shift[n]) * to_log2);
+        Vec odd = zero;
+        if (r + 1 < past) odd = exp2_for_bf16((load(p + lanes) - shift[n]) * to_log2);
+        part[n] = part[n] + (even + odd);
+        store(scores + r / 2 * lanes + n * kWidth, pair(even, odd));
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[n] = sum[n] + part[n];
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+    store(totals + n * kWidth, fma(load(totals + n * kWidth), load(correction + n * kWidth), sum[n]));
+}
+
+// Tiles [first, first + count) of head h of sequence b.
+template <class T, bool Pairs>
+class Group {
+ public:
+  Group(const AttentionForward& a, int64_t b, int64_t h, int64_t first, int64_t count, const Buffers& s)
+      : a_(a), b_(b), hk_(h / (a.heads / a.key_heads)), count_(count), padded_(round_up(a.dim, kWidth)), s_(s),
+        to_log2_(log2_factor(a)), fold_(folds_scale(a)) {
+    for (int64_t i = 0; i < count; ++i) {
+      tiles_[i] = make_tile(a, b, h, (first + i) * kQueries);
+      key_range(a, tiles_[i], begin_[i], end_[i]);
+      if (Pairs && begin_[i] > 0) begin_[i] -= begin_[i] % 2;  // pairs of keys start at an even one
+    }
+  }
+
+  void run() const {
+    int64_t begin = INT64_MAX, end = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      if (end_[i] <= begin_[i]) continue;
+      begin = least(begin, begin_[i]);
+      end = end < end_[i] ? end_[i] : end;
+      load_queries(i);
+    }
+    for (int64_t j = begin; j < end; j = block_end(j, end)) {
+      const int64_t past = block_end(j, end);
+      const Block block = load_block(j, past - j);
+      for (int64_t i = 0; i < count_; ++i) {
+        const int64_t from = j > begin_[i] ? j : begin_[i], to = least(past, end_[i]);
+        if (from < to) add_block(i, block, from, to - from);
+      }
+    }
+    for (int64_t i = 0; i < count_; ++i) finish(i);
+  }
+
+ private:
+  struct Block {
+    int64_t start;
+    Operand keys, values;
+  };
+
+  float* queries(int64_t i) const { return s_.queries + i * padded_ * kQueries; }
+  float* out(int64_t i) const { return s_.out + i * padded_ * kQueries; }
+
+  void load_queries(int64_t i) const {
+    const Tile& t = tiles_[i];
+    const T* q = row_of<const T>(a_.query, a_.query_strides, b_, t.h, a_.query_starts[b_] + t.q0);
+    if constexpr (Pairs)
+      load_pairs_transposed(q, a_.query_strides.row, t.count, a_.dim, queries(i), t.lanes);
+    else
+      load_transposed(q, a_.query_strides.row, t.count, a_.dim, queries(i), t.lanes);
+    for (int64_t c = 0; c < t.lanes; c += kWidth) {
+      store(s_.top + i * kQueries + c, broadcast(-INFINITY));
+      store(s_.total + i * kQueries + c, Vec{});
+    }
+  }
+
+  Block load_block(int64_t j, int64_t keys) const {
+    const T* k = row_of<const T>(a_.key, a_.key_strides, b_, hk_, a_.key_starts[b_] + j);
+    const T* v = row_of<const T>(a_.value, a_.value_strides, b_, hk_, a_.key_starts[b_] + j);
+    if constexpr (sizeof(T) == 4) {
+      return {j, {k, a_.key_strides.row * 4, 4}, {v, 4, a_.value_strides.row * 4}};
+    } else if constexpr (Pairs) {
+      load_pair_rows(k, a_.key_strides.row, keys, a_.dim, s_.keys, padded_);
+      pair_rows(v, a_.value_strides.row, keys, a_.dim, s_.values, padded_);
+    } else {
+      load_rows(k, a_.key_strides.row, keys, a_.dim, s_.keys, padded_);
+      load_rows(v, a_.value_strides.row, keys, a_.dim, s_.values, padded_);
+    }
+    return {j, {s_.keys, padded_ * 4, 4}, {s_.values, 4, padded_ * 4}};
+  }
+
+  // Keys [from, from + keys), which are in the block.
+  void add_block(int64_t i, const Block& block, int64_t from, int64_t keys) const {
+    const Tile& t = tiles_[i];
+    const Write write = from == begin_[i] ? Write::kStore : Write::kScaleAdd;
+    const int64_t skip = from - block.start, lanes = t.lanes;
+    Operand k = block.keys, v = block.values;
+    k.data = static_cast<const char*>(k.data) + skip * k.row_bytes;
+    v.data = static_cast<const char*>(v.data) + (Pairs ? skip / 2 : skip) * v.depth_bytes;
+    if constexpr (Pairs)
+      gemm_bf16(Write::kStore, keys, lanes, (a_.dim + 1) / 2, k, queries(i), lanes, s_.scores, lanes);
+    else
+      gemm(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes, nullptr, chain_of(keys));
+    if (!fold_) finish_scores(a_, t, from, keys, s_.scores, nullptr);
+    mask_edges(a_, t, from, keys, s_.scores);
+    float *tops = s_.top + i * kQueries, *totals = s_.total + i * kQueries;
+    if constexpr (Pairs) {
+      if (a_.dropout.threshold) {
+        softmax_block(a_, t, from, keys, to_log2_, tops, totals, s_);
+        for (int64_t r = 0; r < keys; r += 2)
+          for (int64_t c = 0; c < lanes; c += kWidth) {
+            const float* p = s_.scores + r * lanes + c;
+            store(s_.scores + r / 2 * lanes + c, pair(load(p), r + 1 < keys ? load(p + lanes) : Vec{}));
+          }
+      } else if (lanes == 4 * kWidth) {
+        softmax_pairs<4>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
+      } else if (lanes == 3 * kWidth) {
+        softmax_pairs<3>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
+      } else if (lanes == 2 * kWidth) {
+        softmax_pairs<2>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
+      } else {
+        softmax_pairs<1>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
+      }
+      gemm_bf16(write, a_.dim, lanes, (keys + 1) / 2, v, s_.scores, lanes, out(i), lanes, s_.correction);
+    } else {
+      softmax_block(a_, t, from, keys, to_log2_, tops, totals, s_);
+      gemm(write, a_.dim, lanes, keys, v, s_.scores, lanes, out(i), lanes, s_.correction);
+    }
+  }
+
+  void finish(int64_t i) const {
+    const Tile& t = tiles_[i];
+    const int64_t row = a_.query_starts[b_] + t.q0;
+    T* y = row_of<T>(a_.out, a_.out_strides, b_, t.h, row);
+    float* lse = !a_.lse ? nullptr : a_.lse + b_ * a_.lse_batch + t.h * a_.lse_head + row;
+    if (end_[i] <= begin_[i]) {
+      zero_rows(y, a_.out_strides.row, t.count, a_.dim);
+      for (int64_t r = 0; lse && r < t.count; ++r) lse[r] = -INFINITY;
+      return;
+    }
+    const float *top = s_.top + i * kQueries, *total = s_.total + i * kQueries;
+    for (int64_t c = 0; c < t.lanes; c += kWidth) {
+      const Vec sum = load(total + c);
+      store(s_.correction + c, sum == Vec{} ? broadcast(0.f) : 1.f / sum);
+    }
+    if constexpr (Pairs)
+      store_pairs_transposed(out(i), t.lanes, s_.correction, y, a_.out_strides.row, t.count, a_.dim);
+    else
+      store_transposed(out(i), t.lanes, s_.correction, y, a_.out_strides.row, t.count, a_.dim);
+    for (int64_t r = 0; lse && r < t.count; ++r)
+      lse[r] = total[r] == 0.f ? -INFINITY : top[r] * (fold_ ? float(a_.scale) : 1.f) + __builtin_logf(total[r]);
+  }
+
+  const AttentionForward& a_;
+  const int64_t b_, hk_, count_, padded_;
+  const Buffers& s_;
+  const float to_log2_;
+  const bool fold_;
+  Tile tiles_[kGroup];
+  int64_t begin_[kGroup], end_[kGroup];  // keys that the tiles see
+};
 
 template <class T, bool Pairs>
 void forward_all(const AttentionForward& a) {
-  // first[b]: number of tiles before sequence b, for one head.
+  // first[b]: number of groups before sequence b, for one head.
   int64_t* first = scratch<int64_t>(1, a.batch + 1);
-  first[0] = 0;
-  for (int64_t b = 0; b < a.batch; ++b) first[b + 1] = first[b] + (a.query_lengths[b] + kQueries - 1) / kQueries;
-  const int64_t items = first[a.batch] * a.heads;
-  share_out(items, threads_for(a, 2e5), [&] {
-    return [&, s = take_buffers(a)](int64_t item) {
-      int64_t low = 0, high = a.batch;  // low becomes the sequence: first[low] * heads <= item < first[low + 1] * heads
-      while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (first[middle] * a.heads <= item ? low : high) = middle;
-      }
-      const int64_t tiles = first[low + 1] - first[low], within = item - first[low] * a.heads;
-      const int64_t tile = tiles - 1 - within % tiles;  // causal: the longest first
-      forward_tile<T, Pairs>(a, make_tile(a, low, within / tiles, tile * kQueries), s);
-    };
-  });
+  const int64_t threads = threads_for(a, 2e5);
+  for (int64_t size = sizeof(T) == 4 ? 1 : kGroup;; size /= 2) {  // float32 is used in place
+    first[0] = 0;
+    for (int64_t b = 0; b < a.batch; ++b)
+      first[b + 1] = first[b] + (a.query_lengths[b] + size * kQueries - 1) / (size * kQueries);
+    const int64_t items = first[a.batch] * a.heads;
+    if (size > 1 && items < 4 * threads) continue;
+    share_out(items, threads, [&] {
+      return [&, s = take_buffers(a)](int64_t item) {
+        int64_t low = 0, high = a.batch;  // low becomes the sequence: first[low] * heads <= item < first[low + 1] * heads
+        while (high - low > 1) {
+          const int64_t middle = (low + high) / 2;
+          (first[middle] * a.heads <= item ? low : high) = middle;
+        }
+        const int64_t groups = first[low + 1] - first[low], within = item - first[low] * a.heads;
+        const int64_t group = groups - 1 - within % groups;  // causal: the longest first
+        const int64_t tiles = (a.query_lengths[low] + kQueries - 1) / kQueries - group * size;
+        Group<T, Pairs>(a, low, within / groups, group * size, least(tiles, size), s).run();
+      };
+    });
+    return;
+  }
 }
 
 }  // namespace

@@ -110,36 +110,55 @@ static void zero_rows(T* dst, int64_t stride, int64_t rows, int64_t columns) {
 }
 
 // ---- pairs of bf16 in one word ---------------------------------------------------------------------
-static inline VecU load_bits(const bf16* p, int64_t n) {
-  VecH h{};
-  if (n >= kWidth)
-    __builtin_memcpy(&h, p, sizeof h);
-  else
-    for (int64_t i = 0; i < n; ++i) h[i] = p[i].bits;
-  return __builtin_convertvector(h, VecU);
+typedef uint16_t Halves __attribute__((vector_size(kWidth * 4)));
+
+// Words of (even[i], odd[i]): the first kWidth, or those from kWidth on.
+static inline Vec interleave(Halves even, Halves odd, int from) {
+  Halves lanes;
+  for (int i = 0; i < 2 * kWidth; ++i) lanes[i] = uint16_t(from + i / 2 + i % 2 * 2 * kWidth);
+  return bit_cast<Vec>(__builtin_shuffle(even, odd, lanes));
 }
-static inline Vec pair(VecU even, VecU odd) { return bit_cast<Vec>(even | (odd << 16)); }
 static inline Vec pair(Vec even, Vec odd) {
-  return pair(__builtin_convertvector(to_bf16_bits(even), VecU), __builtin_convertvector(to_bf16_bits(odd), VecU));
+#if defined(__AVX512BF16__)
+  const Halves both = bit_cast<Halves>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
+  Halves lanes;
+  for (int i = 0; i < 2 * kWidth; ++i) lanes[i] = uint16_t(i / 2 + i % 2 * kWidth);
+  return bit_cast<Vec>(__builtin_shuffle(both, lanes));
+#else
+  return bit_cast<Vec>(__builtin_convertvector(to_bf16_bits(even), VecU) |
+                       (__builtin_convertvector(to_bf16_bits(odd), VecU) << 16));
+#endif
+}
+
+// n values at p as words, at most 2 * kWidth; an odd one is paired with zero.
+static inline Vec load_words(const bf16* p, int64_t n) {
+  Vec words = Vec{};
+  if (n >= 2 * kWidth)
+    __builtin_memcpy(&words, p, sizeof words);
+  else if (n > 0)
+    __builtin_memcpy(&words, p, size_t(n) * 2);
+  return words;
 }
 
 // dst[r / 2 * ld + c] = (src[r][c], src[r + 1][c]); a missing last row counts as zeros.
 static inline void pair_rows(const bf16* src, int64_t stride, int64_t rows, int64_t columns, float* dst, int64_t ld) {
   for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      const VecU even = load_bits(src + r * stride + c, columns - c);
-      const VecU odd = r + 1 < rows ? load_bits(src + (r + 1) * stride + c, columns - c) : VecU{};
-      store(dst + r / 2 * ld + c, pair(even, odd));
+    for (int64_t c = 0; c < columns; c += 2 * kWidth) {
+      const bf16* p = src + r * stride + c;
+      const Halves even = bit_cast<Halves>(load_words(p, columns - c));
+      const Halves odd = r + 1 < rows ? bit_cast<Halves>(load_words(p + stride, columns - c)) : Halves{};
+      float* out = dst + r / 2 * ld + c;
+      store(out, interleave(even, odd, 0));
+      if (c + kWidth < columns) store(out + kWidth, interleave(even, odd, kWidth));
     }
 }
 
-// The words of load_pairs_transposed, not transposed: dst[r * ld + c].
+// dst[r * ld + c] = (src[r][2c], src[r][2c + 1]); an odd last column is paired with zero. ld is a multiple of kWidth.
 static inline void load_pair_rows(const bf16* src, int64_t stride, int64_t rows, int64_t columns, float* dst,
                                   int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (columns % 2) dst[r * ld + columns / 2] = 0.f;
-    __builtin_memcpy(dst + r * ld, src + r * stride, size_t(columns) * 2);
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; 2 * c < columns; c += kWidth)
+      store(dst + r * ld + c, load_words(src + r * stride + 2 * c, columns - 2 * c));
 }
 
 // Words of (src[r][2c], src[r][2c + 1]), transposed: dst[c * ld + r]; an odd last column is paired with zero.
@@ -149,21 +168,37 @@ static inline void load_pairs_transposed(const bf16* src, int64_t stride, int64_
   for (int64_t r = 0; r < ld; r += kWidth)
     for (int64_t c = 0; c < words; c += kWidth) {
       Vec tile[kWidth];
+      const bf16* p = src + r * stride + 2 * c;
       if (r + kWidth <= rows && 2 * (c + kWidth) <= columns) {
-        for (int i = 0; i < kWidth; ++i) __builtin_memcpy(&tile[i], src + (r + i) * stride + 2 * c, kWidth * 4);
-        transpose(tile);
-        for (int i = 0; i < kWidth; ++i) store(dst + (c + i) * ld + r, tile[i]);
-        continue;
-      }
-      for (int i = 0; i < kWidth; ++i) {
-        tile[i] = Vec{};
-        if (r + i >= rows) continue;
-        const int64_t left = (columns - 2 * c) * 2;
-        __builtin_memcpy(&tile[i], src + (r + i) * stride + 2 * c, left < kWidth * 4 ? size_t(left) : kWidth * 4);
+        for (int i = 0; i < kWidth; ++i) __builtin_memcpy(&tile[i], p + i * stride, sizeof tile[i]);
+      } else {
+        for (int i = 0; i < kWidth; ++i) tile[i] = r + i < rows ? load_words(p + i * stride, columns - 2 * c) : Vec{};
       }
       transpose(tile);
       for (int i = 0; i < kWidth && c + i < words; ++i) store(dst + (c + i) * ld + r, tile[i]);
     }
+}
+
+// The same as store_transposed, two columns at a time.
+static inline void store_pairs_transposed(const float* src, int64_t ld, const float* factor, bf16* dst, int64_t stride,
+                                          int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    const Vec f = load(factor + r);
+    for (int64_t c = 0; c < columns; c += 2 * kWidth) {
+      Vec tile[kWidth];
+      const float* p = src + c * ld + r;
+      const int64_t left = columns - c < 2 * kWidth ? columns - c : 2 * kWidth;
+      for (int i = 0; i < kWidth; ++i, p += 2 * ld)
+        tile[i] = 2 * i < left ? pair(load(p) * f, 2 * i + 1 < left ? load(p + ld) * f : Vec{}) : Vec{};
+      transpose(tile);
+      bf16* out = dst + r * stride + c;
+      if (r + kWidth <= rows && left == 2 * kWidth) {
+        for (int i = 0; i < kWidth; ++i) __builtin_memcpy(out + i * stride, &tile[i], sizeof tile[i]);
+        continue;
+      }
+      for (int i = 0; i < kWidth && r + i < rows; ++i) __builtin_memcpy(out + i * stride, &tile[i], size_t(left) * 2);
+    }
+  }
 }
 
 }  // namespace tf::TF_ISA

@@ -95,7 +95,11 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
         >>> sorted(transformer_fast.accelerate(model, verbose=False).swapped)
         ['0', '1']
     """
+    from ..quantization import PRECISIONS
+
     model = _module_of(model)
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision!r}")
     report = Report(model, {}, {})
     before = {id(m) for m in model.modules() if _is_ours(m)}
     if adopt and "transformers.modeling_utils" in sys.modules:  # else there are no transformers models
@@ -173,13 +177,14 @@ def _module_of(model: Any) -> torch.nn.Module:
 
 def _set_precision(model: torch.nn.Module, precision: str) -> None:
     from ..models._base import ModelMixin
-    from ..quantization import quantize
+    from ..quantization import is_int8_model, quantize
 
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, ModelMixin) and id(module) not in inside:
             inside |= {id(m) for m in module.modules()}
-            quantize(module, precision)
+            if precision != "int8" or not is_int8_model(module):
+                quantize(module, precision)
     if not inside:
         raise ValueError(f"precision: no part of {type(model).__name__} can be quantised to {precision!r}")
 

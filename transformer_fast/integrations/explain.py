@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .. import backends
+from ..layers.quantizing import describe
 from . import swaps
 from .huggingface import NAME
 
@@ -48,7 +49,7 @@ def explain(what: Any) -> str:
     lines = [f"{type(what).__name__}: not a model of this package; accelerate(model) swaps what can be swapped"]
     lines.append(f"  attention: {'ours' if attends else 'its own'}")
     lines += [f"  {path}: {m._kind}" for path, m in swapped]
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [describe(what)])])
 
 
 def _explain_own(model: Any) -> str:
@@ -58,7 +59,7 @@ def _explain_own(model: Any) -> str:
         reason = model.why_hf_loop()
         what = f"transformers' own loop, as {reason}" if reason else "this package's engine"
         lines.append(f"  generate: {what}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [describe(model)])])
 
 
 def _asks(model: Any) -> bool:

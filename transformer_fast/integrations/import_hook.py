@@ -1,4 +1,5 @@
-"""Registers attn_implementation="transformer_fast" as soon as both packages are imported, in either order.
+"""Registers attn_implementation="transformer_fast", and the quantizer that reads int8 checkpoints, as soon as both
+packages are imported, in either order.
 
 `import transformer_fast` must not import transformers, which takes seconds. If transformers is loaded, registration is
 immediate. If not, an import finder registers right after `transformers.modeling_utils` was executed.
@@ -46,6 +47,9 @@ def _register() -> None:
         register()
     except ImportError as error:  # importing an old transformers must not fail
         warnings.warn(f'attn_implementation="transformer_fast" is not available: {error}', stacklevel=2)
+        return
+    # Unregistered, transformers only warns, and takes the int8 numbers for the weights themselves.
+    from ..models import _quantizer  # noqa: F401
 
 
 def install() -> None:

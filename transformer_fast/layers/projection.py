@@ -18,6 +18,7 @@ __all__ = [
     "add_norm",
     "add_norm_sum",
     "dropout_p",
+    "is_linear_class",
     "is_plain",
     "is_rms_norm",
     "is_transposed",
@@ -76,6 +77,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def is_linear_class(kind: type) -> bool:
+    """True for nn.Linear and registered classes, not for their subclasses."""
+    return kind is nn.Linear or kind in _TRANSPOSED
 
 
 def is_transposed(module: Any) -> bool:

@@ -147,6 +147,7 @@ def _int8_block(w: LayerWeights, x: torch.Tensor, spec: TransformerSpec) -> Int8
     dropouts = (w.attention_output_dropout, w.activation_dropout, w.output_dropout)
     if (
         (torch.is_grad_enabled() and x.requires_grad)
+        or x.dtype == torch.float64
         or any(dropout_p(d) for d in dropouts)
         or spec.parallel
         or not (w.attention_after_norm is None and w.output_after_norm is None)

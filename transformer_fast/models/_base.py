@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..layers import StackCall, Unpadding, stock
+from ..layers.quantized import Int8Linear
 from . import _quantizer as _quantizer  # registers the quantizer that reads int8 checkpoints
 from . import _stock
 from ._explain import explain_model
@@ -188,6 +189,22 @@ class ModelMixin(Outputs, LoadingErrors):
         if not self.runs_as_hugging_face:
             self._adopted.adopt(self)  # type: ignore[arg-type]
         _stock.remember(self, ModelMixin)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True):
+        """As torch's. ValueError for an int8 model, before any module has changed its mode."""
+        if mode and (linear := next((m for m in self.modules() if isinstance(m, Int8Linear)), None)):  # type: ignore[attr-defined]
+            linear.train(mode)
+        return super().train(mode)  # type: ignore[misc]
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """As HF's. ValueError if the output layer is int8."""
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()  # type: ignore[attr-defined]
+        if new_num_tokens is not None and new_num_tokens != table.weight.shape[0] and isinstance(head, Int8Linear):
+            raise ValueError(
+                f"new_num_tokens: the int8 output layer has {head.out_features} outputs and cannot be resized, got "
+                f"{new_num_tokens}; add tokens before the model is quantised"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -14,6 +14,7 @@ import zipfile
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._self_check import runs_as_hugging_face
 
@@ -124,6 +125,9 @@ class LoadingErrors:
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only: wanted True (a checkpoint's pickled code is never run), got False")
         drop_trust(kwargs)
+        how = kwargs.get("quantization_config")
+        if not isinstance(how, (dict, QuantizationConfigMixin, type(None))):
+            raise TypeError(f"quantization_config: wanted one such as transformer_fast.Int8Config(), got {how!r}")
         if name is not None and config is None:
             found = model_type_of(name, kwargs)
             if found not in (None, kind):
@@ -139,6 +143,12 @@ class LoadingErrors:
         except Exception as error:
             _explain(error, cls, name, config, kwargs)
             raise
+        scales = [key for key in info["unexpected_keys"] if key.endswith(".weight_scale")]
+        if scales and getattr(model, "hf_quantizer", None) is None:
+            raise ValueError(
+                f"{name}: holds quantised weights ({scales[0]}, ...), but its config.json has no quantization_config "
+                "that is known here"
+            )
         if not (want_info or kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None):
             _check_missing(model, name, info)
         return (model, info) if want_info else model
