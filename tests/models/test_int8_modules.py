@@ -25,7 +25,7 @@ def test_arguments():
         ({"skip": "cls"}, TypeError, "skip: wanted a list of names of modules, got 'cls'"),
         ({"skip": 3}, TypeError, "skip: wanted a list of names of modules, got 3"),
         ({"skip": [nn.Linear]}, TypeError, "skip: wanted names of modules, got <class"),
-        ({"group": 128.0}, ValueError, "group: wanted one of 32, 64, 128, got 128.0"),
+        ({"group": 128.0}, ValueError, "group: wanted one of 32, 64, 128, 256, got 128.0"),
         ({"precision": "INT8"}, ValueError, "precision: wanted one of int8, bf16, got 'INT8'"),
         ({"precision": "bf16", "skip": ["cls"]}, ValueError, 'skip, group: are for "int8" only'),
     ):

@@ -239,6 +239,23 @@ def test_saved_and_loaded(family, tmp_path):
     assert theirs(**inputs).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_groups_are_saved(tmp_path):
+    """Layers with many inputs have groups of 256. Checkpoints with groups of 128 in all layers stay as they are."""
+    torch.manual_seed(0)
+    model = tf.BertModel(hf.BertConfig(**_WIDE | {"intermediate_size": 768})).eval()
+    model.save_pretrained(tmp_path / "float")
+    for group in (128, 256):
+        model = tf.quantize(tf.BertModel.from_pretrained(tmp_path / "float"), "int8", group=group)
+        model.save_pretrained(tmp_path / f"{group}")
+        again = tf.BertModel.from_pretrained(tmp_path / f"{group}")
+        assert {m.in_features: m.group for m in again.modules() if isinstance(m, Int8Linear)} == {64: 128, 768: group}
+        inputs = _inputs(model)[0]
+        assert torch.equal(again(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+    default = tf.BertModel.from_pretrained(tmp_path / "float", quantization_config=tf.Int8Config())
+    assert torch.equal(default(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
 def test_what_is_left_alone():
     model = tf.BertForSequenceClassification(hf.BertConfig(**_WIDE, num_labels=3)).eval()
     tf.quantize(model, "int8", skip=["bert.encoder.layer.1.output"], group=64)
@@ -259,7 +276,7 @@ def test_bad_input(tmp_path):
         tf.quantize(model, "int4")
     with pytest.raises(ValueError, match="skip: 'bert.encodr': no such module in BertForMaskedLM"):
         tf.quantize(model, "int8", skip=["bert.encodr"])
-    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, got 100"):
+    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, 256, got 100"):
         tf.Int8Config(group=100)
     weight = model.bert.encoder.layer[1].output.dense.weight
     kept = weight[2, 3].item()
