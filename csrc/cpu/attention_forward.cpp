@@ -130,12 +130,13 @@ class Ahead {
  public:
   template <class T>
   void add(const T* rows, int64_t stride, int64_t count, int64_t dim) {
-    parts_[parts++] = {reinterpret_cast<const char*>(rows), stride * int64_t(sizeof(T)), count, dim * int64_t(sizeof(T))};
+    const int64_t size = sizeof(T);
+    parts_[count_++] = {reinterpret_cast<const char*>(rows), stride * size, count, dim * size};
   }
   void some() {
     const int64_t from = row_;
     row_ += kRows;
-    for (int i = 0; i < parts; ++i)
+    for (int i = 0; i < count_; ++i)
       for (int64_t r = from; r < row_ && r < parts_[i].count; ++r)
         for (int64_t c = 0; c < parts_[i].bytes; c += 64)
           __builtin_prefetch(parts_[i].rows + r * parts_[i].stride + c, 0, 2);
@@ -148,12 +149,13 @@ class Ahead {
     int64_t stride, count, bytes;
   };
   Part parts_[3];
-  int parts = 0;
+  int count_ = 0;
   int64_t row_ = 0;
 };
 
 // share_out for work(item, next), where each thread first takes a run of neighbouring items, then helps with the
-// others' runs. next: the item that this thread is likely to take after this one, or -1. taken: (threads, kRunStep), scratch.
+// others' runs. next: the item that this thread is likely to take after this one, or -1. taken: (threads, kRunStep),
+// scratch.
 constexpr int64_t kRunStep = 8;  // a cache line per counter
 template <class Make>
 void share_out_runs(int64_t items, int64_t threads, int64_t* taken, const Make& make) {
