@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -25,10 +26,14 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STATE = pathlib.Path(os.environ.get("FLIGHT_STATE", "build/flight"))  # kept between calls on one machine
-KIT = pathlib.Path("build/flight-kit")
+KIT = pathlib.Path(os.environ.get("FLIGHT_KIT", "build/flight-kit"))
+KERNELS = "triton-cache.tar.gz"  # in the kit
+CACHE = STATE / "triton-cache"
 CALL = 285.0  # seconds per call: five minutes minus the start of Python and the last archive
 PACKING = 10.0  # seconds between two archives while a step runs
 LARGEST = 15 << 20  # bytes of the archive; 16 MiB can be returned
+# Another ptxas than Triton's own would change the keys of Triton's cache, and the kit's kernels would not be found.
+UNSET = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_ALWAYS_COMPILE", "TRITON_INTERPRET")
 LONGEST_LOG = 256 << 10  # bytes of a log in the archive: its beginning and its end
 
 SMOKES = {  # {stage: the smoke tests of benchmarks/smoke.py that it needs}
@@ -107,6 +112,9 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
             measure("rows", 40, "norm-*,cross-entropy/*", "--missing", "--candidates", "cuda,Liger", **rows),
             measure("compiled", 50, compiled, "--slow", cuda=backward, **attention),
             test("models", 40, "models"),
+            # Each token replays a captured step.
+            measure("generation", 60, "generation/gpt2-b?-bf16,generation/marian-greedy-b8-bf16", "--missing",
+                    "--candidates", "HF bf16", **attention),
             Step("ledger", 10, ledger.command, always=True),
             measure("training", 30, "training/bert-base-*", "--missing", **attention),
         ]  # fmt: skip
@@ -251,11 +259,13 @@ def fly(call: str, steps: Sequence[Step], folders: Sequence[pathlib.Path], targe
         seconds: float = CALL) -> int:  # fmt: skip
     """Run the steps that are not done until the time is over. Returns 0 if all ran and passed."""
     started, failed = time.monotonic(), 0
-    state = State(STATE)
+    state, there = State(STATE), kernels(CACHE)
     with contextlib.suppress(OSError):
         (STATE / "logs").mkdir(parents=True, exist_ok=True)
 
     def packed():
+        counts = {"there": len(there), "compiled here": len(kernels(CACHE) - there)}
+        replace(STATE / f"triton-kernels-{call}.json", json.dumps(counts).encode())
         return pack([STATE, *folders], target)
 
     for step in steps:
@@ -290,6 +300,8 @@ def fly(call: str, steps: Sequence[Step], folders: Sequence[pathlib.Path], targe
         failed |= status != 0
         packed()
     packed()
+    made = len(kernels(CACHE) - there)
+    print(f"== Triton kernels: {len(there)} were in the cache, {made} were compiled here", flush=True)
     print(f"== results: {target}", flush=True)
     return int(bool(failed))
 
@@ -304,7 +316,12 @@ def _tail(log: pathlib.Path, lines: int = 12) -> None:
 
 def environment(out: pathlib.Path) -> dict[str, str]:
     """Environment variables of the steps: the kit's packages are found, and no network is used."""
-    carried = {"HF_HUB_OFFLINE": "1", "TRITON_CACHE_DIR": str(STATE.resolve() / "triton-cache"), "OMP_NUM_THREADS": "2"}
+    carried = {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(CACHE.resolve()),
+        "OMP_NUM_THREADS": "2",
+    }
     commit = KIT / "commit"
     if commit.exists():
         carried["TRANSFORMER_FAST_COMMIT"] = commit.read_text().strip()
@@ -313,14 +330,39 @@ def environment(out: pathlib.Path) -> dict[str, str]:
     return {**carried, "OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def unpack_kernels(archive: pathlib.Path, cache: pathlib.Path) -> None:
+    """Put the kit's Triton kernels into Triton's cache, whose lists of files contain absolute paths."""
+    with tarfile.open(archive) as tar:
+        files = {
+            pathlib.PurePosixPath(m.name): tar.extractfile(m).read()
+            for m in tar
+            if m.isfile() and re.fullmatch(r"\w+/\w+\.(json|cubin)", m.name)
+        }
+    for about in [name for name in files if name.suffix == ".json"]:
+        folder, names = cache / about.parent, [about.name, about.with_suffix(".cubin").name]
+        if (folder / f"__grp__{about.name}").exists():
+            continue
+        paths = {name: str((folder / name).resolve()) for name in names}
+        wanted = {name: files[about.parent / name] for name in names}
+        wanted[f"__grp__{about.name}"] = json.dumps({"child_paths": paths}).encode()  # last: the cache is read by it
+        if not all(replace(folder / name, content) for name, content in wanted.items()):
+            return  # the disk is full
+
+
+def kernels(cache: pathlib.Path) -> set[str]:
+    return {path.parent.name for path in cache.glob("*/__grp__*.json")}
+
+
 def unpack_kit() -> None:
-    """Copy the kit's native library into the package."""
+    """Copy the kit's native library into the package and its Triton kernels into the cache."""
     library = ROOT / "transformer_fast" / "_C.abi3.so"
     carried = KIT / library.name
     try:
         if carried.exists() and not (library.exists() and filecmp.cmp(carried, library, shallow=False)):
             replace(library, carried.read_bytes())
-    except OSError as error:
+        if (KIT / KERNELS).exists():
+            unpack_kernels(KIT / KERNELS, CACHE)
+    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
         print(f"flight: the kit was not unpacked: {error}", file=sys.stderr)
 
 
@@ -372,7 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("call", choices=("pack", "first", "second", "tune", "build", "memcheck"))
     parser.add_argument("--seconds", type=float, default=CALL, help="of the call (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)
+    if more and options.call != "pack":
+        parser.error(f"unknown arguments: {' '.join(more)}")
     os.chdir(ROOT)
     if options.call == "build":
         return build()
@@ -381,12 +425,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.call == "pack":
         from flight_kit import make  # beside this file
 
-        return make(KIT)
+        return make(KIT, more)
     out = pathlib.Path(os.environ.get("OUT") or STATE).resolve()
     started = time.monotonic()
     with contextlib.suppress(OSError):
         STATE.mkdir(parents=True, exist_ok=True)
     os.environ.update(environment(out))
+    for name in UNSET:
+        os.environ.pop(name, None)
     # The call ends even if a step hangs: the archive is written continuously.
     last = threading.Timer(options.seconds + 10, os._exit, [124])
     last.daemon = True

@@ -320,6 +320,8 @@ def generation_cases(device: str) -> list[Case]:
           for name in ("smollm-135m", "qwen3-0.6b") for rows, bar in ((1, 1.5), (8, 2.5))),
     ]  # fmt: skip
     cases = [_case(*w, device) for w in (*work, *more)]
+    if device == "cuda":
+        cases += [_case(*w, device, "bf16") for w in work[:3]]
     if device == "cpu":
         cases += [_case(*w, device, weights) for weights in ("in-place", "int8") for w in work]
         cases += [_case(*w, device, "int8") for w in more]

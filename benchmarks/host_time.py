@@ -1,17 +1,21 @@
-"""Measures the host time of a call of a Triton op: python benchmarks/host_time.py
+"""Measures the host time of a call of a Triton op: python benchmarks/host_time.py [--record]
 
 Runs on a machine without a GPU, with a substitute for Triton's driver whose launch does nothing: kernels are compiled
 for sm_90 (once, into Triton's cache) and never run. Prints microseconds of processor time per call, of its bare
-launches through Triton's own launcher, and the difference, as medians of interleaved rounds.
+launches through Triton's own launcher, and the difference, as medians of interleaved rounds. --record writes them to
+benchmarks/results/host-time/<date>-<commit>.csv.
 """
 
 import argparse
+import csv
 import statistics
 import sys
 import time
 import types
 
 import torch
+
+COLUMNS = ["call", "us", "launches", "bare_us", "over_us", "rounds", "machine", "python", "torch", "triton", "commit"]
 
 
 class _Driver:
@@ -60,6 +64,9 @@ def install() -> _Driver:
     from transformer_fast.backends import triton as backend
 
     backend.interpreting = lambda: True  # so that it takes CPU tensors
+    from transformer_fast.ops import _attention_direct
+
+    _attention_direct.signature = lambda *_: None  # a fast path that GPU tensors do not take
     return driver
 
 
@@ -123,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     if torch.cuda.is_available():
         sys.exit("host_time: wanted a machine without a GPU")
@@ -136,6 +144,7 @@ def main() -> None:
             call()
         return (time.thread_time() - begun) / options.calls * 1e6
 
+    rows = []
     with tf.backend("triton"):
         forward, backward = cases()
         for name, call in {**forward, **backward}.items():
@@ -147,6 +156,25 @@ def main() -> None:
             least = min(a for a, _ in pairs) - min(b for _, b in pairs)
             text = f"{name:22s} {ours:7.1f} us, {count} bare launches {theirs:7.1f} us"
             print(f"{text}, over them {ours - theirs:7.1f} us (of the least {least:.1f})", flush=True)
+            rows.append([name, f"{ours:.1f}", count, f"{theirs:.1f}", f"{ours - theirs:.1f}", options.rounds])
+    if options.record:
+        record(rows)
+
+
+def record(rows: list[list]) -> None:
+    from transformer_fast.benchmarks import results
+
+    about = results.machine("cpu")
+    if about["dirty"]:
+        sys.exit("host_time: the record names a commit, and the checkout has changes")
+    file = results.ROOT / "host-time" / f"{about['time'][:10]}-{about['commit'][:7]}.csv"
+    file.parent.mkdir(exist_ok=True)
+    versions = about["versions"]
+    more = [about["device"], about["python"], versions["torch"], versions["triton"], about["commit"]]
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerows([COLUMNS, *([*row, *more] for row in rows)])
+    print(file)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python benchmarks/sass_model.py [--record]
 
-A kernel's main loop is read from its SASS for sm_90a: matrix products (HGMMA), exponentials (MUFU), arithmetic, bytes
-of shared memory, barriers, and the instructions between a product and the wait for it. From these, cycles per iteration
-are
-computed in two ways:
+A kernel's main loop is read from its SASS for sm_90a: matrix products (HGMMA, HMMA), exponentials (MUFU), arithmetic,
+bytes of shared memory, barriers, and the instructions between a product and the wait for it. From these, cycles per
+iteration are computed in two ways:
 
 - the time of each unit of a multiprocessor at its full rate: tensor cores, MUFU, FMA and ALU pipes, instruction issue,
   shared memory;
@@ -14,27 +13,33 @@ computed in two ways:
 
 The larger of the two is the prediction. Not modelled: prologue and epilogue, masked tiles, L2 and DRAM, the drop of the
 clock under load. So a prediction is for the main loop, at the stated clock, and measured rates of long sequences should
-be somewhat lower. `--record` writes benchmarks/results/predictions/h100.csv.
+be somewhat lower. `--record` writes the rows of the CUDA kernels and of the installed Triton's into
+benchmarks/results/predictions/h100.csv, each with the hash of its sources.
 """
 
 import argparse
 import collections
 import csv
 import dataclasses
+import hashlib
 import importlib.util
 import pathlib
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CUDA_SOURCES = [f"attention_{side}_{kind}" for kind in ("wgmma", "mma") for side in ("forward", "backward")]
 RECORD = ROOT / "benchmarks" / "results" / "predictions" / "h100.csv"
 MULTIPROCESSORS, GHZ = 132, 1.755  # H100 SXM, its boost clock
 TENSOR_FMA, SHARED_BYTES = 2048, 128  # per clock and multiprocessor, 16-bit dense
 # Clocks per warp instruction of the pipes of one of the four sub-partitions of a multiprocessor.
 MUFU, ALU, FMA = 8, 2, 1
-PIPES = ("issue", "MUFU", "FMA", "ALU", "shared")
+MMA = 4 / 0.629  # HMMA.16816: published microbenchmarks find 62.9% of the rate of wgmma
+PIPES = ("issue", "tensor", "MUFU", "FMA", "ALU", "shared")
+PRODUCTS = re.compile(r"HG?MMA\b")
 FMA_PIPE = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "IMAD", "MOV")
 NO_PIPE = ("U", "R2UR", "S2UR", "NOP", "BRA", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "FENCE", "LDC", "ELECT")
 PRODUCT_LATENCY, WAIT_LATENCY, BARRIER_LATENCY = 32, 16, 24  # clocks; published microbenchmarks' order of magnitude
@@ -89,7 +94,7 @@ def main_loop(items: list[str | Instruction]) -> Loop:
             spans.append((begin, end))
 
     def products(span) -> int:
-        return sum(isinstance(i, Instruction) and "HGMMA" in i.opcode for i in items[span[0] : span[1]])
+        return sum(isinstance(i, Instruction) and bool(PRODUCTS.match(i.opcode)) for i in items[span[0] : span[1]])
 
     spans = [s for s in spans if products(s)]
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
@@ -115,7 +120,7 @@ def _executed(items: list[str | Instruction]) -> list[Instruction]:
                 block = [i for i in items[n + 1 : end] if isinstance(i, Instruction)]
                 choices, scaled = (sum(i.opcode == name for i in block) for name in ("FSEL", "FMUL"))
                 rare = choices >= 8 or scaled >= 16 or any(i.opcode.startswith(("CCTL", "BAR")) for i in block)
-                if rare and not any("HGMMA" in i.opcode for i in block):
+                if rare and not any(PRODUCTS.match(i.opcode) for i in block):
                     n = end
                     continue
         n += 1
@@ -138,6 +143,8 @@ def pipes(instructions) -> collections.Counter:
         used["issue"] += 1
         if name == "MUFU":
             used["MUFU"] += MUFU
+        elif name == "HMMA":
+            used["tensor"] += MMA
         elif name in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
             width = re.search(r"\.(64|128)\b", i.opcode)
             matrices = re.search(r"\.(?:M|MT)88\.(\d)", i.opcode)
@@ -254,18 +261,19 @@ def simulate(loop: Loop, groups: int, together: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel to predict. groups: number of warpgroups with products per multiprocessor, in blocks of `together`.
-    loaded: bytes of shared memory that TMA reads or writes per iteration of a block. info: the compiler's output."""
+    loaded: bytes of shared memory that TMA reads or writes per iteration of a block. sources: their hash."""
 
     name: str
     loop: Loop
     groups: int
     together: int
     loaded: int = 0
-    info: str = ""
+    sources: str = ""
 
 
 COLUMNS = [
-    "kernel", "warpgroups", "products", "exponentials", "fma", "alu", "shared_bytes", "tensor_clocks", "mufu_clocks",
+    "kernel", "sources", "warpgroups", "products", "exponentials", "fma", "alu", "shared_bytes", "tensor_clocks",
+    "mufu_clocks",
     "fma_clocks", "alu_clocks", "issue_clocks", "shared_clocks", "simulated_clocks", "clocks", "bound_by",
     "loop_tflops", "ghz", "multiprocessors",
 ]  # fmt: skip
@@ -278,7 +286,7 @@ def predict(kernel: Kernel) -> dict:
     used = pipes(loop.instructions)
     size = groups * (sum(s for _, s, _ in shapes) + 4 * used["bytes"]) + groups // kernel.together * kernel.loaded
     clocks = {
-        "tensor": groups * sum(64 * n * 16 / TENSOR_FMA for n, _, _ in shapes),
+        "tensor": groups * (sum(64 * n * 16 / TENSOR_FMA for n, _, _ in shapes) + used["tensor"]),
         "MUFU": groups * used["MUFU"],
         "FMA": groups * used["FMA"],
         "ALU": groups * used["ALU"],
@@ -288,9 +296,10 @@ def predict(kernel: Kernel) -> dict:
     simulated = simulate(loop, groups, kernel.together)
     most = max(clocks, key=clocks.__getitem__)
     total = max(simulated, clocks[most])
-    flops = 2 * groups * sum(64 * n * 16 for n, _, _ in shapes)
+    flops = 2 * groups * (sum(64 * n * 16 for n, _, _ in shapes) + 4 * 16 * 8 * 16 * loop.count("HMMA"))
+    products = loop.count("HGMMA", "HMMA")
     values = [
-        kernel.name, groups, len(shapes), loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
+        kernel.name, kernel.sources, groups, products, loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
         *(round(clocks[c]) for c in ("tensor", "MUFU", "FMA", "ALU", "issue", "shared memory")), round(simulated),
         round(total), most if clocks[most] >= 0.95 * total else "latency of waits",
         round(flops / total * MULTIPROCESSORS * GHZ / 1000), GHZ, MULTIPROCESSORS,
@@ -299,37 +308,60 @@ def predict(kernel: Kernel) -> dict:
 
 
 def _disassemble(cubin: pathlib.Path) -> dict[str, list[str | Instruction]]:
-    spec = importlib.util.find_spec("triton")
-    shipped = pathlib.Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm" if spec and spec.origin else None
-    tool = shutil.which("nvdisasm") or str(shipped)
-    return parse(subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout)
+    command = [_tool("nvdisasm"), "-c", str(cubin)]
+    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _cubin(name: str, folder: pathlib.Path) -> pathlib.Path:
+    cubin, includes = folder / f"{name}.cubin", [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda"]
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+    command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", *includes, source, "-o", cubin]
+    subprocess.run(command, check=True)
+    return cubin
 
 
 def cuda_kernels() -> list[Kernel]:
-    """The wgmma kernels of csrc/cuda in bfloat16, compiled here."""
-    found = []
+    """The kernels of csrc/cuda for plain calls in bfloat16, compiled here."""
     with tempfile.TemporaryDirectory() as folder:
-        for side in ("forward", "backward"):
-            cubin = pathlib.Path(folder) / f"{side}.cubin"
-            source = ROOT / "csrc" / "cuda" / f"attention_{side}_wgmma.cu"
-            includes = [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda"]
-            subprocess.run(
-                ["nvcc", "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", *includes, source, "-o", cubin], check=True
-            )
-            for name, items in _disassemble(cubin).items():
-                if "bfloat16" not in name or not any("HGMMA" in i.opcode for i in items if isinstance(i, Instruction)):
-                    continue
-                d, m, *rest = map(int, re.findall(r"Li(\d+)E", name))
-                loop = main_loop(items)
-                if side == "forward":
-                    kind = "windowed" if "ELb1E" in name else "full"
-                    label, groups = f"cuda forward D {d} {kind} {m}x{rest[0]}", m // 64
-                    loaded = 2 * rest[0] * d * 2  # keys and values
-                else:
-                    label, groups = f"cuda backward D {d} {m}x128", 2
-                    loaded = 2 * m * d * 2 + m * 8 + m * d * 4  # queries, their gradients, statistics; dQ goes out
-                found.append(Kernel(label, loop, groups, groups, loaded))
+        cubins = {name: _cubin(name, pathlib.Path(folder)) for name in CUDA_SOURCES}
+        found = [kernel for name, cubin in cubins.items() for kernel in _kernels_of(name, cubin)]
     return sorted(found, key=lambda kernel: kernel.name)
+
+
+def _kernels_of(source: str, cubin: pathlib.Path) -> Iterator[Kernel]:
+    for name, items in _disassemble(cubin).items():
+        if "bfloat16" not in name or not any(isinstance(i, Instruction) and PRODUCTS.match(i.opcode) for i in items):
+            continue
+        numbers = list(map(int, re.findall(r"Li(\d+)E", name)))
+        if source == "attention_forward_wgmma":
+            d, m, n = numbers[:3]
+            label, groups = f"cuda forward D {d} {'windowed' if 'ELb1E' in name else 'full'} {m}x{n}", m // 64
+            yield Kernel(label, main_loop(items), groups, groups, 2 * n * d * 2, sources_of(label))  # keys and values
+        elif source == "attention_backward_wgmma":
+            d, m = numbers[:2]
+            loaded = 2 * m * d * 2 + m * 8 + m * d * 4  # queries, their gradients, statistics; dQ goes out
+            label = f"cuda backward D {d} {m}x128"
+            yield Kernel(label, main_loop(items), 2, 2, loaded, sources_of(label))
+        elif numbers[0] in (64, 128) and re.search(r"Li2ELi64ELb0E|SideE\dELb0ELNS1_6WantedE0E", name):
+            side = re.search(r"SideE(\d)", name)
+            part = f"backward_{('query', 'key')[int(side[1])]}" if side else "forward"
+            label = f"cuda mma {part} D {numbers[0]}"
+            # Blocks of four warps; shared memory has room for three.
+            blocks = min(3, 65536 // (-(-_registers(cubin, name) // 8) * 8 * 128))
+            loop = main_loop(items)
+            if loop.count("MUFU"):  # else an inner loop along a wide head, of which the model sees only a part
+                yield Kernel(label, loop, blocks, 1, 0, sources_of(label))
+
+
+def _registers(cubin: pathlib.Path, kernel: str) -> int:
+    usage = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(re.search(rf"Function {kernel}:\s+REG:(\d+)", usage)[1])
+
+
+def _tool(name: str) -> str:
+    spec = importlib.util.find_spec("triton")  # Triton's package contains the tools
+    shipped = pathlib.Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
+    return shutil.which(name) or str(shipped)
 
 
 def triton_kernels(only: str = "", dims=(64, 128), features=("plain", "causal")) -> list[Kernel]:
@@ -371,22 +403,66 @@ def triton_kernels(only: str = "", dims=(64, 128), features=("plain", "causal"))
                 constants = {p.name: launch.kwargs.get(p.name) for p in launch.kernel.params}
                 tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
                 label = f"triton {triton.__version__} {kernel} D {head_dim} {feature} {tile}"
-                spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in items if isinstance(i, Instruction))
-                info = f"{registers} registers, {compiled.metadata.shared} bytes shared, {spills} spills"
-                found.append(Kernel(label, main_loop(items), max(1, blocks) * warps // 4, warps // 4, 0, info))
+                groups = max(1, blocks) * warps // 4, warps // 4
+                found.append(Kernel(label, main_loop(items), *groups, 0, sources_of(label)))
     return found
+
+
+def sources_of(label: str) -> str:
+    """A hash of the sources of a kernel of the record, without their comments and layout."""
+    side = "forward" if "forward" in label else "backward"
+    if label.startswith("cuda"):
+        kind = "mma" if label.startswith("cuda mma") else "wgmma"
+        first, include = ROOT / "csrc" / "cuda" / f"attention_{side}_{kind}.cu", r'#include "([\w./]+)"'
+    else:
+        first, include = ROOT / "kernels" / f"attention_{side}.py", r"from \.(\w+) import"
+    found: dict[pathlib.Path, str] = {}
+    left = [first]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        text = path.read_text()
+        for name in re.findall(include, text):
+            near = (path.parent / name, ROOT / "csrc" / name, (path.parent / name).with_suffix(".py"))
+            left += [p.resolve() for p in near if p.is_file()][:1]
+        comments = r'#[^\n]*|""".*?"""' if path.suffix == ".py" else r"//[^\n]*"
+        found[path] = "".join(re.sub(comments, "", text, flags=re.DOTALL).split())
+    code = "".join(found[path] for path in sorted(found, key=lambda p: p.name))
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def read() -> list[dict[str, str]]:
+    """The rows of the record."""
+    with RECORD.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def merged(before: list[dict], rows: list[dict]) -> list[dict]:
+    """The record with new rows: those of the same compiler are replaced, the others kept."""
+    compilers = {_compiler(row["kernel"]) for row in rows}
+    return sorted(
+        [row for row in before if _compiler(row["kernel"]) not in compilers] + rows, key=lambda row: row["kernel"]
+    )
+
+
+def _compiler(label: str) -> str:
+    return label.split(" forward")[0].split(" backward")[0]  # cuda, or triton and its version
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--cuda-only", action="store_true", help="leave Triton's kernels out")
+    parser.add_argument("--triton-only", action="store_true", help="leave the CUDA kernels out")
     args = parser.parse_args()
-    rows = [predict(kernel) for kernel in cuda_kernels() + ([] if args.cuda_only else triton_kernels())]
+    found = [] if args.triton_only else cuda_kernels()
+    rows = [predict(kernel) for kernel in found + ([] if args.cuda_only else triton_kernels())]
     for row in rows:
         print(*(f"{name}={value}" for name, value in row.items()))
     if args.record:
         RECORD.parent.mkdir(parents=True, exist_ok=True)
+        rows = merged(read() if RECORD.exists() else [], rows)
         with RECORD.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

@@ -80,8 +80,9 @@ def _clock_cuda(call: Callable[[], object], count: int) -> float:
     return start.elapsed_time(end) / 1000.0
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """A CUDA graph of `call`: replaying it times the kernels without the CPU's part of launching them."""
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of `call`: replaying it times the kernels without the CPU's part of launching them. Every replay
+    returns the same output, in the graph's memory."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -89,8 +90,13 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        output = call()
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay
 
 
 def _warm_up(call: Callable[[], object], clock: Callable[[Callable[[], object], int], float], seconds: float) -> float:

@@ -69,13 +69,13 @@ def _weights(d: Draw, sizes: list[tuple[int, int] | None], scale: float) -> str:
         floats.append(d.other(f"f{i}", f"torch.randn({{n}}).mul({scale * size[1] ** -0.5:.4f})", size, d.dtype))
         biased = d.chance(0.7)
         biases.append(d.other(f"b{i}", "torch.randn({n})", size[:1], d.parameter_dtype()) if biased else "None")
-    group = d.rng.choice((32, 64, 128))
+    group = d.rng.choice((32, 64, 128, 256))
     d.call.setup.append(f"floats, biases = [{', '.join(floats)}], [{', '.join(biases)}]")
     return str(group)
 
 
 def linear(d: Draw) -> None:
-    inner, count = d.size(1, 300), d.rng.randint(1, 3)
+    inner, count = d.size(1, 600), d.rng.randint(1, 3)
     d.tensor("x", d.shape(inner), scale=d.rng.choice((1.0, 0.1)), shift=d.rng.choice((0.0, 0.3)))
     group = _weights(d, [(d.size(1, 140), inner) for _ in range(count)], 1.0)
     kind = d.rng.choice(("None", d.dtype, "torch.float32"))
@@ -86,7 +86,7 @@ def linear(d: Draw) -> None:
 
 def block(d: Draw) -> None:
     """Compared with the layer in float64 without quantised weights."""
-    width, inner, heads = d.size(8, 140), d.size(8, 200), d.size(8, 140)
+    width, inner, heads = d.size(8, 140), d.size(8, 600), d.size(8, 300)
     shape = d.shape(width)
     d.tensor("context", (*shape[:-1], heads), dtype=d.rng.choice((d.dtype, "torch.bfloat16")))
     d.tensor("residual", shape)

@@ -1,9 +1,14 @@
 """The GPU benchmark cases, run small and on the CPU, so that none fails on a GPU for a trivial reason."""
 
+import contextlib
+import types
+
 import pytest
 import torch
-from transformer_fast.benchmarks import run
+from transformer_fast.benchmarks import gpu_cases as module
+from transformer_fast.benchmarks import run, timing
 from transformer_fast.benchmarks.case import OURS, missing
+from transformer_fast.benchmarks.flight_cache import OnTheCpu
 from transformer_fast.benchmarks.gpu_cases import OURS_CUDA, gpu_cases
 from transformer_fast.benchmarks.model_cases import gpu_model_cases
 
@@ -91,3 +96,39 @@ def test_a_bar_may_ask_for_a_share_of_the_ceiling():
         mine = row | {"share_of_ceiling": share}
         run._judge([mine], case, timings)
         assert mine["met"] == met and mine["bar"].endswith("88% of the ceiling")
+
+
+@pytest.mark.quick
+def test_decoding_on_a_gpu_replays_a_graph(monkeypatch):
+    """The launches of such short kernels take longer than the kernels themselves."""
+    captured = []
+    monkeypatch.setattr(module, "graphed", lambda call: captured.append(call) or call)
+    case = next(case for case in gpu_cases("cuda") if case.group == "decode")
+    with OnTheCpu():
+        inputs = case.inputs(True)
+        outputs = [case.candidate(name).prepare(inputs)() for name in (OURS, case.peer)]
+    assert len(captured) == 2 and outputs[0].shape == outputs[1].shape
+
+
+@pytest.mark.quick
+def test_a_replay_returns_what_was_captured(monkeypatch):
+    memory, events = torch.zeros(3), []
+
+    def call():
+        events.append("call")
+        return memory
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: events.append("wait"))
+    fakes = {
+        "Stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(), "current_stream": lambda: stream,
+        "CUDAGraph": Graph, "graph": lambda graph: contextlib.nullcontext(events.append("capture")),
+    }  # fmt: skip
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = timing.graphed(call)
+    assert replay() is memory and replay() is memory
+    assert events[-4:] == ["capture", "call", "replay", "replay"] and events.index("wait") > 2

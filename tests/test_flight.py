@@ -2,10 +2,12 @@
 
 import fnmatch
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +24,12 @@ STANDIN = """\
 #!{python} -S
 import json, os, sys, time
 script, arguments = os.path.basename(sys.argv[1]), sys.argv[2:]
+flight = os.getppid()  # before the record, which the test may answer by killing the flight
 def after(flag):
     return arguments[arguments.index(flag) + 1]
 with open({record!r}, "a") as record:
     record.write(json.dumps([script, *arguments]) + "\\n")
-print("this is", script)
+print("this is", script, "with ptxas", os.environ.get("TRITON_PTXAS_PATH"))
 if script == "smoke.py":
     failing = os.environ.get("FAILING", "").split(",")
     with open(after("--output"), "w") as file:
@@ -38,7 +41,6 @@ if script == "run.py":
 time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
 with open({record!r}) as record:
     hangs = len(record.readlines()) == int(os.environ.get("HANG_AT", "0"))
-flight = os.getppid()
 while hangs and os.getppid() == flight:
     time.sleep(0.02)
 sys.exit(int(os.environ.get("FAIL_" + script.split(".")[0].upper(), "0")))
@@ -68,7 +70,7 @@ class Flight:
         python.chmod(0o755)
         self.environment = {
             **os.environ, "FLIGHT_STATE": str(self.state), "FLIGHT_PYTHON": str(python), "OUT": str(self.out),
-            "PYTHON": sys.executable,
+            "PYTHON": sys.executable, "FLIGHT_KIT": str(folder / "kit"),
         }  # fmt: skip
 
     def start(self, call, *arguments, **environment):
@@ -117,6 +119,33 @@ def test_steps_run_in_order_and_the_second_call_goes_on(device):
     assert device.fly("tune")[0] == 0 and device.asked()[0][0] == "tune.py"
 
 
+def _kit_of_kernels(archive: pathlib.Path) -> None:
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in ("KEY/_a_kernel.json", "KEY/_a_kernel.cubin"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(name)
+            tar.addfile(entry, io.BytesIO(name.encode()))
+
+
+def test_the_kit_s_kernels_are_in_triton_s_cache(device, tmp_path):
+    _kit_of_kernels(tmp_path / "kit" / flight.KERNELS)
+    # Another ptxas would change the keys of the cache.
+    status, output = device.fly("first", TRITON_PTXAS_PATH="/usr/local/cuda/bin/ptxas")
+    assert status == 0 and "1 were in the cache, 0 were compiled here" in output
+    assert flight.kernels(device.state / "triton-cache") == {"KEY"}
+    assert "with ptxas None" in (device.state / "logs" / "smoke.log").read_text()
+    assert "triton-kernels-first.json" in device.packed() and "_a_kernel.cubin" not in device.packed()
+
+
+def test_a_broken_kit_costs_itself_alone(device, tmp_path):
+    archive = tmp_path / "kit" / flight.KERNELS
+    _kit_of_kernels(archive)
+    archive.write_bytes(archive.read_bytes()[:60])
+    status, output = device.fly("first")
+    assert status == 0 and "was not unpacked" in output and len(device.asked()) == 10
+
+
 def test_a_stage_whose_smoke_fails_is_left_out(device):
     status, output = device.fly("first", FAILING="cuda-norm,cuda-backward-wgmma", FAIL_SMOKE="1")
     asked = [" ".join(line) for line in device.asked()]
@@ -161,6 +190,19 @@ def test_what_was_done_before_a_kill_is_kept(device, begun):
     assert device.fly("first")[0] == 0
     after = device.asked()
     assert len(before) + len(after) in (10, 11), "the step that was cut off runs again, and no other"
+
+
+def test_a_step_s_output_is_kept_when_it_is_ended(device):
+    """It is written at once: a killed process loses what it has buffered."""
+    for limit in ("8", "30", "120"):  # on a busy machine it may take long to get there
+        shutil.rmtree(device.state / "logs", ignore_errors=True)
+        (device.state / "state.json").unlink(missing_ok=True)
+        device.record.unlink(missing_ok=True)
+        status, output = device.fly("first", "--seconds", limit, HANG_AT="2", PYTHONUNBUFFERED="")
+        if len(device.asked()) == 2:
+            break
+    assert status == 1 and "== smoke: exit 124" in output
+    assert "this is smoke.py" in (device.state / "logs" / "smoke.log").read_text()
 
 
 def running(process: int) -> bool:
@@ -309,6 +351,7 @@ def test_a_run_cut_short_verifies_nothing(tmp_path):
 
 def test_the_plan_names_what_there_is():
     from transformer_fast.benchmarks import ledger
+    from transformer_fast.benchmarks.generation_cases import generation_cases
     from transformer_fast.benchmarks.gpu_cases import gpu_cases
     from transformer_fast.benchmarks.model_cases import gpu_model_cases
 
@@ -319,7 +362,7 @@ def test_the_plan_names_what_there_is():
         file = pattern.partition("(")[0]
         proving = {path for path in (ROOT / "tests" / "ops").glob("test_*.py") if re.search(file, path.stem)}
         assert proving and proving <= set(files), pattern
-    cases = [case.name for case in (*gpu_cases("cpu"), *gpu_model_cases("cpu"))]
+    cases = [case.name for case in (*gpu_cases("cpu"), *gpu_model_cases("cpu"), *generation_cases("cuda"))]
     for call in ("first", "second", "tune"):
         steps = flight.plan(call, pathlib.Path("results"))
         assert sum(step.seconds for step in steps if step.name not in ("build",)) < 2.7 * flight.CALL

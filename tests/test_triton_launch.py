@@ -1,5 +1,6 @@
 """Launch plans repeat the launches of Triton's own launcher with other tensors. Nothing is compiled or run."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -148,3 +149,14 @@ def test_a_plan_serves_no_other_kind_of_call():
     assert forward["odd"][1] != forward["even"][1], "Triton has another kernel for rows off 16 bytes"
     assert forward["scaled"][3] != forward["apart"][3] != forward["longer"][3]
     assert forward["ieee"][3] != forward["tf32"][3]
+
+
+def test_the_docs_have_the_newest_host_times():
+    """A call takes at most 15 us more than bare launches through Triton's own launcher, gradients at most 30 us."""
+    file = max((ROOT / "benchmarks" / "results" / "host-time").glob("*.csv"))
+    rows = list(csv.DictReader(file.open(newline="")))
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert file.name in page and rows[0]["commit"][:7] in file.name
+    for row in rows:
+        assert float(row["over_us"]) <= (30 if "backward" in row["call"] else 15), row["call"]
+        assert f"| {row['call']} | {row['us']} | {row['bare_us']} ({row['launches']}) | {row['over_us']} |" in page

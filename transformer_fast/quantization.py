@@ -10,14 +10,16 @@ from torch import nn
 
 from .backends import native
 from .layers.quantizing import Quantized, check_group, is_int8_model, module_names, quantized_modules, replace
-from .ops.linear_int8 import GROUP
+from .ops.linear_int8 import LONG_GROUP
 
 __all__ = ["PRECISIONS", "Quantized", "quantize", "quantized_modules"]
 
 PRECISIONS = ("int8", "bf16")
 
 
-def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] | None = (), group: int = GROUP) -> Any:
+def quantize(
+    model: nn.Module, precision: str = "int8", *, skip: Iterable[str] | None = (), group: int = LONG_GROUP
+) -> Any:
     """Convert a model to low precision, in place, for inference on the CPU.
 
     An output layer that shares its weight with the token embedding gets an int8 copy; the embedding table is unchanged.
@@ -32,7 +34,8 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] |
         skip: names of modules, as in named_modules, that are left unchanged with all their submodules. Layers with
             fewer than 64 outputs, poolers, and linear layers that are not plain (LoRA, hooks, other quantisers) or
             whose weight other code reads are also left unchanged; quantized_modules(model) lists them. For "int8" only.
-        group: 32, 64 or 128 inputs per scale; smaller groups are more accurate and slower. For "int8" only.
+        group: 32, 64, 128 or 256 inputs per scale; smaller groups are more accurate and slower. With 256, layers with
+            fewer than 768 inputs, or not a multiple of 256, get 128. For "int8" only.
 
     Returns:
         The model.
@@ -57,7 +60,7 @@ def quantize(model: nn.Module, precision: str = "int8", *, skip: Iterable[str] |
     if is_int8_model(model):
         raise ValueError("model: is quantised already")
     if precision == "bf16":
-        if skip or group != GROUP:
+        if skip or group != LONG_GROUP:
             raise ValueError('skip, group: are for "int8" only, as "bf16" converts the whole model')
         return _to_bfloat16(model)
     if "transformers.modeling_utils" not in sys.modules:  # then no part of the model is one of transformers

@@ -142,6 +142,8 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
         import transformers
     except ImportError as error:
         raise VerifyError(f"verify needs transformers: pip install '{TRANSFORMERS}' ({error})") from error
+    import transformer_fast
+
     from .models._loading import explain_broken, local_folder, model_type_of
 
     with _quiet():
@@ -149,15 +151,22 @@ def _load_theirs(checkpoint) -> torch.nn.Module:
             model_type_of(checkpoint, {})
             config = transformers.AutoConfig.from_pretrained(checkpoint)
             named = next(iter(getattr(config, "architectures", None) or ()), "")
-            cls = getattr(transformers, named, None) or transformers.AutoModel
+            own = getattr(transformer_fast, named, None) if named in transformer_fast.__all__ else None
+            cls = getattr(transformers, named, None) or own or transformers.AutoModel
             try:
-                return cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+                model = cls.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
             except Exception as error:
                 explain_broken(error, checkpoint, local_folder(checkpoint, {}))
                 raise
         except Exception as error:  # a broken file can raise anything; users get one line
             text = " ".join(str(error).split())
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text[:300]} [{type(error).__name__}]") from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise VerifyError(
+            f"{checkpoint}: is quantised already ({method}); give the floating-point checkpoint that it was made from"
+        )
+    return model
 
 
 def _load_ours(checkpoint, theirs) -> tuple[Any, str]:

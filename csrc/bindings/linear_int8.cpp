@@ -111,8 +111,10 @@ void linear_int8(Tensor x, OptionalTensors panels, OptionalTensors biases, std::
   int8_kernels().linear(a);
 }
 
+// groups: of output, of up and gate, of down.
 void int8_block(Tensor context, Tensor residual, OptionalTensors panels, OptionalTensors biases, int64_t feed_forward,
-                int64_t group, OptionalTensors norms, std::vector<double> eps, bool rms, int64_t activation, Tensor y) {
+                std::vector<int64_t> groups, OptionalTensors norms, std::vector<double> eps, bool rms, int64_t activation,
+                Tensor y) {
   Int8Block a{};
   a.dtype = dtype_of(residual);
   a.context_dtype = dtype_of(context);
@@ -123,10 +125,10 @@ void int8_block(Tensor context, Tensor residual, OptionalTensors panels, Optiona
   a.width = residual.size(1);
   a.context_stride = context.stride(0);
   a.residual_stride = residual.stride(0);
-  a.output = weight_of(panels[0], biases[0], a.width, context.size(1), group);
-  a.up = weight_of(panels[1], biases[1], feed_forward, a.width, group);
-  a.gate = weight_of(panels[2], biases[2], feed_forward, a.width, group);
-  a.down = weight_of(panels[3], biases[3], a.width, feed_forward, group);
+  a.output = weight_of(panels[0], biases[0], a.width, context.size(1), groups[0]);
+  a.up = weight_of(panels[1], biases[1], feed_forward, a.width, groups[1]);
+  a.gate = weight_of(panels[2], biases[2], feed_forward, a.width, groups[1]);
+  a.down = weight_of(panels[3], biases[3], a.width, feed_forward, groups[2]);
   a.attention_norm = {read<float>(norms[0]), read<float>(norms[1]), float(eps[0]), rms};
   a.output_norm = {read<float>(norms[2]), read<float>(norms[3]), float(eps[1]), rms};
   a.activation = Activation(activation);
@@ -148,8 +150,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
       "cpu_linear_int8(Tensor x, Tensor?[] panels, Tensor?[] biases, int[] outs, int group, int activation, "
       "Tensor(a!) y) -> ()");
   m.def(
-      "cpu_int8_block(Tensor context, Tensor residual, Tensor?[] panels, Tensor?[] biases, int feed_forward, int group, "
-      "Tensor?[] norms, float[] eps, bool rms, int activation, Tensor(a!) y) -> ()");
+      "cpu_int8_block(Tensor context, Tensor residual, Tensor?[] panels, Tensor?[] biases, int feed_forward, "
+      "int[] groups, Tensor?[] norms, float[] eps, bool rms, int activation, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {

@@ -115,7 +115,7 @@ class Walk : HeadArgmax {
     f.has_activation = true;
     f.activation = p_.activation;
     f.gate = l.gate.data ? &l.gate : nullptr;
-    const bool enough = threads_ == 1 || int8_blocks(l.up) >= 4 * threads_;
+    const bool enough = threads_ == 1 || l.up.out > (4 * threads_ - 1) * int8_columns(l.down.group);
     if (enough && reads_int8(&l.up, 1) && reads_int8(&l.down, 1)) {
       for_output_ = int8_room(l.down, &l.up);
       inner.int8 = f.int8 = &for_output_;

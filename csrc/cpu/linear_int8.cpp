@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kBlock = 48;               // rows per item, at most
 constexpr int64_t kColumns = 4 * kPanel;     // columns finished together
+constexpr int64_t kInner = kInt8Group;       // of a block's up and gate: whole groups of down's inputs
 
 // Pieces of one scratch buffer.
 struct Pieces {
@@ -85,13 +86,13 @@ void with_coarse_activation(Activation activation, const F& f) {
   activation == Activation::gelu ? f(CoarseGelu{}) : with_activation(activation, f);
 }
 
-// f(column, columns, sums (rows, kColumns)) for columns [begin, end) of x W^T; begin is a multiple of kColumns.
-template <class F>
+// f(column, columns, sums (rows, Columns)) for columns [begin, end) of x W^T; begin is a multiple of Columns.
+template <int64_t Columns = kColumns, class F>
 void for_products(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t begin, int64_t end, float* sums,
                   const F& f) {
-  for (int64_t c = begin; c < end; c += kColumns) {
-    const int64_t n = end - c < kColumns ? end - c : kColumns;
-    multiply_int8(w, x, rows, c / kPanel, (n + kPanel - 1) / kPanel, sums, kColumns);
+  for (int64_t c = begin; c < end; c += Columns) {
+    const int64_t n = end - c < Columns ? end - c : Columns;
+    multiply_int8(w, x, rows, c / kPanel, (n + kPanel - 1) / kPanel, sums, Columns);
     f(c, n, static_cast<const float*>(sums));
   }
 }
@@ -142,17 +143,17 @@ template <class T>
 class Block {
  public:
   explicit Block(const Int8Block& a) : a_(a) {
-    inner_ = round_up_to(a.up.out, kColumns);
+    inner_ = round_up_to(a.up.out, kInner);
     Pieces p{static_cast<char*>(tf_scratch(
         0, rows_bytes(kBlock, a.output.in, a.output.group) + rows_bytes(kBlock, a.width, a.up.group) +
-               rows_bytes(kBlock, inner_, a.down.group) + (a.gate.panels ? 2 : 1) * Pieces::bytes(kBlock * kColumns * 4) +
+               rows_bytes(kBlock, inner_, a.down.group) + (a.gate.panels ? 2 : 1) * Pieces::bytes(kBlock * kInner * 4) +
                2 * Pieces::bytes(kBlock * width() * 4)))};
     context_ = take_rows(p, kBlock, a.output.in, a.output.group);
     x_ = take_rows(p, kBlock, a.width, a.up.group);
     activated_ = take_rows(p, kBlock, inner_, a.down.group);
     activated_.groups = int8_groups(a.down.in, a.down.group);
-    sums_ = p.take<float>(kBlock * kColumns);
-    gates_ = a.gate.panels ? p.take<float>(kBlock * kColumns) : nullptr;
+    sums_ = p.take<float>(kBlock * kInner);
+    gates_ = a.gate.panels ? p.take<float>(kBlock * kInner) : nullptr;
     residual_ = p.take<float>(kBlock * width());
     normed_ = p.take<float>(kBlock * width());
   }
@@ -221,10 +222,10 @@ class Block {
 
   // act(up(x)) [* gate(x)], quantised as soon as a group is complete.
   void feed_forward(int64_t rows) {
-    const int64_t group = a_.down.group;  // divides kColumns
+    const int64_t group = a_.down.group;  // divides kInner
     with_coarse_activation(a_.activation, [&](auto kind) {
-      for_products(a_.up, x_, rows, 0, a_.up.out, sums_, [&](int64_t c, int64_t n, const float* from) {
-        if (gates_) multiply_int8(a_.gate, x_, rows, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kColumns);
+      for_products<kInner>(a_.up, x_, rows, 0, a_.up.out, sums_, [&](int64_t c, int64_t n, const float* from) {
+        if (gates_) multiply_int8(a_.gate, x_, rows, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kInner);
         // Results overwrite their sums until the scales of kWidth groups are known.
         const int64_t groups = int8_groups(n, group);
         const auto length = [&](int64_t g) { return n - g * group < group ? n - g * group : group; };
@@ -232,8 +233,8 @@ class Block {
             rows * groups,
             [&](int64_t i) {
               const int64_t m = i / groups, g = i % groups;
-              float* row = sums_ + m * kColumns + g * group;
-              const float* gate = gates_ ? gates_ + m * kColumns + g * group : nullptr;
+              float* row = sums_ + m * kInner + g * group;
+              const float* gate = gates_ ? gates_ + m * kInner + g * group : nullptr;
               const int64_t column = c + g * group;
               Reach found;
               for_columns(length(g), [&](int64_t k, auto part) {
@@ -254,7 +255,7 @@ class Block {
               const int64_t m = i / groups, g = i % groups, at = m * activated_.groups + c / group + g;
               activated_.scale[at] = scale;
               activated_.zero[at] = zero;
-              store_quantized(sums_ + m * kColumns + g * group, length(g), inverse, zero,
+              store_quantized(sums_ + m * kInner + g * group, length(g), inverse, zero,
                               activated_.values + m * activated_.stride + c + g * group);
             });
       });

@@ -2,14 +2,14 @@
 //
 // Inputs are quantised in groups, one scale per group: weights w[n, k] = s[n, g] q[n, k] with q in -127..127,
 // activations x[m, k] = t[m, g] (u[m, k] - z[m, g]) with u in 0..255. A group's sum of u q is exact in int32. Minus z
-// times the sum of q it is also exact in float32 (group <= 128), and t s times that is the group's term of the product.
+// times the sum of q it is also exact in float32 (group <= 256), and t s times that is the group's term of the product.
 // So every instruction set gives the same bits.
 #pragma once
 #include "linear.hpp"
 
 namespace tf {
 
-constexpr int64_t kInt8Group = 128;  // the longest group; others divide it and are multiples of 32
+constexpr int64_t kInt8Group = 256;  // the longest group; others divide it and are multiples of 32
 
 // Panels of 32 columns. A panel is a sequence of groups: q (group / 4, 32, 4), then float32 scales (32,) and sums of q
 // (32,). Inputs are padded with zeros to a multiple of four.

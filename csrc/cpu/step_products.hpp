@@ -187,14 +187,15 @@ class StepProducts {
     if (f.int8) {
       const StepWeight& w = weights[0];
       Finish own = f;
-      own.stride = kInt8Group;
-      team_.phase(int8_blocks(w), 1, [&](int64_t block) {
+      const int64_t width = int8_columns(f.int8_group);
+      own.stride = width;
+      team_.phase((w.out + width - 1) / width, 1, [&](int64_t block) {
         alignas(64) float y[kTogether * kInt8Group];
-        const int64_t begin = block * kInt8Group, n = w.out - begin < kInt8Group ? w.out - begin : kInt8Group;
+        const int64_t begin = block * width, n = w.out - begin < width ? w.out - begin : width;
         for (int64_t r = 0; r < rows_; r += kTogether) {
           const int64_t count = rows_ - r < kTogether ? rows_ - r : kTogether;
           for (int64_t c = 0; c < n; c += kPanel) product(0, own, (begin + c) / kPanel, r, count, y + c);
-          for (int64_t m = 0; m < count; ++m) quantize(f.int8_group, y + m * kInt8Group, n, *f.int8, r + m, begin);
+          for (int64_t m = 0; m < count; ++m) quantize(f.int8_group, y + m * width, n, *f.int8, r + m, begin);
         }
       });
       return;
@@ -209,8 +210,8 @@ class StepProducts {
     });
   }
 
-  // The number of groups of w's outputs: a thread quantises each once it is complete.
-  static int64_t int8_blocks(const StepWeight& w) { return (w.out + kInt8Group - 1) / kInt8Group; }
+  // The number of outputs that a thread computes and then quantises in groups.
+  static int64_t int8_columns(int64_t group) { return group < 128 ? 128 : group; }
 
   static Int8Weight int8_of(const StepWeight& w) {
     return {static_cast<const int8_t*>(w.data), w.bias, w.out, w.in, w.group};

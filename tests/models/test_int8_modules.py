@@ -25,7 +25,7 @@ def test_arguments():
         ({"skip": "cls"}, TypeError, "skip: wanted a list of names of modules, got 'cls'"),
         ({"skip": 3}, TypeError, "skip: wanted a list of names of modules, got 3"),
         ({"skip": [nn.Linear]}, TypeError, "skip: wanted names of modules, got <class"),
-        ({"group": 128.0}, ValueError, "group: wanted one of 32, 64, 128, got 128.0"),
+        ({"group": 128.0}, ValueError, "group: wanted one of 32, 64, 128, 256, got 128.0"),
         ({"precision": "INT8"}, ValueError, "precision: wanted one of int8, bf16, got 'INT8'"),
         ({"precision": "bf16", "skip": ["cls"]}, ValueError, 'skip, group: are for "int8" only'),
     ):
@@ -73,6 +73,22 @@ def test_what_is_not_plain_is_left_and_listed():
     }
     for name, y in before.items():
         assert torch.equal(model[name](x), y)
+
+
+@torch.no_grad()
+def test_weights_that_other_code_reads():
+    """MobileBERT's prediction head joins the weights of its layers, Mamba multiplies by one."""
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in _CONFIG.items() if k != "num_hidden_layers"}
+    bert = hf.MobileBertConfig(**sizes, num_hidden_layers=1, embedding_size=32, intra_bottleneck_size=64)
+    mamba = hf.MambaConfig(vocab_size=80, hidden_size=64, num_hidden_layers=1)
+    for model in (hf.MobileBertForMaskedLM(bert).eval(), hf.MambaForCausalLM(mamba).eval()):
+        logits = model(IDS).logits
+        low = tf.quantize(model)(IDS).logits
+        assert (low - logits).std() < 0.05 * logits.std()
+        found = tf.quantized_modules(model)
+        assert any(why.startswith("the code of M") for why in found.left.values())
+        assert len(found) > len(found.left)
 
 
 @torch.no_grad()

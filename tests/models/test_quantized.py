@@ -159,7 +159,18 @@ def test_generates(family):
 @torch.no_grad()
 def test_native_step_computes_in_int8(family, rows):
     """One native call per token, as close to float64 as the reference."""
-    model = _model(family)
+    _check_native_step(_model(family), rows)
+
+
+@torch.no_grad()
+def test_native_step_with_long_groups():
+    torch.manual_seed(1)
+    model = tf.GPT2LMHeadModel(hf.GPT2Config(**_GPT | {"n_inner": 768})).eval()
+    _check_native_step(model, 3)
+    assert [m.group for m in model.transformer.h[0].modules() if isinstance(m, Int8Linear)] == [128, 128, 128, 256]
+
+
+def _check_native_step(model, rows):
     torch.manual_seed(4)
     ids, given = torch.randint(5, 80, (rows, 7)), {}
     if model.config.is_encoder_decoder:
@@ -239,6 +250,23 @@ def test_saved_and_loaded(family, tmp_path):
     assert theirs(**inputs).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_groups_are_saved(tmp_path):
+    """Layers with many inputs have groups of 256. Checkpoints with groups of 128 in all layers stay as they are."""
+    torch.manual_seed(0)
+    model = tf.BertModel(hf.BertConfig(**_WIDE | {"intermediate_size": 768})).eval()
+    model.save_pretrained(tmp_path / "float")
+    for group in (128, 256):
+        model = tf.quantize(tf.BertModel.from_pretrained(tmp_path / "float"), "int8", group=group)
+        model.save_pretrained(tmp_path / f"{group}")
+        again = tf.BertModel.from_pretrained(tmp_path / f"{group}")
+        assert {m.in_features: m.group for m in again.modules() if isinstance(m, Int8Linear)} == {64: 128, 768: group}
+        inputs = _inputs(model)[0]
+        assert torch.equal(again(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+    default = tf.BertModel.from_pretrained(tmp_path / "float", quantization_config=tf.Int8Config())
+    assert torch.equal(default(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
 def test_what_is_left_alone():
     model = tf.BertForSequenceClassification(hf.BertConfig(**_WIDE, num_labels=3)).eval()
     tf.quantize(model, "int8", skip=["bert.encoder.layer.1.output"], group=64)
@@ -259,7 +287,7 @@ def test_bad_input(tmp_path):
         tf.quantize(model, "int4")
     with pytest.raises(ValueError, match="skip: 'bert.encodr': no such module in BertForMaskedLM"):
         tf.quantize(model, "int8", skip=["bert.encodr"])
-    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, got 100"):
+    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, 256, got 100"):
         tf.Int8Config(group=100)
     weight = model.bert.encoder.layer[1].output.dense.weight
     kept = weight[2, 3].item()

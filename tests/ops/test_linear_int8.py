@@ -47,16 +47,17 @@ def test_bits_are_those_of_the_definition(isa, shape, group):
         assert torch.equal(product(low, w, bias, None, torch.float32), _expected(low, q, scale, bias, group))
 
 
-def test_largest_products_do_not_saturate(isa):
+@pytest.mark.parametrize("group", [128, 256])
+def test_largest_products_do_not_saturate(isa, group):
     """Instructions that add byte products in 16 bits would give errors of thousands here."""
     x = torch.zeros(13, 256)
     x[:, 1::2] = 1.0
     x[:, ::4] = 1.0
     q = torch.full((70, 256), 127, dtype=torch.int8)
     q[1::2] = -127
-    scale = torch.ones(70, 2)
-    found = product(x, Int8Weight(q, scale))
-    assert torch.equal(found, _expected(x, q, scale, None, 128))
+    scale = torch.ones(70, 256 // group)
+    found = product(x, Int8Weight(q, scale, group))
+    assert torch.equal(found, _expected(x, q, scale, None, group))
     assert (found[0, 0] - x[0].sum() * 127).abs() < 1e-2 * 127
 
 
@@ -120,12 +121,19 @@ def test_error_is_within_the_steps(group):
 
 def test_blocks_are_their_parts(isa):
     torch.manual_seed(3)
-    for rows, width, inner, heads, gated in ((5, 32, 70, 32, False), (101, 130, 300, 64, True)):
+    cases = (
+        (5, 32, 70, 32, False, (128, 128, 128)),
+        (101, 130, 300, 64, True, (128, 128, 128)),
+        (50, 260, 530, 64, True, (32, 256, 256)),
+        (13, 64, 300, 260, False, (256, 64, 32)),
+    )
+    for rows, width, inner, heads, gated, (output, up, down) in cases:
         context, x = torch.randn(rows, heads), torch.randn(rows, width)
         sizes = [(width, heads), (inner, width), (inner, width), (width, inner)]
         floats = [torch.randn(s) * s[1] ** -0.5 for s in sizes]
         biases = [torch.randn(s[0]) for s in sizes]
-        weights = [Int8Weight.of(f) for f in floats]
+        groups = (output, up, up, down)
+        weights = [Int8Weight.of(f, group) for f, group in zip(floats, groups)]
         norms = [torch.rand(width) + 0.5 for _ in range(2)], [torch.randn(width) for _ in range(2)]
         for post in (True, False):
             if not gated:
@@ -134,15 +142,16 @@ def test_blocks_are_their_parts(isa):
             w = Int8BlockWeights(*weights, tuple(biases), first if post else None, second, False, "gelu")
             assert not w.why_not()
             found = int8_block(context, x, w)
-            truth = _block(context, x, floats, biases, first, second, post, gated, torch.float64, F.linear)
-            int8 = lambda x, w, b: product(x, Int8Weight.of(w), b)  # noqa: E731
-            parts = _block(context, x, floats, biases, first, second, post, gated, torch.float32, int8)
+            truth = _block(
+                context, x, [f.double() for f in floats], biases, first, second, post, gated, torch.float64, F.linear
+            )
+            parts = _block(context, x, weights, biases, first, second, post, gated, torch.float32, product)
             assert_as_accurate(found, truth, parts, 1.1)
 
 
 def _block(context, x, weights, biases, first, second, post, gated, dtype, linear):
     context, x = context.to(dtype), x.to(dtype)
-    weights, biases = [w.to(dtype) for w in weights], [b if b is None else b.to(dtype) for b in biases]
+    biases = [b if b is None else b.to(dtype) for b in biases]
     norm = lambda n, v: F.layer_norm(v, v.shape[-1:], n.weight.to(dtype), n.bias.to(dtype), n.eps)  # noqa: E731
     r = x + linear(context, weights[0], biases[0])
     r = norm(first, r) if post else r
@@ -173,6 +182,12 @@ def test_definition_runs_where_there_is_no_kernel(monkeypatch):
     assert product(x[:0], w, bias).shape == (0, 40)
 
 
+def test_groups_are_long_where_weights_are_wide():
+    widths = (100, 256, 512, 640, 768, 1000, 1024, 3072)
+    assert [linear_int8.group_of(n, 256) for n in widths] == [128, 128, 128, 128, 256, 128, 256, 256]
+    assert {linear_int8.group_of(n, group) for n in widths for group in (32, 64, 128)} == {32, 64, 128}
+
+
 def test_bad_input():
     x, weight, bias = _case(6, 100, 40)
     w = Int8Weight.of(weight)
@@ -186,8 +201,12 @@ def test_bad_input():
         product(x, w, bias, "mish")
     with pytest.raises(ValueError, match="input: int8 weights have no gradient"):
         product(x.requires_grad_(), w)
-    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, got 48"):
+    with pytest.raises(ValueError, match="group: wanted one of 32, 64, 128, 256, got 48"):
         Int8Weight.of(weight, 48)
+    blocks = Int8BlockWeights(
+        w, w, Int8Weight.of(weight, 64), w, (None,) * 4, None, Int8Norm(None, None, 1e-5), True, "silu"
+    )
+    assert blocks.why_not() == "up and gate have different group sizes"
     weight[3, 4] = float("nan")
     with pytest.raises(ValueError, match="scale: wanted finite numbers, got NaN or infinity"):
         Int8Weight.of(weight)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backends.contents import FileMappings
 from ..backends.memory import unload
-from ..ops.linear_int8 import GROUPS
+from ..ops.linear_int8 import GROUPS, group_of
 from .projection import is_linear_class, is_plain, is_transposed
 from .quantized import Int8Linear
 
@@ -50,7 +50,7 @@ def is_int8_model(model: nn.Module) -> bool:
 
 def replace(model: nn.Module, skip: Collection[str], group: int) -> int:
     """Replace the linear layers of a model by Int8Linear in place. skip: names of modules to leave. group: inputs per
-    scale. Returns the number of replaced layers."""
+    scale, at most (see group_of). Returns the number of replaced layers."""
     names = {name for name, _ in model.named_modules()}
     unknown = [name for name in skip if name not in names]
     if unknown:
@@ -69,7 +69,7 @@ def replace(model: nn.Module, skip: Collection[str], group: int) -> int:
         if weight.is_meta:
             raise ValueError(f"{name}: its weight is on the meta device; load the weights before quantising")
         try:
-            made[module] = Int8Linear.of(weight, module.bias, group)  # type: ignore[arg-type]
+            made[module] = Int8Linear.of(weight, module.bias, group_of(weight.shape[1], group))  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         unload(module.weight.detach(), files)  # type: ignore[operator]  # a mapped checkpoint would otherwise keep these pages in memory
@@ -89,7 +89,8 @@ def replace_empty(model: nn.Module, names: Collection[str] | None, group: int, s
             raise ValueError(f"{name}: is int8 in the checkpoint, but a {type(module).__name__} in the model")
         weight: Any = module.weight.t() if is_transposed(module) else module.weight
         out, inner = weight.shape
-        made[module] = Int8Linear(inner, out, module.bias is not None, group, weight.device, weight.dtype)
+        biased, chosen = module.bias is not None, group_of(inner, group)
+        made[module] = Int8Linear(inner, out, biased, chosen, weight.device, weight.dtype)
     _put(model, made)
 
 
@@ -136,7 +137,9 @@ def _source(kind: type) -> str:
 def _reads_weight(owner: type, name: str) -> bool:
     """True if the code of class `owner` reads the weight of its child `name`, and does not expect one of int8."""
     own = (
-        cls for cls in owner.__mro__ if not cls.__module__.startswith(("torch.nn.modules.module", "transformers.mod"))
+        cls
+        for cls in owner.__mro__
+        if not cls.__module__.startswith(("torch.nn.modules.module", "transformers.modeling_utils"))
     )
     return any(
         re.search(rf"\bself\.{name}\.weight\b(?!\.data)", text) and "torch.int8" not in text

@@ -32,7 +32,7 @@ from ._heads import (
     span_scores,
     token_loss,
 )
-from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
+from ._run_stack import Context, Inputs, Stack, caches_in_hf, decoding_cache, run_stack
 
 __all__ = [
     "LLAMA_SLOTS",
@@ -224,7 +224,8 @@ def base_forward(hf_class: Any):
         if self._segments() is None:  # HF has no such argument here, or ignores it
             inputs = inputs._replace(token_type_ids=None)
         cache, _ = decoding_cache(self, past_key_values, use_cache)
-        encoded = run_stack(self, inputs, want or Want(), kwargs, Context(cache, returns_cache=True))
+        context = Context(cache, returns_cache=True, caches_in_hf=caches_in_hf(self, use_cache))
+        encoded = run_stack(self, inputs, want or Want(), kwargs, context)
         if want is not None:
             return encoded
         output = BaseModelOutputWithPast(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._transformers import names_when_saved
+from ..ops.linear_int8 import group_of
 
 __all__ = ["int8_layers", "matching"]
 
@@ -28,7 +29,7 @@ def int8_layers(files: Iterable[str | os.PathLike], group: int) -> set[str]:
     """The names of the linear layers that are int8 in the files, as they are there.
 
     Raises ValueError that names file and tensor for weights without scales, scales without weights, and scales or
-    weights of another dtype or shape than groups of `group` inputs need.
+    weights of another dtype or shape than groups of `group` inputs (see group_of) need.
     """
     found: dict[str, _Tensor] = {}
     for file in files:
@@ -45,10 +46,11 @@ def int8_layers(files: Iterable[str | os.PathLike], group: int) -> set[str]:
             raise ValueError(f"{scale.file}: there is a {key}, but no {name}{_WEIGHT}")
         if weight.dtype != "I8" or len(weight.shape) != 2:
             raise ValueError(f"{weight.file}: {name}{_WEIGHT}: wanted int8 (out, in), as it has scales, got {weight}")
-        wanted = (weight.shape[0], -(-weight.shape[1] // group))
+        own = group_of(weight.shape[1], group)
+        wanted = (weight.shape[0], -(-weight.shape[1] // own))
         if scale.shape != wanted or scale.dtype not in ("F32", "F16", "BF16"):
             raise ValueError(
-                f"{scale.file}: {key}: wanted float32 {wanted}, for groups of {group} inputs (config.json) and the "
+                f"{scale.file}: {key}: wanted float32 {wanted}, for groups of {own} inputs (config.json) and the "
                 f"weight {weight.shape}, got {scale}"
             )
         layers.add(name)

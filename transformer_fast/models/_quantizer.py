@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..layers.projection import register_transposed
 from ..layers.quantized import Int8Linear
 from ..layers.quantizing import check_group, is_int8_model, module_names, replace, replace_empty
-from ..ops.linear_int8 import GROUP
+from ..ops.linear_int8 import LONG_GROUP
 from . import _int8_contents
 
 __all__ = ["Int8Config"]
@@ -31,7 +31,7 @@ class Int8Config(QuantizationConfigMixin):
 
     Args:
         skip: names of modules to leave as they are.
-        group: inputs that share a scale, 32, 64 or 128.
+        group: inputs that share a scale, 32, 64, 128 or 256; see transformer_fast.quantize.
 
     Raises:
         ValueError: for another group.
@@ -44,7 +44,7 @@ class Int8Config(QuantizationConfigMixin):
         >>> model = transformer_fast.AutoModel.from_pretrained(locate(), quantization_config=config)
     """
 
-    def __init__(self, skip: Any = (), group: int = GROUP, quant_method: str = METHOD, **kwargs):
+    def __init__(self, skip: Any = (), group: int = LONG_GROUP, quant_method: str = METHOD, **kwargs):
         check_group(group)
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: wanted skip and group, which are all that Int8Config takes")

@@ -45,6 +45,10 @@ class Shaped(NamedTuple):
 
 def shaped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> Shaped:
     """Raises ValueError, with the name of the argument, for shapes that torch does not accept together either."""
+    if query.dim() == key.dim() == value.dim() == 4:
+        b, h, _, d = query.shape
+        if key.shape == value.shape and key.shape[:2] == (b, h) and key.shape[3] == d and h:
+            return Shaped(query, key, value, (b, h), d, (b,))  # the usual case, on the path of every call
     tensors = {"query": query, "key": key, "value": value}
     for name, t in tensors.items():
         if t.dim() < 2:

@@ -12,17 +12,21 @@ from .activation import ACTIVATIONS
 __all__ = [
     "GROUP",
     "GROUPS",
+    "LONG_GROUP",
     "Int8BlockWeights",
     "Int8Norm",
     "Int8Weight",
     "attention_dtype",
+    "group_of",
     "int8_block",
     "linear_int8",
     "quantize_weight",
 ]
 
 GROUP = 128  # inputs per scale
-GROUPS = (32, 64, 128)
+LONG_GROUP = 256  # faster with many rows
+GROUPS = (32, 64, GROUP, LONG_GROUP)
+_WIDE = 768  # narrower weights lose too much accuracy with LONG_GROUP
 _PANEL = 32  # output columns per panel: csrc/cpu/linear_int8.hpp
 _ops = torch.ops.transformer_fast
 
@@ -76,6 +80,13 @@ class Int8Weight:
 
     def __repr__(self) -> str:
         return f"Int8Weight(shape={tuple(self.shape)}, group={self.group})"
+
+
+def group_of(inner: int, longest: int) -> int:
+    """The group for a weight with `inner` inputs: `longest`, but LONG_GROUP only if the weight is wide and is divided
+    into whole groups."""
+    fits = longest != LONG_GROUP or (inner >= _WIDE and inner % LONG_GROUP == 0)
+    return longest if fits else GROUP
 
 
 def _panels_shape(shape: torch.Size, group: int) -> tuple[int, int]:
@@ -218,30 +229,30 @@ class Int8BlockWeights(NamedTuple):
         weights = [w for w in (self.output, self.up, self.gate, self.down) if w is not None]
         if any(w.data is None for w in weights):
             return native.load() or "a weight is not on the CPU"
-        if len({w.group for w in weights}) > 1:
-            return "the weights have different group sizes"
+        if self.gate is not None and self.gate.group != self.up.group:
+            return "up and gate have different group sizes"
         return ""
 
 
 def _block_forward(
-    context, residual, panels, biases, feed_forward, group, norms, eps, rms, activation
+    context, residual, panels, biases, feed_forward, groups, norms, eps, rms, activation
 ):  # fmt: skip
     y = memory.empty(residual.shape, residual.dtype, residual.device)
     if y.numel():
         _ops.cpu_int8_block.default(
-            _rows(context), _rows(residual), panels, biases, feed_forward, group, norms, eps, rms, activation,
+            _rows(context), _rows(residual), panels, biases, feed_forward, groups, norms, eps, rms, activation,
             y.view(-1, y.shape[-1]),
         )  # fmt: skip
     return y
 
 
-def _block_fake(context, residual, panels, biases, feed_forward, group, norms, eps, rms, activation):
+def _block_fake(context, residual, panels, biases, feed_forward, groups, norms, eps, rms, activation):
     return residual.new_empty(residual.shape)
 
 
 _block_op = _common.define(
     "int8_block",
-    "(Tensor context, Tensor residual, Tensor?[] panels, Tensor?[] biases, int feed_forward, int group, "
+    "(Tensor context, Tensor residual, Tensor?[] panels, Tensor?[] biases, int feed_forward, int[] groups, "
     "Tensor?[] norms, float[] eps, bool rms, int activation) -> Tensor",
     _block_forward,
     _block_fake,
@@ -266,6 +277,6 @@ def int8_block(context: torch.Tensor, residual: torch.Tensor, w: Int8BlockWeight
     norms = [wide(t) for t in (*norms, second.weight, second.bias)]
     return _block_op(
         context, residual, [None if t is None else t.data for t in weights], [wide(b) for b in w.biases], w.up.shape[0],
-        w.output.group, norms, [-1.0 if first is None else first.eps, second.eps], w.rms,
+        [w.output.group, w.up.group, w.down.group], norms, [-1.0 if first is None else first.eps, second.eps], w.rms,
         ACTIVATIONS.index(w.activation),
     )  # fmt: skip
