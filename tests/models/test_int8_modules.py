@@ -76,6 +76,22 @@ def test_what_is_not_plain_is_left_and_listed():
 
 
 @torch.no_grad()
+def test_weights_that_other_code_reads():
+    """MobileBERT's prediction head joins the weights of its layers, Mamba multiplies by one."""
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in _CONFIG.items() if k != "num_hidden_layers"}
+    bert = hf.MobileBertConfig(**sizes, num_hidden_layers=1, embedding_size=32, intra_bottleneck_size=64)
+    mamba = hf.MambaConfig(vocab_size=80, hidden_size=64, num_hidden_layers=1)
+    for model in (hf.MobileBertForMaskedLM(bert).eval(), hf.MambaForCausalLM(mamba).eval()):
+        logits = model(IDS).logits
+        low = tf.quantize(model)(IDS).logits
+        assert (low - logits).std() < 0.05 * logits.std()
+        found = tf.quantized_modules(model)
+        assert any(why.startswith("the code of M") for why in found.left.values())
+        assert len(found) > len(found.left)
+
+
+@torch.no_grad()
 def test_adapters_are_left_and_can_be_merged():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
