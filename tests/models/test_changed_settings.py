@@ -6,7 +6,7 @@ import pytest
 import torch
 from compat_families import make_inputs, make_pair
 from hf_models import truth
-from numerics import assert_as_accurate
+from numerics import GRADIENT, assert_as_accurate
 from torch import nn
 
 import transformer_fast
@@ -124,3 +124,90 @@ def test_norms_of_gemma_in_float32():
     found = _logits(ours, call)
     assert found.dtype == torch.bfloat16
     assert_as_accurate(found, _logits(exact, call), _logits(theirs, call))
+
+
+@pytest.mark.parametrize("name", ["BertForQuestionAnswering", "GPT2ForQuestionAnswering", "LlamaForQuestionAnswering"])
+def test_a_replaced_head_that_scores_padding(name):
+    """Hugging Face's forward of the head runs on our base, and its loss has a softmax over all positions."""
+    ours, theirs = make_pair(name)
+    exact, call = truth(theirs), make_inputs(name)
+    for model in (ours, theirs, exact):
+        model.qa_outputs = nn.Sequential(model.qa_outputs)
+    assert "qa_outputs" in why_hf_forward(ours)
+    assert not why_hf_forward(ours.base_model)
+    with torch.no_grad():
+        found = [m(**call)[1] for m in (ours, exact, theirs)]  # the scores, also of padding
+    assert_as_accurate(*found)
+    short = ours(**{k: v for k, v in call.items() if "positions" not in k}, output_hidden_states=True)
+    assert not short.hidden_states[-1][call["attention_mask"] == 0].any()  # read by nothing: still dropped
+
+
+@pytest.mark.parametrize("how", ["labels on padding", "padding first"])
+def test_a_replaced_head_that_reads_padding(how):
+    name = "BertForTokenClassification" if how == "labels on padding" else "DebertaV2ForSequenceClassification"
+    ours, theirs = make_pair(name)
+    exact, call = truth(theirs), make_inputs(name)
+    if how == "labels on padding":
+        call["labels"] = call["labels"].clamp(min=1)
+    else:
+        call["attention_mask"] = call["attention_mask"].flip(1)
+    for model in (ours, theirs, exact):
+        model.classifier = nn.Sequential(model.classifier)
+    with torch.no_grad():
+        found = [m(**call)[1] for m in (ours, exact, theirs)]  # the scores, also of padding
+    assert_as_accurate(*found)
+
+
+def _their_own_loss(*tensors, **named):
+    return torch.tensor(42.0)
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXForSequenceClassification", "LlamaForQuestionAnswering", "OPTForCausalLM",
+                                  "Qwen2ForTokenClassification", "PhiForSequenceClassification"])  # fmt: skip
+def test_a_loss_function_of_the_user(name):
+    ours, theirs = make_pair(name)
+    call = make_inputs(name)
+    for model in (ours, theirs):
+        assert model(**call).loss != 42.0
+        model.loss_function = _their_own_loss
+        assert model(**call).loss == 42.0
+
+
+def test_the_loss_per_item_of_question_answering():
+    ours, theirs = make_pair("LlamaForQuestionAnswering")
+    call = make_inputs("LlamaForQuestionAnswering") | {"num_items_in_batch": 5}
+    torch.testing.assert_close(*(m(**call).loss.detach() for m in (ours, theirs)))
+
+
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "T5ForConditionalGeneration", "BertForMaskedLM",
+                                  "LlamaForTokenClassification"])  # fmt: skip
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+def test_dtypes_of_losses(name, how):
+    """A loss in 16 bits has 8 significant bits: too few to see progress."""
+    call, found = make_inputs(name), []
+    for model in make_pair(name):
+        if how == "bfloat16":
+            model.bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            output = model(**call)
+        found.append((output.loss.dtype, output.logits.dtype))
+    assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_per_example():
+    ours, theirs = make_pair("BertForMaskedLM")
+    exact, call = truth(theirs), make_inputs("BertForMaskedLM")
+    name, gradients = "bert.embeddings.word_embeddings.weight", []
+    for model in (ours, exact, theirs):
+        others = {k: v.detach() for k, v in model.named_parameters() if k != name and "decoder.weight" not in k}
+
+        def loss(words, ids, labels, model=model, others=others):
+            whole = others | {name: words, "cls.predictions.decoder.weight": words}
+            one = {"input_ids": ids[None], "labels": labels[None]}
+            return torch.func.functional_call(model, whole, (), one, tie_weights=False).loss
+
+        per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+        words = model.get_parameter(name).detach()
+        gradients.append(per_example(words, call["input_ids"][:3], call["labels"][:3]))
+    assert_as_accurate(*gradients, GRADIENT)

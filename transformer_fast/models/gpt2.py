@@ -312,7 +312,7 @@ class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
         scored = start_positions is not None and end_positions is not None
         read = every_position(source) if scored else None
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.transformer(**inputs.given(), want=Want(read=read), **kwargs)
+        encoded = self.transformer(**inputs.given(), past_key_values=None, want=Want(read=read), **kwargs)
         start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.unpadding)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         return self._finish(
