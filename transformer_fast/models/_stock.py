@@ -70,7 +70,7 @@ def why_hf_forward(model: Any, gathered: bool = False) -> str:
     gathered: FSDP2 gathers the model's own shards before its forward."""
     if not IS_TESTED and model.runs_as_hugging_face:
         return "the installed transformers is untested, and a tiny model of the class differs from its own"
-    if model.calls_loss_function and "_loss_function" in model.__dict__:
+    if getattr(model, "calls_loss_function", False) and "_loss_function" in model.__dict__:
         return "its loss_function was set"
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
