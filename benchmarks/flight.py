@@ -316,7 +316,12 @@ def _tail(log: pathlib.Path, lines: int = 12) -> None:
 
 def environment(out: pathlib.Path) -> dict[str, str]:
     """Environment variables of the steps: the kit's packages are found, and no network is used."""
-    carried = {"HF_HUB_OFFLINE": "1", "TRITON_CACHE_DIR": str(CACHE.resolve()), "OMP_NUM_THREADS": "2"}
+    carried = {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(CACHE.resolve()),
+        "OMP_NUM_THREADS": "2",
+    }
     commit = KIT / "commit"
     if commit.exists():
         carried["TRANSFORMER_FAST_COMMIT"] = commit.read_text().strip()

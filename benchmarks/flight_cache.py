@@ -60,12 +60,19 @@ def without_a_gpu() -> Iterator[None]:
         name="none", major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=MULTIPROCESSORS,
         total_memory=80 << 30,
     )  # fmt: skip
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    graph = types.SimpleNamespace(replay=lambda: None)
     replaced = [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         (torch.cuda, "get_device_properties", lambda device=None: about),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "Stream", lambda *_, **__: stream),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", lambda device=None: stream),
+        (torch.cuda, "CUDAGraph", lambda *_, **__: graph),
+        (torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext()),
         (backend, "_multiprocessors", lambda device: MULTIPROCESSORS),
         (triton_attention, "_multiprocessors", lambda device: MULTIPROCESSORS),
         (triton_attention, "_capability", lambda device: CAPABILITY),
@@ -149,10 +156,12 @@ def _tune():
 
 def _tests():
     import pytest
+    from transformer_fast.benchmarks import flight
     from transformer_fast.benchmarks.flight_tests import GROUPS
 
-    for group in ("triton-attention", "triton-rows", "graphs"):
-        for file in GROUPS[group]:
+    steps = flight.plan("first", pathlib.Path("results"))
+    for group in dict.fromkeys(group for step in steps for group, _ in step.groups):
+        for file in GROUPS[group] if not group.startswith("cuda-") else ():
             arguments = [str(ROOT / file), "-q", "-p", "no:xdist", "--tb=no", "-m", "gpu"]
             yield f"tests {file}", lambda arguments=arguments: pytest.main(arguments)
 

@@ -21,11 +21,12 @@ import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURE = "90a"
-PACKAGES = (
-    "hypothesis",
-    "sortedcontainers",
-    "liger_kernel",
-)  # pure Python; liger_kernel: a peer
+# {module: what pip installs}, pure Python. liger_kernel is a peer in benchmarks.
+PACKAGES = {
+    "hypothesis": "hypothesis",
+    "sortedcontainers": "sortedcontainers",
+    "liger_kernel": "liger-kernel==0.8.5",
+}
 LARGEST = 64 << 20  # bytes of the kit
 WHEELS = ROOT / "build" / "flight-triton"  # kept: a later call continues
 KERNELS = "triton-cache.tar.gz"
@@ -46,16 +47,8 @@ def make(kit: pathlib.Path, arguments: list[str]) -> int:
     shutil.copy2(ROOT / "transformer_fast" / "_C.abi3.so", kit)
     name = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     (kit / "commit").write_text(name.stdout)
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            print(f"not installed, left out: {package}")
-            continue
-        target = kit / "packages" / package / package
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(
-            spec.submodule_search_locations[0], target, ignore=shutil.ignore_patterns("__pycache__", "*.so")
-        )
+    for package, requirement in PACKAGES.items():
+        _package(kit / "packages" / package, package, requirement)
     _triton_kernels(kit, options)
     size = sum(path.stat().st_size for path in kit.rglob("*") if path.is_file())
     print(
@@ -63,6 +56,20 @@ def make(kit: pathlib.Path, arguments: list[str]) -> int:
     )
     print("there: bash benchmarks/gpu.sh first; bash benchmarks/gpu.sh second; bash benchmarks/gpu.sh tune")
     return int(size > LARGEST)
+
+
+def _package(folder: pathlib.Path, name: str, requirement: str) -> None:
+    """Copy an installed package, or have pip download it. Without both, it is left out."""
+    shutil.rmtree(folder, ignore_errors=True)
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations:
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(spec.submodule_search_locations[0], folder / name, ignore=ignore)
+        return
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(folder)]
+    if subprocess.run([*command, requirement]).returncode:
+        print(f"not installed, and not downloaded; left out: {name}")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _triton_kernels(kit: pathlib.Path, options) -> None:
@@ -91,7 +98,7 @@ def _triton(release: str, python: str) -> tuple[list[str], list[str]]:
     ours, theirs = (_wheel(release, version) for version in (here, python))
     folder = WHEELS / f"triton-{release}-python-{here}"
     if not folder.exists():
-        fresh = folder.with_suffix(".new")
+        fresh = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         with zipfile.ZipFile(ours) as wheel:
             wheel.extractall(fresh)

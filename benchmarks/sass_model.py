@@ -2,10 +2,9 @@
 
     python benchmarks/sass_model.py [--record]
 
-A kernel's main loop is read from its SASS for sm_90a: matrix products (HGMMA), exponentials (MUFU), arithmetic, bytes
-of shared memory, barriers, and the instructions between a product and the wait for it. From these, cycles per iteration
-are
-computed in two ways:
+A kernel's main loop is read from its SASS for sm_90a: matrix products (HGMMA, HMMA), exponentials (MUFU), arithmetic,
+bytes of shared memory, barriers, and the instructions between a product and the wait for it. From these, cycles per
+iteration are computed in two ways:
 
 - the time of each unit of a multiprocessor at its full rate: tensor cores, MUFU, FMA and ALU pipes, instruction issue,
   shared memory;
@@ -29,14 +28,18 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CUDA_SOURCES = [f"attention_{side}_{kind}" for kind in ("wgmma", "mma") for side in ("forward", "backward")]
 RECORD = ROOT / "benchmarks" / "results" / "predictions" / "h100.csv"
 MULTIPROCESSORS, GHZ = 132, 1.755  # H100 SXM, its boost clock
 TENSOR_FMA, SHARED_BYTES = 2048, 128  # per clock and multiprocessor, 16-bit dense
 # Clocks per warp instruction of the pipes of one of the four sub-partitions of a multiprocessor.
 MUFU, ALU, FMA = 8, 2, 1
-PIPES = ("issue", "MUFU", "FMA", "ALU", "shared")
+MMA = 4 / 0.629  # HMMA.16816: published microbenchmarks find 62.9% of the rate of wgmma
+PIPES = ("issue", "tensor", "MUFU", "FMA", "ALU", "shared")
+PRODUCTS = re.compile(r"HG?MMA\b")
 FMA_PIPE = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "IMAD", "MOV")
 NO_PIPE = ("U", "R2UR", "S2UR", "NOP", "BRA", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "FENCE", "LDC", "ELECT")
 PRODUCT_LATENCY, WAIT_LATENCY, BARRIER_LATENCY = 32, 16, 24  # clocks; published microbenchmarks' order of magnitude
@@ -91,7 +94,7 @@ def main_loop(items: list[str | Instruction]) -> Loop:
             spans.append((begin, end))
 
     def products(span) -> int:
-        return sum(isinstance(i, Instruction) and "HGMMA" in i.opcode for i in items[span[0] : span[1]])
+        return sum(isinstance(i, Instruction) and bool(PRODUCTS.match(i.opcode)) for i in items[span[0] : span[1]])
 
     spans = [s for s in spans if products(s)]
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
@@ -117,7 +120,7 @@ def _executed(items: list[str | Instruction]) -> list[Instruction]:
                 block = [i for i in items[n + 1 : end] if isinstance(i, Instruction)]
                 choices, scaled = (sum(i.opcode == name for i in block) for name in ("FSEL", "FMUL"))
                 rare = choices >= 8 or scaled >= 16 or any(i.opcode.startswith(("CCTL", "BAR")) for i in block)
-                if rare and not any("HGMMA" in i.opcode for i in block):
+                if rare and not any(PRODUCTS.match(i.opcode) for i in block):
                     n = end
                     continue
         n += 1
@@ -140,6 +143,8 @@ def pipes(instructions) -> collections.Counter:
         used["issue"] += 1
         if name == "MUFU":
             used["MUFU"] += MUFU
+        elif name == "HMMA":
+            used["tensor"] += MMA
         elif name in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
             width = re.search(r"\.(64|128)\b", i.opcode)
             matrices = re.search(r"\.(?:M|MT)88\.(\d)", i.opcode)
@@ -281,7 +286,7 @@ def predict(kernel: Kernel) -> dict:
     used = pipes(loop.instructions)
     size = groups * (sum(s for _, s, _ in shapes) + 4 * used["bytes"]) + groups // kernel.together * kernel.loaded
     clocks = {
-        "tensor": groups * sum(64 * n * 16 / TENSOR_FMA for n, _, _ in shapes),
+        "tensor": groups * (sum(64 * n * 16 / TENSOR_FMA for n, _, _ in shapes) + used["tensor"]),
         "MUFU": groups * used["MUFU"],
         "FMA": groups * used["FMA"],
         "ALU": groups * used["ALU"],
@@ -291,9 +296,10 @@ def predict(kernel: Kernel) -> dict:
     simulated = simulate(loop, groups, kernel.together)
     most = max(clocks, key=clocks.__getitem__)
     total = max(simulated, clocks[most])
-    flops = 2 * groups * sum(64 * n * 16 for n, _, _ in shapes)
+    flops = 2 * groups * (sum(64 * n * 16 for n, _, _ in shapes) + 4 * 16 * 8 * 16 * loop.count("HMMA"))
+    products = loop.count("HGMMA", "HMMA")
     values = [
-        kernel.name, kernel.sources, groups, len(shapes), loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
+        kernel.name, kernel.sources, groups, products, loop.count("MUFU"), used["FMA"], used["ALU"] // ALU, size,
         *(round(clocks[c]) for c in ("tensor", "MUFU", "FMA", "ALU", "issue", "shared memory")), round(simulated),
         round(total), most if clocks[most] >= 0.95 * total else "latency of waits",
         round(flops / total * MULTIPROCESSORS * GHZ / 1000), GHZ, MULTIPROCESSORS,
@@ -302,37 +308,60 @@ def predict(kernel: Kernel) -> dict:
 
 
 def _disassemble(cubin: pathlib.Path) -> dict[str, list[str | Instruction]]:
-    spec = importlib.util.find_spec("triton")
-    shipped = pathlib.Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm" if spec and spec.origin else None
-    tool = shutil.which("nvdisasm") or str(shipped)
-    return parse(subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout)
+    command = [_tool("nvdisasm"), "-c", str(cubin)]
+    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _cubin(name: str, folder: pathlib.Path) -> pathlib.Path:
+    cubin, includes = folder / f"{name}.cubin", [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda"]
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+    command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", *includes, source, "-o", cubin]
+    subprocess.run(command, check=True)
+    return cubin
 
 
 def cuda_kernels() -> list[Kernel]:
-    """The wgmma kernels of csrc/cuda in bfloat16, compiled here."""
-    found = []
+    """The kernels of csrc/cuda for plain calls in bfloat16, compiled here."""
     with tempfile.TemporaryDirectory() as folder:
-        for side in ("forward", "backward"):
-            cubin = pathlib.Path(folder) / f"{side}.cubin"
-            source = ROOT / "csrc" / "cuda" / f"attention_{side}_wgmma.cu"
-            includes = [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda"]
-            subprocess.run(
-                ["nvcc", "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", *includes, source, "-o", cubin], check=True
-            )
-            for name, items in _disassemble(cubin).items():
-                if "bfloat16" not in name or not any("HGMMA" in i.opcode for i in items if isinstance(i, Instruction)):
-                    continue
-                d, m, *rest = map(int, re.findall(r"Li(\d+)E", name))
-                loop = main_loop(items)
-                if side == "forward":
-                    kind = "windowed" if "ELb1E" in name else "full"
-                    label, groups = f"cuda forward D {d} {kind} {m}x{rest[0]}", m // 64
-                    loaded = 2 * rest[0] * d * 2  # keys and values
-                else:
-                    label, groups = f"cuda backward D {d} {m}x128", 2
-                    loaded = 2 * m * d * 2 + m * 8 + m * d * 4  # queries, their gradients, statistics; dQ goes out
-                found.append(Kernel(label, loop, groups, groups, loaded, sources_of(label)))
+        cubins = {name: _cubin(name, pathlib.Path(folder)) for name in CUDA_SOURCES}
+        found = [kernel for name, cubin in cubins.items() for kernel in _kernels_of(name, cubin)]
     return sorted(found, key=lambda kernel: kernel.name)
+
+
+def _kernels_of(source: str, cubin: pathlib.Path) -> Iterator[Kernel]:
+    for name, items in _disassemble(cubin).items():
+        if "bfloat16" not in name or not any(isinstance(i, Instruction) and PRODUCTS.match(i.opcode) for i in items):
+            continue
+        numbers = list(map(int, re.findall(r"Li(\d+)E", name)))
+        if source == "attention_forward_wgmma":
+            d, m, n = numbers[:3]
+            label, groups = f"cuda forward D {d} {'windowed' if 'ELb1E' in name else 'full'} {m}x{n}", m // 64
+            yield Kernel(label, main_loop(items), groups, groups, 2 * n * d * 2, sources_of(label))  # keys and values
+        elif source == "attention_backward_wgmma":
+            d, m = numbers[:2]
+            loaded = 2 * m * d * 2 + m * 8 + m * d * 4  # queries, their gradients, statistics; dQ goes out
+            label = f"cuda backward D {d} {m}x128"
+            yield Kernel(label, main_loop(items), 2, 2, loaded, sources_of(label))
+        elif numbers[0] in (64, 128) and re.search(r"Li2ELi64ELb0E|SideE\dELb0ELNS1_6WantedE0E", name):
+            side = re.search(r"SideE(\d)", name)
+            part = f"backward_{('query', 'key')[int(side[1])]}" if side else "forward"
+            label = f"cuda mma {part} D {numbers[0]}"
+            # Blocks of four warps; shared memory has room for three.
+            blocks = min(3, 65536 // (-(-_registers(cubin, name) // 8) * 8 * 128))
+            loop = main_loop(items)
+            if loop.count("MUFU"):  # else an inner loop along a wide head, of which the model sees only a part
+                yield Kernel(label, loop, blocks, 1, 0, sources_of(label))
+
+
+def _registers(cubin: pathlib.Path, kernel: str) -> int:
+    usage = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(re.search(rf"Function {kernel}:\s+REG:(\d+)", usage)[1])
+
+
+def _tool(name: str) -> str:
+    spec = importlib.util.find_spec("triton")  # Triton's package contains the tools
+    shipped = pathlib.Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
+    return shutil.which(name) or str(shipped)
 
 
 def triton_kernels(only: str = "", dims=(64, 128), features=("plain", "causal")) -> list[Kernel]:
@@ -383,7 +412,8 @@ def sources_of(label: str) -> str:
     """A hash of the sources of a kernel of the record, without their comments and layout."""
     side = "forward" if "forward" in label else "backward"
     if label.startswith("cuda"):
-        first, include = ROOT / "csrc" / "cuda" / f"attention_{side}_wgmma.cu", r'#include "([\w./]+)"'
+        kind = "mma" if label.startswith("cuda mma") else "wgmma"
+        first, include = ROOT / "csrc" / "cuda" / f"attention_{side}_{kind}.cu", r'#include "([\w./]+)"'
     else:
         first, include = ROOT / "kernels" / f"attention_{side}.py", r"from \.(\w+) import"
     found: dict[pathlib.Path, str] = {}

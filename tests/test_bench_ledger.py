@@ -88,7 +88,16 @@ def test_what_the_sanitizer_watches_runs():
     sanitize.main("cpu")
 
 
-def test_memory_is_checked_block_by_block():
+def test_memory_is_checked_block_by_block(tmp_path, monkeypatch, capfd):
     """compute-sanitizer cannot see errors inside the blocks of torch's caching allocator."""
-    source = (ROOT / "benchmarks" / "flight.py").read_text()
-    assert '"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"' in source and "sanitize.py" in source
+    from transformer_fast.benchmarks import flight
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"\nexit 7\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert flight.memcheck() == 7
+    said = capfd.readouterr().out
+    assert "caching off: 1" in said and "--tool memcheck --error-exitcode 1" in said and "sanitize.py --cuda" in said
+    tool.unlink()
+    assert flight.memcheck() == 0 and "not on PATH" in capfd.readouterr().out

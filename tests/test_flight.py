@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ STANDIN = """\
 #!{python} -S
 import json, os, sys, time
 script, arguments = os.path.basename(sys.argv[1]), sys.argv[2:]
+flight = os.getppid()  # before the record, which the test may answer by killing the flight
 def after(flag):
     return arguments[arguments.index(flag) + 1]
 with open({record!r}, "a") as record:
@@ -39,7 +41,6 @@ if script == "run.py":
 time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
 with open({record!r}) as record:
     hangs = len(record.readlines()) == int(os.environ.get("HANG_AT", "0"))
-flight = os.getppid()
 while hangs and os.getppid() == flight:
     time.sleep(0.02)
 sys.exit(int(os.environ.get("FAIL_" + script.split(".")[0].upper(), "0")))
@@ -189,6 +190,19 @@ def test_what_was_done_before_a_kill_is_kept(device, begun):
     assert device.fly("first")[0] == 0
     after = device.asked()
     assert len(before) + len(after) in (10, 11), "the step that was cut off runs again, and no other"
+
+
+def test_a_step_s_output_is_kept_when_it_is_ended(device):
+    """It is written at once: a killed process loses what it has buffered."""
+    for limit in ("8", "30", "120"):  # on a busy machine it may take long to get there
+        shutil.rmtree(device.state / "logs", ignore_errors=True)
+        (device.state / "state.json").unlink(missing_ok=True)
+        device.record.unlink(missing_ok=True)
+        status, output = device.fly("first", "--seconds", limit, HANG_AT="2", PYTHONUNBUFFERED="")
+        if len(device.asked()) == 2:
+            break
+    assert status == 1 and "== smoke: exit 124" in output
+    assert "this is smoke.py" in (device.state / "logs" / "smoke.log").read_text()
 
 
 def running(process: int) -> bool:

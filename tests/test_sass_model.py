@@ -64,6 +64,17 @@ def test_a_second_warpgroup_fills_the_gaps_of_the_first():
     assert both < 1.6 * alone
 
 
+def test_products_from_registers_are_a_pipe_s_work():
+    """Four warps, 16 x 8 x 16 each, at the rate of mma."""
+    sass = SASS.replace("HGMMA.64x128x16", "HMMA.16816").format(
+        under="", masks=_line("FSEL R1, R1, -INF , P0") * 8, after=""
+    )
+    (items,) = sass_model.parse(sass).values()
+    row = sass_model.predict(sass_model.Kernel("k", sass_model.main_loop(items), 2, 1))
+    assert (row["products"], row["tensor_clocks"]) == (2, round(2 * 2 * sass_model.MMA))
+    assert row["clocks"] >= row["tensor_clocks"]
+
+
 def test_a_prediction_names_what_binds():
     row = sass_model.predict(sass_model.Kernel("k", _loop(after=_line("MUFU.EX2 R3, R3") * 100), 3, 1))
     assert (row["bound_by"], row["tensor_clocks"], row["mufu_clocks"]) == ("MUFU", 384, 2400)
@@ -80,7 +91,7 @@ def test_the_predictions_name_every_kernel_of_the_model():
                 assert f"triton {release} {kernel} D {head_dim} {kind}" in names
         for kind in ("full", "windowed"):
             assert f"cuda forward D {head_dim} {kind}" in names
-        assert f"cuda backward D {head_dim}" in names
+        assert f"cuda backward D {head_dim}" in names and f"cuda mma forward D {head_dim}" in names
     for row in rows:
         assert 0 < float(row["loop_tflops"]) <= round(2 * 2048 * 132 * 1.755 / 1000)
 

@@ -124,6 +124,56 @@ void softmax_pairs(int64_t keys, float to_log2, float* scores, float* tops, floa
     store(totals + n * kWidth, fma(load(totals + n * kWidth), load(correction + n * kWidth), sum[n]));
 }
 
+// Fetches rows of the next item into the cache, a few at a time while this item is computed: they lie far apart, and the
+// processor fetches nothing ahead by itself.
+class Ahead {
+ public:
+  template <class T>
+  void add(const T* rows, int64_t stride, int64_t count, int64_t dim) {
+    const int64_t size = sizeof(T);
+    parts_[count_++] = {reinterpret_cast<const char*>(rows), stride * size, count, dim * size};
+  }
+  void some() {
+    const int64_t from = row_;
+    row_ += kRows;
+    for (int i = 0; i < count_; ++i)
+      for (int64_t r = from; r < row_ && r < parts_[i].count; ++r)
+        for (int64_t c = 0; c < parts_[i].bytes; c += 64)
+          __builtin_prefetch(parts_[i].rows + r * parts_[i].stride + c, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kRows = 24;
+  struct Part {
+    const char* rows;
+    int64_t stride, count, bytes;
+  };
+  Part parts_[3];
+  int count_ = 0;
+  int64_t row_ = 0;
+};
+
+// share_out for work(item, next), where each thread first takes a run of neighbouring items, then helps with the
+// others' runs. next: the item that this thread is likely to take after this one, or -1. taken: (threads, kRunStep),
+// scratch.
+constexpr int64_t kRunStep = 8;  // a cache line per counter
+template <class Make>
+void share_out_runs(int64_t items, int64_t threads, int64_t* taken, const Make& make) {
+  if (threads > items) threads = items;
+  for (int64_t run = 0; run < threads; ++run) taken[run * kRunStep] = items * run / threads;
+  parallel_for(threads, 1, [&](int64_t own, int64_t) {
+    auto work = make();
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t run = (own + i) % threads, past = items * (run + 1) / threads;
+      for (;;) {
+        const int64_t item = __atomic_fetch_add(taken + run * kRunStep, 1, __ATOMIC_RELAXED);
+        if (item >= past) break;
+        work(item, item + 1 < past ? item + 1 : -1);
+      }
+    }
+  });
+}
+
 // Tiles [first, first + count) of head h of sequence b.
 template <class T, bool Pairs>
 class Group {
@@ -138,7 +188,20 @@ class Group {
     }
   }
 
-  void run() const {
+  // What run() reads first.
+  Ahead ahead() const {
+    Ahead next;
+    const int64_t queries = a_.query_starts[b_] + tiles_[0].q0, last = count_ - 1;
+    next.add(row_of<const T>(a_.query, a_.query_strides, b_, tiles_[0].h, queries), a_.query_strides.row,
+             last * kQueries + tiles_[last].count, a_.dim);
+    if (end_[0] <= begin_[0]) return next;
+    const int64_t keys = a_.key_starts[b_] + begin_[0], count = block_end(begin_[0], end_[last]) - begin_[0];
+    next.add(row_of<const T>(a_.key, a_.key_strides, b_, hk_, keys), a_.key_strides.row, count, a_.dim);
+    next.add(row_of<const T>(a_.value, a_.value_strides, b_, hk_, keys), a_.value_strides.row, count, a_.dim);
+    return next;
+  }
+
+  void run(Ahead next) const {
     int64_t begin = INT64_MAX, end = 0;
     for (int64_t i = 0; i < count_; ++i) {
       if (end_[i] <= begin_[i]) continue;
@@ -151,7 +214,7 @@ class Group {
       const Block block = load_block(j, past - j);
       for (int64_t i = 0; i < count_; ++i) {
         const int64_t from = j > begin_[i] ? j : begin_[i], to = least(past, end_[i]);
-        if (from < to) add_block(i, block, from, to - from);
+        if (from < to) add_block(i, block, from, to - from, next);
       }
     }
     for (int64_t i = 0; i < count_; ++i) finish(i);
@@ -195,19 +258,21 @@ class Group {
   }
 
   // Keys [from, from + keys), which are in the block.
-  void add_block(int64_t i, const Block& block, int64_t from, int64_t keys) const {
+  void add_block(int64_t i, const Block& block, int64_t from, int64_t keys, Ahead& next) const {
     const Tile& t = tiles_[i];
     const Write write = from == begin_[i] ? Write::kStore : Write::kScaleAdd;
     const int64_t skip = from - block.start, lanes = t.lanes;
     Operand k = block.keys, v = block.values;
     k.data = static_cast<const char*>(k.data) + skip * k.row_bytes;
     v.data = static_cast<const char*>(v.data) + (Pairs ? skip / 2 : skip) * v.depth_bytes;
+    next.some();
     if constexpr (Pairs)
       gemm_bf16(Write::kStore, keys, lanes, (a_.dim + 1) / 2, k, queries(i), lanes, s_.scores, lanes);
     else
       gemm(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes, nullptr, chain_of(keys));
     if (!fold_) finish_scores(a_, t, from, keys, s_.scores, nullptr);
     mask_edges(a_, t, from, keys, s_.scores);
+    next.some();
     float *tops = s_.top + i * kQueries, *totals = s_.total + i * kQueries;
     if constexpr (Pairs) {
       if (a_.dropout.threshold) {
@@ -268,25 +333,28 @@ class Group {
 template <class T, bool Pairs>
 void forward_all(const AttentionForward& a) {
   // first[b]: number of groups before sequence b, for one head.
-  int64_t* first = scratch<int64_t>(1, a.batch + 1);
   const int64_t threads = threads_for(a, 2e5);
+  int64_t* first = scratch<int64_t>(1, a.batch + 1 + threads * kRunStep);
   for (int64_t size = sizeof(T) == 4 ? 1 : kGroup;; size /= 2) {  // float32 is used in place
     first[0] = 0;
     for (int64_t b = 0; b < a.batch; ++b)
       first[b + 1] = first[b] + (a.query_lengths[b] + size * kQueries - 1) / (size * kQueries);
     const int64_t items = first[a.batch] * a.heads;
     if (size > 1 && items < 4 * threads) continue;
-    share_out(items, threads, [&] {
-      return [&, s = take_buffers(a)](int64_t item) {
-        int64_t low = 0, high = a.batch;  // low becomes the sequence: first[low] * heads <= item < first[low + 1] * heads
-        while (high - low > 1) {
-          const int64_t middle = (low + high) / 2;
-          (first[middle] * a.heads <= item ? low : high) = middle;
-        }
-        const int64_t groups = first[low + 1] - first[low], within = item - first[low] * a.heads;
-        const int64_t group = groups - 1 - within % groups;  // causal: the longest first
-        const int64_t tiles = (a.query_lengths[low] + kQueries - 1) / kQueries - group * size;
-        Group<T, Pairs>(a, low, within / groups, group * size, least(tiles, size), s).run();
+    const auto group_of = [&](int64_t item, const Buffers& s) {
+      int64_t low = 0, high = a.batch;  // low becomes the sequence: first[low] * heads <= item < first[low + 1] * heads
+      while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (first[middle] * a.heads <= item ? low : high) = middle;
+      }
+      const int64_t groups = first[low + 1] - first[low], within = item - first[low] * a.heads;
+      const int64_t group = groups - 1 - within % groups;  // causal: the longest first
+      const int64_t tiles = (a.query_lengths[low] + kQueries - 1) / kQueries - group * size;
+      return Group<T, Pairs>(a, low, within / groups, group * size, least(tiles, size), s);
+    };
+    share_out_runs(items, threads, first + a.batch + 1, [&] {
+      return [&, s = take_buffers(a)](int64_t item, int64_t next) {
+        group_of(item, s).run(next < 0 ? Ahead{} : group_of(next, s).ahead());
       };
     });
     return;

@@ -106,6 +106,17 @@ def test_masks_that_broadcast(shape):
 
 
 @pytest.mark.quick
+def test_masks_with_one_row_of_decoders():
+    """Also beside a cache, which a decoder makes without being asked."""
+    ours, theirs = pair("GPT2LMHeadModel", gpt2())
+    mask = torch.ones(1, 7, dtype=torch.long)
+    mask[:, :2] = 0
+    for more in ({}, {"use_cache": False}):
+        found = ours(ids(), attention_mask=mask, **more).logits[:, 2:]
+        torch.testing.assert_close(found, theirs(ids(), attention_mask=mask.expand(3, 7), **more).logits[:, 2:])
+
+
+@pytest.mark.quick
 def test_labels_that_are_flat():
     calls = {"BertForMaskedLM": bert(), "BertForTokenClassification": bert(num_labels=97)}
     for name, config in calls.items():

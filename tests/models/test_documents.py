@@ -125,6 +125,25 @@ def test_what_is_not_packed():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+                                  "LlamaForCausalLM", "LlamaForTokenClassification"])  # fmt: skip
+@pytest.mark.parametrize("train", [False, True])
+def test_the_cache_of_the_configuration(name, train):
+    """Without use_cache in the call the configuration decides, in training too, as in Hugging Face."""
+    config = gpt2()[0].config if name.startswith("GPT2") else llama()[0].config
+    config.num_labels, config.classifier_dropout = 2, 0.0
+    models = [m.train(train) for m in _models(name, config)]
+    batch = packed()
+    call = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    for use_cache in (None, False):
+        found = [m(**call, use_cache=use_cache)[0] for m in models]
+        assert_as_accurate(found[0], found[2], found[1])
+    together, apart = (models[0](**call, use_cache=use_cache)[0] for use_cache in (None, False))
+    assert (together - apart).abs().max() > 1e-3
+    assert (together - models[0](**call, use_cache=True)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("model", ["stock", "hooked", "hooked, attentions"])
 def test_cu_seq_lens_of_an_encoder(model):
     ours, *_ = bert("BertForSequenceClassification")

@@ -1,5 +1,9 @@
 """What quantize accepts, which modules it leaves alone, and what an int8 model refuses."""
 
+import concurrent.futures
+import copy
+import threading
+
 import pytest
 import torch
 import transformers as hf
@@ -73,6 +77,22 @@ def test_what_is_not_plain_is_left_and_listed():
     }
     for name, y in before.items():
         assert torch.equal(model[name](x), y)
+
+
+@torch.no_grad()
+def test_weights_that_other_code_reads():
+    """MobileBERT's prediction head joins the weights of its layers, Mamba multiplies by one."""
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in _CONFIG.items() if k != "num_hidden_layers"}
+    bert = hf.MobileBertConfig(**sizes, num_hidden_layers=1, embedding_size=32, intra_bottleneck_size=64)
+    mamba = hf.MambaConfig(vocab_size=80, hidden_size=64, num_hidden_layers=1)
+    for model in (hf.MobileBertForMaskedLM(bert).eval(), hf.MambaForCausalLM(mamba).eval()):
+        logits = model(IDS).logits
+        low = tf.quantize(model)(IDS).logits
+        assert (low - logits).std() < 0.05 * logits.std()
+        found = tf.quantized_modules(model)
+        assert any(why.startswith("the code of M") for why in found.left.values())
+        assert len(found) > len(found.left)
 
 
 @torch.no_grad()
@@ -157,3 +177,40 @@ def test_accelerate_twice():
     tf.accelerate(model, precision="int8", verbose=False)
     assert any(isinstance(m, Int8Linear) for m in model.modules())
     assert torch.equal(model(IDS).last_hidden_state, states)
+
+
+def test_the_first_call_from_several_threads():
+    layer = Int8Linear.of(torch.randn(256, 512), None)
+    x = torch.randn(3, 512)
+    wanted = copy.deepcopy(layer)(x)
+    gate = threading.Barrier(4)
+
+    def run(_):
+        gate.wait()
+        return layer(x)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, wanted) for found in pool.map(run, range(4)))
+    # A thread that saw no panels before another one made them:
+    assert layer._in_int8() is layer.int8_weight()
+    assert torch.equal(layer(x), wanted)
+
+
+def test_memory_and_state_dict_do_not_change_with_the_first_call():
+    model = tf.quantize(tf.BertModel(hf.BertConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2,
+                                                   intermediate_size=256, vocab_size=50)).eval())  # fmt: skip
+    before, state = model.get_memory_footprint(), {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.tensor([[1, 2, 3]]))
+    assert model.get_memory_footprint() >= before
+    after = model.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[k], state[k]) for k in state)
+    again = copy.deepcopy(model)
+    assert again.get_memory_footprint() == model.get_memory_footprint()
+    assert torch.equal(again(torch.tensor([[1, 2, 3]]))[0], model(torch.tensor([[1, 2, 3]]))[0])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_in_floating_point_do_not_become_int8(strict):
+    layer = Int8Linear.of(torch.randn(8, 64), torch.zeros(8))
+    with pytest.raises(RuntimeError, match=r"weight: wanted int8, as this layer is quantised, got torch.float32"):
+        layer.load_state_dict(nn.Linear(64, 8).state_dict(), strict=strict)

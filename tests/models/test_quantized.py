@@ -159,7 +159,18 @@ def test_generates(family):
 @torch.no_grad()
 def test_native_step_computes_in_int8(family, rows):
     """One native call per token, as close to float64 as the reference."""
-    model = _model(family)
+    _check_native_step(_model(family), rows)
+
+
+@torch.no_grad()
+def test_native_step_with_long_groups():
+    torch.manual_seed(1)
+    model = tf.GPT2LMHeadModel(hf.GPT2Config(**_GPT | {"n_inner": 768})).eval()
+    _check_native_step(model, 3)
+    assert [m.group for m in model.transformer.h[0].modules() if isinstance(m, Int8Linear)] == [128, 128, 128, 256]
+
+
+def _check_native_step(model, rows):
     torch.manual_seed(4)
     ids, given = torch.randint(5, 80, (rows, 7)), {}
     if model.config.is_encoder_decoder:

@@ -196,6 +196,23 @@ def test_a_measured_line_goes_first(monkeypatch):
 
 
 @pytest.mark.quick
+def test_a_line_may_be_for_one_kind_of_gpu(monkeypatch):
+    """As for 16-bit attention in CUDA C++ on sm_90, once a GPU has run it."""
+    line = measured.Line(
+        "cuda", "results/some-device", "attention", "cuda", dtypes=(torch.bfloat16, torch.float16), sizes=(64, 128),
+        features=("bottom_right", "causal", "gqa", "key_lengths", "varlen"), capability=(9, 0),
+    )  # fmt: skip
+    monkeypatch.setattr(measured, "LINES", (line,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    call = Call("attention", "cuda", torch.bfloat16, 128, ("backward", "causal"), 4096)
+    for capability, first in (((9, 0), "cuda"), ((8, 0), "triton"), ((10, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        assert backends._order(call)[0] == first
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends._order(call)[0] == "triton"
+
+
+@pytest.mark.quick
 def test_every_line_says_where_it_was_measured():
     for line in measured.LINES:
         assert line.backend in backends.NAMES and line.measured

@@ -14,7 +14,8 @@ class Line(NamedTuple):
     """Prefer `backend` for the calls that match. Empty tuples and None match any value.
 
     lengths: (least, most) of Call.length. features: all features of the call must be among these; "backward" is
-    ignored, as a line holds for both passes. measured: the folder under benchmarks/results that shows it.
+    ignored, as a line holds for both passes. capability: the compute capability of the GPU. measured: the folder under
+    benchmarks/results that shows it.
     """
 
     backend: str
@@ -25,6 +26,7 @@ class Line(NamedTuple):
     sizes: tuple[int, ...] = ()
     lengths: tuple[int, int] | None = None
     features: tuple[str, ...] | None = None
+    capability: tuple[int, int] | None = None
 
     def holds(self, call: Call) -> bool:
         return (
@@ -33,7 +35,12 @@ class Line(NamedTuple):
             and (not self.sizes or call.size in self.sizes)
             and (self.lengths is None or self.lengths[0] <= call.length <= self.lengths[1])
             and (self.features is None or set(call.features) - {"backward"} <= set(self.features))
+            and (self.capability is None or self.capability == _capability())
         )
+
+
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 LINES: tuple[Line, ...] = ()

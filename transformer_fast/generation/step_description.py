@@ -32,7 +32,7 @@ class StepDescription:
         per position, the first at row position_offset (BART: 2). If it has a method `cover(rows)`, which makes the
         table longer, the number of positions is not limited. position_padding: a padding token, whose position row is
         the row with the token's own number.
-    head: logits = head_scale * W x + head_bias (or the module's own bias). head_bias: V values in any shape.
+    head: logits = head_scale * W x + b + head_bias with the module's W and b. head_bias: V values in any shape.
     relative_bias: T5's table (buckets, heads) as a module, for all layers without their own table;
         relative_max_distance: its largest distance.
     rotary: a function of a number of positions that returns cos and sin, float32 (positions, R / 2).
@@ -139,7 +139,8 @@ class StepDescription:
         """The current weights."""
         spec, head = self.spec, projection_of(self.head)
         if self.head_bias is not None:
-            head = head._replace(biases=(self.head_bias,))
+            own, more = head.biases[0], self.head_bias
+            head = head._replace(biases=(more if own is None else own.view(-1) + more.view(-1),))
         return DecoderTensors(
             [self._layer(w, i) for i, w in enumerate(self.layers)], spec.num_heads, spec.head_dim, self.token.weight,
             head, str(spec.activation), spec.norm_position == "pre", _norm_kind(self._norms()[0]) == "rms",

@@ -15,6 +15,7 @@ from torch import nn
 from ..layers import stock
 from ..models._base import ModelMixin
 from ..models._layer import CONFIG
+from ..models._stock import BUILT, remember_config
 from ..models.registry import FAMILIES
 
 __all__ = ["adopt", "class_for", "release"]
@@ -88,6 +89,7 @@ def _adopt(module: Any, ours: Any) -> str:
     for path, part in module.named_modules():
         if isinstance(part, ModelMixin):
             stock.remember(part, fresh.get_submodule(path))  # type: ignore[arg-type]
+            remember_config(part)
     return ""
 
 
@@ -108,4 +110,5 @@ def release(model: nn.Module) -> None:
         if former is not None:
             module.__class__ = former
             module.__dict__.pop(CONFIG, None)
+            module.__dict__.pop(BUILT, None)
             stock.forget(module)

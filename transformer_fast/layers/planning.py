@@ -288,6 +288,8 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
     # Layers with a window keep only the last keys. Each of them cuts the mask to the keys that it has.
     keys = seen + length if call.spec.windows else cache.get_mask_sizes(length, 0)[0]
     if attention_mask is not None:
+        if attention_mask.shape[0] == 1:
+            attention_mask = attention_mask.expand(call.unpadding.batch, -1)
         batch, given = attention_mask.shape
         if batch != call.unpadding.batch or (isinstance(seen, int) and given != seen + length and given != keys):
             wanted = (call.unpadding.batch, keys)

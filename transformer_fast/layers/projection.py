@@ -150,8 +150,10 @@ def norm_of(module: Any) -> tuple[Int8Norm, bool] | None:
 
 
 def _of_weight(y: torch.Tensor, module: Any) -> torch.Tensor:
-    """Convert the result of a family's norm to the dtype of its weight, if the residual sum has a wider dtype."""
-    return y if type(module) is nn.RMSNorm or y.dtype == module.weight.dtype else y.to(module.weight.dtype)
+    """Convert the result of a family's norm to the dtype of its weight, if the residual sum has another dtype. Gemma's
+    norms keep the sum's."""
+    kept = type(module) is nn.RMSNorm or getattr(module, "adds_one", False) or y.dtype == module.weight.dtype
+    return y if kept else y.to(module.weight.dtype)
 
 
 def add_norm(module: Any, x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """int8 Linear modules, and the part of a layer that runs as one op if all its modules are int8."""
 
+import threading
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from ..ops import linear_int8
 from ..ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight
 
 __all__ = ["Int8Linear"]
+
+_changing = threading.RLock()  # threads that share a model may make its first call at the same time
 
 
 class Int8Linear(nn.Module):
@@ -21,6 +24,7 @@ class Int8Linear(nn.Module):
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
+    panels: torch.Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, group: int = linear_int8.GROUP,
@@ -33,6 +37,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(shape, dtype=torch.float32, device=device))
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if b is None else nn.Parameter(b, requires_grad=False)
+        # The weight in the layout of the kernels, so that the buffers of a model say what memory it takes.
+        self.register_buffer("panels", None, persistent=False)
         self._int8: Int8Weight | None = None
         self.training = False
 
@@ -52,11 +58,15 @@ class Int8Linear(nn.Module):
 
     @torch.compiler.disable
     def _in_int8(self) -> Int8Weight:
-        found = Int8Weight(self.weight, self.weight_scale, self.group)
-        if found.data is not None:  # do not keep the weight twice
-            self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
-        self._int8 = found
-        return found
+        with _changing:
+            if self._int8 is not None:
+                return self._int8
+            found = Int8Weight(self.weight, self.weight_scale, self.group)
+            if found.data is not None:  # do not keep the weight twice
+                self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
+                self.panels = found.data
+            self._int8 = found
+            return found
 
     def dequantized(self) -> torch.Tensor:
         """The weight as float32 (out, in)."""
@@ -81,22 +91,32 @@ class Int8Linear(nn.Module):
 
     # ---- state dict: always (out, in), whatever the layout of the weight in memory -----------------
     def _restore(self) -> None:
-        if self._int8 is not None and self._int8.data is not None:
-            self.weight, self.weight_scale = self._int8.parts()
-        self._int8 = None
+        with _changing:
+            if self._int8 is not None and self._int8.data is not None:
+                self.weight, self.weight_scale = self._int8.parts()
+            self._int8 = None
+            self.panels = None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        weight = self._int8
-        if weight is None or weight.data is None:
-            return super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = weight.parts()
+        with _changing:
+            weight = self._int8
+            if weight is None or weight.data is None:
+                return super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = weight.parts()
         return None
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, torch.Tensor) and given.dtype != torch.int8:  # copying would cut off the fractions
+            errors.append(
+                f"{prefix}weight: wanted int8, as this layer is quantised, got {given.dtype}; load the weights before "
+                "quantize"
+            )
+            return
         self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse: bool = True):
         self._restore()

@@ -137,7 +137,9 @@ def _source(kind: type) -> str:
 def _reads_weight(owner: type, name: str) -> bool:
     """True if the code of class `owner` reads the weight of its child `name`, and does not expect one of int8."""
     own = (
-        cls for cls in owner.__mro__ if not cls.__module__.startswith(("torch.nn.modules.module", "transformers.mod"))
+        cls
+        for cls in owner.__mro__
+        if not cls.__module__.startswith(("torch.nn.modules.module", "transformers.modeling_utils"))
     )
     return any(
         re.search(rf"\bself\.{name}\.weight\b(?!\.data)", text) and "torch.int8" not in text

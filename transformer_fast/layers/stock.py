@@ -39,6 +39,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _LIVE = {"training", "gradient_checkpointing", "layer_idx", "chunk_size_feed_forward", "max_seq_len_cached",
          "attention_scaling"}  # fmt: skip
 _SETTINGS = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
+# Of embeddings: max_norm writes to the rows that are looked up, and scale_grad_by_freq counts the look-ups.
+_SETTINGS_OF_EMBEDDINGS = ("max_norm", "scale_grad_by_freq")
 _PLAIN = {nn.Parameter, torch.Tensor, types.NoneType}
 _NOTE, _LAST = "_made_of", "_last_call"
 
@@ -171,7 +173,9 @@ def _made(module: nn.Module, seen: dict) -> _Made:
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The constructor settings of a module without weights: head counts, scales, is_causal, the kind of gelu. Modules
     with weights have none, as the fast path reads their attributes (eps, offsets) live, as it does dropout
-    probabilities."""
+    probabilities; embeddings have those that act on the whole batch."""
+    if isinstance(module, nn.Embedding):
+        return {name: module.__dict__.get(name) for name in _SETTINGS_OF_EMBEDDINGS}
     if any(p is not None for p in module._parameters.values()) or hasattr(module, "base_model_prefix"):
         return {}
     return {

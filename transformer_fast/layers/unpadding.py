@@ -1,9 +1,11 @@
 """Padding removal: which positions of a batch are computed, and conversion between padded and unpadded rows. Also for
 several documents in one row."""
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ __all__ = [
     "Unpadding",
     "compute_padding",
     "documents_of",
+    "every_position_computed",
     "padding_is_computed",
     "plan_documents",
     "plan_unpadding",
@@ -143,8 +146,26 @@ class compute_padding:
         _padding_is_computed = self._before
 
 
+_computing: set[int] = set()  # the threads inside every_position_computed
+
+
+@contextlib.contextmanager
+def every_position_computed() -> Iterator[None]:
+    """Padding is computed in this context and thread."""
+    thread = threading.get_ident()
+    outermost = thread not in _computing
+    _computing.add(thread)
+    try:
+        yield
+    finally:
+        if outermost:
+            _computing.discard(thread)
+
+
 def padding_is_computed() -> bool:
-    return _padding_is_computed
+    if torch.compiler.is_compiling() or not _computing:
+        return _padding_is_computed
+    return _padding_is_computed or threading.get_ident() in _computing
 
 
 def plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None = None, read_first: bool = False) -> Unpadding:

@@ -177,6 +177,7 @@ class ModelMixin(Outputs, LoadingErrors):
 
     _adopted: Adopted
     runs_as_hugging_face = False  # True: transformers is an untested release, and a tiny model of the class differs
+    calls_loss_function = False  # HF's forward calls self.loss_function, which users set, and ours has its own loss
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GenericForQuestionAnswering
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -32,7 +33,7 @@ from ._heads import (
     span_scores,
     token_loss,
 )
-from ._run_stack import Context, Inputs, Stack, decoding_cache, run_stack
+from ._run_stack import Context, Inputs, Stack, caches_in_hf, decoding_cache, run_stack
 
 __all__ = [
     "LLAMA_SLOTS",
@@ -224,7 +225,8 @@ def base_forward(hf_class: Any):
         if self._segments() is None:  # HF has no such argument here, or ignores it
             inputs = inputs._replace(token_type_ids=None)
         cache, _ = decoding_cache(self, past_key_values, use_cache)
-        encoded = run_stack(self, inputs, want or Want(), kwargs, Context(cache, returns_cache=True))
+        context = Context(cache, returns_cache=True, caches_in_hf=caches_in_hf(self, use_cache))
+        encoded = run_stack(self, inputs, want or Want(), kwargs, context)
         if want is not None:
             return encoded
         output = BaseModelOutputWithPast(
@@ -250,6 +252,7 @@ class Heads(ModelMixin):
     get_input_embeddings: Any
     score: Any
     qa_outputs: Any
+    loss_function: Any
 
     def _body(self) -> Any:
         """The DecoderBase: the base model, or a module inside it."""
@@ -275,7 +278,8 @@ class Heads(ModelMixin):
         encoded = self.base_model(**inputs.given(), want=Want(read=is_labelled(labels)), **kwargs)
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))  # type: ignore[attr-defined]
         logits = encoded.unpadding.pad(linear(self._token_head(), rows))
-        loss = None if labels is None else token_loss(logits, labels)
+        scored = logits.float() if self.calls_loss_function else logits  # HF's loss functions compute in float32
+        loss = None if labels is None else token_loss(scored, labels)
         return self._finish(TokenClassifierOutput(loss=loss, logits=logits, **encoded.extras()), kwargs)
 
     def _find_spans(self, inputs: Inputs, labels, kwargs: dict):
@@ -286,7 +290,11 @@ class Heads(ModelMixin):
         read = every_position(source) if scored else None
         encoded = self.base_model(**inputs.given(), want=Want(read=read), **kwargs)
         start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.unpadding)
-        loss = span_loss(start, end, *labels) if scored else None
+        loss, count = None, kwargs.get("num_items_in_batch")
+        if scored and count is not None and isinstance(self, GenericForQuestionAnswering):
+            loss = self.loss_function(start, end, *labels, num_items_in_batch=count)
+        elif scored:
+            loss = span_loss(start, end, *labels)
         return self._finish(
             QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.extras()), kwargs
         )

@@ -1,5 +1,6 @@
 """Makes the classes of a decoder family from HF's: HF's names and parameters, this package's computation."""
 
+import inspect
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +40,10 @@ def classes_of(
         return type(prefix + name, (*bases, theirs), shared | members)
 
     def head(name: str, compute: Any, **options: Any) -> type:
-        forward = head_forward(getattr(hf, prefix + name), compute, **options)
-        return make(name, heads, _adopted=adopted, forward=forward)
+        theirs = getattr(hf, prefix + name)
+        scores = "loss_function" in inspect.unwrap(theirs.forward).__code__.co_names
+        forward = head_forward(theirs, compute, **options)
+        return make(name, heads, _adopted=adopted, forward=forward, calls_loss_function=scores)
 
     forward: Any = base_forward(getattr(hf, prefix + body))
     parts = [make(layer, Layer, _table=table), make(body, base, _adopted=adopted, _slots=table, forward=forward)]

@@ -6,7 +6,12 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from .. import ops
 from .._transformers import CACHE_NAME, merge_cache_names
+from ..layers.unpadding import compute_padding, every_position_computed
+from ._heads import IGNORE
 from ._stock import why_hf_forward
 
 __all__ = ["public_forward"]
@@ -52,7 +57,7 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
         @functools.wraps(original or function)
         def forward(self, *args, **kwargs):
             if original is not None and kwargs.get("want") is None and (reason := why_hf_forward(self)):
-                return _run_hf(self, original, reason, args, kwargs)
+                return _run_hf(self, original, reason, order, args, kwargs)
             if len(args) > alike:  # HF's order of parameters differs: pass them by name
                 kwargs = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
                 args = args[:alike]
@@ -123,12 +128,34 @@ def _with_one_cache(model: Any, arguments: dict, takes_cache: bool) -> dict:
     return arguments
 
 
-def _run_hf(model: Any, original: Callable, reason: str, args: tuple, arguments: dict):
+def _run_hf(model: Any, original: Callable, reason: str, order: list[str], args: tuple, arguments: dict):
     where = f"{type(model).__name__}.forward"
     arguments = merge_cache_names(arguments, CACHE_NAME, where)
     if CACHE_NAME not in inspect.signature(original).parameters and arguments.pop(CACHE_NAME, None) is not None:
         raise TypeError(f"{CACHE_NAME}: {where} is transformers' own, which keeps no cache, as {reason}")
-    return original(model, *args, **{k: v for k, v in arguments.items() if k != "want"})
+    arguments = {k: v for k, v in arguments.items() if k != "want"}
+    if not _reads_padding(dict(zip(order, args)) | arguments):
+        return original(model, *args, **arguments)
+    with compute_padding(True) if torch.compiler.is_compiling() else every_position_computed():
+        return original(model, *args, **arguments)
+
+
+def _reads_padding(given: dict) -> bool:
+    """Whether HF's forward of a head, whose base may be on the fast path, reads padding for its result: a softmax over
+    all positions, a labelled one, or the first one."""
+    named = [given.get(f"{of}attention_mask") for of in ("", "decoder_")]
+    masks: list[torch.Tensor] = [m for m in named if isinstance(m, torch.Tensor) and m.dim() == 2 and m.numel()]
+    if not masks:
+        return False
+    spans, labels = [given.get(name) for name in ("start_positions", "end_positions")], given.get("labels")
+    if any(s is not None for s in spans) or torch.compiler.is_compiling() or not all(map(ops.concrete, masks)):
+        return True
+    if any(bool((m[:, 0] == 0).any()) for m in masks):
+        return True
+    if not isinstance(labels, torch.Tensor):
+        return False
+    alike = [m for m in masks if m.shape == labels.shape]
+    return any(bool(((labels.to(m.device) != IGNORE) & (m == 0)).any()) for m in alike)
 
 
 def _hands_on(model: Any) -> bool:

@@ -106,7 +106,7 @@ def masked_lm(
     if labels is None:
         return None, vocabulary_logits(decoder, rows, unpadding)
     _check_labels("labels", labels, (unpadding.batch, unpadding.length))
-    if torch.compiler.is_compiling():  # the number of labelled positions depends on the data
+    if torch.compiler.is_compiling() or not ops.concrete(labels):  # the number of labelled positions depends on data
         logits = unpadding.pad(linear(decoder, rows))
         return score(logits.flatten(0, 1), labels.to(rows.device).flatten()), logits
     labels = unpadding.unpad(labels.to(rows.device))

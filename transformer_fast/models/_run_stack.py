@@ -15,7 +15,7 @@ from ..layers.embeddings import check_indices
 from ..layers.stock import as_forward_of
 from ._base import Encoded, Want, check_inputs, check_integers, read_flags
 
-__all__ = ["Context", "Inputs", "Stack", "decoding_cache", "run_stack"]
+__all__ = ["Context", "Inputs", "Stack", "caches_in_hf", "decoding_cache", "run_stack"]
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +44,8 @@ class Context(NamedTuple):
     """The further inputs of a decoder.
 
     returns_cache: whether past_key_values is part of the output. encoder_states: (B, Se, E), or unpadded rows as
-    encoder_unpadding describes them; encoder_mask: HF's encoder_attention_mask.
+    encoder_unpadding describes them; encoder_mask: HF's encoder_attention_mask. caches_in_hf: whether HF's model
+    would have a cache, so that position_ids say nothing about documents.
     """
 
     past_key_values: Any = None
@@ -52,6 +53,7 @@ class Context(NamedTuple):
     encoder_states: torch.Tensor | None = None
     encoder_mask: torch.Tensor | None = None
     encoder_unpadding: Unpadding | None = None
+    caches_in_hf: bool = False
 
 
 _ALONE = Context()
@@ -163,7 +165,8 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
     flags = read_flags(stack.config, kwargs, len(layers))
     documents = None
     if inputs.attention_mask is None and cache is None:
-        documents = stack._documents(inputs, (batch, length), kwargs)
+        numbered = inputs._replace(position_ids=None) if context.caches_in_hf else inputs
+        documents = stack._documents(numbered, (batch, length), kwargs)
     call = stack._plan(
         stack._spec(stack._causal(kwargs)), inputs, batch, length, device, past_key_values=cache,
         encoder_states=context.encoder_states, encoder_mask=context.encoder_mask,
@@ -212,6 +215,12 @@ def _check_sizes(
         check_indices(f"{prefix}input_ids", inputs.input_ids, words.num_embeddings, stack._words_setting)
     if inputs.token_type_ids is not None and (segments := stack._segments()) is not None:
         check_indices("token_type_ids", inputs.token_type_ids, *segments)
+
+
+def caches_in_hf(stack: Stack, use_cache: bool | None) -> bool:
+    """Whether HF's decoder makes a cache for this call. It does so in training too."""
+    wanted = getattr(stack.config, "use_cache", False) if use_cache is None else use_cache
+    return bool(wanted) and not (stack.training and getattr(stack, "gradient_checkpointing", False))
 
 
 def decoding_cache(

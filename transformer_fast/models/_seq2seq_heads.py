@@ -23,10 +23,11 @@ __all__ = ["CausalLMHead", "ClassificationHead", "LMHead", "QuestionHead"]
 
 
 def _vocabulary_rows(head: Any, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """rows W^T + bias. bias: (1, V), added to the head's own."""
+    """rows W^T + bias. bias: (1, V), added to the head's own, under autocast in its own dtype."""
     if bias is None:
         return linear(head, rows)
-    if is_plain(head, nn.Linear) and head.bias is None and bias.dtype == head.weight.dtype:
+    fused = bias.dtype == head.weight.dtype and not torch.is_autocast_enabled(rows.device.type)
+    if fused and is_plain(head, nn.Linear) and head.bias is None:
         return ops.linear(rows, head.weight, bias[0])
     return linear(head, rows) + bias.to(rows.device)
 
@@ -42,7 +43,9 @@ def _vocabulary_loss(
     if tuple(labels.shape) != (unpadding.batch, unpadding.length):
         raise ValueError(f"labels: wanted shape {(unpadding.batch, unpadding.length)}, got {tuple(labels.shape)}")
     target = unpadding.unpad(labels.to(logits.device)).reshape(-1)
-    loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, ignore_index=IGNORE).to(logits.dtype)
+    loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, ignore_index=IGNORE)
+    if not torch.is_autocast_enabled(logits.device.type):  # there torch's loss is in float32
+        loss = loss.to(logits.dtype)
     return loss, unpadding.pad(logits)
 
 

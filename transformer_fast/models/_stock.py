@@ -1,6 +1,7 @@
 """Whether a model's fast path may run or HF's code has to: the fast path is for stock models only (see
 layers.stock)."""
 
+import copy
 import functools
 import inspect
 import sys
@@ -17,7 +18,7 @@ from ..layers import stock
 from ..layers.quantized import is_int8
 from ._layer import Layer
 
-__all__ = ["remember", "watch", "why_hf_forward", "why_hf_loop"]
+__all__ = ["BUILT", "remember", "remember_config", "watch", "why_hf_forward", "why_hf_loop"]
 
 # Methods of HF's model classes that neither forward nor the generation loop computes with: they may be overridden.
 _APART = {
@@ -27,15 +28,41 @@ _APART = {
 # From torch 2.13, assume_constant_result accepts a module as an argument.
 _COMPILER_SEES_MODELS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 _DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
+# Fields of configurations that HF's modules read in their constructors only, and our code in every call.
+_BUILT_IN = frozenset(
+    ("activation", "activation_function", "afn", "attention_head_size", "attention_layers", "attn_logit_softcapping",
+     "classifier_activation", "d_kv", "d_model", "decoder_attention_heads", "dense_act_fn", "dim",
+     "do_layer_norm_before", "encoder_attention_heads", "head_dim", "hidden_act", "hidden_activation", "hidden_size",
+     "is_gated_act", "n_embd", "n_head", "n_heads", "num_attention_heads", "num_heads", "num_key_value_heads",
+     "pos_att_type", "query_pre_attn_scalar", "scale_attn_by_inverse_layer_idx", "scale_attn_weights",
+     "use_parallel_residual", "window_size")
+)  # fmt: skip
+BUILT = "_built_with"  # a model's attribute: {field: value at construction}
 _GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
 
 
 def remember(model: nn.Module, kind: type) -> None:
-    """Record the modules of `model`, and of each model of class `kind` inside it."""
+    """Record the modules and the configuration of `model`, and of each model of class `kind` inside it."""
     for module in model.modules():
         if isinstance(module, kind):
             stock.remember(module)
+            remember_config(module)
             register_outputs(module)
+
+
+def remember_config(model: Any) -> None:
+    """Record the fields of _BUILT_IN. Users change a configuration to build another model with it, which must not
+    change this one."""
+    fields = model.config.__dict__
+    model.__dict__[BUILT] = {name: copy.copy(fields[name]) for name in _BUILT_IN & fields.keys()}
+
+
+def _changed_config(model: Any) -> str:
+    fields = model.config.__dict__
+    for name, value in model.__dict__.get(BUILT, {}).items():
+        if (now := fields.get(name)) != value:
+            return f"config.{name} is {now!r}, but was {value!r} when the model was built"
+    return ""
 
 
 def why_hf_forward(model: Any, gathered: bool = False) -> str:
@@ -43,6 +70,8 @@ def why_hf_forward(model: Any, gathered: bool = False) -> str:
     gathered: FSDP2 gathers the model's own shards before its forward."""
     if not IS_TESTED and model.runs_as_hugging_face:
         return "the installed transformers is untested, and a tiny model of the class differs from its own"
+    if getattr(model, "calls_loss_function", False) and "_loss_function" in model.__dict__:
+        return "its loss_function was set"
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return "it is being traced"
@@ -96,7 +125,7 @@ def _modules_of(ours: Any) -> tuple[str, ...]:
 def _why_not_stock(model: Any, gathered: bool = False) -> str:
     kind = stock.before_fsdp(type(model)) or type(model)
     ours = _our_class(kind)  # type: ignore[arg-type]
-    if replaced := _replaced_forward(ours):
+    if replaced := _replaced_forward(ours) or _changed_config(model):
         return replaced
     if kind is not ours:  # a user's subclass
         methods = stock.methods_over(kind, ours, _computing(ours) - {"forward"})
@@ -111,6 +140,9 @@ def why_hf_loop(model: Any) -> str:
         return reason
     if any(getattr(model.config, name, 1) == 0 for name in _DEPTHS):
         return "it has no layers"
+    for part in model.modules():
+        if BUILT in part.__dict__ and (changed := _changed_config(part)):
+            return changed
     if wrapped := stock.wrapped_part(model):
         return wrapped
     kind = type(model)

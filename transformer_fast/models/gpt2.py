@@ -32,7 +32,7 @@ from ._gpt import (
 )
 from ._heads import every_position, is_labelled, kept_positions, span_loss, span_scores, token_loss
 from ._layer import AttentionModule, Layer
-from ._run_stack import Context, Inputs, decoding_cache, run_stack
+from ._run_stack import Context, Inputs, caches_in_hf, decoding_cache, run_stack
 
 __all__ = [
     "GPT2DoubleHeadsModel",
@@ -131,8 +131,11 @@ class GPT2Model(GPTBase, _GPT2Mixin, hf.GPT2Model):
         leading, inputs = flatten_leading(
             Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
+        caches = caches_in_hf(self, use_cache)
         past_key_values, use_cache = self._cache(past_key_values, use_cache)
-        context = Context(past_key_values, use_cache, encoder_hidden_states, encoder_attention_mask)
+        context = Context(
+            past_key_values, use_cache, encoder_hidden_states, encoder_attention_mask, caches_in_hf=caches
+        )
         encoded = run_stack(self, inputs, want or Want(), kwargs, context)
         if want is not None:
             return encoded
@@ -280,7 +283,7 @@ class GPT2ForTokenClassification(_GPT2Mixin, hf.GPT2ForTokenClassification):
     ):
         encoded = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            use_cache=bool(use_cache), want=Want(read=is_labelled(labels)), **kwargs,
+            use_cache=use_cache, want=Want(read=is_labelled(labels)), **kwargs,
         )  # fmt: skip
         rows = ops.dropout(encoded.rows, dropout_p(self.dropout))
         logits = encoded.unpadding.pad(linear(self.classifier, rows))
@@ -308,10 +311,8 @@ class GPT2ForQuestionAnswering(_GPT2Mixin, hf.GPT2ForQuestionAnswering):
         source = check_inputs(input_ids, inputs_embeds, self.config.n_embd)
         scored = start_positions is not None and end_positions is not None
         read = every_position(source) if scored else None
-        encoded = self.transformer(
-            input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache=False,
-            want=Want(read=read), **kwargs,
-        )  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.transformer(**inputs.given(), past_key_values=None, want=Want(read=read), **kwargs)
         start, end = span_scores(linear(self.qa_outputs, encoded.rows), encoded.unpadding)
         loss = span_loss(start, end, start_positions, end_positions) if scored else None
         return self._finish(
