@@ -252,7 +252,7 @@ def training_step(make: Callable, inputs: TrainingInputs) -> Callable:
 def optimizer_step(model, batch: dict, autocast: bool = False) -> Callable:
     """The same for a given model and the keywords of its forward."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    device = model.device.type
+    device = next(model.parameters()).device.type
 
     def call():
         optimizer.zero_grad(set_to_none=True)

@@ -221,7 +221,7 @@ def refusals(mesh) -> dict[str, str]:
     transformers_own = MODELS[0]._replace(package=theirs).make()
     calls = {
         "labels": lambda: llama(**batch, labels=ids),
-        "positions": lambda: llama(ids, position_ids=torch.arange(ids.shape[1])[None] % 4),
+        "positions": lambda: llama(ids, position_ids=torch.arange(ids.shape[1])[None] % 4, use_cache=False),
         "pattern": lambda: transformers_own(ids, position_ids=torch.arange(ids.shape[1])[None] % 4, use_cache=False),
         "attentions": lambda: llama(**batch, output_attentions=True),
         "generate": lambda: llama.eval().generate(ids, max_new_tokens=2),
