@@ -114,7 +114,7 @@ HEADLINE = {
     "training/bert-base-ragged-16x128": "one step of fine-tuning BERT base, fp32",
     "training/smollm-135m-packed-16": "the same of a decoder of 135M, texts packed into one row",
     "generation/gpt2-b1": "write one text, GPT-2, greedy, fp32",
-    "generation/gpt2-b1-int8-weights": "the same with weights in int8",
+    "generation/gpt2-b1-int8": "the same in int8",
     "generation/marian-beam4-b8": "translate 8 sentences, Marian, 4 beams, fp32",
 }
 
@@ -206,7 +206,8 @@ def _speedup(row: dict | None) -> str:
     if row is None:
         return ""
     if not row["median_s"] and row["note"]:
-        return "not installed" if row["note"].startswith("not installed") else "failed"
+        reasons = {"not installed": "not installed", "has no attention interface": "no interface"}
+        return next((short for text, short in reasons.items() if text in row["note"]), "failed")
     text = _ratio(row["ratio_to_peer"]) if row["ratio_to_peer"] else ""
     return f"**{text}**" if row["candidate"] == OURS and text else text
 
