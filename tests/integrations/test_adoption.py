@@ -107,13 +107,17 @@ def test_inside_a_pipeline_and_peft():
     assert type(holder.model) is transformer_fast.BertModel
 
 
-def test_made_without_its_pooler():
-    config = TEXT["bert"]().config
-    model = hf.BertModel(config, add_pooling_layer=False).eval()
-    wanted = model(**batch("none")).last_hidden_state
+@pytest.mark.parametrize("name", ["Albert", "Bert", "Camembert", "MPNet", "Roberta", "XLMRoberta"])
+def test_made_without_its_pooler(name):
+    kind = getattr(hf, f"{name}Model")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+             "vocab_size": 99, "pad_token_id": 0, "max_position_embeddings": 64}  # fmt: skip
+    model = kind(kind.config_class(**small), add_pooling_layer=False).eval()
+    ids = torch.randint(1, 99, (2, 7))
+    wanted = model(ids).last_hidden_state
     assert not transformer_fast.accelerate(model, verbose=False).left
-    assert type(model) is transformer_fast.BertModel
-    torch.testing.assert_close(model(**batch("none")).last_hidden_state, wanted)
+    assert type(model) is getattr(transformer_fast, f"{name}Model")
+    torch.testing.assert_close(model(ids).last_hidden_state, wanted)
 
 
 def replaced(model):

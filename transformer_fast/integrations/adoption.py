@@ -98,8 +98,10 @@ def _as_constructed(module: Any, ours: Any) -> nn.Module:
     with torch.device("meta"):
         fresh = ours(copy.deepcopy(module.config))
     for path, part in fresh.named_modules():
-        if "pooler" in part._modules and getattr(module.get_submodule(path), "pooler", part) is None:
-            part.pooler = None  # add_pooling_layer=False, which is not in the configuration
+        given = module.get_submodule(path)
+        for name in ("pooler", "pooler_activation"):  # add_pooling_layer=False, which is not in the configuration
+            if name in part._modules and getattr(given, name, part) is None:
+                setattr(part, name, None)
     return fresh
 
 
