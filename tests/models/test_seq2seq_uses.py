@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import assert_as_accurate
-from seq2seq_cases import GENERATORS, PAD, VOCABULARY, generate, make_inputs, make_models, seq2seq_config
+from seq2seq_cases import GENERATORS, PAD, VARIANTS, VOCABULARY, generate, make_inputs, make_models, seq2seq_config
 
 import transformer_fast
 from transformer_fast.models import _layer
@@ -154,3 +154,14 @@ def test_export(variant, head, pair):
         exported = torch.export.export(model, (), inputs(3, 9, 6), dynamic_shapes=shapes).module()
         call = inputs(5, 13, 4)
         assert_as_accurate(*(m(**call).logits for m in (exported, truth, plain)))
+
+
+@pytest.mark.parametrize("variant, head", GENERATORS)
+def test_on_the_meta_device(variant, head):
+    """Shapes without weights, as tools that place models on devices ask for them."""
+    config = seq2seq_config(variant)
+    with torch.device("meta"):
+        model = getattr(transformer_fast, VARIANTS[variant][0] + head)(config)
+        ids = torch.ones(2, 5, dtype=torch.long)
+    out = model(input_ids=ids, labels=ids)
+    assert out.logits.shape == (2, 5, config.vocab_size) and out.loss.is_meta

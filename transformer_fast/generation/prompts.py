@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..ops._common import autocast_dtype
 from .stepper import Prompt
 
 __all__ = ["encoder_mask", "encoder_states", "kept_columns", "kept_first", "last_positions", "why_not_prompt"]
@@ -22,7 +23,7 @@ def why_not_prompt(prompt: Prompt) -> str:
         return "torch.compile is tracing"
     if torch.is_grad_enabled():
         return "gradients are enabled"
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         return "autocast is on"
     if not prompt.input_ids.numel():
         return f"the prompt has shape {tuple(prompt.input_ids.shape)}"

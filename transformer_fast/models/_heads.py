@@ -9,6 +9,7 @@ from torch import nn
 from .. import ops
 from ..layers import Unpadding
 from ..layers.projection import linear
+from ..ops._common import autocast_dtype
 
 __all__ = [
     "IGNORE",
@@ -82,7 +83,7 @@ def vocabulary_logits(decoder: nn.Module, rows: torch.Tensor, unpadding: Unpaddi
     """Logits (B, S, V), zeros at positions that were not computed."""
     if unpadding.index is None:
         return linear(decoder, rows)
-    if torch.is_grad_enabled() or not isinstance(decoder, nn.Linear) or torch.is_autocast_enabled(rows.device.type):
+    if torch.is_grad_enabled() or not isinstance(decoder, nn.Linear) or autocast_dtype(rows.device) is not None:
         return unpadding.pad(linear(decoder, rows))
     # The vocabulary is wide: a second full copy would cost more memory than padding does.
     out = rows.new_zeros(unpadding.batch * unpadding.length, decoder.out_features)

@@ -15,6 +15,7 @@ from .. import ops
 from .._transformers import cached
 from ..generation import StepDescription
 from ..layers.projection import dropout_p, is_plain, linear
+from ..ops._common import autocast_dtype
 from ._base import Encoded, ModelMixin, Want, check_inputs
 from ._heads import IGNORE, classification_loss, every_position, is_labelled, kept_positions, span_loss, span_scores
 from ._seq2seq import DecoderInputs, Joined, Shifts, describe_decoder
@@ -26,7 +27,7 @@ def _vocabulary_rows(head: Any, bias: torch.Tensor | None, rows: torch.Tensor) -
     """rows W^T + bias. bias: (1, V), added to the head's own, under autocast in its own dtype."""
     if bias is None:
         return linear(head, rows)
-    fused = bias.dtype == head.weight.dtype and not torch.is_autocast_enabled(rows.device.type)
+    fused = bias.dtype == head.weight.dtype and autocast_dtype(rows.device) is None
     if fused and is_plain(head, nn.Linear) and head.bias is None:
         return ops.linear(rows, head.weight, bias[0])
     return linear(head, rows) + bias.to(rows.device)
@@ -44,7 +45,7 @@ def _vocabulary_loss(
         raise ValueError(f"labels: wanted shape {(unpadding.batch, unpadding.length)}, got {tuple(labels.shape)}")
     target = unpadding.unpad(labels.to(logits.device)).reshape(-1)
     loss = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, ignore_index=IGNORE)
-    if not torch.is_autocast_enabled(logits.device.type):  # there torch's loss is in float32
+    if autocast_dtype(logits.device) is None:  # there torch's loss is in float32
         loss = loss.to(logits.dtype)
     return loss, unpadding.pad(logits)
 
