@@ -11,6 +11,7 @@ import argparse
 import csv
 import datetime
 import fnmatch
+import functools
 import importlib
 import pathlib
 import random
@@ -58,38 +59,32 @@ def right(found: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
 
 
 @torch.no_grad()
+def classified(model, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
+    labels = batch.pop("labels")
+    return right(model(**batch).logits.argmax(-1), labels)
+
+
 def reviews(example, folder: pathlib.Path, precision: str) -> tuple[float, int]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = example.read(example.DATA, tokenizer)
     batch = transformers.DataCollatorWithPadding(tokenizer)(rows[2 * len(rows) // 3 :])
-    labels = batch.pop("labels")
-    return right(loaded(tf.AutoModelForSequenceClassification, folder, precision)(**batch).logits.argmax(-1), labels)
+    return classified(loaded(tf.AutoModelForSequenceClassification, folder, precision), batch)
 
 
-@torch.no_grad()
 def tags(example, folder: pathlib.Path, precision: str) -> tuple[float, int]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = [example.encode(sentence, tokenizer) for sentence in example.read(example.DATA)]
     batch = transformers.DataCollatorForTokenClassification(tokenizer)(rows[3 * len(rows) // 4 :])
-    labels = batch.pop("labels")
-    return right(loaded(tf.AutoModelForTokenClassification, folder, precision)(**batch).logits.argmax(-1), labels)
+    return classified(loaded(tf.AutoModelForTokenClassification, folder, precision), batch)
 
 
-def _answers(example, folder: pathlib.Path, precision: str, long: bool) -> tuple[float, int]:
+def answers(example, folder: pathlib.Path, precision: str, long: bool = False) -> tuple[float, int]:
     held_out = [row for row in example.read(example.DATA) if row["context_id"] % 5 == 0]
     answer = tf.pipeline("question-answering", folder, max_seq_len=example.WINDOW, doc_stride=example.STRIDE)
     answer.model = in_precision(answer.model.eval(), precision)
     whole = " ".join(dict.fromkeys(row["context"] for row in held_out))
     contexts = [whole if long else row["context"] for row in held_out]
     return example.score(answer, held_out, contexts, f"in {precision}")[0], len(held_out)
-
-
-def answers(example, folder: pathlib.Path, precision: str) -> tuple[float, int]:
-    return _answers(example, folder, precision, long=False)
-
-
-def answers_in_long_text(example, folder: pathlib.Path, precision: str) -> tuple[float, int]:
-    return _answers(example, folder, precision, long=True)
 
 
 @torch.no_grad()
@@ -112,7 +107,7 @@ WORKS = (
     Work("finetune_classifier", "reviews classified, encoder frozen", "frozen", reviews),
     Work("name_tagging", "words tagged", "model", tags),
     Work("reading_answers", "answered exactly", "model", answers),
-    Work("reading_answers", "answered exactly in a long text", "model", answers_in_long_text),
+    Work("reading_answers", "answered exactly in a long text", "model", functools.partial(answers, long=True)),
     Work("text_generation", "next tokens predicted", "model", next_tokens),
     Work("translation_from_scratch", "dates translated exactly", "transformer", dates),
 )
@@ -148,15 +143,8 @@ def main() -> None:
             row = [f"{work.example}.py", work.measure, found["float32"][1], *percent.values(), f"{lost:.2f}"]
             rows.append([*row, about["cpu"], about["commit"]])
             print(f"{row[0]:28} {row[1]:36} of {row[2]:5}: " + ", ".join(f"{k} {v} %" for k, v in percent.items()))
-    names = [
-        "example",
-        "measure",
-        "of",
-        *(f"{p}_percent" for p in PRECISIONS),
-        "int8_loses_points",
-        "machine",
-        "commit",
-    ]
+    percents = [f"{precision}_percent" for precision in PRECISIONS]
+    names = ["example", "measure", "of", *percents, "int8_loses_points", "machine", "commit"]
     file = f"{datetime.date.today()}-{about['commit'][:7]}-precision.csv"
     output = ROOT / "benchmarks" / "results" / "examples" / file
     with output.open("w", newline="", encoding="utf-8") as stream:

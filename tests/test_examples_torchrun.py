@@ -1,7 +1,6 @@
 """The examples that train, under torchrun: two processes learn what one does, and a killed run goes on."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from numerics import GRADIENT, assert_as_accurate
+from scripts import load_script
 
 import transformer_fast as tf
 from transformer_fast.demo.training import Training
@@ -29,10 +29,7 @@ TRANSLATING = ["--model", "rnn", "--size", "32", "--batch-size", "9", "--test", 
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / f"{name}.py")
 
 
 def start(name: str, output: pathlib.Path, *arguments: str, through: tuple[str, ...] = ()) -> subprocess.Popen:

@@ -1,7 +1,6 @@
 """The steps of benchmarks/gpu.sh without a GPU: a stand-in for Python records what it is asked to run."""
 
 import fnmatch
-import importlib.util
 import io
 import json
 import os
@@ -17,6 +16,7 @@ import time
 import xml.etree.ElementTree
 
 import pytest
+from scripts import load_script
 
 pytestmark = pytest.mark.quick
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -47,14 +47,9 @@ sys.exit(int(os.environ.get("FAIL_" + script.split(".")[0].upper(), "0")))
 """
 
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-flight, flight_tests, smoke = map(_load, ("flight", "flight_tests", "smoke"))
+flight, flight_tests, smoke = (
+    load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("flight", "flight_tests", "smoke")
+)
 
 
 class Flight:

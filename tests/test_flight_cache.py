@@ -14,19 +14,15 @@ import zipfile
 
 import pytest
 import torch
+from scripts import load_script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-flight, flight_cache, flight_kit = map(_load, ("flight", "flight_cache", "flight_kit"))
+flight, flight_cache, flight_kit = (
+    load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("flight", "flight_cache", "flight_kit")
+)
 
 
 def _fill(folder: pathlib.Path, only: str) -> str:

@@ -1,11 +1,11 @@
 """The logic of the offline tuner. Its timings need a GPU."""
 
-import importlib.util
 import json
 import pathlib
 import time
 
 import pytest
+from scripts import load_script
 from transformer_fast.kernels.attention_configurations import KERNELS
 
 pytestmark = pytest.mark.quick
@@ -14,10 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def tune():
-    spec = importlib.util.spec_from_file_location("tune", ROOT / "benchmarks" / "tune.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "tune.py")
 
 
 def test_takes_the_fastest_that_runs_and_gains(tune):

@@ -1,10 +1,10 @@
 """The table of docs/compatibility.md equals the record, and includes both ends of the supported range."""
 
 import csv
-import importlib.util
 import pathlib
 
 import pytest
+from scripts import load_script
 
 from transformer_fast._transformers import NEWEST, OLDEST
 
@@ -13,9 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.mark.quick
 def test_record():
-    spec = importlib.util.spec_from_file_location("releases", ROOT / "tests" / "compat" / "releases.py")
-    releases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(releases)
+    releases = load_script(ROOT / "tests" / "compat" / "releases.py")
     if not releases.RECORD.is_file():
         pytest.skip("nothing is recorded yet: python tests/compat/releases.py --record 5.17.0 5.20.0 5.24.0")
     rows = list(csv.DictReader(releases.RECORD.open()))
@@ -33,8 +31,6 @@ def test_record():
 
 @pytest.mark.quick
 def test_counts():
-    spec = importlib.util.spec_from_file_location("releases", ROOT / "tests" / "compat" / "releases.py")
-    releases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(releases)
+    releases = load_script(ROOT / "tests" / "compat" / "releases.py")
     log = "..F..s.                    [ 50%]\n.E.    [100%]\n=== FAILURES ===\nE   assert x.y\n.not a report\n"
     assert releases.counts(log) == {"passed": 7, "failed": 2, "skipped": 1}
