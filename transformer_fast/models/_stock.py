@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from .._transformers import IS_TESTED, collects_outputs, is_capturing_hook, register_outputs
 from ..layers import stock
-from ..layers.quantized import is_int8
+from ..layers.quantized import is_int8, lay_out_all
 from ._layer import Layer
 
 __all__ = ["BUILT", "remember", "remember_config", "watch", "why_hf_forward", "why_hf_loop"]
@@ -79,6 +79,8 @@ def why_hf_forward(model: Any, gathered: bool = False) -> str:
             return "a model around it collects the outputs of its layers"
     if ops.exporting():
         return "it is being exported"
+    if torch.compiler.is_compiling():
+        lay_out_all(model)
     if torch.compiler.is_compiling() and not _COMPILER_SEES_MODELS:
         return f"the compiler of torch {torch.__version__} cannot inspect a model's modules"
     if torch.compiler.is_compiling() and (wrapped := _wrapped_part(model)):
