@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -102,3 +103,16 @@ def test_a_layer_that_is_traced_twice_has_one_copy_of_its_weight():
     constants = [n.output().toIValue() for n in graph.nodes() if n.kind() == "prim::Constant"]
     assert sum(isinstance(c, torch.Tensor) and c.shape == (96, 64) for c in constants) == 1
     assert _close(traced(x), layer(x) + layer(x.flip(0)))
+
+
+@torch.no_grad()
+def test_a_traced_layer_can_be_copied_saved_and_given_other_weights():
+    model, x = tf.quantize(nn.Sequential(nn.Linear(64, 96))), torch.randn(3, 64)
+    model(x)
+    before = torch.jit.trace(model, x)
+    assert torch.equal(copy.deepcopy(model)(x), model(x)) and torch.equal(
+        pickle.loads(pickle.dumps(model))(x), model(x)
+    )
+    model.load_state_dict(tf.quantize(nn.Sequential(nn.Linear(64, 96))).state_dict())
+    wanted = model(x)
+    assert _close(torch.jit.trace(model, x)(x), wanted) and not _close(before(x), wanted)

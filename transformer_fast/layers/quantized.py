@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import exporting, linear_int8
 from ..ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight
@@ -169,19 +170,25 @@ def _is_recording() -> bool:
     return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
 
 
+_recorded: Any = WeakTensorKeyDictionary()  # panels -> weak references to the constants made from them
+
+
 def _weight_to_record(module: Int8Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """The module's buffers; once they are laid out for the kernels, constants. These are made in a thread of their own:
     no tracer or dispatch mode is active there."""
     weight = module._int8
     if weight is None or module.weight.dim() == 2:
         return module.weight, module.weight_scale
-    kept = module.__dict__.get("_constants")
-    found = None if kept is None else [t() for t in kept]  # a module may be called several times
-    if found is None or any(t is None for t in found):
+    q, scale = (t() for t in _recorded.get(weight.data, (_nothing, _nothing)))  # a module may be called several times
+    if q is None or scale is None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            found = pool.submit(weight.parts).result()
-        module.__dict__["_constants"] = [weakref.ref(t) for t in found]
-    return tuple(found)
+            q, scale = pool.submit(weight.parts).result()
+        _recorded[weight.data] = weakref.ref(q), weakref.ref(scale)
+    return q, scale
+
+
+def _nothing() -> None:
+    return None
 
 
 def is_int8(*modules: Any) -> bool:
