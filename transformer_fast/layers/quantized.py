@@ -14,6 +14,8 @@ from ..ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight
 
 __all__ = ["Int8Linear"]
 
+# From torch 2.13, assume_constant_result accepts a module as an argument.
+COMPILER_SEES_MODULES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 _changing = threading.RLock()  # threads that share a model may make its first call at the same time
 
 
@@ -61,7 +63,10 @@ class Int8Linear(nn.Module):
         if _is_recording():
             return _PlainWeight(self)
         if torch.compiler.is_compiling():
-            _lay_out(self)
+            if COMPILER_SEES_MODULES:
+                _lay_out(self)
+            elif self._int8 is None:
+                return _PlainWeight(self)
         return self._in_int8() if self._int8 is None else self._int8
 
     def _in_int8(self, keep: bool = False) -> Int8Weight:
@@ -152,7 +157,7 @@ def lay_out_all(model: nn.Module) -> bool:
     return True
 
 
-# ---- what is exported or traced has PyTorch's own ops, and runs without this package ---------------
+# ---- what is exported or traced has PyTorch's own ops, and runs without this package ----------------
 class _PlainWeight(Int8Weight):
     """A weight for plain PyTorch. Its values may be fake tensors, so they are not looked at."""
 
