@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .. import ops
 from .._transformers import CACHE_NAME, cached
+from ..backends import without_kernels
 from ..generation import GenerationMixin
 from ..generation.native_recurrent_step import RecurrentDescription
 from ..layers.embeddings import check_indices
@@ -181,7 +182,8 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
             how = f"this package's engine, module by module, as {reason}"
         else:
             how = "this package's engine, one native call per token"
-        return f"{type(self).__name__}\n  forward: the fast path, which is the only one\n  generate: {how}"
+        lines = [type(self).__name__, "  forward: the fast path, which is the only one", f"  generate: {how}"]
+        return "\n".join([*lines, *filter(None, [without_kernels(self)])])
 
     def _sampled_inputs(
         self, ids, mask, targets, encoder_outputs, inputs_embeds, labels, output_attentions, num_items_in_batch
