@@ -11,7 +11,15 @@ from torch import nn
 from .backends import native
 from .layers.dequantizing import restore
 from .layers.quantized import Int8Linear
-from .layers.quantizing import Quantized, check_group, is_int8_model, module_names, quantized_modules, replace
+from .layers.quantizing import (
+    Quantized,
+    check_group,
+    find_modules,
+    is_int8_model,
+    module_names,
+    quantized_modules,
+    replace,
+)
 from .ops.linear_int8 import LONG_GROUP
 
 __all__ = ["PRECISIONS", "Quantized", "dequantize", "quantize", "quantized_modules"]
@@ -33,7 +41,8 @@ def quantize(
             point per `group`. Sums within a group are exact int32. Attention, norms and embeddings keep their dtype. No
             calibration data is needed. "bf16": the model in bfloat16, if the processor can multiply it; else the model
             is unchanged, with a warning.
-        skip: names of modules, as in named_modules, that are left unchanged with all their submodules. Layers with
+        skip: names of modules, as in named_modules, that are left unchanged with all their submodules; "*" stands for
+            any text ("*.query"). Layers with
             fewer than 64 outputs, poolers, and linear layers that are not plain (LoRA, hooks, other quantisers) or
             whose weight other code reads are also left unchanged; quantized_modules(model) lists them. For "int8" only.
         group: 32, 64, 128 or 256 inputs per scale; smaller groups are more accurate and slower. With 256, layers with
@@ -65,6 +74,7 @@ def quantize(
         if skip or group != LONG_GROUP:
             raise ValueError('skip, group: are for "int8" only, as "bf16" converts the whole model')
         return _to_bfloat16(model)
+    skip = find_modules(model, skip)
     if "transformers.modeling_utils" not in sys.modules:  # then no part of the model is one of transformers
         count = replace(model, skip, group)
     else:

@@ -60,6 +60,8 @@ class Int8Linear(nn.Module):
         return module
 
     def int8_weight(self) -> Int8Weight:
+        if self._modules:
+            self._refuse("weight", "parametrised")
         if _is_recording():
             return _PlainWeight(self)
         if torch.compiler.is_compiling():
@@ -71,14 +73,17 @@ class Int8Linear(nn.Module):
 
     def _in_int8(self, keep: bool = False) -> Int8Weight:
         """keep: leave the weight as it was too."""
+        if self.weight.is_meta:
+            return _PlainWeight(self)
         with _changing:
             if self._int8 is not None:
                 return self._int8
             found = Int8Weight(self.weight, self.weight_scale, self.group)
             if found.data is not None:
                 self.panels = found.data
-                if not keep:
-                    self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
+                if not keep:  # transformers reads the number of outputs where it ties weights
+                    empty = self.out_features, 0
+                    self.weight, self.weight_scale = self.weight.new_empty(empty), self.weight_scale.new_empty(empty)
             self._int8 = found
             return found
 
@@ -93,9 +98,26 @@ class Int8Linear(nn.Module):
     def train(self, mode: bool = True) -> "Int8Linear":
         if mode:
             raise ValueError(
-                "mode: an int8 model is for inference and cannot be trained; train the model before it is quantised"
+                "mode: an int8 model is for inference and cannot be trained; train the model before it is quantised, "
+                "or dequantize() it"
             )
         return super().train(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "weight_scale") and self.__dict__.get("_int8") is not None:
+            self._restore()  # the other one belongs to the new one
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's. ValueError for the parameters by which torch prunes or normalises a weight."""
+        if name.startswith("weight"):
+            self._refuse(name, "pruned or normalised")
+        super().register_parameter(name, param)
+
+    def _refuse(self, name: str, what: str) -> None:
+        if what == "parametrised" and name not in getattr(self, "parametrizations", ()):
+            return
+        raise ValueError(f"{name}: an int8 weight cannot be {what}; do that before the model is quantised")
 
     def extra_repr(self) -> str:
         return (
@@ -106,10 +128,9 @@ class Int8Linear(nn.Module):
     # ---- state dict: always (out, in), whatever the layout of the weight in memory -----------------
     def _restore(self) -> None:
         with _changing:
-            if self._int8 is not None and self._int8.data is not None:
-                self.weight, self.weight_scale = self._int8.parts()
-            self._int8 = None
-            self.panels = None
+            weight, self._int8, self.panels = self._int8, None, None
+            if weight is not None and weight.data is not None:
+                self.weight, self.weight_scale = weight.parts()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         with _changing:
@@ -182,7 +203,7 @@ def _weight_to_record(module: Int8Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """The module's buffers; once they are laid out for the kernels, constants. These are made in a thread of their own:
     no tracer or dispatch mode is active there."""
     weight = module._int8
-    if weight is None or module.weight.dim() == 2:
+    if weight is None or module.weight.shape[1] == module.in_features:
         return module.weight, module.weight_scale
     q, scale = (t() for t in _recorded.get(weight.data, (_nothing, _nothing)))  # a module may be called several times
     if q is None or scale is None:

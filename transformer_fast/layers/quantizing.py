@@ -1,5 +1,6 @@
 """Replaces the linear modules of a model by Int8Linear, and says why others are not replaced."""
 
+import fnmatch
 import functools
 import inspect
 import re
@@ -18,6 +19,7 @@ __all__ = [
     "Quantized",
     "check_group",
     "describe",
+    "find_modules",
     "is_int8_model",
     "module_names",
     "quantized_modules",
@@ -39,6 +41,21 @@ def module_names(skip: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
+def find_modules(model: nn.Module, skip: Iterable[str]) -> tuple[str, ...]:
+    """`skip` with the names that its wildcards match in place of them. Raises ValueError for what names no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    found: dict[str, None] = {}
+    for wanted in skip:
+        matching = [wanted] if wanted in names else fnmatch.filter(names, wanted)
+        if not matching:
+            longer = [name for name in names if name.endswith(f".{wanted}")]
+            hint = f"; there is {longer[0]!r}, which '*.{wanted}' matches" if longer else ""
+            raise ValueError(f"skip: {wanted!r}: no such module in {type(model).__name__}{hint}")
+        # Modules within those that are named already are left out.
+        found |= {name: None for name in matching if not any(name.startswith(f"{other}.") for other in found)}
+    return tuple(found)
+
+
 def check_group(group: Any) -> None:
     if type(group) is not int or group not in GROUPS:
         raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group!r}")
@@ -52,10 +69,6 @@ def is_int8_model(model: nn.Module) -> bool:
 def replace(model: nn.Module, skip: Collection[str], group: int) -> int:
     """Replace the linear layers of a model by Int8Linear in place. skip: names of modules to leave. group: inputs per
     scale, at most (see group_of). Returns the number of replaced layers."""
-    names = {name for name, _ in model.named_modules()}
-    unknown = [name for name in skip if name not in names]
-    if unknown:
-        raise ValueError(f"skip: {', '.join(map(repr, unknown))}: no such module in {type(model).__name__}")
     made: dict[nn.Module, Int8Linear] = {}
     files, tree = FileMappings(), _Tree(model)
     for name, module in model.named_modules():

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..layers.dequantizing import restore
 from ..layers.projection import register_transposed
 from ..layers.quantized import Int8Linear
-from ..layers.quantizing import check_group, is_int8_model, module_names, replace, replace_empty
+from ..layers.quantizing import check_group, find_modules, is_int8_model, module_names, replace, replace_empty
 from ..ops.linear_int8 import LONG_GROUP
 from . import _int8_contents
 
@@ -32,7 +32,7 @@ class Int8Config(QuantizationConfigMixin):
     """For from_pretrained(..., quantization_config=Int8Config()): linear layers in int8, see transformer_fast.quantize.
 
     Args:
-        skip: names of modules to leave as they are.
+        skip: names of modules to leave as they are, as for transformer_fast.quantize.
         group: inputs that share a scale, 32, 64, 128 or 256; see transformer_fast.quantize.
 
     Raises:
@@ -81,7 +81,9 @@ class Int8Quantizer(HfQuantizer):
         if self.pre_quantized:
             _check_scales(model)
         else:
-            replace(model, self.quantization_config.skip, self.quantization_config.group)
+            config = self.quantization_config
+            config.skip = list(find_modules(model, config.skip))
+            replace(model, config.skip, config.group)
             untie(model)
         model.eval().requires_grad_(False)
         return model
@@ -93,9 +95,14 @@ class Int8Quantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
+    # Trainer asks for both, even if it only evaluates. Training is refused by the model's train.
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
 
 
 def _check_scales(model: nn.Module) -> None:
