@@ -312,7 +312,7 @@ _EXPORTS = {
         "ZeroShotClassificationPipeline",
         "pipeline",
     ],
-    "quantization": ["quantize", "quantized_modules"],
+    "quantization": ["dequantize", "quantize", "quantized_modules"],
 }
 _MODULES = [
     "backends",

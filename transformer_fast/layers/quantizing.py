@@ -25,6 +25,7 @@ __all__ = [
     "replace_empty",
 ]
 
+NEED_GRADIENTS = "_before_int8_required_gradients"  # attribute of a quantised model: names of parameters
 _FEW = 64  # layers with fewer outputs stay: a classifier's last layer costs nothing, and its accuracy matters most
 
 
@@ -95,10 +96,14 @@ def replace_empty(model: nn.Module, names: Collection[str] | None, group: int, s
 
 
 def _put(model: nn.Module, made: dict[nn.Module, Int8Linear]) -> None:
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in made:
                 parent._modules[key] = made[child]
+    for module, int8 in made.items():
+        int8.replaces = type(module)
+    setattr(model, NEED_GRADIENTS, trained)
     model.eval()
     model.requires_grad_(False)
 
