@@ -10,6 +10,7 @@ import transformers as hf
 from torch import nn
 
 import transformer_fast as tf
+from transformer_fast.layers.quantized import COMPILER_SEES_MODULES
 
 _BERT = {
     "vocab_size": 80, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 144,
@@ -77,6 +78,16 @@ def test_export(called):
     file.seek(0)
     ids = IDS[:2, :5]
     assert _close(torch.export.load(file).module()(input_ids=ids).logits, model(ids).logits)
+
+
+@pytest.mark.skipif(not COMPILER_SEES_MODULES, reason="the compiler of torch before 2.13 takes no module as a constant")
+@torch.no_grad()
+def test_strict_export_after_a_call():
+    model, x = tf.quantize(nn.Sequential(nn.Linear(64, 96))), torch.randn(3, 64)
+    model(x)
+    program = torch.export.export(model, (x,), strict=True)
+    assert not any("transformer_fast" in str(node.target) for node in program.graph.nodes)
+    assert _close(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("called", [False, True])

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
-from ..layers import SlotTable
+from ..layers import BeyondFastPath, SlotTable
 from ._base import Encoded, ModelMixin, Outputs, Want
 from ._heads import IGNORE
 from ._layer import kept_layers
@@ -64,6 +64,8 @@ class StackBase(Stack, ModelMixin):
         encoded = run_stack(self, inputs, want or Want(), kwargs)
         if want is not None:
             return encoded
+        if self._averages_nothing() and encoded.unpadding.hollow:
+            raise BeyondFastPath("cross-attention reads the states of a row without tokens")
         return self._finish(self._encoder_output(encoded), kwargs)
 
     def _encoder_output(self, encoded: Encoded):

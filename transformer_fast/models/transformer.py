@@ -148,6 +148,7 @@ class _Stack(Stack, TransformerPreTrainedModel):
     """Embedding, layers and the last norm, of the encoder or of the decoder."""
 
     causal = False
+    _averaging = ()
 
     def __init__(self, config: TransformerConfig, layers: Sequence[nn.Module], vocab_size: int):
         super().__init__(config)
