@@ -94,6 +94,7 @@ void take_arguments(AttentionCall<Integer, Real>& a, const AttentionArguments& x
   const bool unpadded = x.cu_seqlens_q.has_value();
   STD_TORCH_CHECK(x.query.dim() == (unpadded ? 3 : 4) && unpadded == x.cu_seqlens_k.has_value(),
                   "transformer_fast: unpadded tensors have three axes and cu_seqlens, padded ones four");
+  a.dtype = dtype_of(x.query);
   const Check check(x.query);
   const Checked key = check(x.key, "key").dtype(x.query.scalar_type()).unit();
   check(x.query, "query").unit();
@@ -105,7 +106,6 @@ void take_arguments(AttentionCall<Integer, Real>& a, const AttentionArguments& x
     key.shape({x.query.size(0), kAny, kAny, x.query.size(3)});
   }
   check_like(x.value, "value", x.key);
-  a.dtype = dtype_of(x.query);
   narrow(unpadded ? x.cu_seqlens_q->size(0) - 1 : x.query.size(0), a.batch);
   narrow(x.query.size(1), a.heads);
   narrow(x.key.size(1), a.key_heads);
