@@ -10,6 +10,7 @@ import transformers as hf
 from torch import nn
 
 import transformer_fast as tf
+from transformer_fast.layers.quantized import COMPILER_SEES_MODULES
 
 _BERT = {
     "vocab_size": 80, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 144,
@@ -79,6 +80,16 @@ def test_export(called):
     assert _close(torch.export.load(file).module()(input_ids=ids).logits, model(ids).logits)
 
 
+@pytest.mark.skipif(not COMPILER_SEES_MODULES, reason="the compiler of torch before 2.13 takes no module as a constant")
+@torch.no_grad()
+def test_strict_export_after_a_call():
+    model, x = tf.quantize(nn.Sequential(nn.Linear(64, 96))), torch.randn(3, 64)
+    model(x)
+    program = torch.export.export(model, (x,), strict=True)
+    assert not any("transformer_fast" in str(node.target) for node in program.graph.nodes)
+    assert _close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("called", [False, True])
 def test_trace(called):
     model = _model(tf, "bert")
@@ -91,6 +102,14 @@ def test_trace(called):
     file.seek(0)
     ids = IDS[:2, :5]
     assert _close(torch.jit.load(file)(ids)["logits"], model(ids).logits)
+
+
+def test_the_older_onnx_exporter_is_refused(monkeypatch):
+    """Its files cannot be run."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    layer, x = tf.quantize(nn.Sequential(nn.Linear(64, 96)))[0], torch.randn(3, 64)
+    with pytest.raises(ValueError, match=r"export\(dynamo=False\) cannot record int8 layers; export model.dequantize"):
+        torch.jit.trace(layer, x)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What users do to an int8 model after it was quantised: devices, weights, tying, pruning, Trainer, names to skip."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -52,6 +54,16 @@ def test_tie_weights_after_a_call(library):
     assert torch.equal(model(IDS).logits, logits) and isinstance(model.get_output_embeddings(), Int8Linear)
 
 
+@torch.no_grad()
+def test_half_and_float():
+    """Where transformers only says that they are not supported."""
+    model = tf.quantize(_bert())
+    logits = model(IDS).logits
+    low = model.half()(IDS).logits
+    assert low.dtype == torch.float16 and (low - logits).std() < 0.05 * logits.std()
+    assert model.float()(IDS).logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("called", [False, True])
 @torch.no_grad()
 def test_a_weight_that_is_set_is_used(called):
@@ -59,6 +71,16 @@ def test_a_weight_that_is_set_is_used(called):
     wanted = other(X) + layer.bias
     layer.weight, layer.weight_scale = other.int8_weight().parts()
     torch.testing.assert_close(layer(X), wanted)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@torch.no_grad()
+def test_functional_call(called):
+    layer, other = _layer(called), tf.quantize(nn.Sequential(nn.Linear(64, 64)))[0]
+    wanted = copy.deepcopy(layer)(X)
+    found = torch.func.functional_call(layer, other.state_dict(), (X,))
+    assert torch.equal(found, other(X)) and not torch.equal(found, wanted)
+    assert torch.equal(layer(X), wanted)
 
 
 @pytest.mark.parametrize("called", [False, True])

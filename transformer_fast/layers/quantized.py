@@ -46,6 +46,7 @@ class Int8Linear(nn.Module):
         # The weight in the layout of the kernels, so that the buffers of a model say what memory it takes.
         self.register_buffer("panels", None, persistent=False)
         self._int8: Int8Weight | None = None
+        self._kept: torch.Tensor | None = None  # self.weight, if it stays
         self.training = False
 
     @classmethod
@@ -69,6 +70,11 @@ class Int8Linear(nn.Module):
                 _lay_out(self)
             elif self._int8 is None:
                 return _PlainWeight(self)
+        elif self._int8 is not None:
+            weight = self._buffers["weight"]
+            if weight is not self._kept and weight.shape[1]:  # type: ignore[union-attr]
+                # torch.func.functional_call, or accelerate, has put another one here for this call.
+                return Int8Weight(weight, self.weight_scale, self.group)  # type: ignore[arg-type]
         return self._in_int8() if self._int8 is None else self._int8
 
     def _in_int8(self, keep: bool = False) -> Int8Weight:
@@ -79,11 +85,12 @@ class Int8Linear(nn.Module):
             if self._int8 is not None:
                 return self._int8
             found = Int8Weight(self.weight, self.weight_scale, self.group)
-            if found.data is not None:
-                self.panels = found.data
-                if not keep:  # transformers reads the number of outputs where it ties weights
-                    empty = self.out_features, 0
-                    self.weight, self.weight_scale = self.weight.new_empty(empty), self.weight_scale.new_empty(empty)
+            self.panels = found.data
+            if keep or found.data is None:
+                self._kept = self.weight
+            else:  # transformers reads the number of outputs where it ties weights
+                empty = self.out_features, 0
+                self.weight, self.weight_scale = self.weight.new_empty(empty), self.weight_scale.new_empty(empty)
             self._int8 = found
             return found
 
@@ -128,7 +135,7 @@ class Int8Linear(nn.Module):
     # ---- state dict: always (out, in), whatever the layout of the weight in memory -----------------
     def _restore(self) -> None:
         with _changing:
-            weight, self._int8, self.panels = self._int8, None, None
+            weight, self._int8, self.panels, self._kept = self._int8, None, None, None
             if weight is not None and weight.data is not None:
                 self.weight, self.weight_scale = weight.parts()
 
@@ -190,10 +197,17 @@ class _PlainWeight(Int8Weight):
 
 
 def _is_recording() -> bool:
-    """True in torch.export, torch.jit.trace and the exporters of ONNX."""
+    """True in torch.export, torch.jit.trace and torch.onnx.export, which uses torch.export."""
     if exporting():
         return True
-    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
+    if torch.compiler.is_compiling() or not (tracing := torch.jit.is_tracing()):
+        return False
+    if torch.onnx.is_in_onnx_export():  # its graph of the sizes is wrong: onnxruntime cannot run it
+        raise ValueError(
+            "dynamo: torch.onnx.export(dynamo=False) cannot record int8 layers; export model.dequantize(), or use "
+            "dynamo=True"
+        )
+    return tracing
 
 
 _recorded: Any = WeakTensorKeyDictionary()  # panels -> weak references to the constants made from them
@@ -202,6 +216,8 @@ _recorded: Any = WeakTensorKeyDictionary()  # panels -> weak references to the c
 def _weight_to_record(module: Int8Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """The module's buffers; once they are laid out for the kernels, constants. These are made in a thread of their own:
     no tracer or dispatch mode is active there."""
+    if torch.compiler.is_dynamo_compiling() and module.weight.shape[1] != module.in_features:
+        return _constant(module, 0), _constant(module, 1)
     weight = module._int8
     if weight is None or module.weight.shape[1] == module.in_features:
         return module.weight, module.weight_scale
@@ -215,6 +231,11 @@ def _weight_to_record(module: Int8Linear) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nothing() -> None:
     return None
+
+
+@torch.compiler.assume_constant_result
+def _constant(module: Int8Linear, which: int) -> torch.Tensor:
+    return module._int8.parts()[which]  # type: ignore[union-attr]
 
 
 def is_int8(*modules: Any) -> bool:

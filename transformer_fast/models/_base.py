@@ -7,6 +7,7 @@ from torch import nn
 
 from ..layers import StackCall, Unpadding, stock
 from ..layers.quantized import Int8Linear
+from ..layers.quantizing import is_int8_model
 from . import _quantizer as _quantizer  # registers the quantizer that reads int8 checkpoints
 from . import _stock
 from ._explain import explain_model
@@ -205,6 +206,22 @@ class ModelMixin(Outputs, LoadingErrors):
             trained = any(p.requires_grad for p in module.parameters())
             module.training = trained and not any(isinstance(m, Int8Linear) for m in module.modules())
         return self
+
+    def half(self, *args):
+        """As torch's; for an int8 model, whose transformers' method refuses, that of what is not int8."""
+        return self.to(torch.float16) if is_int8_model(self) else super().half(*args)  # type: ignore[arg-type,attr-defined,misc]
+
+    def float(self, *args):
+        """As torch's; for an int8 model, whose transformers' method refuses, that of what is not int8."""
+        return self.to(torch.float32) if is_int8_model(self) else super().float(*args)  # type: ignore[arg-type,attr-defined,misc]
+
+    def save_pretrained(self, *args, **kwargs):
+        """As HF's. The configuration of a model with int8 parts says so, whichever part was quantised."""
+        if getattr(self.config, "quantization_config", None) is None:  # type: ignore[attr-defined]
+            groups = [m.group for m in self.modules() if isinstance(m, Int8Linear)]  # type: ignore[attr-defined]
+            if groups:
+                _quantizer.mark(self, (), max(groups))  # type: ignore[arg-type]
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's. RuntimeError where a layer is int8 in `state_dict` only, with strict=False too."""
