@@ -1,4 +1,4 @@
-"""Run the benchmark: python benchmarks/run.py [--only PATTERN] [--quick] [--device cpu|cuda] [--output FOLDER]."""
+"""Measure this package against its peers; results, with a picture per group, go to --output."""
 
 import argparse
 import fnmatch
@@ -34,18 +34,18 @@ WRONG = "WRONG RESULT"  # begins the note of a candidate of ours, whichever back
 DISAGREEMENT = 0.02
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    args = _parser(prog).parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("there is no NVIDIA GPU here: run with --device cpu", file=sys.stderr)
-        return 1
+        return 2
     cases = case_list.select(case_list.all_cases(args.device), args.only)
     if args.list:
         print("\n".join(case.name for case in cases))
         return 0
     if not cases:
         print(f"no case matches {args.only!r}; --list shows their names", file=sys.stderr)
-        return 1
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     for name, value in ENVIRONMENT.items():
@@ -127,12 +127,12 @@ def _peak_memory_mb(work: str, **arguments) -> float:
     return peak_memory_mb(work, **arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="cases by name, comma-separated, * and ? allowed")
     parser.add_argument("--candidates", metavar="PATTERN", help="candidates by name; ours and the peer always run")
     parser.add_argument("--without", metavar="NAMES", help="candidates to leave out, by their full names")
-    parser.add_argument("--seconds", type=float, help="begin no case after this time")
+    parser.add_argument("--seconds", type=float, help="begin no case when so many seconds are over")
     parser.add_argument(
         "--case-limit", type=float, metavar="SECONDS",
         help=f"a case that takes longer ends the process with status {GPU_LOST}; with --missing it is left out after "
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
     parser.add_argument("--slow", action="store_true", help="with --quick: include them")
     parser.add_argument("--missing", action="store_true", help="only cases that are not in the output folder yet")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
     parser.add_argument(
         "--output",
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: <device>/<date>-<commit> in benchmarks/results of a checkout, or in ./transformer_fast_results",
     )
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs one process per row")
-    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--no-plots", action="store_true", help="draw no pictures")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     return parser
 

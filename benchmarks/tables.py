@@ -78,9 +78,10 @@ def render(name: str, root: pathlib.Path = results.ROOT) -> str:
     rows = results.read(folder)
     about = json.loads((folder / "machine.json").read_text())
     about |= {"ceilings": json.loads((folder / "ceilings.json").read_text()), "folder": folder, "root": root}
-    makers = [TABLES[table]] if table else [make for name, make in TABLES.items() if name not in ("headline", "doors")]
-    parts = [make(rows, about) for make in makers]
-    return "\n\n".join(part for part in parts if part)
+    if table:
+        return TABLES[table](rows, about)
+    parts = {name: make(rows, about) for name, make in TABLES.items() if name not in ("headline", "doors")}
+    return "\n\n".join(f"{_HEADINGS.get(name, '')}{part}" for name, part in parts.items() if part)
 
 
 def _committed(root: pathlib.Path) -> set[pathlib.Path] | None:
@@ -137,7 +138,7 @@ def _headline(rows: list[dict], about: dict) -> str:
 
 def _bars(rows: list[dict], about: dict) -> str:
     """All cases with a bar: the result, and whether the bar was reached."""
-    lines = _header("work", "against", "bar", "measured", "p20..p80", "met", "peak memory, MB (peer)")
+    lines = _header("work", "against", "goal", "measured", "p20..p80", "met", "peak memory, MB (peer)")
     for row in rows:
         if row["candidate"] != OURS or not row["bar"]:
             continue
@@ -152,17 +153,24 @@ def _bars(rows: list[dict], about: dict) -> str:
 
 
 def _models(rows: list[dict], about: dict) -> str:
-    """Whole models: the peer's time, and the speed-up of every candidate over it."""
-    cases = [row for row in rows if row["group"] in ("inference", "training") and row["candidate"] == OURS]
-    if not cases:
+    """Whole models: a table per kind of work."""
+    return "\n\n".join(filter(None, (_speedups(rows, group) for group in ("inference", "int8", "training"))))
+
+
+def _speedups(rows: list[dict], group: str) -> str:
+    """One row per case: its size, the peer's time, and the speed-up of every other candidate over it."""
+    rows = [row for row in rows if row["group"] == group]
+    if not rows:
         return ""
     at = {(row["case"], row["candidate"]): row for row in rows}
-    names = list(dict.fromkeys(row["candidate"] for row in rows if row["group"] in ("inference", "training")))
-    lines = _header("speed-up over the peer", *(_work(case) for case in cases))
-    peers = [at.get((case["case"], case["peer"])) for case in cases]
-    lines.append(_row("peer's time", *(f"{_seconds(p['median_s'])} ({p['candidate']})" if p else "" for p in peers)))
-    for name in names:
-        lines.append(_row(name, *(_speedup(at.get((case["case"], name))) for case in cases)))
+    names = list(dict.fromkeys(row["candidate"] for row in rows if row["candidate"] != row["peer"]))
+    lines = _header(f"{group}, speed-up over the peer", "size", "peer's time", *names)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = next(row for row in rows if row["case"] == case)
+        peer = at.get((case, mine["peer"]))
+        time = f"{_seconds(peer['median_s'])} ({peer['candidate']})" if peer and peer["median_s"] else ""
+        work = _work(mine).removeprefix(f"{group}: ")
+        lines.append(_row(work, mine["shape"], time, *(_speedup(at.get((case, name))) for name in names)))
     return "\n".join(lines)
 
 
@@ -184,21 +192,7 @@ def _doors(rows: list[dict], about: dict) -> str:
 
 
 def _generation(rows: list[dict], about: dict) -> str:
-    """Text generation, one row per case: the peer's time, and the speed-up of every other candidate over it."""
-    rows = [row for row in rows if row["group"] == "generation"]
-    if not rows:
-        return ""
-    at = {(row["case"], row["candidate"]): row for row in rows}
-    names = list(dict.fromkeys(row["candidate"] for row in rows if row["candidate"] != row["peer"]))
-    lines = _header("generation, speed-up over the peer", "peer's time", *names)
-    for case in dict.fromkeys(row["case"] for row in rows):
-        mine = next(row for row in rows if row["case"] == case)
-        peer = at.get((case, mine["peer"]))
-        time = f"{_seconds(peer['median_s'])} ({peer['candidate']})" if peer and peer["median_s"] else ""
-        lines.append(
-            _row(_work(mine).removeprefix("generation: "), time, *(_speedup(at.get((case, name))) for name in names))
-        )
-    return "\n".join(lines)
+    return _speedups(rows, "generation")
 
 
 def _speedup(row: dict | None) -> str:
@@ -235,6 +229,12 @@ TABLES = {
     "doors": _doors,
     "generation": _generation,
     "attention": _attention,
+}
+_HEADINGS = {
+    "bars": "### Goals\n\n",
+    "models": "### Whole models\n\n",
+    "generation": "### Generation\n\n",
+    "attention": "### Attention\n\n",
 }
 
 

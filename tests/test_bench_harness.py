@@ -379,7 +379,7 @@ def test_command_writes_results_and_plots(tmp_path, monkeypatch, capsys):
     assert len(rows) == 6 and list(rows[0]) == results.COLUMNS
     for name in ("machine.json", "ceilings.json", "speedup-group.png", "rate-attention-forward.png"):
         assert (tmp_path / name).stat().st_size > 0
-    assert run.main(["--only", "no such case"]) == 1
+    assert run.main(["--only", "no such case"]) == 2
     assert "no case matches" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+HASH = "transformer_fast/backends/source_hash.py"
 LIBRARY = ROOT / "transformer_fast" / "_C.abi3.so"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="setup.py lies only in a checkout")
@@ -24,7 +26,7 @@ def tree(tmp_path_factory):
     for name in ("transformer_fast", "kernels", "benchmarks", "csrc"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_native_missing.txt")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -106,6 +108,18 @@ def test_a_wheel_without_the_library_is_a_pure_one_and_says_why(environment, rea
         names = file.namelist()
         assert not any(".so" in name for name in names) and "transformer_fast/kernels/norm.py" in names
         assert reason in file.read("transformer_fast/_native_missing.txt").decode()
+
+
+def test_a_source_distribution_builds_the_same_library(tree, tmp_path):
+    """It has every source that the library is built from, and none that would make another hash of them."""
+    done = _setup(tree, "sdist", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (folder / "kernels" / "norm.py").exists() and not (folder / "tests").exists()
+    hashes = [runpy.run_path(str(root / HASH))["source_hash"](root) for root in (folder, tree)]
+    assert hashes[0] == hashes[1]
 
 
 def test_a_build_that_must_not_fail(tree, tmp_path):

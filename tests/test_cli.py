@@ -91,7 +91,7 @@ def test_help_is_quick_and_names_every_command():
     code += "try: cli.main()\nfinally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("info", "verify", "demo", "bench"))
+    assert all(name in done.stdout for name in ("info", "explain", "verify", "demo", "bench"))
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
@@ -180,7 +180,9 @@ def test_verify_broken_config(tmp_path):
 
 def test_verify_unknown_kind(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
-    assert "abacus" in _one_line(_invoke("verify", tmp_path))
+    assert f"transformers {transformers.__version__} has no model_type 'abacus'" in _one_line(
+        _invoke("verify", tmp_path)
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt_neox"])
@@ -193,7 +195,46 @@ def test_verify_corrupt_weights(family, tmp_path):
 
 def test_verify_unknown_dtype_and_device(bert):
     assert "wanted some of fp32, bf16, fp16, got fp8" in _one_line(_invoke("verify", bert, "--dtype", "fp8"))
-    assert "--device: wanted one of" in _one_line(_invoke("verify", bert, "--device", "tpu"))
+    assert "--device: wanted cpu or cuda, got tpu" in _one_line(_invoke("verify", bert, "--device", "tpu"))
+
+
+def test_verify_on_a_gpu_that_is_not_there(bert, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "but torch sees no NVIDIA GPU here" in _one_line(_invoke("verify", bert, "--device", "cuda"))
+
+
+def test_verify_does_not_judge_where_hugging_face_overflows_in_float64():
+    ours = torch.ones(2, 3)
+    row = verification._judge(
+        "fp32", "left", "logits", None, ours, torch.full((2, 3), float("nan")).double(), ours, 2.0
+    )
+    assert row.same is None and "overflows in float64" in row.note
+
+
+def test_explain_our_own_class(bert):
+    result = _invoke("explain", bert)
+    assert result.exit_code == 0 and result.output.splitlines()[:2] == ["BertModel", "  forward: the fast path"]
+
+
+def test_explain_a_class_that_only_transformers_has(tmp_path):
+    olmo().save_pretrained(tmp_path)
+    result = _invoke("explain", tmp_path)
+    assert result.exit_code == 0 and "Olmo2ForCausalLM is transformers' own class" in result.output
+    assert 'attention -> attn_implementation="transformer_fast"' in result.output
+
+
+def test_explain_and_verify_a_family_that_transformers_lacks(tmp_path):
+    """In a new process, in which nothing has imported the family yet."""
+    config = transformer_fast.AttentionRNNConfig(vocab_size=20, embedding_size=8, hidden_size=8)
+    transformer_fast.AttentionRNNForConditionalGeneration(config).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "transformer_fast", "explain", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("AttentionRNNForConditionalGeneration"), done.stderr
+
+
+def test_explain_without_a_checkpoint(tmp_path):
+    assert "config.json: not found" in _one_line(_invoke("explain", tmp_path))
 
 
 def test_demo_without_its_checkpoint(monkeypatch):
@@ -223,6 +264,7 @@ def test_command_without_a_package_it_needs(monkeypatch, bert):
 def test_bench_passes_arguments_on():
     result = _invoke("bench", "--list")
     assert result.exit_code == 0 and len(result.output.splitlines()) > 3
+    assert "usage: transformer-fast bench" in _invoke("bench", "--help").output
 
 
 def test_bench_outside_a_checkout(monkeypatch):

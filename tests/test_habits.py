@@ -44,6 +44,12 @@ def test_workflows_run_what_there_is():
         assert isinstance(yaml.safe_load(form.read_text()), dict)
 
 
+def test_make_help_describes_every_target():
+    text = (ROOT / "Makefile").read_text()
+    described = re.findall(r"^([a-z-]+):.*  ## \w", text, re.M)
+    assert {*described, "help"} == set(re.search(r"^\.PHONY: (.*)", text, re.M)[1].split())
+
+
 def test_ci_runs_everything():
     steps = (ROOT / ".ci/run").read_text().split("\n")
     assert [step for step in steps if step.startswith("make ")] == ["make lint", "make docs", "make test"]

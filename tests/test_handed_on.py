@@ -104,6 +104,29 @@ def test_without_transformers():
     )
 
 
+@pytest.mark.parametrize("name", ["AutoModel", "BertModel", "pipeline", "AutoTokenizer", "Trainer"])
+def test_import_without_transformers_says_what_to_install(name):
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        f"try: from transformer_fast import {name}\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    assert _python(code).strip() == (
+        f"transformer_fast.{name} needs transformers, which is not installed: pip install 'transformers>=5.17,<5.25'"
+    )
+
+
+def test_import_without_another_package_says_what_to_install():
+    code = (
+        "import sys; sys.modules['tqdm'] = None\n"
+        "try: from transformer_fast import layer_features\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    assert (
+        _python(code).strip() == "transformer_fast.layer_features needs tqdm, which is not installed: pip install tqdm"
+    )
+
+
 def test_star_import_is_this_package_alone():
     scope = {}
     exec("from transformer_fast import *", scope)

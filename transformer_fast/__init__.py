@@ -312,7 +312,7 @@ _EXPORTS = {
         "ZeroShotClassificationPipeline",
         "pipeline",
     ],
-    "quantization": ["quantize", "quantized_modules"],
+    "quantization": ["dequantize", "quantize", "quantized_modules"],
 }
 _MODULES = [
     "backends",
@@ -343,7 +343,10 @@ __all__ = ["__version__", *sorted(_WHERE)]
 def __getattr__(name: str):
     module = _WHERE.get(name)
     if module is not None:
-        value = getattr(_importlib.import_module(f".{module}", __name__), name)
+        try:
+            value = getattr(_importlib.import_module(f".{module}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise _importlib.import_module(".handed_on", __name__).not_installed(name, error) from error
     elif name in _MODULES:
         return _importlib.import_module(f".{name}", __name__)
     elif name.startswith("_"):

@@ -1,4 +1,4 @@
-"""The command line, `transformer-fast` or `python -m transformer_fast`: info, demo, verify, bench."""
+"""The command line, `transformer-fast` or `python -m transformer_fast`: info, explain, verify, demo, bench."""
 
 import sys
 

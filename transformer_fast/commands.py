@@ -117,6 +117,31 @@ def info() -> None:
     Console().print(table, markup=False)
 
 
+# ---- explain --------------------------------------------------------------------------------------------
+@_command()
+def explain(
+    checkpoint: Annotated[str, typer.Argument(help="a folder with config.json and weights, or a name on the hub")],
+) -> None:
+    """Load a checkpoint and say which parts of its model are fast here, which are not, and why."""
+    _need("explain", torch="torch", transformers=TRANSFORMERS)
+    from . import accelerate, is_ours
+    from . import explain as explanation
+    from .verify import VerifyError, load_as_named
+
+    try:
+        with Console(stderr=True).status("loading"):
+            model = load_as_named(checkpoint, prefer_ours=True)
+    except VerifyError as error:
+        raise _Problem(str(error)) from error
+    if is_ours(model):
+        typer.echo(explanation(model))
+        return
+    typer.echo(
+        f"{type(model).__name__} is transformers' own class; this package has none for it. With accelerate(model):"
+    )
+    typer.echo(str(accelerate(model, verbose=False)))
+
+
 # ---- verify ---------------------------------------------------------------------------------------------
 @_command()
 def verify(
@@ -142,8 +167,8 @@ def verify(
     from .verify import verify as compare
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise _Problem(f"--device: wanted one of {there}, got {device}")
+        why = "cuda, but torch sees no NVIDIA GPU here" if device == "cuda" else device
+        raise _Problem(f"--device: wanted cpu or cuda, got {why}")
     errors = Console(stderr=True)
     try:
         with errors.status("starting") as status:
@@ -174,8 +199,11 @@ def verify(
         console.print(f"NOT the same: {off} of {len(result.rows)} comparisons are off")
         raise typer.Exit(NOT_SAME)
     generated = any(row.what.startswith("tokens") and row.same for row in result.rows)
+    left = sum(row.same is None for row in result.rows)
     console.print(
         f"same: as close to float64 as Hugging Face is{', and the same tokens' if generated else ''}, on every row"
+        + (f"; {left} of {len(result.rows)} comparisons could not be made" if left else ""),
+        soft_wrap=True,
     )
     raise typer.Exit(SAME)
 
@@ -222,7 +250,7 @@ def demo(
 
 @_command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Run the benchmarks. Results go to --output, or ./transformer_fast_results; bench --help shows all."""
+    """Run the benchmarks; `bench --help` shows the options, `bench --list` the cases."""
     _need("bench", torch="torch", tqdm="tqdm", transformers=TRANSFORMERS)
     try:
         from .benchmarks import run
@@ -232,7 +260,7 @@ def bench(context: typer.Context) -> None:
         raise _Problem(
             "the benchmarks are not installed here: clone the repository and run `make bench` in it"
         ) from error
-    raise typer.Exit(run.main(context.args))
+    raise typer.Exit(run.main(context.args, prog="transformer-fast bench"))
 
 
 if __name__ == "__main__":

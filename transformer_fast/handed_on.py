@@ -9,7 +9,7 @@ import sys
 
 from ._version import TRANSFORMERS
 
-__all__ = ["find", "is_ours", "names"]
+__all__ = ["find", "is_ours", "names", "not_installed"]
 
 # Names that transformers 5 removed, and their replacements. `_today` handles names by rule (TF*, Flax*, ...).
 _GONE = {
@@ -64,17 +64,30 @@ def is_ours(thing) -> bool:
     return f"{named.__module__}.".startswith(f"{__package__}.")
 
 
+def not_installed(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The error of `name` of this package that needs a package which is not installed: says what to install."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package == __package__:
+        return error
+    what = repr(TRANSFORMERS) if package in ("transformers", "tokenizers", "safetensors") else package
+    text = f"{__package__}.{name} needs {package}, which is not installed: pip install {what}"
+    return ModuleNotFoundError(text, name=error.name)
+
+
 def find(name: str):
     """The object `name` of transformers.
 
     Raises ImportError for a name that transformers 5 removed, with its replacement (in `from transformer_fast import
     name` the text of an AttributeError would be lost), and AttributeError for an unknown name, with similar names.
+    Without transformers: ModuleNotFoundError for a class, for the same reason, AttributeError for other names.
     """
     try:
         import transformers
     except ImportError as error:
         if error.name != "transformers":
             raise
+        if name[0].isupper() and isinstance(error, ModuleNotFoundError):
+            raise not_installed(name, error) from None
         raise AttributeError(
             f"module {__package__!r} has no attribute {name!r} (transformers might have: pip install '{TRANSFORMERS}')"
         ) from None

@@ -125,7 +125,9 @@ def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
         what = f"takes {model.main_input_name}" if vocabulary else "has no vocabulary of tokens"
         raise VerifyError(f"{type(model).__name__}: {what}; verify --precision knows models of input_ids")
     side = "left" if model.can_generate() and not config.is_encoder_decoder else "right"
-    longest = min(_LONGEST, getattr(text, "max_position_embeddings", None) or _LONGEST)
+    # RoBERTa's families count positions from the one after that of padding, which is 1.
+    positions = (getattr(text, "max_position_embeddings", None) or _LONGEST + 2) - 2
+    longest = min(_LONGEST, max(positions, 1))
     lines = load_sentences()[:_SENTENCES]
     found = _tokenized(checkpoint, lines, side, longest)
     if found and all(_is_text(batch, vocabulary) for batch in found):
@@ -219,6 +221,8 @@ def _compare_outputs(exact, low, batches) -> Iterator[Cost]:
 def _answers(kind: str, name: str, found: _Outputs) -> torch.Tensor:
     """The most likely class, token or position of each row or token; for a single output, its value."""
     logits, mask = found.logits[name], found.mask
+    if logits.dim() == 1:  # one score for each row
+        return logits
     if kind.endswith("QuestionAnswering") and logits.shape == mask.shape:
         return logits.masked_fill(~mask, -torch.inf).argmax(-1)
     if kind.endswith("ForPreTraining") and logits.shape == mask.shape:  # ELECTRA's: replaced or not

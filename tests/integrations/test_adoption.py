@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -23,6 +24,26 @@ OURS = [name for name in MODELS if class_for(type(MODELS[name]()))]
 
 def classes_of(model):
     return {name: type(module) for name, module in model.named_modules()}
+
+
+def test_report_on_a_model_that_became_ours_as_a_whole():
+    report = transformer_fast.accelerate(MODELS["bert"](), verbose=False)
+    assert "  swapped: BertModel -> transformer_fast.BertModel" in str(report).splitlines()
+
+
+def test_explain_says_where_there_are_no_kernels(monkeypatch):
+    model = transformer_fast.BertModel(MODELS["bert"]().config)
+    assert "kernels" not in transformer_fast.explain(model)
+    monkeypatch.setattr("transformer_fast.backends.native.load", lambda: "there was no compiler")
+    last = "  kernels: none, the fast path runs in plain PyTorch: there was no compiler"
+    for text in (model.explain(), transformer_fast.explain(types.SimpleNamespace(model=model))):
+        assert text.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize("what, came", [(hf.BertModel, "the class BertModel"), (3, "int")])
+def test_explain_of_what_is_no_model(what, came):
+    with pytest.raises(TypeError, match=f"wanted a model .* or a Call, got {came}"):
+        transformer_fast.explain(what)
 
 
 @pytest.mark.parametrize("family", OURS)

@@ -246,3 +246,25 @@ def test_explain():
     assert "attention: ours" in text and "embeddings.LayerNorm: layer_norm" in text
     with pytest.raises(ValueError, match="there is no op"):
         transformer_fast.explain("no such op")
+
+
+def test_gpt_neo_adds_causality_and_windows_to_masks_of_four_dimensions():
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 40, "window_size": 3}
+    config = transformers.GPTNeoConfig(**SPECIAL | sizes, attention_types=[[["global", "local"], 1]])
+    mask = torch.zeros(3, 1, 7, 7, dtype=torch.float64)
+    mask[1, ..., :2] = -1e4
+    for name in ("GPTNeoForCausalLM", "GPTNeoForSequenceClassification"):
+        ours, theirs = pair(name, config)
+        a, b = (model(ids(), attention_mask=mask).logits for model in (ours, theirs))
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name, config", [("BertModel", bert()), ("GPT2LMHeadModel", gpt2())])
+def test_indices_out_of_range_are_index_errors(name, config):
+    ours, theirs = pair(name, config)
+    for given in (ids().fill_(97), ids().fill_(-1)):
+        for model in (ours, theirs):
+            with pytest.raises(IndexError):
+                model(given)
+    with pytest.raises(IndexError, match="max_position_embeddings|n_positions"):
+        ours(ids(1, 600))

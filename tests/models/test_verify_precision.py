@@ -57,10 +57,20 @@ def test_every_output_is_compared(head, tmp_path):
         assert found[what].note.startswith(f"of {count} ")
 
 
-def test_a_single_output(tmp_path):
-    tf.BertForSequenceClassification(hf.BertConfig(**_WIDE, num_labels=1)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "GPT2DoubleHeadsModel"])
+def test_a_single_output(head, tmp_path):
+    torch.manual_seed(0)
+    gpt = {"vocab_size": 80, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    config = hf.GPT2Config(**gpt) if head.startswith("GPT2") else hf.BertConfig(**_WIDE, num_labels=1)
+    getattr(tf, head)(config).save_pretrained(tmp_path)
     found = {cost.what: cost.value for cost in verify_precision(tmp_path).costs}
     assert 0 < float(found["output differs by"].split(",")[0]) < 0.5
+
+
+def test_positions_that_start_after_padding(tmp_path):
+    """RoBERTa's positions start at 2, so that the longest text has 2 tokens fewer than there are positions."""
+    tf.RobertaForMaskedLM(hf.RobertaConfig(**_WIDE, max_position_embeddings=40)).save_pretrained(tmp_path)
+    assert verify_precision(tmp_path).costs
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch):

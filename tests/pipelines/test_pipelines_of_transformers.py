@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from hf_models import ENCODERS
 from transformers.pipelines.pt_utils import KeyDataset
 
 import transformer_fast
@@ -148,6 +149,12 @@ def test_a_family_that_only_transformers_has(tmp_path, tokenizer, texts):
     assert ours.model.config._attn_implementation == "transformer_fast"
     theirs = transformers.pipeline("text-classification", str(tmp_path), tokenizer=tokenizer, device="cpu")
     assert_same(ours(texts), theirs(texts))
+
+
+def test_a_model_that_is_of_no_use_for_the_task(tokenizer, tmp_path):
+    ENCODERS["bert"]().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has model_type 'bert', which has no model for the task 'summarization'"):
+        transformer_fast.pipeline("summarization", tmp_path, tokenizer=tokenizer)
 
 
 def test_unknown_tasks(tokenizer):

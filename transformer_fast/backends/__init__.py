@@ -143,13 +143,16 @@ def explain(call: Call) -> str:
 
     Raises:
         ValueError: for an op that does not exist.
-        TypeError: if `call` is the name of an op and not a `Call`.
+        TypeError: if `call` is not a `Call`.
 
     Examples:
         >>> import torch, transformer_fast
         >>> call = transformer_fast.backends.Call("norm", "cpu", torch.float32, 768)
         >>> lines = transformer_fast.explain(call).splitlines()
     """
+    if not isinstance(call, (str, tuple)):
+        came = f"the class {call.__name__}" if isinstance(call, type) else type(call).__name__
+        raise TypeError(f"explain: wanted a model (a torch.nn.Module) or a Call, got {came}")
     op = call if isinstance(call, str) else call[0]
     if op not in OPS:
         raise ValueError(f"explain: there is no op {op!r}; there are {', '.join(OPS)}")
@@ -174,6 +177,13 @@ def explain(call: Call) -> str:
     if call.device == "cuda" and not line:
         lines.append("  order: by design, not yet run on a GPU")
     return "\n".join(lines)
+
+
+def without_kernels(model: torch.nn.Module) -> str:
+    """A line of `explain` for a model on a CPU without the native kernels; '' for other models."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    reason = _native().load() if device == "cpu" else ""
+    return f"  kernels: none, the fast path runs in plain PyTorch: {reason}" if reason else ""
 
 
 def info() -> dict[str, str]:

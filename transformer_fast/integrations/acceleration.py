@@ -46,7 +46,7 @@ class Report:
             groups[self._class_of(path), text].append(path)
         return [
             f"{what} -> {text}"
-            + (f" ({len(paths)}: {paths[0]}{' ...' if len(paths) > 1 else ''})" if paths[0] != what else "")
+            + ("" if paths == [""] or paths[0] == what else f" ({len(paths)}: {paths[0]}{' ...' if paths[1:] else ''})")
             for (what, text), paths in groups.items()
         ]
 

@@ -18,21 +18,25 @@ def explain(what: Any) -> str:
 
     Args:
         what: a backends.Call (op, device, dtype, size, features): says which backend runs it, why each earlier one does
-            not, and why a forced one cannot. Or a model: for one of this package, says which parts use the fast path
-            and why the others run transformers' own forward or loop; for any other, what `accelerate` swapped.
+            not, and why a forced one cannot. Or a model, or an object with one as its attribute `model` (a pipeline):
+            for a model of this package, says which parts use the fast path and why the others run transformers' own
+            forward or loop; for any other, what `accelerate` swapped.
 
     Returns:
         Lines of text.
 
     Raises:
         ValueError: for an unknown op.
-        TypeError: for neither a Call nor a torch.nn.Module.
+        TypeError: for neither a Call nor a model.
 
     Examples:
         >>> import transformer_fast
         >>> from transformer_fast.demo import locate
         >>> text = transformer_fast.explain(transformer_fast.AutoModel.from_pretrained(locate()))
     """
+    held = getattr(what, "model", None)
+    if not isinstance(what, nn.Module) and isinstance(held, nn.Module):
+        return explain(held)
     if not isinstance(what, nn.Module):
         return backends.explain(what)
     own = getattr(what, "explain", None)
@@ -59,7 +63,7 @@ def _explain_own(model: Any) -> str:
         reason = model.why_hf_loop()
         what = f"transformers' own loop, as {reason}" if reason else "this package's engine"
         lines.append(f"  generate: {what}")
-    return "\n".join([*lines, *filter(None, [describe(model)])])
+    return "\n".join([*lines, *filter(None, [describe(model), backends.without_kernels(model)])])
 
 
 def _asks(model: Any) -> bool:

@@ -3,7 +3,7 @@ never name a backend."""
 
 from .attention import MultiheadAttention
 from .disentangled import Disentangled
-from .planning import Rotary, StackCall, plan_call
+from .planning import BeyondFastPath, Rotary, StackCall, plan_call
 from .pooling import concat_pooling
 from .sinusoids import SinusoidalPositions, sinusoids
 from .spec import LayerWeights, SlotTable, TransformerSpec
@@ -22,6 +22,7 @@ __all__ = [
     "Rotary",
     "SinusoidalPositions",
     "SlotTable",
+    "BeyondFastPath",
     "StackCall",
     "TransformerSpec",
     "compute_padding",

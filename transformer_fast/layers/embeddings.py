@@ -10,17 +10,21 @@ from .. import ops
 from .projection import add_norm, dropout_p, is_plain, norm
 from .unpadding import Unpadding
 
-__all__ = ["check_indices", "embed", "look_up"]
+__all__ = ["OutOfRange", "check_indices", "embed", "look_up"]
+
+
+class OutOfRange(ValueError, IndexError):
+    """torch's embedding raises an IndexError, which programs may catch."""
 
 
 def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None:
-    """Raise ValueError if an id is outside [0, size). Only plain tensors on the CPU are checked: elsewhere it would
+    """Raise OutOfRange if an id is outside [0, size). Only plain tensors on the CPU are checked: elsewhere it would
     synchronise. meaning: what size is, for the message."""
     if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling() or not ops.concrete(ids):
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= size:
-        raise ValueError(f"{name}: wanted values in [0, {size}) ({meaning}), got {low}..{high}")
+        raise OutOfRange(f"{name}: wanted values in [0, {size}) ({meaning}), got {low}..{high}")
 
 
 def look_up(words: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,13 @@ from .unpadding import (
     spread_in_use,
 )
 
-__all__ = ["Rotary", "StackCall", "plan_call", "self_cache"]
+__all__ = ["BeyondFastPath", "Rotary", "StackCall", "plan_call", "self_cache"]
+
+_BLIND = "a position attends to no key, for which eager attention takes the mean of all values"
+
+
+class BeyondFastPath(Exception):
+    """A call whose result differs in transformers' own code, which therefore runs. Its text is the reason."""
 
 
 class Rotary(NamedTuple):
@@ -138,6 +144,7 @@ def plan_call(
     read: torch.Tensor | None = None,
     read_first: bool = False,
     attentions: bool = False,
+    refuses_blind: bool = False,
 ) -> StackCall:
     """Read the masks once and decide which positions are computed and how they are masked.
 
@@ -145,7 +152,8 @@ def plan_call(
     more than 2 dimensions are complete, and spec.causal adds nothing to them. encoder_unpadding: if given,
     encoder_states are its rows, else (B, Se, E). relative_bias: distances include padding between two tokens.
     documents: (B, S), the document of each position, which attends only to that document; only without attention_mask
-    and cache. read, read_first: see plan_unpadding.
+    and cache. read, read_first: see plan_unpadding. refuses_blind: raise BeyondFastPath for queries that are read and
+    attend to no key by the 2-D masks, unless these cannot be read (see plan_unpadding).
     """
     spread = spread_in_use()
     call = StackCall(
@@ -157,21 +165,22 @@ def plan_call(
     if attentions:
         call.attentions, call.cross_attentions = {}, {}
     if encoder_states is not None:
-        _plan_cross(call, encoder_mask, encoder_unpadding, past_key_values)
+        _plan_cross(call, encoder_mask, encoder_unpadding, past_key_values, refuses_blind)
     if attention_mask is not None and attention_mask.dim() > 2:
         call.mask = _expand(attention_mask, "attention_mask", batch, None, device)
         call.causal = call.windowed = False
     elif past_key_values is not None:
         padding_free = encoder_mask is None or encoder_mask.dim() == 2
         _plan_cached(
-            call, attention_mask, length, device, past_key_values, (read, read_first) if padding_free else None
-        )
+            call, attention_mask, length, device, past_key_values, (read, read_first) if padding_free else None,
+            refuses_blind,
+        )  # fmt: skip
     elif attention_mask is not None:
         mask = _expand(attention_mask, "attention_mask", batch, length, device)[:, 0, 0]
         if encoder_mask is not None and encoder_mask.dim() > 2:
             call.mask = mask[:, None, None]
         else:
-            _drop_padding(call, mask, read, read_first)
+            _drop_padding(call, mask, read, read_first, refuses_blind)
     elif documents is not None:
         _plan_documents(call, documents.to(device))
     if relative_bias is not None:
@@ -198,7 +207,9 @@ def _plan_documents(call: StackCall, documents: torch.Tensor) -> None:
     call.causal = False
 
 
-def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> None:
+def _drop_padding(
+    call: StackCall, mask: torch.Tensor, read: torch.Tensor | None, read_first: bool, refuses_blind: bool
+) -> None:
     if call.unpadding.spread is not None:  # the parts of all processes must have the same length
         call.mask = mask[:, None, None]
         return
@@ -207,8 +218,28 @@ def _drop_padding(call: StackCall, mask: torch.Tensor, read: torch.Tensor | None
         read = _span(positions_kept(mask, read, read_first))
     if padding_is_computed():
         read = torch.ones_like(mask)
-    call.unpadding = plan_unpadding(mask, read, read_first)
+    blind = None
+    if refuses_blind and (read is not None or read_first):
+        blind = (positions_kept(mask, read, read_first) & ~_seen(call.spec, mask, mask.shape[1])).any()
+    call.unpadding = plan_unpadding(mask, read, read_first, blind)
+    if call.unpadding.blind:
+        raise BeyondFastPath(_BLIND)
     call.mask = call.unpadding.key_mask
+
+
+def _seen(spec: TransformerSpec, mask: torch.Tensor, queries: int) -> torch.Tensor:
+    """(B, queries or 1) bool: whether the query attends to a key in every layer. mask: (B, keys) bool; the queries are
+    at the last positions."""
+    if not spec.causal and not spec.windows:
+        return mask.any(1, keepdim=True)
+    upto = nn.functional.pad(mask.cumsum(1), (1, 0))
+    places = torch.arange(mask.shape[1] - queries, mask.shape[1], device=mask.device)
+    seen = mask.new_ones(mask.shape[0], queries)
+    for window in set(spec.windows or (None,)):
+        begin = torch.zeros_like(places) if window is None else (places - window + 1).clamp(min=0)
+        end = places + (1 if spec.causal else mask.shape[1] if window is None else window)
+        seen &= upto[:, end.clamp(max=mask.shape[1])] > upto[:, begin]
+    return seen
 
 
 def _span(mask: torch.Tensor) -> torch.Tensor:
@@ -231,7 +262,7 @@ def _plan_relative(call: StackCall, length: int, device, past_key_values) -> Non
         call.bias = call.relative_bias.matrix(*call.bias_of)  # type: ignore[union-attr]
 
 
-def _plan_cross(call: StackCall, mask, unpadding: Unpadding | None, past_key_values) -> None:
+def _plan_cross(call: StackCall, mask, unpadding: Unpadding | None, past_key_values, refuses_blind: bool) -> None:
     states: Any = call.encoder_states
     if call.unpadding.spread is not None:  # padding is not dropped under context_parallel
         unpadding = None
@@ -241,11 +272,15 @@ def _plan_cross(call: StackCall, mask, unpadding: Unpadding | None, past_key_val
             call.encoder_mask = mask
             return
         if _all_stored(past_key_values):  # keys and values come from the cache, not from the states
+            if refuses_blind and ops.concrete(mask) and not bool(mask.any(-1).all()):
+                raise BeyondFastPath(_BLIND)
             call.encoder_mask = mask
             _shorten(call)
             return
         unpadding = plan_unpadding(mask[:, 0, 0])
         call.encoder_states = unpadding.unpad(states)
+    if refuses_blind and unpadding is not None and unpadding.hollow:
+        raise BeyondFastPath(_BLIND)
     call.encoder_unpadding = unpadding
     if unpadding is not None and unpadding.mask is not None:
         call.encoder_mask = unpadding.mask[:, None, None]
@@ -282,7 +317,9 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
     return mask[:, None] if mask.dim() == 3 else mask
 
 
-def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None) -> None:
+def _plan_cached(
+    call: StackCall, attention_mask, length: int, device, past_key_values, read: tuple | None, refuses_blind: bool
+) -> None:
     cache = self_cache(past_key_values)
     seen = cache.get_seq_length()
     # Layers with a window keep only the last keys. Each of them cuts the mask to the keys that it has.
@@ -301,8 +338,12 @@ def _plan_cached(call: StackCall, attention_mask, length: int, device, past_key_
             mask = nn.functional.pad(mask, (0, keys - given))
         visible = not torch.compiler.is_compiling() and ops.concrete(mask)
         if visible and call.causal and read is not None and isinstance(seen, int) and not seen and keys == length:
-            _drop_padding(call, mask[:, 0, 0], *read)  # the cache is empty, so padding is dropped as without one
+            # The cache is empty, so padding is dropped as without one.
+            _drop_padding(call, mask[:, 0, 0], read[0], read[1], refuses_blind)
             return
+        readable = visible and isinstance(seen, int) and length
+        if refuses_blind and readable and not bool(_seen(call.spec, mask[:, 0, 0, : seen + length], length).all()):
+            raise BeyondFastPath(_BLIND)
         # Reading the mask is free on the CPU, and attention without a mask is faster.
         if device.type != "cpu" or not visible or not bool(mask.all()):
             call.mask = mask

@@ -1,16 +1,21 @@
 """int8 Linear modules, and the part of a layer that runs as one op if all its modules are int8."""
 
+import concurrent.futures
 import threading
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..ops import linear_int8
+from ..ops import exporting, linear_int8
 from ..ops.linear_int8 import Int8BlockWeights, Int8Norm, Int8Weight
 
 __all__ = ["Int8Linear"]
 
+# From torch 2.13, assume_constant_result accepts a module as an argument.
+COMPILER_SEES_MODULES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 _changing = threading.RLock()  # threads that share a model may make its first call at the same time
 
 
@@ -25,6 +30,7 @@ class Int8Linear(nn.Module):
     weight: torch.Tensor
     weight_scale: torch.Tensor
     panels: torch.Tensor | None
+    replaces: type[nn.Module] = nn.Linear  # the class of the layer that was here before
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, group: int = linear_int8.GROUP,
@@ -40,6 +46,7 @@ class Int8Linear(nn.Module):
         # The weight in the layout of the kernels, so that the buffers of a model say what memory it takes.
         self.register_buffer("panels", None, persistent=False)
         self._int8: Int8Weight | None = None
+        self._kept: torch.Tensor | None = None  # self.weight, if it stays
         self.training = False
 
     @classmethod
@@ -54,17 +61,36 @@ class Int8Linear(nn.Module):
         return module
 
     def int8_weight(self) -> Int8Weight:
+        if self._modules:
+            self._refuse("weight", "parametrised")
+        if _is_recording():
+            return _PlainWeight(self)
+        if torch.compiler.is_compiling():
+            if COMPILER_SEES_MODULES:
+                _lay_out(self)
+            elif self._int8 is None:
+                return _PlainWeight(self)
+        elif self._int8 is not None:
+            weight = self._buffers["weight"]
+            if weight is not self._kept and weight.shape[1]:  # type: ignore[union-attr]
+                # torch.func.functional_call, or accelerate, has put another one here for this call.
+                return Int8Weight(weight, self.weight_scale, self.group)  # type: ignore[arg-type]
         return self._in_int8() if self._int8 is None else self._int8
 
-    @torch.compiler.disable
-    def _in_int8(self) -> Int8Weight:
+    def _in_int8(self, keep: bool = False) -> Int8Weight:
+        """keep: leave the weight as it was too."""
+        if self.weight.is_meta:
+            return _PlainWeight(self)
         with _changing:
             if self._int8 is not None:
                 return self._int8
             found = Int8Weight(self.weight, self.weight_scale, self.group)
-            if found.data is not None:  # do not keep the weight twice
-                self.weight, self.weight_scale = self.weight.new_empty(0), self.weight_scale.new_empty(0)
-                self.panels = found.data
+            self.panels = found.data
+            if keep or found.data is None:
+                self._kept = self.weight
+            else:  # transformers reads the number of outputs where it ties weights
+                empty = self.out_features, 0
+                self.weight, self.weight_scale = self.weight.new_empty(empty), self.weight_scale.new_empty(empty)
             self._int8 = found
             return found
 
@@ -79,9 +105,26 @@ class Int8Linear(nn.Module):
     def train(self, mode: bool = True) -> "Int8Linear":
         if mode:
             raise ValueError(
-                "mode: an int8 model is for inference and cannot be trained; train the model before it is quantised"
+                "mode: an int8 model is for inference and cannot be trained; train the model before it is quantised, "
+                "or dequantize() it"
             )
         return super().train(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "weight_scale") and self.__dict__.get("_int8") is not None:
+            self._restore()  # the other one belongs to the new one
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's. ValueError for the parameters by which torch prunes or normalises a weight."""
+        if name.startswith("weight"):
+            self._refuse(name, "pruned or normalised")
+        super().register_parameter(name, param)
+
+    def _refuse(self, name: str, what: str) -> None:
+        if what == "parametrised" and name not in getattr(self, "parametrizations", ()):
+            return
+        raise ValueError(f"{name}: an int8 weight cannot be {what}; do that before the model is quantised")
 
     def extra_repr(self) -> str:
         return (
@@ -92,10 +135,9 @@ class Int8Linear(nn.Module):
     # ---- state dict: always (out, in), whatever the layout of the weight in memory -----------------
     def _restore(self) -> None:
         with _changing:
-            if self._int8 is not None and self._int8.data is not None:
-                self.weight, self.weight_scale = self._int8.parts()
-            self._int8 = None
-            self.panels = None
+            weight, self._int8, self.panels, self._kept = self._int8, None, None, None
+            if weight is not None and weight.data is not None:
+                self.weight, self.weight_scale = weight.parts()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         with _changing:
@@ -125,6 +167,68 @@ class Int8Linear(nn.Module):
         if self.weight_scale.dtype != torch.float32:  # .half() and similar must not change the scales
             self.weight_scale = scale.to(self.weight.device)
         return self
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs this, and records none of it
+def _lay_out(module: Int8Linear) -> bool:
+    # The compiler may have a guard on the weight, where the code around the module reads its dtype.
+    return module._in_int8(keep=True).data is not None
+
+
+@torch.compiler.assume_constant_result
+def lay_out_all(model: nn.Module) -> bool:
+    """Lay out the weights of all Int8Linear modules in `model` for the kernels, before torch.compile has seen them.
+    Returns True, as the compiler cannot take None."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module._in_int8()
+    return True
+
+
+# ---- what is exported or traced has PyTorch's own ops, and runs without this package ----------------
+class _PlainWeight(Int8Weight):
+    """A weight for plain PyTorch. Its values may be fake tensors, so they are not looked at."""
+
+    __slots__ = ()
+
+    def __init__(self, module: Int8Linear):
+        self.shape, self.group = torch.Size((module.out_features, module.in_features)), module.group
+        self.data, self._parts = None, _weight_to_record(module)
+
+
+def _is_recording() -> bool:
+    """True in torch.export, torch.jit.trace and the exporters of ONNX."""
+    if exporting():
+        return True
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
+
+
+_recorded: Any = WeakTensorKeyDictionary()  # panels -> weak references to the constants made from them
+
+
+def _weight_to_record(module: Int8Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """The module's buffers; once they are laid out for the kernels, constants. These are made in a thread of their own:
+    no tracer or dispatch mode is active there."""
+    if torch.compiler.is_dynamo_compiling() and module.weight.shape[1] != module.in_features:
+        return _constant(module, 0), _constant(module, 1)
+    weight = module._int8
+    if weight is None or module.weight.shape[1] == module.in_features:
+        return module.weight, module.weight_scale
+    q, scale = (t() for t in _recorded.get(weight.data, (_nothing, _nothing)))  # a module may be called several times
+    if q is None or scale is None:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            q, scale = pool.submit(weight.parts).result()
+        _recorded[weight.data] = weakref.ref(q), weakref.ref(scale)
+    return q, scale
+
+
+def _nothing() -> None:
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _constant(module: Int8Linear, which: int) -> torch.Tensor:
+    return module._int8.parts()[which]  # type: ignore[union-attr]
 
 
 def is_int8(*modules: Any) -> bool:

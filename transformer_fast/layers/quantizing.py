@@ -1,5 +1,6 @@
 """Replaces the linear modules of a model by Int8Linear, and says why others are not replaced."""
 
+import fnmatch
 import functools
 import inspect
 import re
@@ -18,6 +19,7 @@ __all__ = [
     "Quantized",
     "check_group",
     "describe",
+    "find_modules",
     "is_int8_model",
     "module_names",
     "quantized_modules",
@@ -25,6 +27,7 @@ __all__ = [
     "replace_empty",
 ]
 
+NEED_GRADIENTS = "_before_int8_required_gradients"  # attribute of a quantised model: names of parameters
 _FEW = 64  # layers with fewer outputs stay: a classifier's last layer costs nothing, and its accuracy matters most
 
 
@@ -36,6 +39,21 @@ def module_names(skip: Iterable[str] | None) -> tuple[str, ...]:
     if odd := [name for name in names if not isinstance(name, str)]:
         raise TypeError(f"skip: wanted names of modules, got {odd[0]!r}")
     return names
+
+
+def find_modules(model: nn.Module, skip: Iterable[str]) -> tuple[str, ...]:
+    """`skip` with the names that its wildcards match in place of them. Raises ValueError for what names no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    found: dict[str, None] = {}
+    for wanted in skip:
+        matching = [wanted] if wanted in names else fnmatch.filter(names, wanted)
+        if not matching:
+            longer = [name for name in names if name.endswith(f".{wanted}")]
+            hint = f"; there is {longer[0]!r}, which '*.{wanted}' matches" if longer else ""
+            raise ValueError(f"skip: {wanted!r}: no such module in {type(model).__name__}{hint}")
+        # Modules within those that are named already are left out.
+        found |= {name: None for name in matching if not any(name.startswith(f"{other}.") for other in found)}
+    return tuple(found)
 
 
 def check_group(group: Any) -> None:
@@ -51,10 +69,6 @@ def is_int8_model(model: nn.Module) -> bool:
 def replace(model: nn.Module, skip: Collection[str], group: int) -> int:
     """Replace the linear layers of a model by Int8Linear in place. skip: names of modules to leave. group: inputs per
     scale, at most (see group_of). Returns the number of replaced layers."""
-    names = {name for name, _ in model.named_modules()}
-    unknown = [name for name in skip if name not in names]
-    if unknown:
-        raise ValueError(f"skip: {', '.join(map(repr, unknown))}: no such module in {type(model).__name__}")
     made: dict[nn.Module, Int8Linear] = {}
     files, tree = FileMappings(), _Tree(model)
     for name, module in model.named_modules():
@@ -95,10 +109,14 @@ def replace_empty(model: nn.Module, names: Collection[str] | None, group: int, s
 
 
 def _put(model: nn.Module, made: dict[nn.Module, Int8Linear]) -> None:
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in made:
                 parent._modules[key] = made[child]
+    for module, int8 in made.items():
+        int8.replaces = type(module)
+    setattr(model, NEED_GRADIENTS, trained)
     model.eval()
     model.requires_grad_(False)
 

@@ -46,6 +46,7 @@ class Unpadding:
     longest. key_mask: (batch, 1, 1, max_seqlen) bool, False for computed positions that are not attended to; or None.
     mask: (batch, length) bool, True for positions that are attended to; None if all are.
     kept: (batch, length) bool, True for positions that would be computed if lengths could be read; None otherwise.
+    hollow: some row of `mask` is False everywhere. blind: the flag that was given to plan_unpadding.
     documents: every position is computed, and the sequences of cu_seqlens are documents, several per batch row.
     spread: the context_parallel of which this is one process's part; then every position is computed.
     """
@@ -58,6 +59,8 @@ class Unpadding:
     key_mask: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    hollow: bool = False
+    blind: bool = False
     documents: bool = False
     spread: Any = None
 
@@ -168,17 +171,23 @@ def padding_is_computed() -> bool:
     return _padding_is_computed or threading.get_ident() in _computing
 
 
-def plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None = None, read_first: bool = False) -> Unpadding:
+def plan_unpadding(
+    mask: torch.Tensor,
+    read: torch.Tensor | None = None,
+    read_first: bool = False,
+    blind: torch.Tensor | None = None,
+) -> Unpadding:
     """An Unpadding of the positions where mask is True, and of padding whose result is read.
 
     mask: (B, S) bool, True for tokens. read: (B, S) bool, True for positions whose result is read; or None. read_first:
     the first position of every sequence is read. Padding that is read is computed as a query and never attended to, as
-    in a padded batch. It synchronises once, for the lengths. If they cannot be read (torch.export, torch.jit.trace,
-    fake tensors, torch.compile with fullgraph=True) every position is computed.
+    in a padded batch. blind: () bool, or None; it is read with the lengths. It synchronises once, for the lengths. If
+    they cannot be read (torch.export, torch.jit.trace, fake tensors, torch.compile with fullgraph=True) every position
+    is computed.
     """
     if torch.compiler.is_compiling() and _in_one_graph():
         return _computing_all(mask, positions_kept(mask, read, read_first))
-    return _plan_unpadding(mask, read, read_first)
+    return _plan_unpadding(mask, read, read_first, blind)
 
 
 def positions_kept(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> torch.Tensor:
@@ -206,17 +215,22 @@ def _in_one_graph() -> bool:
 
 
 @torch.compiler.disable
-def _plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None, read_first: bool) -> Unpadding:
+def _plan_unpadding(
+    mask: torch.Tensor, read: torch.Tensor | None, read_first: bool, blind: torch.Tensor | None
+) -> Unpadding:
     batch, length = mask.shape
     keep = positions_kept(mask, read, read_first)
     if not concrete(mask):
         return _computing_all(mask, keep)
     lengths = keep.sum(1, dtype=torch.int32)
-    *sizes, padding_read = torch.cat((lengths, (keep & ~mask).any().to(torch.int32).view(1))).tolist()
+    flags = [(keep & ~mask).any(), ~mask.any(1).all(), *([] if blind is None else [blind])]
+    found = torch.cat((lengths, torch.stack(flags).to(torch.int32))).tolist()
+    sizes, (padding_read, hollow, *blinded) = found[:batch], map(bool, found[batch:])
+    state: dict[str, Any] = {"hollow": hollow and bool(length), "blind": any(blinded)}
     total, longest = sum(sizes), max(sizes, default=0)
     if total == batch * length:
         return (
-            Unpadding(batch, length, key_mask=mask[:, None, None], mask=mask)
+            Unpadding(batch, length, key_mask=mask[:, None, None], mask=mask, **state)
             if padding_read
             else Unpadding(batch, length)
         )
@@ -229,7 +243,7 @@ def _plan_unpadding(mask: torch.Tensor, read: torch.Tensor | None, read_first: b
         key_mask = mask.new_zeros(batch, longest)
         key_mask[row, column] = mask.flatten()[index]
         key_mask = key_mask[:, None, None]
-    return Unpadding(batch, length, index, cu, longest, key_mask, mask)
+    return Unpadding(batch, length, index, cu, longest, key_mask, mask, **state)
 
 
 # ---- documents: several independent sequences in one row -----------------------------------------------

@@ -192,10 +192,30 @@ class ModelMixin(Outputs, LoadingErrors):
         _stock.remember(self, ModelMixin)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True):
-        """As torch's. ValueError for an int8 model, before any module has changed its mode."""
-        if mode and (linear := next((m for m in self.modules() if isinstance(m, Int8Linear)), None)):  # type: ignore[attr-defined]
+        """As torch's. An int8 model of which no parameter requires a gradient raises ValueError, before any module has
+        changed its mode. In other int8 models, the modules that have such parameters, and no int8 layers, change it."""
+        linear = next((m for m in self.modules() if isinstance(m, Int8Linear)), None) if mode else None  # type: ignore[attr-defined]
+        if linear is None:
+            return super().train(mode)  # type: ignore[misc]
+        if not any(p.requires_grad for p in self.parameters()):  # type: ignore[attr-defined]
             linear.train(mode)
-        return super().train(mode)  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            trained = any(p.requires_grad for p in module.parameters())
+            module.training = trained and not any(isinstance(m, Int8Linear) for m in module.modules())
+        return self
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's. RuntimeError where a layer is int8 in `state_dict` only, with strict=False too."""
+        scale = ".weight_scale"
+        int8 = [key.removesuffix(scale) for key in state_dict if key.endswith(scale)]
+        modules = dict(self.named_modules()) if int8 else {}  # type: ignore[attr-defined]
+        for name in int8:
+            if name in modules and not hasattr(modules[name], "weight_scale"):
+                raise RuntimeError(
+                    f"state_dict: {name} is int8, but the model's layer is not; quantize the model with the same "
+                    "arguments first, or load the checkpoint with from_pretrained"
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """As HF's. ValueError if the output layer is int8."""
@@ -203,7 +223,7 @@ class ModelMixin(Outputs, LoadingErrors):
         if new_num_tokens is not None and new_num_tokens != table.weight.shape[0] and isinstance(head, Int8Linear):
             raise ValueError(
                 f"new_num_tokens: the int8 output layer has {head.out_features} outputs and cannot be resized, got "
-                f"{new_num_tokens}; add tokens before the model is quantised"
+                f"{new_num_tokens}; add tokens before the model is quantised, or dequantize() it first"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 

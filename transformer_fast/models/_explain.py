@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from ..backends import without_kernels
 from ..layers.quantizing import describe
 from ..layers.stock import is_sharded
 from ._stock import why_hf_forward, why_hf_loop
@@ -24,4 +25,4 @@ def explain_model(model: nn.Module, kind: Any) -> str:
         reason = why_hf_loop(model)
         what = f"transformers' own loop, as {reason}" if reason else "this package's engine"
         lines.append(f"  generate: {what}")
-    return "\n".join([*lines, *filter(None, [describe(model)])])
+    return "\n".join([*lines, *filter(None, [describe(model), without_kernels(model)])])

@@ -1,5 +1,6 @@
 """The decorator of every model's public forward: `public_forward`."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -10,8 +11,10 @@ import torch
 
 from .. import ops
 from .._transformers import CACHE_NAME, merge_cache_names
+from ..layers import BeyondFastPath
 from ..layers.unpadding import compute_padding, every_position_computed
 from ._heads import IGNORE
+from ._layer import attention_of_hf
 from ._stock import why_hf_forward
 
 __all__ = ["public_forward"]
@@ -56,16 +59,24 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
 
         @functools.wraps(original or function)
         def forward(self, *args, **kwargs):
-            if original is not None and kwargs.get("want") is None and (reason := why_hf_forward(self)):
+            called_by_user = original is not None and kwargs.get("want") is None
+            if called_by_user and (reason := why_hf_forward(self)):
                 return _run_hf(self, original, reason, order, args, kwargs)
+            given, named = args, kwargs
             if len(args) > alike:  # HF's order of parameters differs: pass them by name
-                kwargs = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
-                args = args[:alike]
-            for name in kwargs:
+                named = _named(order[alike:], args[alike:], kwargs, function.__qualname__)
+                given = args[:alike]
+            for name in named:
                 if name not in known:
-                    kwargs = _with_one_cache(self, kwargs, takes_cache)
+                    named = _with_one_cache(self, named, takes_cache)
                     break
-            return function(self, *args, **kwargs)
+            if torch.compiler.is_compiling() or not called_by_user:
+                return function(self, *given, **named)
+            try:
+                return function(self, *given, **named)
+            except BeyondFastPath as error:
+                reason = str(error)
+            return _run_hf(self, original, reason, order, args, kwargs, blind=True)
 
         # A code object per model: torch.compile counts recompilations per code object and would add all models up.
         forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
@@ -128,16 +139,36 @@ def _with_one_cache(model: Any, arguments: dict, takes_cache: bool) -> dict:
     return arguments
 
 
-def _run_hf(model: Any, original: Callable, reason: str, order: list[str], args: tuple, arguments: dict):
+def _run_hf(
+    model: Any, original: Any, reason: str, order: list[str], args: tuple, arguments: dict, blind: bool = False
+):
+    """HF's own forward. blind: a position that is read may attend to no key."""
     where = f"{type(model).__name__}.forward"
     arguments = merge_cache_names(arguments, CACHE_NAME, where)
     if CACHE_NAME not in inspect.signature(original).parameters and arguments.pop(CACHE_NAME, None) is not None:
         raise TypeError(f"{CACHE_NAME}: {where} is transformers' own, which keeps no cache, as {reason}")
     arguments = {k: v for k, v in arguments.items() if k != "want"}
-    if not _reads_padding(dict(zip(order, args)) | arguments):
+    given = dict(zip(order, args)) | arguments
+    reads = blind or _reads_padding(given)
+    if torch.compiler.is_compiling():
+        with compute_padding(True) if reads else contextlib.nullcontext():
+            return original(model, *args, **arguments)
+    with contextlib.ExitStack() as state:
+        if reads:
+            state.enter_context(every_position_computed())
+        if blind or _has_empty_rows(given):
+            state.enter_context(attention_of_hf())
         return original(model, *args, **arguments)
-    with compute_padding(True) if torch.compiler.is_compiling() else every_position_computed():
-        return original(model, *args, **arguments)
+
+
+def _has_empty_rows(given: dict) -> bool:
+    """Whether a padding mask has a row without tokens."""
+    masks = (given.get(f"{of}attention_mask") for of in ("", "decoder_", "encoder_"))
+    return any(
+        not bool((m != 0).any(1).all())
+        for m in masks
+        if isinstance(m, torch.Tensor) and m.dim() == 2 and m.numel() and ops.concrete(m)
+    )
 
 
 def _reads_padding(given: dict) -> bool:

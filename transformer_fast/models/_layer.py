@@ -1,7 +1,8 @@
 """Mixins for layers and attention modules, which are called in two ways: by our stack, and by HF's code."""
 
+import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..layers import SlotTable, StackCall, transformer_layer
 
-__all__ = ["CONFIG", "AttentionModule", "Layer", "kept_layers"]
+__all__ = ["CONFIG", "AttentionModule", "Layer", "attention_of_hf", "kept_layers"]
 
 # An attention module keeps its configuration under this name too: torch 2.11's compiler reads __dict__["config"]
 # through the property below, in an endless recursion.
@@ -46,6 +47,16 @@ class Layer:
 _thread = threading.local()
 
 
+@contextlib.contextmanager
+def attention_of_hf() -> Iterator[None]:
+    """Attention modules call transformers' own attention in this context and thread."""
+    before, _thread.leaves = getattr(_thread, "leaves", False), True
+    try:
+        yield
+    finally:
+        _thread.leaves = before
+
+
 class _WithKernel:
     """The user's configuration with another attention implementation: ours."""
 
@@ -79,7 +90,7 @@ class AttentionModule:
         self.__dict__[CONFIG] = self.__dict__["config"]
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or getattr(_thread, "leaves", False):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         before, _thread.attends = getattr(_thread, "attends", False), True
         try:

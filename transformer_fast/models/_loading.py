@@ -137,6 +137,7 @@ class LoadingErrors:
                 )
         want_info = kwargs.pop("output_loading_info", False)
         if name is None:
+            _check_state(kwargs.get("state_dict"), config)
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
         try:
             model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -152,6 +153,14 @@ class LoadingErrors:
         if not (want_info or kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None):
             _check_missing(model, name, info)
         return (model, info) if want_info else model
+
+
+def _check_state(state: dict | None, config) -> None:
+    scales = [key for key in state or () if key.endswith(".weight_scale")]
+    if scales and getattr(config, "quantization_config", None) is None:
+        raise ValueError(
+            f"state_dict: holds quantised weights ({scales[0]}, ...), but the configuration has no quantization_config"
+        )
 
 
 def _check_missing(model, name, info: dict) -> None:

@@ -12,15 +12,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..layers.dequantizing import restore
 from ..layers.projection import register_transposed
 from ..layers.quantized import Int8Linear
-from ..layers.quantizing import check_group, is_int8_model, module_names, replace, replace_empty
+from ..layers.quantizing import check_group, find_modules, is_int8_model, module_names, replace, replace_empty
 from ..ops.linear_int8 import LONG_GROUP
 from . import _int8_contents
 
-__all__ = ["Int8Config"]
+__all__ = ["Int8Config", "dequantize"]
 
 METHOD = "transformer_fast_int8"
+_TIED = "_tied_before_int8"  # attribute of a model: what named its tied weights before an output layer was untied
 logger = logging.get_logger(__name__)
 register_transposed(Conv1D)
 
@@ -30,7 +32,7 @@ class Int8Config(QuantizationConfigMixin):
     """For from_pretrained(..., quantization_config=Int8Config()): linear layers in int8, see transformer_fast.quantize.
 
     Args:
-        skip: names of modules to leave as they are.
+        skip: names of modules to leave as they are, as for transformer_fast.quantize.
         group: inputs that share a scale, 32, 64, 128 or 256; see transformer_fast.quantize.
 
     Raises:
@@ -79,17 +81,28 @@ class Int8Quantizer(HfQuantizer):
         if self.pre_quantized:
             _check_scales(model)
         else:
-            replace(model, self.quantization_config.skip, self.quantization_config.group)
+            config = self.quantization_config
+            config.skip = list(find_modules(model, config.skip))
+            replace(model, config.skip, config.group)
             untie(model)
         model.eval().requires_grad_(False)
         return model
 
+    def dequantize(self, model, dtype=None):
+        """As transformers', whose models call it: the model in floating point, in `dtype` if it is given."""
+        return dequantize(model, dtype)
+
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
+    # Trainer asks for both, even if it only evaluates. Training is refused by the model's train.
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
 
 
 def _check_scales(model: nn.Module) -> None:
@@ -109,7 +122,10 @@ def untie(model: nn.Module) -> None:
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
             keys = getattr(part, attribute, None)
             if keys and isinstance(keys, dict):
-                setattr(part, attribute, {k: v for k, v in keys.items() if not any(_is(k, name) for name in own)})
+                left = {k: v for k, v in keys.items() if not any(_is(k, name) for name in own)}
+                if len(left) < len(keys):
+                    part.__dict__.setdefault(_TIED, {}).setdefault(attribute, keys)
+                    setattr(part, attribute, left)
 
 
 def _is(pattern: str, name: str) -> bool:
@@ -133,3 +149,37 @@ def mark(model: nn.Module, skip: tuple[str, ...], group: int) -> None:
         whole.is_quantized, whole.quantization_method = True, METHOD
         whole.config.quantization_config = config
         untie(part)
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Put the int8 layers of a model back in floating point, in place, and forget that it was quantised. dtype: of the
+    whole model afterwards; None: its own."""
+    restore(model)
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        quantizer: Any = getattr(part, "hf_quantizer", None)
+        if isinstance(quantizer, Int8Quantizer):
+            quantizer.remove_quantization_config(part)
+        # Parts of a model may have copies of its configuration.
+        if isinstance(getattr(part.config, "quantization_config", None), Int8Config | dict):
+            del part.config.quantization_config
+        _tie_again(part)
+    return model if dtype is None else model.to(dtype)
+
+
+def _tie_again(part: Any) -> None:
+    """Tie the output layer to the embedding table again if its int8 weight was made from it."""
+    before = part.__dict__.pop(_TIED, {})
+    pairs = before.get("all_tied_weights_keys", {})
+    if not before or not all(_rounded(part.get_parameter(k), part.get_parameter(v)) for k, v in pairs.items()):
+        return
+    for attribute, keys in before.items():
+        setattr(part, attribute, keys)
+    part.tie_weights()
+
+
+def _rounded(weight: torch.Tensor, table: torch.Tensor) -> bool:
+    if weight is table:
+        return True
+    return weight.shape == table.shape and bool((weight - table).norm() <= 0.1 * table.norm())

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .. import ops
 from ..layers import Rotary, StackCall, TransformerSpec, Unpadding, documents_of, plan_call, run_layers
-from ..layers.embeddings import check_indices
+from ..layers.embeddings import OutOfRange, check_indices
 from ..layers.stock import as_forward_of
 from ._base import Encoded, Want, check_inputs, check_integers, read_flags
 
@@ -68,6 +68,8 @@ class Stack:
     # The configuration fields that bound positions and token ids, for messages.
     _positions_setting = "config.max_position_embeddings"
     _words_setting = "config.vocab_size"
+    # The attention implementations of HF in which a query without keys gets the mean of all values.
+    _averaging: tuple[str, ...] = ("eager",)
 
     # ---- where the parts are ----
     def _layers(self) -> Iterable[nn.Module]:
@@ -98,6 +100,10 @@ class Stack:
         """Whether attention is causal. kwargs: the call's keywords."""
         causal = kwargs.get("is_causal", getattr(self.config, "is_causal", None))
         return bool(self._decodes() if causal is None else causal)
+
+    def _averages_nothing(self) -> bool:
+        """Whether a query without keys gets the mean of all values in HF's model."""
+        return self.config._attn_implementation in self._averaging and not torch.compiler.is_compiling()
 
     def _decodes(self) -> bool:
         """Whether this is a decoder."""
@@ -172,6 +178,7 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
         encoder_states=context.encoder_states, encoder_mask=context.encoder_mask,
         encoder_unpadding=context.encoder_unpadding, documents=documents, read=want.read,
         read_first=want.read_first or want.first_only, attentions=flags.attentions,
+        refuses_blind=stack._averages_nothing(),
     )  # fmt: skip
     call.rotary = stack._rotary(call.unpadding, positions, past, device)
     embedding = stack._embedding_module()
@@ -210,7 +217,7 @@ def _check_sizes(
         given = "input_ids" if inputs.inputs_embeds is None else "inputs_embeds"
         check_indices(f"the positions of {prefix}{given}", positions, most, f"{setting}; {advice}")
     elif isinstance(past, int) and past + length > most:
-        raise ValueError(f"{prefix}input_ids: {past + length} positions exceed {setting} = {most}; {advice}")
+        raise OutOfRange(f"{prefix}input_ids: {past + length} positions exceed {setting} = {most}; {advice}")
     if inputs.input_ids is not None:
         check_indices(f"{prefix}input_ids", inputs.input_ids, words.num_embeddings, stack._words_setting)
     if inputs.token_type_ids is not None and (segments := stack._segments()) is not None:

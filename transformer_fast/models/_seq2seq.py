@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from .. import ops
 from .._transformers import CACHE_NAME, cached
 from ..generation import StepDescription
-from ..layers import SlotTable
+from ..layers import BeyondFastPath, SlotTable
 from ._base import Encoded, ModelMixin, Outputs, Want
 from ._heads import IGNORE
 from ._layer import kept_layers
@@ -64,6 +64,8 @@ class StackBase(Stack, ModelMixin):
         encoded = run_stack(self, inputs, want or Want(), kwargs)
         if want is not None:
             return encoded
+        if self._averages_nothing() and encoded.unpadding.hollow:
+            raise BeyondFastPath("cross-attention reads the states of a row without tokens")
         return self._finish(self._encoder_output(encoded), kwargs)
 
     def _encoder_output(self, encoded: Encoded):
@@ -229,7 +231,27 @@ class JoinedForward(Seq2SeqBase):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        """As HF's. Padding is dropped where a mask marks it; outputs there are zeros."""
+        """Run the encoder over the source and the decoder over the target; arguments and outputs as in HF's models.
+
+        Padding is dropped where a mask marks it; outputs there are zeros.
+
+        Args:
+            input_ids: (B, S) int32 or int64, the source.
+            attention_mask: (B, S), nonzero for the source's tokens.
+            decoder_input_ids: (B, T) int32 or int64, the target's tokens before each position.
+            decoder_attention_mask: (B, T), nonzero for the target's tokens.
+            encoder_outputs: the encoder's output, in place of input_ids.
+            past_key_values: an EncoderDecoderCache.
+            inputs_embeds: (B, S, d_model), in place of input_ids.
+            decoder_inputs_embeds: (B, T, d_model), in place of decoder_input_ids.
+            use_cache: also return the cache; default: the configuration's.
+
+        Returns:
+            Seq2SeqModelOutput: last_hidden_state of the decoder, (B, T, d_model); encoder_last_hidden_state.
+
+        Raises:
+            TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
+        """
         want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
         given = DecoderInputs(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,

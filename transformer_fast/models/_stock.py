@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from .._transformers import IS_TESTED, collects_outputs, is_capturing_hook, register_outputs
 from ..layers import stock
-from ..layers.quantized import is_int8
+from ..layers.quantized import COMPILER_SEES_MODULES, is_int8, lay_out_all
 from ._layer import Layer
 
 __all__ = ["BUILT", "remember", "remember_config", "watch", "why_hf_forward", "why_hf_loop"]
@@ -25,8 +25,6 @@ _APART = {
     "__init__", "_init_weights", "generate", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_output_embeddings", "set_input_embeddings", "set_output_embeddings", "tie_weights",
 }  # fmt: skip
-# From torch 2.13, assume_constant_result accepts a module as an argument.
-_COMPILER_SEES_MODELS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 _DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 # Fields of configurations that HF's modules read in their constructors only, and our code in every call.
 _BUILT_IN = frozenset(
@@ -79,7 +77,9 @@ def why_hf_forward(model: Any, gathered: bool = False) -> str:
             return "a model around it collects the outputs of its layers"
     if ops.exporting():
         return "it is being exported"
-    if torch.compiler.is_compiling() and not _COMPILER_SEES_MODELS:
+    if torch.compiler.is_compiling() and COMPILER_SEES_MODULES:
+        lay_out_all(model)
+    if torch.compiler.is_compiling() and not COMPILER_SEES_MODULES:
         return f"the compiler of torch {torch.__version__} cannot inspect a model's modules"
     if torch.compiler.is_compiling() and (wrapped := _wrapped_part(model)):
         return f"it is being compiled, and {wrapped}"

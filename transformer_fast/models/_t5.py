@@ -118,6 +118,7 @@ class T5StackBase(StackBase):
     final_layer_norm: Any
     is_decoder: bool
     _tables = SLOTS
+    _averaging = ("eager", "sdpa")  # HF's sdpa adds the lowest number to the bias where a key is masked
 
     def forward(
         self,

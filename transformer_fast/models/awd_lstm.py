@@ -178,10 +178,23 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> AWDLSTMOutput:
-        """input_ids: (B, S), or inputs_embeds (B, S, embedding_size); attention_mask: (B, S) or, with a state, (B, past
-        + S), nonzero for tokens, padding on either side; past_key_values: an AWDLSTMState to continue from.
-        Returns AWDLSTMOutput: last_hidden_state (B, S, embedding_size), after dropout, zeros at padding;
-        hidden_states, a tuple of num_layers + 1 tensors whose widths differ."""
+        """Read the words of each sequence from the first to the last.
+
+        Args:
+            input_ids: (B, S) int32 or int64.
+            attention_mask: (B, S) or, with a state, (B, past + S); nonzero for tokens, padding on either side.
+            past_key_values: an AWDLSTMState to continue from.
+            inputs_embeds: (B, S, embedding_size), in place of input_ids.
+            use_cache: also return the state; default: the configuration's.
+            output_hidden_states: also return the states of all layers.
+
+        Returns:
+            AWDLSTMOutput: last_hidden_state (B, S, embedding_size), after dropout, zeros at padding; past_key_values;
+            hidden_states, a tuple of num_layers + 1 tensors whose widths differ.
+
+        Raises:
+            TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
+        """
         config = self.config
         source = check_inputs(input_ids, inputs_embeds, config.embedding_size)
         if input_ids is not None:
@@ -270,8 +283,17 @@ class AWDLSTMForCausalLM(AWDLSTMPreTrainedModel, HFGenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As AWDLSTMModel. labels: (B, S), -100 to ignore; each is predicted from the tokens before it. In training the
-        loss includes the two regularisation terms. Returns CausalLMOutputWithPast with logits (B, S, vocab_size)."""
+        """Score every word of the vocabulary as the next one. Other arguments: as AWDLSTMModel.
+
+        Args:
+            labels: (B, S) int64, -100 to ignore; each is predicted from the tokens before it.
+            logits_to_keep: compute the last so many positions, or those of these indices; 0: all.
+            num_items_in_batch: divides the sum of the losses, in place of the number of labels (`Trainer`).
+
+        Returns:
+            CausalLMOutputWithPast with logits (B, S, vocab_size), and the loss if there are labels. In training it
+            includes the two regularisation terms.
+        """
         output = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, return_dict=True
         )
@@ -328,7 +350,14 @@ class AWDLSTMForSequenceClassification(AWDLSTMPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """As AWDLSTMModel. labels: (B,). Returns SequenceClassifierOutput with logits (B, num_labels)."""
+        """Score the classes of each sequence. Other arguments: as AWDLSTMModel.
+
+        Args:
+            labels: (B,), int64 classes, or floats for a regression; (B, num_labels) floats for several at once.
+
+        Returns:
+            SequenceClassifierOutput with logits (B, num_labels), and the loss if there are labels.
+        """
         output = self.model(
             input_ids, attention_mask, None, inputs_embeds, False, output_hidden_states, return_dict=True
         )

@@ -279,11 +279,20 @@ class ElmoModel(ElmoPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """input_ids: (B, S, C) character ids, as ElmoTokenizer and AllenNLP's batch_to_ids make them, zeros at padding;
-        attention_mask: (B, S), nonzero for words, by default where there are characters. The begin and end marks of a
-        sentence are added here and removed from the outputs. Returns BaseModelOutput: last_hidden_state (B, S,
-        2 * projection_size), of the last layer, zeros at padding; hidden_states, num_layers + 1 tensors, of which the
-        first holds each word's vector twice."""
+        """Read sentences in both directions. Their begin and end marks are added here and removed from the outputs.
+
+        Args:
+            input_ids: (B, S, C) character ids, as ElmoTokenizer and AllenNLP's batch_to_ids make them, 0 at padding.
+            attention_mask: (B, S), nonzero for words; default: where there are characters.
+            output_hidden_states: also return the states of all layers.
+
+        Returns:
+            BaseModelOutput: last_hidden_state (B, S, 2 * projection_size), of the last layer, zeros at padding;
+            hidden_states, num_layers + 1 tensors, of which the first holds each word's vector twice.
+
+        Raises:
+            TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
+        """
         tokens, mask = self._words(input_ids, attention_mask)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         rows, inner, order = self._bounded(tokens, mask)
@@ -373,8 +382,14 @@ class ElmoForSequenceClassification(_Headed):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """As ElmoModel. labels: (B,). Returns SequenceClassifierOutput with logits (B, num_labels). The mean of a
-        sentence without words is zeros."""
+        """Score the classes of each sentence. Other arguments: as ElmoModel.
+
+        Args:
+            labels: (B,), int64 classes, or floats for a regression; (B, num_labels) floats for several at once.
+
+        Returns:
+            SequenceClassifierOutput with logits (B, num_labels). The mean of a sentence without words is zeros.
+        """
         mixed, states = self._mixed(input_ids, attention_mask, output_hidden_states)
         mask = (input_ids != 0).any(-1) if attention_mask is None else attention_mask != 0  # type: ignore[union-attr]
         pooled = mixed.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(mixed.dtype)
@@ -396,7 +411,11 @@ class ElmoForTokenClassification(_Headed):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
-        """As ElmoModel. labels: (B, S), -100 ignored. Returns TokenClassifierOutput with logits (B, S, num_labels)."""
+        """Score the classes of each word. labels: (B, S) int64, -100 to ignore; other arguments: as ElmoModel.
+
+        Returns:
+            TokenClassifierOutput with logits (B, S, num_labels).
+        """
         mixed, states = self._mixed(input_ids, attention_mask, output_hidden_states)
         logits = linear(self.classifier, ops.dropout(mixed, dropout_p(self.dropout)))
         loss = None if labels is None else token_loss(logits, labels)
@@ -436,8 +455,14 @@ class ElmoForPreTraining(ElmoPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> ElmoForPreTrainingOutput:
-        """As ElmoModel. labels: (B, S), the vocabulary id of each word itself (not shifted), -100 to ignore. The logits
-        are never in memory as a whole. Returns ElmoForPreTrainingOutput."""
+        """The language model's losses; the logits are never in memory as a whole. Other arguments: as ElmoModel.
+
+        Args:
+            labels: (B, S) int64, the vocabulary id of each word itself (not shifted), -100 to ignore.
+
+        Returns:
+            ElmoForPreTrainingOutput: loss, forward_loss, backward_loss, and last_hidden_state.
+        """
         base = self.elmo
         ids, mask = base._words(input_ids, attention_mask)
         rows, inner, order = base._bounded(ids, mask)

@@ -4,11 +4,12 @@ from typing import Any
 
 from transformers.models.gpt_neo import modeling_gpt_neo as hf
 
-from ..layers import TransformerSpec
+from ..layers import BeyondFastPath, StackCall, TransformerSpec
 from ._base import activation_name
 from ._decoder import DecoderBase, Heads, LearnedPositions
 from ._decoder_classes import classes_of
 from ._gpt import GPTBase
+from ._run_stack import Inputs
 
 _SLOTS = {
     "attention_norm": "ln_1",
@@ -38,6 +39,11 @@ class _Base(LearnedPositions, GPTBase, DecoderBase):
             config.num_heads, config.hidden_size // config.num_heads, scale=1.0, causal=True, norm_position="pre",
             activation=activation_name(config.activation_function), windows=windows if any(windows) else (),
         )  # fmt: skip
+
+    def _plan(self, spec: TransformerSpec, inputs: Inputs, batch: int, length: int, device, **options) -> StackCall:
+        if inputs.attention_mask is not None and inputs.attention_mask.dim() > 2:
+            raise BeyondFastPath("HF's GPT-Neo adds causality and windows to masks of four dimensions")
+        return super()._plan(spec, inputs, batch, length, device, **options)
 
     def _final_norm(self) -> Any:
         return self.ln_f

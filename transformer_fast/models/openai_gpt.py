@@ -125,7 +125,7 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
 
     @functools.wraps(HFGenerationMixin.prepare_inputs_for_generation, assigned=())  # the signature
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        if not why_hf_forward(self):
+        if not (why_hf_forward(self) or _goes_without_cache(input_ids, kwargs)):
             return HFGenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         # HF's own forward has no cache and reads all tokens at every step.
         dropped = (*CACHE_NAMES, "use_cache", "next_sequence_length", "is_first_iteration")
@@ -171,6 +171,18 @@ class OpenAIGPTLMHeadModel(GenerationMixin, _OpenAIGPTMixin, hf.OpenAIGPTLMHeadM
             CausalLMOutputWithPast(loss=loss, logits=logits, **cached(encoded.past_key_values), **encoded.extras()),
             kwargs,
         )
+
+
+def _goes_without_cache(input_ids: torch.Tensor, step: dict) -> bool:
+    """Whether the forward of a step is HF's own, which keeps no cache: a prompt has no token to attend to. Then the
+    cache stays empty, and later steps go without it too. step: keywords of prepare_inputs_for_generation."""
+    cache = next((step[name] for name in CACHE_NAMES if step.get(name) is not None), None)
+    if cache is None or cache.get_seq_length():
+        return False
+    new, mask = step.get("next_sequence_length"), step.get("attention_mask")
+    if new is not None and new < input_ids.shape[1]:
+        return True
+    return mask is not None and not bool((mask != 0).any(-1).all())
 
 
 class OpenAIGPTDoubleHeadsModel(_OpenAIGPTMixin, hf.OpenAIGPTDoubleHeadsModel):

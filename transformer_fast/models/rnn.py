@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .. import ops
 from .._transformers import CACHE_NAME, cached
+from ..backends import without_kernels
 from ..generation import GenerationMixin
 from ..generation.native_recurrent_step import RecurrentDescription
 from ..layers.embeddings import check_indices, look_up
@@ -76,9 +77,26 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> Seq2SeqModelOutput:
-        """As HF's encoder-decoders. input_ids: (B, Sk); attention_mask: (B, Sk), nonzero for tokens;
-        decoder_input_ids: (B, T); past_key_values: a RecurrentState, advanced in place. Returns Seq2SeqModelOutput:
-        last_hidden_state is the readout (B, T, config.readout_size), cross_attentions has one tensor (B, 1, T, Sk)."""
+        """Encode the source, and run the decoder over the target's words; arguments as in HF's encoder-decoders.
+
+        Args:
+            input_ids: (B, Sk) int32 or int64, the source.
+            attention_mask: (B, Sk), nonzero for the source's tokens.
+            decoder_input_ids: (B, T) int32 or int64, the target's words before each step.
+            encoder_outputs: the encoder's output, in place of input_ids.
+            past_key_values: a RecurrentState to continue from, advanced in place.
+            inputs_embeds: (B, Sk, embedding_size), in place of input_ids.
+            decoder_inputs_embeds: (B, T, embedding_size), in place of decoder_input_ids.
+            use_cache: also return the decoder's state; default: the configuration's.
+            output_attentions: also return the attention weights.
+
+        Returns:
+            Seq2SeqModelOutput: last_hidden_state is the readout, (B, T, config.readout_size); cross_attentions has one
+            tensor, (B, 1, T, Sk).
+
+        Raises:
+            TypeError, ValueError: if an argument is invalid; the message names it, its value and what is expected.
+        """
         config = self.config
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, return_dict=True)
@@ -181,7 +199,8 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
             how = f"this package's engine, module by module, as {reason}"
         else:
             how = "this package's engine, one native call per token"
-        return f"{type(self).__name__}\n  forward: the fast path, which is the only one\n  generate: {how}"
+        lines = [type(self).__name__, "  forward: the fast path, which is the only one", f"  generate: {how}"]
+        return "\n".join([*lines, *filter(None, [without_kernels(self)])])
 
     def _sampled_inputs(
         self, ids, mask, targets, encoder_outputs, inputs_embeds, labels, output_attentions, num_items_in_batch
@@ -231,8 +250,16 @@ class AttentionRNNForConditionalGeneration(GenerationMixin, AttentionRNNPreTrain
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """As AttentionRNNModel. labels: (B, T), -100 to ignore; decoder_input_ids are made from them if none are given.
-        Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
+        """Score every word of the target's vocabulary at each step. Other arguments: as AttentionRNNModel.
+
+        Args:
+            labels: (B, T) int64, -100 to ignore; decoder_input_ids are made from them if none are given.
+            logits_to_keep: compute the last so many steps, or those of these indices; 0: all.
+            num_items_in_batch: divides the sum of the losses, in place of the number of labels (`Trainer`).
+
+        Returns:
+            Seq2SeqLMOutput with logits (B, T, vocab_size), and the loss if there are labels.
+        """
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

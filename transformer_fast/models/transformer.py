@@ -149,6 +149,7 @@ class _Stack(Stack, TransformerPreTrainedModel):
     """Embedding, layers and the last norm, of the encoder or of the decoder."""
 
     causal = False
+    _averaging = ()
 
     def __init__(self, config: TransformerConfig, layers: Sequence[nn.Module], vocab_size: int):
         super().__init__(config)
@@ -375,8 +376,16 @@ class TransformerForConditionalGeneration(GenerationMixin, TransformerPreTrained
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """As TransformerModel. labels: (B, T), -100 to ignore; decoder_input_ids are made from them if none are given.
-        Returns Seq2SeqLMOutput with logits (B, T, vocab_size)."""
+        """Score every word of the target's vocabulary at each position. Other arguments: as TransformerModel.
+
+        Args:
+            labels: (B, T) int64, -100 to ignore; decoder_input_ids are made from them if none are given.
+            logits_to_keep: compute the last so many positions, or those of these indices; 0: all.
+            num_items_in_batch: divides the sum of the losses, in place of the number of labels (`Trainer`).
+
+        Returns:
+            Seq2SeqLMOutput with logits (B, T, vocab_size), and the loss if there are labels.
+        """
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

@@ -112,7 +112,7 @@ def pipeline(
         A transformers.Pipeline.
 
     Raises:
-        ValueError: for an unknown task.
+        ValueError: for an unknown task, or a model that is of no use for the task.
         TypeError: for a model or tokenizer of another type.
         ImportError: when a tokenizer needs a package that is not installed.
         OSError: for a checkpoint that is neither on this machine nor available from the hub.
@@ -143,7 +143,7 @@ def pipeline(
     source = model
     if isinstance(model, (str, os.PathLike)):
         loads = {**loading, "dtype": torch_dtype or dtype, "device_map": device_map, **(model_kwargs or {})}
-        model = _load_model(found.auto_model, os.fspath(model), config, loads)
+        model = _load_model(found.auto_model, os.fspath(model), config, loads, task)
     elif not isinstance(model, hf.PreTrainedModel):
         raise TypeError(f"model: wanted a checkpoint's name or a PreTrainedModel, got {type(model).__name__}")
     if tokenizer is None:
@@ -162,7 +162,7 @@ def pipeline(
     return found.pipeline(model=model, tokenizer=tokenizer, task=name, progress=progress, **kwargs)
 
 
-def _load_model(auto_model: str, name: str, config: Any, loads: dict) -> hf.PreTrainedModel:
+def _load_model(auto_model: str, name: str, config: Any, loads: dict, task: str) -> hf.PreTrainedModel:
     """Our class for the checkpoint's model_type, else transformers' own with accelerate()."""
     loads = {key: value for key, value in loads.items() if value is not None}
     if local_folder(name, loads) is None:  # raises for a path that does not exist
@@ -173,8 +173,14 @@ def _load_model(auto_model: str, name: str, config: Any, loads: dict) -> hf.PreT
     ours = getattr(auto, auto_model, None)
     if ours is not None and type(config) in ours._model_mapping:
         return ours.from_pretrained(name, config=config, **loads)
+    theirs = getattr(hf, auto_model)
+    if type(config) not in theirs._model_mapping:
+        raise ValueError(
+            f"model: {name} has model_type {config.model_type!r}, which has no model for the task {task!r} "
+            f"({auto_model}), neither in this package nor in transformers"
+        )
     try:
-        model = getattr(hf, auto_model).from_pretrained(name, config=config, trust_remote_code=False, **loads)
+        model = theirs.from_pretrained(name, config=config, trust_remote_code=False, **loads)
     except Exception as error:
         explain_broken(error, name, local_folder(name, loads))
         raise

@@ -35,10 +35,9 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
     lists for question and context (one context may serve several questions). A context longer than the model's
     window is read in windows that overlap by doc_stride tokens; probabilities are normalised within each window.
 
-    Returns {"score": float, "start": int, "end": int, "answer": str} with context[start:end] == answer, or a list of
-    them, best first, when top_k > 1; for several questions a list of these.
+    The arguments are for the construction or for a call.
 
-    Arguments, at construction or in a call:
+    Args:
         top_k: how many answers. Answers with the same text are merged, and their scores added.
         doc_stride: tokens that neighbouring windows share; default 128, at most half of max_seq_len.
         max_seq_len: tokens in a window, question included; default 384 or what the model takes.
@@ -47,8 +46,14 @@ class QuestionAnsweringPipeline(ListInputs, ChunkPipeline):
         handle_impossible_answer: allow the answer "", scored by the first token ([CLS]) as start and end; with several
             windows its lowest score is used.
         align_to_words: answers begin and end at words, default True.
-    Raises ValueError for an empty question or context, a missing key, values out of range; TypeError for a tokenizer
-    without character offsets.
+
+    Returns:
+        {"score": float, "start": int, "end": int, "answer": str} with context[start:end] == answer; with top_k above 1
+        a list of them, best first; for several questions a list of these.
+
+    Raises:
+        ValueError: for an empty question or context, a missing key, or a value out of range.
+        TypeError: for a tokenizer without character offsets.
     """
 
     default_input_names = "question,context"

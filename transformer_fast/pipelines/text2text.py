@@ -16,13 +16,26 @@ _DEFAULTS = {"max_new_tokens": 256, "num_beams": 4}
 
 
 class Text2TextGenerationPipeline(ListInputs, Pipeline):
-    """text -> [{"generated_text": text}], one dict per returned sequence; for a list of texts a list of dicts (of lists
-    of dicts when num_return_sequences > 1). Takes a text, a list, a generator or a dataset of texts.
+    """Text to text by an encoder-decoder: text -> [{"generated_text": text}].
 
-    return_tensors=True gives {"generated_token_ids": tensor} instead, with return_text=True both. truncation: as in the
-    tokenizer. stop_sequence: text whose first token ends generation. All other arguments go to model.generate. The
-    defaults are 256 new tokens and 4 beams, unless the model's generation configuration or config.task_specific_params
-    (T5's prefixes) has others for the task.
+    Call with a text, or a list, generator or dataset of texts. All arguments that are not listed go to model.generate.
+    The defaults are 256 new tokens and 4 beams, unless the model's generation configuration or
+    config.task_specific_params (T5's prefixes) has others for the task.
+
+    Args:
+        return_tensors: give {"generated_token_ids": tensor} in place of the text; with return_text=True both.
+        return_text: give the text.
+        clean_up_tokenization_spaces: as in the tokenizer's decode.
+        truncation: as in the tokenizer.
+        stop_sequence: text whose first token ends generation.
+        prefix: text before each input.
+
+    Returns:
+        One dict per returned sequence; for a list of texts a list of dicts (of lists of dicts if num_return_sequences
+        is above 1).
+
+    Raises:
+        ValueError: for a model that is no encoder-decoder or does not generate.
     """
 
     _load_processor = False
@@ -129,9 +142,8 @@ class Text2TextGenerationPipeline(ListInputs, Pipeline):
 
 
 class SummarizationPipeline(Text2TextGenerationPipeline):
-    __doc__ = "text -> [{'summary_text': text}]. As text2text-generation:\n\n    " + (
-        Text2TextGenerationPipeline.__doc__ or ""
-    )
+    """Summaries: text -> [{"summary_text": text}]. Arguments are those of Text2TextGenerationPipeline."""
+
     return_name = "summary"
 
     def __init__(self, *args, task: str = "summarization", **kwargs):
@@ -149,11 +161,14 @@ class SummarizationPipeline(Text2TextGenerationPipeline):
 
 
 class TranslationPipeline(Text2TextGenerationPipeline):
-    __doc__ = (
-        "text -> [{'translation_text': text}]. src_lang, tgt_lang: languages, for tokenizers that need them (mBART, "
-        "NLLB, M2M100); task translation_xx_to_yy sets them too, and selects T5's prefix. As text2text-generation:"
-        "\n\n    " + (Text2TextGenerationPipeline.__doc__ or "")
-    )
+    """Translations: text -> [{"translation_text": text}]. Other arguments are those of Text2TextGenerationPipeline.
+
+    Args:
+        src_lang: language of the text, for tokenizers that need it (mBART, NLLB, M2M100). The task translation_xx_to_yy
+            sets both, and selects T5's prefix.
+        tgt_lang: language of the translation.
+    """
+
     return_name = "translation"
 
     def __init__(self, *args, task: str = "translation", **kwargs):
