@@ -425,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.call == "pack":
         from flight_kit import make  # beside this file
 
-        return make(KIT, more)
+        return make(KIT, KERNELS, more)
     out = pathlib.Path(os.environ.get("OUT") or STATE).resolve()
     started = time.monotonic()
     with contextlib.suppress(OSError):

@@ -29,12 +29,12 @@ PACKAGES = {
 }
 LARGEST = 64 << 20  # bytes of the kit
 WHEELS = ROOT / "build" / "flight-triton"  # kept: a later call continues
-KERNELS = "triton-cache.tar.gz"
 LIBRARY = "triton/_C/libtriton.so"  # what differs between the wheels of one release
 PLATFORMS = [f"--platform=manylinux_2_{n}_x86_64" for n in (28, 27, 17)]
 
 
-def make(kit: pathlib.Path, arguments: list[str]) -> int:
+def make(kit: pathlib.Path, kernels: str, arguments: list[str]) -> int:
+    """Make the kit in a folder; kernels: the name of its archive of Triton kernels."""
     parser = argparse.ArgumentParser(prog="gpu.sh pack", description=__doc__.splitlines()[0])
     parser.add_argument("--triton", default="3.6.0", help="the release on the GPU machine (default: %(default)s)")
     parser.add_argument("--python", default="3.12", help="its Python (default: %(default)s)")
@@ -49,7 +49,7 @@ def make(kit: pathlib.Path, arguments: list[str]) -> int:
     (kit / "commit").write_text(name.stdout)
     for package, requirement in PACKAGES.items():
         _package(kit / "packages" / package, package, requirement)
-    _triton_kernels(kit, options)
+    _triton_kernels(kit / kernels, options)
     size = sum(path.stat().st_size for path in kit.rglob("*") if path.is_file())
     print(
         f"{kit.relative_to(ROOT)}: {size / 2**20:.1f} MiB of {LARGEST >> 20}. Copy it together with the tracked files;"
@@ -72,7 +72,7 @@ def _package(folder: pathlib.Path, name: str, requirement: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _triton_kernels(kit: pathlib.Path, options) -> None:
+def _triton_kernels(archive: pathlib.Path, options) -> None:
     """Compile the kernels of the plan. If that fails, the kit has none, and the GPU machine compiles them."""
     cache = WHEELS / f"cache-{options.triton}"
     try:
@@ -83,9 +83,9 @@ def _triton_kernels(kit: pathlib.Path, options) -> None:
         subprocess.run([*command, "--minutes", f"{options.minutes:g}"], check=True, env=environment, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         print(f"Triton kernels are left out: {error}")
-        (kit / KERNELS).unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)
         return
-    count = pack_kernels(cache, kit / KERNELS)
+    count = pack_kernels(cache, archive)
     print(f"{count} Triton kernels for sm_90, compiled by Triton {options.triton}, keyed for Python {options.python}")
 
 

@@ -17,7 +17,8 @@ extern "C" void tf_parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, 
 }
 #define TF_TEXT_OF(x) #x
 #define TF_TEXT(x) TF_TEXT_OF(x)
-extern "C" __attribute__((visibility("default"))) const char* const tf_source_hash = TF_TEXT(TF_SOURCE_HASH);  // setup.py
+// setup.py passes TF_SOURCE_HASH.
+extern "C" __attribute__((visibility("default"))) const char* const tf_source_hash = TF_TEXT(TF_SOURCE_HASH);
 
 extern "C" int tf_num_threads() { return int(torch::stable::get_num_threads()); }
 extern "C" void tf_yield() { std::this_thread::yield(); }
@@ -52,8 +53,24 @@ TF_FOR_EACH_ISA(TF_DECLARE)
 static const Kernels* active = &kernels_baseline;
 const Kernels& kernels() { return *active; }
 
-// name: one of the compiled instruction sets. The caller has checked that this processor supports it.
+// Whether this processor has the instruction set: see X86_ISAS in setup.py.
+static bool has_isa(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "baseline") return true;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (name == "avx2") return true;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512cd");
+  return avx512 && (name != "avx512_bf16" || __builtin_cpu_supports("avx512bf16"));
+#else
+  return true;
+#endif
+}
+
+// name: one of the compiled instruction sets.
 void cpu_set_isa(std::string name) {
+  STD_TORCH_CHECK(has_isa(name), "transformer_fast: this processor lacks instruction set ", name);
 #define TF_SELECT(isa) \
   if (name == #isa) {  \
     active = &kernels_##isa; \
@@ -102,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " TF_ATTENTION_SCHEMA
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? drelative_bias) -> ()");
   m.def("cpu_column_sum(Tensor x, Tensor(a!) out) -> ()");
-  m.def("cpu_to_panels(Tensor weight, Tensor(a!) panels) -> ()");  // panels: (ceil(out / 32), in, 32), in int8 (.., in + 4, 32)
+  m.def("cpu_to_panels(Tensor weight, Tensor(a!) panels) -> ()");  // panels: see csrc/cpu/linear.hpp
   m.def("cpu_linear_panel(Tensor x, Tensor panels, Tensor? bias, int activation, Tensor(a!) y) -> ()");  // -1: none
   // float32: x (rows, in) with last stride 1, weights (out, in) with last stride 1, biases contiguous, y (rows, out).
   m.def("cpu_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
@@ -114,8 +131,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_content_hash(Tensor[] tensors, Tensor(a!) hashes) -> ()");
   // logits: (rows, classes), last stride 1; target: int64; all others float32.
   m.def(
-      "cpu_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
-      "float z_loss, Tensor(a!) losses, Tensor(b!) largest, Tensor(c!) total) -> ()");
+      "cpu_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float z_loss, Tensor(a!) losses, Tensor(b!) largest, Tensor(c!) total) -> ()");
   m.def(
       "cpu_cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor? weight, Tensor largest, "
       "Tensor total, int ignore_index, float label_smoothing, float z_loss, Tensor(a!) grad) -> ()");
@@ -135,9 +152,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_decoder_phase_bytes(int layers) -> int");
   m.def("cpu_decoder_split_floats(Tensor weight) -> int");  // of workspace, per row
   m.def(
-      "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, Tensor? position, "
-      "float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, Tensor?[] head, "
-      "float head_scale, int vocabulary, Tensor? cos, Tensor? sin, bool rotary_interleaved, "
+      "cpu_decoder_plan_stack(Tensor(a!) plan, Tensor(b!) phases, Tensor(c!) workspace, Tensor token, "
+      "Tensor? position, float embed_scale, Tensor?[] norms, float[] eps, bool rms, bool pre_norm, int activation, "
+      "Tensor?[] head, float head_scale, int vocabulary, Tensor? cos, Tensor? sin, bool rotary_interleaved, "
       "bool parallel, bool qkv_by_head, float softcap, float logits_softcap, int layers, int heads, int key_heads, "
       "int head_dim, int feed_forward, int rows, int capacity, int cross_capacity, ScalarType cache_dtype) -> ()");
   m.def(

@@ -64,6 +64,7 @@ T* write(const OptionalTensor& t) {
 
 // Dropout with probability p drops an element when its 16 random bits are below the threshold.
 inline uint32_t dropout_threshold(double p) {
+  STD_TORCH_CHECK(0. <= p && p <= 1., "transformer_fast: dropout_p: wanted a probability, got ", p);
   const uint32_t threshold = uint32_t(p * 65536.0 + 0.5);
   return threshold < 65535 ? threshold : 65535;
 }
@@ -73,6 +74,8 @@ inline float keep_scale_of(uint32_t threshold) { return float(65536.0 / (65536.0
 inline Philox philox_of(const OptionalTensor& rng, double p) {
   Philox result;
   if (!rng.has_value() || p <= 0) return result;
+  STD_TORCH_CHECK(rng->is_cpu() && rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
+                  "transformer_fast: rng: wanted {seed, offset} in int64");
   const int64_t* state = read<int64_t>(*rng);
   result.seed = uint64_t(state[0]);
   result.offset = uint64_t(state[1]);

@@ -256,6 +256,8 @@ class Worker:
             return {"embedding": vectors}
         if given.task == "classify":
             limit = {"max_length": given.max_length} if given.max_length else {}
+            if self.pipe.tokenizer.pad_token_id is None:  # GPT-2's: one text at a time
+                size = {"batch_size": 1}
             found = self.pipe(some, truncation=True, **limit, **size)
             keys = {"label": pyarrow.string(), "score": pyarrow.float32()}
         else:
@@ -379,7 +381,7 @@ def main(arguments: argparse.Namespace) -> dict:
 
     every, todo, errors = plan(arguments)
     rows, left = (sum(b["stop"] - b["start"] for b in some) for some in (every, todo))
-    print(f"{rows:,} rows in {len(every):,} blocks; {rows - left:,} are there already")
+    print(f"{rows:,} rows in {len(every):,} block{'s' * (len(every) != 1)}; {rows - left:,} are there already")
     done, processes, start = 0, set(), time.perf_counter()
     if todo:
         import ray

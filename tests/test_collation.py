@@ -99,3 +99,6 @@ def test_bad_input(tokenizer):
         sentence_pairs([["d0s0w0"], [], [""]], tokenizer)
     with pytest.raises(ValueError, match="max_length: wanted at least 5, got 4"):
         sentence_pairs(DOCUMENTS, tokenizer, max_length=4)
+    for documents in ("text", ["One sentence.", "Another."]):
+        with pytest.raises(TypeError, match="documents: wanted a list of documents, each a list of sentences"):
+            sentence_pairs(documents, tokenizer)

@@ -83,7 +83,7 @@ _SHARED = {
         "column_sum", "descriptor", "philox", "ptx", "ptx_sm90", "ptx_wgmma", "simt", "stream", "swizzle", "tensor_map",
         "vector",
     },
-    "csrc/bindings": {"content_hash", "cuda", "cuda_counters", "matrix"},
+    "csrc/bindings": {"check", "content_hash", "cuda", "cuda_counters", "matrix"},
     "kernels": {"column_sum", "direct", "philox"},
 }  # fmt: skip
 

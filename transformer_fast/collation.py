@@ -47,7 +47,7 @@ def sentence_pairs(
     Raises:
         ValueError: for an unknown objective, next_sentence with fewer than two documents, or a max_length that is too
             small.
-        TypeError: if the tokenizer is not a fast one.
+        TypeError: if the tokenizer is not a fast one, or if the documents are not lists of sentences.
 
     Source:
         Devlin et al., "BERT", 2019, appendix A.2; Lan et al., "ALBERT", 2020, section 3.1.
@@ -64,6 +64,8 @@ def sentence_pairs(
         raise ValueError(f"objective: wanted {' or '.join(map(repr, _LABELS))}, got {objective!r}")
     if not tokenizer.is_fast:
         raise TypeError(f"tokenizer: wanted a fast one, got {type(tokenizer).__name__}")
+    if isinstance(documents, str) or any(isinstance(document, str) for document in documents):
+        raise TypeError("documents: wanted a list of documents, each a list of sentences, got text in place of a list")
     tokens = [[found for s in document if len(found := _encode(tokenizer, s))] for document in documents]
     tokens = [document for document in tokens if document]
     if objective == "next_sentence" and len(tokens) < 2:

@@ -1,54 +1,36 @@
-#include "matrix.hpp"
+#include "activation.hpp"
 
 namespace tf {
 namespace {
 
 void bias_activation_forward(Tensor x, OptionalTensor bias, OptionalTensor gate, int64_t activation, Tensor y) {
   BiasActivationForward a{};
-  a.dtype = dtype_of(x);
-  a.activation = Activation(activation);
-  a.x = read(x);
-  a.gate = read(gate);
+  const RowArguments rows = take_rows(a, x, bias, gate, activation, ScalarType::Float);
+  take_result(a, rows, y);
   a.bias = read<float>(bias);
-  a.y = write(y);
-  const Matrix m = matrix_of(x);
-  a.rows = m.rows;
-  a.width = m.width;
-  a.x_stride = m.stride;
-  a.gate_stride = row_stride(gate);
+  a.width = rows.matrix().width;
   kernels().bias_activation_forward(a);
 }
 
 void bias_activation_backward(Tensor grad, Tensor x, OptionalTensor bias, OptionalTensor gate, int64_t activation,
                               Tensor grad_x, OptionalTensor grad_bias, OptionalTensor grad_gate) {
   BiasActivationBackward a{};
-  a.dtype = dtype_of(x);
-  a.activation = Activation(activation);
-  a.grad = read(grad);
-  a.x = read(x);
-  a.gate = read(gate);
+  const RowArguments rows = take_rows(a, x, bias, gate, activation, ScalarType::Float);
+  take_gradients(a, rows, grad, grad_x, grad_bias, grad_gate);
   a.bias = read<float>(bias);
-  a.grad_x = write(grad_x);
-  a.grad_gate = write(grad_gate);
-  a.grad_bias = write<float>(grad_bias);
-  const Matrix m = matrix_of(x);
-  a.rows = m.rows;
-  a.width = m.width;
-  a.grad_stride = matrix_of(grad).stride;
-  a.x_stride = m.stride;
-  a.gate_stride = row_stride(gate);
+  a.width = rows.matrix().width;
   kernels().bias_activation_backward(a);
 }
 
 void dropout_forward(Tensor x, Tensor rng, double p, Tensor y) {
   DropoutForward a{};
+  const RowArguments rows(x, "x");
+  take_result(a, rows, y);
   a.dtype = dtype_of(x);
   a.x = read(x);
-  a.y = write(y);
-  const Matrix m = matrix_of(x);
-  a.rows = m.rows;
-  a.width = m.width;
-  a.x_stride = m.stride;
+  a.rows = rows.matrix().rows;
+  a.width = rows.matrix().width;
+  a.x_stride = rows.matrix().stride;
   a.dropout = philox_of(rng, p);
   kernels().dropout_forward(a);
 }

@@ -1,17 +1,26 @@
-#include "tensors.hpp"
+#include "check.hpp"
 
 namespace tf {
 namespace {
 
 void rows_of(const Tensor& t, int64_t (&strides)[2]) {
-  STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) <= 1, "transformer_fast: the last axis must be contiguous");
   strides[0] = t.stride(0);
   strides[1] = t.stride(1);
 }
 
-void fill(AdditiveAttention& a, const Tensor& query, const Tensor& key, const Tensor& value,
-          const Tensor& score_weight, const OptionalTensor& bias, const OptionalTensor& mask,
-          const OptionalTensor& key_lengths) {
+Check take(AdditiveAttention& a, const Tensor& query, const Tensor& key, const Tensor& value,
+           const Tensor& score_weight, const OptionalTensor& bias, const OptionalTensor& mask,
+           const OptionalTensor& key_lengths) {
+  const Check check(query);
+  check(query, "query").shape({kAny, kAny, kAny}).unit();
+  const int64_t batch = query.size(0), width = query.size(2);
+  check(key, "key").dtype(query.scalar_type()).shape({batch, kAny, width}).unit();
+  const int64_t keys = key.size(1);
+  check(value, "value").dtype(query.scalar_type()).shape({batch, keys, kAny}).unit();
+  check(score_weight, "score_weight").dtype(ScalarType::Float).shape({width}).contiguous();
+  check(bias, "bias").dtype(ScalarType::Float).shape({width}).contiguous();
+  check(mask, "mask").dtype(ScalarType::Bool).shape({batch, query.size(1), keys});
+  check(key_lengths, "key_lengths").dtype(ScalarType::Long).shape({batch}).contiguous();
   a.dtype = dtype_of(query);
   a.query = read(query);
   a.key = read(key);
@@ -30,12 +39,15 @@ void fill(AdditiveAttention& a, const Tensor& query, const Tensor& key, const Te
   a.keys = key.size(1);
   a.width = query.size(2);
   a.value_width = value.size(2);
+  return check;
 }
 
 void additive_attention_forward(Tensor query, Tensor key, Tensor value, Tensor score_weight, OptionalTensor bias,
                                 OptionalTensor mask, OptionalTensor key_lengths, Tensor out, Tensor weights) {
   AdditiveAttentionForward a{};
-  fill(a, query, key, value, score_weight, bias, mask, key_lengths);
+  const Check check = take(a, query, key, value, score_weight, bias, mask, key_lengths);
+  check(out, "out").dtype(query.scalar_type()).shape({a.batch, a.queries, a.value_width}).contiguous();
+  check(weights, "weights").dtype(ScalarType::Float).shape({a.batch, a.queries, a.keys}).contiguous();
   a.out = write(out);
   a.weights = write<float>(weights);
   kernels().additive_attention_forward(a);
@@ -46,7 +58,14 @@ void additive_attention_backward(Tensor grad_out, OptionalTensor grad_weights, T
                                  OptionalTensor mask, OptionalTensor key_lengths, Tensor grad_query, Tensor grad_key,
                                  Tensor grad_value, Tensor grad_score_weight) {
   AdditiveAttentionBackward a{};
-  fill(a, query, key, value, score_weight, bias, mask, key_lengths);
+  const Check check = take(a, query, key, value, score_weight, bias, mask, key_lengths);
+  check(grad_out, "grad_out").dtype(query.scalar_type()).shape({a.batch, a.queries, a.value_width}).contiguous();
+  check(grad_weights, "grad_weights").dtype(ScalarType::Float).shape({a.batch, a.queries, a.keys}).contiguous();
+  check(weights, "weights").dtype(ScalarType::Float).shape({a.batch, a.queries, a.keys}).contiguous();
+  check(grad_query, "grad_query").dtype(ScalarType::Float).shape_of(query).contiguous();
+  check(grad_key, "grad_key").dtype(query.scalar_type()).shape_of(key).contiguous();
+  check(grad_value, "grad_value").dtype(query.scalar_type()).shape_of(value).contiguous();
+  check(grad_score_weight, "grad_score_weight").dtype(ScalarType::Float).shape({a.batch, a.width}).contiguous();
   a.grad_out = read(grad_out);
   a.grad_weights = read<float>(grad_weights);
   a.weights = read<float>(weights);

@@ -58,8 +58,7 @@ Sequences sequences_of(const AttentionArguments& x) {
 }
 
 // s must outlive the call.
-void take_call(Attention& a, const AttentionArguments& x, const Sequences& s) {
-  take_arguments(a, x);
+void take_sequences(Attention& a, const AttentionArguments& x, const Sequences& s) {
   a.query_starts = s.query_starts.data();
   a.query_lengths = s.query_lengths.data();
   a.key_starts = s.key_starts.data();
@@ -70,26 +69,33 @@ void take_call(Attention& a, const AttentionArguments& x, const Sequences& s) {
       STD_TORCH_CHECK(a.reach >= n + kAttentionQueries, "transformer_fast: relative_bias has distances up to ", a.reach,
                       ", wanted ", n + kAttentionQueries);
   a.dropout = philox_of(x.rng, x.dropout_p);
+  if (!x.cu_seqlens_q.has_value() || (!x.bias.has_value() && !x.mask.has_value())) return;
+  for (int64_t b = 0; b < a.batch; ++b)
+    STD_TORCH_CHECK(a.query_lengths[b] <= x.max_seqlen_q && a.key_lengths[b] <= x.max_seqlen_k,
+                    "transformer_fast: max_seqlen_q, max_seqlen_k: wanted at least ", a.query_lengths[b], " and ",
+                    a.key_lengths[b], ", got ", x.max_seqlen_q, " and ", x.max_seqlen_k);
 }
 
 void forward(TF_ATTENTION_PARAMETERS, Tensor out, OptionalTensor lse) {
   const AttentionArguments x = TF_ATTENTION_ARGUMENTS;
-  const Sequences s = sequences_of(x);
   AttentionForward a{};
-  take_call(a, x, s);
-  take_outputs(a, out, lse);
+  take_arguments(a, x);
+  const Sequences s = sequences_of(x);
+  take_sequences(a, x, s);
+  take_outputs(a, query, out, lse);
   kernels().attention_forward(a);
 }
 
 void backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, TF_ATTENTION_PARAMETERS, Tensor dq,
               Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor drelative_bias) {
   const AttentionArguments x = TF_ATTENTION_ARGUMENTS;
-  const Sequences s = sequences_of(x);
   AttentionBackward a{};
-  take_call(a, x, s);
-  take_gradients(a, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, drelative_bias);
-  STD_TORCH_CHECK(!a.drelative_bias || drelative_bias->numel() == a.batch * relative_bias->numel(),
-                  "transformer_fast: drelative_bias must be (batch, heads, 2 * reach + 1)");
+  take_arguments(a, x);
+  const Sequences s = sequences_of(x);
+  take_sequences(a, x, s);
+  take_gradients(a, x, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, drelative_bias);
+  if (drelative_bias.has_value())
+    Checked(&*drelative_bias, "drelative_bias").shape({a.batch, a.heads, relative_bias->size(1)});
   kernels().attention_backward(a);
 }
 

@@ -1,34 +1,27 @@
 #include "cuda.hpp"
 
 #if TF_CUDA_KERNELS
+#include "activation.hpp"
 #include "cuda/activation.hpp"
-#include "matrix.hpp"
 
 namespace tf::cuda {
 namespace {
 
-// The arguments that forward and backward share.
-template <class Arguments>
-void fill(Arguments& a, const Tensor& x, const OptionalTensor& bias, const OptionalTensor& gate, int64_t activation) {
-  a.dtype = dtype_of(x);
-  a.activation = Activation(activation);
-  a.x = read(x);
-  a.gate = read(gate);
+// bias: float32 or of the rows' dtype.
+template <class Call>
+void take_columns(Call& a, const RowArguments& rows, const OptionalTensor& bias) {
+  const int64_t width = rows.matrix().width;
+  STD_TORCH_CHECK(width <= kWidestNorm, "transformer_fast: rows of ", width, " elements; wanted at most ", kWidestNorm);
   a.bias = {read(bias), bias.has_value() && bias->scalar_type() == ScalarType::Float};
-  const Matrix m = matrix_of(x);
-  STD_TORCH_CHECK(m.width <= kWidestNorm, "transformer_fast: rows of ", m.width, " elements; wanted at most ",
-                  kWidestNorm);
-  a.rows = m.rows;
-  a.width = int32_t(m.width);
-  a.x_stride = m.stride;
-  a.gate_stride = row_stride(gate);
+  a.width = int32_t(width);
 }
 
 void activation_forward_op(Tensor x, OptionalTensor bias, OptionalTensor gate, int64_t activation, Tensor y) {
   const Device device(x);
   BiasActivationForward a{};
-  fill(a, x, bias, gate, activation);
-  a.y = write(y);
+  const RowArguments rows = take_rows(a, x, bias, gate, activation, x.scalar_type());
+  take_columns(a, rows, bias);
+  take_result(a, rows, y);
   bias_activation_forward(a, device.stream());
 }
 
@@ -36,12 +29,9 @@ void activation_backward_op(Tensor grad, Tensor x, OptionalTensor bias, Optional
                             Tensor grad_x, OptionalTensor grad_bias, OptionalTensor grad_gate) {
   const Device device(x);
   BiasActivationBackward a{};
-  fill(a, x, bias, gate, activation);
-  a.grad = read(grad);
-  a.grad_stride = matrix_of(grad).stride;
-  a.grad_x = write(grad_x);
-  a.grad_gate = write(grad_gate);
-  a.grad_bias = write<float>(grad_bias);
+  const RowArguments rows = take_rows(a, x, bias, gate, activation, x.scalar_type());
+  take_columns(a, rows, bias);
+  take_gradients(a, rows, grad, grad_x, grad_bias, grad_gate);
   OptionalTensor partial;
   if (grad_bias.has_value()) {
     partial = new_scratch(*grad_bias, {bias_activation_programs(a), int64_t(a.width)}, ScalarType::Float);

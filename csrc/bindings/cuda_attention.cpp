@@ -55,8 +55,7 @@ void launch_first(const Kernel<Call> (&kernels)[N], const Call& call, const char
 
 const int32_t* integers(const OptionalTensor& t, int64_t count) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->size(0) == count && t->is_contiguous(),
-                  "transformer_fast: lengths must be a contiguous int32 vector of ", count);
+  Checked(&*t, "lengths").dtype(ScalarType::Int).shape({count}).contiguous();
   return read<int32_t>(t);
 }
 
@@ -72,9 +71,8 @@ void take_call(Attention& a, const AttentionArguments& x) {
   a.key_lengths = integers(x.key_lengths, a.batch);
   a.keep_scale = 1.f;
   if (x.dropout_p > 0.) {
-    STD_TORCH_CHECK(x.rng.has_value() && x.rng->scalar_type() == ScalarType::Long && x.rng->numel() == 2 &&
-                        x.rng->is_contiguous(),
-                    "transformer_fast: rng must be {seed, offset} in int64");
+    STD_TORCH_CHECK(x.rng.has_value(), "transformer_fast: rng: wanted with dropout_p, got none");
+    Check{x.query}(x.rng, "rng").dtype(ScalarType::Long).numel(2).contiguous();
     a.rng = read<int64_t>(x.rng);
     a.threshold = dropout_threshold(x.dropout_p);
     a.keep_scale = keep_scale_of(a.threshold);
@@ -89,7 +87,7 @@ void attention_forward(TF_ATTENTION_PARAMETERS, Tensor out, OptionalTensor lse) 
   Device device(query);
   AttentionForward a{};
   take_call(a, TF_ATTENTION_ARGUMENTS);
-  take_outputs(a, out, lse);
+  take_outputs(a, query, out, lse);
   launch_first(kernels, a, "forward", [&](const Kernel<AttentionForward>& kernel) {
     const bool counts = kernel.run == attention_forward_wgmma && attention_forward_wgmma_counts(a);
     a.counters = counts ? counters_of(query, device) : nullptr;
@@ -97,12 +95,10 @@ void attention_forward(TF_ATTENTION_PARAMETERS, Tensor out, OptionalTensor lse) 
   });
 }
 
-RowStrides new_strides(const OptionalTensor& t, const Attention& a) {
-  if (!t.has_value()) return {};
-  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == a.batch && t->size(1) == a.key_heads && t->size(2) == a.max_seqlen_q &&
-                      t->size(3) == a.dim && dtype_of(*t) == a.dtype,
-                  "transformer_fast: new keys and values must have the queries' shape and dtype, the cache's heads");
-  return strides_of(*t);
+RowStrides new_strides(const Tensor& t, const char* name, const Attention& a, const Tensor& query) {
+  const Checked checked = Check{query}(t, name).dtype(query.scalar_type()).unit();
+  checked.shape({a.batch, a.key_heads, a.max_seqlen_q, a.dim});
+  return strides_of(t);
 }
 
 void attention_decode_op(TF_ATTENTION_PARAMETERS, OptionalTensor new_key, OptionalTensor new_value, Tensor out,
@@ -113,10 +109,9 @@ void attention_decode_op(TF_ATTENTION_PARAMETERS, OptionalTensor new_key, Option
   const OptionalTensor all_lengths = key_lengths;
   if (wide) key_lengths.reset();
   take_call(a, TF_ATTENTION_ARGUMENTS);
-  take_outputs(a, out, lse);
+  take_outputs(a, query, out, lse);
   if (wide) {
-    STD_TORCH_CHECK(all_lengths->dim() == 1 && all_lengths->size(0) == a.batch && all_lengths->is_contiguous(),
-                    "transformer_fast: lengths must be a contiguous vector of ", a.batch);
+    Check{query}(all_lengths, "key_lengths").shape({a.batch}).contiguous();
     a.wide_lengths = read<int64_t>(all_lengths);
   }
   if (new_key.has_value()) {
@@ -126,8 +121,8 @@ void attention_decode_op(TF_ATTENTION_PARAMETERS, OptionalTensor new_key, Option
     write(value);
     a.new_key = read(new_key);
     a.new_value = read(new_value);
-    a.new_key_strides = new_strides(new_key, a);
-    a.new_value_strides = new_strides(new_value, a);
+    a.new_key_strides = new_strides(*new_key, "new_key", a, query);
+    a.new_value_strides = new_strides(*new_value, "new_value", a, query);
   }
   const char* reason = attention_decode_refuses(a);
   STD_TORCH_CHECK(!reason,
@@ -154,10 +149,11 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
   };
   Device device(query);
   AttentionBackward a{};
-  take_call(a, TF_ATTENTION_ARGUMENTS);
-  take_gradients(a, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, drelative_bias);
-  STD_TORCH_CHECK(!a.drelative_bias || drelative_bias->numel() == relative_bias->numel(),
-                  "transformer_fast: drelative_bias must have the shape of relative_bias");
+  const AttentionArguments x = TF_ATTENTION_ARGUMENTS;
+  take_call(a, x);
+  take_gradients(a, x, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, drelative_bias);
+  if (drelative_bias.has_value()) Checked(&*drelative_bias, "drelative_bias").shape_of(*relative_bias);
+  Check{query}(delta, "delta").dtype(ScalarType::Float).shape_of(lse).contiguous();
   a.delta = write<float>(delta);
   a.deterministic = deterministic;
   launch_first(kernels, a, "backward", [&](const Kernel<AttentionBackward>& kernel) {

@@ -12,8 +12,9 @@ Parameter parameter_of(const OptionalTensor& t) {
   return {read(t), t.has_value() && t->scalar_type() == ScalarType::Float};
 }
 
-RowDropout dropout_of(const OptionalTensor& rng, double dropout_p) {
+RowDropout dropout_of(const Check& check, const OptionalTensor& rng, double dropout_p) {
   if (!rng.has_value() || dropout_p <= 0.) return {nullptr, 0, 1.f};
+  check(*rng, "rng").dtype(ScalarType::Long).numel(2).contiguous();
   const uint32_t threshold = dropout_threshold(dropout_p);
   return {read<int64_t>(rng), threshold, keep_scale_of(threshold)};
 }
@@ -27,21 +28,21 @@ int32_t width_of(const Matrix& m) {
 void forward_op(TF_NORM_FORWARD_PARAMETERS) {
   const Device device(x);
   NormForward a{};
-  a.width = width_of(take_forward(a, TF_NORM_FORWARD_ARGUMENTS));
+  a.width = width_of(take_forward(a, TF_NORM_FORWARD_ARGUMENTS, x.scalar_type()));
   a.inverse = 1.f / float(a.width);
   a.weight = parameter_of(weight);
   a.bias = parameter_of(bias);
-  a.dropout = dropout_of(rng, dropout_p);
+  a.dropout = dropout_of(Check(x), rng, dropout_p);
   norm_forward(a, device.stream());
 }
 
 void backward_op(TF_NORM_BACKWARD_PARAMETERS) {
   const Device device(v);
   NormBackward a{};
-  a.width = width_of(take_backward(a, TF_NORM_BACKWARD_ARGUMENTS));
+  a.width = width_of(take_backward(a, TF_NORM_BACKWARD_ARGUMENTS, v.scalar_type()));
   a.inverse = 1.f / float(a.width);
   a.weight = parameter_of(weight);
-  a.dropout = dropout_of(rng, dropout_p);
+  a.dropout = dropout_of(Check(v), rng, dropout_p);
   const int64_t wanted = grad_weight.has_value() + grad_bias.has_value();
   OptionalTensor partial;
   if (wanted) {

@@ -10,6 +10,7 @@ namespace {
 
 void rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved, bool inverse, Tensor y) {
   const Device device(x);
+  Check{x}(y, "y").contiguous();
   cuda::rotary(rotary_of(x, cos, sin, positions, interleaved, inverse, y), device.stream());
 }
 
@@ -18,7 +19,7 @@ void rotary_append(Tensor query, Tensor key, Tensor value, Tensor key_cache, Ten
                    OptionalTensor key_weight, double eps, bool interleaved, Tensor y) {
   const Device device(query);
   const RotaryAppend a = rotary_append_of(query, key, value, key_cache, value_cache, lengths, cos, sin, positions,
-                                          query_weight, key_weight, eps, interleaved, y);
+                                          query_weight, key_weight, eps, interleaved, y, query.scalar_type());
   cuda::rotary_append(a, device.stream());
 }
 
@@ -32,8 +33,8 @@ TF_CUDA_IMPL(m) {
 #endif
 
 // x, y: (batch, length, heads, width), last stride 1, y contiguous; cos, sin: float32 (positions, half), contiguous;
-// positions: int64 (batch, length). query, key, value: as x; caches: (batch, key heads, capacity, width), last stride 1;
-// lengths: int32 or int64 (batch,); weights: (width,), contiguous, float32 or of query's dtype.
+// positions: int64 (batch, length). query, key, value: as x; caches: (batch, key heads, capacity, width), last stride
+// 1; lengths: int32 or int64 (batch,); weights: (width,), contiguous, float32 or of query's dtype.
 TF_CUDA_SCHEMA(m) {
   m.def(
       "cuda_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) y) "

@@ -4,12 +4,20 @@
 
 #include <vector>
 
-#include "tensors.hpp"
+#include "check.hpp"
 
 namespace tf {
 namespace {
 
+// The kernels divide their work by the number of inputs.
+void check_inputs(int64_t in) {
+  STD_TORCH_CHECK(in > 0, "transformer_fast: x: wanted at least one input, got none");
+}
+
 void column_sum(Tensor x, Tensor out) {
+  const Check check(x);
+  check(x, "x").shape({kAny, kAny}).unit();
+  check(out, "out").dtype(ScalarType::Float).shape({x.size(1)}).contiguous();
   ColumnSum a{};
   a.dtype = dtype_of(x);
   a.x = read(x);
@@ -21,6 +29,9 @@ void column_sum(Tensor x, Tensor out) {
 }
 
 void to_panels(Tensor weight, Tensor panels) {
+  const Check check(weight);
+  check(weight, "weight").shape({kAny, kAny});
+  check_panels(check(panels, "panels"), weight.size(0), weight.size(1), storage_of(panels));
   ToPanels a{};
   a.dtype = dtype_of(weight);
   a.storage = storage_of(panels);
@@ -30,6 +41,7 @@ void to_panels(Tensor weight, Tensor panels) {
   a.in = weight.size(1);
   a.out_stride = weight.stride(0);
   a.in_stride = weight.size(1) > 1 ? weight.stride(1) : 1;
+  STD_TORCH_CHECK(a.in_stride == 1 || a.out == 1 || a.out_stride == 1, "transformer_fast: weight: wanted one stride 1");
 #if defined(__linux__)
   // With pages of 4 KiB, address translation would take much of the time of reading a weight.
   const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.panels);
@@ -41,6 +53,12 @@ void to_panels(Tensor weight, Tensor panels) {
 }
 
 void linear_panel(Tensor x, Tensor panels, OptionalTensor bias, int64_t activation, Tensor y) {
+  const Check check(x);
+  check(x, "x").shape({kAny, kAny}).unit();
+  check(y, "y").dtype(x.scalar_type()).shape({x.size(0), kAny}).contiguous();
+  check_inputs(x.size(1));
+  check_panels(check(panels, "panels"), y.size(1), x.size(1), storage_of(panels));
+  check(bias, "bias").dtype(ScalarType::Float).shape({y.size(1)}).contiguous();
   LinearPanel a{};
   a.dtype = dtype_of(x);
   a.storage = storage_of(panels);
@@ -52,18 +70,24 @@ void linear_panel(Tensor x, Tensor panels, OptionalTensor bias, int64_t activati
   a.in = x.size(1);
   a.out = y.size(1);
   a.x_stride = x.stride(0);
-  a.has_activation = activation >= 0;
-  a.activation = Activation(activation >= 0 ? activation : 0);
+  take_activation(a, activation);
   kernels().linear_panel(a);
 }
 
 void linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases, int64_t activation,
                  std::vector<Tensor> y) {
   STD_TORCH_CHECK(biases.size() == weights.size() && y.size() == weights.size(), "weights, biases, y: wanted as many");
+  const Check check(x);
+  check(x, "x").dtype(ScalarType::Float).shape({kAny, kAny}).unit();
+  check_inputs(x.size(1));
   std::vector<RowsWeight> each;
-  for (size_t i = 0; i < weights.size(); ++i)
-    each.push_back({read<float>(weights[i]), read<float>(biases[i]), write<float>(y[i]), weights[i].size(0),
-                    weights[i].stride(0)});
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check(weights[i], "weights").dtype(ScalarType::Float).shape({kAny, x.size(1)}).unit();
+    const int64_t out = weights[i].size(0);
+    check(biases[i], "biases").dtype(ScalarType::Float).shape({out}).contiguous();
+    check(y[i], "y").dtype(ScalarType::Float).shape({x.size(0), out}).contiguous();
+    each.push_back({read<float>(weights[i]), read<float>(biases[i]), write<float>(y[i]), out, weights[i].stride(0)});
+  }
   LinearRows a{};
   a.x = read<float>(x);
   a.rows = x.size(0);
@@ -71,12 +95,18 @@ void linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTens
   a.x_stride = x.stride(0);
   a.count = int64_t(each.size());
   a.weights = each.data();
-  a.has_activation = activation >= 0;
-  a.activation = Activation(activation >= 0 ? activation : 0);
+  take_activation(a, activation);
   kernels().linear_rows(a);
 }
 
 void linear_long(Tensor x, Tensor weight, OptionalTensor bias, int64_t activation, Tensor y) {
+  const Check check(x);
+  check(x, "x").dtype(ScalarType::Float).shape({kAny, kAny}).unit();
+  check(weight, "weight").dtype(ScalarType::Float).shape({kAny, x.size(1)});
+  check(bias, "bias").dtype(ScalarType::Float).shape({weight.size(0)}).contiguous();
+  check(y, "y").dtype(ScalarType::Float).shape({x.size(0), weight.size(0)}).contiguous();
+  check_inputs(x.size(1));
+  if (!y.numel()) return;
   LinearLong a{};
   a.x = read<float>(x);
   a.weight = read<float>(weight);
@@ -87,13 +117,21 @@ void linear_long(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   a.out = weight.size(0);
   a.x_stride = x.stride(0);
   a.out_stride = weight.stride(0);
-  a.in_stride = weight.stride(1);
-  a.has_activation = activation >= 0;
-  a.activation = Activation(activation >= 0 ? activation : 0);
+  a.in_stride = a.in > 1 ? weight.stride(1) : 1;
+  STD_TORCH_CHECK(a.in_stride == 1 || a.out == 1 || a.out_stride == 1, "transformer_fast: weight: wanted one stride 1");
+  take_activation(a, activation);
   kernels().linear_long(a);
 }
 
 void weight_gradient(Tensor g, Tensor x, Tensor y, OptionalTensor sums) {
+  const Check check(g);
+  check(g, "g").dtype(ScalarType::Float).shape({kAny, kAny}).unit();
+  check(x, "x").dtype(ScalarType::Float).shape({g.size(0), kAny}).unit();
+  check(y, "y").dtype(ScalarType::Float).shape({g.size(1), x.size(1)}).contiguous();
+  check(sums, "sums").dtype(ScalarType::Float).shape({g.size(1)}).contiguous();
+  check_inputs(x.size(1));
+  STD_TORCH_CHECK(g.size(0) > 0, "transformer_fast: g: wanted at least one row, got none");
+  if (!y.numel()) return;
   WeightGradient a{};
   a.g = read<float>(g);
   a.x = read<float>(x);

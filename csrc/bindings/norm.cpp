@@ -5,7 +5,7 @@ namespace {
 
 void norm_forward(TF_NORM_FORWARD_PARAMETERS) {
   NormForward a{};
-  a.width = take_forward(a, TF_NORM_FORWARD_ARGUMENTS).width;
+  a.width = take_forward(a, TF_NORM_FORWARD_ARGUMENTS, ScalarType::Float).width;
   a.weight = read<float>(weight);
   a.bias = read<float>(bias);
   a.dropout = philox_of(rng, dropout_p);
@@ -14,7 +14,7 @@ void norm_forward(TF_NORM_FORWARD_PARAMETERS) {
 
 void norm_backward(TF_NORM_BACKWARD_PARAMETERS) {
   NormBackward a{};
-  a.width = take_backward(a, TF_NORM_BACKWARD_ARGUMENTS).width;
+  a.width = take_backward(a, TF_NORM_BACKWARD_ARGUMENTS, ScalarType::Float).width;
   a.weight = read<float>(weight);
   a.dropout = philox_of(rng, dropout_p);
   kernels().norm_backward(a);

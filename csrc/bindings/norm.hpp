@@ -48,10 +48,18 @@ struct NormBackwardArguments {
     grad_y, grad_sum, v, weight, mean, rstd, rng, dropout_p, grad_v, grad_x, grad_weight, grad_bias                \
   }
 
-// All but weight, bias, width and dropout, whose types differ. Returns the data as a matrix.
+// All but weight, bias, width and dropout, whose types differ. parameters: the dtype that weight and bias may have
+// instead of float32. Returns the data as a matrix.
 template <class Call>
-Matrix take_forward(Call& a, const NormForwardArguments& t) {
-  const Matrix m = matrix_of(t.x);
+Matrix take_forward(Call& a, const NormForwardArguments& t, ScalarType parameters) {
+  const RowArguments rows(t.x, "x");
+  const Matrix m = rows.matrix();
+  rows.per_column(t.weight, "weight", parameters);
+  rows.per_column(t.bias, "bias", parameters);
+  rows.result(t.y, "y");
+  rows.result(t.sum, "sum");
+  rows.per_row(t.mean, "mean");
+  rows.per_row(t.rstd, "rstd");
   a.dtype = dtype_of(t.x);
   a.x = read(t.x);
   a.residual = read(t.residual);
@@ -61,7 +69,7 @@ Matrix take_forward(Call& a, const NormForwardArguments& t) {
   a.rstd = write<float>(t.rstd);
   a.rows = m.rows;
   a.x_stride = m.stride;
-  a.residual_stride = row_stride(t.residual);
+  a.residual_stride = rows.stride(t.residual, "residual");
   a.eps = float(t.eps);
   a.rms = t.rms;
   return m;
@@ -69,8 +77,16 @@ Matrix take_forward(Call& a, const NormForwardArguments& t) {
 
 // Likewise.
 template <class Call>
-Matrix take_backward(Call& a, const NormBackwardArguments& t) {
-  const Matrix m = matrix_of(t.v);
+Matrix take_backward(Call& a, const NormBackwardArguments& t, ScalarType parameters) {
+  const RowArguments rows(t.v, "v");
+  const Matrix m = rows.matrix();
+  rows.per_column(t.weight, "weight", parameters);
+  rows.per_row(t.mean, "mean");
+  rows.per_row(t.rstd, "rstd");
+  rows.result(t.grad_v, "grad_v");
+  rows.result(t.grad_x, "grad_x");
+  rows.per_column(t.grad_weight, "grad_weight");
+  rows.per_column(t.grad_bias, "grad_bias");
   a.dtype = dtype_of(t.v);
   a.grad_y = read(t.grad_y);
   a.grad_sum = read(t.grad_sum);
@@ -82,8 +98,8 @@ Matrix take_backward(Call& a, const NormBackwardArguments& t) {
   a.grad_weight = write<float>(t.grad_weight);
   a.grad_bias = write<float>(t.grad_bias);
   a.rows = m.rows;
-  a.grad_y_stride = matrix_of(t.grad_y).stride;
-  a.grad_sum_stride = row_stride(t.grad_sum);
+  a.grad_y_stride = rows.stride(t.grad_y, "grad_y");
+  a.grad_sum_stride = rows.stride(t.grad_sum, "grad_sum");
   a.v_stride = m.stride;
   return m;
 }

@@ -1,5 +1,6 @@
 #include "cpu/recurrent_step.hpp"
 
+#include "check.hpp"
 #include "step_weight.hpp"
 
 namespace tf {
@@ -10,9 +11,13 @@ StepWeight checked(const char* name, const OptionalTensor& weight, const Optiona
                    RecurrentStep& s) {
   STD_TORCH_CHECK(weight.has_value(), name, ": wanted a weight (", out, ", ", in, "), got none");
   StepWeight w = weight_of({weight, bias}, 0, out, in);
-  STD_TORCH_CHECK(w.out == out && w.in == in && (weight->dim() != 3 || weight->size(0) == (out + kPanel - 1) / kPanel),
-                  name, ": wanted a weight (", out, ", ", in, "), got (", w.out, ", ", w.in, ")");
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == out, name, ": wanted a bias of ", out, " values");
+  STD_TORCH_CHECK(w.out == out && w.in == in, name, ": wanted a weight (", out, ", ", in, "), got (", w.out, ", ",
+                  w.in, ")");
+  if (weight->dim() == 3)
+    check_panels(Checked(&*weight, name), out, in, w.storage);
+  else if (w.storage == Storage::i8)
+    Checked(&*weight, name).contiguous();
+  if (bias.has_value()) Checked(&*bias, "biases").dtype(ScalarType::Float).numel(out).contiguous();
   s.weight_bytes += bytes_of(w);
   return w;
 }
@@ -27,7 +32,7 @@ StepWeight gathered(const char* name, const OptionalTensor& weight, const Option
 void fill_gates(StepWeight* gates, const OptionalTensors& weights, size_t at, const OptionalTensor& bias, int64_t in,
                 RecurrentStep& s) {
   const int64_t count = gates_of(s.cell), width = s.width;
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == count * width, "biases: wanted ", count * width, " values");
+  if (bias.has_value()) Checked(&*bias, "biases").dtype(ScalarType::Float).numel(count * width).contiguous();
   for (int64_t g = 0; g < count; ++g) {
     gates[g] = checked("weights", weights[at + size_t(g)], OptionalTensor(), width, in, s);
     STD_TORCH_CHECK(gates[g].layout == WeightLayout::panels || gates[g].layout == WeightLayout::rows,
@@ -42,6 +47,38 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
                     int64_t readout_size, Tensor next_hidden, OptionalTensor next_memory, OptionalTensor next_feed,
                     OptionalTensor logits, OptionalTensor screen, OptionalTensor bounds, OptionalTensor barred,
                     OptionalTensor tokens, int64_t vocabulary) {
+  const Check check(hidden);
+  const ScalarType wide = ScalarType::Float;
+  check(ids, "ids").dtype(ScalarType::Long).shape({kAny}).contiguous();
+  check(token, "token").shape({kAny, kAny}).contiguous();
+  const int64_t of_rows = ids.size(0);
+  check(hidden, "hidden").dtype(wide).shape({kAny, of_rows, kAny}).contiguous();
+  const int64_t state = hidden.size(2);
+  check(memory, "memory").dtype(wide).shape_of(hidden).contiguous();
+  check(feed, "feed").dtype(wide).shape({of_rows, readout_size}).contiguous();
+  check(values, "values").dtype(wide).shape({kAny, kAny, state}).contiguous();
+  STD_TORCH_CHECK(values.has_value() || !(feed.has_value() || keys.has_value() || mask.has_value()),
+                  "transformer_fast: values: wanted with feed, keys or mask, got none");
+  STD_TORCH_CHECK(!values.has_value() || keys.has_value() || values->size(1) > 0,
+                  "transformer_fast: values: wanted at least one per source");
+  if (values.has_value()) {
+    check(keys, "keys").dtype(wide).shape({values->size(0), values->size(1), kAny}).contiguous();
+    check(mask, "mask").dtype(ScalarType::Bool).shape({values->size(0), values->size(1)}).contiguous();
+  }
+  check(sources, "sources").dtype(ScalarType::Int).shape({of_rows}).contiguous();
+  const int64_t scored = keys.has_value() ? keys->size(2) : state;
+  check(score_weight, "score_weight").dtype(wide).shape({scored}).contiguous();
+  check(next_hidden, "next_hidden").dtype(wide).shape_of(hidden).contiguous();
+  check(next_memory, "next_memory").dtype(wide).shape_of(hidden).contiguous();
+  check(next_feed, "next_feed").dtype(wide).shape({of_rows, readout_size}).contiguous();
+  check(logits, "logits").dtype(wide).shape({of_rows, vocabulary}).contiguous();
+  check(screen, "screen").dtype(ScalarType::Char).contiguous();
+  check(bounds, "bounds").dtype(wide).contiguous();
+  check(barred, "barred").dtype(ScalarType::Long).contiguous();
+  check(tokens, "tokens").dtype(ScalarType::Long).contiguous();
+  STD_TORCH_CHECK(hidden.size(0) > 0, "transformer_fast: hidden: wanted at least one layer, got none");
+  STD_TORCH_CHECK(memory.has_value() == next_memory.has_value(),
+                  "transformer_fast: next_memory: wanted one with memory, else none");
   RecurrentStep s{};
   s.cell = memory.has_value() ? Cell::lstm : Cell::gru;
   s.context = !values.has_value() ? Context::none
@@ -78,6 +115,10 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
   }
   s.cells = of_layers.data();
   const OptionalTensor *w = &weights[cells], *b = &biases[2 * layers];
+  STD_TORCH_CHECK(w[0].has_value() || !keys.has_value() || s.score_width == s.width, "keys: wanted width ", s.width,
+                  " without a query weight, got ", s.score_width);
+  STD_TORCH_CHECK(!keys.has_value() || score_weight.has_value() || s.score_width == s.width, "keys: wanted width ",
+                  s.width, " without score_weight, got ", s.score_width);
   if (w[0].has_value()) s.query = gathered("query", w[0], b[0], s.score_width, s.width, s);
   const bool reads = maxout || s.context != Context::none;
   STD_TORCH_CHECK(!maxout || s.context != Context::none, "values: wanted with maxout, got none");
@@ -85,7 +126,6 @@ void recurrent_step(Tensor ids, Tensor token, Tensor hidden, OptionalTensor memo
     s.readout = gathered("readout", w[1], b[1], maxout ? 2 * readout_size : readout_size,
                          2 * s.width + (maxout ? s.embedding : 0), s);
   STD_TORCH_CHECK(logits.has_value() != tokens.has_value(), "logits, tokens: wanted one of them");
-  STD_TORCH_CHECK(!logits.has_value() || logits->size(1) == vocabulary, "logits: wanted ", vocabulary, " per row");
   s.head = gathered("head", w[2], b[2], vocabulary, reads ? readout_size : s.width, s);
   s.next_hidden = write<float>(next_hidden);
   s.next_memory = write<float>(next_memory);

@@ -2,14 +2,27 @@
 #pragma once
 #include "cpu/rotary.hpp"
 #include "cpu/rotary_append.hpp"
-#include "tensors.hpp"
+#include "check.hpp"
 
 namespace tf {
 
-// x, y: (batch, length, heads, width); cos, sin: float32 (positions, half), contiguous; positions: int64 (batch,
-// length).
+// cos, sin: float32 (positions, half), contiguous; positions: int64 (batch, length).
+inline void check_angles(const Check& check, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
+                         int64_t batch, int64_t length, int64_t width) {
+  check(cos, "cos").dtype(ScalarType::Float).shape({kAny, kAny}).contiguous();
+  check(sin, "sin").dtype(ScalarType::Float).shape_of(cos).contiguous();
+  check(positions, "positions").dtype(ScalarType::Long).shape({batch, length});
+  STD_TORCH_CHECK(2 * cos.size(1) <= width, "transformer_fast: cos: wanted at most ", width / 2, " columns, got ",
+                  cos.size(1));
+}
+
+// x, y: (batch, length, heads, width); cos, sin, positions: as above.
 inline Rotary rotary_of(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
                         bool interleaved, bool inverse, const Tensor& y) {
+  const Check check(x);
+  check(x, "x").shape({kAny, kAny, kAny, kAny}).unit();
+  check(y, "y").dtype(x.scalar_type()).shape_of(x).unit();
+  check_angles(check, cos, sin, positions, x.size(0), x.size(1), x.size(3));
   Rotary a{};
   a.dtype = dtype_of(x);
   a.x = read(x);
@@ -27,13 +40,26 @@ inline Rotary rotary_of(const Tensor& x, const Tensor& cos, const Tensor& sin, c
 }
 
 // query, key, value, y: (batch, length, heads, width); caches: (batch, key heads, capacity, width); last strides 1.
-// lengths: int32 or int64 (batch,). Weights: (width,), contiguous, float32, or on CUDA also query's dtype. cos, sin,
-// positions: as above.
+// lengths: int32 or int64 (batch,). Weights: (width,), contiguous, float32 or `parameters`. cos, sin, positions: as
+// above.
 inline RotaryAppend rotary_append_of(const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& key_cache, const Tensor& value_cache, const Tensor& lengths,
                                      const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
                                      const OptionalTensor& query_weight, const OptionalTensor& key_weight, double eps,
-                                     bool interleaved, const Tensor& y) {
+                                     bool interleaved, const Tensor& y, ScalarType parameters) {
+  const Check check(query);
+  const ScalarType dtype = query.scalar_type();
+  check(query, "query").shape({kAny, kAny, kAny, kAny}).unit();
+  const int64_t batch = query.size(0), length = query.size(1), width = query.size(3);
+  check(key, "key").dtype(dtype).shape({batch, length, kAny, width}).unit();
+  check(value, "value").dtype(dtype).shape_of(key).unit();
+  check(key_cache, "key_cache").dtype(dtype).shape({batch, key.size(2), kAny, width}).unit();
+  check(value_cache, "value_cache").dtype(dtype).shape_of(key_cache).unit();
+  check(y, "y").dtype(dtype).shape_of(query).unit();
+  check(lengths, "cache_lengths").shape({batch});
+  check(query_weight, "query_weight").float_or(parameters).shape({width}).contiguous();
+  check(key_weight, "key_weight").float_or(parameters).shape({width}).contiguous();
+  check_angles(check, cos, sin, positions, batch, length, width);
   const auto rows = [](const Tensor& t, const void* data) {
     return HeadRows{const_cast<void*>(data), t.stride(0), t.stride(1), t.stride(2)};
   };
@@ -55,7 +81,7 @@ inline RotaryAppend rotary_append_of(const Tensor& query, const Tensor& key, con
                   "transformer_fast: cache_lengths must be int32 or int64");
   a.length_stride = lengths.stride(0);
   a.query_norm = norm(query_weight), a.key_norm = norm(key_weight);
-  a.batch = query.size(0), a.length = query.size(1), a.heads = query.size(2), a.width = query.size(3);
+  a.batch = batch, a.length = length, a.heads = query.size(2), a.width = width;
   a.key_heads = key.size(2), a.capacity = key_cache.size(2), a.half = cos.size(1);
   a.eps = float(eps);
   a.interleaved = interleaved;

@@ -33,7 +33,8 @@ void backward_rows(const BiasActivationBackward& a, int64_t begin, int64_t end, 
   for (int64_t r = begin; r < end; ++r) {
     const T *g = row_of<T>(a.grad, r, a.grad_stride), *x = row_of<T>(a.x, r, a.x_stride);
     const T* gate = a.gate ? row_of<T>(a.gate, r, a.gate_stride) : nullptr;
-    T *dx = static_cast<T*>(a.grad_x) + r * a.width, *dgate = static_cast<T*>(a.grad_gate) + r * a.width;
+    T* dx = static_cast<T*>(a.grad_x) + r * a.width;
+    T* dgate = gate ? static_cast<T*>(a.grad_gate) + r * a.width : nullptr;
     for_columns(a.width, [&](int64_t c, auto part) {
       Vec v = load(x + c, part), dy = load(g + c, part), y, slope;
       if (bias) v = v + load(bias + c, part);

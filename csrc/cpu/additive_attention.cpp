@@ -18,7 +18,8 @@ static inline const T* row(const void* p, const int64_t (&strides)[2], int64_t b
   return static_cast<const T*>(p) + b * strides[0] + i * strides[1];
 }
 static inline int64_t keys_of(const AdditiveAttention& a, int64_t b) {
-  return a.key_lengths ? least(a.key_lengths[b], a.keys) : a.keys;
+  const int64_t keys = a.key_lengths ? least(a.key_lengths[b], a.keys) : a.keys;
+  return keys < 0 ? 0 : keys;
 }
 static inline bool takes_part(const AdditiveAttention& a, int64_t b, int64_t i, int64_t j) {
   return !a.mask || a.mask[b * a.mask_strides[0] + i * a.mask_strides[1] + j * a.mask_strides[2]];

@@ -26,11 +26,14 @@ inline Vec dot_keys(const T* k, int64_t stride, int64_t left, const float* q, in
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) acc[i] = fma(load(k + i * stride + c), x, acc[i]);
     }
-    if (c < dim)
-      for (int i = 0; i < kWidth; ++i) acc[i] = fma(load_partial(k + i * stride + c, int(dim - c)), load(q + c), acc[i]);
+    if (c < dim) {
+      const Vec x = load(q + c);
+      for (int i = 0; i < kWidth; ++i) acc[i] = fma(load_partial(k + i * stride + c, int(dim - c)), x, acc[i]);
+    }
   } else {
     for (int64_t i = 0; i < left; ++i)
-      for (int64_t c = 0; c < dim; c += kWidth) acc[i] = fma(load_some(k + i * stride + c, dim - c), load(q + c), acc[i]);
+      for (int64_t c = 0; c < dim; c += kWidth)
+        acc[i] = fma(load_some(k + i * stride + c, dim - c), load(q + c), acc[i]);
   }
   transpose(acc);
   for (int step = kWidth / 2; step > 0; step /= 2)
@@ -70,8 +73,10 @@ void weigh_values(const float* p, const T* v, int64_t stride, int64_t keys, int6
   alignas(64) float part[256];
   for (int64_t j = 0; j < keys; j += 64) {
     weigh_part(p + j, v + j * stride, stride, keys - j < 64 ? keys - j : 64, dim, part);
-    for (int64_t c = 0; c < dim; c += kWidth)
-      store(out + c, j == 0 ? fma(load(out + c), broadcast(correction), load(part + c)) : load(out + c) + load(part + c));
+    for (int64_t c = 0; c < dim; c += kWidth) {
+      const Vec before = load(out + c), more = load(part + c);
+      store(out + c, j == 0 ? fma(before, broadcast(correction), more) : before + more);
+    }
   }
 }
 

@@ -124,8 +124,8 @@ void softmax_pairs(int64_t keys, float to_log2, float* scores, float* tops, floa
     store(totals + n * kWidth, fma(load(totals + n * kWidth), load(correction + n * kWidth), sum[n]));
 }
 
-// Fetches rows of the next item into the cache, a few at a time while this item is computed: they lie far apart, and the
-// processor fetches nothing ahead by itself.
+// Fetches rows of the next item into the cache, a few at a time while this item is computed: they lie far apart, and
+// the processor fetches nothing ahead by itself.
 class Ahead {
  public:
   template <class T>
@@ -368,6 +368,7 @@ void attention_decode(const AttentionForward& a);  // attention_decode.cpp
 void attention_forward(const AttentionForward& a) {
   int64_t queries = 0;
   for (int64_t b = 0; b < a.batch; ++b) queries = a.query_lengths[b] > queries ? a.query_lengths[b] : queries;
+  if (!queries) return;
   if (queries <= kDecodeQueries && !a.dropout.threshold) return attention_decode(a);
   if (a.dtype == DType::f32)
     forward_all<float, false>(a);

@@ -19,17 +19,12 @@ struct Arena {
 
 template <int Step>
 static inline void exchange(Vec* rows) {
-  VecI low, high;  // lane l of the lower row: l & Step ? upper[l - Step] : lower[l]
-  for (int l = 0; l < kWidth; ++l) {
-    low[l] = l & Step ? kWidth + l - Step : l;
-    high[l] = l & Step ? kWidth + l : l + Step;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) {
     if (i & Step) continue;
     const Vec a = rows[i], b = rows[i + Step];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Step] = __builtin_shuffle(a, b, high);
+    rows[i] = lower_half<Step>(a, b);
+    rows[i + Step] = upper_half<Step>(a, b);
   }
 }
 static inline Vec reversed(Vec v) {

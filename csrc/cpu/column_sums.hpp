@@ -50,7 +50,7 @@ class ColumnSums {
 
   // out[c] = sum over chunks of partials[chunk * row + c], as eight interleaved running sums.
   void finish(const float* partials, int64_t row, float* out) const {
-    parallel_for(width_, 256 + 32768 / count_, [&](int64_t begin, int64_t end) {
+    parallel_for(width_, 256 + 32768 / (count_ + 1), [&](int64_t begin, int64_t end) {
       for_columns(end - begin, [&](int64_t i, auto part) {
         const float* p = partials + begin + i;
         Vec s[8] = {};

@@ -33,7 +33,8 @@ template <class C>  // element type of the caches
 class Walk : HeadArgmax {
  public:
   Walk(const DecoderStep& step, int64_t index, int64_t threads)
-      : HeadArgmax(step.plan->counters, index, threads, step.rows, step.plan->rows, buffers_of(*step.plan).split, step.int8),
+      : HeadArgmax(step.plan->counters, index, threads, step.rows, step.plan->rows, buffers_of(*step.plan).split,
+                   step.int8),
         s_(step),
         p_(*step.plan),
         b_(buffers_of(*step.plan)) {}
@@ -223,7 +224,8 @@ class Walk : HeadArgmax {
   }
 
   StepInput self_attention(const DecoderLayer& l) {
-    const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length, row = p_.key_heads * cap * dim;
+    const int64_t dim = p_.head_dim, heads = p_.heads, cap = p_.capacity, now = s_.length;
+    const int64_t row = p_.key_heads * cap * dim;
     const bool apart = p_.cos || l.query_norm.eps >= 0.f || l.key_norm.eps >= 0.f || p_.key_heads != heads;
     if (apart) place_and_append(l);
     return attention_phase(l.attention_output, [&](int64_t r, int64_t h) {

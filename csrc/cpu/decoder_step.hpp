@@ -52,7 +52,9 @@ struct DecoderPlan {
   PhaseCounter* counters;  // kLayerPhases * layers + kStackPhases
 };
 static inline DecoderLayer* layers_of(DecoderPlan* p) { return reinterpret_cast<DecoderLayer*>(p + 1); }
-static inline const DecoderLayer* layers_of(const DecoderPlan* p) { return reinterpret_cast<const DecoderLayer*>(p + 1); }
+static inline const DecoderLayer* layers_of(const DecoderPlan* p) {
+  return reinterpret_cast<const DecoderLayer*>(p + 1);
+}
 
 struct DecoderStep {
   const DecoderPlan* plan;

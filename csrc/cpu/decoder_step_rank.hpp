@@ -18,7 +18,8 @@ static void rank(const RowChoice& c, float* x, int64_t n, int64_t row) {
   const auto width = [&](int64_t b) { return n - b * kRankBlock < kRankBlock ? n - b * kRankBlock : kRankBlock; };
   const auto top_of = [&](int64_t b) {
     Vec most = broadcast(-INFINITY);
-    for_columns(width(b), [&](int64_t i, auto part) { most = max(load(x + b * kRankBlock + i, part, -INFINITY), most); });
+    const float* block = x + b * kRankBlock;
+    for_columns(width(b), [&](int64_t i, auto part) { most = max(load(block + i, part, -INFINITY), most); });
     return max_of(most);
   };
   float top = -INFINITY;

@@ -57,7 +57,8 @@ void forward_rows(const EmbeddingLayerNormForward& a, int64_t begin, int64_t end
 }
 
 template <class T>
-void backward_rows(const EmbeddingLayerNormBackward& a, int64_t begin, int64_t end, float* grad_weight, float* grad_bias) {
+void backward_rows(const EmbeddingLayerNormBackward& a, int64_t begin, int64_t end, float* grad_weight,
+                   float* grad_bias) {
   const int64_t n = a.width;
   float *xhat = scratch<float>(0, 2 * (n + kWidth)), *dy = xhat + n + kWidth;
   alignas(64) float factors[128];

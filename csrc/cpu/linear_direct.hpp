@@ -6,14 +6,9 @@ namespace tf::TF_ISA {
 
 template <int Step>
 static inline void fold_lanes(Vec* v) {
-  VecI low, high;  // lane l of the lower vector: l & Step ? upper[l - Step] : lower[l]
-  for (int l = 0; l < kWidth; ++l) {
-    low[l] = l & Step ? kWidth + l - Step : l;
-    high[l] = l & Step ? kWidth + l : l + Step;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; i += 2 * Step)
-    v[i] = __builtin_shuffle(v[i], v[i + Step], low) + __builtin_shuffle(v[i], v[i + Step], high);
+    v[i] = lower_half<Step>(v[i], v[i + Step]) + upper_half<Step>(v[i], v[i + Step]);
 }
 // Lane i of the result: the sum of the lanes of v[i], for kWidth vectors.
 static inline Vec lane_sums(Vec* v) {

@@ -120,7 +120,7 @@ void lay_out_int8(const ToPanels& a, int64_t p) {
 
 template <class T, class W>
 void lay_out(const ToPanels& a) {
-  parallel_for((a.out + kPanel - 1) / kPanel, 1 + 65536 / (a.in * kPanel + 1), [&](int64_t begin, int64_t end) {
+  parallel_for((a.out + kPanel - 1) / kPanel, 1 + 65536 / (a.in * kPanel), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if constexpr (sizeof(W) == 1) {
         lay_out_int8<T>(a, p);

@@ -43,19 +43,22 @@ constexpr int64_t panel_slots(int64_t in) {
   return in * kPanel + (sizeof(W) == 1 ? kScaleSlots : 0);
 }
 
-// out (M, 32) = x (M, in) times one panel, before the scales of int8. Memory `ahead` of the panel is prefetched.
-template <int M, class W>
-static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, int64_t ahead, float* out) {
+// out (M, 32) = x (M, in) times one panel, before the scales of int8, in running sums of at most `run` products. Fetch:
+// memory `ahead` of the panel is prefetched.
+template <int M, bool Fetch = true, class W>
+static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t in, int64_t run, int64_t ahead,
+                           float* out) {
   for (int g = 0; g < 16; g += kWidth) {
-    for (int64_t begin = 0; begin < in; begin += kRun) {
-      const int64_t end = begin + kRun < in ? begin + kRun : in;
+    for (int64_t begin = 0; begin < in; begin += run) {
+      const int64_t end = begin + run < in ? begin + run : in;
       Vec low[M] = {}, high[M] = {};
       for (int64_t k = begin; k < end; ++k) {
         const W* w = panel + k * kPanel;
-        __builtin_prefetch(w + ahead);
-        if (sizeof(W) == 4) __builtin_prefetch(w + ahead + 16);
+        if (Fetch) __builtin_prefetch(w + ahead);
+        if (Fetch && sizeof(W) == 4) __builtin_prefetch(w + ahead + 16);
         Vec w0, w1;
         load_pair(w, g, w0, w1);
+#pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
           const Vec v = broadcast(x[m * ldx + k]);
           low[m] = fma(v, w0, low[m]);
@@ -74,7 +77,7 @@ static void multiply_panel(const float* x, int64_t ldx, const W* panel, int64_t 
 template <int M, class W>
 static void multiply_panels(int rows, const float* x, int64_t ldx, const W* panel, int64_t in, int64_t ahead,
                             float* out) {
-  if (rows == M) return multiply_panel<M>(x, ldx, panel, in, ahead, out);
+  if (rows == M) return multiply_panel<M>(x, ldx, panel, in, kRun, ahead, out);
   if constexpr (M > 1) multiply_panels<M - 1>(rows, x, ldx, panel, in, ahead, out);
 }
 

@@ -30,10 +30,10 @@ void multiply(const LinearRows& a, const Activate& activate) {
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t own; p - first >= (own = (w->out + kPanel - 1) / kPanel); ++w) first += own;
       const int64_t column = (p - first) * kPanel, columns = w->out - column < kPanel ? w->out - column : kPanel;
+      const float* weight = w->weight + column * w->stride;
       for (int64_t r = 0; r < a.rows; r += kRows) {
         const int rows = a.rows - r < kRows ? int(a.rows - r) : kRows;
-        multiply_rows_of(rows, a.x + r * a.x_stride, a.x_stride, w->weight + column * w->stride, w->stride, columns, a.in,
-                         r == 0, sums);
+        multiply_rows_of(rows, a.x + r * a.x_stride, a.x_stride, weight, w->stride, columns, a.in, r == 0, sums);
         finish_panel(*w, r, rows, column, columns, sums, activate);
       }
     }

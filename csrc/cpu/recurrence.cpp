@@ -5,7 +5,7 @@
 
 #include "attention_tile.hpp"
 #include "kernels.hpp"
-#include "linear.hpp"
+#include "linear_panel.hpp"
 #include "parallel.hpp"
 #include "recurrence_cell.hpp"
 #include "team.hpp"
@@ -17,46 +17,20 @@ constexpr int kTile = kWidth == 16 ? 12 : 6;  // rows in registers at once: 2 kT
 constexpr int64_t kTogether = 32;             // rows multiplied by a panel in one item
 // Products per running sum, at most: long sums lose digits. For few rows other libraries compute dot products, whose
 // many partial sums lose little; short runs lose as little.
-constexpr int64_t kRun = 128, kShortRun = 16, kFewRows = 4;
+constexpr int64_t kLongRun = 128, kShortRun = 16, kFewRows = 4;
+constexpr int64_t kFetchAhead = 1024;  // floats
 
-
-// out (M, 32) = x (M, in) times one panel. Fetch: the panel is not in the cache yet, so memory ahead is prefetched.
-template <int M, bool Fetch>
-static void multiply_tile(const float* x, int64_t ldx, const float* panel, int64_t in, float* out) {
-  constexpr int64_t longest = M <= kFewRows ? kShortRun : kRun;
-  const int64_t runs = (in + longest - 1) / longest, run = (in + runs - 1) / runs;
-  for (int g = 0; g < 16; g += kWidth)
-    for (int64_t begin = 0; begin < in; begin += run) {
-      const int64_t end = least(begin + run, in);
-      Vec low[M] = {}, high[M] = {};
-      for (int64_t k = begin; k < end; ++k) {
-        const float* w = panel + k * kPanel + g;
-        if (Fetch) {
-          __builtin_prefetch(w + 1024);
-          __builtin_prefetch(w + 1024 + 16);
-        }
-        const Vec w0 = load(w), w1 = load(w + 16);
-#pragma GCC unroll 12
-        for (int m = 0; m < M; ++m) {
-          const Vec v = broadcast(x[m * ldx + k]);
-          low[m] = fma(v, w0, low[m]);
-          high[m] = fma(v, w1, high[m]);
-        }
-      }
-      for (int m = 0; m < M; ++m) {
-        float *left = out + m * kPanel + g, *right = left + 16;
-        store(left, begin ? load(left) + low[m] : low[m]);
-        store(right, begin ? load(right) + high[m] : high[m]);
-      }
-    }
-}
-
+// out (rows, 32) = x (rows, in) times one panel. fetch: the panel is not in the cache yet.
 template <int M = kTile>
-static void multiply_rows(int64_t rows, bool fetch, const float* x, int64_t ldx, const float* panel, int64_t in,
+static void multiply_tile(int64_t rows, bool fetch, const float* x, int64_t ldx, const float* panel, int64_t in,
                           float* out) {
-  if (rows == M)
-    return fetch ? multiply_tile<M, true>(x, ldx, panel, in, out) : multiply_tile<M, false>(x, ldx, panel, in, out);
-  if constexpr (M > 1) multiply_rows<M - 1>(rows, fetch, x, ldx, panel, in, out);
+  if (rows == M) {
+    constexpr int64_t longest = M <= kFewRows ? kShortRun : kLongRun;
+    const int64_t runs = (in + longest - 1) / longest, run = (in + runs - 1) / runs;
+    return fetch ? multiply_panel<M, true>(x, ldx, panel, in, run, kFetchAhead, out)
+                 : multiply_panel<M, false>(x, ldx, panel, in, run, 0, out);
+  }
+  if constexpr (M > 1) multiply_tile<M - 1>(rows, fetch, x, ldx, panel, in, out);
 }
 
 // out (rows, 32) = x (rows, in) times one panel, in tiles with about the same number of rows.
@@ -64,7 +38,7 @@ static void multiply(int64_t rows, const float* x, int64_t ldx, const float* pan
   const int64_t tiles = (rows + kTile - 1) / kTile;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t r = rows * t / tiles;
-    multiply_rows(rows * (t + 1) / tiles - r, t == 0, x + r * ldx, ldx, panel, in, out + r * kPanel);
+    multiply_tile(rows * (t + 1) / tiles - r, t == 0, x + r * ldx, ldx, panel, in, out + r * kPanel);
   }
 }
 
@@ -149,6 +123,7 @@ class Forward : Steps {
         if (a_.cell == Cell::lstm) begin(a_.memory, memory_, a_.last_memory);
       });
     }
+    if (!a_.steps) return;
     Steps::run(0, a_.steps - 1, [&](int64_t step, int64_t row, int64_t rows, int64_t panel) {
       block(step, row, rows, panel);
     });

@@ -46,7 +46,10 @@ Buffers buffers_of(const RecurrentStep& s, float* base, int64_t choice_floats) {
 class Step : ScreenedArgmax {
  public:
   Step(const RecurrentStep& s, const Buffers& b, PhaseCounter* counters, int64_t index, int64_t threads)
-      : ScreenedArgmax(counters, index, threads, s.rows, s.rows, b.split, s.int8), s_(s), b_(b), top_((s.layers - 1) * plane()) {}
+      : ScreenedArgmax(counters, index, threads, s.rows, s.rows, b.split, s.int8),
+        s_(s),
+        b_(b),
+        top_((s.layers - 1) * plane()) {}
 
   void run() {
     embed();
@@ -83,7 +86,9 @@ class Step : ScreenedArgmax {
   int64_t plane() const { return s_.rows * s_.width; }
   int64_t source(int64_t r) const { return s_.sources ? s_.sources[r] : r; }
   // Where the readout reads the context and the last layer's state.
-  float* read_context(int64_t r) const { return b_.read + r * b_.read_width + (s_.maxout ? s_.width + s_.embedding : 0); }
+  float* read_context(int64_t r) const {
+    return b_.read + r * b_.read_width + (s_.maxout ? s_.width + s_.embedding : 0);
+  }
   float* read_state(int64_t r) const { return b_.read + r * b_.read_width + (s_.maxout ? 0 : s_.width); }
 
   static void copy(const float* from, float* to, int64_t count) {

@@ -38,9 +38,7 @@ struct Append {
 
   void tokens(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / a.length, t = i % a.length, at = b * a.length_stride;
-      const int64_t stored =
-          t + (a.long_lengths ? static_cast<const int64_t*>(a.lengths)[at] : static_cast<const int32_t*>(a.lengths)[at]);
+      const int64_t b = i / a.length, t = i % a.length, stored = used_of(a, b) + t;
       const int64_t position = a.positions ? a.positions[b * a.position_batch + t * a.position_token] : stored;
       for (int64_t h = 0; h < a.heads; ++h)
         place(head_of<T>(a.query, b, t, h), head_of<T>(a.y, b, t, h), a.query_norm, position);

@@ -34,4 +34,10 @@ struct RotaryAppend {
   bool interleaved;
 };
 
+// How many positions of the cache sequence b has used.
+static inline int64_t used_of(const RotaryAppend& a, int64_t b) {
+  const int64_t at = b * a.length_stride;
+  return a.long_lengths ? static_cast<const int64_t*>(a.lengths)[at] : static_cast<const int32_t*>(a.lengths)[at];
+}
+
 }  // namespace tf

@@ -267,6 +267,21 @@ static inline float max_of(Vec v) {
   return s[0];
 }
 
+// Each takes half of the lanes of a and b, in blocks of Step: lane l of the lower half is l & Step ? b[l - Step] :
+// a[l], of the upper half l & Step ? b[l] : a[l + Step].
+template <int Step>
+static inline Vec lower_half(Vec a, Vec b) {
+  VecI lanes;
+  for (int l = 0; l < kWidth; ++l) lanes[l] = l & Step ? kWidth + l - Step : l;
+  return __builtin_shuffle(a, b, lanes);
+}
+template <int Step>
+static inline Vec upper_half(Vec a, Vec b) {
+  VecI lanes;
+  for (int l = 0; l < kWidth; ++l) lanes[l] = l & Step ? kWidth + l : l + Step;
+  return __builtin_shuffle(a, b, lanes);
+}
+
 // 32 x 32 -> 64 bit products, high and low halves.
 static inline VecU64 multiply_even(VecU64 a, VecU64 b) {
 #if defined(__AVX512F__)
@@ -333,10 +348,10 @@ static inline Vec reciprocal(Vec x) {
 // 2^x for x <= 128, relative error about 1e-7; 0 for -inf; NaN for NaN.
 static inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
-  const Vec t = broadcast(-160.f) > x ? broadcast(-160.f) : x;
+  const Vec t = max(broadcast(-160.f), x);
   const Vec n = bit_cast<Vec>(_mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(t), 8));
 #else
-  const Vec t = broadcast(-126.f) > x ? broadcast(-126.f) : x;
+  const Vec t = max(broadcast(-126.f), x);
   const Vec shifted = t + 12582912.f;  // 1.5 * 2^23: adding rounds to the nearest integer
   const Vec n = shifted - 12582912.f;
 #endif

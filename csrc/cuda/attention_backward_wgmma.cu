@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kL2Bytes = 32 << 20;  // budget for the queries and gradients of the heads that run together
 constexpr int kSharedLimit = 227 << 10;
-static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit && BackwardWgmmaTile<128, 64>::kBytes <= kSharedLimit &&
+static_assert(BackwardWgmmaTile<64, 128>::kBytes <= kSharedLimit &&
+              BackwardWgmmaTile<128, 64>::kBytes <= kSharedLimit &&
               BackwardWgmmaTile<128, 80>::kBytes <= kSharedLimit);
 
 // Queries per tile: as many as the registers hold. 80 does not divide into 128 keys, so that diagonals would need more

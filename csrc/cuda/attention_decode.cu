@@ -29,7 +29,8 @@ Plan plan_of(const AttentionDecode& p) {
   plan.plain = p.dim % plan.width == 0 && p.bias_type == BiasType::none && !p.mask && !p.relative_bias &&
                p.softcap == 0.f &&
                in_vectors(p.query, p.query_strides, plan.width) && in_vectors(p.key, p.key_strides, plan.width) &&
-               in_vectors(p.value, p.value_strides, plan.width) && in_vectors(p.new_key, p.new_key_strides, plan.width) &&
+               in_vectors(p.value, p.value_strides, plan.width) &&
+               in_vectors(p.new_key, p.new_key_strides, plan.width) &&
                in_vectors(p.new_value, p.new_value_strides, plan.width);
   const int vectors = (p.dim + plan.width - 1) / plan.width;
   plan.vectors = vectors > 32 ? 2 : 1;

@@ -7,7 +7,9 @@ namespace tf::cuda {
 constexpr int kSumColumns = 32, kSumRows = 16;  // block shape
 constexpr int kSumBytes = kSumColumns * kSumRows * int(sizeof(float));
 
-inline dim3 column_sum_grid(int width, int matrices) { return dim3(unsigned((width + kSumColumns - 1) / kSumColumns), matrices); }
+inline dim3 column_sum_grid(int width, int matrices) {
+  return dim3(unsigned((width + kSumColumns - 1) / kSumColumns), matrices);
+}
 inline dim3 column_sum_block() { return dim3(kSumColumns, kSumRows); }
 
 // to[column] = the sum of partial (rows, width) along its rows, for the columns of block blockIdx.x. shared: kSumBytes.

@@ -65,7 +65,8 @@ struct Head {  // one head of one token
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) rotary_kernel(const Rotary p) {
   const int64_t rows = p.batch * p.length * p.heads;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows;
+       row += int64_t(gridDim.x) * blockDim.y) {
     const int64_t token = row / p.heads, h = row - token * p.heads, b = token / p.length, t = token - b * p.length;
     const int64_t position = p.positions ? load(p.positions + b * p.position_batch + t * p.position_token) : t;
     const Head<T, kWidth> head{p, static_cast<const T*>(p.x) + b * p.x_batch + t * p.x_token + h * p.x_head,
@@ -88,7 +89,8 @@ void launch(const Rotary& p, Stream stream) {
   constexpr int kWidth = 16 / sizeof(T);
   const auto even = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   const bool vectors = !p.interleaved && p.half % kWidth == 0 && p.width % kWidth == 0 && p.x_batch % kWidth == 0 &&
-                     p.x_token % kWidth == 0 && p.x_head % kWidth == 0 && even(p.x) && even(p.y) && even(p.cos) && even(p.sin);
+                       p.x_token % kWidth == 0 && p.x_head % kWidth == 0 && even(p.x) && even(p.y) && even(p.cos) &&
+                       even(p.sin);
   const int64_t columns = vectors ? p.half / kWidth : std::max(p.half, p.width - 2 * p.half);
   int threads = 1;
   while (threads < columns && threads < 32) threads *= 2;

@@ -435,3 +435,24 @@ def test_bad_input(call, message):
     ours, _ = models("gpt2")
     with pytest.raises(ValueError, match=message):
         ours.generate(**call)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ({"inputs": "text"}, "inputs: wanted a tensor, got str$"),
+        (
+            {"inputs": transformers.BatchEncoding({"input_ids": torch.ones(1, 3, dtype=torch.long)})},
+            r"inputs: wanted a tensor, got BatchEncoding; pass a tokenizer's output as generate\(\*\*batch\)",
+        ),
+        ({"input_ids": [[1, 2]]}, "input_ids: wanted a tensor, got list"),
+        (
+            {"inputs": torch.ones(1, 3, dtype=torch.long), "generators": 3},
+            "generators: wanted a list of torch.Generator",
+        ),
+    ],
+)
+def test_input_of_another_type(call, message):
+    ours, _ = models("gpt2")
+    with pytest.raises(TypeError, match=message):
+        ours.generate(**call)

@@ -11,7 +11,8 @@ from transformer_fast.backends import native
 from transformer_fast.generation import weights as kept
 from transformer_fast.generation.decoder_state import decoder_state
 from transformer_fast.generation.weights import set_weight_storage
-from transformer_fast.ops.decoder_step import DecoderCopies, Projection
+from transformer_fast.ops.decoder_step import DecoderCopies
+from transformer_fast.ops.decoder_tensors import Projection
 from transformer_fast.ops.head_screen import HeadScreen
 from transformer_fast.ops.recurrent_step import CellTensors, RecurrentSource, RecurrentTensors, RecurrentWeights
 

@@ -85,6 +85,20 @@ def test_models_within_models(tmp_path):
     assert _count(again) == 12 and torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("part", ["encoder", "encoder.block.0"])
+@torch.no_grad()
+def test_a_part_of_a_model(part, tmp_path):
+    """T5's encoder has a configuration of its own; a layer has none."""
+    torch.manual_seed(0)
+    config = hf.T5Config(vocab_size=80, d_model=64, d_kv=16, d_ff=144, num_layers=1, num_heads=4)
+    model = tf.T5ForConditionalGeneration(config).eval()
+    tf.quantize(model.get_submodule(part), group=64)
+    model.save_pretrained(tmp_path)
+    again = tf.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    call = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    assert _count(again) == _count(model) == 6 and torch.equal(again(**call).logits, model(**call).logits)
+
+
 _W, _S = f"{DENSE}.weight", f"{DENSE}.weight_scale"
 BROKEN = {
     "no scale": (lambda t: t.pop(_S), f"model.safetensors: {_W} is int8, but there is no {_S}"),

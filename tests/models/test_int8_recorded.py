@@ -104,6 +104,14 @@ def test_trace(called):
     assert _close(torch.jit.load(file)(ids)["logits"], model(ids).logits)
 
 
+def test_the_older_onnx_exporter_is_refused(monkeypatch):
+    """Its files cannot be run."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    layer, x = tf.quantize(nn.Sequential(nn.Linear(64, 96)))[0], torch.randn(3, 64)
+    with pytest.raises(ValueError, match=r"export\(dynamo=False\) cannot record int8 layers; export model.dequantize"):
+        torch.jit.trace(layer, x)
+
+
 @torch.no_grad()
 def test_a_layer_that_is_traced_twice_has_one_copy_of_its_weight():
     layer = tf.quantize(nn.Sequential(nn.Linear(64, 96)))[0]

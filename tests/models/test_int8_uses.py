@@ -54,6 +54,16 @@ def test_tie_weights_after_a_call(library):
     assert torch.equal(model(IDS).logits, logits) and isinstance(model.get_output_embeddings(), Int8Linear)
 
 
+@torch.no_grad()
+def test_half_and_float():
+    """Where transformers only says that they are not supported."""
+    model = tf.quantize(_bert())
+    logits = model(IDS).logits
+    low = model.half()(IDS).logits
+    assert low.dtype == torch.float16 and (low - logits).std() < 0.05 * logits.std()
+    assert model.float()(IDS).logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("called", [False, True])
 @torch.no_grad()
 def test_a_weight_that_is_set_is_used(called):

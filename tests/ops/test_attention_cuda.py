@@ -287,14 +287,17 @@ def _native(device, **changes):
 BAD = {
     "dtype": ({"query": torch.zeros(2, 2, 4, 16, dtype=torch.float64)}, "dtype must be float32, bfloat16 or float16"),
     "float32": ({n: torch.zeros(2, 2, 4, 16) for n in ("query", "key", "value", "out")}, "no CUDA kernel.*float32"),
-    "last_axis": ({"key": torch.zeros(2, 2, 16, 4).half().transpose(2, 3)}, "last axis must be contiguous"),
-    "lengths": ({"key_lengths": torch.tensor([1, 2])}, "contiguous int32 vector of 2"),
+    "last_axis": ({"key": torch.zeros(2, 2, 16, 4).half().transpose(2, 3)}, "key: wanted a contiguous last axis"),
+    "lengths": ({"key_lengths": torch.tensor([1, 2])}, "lengths: wanted int32, got int64"),
     "axes": ({"cu_seqlens_q": torch.tensor([0, 1]).int()}, "unpadded tensors have three axes"),
-    "bias": ({"bias": torch.zeros(4, 4)}, "must have four axes"),
-    "dropout": ({"dropout_p": 0.1}, "rng must be"),
-    "lse": ({"lse": torch.zeros(2, 2, 4).half()}, "lse must be float32"),
-    "head_dim": ({n: torch.zeros(2, 2, 4, 264).half() for n in ("query", "key", "value", "out")}, "head dims over 256"),
-    "heads": ({"key": torch.zeros(2, 3, 4, 16).half()}, "do not fit each other"),
+    "bias": ({"bias": torch.zeros(4, 4)}, r"bias: wanted shape \(any, any, any, any\), got shape \(4, 4\)"),
+    "dropout": ({"dropout_p": 0.1}, "rng: wanted with dropout_p, got none"),
+    "lse": ({"lse": torch.zeros(2, 2, 4).half()}, "lse: wanted float32, got float16"),
+    "head_dim": (
+        {n: torch.zeros(2, 2, 4, 264).half() for n in ("query", "key", "value", "out")},
+        "wanted a head dim of 1 to 256",
+    ),
+    "heads": ({n: torch.zeros(2, 3, 4, 16).half() for n in ("key", "value")}, "wanted a divisor of 2 heads"),
 }
 
 

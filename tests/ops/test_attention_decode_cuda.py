@@ -178,9 +178,9 @@ def test_opcheck(device):
     "change, message",
     [
         ({"query": (1, 34, 1, 16)}, "more than 16 queries"),
-        ({"query": (1, 2, 1, 16), "key": (1, 2, 8, 24)}, "do not fit each other"),
-        ({"query": (1, 2, 1, 300), "key": (1, 2, 8, 300)}, "head dim over 256"),
-        ({"new": (1, 2, 2, 16)}, "new keys and values must have the queries' shape"),
+        ({"query": (1, 2, 1, 16), "key": (1, 2, 8, 24)}, r"key: wanted shape \(1, any, any, 16\)"),
+        ({"query": (1, 2, 1, 300), "key": (1, 2, 8, 300)}, "query: wanted a head dim of 1 to 256, got 300"),
+        ({"new": (1, 2, 2, 16)}, r"new_key: wanted shape \(1, 2, 1, 16\)"),
         ({"lengths": None, "new": (1, 2, 1, 16)}, "new keys need new values and key_lengths"),
     ],
 )

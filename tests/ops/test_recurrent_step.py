@@ -11,7 +11,8 @@ from numerics import assert_as_accurate
 import transformer_fast as tf
 from transformer_fast.backends import native
 from transformer_fast.ops import recurrent_step
-from transformer_fast.ops.decoder_step import DecoderCopies, Projection
+from transformer_fast.ops.decoder_step import DecoderCopies
+from transformer_fast.ops.decoder_tensors import Projection
 from transformer_fast.ops.recurrent_step import CellTensors, RecurrentSource, RecurrentTensors, RecurrentWeights
 
 # name: (when the context is computed, its score function, whether the readout is fed to the next step)

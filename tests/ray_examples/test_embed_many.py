@@ -1,9 +1,11 @@
 """examples/embed_many.py: all rows of all files are computed, also after the loss of a worker or of the run."""
 
+import copy
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -165,6 +167,15 @@ def test_labels_and_summaries(alone, folder, checkpoints, task):
             assert found[key]["score"] == pytest.approx(one["score"], abs=1e-5)
         else:
             assert found[key]["summary"] == pipe(text, max_new_tokens=5)[0]["summary_text"]
+
+
+def test_labels_without_a_padding_token(alone, folder, checkpoints, tokenizer):
+    bare = shutil.copytree(checkpoints["classify"], folder / "bare")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(bare)
+    answers, broken = worker(alone, folder, bare, "--task", "classify")
+    assert not broken and [a["error"] for a in answers] == [[""], [""]]
 
 
 def test_damaged_files_cost_their_own_blocks(alone, folder, checkpoints):

@@ -1,7 +1,7 @@
 """generate() with HF's signature and results, run by this package's engine where possible."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,13 +48,17 @@ class GenerationMixin:
             As HF's generate.
 
         Raises:
+            TypeError: for prompts that are not tensors, such as text or a tokenizer's output that was not unpacked.
             ValueError: for empty batches and prompts, and for masks of a wrong shape.
         """
         kwargs = merge_cache_names(kwargs, CACHE_NAME, "generate")
         given = {"inputs": inputs, **{k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "decoder_input_ids")}}
         for name, t in given.items():
-            if not isinstance(t, torch.Tensor):
+            if t is None:
                 continue
+            if not isinstance(t, torch.Tensor):
+                hint = "; pass a tokenizer's output as generate(**batch)" if isinstance(t, Mapping) else ""
+                raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}{hint}")
             if name != "inputs_embeds" and t.dim() != 2:
                 raise ValueError(f"{name}: wanted shape (batch, length), got {tuple(t.shape)}")
             if t.dim() > 1 and not t.shape[0]:
@@ -69,6 +73,11 @@ class GenerationMixin:
         for name in ("num_beams", "num_return_sequences", "num_beam_groups"):
             if (count := kwargs.get(name)) is not None and count < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {count}")
+        generators = kwargs.get("generators")
+        if generators is not None and not (
+            isinstance(generators, Sequence) and all(isinstance(g, torch.Generator) for g in generators)
+        ):
+            raise TypeError(f"generators: wanted a list of torch.Generator, one per row, got {generators!r}")
         config = args[0] if args else kwargs.get("generation_config")
         config = self.generation_config if config is None else config
         groups = kwargs.get("num_beam_groups", getattr(config, "num_beam_groups", None))

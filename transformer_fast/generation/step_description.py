@@ -15,7 +15,7 @@ from ..layers.projection import is_plain, is_rms_norm
 from ..layers.quantized import is_int8
 from ..layers.spec import LayerWeights, TransformerSpec
 from ..ops.activation import ACTIVATIONS
-from ..ops.decoder_step import DecoderLayerTensors, DecoderTensors, Norm
+from ..ops.decoder_tensors import DecoderLayerTensors, DecoderTensors, Norm
 from .step_modules import is_hooked, is_known, projection_of, weight_of, why_not_tensors
 
 __all__ = ["StepDescription"]

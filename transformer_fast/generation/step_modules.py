@@ -7,7 +7,7 @@ from torch import nn
 
 from ..layers.projection import is_plain, is_transposed
 from ..layers.quantized import is_int8
-from ..ops.decoder_step import Projection, StepTensors
+from ..ops.decoder_tensors import Projection, StepTensors
 from ..ops.linear_int8 import Int8Weight
 
 __all__ = ["is_hooked", "is_known", "projection_of", "weight_of", "why_not_tensors"]

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from ..backends.contents import mirror_files
-from ..ops.decoder_step import DecoderCopies, Projection, StepTensors
+from ..ops.decoder_step import DecoderCopies
+from ..ops.decoder_tensors import Projection, StepTensors
 from ..ops.head_screen import HeadScreen
 from ..ops.linear_panel import STORAGES
 from .decoder_state import decoder_state

@@ -74,7 +74,7 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
             *silu*, *swish* whose own forward agrees with gelu, gelu_tanh or silu. Agreement is checked by running both
             on random input.
         precision: "int8" or "bf16": quantize the models that got this package's classes, see `quantize`. undo() does
-            not revert it.
+            not revert it, `dequantize` does but for the rounding.
         adopt: False: no model gets this package's class; attention, norms and activations are swapped in all of them.
         verbose: print the report.
 
@@ -186,7 +186,10 @@ def _set_precision(model: torch.nn.Module, precision: str) -> None:
             if precision != "int8" or not is_int8_model(module):
                 quantize(module, precision)
     if not inside:
-        raise ValueError(f"precision: no part of {type(model).__name__} can be quantised to {precision!r}")
+        raise ValueError(
+            f"precision: no part of {type(model).__name__} can be quantised to {precision!r}; "
+            "transformer_fast.quantize takes any module"
+        )
 
 
 def _is_ours(module: torch.nn.Module) -> bool:

@@ -197,10 +197,17 @@ class _PlainWeight(Int8Weight):
 
 
 def _is_recording() -> bool:
-    """True in torch.export, torch.jit.trace and the exporters of ONNX."""
+    """True in torch.export, torch.jit.trace and torch.onnx.export, which uses torch.export."""
     if exporting():
         return True
-    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
+    if torch.compiler.is_compiling() or not (tracing := torch.jit.is_tracing()):
+        return False
+    if torch.onnx.is_in_onnx_export():  # its graph of the sizes is wrong: onnxruntime cannot run it
+        raise ValueError(
+            "dynamo: torch.onnx.export(dynamo=False) cannot record int8 layers; export model.dequantize(), or use "
+            "dynamo=True"
+        )
+    return tracing
 
 
 _recorded: Any = WeakTensorKeyDictionary()  # panels -> weak references to the constants made from them

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..layers import StackCall, Unpadding, stock
 from ..layers.quantized import Int8Linear
+from ..layers.quantizing import is_int8_model
 from . import _quantizer as _quantizer  # registers the quantizer that reads int8 checkpoints
 from . import _stock
 from ._explain import explain_model
@@ -33,11 +34,13 @@ class Want(NamedTuple):
     """The positions that a head reads from its base model.
 
     first_only: only the first position. read_first: the first position too. read: (B, S) bool, positions that are
-    computed even where they are padding, for example because they have a label.
+    computed even where they are padding, for example because they have a label. returned: the last state is returned
+    beside the pooled one, which is computed from it, so that it gets its gradient.
     """
 
     first_only: bool = False
     read_first: bool = False
+    returned: bool = False
     read: torch.Tensor | None = None
 
 
@@ -57,10 +60,10 @@ class Encoded(NamedTuple):
     last: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int) -> "Encoded":
-        hidden = attentions = cross = last = None
+    def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int, last) -> "Encoded":
+        """last: the last state (B, S, E), or None where it has not been restored yet."""
+        hidden = attentions = cross = None
         if flags.hidden_states:
-            last, rows = call.unpadding.show(rows)
             states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
             hidden = tuple(states.get(i) for i in range(layers + 1))
         if flags.attentions:
@@ -203,6 +206,22 @@ class ModelMixin(Outputs, LoadingErrors):
             trained = any(p.requires_grad for p in module.parameters())
             module.training = trained and not any(isinstance(m, Int8Linear) for m in module.modules())
         return self
+
+    def half(self, *args):
+        """As torch's; for an int8 model, whose transformers' method refuses, that of what is not int8."""
+        return self.to(torch.float16) if is_int8_model(self) else super().half(*args)  # type: ignore[arg-type,attr-defined,misc]
+
+    def float(self, *args):
+        """As torch's; for an int8 model, whose transformers' method refuses, that of what is not int8."""
+        return self.to(torch.float32) if is_int8_model(self) else super().float(*args)  # type: ignore[arg-type,attr-defined,misc]
+
+    def save_pretrained(self, *args, **kwargs):
+        """As HF's. The configuration of a model with int8 parts says so, whichever part was quantised."""
+        if getattr(self.config, "quantization_config", None) is None:  # type: ignore[attr-defined]
+            groups = [m.group for m in self.modules() if isinstance(m, Int8Linear)]  # type: ignore[attr-defined]
+            if groups:
+                _quantizer.mark(self, (), max(groups))  # type: ignore[arg-type]
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's. RuntimeError where a layer is int8 in `state_dict` only, with strict=False too."""

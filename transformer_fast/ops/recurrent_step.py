@@ -9,7 +9,8 @@ import torch
 from ..backends import Call, eager_recurrence, memory, native, select
 from ..backends.specs import RecurrentStepSpec
 from . import _common
-from .decoder_step import DecoderCopies, Projection
+from .decoder_step import DecoderCopies
+from .decoder_tensors import Projection
 from .head_screen import HeadScreen
 
 __all__ = ["CellTensors", "RecurrentSource", "RecurrentTensors", "RecurrentWeights", "recurrent_step"]
