@@ -53,8 +53,24 @@ TF_FOR_EACH_ISA(TF_DECLARE)
 static const Kernels* active = &kernels_baseline;
 const Kernels& kernels() { return *active; }
 
-// name: one of the compiled instruction sets. The caller has checked that this processor supports it.
+// Whether this processor has the instruction set: see X86_ISAS in setup.py.
+static bool has_isa(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "baseline") return true;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (name == "avx2") return true;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512cd");
+  return avx512 && (name != "avx512_bf16" || __builtin_cpu_supports("avx512bf16"));
+#else
+  return true;
+#endif
+}
+
+// name: one of the compiled instruction sets.
 void cpu_set_isa(std::string name) {
+  STD_TORCH_CHECK(has_isa(name), "transformer_fast: this processor lacks instruction set ", name);
 #define TF_SELECT(isa) \
   if (name == #isa) {  \
     active = &kernels_##isa; \

@@ -1,6 +1,7 @@
 // Checks of the tensors of a call. Python has checked what its own callers pass; these are for calls of the ops of
 // torch.ops.transformer_fast themselves, which must raise an error, never read or write outside a tensor.
 #pragma once
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -9,7 +10,7 @@
 
 namespace tf {
 
-constexpr int64_t kAny = -1;  // in a shape: any size
+constexpr int64_t kAny = INT64_MIN;  // in a shape: any size
 
 // One tensor, or none: each function raises an error that names the argument unless the tensor is as wanted.
 class Checked {

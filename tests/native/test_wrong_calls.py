@@ -1,6 +1,7 @@
 """Native ops called directly: tensors that do not fit each other raise an error, and are neither read nor written
 outside their memory."""
 
+import cuda_emulator
 import pytest
 import torch
 
@@ -140,7 +141,7 @@ _FREE_ROWS = {
 
 def _call(name, **changes):
     op = getattr(_OPS, name.split()[0]).default
-    values = {**CALLS[name], **changes}
+    values = {**CALLS[name.replace("cuda_", "cpu_")], **changes}
     op(*(values[a.name] for a in op._schema.arguments))
 
 
@@ -164,17 +165,16 @@ def _wrong(op, name, t):
     yield "on the meta device", t.to("meta")
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("name", CALLS)
-def test_tensors_that_do_not_fit(name):
+def _check_each_tensor(name):
     _call(name)
     taken = []
-    for argument, value in CALLS[name].items():
+    kind = name.replace("cuda_", "cpu_")
+    for argument, value in CALLS[kind].items():
         values = value if isinstance(value, list) else [value]
         for i, t in enumerate(values):
             if not isinstance(t, torch.Tensor):
                 continue
-            for how, wrong in _wrong(name, argument, t):
+            for how, wrong in _wrong(kind, argument, t):
                 changed = [*values[:i], wrong, *values[i + 1 :]] if isinstance(value, list) else wrong
                 try:
                     _call(name, **{argument: changed})
@@ -182,6 +182,19 @@ def test_tensors_that_do_not_fit(name):
                     continue
                 taken.append(f"{argument}: {how}, {tuple(wrong.shape)} {wrong.dtype}")
     assert not taken, "\n".join(taken)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_that_do_not_fit(name):
+    _check_each_tensor(name)
+
+
+@pytest.mark.parametrize("op", ["norm_forward", "norm_backward", "bias_activation_forward", "bias_activation_backward",
+                                "rotary", "rotary_append"])  # fmt: skip
+def test_tensors_that_do_not_fit_on_a_gpu(op):
+    with cuda_emulator.active():
+        _check_each_tensor(f"cuda_{op}")
 
 
 def _i(*values, dtype=i64):
@@ -288,6 +301,20 @@ def test_values_that_do_not_fit(name, changes):
     _call(name)
     with pytest.raises(RuntimeError, match="wanted|must|have|is not one of"):
         _call(name, **changes)
+
+
+def test_instruction_sets():
+    """Only sets of this processor can be chosen: others would end the process at the first call."""
+    before, usable = native.current_isa(), []
+    for isa in (*native.ISAS, "no such set"):
+        try:
+            _OPS.cpu_set_isa(isa)
+        except RuntimeError as error:
+            assert isa in str(error)
+        else:
+            usable.append(isa)
+    _OPS.cpu_set_isa(before)
+    assert "no such set" not in usable and set(usable) >= set(native.supported_isas())
 
 
 def test_nothing_to_do():
