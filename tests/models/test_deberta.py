@@ -107,3 +107,18 @@ def test_labels_of_words_go_as_hugging_face_s(pair, make_mask, ids):
     assert ours.keys() == theirs.keys()
     for name in ("lm_predictions.lm_head", "deberta.embeddings.word_embeddings"):
         assert_as_accurate(ours[name], truth[name], theirs[name], GRADIENT, name)
+
+
+def test_padding_whose_lengths_cannot_be_read(pair, make_mask, ids):
+    """Inside torch.func.grad every position is computed."""
+    ours, _, _ = pair("DebertaV2ForTokenClassification", config_for("DebertaV2ForTokenClassification"))
+    call = {"attention_mask": make_mask("right"), "labels": torch.randint(0, 4, ids.shape)}
+    weights = {name: p.detach().double() for name, p in ours.double().named_parameters()}
+
+    def loss(weights):
+        return torch.func.functional_call(ours, weights, (ids,), call).loss
+
+    gradients = torch.func.grad(loss)(weights)
+    ours(ids, **call).loss.backward()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)

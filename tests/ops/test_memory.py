@@ -5,6 +5,8 @@ import copy
 import mmap
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -160,3 +162,105 @@ def test_what_is_written_while_pages_are_given_back_is_kept(tmp_path, monkeypatc
     monkeypatch.setattr(memory, "_mremap", write_around)
     memory.unload(mapped, FileMappings())
     assert torch.equal(mapped, values)
+
+
+_KEEPING = """
+import resource, sys
+import torch
+import transformer_fast as tf
+from transformer_fast.backends import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(6 << 20) for _ in range(6)]  # 24 MB each
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+config = tf.BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+model, ids = tf.BertModel(config), torch.randint(30, (2, 5))
+with torch.no_grad():
+    model(ids)
+assert memory._keeps is None
+model(ids)
+print(memory._keeps, [faults() for _ in range(4)][-1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(memory._libc, "gnu_get_libc_version"), reason="another libc than glibc")
+def test_memory_of_a_training_step_is_kept():
+    """And not that of inference, nor against the user's will."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+
+    def run(**environment):
+        out = subprocess.run(
+            [sys.executable, "-c", _KEEPING], env=plain | environment, capture_output=True, text=True, timeout=600
+        )
+        assert out.returncode == 0, out.stderr
+        keeps, faults = out.stdout.split()
+        return keeps, int(faults)
+
+    assert run(TRANSFORMER_FAST_KEEP_MEMORY="0")[0] == "False"
+    assert run(MALLOC_ARENA_MAX="4")[0] == "False"
+    keeps, faults = run()
+    assert keeps == "True" and faults < 1000  # 144 MB are 36,000 pages
+
+
+def test_large_gradients_take_the_memory_of_the_last_ones(monkeypatch):
+    """As soon as nobody refers to it, however indirectly."""
+    monkeypatch.setattr(memory, "_keeps", True)
+    weight = torch.nn.Parameter(torch.zeros(1 << 15, 300))  # 37.5 MB
+    first = memory.empty_gradient(weight, weight.shape, torch.float32)
+    assert first.shape == weight.shape and first.is_contiguous()
+    place, view = first.data_ptr(), first[3].numpy()
+    del first
+    second = memory.empty_gradient(weight, weight.shape, torch.float32)
+    other = memory.empty_gradient(weight, (300, 1 << 15), torch.float32)
+    assert len({place, second.data_ptr(), other.data_ptr()}) == 3
+    view[:] = 1.0
+    again = second.data_ptr()
+    del second, view
+    third = memory.empty_gradient(weight, (1 << 14, 600), torch.float32)
+    assert third.data_ptr() == again and third.shape == (1 << 14, 600) and third.is_contiguous()
+    small = torch.nn.Parameter(torch.zeros(8))
+    memory.empty_gradient(small, small.shape, torch.float32)
+    assert weight in memory._gradients and small not in memory._gradients
+    assert memory.empty_gradient(None, weight.shape, torch.bfloat16).dtype == torch.bfloat16
+    kept = len(memory._gradients)
+    del weight
+    assert len(memory._gradients) < kept
+    monkeypatch.setattr(memory, "_keeps", None)
+    unkept = torch.nn.Parameter(torch.zeros(1 << 15, 300))
+    memory.empty_gradient(unkept, unkept.shape, torch.float32)
+    assert unkept not in memory._gradients
+
+
+def test_training_with_a_large_vocabulary(monkeypatch):
+    """Steps whose gradients are freed, kept or accumulated have the gradients of a fresh model."""
+    monkeypatch.setattr(memory, "_LARGEST", 1 << 10)
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    model, batches = tf.BertForMaskedLM(config).eval(), torch.randint(300, (5, 2, 7))
+
+    def gradients(ids):
+        grads = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), allow_unused=True)
+        return [None if g is None else g.clone() for g in grads]
+
+    monkeypatch.setattr(memory, "_keeps", False)
+    wanted = [gradients(ids) for ids in batches]
+    monkeypatch.setattr(memory, "_keeps", True)
+    for ids, want in zip(batches, wanted):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients(ids), want))
+    assert len(memory._gradients)
+    held = []
+    for ids in batches:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        held.append(model.bert.embeddings.word_embeddings.weight.grad)
+    place = [p is model.bert.embeddings.word_embeddings.weight for p in model.parameters()].index(True)
+    assert all(torch.equal(grad, want[place]) for grad, want in zip(held, wanted))
+    for ids in batches:
+        model(ids, labels=ids).loss.backward()
+    total = sum(want[place].double() for want in wanted) + wanted[-1][place].double()
+    torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight.grad.double(), total, rtol=1e-4, atol=1e-6)

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contents import FileMappings, unwritten
 
@@ -21,6 +22,7 @@ _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MREMAP_MAYMOVE, _MREMAP_DONTUNMAP = 1, 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _madvise, _mremap, _munmap = (getattr(_libc, name, None) for name in ("madvise", "mremap", "munmap"))
 if _madvise is not None:
@@ -46,7 +48,10 @@ def empty_like(t: torch.Tensor) -> torch.Tensor:
     """Uninitialised contiguous output with t's shape, dtype and device; poisoned as by `empty`."""
     if _poison or not t.is_contiguous():
         return empty(t.shape, t.dtype, t.device)
-    return torch.empty_like(t)
+    out = torch.empty_like(t)
+    if out.nbytes >= _LARGE and out.device.type == "cpu":
+        _use_large_pages(out)
+    return out
 
 
 def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -67,6 +72,51 @@ def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
     if _poison and out.is_floating_point():
         out.fill_(float("nan"))
     return out
+
+
+_keeps: bool | None = None  # whether freed memory stays with the process; None: not decided yet
+
+
+def keep_freed() -> bool:
+    """Let memory that is freed stay with the process, for all code in it, as far as malloc can: blocks up to 32 MB.
+
+    A training step frees nearly all it allocates. glibc hands most of that back to the system, and the next step pays
+    for fresh pages again: a tenth of a step of BERT. The process then keeps the most that it ever needed at once. Does
+    nothing with another libc, or if the environment sets TRANSFORMER_FAST_KEEP_MEMORY=0 or glibc's own MALLOC_
+    variables. Returns whether memory is kept.
+    """
+    global _keeps
+    if _keeps is None:
+        set_already = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+        wanted = os.environ.get("TRANSFORMER_FAST_KEEP_MEMORY", "1") != "0" and not set_already
+        _keeps = wanted and hasattr(_libc, "gnu_get_libc_version") and hasattr(_libc, "mallopt")
+        # Setting the one fixes the other at 128 KB, unless it is set too. 32 MB is the most that glibc takes.
+        _keeps = _keeps and bool(_libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20) and _libc.mallopt(_M_TRIM_THRESHOLD, -1))  # type: ignore[union-attr]
+    return _keeps
+
+
+_LARGEST = 32 << 20  # what malloc can keep
+_gradients = WeakTensorKeyDictionary()  # weight -> the storages of its last gradients
+_gradients_lock = threading.Lock()
+
+
+def empty_gradient(weight: torch.Tensor | None, shape, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised memory on the CPU for a gradient of a weight, the same in every training step once nobody else
+    refers to it. For weights over 32 MB, such as the embeddings of a large vocabulary: keep_freed does not reach them.
+    weight: None if it is gone."""
+    size = dtype.itemsize * math.prod(shape)
+    if weight is None or size <= _LARGEST or not _keeps or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        return empty(shape, dtype, torch.device("cpu"))
+    with _gradients_lock:
+        storages = _gradients.setdefault(weight, [])
+        for storage in storages:
+            if storage.nbytes() == size and torch._C._storage_Use_Count(storage._cdata) == 1:
+                out = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+                return out.fill_(float("nan")) if _poison else out
+        out = empty(shape, dtype, torch.device("cpu"))
+        storages.append(out.untyped_storage())
+        del storages[:-2]  # a tied weight has two gradients at a time
+        return out
 
 
 class Kept:

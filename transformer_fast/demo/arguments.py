@@ -4,7 +4,7 @@ git ignores."""
 import argparse
 import pathlib
 
-from .checkpoint import given
+from .checkpoint import CheckpointMissing, given, locate
 
 __all__ = ["argument_parser"]
 
@@ -17,12 +17,23 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)" if shown else text
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, *args, **kwargs):
+        found, rest = super().parse_known_args(*args, **kwargs)
+        if getattr(found, "checkpoint", "") is None:
+            try:
+                locate()
+            except CheckpointMissing as error:
+                self.error(f"--checkpoint: none is given, and {error}")
+        return found, rest
+
+
 def argument_parser(
     description: str, name: str, checkpoint: str = "", training: bool = False
 ) -> argparse.ArgumentParser:
     """A parser with --output, with --checkpoint if `checkpoint` describes it, and with the arguments of `training`. An
     example adds its own, each with a help text."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = _Parser(description=description, formatter_class=_Help)
     if checkpoint:
         text = f"folder or name of {checkpoint}; default: all-MiniLM-L6-v2"
         parser.add_argument("--checkpoint", type=given, help=text)

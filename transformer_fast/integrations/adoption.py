@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..layers import stock
 from ..models._base import ModelMixin
 from ..models._layer import CONFIG
-from ..models._stock import BUILT, remember_config
+from ..models._stock import BUILT, READ_WHOLE, remember_config
 from ..models.registry import FAMILIES
 
 __all__ = ["adopt", "class_for", "release"]
@@ -63,7 +64,20 @@ def adopt(model: nn.Module) -> tuple[dict[str, type], dict[str, str]]:
             left[path] = reason
         else:
             adopted[path] = ours
+            if _is_read_whole(model, path):
+                module.__dict__[READ_WHOLE] = True
     return adopted, left
+
+
+def _is_read_whole(model: nn.Module, path: str) -> bool:
+    """Whether a model of HF around the one at `path` may read its outputs at padding. Cross-attention does not."""
+    names = path.split(".") if path else []
+    for depth, name in enumerate(names):
+        around = model.get_submodule(".".join(names[:depth]))
+        joined = name == "encoder" and type(around).__name__.endswith("EncoderDecoderModel")
+        if isinstance(around, PreTrainedModel) and not joined:
+            return True
+    return False
 
 
 def _adopt(module: Any, ours: Any) -> str:
@@ -113,4 +127,5 @@ def release(model: nn.Module) -> None:
             module.__class__ = former
             module.__dict__.pop(CONFIG, None)
             module.__dict__.pop(BUILT, None)
+            module.__dict__.pop(READ_WHOLE, None)
             stock.forget(module)

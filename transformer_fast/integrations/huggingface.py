@@ -64,11 +64,14 @@ def attention_mask(
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
 
-    from .._transformers import config_takes_attention
+    from .._transformers import config_takes_attention, modules_tell_causality
 
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
     spread = spread_in_use()
+    leaves_causality = allow_is_causal_skip and (
+        "config" not in kwargs or modules_tell_causality(type(kwargs["config"]))
+    )
     if "config" in kwargs and not config_takes_attention(type(kwargs["config"])):
         if spread is not None:
             raise ValueError(
@@ -98,7 +101,7 @@ def attention_mask(
         return masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            allow_is_causal_skip=leaves_causality, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
     if rule.padding is None and rule.key_lengths is None and rule.left is None:
@@ -106,7 +109,7 @@ def attention_mask(
         causal = pattern is not None and pattern[1] == 0
         if everything and (allow_is_causal_skip and q_length == 1 if causal else allow_is_bidirectional_skip):
             return None
-        if causal and allow_is_causal_skip and rule.right == 0 and rule.shift == 0:
+        if causal and leaves_causality and rule.right == 0 and rule.shift == 0:
             return None
     return LazyMask(rule, batch_size, q_length, kv_length, torch.device(device))
 
@@ -365,7 +368,7 @@ def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_wi
             return None, mask, position_bias
         return None, None, mask if position_bias is None else position_bias + mask
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = getattr(module, "is_causal", True) and _tells_causality(module)
     if not is_causal:
         return None, None, position_bias
     # Without a mask, a single query is at the last key's position; several queries start at key 0.
@@ -376,6 +379,13 @@ def _read_mask(module, mask, position_bias, batch, sq, sk, is_causal, sliding_wi
     left = sliding_window - 1 if sliding_window and sliding_window < reach else None
     right = None if sq == 1 else 0
     return MaskRule(reach, left=left, right=right, shift=0 if left is None else shift), None, position_bias
+
+
+def _tells_causality(module) -> bool:
+    from .._transformers import modules_tell_causality
+
+    config = getattr(module, "config", None)
+    return config is None or modules_tell_causality(type(config))
 
 
 def _attentions_recorded(module) -> bool:

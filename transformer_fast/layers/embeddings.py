@@ -1,15 +1,16 @@
 """Token, position and segment embeddings, only of the positions that are computed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
-from .projection import add_norm, dropout_p, norm
+from .projection import add_norm, dropout_p, is_plain, norm
 from .unpadding import Unpadding
 
-__all__ = ["OutOfRange", "check_indices", "embed"]
+__all__ = ["OutOfRange", "check_indices", "embed", "look_up"]
 
 
 class OutOfRange(ValueError, IndexError):
@@ -24,6 +25,20 @@ def check_indices(name: str, ids: torch.Tensor, size: int, meaning: str) -> None
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= size:
         raise OutOfRange(f"{name}: wanted values in [0, {size}) ({meaning}), got {low}..{high}")
+
+
+def look_up(words: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """words(ids); by ops.embedding if `words` is a plain nn.Embedding, or a transformers one that scales its rows."""
+    kind: Any = type(words)
+    scales = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.")
+    if not (kind is nn.Embedding or (scales and kind.__bases__ == (nn.Embedding,))) or not is_plain(words, kind):  # type: ignore[arg-type]
+        return words(ids)
+    module: Any = words
+    scale = module.embed_scale if scales else 1.0
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse or not isinstance(scale, (int, float)):
+        return words(ids)
+    x = ops.embedding(ids, module.weight, module.padding_idx)
+    return x * scale if scales else x
 
 
 def embed(
@@ -46,7 +61,7 @@ def embed(
     default past, past + 1, ... segment_ids: (B, S), default 0.
     Source: Devlin et al., "BERT", 2019, section 3.
     """
-    x = unpadding.unpad(inputs_embeds) if inputs_embeds is not None else word(unpadding.unpad(input_ids))  # type: ignore[arg-type]
+    x = unpadding.unpad(inputs_embeds) if inputs_embeds is not None else look_up(word, unpadding.unpad(input_ids))  # type: ignore[arg-type]
     added = _added(unpadding, position, segment, position_ids, segment_ids, past, x.device)
     if norm_module is None:
         y = x if added is None else x + added

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..backends.memory import keep_freed
 from ..ops._common import autocast_dtype
 from ..ops.linear_int8 import Int8BlockWeights, int8_block
 from .planning import StackCall
@@ -34,6 +35,8 @@ def run_layers(
     embedding.
     """
     layers = list(layers)
+    if torch.is_grad_enabled() and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep_freed()
     for index, layer in enumerate(layers):
         if index in keep_hidden:
             call.hidden_states[index], rows = call.unpadding.show(rows)

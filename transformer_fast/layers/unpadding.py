@@ -73,7 +73,9 @@ class Unpadding:
     def pad(self, rows: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """(total, ...) -> (batch, length, ...), `fill` at positions that were not computed."""
         if self.index is None:
-            return rows if self.kept is None else rows.masked_fill(~self.kept[..., None], fill)
+            if self.kept is None:
+                return rows
+            return rows.masked_fill(~self.kept.view(*self.kept.shape, *[1] * (rows.dim() - 2)), fill)
         if self.documents:
             return rows.unflatten(0, (self.batch, self.length))
         # index_copy_ in place on a fresh tensor: only rows get a gradient.

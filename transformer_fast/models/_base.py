@@ -34,11 +34,13 @@ class Want(NamedTuple):
     """The positions that a head reads from its base model.
 
     first_only: only the first position. read_first: the first position too. read: (B, S) bool, positions that are
-    computed even where they are padding, for example because they have a label.
+    computed even where they are padding, for example because they have a label. returned: the last state is returned
+    beside the pooled one, which is computed from it, so that it gets its gradient.
     """
 
     first_only: bool = False
     read_first: bool = False
+    returned: bool = False
     read: torch.Tensor | None = None
 
 
@@ -58,10 +60,10 @@ class Encoded(NamedTuple):
     last: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int) -> "Encoded":
-        hidden = attentions = cross = last = None
+    def of(cls, rows, call: StackCall, pooled, past_key_values, flags: "Flags", layers: int, last) -> "Encoded":
+        """last: the last state (B, S, E), or None where it has not been restored yet."""
+        hidden = attentions = cross = None
         if flags.hidden_states:
-            last, rows = call.unpadding.show(rows)
             states = call.hidden_states | ({layers: last} if layers in flags.keep_hidden else {})
             hidden = tuple(states.get(i) for i in range(layers + 1))
         if flags.attentions:

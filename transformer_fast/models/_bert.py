@@ -87,7 +87,7 @@ def base_forward(hf_class: Any, *, pools: bool = True):
         states = encoder_hidden_states if self.config.is_decoder else None
         encoded = run_stack(
             self, Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
-            want or Want(read_first=pools and self.pooler is not None), kwargs,
+            want or Want(read_first=pools and self.pooler is not None, returned=pools), kwargs,
             Context(past_key_values, use_cache, states, encoder_attention_mask),
         )  # fmt: skip
         if want is not None:
@@ -156,7 +156,7 @@ def causal_forward(hf_class: Any):
         cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
         stored = {"past_key_values": past_key_values, "use_cache": use_cache}
         source = check_inputs(input_ids, inputs_embeds, self.base_model.embeddings.word_embeddings.embedding_dim)
-        read = kept_positions(source, logits_to_keep, shifted)
+        read = kept_positions(source, logits_to_keep, shifted, encoder_hidden_states is not None)
         encoded = self._encode(inputs, Want(read=read), kwargs | cross | stored)
         kept = encoded.kept(logits_to_keep)
         logits = vocabulary_logits(self._vocabulary_head().decoder, self._transform(kept.rows), kept.unpadding)

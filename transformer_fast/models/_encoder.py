@@ -78,7 +78,9 @@ class EncoderBase(Stack, ModelMixin):
         """A base model's forward: returns Encoded when one of our heads calls, else HF's output. pools: its output
         class has a pooler_output."""
         want = kwargs.pop("want", None)  # passed by our heads, which read unpadded rows
-        encoded = run_stack(self, inputs, want or Want(read_first=pools and self.pooler is not None), kwargs)
+        encoded = run_stack(
+            self, inputs, want or Want(read_first=pools and self.pooler is not None, returned=pools), kwargs
+        )
         if want is not None:
             return encoded
         shared = {"last_hidden_state": encoded.restored(), **encoded.extras()}

@@ -7,7 +7,7 @@ from torch import nn
 from ..backends import without_kernels
 from ..layers.quantizing import describe
 from ..layers.stock import is_sharded
-from ._stock import why_hf_forward, why_hf_loop
+from ._stock import READ_WHOLE, why_hf_forward, why_hf_loop
 
 __all__ = ["explain_model"]
 
@@ -20,6 +20,7 @@ def explain_model(model: nn.Module, kind: Any) -> str:
         if isinstance(module, kind):
             reason = why_hf_forward(module, sharded)
             what = f"transformers' own forward, as {reason}" if reason else "the fast path"
+            what += ", padding too, which the model around it may read" if READ_WHOLE in module.__dict__ else ""
             lines.append(f"  {path or 'forward'}: {what}")
     if hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)():
         reason = why_hf_loop(model)

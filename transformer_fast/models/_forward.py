@@ -12,10 +12,10 @@ import torch
 from .. import ops
 from .._transformers import CACHE_NAME, merge_cache_names
 from ..layers import BeyondFastPath
-from ..layers.unpadding import compute_padding, every_position_computed
+from ..layers.unpadding import compute_padding, every_position_computed, padding_is_computed
 from ._heads import IGNORE
 from ._layer import attention_of_hf
-from ._stock import why_hf_forward
+from ._stock import READ_WHOLE, why_hf_forward
 
 __all__ = ["public_forward"]
 
@@ -60,6 +60,9 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
         @functools.wraps(original or function)
         def forward(self, *args, **kwargs):
             called_by_user = original is not None and kwargs.get("want") is None
+            if called_by_user and READ_WHOLE in self.__dict__ and not padding_is_computed():
+                with compute_padding(True) if torch.compiler.is_compiling() else every_position_computed():
+                    return forward(self, *args, **kwargs)
             if called_by_user and (reason := why_hf_forward(self)):
                 return _run_hf(self, original, reason, order, args, kwargs)
             given, named = args, kwargs

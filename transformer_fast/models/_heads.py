@@ -44,10 +44,14 @@ def is_labelled(labels: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def kept_positions(
-    source: torch.Tensor, logits_to_keep: int | torch.Tensor, shifted: torch.Tensor | None
+    source: torch.Tensor, logits_to_keep: int | torch.Tensor, shifted: torch.Tensor | None, crosses: bool = False
 ) -> torch.Tensor | None:
-    """(B, S) bool: positions that a causal head reads even where they are padding."""
+    """(B, S) bool: positions that a causal head reads even where they are padding. crosses: it reads an encoder, as in
+    HF's EncoderDecoderModel, which computes the loss itself and masks the decoder's inputs that equal the padding
+    token, its first one too where that is the start token."""
     read = is_labelled(shifted)
+    if crosses and read is None:
+        return every_position(source)
     if isinstance(logits_to_keep, int) and not logits_to_keep:
         return read
     if read is None:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
-from ..layers.embeddings import check_indices
+from ..layers.embeddings import check_indices, look_up
 from ..layers.projection import dropout_p, is_plain, linear
 from ..layers.recurrent import recurrent_layers, why_not_recurrent
 from ..layers.recurrent_steps import RecurrentSteps
@@ -168,7 +168,7 @@ class AttentionRNNEncoder(AttentionRNNPreTrainedModel):
         if input_ids is not None:
             check_indices("input_ids", input_ids, self.embed_tokens.num_embeddings, "config.encoder_vocab_size")
         mask = source_mask(attention_mask, batch, length)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = look_up(self.embed_tokens, input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         x = ops.dropout(x, dropout_p(self.dropout))
         if mask is not None and bool(mask.all()):
             mask = None

@@ -186,11 +186,16 @@ def run_stack(stack: Stack, inputs: Inputs, want: Want, kwargs: dict, context: C
     whole = flags.hidden_states or flags.attentions or cache is not None or documents is not None
     first_only = want.first_only and not whole and call.unpadding.spread is None
     rows = run_layers(layers, rows, call, first_only=first_only, past_key_values=cache, keep_hidden=flags.keep_hidden)
-    rows, pooled = stack._close(rows), None
+    rows, pooled, last = stack._close(rows), None, None
+    if flags.hidden_states:
+        last, rows = call.unpadding.show(rows)
+    elif want.returned and torch.is_grad_enabled():
+        last = call.unpadding.pad(rows)
     if want.first_only or want.read_first:
-        pooled = stack._pool(rows if first_only else call.unpadding.first(rows))
+        whole = last is not None and call.unpadding.spread is None and length
+        pooled = stack._pool(last[:, 0] if whole else rows if first_only else call.unpadding.first(rows))  # type: ignore[index]
     kept = cache if context.returns_cache else None
-    return Encoded.of(None if first_only else rows, call, pooled, kept, flags, len(layers))
+    return Encoded.of(None if first_only else rows, call, pooled, kept, flags, len(layers), last)
 
 
 def _checked_indices(inputs: Inputs, batch: int, length: int) -> Inputs:

@@ -138,7 +138,8 @@ class CausalLMHead(ModelMixin):
             input_ids, attention_mask, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache,
-            want=Want(read=kept_positions(source, logits_to_keep, labels)), **options,
+            want=Want(read=kept_positions(source, logits_to_keep, labels, encoder_hidden_states is not None)),
+            **options,
         )  # fmt: skip
         loss, logits = _vocabulary_loss(self.lm_head, None, encoded.kept(logits_to_keep), labels)
         output = CausalLMOutputWithCrossAttentions(

@@ -18,7 +18,7 @@ from ..layers import stock
 from ..layers.quantized import COMPILER_SEES_MODULES, is_int8, lay_out_all
 from ._layer import Layer
 
-__all__ = ["BUILT", "remember", "remember_config", "watch", "why_hf_forward", "why_hf_loop"]
+__all__ = ["BUILT", "READ_WHOLE", "remember", "remember_config", "watch", "why_hf_forward", "why_hf_loop"]
 
 # Methods of HF's model classes that neither forward nor the generation loop computes with: they may be overridden.
 _APART = {
@@ -36,6 +36,7 @@ _BUILT_IN = frozenset(
      "use_parallel_residual", "window_size")
 )  # fmt: skip
 BUILT = "_built_with"  # a model's attribute: {field: value at construction}
+READ_WHOLE = "_read_whole"  # an attribute of models whose outputs a model of HF around them reads, padding too
 _GENERATION = {name for name in vars(GenerationMixin) if not name.startswith("__")}
 
 

@@ -192,7 +192,8 @@ class GPT2LMHeadModel(_Described, GenerationMixin, _GPT2Mixin, hf.GPT2LMHeadMode
         encoded = self.transformer(
             **inputs.given(), past_key_values=past_key_values, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask, use_cache=use_cache,
-            want=Want(read=kept_positions(source, logits_to_keep, shifted)), **kwargs,
+            want=Want(read=kept_positions(source, logits_to_keep, shifted, encoder_hidden_states is not None)),
+            **kwargs,
         )  # fmt: skip
         loss, logits = causal_logits(self, encoded, logits_to_keep, labels, shifted, kwargs)
         return self._finish(

@@ -19,7 +19,7 @@ from .._transformers import CACHE_NAME, cached
 from ..backends import without_kernels
 from ..generation import GenerationMixin
 from ..generation.native_recurrent_step import RecurrentDescription
-from ..layers.embeddings import check_indices
+from ..layers.embeddings import check_indices, look_up
 from ..layers.projection import dropout_p, linear
 from ..layers.stock import hooks_on
 from ._base import check_integers
@@ -110,7 +110,7 @@ class AttentionRNNModel(AttentionRNNPreTrainedModel):
             ids: Any = decoder_input_ids
             check_integers("decoder_input_ids", ids)
             check_indices("decoder_input_ids", ids, config.vocab_size, "config.vocab_size")
-            decoder_inputs_embeds = self.decoder.embed_tokens(ids)
+            decoder_inputs_embeds = look_up(self.decoder.embed_tokens, ids)
         if decoder_inputs_embeds.shape[0] != values.shape[0] or not decoder_inputs_embeds.shape[1]:
             raise ValueError(
                 f"decoder_input_ids: wanted shape ({values.shape[0]}, at least 1) for input_ids of "

@@ -22,6 +22,7 @@ from .. import ops
 from .._transformers import cached
 from ..generation import GenerationMixin, StepDescription
 from ..layers import SinusoidalPositions, SlotTable, TransformerSpec, Unpadding, stock, transformer_layer
+from ..layers.embeddings import look_up
 from ..layers.projection import dropout_p, linear, norm
 from . import _torch_transformer
 from ._base import Encoded, Outputs, Want, activation_name
@@ -202,7 +203,7 @@ class _Stack(Stack, TransformerPreTrainedModel):
         """dropout(scale * word + position). The encoder's positions count tokens, so padding on the left does not shift
         them; the decoder's count columns, as in HF's encoder-decoders."""
         if inputs.inputs_embeds is None:
-            x = self.embed_tokens(unpadding.unpad(inputs.input_ids)) * self.embed_scale  # type: ignore[arg-type]
+            x = look_up(self.embed_tokens, unpadding.unpad(inputs.input_ids)) * self.embed_scale  # type: ignore[arg-type]
         else:
             x = unpadding.unpad(inputs.inputs_embeds)
         mask = inputs.attention_mask

@@ -18,6 +18,7 @@ from .recurrence import gru, lstm
 from .recurrent_step import recurrent_step
 from .rotary import rotary_embedding
 from .rotary_cache_append import rotary_cache_append
+from .token_embedding import embedding
 
 __all__ = [
     "RelativeBias",
@@ -29,6 +30,7 @@ __all__ = [
     "concrete",
     "cross_entropy",
     "dropout",
+    "embedding",
     "embedding_layer_norm",
     "exporting",
     "gru",

@@ -101,9 +101,9 @@ def _weight_gradient(
 ) -> torch.Tensor:
     """g^T x (out, in) with the weight's memory layout, for g (M, out) and x (M, in). sums (out,) receives the column
     sums of g."""
+    if weight.is_contiguous() and not gemm.why_not_own_weight_gradient(g, x):
+        return gemm.weight_gradient(g, x, sums, memory.empty_gradient(weight, weight.shape, torch.float32))
     if sums is not None:
-        if weight.is_contiguous() and not gemm.why_not_own_weight_gradient(g, x):
-            return gemm.weight_gradient(g, x, sums)
         sums.copy_(_column_sum(g))
     if weight.stride(0) == 1 and not weight.is_contiguous():
         return gemm.gradient(x.t(), g.t()).t()

@@ -57,7 +57,10 @@ def _forward(
     losses, largest, sums = (memory.empty((used,), wide, device) for _ in range(3))
     grad_hidden = memory.empty((rows, width) if need_hidden else (0,), dtype, device)
     # In float32 at least, as these are sums over all chunks.
-    grad_weight = memory.empty((classes, width) if need_weight else (0,), wide, device)
+    if need_weight and device.type == "cpu":
+        grad_weight = memory.empty_gradient(weight, (classes, width), wide)
+    else:
+        grad_weight = memory.empty((classes, width) if need_weight else (0,), wide, device)
     grad_bias = torch.zeros((classes if need_bias else 0,), dtype=wide, device=device)
     if need_weight and not used:
         grad_weight.zero_()

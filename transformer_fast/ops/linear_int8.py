@@ -111,6 +111,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def _wide(t: torch.Tensor | None) -> torch.Tensor | None:
+    if t is None or (t.dtype is torch.float32 and t.is_contiguous()):  # most are, and a layer has ten of these
+        return t
+    return t.detach().to(torch.float32).contiguous()
+
+
 def _forward(x, panels, biases, outs, group, activation, dtype):
     y = memory.empty((*x.shape[:-1], sum(outs)), dtype, x.device)
     if y.numel():
@@ -164,9 +170,8 @@ def linear_int8(
     outs, group = [w.shape[0] for w in weights], weights[0].group
     panels = [w.data for w in weights]
     if input.device.type == "cpu" and all(p is not None for p in panels) and input.dtype != torch.float64:
-        wide = [None if b is None else b.detach().to(torch.float32).contiguous() for b in biases]
         code = -1 if activation is None else ACTIVATIONS.index(activation)
-        return _op(input, panels, wide, outs, group, code, dtype)
+        return _op(input, panels, [_wide(b) for b in biases], outs, group, code, dtype)
     rows = input.reshape(-1, input.shape[-1])
     found = []
     for w, b in zip(weights, biases):
@@ -268,15 +273,13 @@ def int8_block(context: torch.Tensor, residual: torch.Tensor, w: Int8BlockWeight
     must be ''. Returns (..., E) in residual's dtype.
     """
 
-    def wide(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.detach().to(torch.float32).contiguous()
-
     weights = (w.output, w.up, w.gate, w.down)
     first, second = w.attention_norm, w.output_norm
     norms = [None, None] if first is None else [first.weight, first.bias]
-    norms = [wide(t) for t in (*norms, second.weight, second.bias)]
+    norms = [_wide(t) for t in (*norms, second.weight, second.bias)]
+    panels = [None if t is None else t.data for t in weights]
     return _block_op(
-        context, residual, [None if t is None else t.data for t in weights], [wide(b) for b in w.biases], w.up.shape[0],
+        context, residual, panels, [_wide(b) for b in w.biases], w.up.shape[0],
         [w.output.group, w.up.group, w.down.group], norms, [-1.0 if first is None else first.eps, second.eps], w.rms,
         ACTIVATIONS.index(w.activation),
     )  # fmt: skip
