@@ -16,7 +16,7 @@ void bias_activation_backward(Tensor grad, Tensor x, OptionalTensor bias, Option
                               Tensor grad_x, OptionalTensor grad_bias, OptionalTensor grad_gate) {
   BiasActivationBackward a{};
   const RowArguments rows = take_rows(a, x, bias, gate, activation, ScalarType::Float);
-  take_gradients(a, rows, grad, grad_x, grad_bias, grad_gate);
+  take_gradients(a, rows, gate, grad, grad_x, grad_bias, grad_gate);
   a.bias = read<float>(bias);
   a.width = rows.matrix().width;
   kernels().bias_activation_backward(a);

@@ -28,12 +28,13 @@ void take_result(Call& a, const RowArguments& rows, const Tensor& y) {
 }
 
 template <class Call>
-void take_gradients(Call& a, const RowArguments& rows, const Tensor& grad, const Tensor& grad_x,
-                    const OptionalTensor& grad_bias, const OptionalTensor& grad_gate) {
+void take_gradients(Call& a, const RowArguments& rows, const OptionalTensor& gate, const Tensor& grad,
+                    const Tensor& grad_x, const OptionalTensor& grad_bias, const OptionalTensor& grad_gate) {
   rows.result(grad_x, "grad_x");
   rows.result(grad_gate, "grad_gate");
   rows.per_column(grad_bias, "grad_bias");
-  STD_TORCH_CHECK(!a.gate == !grad_gate.has_value(), "transformer_fast: grad_gate: wanted one with gate, else none");
+  STD_TORCH_CHECK(gate.has_value() == grad_gate.has_value(),
+                  "transformer_fast: grad_gate: wanted one with gate, else none");
   a.grad = read(grad);
   a.grad_stride = rows.stride(grad, "grad");
   a.grad_x = write(grad_x);

@@ -186,7 +186,7 @@ void take_gradients(AttentionGradients<Call>& a, const AttentionArguments& x, co
     broadcast_strides(*dbias, a.dbias_strides);
   }
   if (drelative_bias.has_value()) {
-    STD_TORCH_CHECK(a.relative_bias, "transformer_fast: drelative_bias: wanted only with relative_bias");
+    STD_TORCH_CHECK(x.relative_bias.has_value(), "transformer_fast: drelative_bias: wanted only with relative_bias");
     Check{x.query}(*drelative_bias, "drelative_bias").dtype(ScalarType::Float).contiguous();
     a.drelative_bias = write<float>(*drelative_bias);
   }

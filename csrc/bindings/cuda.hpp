@@ -82,6 +82,11 @@ class Device {
 };
 #endif
 
+// A grid has at least one block.
+inline void check_some(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.numel() > 0, "transformer_fast: ", name, ": wanted at least one element, got none");
+}
+
 // Scratch memory on the device of `like`. It is not initialised; under the emulator it holds NaN.
 inline Tensor new_scratch(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   Tensor t = torch::stable::new_empty(like, shape, dtype);

@@ -18,6 +18,7 @@ void take_columns(Call& a, const RowArguments& rows, const OptionalTensor& bias)
 
 void activation_forward_op(Tensor x, OptionalTensor bias, OptionalTensor gate, int64_t activation, Tensor y) {
   const Device device(x);
+  check_some(x, "x");
   BiasActivationForward a{};
   const RowArguments rows = take_rows(a, x, bias, gate, activation, x.scalar_type());
   take_columns(a, rows, bias);
@@ -28,10 +29,11 @@ void activation_forward_op(Tensor x, OptionalTensor bias, OptionalTensor gate, i
 void activation_backward_op(Tensor grad, Tensor x, OptionalTensor bias, OptionalTensor gate, int64_t activation,
                             Tensor grad_x, OptionalTensor grad_bias, OptionalTensor grad_gate) {
   const Device device(x);
+  check_some(x, "x");
   BiasActivationBackward a{};
   const RowArguments rows = take_rows(a, x, bias, gate, activation, x.scalar_type());
   take_columns(a, rows, bias);
-  take_gradients(a, rows, grad, grad_x, grad_bias, grad_gate);
+  take_gradients(a, rows, gate, grad, grad_x, grad_bias, grad_gate);
   OptionalTensor partial;
   if (grad_bias.has_value()) {
     partial = new_scratch(*grad_bias, {bias_activation_programs(a), int64_t(a.width)}, ScalarType::Float);

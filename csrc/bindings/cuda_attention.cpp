@@ -85,6 +85,7 @@ void attention_forward(TF_ATTENTION_PARAMETERS, Tensor out, OptionalTensor lse) 
       {attention_forward_mma_refuses, attention_forward_mma},
   };
   Device device(query);
+  check_some(query, "query");
   AttentionForward a{};
   take_call(a, TF_ATTENTION_ARGUMENTS);
   take_outputs(a, query, out, lse);
@@ -104,6 +105,7 @@ RowStrides new_strides(const Tensor& t, const char* name, const Attention& a, co
 void attention_decode_op(TF_ATTENTION_PARAMETERS, OptionalTensor new_key, OptionalTensor new_value, Tensor out,
                          Tensor lse) {
   Device device(query);
+  check_some(query, "query");
   AttentionDecode a{};
   const bool wide = key_lengths.has_value() && key_lengths->scalar_type() == ScalarType::Long;
   const OptionalTensor all_lengths = key_lengths;
@@ -148,6 +150,8 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Te
       {attention_backward_mma_refuses, attention_backward_mma, attention_backward_mma_scratch},
   };
   Device device(query);
+  check_some(query, "query");
+  check_some(key, "key");
   AttentionBackward a{};
   const AttentionArguments x = TF_ATTENTION_ARGUMENTS;
   take_call(a, x);

@@ -27,6 +27,7 @@ int32_t width_of(const Matrix& m) {
 
 void forward_op(TF_NORM_FORWARD_PARAMETERS) {
   const Device device(x);
+  check_some(x, "x");
   NormForward a{};
   a.width = width_of(take_forward(a, TF_NORM_FORWARD_ARGUMENTS, x.scalar_type()));
   a.inverse = 1.f / float(a.width);
@@ -38,6 +39,7 @@ void forward_op(TF_NORM_FORWARD_PARAMETERS) {
 
 void backward_op(TF_NORM_BACKWARD_PARAMETERS) {
   const Device device(v);
+  check_some(v, "v");
   NormBackward a{};
   a.width = width_of(take_backward(a, TF_NORM_BACKWARD_ARGUMENTS, v.scalar_type()));
   a.inverse = 1.f / float(a.width);

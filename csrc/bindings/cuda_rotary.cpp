@@ -10,6 +10,7 @@ namespace {
 
 void rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved, bool inverse, Tensor y) {
   const Device device(x);
+  check_some(x, "x");
   Check{x}(y, "y").contiguous();
   cuda::rotary(rotary_of(x, cos, sin, positions, interleaved, inverse, y), device.stream());
 }
@@ -18,6 +19,7 @@ void rotary_append(Tensor query, Tensor key, Tensor value, Tensor key_cache, Ten
                    Tensor cos, Tensor sin, OptionalTensor positions, OptionalTensor query_weight,
                    OptionalTensor key_weight, double eps, bool interleaved, Tensor y) {
   const Device device(query);
+  check_some(query, "query");
   const RotaryAppend a = rotary_append_of(query, key, value, key_cache, value_cache, lengths, cos, sin, positions,
                                           query_weight, key_weight, eps, interleaved, y, query.scalar_type());
   cuda::rotary_append(a, device.stream());

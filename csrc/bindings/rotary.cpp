@@ -23,8 +23,8 @@ void rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool int
 
 void check_places(const RotaryAppend& a, int64_t table_rows) {
   for (int64_t b = 0; b < a.batch; ++b)
-    STD_TORCH_CHECK(used_of(a, b) >= 0 && used_of(a, b) <= a.capacity - a.length, "cache_lengths: wanted values in [0, ",
-                    a.capacity - a.length, "], got ", used_of(a, b));
+    STD_TORCH_CHECK(0 <= used_of(a, b) && used_of(a, b) <= a.capacity - a.length,
+                    "cache_lengths: wanted values in [0, ", a.capacity - a.length, "], got ", used_of(a, b));
   check_positions(a, table_rows, [&](int64_t b, int64_t t) { return used_of(a, b) + t; });
 }
 

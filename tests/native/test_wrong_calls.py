@@ -197,6 +197,30 @@ def test_tensors_that_do_not_fit_on_a_gpu(op):
         _check_each_tensor(f"cuda_{op}")
 
 
+_NO_DROPOUT = {n: v for n, v in _ATTENTION.items() if n != "dropout_p"} | {"dropout_p": 0.0, "rng": None}
+_DECODE = {**_NO_DROPOUT, **dict.fromkeys(("bias", "mask", "relative_bias", "new_key", "new_value", "key_lengths"))}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, id=n) for n, s in {"batch": (0, 4, 1), "heads": (1, 0, 1), "queries": (1, 4, 0)}.items()],
+)
+def test_nothing_to_decode_on_a_gpu(shape):
+    batch, heads, queries = shape
+    query, cache = _r(batch, heads, queries, 16, dtype=h), _r(batch, 2, 6, 16, dtype=h)
+    op = _OPS.cuda_attention_decode.default
+    changes = {"query": query, "key": cache, "value": cache, "out": query.clone(), "lse": _new(*shape)}
+    with cuda_emulator.active(), pytest.raises(RuntimeError, match="query: wanted at least one element"):
+        op(*({**_DECODE, **changes}[a.name] for a in op._schema.arguments))
+
+
+def test_no_columns_on_a_gpu():
+    rows = {n: _r(3, 0) for n in ("grad_y", "grad_sum", "v", "grad_v", "grad_x")}
+    columns = {n: _r(0) for n in ("weight", "grad_weight", "grad_bias")}
+    with cuda_emulator.active(), pytest.raises(RuntimeError, match="v: wanted at least one element"):
+        _call("cuda_norm_backward", **rows, **columns)
+
+
 def _i(*values, dtype=i64):
     return torch.tensor(values, dtype=dtype)
 
@@ -324,6 +348,11 @@ def test_nothing_to_do():
     assert not out.any()
     _call("cpu_attention_forward", **{n: t[:0] for n, t in CALLS["cpu_attention_forward"].items() if n in (
         "query", "key", "value", "bias", "mask", "key_lengths", "out", "lse")})  # fmt: skip
+    _call(
+        "cpu_bias_activation_backward",
+        **{n: _r(0, 9) for n in ("grad", "x", "gate", "grad_x", "grad_gate")}, grad_bias=out.fill_(float("nan")),
+    )  # fmt: skip
+    assert not out.any()
     _call("cpu_linear_long", x=_r(0, 9), y=_new(0, 40))
     _call("cpu_linear_long", weight=_r(0, 9), bias=_r(0), y=_new(3, 0))
     _call("cpu_embedding_gradient", grad_v=_r(0, 9), ids=_i(), padding_idx=-1, grad_table=_new(0, 9))
