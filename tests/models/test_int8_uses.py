@@ -77,10 +77,12 @@ def test_a_weight_that_is_set_is_used(called):
 @torch.no_grad()
 def test_functional_call(called):
     layer, other = _layer(called), tf.quantize(nn.Sequential(nn.Linear(64, 64)))[0]
-    wanted = copy.deepcopy(layer)(X)
+    wanted, state = copy.deepcopy(layer)(X), {k: t.clone() for k, t in layer.state_dict().items()}
     found = torch.func.functional_call(layer, other.state_dict(), (X,))
     assert torch.equal(found, other(X)) and not torch.equal(found, wanted)
     assert torch.equal(layer(X), wanted)
+    assert all(torch.equal(t, state[k]) for k, t in layer.state_dict().items())
+    assert torch.equal(layer.cpu()(X), wanted)
 
 
 @pytest.mark.parametrize("called", [False, True])

@@ -46,7 +46,7 @@ class Int8Linear(nn.Module):
         # The weight in the layout of the kernels, so that the buffers of a model say what memory it takes.
         self.register_buffer("panels", None, persistent=False)
         self._int8: Int8Weight | None = None
-        self._kept: torch.Tensor | None = None  # self.weight, if it stays
+        self._left: torch.Tensor | None = None  # what is in self.weight then
         self.training = False
 
     @classmethod
@@ -70,12 +70,14 @@ class Int8Linear(nn.Module):
                 _lay_out(self)
             elif self._int8 is None:
                 return _PlainWeight(self)
-        elif self._int8 is not None:
-            weight = self._buffers["weight"]
-            if weight is not self._kept and weight.shape[1]:  # type: ignore[union-attr]
-                # torch.func.functional_call, or accelerate, has put another one here for this call.
-                return Int8Weight(weight, self.weight_scale, self.group)  # type: ignore[arg-type]
+        elif self._is_replaced():
+            return Int8Weight(self.weight, self.weight_scale, self.group)
         return self._in_int8() if self._int8 is None else self._int8
+
+    def _is_replaced(self) -> bool:
+        """True if torch.func.functional_call, or accelerate, has put another weight in place of the one in _int8."""
+        weight: Any = self._buffers["weight"]
+        return self._int8 is not None and weight is not self._left and weight.shape[1] > 0
 
     def _in_int8(self, keep: bool = False) -> Int8Weight:
         """keep: leave the weight as it was too."""
@@ -86,12 +88,10 @@ class Int8Linear(nn.Module):
                 return self._int8
             found = Int8Weight(self.weight, self.weight_scale, self.group)
             self.panels = found.data
-            if keep or found.data is None:
-                self._kept = self.weight
-            else:  # transformers reads the number of outputs where it ties weights
+            if not keep and found.data is not None:  # transformers reads the number of outputs where it ties weights
                 empty = self.out_features, 0
                 self.weight, self.weight_scale = self.weight.new_empty(empty), self.weight_scale.new_empty(empty)
-            self._int8 = found
+            self._int8, self._left = found, self.weight
             return found
 
     def dequantized(self) -> torch.Tensor:
@@ -135,14 +135,15 @@ class Int8Linear(nn.Module):
     # ---- state dict: always (out, in), whatever the layout of the weight in memory -----------------
     def _restore(self) -> None:
         with _changing:
-            weight, self._int8, self.panels, self._kept = self._int8, None, None, None
+            weight = None if self._is_replaced() else self._int8
+            self._int8 = self._left = self.panels = None
             if weight is not None and weight.data is not None:
                 self.weight, self.weight_scale = weight.parts()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         with _changing:
             weight = self._int8
-            if weight is None or weight.data is None:
+            if weight is None or weight.data is None or self._is_replaced():
                 return super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
@@ -216,11 +217,11 @@ _recorded: Any = WeakTensorKeyDictionary()  # panels -> weak references to the c
 def _weight_to_record(module: Int8Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """The module's buffers; once they are laid out for the kernels, constants. These are made in a thread of their own:
     no tracer or dispatch mode is active there."""
-    if torch.compiler.is_dynamo_compiling() and module.weight.shape[1] != module.in_features:
-        return _constant(module, 0), _constant(module, 1)
     weight = module._int8
-    if weight is None or module.weight.shape[1] == module.in_features:
+    if weight is None or weight.data is None or module._left is None or module._left.numel() or module._is_replaced():
         return module.weight, module.weight_scale
+    if torch.compiler.is_dynamo_compiling():
+        return _constant(module, 0), _constant(module, 1)
     q, scale = (t() for t in _recorded.get(weight.data, (_nothing, _nothing)))  # a module may be called several times
     if q is None or scale is None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
