@@ -44,11 +44,13 @@ def main() -> int:
     isas = [isa for option, isa in zip(arguments, arguments[1:]) if option == "--isa"] or native.supported_isas()
     library = build([*isas, *(native._INT8_WIDEST[isa] for isa in isas)])  # with the matching int8 kernels
     compiler = os.environ.get("CXX", "g++")
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # The C++ library too: ASan looks up its functions when it starts, and Python loads it later.
+    names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so.6")]
+    runtime = [subprocess.run([compiler, name], capture_output=True, text=True, check=True).stdout for name in names]
     environment = {
         **os.environ,
         "TRANSFORMER_FAST_LIBRARY": str(library),
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": " ".join(path.strip() for path in runtime),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1",  # Python itself leaks
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
