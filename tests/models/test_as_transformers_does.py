@@ -278,3 +278,19 @@ def test_results_from_the_first_position_give_the_last_state_a_gradient(name):
         state, result = (out.hidden_states[-1], out.logits) if "For" in name else out[:2]
         gradients.append(torch.autograd.grad(result.sum(), state)[0])
     torch.testing.assert_close(*gradients)
+
+
+def test_masks_with_more_columns_than_positions():
+    """transformers ignores such a mask if it has no zeros; its classifier-free guidance passes them to encoders."""
+    long = torch.ones(3, 9, dtype=torch.long)
+    for name, config in (
+        ("BertForMaskedLM", bert()),
+        ("BartForConditionalGeneration", transformers.BartConfig(**BART)),
+    ):
+        ours, theirs = pair(name, config)
+        torch.testing.assert_close(*(model(ids(), attention_mask=long).logits for model in (ours, theirs)))
+    call = {"attention_mask": long[:, :7], "guidance_scale": 1.5, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(*(model.generate(ids(), **call) for model in (ours, theirs)))
+    long[1, 4:] = 0
+    with pytest.raises(ValueError, match="attention_mask: wanted shape"):
+        ours(ids(), attention_mask=long)

@@ -288,8 +288,8 @@ def test_compile(fullgraph, bert_config, pair, make_mask, ids):
             "token_type_ids: wanted values",
         ),
         (
-            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)},
-            r"attention_mask: wanted shape \(batch, length\) = \(1, 3\), got \(1, 4\)",
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)},
+            r"attention_mask: wanted shape \(batch, length\) = \(1, 3\), got \(1, 2\)",
         ),
         (
             {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(3)},

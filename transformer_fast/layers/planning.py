@@ -28,6 +28,11 @@ class BeyondFastPath(Exception):
     """A call whose result differs in transformers' own code, which therefore runs. Its text is the reason."""
 
 
+class LongMask(BeyondFastPath, ValueError):
+    """A padding mask with more columns than positions. Most models of transformers ignore one without padding; where
+    theirs fails, ours does so with this error."""
+
+
 class Rotary(NamedTuple):
     """Rotary tables. cos, sin: float32 (rows, R / 2); positions: as the argument of ops.rotary_embedding."""
 
@@ -309,7 +314,9 @@ def _expand(mask: torch.Tensor, name: str, batch: int, length: int | None, devic
     mask = mask.to(device)
     if mask.dim() == 2:
         if mask.shape[0] not in (1, batch) or mask.shape[1] != length:
-            raise ValueError(f"{name}: wanted shape (batch, length) = {(batch, length)}, got {tuple(mask.shape)}")
+            longer = mask.shape[0] in (1, batch) and length is not None and mask.shape[1] > length
+            kind = LongMask if longer else ValueError
+            raise kind(f"{name}: wanted shape (batch, length) = {(batch, length)}, got {tuple(mask.shape)}")
         return (mask if mask.dtype == torch.bool else mask != 0).expand(batch, length)[:, None, None]
     if mask.dim() not in (3, 4):
         raise ValueError(f"{name}: wanted 2, 3 or 4 dimensions, got shape {tuple(mask.shape)}")

@@ -78,8 +78,13 @@ def public_forward(original: Callable | None = None) -> Callable[[Callable], Cal
             try:
                 return function(self, *given, **named)
             except BeyondFastPath as error:
-                reason = str(error)
-            return _run_hf(self, original, reason, order, args, kwargs, blind=True)
+                refused = error
+            try:
+                return _run_hf(self, original, str(refused), order, args, kwargs, blind=True)
+            except Exception:
+                if isinstance(refused, ValueError):  # wrong for HF too, whose message names less
+                    raise refused from None
+                raise
 
         # A code object per model: torch.compile counts recompilations per code object and would add all models up.
         forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
