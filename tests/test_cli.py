@@ -47,6 +47,13 @@ def test_info_says_what_missing_parts_would_bring(monkeypatch):
     assert "missing (pip install transformers). It would bring the models" in _invoke("info").output
 
 
+def test_an_old_transformers_is_named(monkeypatch, bert):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    wanted = "transformer_fast needs transformers>=5.17,<5.25, and 4.57.1 is installed"
+    assert f"Too old: {wanted}" in " ".join(_invoke("info").output.split())
+    assert f"verify: {wanted}" in _one_line(_invoke("verify", bert))
+
+
 def test_info_on_a_machine_without_a_gpu_asks_for_nothing_of_a_gpu(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.metadata.version", _no_package)

@@ -116,6 +116,35 @@ def test_import_without_transformers_says_what_to_install(name):
     )
 
 
+OLD = """
+import importlib.util, pathlib, sys, tempfile
+folder = tempfile.mkdtemp()
+package = pathlib.Path(folder, "transformers")
+package.mkdir()
+(package / "__init__.py").write_text("__version__ = '4.57.1'; AutoTokenizer = 3; __path__ = []")
+sys.path.insert(0, folder)
+import transformers
+sys.modules["transformers.modeling_utils"] = transformers
+import transformer_fast as tf
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from transformer_fast import AutoModel",
+        "tf.BertModel",
+        "from transformer_fast import pipeline",
+        "import torch; tf.accelerate(torch.nn.Linear(2, 2))",
+        "from transformer_fast.verify import verify; verify('folder')",
+    ],
+)
+def test_an_old_transformers_is_named(code):
+    said = _python(f"{OLD}try: {code}\nexcept (ImportError, ValueError) as error: print(error)").splitlines()[-1]
+    wanted = "transformer_fast needs transformers>=5.17,<5.25, and 4.57.1 is installed: pip install --upgrade"
+    assert f": {wanted} 'transformers>=5.17,<5.25'" in said
+
+
 def test_import_without_another_package_says_what_to_install():
     code = (
         "import sys; sys.modules['tqdm'] = None\n"

@@ -345,8 +345,8 @@ def __getattr__(name: str):
     if module is not None:
         try:
             value = getattr(_importlib.import_module(f".{module}", __name__), name)
-        except ModuleNotFoundError as error:
-            raise _importlib.import_module(".handed_on", __name__).not_installed(name, error) from error
+        except ImportError as error:
+            raise _importlib.import_module(".handed_on", __name__).import_error(name, error) from error
     elif name in _MODULES:
         return _importlib.import_module(f".{name}", __name__)
     elif name.startswith("_"):

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ._version import TRANSFORMERS
+from ._version import TRANSFORMERS, old_transformers
 
 app = typer.Typer(
     name="transformer-fast",
@@ -69,6 +69,8 @@ def _need(what: str, **packages: str) -> None:
     missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise _Problem(f"{what} needs {', '.join(missing)}: pip install {' '.join(repr(m) for m in missing)}")
+    if "transformers" in packages and (old := old_transformers()):
+        raise _Problem(f"{what}: {old}")
 
 
 # ---- info -----------------------------------------------------------------------------------------------
@@ -108,6 +110,8 @@ def info() -> None:
     rows["transformers"] = _version(
         "transformers", 'the models, attn_implementation="transformer_fast", accelerate for its models and verify'
     )
+    if old := old_transformers():
+        rows["transformers"] += f". Too old: {old}"
     if torch.cuda.is_available():
         rows["triton"] = _version("triton", "fused kernels on NVIDIA GPUs")
         rows["nvcc"] = _nvcc()

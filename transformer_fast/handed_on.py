@@ -7,9 +7,9 @@ such name is used.
 import difflib
 import sys
 
-from ._version import TRANSFORMERS
+from ._version import TRANSFORMERS, old_transformers
 
-__all__ = ["find", "is_ours", "names", "not_installed"]
+__all__ = ["find", "import_error", "is_ours", "names"]
 
 # Names that transformers 5 removed, and their replacements. `_today` handles names by rule (TF*, Flax*, ...).
 _GONE = {
@@ -64,10 +64,12 @@ def is_ours(thing) -> bool:
     return f"{named.__module__}.".startswith(f"{__package__}.")
 
 
-def not_installed(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The error of `name` of this package that needs a package which is not installed: says what to install."""
+def import_error(name: str, error: ImportError) -> ImportError:
+    """The error for `name` of this package where another package is missing or too old: says what to install."""
     package = (error.name or "").partition(".")[0]
-    if not package or package == __package__:
+    if package == "transformers" and (old := old_transformers()):
+        return ImportError(f"{name}: {old}", name=error.name)
+    if not isinstance(error, ModuleNotFoundError) or package in ("", __package__):
         return error
     what = repr(TRANSFORMERS) if package in ("transformers", "tokenizers", "safetensors") else package
     text = f"{__package__}.{name} needs {package}, which is not installed: pip install {what}"
@@ -87,7 +89,7 @@ def find(name: str):
         if error.name != "transformers":
             raise
         if name[0].isupper() and isinstance(error, ModuleNotFoundError):
-            raise not_installed(name, error) from None
+            raise import_error(name, error) from None
         raise AttributeError(
             f"module {__package__!r} has no attribute {name!r} (transformers might have: pip install '{TRANSFORMERS}')"
         ) from None

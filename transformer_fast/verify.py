@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._version import TRANSFORMERS
+from ._version import TRANSFORMERS, old_transformers
 from .verify_tokens import NEW_TOKENS, compare_tokens
 
 __all__ = ["DTYPES", "Row", "Verification", "VerifyError", "verify"]
@@ -146,6 +146,8 @@ def load_as_named(checkpoint, prefer_ours: bool = False, **kwargs) -> Any:
         import transformers
     except ImportError as error:
         raise VerifyError(f"verify needs transformers: pip install '{TRANSFORMERS}' ({error})") from error
+    if old := old_transformers():
+        raise VerifyError(f"verify: {old}")
     import transformer_fast
 
     from .models._loading import explain_broken, local_folder, model_type_of

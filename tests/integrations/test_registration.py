@@ -35,15 +35,24 @@ def test_order_of_imports(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_transformers_that_is_too_old_still_imports(tmp_path):
+@pytest.mark.parametrize("registers", [False, True])
+def test_a_transformers_that_is_too_old_still_imports(tmp_path, registers):
+    """Also transformers 4.57, which has an attention interface, but not what the rest of this package needs."""
     package = tmp_path / "transformers"
     package.mkdir()
-    (package / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("__version__ = '4.57.1'")
     (package / "modeling_utils.py").write_text("loaded = True")
+    if registers:
+        (package / "masking_utils.py").write_text(
+            "sdpa_mask = None\nclass AttentionMaskInterface:\n    register = lambda *_: print('registered')\n"
+        )
+        with (package / "modeling_utils.py").open("a") as file:
+            file.write("\nclass AttentionInterface:\n    register = lambda *_: print('registered')\n")
     code = "import transformer_fast, transformers.modeling_utils as u; assert u.loaded"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and "needs transformers: pip install" in done.stderr, done.stderr
+    assert not done.stdout  # nothing is registered with a release whose masks are not those that the tests know
+    assert done.returncode == 0 and "and 4.57.1 is installed: pip install --upgrade" in done.stderr, done.stderr

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._version import old_transformers
 from . import swaps
 from .huggingface import NAME
 
@@ -87,6 +88,7 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
 
     Raises:
         TypeError: model is neither a torch.nn.Module nor has one.
+        ImportError: the installed transformers is too old.
         ValueError: the precision is unknown, or no part of the model can be quantised so.
 
     Examples:
@@ -103,6 +105,8 @@ def accelerate(model: Any, *, precision: str | None = None, adopt: bool = True, 
     report = Report(model, {}, {})
     before = {id(m) for m in model.modules() if _is_ours(m)}
     if adopt and "transformers.modeling_utils" in sys.modules:  # else there are no transformers models
+        if old := old_transformers():
+            raise ImportError(f"accelerate: {old}")
         from . import adoption
 
         adopted, report.left = adoption.adopt(model)

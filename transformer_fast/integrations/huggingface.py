@@ -7,7 +7,7 @@ mask is a rule (`LazyMask`) instead of an S x S tensor wherever the kernels can 
 
 import torch
 
-from .._version import TRANSFORMERS
+from .._version import TRANSFORMERS, old_transformers
 from ..layers.unpadding import documents_of, spread_in_use
 from ..ops import attention_probabilities, parallel, scaled_dot_product_attention, varlen_attention
 from .lazy_mask import Documents, LazyMask, MaskRule
@@ -21,12 +21,14 @@ def register() -> None:
     Importing both packages, in either order, does this automatically; a further call changes nothing.
 
     Raises:
-        ImportError: transformers (>= 5.17) is not installed.
+        ImportError: transformers is not installed, or older than 5.17.
 
     Examples:
         >>> import transformer_fast
         >>> transformer_fast.register()
     """
+    if old := old_transformers():
+        raise ImportError(f"register: {old}")
     try:
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface

@@ -45,11 +45,10 @@ def _register() -> None:
 
     try:
         register()
+        # Unregistered, transformers only warns, and takes the int8 numbers for the weights themselves.
+        from ..models import _quantizer  # noqa: F401
     except ImportError as error:  # importing an old transformers must not fail
         warnings.warn(f'attn_implementation="transformer_fast" is not available: {error}', stacklevel=2)
-        return
-    # Unregistered, transformers only warns, and takes the int8 numbers for the weights themselves.
-    from ..models import _quantizer  # noqa: F401
 
 
 def install() -> None:
