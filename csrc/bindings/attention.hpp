@@ -70,8 +70,8 @@ inline void check_scores(const Check& check, const Tensor& t, const char* name, 
 }
 
 // A tensor of the shape and dtype of query or key.
-inline void check_like(const Tensor& t, const char* name, const Tensor& like) {
-  Check{like}(t, name).dtype(like.scalar_type()).shape_of(like).unit();
+inline Checked check_like(const Tensor& t, const char* name, const Tensor& like) {
+  return Check{like}(t, name).dtype(like.scalar_type()).shape_of(like).unit();
 }
 
 // lse and its gradient: (B, H, Sq) or, unpadded, (H, total_q).
@@ -150,7 +150,8 @@ void take_arguments(AttentionCall<Integer, Real>& a, const AttentionArguments& x
 
 template <class Call>
 void take_outputs(AttentionOutputs<Call>& a, const Tensor& query, const Tensor& out, const OptionalTensor& lse) {
-  check_like(out, "out", query);
+  check_like(out, "out", query).unshared();
+  if (lse.has_value()) Checked(&*lse, "lse").unshared();
   a.out = write(out);
   a.out_strides = strides_of(out);
   if (lse.has_value()) take_lse(*lse, "lse", query, write<float>(*lse), a.lse, a.lse_batch, a.lse_head);
@@ -163,9 +164,9 @@ void take_gradients(AttentionGradients<Call>& a, const AttentionArguments& x, co
                     const OptionalTensor& drelative_bias) {
   check_like(out, "out", x.query);
   check_like(grad_out, "grad_out", x.query);
-  check_like(dq, "dq", x.query);
-  check_like(dk, "dk", x.key);
-  check_like(dv, "dv", x.key);
+  check_like(dq, "dq", x.query).unshared();
+  check_like(dk, "dk", x.key).unshared();
+  check_like(dv, "dv", x.key).unshared();
   a.out = read(out);
   a.grad_out = read(grad_out);
   a.out_strides = strides_of(out);

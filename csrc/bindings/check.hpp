@@ -55,6 +55,14 @@ class Checked {
     if (t_ && !t_->is_contiguous()) refuse("a contiguous tensor", "strides " + text_of(t_->strides()));
     return *this;
   }
+  // For results: elements of an expanded tensor share memory, and threads would write it at once.
+  const Checked& unshared() const {
+    if (!t_) return *this;
+    const auto sizes = t_->sizes(), strides = t_->strides();
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (sizes[i] > 1 && strides[i] == 0) refuse("elements that share no memory", "strides " + text_of(strides));
+    return *this;
+  }
   const Checked& unit() const {
     if (t_ && t_->dim() && t_->stride(-1) != 1 && t_->size(-1) > 1)
       refuse("a contiguous last axis", "strides " + text_of(t_->strides()));

@@ -53,7 +53,7 @@ void cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Op
   check_per_row(a, check(grad_losses, "grad_losses"));
   check_per_row(a, check(largest, "largest"));
   check_per_row(a, check(total, "total"));
-  check(grad, "grad").dtype(logits.scalar_type()).shape_of(logits).unit();
+  check(grad, "grad").dtype(logits.scalar_type()).shape_of(logits).unit().unshared();
   a.grad_losses = read<float>(grad_losses);
   a.largest = read<float>(largest);
   a.total = read<float>(total);

@@ -21,7 +21,7 @@ inline Rotary rotary_of(const Tensor& x, const Tensor& cos, const Tensor& sin, c
                         bool interleaved, bool inverse, const Tensor& y) {
   const Check check(x);
   check(x, "x").shape({kAny, kAny, kAny, kAny}).unit();
-  check(y, "y").dtype(x.scalar_type()).shape_of(x).unit();
+  check(y, "y").dtype(x.scalar_type()).shape_of(x).unit().unshared();
   check_angles(check, cos, sin, positions, x.size(0), x.size(1), x.size(3));
   Rotary a{};
   a.dtype = dtype_of(x);
@@ -53,9 +53,9 @@ inline RotaryAppend rotary_append_of(const Tensor& query, const Tensor& key, con
   const int64_t batch = query.size(0), length = query.size(1), width = query.size(3);
   check(key, "key").dtype(dtype).shape({batch, length, kAny, width}).unit();
   check(value, "value").dtype(dtype).shape_of(key).unit();
-  check(key_cache, "key_cache").dtype(dtype).shape({batch, key.size(2), kAny, width}).unit();
-  check(value_cache, "value_cache").dtype(dtype).shape_of(key_cache).unit();
-  check(y, "y").dtype(dtype).shape_of(query).unit();
+  check(key_cache, "key_cache").dtype(dtype).shape({batch, key.size(2), kAny, width}).unit().unshared();
+  check(value_cache, "value_cache").dtype(dtype).shape_of(key_cache).unit().unshared();
+  check(y, "y").dtype(dtype).shape_of(query).unit().unshared();
   check(lengths, "cache_lengths").shape({batch});
   check(query_weight, "query_weight").float_or(parameters).shape({width}).contiguous();
   check(key_weight, "key_weight").float_or(parameters).shape({width}).contiguous();

@@ -238,15 +238,17 @@ WRONG = {
     "cpu_rotary": [
         {"positions": _i(0, 1, 7, 2, 3, 4).view(2, 3)}, {"positions": _i(0, 1, -1, 2, 3, 4).view(2, 3)},
         {"positions": None, "cos": _r(2, 2), "sin": _r(2, 2)}, {"cos": _r(7, 3), "sin": _r(7, 3)},
-        {"cos": _r(2, 7).t()}, {"x": _r(2, 3, 5, 4).transpose(2, 3)},
+        {"y": _new(1, 3, 4, 5).expand(2, 3, 4, 5)}, {"cos": _r(2, 7).t()}, {"x": _r(2, 3, 5, 4).transpose(2, 3)},
     ],
     "cpu_rotary_append": [
         {"lengths": _i(2, 7)}, {"lengths": _i(-1, 2)}, {"positions": None}, {"query_weight": _r(5, dtype=h)},
         {"positions": _i(0, 1, 7, 2, 3, 4).view(2, 3)}, {"key_cache": _new(2, 2, 5, 9).transpose(2, 3)},
+        {"value_cache": _new(1, 2, 9, 5).expand(2, 2, 9, 5)},
     ],
     "cpu_dropout_forward": [{"p": 1.01}, {"y": _new(9, 3).t()}],
     "cpu_attention_forward": [
         {"relative_bias": _r(4, 101)}, {"relative_bias": _r(4, 160)}, {"out": _new(2, 4, 8, 5).transpose(2, 3)},
+        {"out": _new(1, 4, 5, 8).expand(2, 4, 5, 8)}, {"lse": _new(2, 1, 5).expand(2, 4, 5)},
         {"dropout_p": 2.0}, {"cu_seqlens_q": _i(0, 5)}, {"query": _r(2, 3, 5, 8)},
         {n: _r(2, 4, s, 300) for n, s in {"query": 5, "key": 6, "value": 6, "out": 5}.items()},
         {"lse": _new(5, 4, 2).transpose(0, 2)},
@@ -254,6 +256,7 @@ WRONG = {
     "cpu_attention_backward": [
         {"dbias": _new(2, 4, 6, 5).transpose(2, 3)}, {"bias": None}, {"relative_bias": None},
         {"drelative_bias": _new(2, 161, 4).transpose(1, 2)}, {"dk": _new(2, 4, 6, 8)},
+        {"dk": _new(2, 1, 6, 8).expand(2, 2, 6, 8)},
     ],
     "cpu_attention_forward unpadded": [
         {"cu_seqlens_q": _i(0, 2, 6)}, {"cu_seqlens_k": _i(0, 7, 6)}, {"cu_seqlens_q": _i(-1, 2, 5)},
@@ -287,7 +290,8 @@ WRONG = {
         {"target": _i(0, 6, 1)}, {"target": _i(0, -2, 1)}, {"logits": _r(3, 0), "weight": None},
         {"logits": _r(6, 3).t()}, {"target": _i(0, 9, 1, 9, 2, 9)[::2]},
     ],
-    "cpu_cross_entropy_backward": [{"target": _i(0, 6, 1)}, {"grad": _new(6, 3).t()}, {"grad": _new(3, 6, dtype=h)}],
+    "cpu_cross_entropy_backward": [{"target": _i(0, 6, 1)}, {"grad": _new(6, 3).t()}, {"grad": _new(3, 6, dtype=h)},
+                                   {"grad": _new(1, 6).expand(3, 6)}],
     "cpu_embedding_layer_norm_forward": [
         {"ids": _i(0, 1, 4)}, {"type_ids": _i(0, 6, 4)}, {"position_ids": _i(0, -1, 4)}, {"position": None},
         {"type_ids": None}, {"word": _r(9, 4).t()},
