@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from compat_families import VOCABULARY, make_pair
-from hf_models import truth
+from hf_models import exact_norms, truth
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast
@@ -71,6 +71,18 @@ def test_losses_that_include_such_positions(name):
         found[key] = loss.detach(), model.get_input_embeddings().weight.grad
     losses, gradients = zip(*(found[key] for key in ("ours", "truth", "theirs")))
     assert_as_accurate(*losses)
+    assert_as_accurate(*gradients, GRADIENT)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """The layers run again in the backward pass, with the same attention."""
+    ours, theirs = make_pair("T5ForConditionalGeneration", attn_implementation="sdpa")
+    gradients = []
+    for model in (ours, exact_norms(copy.deepcopy(theirs).double()), theirs):
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(IDS, attention_mask=RIGHT, labels=IDS[:, :5].contiguous()).loss.backward()
+        gradients.append(model.shared.weight.grad)
     assert_as_accurate(*gradients, GRADIENT)
 
 

@@ -1,6 +1,5 @@
 """The decorator of every model's public forward: `public_forward`."""
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -14,7 +13,6 @@ from .._transformers import CACHE_NAME, merge_cache_names
 from ..layers import BeyondFastPath
 from ..layers.unpadding import compute_padding, every_position_computed, padding_is_computed
 from ._heads import IGNORE
-from ._layer import attention_of_hf
 from ._stock import READ_WHOLE, why_hf_forward
 
 __all__ = ["public_forward"]
@@ -157,26 +155,10 @@ def _run_hf(
         raise TypeError(f"{CACHE_NAME}: {where} is transformers' own, which keeps no cache, as {reason}")
     arguments = {k: v for k, v in arguments.items() if k != "want"}
     given = dict(zip(order, args)) | arguments
-    reads = blind or _reads_padding(given)
-    if torch.compiler.is_compiling():
-        with compute_padding(True) if reads else contextlib.nullcontext():
-            return original(model, *args, **arguments)
-    with contextlib.ExitStack() as state:
-        if reads:
-            state.enter_context(every_position_computed())
-        if blind or _has_empty_rows(given):
-            state.enter_context(attention_of_hf())
+    if not (blind or _reads_padding(given)):
         return original(model, *args, **arguments)
-
-
-def _has_empty_rows(given: dict) -> bool:
-    """Whether a padding mask has a row without tokens."""
-    masks = (given.get(f"{of}attention_mask") for of in ("", "decoder_", "encoder_"))
-    return any(
-        not bool((m != 0).any(1).all())
-        for m in masks
-        if isinstance(m, torch.Tensor) and m.dim() == 2 and m.numel() and ops.concrete(m)
-    )
+    with compute_padding(True) if torch.compiler.is_compiling() else every_position_computed():
+        return original(model, *args, **arguments)
 
 
 def _reads_padding(given: dict) -> bool:

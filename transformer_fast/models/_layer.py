@@ -1,16 +1,16 @@
 """Mixins for layers and attention modules, which are called in two ways: by our stack, and by HF's code."""
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers import SlotTable, StackCall, transformer_layer
+from ..ops import concrete
 
-__all__ = ["CONFIG", "AttentionModule", "Layer", "attention_of_hf", "kept_layers"]
+__all__ = ["CONFIG", "AttentionModule", "Layer", "kept_layers"]
 
 # An attention module keeps its configuration under this name too: torch 2.11's compiler reads __dict__["config"]
 # through the property below, in an endless recursion.
@@ -47,16 +47,6 @@ class Layer:
 _thread = threading.local()
 
 
-@contextlib.contextmanager
-def attention_of_hf() -> Iterator[None]:
-    """Attention modules call transformers' own attention in this context and thread."""
-    before, _thread.leaves = getattr(_thread, "leaves", False), True
-    try:
-        yield
-    finally:
-        _thread.leaves = before
-
-
 class _WithKernel:
     """The user's configuration with another attention implementation: ours."""
 
@@ -72,7 +62,12 @@ class _WithKernel:
 class AttentionModule:
     """Mixin, placed before HF's attention class: its forward calls our attention instead of torch's
     scaled_dot_product_attention, with the same masks. The module's configuration is not changed. Under torch.compile
-    and export, torch's is called."""
+    and export, torch's is called.
+
+    _averages: HF's sdpa gives a query without keys the mean of all values, so it is called for masks with such queries.
+    """
+
+    _averages = False
 
     @property
     def config(self):
@@ -90,10 +85,23 @@ class AttentionModule:
         self.__dict__[CONFIG] = self.__dict__["config"]
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or getattr(_thread, "leaves", False):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self._is_left(args, kwargs):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         before, _thread.attends = getattr(_thread, "attends", False), True
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             _thread.attends = before
+
+    def _is_left(self, args: tuple, kwargs: dict) -> bool:
+        """Whether HF's attention is called. The mask alone decides, as checkpointing calls the layer twice."""
+        if not self._averages:
+            return False
+        masks = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
+        if (
+            not masks
+            or not all(map(concrete, masks))
+            or (masks[0].is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return False
+        return any(not bool(mask.any(-1).all()) for mask in masks)

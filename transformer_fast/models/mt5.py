@@ -42,7 +42,7 @@ class MT5Block(T5BlockBase, hf.MT5Block):
 
 @_ADOPTED.register
 class MT5Attention(AttentionModule, hf.MT5Attention):
-    pass
+    _averages = True
 
 
 @_ADOPTED.register

@@ -42,7 +42,7 @@ class T5Block(T5BlockBase, hf.T5Block):
 
 @_ADOPTED.register
 class T5Attention(AttentionModule, hf.T5Attention):
-    pass
+    _averages = True
 
 
 @_ADOPTED.register

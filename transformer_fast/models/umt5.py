@@ -44,7 +44,7 @@ class UMT5Block(T5BlockBase, hf.UMT5Block):
 
 @_ADOPTED.register
 class UMT5Attention(AttentionModule, hf.UMT5Attention):
-    pass
+    _averages = True
 
 
 @_ADOPTED.register
