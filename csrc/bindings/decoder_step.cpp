@@ -8,7 +8,9 @@ namespace {
 
 DecoderPlan& plan_of(const Tensor& plan) { return *static_cast<DecoderPlan*>(plan.mutable_data_ptr()); }
 
-int64_t decoder_plan_bytes(int64_t layers) { return int64_t(sizeof(DecoderPlan) + sizeof(DecoderLayer) * size_t(layers)); }
+int64_t decoder_plan_bytes(int64_t layers) {
+  return int64_t(sizeof(DecoderPlan) + sizeof(DecoderLayer) * size_t(layers));
+}
 int64_t decoder_phase_bytes(int64_t layers) {
   return int64_t(sizeof(PhaseCounter)) * (kLayerPhases * layers + kStackPhases);
 }
@@ -25,15 +27,17 @@ int64_t decoder_split_floats(Tensor weight) {
   return split_floats(weight_of({weight, OptionalTensor()}, 0, 0, 0));
 }
 
-void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position, double embed_scale,
-                        OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm, int64_t activation,
+void decoder_plan_stack(Tensor plan, Tensor phases, Tensor workspace, Tensor token, OptionalTensor position,
+                        double embed_scale, OptionalTensors norms, std::vector<double> eps, bool rms, bool pre_norm,
+                        int64_t activation,
                         OptionalTensors head, double head_scale, int64_t vocabulary, OptionalTensor cos,
                         OptionalTensor sin, bool rotary_interleaved, bool parallel, bool qkv_by_head,
-                        double softcap, double logits_softcap, int64_t layers, int64_t heads, int64_t key_heads, int64_t head_dim,
-                        int64_t feed_forward, int64_t rows, int64_t capacity, int64_t cross_capacity,
+                        double softcap, double logits_softcap, int64_t layers, int64_t heads, int64_t key_heads,
+                        int64_t head_dim, int64_t feed_forward, int64_t rows, int64_t capacity, int64_t cross_capacity,
                         ScalarType cache_dtype) {
   STD_TORCH_CHECK(head_dim <= 256, "head_dim: wanted at most 256, got ", head_dim);
-  STD_TORCH_CHECK(!qkv_by_head || heads == key_heads, "key_heads: wanted ", heads, " with qkv_by_head, got ", key_heads);
+  STD_TORCH_CHECK(!qkv_by_head || heads == key_heads, "key_heads: wanted ", heads, " with qkv_by_head, got ",
+                  key_heads);
   DecoderPlan& p = plan_of(plan);
   p = DecoderPlan{};
   p.layers = layers;
@@ -175,8 +179,8 @@ void decoder_choose(Tensor plan, Tensor ids, OptionalTensor positions, Tensor ta
     STD_TORCH_CHECK(s.plan->head.layout != WeightLayout::columns, "weights: wanted those of the head (out, in)");
   }
   std::vector<RowBest> best(size_t(tf_num_threads() * best_stride(s.rows)));
-  s.choice = {read<int64_t>(barred), barred.has_value() ? barred->numel() : 0, count, best.data(), write<int64_t>(tokens),
-              write<float>(values)};
+  s.choice = {read<int64_t>(barred), barred.has_value() ? barred->numel() : 0, count, best.data(),
+              write<int64_t>(tokens), write<float>(values)};
   kernels().decoder_step(s);
 }
 

@@ -1,8 +1,7 @@
-#include <string>
 #include <vector>
 
+#include "check.hpp"
 #include "cpu/kernels_int8.hpp"
-#include "tensors.hpp"
 
 namespace tf {
 namespace {
@@ -41,7 +40,26 @@ std::string cpu_int8_isas() {
   return found;
 }
 
+// Groups and shapes of a weight (out, in) and what goes with it.
+void check_group(int64_t in, int64_t group) {
+  STD_TORCH_CHECK(in > 0, "transformer_fast: weight: wanted at least one input, got none");
+  STD_TORCH_CHECK(group > 0 && group <= kInt8Group && group % 32 == 0 && kInt8Group % group == 0,
+                  "transformer_fast: group: wanted 32, 64, 128 or 256, got ", group);
+}
+void check_parts(const Check& check, const Tensor& q, const Tensor& scale, int64_t group) {
+  check(q, "q").dtype(ScalarType::Char).shape({kAny, kAny}).contiguous();
+  check_group(q.size(1), group);
+  check(scale, "scale").dtype(ScalarType::Float).shape({q.size(0), int8_groups(q.size(1), group)}).contiguous();
+}
+void check_panels(const Checked& panels, int64_t out, int64_t in, int64_t group) {
+  check_group(in, group);
+  panels.dtype(ScalarType::Char).shape({(out + kPanel - 1) / kPanel, int8_panel_bytes(in, group)}).contiguous();
+}
+
 void quantize_weight(Tensor weight, int64_t group, Tensor q, Tensor scale) {
+  const Check check(weight);
+  check_parts(check, q, scale, group);
+  check(weight, "weight").shape_of(q);
   QuantizeWeight a{};
   a.dtype = dtype_of(weight);
   a.weight = read(weight);
@@ -56,6 +74,9 @@ void quantize_weight(Tensor weight, int64_t group, Tensor q, Tensor scale) {
 }
 
 void int8_to_panels(Tensor weight, Tensor scale, int64_t group, Tensor panels) {
+  const Check check(weight);
+  check_parts(check, weight, scale, group);
+  check_panels(check(panels, "panels"), weight.size(0), weight.size(1), group);
   ToInt8Panels a{};
   a.weight = read<int8_t>(weight);
   a.scale = read<float>(scale);
@@ -67,6 +88,9 @@ void int8_to_panels(Tensor weight, Tensor scale, int64_t group, Tensor panels) {
 }
 
 void int8_from_panels(Tensor panels, int64_t group, Tensor weight, Tensor scale) {
+  const Check check(panels);
+  check_parts(check, weight, scale, group);
+  check_panels(check(panels, "panels"), weight.size(0), weight.size(1), group);
   FromInt8Panels a{};
   a.panels = read<int8_t>(panels);
   a.weight = write<int8_t>(weight);
@@ -77,12 +101,12 @@ void int8_from_panels(Tensor panels, int64_t group, Tensor weight, Tensor scale)
   int8_kernels().from_panels(a);
 }
 
-Int8Weight weight_of(const OptionalTensor& panels, const OptionalTensor& bias, int64_t out, int64_t in, int64_t group) {
+Int8Weight weight_of(const Check& check, const OptionalTensor& panels, const OptionalTensor& bias, int64_t out,
+                     int64_t in, int64_t group) {
   Int8Weight w{};
   if (!panels.has_value()) return w;
-  STD_TORCH_CHECK(panels->scalar_type() == ScalarType::Char && panels->size(0) == (out + kPanel - 1) / kPanel &&
-                      panels->size(1) == int8_panel_bytes(in, group),
-                  "panels: wanted int8 panels of a weight (", out, ", ", in, ") in groups of ", group);
+  check_panels(check(*panels, "panels"), out, in, group);
+  check(bias, "biases").dtype(ScalarType::Float).shape({out}).contiguous();
   w.panels = read<int8_t>(*panels);
   w.bias = read<float>(bias);
   w.out = out;
@@ -94,7 +118,17 @@ Int8Weight weight_of(const OptionalTensor& panels, const OptionalTensor& bias, i
 void linear_int8(Tensor x, OptionalTensors panels, OptionalTensors biases, std::vector<int64_t> outs, int64_t group,
                  int64_t activation, Tensor y) {
   Int8Weight weights[3];
-  STD_TORCH_CHECK(!outs.empty() && outs.size() <= 3, "panels: wanted one to three weights, got ", outs.size());
+  STD_TORCH_CHECK(!outs.empty() && outs.size() <= 3 && panels.size() == outs.size() && biases.size() == outs.size(),
+                  "transformer_fast: panels, biases, outs: wanted one to three each, got ", panels.size(), ", ",
+                  biases.size(), " and ", outs.size());
+  int64_t columns = 0;
+  for (const int64_t out : outs) {
+    STD_TORCH_CHECK(out > 0, "transformer_fast: outs: wanted at least one output, got ", out);
+    columns += out;
+  }
+  const Check check(x);
+  check(x, "x").shape({kAny, kAny}).unit();
+  check(y, "y").shape({x.size(0), columns}).unit().unshared();
   LinearInt8 a{};
   a.x_dtype = dtype_of(x);
   a.y_dtype = dtype_of(y);
@@ -103,18 +137,32 @@ void linear_int8(Tensor x, OptionalTensors panels, OptionalTensors biases, std::
   a.rows = x.size(0);
   a.x_stride = x.stride(0);
   a.y_stride = y.stride(0);
-  for (size_t i = 0; i < outs.size(); ++i) weights[i] = weight_of(panels[i], biases[i], outs[i], x.size(1), group);
+  for (size_t i = 0; i < outs.size(); ++i) {
+    STD_TORCH_CHECK(panels[i].has_value(), "transformer_fast: panels: wanted a tensor for each weight, got none");
+    weights[i] = weight_of(check, panels[i], biases[i], outs[i], x.size(1), group);
+  }
   a.weights = weights;
   a.count = int64_t(outs.size());
-  a.has_activation = activation >= 0;
-  a.activation = Activation(activation >= 0 ? activation : 0);
-  int8_kernels().linear(a);
+  take_activation(a, activation);
+  if (a.rows) int8_kernels().linear(a);
 }
 
 // groups: of output, of up and gate, of down.
 void int8_block(Tensor context, Tensor residual, OptionalTensors panels, OptionalTensors biases, int64_t feed_forward,
-                std::vector<int64_t> groups, OptionalTensors norms, std::vector<double> eps, bool rms, int64_t activation,
-                Tensor y) {
+                std::vector<int64_t> groups, OptionalTensors norms, std::vector<double> eps, bool rms,
+                int64_t activation, Tensor y) {
+  STD_TORCH_CHECK(panels.size() == 4 && biases.size() == 4 && norms.size() == 4 && groups.size() == 3 &&
+                      eps.size() == 2,
+                  "transformer_fast: wanted four panels, biases and norms, three groups and two eps");
+  STD_TORCH_CHECK(panels[0].has_value() && panels[1].has_value() && panels[3].has_value(),
+                  "transformer_fast: panels: wanted all but the gate's, which may be absent");
+  STD_TORCH_CHECK(feed_forward > 0, "transformer_fast: feed_forward: wanted at least 1, got ", feed_forward);
+  const Check check(residual);
+  check(residual, "residual").shape({kAny, kAny}).unit();
+  check(context, "context").shape({residual.size(0), kAny}).unit();
+  check(y, "y").dtype(residual.scalar_type()).shape_of(residual).contiguous();
+  for (const OptionalTensor& norm : norms)
+    check(norm, "norms").dtype(ScalarType::Float).shape({residual.size(1)}).contiguous();
   Int8Block a{};
   a.dtype = dtype_of(residual);
   a.context_dtype = dtype_of(context);
@@ -125,14 +173,14 @@ void int8_block(Tensor context, Tensor residual, OptionalTensors panels, Optiona
   a.width = residual.size(1);
   a.context_stride = context.stride(0);
   a.residual_stride = residual.stride(0);
-  a.output = weight_of(panels[0], biases[0], a.width, context.size(1), groups[0]);
-  a.up = weight_of(panels[1], biases[1], feed_forward, a.width, groups[1]);
-  a.gate = weight_of(panels[2], biases[2], feed_forward, a.width, groups[1]);
-  a.down = weight_of(panels[3], biases[3], a.width, feed_forward, groups[2]);
+  a.output = weight_of(check, panels[0], biases[0], a.width, context.size(1), groups[0]);
+  a.up = weight_of(check, panels[1], biases[1], feed_forward, a.width, groups[1]);
+  a.gate = weight_of(check, panels[2], biases[2], feed_forward, a.width, groups[1]);
+  a.down = weight_of(check, panels[3], biases[3], a.width, feed_forward, groups[2]);
   a.attention_norm = {read<float>(norms[0]), read<float>(norms[1]), float(eps[0]), rms};
   a.output_norm = {read<float>(norms[2]), read<float>(norms[3]), float(eps[1]), rms};
-  a.activation = Activation(activation);
-  int8_kernels().block(a);
+  a.activation = activation_of(activation);
+  if (a.rows) int8_kernels().block(a);
 }
 
 }  // namespace

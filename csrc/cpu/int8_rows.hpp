@@ -109,8 +109,8 @@ static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t
 
 // out (rows, 32 count), rows ldo apart, = x W^T for the columns from 32 panel on. It goes group by group, so that a
 // group of x stays in the L1 cache for all columns.
-static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count, float* out,
-                          int64_t ldo) {
+static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count,
+                                 float* out, int64_t ldo) {
   const int64_t bytes = int8_panel_bytes(w.in, w.group);
   const int8_t* from = w.panels + panel * bytes;
   for (int64_t k = 0, g = 0; k < w.in; k += w.group, ++g) {

@@ -69,7 +69,8 @@ void with_optional_activation(bool has, Activation activation, const F& f) {
 // normal distribution.
 struct CoarseGelu {
   static inline void compute(Vec x, Vec& y, Vec&) {
-    const Vec near = max(broadcast(-4.f), min(broadcast(4.f), x)), s = fma(near * near, broadcast(0.125f), broadcast(-1.f));
+    const Vec near = max(broadcast(-4.f), min(broadcast(4.f), x));
+    const Vec s = fma(near * near, broadcast(0.125f), broadcast(-1.f));
     Vec p = broadcast(-0.00272963941f);
     p = fma(p, s, broadcast(0.00821204111f));
     p = fma(p, s, broadcast(-0.0132595142f));

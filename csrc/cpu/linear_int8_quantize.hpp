@@ -57,14 +57,9 @@ static inline Int8Rows from_row(const Int8Rows& x, int64_t row) {
 // Lane i of the result: op over the lanes of v[i], for kWidth vectors.
 template <int Step, class F>
 static inline void fold_by(Vec* v, const F& op) {
-  VecI low, high;  // lane l of the lower vector: l & Step ? upper[l - Step] : lower[l]
-  for (int l = 0; l < kWidth; ++l) {
-    low[l] = l & Step ? kWidth + l - Step : l;
-    high[l] = l & Step ? kWidth + l : l + Step;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; i += 2 * Step)
-    v[i] = op(__builtin_shuffle(v[i], v[i + Step], low), __builtin_shuffle(v[i], v[i + Step], high));
+    v[i] = op(lower_half<Step>(v[i], v[i + Step]), upper_half<Step>(v[i], v[i + Step]));
 }
 template <class F>
 static inline Vec fold(Vec* v, const F& op) {

@@ -65,7 +65,8 @@ static inline int64_t panels_of(const StepWeight& w) { return (w.out + kPanel - 
 
 // sums (kRows, 32) = rows of x times one panel. first: the panel's first block of rows.
 template <class W>
-static void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
+static void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first,
+                     float* sums) {
   const W* data = static_cast<const W*>(w.data);
   if (w.layout == WeightLayout::panels)
     return multiply_rows(rows, x, ldx, data + panel * panel_slots<W>(w.in), w.in, first, sums);
@@ -75,7 +76,8 @@ static void multiply(const StepWeight& w, int64_t panel, int rows, const float* 
   }
 }
 
-static void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first, float* sums) {
+static void multiply(const StepWeight& w, int64_t panel, int rows, const float* x, int64_t ldx, bool first,
+                     float* sums) {
   if (w.storage == Storage::f32) return multiply<float>(w, panel, rows, x, ldx, first, sums);
   w.storage == Storage::i8 ? multiply<int8_t>(w, panel, rows, x, ldx, first, sums)
                          : multiply<bf16>(w, panel, rows, x, ldx, first, sums);
@@ -221,7 +223,8 @@ class StepProducts {
   // with some of the rows, and the parts are added up afterwards. They do not depend on the number of threads.
   void split_linear(const StepWeight& w, const float* x, int64_t ldx, const Finish& f) {
     const int64_t blocks = (w.in + kSplitDepth - 1) / kSplitDepth, panels = panels_of(w), ldo = panels * kPanel;
-    const int64_t cuts = (w.out + split_width(rows_) - 1) / split_width(rows_), width = (panels + cuts - 1) / cuts * kPanel;
+    const int64_t cuts = (w.out + split_width(rows_) - 1) / split_width(rows_);
+    const int64_t width = (panels + cuts - 1) / cuts * kPanel;
     team_.phase(blocks * cuts, 1, [&](int64_t item) {
       const int64_t begin = item / cuts * kSplitDepth, column = item % cuts * width;
       const int64_t depth = w.in - begin < kSplitDepth ? w.in - begin : kSplitDepth;

@@ -52,6 +52,11 @@ _LSTM = {
     "hidden": _r(2, 9), "memory": _r(2, 9), "sequences": torch.tensor([[0, 3], [3, 2], [0, 1]]), "steps": 3,
     "reverse": False, "out": _r(5, 9), "saved": _r(5, 36), "memories": _r(5, 9),
 }  # fmt: skip
+_Q = torch.randint(-127, 128, (40, 70), dtype=i8)
+_PANELS, _INNER, _OUTER = (
+    torch.zeros(-(-out // 32), -(-inner // 4) * 128 + -(-inner // 64) * 256, dtype=i8)
+    for out, inner in ((40, 70), (130, 40), (40, 130))
+)
 _STEP = {
     "ids": torch.tensor([1, 2]), "token": _r(5, 6), "hidden": _r(1, 2, 8), "memory": None, "feed": _r(2, 4),
     "keys": _r(3, 4, 7), "values": _r(3, 4, 8), "mask": torch.ones(3, 4, dtype=torch.bool),
@@ -129,6 +134,22 @@ CALLS = {
         "grad_memory": _new(2, 9),
     },
     "cpu_recurrent_step": _STEP,
+    "cpu_quantize_weight": {
+        "weight": _r(40, 70), "group": 64, "q": _new(40, 70, dtype=i8), "scale": _new(40, 2),
+    },
+    "cpu_int8_to_panels": {"weight": _Q, "scale": _r(40, 2), "group": 64, "panels": _PANELS.clone()},
+    "cpu_int8_from_panels": {
+        "panels": _PANELS, "group": 64, "weight": _new(40, 70, dtype=i8), "scale": _new(40, 2),
+    },
+    "cpu_linear_int8": {
+        "x": _r(3, 70), "panels": [_PANELS, _PANELS], "biases": [_r(40), None], "outs": [40, 38], "group": 64,
+        "activation": -1, "y": _new(3, 78),
+    },
+    "cpu_int8_block": {
+        "context": _r(3, 70), "residual": _r(3, 40), "panels": [_PANELS, _INNER, _INNER, _OUTER],
+        "biases": [_r(40), None, _r(130), _r(40)], "feed_forward": 130, "groups": [64, 64, 64],
+        "norms": [_r(40), _r(40), _r(40), None], "eps": [1e-5, 1e-5], "rms": False, "activation": 0, "y": _new(3, 40),
+    },
 }  # fmt: skip
 # Arguments whose rows the others do not determine: a table or a cache may have as many as the caller likes.
 _FREE_ROWS = {
@@ -136,6 +157,11 @@ _FREE_ROWS = {
     ("cpu_recurrent_step", "token"), ("cpu_embedding_gradient", "grad_table"),
     *((f"cpu_embedding_layer_norm_{way}", table) for way in ("forward", "backward")
       for table in ("word", "position", "token_type")),
+}  # fmt: skip
+# Arguments whose columns int8 panels pad to a multiple of four: a few more or fewer fit.
+_PADDED = {
+    ("cpu_int8_to_panels", "weight"), ("cpu_int8_from_panels", "weight"), ("cpu_linear_int8", "x"),
+    ("cpu_int8_block", "context"),
 }  # fmt: skip
 
 
@@ -151,10 +177,11 @@ def _wrong(op, name, t):
         return
     for axis in range(t.dim()):
         if axis or (op, name) not in _FREE_ROWS:
-            shorter = t.narrow(axis, 0, t.shape[axis] - 1).contiguous()
+            step = 4 if axis == 1 and (op, name) in _PADDED else 1
+            shorter = t.narrow(axis, 0, t.shape[axis] - step).contiguous()
             if not ("attention" in op and t.dim() == 4 and name in ("bias", "mask") and shorter.shape[axis] == 1):
                 yield f"axis {axis} is shorter", shorter
-            yield f"axis {axis} is longer", torch.cat([t, t.narrow(axis, 0, 1)], axis)
+            yield f"axis {axis} is longer", torch.cat([t, t.narrow(axis, 0, step)], axis)
             yield "empty", t.narrow(axis, 0, 0)
     if t.dim() > 2:  # vectors and matrices may be passed with more axes
         yield "one axis more", t[None]
@@ -261,6 +288,22 @@ WRONG = {
     "cpu_attention_forward unpadded": [
         {"cu_seqlens_q": _i(0, 2, 6)}, {"cu_seqlens_k": _i(0, 7, 6)}, {"cu_seqlens_q": _i(-1, 2, 5)},
         {"max_seqlen_q": 2}, {"max_seqlen_k": 2}, {"cu_seqlens_k": None}, {"cu_seqlens_q": _i(0, 4, 5)},
+    ],
+    "cpu_quantize_weight": [
+        {"group": 48}, {"group": 0}, {"group": 512}, {"q": _new(70, 40, dtype=i8).t()},
+        {"weight": _r(40, 0), "q": _new(40, 0, dtype=i8), "scale": _new(40, 0)},
+    ],
+    "cpu_int8_to_panels": [{"group": 32}, {"scale": _r(2, 40).t()}],
+    "cpu_int8_from_panels": [{"group": 128}],
+    "cpu_linear_int8": [
+        {"outs": [40]}, {"outs": [40, 33]}, {"outs": [0, 78]}, {"group": 32}, {"activation": 4},
+        {"panels": [_PANELS, None]}, {"biases": [_r(40)]}, {"x": _r(70, 3).t()},
+        {"y": _new(1, 78).expand(3, 78)}, {"y": _new(78, 3).t()},
+    ],
+    "cpu_int8_block": [
+        {"panels": [_PANELS, _INNER, None]}, {"panels": [None, _INNER, None, _OUTER]}, {"feed_forward": 0},
+        {"eps": [1e-5]}, {"groups": [64, 64]}, {"groups": [64, 32, 64]}, {"activation": -1}, {"norms": [_r(40)] * 3},
+        {"y": _new(40, 3).t()}, {"y": _new(3, 40, dtype=h)},
     ],
     "cpu_column_sum": [{"x": _r(9, 3).t()}],
     "cpu_to_panels": [

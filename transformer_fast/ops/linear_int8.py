@@ -45,8 +45,7 @@ class Int8Weight:
         else."""
         if q.dtype != torch.int8 or q.dim() != 2:
             raise TypeError(f"q: wanted an int8 tensor (out, in), got {q.dtype} {tuple(q.shape)}")
-        if group not in GROUPS:
-            raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
+        _check_group(group)
         wanted = (q.shape[0], eager_int8.groups(q.shape[1], group))
         if tuple(scale.shape) != wanted or scale.dtype != torch.float32:
             raise ValueError(f"scale: wanted float32 {wanted}, got {scale.dtype} {tuple(scale.shape)}")
@@ -67,6 +66,7 @@ class Int8Weight:
         _common.check_floating("weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight: wanted shape (out, in), got {tuple(weight.shape)}")
+        _check_group(group)
         return cls(*quantize_weight(weight, group), group)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +87,11 @@ def group_of(inner: int, longest: int) -> int:
     into whole groups."""
     fits = longest != LONG_GROUP or (inner >= _WIDE and inner % LONG_GROUP == 0)
     return longest if fits else GROUP
+
+
+def _check_group(group: int) -> None:
+    if group not in GROUPS:
+        raise ValueError(f"group: wanted one of {', '.join(map(str, GROUPS))}, got {group}")
 
 
 def _panels_shape(shape: torch.Size, group: int) -> tuple[int, int]:
