@@ -116,6 +116,15 @@ def _linear_cross_entropy(d: Draw) -> None:
     d.call.few = width < 4 or classes < 8 or rows < 4
 
 
+def _token_embedding(d: Draw) -> None:
+    entries = d.size(1, 30)
+    d.integers("ids", 0, entries, (d.size(0, 5), d.size(1, 12)))
+    d.tensor("word", (entries, d.size(1, 200)))
+    padding = d.rng.choice((None, 0, -1))
+    d.call.ours = f"tf.ops.embedding(ids, word, {padding})"
+    d.call.plain = f"F.embedding(ids.long(), word, {padding})"
+
+
 def _embedding(d: Draw) -> None:
     width, entries = d.size(2, 200), d.size(1, 30)
     shape = (d.size(1, 5), d.size(1, 12))
@@ -471,6 +480,7 @@ OPS = {
     "bias_activation": _bias_activation,
     "cross_entropy": _cross_entropy,
     "dropout": _dropout,
+    "embedding": _token_embedding,
     "embedding_layer_norm": _embedding,
     "kv_cache_attention": _kv_cache,
     "linear": _linear,

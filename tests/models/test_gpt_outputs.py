@@ -410,7 +410,7 @@ def test_adapters_are_called(pair, make_mask):
             "position_ids: wanted values",
         ),
         (
-            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)},
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)},
             r"attention_mask: wanted shape",
         ),
         (
