@@ -3,6 +3,7 @@
 import random
 
 import fuzz_decoders
+import fuzz_embeddings
 import fuzz_int8
 from fuzz_draw import ACTIVATIONS, Call, Draw
 
@@ -114,37 +115,6 @@ def _linear_cross_entropy(d: Draw) -> None:
     more = d.call.ours.split("reduction=")[1].rstrip(")")
     d.call.plain = f"F.cross_entropy(F.linear(x, w, {bias}).to(torch.promote_types(x.dtype, torch.float32)), target.long(), reduction={more})"  # noqa: E501
     d.call.few = width < 4 or classes < 8 or rows < 4
-
-
-def _token_embedding(d: Draw) -> None:
-    entries = d.size(1, 30)
-    d.integers("ids", 0, entries, (d.size(0, 5), d.size(1, 12)))
-    d.tensor("word", (entries, d.size(1, 200)))
-    padding = d.rng.choice((None, 0, -1))
-    d.call.ours = f"tf.ops.embedding(ids, word, {padding})"
-    d.call.plain = f"F.embedding(ids.long(), word, {padding})"
-
-
-def _embedding(d: Draw) -> None:
-    width, entries = d.size(2, 200), d.size(1, 30)
-    shape = (d.size(1, 5), d.size(1, 12))
-    d.integers("ids", 0, entries, shape)
-    d.tensor("word", (entries, width))
-    arguments = ["ids", "word"]
-    for name in ("position", "kind"):
-        if d.chance(0.7):
-            n = d.size(1, 20)
-            d.integers(f"{name}_ids", 0, n, shape if d.chance() else (1, shape[1]))
-            arguments += [f"{name}_ids", d.tensor(name, (n, width))]
-        else:
-            arguments += ["None", "None"]
-    dtype = d.parameter_dtype()
-    arguments += [d.maybe("w", (width,), dtype=dtype), d.maybe("b", (width,), dtype=dtype), "1e-5"]
-    padding = d.rng.choice((None, 0, -1))
-    p = d.rng.choice((0.0, 0.2))
-    d.call.ours = f"tf.embedding_layer_norm({', '.join(arguments)}, dropout_p={p}, padding_idx={padding})"
-    if width < 8:  # as above
-        d.call.grad = False
 
 
 def _additive(d: Draw) -> None:
@@ -480,8 +450,6 @@ OPS = {
     "bias_activation": _bias_activation,
     "cross_entropy": _cross_entropy,
     "dropout": _dropout,
-    "embedding": _token_embedding,
-    "embedding_layer_norm": _embedding,
     "kv_cache_attention": _kv_cache,
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
@@ -497,6 +465,7 @@ OPS = {
     "rotary_embedding": _rotary,
     "varlen_attention": _varlen,
     **fuzz_decoders.OPS,
+    **fuzz_embeddings.OPS,
     **fuzz_int8.OPS,
 }
 

@@ -95,6 +95,12 @@ def keep_freed() -> bool:
     return _keeps
 
 
+def keep_for_training(x: torch.Tensor) -> None:
+    """keep_freed, if x is on the CPU and gradients are computed. A compiler need not see this."""
+    if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep_freed()
+
+
 _LARGEST = 32 << 20  # what malloc can keep
 _gradients = WeakTensorKeyDictionary()  # weight -> the storages of its last gradients
 _gradients_lock = threading.Lock()

@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import ops
 from ..backends import Call, native, select
-from ..backends.memory import keep_freed
+from ..backends.memory import keep_for_training
 from .projection import is_plain
 
 __all__ = ["recurrent_layers", "why_not_recurrent"]
@@ -44,8 +44,7 @@ def recurrent_layers(
     states of the last layer, (B, T, directions * H) or (total, directions * H), and the last states
     (layers * directions, B, H), for an LSTM a pair of hidden states and memories.
     """
-    if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        keep_freed()
+    keep_for_training(x)
     function, lstm = _CELLS[type(module)], isinstance(module, nn.LSTM)
     directions = 2 if module.bidirectional else 1
     last: list[Any] = []

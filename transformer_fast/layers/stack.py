@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..backends.memory import keep_freed
+from ..backends.memory import keep_for_training
 from ..ops._common import autocast_dtype
 from ..ops.linear_int8 import Int8BlockWeights, int8_block
 from .planning import StackCall
@@ -35,8 +35,7 @@ def run_layers(
     embedding.
     """
     layers = list(layers)
-    if torch.is_grad_enabled() and rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        keep_freed()
+    keep_for_training(rows)
     for index, layer in enumerate(layers):
         if index in keep_hidden:
             call.hidden_states[index], rows = call.unpadding.show(rows)
