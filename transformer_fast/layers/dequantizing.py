@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .quantized import Int8Linear
-from .quantizing import NEED_GRADIENTS
+from .quantizing import NEED_GRADIENTS, swap
 
 __all__ = ["restore"]
 
@@ -15,14 +15,8 @@ def restore(model: nn.Module) -> int:
     """Replace each Int8Linear by a layer of the class that it replaced. Parameters require gradients as before the
     model was quantised. Returns the number of replaced layers."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    made: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        if isinstance(module, Int8Linear):
-            made[module] = _plain(module, dtype)
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in made:
-                parent._modules[key] = made[child]
+    made = {module: _plain(module, dtype) for module in model.modules() if isinstance(module, Int8Linear)}
+    swap(model, made)
     _require_gradients(model)
     return len(made)
 

@@ -4,7 +4,7 @@ import fnmatch
 import functools
 import inspect
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ __all__ = [
     "quantized_modules",
     "replace",
     "replace_empty",
+    "swap",
 ]
 
 NEED_GRADIENTS = "_before_int8_required_gradients"  # attribute of a quantised model: names of parameters
@@ -108,12 +109,17 @@ def replace_empty(model: nn.Module, names: Collection[str] | None, group: int, s
     _put(model, made)
 
 
-def _put(model: nn.Module, made: dict[nn.Module, Int8Linear]) -> None:
-    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+def swap(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:
+    """Put made[module] in the place of each of these modules of a model."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in made:
                 parent._modules[key] = made[child]
+
+
+def _put(model: nn.Module, made: dict[nn.Module, Int8Linear]) -> None:
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    swap(model, made)
     for module, int8 in made.items():
         int8.replaces = type(module)
     setattr(model, NEED_GRADIENTS, trained)
