@@ -102,7 +102,7 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
         ),
     ]
     if call == "first":
-        return [build, smoke, cuda_tests, *decisive, triton_tests, ledger]
+        return [build, smoke, cuda_tests, triton_tests, ledger, *decisive]
     if call == "second":
         compiled = "attention-*ward/bf16-b4-s4096*,t5-bias-*s2048,norm-*layer-norm-32768x1024"
         return [

@@ -98,8 +98,8 @@ def test_steps_run_in_order_and_the_second_call_goes_on(device):
     first = [" ".join(line) for line in device.asked()]
     assert status == 1 and "exit 4" in output
     order = [
-        "flight.py build", "smoke.py", "--groups cuda-", "attention-forward/", "attention-backward/", "norm-",
-        "decode/", "bert-base", "--groups triton-", "ledger.py",
+        "flight.py build", "smoke.py", "--groups cuda-", "--groups triton-", "ledger.py", "attention-forward/",
+        "attention-backward/", "norm-", "decode/", "bert-base",
     ]  # fmt: skip
     assert len(first) == len(order) and all(part in line for part, line in zip(order, first)), first
     assert {"state.json", "smoke.json", "results.csv", "tests-cuda.log"} <= set(device.packed())
