@@ -72,15 +72,14 @@ def _backward(function: Callable) -> Callable:
     return prepare
 
 
-def _replayed(function: Callable, device: str) -> Callable:
-    """The forward in a CUDA graph, as in a captured decoding step: launching such short kernels takes longer than they
-    run."""
+def _replayed(wrap: Callable, device: str) -> Callable:
+    """wrap, in a CUDA graph: launching a short kernel takes longer than it runs."""
 
-    def prepare(x):
-        call = _forward(function)(x)
-        return graphed(call) if device == "cuda" else call
+    def replayed(function: Callable) -> Callable:
+        prepare = wrap(function)
+        return lambda x: graphed(lambda: prepare(x)) if device == "cuda" else prepare(x)
 
-    return prepare
+    return replayed
 
 
 def _cuda_candidate(prepare: Callable) -> Candidate:
@@ -285,6 +284,7 @@ def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
 def _decode(batch: int, context: int, device: str) -> Case:
     """One token per sequence: append to the cache, attend to it. GPT-2's heads. On a GPU, a graph is replayed."""
     h, d = 12, 64
+    wrap = _replayed(_forward, device)
 
     def inputs(tiny: bool):
         b, length = (2, 24) if tiny else (batch, context)
@@ -309,9 +309,9 @@ def _decode(batch: int, context: int, device: str) -> Case:
         title=f"one decoding step bf16, {batch} sequences, context {context}",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, _replayed(ours, device)),
-            _cuda_candidate(_replayed(ours, device)),
-            Candidate(SDPA, _replayed(torch_static, device)),
+            Candidate(OURS, wrap(ours)),
+            _cuda_candidate(wrap(ours)),
+            Candidate(SDPA, wrap(torch_static)),
         ),
         peer=SDPA,
         dtype="bf16",
@@ -330,9 +330,10 @@ def _liger(function: str, module: str) -> Callable:
 
 
 def _norm(what: str, rows_width, training: bool, device: str, ours, theirs, liger, *, vectors: int, residual=False):
-    """The forward, or the backward alone."""
+    """The forward, or the backward alone. On a GPU, a graph is replayed."""
     rows, width = rows_width
     wrap, kind = (_backward, "backward") if training else (_forward, "forward")
+    wrap = _replayed(wrap, device)
     tensors = (3 if residual else 2) if not training else (4 if residual else 3)
 
     def inputs(tiny: bool):

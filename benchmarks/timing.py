@@ -80,17 +80,32 @@ def _clock_cuda(call: Callable[[], object], count: int) -> float:
     return start.elapsed_time(end) / 1000.0
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of `call`: replaying it times the kernels without the CPU's part of launching them. Every replay
-    returns the same output, in the graph's memory."""
+def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A CUDA graph of the call that prepare() makes: replaying it times the kernels without the CPU's part of launching
+    them. Every replay returns the same output, in the graph's memory.
+
+    prepare runs on the stream of the capture, as a backward pass runs on the stream of its forward pass.
+    """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph, failure = torch.cuda.CUDAGraph(), None
     with torch.cuda.stream(stream):
+        call = prepare()
         for _ in range(3):
             call()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                try:
+                    output = call()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            # torch leaves its generator as in a capture, and the next random tensor would fail.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise failure or error from None  # the end of a broken capture fails too, and hides the reason
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
 
     def replay():
         graph.replay()

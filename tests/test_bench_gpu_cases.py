@@ -99,36 +99,70 @@ def test_a_bar_may_ask_for_a_share_of_the_ceiling():
 
 
 @pytest.mark.quick
-def test_decoding_on_a_gpu_replays_a_graph(monkeypatch):
+def test_short_kernels_on_a_gpu_are_replayed_in_a_graph(monkeypatch):
     """The launches of such short kernels take longer than the kernels themselves."""
     captured = []
-    monkeypatch.setattr(module, "graphed", lambda call: captured.append(call) or call)
-    case = next(case for case in gpu_cases("cuda") if case.group == "decode")
-    with OnTheCpu():
-        inputs = case.inputs(True)
-        outputs = [case.candidate(name).prepare(inputs)() for name in (OURS, case.peer)]
-    assert len(captured) == 2 and outputs[0].shape == outputs[1].shape
+    monkeypatch.setattr(module, "graphed", lambda prepare: captured.append(prepare) or prepare())
+    for group in ("decode", "norm-forward", "norm-backward"):
+        case = next(case for case in gpu_cases("cuda") if case.group == group)
+        with OnTheCpu():
+            inputs = case.inputs(True)
+            outputs = [run._tensors(case.candidate(name).prepare(inputs)()) for name in (OURS, case.peer)]
+        assert len(captured) == 2 and outputs[0][0].shape == outputs[1][0].shape
+        captured.clear()
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What a capture does, in place of CUDA."""
+    found = []
+
+    class Graph:
+        def replay(self):
+            found.append("replay")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: found.append("wait"))
+    generator = types.SimpleNamespace(clone_state=lambda: "usable", graphsafe_set_state=found.append)
+    fakes = {
+        "Stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(), "current_stream": lambda: stream,
+        "CUDAGraph": Graph, "graph": lambda graph, stream: contextlib.nullcontext(found.append("capture")),
+        "current_device": lambda: 0, "default_generators": [generator],
+    }  # fmt: skip
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return found
 
 
 @pytest.mark.quick
-def test_a_replay_returns_what_was_captured(monkeypatch):
-    memory, events = torch.zeros(3), []
+def test_a_replay_returns_what_was_captured(events):
+    memory = torch.zeros(3)
 
     def call():
         events.append("call")
         return memory
 
-    class Graph:
-        def replay(self):
-            events.append("replay")
-
-    stream = types.SimpleNamespace(wait_stream=lambda other: events.append("wait"))
-    fakes = {
-        "Stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(), "current_stream": lambda: stream,
-        "CUDAGraph": Graph, "graph": lambda graph: contextlib.nullcontext(events.append("capture")),
-    }  # fmt: skip
-    for name, value in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    replay = timing.graphed(call)
+    replay = timing.graphed(lambda: events.append("prepare") or call)
     assert replay() is memory and replay() is memory
-    assert events[-4:] == ["capture", "call", "replay", "replay"] and events.index("wait") > 2
+    assert events == ["wait", "prepare", *3 * ["call"], "capture", "call", "wait", "replay", "replay"]
+
+
+@pytest.mark.quick
+def test_a_broken_capture_names_its_reason(events, monkeypatch):
+    @contextlib.contextmanager
+    def broken(graph, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    calls = iter([None, None, None, ValueError("the reason")])
+
+    def call():
+        failure = next(calls)
+        if failure:
+            raise failure
+
+    with pytest.raises(ValueError, match="the reason"):
+        timing.graphed(lambda: call)
+    assert events[-1] == "usable"
