@@ -91,11 +91,13 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
     forward, backward = ("cuda-attention-forward",), ("cuda-attention-forward", "cuda-attention-backward")
     attention = {"triton": ("triton-attention",)}
     rows = {"cuda": ("cuda-norm",), "triton": ("triton-rows",)}
+    every = {"cuda": (*backward, *rows["cuda"]), "triton": (*attention["triton"], *rows["triton"])}
     peers = "--missing", "--candidates", "SDPA flash,SDPA cuDNN,cuda"
     decisive = [
         measure("attention-forward", 45, DECISIVE.format(*2 * ["forward"]), *peers, cuda=forward, **attention),
         measure("attention-backward", 50, DECISIVE.format(*2 * ["backward"]), *peers, cuda=backward, **attention),
         measure("norms", 20, "norm-*-32768x1024", "--missing", "--candidates", "cuda,Liger", **rows),
+        measure("host", 20, "host/*", "--missing", "--candidates", "cuda", **every),
         measure("decode", 20, "decode/*", "--missing", cuda=("cuda-decode",), **attention),
         measure(
             "bert", 30, "inference/bert-base-bf16-ragged-256", "--missing", "--candidates", "accelerate", **attention
@@ -110,7 +112,7 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
             Step("memcheck", 60, ("benchmarks/flight.py", "memcheck")),
             measure("attention", 60, "attention-*,t5-bias-*", *peers, cuda=backward, **attention),
             measure("rows", 40, "norm-*,cross-entropy/*", "--missing", "--candidates", "cuda,Liger", **rows),
-            measure("compiled", 50, compiled, "--slow", cuda=backward, **attention),
+            measure("compiled", 38, compiled, "--slow", cuda=backward, **attention),
             test("models", 40, "models"),
             # Each token replays a captured step.
             measure("generation", 60, "generation/gpt2-b?-bf16,generation/marian-greedy-b8-bf16", "--missing",

@@ -99,7 +99,7 @@ def test_steps_run_in_order_and_the_second_call_goes_on(device):
     assert status == 1 and "exit 4" in output
     order = [
         "flight.py build", "smoke.py", "--groups cuda-", "--groups triton-", "ledger.py", "attention-forward/",
-        "attention-backward/", "norm-", "decode/", "bert-base",
+        "attention-backward/", "norm-", "host/", "decode/", "bert-base",
     ]  # fmt: skip
     assert len(first) == len(order) and all(part in line for part, line in zip(order, first)), first
     assert {"state.json", "smoke.json", "results.csv", "tests-cuda.log"} <= set(device.packed())
@@ -138,7 +138,7 @@ def test_a_broken_kit_costs_itself_alone(device, tmp_path):
     _kit_of_kernels(archive)
     archive.write_bytes(archive.read_bytes()[:60])
     status, output = device.fly("first")
-    assert status == 0 and "was not unpacked" in output and len(device.asked()) == 10
+    assert status == 0 and "was not unpacked" in output and len(device.asked()) == 11
 
 
 def test_a_stage_whose_smoke_fails_is_left_out(device):
@@ -147,7 +147,7 @@ def test_a_stage_whose_smoke_fails_is_left_out(device):
     tests = next(line for line in asked if "--groups cuda-" in line)
     assert "cuda-attention-forward cuda-decode cuda-rotary" in tests and "cuda-norm" not in tests
     without = [line.split("--only ")[1][:10] for line in asked if "--without transformer_fast cuda" in line]
-    assert without == ["attention-", "norm-*-327"]
+    assert without == ["attention-", "norm-*-327", "host/* --m"]
     assert "--groups triton-attention triton-rows graphs" in " ".join(asked) and status == 1
     device.record.unlink()
     _, output = device.fly("tune", FAILING="")
@@ -184,7 +184,7 @@ def test_what_was_done_before_a_kill_is_kept(device, begun):
     device.record.unlink()
     assert device.fly("first")[0] == 0
     after = device.asked()
-    assert len(before) + len(after) in (10, 11), "the step that was cut off runs again, and no other"
+    assert len(before) + len(after) in (11, 12), "the step that was cut off runs again, and no other"
 
 
 def test_a_step_s_output_is_kept_when_it_is_ended(device):
@@ -239,7 +239,7 @@ def test_a_full_disk_stops_nothing(device, tmp_path):
     blocked = tmp_path / "a-file"
     blocked.touch()
     status, output = device.fly("first", OUT=str(blocked / "out"))
-    assert status == 0 and len(device.asked()) == 10 and "was not written" in output
+    assert status == 0 and len(device.asked()) == 11 and "was not written" in output
     record = device.record.read_text()
     device.record.unlink()
     status, output = device.fly("first", FLIGHT_STATE=str(blocked / "state"), OUT=str(device.out))
@@ -262,7 +262,7 @@ def test_what_is_missing_costs_its_own_step(device, tmp_path):
     with tarfile.open(device.out / "flight.tar.gz") as tar:
         state = next(m for m in tar.getmembers() if m.name.endswith("state.json"))
         noted = json.load(tar.extractfile(state))
-    assert len(noted) == 10 and not [name for name, step in noted.items() if step["status"] in (0, "running")]
+    assert len(noted) == 11 and not [name for name, step in noted.items() if step["status"] in (0, "running")]
     assert (device.state / "results" / "tests").exists() and not list(ROOT.glob("benchmarks/results/cuda-unknown*"))
 
 
@@ -370,7 +370,7 @@ def test_the_plan_names_what_there_is():
                 assert all(fnmatch.filter(cases, pattern) for pattern in only), step
     every = {group for step in flight.plan("second", pathlib.Path("results")) for group, _ in step.groups}
     assert every == set(flight_tests.GROUPS), "a group that no step runs"
-    assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 10
+    assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 11
 
 
 def test_settings_that_the_flight_makes_are_read_by_somebody():
