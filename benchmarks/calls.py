@@ -10,7 +10,7 @@ import torch
 import transformer_fast as tf
 
 from .case import OURS, Candidate
-from .graphs import graphed, on_capture_stream
+from .graphs import graphed
 
 __all__ = ["OURS_CUDA", "backward_only", "cuda_candidate", "forward_only", "replayed", "with_gradients"]
 
@@ -23,15 +23,7 @@ def replayed(wrap: Callable, device: str) -> Callable:
 
     def with_graphs(function: Callable) -> Callable:
         prepare = wrap(function)
-
-        def prepare_graph(x):
-            if device != "cuda":
-                return prepare(x)
-            with on_capture_stream():
-                call = prepare(x)
-            return graphed(call)
-
-        return prepare_graph
+        return lambda x: graphed(lambda: prepare(x)) if device == "cuda" else prepare(x)
 
     return with_graphs
 

@@ -106,8 +106,7 @@ SHORT = ("decode", "norm-forward", "norm-backward", "cross-entropy", "pointwise"
 def test_short_kernels_on_a_gpu_are_timed_by_graphs_alone(group, monkeypatch):
     """The launches of such kernels take longer than the kernels themselves."""
     captured = []
-    monkeypatch.setattr(calls, "graphed", lambda call: captured.append(call) or call)
-    monkeypatch.setattr(calls, "on_capture_stream", contextlib.nullcontext)
+    monkeypatch.setattr(calls, "graphed", lambda prepare: captured.append(prepare) or prepare())
     case = next(case for case in gpu_cases("cuda") if case.group == group)
     with OnTheCpu():
         inputs = case.inputs(True)
@@ -155,9 +154,9 @@ class FakeCuda:
 @pytest.mark.quick
 def test_a_replay_returns_what_was_captured(monkeypatch):
     cuda, memory = FakeCuda(monkeypatch, fails=False), torch.zeros(3)
-    replay = graphs.graphed(lambda: cuda.events.append("call") or memory)
+    replay = graphs.graphed(lambda: cuda.events.append("prepare") or (lambda: cuda.events.append("call") or memory))
     assert replay() is memory and replay() is memory
-    assert cuda.events == ["wait", *["call"] * 3, "wait", "capture", "call", "replay", "replay"]
+    assert cuda.events == ["wait", "prepare", *["call"] * 3, "wait", "capture", "call", "replay", "replay"]
 
 
 @pytest.mark.quick
@@ -170,7 +169,7 @@ def test_a_failed_capture_is_undone_and_its_first_error_reported(monkeypatch):
             raise RuntimeError("a kernel cannot be captured")
 
     with pytest.raises(RuntimeError, match="a kernel cannot be captured"):
-        graphs.graphed(call)
+        graphs.graphed(lambda: call)
     assert cuda.events[-4:] == ["stream", "random numbers before", "endAllocateToPool", "releasePool"]
     with pytest.raises(RuntimeError, match="the capture ended with an error"):
-        graphs.graphed(lambda: None)
+        graphs.graphed(lambda: lambda: None)
