@@ -68,7 +68,7 @@ class Step(NamedTuple):
 
 # Cases of each kind, most important first.
 OPS = (
-    "decode/*,attention-padded/*,t5-bias-*s2048,norm-*-32768x1024,attention-*ward/*s2048*,attention-dropout/*,"
+    "decode/*,host/*,attention-padded/*,t5-bias-*s2048,norm-*-32768x1024,attention-*ward/*s2048*,attention-dropout/*,"
     "cross-entropy/*,pointwise/*,rotary-append/*,norm-*-4096x768,attention-*ward/*s8192*,t5-bias-*,"
     "attention-*ward/*s512*,norm-*,attention-*ward/*"
 )

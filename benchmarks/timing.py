@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["QUICK", "Budget", "Timing", "graphed", "interleave", "percentile", "ratios"]
+__all__ = ["QUICK", "Budget", "Timing", "interleave", "percentile", "ratios"]
 
 
 def percentile(values: list[float], q: float) -> float:
@@ -78,40 +78,6 @@ def _clock_cuda(call: Callable[[], object], count: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000.0
-
-
-def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """A CUDA graph of the call that prepare() makes: replaying it times the kernels without the CPU's part of launching
-    them. Every replay returns the same output, in the graph's memory.
-
-    prepare runs on the stream of the capture, as a backward pass runs on the stream of its forward pass.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph, failure = torch.cuda.CUDAGraph(), None
-    with torch.cuda.stream(stream):
-        call = prepare()
-        for _ in range(3):
-            call()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                try:
-                    output = call()
-                except Exception as error:
-                    failure = error
-                    raise
-        except Exception as error:
-            # torch leaves its generator as in a capture, and the next random tensor would fail.
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
-            raise failure or error from None  # the end of a broken capture fails too, and hides the reason
-    torch.cuda.current_stream().wait_stream(stream)
-
-    def replay():
-        graph.replay()
-        return output
-
-    return replay
 
 
 def _warm_up(call: Callable[[], object], clock: Callable[[Callable[[], object], int], float], seconds: float) -> float:
