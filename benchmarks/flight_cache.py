@@ -171,7 +171,7 @@ def _models():
         with contextlib.ExitStack() as stack:
             for config in (shapes.BERT_BASE, shapes.BERT_LARGE):
                 stack.enter_context(unittest.mock.patch.dict(config, num_hidden_layers=1))
-            for name, (_, config) in generation_cases.MODELS.items():
+            for _, config in generation_cases.MODELS.values():
                 few = {key: 1 for key in ("n_layer", "encoder_layers", "decoder_layers") if key in config}
                 stack.enter_context(unittest.mock.patch.dict(config, few))
             folder = stack.enter_context(tempfile.TemporaryDirectory())
