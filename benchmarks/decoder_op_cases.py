@@ -1,6 +1,6 @@
 """Cases of ops in modern decoders: gated activations, and rotary embedding with head norms and the append to a cache.
 
-Not yet run on a GPU.
+On a GPU, graphs are replayed.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import transformer_fast as tf
 
 from . import shapes
+from .calls import cuda_candidate, forward_only, replayed, with_gradients
 from .case import OURS, Bar, Candidate, Case
 
-__all__ = ["decoder_op_cases", "with_gradients"]
+__all__ = ["decoder_op_cases"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TORCH, COMPILE = "torch", "torch.compile"
-OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels; OURS is the default choice of kernels
 EPS = 1e-6
 # {gated unit: (our activation, torch's)}
 GATED = {"swiglu": ("silu", F.silu), "geglu": ("gelu", F.gelu)}
@@ -31,35 +31,15 @@ def decoder_op_cases(device: str, dtype: str, gated: list[tuple[int, int]], appe
 
 
 def _candidates(wrap: Callable, ours: Callable, theirs: Callable) -> tuple[Candidate, ...]:
-    def on_cuda(x):
-        def call():
-            with tf.backend("cuda"):
-                return wrap(ours)(x)()
-
-        return call
-
     return (
         Candidate(OURS, wrap(ours)),
-        Candidate(OURS_CUDA, on_cuda, works_on=("cuda",)),
+        cuda_candidate(wrap(ours)),
         Candidate(TORCH, wrap(theirs)),
         Candidate(COMPILE, lambda x: wrap(torch.compile(theirs, dynamic=False))(x), slow=True),
     )
 
 
 # ---- gated activations -------------------------------------------------------------------------------
-def with_gradients(function: Callable) -> Callable:
-    """Forward and backward; returns the output and the gradients of every leaf."""
-
-    def prepare(x):
-        def call():
-            out = function(x)
-            return out, *torch.autograd.grad(out, x.leaves, x.upstream)
-
-        return call
-
-    return prepare
-
-
 def _gated(unit: str, rows_width: tuple[int, int], dtype: str, device: str) -> Case:
     """act(x) * gate, forward and backward: reads and writes eight tensors."""
     rows, width = rows_width
@@ -76,7 +56,7 @@ def _gated(unit: str, rows_width: tuple[int, int], dtype: str, device: str) -> C
         title=f"{unit} forward + backward {dtype}, {rows_width}",
         inputs=inputs,
         candidates=_candidates(
-            with_gradients, lambda x: tf.bias_activation(x.leaves[0], None, ours, gate=x.leaves[1]),
+            replayed(with_gradients, device), lambda x: tf.bias_activation(x.leaves[0], None, ours, gate=x.leaves[1]),
             lambda x: theirs(x.leaves[0]) * x.leaves[1],
         ),
         peer=TORCH,
@@ -133,21 +113,11 @@ def _append(shape: shapes.AppendShape, dtype: str, device: str) -> Case:
         x.values[:, :, start:] = x.value
         return placed(x.query, x.weights[0]), x.keys, x.values
 
-    def without_gradients(function: Callable) -> Callable:
-        def prepare(x):
-            def call():
-                with torch.no_grad():
-                    return function(x)
-
-            return call
-
-        return prepare
-
     return Case(
         name=f"rotary-append/{dtype}-{shape.name}",
         title=f"head norms + rotary embedding + cache append {dtype}, {shape.name}",
         inputs=inputs,
-        candidates=_candidates(without_gradients, ours, theirs),
+        candidates=_candidates(replayed(forward_only, device), ours, theirs),
         peer=TORCH,
         dtype=dtype,
         shape=f"{tuple(shape)}",

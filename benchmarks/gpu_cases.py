@@ -1,8 +1,8 @@
 """The GPU cases, each with its peers and its bar.
 
 Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding with a cache, norms, gated
-activations, the loss. `device` is "cuda", except in tests, which run small versions of every case on the CPU. Not yet
-run on a GPU.
+activations, the loss, and the host time of calls on tiny tensors. `device` is "cuda", except in tests, which run small
+versions of every case on the CPU.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import transformer_fast as tf
 
 from . import shapes
+from .calls import backward_only, cuda_candidate, forward_only, replayed, with_gradients
 from .case import OURS, Bar, Candidate, Case, everything
-from .decoder_op_cases import decoder_op_cases, with_gradients
-from .timing import graphed
+from .decoder_op_cases import decoder_op_cases
+from .host_cases import host_cases
 
 __all__ = ["gpu_cases"]
 
 BF16 = torch.bfloat16
 DROPOUT = 0.1
-OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels; OURS is the default choice of kernels
 SDPA, FLASH, CUDNN, FLEX = "torch SDPA", "SDPA flash", "SDPA cuDNN", "flex_attention"
 TORCH, COMPILE, LIGER = "torch", "torch.compile", "Liger"
 FILL = 0.4  # share of real tokens in a padded batch
@@ -44,59 +44,12 @@ def gpu_cases(device: str) -> list[Case]:
         for make in (_layer_norm, _rms_norm, _add_layer_norm):
             cases += [make(rows_width, training, device) for training in (False, True)]
     cases += decoder_op_cases(device, "bf16", shapes.GATED_CUDA, shapes.APPEND_CUDA)
-    return [*cases, *(_cross_entropy(size, device) for size in shapes.LOSS_CUDA)]
+    cases += [_cross_entropy(size, device) for size in shapes.LOSS_CUDA]
+    return [*cases, *host_cases(device)]
 
 
 def _random(device: str, *shape: int, grad: bool = False) -> torch.Tensor:
     return torch.randn(shape, device=device).to(BF16).requires_grad_(grad)
-
-
-def _forward(function: Callable) -> Callable:
-    def prepare(x):
-        def call():
-            with torch.no_grad():
-                return function(x)
-
-        return call
-
-    return prepare
-
-
-def _backward(function: Callable) -> Callable:
-    """The backward alone, repeated on one graph: gradients of every leaf."""
-
-    def prepare(x):
-        out = function(x)
-        return lambda: torch.autograd.grad(out, x.leaves, x.upstream, retain_graph=True)
-
-    return prepare
-
-
-def _replayed(function: Callable, device: str) -> Callable:
-    """The forward in a CUDA graph, as in a captured decoding step: launching such short kernels takes longer than they
-    run."""
-
-    def prepare(x):
-        call = _forward(function)(x)
-        return graphed(call) if device == "cuda" else call
-
-    return prepare
-
-
-def _cuda_candidate(prepare: Callable) -> Candidate:
-    """The same call with the CUDA C++ kernels. The backend is set in each call, forward and backward."""
-
-    def prepare_on_cuda(x):
-        with tf.backend("cuda"):
-            call = prepare(x)
-
-        def forced():
-            with tf.backend("cuda"):
-                return call()
-
-        return forced
-
-    return Candidate(OURS_CUDA, prepare_on_cuda, works_on=("cuda",))
 
 
 # ---- attention ---------------------------------------------------------------------------------------
@@ -144,7 +97,7 @@ def _attention(kind: str, shape, causal: bool, device: str, wrap: Callable, flop
         inputs=lambda tiny: _qkv(shape, device, tiny, kind == "backward"),
         candidates=(
             Candidate(OURS, wrap(partial(_ours, causal=causal))),
-            _cuda_candidate(wrap(partial(_ours, causal=causal))),
+            cuda_candidate(wrap(partial(_ours, causal=causal))),
             Candidate(FLASH, wrap(partial(_torch, causal=causal, only=SDPBackend.FLASH_ATTENTION))),
             Candidate(CUDNN, wrap(partial(_torch, causal=causal, only=SDPBackend.CUDNN_ATTENTION)), **cuda),
             Candidate(FLEX, _flex(wrap, causal), slow=True, **cuda),
@@ -159,11 +112,11 @@ def _attention(kind: str, shape, causal: bool, device: str, wrap: Callable, flop
 
 
 def _attention_forward(shape, causal: bool, device: str) -> Case:
-    return _attention("forward", shape, causal, device, _forward, 4.0, 4)
+    return _attention("forward", shape, causal, device, forward_only, 4.0, 4)
 
 
 def _attention_backward(shape, causal: bool, device: str) -> Case:
-    return _attention("backward", shape, causal, device, _backward, 10.0, 8)
+    return _attention("backward", shape, causal, device, backward_only, 10.0, 8)
 
 
 def _padded(shape: shapes.AttentionShape, device: str) -> Case:
@@ -189,9 +142,9 @@ def _padded(shape: shapes.AttentionShape, device: str) -> Case:
         title=f"attention bf16, {tuple(shape)}, {FILL:.0%} of the tokens real",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, _forward(ours)),
-            _cuda_candidate(_forward(ours)),
-            Candidate(SDPA, _forward(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, x.mask))),
+            Candidate(OURS, forward_only(ours)),
+            cuda_candidate(forward_only(ours)),
+            Candidate(SDPA, forward_only(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, x.mask))),
         ),
         peer=SDPA,
         dtype="bf16",
@@ -220,7 +173,7 @@ def _t5_flex(x) -> Callable:
 def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
     """T5's bias from its table in each call. The peers build the bias (1, H, S, S), with gradients to the table."""
     b, h, s, d = shape
-    wrap = with_gradients if training else _forward
+    wrap = with_gradients if training else forward_only
     kind = "training" if training else "forward"
 
     def inputs(tiny: bool):
@@ -243,7 +196,7 @@ def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
         inputs=inputs,
         candidates=(
             Candidate(OURS, wrap(ours)),
-            _cuda_candidate(wrap(ours)),
+            cuda_candidate(wrap(ours)),
             Candidate(SDPA, wrap(materialised)),
             Candidate(FLEX, _flex(wrap, False, _t5_flex), slow=True, comparable=False, works_on=("cuda",)),
         ),
@@ -268,7 +221,7 @@ def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
         inputs=lambda tiny: _qkv(shape, device, tiny, True),
         candidates=(
             Candidate(OURS, with_gradients(ours)),
-            _cuda_candidate(with_gradients(ours)),
+            cuda_candidate(with_gradients(ours)),
             Candidate(SDPA, with_gradients(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
         ),
         peer=SDPA,
@@ -284,7 +237,7 @@ def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
 # ---- decoding ----------------------------------------------------------------------------------------
 def _decode(batch: int, context: int, device: str) -> Case:
     """One token per sequence: append to the cache, attend to it. GPT-2's heads. On a GPU, a graph is replayed."""
-    h, d = 12, 64
+    h, d, step = 12, 64, replayed(forward_only, device)
 
     def inputs(tiny: bool):
         b, length = (2, 24) if tiny else (batch, context)
@@ -309,9 +262,9 @@ def _decode(batch: int, context: int, device: str) -> Case:
         title=f"one decoding step bf16, {batch} sequences, context {context}",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, _replayed(ours, device)),
-            _cuda_candidate(_replayed(ours, device)),
-            Candidate(SDPA, _replayed(torch_static, device)),
+            Candidate(OURS, step(ours)),
+            cuda_candidate(step(ours)),
+            Candidate(SDPA, step(torch_static)),
         ),
         peer=SDPA,
         dtype="bf16",
@@ -330,9 +283,10 @@ def _liger(function: str, module: str) -> Callable:
 
 
 def _norm(what: str, rows_width, training: bool, device: str, ours, theirs, liger, *, vectors: int, residual=False):
-    """The forward, or the backward alone."""
+    """The forward, or the backward alone; on a GPU a graph is replayed."""
     rows, width = rows_width
-    wrap, kind = (_backward, "backward") if training else (_forward, "forward")
+    kind = "backward" if training else "forward"
+    wrap = replayed(backward_only if training else forward_only, device)
     tensors = (3 if residual else 2) if not training else (4 if residual else 3)
 
     def inputs(tiny: bool):
@@ -344,7 +298,7 @@ def _norm(what: str, rows_width, training: bool, device: str, ours, theirs, lige
 
     candidates = [
         Candidate(OURS, wrap(ours)),
-        _cuda_candidate(wrap(ours)),
+        cuda_candidate(wrap(ours)),
         Candidate(TORCH, wrap(theirs)),
         Candidate(COMPILE, lambda x: wrap(torch.compile(theirs, dynamic=False))(x), slow=True, works_on=("cuda",)),
     ]
@@ -394,7 +348,9 @@ def _add_layer_norm(rows_width, training: bool, device: str) -> Case:
 
 # ---- loss --------------------------------------------------------------------------------------------
 def _cross_entropy(size: tuple[int, int], device: str) -> Case:
-    rows, classes = size
+    """On a GPU a graph is replayed. Liger reads the number of targets on the CPU, so it cannot be captured."""
+    (rows, classes), plain = size, f"{LIGER}, not captured"
+    wrap = replayed(with_gradients, device)
 
     def inputs(tiny: bool):
         n, c = (8, 100) if tiny else size
@@ -421,14 +377,14 @@ def _cross_entropy(size: tuple[int, int], device: str) -> Case:
         title=f"cross entropy forward + backward bf16, {size}",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, with_gradients(lambda x: tf.cross_entropy(x.logits, x.target).to(x.upstream.dtype))),
-            Candidate(TORCH, with_gradients(lambda x: F.cross_entropy(x.logits.float(), x.target))),
-            Candidate(LIGER, liger, ("liger_kernel",), works_on=("cuda",)),
+            Candidate(OURS, wrap(lambda x: tf.cross_entropy(x.logits, x.target).to(x.upstream.dtype))),
+            Candidate(TORCH, wrap(lambda x: F.cross_entropy(x.logits.float(), x.target))),
+            Candidate(plain, liger, ("liger_kernel",), works_on=("cuda",)),
         ),
         peer=TORCH,
         dtype="bf16",
         shape=f"{size}",
         bytes=2.0 * 3 * rows * classes,
-        bar=Bar(1.0, ahead_of=(LIGER,)),
+        bar=Bar(1.0, ahead_of=(plain,)),
         result=everything,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["QUICK", "Budget", "Timing", "graphed", "interleave", "percentile", "ratios"]
+__all__ = ["QUICK", "Budget", "Timing", "interleave", "percentile", "ratios"]
 
 
 def percentile(values: list[float], q: float) -> float:
@@ -78,25 +78,6 @@ def _clock_cuda(call: Callable[[], object], count: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000.0
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of `call`: replaying it times the kernels without the CPU's part of launching them. Every replay
-    returns the same output, in the graph's memory."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-
-    def replay():
-        graph.replay()
-        return output
-
-    return replay
 
 
 def _warm_up(call: Callable[[], object], clock: Callable[[Callable[[], object], int], float], seconds: float) -> float:

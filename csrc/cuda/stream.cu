@@ -11,11 +11,14 @@ StreamIdentity identity_of(Stream stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   cudaStreamCaptureStatus status;
   unsigned long long id = 0, capture = 0;
-  if (cudaStreamGetCaptureInfo(s, &status, &capture) != cudaSuccess || cudaStreamGetId(s, &id) != cudaSuccess) {
-    cudaGetLastError();  // else the next launch would report it
-    return {false, 0, 0};
+  if (cudaStreamGetCaptureInfo(s, &status, &capture) == cudaSuccess) {
+    // cudaStreamGetId would end the capture. The handle serves, as the stream lives as long as the capture.
+    if (status == cudaStreamCaptureStatusActive) return {true, capture, reinterpret_cast<uintptr_t>(stream)};
+    // A handle may be used again after its stream; an id is not.
+    if (status == cudaStreamCaptureStatusNone && cudaStreamGetId(s, &id) == cudaSuccess) return {true, 0, id};
   }
-  return {true, id, status == cudaStreamCaptureStatusActive ? capture : 0};
+  cudaGetLastError();  // else the next launch would report it
+  return {false, 0, 0};
 #endif
 }
 

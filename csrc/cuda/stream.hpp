@@ -7,7 +7,8 @@ namespace tf::cuda {
 
 struct StreamIdentity {
   bool known;
-  uint64_t stream, capture;  // of the current device; capture: 0 outside one
+  uint64_t capture;  // of the graph that is captured; 0 outside a capture
+  uint64_t stream;   // of the current device: its id, or its handle in a capture
 };
 
 // known is false for the legacy stream while another stream captures: it must not be queried then.

@@ -139,6 +139,10 @@ cudaError_t cudaMemsetAsync(void*, int, size_t bytes, cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  if (settings.capture) {
+    add("\"kind\":\"capture broken\"");
+    return fail(cudaErrorStreamCaptureUnsupported);
+  }
   *id = uint64_t(stream);
   return cudaSuccess;
 }
