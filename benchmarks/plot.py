@@ -17,8 +17,10 @@ PEER_COLOURS = ["#34495e", "#7f8c8d", "#2980b9", "#27ae60", "#8e44ad", "#16a085"
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write every plot that the rows of `folder` allow, as PNG into the same folder."""
-    rows = [row for row in results.read(folder) if row["median_s"]]
+    """Write every plot that the rows of `folder` allow, as PNG into the same folder. A GPU's runs have a part of the
+    cases each, so the folders beside it give the others."""
+    found = results.of_all_runs(folder) if folder.parent.name.startswith("cuda") else results.read(folder)
+    rows = [row for row in found if row["median_s"]]
     written = []
     for group in dict.fromkeys(row["group"] for row in rows if row["group"] != "overhead"):
         written.append(speedups([row for row in rows if row["group"] == group], group, folder))
