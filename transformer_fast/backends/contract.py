@@ -71,6 +71,9 @@ class Backend:
 
     name = ""
     products: frozenset[str] = frozenset()
+    # Whether norm_backward and bias_activation_backward write the gradients of the parameters in the dtype of the
+    # tensors they get, rounded once from float32; else these tensors must be float32.
+    narrows_parameter_gradients = False
 
     # ---- selection ---------------------------------------------------------------------------------
     def why_not(self, call: Call) -> tuple[str, ...]:

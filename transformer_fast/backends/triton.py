@@ -45,8 +45,16 @@ def _device_of(t: torch.Tensor):
     return contextlib.nullcontext()
 
 
+@functools.cache
+def _launcher():
+    from . import triton_launch
+
+    return triton_launch
+
+
 class TritonBackend(Backend):
     name = "triton"
+    narrows_parameter_gradients = True
 
     def status(self) -> str:
         if not torch.cuda.is_available():
@@ -96,7 +104,7 @@ class TritonBackend(Backend):
             layer_norm_forward(*first, spec.eps, spec.rms, *drops, *rest, plan)
 
         inputs = spec.x, spec.residual, _dense(spec.weight), _dense(spec.bias), _dense(spec.rng), y, sum_out, mean, rstd
-        self._launch(("norm", spec.eps, spec.rms, spec.dropout_p), y, inputs, build)
+        self._launch(("norm", spec.eps, spec.rms, spec.dropout_p), y, inputs, build, 4)
 
     def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
         def build(plan):
@@ -110,13 +118,17 @@ class TritonBackend(Backend):
             grad_y, grad_sum, spec.x, _dense(spec.weight), _dense(spec.rng), _dense(mean), _dense(rstd), grad_v, grad_x,
             grad_weight, grad_bias,
         )  # fmt: skip
-        self._launch(("norm backward", spec.dropout_p), grad_v, inputs, build)
+        self._launch(("norm backward", spec.dropout_p), grad_v, inputs, build, 4)
 
-    def _launch(self, key: tuple, output: torch.Tensor, inputs: tuple, build) -> None:
-        from .triton_launch import run
-
-        with _device_of(output):
-            run((*key, output.device), inputs, build)
+    def _launch(self, key: tuple, output: torch.Tensor, inputs: tuple, build, strided: int) -> None:
+        """strided: how many of the inputs, at the front, may have any shape and strides; the others are contiguous and
+        have shapes that follow from those and the key."""
+        launcher = _launcher()
+        if output.is_cuda and output.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(output.device):
+                launcher.run((*key, output.device), inputs, build, strided)
+        else:
+            launcher.run((*key, output.device), inputs, build, strided)
 
     def attention_forward(self, spec, out, lse) -> None:
         from .triton_attention import attention_forward
@@ -162,7 +174,7 @@ class TritonBackend(Backend):
             *first, y = plan.inputs
             bias_activation_forward(*first, activation, y, plan)
 
-        self._launch(("activation", activation), y, (x, _dense(bias), gate, y), build)
+        self._launch(("activation", activation), y, (x, _dense(bias), gate, y), build, 3)
 
     def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
         def build(plan):
@@ -172,7 +184,7 @@ class TritonBackend(Backend):
             bias_activation_backward(*first, activation, *rest, _multiprocessors(grad_x.device), plan)
 
         inputs = (grad, x, _dense(bias), gate, grad_x, grad_bias, grad_gate)
-        self._launch(("activation backward", activation), grad_x, inputs, build)
+        self._launch(("activation backward", activation), grad_x, inputs, build, 4)
 
     def dropout_forward(self, x, rng, p, y) -> None:
         from ..kernels.dropout import dropout_forward

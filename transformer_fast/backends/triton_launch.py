@@ -91,12 +91,21 @@ def _hooked() -> bool:
     return bool(getattr(knobs.runtime.launch_enter_hook, "calls", None)) or knobs.runtime.debug
 
 
-def run(key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[Plan], None]) -> None:
+def run(
+    key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[Plan], None], strided: int | None = None
+) -> None:
     """Run the plan that `build(plan)` makes from plan.inputs, or the cached plan of an earlier call with the same key.
 
-    key: what the plan depends on, the device included. Shape, strides, dtype and alignment of the inputs are added.
+    key: what the plan depends on, the device included. Shape, strides, dtype and alignment of the inputs are added. Of
+    the inputs after the first `strided`, only dtype and alignment are: they are contiguous, in shapes that follow.
     """
-    whole = (key, *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in inputs])
+    whole = [key]
+    for t in inputs[:strided]:
+        whole.append(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16))
+    if strided is not None:
+        for t in inputs[strided:]:
+            whole.append(None if t is None else (t.dtype, t.data_ptr() % 16))
+    whole = tuple(whole)
     steps = _plans.get(whole)
     if steps is None:
         plan = Plan(inputs)

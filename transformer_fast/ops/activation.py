@@ -19,17 +19,49 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str) -> torch.Tensor:
-    y = memory.empty(x.shape, x.dtype, x.device)
-    if y.numel():
-        chosen = _select(x, gate is not None)
-        chosen.bias_activation_forward(
-            _rows(x), bias, None if gate is None else _rows(gate), activation, y.view(-1, x.shape[-1])
-        )
+    y = memory.empty_like(x)
+    if not y.numel():
+        return y
+    chosen = _select(x, gate is not None)
+    if x.dim() == 2 and x.stride(1) == 1 and (gate is None or gate.stride(1) == 1):
+        chosen.bias_activation_forward(x, bias, gate, activation, y)
+    else:
+        gate = None if gate is None else _rows(gate)
+        chosen.bias_activation_forward(_rows(x), bias, gate, activation, y.view(-1, x.shape[-1]))
     return y
 
 
 def _forward_fake(x, bias, gate, activation):
     return x.new_empty(x.shape)
+
+
+def _run_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Gradients of x, bias and gate; None where there is no such tensor or, of the bias, where it is not needed."""
+    width = x.shape[-1]
+    chosen = _select(x, gate is not None)
+    grad_x = memory.empty_like(x)
+    grad_gate = None if gate is None else memory.empty_like(x)
+    grad_bias = None
+    if need_bias and bias is not None:
+        summed = bias.dtype if chosen.narrows_parameter_gradients else _wide(x)
+        grad_bias = memory.empty((width,), summed, x.device)
+    if grad_x.numel():
+        chosen.bias_activation_backward(
+            _rows(grad), _rows(x), bias, None if gate is None else _rows(gate), activation, grad_x.view(-1, width),
+            grad_bias, None if grad_gate is None else grad_gate.view(-1, width),
+        )  # fmt: skip
+    elif grad_bias is not None:
+        grad_bias.zero_()
+    if grad_bias is not None and bias is not None and grad_bias.dtype != bias.dtype:
+        grad_bias = grad_bias.to(bias.dtype)
+    return grad_x, grad_bias, grad_gate
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _backward_impl(
@@ -40,26 +72,11 @@ def _backward_impl(
     activation: str,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, bias and gate; empty where there is no such tensor."""
-    width = x.shape[-1]
-    grad_x = memory.empty(x.shape, x.dtype, x.device)
-    grad_gate = memory.empty(x.shape if gate is not None else (0,), x.dtype, x.device)
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    grad_bias = memory.empty((width if need_bias else 0,), wide, x.device)
-    if grad_x.numel():
-        _select(x, gate is not None).bias_activation_backward(
-            _rows(grad),
-            _rows(x),
-            bias,
-            None if gate is None else _rows(gate),
-            activation,
-            grad_x.view(-1, width),
-            grad_bias if need_bias else None,
-            grad_gate.view(-1, width) if gate is not None else None,
-        )
-    else:
-        grad_bias.zero_()
-    return grad_x, grad_bias.to(bias.dtype) if bias is not None else grad_bias, grad_gate
+    """As _run_backward, with empty tensors in place of None, for torch's dispatcher."""
+    grad_x, grad_bias, grad_gate = _run_backward(grad, x, bias, gate, activation, need_bias)
+    if grad_bias is None:
+        grad_bias = x.new_empty(0, dtype=_wide(x) if bias is None else bias.dtype)
+    return grad_x, grad_bias, x.new_empty(0) if grad_gate is None else grad_gate
 
 
 def _backward_fake(grad, x, bias, gate, activation, need_bias):
@@ -76,6 +93,7 @@ _backward_op = _common.define(
     "(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, str activation, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
+    eager=_run_backward,
 )
 
 

@@ -29,28 +29,42 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return memory.unit_stride(t)
 
 
-def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the sum, mean and rstd; the last three are empty if not needed."""
+def _run(*args) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """y, the sum, mean and rstd; the last three are None if not needed."""
     *fields, need_sum, need_stats = args
     spec = NormSpec(*fields)
     x, residual = spec.x, spec.residual
     chosen = _select(x, residual, spec.dropout_p, spec.rms)
-    shape, dtype, device, width = x.shape, x.dtype, x.device, x.shape[-1]
-    y = memory.empty(shape, dtype, device)
-    rows = y.numel() // width if width else 0
-    total = memory.empty(shape if need_sum else (0,), dtype, device)
-    wide = torch.float32 if dtype != torch.float64 else dtype
-    mean = memory.empty((rows if need_stats and not spec.rms else 0,), wide, device)
-    rstd = memory.empty((rows if need_stats else 0,), wide, device)
+    y = memory.empty_like(x)
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    total = memory.empty_like(x) if need_sum else None
+    mean = memory.empty((rows,), _wide(x), x.device) if need_stats and not spec.rms else None
+    rstd = memory.empty((rows,), _wide(x), x.device) if need_stats else None
     if rows:
-        chosen.norm_forward(
-            spec._replace(x=_rows(x), residual=None if residual is None else _rows(residual)),
-            y.view(rows, width),
-            total.view(rows, width) if need_sum else None,
-            mean if mean.numel() else None,
-            rstd if rstd.numel() else None,
-        )
+        if x.dim() == 2 and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1):
+            chosen.norm_forward(spec, y, total, mean, rstd)
+        else:
+            chosen.norm_forward(
+                spec._replace(x=_rows(x), residual=None if residual is None else _rows(residual)), y.view(rows, width),
+                None if total is None else total.view(rows, width), mean, rstd,
+            )  # fmt: skip
     return y, total, mean, rstd
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _run, with empty tensors in place of None, for torch's dispatcher."""
+    y, total, mean, rstd = _run(*args)
+    return (
+        y,
+        y.new_empty(0) if total is None else total,
+        y.new_empty(0, dtype=_wide(y)) if mean is None else mean,
+        y.new_empty(0, dtype=_wide(y)) if rstd is None else rstd,
+    )
 
 
 def _forward_fake(x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum, need_stats):
@@ -64,38 +78,50 @@ def _forward_fake(x, residual, weight, bias, rng, eps, rms, dropout_p, need_sum,
     )
 
 
-def _backward_impl(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of v = residual + dropout(x), of x (empty without dropout, where it equals that of v), of weight and of
-    bias (empty if not needed). The spec's x is v."""
+def _run_backward(*args) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of v = residual + dropout(x), of x (None without dropout, where it equals that of v), of weight and of
+    bias (None if not needed). The spec's x is v."""
     grad_y, grad_sum, mean, rstd, *fields, need_weight, need_bias = args
     spec = NormSpec(*fields)
-    v, dropout_p = spec.x, spec.dropout_p
+    v, weight, dropout_p = spec.x, spec.weight, spec.dropout_p
     chosen = _select(v, None, dropout_p, spec.rms)
-    shape, dtype, device, width = v.shape, v.dtype, v.device, v.shape[-1]
-    grad_v = memory.empty(shape, dtype, device)
-    grad_x = memory.empty(shape if dropout_p else (0,), dtype, device)
-    grad_weight = memory.empty((width if need_weight else 0,), rstd.dtype, device)
-    grad_bias = memory.empty((width if need_bias else 0,), rstd.dtype, device)
+    width = v.shape[-1]
+    grad_v = memory.empty_like(v)
+    grad_x = memory.empty_like(v) if dropout_p else None
+    wanted = rstd.dtype if weight is None else weight.dtype
+    summed = wanted if chosen.narrows_parameter_gradients else rstd.dtype
+    grad_weight = memory.empty((width,), summed, v.device) if need_weight else None
+    grad_bias = memory.empty((width,), summed, v.device) if need_bias else None
     rows = v.numel() // width if width else 0
     if rows:
+        flat = v.dim() == 2 and v.stride(1) == 1
         chosen.norm_backward(
-            spec._replace(x=_rows(v)),
+            spec if flat else spec._replace(x=_rows(v)),
             _rows(grad_y),
             None if grad_sum is None else _rows(grad_sum),
-            mean if mean.numel() else None,
+            mean if mean is not None and mean.numel() else None,
             rstd,
-            grad_v.view(rows, width),
-            grad_x.view(rows, width) if dropout_p else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
+            grad_v if flat else grad_v.view(rows, width),
+            grad_x if flat or grad_x is None else grad_x.view(rows, width),
+            grad_weight,
+            grad_bias,
         )
     else:
-        grad_weight.zero_()
-        grad_bias.zero_()
-    if spec.weight is not None:
-        grad_weight = grad_weight.to(spec.weight.dtype)
-        grad_bias = grad_bias.to(spec.weight.dtype)
+        for t in (grad_weight, grad_bias):
+            if t is not None:
+                t.zero_()
+    if summed != wanted:
+        grad_weight, grad_bias = (None if t is None else t.to(wanted) for t in (grad_weight, grad_bias))
     return grad_v, grad_x, grad_weight, grad_bias
+
+
+def _backward_impl(*args) -> tuple[torch.Tensor, ...]:
+    """As _run_backward, with empty tensors in place of None, for torch's dispatcher."""
+    grad_v, grad_x, *parameters = _run_backward(*args)
+    spec = NormSpec(*args[4:-2])
+    wanted = args[3].dtype if spec.weight is None else spec.weight.dtype
+    empty = (grad_v.new_empty(0, dtype=wanted) if t is None else t for t in parameters)
+    return grad_v, grad_v.new_empty(0) if grad_x is None else grad_x, *empty
 
 
 def _backward_fake(*args):
@@ -113,10 +139,11 @@ def _backward_fake(*args):
 _SPEC = _common.schema_of(NormSpec)
 _backward_op = _common.define(
     "norm_backward",
-    f"(Tensor grad_y, Tensor? grad_sum, Tensor mean, Tensor rstd, {_SPEC}, bool need_weight, bool need_bias) -> "
+    f"(Tensor grad_y, Tensor? grad_sum, Tensor? mean, Tensor rstd, {_SPEC}, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
+    eager=_run_backward,
 )
 
 
@@ -126,7 +153,7 @@ def _setup(ctx, inputs, output):
     _, total, mean, rstd = output
     ctx.bias_dtype = spec.bias.dtype if spec.bias is not None else None
     _common.save(ctx, spec._replace(x=total if ctx.need_sum else spec.x, residual=None, bias=None), mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.set_materialize_grads(False)  # an unused sum then has no gradient instead of a tensor of zeros
 
 
@@ -184,6 +211,7 @@ _op = _common.define(
     _forward_fake,
     setup_context=_setup,
     backward=_backward,
+    eager=_run,
 )
 
 
@@ -225,7 +253,7 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
             chosen = _select(input, residual, p, rms)
             if chosen.name == "cpu":
                 return chosen.norm(input, residual, weight, bias, rng, eps, rms, p, need_sum)
-        return _forward(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
+        return _run(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
     # The backward pass needs v = residual + dropout(x). Without residual and dropout that is x itself.
     keep = need_sum or residual is not None or p > 0
     return _op(input, residual, weight, bias, rng, eps, rms, p, keep, True)
