@@ -59,7 +59,7 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
     op = getattr(torch.ops.transformer_fast, name).default
     run = eager = eager or forward
     if backward is not None:
-        gradients = _by_position(backward, tuple(a.name for a in op._schema.arguments))
+        gradients = by_position(backward, tuple(a.name for a in op._schema.arguments))
         torch.library.register_autograd(qualified, gradients, setup_context=setup_context, lib=LIBRARY)
         run = _function(name, eager, setup_context, gradients).apply
 
@@ -74,7 +74,8 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
     return call
 
 
-def _by_position(backward, names: tuple[str, ...]):
+def by_position(backward, names: tuple[str, ...]):
+    """The backward of an autograd.Function whose arguments have these names, from `backward` as for define."""
     needs, place = collections.namedtuple("needs", names), {name: i for i, name in enumerate(names)}
 
     def gradients(ctx, *grads):
@@ -137,12 +138,16 @@ def signature(tensors: tuple[torch.Tensor | None, ...], *options) -> tuple | Non
     """
     if _watched():
         return None
-    enabled, needed, about = torch.is_grad_enabled(), False, []
+    enabled, needed = torch.is_grad_enabled(), False
+    about: list = []
     for t in tensors:
         if t is None:
             about.append(None)
             continue
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_nested or not t.is_contiguous():
+        if (
+            type(t) not in _PLAIN or _batched(t) or t.is_meta or t.layout is not torch.strided or t.is_nested
+            or not t.is_contiguous()
+        ):  # fmt: skip
             return None
         if enabled and t.requires_grad:
             needed = True

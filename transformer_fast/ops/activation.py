@@ -39,14 +39,15 @@ def _run_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """Gradients of x, bias and gate; None where there is no such tensor or, of the bias, where it is not needed."""
+    """Gradients of x, bias and gate; None where there is no such tensor or, of the bias, where it is not needed. Without a bias,
+    its gradient is what that of a bias would be."""
     width = x.shape[-1]
     chosen = _select(x, gate is not None)
     grad_x = memory.empty_like(x)
     grad_gate = None if gate is None else memory.empty_like(x)
     grad_bias = None
-    if need_bias and bias is not None:
-        summed = bias.dtype if chosen.narrows_parameter_gradients else _wide(x)
+    if need_bias:
+        summed = bias.dtype if bias is not None and chosen.narrows_parameter_gradients else _wide(x)
         grad_bias = memory.empty((width,), summed, x.device)
     if grad_x.numel():
         chosen.bias_activation_backward(
