@@ -61,9 +61,9 @@ class _KnownNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_sum):
         known, needs = ctx.known, ctx.needs_input_grad
-        if grad_y is None or torch.is_grad_enabled() or _common.batched(grad_y, grad_sum):
-            return _general_backward(ctx, grad_y, grad_sum)
-        signature = _common.signature((grad_y, grad_sum), needs[2:4])
+        signature = None
+        if grad_y is not None and not torch.is_grad_enabled():
+            signature = _common.signature((grad_y, grad_sum), needs[2:4])
         if signature is None or known.bias_dtype not in (None, known.parameter_dtype):
             return _general_backward(ctx, grad_y, grad_sum)
         v, _, weight, _, _, mean, rstd = ctx.saved_tensors
