@@ -22,11 +22,13 @@ def all_cases(device: str = "cpu") -> list[Case]:
 
 
 def select(cases: list[Case], pattern: str | None) -> list[Case]:
-    """Cases whose name matches one of the comma-separated patterns: part of the name, or a pattern with * and ?."""
+    """Cases whose name matches one of the comma-separated patterns, in the order of the patterns: part of the name, or
+    a pattern with * and ?."""
     if not pattern:
         return cases
     patterns = [p if any(c in p for c in "*?[") else f"*{p}*" for p in pattern.split(",")]
-    return [case for case in cases if any(fnmatch.fnmatch(case.name, p) for p in patterns)]
+    found = {id(case): case for p in patterns for case in cases if fnmatch.fnmatch(case.name, p)}
+    return list(found.values())
 
 
 def find(name: str, device: str = "cpu") -> Case:

@@ -66,65 +66,59 @@ class Step(NamedTuple):
     always: bool = False
 
 
-def plan(call: str, results: pathlib.Path) -> list[Step]:
-    """The steps of `first`, `second` or `tune`, most important first. Commands do not include the interpreter."""
-    quick = "--quick", "--no-memory", "--no-plots"
-    bench = ("benchmarks/run.py", "--device", "cuda", *quick, "--output", str(results))
-    tests = ("benchmarks/flight_tests.py", "--output", str(results / "tests"))
+# Cases of each kind, most important first.
+OPS = (
+    "decode/*,host/*,attention-padded/*,t5-bias-*s2048,norm-*-32768x1024,attention-*ward/*s2048*,attention-dropout/*,"
+    "cross-entropy/*,pointwise/*,rotary-append/*,norm-*-4096x768,attention-*ward/*s8192*,t5-bias-*,"
+    "attention-*ward/*s512*,norm-*,attention-*ward/*"
+)
+MODELS = "inference/bert-base-bf16-ragged-256,training/bert-base-bf16-*,generation/gpt2-b?-bf16"
+MORE_MODELS = "inference/bert-large-*,training/bert-large-*,generation/marian-greedy-b8-bf16"
+COMPILED = "attention-*ward/bf16-b4-s4096*,t5-bias-*s2048,norm-*layer-norm-32768x1024"
 
-    def measure(name, seconds, only, *more, cuda=(), triton=()):
-        longest = 0.8 * seconds if "--slow" in more else max(12.0, 0.4 * seconds)  # for one case
-        limits = "--seconds", f"{seconds - 8:.0f}", "--case-limit", f"{longest:.0f}", "--only", only
-        ours = ((OURS, triton), (f"{OURS} cuda", cuda))
+
+def plan(call: str, results: pathlib.Path) -> list[Step]:
+    """The steps of `first`, `second`, `third` or `tune`, most important first. Commands do not include the
+    interpreter."""
+    bench = ("benchmarks/run.py", "--device", "cuda", "--quick", "--no-memory", "--no-plots", "--output", str(results))
+    tests = ("benchmarks/flight_tests.py", "--output", str(results / "tests"))
+    cuda = tuple(name for name in SMOKES if name.startswith("cuda-"))
+    ours = ((OURS, ("triton-attention", "triton-rows")), (f"{OURS} cuda", cuda))
+
+    def measure(name, seconds, only, *more, longest=12.0):
+        limits = "--seconds", f"{seconds - 6:.0f}", "--case-limit", f"{longest:.0f}", "--only", only
         return Step(f"bench-{name}", seconds, (*bench, *limits, *more), ours=ours)
 
-    def test(name, seconds, *groups, stages=SMOKES):
+    def test(name, seconds, *groups):
         command = (*tests, "--seconds", f"{seconds - 4:.0f}", "--groups")
-        return Step(f"tests-{name}", seconds, command, groups=tuple((g, (g,) if g in stages else ()) for g in groups))
+        return Step(f"tests-{name}", seconds, command, groups=tuple((g, (g,) if g in SMOKES else ()) for g in groups))
 
     ledger = Step("ledger", 10, ("benchmarks/ledger.py", str(results)), always=True)
     smoke = Step("smoke", 45, ("benchmarks/smoke.py", "--output", str(STATE / "smoke.json")))
     build = Step("build", 120, ("benchmarks/flight.py", "build"))
-    cuda = [name for name in SMOKES if name.startswith("cuda-")]
-    cuda_tests = test("cuda", 90, *cuda)
-    triton_tests = test("triton", 100, "triton-attention", "triton-rows", "graphs")
-    forward, backward = ("cuda-attention-forward",), ("cuda-attention-forward", "cuda-attention-backward")
-    attention = {"triton": ("triton-attention",)}
-    rows = {"cuda": ("cuda-norm",), "triton": ("triton-rows",)}
-    every = {"cuda": (*backward, *rows["cuda"]), "triton": (*attention["triton"], *rows["triton"])}
-    peers = "--missing", "--candidates", "SDPA flash,SDPA cuDNN,cuda"
-    decisive = [
-        measure("attention-forward", 45, DECISIVE.format(*2 * ["forward"]), *peers, cuda=forward, **attention),
-        measure("attention-backward", 50, DECISIVE.format(*2 * ["backward"]), *peers, cuda=backward, **attention),
-        measure("norms", 20, "norm-*-32768x1024", "--missing", "--candidates", "cuda,Liger", **rows),
-        measure("host", 20, "host/*", "--missing", "--candidates", "cuda", **every),
-        measure("decode", 20, "decode/*", "--missing", cuda=("cuda-decode",), **attention),
-        measure(
-            "bert", 30, "inference/bert-base-bf16-ragged-256", "--missing", "--candidates", "accelerate", **attention
-        ),
-    ]
+    every = *cuda, "triton-attention", "triton-rows", "graphs", "models"
+    peers = "--missing", "--candidates", "SDPA flash,SDPA cuDNN,cuda,Liger,accelerate,HF bf16"
+    begin = [build, smoke, test("all", 110, *every), ledger]
+    memcheck = Step("memcheck", 60, ("benchmarks/flight.py", "memcheck"))
     if call == "first":
-        return [build, smoke, cuda_tests, triton_tests, ledger, *decisive]
+        kinds = "forward", "backward"
+        attention = (measure(f"attention-{kind}", 50, DECISIVE.format(*2 * [kind]), *peers) for kind in kinds)
+        return [*begin, *attention, measure("ops", 60, OPS, *peers)]
     if call == "second":
-        compiled = "attention-*ward/bf16-b4-s4096*,t5-bias-*s2048,norm-*layer-norm-32768x1024"
+        return [*begin, measure("ops", 55, OPS, *peers), measure("models", 60, MODELS, *peers, longest=28.0)]
+    if call == "third":
+        # What no earlier run has, on whichever commit.
+        left = *peers, "--unmeasured"
         return [
-            build, smoke, cuda_tests, triton_tests, ledger, *decisive,
-            Step("memcheck", 60, ("benchmarks/flight.py", "memcheck")),
-            measure("attention", 60, "attention-*,t5-bias-*", *peers, cuda=backward, **attention),
-            measure("rows", 40, "norm-*,cross-entropy/*", "--missing", "--candidates", "cuda,Liger", **rows),
-            measure("compiled", 38, compiled, "--slow", cuda=backward, **attention),
-            test("models", 40, "models"),
-            # Each token replays a captured step.
-            measure("generation", 60, "generation/gpt2-b?-bf16,generation/marian-greedy-b8-bf16", "--missing",
-                    "--candidates", "HF bf16", **attention),
-            Step("ledger", 10, ledger.command, always=True),
-            measure("training", 30, "training/bert-base-*", "--missing", **attention),
+            build, smoke, measure("models", 60, MODELS, *left, longest=28.0), measure("ops", 60, OPS, *left), memcheck,
+            test("all", 110, *every), ledger, measure("more-models", 60, MORE_MODELS, *left, longest=28.0),
+            measure("compiled", 60, COMPILED, "--slow", longest=40.0),
         ]  # fmt: skip
     if call == "tune":
         tiles = str(results / "tiles.json")
         command = ("benchmarks/tune.py", "--few", "--seconds", "110", "--output", tiles)
         return [Step("tune", 120, command, ("triton-attention",))]
-    raise ValueError(f"gpu.sh: wanted pack, first, second or tune, got {call!r}")
+    raise ValueError(f"gpu.sh: wanted pack, first, second, third or tune, got {call!r}")
 
 
 class State:
@@ -392,6 +386,18 @@ def memcheck() -> int:
     return subprocess.run(command, env=settings).returncode
 
 
+def forget_other_commits() -> None:
+    """Remove what the calls on another commit have noted: which steps are done, their logs, the folder of results."""
+    now, noted = os.environ.get("TRANSFORMER_FAST_COMMIT", ""), STATE / "commit"
+    with contextlib.suppress(OSError):
+        if now and not (noted.exists() and noted.read_text().strip() == now):
+            for name in ("state.json", "smoke.json", "folder"):
+                (STATE / name).unlink(missing_ok=True)
+            shutil.rmtree(STATE / "logs", ignore_errors=True)
+    if now:
+        replace(noted, now.encode())
+
+
 def results_folder() -> pathlib.Path:
     """benchmarks/results/<device>/<date>-<commit>, the same in every call. A separate process finds it, because torch
     may hang or crash."""
@@ -414,7 +420,7 @@ def results_folder() -> pathlib.Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("call", choices=("pack", "first", "second", "tune", "build", "memcheck"))
+    parser.add_argument("call", choices=("pack", "first", "second", "third", "tune", "build", "memcheck"))
     parser.add_argument("--seconds", type=float, default=CALL, help="of the call (default: %(default)s)")
     options, more = parser.parse_known_args(arguments)
     if more and options.call != "pack":
@@ -440,6 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     last.daemon = True
     last.start()
     unpack_kit()
+    forget_other_commits()
     folder = results_folder()
     steps = plan(options.call, folder)
     python = os.environ.get("FLIGHT_PYTHON", sys.executable)

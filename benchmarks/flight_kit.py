@@ -45,8 +45,7 @@ def make(kit: pathlib.Path, kernels: str, arguments: list[str]) -> int:
     environment = {**os.environ, "TRANSFORMER_FAST_CUDA_ARCHS": ARCHITECTURE, "TRANSFORMER_FAST_NATIVE": "1"}
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], check=True, env=environment, cwd=ROOT)
     shutil.copy2(ROOT / "transformer_fast" / "_C.abi3.so", kit)
-    name = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    (kit / "commit").write_text(name.stdout)
+    (kit / "commit").write_text(commit(ROOT) + "\n")
     for package, requirement in PACKAGES.items():
         _package(kit / "packages" / package, package, requirement)
     _triton_kernels(kit / kernels, options)
@@ -56,6 +55,17 @@ def make(kit: pathlib.Path, kernels: str, arguments: list[str]) -> int:
     )
     print("there: bash benchmarks/gpu.sh first; bash benchmarks/gpu.sh second; bash benchmarks/gpu.sh tune")
     return int(size > LARGEST)
+
+
+def commit(root: pathlib.Path) -> str:
+    """The commit of a checkout, with -dirty behind it if files differ from it; "" without git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=root).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    name = git("rev-parse", "--short=10", "HEAD")
+    return f"{name}-dirty" if name and changed else name
 
 
 def _package(folder: pathlib.Path, name: str, requirement: str) -> None:

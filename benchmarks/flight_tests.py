@@ -34,7 +34,8 @@ GROUPS = {
     "graphs": (f"{OPS}cuda_graphs_gpu.py", f"{OPS}attention_memory_gpu.py", f"{OPS}attention_sdpa.py"),
     "models": ("tests/generation/test_graph_step.py", "tests/layers/test_encoder_stack.py"),
 }  # fmt: skip
-TEST_LIMIT = 40.0  # seconds per test, compilation included
+TEST_LIMIT = 60.0  # seconds per test, compilation included
+UNKNOWN = 5.0  # seconds that a test may take of which no earlier run is known
 RESTARTS = 60
 DEAD = 70  # exit status of a process whose GPU context cannot be used any more
 STICKY = ("CUDA error", "AcceleratorError", "device-side assert", "illegal memory access", "unspecified launch failure")
@@ -54,6 +55,12 @@ def outcomes(report: pathlib.Path) -> dict[str, dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def durations() -> dict[str, float]:
+    """{test: seconds} of earlier runs on a GPU."""
+    reports = sorted(pathlib.Path(__file__).parent.glob("results/cuda-*/*/tests/*.jsonl"))
+    return {test: entry["seconds"] for report in reports for test, entry in outcomes(report).items()}
 
 
 def note(report: pathlib.Path, test: str, outcome: str, seconds: float, message: str = "") -> None:
@@ -128,7 +135,8 @@ class Worker:
         fresh = self.claims / f"collected-{os.getpid()}"  # all write the same: an incomplete file does no harm
         fresh.write_text(json.dumps([item.nodeid for item in session.items]))
         os.replace(fresh, self.claims / "collected")
-        for item in session.items:
+        known = durations()  # the longest first, so that none is left alone at the end
+        for item in sorted(session.items, key=lambda item: -known.get(item.nodeid, UNKNOWN)):
             if not self._claim(item.nodeid):
                 continue
             self.current.write_text(json.dumps([item.nodeid, time.time()]))

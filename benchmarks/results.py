@@ -14,7 +14,7 @@ import torch
 
 from transformer_fast import __version__
 
-__all__ = ["COLUMNS", "ROOT", "device_slug", "machine", "newest", "read", "result_folder", "write"]
+__all__ = ["COLUMNS", "ROOT", "ceilings", "device_slug", "machine", "newest", "read", "result_folder", "write"]
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE / "results"
@@ -75,8 +75,16 @@ def device_slug(device: str) -> str:
 def _git(*args: str) -> str:
     if not CHECKOUT:  # an installed copy may be inside an unrelated repository
         return ""
-    done = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True)
+    except OSError:  # there is no git
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _changed() -> bool:
+    """Whether files of the checkout differ from its commit, apart from results and what is made from them."""
+    return bool(_git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md"))
 
 
 def _version(package: str) -> str:
@@ -91,6 +99,8 @@ def machine(device: str) -> dict:
     from transformer_fast.backends import native
 
     reason = native.load()
+    # Of sources that were copied from a checkout; it ends in -dirty if they were changed there.
+    given = os.environ.get("TRANSFORMER_FAST_COMMIT", "")
     described = {
         "device": device_slug(device),
         "cpu": _cpuinfo().get("model name", platform.processor()),
@@ -100,11 +110,8 @@ def machine(device: str) -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        # Where the sources were copied without their history, this variable has the commit.
-        "commit": os.environ.get("TRANSFORMER_FAST_COMMIT")
-        or _git("rev-parse", "--short=10", "HEAD")
-        or f"v{__version__}",
-        "dirty": bool(_git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md")),
+        "commit": given or _git("rev-parse", "--short=10", "HEAD") or f"v{__version__}",
+        "dirty": given.endswith("-dirty") if given else _changed(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -132,6 +139,12 @@ def write(folder: pathlib.Path, rows: list[dict], ceilings: dict, about: dict) -
     os.replace(folder / "results.csv.new", folder / "results.csv")
     (folder / "ceilings.json").write_text(json.dumps(ceilings, indent=2) + "\n")
     (folder / "machine.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def ceilings(folder: pathlib.Path) -> dict | None:
+    """The ceilings that an earlier run in the folder measured."""
+    file = folder / "ceilings.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def read(folder: pathlib.Path) -> list[dict[str, str]]:

@@ -58,13 +58,17 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     there = {row["case"] for row in results.read(folder)} if (folder / "results.csv").exists() else set()
     if args.missing:
         cases = [case for case in cases if case.name not in there]
+    if args.unmeasured:
+        known = set().union(*(_measured(file.parent) for file in folder.parent.glob("*/results.csv")))
+        cases = [case for case in cases if case.name not in known]
     rows: list[dict] = []
     end = time.monotonic() + args.seconds if args.seconds else None
     attempts = Attempts(folder / "begun.json", args.case_limit, GPU_LOST)
     without = frozenset(filter(None, (args.without or "").split(",")))
     with Progress(len(cases) + 1) as bar:
         bar.describe("ceilings")
-        top = ceiling.measure(args.device, budget)
+        noted = results.ceilings(folder) if args.missing else None
+        top = ceiling.Ceilings(**noted) if noted else ceiling.measure(args.device, budget)
         bar.update()
         for case in cases:
             if end is not None and time.monotonic() > end:
@@ -101,6 +105,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         _draw(folder)
     print(f"results: {folder}")
     return 0
+
+
+def _measured(folder: pathlib.Path) -> set[str]:
+    """The cases of a results folder of which no candidate failed."""
+    rows = results.read(folder)
+    return {row["case"] for row in rows} - {row["case"] for row in rows if "failed" in row["note"]}
 
 
 def _gpu_is_lost() -> str:
@@ -141,6 +151,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few rounds; no candidates that take long to prepare")
     parser.add_argument("--slow", action="store_true", help="with --quick: include them")
     parser.add_argument("--missing", action="store_true", help="only cases that are not in the output folder yet")
+    parser.add_argument(
+        "--unmeasured", action="store_true", help="only cases that no folder beside the output folder has"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="default: torch's choice, the number of cores")
     parser.add_argument(

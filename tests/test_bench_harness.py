@@ -304,6 +304,23 @@ def test_machine_names_no_host():
 
 
 @pytest.mark.quick
+def test_a_copy_is_as_clean_as_the_checkout_it_was_made_from(monkeypatch):
+    monkeypatch.setattr(results, "_changed", lambda: True)
+    for commit, dirty in (("", True), ("0123456789", False), ("0123456789-dirty", True)):
+        monkeypatch.setenv("TRANSFORMER_FAST_COMMIT", commit)
+        about = results.machine("cpu")
+        assert about["dirty"] is dirty and about["commit"].startswith(commit)
+
+
+@pytest.mark.quick
+def test_a_case_with_a_candidate_that_failed_is_not_measured(tmp_path):
+    rows = [dict.fromkeys(results.COLUMNS, "") | {"case": case, "note": note}
+            for case, note in (("a", ""), ("a", "failed: why"), ("b", ""), ("b", "not installed"))]  # fmt: skip
+    results.write(tmp_path, rows, {}, {})
+    assert run._measured(tmp_path) == {"b"}
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_are_well_formed(device):
     monkey = cases.all_cases("cpu") if device == "cpu" else cases.model_cases("cuda")
@@ -321,6 +338,8 @@ def test_select():
     chosen = [c.name for c in cases.select(everything, "overhead,attention-forward/fp32-b8-s512*")]
     assert "attention-forward/fp32-b8-s512" in chosen and "attention-forward/fp32-b8-s512-causal" in chosen
     assert all(name.startswith(("overhead/", "attention-forward/fp32-b8-s512")) for name in chosen)
+    ordered = [c.name for c in cases.select(everything, "attention-forward/fp32-b8-s512,attention-forward/*s128")]
+    assert "b8-s512" in ordered[0] and ordered[-1].endswith("b8-s128")
     assert cases.select(everything, None) == everything and not cases.select(everything, "nothing like it")
 
 

@@ -97,19 +97,17 @@ def test_steps_run_in_order_and_the_second_call_goes_on(device):
     status, output = device.fly("first", FAIL_RUN="4")
     first = [" ".join(line) for line in device.asked()]
     assert status == 1 and "exit 4" in output
-    order = [
-        "flight.py build", "smoke.py", "--groups cuda-", "--groups triton-", "ledger.py", "attention-forward/",
-        "attention-backward/", "norm-", "host/", "decode/", "bert-base",
-    ]  # fmt: skip
+    order = ["flight.py build", "smoke.py", "--groups cuda-", "ledger.py", "attention-forward/", "attention-backward/",
+             "decode/"]  # fmt: skip
     assert len(first) == len(order) and all(part in line for part, line in zip(order, first)), first
-    assert {"state.json", "smoke.json", "results.csv", "tests-cuda.log"} <= set(device.packed())
+    assert {"state.json", "smoke.json", "results.csv", "tests-all.log"} <= set(device.packed())
     device.record.unlink()
-    status, _ = device.fly("second")
-    second = [" ".join(line) for line in device.asked()]
+    status, _ = device.fly("third")
+    third = [" ".join(line) for line in device.asked()]
     assert status == 0
-    assert not any("smoke.py" in line or "--groups cuda-" in line for line in second), "what was done is not run again"
-    assert [line.split()[0] for line in second[:6]] == ["ledger.py", *["run.py"] * 5]
-    assert any("memcheck" in line for line in second) and sum("--slow" in line for line in second) == 1
+    assert not any("smoke.py" in line or "--groups cuda-" in line for line in third), "what was done is not run again"
+    assert [line.split()[0] for line in third[:2]] == ["run.py", "run.py"] and "bert-base" in third[0]
+    assert any("memcheck" in line for line in third) and sum("--slow" in line for line in third) == 1
     device.record.unlink()
     assert device.fly("tune")[0] == 0 and device.asked()[0][0] == "tune.py"
 
@@ -133,12 +131,22 @@ def test_the_kit_s_kernels_are_in_triton_s_cache(device, tmp_path):
     assert "triton-kernels-first.json" in device.packed() and "_a_kernel.cubin" not in device.packed()
 
 
+def test_another_commit_begins_anew(device, tmp_path):
+    (tmp_path / "kit").mkdir()
+    for commit, steps in (("one", 7), ("one", 1), ("two", 7)):
+        (tmp_path / "kit" / "commit").write_text(f"{commit}\n")
+        device.record.unlink(missing_ok=True)
+        device.fly("first")
+        assert len(device.asked()) == steps, commit  # the ledger is written in every call
+        (device.state / "folder").write_text(str(device.results))
+
+
 def test_a_broken_kit_costs_itself_alone(device, tmp_path):
     archive = tmp_path / "kit" / flight.KERNELS
     _kit_of_kernels(archive)
     archive.write_bytes(archive.read_bytes()[:60])
     status, output = device.fly("first")
-    assert status == 0 and "was not unpacked" in output and len(device.asked()) == 11
+    assert status == 0 and "was not unpacked" in output and len(device.asked()) == 7
 
 
 def test_a_stage_whose_smoke_fails_is_left_out(device):
@@ -147,8 +155,8 @@ def test_a_stage_whose_smoke_fails_is_left_out(device):
     tests = next(line for line in asked if "--groups cuda-" in line)
     assert "cuda-attention-forward cuda-decode cuda-rotary" in tests and "cuda-norm" not in tests
     without = [line.split("--only ")[1][:10] for line in asked if "--without transformer_fast cuda" in line]
-    assert without == ["attention-", "norm-*-327", "host/* --m"]
-    assert "--groups triton-attention triton-rows graphs" in " ".join(asked) and status == 1
+    assert without == ["attention-", "attention-", "decode/*,h"]
+    assert tests.endswith("triton-attention triton-rows graphs models") and status == 1
     device.record.unlink()
     _, output = device.fly("tune", FAILING="")
     assert device.asked() and "left out" not in output
@@ -169,7 +177,7 @@ def test_a_benchmark_that_is_lost_goes_on_in_a_new_process(device, tmp_path, mon
     assert len(limits) == 3 and not statuses and limits == sorted(limits, reverse=True)
 
 
-@pytest.mark.parametrize("begun", [2, 5])
+@pytest.mark.parametrize("begun", [2, 4])
 def test_what_was_done_before_a_kill_is_kept(device, begun):
     process = device.start("first", HANG_AT=str(begun))
     deadline = time.monotonic() + 500
@@ -184,7 +192,7 @@ def test_what_was_done_before_a_kill_is_kept(device, begun):
     device.record.unlink()
     assert device.fly("first")[0] == 0
     after = device.asked()
-    assert len(before) + len(after) in (11, 12), "the step that was cut off runs again, and no other"
+    assert len(before) + len(after) in (7, 8), "the step that was cut off runs again, and no other"
 
 
 def test_a_step_s_output_is_kept_when_it_is_ended(device):
@@ -239,7 +247,7 @@ def test_a_full_disk_stops_nothing(device, tmp_path):
     blocked = tmp_path / "a-file"
     blocked.touch()
     status, output = device.fly("first", OUT=str(blocked / "out"))
-    assert status == 0 and len(device.asked()) == 11 and "was not written" in output
+    assert status == 0 and len(device.asked()) == 7 and "was not written" in output
     record = device.record.read_text()
     device.record.unlink()
     status, output = device.fly("first", FLIGHT_STATE=str(blocked / "state"), OUT=str(device.out))
@@ -248,7 +256,7 @@ def test_a_full_disk_stops_nothing(device, tmp_path):
 
 def test_a_python_that_does_not_start_is_no_end(device):
     status, output = device.fly("first", FLIGHT_PYTHON="/nowhere/python")
-    assert status == 1 and output.count("does not start") >= 9 and "state.json" in device.packed()
+    assert status == 1 and output.count("does not start") >= 6 and "state.json" in device.packed()
 
 
 def test_what_is_missing_costs_its_own_step(device, tmp_path):
@@ -262,7 +270,7 @@ def test_what_is_missing_costs_its_own_step(device, tmp_path):
     with tarfile.open(device.out / "flight.tar.gz") as tar:
         state = next(m for m in tar.getmembers() if m.name.endswith("state.json"))
         noted = json.load(tar.extractfile(state))
-    assert len(noted) == 11 and not [name for name, step in noted.items() if step["status"] in (0, "running")]
+    assert len(noted) == 7 and not [name for name, step in noted.items() if step["status"] in (0, "running")]
     assert (device.state / "results" / "tests").exists() and not list(ROOT.glob("benchmarks/results/cuda-unknown*"))
 
 
@@ -358,19 +366,19 @@ def test_the_plan_names_what_there_is():
         proving = {path for path in (ROOT / "tests" / "ops").glob("test_*.py") if re.search(file, path.stem)}
         assert proving and proving <= set(files), pattern
     cases = [case.name for case in (*gpu_cases("cpu"), *gpu_model_cases("cpu"), *generation_cases("cuda"))]
-    for call in ("first", "second", "tune"):
+    for call in ("first", "second", "third", "tune"):
         steps = flight.plan(call, pathlib.Path("results"))
         assert sum(step.seconds for step in steps if step.name not in ("build",)) < 2.7 * flight.CALL
         for step in steps:
             assert {group for group, _ in step.groups} <= set(flight_tests.GROUPS)
             if "--only" in step.command:
                 limit = float(step.command[step.command.index("--case-limit") + 1])
-                assert 0 < limit < step.seconds and ("--slow" in step.command or 2 * limit < 1.3 * step.seconds)
+                assert 0 < limit < step.seconds and ("--slow" in step.command or 2 * limit < step.seconds)
                 only = step.command[step.command.index("--only") + 1].split(",")
                 assert all(fnmatch.filter(cases, pattern) for pattern in only), step
     every = {group for step in flight.plan("second", pathlib.Path("results")) for group, _ in step.groups}
     assert every == set(flight_tests.GROUPS), "a group that no step runs"
-    assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 11
+    assert flight.CALL < 300 and len({step.name for step in flight.plan("first", pathlib.Path("r"))}) == 7
 
 
 def test_settings_that_the_flight_makes_are_read_by_somebody():

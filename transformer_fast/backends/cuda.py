@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import Backend, Call, cuda_attention, native, verified
+from . import Backend, Call, cuda_attention, measured, native, verified
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The native op that each op needs in the compiled library.
@@ -78,8 +78,14 @@ class CudaBackend(Backend):
         unverified = ", ".join(sorted(self.ops() - verified_on_gpu()))
         note = f"compiled for sm_{', sm_'.join(architectures())}"
         note += f"; not yet run on a GPU: {unverified}" if unverified else ""
-        unsupported = _unsupported(*torch.cuda.get_device_capability())
-        return f"{note}; idle: {unsupported}" if unsupported else f"{note}; used on request only, by backend('cuda')"
+        capability = torch.cuda.get_device_capability()
+        unsupported = _unsupported(*capability)
+        if unsupported:
+            return f"{note}; idle: {unsupported}"
+        lines = [line for line in measured.LINES if line.backend == self.name and line.capability in (None, capability)]
+        faster = ", ".join(sorted({line.op for line in lines}))
+        chosen = f"chosen for calls of {faster} that it was measured faster for" if faster else "chosen for no call"
+        return f"{note}; {chosen}; all others on request, by backend('cuda')"
 
     def why_not(self, call: Call) -> tuple[str, ...]:
         reasons = []
