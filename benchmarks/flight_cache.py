@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of the flight plan on a machine without a GPU, into a cache for the GPU machine:
 
-    python benchmarks/flight_cache.py --output FOLDER [--minutes 20] [--works smoke bench tune tests]
+    python benchmarks/flight_cache.py --output FOLDER [--minutes 20] [--works smoke bench models tune tests]
 
 Smoke tests, benchmark cases, tuning and GPU tests run as they are, on CPU tensors in place of CUDA's, and with a
 substitute for Triton's driver whose launch does nothing. So Triton compiles the kernels that it would compile on the
@@ -16,6 +16,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import tempfile
 import time
 import types
 import unittest.mock
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CAPABILITY, MULTIPROCESSORS = (9, 0), 132  # of an H100 or H200
-WORKS = ("smoke", "bench", "tune", "tests")
+WORKS = ("smoke", "bench", "models", "tune", "tests")
 
 
 class OnTheCpu(TorchFunctionMode):
@@ -47,6 +48,23 @@ def _is_cuda(value) -> bool:
     return isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
 
 
+class Stream:
+    """In the place of a CUDA stream: nothing runs."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def wait_stream(self, other) -> None:
+        pass
+
+
+class Graph(Stream):
+    """In the place of a CUDA graph."""
+
+    def replay(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def without_a_gpu() -> Iterator[None]:
     """In this context the GPU code of Triton ops runs up to each launch, as on a GPU of CAPABILITY."""
@@ -60,18 +78,17 @@ def without_a_gpu() -> Iterator[None]:
         name="none", major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=MULTIPROCESSORS,
         total_memory=80 << 30,
     )  # fmt: skip
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    graph = types.SimpleNamespace(replay=lambda: None)
+    stream = Stream()
     replaced = [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         (torch.cuda, "get_device_properties", lambda device=None: about),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.cuda, "Stream", lambda *_, **__: stream),
+        (torch.cuda, "Stream", Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "current_stream", lambda device=None: stream),
-        (torch.cuda, "CUDAGraph", lambda *_, **__: graph),
+        (torch.cuda, "CUDAGraph", Graph),
         (torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext()),
         (torch.cuda, "graph_pool_handle", lambda: (0, 1)),
         (torch.cuda, "current_device", lambda: 0),
@@ -105,7 +122,7 @@ def library_hash(triton: pathlib.Path) -> str:
 # ---- what is run -------------------------------------------------------------------------------------
 def works(kinds: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call), the most important first."""
-    listed = {"smoke": _smoke, "bench": _bench, "tune": _tune, "tests": _tests}
+    listed = {"smoke": _smoke, "bench": _bench, "models": _models, "tune": _tune, "tests": _tests}
     for kind in kinds:
         yield from listed[kind]()
 
@@ -140,6 +157,35 @@ def _bench():
                 if case.name not in done and any(fnmatch.fnmatch(case.name, p) for p in patterns):
                     done.add(case.name)
                     yield f"bench {case.name}", lambda case=case: run(case)
+
+
+def _models():
+    """One layer of each, of the true widths, in batches of the true size: all layers need the same kernels."""
+    from transformer_fast.benchmarks import checkpoints, generation_cases, shapes
+    from transformer_fast.benchmarks.case import OURS
+    from transformer_fast.benchmarks.model_cases import gpu_model_cases
+
+    from transformer_fast import backends
+
+    def run(case):
+        with contextlib.ExitStack() as stack:
+            for config in (shapes.BERT_BASE, shapes.BERT_LARGE):
+                stack.enter_context(unittest.mock.patch.dict(config, num_hidden_layers=1))
+            for _, config in generation_cases.MODELS.values():
+                few = {key: 1 for key in ("n_layer", "encoder_layers", "decoder_layers") if key in config}
+                stack.enter_context(unittest.mock.patch.dict(config, few))
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(unittest.mock.patch.object(checkpoints, "folder", lambda: pathlib.Path(folder)))
+            stack.enter_context(unittest.mock.patch.object(generation_cases, "folder", lambda: pathlib.Path(folder)))
+            # Not forced: products of matrices are torch's.
+            stack.enter_context(unittest.mock.patch.dict(backends.ORDER, cpu=("triton", "eager")))
+            stack.callback(backends._select.cache_clear)
+            backends._select.cache_clear()
+            case.candidate(OURS).prepare(case.inputs(False))()
+
+    for case in (*gpu_model_cases("cuda"), *generation_cases.generation_cases("cuda")):
+        if "bf16" in case.name:
+            yield f"models {case.name}", lambda case=case: run(case)
 
 
 def _tune():

@@ -2,7 +2,7 @@
 
 Reads FOLDER/tests/*.xml (JUnit reports of flight_tests.py; unfinished outcomes are turned into reports first) and
 writes FOLDER/verified.json: the ops whose GPU tests all passed.
-`transformer-fast info` says "not yet run on a GPU" for every op that no committed verified.json names.
+`transformer-fast info` names the ops of the committed ledgers, and on a GPU says "not yet run on a GPU" of all others.
 """
 
 import json

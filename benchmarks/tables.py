@@ -1,9 +1,11 @@
-"""Fill the tables of README, docs/performance.md and docs/doors.md from the newest committed results:
+"""Fill the tables of README, docs/performance.md, docs/doors.md and docs/gpu.md from the newest committed results:
 python benchmarks/tables.py [--check].
 
-Text between `<!-- results:NAME -->` and `<!-- /results -->` is generated. NAME is DEVICE (all tables but headline and
-doors, from the newest results whose folder name begins with "cpu" or "cuda") or DEVICE/TABLE with TABLE one of
-headline, bars, models, doors, generation, attention, machine.
+Text between `<!-- results:NAME -->` and `<!-- /results -->` is generated. NAME is DEVICE (all tables but headline, gpu
+and doors, from the newest results whose folder name begins with "cpu" or "cuda") or DEVICE/TABLE with TABLE one of
+headline, gpu, bars, models, doors, generation, attention, ops, machine. A GPU is lent for minutes, so its runs have a
+part of the cases each: a case comes from the newest folder of that GPU which has it, and names the commit if that is
+not the newest.
 """
 
 import argparse
@@ -19,8 +21,9 @@ from transformer_fast.benchmarks.case import OURS
 
 __all__ = ["PAGES", "TABLES", "fill", "main", "render"]
 
-PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md", "docs/doors.md")]
-PLOTS = results.HERE.parent / "docs" / "images" / "cpu"  # a link to the results folder of the tables, for its pictures
+PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md", "docs/doors.md", "docs/gpu.md")]
+# Links to the results folders of the tables, for their pictures.
+PLOTS = {device: results.HERE.parent / "docs" / "images" / device for device in ("cpu", "cuda")}
 _BLOCK = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -42,23 +45,26 @@ def main(argv: list[str] | None = None) -> int:
         else:
             file.write_text(after)
             print(f"{file.name} written")
-    if args.file == PAGES and PLOTS.parent.exists():
-        stale |= _link_plots(args.results, args.check)
+    if args.file == PAGES:
+        for device, link in PLOTS.items():
+            stale |= link.parent.exists() and _link_plots(device, link, args.results, args.check)
     return int(stale)
 
 
-def _link_plots(root: pathlib.Path, check: bool) -> bool:
-    """Link the docs' pictures to the tables' results folder. With `check`: return whether they are of another
-    folder."""
-    newest = results.newest("cpu", root, _committed(root))
-    if newest is None or PLOTS.resolve() == newest.resolve():
+def _link_plots(device: str, link: pathlib.Path, root: pathlib.Path, check: bool) -> bool:
+    """Link the docs' pictures to the newest results folder that has some. With `check`: return whether they are of
+    another folder."""
+    committed = _committed(root)
+    drawn = {path.parent for path in root.glob("*/*/*.png") if committed is None or path.parent in committed}
+    newest = results.newest(device, root, drawn)
+    if newest is None or link.resolve() == newest.resolve():
         return False
     if check:
-        print(f"{PLOTS.name} is out of date: run python benchmarks/tables.py", file=sys.stderr)
+        print(f"the pictures in {link.name} are out of date: run python benchmarks/tables.py", file=sys.stderr)
         return True
-    PLOTS.unlink(missing_ok=True)
-    PLOTS.symlink_to(os.path.relpath(newest, PLOTS.parent))
-    print(f"{PLOTS.name} -> {newest}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(newest, link.parent))
+    print(f"{link.name} -> {newest}")
     return False
 
 
@@ -75,12 +81,12 @@ def render(name: str, root: pathlib.Path = results.ROOT) -> str:
     folder = results.newest(device, root, _committed(root))
     if folder is None:
         return f"*No results of a {device} device are committed yet.*"
-    rows = results.read(folder)
     about = json.loads((folder / "machine.json").read_text())
+    rows = results.of_all_runs(folder, _committed(root)) if "gpu" in about else results.read(folder)
     about |= {"ceilings": json.loads((folder / "ceilings.json").read_text()), "folder": folder, "root": root}
     if table:
         return TABLES[table](rows, about)
-    parts = {name: make(rows, about) for name, make in TABLES.items() if name not in ("headline", "doors")}
+    parts = {name: make(rows, about) for name, make in TABLES.items() if name not in ("headline", "gpu", "doors")}
     return "\n\n".join(f"{_HEADINGS.get(name, '')}{part}" for name, part in parts.items() if part)
 
 
@@ -95,11 +101,12 @@ def _committed(root: pathlib.Path) -> set[pathlib.Path] | None:
 # ---- the tables --------------------------------------------------------------------------------------
 def _machine(rows: list[dict], about: dict) -> str:
     ceilings = about["ceilings"]
-    gemm = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings["gemm"].items() if name != "fp16")
+    unit, factor = ("TFLOP/s", 1e12) if "gpu" in about else ("GFLOP/s", 1e9)
+    gemm = ", ".join(f"{name} {rate / factor:.0f}" for name, rate in ceilings["gemm"].items() if name != "fp16")
     what = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads, {about['isa']}"
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v != "not installed")
     return (
-        f"Measured on {what}; matrix multiplication {gemm} GFLOP/s, copy {ceilings['copy'] / 1e9:.0f} GB/s "
+        f"Measured on {what}; matrix multiplication {gemm} {unit}, copy {ceilings['copy'] / 1e9:.0f} GB/s "
         f"(measured beside the cases); {versions}. Commit {about['commit']}"
         f"{', with uncommitted changes' if about['dirty'] else ''}: "
         f"`benchmarks/results/{about['folder'].relative_to(about['root'])}/`."
@@ -136,6 +143,47 @@ def _headline(rows: list[dict], about: dict) -> str:
     return "\n".join(lines)
 
 
+# The same of a GPU.
+HEADLINE_GPU = {
+    "attention-forward/bf16-b1-s16384-d128-causal": "causal attention, 16384 tokens, head dim 128",
+    "attention-backward/bf16-b1-s16384-d128-causal": "its gradients",
+    "attention-forward/bf16-b4-s4096": "attention, 4 x 4096 tokens, head dim 64",
+    "attention-backward/bf16-b4-s4096": "its gradients",
+    "attention-padded/bf16-b64-s256": "attention, 64 sequences of up to 256 tokens, 40% real",
+    "t5-bias-forward/bf16-b8-s2048": "attention with T5's bias, 8 x 2048 tokens",
+    "decode/bf16-b8-s1024": "attention of a decoding step, 8 sequences, 1024 tokens cached",
+    "norm-forward/bf16-layer-norm-32768x1024": "layer norm, 32768 x 1024",
+    "norm-backward/bf16-layer-norm-32768x1024": "its gradients",
+    "inference/bert-base-bf16-ragged-256": "classify 256 texts of mixed length, BERT base",
+    "training/bert-base-bf16-ragged-64x128": "one step of fine-tuning BERT base, 64 texts",
+    "generation/gpt2-b1-bf16": "write one text, GPT-2, greedy",
+}
+OURS_CUDA = f"{OURS} cuda"  # the CUDA C++ kernels, by request
+
+
+def _gpu(rows: list[dict], about: dict) -> str:
+    """A few cases: the peer's time, and the speed-up over it of our kernels and of the fastest other tool."""
+    lines = _header("work, bfloat16", "peer", "transformer_fast as it chose", "its CUDA C++ kernels", "fastest other")
+    for case, words in HEADLINE_GPU.items():
+        mine = {row["candidate"]: row for row in rows if row["case"] == case and row["median_s"]}
+        peer = mine.get(next((row["peer"] for row in mine.values()), ""))
+        if OURS not in mine or peer is None:
+            continue
+        others = [r for name, r in mine.items() if not name.startswith(OURS) and r is not peer and r["ratio_to_peer"]]
+        best = max(others, key=lambda row: float(row["ratio_to_peer"]), default=None)
+        other = f"{best['candidate']} {_ratio(best['ratio_to_peer'])}" if best else ""
+        time = f"{peer['candidate']}, {_seconds(peer['median_s'])}"
+        lines.append(_row(words + _commit(peer), time, _speedup(mine[OURS]), _speedup(mine.get(OURS_CUDA)), other))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _ops(rows: list[dict], about: dict) -> str:
+    """Operations on a GPU: a table per group."""
+    groups = dict.fromkeys(row["group"] for row in rows) if "gpu" in about else {}
+    apart = ("inference", "int8", "training", "generation", "attention-forward", "attention-backward")
+    return "\n\n".join(filter(None, (_speedups(rows, group) for group in groups if group not in apart)))
+
+
 def _bars(rows: list[dict], about: dict) -> str:
     """All cases with a bar: the result, and whether the bar was reached."""
     lines = _header("work", "against", "goal", "measured", "p20..p80", "met", "peak memory, MB (peer)")
@@ -169,7 +217,7 @@ def _speedups(rows: list[dict], group: str) -> str:
         mine = next(row for row in rows if row["case"] == case)
         peer = at.get((case, mine["peer"]))
         time = f"{_seconds(peer['median_s'])} ({peer['candidate']})" if peer and peer["median_s"] else ""
-        work = _work(mine).removeprefix(f"{group}: ")
+        work = _work(mine).partition(": ")[2]
         lines.append(_row(work, mine["shape"], time, *(_speedup(at.get((case, name))) for name in names)))
     return "\n".join(lines)
 
@@ -229,12 +277,15 @@ TABLES = {
     "doors": _doors,
     "generation": _generation,
     "attention": _attention,
+    "ops": _ops,
+    "gpu": _gpu,
 }
 _HEADINGS = {
     "bars": "### Goals\n\n",
     "models": "### Whole models\n\n",
     "generation": "### Generation\n\n",
     "attention": "### Attention\n\n",
+    "ops": "### Operations\n\n",
 }
 
 
@@ -258,7 +309,11 @@ def _seconds(text: str) -> str:
 def _work(row: dict) -> str:
     """'attention forward: fp32 b8 s512 causal' from a case's name."""
     group, what = row["case"].split("/")
-    return f"{group.replace('-', ' ')}: {what.replace('-', ' ')}"
+    return f"{group.replace('-', ' ')}: {what.replace('-', ' ')}{_commit(row)}"
+
+
+def _commit(row: dict) -> str:
+    return f" (at {row['commit']})" if row.get("commit") else ""
 
 
 def _memory(rows: list[dict], row: dict) -> str:

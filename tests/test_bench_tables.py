@@ -116,3 +116,33 @@ def test_headline_names_the_fastest_other_tool(root):
     lines = tables.render("cpu/headline", root).splitlines()
     words = tables.HEADLINE["generation/gpt2-b1"]
     assert lines[2:] == [f"| {words} | 2.00 s | 500 ms | **4.00x** | OpenVINO int8 2.50x |"]
+
+
+@pytest.mark.quick
+def test_a_gpu_s_cases_come_from_its_newest_run_that_has_them(tmp_path):
+    def run(commit, **ratios):
+        about = {"device": "cuda-test", "time": f"2026-01-0{commit}T00:00:00", "commit": f"{commit}" * 9, "gpu": "Test",
+                 "dirty": False, "versions": {}}  # fmt: skip
+        empty = dict.fromkeys(results.COLUMNS, "") | {"peer": "SDPA flash", "shape": "(4, 32, 4096, 64)"}
+        rows = []
+        for group, ratio in ratios.items():
+            case = {"case": f"{group.replace('_', '-')}/bf16-b4-s4096", "group": group.replace("_", "-")}
+            for name, value in ((OURS, ratio), (f"{OURS} cuda", 2 * ratio), ("SDPA flash", 1), ("SDPA cuDNN", 1.5)):
+                timed = {"median_s": str(1e-3 / (value or 1)), "ratio_to_peer": str(value), "tflops": str(100 * value)}
+                rows.append(empty | case | {"candidate": name} | (timed if value else {"note": "failed: why"}))
+        ceilings = {"gemm": {"bf16": 7e14}, "copy": 4e12}
+        results.write(results.result_folder(about, tmp_path), rows, ceilings, about)
+
+    run(1, attention_forward=1.0, attention_backward=2.0, decode=3.0)
+    run(2, attention_forward=4.0, decode=0)
+    lines = tables.render("cuda/gpu", tmp_path).splitlines()
+    forward, backward = (tables.HEADLINE_GPU[f"attention-{kind}/bf16-b4-s4096"] for kind in ("forward", "backward"))
+    assert lines[2:] == [
+        f"| {forward} | SDPA flash, 1 ms | **4.00x** | 8.00x | SDPA cuDNN 1.50x |",
+        f"| {backward} (at 1111111) | SDPA flash, 1 ms | **2.00x** | 4.00x | SDPA cuDNN 1.50x |",
+    ]
+    whole = tables.render("cuda", tmp_path)
+    assert "bf16 700 TFLOP/s" in whole and "Commit 222222222" in whole
+    assert "| attention forward: bf16 b4 s4096 | 400 | 800 | 100 | 150 |" in whole
+    assert "| bf16 b4 s4096 (at 1111111) | (4, 32, 4096, 64) | 1 ms (SDPA flash) | **3.00x** | 6.00x | 1.50x |" in whole
+    assert tables.render("cpu", tmp_path).startswith("*No results")

@@ -12,8 +12,7 @@ StreamIdentity identity_of(Stream stream) {
   cudaStreamCaptureStatus status;
   unsigned long long id = 0, capture = 0;
   if (cudaStreamGetCaptureInfo(s, &status, &capture) == cudaSuccess) {
-    // CUDA does not promise that a capturing stream can be asked for its id. Its handle serves, as the stream
-    // lives as long as the capture.
+    // cudaStreamGetId would end the capture. The handle serves, as the stream lives as long as the capture.
     if (status == cudaStreamCaptureStatusActive) return {true, capture, reinterpret_cast<uintptr_t>(stream)};
     // A handle may be used again after its stream; an id is not.
     if (status == cudaStreamCaptureStatusNone && cudaStreamGetId(s, &id) == cudaSuccess) return {true, 0, id};

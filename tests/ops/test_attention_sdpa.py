@@ -119,7 +119,7 @@ def test_it_stands_between_the_kernels_and_plain_torch_on_cuda():
     text = tf.explain(Call("attention", "cuda", torch.bfloat16, 64, ("causal",), 512))
     assert text.index("triton:") < text.index("cuda:") < text.index("sdpa:") < text.index("eager:")
     assert "length 512" in text
-    assert measured.LINES or "not yet run on a GPU" in text
+    assert "order: by design, not measured on a GPU" in text
     if not torch.cuda.is_available():
         assert "sdpa: could, comes later" in text  # no statement about a GPU that is not there
     odd = backends.get("sdpa").why_not(Call("attention", "cuda", torch.float16, 37))
@@ -213,6 +213,68 @@ def test_a_line_may_be_for_one_kind_of_gpu(monkeypatch):
 
 
 @pytest.mark.quick
-def test_every_line_says_where_it_was_measured():
+def test_every_line_is_borne_out_by_the_results_it_names():
+    """Of the benchmark's cases that a line holds for, all were faster than with the kernels that come first else."""
+    from transformer_fast.benchmarks import results
+    from transformer_fast.benchmarks.case import OURS
+
     for line in measured.LINES:
-        assert line.backend in backends.NAMES and line.measured
+        assert (line.backend, line.op) == ("cuda", "attention"), "say here how its rows are found"
+        rows = [row for row in results.read(results.ROOT / line.measured) if row["median_s"]]
+        times = {(row["case"], row["candidate"]): float(row["median_s"]) for row in rows}
+        compared = set()
+        for (case, candidate), time in times.items():
+            shape = next(row["shape"] for row in rows if row["case"] == case)
+            if not case.startswith("attention-") or candidate != f"{OURS} cuda":
+                continue
+            length, size = map(int, shape.strip("()").split(", ")[2:])
+            found = tuple(name for name in ("causal", "dropout", "padded") if name in case)
+            features = tuple("key_lengths" if name == "padded" else name for name in found)
+            if line._replace(capability=None).holds(Call("attention", "cuda", torch.bfloat16, size, features, length)):
+                compared.add((case.split("/")[0], size, features))
+                assert time < times[case, OURS], case
+        assert {size for _, size, _ in compared} == set(line.sizes)
+        assert {kind for kind, _, _ in compared} >= {"attention-forward", "attention-backward"}
+
+
+@pytest.mark.quick
+def test_the_shipped_lines_choose_on_their_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    call = Call("attention", "cuda", torch.bfloat16, 128, ("backward", "causal"), 4096)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert backends._order(call)[0] == "cuda" and backends._order(call._replace(features=()))[0] == "cuda"
+    for other in ({"size": 96}, {"dtype": torch.float32}, {"length": 512}, {"features": ("causal", "mask")}):
+        assert backends._order(call._replace(**other))[0] == "triton"
+    assert "measured fastest: cuda-nvidia-h200/" in tf.explain(call)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert backends._order(call)[0] == "triton"
+
+
+@pytest.mark.quick
+def test_info_says_what_cuda_kernels_are_chosen_for(monkeypatch):
+    from transformer_fast.backends import cuda
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "_missing", lambda: "")
+    monkeypatch.setattr(cuda, "architectures", lambda: ("80", "90a"))
+    for capability, text in (((9, 0), "chosen for calls of attention that"), ((8, 0), "chosen for no call")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        assert text in cuda.BACKEND.status()
+
+
+@pytest.mark.quick
+def test_info_names_the_runs_that_tested_the_kernels(monkeypatch):
+    from transformer_fast.backends import verified
+
+    runs = (
+        verified.Run("cuda-a/1", "GPU A", "abc", frozenset({"norm", "cuda norm"})),
+        verified.Run("cuda-a/2", "GPU A", "def", frozenset({"norm", "attention"})),
+    )
+    monkeypatch.setattr(verified, "runs", lambda: runs)
+    assert verified.summary() == (
+        "GPU A, commit def: Triton: attention, norm (benchmarks/results/cuda-a/2). "
+        "GPU A, commit abc: CUDA C++: norm (benchmarks/results/cuda-a/1)"
+    )
+    assert tf.info()["tested on a GPU"] == verified.summary() and verified.names() == {"norm", "attention", "cuda norm"}
+    monkeypatch.setattr(verified, "runs", lambda: ())
+    assert verified.summary() == "nothing" and not verified.names()

@@ -18,8 +18,7 @@ from .contract import OPS, Backend, Call
 
 __all__ = ["Backend", "Call", "NAMES", "OPS", "ORDER", "backend", "explain", "info", "select"]
 
-# "cuda" comes after "triton" until it has been measured faster on a GPU. measured.py then puts it first for those
-# calls.
+# measured.py puts another backend first for the calls that it was measured faster for.
 ORDER = {"cuda": ("triton", "cuda", "sdpa", "eager"), "cpu": ("cpu", "eager")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(dict.fromkeys(name for names in ORDER.values() for name in names))
@@ -113,6 +112,12 @@ def _native():
     return native
 
 
+def _verified():
+    from . import verified
+
+    return verified
+
+
 def _measured(call: Call):
     from . import measured  # imported here, because it imports Call from this module
 
@@ -175,7 +180,7 @@ def explain(call: Call) -> str:
             text += f" (measured fastest: {line.measured})"
         lines.append(f"  {name}: {text}")
     if call.device == "cuda" and not line:
-        lines.append("  order: by design, not yet run on a GPU")
+        lines.append("  order: by design, not measured on a GPU")
     return "\n".join(lines)
 
 
@@ -190,8 +195,8 @@ def info() -> dict[str, str]:
     """What is active, what is missing and what the missing parts would bring. `transformer-fast info` prints it.
 
     Returns:
-        A dict of texts with the keys "torch", "GPU", "native CPU kernels", "Triton kernels", "CUDA kernels" and
-        "forced backend".
+        A dict of texts with the keys "torch", "GPU", "native CPU kernels", "Triton kernels", "CUDA kernels", "tested on
+        a GPU" and "forced backend".
 
     Examples:
         >>> import transformer_fast
@@ -208,5 +213,6 @@ def info() -> dict[str, str]:
         else f"missing: {native_reason}. They would bring fused attention, norms and activations on the CPU",
         "Triton kernels": triton_backend.status(),
         "CUDA kernels": get("cuda").status(),
+        "tested on a GPU": _verified().summary(),
         "forced backend": forced_name() or "none",
     }

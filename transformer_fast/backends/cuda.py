@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import Backend, Call, cuda_attention, native, verified
+from . import Backend, Call, cuda_attention, measured, native, verified
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The native op that each op needs in the compiled library.
@@ -78,8 +78,14 @@ class CudaBackend(Backend):
         unverified = ", ".join(sorted(self.ops() - verified_on_gpu()))
         note = f"compiled for sm_{', sm_'.join(architectures())}"
         note += f"; not yet run on a GPU: {unverified}" if unverified else ""
-        unsupported = _unsupported(*torch.cuda.get_device_capability())
-        return f"{note}; idle: {unsupported}" if unsupported else f"{note}; used on request only, by backend('cuda')"
+        capability = torch.cuda.get_device_capability()
+        unsupported = _unsupported(*capability)
+        if unsupported:
+            return f"{note}; idle: {unsupported}"
+        lines = [line for line in measured.LINES if line.backend == self.name and line.capability in (None, capability)]
+        faster = ", ".join(sorted({line.op for line in lines}))
+        chosen = f"chosen for calls of {faster} that it was measured faster for" if faster else "chosen for no call"
+        return f"{note}; {chosen}; all others on request, by backend('cuda')"
 
     def why_not(self, call: Call) -> tuple[str, ...]:
         reasons = []
@@ -117,27 +123,40 @@ class CudaBackend(Backend):
 
         attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
-    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
-        dtype = spec.x.dtype
-        _ops.cuda_norm_forward.default(
+    def norm_forward(self, spec, y, sum_out, mean, rstd):
+        op, dtype = _ops.cuda_norm_forward.default, spec.x.dtype
+        options = spec.eps, spec.rms, spec.dropout_p
+        op(
             spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), _dense(spec.rng),
-            spec.eps, spec.rms, spec.dropout_p, y, sum_out, mean, rstd,
+            *options, y, sum_out, mean, rstd,
         )  # fmt: skip
+        if not _as_they_are(dtype, spec.weight, spec.bias):
+            return None
+        return lambda x, residual, weight, bias, rng, *outputs: op(x, residual, weight, bias, rng, *options, *outputs)
 
-    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
-        _ops.cuda_norm_backward.default(
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias):
+        op, dropout_p = _ops.cuda_norm_backward.default, spec.dropout_p
+        op(
             grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), _dense(mean), _dense(rstd),
-            _dense(spec.rng), spec.dropout_p, grad_v, grad_x, grad_weight,
-            grad_bias,
+            _dense(spec.rng), dropout_p, grad_v, grad_x, grad_weight, grad_bias,
         )  # fmt: skip
-
-    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
-        _ops.cuda_bias_activation_forward.default(x, _parameter(bias, x.dtype), gate, native.ACTIVATIONS[activation], y)
-
-    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
-        _ops.cuda_bias_activation_backward.default(
-            grad, x, _parameter(bias, x.dtype), gate, native.ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
+        if not _as_they_are(spec.x.dtype, spec.weight):
+            return None
+        return lambda grad_y, grad_sum, v, weight, rng, mean, rstd, *outputs: op(
+            grad_y, grad_sum, v, weight, mean, rstd, rng, dropout_p, *outputs
         )
+
+    def bias_activation_forward(self, x, bias, gate, activation, y):
+        op, kind = _ops.cuda_bias_activation_forward.default, native.ACTIVATIONS[activation]
+        op(x, _parameter(bias, x.dtype), gate, kind, y)
+        return (lambda x, bias, gate, y: op(x, bias, gate, kind, y)) if _as_they_are(x.dtype, bias) else None
+
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate):
+        op, kind = _ops.cuda_bias_activation_backward.default, native.ACTIVATIONS[activation]
+        op(grad, x, _parameter(bias, x.dtype), gate, kind, grad_x, grad_bias, grad_gate)
+        if not _as_they_are(x.dtype, bias):
+            return None
+        return lambda grad, x, bias, gate, *outputs: op(grad, x, bias, gate, kind, *outputs)
 
     def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
         _ops.cuda_rotary.default(x, cos, sin, positions, interleaved, inverse, y)
@@ -154,6 +173,11 @@ def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Non
         return None
     t = t.detach()
     return (t if t.dtype in (dtype, torch.float32) else t.to(torch.float32)).contiguous()
+
+
+def _as_they_are(dtype: torch.dtype, *parameters: torch.Tensor | None) -> bool:
+    """Whether the kernels read these parameters, which are contiguous, without a conversion."""
+    return all(t is None or t.dtype in (dtype, torch.float32) for t in parameters)
 
 
 def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
