@@ -105,12 +105,12 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
         attention = (measure(f"attention-{kind}", 50, DECISIVE.format(*2 * [kind]), *peers) for kind in kinds)
         return [*begin, *attention, measure("ops", 60, OPS, *peers)]
     if call == "second":
-        return [*begin, measure("ops", 55, OPS, *peers), measure("models", 60, MODELS, *peers, longest=28.0)]
+        return [*begin, measure("ops", 55, OPS, *peers), measure("models", 75, MODELS, *peers, longest=28.0)]
     if call == "third":
         # What no earlier run has, on whichever commit.
         left = *peers, "--unmeasured"
         return [
-            build, smoke, measure("models", 60, MODELS, *left, longest=28.0), measure("ops", 60, OPS, *left), memcheck,
+            build, smoke, measure("models", 75, MODELS, *left, longest=28.0), measure("ops", 60, OPS, *left), memcheck,
             test("all", 110, *every), ledger, measure("more-models", 60, MORE_MODELS, *left, longest=28.0),
             measure("compiled", 60, COMPILED, "--slow", longest=40.0),
         ]  # fmt: skip

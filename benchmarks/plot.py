@@ -12,12 +12,15 @@ from transformer_fast.benchmarks.case import OURS
 
 __all__ = ["attention_rates", "draw", "speedups"]
 
-OURS_COLOUR, PEER_COLOURS = "#c0392b", ["#34495e", "#7f8c8d", "#2980b9", "#27ae60", "#8e44ad", "#d35400", "#16a085"]
+OURS_COLOURS = {OURS: "#c0392b", f"{OURS} cuda": "#e67e22"}
+PEER_COLOURS = ["#34495e", "#7f8c8d", "#2980b9", "#27ae60", "#8e44ad", "#16a085", "#b7950b"]
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write every plot that the rows of `folder` allow, as PNG into the same folder."""
-    rows = [row for row in results.read(folder) if row["median_s"]]
+    """Write every plot that the rows of `folder` allow, as PNG into the same folder. A GPU's runs have a part of the
+    cases each, so the folders beside it give the others."""
+    found = results.of_all_runs(folder) if folder.parent.name.startswith("cuda") else results.read(folder)
+    rows = [row for row in found if row["median_s"]]
     written = []
     for group in dict.fromkeys(row["group"] for row in rows if row["group"] != "overhead"):
         written.append(speedups([row for row in rows if row["group"] == group], group, folder))
@@ -28,9 +31,9 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _colour(name: str, names: list[str]) -> str:
-    if name == OURS:
-        return OURS_COLOUR
-    return PEER_COLOURS[[n for n in names if n != OURS].index(name) % len(PEER_COLOURS)]
+    if name in OURS_COLOURS:
+        return OURS_COLOURS[name]
+    return PEER_COLOURS[[n for n in names if n not in OURS_COLOURS].index(name) % len(PEER_COLOURS)]
 
 
 def speedups(rows: list[dict], group: str, folder: pathlib.Path) -> pathlib.Path:
@@ -78,8 +81,8 @@ def attention_rates(rows: list[dict], group: str, folder: pathlib.Path) -> pathl
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("sequence length")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    grid[0][0].set_ylim(bottom=0)  # of all panels: it ends their automatic scaling, so it comes last
     grid[0][0].set_ylabel(f"{unit} (causal counts half)")
     grid[0][-1].legend(fontsize="small")
     return _save(figure, folder / f"rate-{group}.png")

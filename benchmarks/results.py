@@ -14,7 +14,20 @@ import torch
 
 from transformer_fast import __version__
 
-__all__ = ["COLUMNS", "ROOT", "ceilings", "device_slug", "machine", "newest", "read", "result_folder", "write"]
+from .case import OURS
+
+__all__ = [
+    "COLUMNS",
+    "ROOT",
+    "ceilings",
+    "device_slug",
+    "machine",
+    "newest",
+    "of_all_runs",
+    "read",
+    "result_folder",
+    "write",
+]
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE / "results"
@@ -153,6 +166,22 @@ def read(folder: pathlib.Path) -> list[dict[str, str]]:
     if rows and list(rows[0]) != COLUMNS:
         raise ValueError(f"{folder / 'results.csv'}: columns {list(rows[0])}, wanted {COLUMNS}")
     return rows
+
+
+def of_all_runs(newest: pathlib.Path, among: set[pathlib.Path] | None = None) -> list[dict]:
+    """The rows of each case from the newest folder beside `newest` that has it; "commit" where that is another. `among`
+    restricts the folders."""
+    folders = [path.parent for path in newest.parent.glob("*/machine.json")]
+    about = {f: json.loads((f / "machine.json").read_text()) for f in folders if among is None or f in among}
+    found: dict[str, list[dict]] = {}
+    for folder in sorted(about, key=lambda f: about[f]["time"]):
+        older = {} if folder == newest else {"commit": about[folder]["commit"][:7]}
+        rows = [row | older for row in read(folder)]
+        timed = {row["case"] for row in rows if row["candidate"] == OURS and row["median_s"]}
+        for case in dict.fromkeys(row["case"] for row in rows):
+            if case in timed or case not in found:
+                found[case] = [row for row in rows if row["case"] == case]
+    return [row for rows in found.values() for row in rows]
 
 
 def newest(device: str, root: pathlib.Path = ROOT, among: set[pathlib.Path] | None = None) -> pathlib.Path | None:

@@ -22,7 +22,8 @@ from transformer_fast.benchmarks.case import OURS
 __all__ = ["PAGES", "TABLES", "fill", "main", "render"]
 
 PAGES = [results.HERE.parent / name for name in ("README.md", "docs/performance.md", "docs/doors.md", "docs/gpu.md")]
-PLOTS = results.HERE.parent / "docs" / "images" / "cpu"  # a link to the results folder of the tables, for its pictures
+# Links to the results folders of the tables, for their pictures.
+PLOTS = {device: results.HERE.parent / "docs" / "images" / device for device in ("cpu", "cuda")}
 _BLOCK = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -44,23 +45,26 @@ def main(argv: list[str] | None = None) -> int:
         else:
             file.write_text(after)
             print(f"{file.name} written")
-    if args.file == PAGES and PLOTS.parent.exists():
-        stale |= _link_plots(args.results, args.check)
+    if args.file == PAGES:
+        for device, link in PLOTS.items():
+            stale |= link.parent.exists() and _link_plots(device, link, args.results, args.check)
     return int(stale)
 
 
-def _link_plots(root: pathlib.Path, check: bool) -> bool:
-    """Link the docs' pictures to the tables' results folder. With `check`: return whether they are of another
-    folder."""
-    newest = results.newest("cpu", root, _committed(root))
-    if newest is None or PLOTS.resolve() == newest.resolve():
+def _link_plots(device: str, link: pathlib.Path, root: pathlib.Path, check: bool) -> bool:
+    """Link the docs' pictures to the newest results folder that has some. With `check`: return whether they are of
+    another folder."""
+    committed = _committed(root)
+    drawn = {path.parent for path in root.glob("*/*/*.png") if committed is None or path.parent in committed}
+    newest = results.newest(device, root, drawn)
+    if newest is None or link.resolve() == newest.resolve():
         return False
     if check:
-        print(f"{PLOTS.name} is out of date: run python benchmarks/tables.py", file=sys.stderr)
+        print(f"the pictures in {link.name} are out of date: run python benchmarks/tables.py", file=sys.stderr)
         return True
-    PLOTS.unlink(missing_ok=True)
-    PLOTS.symlink_to(os.path.relpath(newest, PLOTS.parent))
-    print(f"{PLOTS.name} -> {newest}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(newest, link.parent))
+    print(f"{link.name} -> {newest}")
     return False
 
 
@@ -78,28 +82,12 @@ def render(name: str, root: pathlib.Path = results.ROOT) -> str:
     if folder is None:
         return f"*No results of a {device} device are committed yet.*"
     about = json.loads((folder / "machine.json").read_text())
-    rows = _of_all_runs(folder, root) if "gpu" in about else results.read(folder)
+    rows = results.of_all_runs(folder, _committed(root)) if "gpu" in about else results.read(folder)
     about |= {"ceilings": json.loads((folder / "ceilings.json").read_text()), "folder": folder, "root": root}
     if table:
         return TABLES[table](rows, about)
     parts = {name: make(rows, about) for name, make in TABLES.items() if name not in ("headline", "gpu", "doors")}
     return "\n\n".join(f"{_HEADINGS.get(name, '')}{part}" for name, part in parts.items() if part)
-
-
-def _of_all_runs(newest: pathlib.Path, root: pathlib.Path) -> list[dict]:
-    """The rows of each case from the newest folder beside `newest` that has it; "commit" where that is another."""
-    committed = _committed(root)
-    folders = [path.parent for path in newest.parent.glob("*/machine.json")]
-    about = {f: json.loads((f / "machine.json").read_text()) for f in folders if committed is None or f in committed}
-    found: dict[str, list[dict]] = {}
-    for folder in sorted(about, key=lambda f: about[f]["time"]):
-        older = {} if folder == newest else {"commit": about[folder]["commit"][:7]}
-        rows = [row | older for row in results.read(folder)]
-        timed = {row["case"] for row in rows if row["candidate"] == OURS and row["median_s"]}
-        for case in dict.fromkeys(row["case"] for row in rows):
-            if case in timed or case not in found:
-                found[case] = [row for row in rows if row["case"] == case]
-    return [row for rows in found.values() for row in rows]
 
 
 def _committed(root: pathlib.Path) -> set[pathlib.Path] | None:

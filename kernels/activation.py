@@ -6,6 +6,7 @@ gradient in registers; `column_sum` adds the shares in a fixed order: no atomics
 Tile sizes are chosen from register counts of the compiled code, not from timings: not yet run on a GPU.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -134,7 +135,7 @@ def bias_activation_forward(x, bias, gate, activation: str, y, plan=DIRECT) -> N
 def bias_activation_backward(
     grad, x, bias, gate, activation: str, grad_x, grad_bias, grad_gate, multiprocessors: int, plan=DIRECT
 ) -> None:
-    """Write grad_x, grad_gate if there is a gate, and grad_bias (float32) if given.
+    """Write grad_x, grad_gate if there is a gate, and grad_bias if given, each in its dtype.
 
     grad, x, gate: (rows, width), unit stride along the width; grad_x, grad_gate: (rows, width) contiguous.
     """
@@ -144,7 +145,7 @@ def bias_activation_backward(
     partial = None
     if grad_bias is not None:
         programs = min(programs, max(1, multiprocessors * PROGRAMS // column_blocks))
-        partial = plan.empty((1, programs, width), grad_bias.dtype, grad_bias.device)
+        partial = plan.empty((1, programs, width), torch.float32, grad_bias.device)
     plan.call(
         _bias_activation_backward_kernel, (programs * column_blocks,), grad, x, bias, gate, grad_x, grad_gate, partial,
         grad.stride(0), x.stride(0), 0 if gate is None else gate.stride(0), rows, width,

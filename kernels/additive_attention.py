@@ -2,7 +2,7 @@
 
 The hidden layer, (B, Sq, Sk, D), exists one tile at a time and is computed again in the backward pass, once for the
 gradient of the queries and once for that of the keys. Each sum belongs to one program, so there are no atomics. Sums
-are float32 and in a fixed order. Not yet run on a GPU: configurations are chosen from register counts, not timings.
+are float32 and in a fixed order. Configurations are chosen from register counts, not timings.
 
 Source: Bahdanau, Cho and Bengio, 2015, appendix A.1.2.
 """

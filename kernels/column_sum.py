@@ -26,7 +26,7 @@ def _column_sum_kernel(partial_ptr, first_ptr, second_ptr, partials, width, ROWS
 def column_sum(partial, first, second=None, plan=DIRECT) -> None:
     """first[c] = sum over p of partial[0, p, c], and second[c] of partial[1, p, c]; one launch, fixed order.
 
-    partial: (1 or 2, partials, width) float32, contiguous; first, second: (width,) float32.
+    partial: (1 or 2, partials, width) float32, contiguous; first, second: (width,), each rounded to its dtype.
     """
     outputs, partials, width = partial.shape
     block = 16  # few columns per program: width / 16 programs fill a GPU at the widths of transformers

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .philox import keep_mask
 
-ROWS, BLOCK, NUM_WARPS = 8, 256, 4  # 16 elements per thread; not yet run on a GPU, so not tuned
+ROWS, BLOCK, NUM_WARPS = 8, 256, 4  # 16 elements per thread; not tuned
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])

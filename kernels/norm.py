@@ -304,7 +304,7 @@ def layer_norm_backward(
     grad_y, grad_sum, v, weight, rng, threshold, keep_scale, mean, rstd, grad_v, grad_x, grad_weight, grad_bias,
     multiprocessors: int, plan=DIRECT,
 ) -> None:  # fmt: skip
-    """Write grad_v, with dropout grad_x, and grad_weight, grad_bias (float32) if given.
+    """Write grad_v, with dropout grad_x, and grad_weight, grad_bias if given, each in its dtype.
 
     grad_y, grad_sum, v: (rows, width), unit stride along the width. mean: None for rms_norm. The order of every sum
     depends only on shapes and on `multiprocessors`: results are bitwise reproducible.

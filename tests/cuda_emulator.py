@@ -60,6 +60,7 @@ def active(late: bool = True, seed: int = 0, compute_capability: int = 90) -> It
     which warps run. compute_capability: what the host code sees: 80, 90, 100 or 120.
     """
     from transformer_fast import backends
+    from transformer_fast.backends import remembered
 
     settings = library().settings
     names = ("late", "seed", "compute_capability")
@@ -77,6 +78,7 @@ def active(late: bool = True, seed: int = 0, compute_capability: int = 90) -> It
         else:
             os.environ["TRANSFORMER_FAST_CUDA_EMULATOR"] = variable
         backends._select.cache_clear()  # selections in this context do not hold outside
+        remembered.forget()
 
 
 def _flags() -> list[str]:

@@ -88,6 +88,24 @@ def test_plots_understand_every_attention_case():
 
 
 @pytest.mark.quick
+def test_every_panel_of_the_rates_shows_all_its_points(monkeypatch, tmp_path):
+    from transformer_fast.benchmarks import plot
+
+    rows = [
+        {"case": f"attention-forward/bf16-b4-s4096{more}", "shape": f"(4, 32, 4096, {d})", "dtype": "bf16",
+         "device": "cuda", "candidate": name, "tflops": str(rate)}
+        for more, d, rate in (("", 64, 100), ("-d128", 128, 900)) for name in (OURS, OURS_CUDA, "SDPA flash")
+    ]  # fmt: skip
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
+    plot.attention_rates(rows, "attention-forward", tmp_path)
+    for axes in figures[0].axes:
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 900
+        assert len({line.get_color() for line in axes.lines}) == 3
+    plot.plt.close(figures[0])
+
+
+@pytest.mark.quick
 def test_a_bar_may_ask_for_a_share_of_the_ceiling():
     row = {"candidate": OURS, "note": "", "peak_memory_mb": "", "ratio_to_peer": "1.2"}
     case = OPS["norm-forward/bf16-layer-norm-4096x768"]

@@ -43,7 +43,8 @@ class Compiled(CompiledKernel):
     def run(self):
         return self.launch
     def launch(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
-        values = [known.get(a.data_ptr(), "made here") if isinstance(a, torch.Tensor) else a for a in arguments]
+        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        values = [known.get(a, "made here") if isinstance(a, int) and a > 2**32 else a for a in addresses]
         launches.append([self.name, self.kind, [x, y, z], [str(v) for v in values]])
 
 def compiled(self, key, signature, device, constexprs, options, attrs, warmup):

@@ -6,8 +6,10 @@ import activation_cases
 import cuda_emulator
 import pytest
 import torch
+from remembered_cases import check_repeats
 
 import transformer_fast as tf
+from transformer_fast.backends import remembered
 from transformer_fast.ops.activation import ACTIVATIONS
 
 
@@ -52,3 +54,12 @@ def test_same_bits_every_time(device):
 
 def test_opcheck_and_autograd(device):
     activation_cases.check_opcheck_and_autograd("cuda", device)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["biased", "gated"])
+def test_a_remembered_call_has_the_same_results(device, name, dtype, gradients):
+    check_repeats(device, name, "cuda", dtype, gradients)
+    assert remembered._calls

@@ -4,7 +4,9 @@ import contextlib
 
 import activation_cases
 import pytest
+import torch
 import triton_interpreter
+from remembered_cases import check_repeats
 
 from transformer_fast.ops.activation import ACTIVATIONS
 
@@ -34,3 +36,10 @@ def test_values_at_the_ends(device, activation):
 
 def test_opcheck_and_autograd(device):
     activation_cases.check_opcheck_and_autograd("triton", device)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["biased", "gated"])
+def test_a_remembered_call_has_the_same_results(device, name, gradients):
+    """On a GPU. Under the interpreter no launch is repeated."""
+    check_repeats(device, name, "triton", torch.bfloat16, gradients)

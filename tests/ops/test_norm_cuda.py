@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_cases import NAMES, check, run
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
+from remembered_cases import check_repeats
 
 import transformer_fast as tf
-from transformer_fast.backends import Call, memory
+from transformer_fast.backends import Call, memory, remembered
 from transformer_fast.backends.cuda import BACKEND
 from transformer_fast.backends.philox import keep_mask_2d, keep_scale
 from transformer_fast.backends.specs import NormSpec
@@ -185,3 +186,12 @@ def test_bad_input_is_refused_with_the_reason(device):
             tf.layer_norm(x, 24, torch.ones(23, device=device))
         with pytest.raises(ValueError, match="residual: wanted the shape"):
             tf.add_layer_norm(x, x[:3])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+def test_a_remembered_call_has_the_same_results(device, name, dtype, gradients):
+    check_repeats(device, name, "cuda", dtype, gradients)
+    assert remembered._calls

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_cases import NAMES, check, run
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
+from remembered_cases import check_repeats
 
 import transformer_fast as tf
 from transformer_fast.backends import Call, memory
@@ -190,3 +191,10 @@ def test_info_says_what_no_gpu_has_run(monkeypatch):
     assert verified_on_gpu() <= BACKEND.ops()
     unverified = ", ".join(sorted(BACKEND.ops() - verified_on_gpu()))
     assert not unverified or f"not yet run on a GPU: {unverified}" in BACKEND.status()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+def test_a_remembered_call_has_the_same_results(device, name, gradients):
+    """On a GPU. Under the interpreter no launch is repeated."""
+    check_repeats(device, name, "triton", torch.bfloat16, gradients)

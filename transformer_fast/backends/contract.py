@@ -5,7 +5,7 @@ line in `METHODS`, an override in eager.py (its definition in plain PyTorch) and
 kernel for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .specs import (
 )
 
 Tensor = torch.Tensor
+Repeat = Callable[..., object]  # of the tensors in the order of the spec or the method, then of the buffers
 
 METHODS = {
     "additive_attention": "additive_attention_forward",
@@ -66,11 +67,17 @@ class Backend:
     """One implementation of the ops.
 
     Raw methods write into buffers that the op has allocated. None instead of a buffer means that the result is not
-    needed. The specs are those of specs.py; their data has unit stride along the last dimension.
+    needed. Those of norms and activations may return a Repeat, which makes the call again on other tensors that are
+    contiguous, of any number of dimensions, and have the same dtypes, sizes and alignment to 16 bytes.
+
+    The specs are those of specs.py; their data has unit stride along the last dimension.
     """
 
     name = ""
     products: frozenset[str] = frozenset()
+    # Whether norm_backward and bias_activation_backward write the gradients of the parameters in the dtype of the
+    # tensors they get, rounded once from float32; else these tensors must be float32.
+    narrows_parameter_gradients = False
 
     # ---- selection ---------------------------------------------------------------------------------
     def why_not(self, call: Call) -> tuple[str, ...]:
@@ -127,13 +134,13 @@ class Backend:
     # ---- norms and row-wise ops ----------------------------------------------------------------------
     def norm_forward(
         self, spec: NormSpec, y: Tensor, sum_out: Tensor | None, mean: Tensor | None, rstd: Tensor | None
-    ) -> None:
+    ) -> Repeat | None:
         raise NotImplementedError
 
     def norm_backward(
         self, spec: NormSpec, grad_y: Tensor, grad_sum: Tensor | None, mean: Tensor | None, rstd: Tensor,
         grad_v: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> Repeat | None:  # fmt: skip
         raise NotImplementedError
 
     def norm(
@@ -146,13 +153,13 @@ class Backend:
 
     def bias_activation_forward(
         self, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, y: Tensor
-    ) -> None:
+    ) -> Repeat | None:
         raise NotImplementedError
 
     def bias_activation_backward(
         self, grad: Tensor, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, grad_x: Tensor,
         grad_bias: Tensor | None, grad_gate: Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> Repeat | None:  # fmt: skip
         raise NotImplementedError
 
     def bias_activation(self, x: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:

@@ -123,27 +123,40 @@ class CudaBackend(Backend):
 
         attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
-    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
-        dtype = spec.x.dtype
-        _ops.cuda_norm_forward.default(
+    def norm_forward(self, spec, y, sum_out, mean, rstd):
+        op, dtype = _ops.cuda_norm_forward.default, spec.x.dtype
+        options = spec.eps, spec.rms, spec.dropout_p
+        op(
             spec.x, spec.residual, _parameter(spec.weight, dtype), _parameter(spec.bias, dtype), _dense(spec.rng),
-            spec.eps, spec.rms, spec.dropout_p, y, sum_out, mean, rstd,
+            *options, y, sum_out, mean, rstd,
         )  # fmt: skip
+        if not _as_they_are(dtype, spec.weight, spec.bias):
+            return None
+        return lambda x, residual, weight, bias, rng, *outputs: op(x, residual, weight, bias, rng, *options, *outputs)
 
-    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
-        _ops.cuda_norm_backward.default(
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias):
+        op, dropout_p = _ops.cuda_norm_backward.default, spec.dropout_p
+        op(
             grad_y, grad_sum, spec.x, _parameter(spec.weight, spec.x.dtype), _dense(mean), _dense(rstd),
-            _dense(spec.rng), spec.dropout_p, grad_v, grad_x, grad_weight,
-            grad_bias,
+            _dense(spec.rng), dropout_p, grad_v, grad_x, grad_weight, grad_bias,
         )  # fmt: skip
-
-    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
-        _ops.cuda_bias_activation_forward.default(x, _parameter(bias, x.dtype), gate, native.ACTIVATIONS[activation], y)
-
-    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
-        _ops.cuda_bias_activation_backward.default(
-            grad, x, _parameter(bias, x.dtype), gate, native.ACTIVATIONS[activation], grad_x, grad_bias, grad_gate
+        if not _as_they_are(spec.x.dtype, spec.weight):
+            return None
+        return lambda grad_y, grad_sum, v, weight, rng, mean, rstd, *outputs: op(
+            grad_y, grad_sum, v, weight, mean, rstd, rng, dropout_p, *outputs
         )
+
+    def bias_activation_forward(self, x, bias, gate, activation, y):
+        op, kind = _ops.cuda_bias_activation_forward.default, native.ACTIVATIONS[activation]
+        op(x, _parameter(bias, x.dtype), gate, kind, y)
+        return (lambda x, bias, gate, y: op(x, bias, gate, kind, y)) if _as_they_are(x.dtype, bias) else None
+
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate):
+        op, kind = _ops.cuda_bias_activation_backward.default, native.ACTIVATIONS[activation]
+        op(grad, x, _parameter(bias, x.dtype), gate, kind, grad_x, grad_bias, grad_gate)
+        if not _as_they_are(x.dtype, bias):
+            return None
+        return lambda grad, x, bias, gate, *outputs: op(grad, x, bias, gate, kind, *outputs)
 
     def rotary_embedding(self, x, cos, sin, positions, interleaved, inverse, y) -> None:
         _ops.cuda_rotary.default(x, cos, sin, positions, interleaved, inverse, y)
@@ -160,6 +173,11 @@ def _parameter(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Non
         return None
     t = t.detach()
     return (t if t.dtype in (dtype, torch.float32) else t.to(torch.float32)).contiguous()
+
+
+def _as_they_are(dtype: torch.dtype, *parameters: torch.Tensor | None) -> bool:
+    """Whether the kernels read these parameters, which are contiguous, without a conversion."""
+    return all(t is None or t.dtype in (dtype, torch.float32) for t in parameters)
 
 
 def _dense(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -45,8 +45,27 @@ def _device_of(t: torch.Tensor):
     return contextlib.nullcontext()
 
 
+def _on_device(device: int, steps):
+    def repeat(*tensors):
+        if device == torch.cuda.current_device():
+            steps(*tensors)
+        else:
+            with torch.cuda.device(device):
+                steps(*tensors)
+
+    return repeat
+
+
+@functools.cache
+def _launcher():
+    from . import triton_launch
+
+    return triton_launch
+
+
 class TritonBackend(Backend):
     name = "triton"
+    narrows_parameter_gradients = True
 
     def status(self) -> str:
         if not torch.cuda.is_available():
@@ -87,7 +106,7 @@ class TritonBackend(Backend):
             return f"gradients with head dims over {_WIDE_HEAD} go in slices, each of which recomputes the scores"
         return ""
 
-    def norm_forward(self, spec, y, sum_out, mean, rstd) -> None:
+    def norm_forward(self, spec, y, sum_out, mean, rstd):
         def build(plan):
             from ..kernels.norm import layer_norm_forward
 
@@ -96,9 +115,9 @@ class TritonBackend(Backend):
             layer_norm_forward(*first, spec.eps, spec.rms, *drops, *rest, plan)
 
         inputs = spec.x, spec.residual, _dense(spec.weight), _dense(spec.bias), _dense(spec.rng), y, sum_out, mean, rstd
-        self._launch(("norm", spec.eps, spec.rms, spec.dropout_p), y, inputs, build)
+        return self._launch(("norm", spec.eps, spec.rms, spec.dropout_p), y, inputs, build, 4)
 
-    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias) -> None:
+    def norm_backward(self, spec, grad_y, grad_sum, mean, rstd, grad_v, grad_x, grad_weight, grad_bias):
         def build(plan):
             from ..kernels.norm import layer_norm_backward
 
@@ -110,13 +129,19 @@ class TritonBackend(Backend):
             grad_y, grad_sum, spec.x, _dense(spec.weight), _dense(spec.rng), _dense(mean), _dense(rstd), grad_v, grad_x,
             grad_weight, grad_bias,
         )  # fmt: skip
-        self._launch(("norm backward", spec.dropout_p), grad_v, inputs, build)
+        return self._launch(("norm backward", spec.dropout_p), grad_v, inputs, build, 4)
 
-    def _launch(self, key: tuple, output: torch.Tensor, inputs: tuple, build) -> None:
-        from .triton_launch import run
-
-        with _device_of(output):
-            run((*key, output.device), inputs, build)
+    def _launch(self, key: tuple, output: torch.Tensor, inputs: tuple, build, strided: int):
+        """strided: how many of the inputs, at the front, may have any shape and strides; the others are contiguous and
+        have shapes that follow from those and the key. Returns a function that repeats the launches on other inputs of
+        the same kind, or None."""
+        run, device = _launcher().run, output.get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            steps = run((*key, output.device), inputs, build, strided)
+        else:
+            with torch.cuda.device(device):
+                steps = run((*key, output.device), inputs, build, strided)
+        return steps if steps is None or device < 0 else _on_device(device, steps)
 
     def attention_forward(self, spec, out, lse) -> None:
         from .triton_attention import attention_forward
@@ -155,16 +180,16 @@ class TritonBackend(Backend):
                 *spec[:3], _vector(spec.score_weight), _vector(spec.bias), _dense(spec.key_lengths), *tensors
             )
 
-    def bias_activation_forward(self, x, bias, gate, activation, y) -> None:
+    def bias_activation_forward(self, x, bias, gate, activation, y):
         def build(plan):
             from ..kernels.activation import bias_activation_forward
 
             *first, y = plan.inputs
             bias_activation_forward(*first, activation, y, plan)
 
-        self._launch(("activation", activation), y, (x, _dense(bias), gate, y), build)
+        return self._launch(("activation", activation), y, (x, _dense(bias), gate, y), build, 3)
 
-    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate) -> None:
+    def bias_activation_backward(self, grad, x, bias, gate, activation, grad_x, grad_bias, grad_gate):
         def build(plan):
             from ..kernels.activation import bias_activation_backward
 
@@ -172,7 +197,7 @@ class TritonBackend(Backend):
             bias_activation_backward(*first, activation, *rest, _multiprocessors(grad_x.device), plan)
 
         inputs = (grad, x, _dense(bias), gate, grad_x, grad_bias, grad_gate)
-        self._launch(("activation backward", activation), grad_x, inputs, build)
+        return self._launch(("activation backward", activation), grad_x, inputs, build, 4)
 
     def dropout_forward(self, x, rng, p, y) -> None:
         from ..kernels.dropout import dropout_forward

@@ -17,8 +17,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from . import remembered
+
 _MOST = 1024
-_plans: dict[Hashable, list[Callable]] = {}
+_plans: dict[Hashable, "Steps"] = {}
 # The call of a compiled kernel, private to Triton, is (grid, stream, function, metadata, hooks, arguments) in these.
 _KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 11)
 
@@ -72,18 +74,24 @@ class _Launch:
 
     def __call__(self, tensors) -> None:
         values = self.values.copy()
-        for place, number in self.places:
-            values[place] = tensors[number]
         if self.direct is None or _hooked():
+            for place, number in self.places:
+                values[place] = tensors[number]
             names = self.kernel.arg_names
             compiled = self.kernel[self.grid](**dict(zip(names, values)), **self.options)
             if _KNOWN and isinstance(compiled, CompiledKernel):
                 x, y, z = (*self.grid, 1, 1)[:3]
-                self.direct = compiled.run, (x, y, z), (compiled.function, compiled.packed_metadata, None, None, None)
+                # A plan is for one device, which is the current one when it runs.
+                device, stream = driver.active.get_current_device(), driver.active.get_current_stream
+                self.direct = (
+                    compiled.run, (x, y, z), stream, device,
+                    (compiled.function, compiled.packed_metadata, None, None, None),
+                )  # fmt: skip
             return
-        run, grid, handle = self.direct
-        active = driver.active
-        run(*grid, active.get_current_stream(active.get_current_device()), *handle, *values)
+        run, grid, stream, device, handle = self.direct
+        for place, number in self.places:
+            values[place] = tensors[number].data_ptr()  # of a tensor, Triton would ask the driver about its address
+        run(*grid, stream(device), *handle, *values)
 
 
 def _hooked() -> bool:
@@ -91,26 +99,48 @@ def _hooked() -> bool:
     return bool(getattr(knobs.runtime.launch_enter_hook, "calls", None)) or knobs.runtime.debug
 
 
-def run(key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[Plan], None]) -> None:
+class Steps(list):
+    """The steps of a plan. Calling it runs them on the given tensors, in the order of the plan's inputs."""
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        found = list(tensors)
+        for step in self:
+            step(found)
+
+
+def run(
+    key: Hashable, inputs: Sequence[torch.Tensor | None], build: Callable[[Plan], None], strided: int | None = None
+) -> Steps | None:
     """Run the plan that `build(plan)` makes from plan.inputs, or the cached plan of an earlier call with the same key.
 
-    key: what the plan depends on, the device included. Shape, strides, dtype and alignment of the inputs are added.
+    key: what the plan depends on, the device included. Shape, strides, dtype and alignment of the inputs are added. Of
+    the inputs after the first `strided`, only dtype and alignment are: they are contiguous, in shapes that follow.
+    Returns the plan for further calls, if it may be kept.
     """
-    whole = (key, *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in inputs])
-    steps = _plans.get(whole)
-    if steps is None:
-        plan = Plan(inputs)
-        build(plan)
-        steps = plan.steps
-        if plan.cached:
-            if len(_plans) >= _MOST:
-                _plans.pop(next(iter(_plans)), None)
-            _plans[whole] = steps
-    tensors = list(inputs)
-    for step in steps:
-        step(tensors)
+    whole = [key]
+    for t in inputs[:strided]:
+        whole.append(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16))
+    if strided is not None:
+        for t in inputs[strided:]:
+            whole.append(None if t is None else (t.dtype, t.data_ptr() % 16))
+    name = tuple(whole)
+    steps = _plans.get(name)
+    if steps is not None:
+        steps(*inputs)
+        return steps
+    plan = Plan(inputs)
+    build(plan)
+    steps = Steps(plan.steps)
+    steps(*inputs)
+    if not plan.cached:
+        return None
+    if len(_plans) >= _MOST:
+        _plans.pop(next(iter(_plans)), None)
+    _plans[name] = steps
+    return steps
 
 
 def forget() -> None:
     """Drop all cached plans."""
     _plans.clear()
+    remembered.forget()

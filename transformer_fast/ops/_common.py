@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd import forward_ad
 
+from ..backends import forced_name
 from ..backends.specs import SymInt, layout
 
 # Schemas are registered from Python. The raw kernels come from backends/.
@@ -32,7 +33,7 @@ _SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None) -> Callable:
+def define(name: str, schema: str, forward, fake, *, setup_context=None, backward=None, eager=None) -> Callable:
     """Register one op with its fake kernel and, if given, its gradient.
 
     Args:
@@ -43,6 +44,8 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
         setup_context: function (ctx, inputs, output) that saves what the backward pass needs.
         backward: function (ctx, need, *grads) that returns gradients by argument name; `need` says by name which are
             needed. A name that is missing, or not needed, gets None.
+        eager: function of the arguments that is called instead of forward where torch's dispatcher is not. Its results
+            may be None, where those of forward are empty tensors.
 
     Returns:
         A function that calls the op. It goes through torch's dispatcher under a compiler, a tracer, a dispatch mode or
@@ -54,11 +57,11 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
     qualified = f"transformer_fast::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     op = getattr(torch.ops.transformer_fast, name).default
-    run = forward
+    run = eager = eager or forward
     if backward is not None:
-        gradients = _by_position(backward, tuple(a.name for a in op._schema.arguments))
+        gradients = by_position(backward, tuple(a.name for a in op._schema.arguments))
         torch.library.register_autograd(qualified, gradients, setup_context=setup_context, lib=LIBRARY)
-        run = _function(name, forward, setup_context, gradients).apply
+        run = _function(name, eager, setup_context, gradients).apply
 
     def call(*args):
         if _watched():
@@ -71,7 +74,8 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
     return call
 
 
-def _by_position(backward, names: tuple[str, ...]):
+def by_position(backward, names: tuple[str, ...]):
+    """The backward of an autograd.Function whose arguments have these names, from `backward` as for define."""
     needs, place = collections.namedtuple("needs", names), {name: i for i, name in enumerate(names)}
 
     def gradients(ctx, *grads):
@@ -118,6 +122,37 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
             return False
     return True
+
+
+def signature(tensors: tuple[torch.Tensor | None, ...], *options) -> tuple | None:
+    """All that the checks of a call and its kernels look at, for calls that may skip both torch's dispatcher and, once
+    they have been made, the checks.
+
+    Args:
+        tensors: the arguments.
+        options: the other arguments, hashable.
+
+    Returns:
+        A key, or None if the call cannot be remembered: a tensor is traced, wrapped, not dense or not contiguous. Its
+        first element says whether a gradient is needed.
+    """
+    if _watched():
+        return None
+    enabled, needed = torch.is_grad_enabled(), False
+    about: list = []
+    for t in tensors:
+        if t is None:
+            about.append(None)
+            continue
+        if (
+            type(t) not in _PLAIN or _batched(t) or t.is_meta or t.layout is not torch.strided or t.is_nested
+            or not t.is_contiguous()
+        ):  # fmt: skip
+            return None
+        if enabled and t.requires_grad:
+            needed = True
+        about += (t.shape, t.dtype, t.device, t.data_ptr() & 15)
+    return (needed, *about, options, forced_name())
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:

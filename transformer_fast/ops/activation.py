@@ -2,7 +2,8 @@
 
 import torch
 
-from ..backends import Backend, eager, memory, select
+from ..backends import Backend, eager, memory, remembered, select
+from ..backends.contract import Repeat
 from . import _common
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -19,17 +20,59 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str) -> torch.Tensor:
-    y = memory.empty(x.shape, x.dtype, x.device)
-    if y.numel():
-        chosen = _select(x, gate is not None)
-        chosen.bias_activation_forward(
-            _rows(x), bias, None if gate is None else _rows(gate), activation, y.view(-1, x.shape[-1])
-        )
-    return y
+    return _launch(x, bias, gate, activation)[0]
+
+
+def _launch(x, bias, gate, activation) -> tuple[torch.Tensor, Repeat | None]:
+    """The result of _forward, and a function that makes the call again."""
+    y = memory.empty_like(x)
+    if not y.numel():
+        return y, None
+    chosen = _select(x, gate is not None)
+    if x.dim() == 2 and x.stride(1) == 1 and (gate is None or gate.stride(1) == 1):
+        return y, chosen.bias_activation_forward(x, bias, gate, activation, y)
+    gate = None if gate is None else _rows(gate)
+    return y, chosen.bias_activation_forward(_rows(x), bias, gate, activation, y.view(-1, x.shape[-1]))
 
 
 def _forward_fake(x, bias, gate, activation):
     return x.new_empty(x.shape)
+
+
+def _run_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, activation: str,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Gradients of x, bias and gate; None where there is no such tensor or, of the bias, where it is not needed.
+    Without a bias, its gradient is what that of a bias would be."""
+    return _launch_backward(grad, x, bias, gate, activation, need_bias)[0]
+
+
+def _launch_backward(grad, x, bias, gate, activation, need_bias):
+    """The results of _run_backward, and a function that makes the call again, if it writes exactly these."""
+    width = x.shape[-1]
+    chosen = _select(x, gate is not None)
+    grad_x = memory.empty_like(x)
+    grad_gate = None if gate is None else memory.empty_like(x)
+    grad_bias = None
+    if need_bias:
+        summed = bias.dtype if bias is not None and chosen.narrows_parameter_gradients else _wide(x)
+        grad_bias = memory.empty((width,), summed, x.device)
+    repeat = None
+    if grad_x.numel():
+        repeat = chosen.bias_activation_backward(
+            _rows(grad), _rows(x), bias, None if gate is None else _rows(gate), activation, grad_x.view(-1, width),
+            grad_bias, None if grad_gate is None else grad_gate.view(-1, width),
+        )  # fmt: skip
+    elif grad_bias is not None:
+        grad_bias.zero_()
+    if grad_bias is not None and bias is not None and grad_bias.dtype != bias.dtype:
+        grad_bias, repeat = grad_bias.to(bias.dtype), None
+    return (grad_x, grad_bias, grad_gate), repeat
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _backward_impl(
@@ -40,26 +83,11 @@ def _backward_impl(
     activation: str,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, bias and gate; empty where there is no such tensor."""
-    width = x.shape[-1]
-    grad_x = memory.empty(x.shape, x.dtype, x.device)
-    grad_gate = memory.empty(x.shape if gate is not None else (0,), x.dtype, x.device)
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    grad_bias = memory.empty((width if need_bias else 0,), wide, x.device)
-    if grad_x.numel():
-        _select(x, gate is not None).bias_activation_backward(
-            _rows(grad),
-            _rows(x),
-            bias,
-            None if gate is None else _rows(gate),
-            activation,
-            grad_x.view(-1, width),
-            grad_bias if need_bias else None,
-            grad_gate.view(-1, width) if gate is not None else None,
-        )
-    else:
-        grad_bias.zero_()
-    return grad_x, grad_bias.to(bias.dtype) if bias is not None else grad_bias, grad_gate
+    """As _run_backward, with empty tensors in place of None, for torch's dispatcher."""
+    grad_x, grad_bias, grad_gate = _run_backward(grad, x, bias, gate, activation, need_bias)
+    if grad_bias is None:
+        grad_bias = x.new_empty(0, dtype=_wide(x) if bias is None else bias.dtype)
+    return grad_x, grad_bias, x.new_empty(0) if grad_gate is None else grad_gate
 
 
 def _backward_fake(grad, x, bias, gate, activation, need_bias):
@@ -76,6 +104,7 @@ _backward_op = _common.define(
     "(Tensor grad, Tensor x, Tensor? bias, Tensor? gate, str activation, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
+    eager=_run_backward,
 )
 
 
@@ -101,6 +130,79 @@ _op = _common.define(
     setup_context=_setup,
     backward=_backward,
 )
+
+
+class _Known:
+    """A kind of call that has passed its checks. repeat: launches it; None before the first call."""
+
+    def __init__(self, activation: str):
+        self.activation = activation
+        self.repeat: Repeat | None = None
+        self.backward: dict[tuple, Repeat] = {}
+
+    def without_gradients(self, x, bias, gate) -> torch.Tensor:
+        if self.repeat is None:
+            y, self.repeat = _launch(x, bias, gate, self.activation)
+            return y
+        y = memory.empty_like(x)
+        self.repeat(x, bias, gate, y)
+        return y
+
+    def with_gradients(self, x, bias, gate) -> torch.Tensor:
+        return _KnownActivation.apply(x, bias, gate, self)
+
+
+class _KnownActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, gate, known):
+        ctx.known, ctx.activation = known, known.activation
+        ctx.save_for_backward(x, bias, gate)
+        return known.without_gradients(x, bias, gate)
+
+    @staticmethod
+    def backward(ctx, grad):
+        known, need_bias = ctx.known, ctx.needs_input_grad[1]
+        signature = None
+        if not torch.is_grad_enabled():
+            signature = _common.signature((grad,), need_bias)
+        if signature is None:
+            return _general_backward(ctx, grad)
+        x, bias, gate = ctx.saved_tensors
+        repeat = known.backward.get(signature)
+        if repeat is None:
+            found, repeat = _launch_backward(grad, x, bias, gate, known.activation, need_bias)
+            if repeat is not None:
+                known.backward[signature] = repeat
+            return *found, None
+        grad_x = memory.empty_like(x)
+        grad_gate = None if gate is None else memory.empty_like(x)
+        grad_bias = memory.empty_like(bias) if need_bias else None
+        repeat(grad, x, bias, gate, grad_x, grad_bias, grad_gate)
+        return grad_x, grad_bias, grad_gate, None
+
+
+_general_backward = _common.by_position(_backward, ("x", "bias", "gate", "known"))
+
+
+def _remember(signature: tuple, x, bias, gate, activation: str) -> torch.Tensor:
+    """Make the first call with this signature, and remember how."""
+    chosen, needed = _select(x, gate is not None), signature[0]
+    if chosen.name == "cpu" and not needed:
+
+        def on_the_cpu(x, bias, gate):
+            return chosen.bias_activation(x, bias, gate, activation)
+
+        remembered.remember(signature, on_the_cpu)
+        return on_the_cpu(x, bias, gate)
+    if chosen.name in ("cpu", "eager") and needed:
+        remembered.remember(signature, lambda x, bias, gate: _op(x, bias, gate, activation))
+        return _op(x, bias, gate, activation)
+    known = _Known(activation)
+    call = known.with_gradients if needed else known.without_gradients
+    y = call(x, bias, gate)
+    if known.repeat is not None:
+        remembered.remember(signature, call)
+    return y
 
 
 def bias_activation(
@@ -133,6 +235,13 @@ def bias_activation(
         >>> transformer_fast.bias_activation(torch.randn(4, 8), torch.zeros(8), "gelu_tanh").shape
         torch.Size([4, 8])
     """
+    signature = None
+    if type(activation) is str:
+        signature = _common.signature((input, bias, gate), activation)
+        if signature is not None:
+            known = remembered.find(signature)
+            if known is not None:
+                return known(input, bias, gate)
     _common.check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input: wanted at least one dimension, got a scalar")
@@ -146,10 +255,8 @@ def bias_activation(
             raise ValueError(f"gate: wanted the shape of input {tuple(input.shape)}, got {tuple(gate.shape)}")
     if _common.transformed():
         return eager.bias_activation(input, bias, gate, activation)
+    if signature is not None and input.numel():
+        return _remember(signature, input, bias, gate, activation)
     if not _common.direct(input, bias, gate):
         return _op(input, bias, gate, activation)
-    if input.is_contiguous() and (gate is None or gate.is_contiguous()) and input.numel():
-        chosen = _select(input, gate is not None)
-        if chosen.name == "cpu":
-            return chosen.bias_activation(input, bias, gate, activation)
     return _forward(input, bias, gate, activation)
