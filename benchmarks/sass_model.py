@@ -335,7 +335,8 @@ def _kernels_of(source: str, cubin: pathlib.Path) -> Iterator[Kernel]:
         numbers = list(map(int, re.findall(r"Li(\d+)E", name)))
         if source == "attention_forward_wgmma":
             d, m, n = numbers[:3]
-            label, groups = f"cuda forward D {d} {'windowed' if 'ELb1E' in name else 'full'} {m}x{n}", m // 64
+            seen = "windowed" if re.search(r"Lb(\d)E", name)[1] == "1" else "full"
+            label, groups = f"cuda forward D {d} {seen} {m}x{n}", m // 64
             yield Kernel(label, main_loop(items), groups, groups, 2 * n * d * 2, sources_of(label))  # keys and values
         elif source == "attention_backward_wgmma":
             d, m = numbers[:2]

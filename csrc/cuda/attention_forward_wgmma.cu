@@ -47,15 +47,16 @@ void launch(const AttentionForward& a, Stream stream) {
             map_of(a, a.value, a.value_strides, key_extents(a), S::BN), p);
 }
 
+// The fastest of those measured on an H200, at lengths from 1024 to 16384.
 template <class T>
 void choose(const AttentionForward& a, Stream stream) {
   const bool windowed = a.window_left >= 0 || a.window_right >= 0;
   if (a.dim == 64) {
-    if (windowed) return launch<ForwardWgmmaShape<T, 64, 192, 128, true>>(a, stream);
-    return launch<ForwardWgmmaShape<T, 64, 192, 128, false>>(a, stream);
+    if (windowed) return launch<ForwardWgmmaShape<T, 64, 192, 128, true, false, false>>(a, stream);
+    return launch<ForwardWgmmaShape<T, 64, 192, 128, false, true, true>>(a, stream);
   }
-  if (windowed) return launch<ForwardWgmmaShape<T, 128, 128, 128, true>>(a, stream);
-  return launch<ForwardWgmmaShape<T, 128, 128, 176, false>>(a, stream);
+  if (windowed) return launch<ForwardWgmmaShape<T, 128, 128, 128, true, true, true>>(a, stream);
+  return launch<ForwardWgmmaShape<T, 128, 128, 128, false, false, false>>(a, stream);
 }
 
 }  // namespace

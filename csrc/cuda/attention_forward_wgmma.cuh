@@ -4,19 +4,21 @@
 //
 // Blocks are persistent: each goes through tiles of queries. One warpgroup loads: it keeps a ring of key and value
 // tiles filled. The others compute 64 rows each. A group issues Q K^T of the next keys before P V of the last ones. It
-// computes the softmax while the tensor cores work on P V and on the other group's products: named barriers pass the
-// tensor cores from group to group. P never leaves the registers.
+// computes the softmax while the tensor cores work on P V and on the other group's products. P never leaves the
+// registers.
 #pragma once
 #include "attention_forward_wgmma_tiles.cuh"
 
 namespace tf::cuda {
 
-// Sizes of a kernel. WINDOWED: causal or a sliding window; else every query sees every key.
-template <class T_, int D_, int BM_, int BN_, bool WINDOWED_>
+// Sizes of a kernel. WINDOWED: causal or a sliding window; else every query sees every key. LAZY: O is rescaled only
+// when a row's peak has risen much. TURNS: named barriers pass the tensor cores from group to group; else the groups'
+// order is the hardware's.
+template <class T_, int D_, int BM_, int BN_, bool WINDOWED_, bool LAZY_, bool TURNS_>
 struct ForwardWgmmaShape {
   using T = T_;
   static constexpr int D = D_, BM = BM_, BN = BN_;
-  static constexpr bool WINDOWED = WINDOWED_;
+  static constexpr bool WINDOWED = WINDOWED_, LAZY = LAZY_, TURNS = TURNS_;
   static constexpr int CONSUMERS = BM / 64, WARPS = 4 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
   static constexpr int STAGES = 2;
   // Registers per thread, once the loader has given up most of its own: at most 64 Ki per block, in steps of 8.
@@ -166,7 +168,7 @@ TF_DEVICE void forward_wgmma_output(float (&o)[S::D / 2], const uint32_t (&p)[S:
 // State of a thread's two rows, lane / 4 and lane / 4 + 8. Accumulator element 4 j + i is in the first (i < 2) or the
 // second row, at column 8 j + lane % 4 * 2 + i % 2.
 struct ForwardWgmmaRows {
-  float peak[2], total[2];  // largest score so far, before the scale; this thread's part of sum exp(score - peak)
+  float peak[2], total[2];  // what scores are lowered by, before the scale; this thread's part of sum exp(score - peak)
 };
 
 template <class S>
@@ -193,22 +195,12 @@ TF_DEVICE void forward_wgmma_mask(float (&s)[S::BN / 2], const ForwardWgmma& a, 
   }
 }
 
-// 2^x for x up to 127 on the FMA pipe, with a relative error of 3e-6. x is split into the nearest integer (by adding a
-// number whose last place is 1) and the rest, for a polynomial. 0 below -127, NaN for NaN.
-TF_DEVICE float exp2_polynomial(float x) {
-  constexpr float kWhole = 12582912.f;  // 1.5 * 2^23
-  x = x < -127.f ? -127.f : x;
-  const float moved = x + kWhole, rest = x - (moved - kWhole);
-  float y = fmaf(rest, 9.582818485796452e-3f, 5.590637028217316e-2f);
-  y = fmaf(rest, y, 0.24024099111557007f);
-  y = fmaf(rest, y, 0.6931241750717163f);
-  y = fmaf(rest, y, 1.f);
-  return y * __uint_as_float((__float_as_uint(moved) << 23) + 0x3f800000u);
-}
+// A row's peak is kept while the largest score exceeds it by at most this, in powers of two: P is then at most 2^8, and
+// O need not be rescaled.
+constexpr float kKeptPeak = 8.f;
 
-// Scores to exp(score - peak), in place; decay: the factor for the sums so far. With MIXED the FMA pipe computes one
-// exponential in 16: at head dim 64 the special function units have more work than the tensor cores.
-template <bool MIXED, int N>
+// Scores to exp(score - peak), in place; decay: the factor for the sums so far, 1 where the peak was kept.
+template <bool LAZY, int N>
 TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, float (&decay)[2], float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -217,9 +209,11 @@ TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, flo
     for (int j = 0; j < N / 4; ++j) peak = fmaxf(peak, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 1));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 2));
-    // A row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
+    const bool kept = LAZY && (peak - state.peak[r]) * scale_log2 <= kKeptPeak;  // false without any key so far
+    if (kept) peak = state.peak[r];
+    // A row that sees no key: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
     const float shift = peak == -INFINITY ? 0.f : peak * scale_log2;
-    decay[r] = exp2_approx(fmaf(state.peak[r], scale_log2, -shift));
+    decay[r] = kept ? 1.f : exp2_approx(fmaf(state.peak[r], scale_log2, -shift));
     state.peak[r] = peak;
     float total = 0.f;
 #pragma unroll
@@ -227,8 +221,7 @@ TF_DEVICE void forward_wgmma_softmax(float (&s)[N], ForwardWgmmaRows& state, flo
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[4 * j + 2 * r + i];
-        x = fmaf(x, scale_log2, -shift);
-        x = MIXED && j % 8 == 7 && i == 1 ? exp2_polynomial(x) : exp2_approx(x);
+        x = exp2_approx(fmaf(x, scale_log2, -shift));
         total += x;
       }
     state.total[r] = fmaf(state.total[r], decay[r], total);
@@ -312,7 +305,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     if (lane == 0) mbarrier_arrive(empty);
   };
   const int mine = 1 + group, next = 1 + (group + 1) % S::CONSUMERS;
-  if (group == S::CONSUMERS - 1) named_barrier_arrive(next, 256);  // group 0 may begin
+  if (S::TURNS && group == S::CONSUMERS - 1) named_barrier_arrive(next, 256);  // group 0 may begin
 
   uint32_t step = 0, turn = 0;
   for (uint32_t tiles = 0;; ++tiles) {
@@ -352,7 +345,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         register_fence(s);
         release(&barriers->k_empty[slot.stage]);
         mask(s, t.end - 1);
-        forward_wgmma_softmax<S::D == 64>(s, state, decay, a.scale_log2);
+        forward_wgmma_softmax<S::LAZY>(s, state, decay, a.scale_log2);
       }
       // Once the last product is done, P's registers may be overwritten and O rescaled to the new peak.
       auto turn_over = [&](int32_t n) {
@@ -360,6 +353,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         register_fence(o);
         if (n < t.end - 2) release(&barriers->v_empty[Slot(step - 1).stage]);
         forward_wgmma_pairs<S>(p, s);
+        if (S::LAZY && !__any_sync(0xffffffff, decay[0] != 1.f || decay[1] != 1.f)) return;
 #pragma unroll
         for (int j = 0; j < S::D / 2; ++j) o[j] *= decay[j / 2 % 2];
       };
@@ -371,18 +365,18 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
         turn_over(n);
         const Slot key_slot(step + 1), value_slot(step);
         mbarrier_wait(&barriers->k_full[key_slot.stage], key_slot.parity);
-        // ptxas puts most of P's conversions after this barrier, with or without register_fence(p). They cost nothing
+        // ptxas puts most of P's conversions after this barrier, with or without register_fence(p). They cost little
         // there: they overlap with the two products of the other group, which it has issued when it arrives.
-        named_barrier_sync(mine, 256);  // this group's turn on the tensor cores
+        if (S::TURNS) named_barrier_sync(mine, 256);
         forward_wgmma_scores<S>(s, q_descriptor, keys_at(key_slot));
         mbarrier_wait(&barriers->v_full[value_slot.stage], value_slot.parity);
         forward_wgmma_output<S>(o, p, values_at(value_slot));
-        named_barrier_arrive(next, 256);
+        if (S::TURNS) named_barrier_arrive(next, 256);
         warpgroup_wait<1>();  // S is done; O += P V still runs
         register_fence(s);
         release(&barriers->k_empty[key_slot.stage]);
         if constexpr (S::WINDOWED) mask(s, n);
-        forward_wgmma_softmax<S::D == 64>(s, state, decay, a.scale_log2);
+        forward_wgmma_softmax<S::LAZY>(s, state, decay, a.scale_log2);
         register_fence(s);
       }
       release(&barriers->q_empty);
@@ -398,7 +392,7 @@ TF_DEVICE void forward_wgmma_consume(const ForwardWgmma& a, unsigned char* share
     }
     forward_wgmma_store<S>(a, t, row, o, state);
   }
-  if (group == 0) named_barrier_sync(mine, 256);  // matches the last group's last arrival
+  if (S::TURNS && group == 0) named_barrier_sync(mine, 256);  // matches the last group's last arrival
 }
 
 template <class S>

@@ -108,6 +108,21 @@ def test_any_order_of_warps(d, late, seed, device):
     _padded(device, h=3, sq=200, sk=300, d=d, late=late, seed=seed, is_causal=seed == 2)
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rise", [2.0, 7.0])
+def test_scores_that_rise_or_fall_from_block_to_block(d, causal, rise, device):
+    """By less and by more than what makes the kernel rescale its sums. Keys are read from the last to the first."""
+    q, k, v = (torch.randn(1, 2, 700, d, device=device).to(torch.bfloat16) for _ in range(3))
+    direction = torch.nn.functional.normalize(torch.randn(d, device=device), dim=0)
+    along = q.float() @ direction
+    q = (q.float() + (d**0.5 - along).unsqueeze(-1) * direction).to(torch.bfloat16)  # q . direction = sqrt(d)
+    blocks = torch.arange(700, device=device) // 128 * rise
+    signs = torch.tensor([1.0, -1.0], device=device).view(1, 2, 1, 1)  # of the heads
+    k = (k.float() + signs * blocks.unsqueeze(-1) * direction).to(torch.bfloat16)
+    _check(device, tf.scaled_dot_product_attention, (q, k, v), is_causal=causal)
+
+
 def test_rows_without_keys_are_zeros(device):
     out, lse = _padded(device, sq=300, sk=70, **BOTTOM_RIGHT)
     assert out[:, :, :230].eq(0).all() and lse[:, :, :230].eq(-math.inf).all()
