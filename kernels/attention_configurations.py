@@ -135,10 +135,13 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("backward_key", "sm_80", 64, SINGLE): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1, 255)),
     ("backward_key", "", 128, SINGLE): (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1, columns=64)),
     ("backward_key", "", 256, SINGLE): (Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=64)),
+    ("backward_key", "sm_80", 256, SINGLE): (Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=32)),
+    ("backward_key", "sm_100", 256, SINGLE): (Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, columns=128), Config(16, 16, 8, 1, 255, 64)),
     ("backward_query", "", 64, SINGLE): (Config(16, 32, 8, 1, 128), Config(16, 32, 8, 1, 128), Config(16, 16, 8, 1, 255)),
     ("backward_query", "", 128, SINGLE): (Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 128), Config(16, 16, 8, 1, 255)),
     ("backward_query", "", 256, SINGLE): (Config(16, 16, 4, 1, 255), Config(16, 16, 8, 1, 255, 128)),
-    ("backward_query", "sm_120", 256, SINGLE): (Config(16, 16, 8, 1, 255, 128),),
+    ("backward_query", "sm_100", 256, SINGLE): (Config(16, 16, 8, 1, 255, 64), Config(16, 16, 8, 1, 255, 64), Config(16, 16, 8, 1, 255, 128)),
+    ("backward_query", "sm_120", 256, SINGLE): (Config(16, 16, 8, 1, 255, 64), Config(16, 16, 8, 1, 255, 128)),
     ("backward_table", "", 64, SINGLE): (Config(16, 16, 8, 1),),
     ("backward_table", "", 128, SINGLE): (Config(16, 16, 8, 1, 168, 64),),
     ("backward_table", "", 256, SINGLE): (Config(16, 16, 8, 1, 168, 128),),
@@ -146,8 +149,9 @@ TABLE: dict[tuple[str, str, int, bool], tuple[Config, ...]] = {
     ("backward_bias", "", 128, SINGLE): (Config(32, 32, 4, 1),),
     ("backward_bias", "", 256, SINGLE): (Config(16, 16, 8, 1, columns=64),),
     ("decode", "", 64, SINGLE): (Config(16, 64, 8, 2),),
-    ("decode", "", 128, SINGLE): (Config(16, 32, 8, 2, 128),),
-    ("decode", "", 256, SINGLE): (Config(16, 16, 4, 1),),
+    ("decode", "sm_80", 64, SINGLE): (Config(16, 64, 8, 2, 128),),
+    ("decode", "", 128, SINGLE): (Config(16, 16, 8, 2, 128),),
+    ("decode", "", 256, SINGLE): (Config(16, 16, 8, 1),),
 }
 # fmt: on
 
