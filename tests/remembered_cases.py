@@ -1,4 +1,4 @@
-"""Norms and activations called several times with other data, as backends/remembered.py launches them."""
+"""Ops called several times with other data, as backends/remembered.py launches them."""
 
 import torch
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
@@ -10,27 +10,39 @@ CALLS = {
     "add_rms_norm": (lambda x, r, w: tf.add_rms_norm(x, r, w), ((7, 64), (7, 64), (64,))),
     "biased": (lambda x, b: tf.bias_activation(x, b, "silu"), ((2, 5, 64), (64,))),
     "gated": (lambda x, g: tf.bias_activation(x, gate=g), ((7, 64), (7, 64))),
+    "attention": (
+        lambda q, k, v: tf.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
+        ),
+        ((2, 40, 4, 64), *[(2, 40, 2, 64)] * 2),
+    ),
 }
 
 
-def results(name: str, tensors, backend: str, gradients: bool) -> list[torch.Tensor]:
+def _attention(*heads: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in heads)
+    return tf.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def results(name: str, tensors, backend: str, gradients: bool) -> tuple[list[torch.Tensor], ...]:
+    """Outputs and gradients."""
     leaves = [t.clone().requires_grad_(gradients) for t in tensors]
     with tf.backend(backend):
         out = CALLS[name][0](*leaves)
         outs = list(out) if isinstance(out, tuple) else [out]
         if not gradients:
-            return outs
-        upstream = [torch.ones_like(o) * (i + 1.5) for i, o in enumerate(outs)]
-        return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, upstream)]
+            return outs, []
+        upstream = [torch.linspace(0.5, 2.5, o.numel(), device=o.device).to(o.dtype).view(o.shape) for o in outs]
+        return [o.detach() for o in outs], list(torch.autograd.grad(outs, leaves, upstream))
 
 
 def check_repeats(device: str, name: str, backend: str, dtype: torch.dtype, gradients: bool) -> None:
     torch.manual_seed(0)
     for _ in range(3):
-        tensors = [torch.randn(shape, device=device) for shape in CALLS[name][1]]
-        mine = [t.to(dtype) for t in tensors]
-        actual = results(name, mine, backend, gradients)
-        plain = results(name, mine, "eager", gradients)
-        truth = results(name, [t.double() for t in mine], "eager", gradients)
-        for i, (a, t, e) in enumerate(zip(actual, truth, plain, strict=True)):
-            assert_as_accurate(a, t, e, OUTPUT if a.shape == truth[0].shape and i < 2 else GRADIENT, name)
+        tensors = [torch.randn(shape, device=device).to(dtype) for shape in CALLS[name][1]]
+        actual = results(name, tensors, backend, gradients)
+        plain = results(name, tensors, "eager", gradients)
+        truth = results(name, [t.double() for t in tensors], "eager", gradients)
+        for a, t, e, factor in zip(actual, truth, plain, (OUTPUT, GRADIENT)):
+            for mine, true, theirs in zip(a, t, e, strict=True):
+                assert_as_accurate(mine, true, theirs, factor, name)

@@ -11,6 +11,7 @@ from attention_cases import bias_of, draw_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import OUTPUT, assert_as_accurate
+from remembered_cases import check_repeats
 
 import transformer_fast as tf
 from transformer_fast.backends.philox import keep_mask
@@ -306,3 +307,9 @@ def test_bad_arguments_of_the_native_op(case, device):
     changes, message = BAD[case]
     with pytest.raises(RuntimeError, match=message):
         _native(device, **{n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in changes.items()})
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_remembered_call_has_the_same_results(device, gradients):
+    """The third call is launched at once."""
+    check_repeats(device, "attention", "cuda", torch.bfloat16, gradients)

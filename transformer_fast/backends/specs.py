@@ -47,6 +47,11 @@ class AttentionSpec(NamedTuple):
     dropout_p: float
 
 
+def only_qkv(spec: AttentionSpec) -> bool:
+    """Whether the call has no other tensors than query, key and value."""
+    return all(t is None for t in (*spec[3:8], spec.relative_bias, spec.rng))
+
+
 class RecurrenceSpec(NamedTuple):
     """One recurrent layer over whole sequences: an LSTM (G = 4 gates) if memory is given, else a GRU (G = 3)."""
 

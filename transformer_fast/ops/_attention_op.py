@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
+from ..backends.contract import Repeat
 from ..backends.specs import AttentionSpec, SymInt
 from . import _common
 
@@ -79,14 +80,31 @@ def forward_impl(*args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run_forward(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch(spec)[0]
+
+
+def launch(spec: AttentionSpec) -> tuple[tuple[torch.Tensor, torch.Tensor], Repeat | None]:
+    """out and lse, and a function that makes the call again."""
+    given = spec
     q = spec.query
     spec = _unit_stride(spec)
     out = _out_like(q)
     lse = memory.empty(_lse_shape(q), _lse_dtype(q), q.device)
     if out.numel() == 0 or spec.key.numel() == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    choose(spec).attention_forward(spec, out, lse)
-    return out, lse
+        return (out.zero_(), lse.fill_(float("-inf"))), None
+    repeat = choose(spec).attention_forward(spec, out, lse)
+    return (out, lse), repeat if spec is given else None
+
+
+def launch_backward(spec: AttentionSpec, grad_out, out, lse) -> tuple[list[torch.Tensor], Repeat | None]:
+    """The gradients of query, key and value of a call without other tensors, and a function that makes the call again.
+    No tensor is empty."""
+    given = spec
+    spec = _unit_stride(spec)
+    grads = [_out_like(t) for t in spec[:3]]
+    dq, dk, dv = grads
+    repeat = choose(spec, backward=True).attention_backward(spec, grad_out, None, out, lse, dq, dk, dv, None, None)
+    return grads, repeat if spec is given else None
 
 
 def _unit_stride(spec: AttentionSpec) -> AttentionSpec:
@@ -198,7 +216,7 @@ def _setup(ctx, inputs, output):
     _common.save(ctx, AttentionSpec(*inputs), *output)
 
 
-def _backward(ctx, need, grad_out, grad_lse):
+def backward(ctx, need, grad_out, grad_lse):
     spec, out, lse = _common.saved(ctx)
     if grad_out is None and grad_lse is None:
         return {}
@@ -214,7 +232,7 @@ def _backward(ctx, need, grad_out, grad_lse):
 
 
 attention_op = _common.define(
-    "attention", f"({_SPEC}) -> (Tensor, Tensor)", forward_impl, _forward_fake, setup_context=_setup, backward=_backward
+    "attention", f"({_SPEC}) -> (Tensor, Tensor)", forward_impl, _forward_fake, setup_context=_setup, backward=backward
 )
 
 
