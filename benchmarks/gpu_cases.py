@@ -2,7 +2,7 @@
 
 Attention at a constant 16 k tokens, padded batches, T5's bias, dropout, decoding with a cache, norms, gated
 activations, the loss, and the host time of calls on tiny tensors. `device` is "cuda", except in tests, which run small
-versions of every case on the CPU.
+versions of every case on the CPU. But for the host time, CUDA graphs are replayed.
 """
 
 from collections.abc import Callable
@@ -112,17 +112,18 @@ def _attention(kind: str, shape, causal: bool, device: str, wrap: Callable, flop
 
 
 def _attention_forward(shape, causal: bool, device: str) -> Case:
-    return _attention("forward", shape, causal, device, forward_only, 4.0, 4)
+    return _attention("forward", shape, causal, device, replayed(forward_only, device), 4.0, 4)
 
 
 def _attention_backward(shape, causal: bool, device: str) -> Case:
-    return _attention("backward", shape, causal, device, backward_only, 10.0, 8)
+    return _attention("backward", shape, causal, device, replayed(backward_only, device), 10.0, 8)
 
 
 def _padded(shape: shapes.AttentionShape, device: str) -> Case:
     """A BERT layer's attention on sentences padded to the longest. The peers compute the padding too."""
     b, h, s, d = shape
     lengths = shapes.ragged_lengths(b, mean=round(FILL * s), longest=s)
+    wrap = replayed(forward_only, device)
 
     def inputs(tiny: bool):
         x = _qkv(shape, device, tiny, False)
@@ -142,9 +143,9 @@ def _padded(shape: shapes.AttentionShape, device: str) -> Case:
         title=f"attention bf16, {tuple(shape)}, {FILL:.0%} of the tokens real",
         inputs=inputs,
         candidates=(
-            Candidate(OURS, forward_only(ours)),
-            cuda_candidate(forward_only(ours)),
-            Candidate(SDPA, forward_only(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, x.mask))),
+            Candidate(OURS, wrap(ours)),
+            cuda_candidate(wrap(ours)),
+            Candidate(SDPA, wrap(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, x.mask))),
         ),
         peer=SDPA,
         dtype="bf16",
@@ -173,7 +174,7 @@ def _t5_flex(x) -> Callable:
 def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
     """T5's bias from its table in each call. The peers build the bias (1, H, S, S), with gradients to the table."""
     b, h, s, d = shape
-    wrap = with_gradients if training else forward_only
+    wrap = replayed(with_gradients if training else forward_only, device)
     kind = "training" if training else "forward"
 
     def inputs(tiny: bool):
@@ -210,7 +211,7 @@ def _t5(shape: shapes.AttentionShape, training: bool, device: str) -> Case:
 
 
 def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
-    b, h, s, d = shape
+    (b, h, s, d), wrap = shape, replayed(with_gradients, device)
 
     def ours(x):
         return tf.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT)
@@ -220,9 +221,9 @@ def _dropout(shape: shapes.AttentionShape, device: str) -> Case:
         title=f"attention with dropout, forward + backward bf16, {tuple(shape)}",
         inputs=lambda tiny: _qkv(shape, device, tiny, True),
         candidates=(
-            Candidate(OURS, with_gradients(ours)),
-            cuda_candidate(with_gradients(ours)),
-            Candidate(SDPA, with_gradients(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
+            Candidate(OURS, wrap(ours)),
+            cuda_candidate(wrap(ours)),
+            Candidate(SDPA, wrap(lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, dropout_p=DROPOUT))),
         ),
         peer=SDPA,
         dtype="bf16",

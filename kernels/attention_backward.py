@@ -33,6 +33,7 @@ import triton.language as tl
 from .attention_common import (
     LOG2E,
     PARTS,
+    add_product,
     exponential,
     finish_scores,
     keep_tile,
@@ -126,6 +127,7 @@ def _accumulate_key_gradients(
         stride_mask_m, stride_mask_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
         threshold, keep_scale,
     ) = tile  # fmt: skip
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and HEAD_DIM > 128 else BLOCK_D  # see product
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
     # Rows before the near ones see these keys at distances beyond reach, rows after them beyond -reach.
@@ -135,7 +137,7 @@ def _accumulate_key_gradients(
         start = tl.multiple_of(start, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         position = (row + offset)[None, :]
-        q = whole_rows(q_ptr, start, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        q = whole_rows(q_ptr, start, stride_qs, queries, BLOCK_M, HEAD_DIM, COLUMNS, EDGE, WIDE)
         if EDGE:
             peak = tl.load(peak_ptr + row, mask=row < queries, other=float("inf"))
             delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
@@ -156,7 +158,7 @@ def _accumulate_key_gradients(
         p = exponential(scores, peak[None, :], FOLDED, PRECISION == "ieee")
         if correction_ptr is not None:
             p *= tl.load(correction_ptr + row, mask=row < queries, other=0.0)[None, :]
-        grad_out = whole_rows(grad_out_ptr, start, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        grad_out = whole_rows(grad_out_ptr, start, stride_gs, queries, BLOCK_M, HEAD_DIM, COLUMNS, EDGE, WIDE)
         dp = product(v, grad_out, PRECISION)
         if rng_ptr is not None:
             keep = keep_tile(rng_ptr, bh, row, first_column, threshold, BLOCK_M, BLOCK_N, True)
@@ -167,12 +169,12 @@ def _accumulate_key_gradients(
         own = own_columns(
             grad_out, grad_out_ptr, start, stride_gs, queries, first_d, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE
         )
-        dv = tl.dot(kept.to(own.dtype), own, dv, input_precision=PRECISION)
+        dv = add_product(dv, kept.to(own.dtype), own, PRECISION)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * slope
         own = own_columns(q, q_ptr, start, stride_qs, queries, first_d, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-        dk = tl.dot(ds.to(own.dtype), own, dk, input_precision=PRECISION)
+        dk = add_product(dk, ds.to(own.dtype), own, PRECISION)
     return dk, dv
 
 
@@ -211,8 +213,9 @@ def _attention_backward_key_kernel(
         return
     k_ptr = row_pointer(k_ptr, b, hk, first_k, stride_kb, stride_kh, stride_ks)
     v_ptr = row_pointer(v_ptr, b, hk, first_k, stride_vb, stride_vh, stride_vs)
-    k = whole_rows(k_ptr, first_column, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
-    v = whole_rows(v_ptr, first_column, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and HEAD_DIM > 128 else BLOCK_D  # see product
+    k = whole_rows(k_ptr, first_column, stride_ks, keys, BLOCK_N, HEAD_DIM, COLUMNS, True, True)
+    v = whole_rows(v_ptr, first_column, stride_vs, keys, BLOCK_N, HEAD_DIM, COLUMNS, True, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     last = tl.minimum(first_column + BLOCK_N, keys) - 1
@@ -290,6 +293,7 @@ def _accumulate_query_gradient(
         stride_mask_n, stride_dbias_n, queries, keys, offset, score_scale, softcap, window_left, window_right, reach,
         threshold, keep_scale,
     ) = tile  # fmt: skip
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and HEAD_DIM > 128 else BLOCK_D  # see product
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
     far_bias = tl.load(relative_rows + PART // 2 * 2 * reach) if FAR else None
@@ -299,8 +303,8 @@ def _accumulate_query_gradient(
     for start in tl.range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         column = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = whole_rows(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-        v = whole_rows(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        k = whole_rows(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, COLUMNS, EDGE, WIDE)
+        v = whole_rows(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, COLUMNS, EDGE, WIDE)
         scores = product(q, k, PRECISION)
         scores, slope = finish_scores(
             scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
@@ -340,7 +344,7 @@ def _accumulate_query_gradient(
                     weight += tl.sum(p * slope, 1)
             if QUERY:
                 own = own_columns(k, k_ptr, start, stride_ks, keys, first_d, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
-                dq = tl.dot(ds.to(own.dtype), own, dq, input_precision=PRECISION)
+                dq = add_product(dq, ds.to(own.dtype), own, PRECISION)
     if BUCKETS and FAR:
         far_bucket = tl.load(bucket_ptr + PART // 2 * 2 * reach)
         sums += tl.where(tl.arange(0, BUCKETS) == far_bucket, tl.sum(far_sums, 0), 0.0)
@@ -429,8 +433,9 @@ def _attention_backward_query_kernel(
     else:
         relative_rows = None
 
-    q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
-    grad_out = whole_rows(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and HEAD_DIM > 128 else BLOCK_D  # see product
+    q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, COLUMNS, True, True)
+    grad_out = whole_rows(grad_out_ptr, first_row, stride_gs, queries, BLOCK_M, HEAD_DIM, COLUMNS, True, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D) if QUERY else (BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)

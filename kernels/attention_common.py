@@ -98,23 +98,35 @@ def store_tile(
 
 @triton.jit
 def whole_rows(
-    ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
+    ptr, first, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS as a tuple of tiles of BLOCK_D columns, as `product` takes them."""
-    rows = (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE),)
-    for s in tl.static_range(1, (HEAD_DIM + BLOCK_D - 1) // BLOCK_D):
-        rows = rows + (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, s * BLOCK_D),)
+    """Rows first .. first + ROWS as a tuple of tiles of COLUMNS columns, as `product` takes them."""
+    rows = (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, COLUMNS, CHECK, WIDE),)
+    for s in tl.static_range(1, (HEAD_DIM + COLUMNS - 1) // COLUMNS):
+        rows = rows + (load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, COLUMNS, CHECK, WIDE, s * COLUMNS),)
     return rows
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """A B^T; a and b come from `whole_rows`."""
+    """A B^T; a and b come from `whole_rows`. A float32 product is a chain of additions, whose error grows with its
+    length: in tiles of fewer columns the error is smaller, but several chains in flight take more registers."""
     c = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for s in tl.static_range(1, len(a)):
-        c = tl.dot(a[s], tl.trans(b[s]), c, input_precision=PRECISION)
+        c = add_product(c, a[s], tl.trans(b[s]), PRECISION)
     return c
+
+
+@triton.jit
+def add_product(sums, a, b, PRECISION: tl.constexpr):
+    """sums + A B. In float32 A B is finished before it is added."""
+    if PRECISION == "ieee":
+        # As an fma, because the compiler would make one chain of a product and an addition.
+        sums = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, sums)
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -123,7 +135,7 @@ def own_columns(
     CHECK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns first_d .. first_d + BLOCK_D of `whole_rows`: the operand for a program's slice of the result."""
-    if HEAD_DIM > BLOCK_D:
+    if len(rows) > 1:
         tile = load_tile(ptr, first, stride, limit, ROWS, HEAD_DIM, BLOCK_D, CHECK, WIDE, first_d)
     else:
         tile = rows[0]
@@ -215,15 +227,19 @@ def visible(
 
 @triton.jit
 def _tanh(x, EXACT: tl.constexpr):
-    """tanh by exp2; EXACT keeps small arguments accurate to float32 (Cephes, tanhf), where 1 - 2 / (..) cancels."""
-    t = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    """tanh by exp2; EXACT is accurate to float32. There 1 - 2 / (..) cancels for small arguments, which take a
+    polynomial (Cephes, tanhf), and the rounding of 2 / (..) is coarse for negative ones, which take the sign last."""
     if EXACT:
+        t = 1.0 - tl.div_rn(2.0, 1.0 + tl.exp2(tl.abs(x) * (2.0 * LOG2E)))
+        t = tl.where(x < 0.0, -t, t)
         z = x * x
         series = -5.70498872745e-3 * z + 2.06390887954e-2
         series = series * z - 5.37397155531e-2
         series = series * z + 1.33314422036e-1
         series = series * z - 3.33332819422e-1
         t = tl.where(z < 0.390625, series * z * x + x, t)
+    else:
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
     return t
 
 

@@ -17,14 +17,17 @@ import triton.language as tl
 from .attention_common import (
     LN2,
     LOG2E,
+    add_product,
     exponential,
     finish_scores,
     key_bounds,
     load_tile,
+    product,
     row_pointer,
     row_pointers,
     sequence,
     visible,
+    whole_rows,
 )
 
 TAIL = tl.constexpr(16)  # keys per tile at the cache's end, where new ones are: few, to save registers
@@ -32,10 +35,10 @@ TAIL = tl.constexpr(16)  # keys per tile at the cache's end, where new ones are:
 
 @triton.jit
 def _new_rows(tile, cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N: tl.constexpr,
-              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first_d=0):  # fmt: skip
     """`tile` of the cache with rows stored .. keys read from new_ptr, which are also written to the cache."""
     row = start + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
+    d = first_d + tl.arange(0, BLOCK_D)
     new = ((row >= stored) & (row < keys))[:, None]
     inside = new & (d < HEAD_DIM)[None, :]
     fresh = tl.load(
@@ -43,6 +46,29 @@ def _new_rows(tile, cache_ptr, new_ptr, start, stored, keys, stride, stride_new,
     )  # fmt: skip
     tl.store(cache_ptr + row.to(tl.int64)[:, None] * stride + d[None, :], fresh, mask=inside)
     return tl.where(new, fresh, tile)
+
+
+@triton.jit
+def _all_new_rows(rows, cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N: tl.constexpr,
+                  HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """_new_rows of each tile of `whole_rows`."""
+    found = (_new_rows(rows[0], cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N, HEAD_DIM,
+                       COLUMNS),)  # fmt: skip
+    for s in tl.static_range(1, len(rows)):
+        found = found + (_new_rows(rows[s], cache_ptr, new_ptr, start, stored, keys, stride, stride_new, BLOCK_N,
+                                   HEAD_DIM, COLUMNS, s * COLUMNS),)  # fmt: skip
+    return found
+
+
+@triton.jit
+def _query_rows(q_rows, inside, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """The queries as a tuple of tiles, like `whole_rows`."""
+    d = tl.arange(0, COLUMNS)[None, :]
+    rows = (tl.load(q_rows + d, mask=inside & (d < HEAD_DIM), other=0.0),)
+    for s in tl.static_range(1, (HEAD_DIM + COLUMNS - 1) // COLUMNS):
+        mask = inside & (d < HEAD_DIM - s * COLUMNS)
+        rows = rows + (tl.load(q_rows + s * COLUMNS + d, mask=mask, other=0.0),)
+    return rows
 
 
 @triton.jit
@@ -54,15 +80,18 @@ def _attend_few(
     """Add keys begin .. end of `keys` to the state of the rows; with APPEND keys from `stored` on are new."""
     q, k_ptr, v_ptr, position, stride_ks, stride_vs, stride_nks, stride_nvs, stride_bias_n, stride_mask_n = tile
     score_scale, softcap, window_left, window_right, reach = limits
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D  # see product
     for start in tl.range(begin, end, BLOCK_N, num_stages=1 if APPEND else None):
         start = tl.multiple_of(start, BLOCK_N)
         column = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_ptr, start, stride_ks, stored, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
+        k = whole_rows(k_ptr, start, stride_ks, stored, BLOCK_N, HEAD_DIM, COLUMNS, True, WIDE)
         v = load_tile(v_ptr, start, stride_vs, stored, BLOCK_N, HEAD_DIM, BLOCK_D, True, WIDE)
         if APPEND:
-            k = _new_rows(k, k_ptr, new_k_ptr, start, stored, keys, stride_ks, stride_nks, BLOCK_N, HEAD_DIM, BLOCK_D)
+            k = _all_new_rows(
+                k, k_ptr, new_k_ptr, start, stored, keys, stride_ks, stride_nks, BLOCK_N, HEAD_DIM, COLUMNS
+            )
             v = _new_rows(v, v_ptr, new_v_ptr, start, stored, keys, stride_vs, stride_nvs, BLOCK_N, HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = product(q, k, PRECISION)
         scores, _ = finish_scores(
             scores, position, column, keys, score_scale, softcap, bias_rows, stride_bias_n, mask_rows, stride_mask_n,
             relative_rows, reach, None, SOFTCAP, PRECISION == "ieee", True,
@@ -74,7 +103,7 @@ def _attend_few(
         p = exponential(scores, shift[:, None], False, PRECISION == "ieee")
         decay = exponential(peak, shift, False, PRECISION == "ieee")
         total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        acc = add_product(acc * decay[:, None], p.to(v.dtype), v, PRECISION)
         peak = new_peak
     return acc, total, peak
 
@@ -124,7 +153,8 @@ def _attention_decode_kernel(
     here = inside[:, None] & (d < HEAD_DIM)[None, :]
     q_rows = row_pointer(q_ptr, b, 0, first_q, stride_qb, 0, stride_qs)
     q_rows += (h.to(tl.int64) * stride_qh + i.to(tl.int64) * stride_qs)[:, None]
-    q = tl.load(q_rows + d[None, :], mask=here, other=0.0)
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D  # see product
+    q = _query_rows(q_rows, inside[:, None], HEAD_DIM, COLUMNS)
     k_ptr = row_pointer(k_ptr, b, hk, first_k, stride_kb, stride_kh, stride_ks)
     v_ptr = row_pointer(v_ptr, b, hk, first_k, stride_vb, stride_vh, stride_vs)
     if new_k_ptr is not None:

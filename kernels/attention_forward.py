@@ -14,6 +14,7 @@ import triton.language as tl
 from .attention_common import (
     LN2,
     PARTS,
+    add_product,
     exponential,
     finish_scores,
     keep_tile,
@@ -46,6 +47,7 @@ def _attend(
         score_scale, softcap, window_left, window_right, reach, threshold,
     ) = tile  # fmt: skip
     EXACT: tl.constexpr = PRECISION == "ieee"
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D  # see product
     EDGE: tl.constexpr = PART == 0 or PART == 4
     FAR: tl.constexpr = relative_rows is not None and (PART == 1 or PART == 3)
     far_bias = tl.load(relative_rows + PART // 2 * 2 * reach) if FAR else None
@@ -54,7 +56,7 @@ def _attend(
     for start in tl.range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         column = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = whole_rows(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE)
+        k = whole_rows(k_ptr, start, stride_ks, keys, BLOCK_N, HEAD_DIM, COLUMNS, EDGE, WIDE)
         scores = product(q, k, PRECISION)
         if not FOLDED:
             scores, _ = finish_scores(
@@ -81,7 +83,7 @@ def _attend(
         if rng_ptr is not None:
             p = tl.where(keep_tile(rng_ptr, bh, row, start, threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
         v = load_tile(v_ptr, start, stride_vs, keys, BLOCK_N, HEAD_DIM, BLOCK_D, EDGE, WIDE, first_d)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = add_product(acc, p.to(v.dtype), v, PRECISION)
         peak = new_peak
     return acc, total, peak
 
@@ -129,7 +131,8 @@ def _attention_forward_kernel(
     else:
         relative_rows = None
 
-    q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    COLUMNS: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D  # see product
+    q = whole_rows(q_ptr, first_row, stride_qs, queries, BLOCK_M, HEAD_DIM, COLUMNS, True, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)

@@ -26,7 +26,7 @@ def _rotate_rows(
     pair = tl.arange(0, HALF)
     mask = real[:, None] if EVEN else real[:, None] & (pair < half)[None, :]
     store = written[:, None] if EVEN else written[:, None] & (pair < half)[None, :]
-    angle = position[:, None] * half + pair[None, :]
+    angle = position[:, None].to(tl.int64) * half + pair[None, :]
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     if INVERSE:
@@ -66,6 +66,29 @@ def _rotate_rows(
         tl.store(y_row[:, None] + other[None, :], rest, mask=written[:, None] & (other < width)[None, :])
 
 
+@triton.jit
+def _rows(
+    positions_ptr, lengths_ptr, tokens, length, heads, position_batch, position_token, ROWS: tl.constexpr
+):  # fmt: skip
+    """(row, sequence, head, place among the new tokens, whether it is one, place in the cache, position) of each row of
+    this program's block."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = row // heads
+    real = token < tokens
+    batch = token // length
+    place = token - batch * length
+    stored = place
+    if lengths_ptr is not None:
+        stored += tl.load(lengths_ptr + batch, mask=real, other=0).to(tl.int64)
+    # Not `stored` itself, for the reason above: Triton 3.6 may fail to compile a tensor with two uses of other layouts.
+    position = place.to(tl.int32)
+    if lengths_ptr is not None:
+        position += tl.load(lengths_ptr + batch, mask=real, other=0).to(tl.int32)
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + batch * position_batch + place * position_token, mask=real, other=0)
+    return row, batch, row - token * heads, place, real, stored, position
+
+
 @triton.jit(do_not_specialize=["tokens", "length", "capacity", "eps"])
 def _rotary_kernel(
     x_ptr, key_ptr, value_ptr, y_ptr, key_cache_ptr, value_cache_ptr, weight_ptr, key_weight_ptr, cos_ptr, sin_ptr,
@@ -78,41 +101,36 @@ def _rotary_kernel(
 ):  # fmt: skip
     """Program (block of rows, tensor: x, keys, values). y is contiguous. With keys, token i of sequence b goes to row
     lengths[b] + i of the caches; past their end it is dropped."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
-    of_part = tl.where(part == 0, heads, key_heads)
-    token = row // of_part
-    real = token < tokens
-    head = row - token * of_part
-    batch = token // length
-    place = token - batch * length
-    position = place
-    stored = place
-    if lengths_ptr is not None:
-        stored += tl.load(lengths_ptr + batch, mask=real, other=0).to(tl.int64)
-        position = stored
-    if positions_ptr is not None:
-        position = tl.load(positions_ptr + batch * position_batch + place * position_token, mask=real, other=0)
+    # Each branch computes its own rows: Triton 3.6 may fail to compile a tensor that several branches share.
     if part == 0:
+        row, batch, head, place, real, _, position = _rows(
+            positions_ptr, lengths_ptr, tokens, length, heads, position_batch, position_token, ROWS
+        )
         x_row = x_ptr + batch * x_batch + place * x_token + head * x_head
         _rotate_rows(
             x_row, y_ptr + row * width, weight_ptr, cos_ptr, sin_ptr, position, real, real, width, half, eps,
             INTERLEAVED, INVERSE, EVEN, HALF, REST,
         )  # fmt: skip
     if key_ptr is not None:
-        written = real & (stored < capacity)
         if part == 1:
+            _, batch, head, place, real, stored, position = _rows(
+                positions_ptr, lengths_ptr, tokens, length, key_heads, position_batch, position_token, ROWS
+            )
             x_row = key_ptr + batch * key_batch + place * key_token + head * key_head
             y_row = key_cache_ptr + batch * key_cache_batch + stored * key_cache_token + head * key_cache_head
             _rotate_rows(
-                x_row, y_row, key_weight_ptr, cos_ptr, sin_ptr, position, real, written, width, half, eps,
-                INTERLEAVED, INVERSE, EVEN, HALF, REST,
+                x_row, y_row, key_weight_ptr, cos_ptr, sin_ptr, position, real, real & (stored < capacity), width, half,
+                eps, INTERLEAVED, INVERSE, EVEN, HALF, REST,
             )  # fmt: skip
         if part == 2:
+            _, batch, head, place, real, stored, _ = _rows(
+                None, lengths_ptr, tokens, length, key_heads, position_batch, position_token, ROWS
+            )
             x_row = value_ptr + batch * value_batch + place * value_token + head * value_head
             y_row = value_cache_ptr + batch * value_cache_batch + stored * value_cache_token + head * value_cache_head
             column = tl.arange(0, COLUMNS)[None, :]
-            mask = written[:, None] & (column < width)
+            mask = (real & (stored < capacity))[:, None] & (column < width)
             tl.store(y_row[:, None] + column, tl.load(x_row[:, None] + column, mask=mask, other=0.0), mask=mask)
 
 

@@ -233,19 +233,22 @@ def test_strides_past_32_bits(device):
 @pytest.mark.parametrize("block_n", [16, 64, 128, 256])
 def test_dropout_mask_bit_for_bit(block_n, device, blocks):
     blocks(16, block_n)
-    b, h, sq, sk, p = 1, 2, 20, 256, 0.3
-    q, k = torch.randn(b, h, sq, sk, device=device), torch.randn(b, h, sk, sk, device=device)
-    v = torch.eye(sk, device=device).expand(b, h, sk, sk).contiguous().requires_grad_()
-    torch.manual_seed(5)
-    with tf.backend("triton"):
-        out = tf.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=0.01)  # column j of out is P[:, j], or zero
-    rows = torch.eye(sq, sk, device=device).expand(b, h, sq, sk)
+    b, h, sq, sk, d, p = 1, 2, 20, 256, 32, 0.3
+    q, k = torch.randn(b, h, sq, d, device=device), torch.randn(b, h, sk, d, device=device)
+    outs = []
+    for first in range(0, sk, d):  # few columns at a time: a tile of 256 keys must fit the shared memory
+        v = torch.eye(sk, device=device)[:, first : first + d].expand(b, h, sk, d).contiguous().requires_grad_()
+        torch.manual_seed(5)
+        with tf.backend("triton"):
+            out = tf.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=0.01)
+        outs.append(out)  # column j is P[:, first + j], or zero
+    rows = torch.eye(sq, d, device=device).expand(b, h, sq, d)
     (grad_v,) = torch.autograd.grad(out, v, rows)  # column i is P[i, :], or zero
     torch.manual_seed(5)
     rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
     i, j = torch.arange(sq, device=device)[:, None], torch.arange(sk, device=device)[None]
     kept = keep_mask(rng, p, torch.arange(b * h, device=device)[:, None, None], i[None], j[None]).view(b, h, sq, sk)
-    assert torch.equal(out != 0, kept)
+    assert torch.equal(torch.cat(outs, -1) != 0, kept)
     assert torch.equal(grad_v[..., :sq].transpose(-1, -2) != 0, kept)
 
 
