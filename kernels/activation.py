@@ -3,7 +3,7 @@
 The backward pass computes the activation again from x. Programs walk over rows and keep their share of the bias
 gradient in registers; `column_sum` adds the shares in a fixed order: no atomics.
 
-Tile sizes are chosen from register counts of the compiled code, not from timings: not yet run on a GPU.
+Tile sizes are chosen from register counts of the compiled code, not from timings.
 """
 
 import torch

@@ -201,7 +201,8 @@ def additive_attention_forward(query, key, value, score_weight, bias, mask, key_
     _additive_weights_kernel[(batch * queries,)](
         query, key, score_weight, bias, mask, key_lengths, weights, query.stride(0), query.stride(1), key.stride(0),
         key.stride(1), *((0, 0, 0) if mask is None else mask.stride()), queries, keys, width,
-        EXACT=query.dtype == torch.float32, BLOCK_N=KEYS, BLOCK_D=block, num_warps=4, maxnreg=128,
+        EXACT=query.dtype == torch.float32, BLOCK_N=KEYS, BLOCK_D=block, num_warps=4,
+        maxnreg=144 if query.dtype == torch.float32 else 128,
     )  # fmt: skip
     if value.shape[2]:
         _mix(weights, value, out, key_lengths, (queries * keys, keys, 1))

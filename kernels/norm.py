@@ -7,7 +7,7 @@ are read twice. Statistics are float32. The backward pass is a grid of a few pro
 over its rows once, keeps its share of the weight and bias gradients in registers and writes it to a float32
 workspace, which a second kernel adds up in a fixed order: no atomics.
 
-Configurations come from `forward_config` and `backward_config`. Not yet run on a GPU: they are chosen from
+Configurations come from `forward_config` and `backward_config`. They are chosen from
 register and shared memory counts of the compiled code, not from timings.
 """
 

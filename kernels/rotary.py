@@ -6,7 +6,7 @@ In decoding, keys and values share the launch along the grid's second axis: quer
 and values to the cache, after the tokens that it holds. An RMS norm of each head (Qwen 3) may come first: the row is in
 registers anyway.
 
-Tile sizes are chosen from the compiled code, not from timings: not yet run on a GPU.
+Tile sizes are chosen from the compiled code, not from timings.
 """
 
 import triton
