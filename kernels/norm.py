@@ -253,12 +253,13 @@ def _tile(width: int, dropout: bool, elements: int) -> tuple[int, int]:
 
 
 def forward_config(width: int, dropout: bool) -> Config:
-    """16 elements per thread, but at most 8 warps per row up to 8192 columns: several programs fill a multiprocessor, so
-    that some load while others compute, and the fewer warps meet at a barrier, the shorter it is."""
+    """16 elements per thread; 32 in the widest rows, where more programs then fit on a multiprocessor, so that some
+    load while others compute. (With dropout 8 warps would spill at 8192 columns.)"""
     if width > FORWARD_WIDTH:
         return WIDE_FORWARD
     rows, block = _tile(width, dropout, 2048)
-    return Config(rows, block, num_warps=min(16 if block > 8192 else 8, rows * block // 512))
+    most = 8 if block <= 8192 and not dropout else 16
+    return Config(rows, block, num_warps=min(most, rows * block // 512))
 
 
 def backward_config(width: int, itemsize: int, dropout: bool, tensors: int = 2) -> Config:
