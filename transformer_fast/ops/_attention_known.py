@@ -21,7 +21,6 @@ class _Known:
     def __init__(self, spec: AttentionSpec):
         self.rest, self.constants = spec[3:], _LAYOUT.constants(spec)
         self.repeat: Repeat | None = None
-        self.backward: dict[tuple, Repeat] = {}
 
     def forward(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
         if self.repeat is not None:
@@ -32,14 +31,14 @@ class _Known:
         return found
 
     def gradients(self, signature, q, k, v, grad_out, out, lse):
-        repeat = self.backward.get(signature)
+        repeat = remembered.find(signature)
         if repeat is not None:
             grads = [_rows_of(t) for t in (q, k, v)]
             if repeat(q, k, v, grad_out, out, lse, *grads) is not False:
                 return grads
         grads, repeat = launch_backward(AttentionSpec(q, k, v, *self.rest), grad_out, out, lse)
         if repeat is not None:
-            self.backward[signature] = repeat
+            remembered.remember(signature, repeat)
         return grads
 
     def with_gradients(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +64,7 @@ class _KnownAttention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         signature = None
         if grad_out is not None and grad_lse is None and not torch.is_grad_enabled():
-            signature = _common.signature((grad_out,), strided=True)
+            signature = _common.signature((grad_out,), ctx.known, strided=True)
         if signature is None:
             return _general_backward(ctx, grad_out, grad_lse)
         q, k, v, *_, out, lse = ctx.saved_tensors

@@ -25,7 +25,6 @@ class _Known:
         self.rows = x.numel() // x.shape[-1]
         self.bias_dtype = None if bias is None else bias.dtype
         self.parameter_dtype = torch.float32 if weight is None else weight.dtype
-        self.backward: dict[tuple, Repeat] = {}
 
     def without_gradients(self, x, residual, weight, bias, rng) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.repeat is None:
@@ -63,16 +62,16 @@ class _KnownNorm(torch.autograd.Function):
         known, needs = ctx.known, ctx.needs_input_grad
         signature = None
         if grad_y is not None and not torch.is_grad_enabled():
-            signature = _common.signature((grad_y, grad_sum), needs[2:4])
+            signature = _common.signature((grad_y, grad_sum), known, needs[2:4])
         if signature is None or known.bias_dtype not in (None, known.parameter_dtype):
             return _general_backward(ctx, grad_y, grad_sum)
         v, _, weight, _, rng, mean, rstd = ctx.saved_tensors
-        repeat = known.backward.get(signature)
+        repeat = remembered.find(signature)
         if repeat is None:
             spec = NormSpec(v, None, weight, None, rng, *known.constants)
             found, repeat = launch_backward(grad_y, grad_sum, mean, rstd, *spec, *needs[2:4])
             if repeat is not None:
-                known.backward[signature] = repeat
+                remembered.remember(signature, repeat)
             grad_v, grad_x, grad_weight, grad_bias = found
         else:
             grad_v = memory.empty_like(v)
