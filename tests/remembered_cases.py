@@ -11,6 +11,8 @@ CALLS = {
     "dropped": (lambda x, r, w, b: tf.add_layer_norm(x, r, w, b, dropout_p=0.3), ((7, 64), (7, 64), (64,), (64,))),
     "biased": (lambda x, b: tf.bias_activation(x, b, "silu"), ((2, 5, 64), (64,))),
     "gated": (lambda x, g: tf.bias_activation(x, gate=g), ((7, 64), (7, 64))),
+    "qkv": (lambda qkv: tf.ops.qkv_attention(qkv, None, None, 0.2, True), ((2, 40, 3, 4, 64),)),
+    "unpadded": (lambda qkv: tf.ops.qkv_attention(qkv, _offsets(qkv), 40, 0.2), ((90, 3, 4, 64),)),
     "attention": (
         lambda q, k, v: tf.scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
@@ -18,6 +20,10 @@ CALLS = {
         ((2, 40, 4, 64), *[(2, 40, 2, 64)] * 2),
     ),
 }
+
+
+def _offsets(t: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([0, 30, 70, 90], dtype=torch.int32, device=t.device)
 
 
 def _attention(*heads: torch.Tensor) -> torch.Tensor:

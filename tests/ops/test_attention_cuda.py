@@ -14,7 +14,9 @@ from numerics import OUTPUT, assert_as_accurate
 from remembered_cases import check_repeats
 
 import transformer_fast as tf
+from transformer_fast.backends import remembered
 from transformer_fast.backends.philox import keep_mask
+from transformer_fast.ops import attention
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -310,6 +312,10 @@ def test_bad_arguments_of_the_native_op(case, device):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_remembered_call_has_the_same_results(device, gradients):
+@pytest.mark.parametrize("name", ["attention", "qkv", "unpadded"])
+def test_a_remembered_call_has_the_same_results(device, name, gradients, monkeypatch):
     """The third call is launched at once."""
-    check_repeats(device, "attention", "cuda", torch.bfloat16, gradients)
+    monkeypatch.setattr(attention, "readable", lambda lengths: False)  # as on a GPU
+    remembered.forget()
+    check_repeats(device, name, "cuda", torch.bfloat16, gradients)
+    assert remembered._calls or (name, gradients) == ("attention", False)  # ops/_attention_direct.py looks first

@@ -14,8 +14,9 @@ from numerics import GRADIENT, OUTPUT, assert_as_accurate
 from remembered_cases import check_repeats
 
 import transformer_fast as tf
+from transformer_fast.backends import remembered
 from transformer_fast.backends.philox import keep_mask
-from transformer_fast.ops import qkv_attention
+from transformer_fast.ops import attention, qkv_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log2(0) in rows without keys
 HALF = (torch.bfloat16, torch.float16)
@@ -464,6 +465,9 @@ def test_every_shape_has_a_configuration(monkeypatch):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_remembered_call_has_the_same_results(device, gradients):
+@pytest.mark.parametrize("name", ["attention", "qkv", "unpadded"])
+def test_a_remembered_call_has_the_same_results(device, name, gradients, monkeypatch):
     """On a GPU. Under the interpreter no launch is repeated."""
-    check_repeats(device, "attention", "triton", torch.bfloat16, gradients)
+    monkeypatch.setattr(attention, "readable", lambda lengths: False)  # as on a GPU
+    remembered.forget()
+    check_repeats(device, name, "triton", torch.bfloat16, gradients)

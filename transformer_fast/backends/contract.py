@@ -24,8 +24,9 @@ from .specs import (
 
 Tensor = torch.Tensor
 # Makes a call again. Takes the tensors in the order of the spec or the method, then the buffers. For attention: query,
-# key and value, the only tensors of its spec; in the backward pass grad_out, out and lse; then the buffers; the strides
-# must be the same too. Returns False, and does nothing, if the settings on which the call depends have changed.
+# key, value, cu_seqlens (of queries and keys) and rng, the only tensors of its spec; in the backward pass grad_out, out
+# and lse; then the buffers; the strides must be the same too. Returns False, and does nothing, if the settings on which
+# the call depends have changed.
 Repeat = Callable[..., object]
 
 METHODS = {

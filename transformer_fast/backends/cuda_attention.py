@@ -7,7 +7,7 @@ import torch
 from . import memory, native_attention, relative_bias
 from .memory import unit_stride
 from .philox import threshold
-from .specs import only_qkv
+from .specs import repeatable
 
 _HALF = (torch.bfloat16, torch.float16)
 DECODE_ROWS = 16  # kDecodeRows of csrc/cuda/attention_decode.hpp
@@ -28,7 +28,14 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> Callable | 
         return None
     op, arguments = _ops.cuda_attention_forward.default, _arguments(spec, _relative_bias(spec))
     op(*arguments, out, lse)
-    return (lambda q, k, v, out, lse: op(q, k, v, *arguments[3:], out, lse)) if only_qkv(spec) else None
+    if not repeatable(spec):
+        return None
+    return lambda q, k, v, cu, rng, out, lse: op(*_again(arguments, q, k, v, cu, rng), out, lse)
+
+
+def _again(arguments: tuple, q, k, v, cu, rng) -> tuple:
+    """The arguments of a native op with other tensors, in the order of AttentionSpec without the relative table."""
+    return (q, k, v, None, None, None, cu, cu, *arguments[8:11], rng, *arguments[12:])
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
@@ -69,13 +76,13 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         buckets = torch.arange(dtable.shape[0], device=dtable.device)
         member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
         dtable.copy_(member @ drelative.double().t())
-    if not only_qkv(spec) or grad_lse is not None or as_given is not grad_out:
+    if not repeatable(spec) or grad_lse is not None or as_given is not grad_out:
         return None
 
-    def repeat(q, k, v, grad_out, out, lse, dq, dk, dv):
+    def repeat(q, k, v, cu, rng, grad_out, out, lse, dq, dk, dv):
         delta = memory.empty(lse.shape, torch.float32, lse.device)
         ordered = torch.are_deterministic_algorithms_enabled()
-        op(grad_out, None, out, lse, q, k, v, *arguments[3:], ordered, delta, dq, dk, dv, None, None)
+        op(grad_out, None, out, lse, *_again(arguments, q, k, v, cu, rng), ordered, delta, dq, dk, dv, None, None)
 
     return repeat
 

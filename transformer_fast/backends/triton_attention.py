@@ -17,7 +17,7 @@ from ..kernels.attention_forward import _attention_forward_kernel
 from . import relative_bias, triton_launch
 from .memory import unit_stride
 from .philox import keep_scale, threshold
-from .specs import AttentionSpec, layout, only_qkv
+from .specs import AttentionSpec, layout, repeatable
 
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
@@ -30,7 +30,6 @@ _CONSTANTS = layout(AttentionSpec).constants
 
 
 INPUTS = 9
-_NONE = (None,) * (INPUTS - 3)
 
 
 def _inputs(spec) -> tuple[torch.Tensor | None, ...]:
@@ -69,9 +68,8 @@ def _settings(dtype: torch.dtype) -> tuple:
 
 
 def _repeat(spec, steps: triton_launch.Steps | None, arguments: Callable[..., tuple]) -> Callable | None:
-    """A function that runs the steps of a call without other tensors than query, key and value again, on
-    arguments(tensors)."""
-    if steps is None or not only_qkv(spec):
+    """A function that runs the steps of a call again, on arguments(tensors)."""
+    if steps is None or not repeatable(spec):
         return None
     dtype, settings = spec.query.dtype, _settings(spec.query.dtype)
     return lambda *tensors: _settings(dtype) == settings and steps(*arguments(*tensors))
@@ -212,7 +210,7 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> Callable | 
             _forward(call, *plan.inputs[INPUTS:])
 
     steps = triton_launch.run(_key("forward", spec), (*_inputs(spec), out, lse), build)
-    return _repeat(spec, steps, lambda q, k, v, out, lse: (q, k, v, *_NONE, out, lse))
+    return _repeat(spec, steps, lambda q, k, v, cu, rng, out, lse: (q, k, v, None, None, cu, cu, None, rng, out, lse))
 
 
 def _forward(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -314,8 +312,8 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     if not plain or grad_out is not as_given:
         return None
     return _repeat(
-        spec, steps, lambda q, k, v, grad_out, out, lse, dq, dk, dv:
-        (q, k, v, *_NONE, grad_out, None, out, lse, dq, dk, dv, None, None, None)
+        spec, steps, lambda q, k, v, cu, rng, grad_out, out, lse, dq, dk, dv:
+        (q, k, v, None, None, cu, cu, None, rng, grad_out, None, out, lse, dq, dk, dv, None, None, None)
     )  # fmt: skip
 
 

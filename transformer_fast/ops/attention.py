@@ -22,10 +22,11 @@ from ._attention_arguments import (
     check_softcap,
     check_window,
     dropout_state,
+    readable,
     scale_or_default,
     split_mask,
 )
-from ._attention_known import remember
+from ._attention_known import remember, remember_qkv
 from ._attention_op import (
     CAUSAL,
     QkvSpec,
@@ -333,6 +334,17 @@ def qkv_attention(
         return _attend_to_parts(
             qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
         )
+    signature, given = None, cu_seqlens
+    if (
+        key_lengths is None and type(dropout_p) is float and dropout_p < 1.0 and type(is_causal) is bool
+        and (scale is None or type(scale) is float)
+        and (cu_seqlens is None or (type(max_seqlen) is int and isinstance(cu_seqlens, torch.Tensor)))
+    ):  # fmt: skip
+        signature = _common.signature((qkv, cu_seqlens), "qkv", dropout_p, is_causal, scale, max_seqlen)
+        call = None if signature is None else remembered.find(signature)
+        if call is not None:
+            out, lse = call(qkv, cu_seqlens, _common.draw_rng(qkv.device, generator) if dropout_p else None)
+            return (out, lse) if return_lse else out
     check_head_dim("qkv", qkv.shape[-1])
     if unpadded:
         cu_seqlens, longest = check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
@@ -349,6 +361,12 @@ def qkv_attention(
         out, lse = qkv_forward_impl(*args)
     else:
         out, lse = qkv_attention_op(*args)
+    # Lengths that are read are checked in every call.
+    if (
+        signature is not None and cu_seqlens is given and (p > 0) == (dropout_p > 0) and qkv.numel()
+        and (cu_seqlens is None or not readable(cu_seqlens))
+    ):  # fmt: skip
+        remember_qkv(signature, QkvSpec(*args))
     if nothing:
         out = out * 0
     return (out, lse) if return_lse else out
