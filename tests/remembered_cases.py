@@ -1,5 +1,7 @@
 """Ops called several times with other data, as backends/remembered.py launches them."""
 
+import gc
+
 import torch
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
 
@@ -45,12 +47,24 @@ def results(name: str, tensors, backend: str, gradients: bool) -> tuple[list[tor
 
 
 def check_repeats(device: str, name: str, backend: str, dtype: torch.dtype, gradients: bool) -> None:
+    before = _tensors()
     random = torch.Generator().manual_seed(0)
     for _ in range(3):
-        tensors = [torch.randn(shape, generator=random).to(device, dtype) for shape in CALLS[name][1]]
-        actual = results(name, tensors, backend, gradients)
-        plain = results(name, tensors, "eager", gradients)
-        truth = results(name, [t.double() for t in tensors], "eager", gradients)
-        for a, t, e, factor in zip(actual, truth, plain, (OUTPUT, GRADIENT)):
-            for mine, true, theirs in zip(a, t, e, strict=True):
-                assert_as_accurate(mine, true, theirs, factor, name)
+        _check(device, name, backend, dtype, gradients, random)
+    assert _tensors() <= before, "what is remembered keeps tensors"
+
+
+def _check(device: str, name: str, backend: str, dtype: torch.dtype, gradients: bool, random) -> None:
+    tensors = [torch.randn(shape, generator=random).to(device, dtype) for shape in CALLS[name][1]]
+    actual = results(name, tensors, backend, gradients)
+    plain = results(name, tensors, "eager", gradients)
+    truth = results(name, [t.double() for t in tensors], "eager", gradients)
+    for a, t, e, factor in zip(actual, truth, plain, (OUTPUT, GRADIENT)):
+        for mine, true, theirs in zip(a, t, e, strict=True):
+            assert_as_accurate(mine, true, theirs, factor, name)
+
+
+def _tensors() -> int:
+    """How many tensors there are."""
+    gc.collect()
+    return sum(type(t) is torch.Tensor for t in gc.get_objects())

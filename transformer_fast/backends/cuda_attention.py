@@ -30,12 +30,15 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> Callable | 
     op(*arguments, out, lse)
     if not repeatable(spec):
         return None
-    return lambda q, k, v, cu, rng, out, lse: op(*_again(arguments, q, k, v, cu, rng), out, lse)
+    longest, constants = _constants(arguments)
+    return lambda q, k, v, cu, rng, out, lse: op(
+        q, k, v, None, None, None, cu, cu, *longest, None, rng, *constants, out, lse
+    )
 
 
-def _again(arguments: tuple, q, k, v, cu, rng) -> tuple:
-    """The arguments of a native op with other tensors, in the order of AttentionSpec without the relative table."""
-    return (q, k, v, None, None, None, cu, cu, *arguments[8:11], rng, *arguments[12:])
+def _constants(arguments: tuple) -> tuple[tuple, tuple]:
+    """max_seqlen_q and max_seqlen_k, and what follows the tensors. A Repeat keeps these alone: it outlives tensors."""
+    return arguments[8:10], arguments[12:]
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
@@ -79,10 +82,15 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
     if not repeatable(spec) or grad_lse is not None or as_given is not grad_out:
         return None
 
+    longest, constants = _constants(arguments)
+
     def repeat(q, k, v, cu, rng, grad_out, out, lse, dq, dk, dv):
         delta = memory.empty(lse.shape, torch.float32, lse.device)
         ordered = torch.are_deterministic_algorithms_enabled()
-        op(grad_out, None, out, lse, *_again(arguments, q, k, v, cu, rng), ordered, delta, dq, dk, dv, None, None)
+        op(
+            grad_out, None, out, lse, q, k, v, None, None, None, cu, cu, *longest, None, rng, *constants, ordered,
+            delta, dq, dk, dv, None, None,
+        )  # fmt: skip
 
     return repeat
 
