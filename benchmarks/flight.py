@@ -27,7 +27,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STATE = pathlib.Path(os.environ.get("FLIGHT_STATE", "build/flight"))  # kept between calls on one machine
 KIT = pathlib.Path(os.environ.get("FLIGHT_KIT", "build/flight-kit"))
-KERNELS = "triton-cache.tar.gz"  # in the kit
+KERNELS = "triton-cache.tar.xz"  # in the kit
 CACHE = STATE / "triton-cache"
 CALL = 285.0  # seconds per call: five minutes minus the start of Python and the last archive
 PACKING = 10.0  # seconds between two archives while a step runs
@@ -104,14 +104,21 @@ def plan(call: str, results: pathlib.Path) -> list[Step]:
         kinds = "forward", "backward"
         attention = (measure(f"attention-{kind}", 50, DECISIVE.format(*2 * [kind]), *peers) for kind in kinds)
         return [*begin, *attention, measure("ops", 60, OPS, *peers)]
+    choice = "benchmarks/backend_choice.py", str(results / "choice.csv"), "--seconds", "30"
+    compared = [
+        Step("choice", 35, choice, ("triton-attention", *cuda[:2])),
+        Step("kernels", 25, ("benchmarks/gpu_kernels.py", str(results / "kernels.csv")), tuple(SMOKES)),
+    ]
     if call == "second":
-        return [*begin, measure("ops", 55, OPS, *peers), measure("models", 75, MODELS, *peers, longest=28.0)]
+        models = measure("models", 75, MODELS, *peers, longest=28.0)
+        return [*begin, measure("ops", 55, OPS, *peers), models, *compared]
     if call == "third":
         # What no earlier run has, on whichever commit.
         left = *peers, "--unmeasured"
         return [
             build, smoke, measure("models", 75, MODELS, *left, longest=28.0), measure("ops", 60, OPS, *left), memcheck,
-            test("all", 110, *every), ledger, measure("more-models", 60, MORE_MODELS, *left, longest=28.0),
+            test("all", 110, *every), ledger, *compared,
+            measure("more-models", 60, MORE_MODELS, *left, longest=28.0),
             measure("compiled", 60, COMPILED, "--slow", longest=40.0),
         ]  # fmt: skip
     if call == "tune":

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CAPABILITY, MULTIPROCESSORS = (9, 0), 132  # of an H100 or H200
-WORKS = ("smoke", "bench", "models", "tune", "tests")
+WORKS = ("smoke", "bench", "models", "choice", "tune", "tests")
 
 
 class OnTheCpu(TorchFunctionMode):
@@ -122,7 +122,7 @@ def library_hash(triton: pathlib.Path) -> str:
 # ---- what is run -------------------------------------------------------------------------------------
 def works(kinds: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call), the most important first."""
-    listed = {"smoke": _smoke, "bench": _bench, "models": _models, "tune": _tune, "tests": _tests}
+    listed = {"smoke": _smoke, "bench": _bench, "models": _models, "choice": _choice, "tune": _tune, "tests": _tests}
     for kind in kinds:
         yield from listed[kind]()
 
@@ -186,6 +186,18 @@ def _models():
     for case in (*gpu_model_cases("cuda"), *generation_cases.generation_cases("cuda")):
         if "bf16" in case.name:
             yield f"models {case.name}", lambda case=case: run(case)
+
+
+def _choice():
+    from transformer_fast.benchmarks import backend_choice
+
+    def run(call):
+        tensors = backend_choice.heads(call.batch, call.heads, call.length, call.dim, call.key_heads)
+        with unittest.mock.patch.object(backend_choice, "microseconds", lambda prepare: prepare()()):
+            backend_choice.measure("triton", tensors, call.options(call.batch, call.length))
+
+    for call in backend_choice.calls():
+        yield f"choice {call.name}", lambda call=call: run(call)
 
 
 def _tune():

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import lzma
 import os
 import pathlib
 import shutil
@@ -146,14 +147,14 @@ def _is_keyed(name: str) -> bool:
 def pack_kernels(cache: pathlib.Path, target: pathlib.Path) -> int:
     """Write the compiled kernels of a cache, and how each is launched, without the paths that the cache contains.
     Returns their number."""
-    count = 0
-    with tarfile.open(target, "w:gz", compresslevel=6) as tar:
-        for group in sorted(cache.glob("*/__grp__*.json")):
+    groups = sorted(cache.glob("*/__grp__*.json"), key=lambda group: (group.name, group.parent))  # alike ones together
+    compression = [{"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 128 << 20}]
+    with lzma.open(target, "wb", filters=compression) as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        for group in groups:
             about = group.with_name(group.name.removeprefix("__grp__"))
-            for file in (about, about.with_suffix(".cubin")):
-                content = file.read_bytes()
-                entry = tarfile.TarInfo(f"{group.parent.name}/{file.name}")
+            for path in (about, about.with_suffix(".cubin")):
+                content = path.read_bytes()
+                entry = tarfile.TarInfo(f"{group.parent.name}/{path.name}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-            count += 1
-    return count
+    return len(groups)

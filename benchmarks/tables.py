@@ -147,13 +147,9 @@ def _headline(rows: list[dict], about: dict) -> str:
 HEADLINE_GPU = {
     "attention-forward/bf16-b1-s16384-d128-causal": "causal attention, 16384 tokens, head dim 128",
     "attention-backward/bf16-b1-s16384-d128-causal": "its gradients",
-    "attention-forward/bf16-b4-s4096": "attention, 4 x 4096 tokens, head dim 64",
-    "attention-backward/bf16-b4-s4096": "its gradients",
     "attention-padded/bf16-b64-s256": "attention, 64 sequences of up to 256 tokens, 40% real",
     "t5-bias-forward/bf16-b8-s2048": "attention with T5's bias, 8 x 2048 tokens",
     "decode/bf16-b8-s1024": "attention of a decoding step, 8 sequences, 1024 tokens cached",
-    "norm-forward/bf16-layer-norm-32768x1024": "layer norm, 32768 x 1024",
-    "norm-backward/bf16-layer-norm-32768x1024": "its gradients",
     "inference/bert-base-bf16-ragged-256": "classify 256 texts of mixed length, BERT base",
     "training/bert-base-bf16-ragged-64x128": "one step of fine-tuning BERT base, 64 texts",
     "generation/gpt2-b1-bf16": "write one text, GPT-2, greedy",

@@ -31,6 +31,6 @@ def column_sum(partial, first, second=None, plan=DIRECT) -> None:
     outputs, partials, width = partial.shape
     block = 16  # few columns per program: width / 16 programs fill a GPU at the widths of transformers
     plan.call(
-        _column_sum_kernel, (triton.cdiv(width, block), outputs), partial, first, second, partials, width, ROWS=64,
+        _column_sum_kernel, (triton.cdiv(width, block), outputs), partial, first, second, partials, width, ROWS=256,
         BLOCK=block, num_warps=4,
     )  # fmt: skip

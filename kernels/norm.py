@@ -129,19 +129,14 @@ def _layer_norm_forward_wide_kernel(
 
 
 @triton.jit
-def _load_backward_tile(grad_y_ptr, v_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_y_stride, v_stride, row, column,
-                        exists, inside, mask):  # fmt: skip
-    """grad_y, the normalised value, weight * grad_y and rstd of a tile, float32."""
+def _load_backward_tile(grad_y_ptr, v_ptr, mean_ptr, rstd_ptr, grad_y_stride, v_stride, row, column, exists, mask):
+    """grad_y, the normalised value and rstd of a tile, float32."""
     grad_y = tl.load(grad_y_ptr + row[:, None] * grad_y_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     normed = tl.load(v_ptr + row[:, None] * v_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)
     if mean_ptr is not None:
         normed -= tl.load(mean_ptr + row, mask=exists, other=0.0)[:, None]
-    normed *= rstd[:, None]
-    grad_normed = grad_y
-    if weight_ptr is not None:
-        grad_normed *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return grad_y, normed, grad_normed, rstd
+    return grad_y, normed * rstd[:, None], rstd
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
@@ -160,41 +155,39 @@ def _layer_norm_backward_kernel(
     first_column = tl.program_id(1) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
     inside = column < width
-    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    # Two rows lie in the registers of the same threads, and are added at once: it halves the registers of the sums.
+    PARTS: tl.constexpr = 1 if ROWS == 2 else ROWS
+    grad_weight = tl.zeros((PARTS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((PARTS, BLOCK), tl.float32)
+    if weight_ptr is not None and rng_ptr is None:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     step = tl.num_programs(0) * ROWS
     for first_row in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
         row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
         exists = row < rows
         mask = exists[:, None] if EVEN else exists[:, None] & inside[None, :]
-        grad_y, normed, grad_normed, rstd = _load_backward_tile(
-            grad_y_ptr,
-            v_ptr,
-            weight_ptr,
-            mean_ptr,
-            rstd_ptr,
-            grad_y_stride,
-            v_stride,
-            row,
-            column,
-            exists,
-            inside,
-            mask,
+        grad_y, normed, rstd = _load_backward_tile(
+            grad_y_ptr, v_ptr, mean_ptr, rstd_ptr, grad_y_stride, v_stride, row, column, exists, mask
         )
+        grad_normed = grad_y
+        if weight_ptr is not None:
+            if rng_ptr is not None:  # the dropout mask leaves no registers for the weight
+                weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+            grad_normed *= weight.to(tl.float32)[None, :]
         if WEIGHT:
-            grad_weight += grad_y * normed
+            grad_weight += grad_y * normed if PARTS == ROWS else tl.sum(grad_y * normed, 0)[None, :]
         if BIAS:
-            grad_bias += grad_y
+            grad_bias += grad_y if PARTS == ROWS else tl.sum(grad_y, 0)[None, :]
         if row_means_ptr is not None:
             mean_along = tl.load(row_means_ptr + row, mask=exists, other=0.0)
+            if mean_ptr is not None:
+                mean_grad = tl.load(row_means_ptr + rows + row, mask=exists, other=0.0)
+        elif mean_ptr is not None:  # both sums in one reduction, whose barriers are what it costs
+            mean_along, mean_grad = tl.split(tl.sum(tl.join(grad_normed * normed, grad_normed), 1) / width)
         else:
             mean_along = tl.sum(grad_normed * normed, 1) / width
         grad_v = grad_normed - normed * mean_along[:, None]
         if mean_ptr is not None:
-            if row_means_ptr is not None:
-                mean_grad = tl.load(row_means_ptr + rows + row, mask=exists, other=0.0)
-            else:
-                mean_grad = tl.sum(grad_normed, 1) / width
             grad_v -= mean_grad[:, None]
         grad_v *= rstd[:, None]
         if grad_sum_ptr is not None:
@@ -226,10 +219,11 @@ def _layer_norm_backward_means_kernel(
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < width
-        _, normed, grad_normed, _ = _load_backward_tile(
-            grad_y_ptr, v_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_y_stride, v_stride, row, column, row < rows, inside,
-            inside[None, :],
-        )  # fmt: skip
+        grad_normed, normed, _ = _load_backward_tile(
+            grad_y_ptr, v_ptr, mean_ptr, rstd_ptr, grad_y_stride, v_stride, row, column, row < rows, inside[None, :]
+        )
+        if weight_ptr is not None:
+            grad_normed *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
         along += grad_normed * normed
         total += grad_normed
     tl.store(row_means_ptr + row, tl.sum(along, 1) / width)
@@ -247,6 +241,7 @@ class Config(NamedTuple):
 
 
 REGISTERS = 128  # per thread of the backward: ptxas by itself takes fewer, to fit more programs, and spills
+PREFETCHED = 96 << 10  # sm_120 has 99 KiB of shared memory
 WIDE_FORWARD = Config(rows=1, block=4096, num_warps=8)
 WIDE_BACKWARD = Config(rows=2, block=1024, num_warps=4, programs=4)
 
@@ -258,23 +253,28 @@ def _tile(width: int, dropout: bool, elements: int) -> tuple[int, int]:
 
 
 def forward_config(width: int, dropout: bool) -> Config:
-    """16 elements per thread; 32 in the widest rows."""
+    """16 elements per thread; 32 in the widest rows, where more programs then fit on a multiprocessor, so that some
+    load while others compute. (With dropout 8 warps would spill at 8192 columns.)"""
     if width > FORWARD_WIDTH:
         return WIDE_FORWARD
     rows, block = _tile(width, dropout, 2048)
-    return Config(rows, block, num_warps=min(16, rows * block // 512))
+    most = 8 if block <= 8192 and not dropout else 16
+    return Config(rows, block, num_warps=min(most, rows * block // 512))
 
 
-def backward_config(width: int, itemsize: int, dropout: bool) -> Config:
-    """32 bytes of each tensor per thread and 16 warps per multiprocessor, so 128 registers per thread. Where one or two
-    programs fill a multiprocessor, the loads of the next row run ahead (64 KiB of shared memory with 16-bit elements;
-    with 32-bit ones that would not fit on sm_120)."""
+def backward_config(width: int, itemsize: int, dropout: bool, tensors: int = 2) -> Config:
+    """32 bytes of each tensor per thread and 16 warps per multiprocessor, so 128 registers per thread.
+
+    tensors: how many are read. Memory keeps busy only while the loads of the next rows are under way when a row is
+    computed. They go to shared memory: of up to three tiles, in at most PREFETCHED bytes per multiprocessor.
+    """
     if width > BACKWARD_WIDTH:
         return WIDE_BACKWARD
     rows, block = _tile(width, dropout, 4096 // itemsize)
     num_warps = min(16, rows * block * itemsize // 1024)
-    stages = 2 if num_warps >= 8 and itemsize == 2 else 1
-    return Config(rows, block, num_warps, programs=16 // num_warps, stages=stages)
+    programs = 16 // num_warps
+    tiles = min(3, PREFETCHED // (programs * tensors * rows * block * itemsize))
+    return Config(rows, block, num_warps, programs, stages=tiles + 1 if tiles > 1 else 1)
 
 
 def layer_norm_forward(
@@ -310,7 +310,7 @@ def layer_norm_backward(
     depends only on shapes and on `multiprocessors`: results are bitwise reproducible.
     """
     rows, width = v.shape
-    config = backward_config(width, v.element_size(), rng is not None)
+    config = backward_config(width, v.element_size(), rng is not None, 2 if grad_sum is None else 3)
     column_blocks = triton.cdiv(width, config.block)
     programs = max(1, multiprocessors * config.programs // column_blocks)
     programs = min(programs, triton.cdiv(rows, config.rows))

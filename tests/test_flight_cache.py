@@ -37,7 +37,7 @@ def _fill(folder: pathlib.Path, only: str) -> str:
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_kernel_is_compiled_once_and_found_elsewhere(tmp_path):
-    here, there, kit = tmp_path / "here", tmp_path / "there", tmp_path / "kit.tar.gz"
+    here, there, kit = tmp_path / "here", tmp_path / "there", tmp_path / "kit.tar.xz"
     work = "bench decode/bf16-b1-s128"  # in a CUDA graph
     compiled = int(re.search(r"(\d+) kernels were compiled", _fill(here, work))[1])
     assert compiled == 2 == flight_kit.pack_kernels(here, kit)  # the parts, and their sum
@@ -98,7 +98,7 @@ def test_wheels_may_differ_in_the_library_alone(tmp_path):
 
 @pytest.mark.quick
 def test_only_kernels_are_unpacked_and_only_once(tmp_path):
-    archive, cache = tmp_path / "kit.tar.gz", tmp_path / "deep" / "cache"
+    archive, cache = tmp_path / "kit.tar.xz", tmp_path / "deep" / "cache"
     names = ["KEY/_a_kernel.json", "KEY/_a_kernel.cubin", "../KEY/b.json", "../KEY/b.cubin", "KEY/c.sh"]
     with tarfile.open(archive, "w:gz") as tar:
         for name in names:
@@ -107,7 +107,7 @@ def test_only_kernels_are_unpacked_and_only_once(tmp_path):
             tar.addfile(entry, io.BytesIO(name.encode()))
     flight.unpack_kernels(archive, cache)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
-        "__grp___a_kernel.json", "_a_kernel.cubin", "_a_kernel.json", "kit.tar.gz",
+        "__grp___a_kernel.json", "_a_kernel.cubin", "_a_kernel.json", "kit.tar.xz",
     ]  # fmt: skip
     paths = json.loads((cache / "KEY" / "__grp___a_kernel.json").read_text())["child_paths"]
     assert {name: pathlib.Path(path).read_text() for name, path in paths.items()} == {

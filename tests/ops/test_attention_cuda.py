@@ -11,9 +11,12 @@ from attention_cases import bias_of, draw_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import OUTPUT, assert_as_accurate
+from remembered_cases import check_repeats
 
 import transformer_fast as tf
+from transformer_fast.backends import remembered
 from transformer_fast.backends.philox import keep_mask
+from transformer_fast.ops import attention
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -306,3 +309,13 @@ def test_bad_arguments_of_the_native_op(case, device):
     changes, message = BAD[case]
     with pytest.raises(RuntimeError, match=message):
         _native(device, **{n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in changes.items()})
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["attention", "qkv", "unpadded"])
+def test_a_remembered_call_has_the_same_results(device, name, gradients, monkeypatch):
+    """The third call is launched at once."""
+    monkeypatch.setattr(attention, "readable", lambda lengths: False)  # as on a GPU
+    remembered.forget()
+    check_repeats(device, name, "cuda", torch.bfloat16, gradients)
+    assert remembered._calls or (name, gradients) == ("attention", False)  # ops/_attention_direct.py looks first

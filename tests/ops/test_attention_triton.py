@@ -11,10 +11,12 @@ from attention_cases import bias_of, draw_features, next_to_one_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT, OUTPUT, assert_as_accurate
+from remembered_cases import check_repeats
 
 import transformer_fast as tf
+from transformer_fast.backends import remembered
 from transformer_fast.backends.philox import keep_mask
-from transformer_fast.ops import qkv_attention
+from transformer_fast.ops import attention, qkv_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log2(0) in rows without keys
 HALF = (torch.bfloat16, torch.float16)
@@ -460,3 +462,12 @@ def test_every_shape_has_a_configuration(monkeypatch):
                         config = configurations.select(kernel, shape)
                         assert all(n & (n - 1) == 0 and n >= 16 for n in config[:2])
     assert configurations.architecture((8, 9)) == "sm_120" and configurations.architecture((9, 0)) == "sm_90"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["attention", "qkv", "unpadded"])
+def test_a_remembered_call_has_the_same_results(device, name, gradients, monkeypatch):
+    """On a GPU. Under the interpreter no launch is repeated."""
+    monkeypatch.setattr(attention, "readable", lambda lengths: False)  # as on a GPU
+    remembered.forget()
+    check_repeats(device, name, "triton", torch.bfloat16, gradients)

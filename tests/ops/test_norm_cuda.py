@@ -191,7 +191,7 @@ def test_bad_input_is_refused_with_the_reason(device):
 @pytest.mark.quick
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "dropped"])
 def test_a_remembered_call_has_the_same_results(device, name, dtype, gradients):
     check_repeats(device, name, "cuda", dtype, gradients)
     assert remembered._calls

@@ -194,7 +194,7 @@ def test_info_says_what_no_gpu_has_run(monkeypatch):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "dropped"])
 def test_a_remembered_call_has_the_same_results(device, name, gradients):
     """On a GPU. Under the interpreter no launch is repeated."""
     check_repeats(device, name, "triton", torch.bfloat16, gradients)

@@ -23,7 +23,11 @@ from .specs import (
 )
 
 Tensor = torch.Tensor
-Repeat = Callable[..., object]  # of the tensors in the order of the spec or the method, then of the buffers
+# Makes a call again. Takes the tensors in the order of the spec or the method, then the buffers. For attention: query,
+# key, value, cu_seqlens (of queries and keys) and rng, the only tensors of its spec; in the backward pass grad_out, out
+# and lse; then the buffers; the strides must be the same too. Returns False, and does nothing, if the settings on which
+# the call depends have changed.
+Repeat = Callable[..., object]
 
 METHODS = {
     "additive_attention": "additive_attention_forward",
@@ -67,8 +71,8 @@ class Backend:
     """One implementation of the ops.
 
     Raw methods write into buffers that the op has allocated. None instead of a buffer means that the result is not
-    needed. Those of norms and activations may return a Repeat, which makes the call again on other tensors that are
-    contiguous, of any number of dimensions, and have the same dtypes, sizes and alignment to 16 bytes.
+    needed. Those of norms, activations and attention may return a Repeat, which makes the call again on other tensors
+    that are contiguous, of any number of dimensions, and have the same dtypes, sizes and alignment to 16 bytes.
 
     The specs are those of specs.py; their data has unit stride along the last dimension.
     """
@@ -99,7 +103,7 @@ class Backend:
         return frozenset(found | cls.products)
 
     # ---- attention ---------------------------------------------------------------------------------
-    def attention_forward(self, spec: AttentionSpec, out: Tensor, lse: Tensor) -> None:
+    def attention_forward(self, spec: AttentionSpec, out: Tensor, lse: Tensor) -> Repeat | None:
         raise NotImplementedError
 
     def attention_append(self, spec: AttentionSpec, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -119,7 +123,7 @@ class Backend:
     def attention_backward(
         self, spec: AttentionSpec, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, dq: Tensor,
         dk: Tensor, dv: Tensor, dbias: Tensor | None, dtable: Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> Repeat | None:  # fmt: skip
         raise NotImplementedError
 
     def additive_attention_forward(self, spec: AdditiveAttentionSpec, out: Tensor, weights: Tensor) -> None:

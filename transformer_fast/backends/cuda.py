@@ -109,19 +109,19 @@ class CudaBackend(Backend):
             reasons += _REFUSES[call.op](call)
         return tuple(reasons)
 
-    def attention_forward(self, spec, out, lse) -> None:
+    def attention_forward(self, spec, out, lse):
         from .cuda_attention import attention_forward
 
-        attention_forward(spec, out, lse)
+        return attention_forward(spec, out, lse)
 
     def attention_append(self, spec, key, value, out, lse) -> None:
         if not cuda_attention.attention_append(spec, key, value, out, lse):
             super().attention_append(spec, key, value, out, lse)
 
-    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable):
         from .cuda_attention import attention_backward
 
-        attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
+        return attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
 
     def norm_forward(self, spec, y, sum_out, mean, rstd):
         op, dtype = _ops.cuda_norm_forward.default, spec.x.dtype

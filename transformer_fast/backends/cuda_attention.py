@@ -1,10 +1,13 @@
 """Calls the CUDA C++ attention kernels (csrc/cuda/attention_*) for an AttentionSpec."""
 
+from collections.abc import Callable
+
 import torch
 
 from . import memory, native_attention, relative_bias
 from .memory import unit_stride
 from .philox import threshold
+from .specs import repeatable
 
 _HALF = (torch.bfloat16, torch.float16)
 DECODE_ROWS = 16  # kDecodeRows of csrc/cuda/attention_decode.hpp
@@ -18,12 +21,24 @@ def why_not(call) -> tuple[str, ...]:
     return (f"there is none for {str(call.dtype).removeprefix('torch.')} attention: tensor cores would round to TF32",)
 
 
-def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Write out and lse of one call."""
+def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> Callable | None:
+    """Write out and lse of one call. Returns a Repeat, or None."""
     if _few(spec) and not (spec.rng is not None and threshold(spec.dropout_p)):
         _decode(spec, None, None, out, lse)
-    else:
-        _ops.cuda_attention_forward.default(*_arguments(spec, _relative_bias(spec)), out, lse)
+        return None
+    op, arguments = _ops.cuda_attention_forward.default, _arguments(spec, _relative_bias(spec))
+    op(*arguments, out, lse)
+    if not repeatable(spec):
+        return None
+    longest, constants = _constants(arguments)
+    return lambda q, k, v, cu, rng, out, lse: op(
+        q, k, v, None, None, None, cu, cu, *longest, None, rng, *constants, out, lse
+    )
+
+
+def _constants(arguments: tuple) -> tuple[tuple, tuple]:
+    """max_seqlen_q and max_seqlen_k, and what follows the tensors. A Repeat keeps these alone: it outlives tensors."""
+    return arguments[8:10], arguments[12:]
 
 
 def attention_append(spec, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> bool:
@@ -48,14 +63,15 @@ def _decode(spec, new_key, new_value, out, lse) -> None:
     _ops.cuda_attention_decode.default(*arguments, new_key, new_value, out, lse)
 
 
-def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
-    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller)."""
+def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> Callable | None:
+    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller). Returns a Repeat or None."""
     relative = _relative_bias(spec)
     delta = memory.empty(lse.shape, torch.float32, lse.device)
     drelative = None if dtable is None or relative is None else torch.zeros_like(relative)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
-    _ops.cuda_attention_backward.default(
-        unit_stride(grad_out), grad_lse, unit_stride(out), lse.contiguous(), *_arguments(spec, relative),
+    op, arguments, as_given = _ops.cuda_attention_backward.default, _arguments(spec, relative), unit_stride(grad_out)
+    op(
+        as_given, grad_lse, unit_stride(out), lse.contiguous(), *arguments,
         torch.are_deterministic_algorithms_enabled(), delta, dq, dk, dv, dbias, drelative,
     )  # fmt: skip
     if drelative is not None:
@@ -63,6 +79,20 @@ def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dt
         buckets = torch.arange(dtable.shape[0], device=dtable.device)
         member = (relative_bias.buckets(spec)[1] == buckets[:, None]).double()
         dtable.copy_(member @ drelative.double().t())
+    if not repeatable(spec) or grad_lse is not None or as_given is not grad_out:
+        return None
+
+    longest, constants = _constants(arguments)
+
+    def repeat(q, k, v, cu, rng, grad_out, out, lse, dq, dk, dv):
+        delta = memory.empty(lse.shape, torch.float32, lse.device)
+        ordered = torch.are_deterministic_algorithms_enabled()
+        op(
+            grad_out, None, out, lse, q, k, v, None, None, None, cu, cu, *longest, None, rng, *constants, ordered,
+            delta, dq, dk, dv, None, None,
+        )  # fmt: skip
+
+    return repeat
 
 
 def _relative_bias(spec) -> torch.Tensor | None:

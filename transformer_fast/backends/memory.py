@@ -18,6 +18,7 @@ _poison = os.environ.get("TRANSFORMER_FAST_POISON") == "1"
 # as much. The tensor stays an ordinary one, and nothing changes where the operating system ignores the advice.
 _LARGE = 2 << 20
 _PAGE = 2 << 20
+_CPU = torch.device("cpu")
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MREMAP_MAYMOVE, _MREMAP_DONTUNMAP = 1, 4
@@ -64,10 +65,10 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return out
 
 
-def empty_strided(shape, strides, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised dense output on the CPU with these strides; poisoned as by `empty`."""
-    out = torch.empty_strided(shape, strides, dtype=dtype)
-    if out.nbytes >= _LARGE:
+def empty_strided(shape, strides, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
+    """Uninitialised dense output with these strides; poisoned as by `empty`."""
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if device.type == "cpu" and out.nbytes >= _LARGE:
         _use_large_pages(out)
     if _poison and out.is_floating_point():
         out.fill_(float("nan"))

@@ -47,6 +47,18 @@ class AttentionSpec(NamedTuple):
     dropout_p: float
 
 
+def repeatable(spec: AttentionSpec) -> bool:
+    """Whether the call has no other tensors than query, key, value, one tensor of cumulative lengths, and rng, as the
+    kernels read them."""
+    cu, rng = spec.cu_seqlens_q, spec.rng
+    return (
+        all(t is None for t in (spec.bias, spec.mask, spec.key_lengths, spec.relative_bias))
+        and cu is spec.cu_seqlens_k
+        and (cu is None or (cu.dtype == torch.int32 and cu.is_contiguous()))
+        and (rng is None or rng.is_contiguous())
+    )
+
+
 class RecurrenceSpec(NamedTuple):
     """One recurrent layer over whole sequences: an LSTM (G = 4 gates) if memory is given, else a GRU (G = 3)."""
 

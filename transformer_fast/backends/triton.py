@@ -48,10 +48,9 @@ def _device_of(t: torch.Tensor):
 def _on_device(device: int, steps):
     def repeat(*tensors):
         if device == torch.cuda.current_device():
-            steps(*tensors)
-        else:
-            with torch.cuda.device(device):
-                steps(*tensors)
+            return steps(*tensors)
+        with torch.cuda.device(device):
+            return steps(*tensors)
 
     return repeat
 
@@ -143,11 +142,12 @@ class TritonBackend(Backend):
                 steps = run((*key, output.device), inputs, build, strided)
         return steps if steps is None or device < 0 else _on_device(device, steps)
 
-    def attention_forward(self, spec, out, lse) -> None:
+    def attention_forward(self, spec, out, lse):
         from .triton_attention import attention_forward
 
         with _device_of(out):
-            attention_forward(spec, out, lse)
+            repeat = attention_forward(spec, out, lse)
+        return repeat if repeat is None or not out.is_cuda else _on_device(out.get_device(), repeat)
 
     def attention_append(self, spec, key, value, out, lse) -> None:
         from .triton_attention import attention_append
@@ -156,11 +156,12 @@ class TritonBackend(Backend):
             if not attention_append(spec, key, value, out, lse):
                 super().attention_append(spec, key, value, out, lse)
 
-    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
+    def attention_backward(self, spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable):
         from .triton_attention import attention_backward
 
         with _device_of(out):
-            attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
+            repeat = attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable)
+        return repeat if repeat is None or not out.is_cuda else _on_device(out.get_device(), repeat)
 
     def additive_attention_forward(self, spec, out, weights) -> None:
         from ..kernels.additive_attention import additive_attention_forward

@@ -1,5 +1,7 @@
 """Launches the Triton attention kernels (kernels/attention_*.py) for an AttentionSpec."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 
@@ -15,7 +17,7 @@ from ..kernels.attention_forward import _attention_forward_kernel
 from . import relative_bias, triton_launch
 from .memory import unit_stride
 from .philox import keep_scale, threshold
-from .specs import AttentionSpec, layout
+from .specs import AttentionSpec, layout, repeatable
 
 LOG2E = 1.4426950408889634
 UNLIMITED = 2**30  # positions are int32: a window this wide has no effect and cannot overflow
@@ -56,9 +58,21 @@ def _key(kind: str, spec) -> tuple:
     table = spec.relative_bias
     return (
         kind, spec.query.device, _CONSTANTS(spec), table is not None and table.shape[0],
-        spec.cu_seqlens_q is None, configurations.select, splits_of, _capability,
-        spec.query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision,
+        spec.cu_seqlens_q is None, *_settings(spec.query.dtype),
     )  # fmt: skip
+
+
+def _settings(dtype: torch.dtype) -> tuple:
+    precision = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision
+    return configurations.select, splits_of, _capability, precision
+
+
+def _repeat(spec, steps: triton_launch.Steps | None, arguments: Callable[..., tuple]) -> Callable | None:
+    """A function that runs the steps of a call again, on arguments(tensors)."""
+    if steps is None or not repeatable(spec):
+        return None
+    dtype, settings = spec.query.dtype, _settings(spec.query.dtype)
+    return lambda *tensors: _settings(dtype) == settings and steps(*arguments(*tensors))
 
 
 class Launch:
@@ -185,8 +199,8 @@ def splits_of(tiles: int, blocks: int, multiprocessors: int) -> int:
     return next(s for s in candidates if efficiency(s) >= 0.85 * best)
 
 
-def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Write out and lse of one call."""
+def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> Callable | None:
+    """Write out and lse of one call. Returns a Repeat, or None."""
 
     def build(plan):
         call = Launch(spec, plan)
@@ -195,7 +209,8 @@ def attention_forward(spec, out: torch.Tensor, lse: torch.Tensor) -> None:
         else:
             _forward(call, *plan.inputs[INPUTS:])
 
-    triton_launch.run(_key("forward", spec), (*_inputs(spec), out, lse), build)
+    steps = triton_launch.run(_key("forward", spec), (*_inputs(spec), out, lse), build)
+    return _repeat(spec, steps, lambda q, k, v, cu, rng, out, lse: (q, k, v, None, None, cu, cu, None, rng, out, lse))
 
 
 def _forward(call: Launch, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -286,13 +301,20 @@ def _decode(call: Launch, out: torch.Tensor, lse: torch.Tensor, new_key=None, ne
     call.plan.launch(_attention_combine_kernel, (lse.numel(),), arguments)
 
 
-def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> None:
-    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller)."""
+def attention_backward(spec, grad_out, grad_lse, out, lse, dq, dk, dv, dbias, dtable) -> Callable | None:
+    """Write dq, dk, dv and, where given, dbias and dtable (float32, zeroed by the caller). Returns a Repeat or None."""
+    as_given, plain = grad_out, grad_lse is None and dbias is None and dtable is None
     out, grad_out = unit_stride(out), unit_stride(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     bucket = None if dtable is None else relative_bias.buckets(spec)[1]
     inputs = (*_inputs(spec), grad_out, grad_lse, out, lse.contiguous(), dq, dk, dv, dbias, dtable, bucket)
-    triton_launch.run(_key("backward", spec), inputs, lambda plan: _backward(Launch(spec, plan)))
+    steps = triton_launch.run(_key("backward", spec), inputs, lambda plan: _backward(Launch(spec, plan)))
+    if not plain or grad_out is not as_given:
+        return None
+    return _repeat(
+        spec, steps, lambda q, k, v, cu, rng, grad_out, out, lse, dq, dk, dv:
+        (q, k, v, None, None, cu, cu, None, rng, grad_out, None, out, lse, dq, dk, dv, None, None, None)
+    )  # fmt: skip
 
 
 def _backward(call: Launch) -> None:

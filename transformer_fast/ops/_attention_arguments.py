@@ -139,7 +139,7 @@ def check_lengths(name, lengths, batch, longest, reference) -> None:
     if lengths.shape != (batch,):
         raise ValueError(f"{name}: wanted shape ({batch},), got {tuple(lengths.shape)}")
     # Values are only checked on the CPU: on a GPU that would synchronise, and the kernels clamp them.
-    if _readable(lengths) and batch:
+    if readable(lengths) and batch:
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > longest:
             raise ValueError(f"{name}: wanted values in [0, {longest}], got {low}..{high}")
@@ -177,7 +177,7 @@ def check_cu_seqlens(name, cu, reference, longest):
         longest = min(longest if isinstance(longest, torch.SymInt) else int(longest), _FARTHEST)
     if cu.dim() != 1 or cu.shape[0] < 1:
         raise ValueError(f"{name}: wanted shape (B + 1,), got {tuple(cu.shape)}")
-    if _readable(cu):
+    if readable(cu):
         values = cu.tolist()
         steps = [b - a for a, b in zip(values, values[1:])]
         if values[0] != 0 or values[-1] != reference.shape[0] or any(s < 0 for s in steps):
@@ -194,7 +194,7 @@ def check_cu_seqlens(name, cu, reference, longest):
     return cu.to(torch.int32), longest
 
 
-def _readable(t: torch.Tensor) -> bool:
+def readable(t: torch.Tensor) -> bool:
     return _common.concrete(t) and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import Backend, Call, eager, memory, select
+from ..backends.contract import Repeat
 from ..backends.specs import AttentionSpec, SymInt
 from . import _common
 
@@ -79,14 +80,31 @@ def forward_impl(*args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run_forward(spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch(spec)[0]
+
+
+def launch(spec: AttentionSpec) -> tuple[tuple[torch.Tensor, torch.Tensor], Repeat | None]:
+    """out and lse, and a function that makes the call again."""
+    given = spec
     q = spec.query
     spec = _unit_stride(spec)
     out = _out_like(q)
     lse = memory.empty(_lse_shape(q), _lse_dtype(q), q.device)
     if out.numel() == 0 or spec.key.numel() == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    choose(spec).attention_forward(spec, out, lse)
-    return out, lse
+        return (out.zero_(), lse.fill_(float("-inf"))), None
+    repeat = choose(spec).attention_forward(spec, out, lse)
+    return (out, lse), repeat if spec is given else None
+
+
+def launch_backward(spec: AttentionSpec, grad_out, out, lse) -> tuple[list[torch.Tensor], Repeat | None]:
+    """The gradients of query, key and value of a call without other tensors, and a function that makes the call again.
+    No tensor is empty."""
+    given = spec
+    spec = _unit_stride(spec)
+    grads = [_out_like(t) for t in spec[:3]]
+    dq, dk, dv = grads
+    repeat = choose(spec, backward=True).attention_backward(spec, grad_out, None, out, lse, dq, dk, dv, None, None)
+    return grads, repeat if spec is given else None
 
 
 def _unit_stride(spec: AttentionSpec) -> AttentionSpec:
@@ -198,7 +216,7 @@ def _setup(ctx, inputs, output):
     _common.save(ctx, AttentionSpec(*inputs), *output)
 
 
-def _backward(ctx, need, grad_out, grad_lse):
+def backward(ctx, need, grad_out, grad_lse):
     spec, out, lse = _common.saved(ctx)
     if grad_out is None and grad_lse is None:
         return {}
@@ -214,7 +232,7 @@ def _backward(ctx, need, grad_out, grad_lse):
 
 
 attention_op = _common.define(
-    "attention", f"({_SPEC}) -> (Tensor, Tensor)", forward_impl, _forward_fake, setup_context=_setup, backward=_backward
+    "attention", f"({_SPEC}) -> (Tensor, Tensor)", forward_impl, _forward_fake, setup_context=_setup, backward=backward
 )
 
 
@@ -235,14 +253,14 @@ class QkvSpec(NamedTuple):
 _QKV = _common.schema_of(QkvSpec)
 
 
-def _qkv_views(qkv: torch.Tensor, unpadded: bool) -> tuple[torch.Tensor, ...]:
+def qkv_views(qkv: torch.Tensor, unpadded: bool) -> tuple[torch.Tensor, ...]:
     parts = qkv.unbind(-3)
     return parts if unpadded else tuple(t.transpose(1, 2) for t in parts)
 
 
-def _parts_of(given: QkvSpec) -> AttentionSpec:
+def parts_of(given: QkvSpec) -> AttentionSpec:
     cu, longest = given.cu_seqlens, given.max_seqlen
-    q, k, v = _qkv_views(given.qkv, cu is not None)
+    q, k, v = qkv_views(given.qkv, cu is not None)
     return AttentionSpec(
         query=q, key=k, value=v, bias=None, mask=None, key_lengths=given.key_lengths, cu_seqlens_q=cu, cu_seqlens_k=cu,
         max_seqlen_q=longest, max_seqlen_k=longest, relative_bias=None, relative_max_distance=0,
@@ -252,13 +270,13 @@ def _parts_of(given: QkvSpec) -> AttentionSpec:
 
 
 def qkv_forward_impl(*args):
-    spec = _parts_of(QkvSpec(*args))
+    spec = parts_of(QkvSpec(*args))
     out, lse = _run_forward(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
 
 def qkv_plain(given: QkvSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = _parts_of(given)
+    spec = parts_of(given)
     out, lse = plain(spec)
     return (out if spec.cu_seqlens_q is not None else out.transpose(1, 2)), lse
 
@@ -272,12 +290,12 @@ def _qkv_forward_fake(*args):
 
 def qkv_backward_impl(grad_out, out, lse, *args):
     given = QkvSpec(*args)
-    spec, unpadded = _unit_stride(_parts_of(given)), given.cu_seqlens is not None
+    spec, unpadded = _unit_stride(parts_of(given)), given.cu_seqlens is not None
     grad = memory.empty(given.qkv.shape, given.qkv.dtype, given.qkv.device)
     if not unpadded:
         grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
     nothing = given.qkv.new_empty(0)
-    _run_backward(spec, grad_out, None, out, lse, *_qkv_views(grad, unpadded), nothing, nothing)
+    _run_backward(spec, grad_out, None, out, lse, *qkv_views(grad, unpadded), nothing, nothing)
     return grad
 
 
@@ -298,7 +316,7 @@ def _qkv_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _qkv_backward(ctx, need, grad_out, _grad_lse):
+def qkv_backward(ctx, need, grad_out, _grad_lse):
     given, out, lse = _common.saved(ctx)
     if torch.is_grad_enabled() and given.qkv.numel():
         return _common.gradients_of(qkv_plain, given, ("qkv",), (grad_out,))
@@ -311,5 +329,5 @@ qkv_attention_op = _common.define(
     qkv_forward_impl,
     _qkv_forward_fake,
     setup_context=_qkv_setup,
-    backward=_qkv_backward,
+    backward=qkv_backward,
 )

@@ -74,15 +74,17 @@ def define(name: str, schema: str, forward, fake, *, setup_context=None, backwar
     return call
 
 
-def by_position(backward, names: tuple[str, ...]):
-    """The backward of an autograd.Function whose arguments have these names, from `backward` as for define."""
-    needs, place = collections.namedtuple("needs", names), {name: i for i, name in enumerate(names)}
+def by_position(backward, names: tuple[str, ...], absent: tuple[str, ...] = ()):
+    """The backward of an autograd.Function whose arguments have these names, from `backward` as for define. absent:
+    names of arguments that the Function does not have, and `backward` knows."""
+    needs, place = collections.namedtuple("needs", (*names, *absent)), {name: i for i, name in enumerate(names)}
+    none = (False,) * len(absent)
 
     def gradients(ctx, *grads):
-        need = needs._make(ctx.needs_input_grad)
+        need = needs._make((*ctx.needs_input_grad, *none))
         found = [None] * len(names)
         for name, grad in backward(ctx, need, *grads).items():
-            if need[place[name]]:
+            if name in place and need[place[name]]:
                 found[place[name]] = grad
         return tuple(found)
 
@@ -124,13 +126,14 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
-def signature(tensors: tuple[torch.Tensor | None, ...], *options) -> tuple | None:
+def signature(tensors: tuple[torch.Tensor | None, ...], *options, strided: bool = False) -> tuple | None:
     """All that the checks of a call and its kernels look at, for calls that may skip both torch's dispatcher and, once
     they have been made, the checks.
 
     Args:
         tensors: the arguments.
         options: the other arguments, hashable.
+        strided: take tensors of any strides; else they must be contiguous.
 
     Returns:
         A key, or None if the call cannot be remembered: a tensor is traced, wrapped, not dense or not contiguous. Its
@@ -144,10 +147,11 @@ def signature(tensors: tuple[torch.Tensor | None, ...], *options) -> tuple | Non
         if t is None:
             about.append(None)
             continue
-        if (
-            type(t) not in _PLAIN or _batched(t) or t.is_meta or t.layout is not torch.strided or t.is_nested
-            or not t.is_contiguous()
-        ):  # fmt: skip
+        if type(t) not in _PLAIN or _batched(t) or t.is_meta or t.layout is not torch.strided or t.is_nested:
+            return None
+        if strided:
+            about.append(t.stride())
+        elif not t.is_contiguous():
             return None
         if enabled and t.requires_grad:
             needed = True

@@ -17,44 +17,43 @@ def keeps(residual, p: float, need_sum: bool) -> bool:
 
 
 class _Known:
-    """A kind of call without dropout that has passed its checks. repeat: launches it; None before the first call."""
+    """A kind of call that has passed its checks. repeat: launches it; None before the first call."""
 
-    def __init__(self, x, weight, bias, eps: float, rms: bool, keep: bool):
+    def __init__(self, x, weight, bias, eps: float, rms: bool, p: float, keep: bool):
         self.repeat: Repeat | None = None
-        self.rms, self.keep, self.constants = rms, keep, (eps, rms, 0.0)
+        self.rms, self.p, self.keep, self.constants = rms, p, keep, (eps, rms, p)
         self.rows = x.numel() // x.shape[-1]
         self.bias_dtype = None if bias is None else bias.dtype
         self.parameter_dtype = torch.float32 if weight is None else weight.dtype
-        self.backward: dict[tuple, Repeat] = {}
 
-    def without_gradients(self, x, residual, weight, bias) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def without_gradients(self, x, residual, weight, bias, rng) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.repeat is None:
-            found, self.repeat = launch(x, residual, weight, bias, None, *self.constants, self.keep, False)
+            found, self.repeat = launch(x, residual, weight, bias, rng, *self.constants, self.keep, False)
             return found[:2]
         y = memory.empty_like(x)
         total = memory.empty_like(x) if self.keep else None
-        self.repeat(x, residual, weight, bias, None, y, total, None, None)
+        self.repeat(x, residual, weight, bias, rng, y, total, None, None)
         return y, total
 
-    def with_gradients(self, x, residual, weight, bias) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _KnownNorm.apply(x, residual, weight, bias, self)
+    def with_gradients(self, x, residual, weight, bias, rng) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _KnownNorm.apply(x, residual, weight, bias, rng, self)
 
 
 class _KnownNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, known):
+    def forward(ctx, x, residual, weight, bias, rng, known):
         if known.repeat is None:
-            found, known.repeat = launch(x, residual, weight, bias, None, *known.constants, known.keep, True)
+            found, known.repeat = launch(x, residual, weight, bias, rng, *known.constants, known.keep, True)
             y, total, mean, rstd = found
         else:
             y = memory.empty_like(x)
             total = memory.empty_like(x) if known.keep else None
             mean = None if known.rms else memory.empty((known.rows,), torch.float32, x.device)
             rstd = memory.empty((known.rows,), torch.float32, x.device)
-            known.repeat(x, residual, weight, bias, None, y, total, mean, rstd)
+            known.repeat(x, residual, weight, bias, rng, y, total, mean, rstd)
         ctx.known, ctx.need_sum, ctx.bias_dtype = known, known.keep, known.bias_dtype
         ctx.kind, ctx.constants = NormSpec, known.constants
-        ctx.save_for_backward(total if known.keep else x, None, weight, None, None, mean, rstd)
+        ctx.save_for_backward(total if known.keep else x, None, weight, None, rng, mean, rstd)
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -63,45 +62,47 @@ class _KnownNorm(torch.autograd.Function):
         known, needs = ctx.known, ctx.needs_input_grad
         signature = None
         if grad_y is not None and not torch.is_grad_enabled():
-            signature = _common.signature((grad_y, grad_sum), needs[2:4])
+            signature = _common.signature((grad_y, grad_sum), known, needs[2:4])
         if signature is None or known.bias_dtype not in (None, known.parameter_dtype):
             return _general_backward(ctx, grad_y, grad_sum)
-        v, _, weight, _, _, mean, rstd = ctx.saved_tensors
-        repeat = known.backward.get(signature)
+        v, _, weight, _, rng, mean, rstd = ctx.saved_tensors
+        repeat = remembered.find(signature)
         if repeat is None:
-            spec = NormSpec(v, None, weight, None, None, *known.constants)
+            spec = NormSpec(v, None, weight, None, rng, *known.constants)
             found, repeat = launch_backward(grad_y, grad_sum, mean, rstd, *spec, *needs[2:4])
             if repeat is not None:
-                known.backward[signature] = repeat
-            return found[0], found[0] if needs[1] else None, found[2], found[3], None
-        grad_v = memory.empty_like(v)
-        shape, dtype = v.shape[-1:], known.parameter_dtype
-        grad_weight = memory.empty(shape, dtype, v.device) if needs[2] else None
-        grad_bias = memory.empty(shape, dtype, v.device) if needs[3] else None
-        repeat(grad_y, grad_sum, v, weight, None, mean, rstd, grad_v, None, grad_weight, grad_bias)
-        return grad_v, grad_v if needs[1] else None, grad_weight, grad_bias, None
+                remembered.remember(signature, repeat)
+            grad_v, grad_x, grad_weight, grad_bias = found
+        else:
+            grad_v = memory.empty_like(v)
+            grad_x = memory.empty_like(v) if known.p else None
+            shape, dtype = v.shape[-1:], known.parameter_dtype
+            grad_weight = memory.empty(shape, dtype, v.device) if needs[2] else None
+            grad_bias = memory.empty(shape, dtype, v.device) if needs[3] else None
+            repeat(grad_y, grad_sum, v, weight, rng, mean, rstd, grad_v, grad_x, grad_weight, grad_bias)
+        return grad_x if known.p else grad_v, grad_v if needs[1] else None, grad_weight, grad_bias, None, None
 
 
-_general_backward = _common.by_position(backward, ("x", "residual", "weight", "bias", "known"))
+_general_backward = _common.by_position(backward, ("x", "residual", "weight", "bias", "rng", "known"))
 
 
-def remember(signature: tuple, x, residual, weight, bias, eps: float, rms: bool, need_sum: bool):
+def remember(signature: tuple, x, residual, weight, bias, rng, eps: float, rms: bool, p: float, need_sum: bool):
     """Make the first call with this signature, and remember how. Returns y and the sum, with which more may follow."""
-    chosen, needed = choose(x, residual, 0.0, rms), signature[0]
-    keep = keeps(residual, 0.0, need_sum) if needed else need_sum
+    chosen, needed = choose(x, residual, p, rms), signature[0]
+    keep = keeps(residual, p, need_sum) if needed else need_sum
     if chosen.name in ("cpu", "eager"):
 
-        def call(x, residual, weight, bias):
+        def call(x, residual, weight, bias, rng):
             if needed:
-                return norm_op(x, residual, weight, bias, None, eps, rms, 0.0, keep, True)
-            return chosen.norm(x, residual, weight, bias, None, eps, rms, 0.0, need_sum)
+                return norm_op(x, residual, weight, bias, rng, eps, rms, p, keep, True)
+            return chosen.norm(x, residual, weight, bias, rng, eps, rms, p, need_sum)
 
         if needed or chosen.name == "cpu":
             remembered.remember(signature, call)
-            return call(x, residual, weight, bias)
-    known = _Known(x, weight, bias, eps, rms, keep)
+            return call(x, residual, weight, bias, rng)
+    known = _Known(x, weight, bias, eps, rms, p, keep)
     call = known.with_gradients if needed else known.without_gradients
-    found = call(x, residual, weight, bias)
+    found = call(x, residual, weight, bias, rng)
     if known.repeat is not None:
         remembered.remember(signature, call)
     return found

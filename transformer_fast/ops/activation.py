@@ -138,7 +138,6 @@ class _Known:
     def __init__(self, activation: str):
         self.activation = activation
         self.repeat: Repeat | None = None
-        self.backward: dict[tuple, Repeat] = {}
 
     def without_gradients(self, x, bias, gate) -> torch.Tensor:
         if self.repeat is None:
@@ -164,15 +163,15 @@ class _KnownActivation(torch.autograd.Function):
         known, need_bias = ctx.known, ctx.needs_input_grad[1]
         signature = None
         if not torch.is_grad_enabled():
-            signature = _common.signature((grad,), need_bias)
+            signature = _common.signature((grad,), known, need_bias)
         if signature is None:
             return _general_backward(ctx, grad)
         x, bias, gate = ctx.saved_tensors
-        repeat = known.backward.get(signature)
+        repeat = remembered.find(signature)
         if repeat is None:
             found, repeat = _launch_backward(grad, x, bias, gate, known.activation, need_bias)
             if repeat is not None:
-                known.backward[signature] = repeat
+                remembered.remember(signature, repeat)
             return *found, None
         grad_x = memory.empty_like(x)
         grad_gate = None if gate is None else memory.empty_like(x)

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from ..backends import remembered
 from ..backends.specs import AttentionSpec
 from . import _attention_direct as _direct
 from . import _common, _parallel
@@ -21,9 +22,11 @@ from ._attention_arguments import (
     check_softcap,
     check_window,
     dropout_state,
+    readable,
     scale_or_default,
     split_mask,
 )
+from ._attention_known import remember, remember_qkv
 from ._attention_op import (
     CAUSAL,
     QkvSpec,
@@ -107,7 +110,7 @@ def scaled_dot_product_attention(
         >>> transformer_fast.scaled_dot_product_attention(q, k, v, key_lengths=lengths, is_causal=True).shape
         torch.Size([2, 8, 128, 64])
     """
-    known, spread = None, _parallel.current()
+    known, again, spread = None, None, _parallel.current()
     if (
         spread is None and bias is None and key_lengths is None and window is None and relative_bias is None
         and type(dropout_p) in (float, int) and dropout_p == 0 and type(softcap) is float and softcap == 0.0
@@ -122,6 +125,16 @@ def scaled_dot_product_attention(
             )
             if found is not None:
                 return found
+        elif attn_mask is None:
+            again = _common.signature(
+                (query, key, value), is_causal, scale, enable_gqa, causal_alignment, strided=True
+            )  # fmt: skip
+            if again is not None and autocasts(query):
+                again = None
+            call = None if again is None else remembered.find(again)
+            if call is not None:
+                out = call(query, key, value)
+                return out if return_lse else out[0]
     _common.check_flag("return_lse", return_lse)
     for name, t in (("query", query), ("key", key), ("value", value)):
         _common.check_floating(name, t)
@@ -154,6 +167,10 @@ def scaled_dot_product_attention(
         causal_alignment, window, softcap, scale, return_lse, generator,
     )  # fmt: skip
     if as_given:
+        if again is not None and query.numel() and key.numel():
+            args = None, None, None, None, None, sq, sk, None, 0, False, None, float(scale), CAUSAL[causal_alignment]
+            spec = AttentionSpec(query, key, value, *args, -1, 0 if is_causal else -1, 0.0, 0.0)
+            remember(again, spec, choose(spec).name)
         return out
     return (given.restore(out[0]), given.restore_lse(out[1])) if return_lse else given.restore(out)
 
@@ -317,6 +334,17 @@ def qkv_attention(
         return _attend_to_parts(
             qkv, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, key_lengths, generator, return_lse
         )
+    signature, given = None, cu_seqlens
+    if (
+        key_lengths is None and type(dropout_p) is float and dropout_p < 1.0 and type(is_causal) is bool
+        and (scale is None or type(scale) is float)
+        and (cu_seqlens is None or (type(max_seqlen) is int and isinstance(cu_seqlens, torch.Tensor)))
+    ):  # fmt: skip
+        signature = _common.signature((qkv, cu_seqlens), "qkv", dropout_p, is_causal, scale, max_seqlen)
+        call = None if signature is None else remembered.find(signature)
+        if call is not None:
+            out, lse = call(qkv, cu_seqlens, _common.draw_rng(qkv.device, generator) if dropout_p else None)
+            return (out, lse) if return_lse else out
     check_head_dim("qkv", qkv.shape[-1])
     if unpadded:
         cu_seqlens, longest = check_cu_seqlens("cu_seqlens", cu_seqlens, qkv, max_seqlen)
@@ -333,6 +361,12 @@ def qkv_attention(
         out, lse = qkv_forward_impl(*args)
     else:
         out, lse = qkv_attention_op(*args)
+    # Lengths that are read are checked in every call.
+    if (
+        signature is not None and cu_seqlens is given and (p > 0) == (dropout_p > 0) and qkv.numel()
+        and (cu_seqlens is None or not readable(cu_seqlens))
+    ):  # fmt: skip
+        remember_qkv(signature, QkvSpec(*args))
     if nothing:
         out = out * 0
     return (out, lse) if return_lse else out

@@ -15,12 +15,13 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
     """Checks, dtype promotion and the dropout seed; then the kernel, without torch's dispatcher where possible. A call
     like an earlier one is launched at once."""
     signature = None
-    if type(p) is float and p == 0.0 and type(eps) is float:
-        signature = _common.signature((input, residual, weight, bias), eps, rms, need_sum)
+    if type(p) is float and type(eps) is float:
+        signature = _common.signature((input, residual, weight, bias), eps, rms, need_sum, p)
         if signature is not None:
             known = remembered.find(signature)
             if known is not None:
-                return known(input, residual, weight, bias)
+                rng = _common.draw_rng(input.device, generator) if p else None
+                return known(input, residual, weight, bias, rng)
     _common.check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input: wanted at least one dimension, got a scalar")
@@ -46,14 +47,15 @@ def _norm(input, residual, weight, bias, eps, rms, p, need_sum, generator):
     if type(p) is not float or p != 0.0:
         _common.check_probability("dropout_p", p)
         if p == 1.0:  # the kernels do not handle p = 1
-            input, p = input * 0, 0.0
-        p = p if threshold(p) else 0.0
+            input, p, signature = input * 0, 0.0, None
+        if not threshold(p):
+            p, signature = 0.0, None
         if p:
             rng = _common.draw_rng(input.device, generator)
     if _common.transformed():
         return plain(input, residual, weight, bias, rng, eps, rms, p)
     if signature is not None and input.numel():
-        return remember(signature, input, residual, weight, bias, eps, rms, need_sum)
+        return remember(signature, input, residual, weight, bias, rng, eps, rms, p, need_sum)
     if _common.direct(input, residual, weight, bias):
         return run(input, residual, weight, bias, rng, eps, rms, p, need_sum, False)
     return norm_op(input, residual, weight, bias, rng, eps, rms, p, keeps(residual, p, need_sum), True)
