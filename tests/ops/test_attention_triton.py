@@ -130,6 +130,16 @@ def test_float32(case, device):
     _padded(device, torch.float32, sq=40, d=64, **CASES[case])
 
 
+def test_the_soft_cap_in_float32_is_as_accurate_for_negative_scores(device):
+    """With a single key the log-sum-exp is the capped score, whose tanh has a relative error of a few ulp."""
+    q, k = 4 * torch.randn(1, 2, 200, 16, device=device), torch.randn(1, 2, 1, 16, device=device)
+    with tf.backend("triton"):
+        both = [tf.scaled_dot_product_attention(x, k, k, softcap=3.0, return_lse=True)[1] for x in (q, -q)]
+    assert torch.equal(both[0], -both[1])
+    capped = 3 * torch.tanh((q * k).sum(-1) / 4 / 3)
+    assert_as_accurate(both[0], 3 * torch.tanh((q.double() * k.double()).sum(-1) / 12), capped, name="lse")
+
+
 @pytest.mark.parametrize("axes", ["bhmn", "hmn", "bn", "m", "bm", "n", ""])
 def test_bias_gradient_over_the_axes_it_broadcasts_along(axes, device):
     _padded(device, torch.bfloat16, sq=20, bias=bias_of(axes, torch.bfloat16, device))
