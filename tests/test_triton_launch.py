@@ -20,7 +20,7 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 PRELUDE = """
-import json, torch
+import json, re, torch
 import transformer_fast as tf
 from transformer_fast.benchmarks import host_time
 driver = host_time.install()
@@ -43,8 +43,10 @@ class Compiled(CompiledKernel):
     def run(self):
         return self.launch
     def launch(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        kinds = re.findall(r"\\('([*\\w]+)',", self.kind)[:len(arguments)]  # pointers are '*bf16' and the like
+        assert len(kinds) == len(arguments)
         addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        values = [known.get(a, "made here") if isinstance(a, int) and a > 2**32 else a for a in addresses]
+        values = [known.get(a, "made here") if k.startswith("*") else a for k, a in zip(kinds, addresses)]
         launches.append([self.name, self.kind, [x, y, z], [str(v) for v in values]])
 
 def compiled(self, key, signature, device, constexprs, options, attrs, warmup):
