@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 from transformer_fast.benchmarks.graphs import graphed
+from transformer_fast.benchmarks.shapes import HIDDEN, TOKENS
 
 import transformer_fast as tf
 
 BACKENDS = "triton", "cuda"
-TOKENS, HIDDEN = 16384, 2048
 CALLS, ROUNDS = 4, 5
 
 

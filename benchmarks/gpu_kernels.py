@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from transformer_fast.benchmarks.shapes import HIDDEN, TOKENS
 
 import transformer_fast as tf
 
 CALLS = 5
-TOKENS, HIDDEN = 16384, 2048
 NORMS = ((4096, 768), (32768, 1024), (32768, 4096), (32768, 8192))  # (rows, width)
 
 

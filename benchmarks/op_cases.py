@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformer_fast as tf
 
 from . import shapes
-from .calls import with_gradients
+from .calls import forward_only, with_gradients
 from .case import OURS, Bar, Candidate, Case, Unavailable, everything
 from .decoder_op_cases import decoder_op_cases
 from .gpu_cases import gpu_cases
@@ -70,17 +70,6 @@ def _attention_flops(shape: shapes.AttentionShape, causal: bool) -> float:
     return 4.0 * b * h * s * s * d * (0.5 if causal else 1.0)
 
 
-def _no_grad(function: Callable) -> Callable:
-    def prepare(inputs):
-        def call():
-            with torch.no_grad():
-                return function(inputs)
-
-        return call
-
-    return prepare
-
-
 def _sdpa_candidates(wrap: Callable, causal: bool, dropout_p: float = 0.0) -> tuple[Candidate, ...]:
     def attend(op):
         return lambda x: op(x.q, x.k, x.v, x.bias, dropout_p, causal)
@@ -101,7 +90,7 @@ def _attention_forward(shape, dtype: str, causal: bool, device: str) -> Case:
         name=f"attention-forward/{dtype}-{shape.name}{'-causal' if causal else ''}",
         title=f"attention forward {dtype}, {tuple(shape)}{', causal' if causal else ''}",
         inputs=_attention_inputs(shape, dtype, device),
-        candidates=_sdpa_candidates(_no_grad, causal),
+        candidates=_sdpa_candidates(forward_only, causal),
         peer=SDPA,
         dtype=dtype,
         shape=f"{tuple(shape)}",
@@ -161,7 +150,7 @@ def _pointwise_case(
 ) -> Case:
     """tensors: the least number of activations read or written; vectors: of parameters; agree: compare the results."""
     rows, width = rows_width
-    wrap = with_gradients if grad else _no_grad
+    wrap = with_gradients if grad else forward_only
 
     def compiled(inputs):
         return wrap(torch.compile(theirs, dynamic=False))(inputs)

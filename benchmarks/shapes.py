@@ -37,16 +37,16 @@ class AppendShape(NamedTuple):
 
 # BERT-base's heads, from many short sequences to one long one.
 ATTENTION_CPU = [AttentionShape(8, 12, 128, 64), AttentionShape(8, 12, 512, 64), AttentionShape(1, 12, 2048, 64)]
-# 16 k tokens and a width of 2048, as attention papers measure.
+TOKENS, HIDDEN = 16384, 2048  # as attention papers measure
 ATTENTION_CUDA = [
-    AttentionShape(16384 // length, 2048 // head_dim, length, head_dim)
+    AttentionShape(TOKENS // length, HIDDEN // head_dim, length, head_dim)
     for head_dim in (64, 128)
     for length in (512, 1024, 2048, 4096, 8192, 16384)
 ]
 
-PADDED_CUDA = [AttentionShape(16384 // length, 12, length, 64) for length in (128, 256, 512)]
-T5_CUDA = [AttentionShape(16384 // length, 12, length, 64) for length in (512, 1024, 2048, 4096)]
-DROPOUT_CUDA = [AttentionShape(16384 // length, 16, length, 64) for length in (512, 2048)]
+PADDED_CUDA = [AttentionShape(TOKENS // length, 12, length, 64) for length in (128, 256, 512)]
+T5_CUDA = [AttentionShape(TOKENS // length, 12, length, 64) for length in (512, 1024, 2048, 4096)]
+DROPOUT_CUDA = [AttentionShape(TOKENS // length, 16, length, 64) for length in (512, 2048)]
 DECODE_CUDA = [(batch, context) for batch in (1, 8, 64) for context in (128, 1024, 4096)]  # (sequences, tokens)
 
 POINTWISE = (4096, 768)  # (rows, width): 32 sentences of 128 tokens in BERT-base

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from transformer_fast.benchmarks.shapes import HIDDEN, TOKENS
 from transformer_fast.kernels import attention_configurations as configurations
 from transformer_fast.kernels.attention_configurations import Config
 
 GAIN = 0.98  # a new configuration must take less than this share of the old one's time
-TOKENS, HIDDEN = 16384, 2048
 DISAGREEMENT = 0.02  # relative to the largest value: more than two roundings to 16 bits
 
 

@@ -3,8 +3,8 @@
     v = word[ids] + token_type[type_ids] + position[position_ids]      y = dropout(weight * (v - mean) * rstd + bias)
 
 Nothing of the size of y is kept: the backward pass gathers v again. It writes the gradient of v in float32. Sorting
-the ids then finds the rows of each table entry, and the programs of the entry add them up in a fixed order. Not yet
-run on a GPU: configurations are chosen from register counts, not timings.
+the ids then finds the rows of each table entry, and the programs of the entry add them up in a fixed order.
+Configurations are chosen from register counts, not timings.
 """
 
 import torch

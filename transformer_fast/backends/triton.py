@@ -45,14 +45,16 @@ def _device_of(t: torch.Tensor):
     return contextlib.nullcontext()
 
 
-def _on_device(device: int, steps):
-    def repeat(*tensors):
-        if device == torch.cuda.current_device():
-            return steps(*tensors)
-        with torch.cuda.device(device):
-            return steps(*tensors)
+def _on_device(device: int, function):
+    """The function, run with this device as the current one."""
 
-    return repeat
+    def run(*args):
+        if device == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
+
+    return run
 
 
 @functools.cache
@@ -135,12 +137,10 @@ class TritonBackend(Backend):
         have shapes that follow from those and the key. Returns a function that repeats the launches on other inputs of
         the same kind, or None."""
         run, device = _launcher().run, output.get_device()
-        if device < 0 or device == torch.cuda.current_device():
-            steps = run((*key, output.device), inputs, build, strided)
-        else:
-            with torch.cuda.device(device):
-                steps = run((*key, output.device), inputs, build, strided)
-        return steps if steps is None or device < 0 else _on_device(device, steps)
+        if device < 0:
+            return run((*key, output.device), inputs, build, strided)
+        steps = _on_device(device, run)((*key, output.device), inputs, build, strided)
+        return None if steps is None else _on_device(device, steps)
 
     def attention_forward(self, spec, out, lse):
         from .triton_attention import attention_forward

@@ -91,10 +91,9 @@ def _backward_impl(
 
 
 def _backward_fake(grad, x, bias, gate, activation, need_bias):
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape),
-        x.new_empty((x.shape[-1] if need_bias else 0,), dtype=bias.dtype if bias is not None else wide),
+        x.new_empty((x.shape[-1] if need_bias else 0,), dtype=_wide(x) if bias is None else bias.dtype),
         x.new_empty(x.shape if gate is not None else (0,)),
     )
 
