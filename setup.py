@@ -43,6 +43,7 @@ CUDA_ARCHS = {8: "80", 9: "90a", 10: "100", 12: "120"}
 LIBRARY, NOTE = "_C.abi3.so", "_native_missing.txt"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
+X86_ISAS["avx512_amx"] = [*X86_ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 # For files with int8 in their names: more instruction sets, with byte multiplications.
 X86_INT8_ISAS = {
     "baseline": X86_ISAS["baseline"],
@@ -50,6 +51,7 @@ X86_INT8_ISAS = {
     "avx_vnni": [*X86_ISAS["avx2"], "-mavxvnni"],
     "avx512": X86_ISAS["avx512"],
     "avx512_vnni": [*X86_ISAS["avx512"], "-mavx512vnni"],
+    "avx512_amx": [*X86_ISAS["avx512"], "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
 OLDEST_TORCH = (2, 11)
 NO_TORCH = """

@@ -6,6 +6,12 @@
 #include <string>
 #include <thread>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "bindings/attention.hpp"
 #include "bindings/norm.hpp"
 #include "cpu/parallel.hpp"
@@ -53,6 +59,23 @@ TF_FOR_EACH_ISA(TF_DECLARE)
 static const Kernels* active = &kernels_baseline;
 const Kernels& kernels() { return *active; }
 
+// Whether the processor multiplies tiles of bf16 and int8 (AMX) and the system lets this process: it has to be asked,
+// as the tiles make what it saves of each thread larger by 8 KiB.
+bool cpu_has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bf16 | tile | int8;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, Linux 5.16
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 // Whether this processor has the instruction set: see X86_ISAS in setup.py.
 static bool has_isa(const std::string& name) {
 #if defined(__x86_64__)
@@ -62,7 +85,8 @@ static bool has_isa(const std::string& name) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512cd");
-  return avx512 && (name != "avx512_bf16" || __builtin_cpu_supports("avx512bf16"));
+  if (!avx512 || name == "avx512") return avx512;
+  return __builtin_cpu_supports("avx512bf16") && (name != "avx512_amx" || cpu_has_tiles());
 #else
   return true;
 #endif

@@ -4,6 +4,7 @@
 #include "cpu/kernels_int8.hpp"
 
 namespace tf {
+bool cpu_has_tiles();  // csrc/ops.cpp
 namespace {
 
 using OptionalTensors = std::vector<OptionalTensor>;
@@ -35,7 +36,9 @@ std::string cpu_int8_isas() {
   if (avx2) found += " avx2";
   if (avx2 && __builtin_cpu_supports("avxvnni")) found += " avx_vnni";
   if (avx512) found += " avx512";
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) found += " avx512_vnni";
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni) found += " avx512_vnni";
+  if (vnni && cpu_has_tiles()) found += " avx512_amx";
 #endif
   return found;
 }

@@ -75,6 +75,13 @@ def _has_avx512_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
+@functools.cache
+def _has_tiles() -> bool:
+    """True if the processor multiplies tiles (AMX) and the system permits it to this process, which _init_amx asks."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(supported() and torch.cpu._init_amx())
+
+
 def default_isa() -> str:
     """The widest instruction set that the processor, torch and TRANSFORMER_FAST_CPU_ISA allow."""
     forced = os.environ.get("TRANSFORMER_FAST_CPU_ISA")
@@ -106,11 +113,17 @@ def multiplies_bfloat16() -> bool:
     return current_isa() in _MULTIPLIES_BFLOAT16
 
 
-INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+INT8_ISAS = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_amx")
 # Each instruction set, and the widest instruction set of the int8 kernels that may run with it.
-_INT8_WIDEST = {"baseline": "baseline", "avx2": "avx_vnni", "avx512": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
+_INT8_WIDEST = {
+    "baseline": "baseline",
+    "avx2": "avx_vnni",
+    "avx512": "avx512_vnni",
+    "avx512_bf16": "avx512_vnni",
+    "avx512_amx": "avx512_amx",
+}
 ISAS = tuple(_INT8_WIDEST)
-_MULTIPLIES_BFLOAT16 = ("avx512_bf16",)
+_MULTIPLIES_BFLOAT16 = ("avx512_bf16", "avx512_amx")
 _INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # per torch capability; else all
 _current_int8 = ""
 
@@ -142,4 +155,6 @@ def supported_isas() -> list[str]:
         names.append("avx2")
     if widest == "AVX512":
         names += ["avx512", "avx512_bf16"] if _has_avx512_bf16() else ["avx512"]
+        if _has_avx512_bf16() and _has_tiles():
+            names.append("avx512_amx")
     return names
