@@ -16,7 +16,8 @@ struct Buffers {
 };
 
 Buffers take_buffers(const Attention& a) {
-  const int64_t padded = round_up(a.dim, kWidth), tile = kKeys * kQueries, rows = kKeys * padded;
+  const int64_t padded = round_up(a.dim, kPairColumns), tile = kKeys * kQueries;
+  const int64_t rows = (kKeys + kPairColumns) * padded;  // gemm_bf16 may read past the last one
   Arena arena{static_cast<char*>(
       tf_scratch(0, 2 * kGroup * Arena::bytes(padded * kQueries) + Arena::bytes(tile) + 2 * Arena::bytes(rows) +
                         (1 + 2 * kGroup) * Arena::bytes(kQueries)))};
@@ -84,10 +85,10 @@ inline Vec exp2_for_bf16(Vec x) {
 #endif
 }
 
-// softmax_block and the pairs of its probabilities, in place, without dropout.
+// softmax_block and the pairs of its probabilities, in place, without dropout: for N vectors of queries.
 template <int N>
-void softmax_pairs(int64_t keys, float to_log2, float* scores, float* tops, float* totals, float* correction) {
-  constexpr int64_t lanes = N * kWidth;
+void softmax_pairs(int64_t keys, int64_t lanes, float to_log2, float* scores, float* tops, float* totals,
+                   float* correction) {
   Vec top[N], shift[N], sum[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) top[n] = load(tops + n * kWidth);
@@ -179,7 +180,7 @@ template <class T, bool Pairs>
 class Group {
  public:
   Group(const AttentionForward& a, int64_t b, int64_t h, int64_t first, int64_t count, const Buffers& s)
-      : a_(a), b_(b), hk_(h / (a.heads / a.key_heads)), count_(count), padded_(round_up(a.dim, kWidth)), s_(s),
+      : a_(a), b_(b), hk_(h / (a.heads / a.key_heads)), count_(count), padded_(round_up(a.dim, kPairColumns)), s_(s),
         to_log2_(log2_factor(a)), fold_(folds_scale(a)) {
     for (int64_t i = 0; i < count; ++i) {
       tiles_[i] = make_tile(a, b, h, (first + i) * kQueries);
@@ -248,8 +249,16 @@ class Group {
     if constexpr (sizeof(T) == 4) {
       return {j, {k, a_.key_strides.row * 4, 4}, {v, 4, a_.value_strides.row * 4}};
     } else if constexpr (Pairs) {
-      load_pair_rows(k, a_.key_strides.row, keys, a_.dim, s_.keys, padded_);
-      pair_rows(v, a_.value_strides.row, keys, a_.dim, s_.values, padded_);
+      const int64_t words = round_up((a_.dim + 1) / 2, kPairColumns);
+      load_pair_rows(k, a_.key_strides.row, keys, a_.dim, s_.keys, words);
+      const Operand copied{s_.keys, words * 4, 4};
+      if constexpr (kHasBf16Tiles) {
+        pair_rows_transposed(v, a_.value_strides.row, keys, a_.dim, s_.values, kKeys / 2);
+        return {j, copied, {s_.values, kKeys / 2 * 4, 4}};
+      } else {
+        pair_rows(v, a_.value_strides.row, keys, a_.dim, s_.values, padded_);
+        return {j, copied, {s_.values, 4, padded_ * 4}};
+      }
     } else {
       load_rows(k, a_.key_strides.row, keys, a_.dim, s_.keys, padded_);
       load_rows(v, a_.value_strides.row, keys, a_.dim, s_.values, padded_);
@@ -282,14 +291,13 @@ class Group {
             const float* p = s_.scores + r * lanes + c;
             store(s_.scores + r / 2 * lanes + c, pair(load(p), r + 1 < keys ? load(p + lanes) : Vec{}));
           }
-      } else if (lanes == 4 * kWidth) {
-        softmax_pairs<4>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
-      } else if (lanes == 3 * kWidth) {
-        softmax_pairs<3>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
-      } else if (lanes == 2 * kWidth) {
-        softmax_pairs<2>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
       } else {
-        softmax_pairs<1>(keys, to_log2_, s_.scores, tops, totals, s_.correction);
+        for (int64_t c = 0; c < lanes;) {
+          const int64_t left = (lanes - c) / kWidth;
+          const auto run = left >= 4 ? softmax_pairs<4> : left == 3 ? softmax_pairs<3> : left == 2 ? softmax_pairs<2> : softmax_pairs<1>;
+          run(keys, lanes, to_log2_, s_.scores + c, tops + c, totals + c, s_.correction + c);
+          c += (left < 4 ? left : 4) * kWidth;
+        }
       }
       gemm_bf16(write, a_.dim, lanes, (keys + 1) / 2, v, s_.scores, lanes, out(i), lanes, s_.correction);
     } else {
@@ -353,7 +361,7 @@ void forward_all(const AttentionForward& a) {
       return Group<T, Pairs>(a, low, within / groups, group * size, least(tiles, size), s);
     };
     share_out_runs(items, threads, first + a.batch + 1, [&] {
-      return [&, s = take_buffers(a)](int64_t item, int64_t next) {
+      return [&, s = take_buffers(a), state = ProductState()](int64_t item, int64_t next) {
         group_of(item, s).run(next < 0 ? Ahead{} : group_of(next, s).ahead());
       };
     });

@@ -2,17 +2,27 @@
 //
 // B and C are scratch, rows of 32-bit words, n a multiple of kWidth. A is read one word at a time and broadcast, with
 // any byte strides: keys and values are used in place, never transposed. A word is a float, or a pair of bf16 along k
-// where the processor multiplies pairs (vdpbf16ps).
+// where the processor multiplies pairs (vdpbf16ps) or tiles of them (AMX).
 #pragma once
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace tf::TF_ISA {
 
+#if defined(TF_TILES)
+constexpr bool kHasBf16Tiles = true;
+using ProductState = Tiles;  // what gemm_bf16 needs while it runs
+#else
+constexpr bool kHasBf16Tiles = false;
+struct ProductState {};
+#endif
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16Dot = true;
 #else
-constexpr bool kHasBf16Dot = false;
+constexpr bool kHasBf16Dot = kHasBf16Tiles;
 #endif
+// n of gemm_bf16 is a multiple of this.
+constexpr int64_t kPairColumns = kHasBf16Tiles ? 16 : kWidth;
 
 enum class Write { kStore, kAdd, kScaleAdd };  // C = AB, C + AB, C * diag(column_scale) + AB
 
@@ -28,7 +38,8 @@ constexpr int64_t kChain = 64, kShortChain = 16, kFewRows = 16;
 static inline int64_t chain_of(int64_t rows) { return rows <= kFewRows ? kShortChain : kChain; }
 void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, const float* column_scale = nullptr, int64_t chain = kChain);
-// The same on words of two bf16, if kHasBf16Dot.
+// The same on words of two bf16, if kHasBf16Dot. With tiles the words of a row of A lie side by side (depth_bytes is 4),
+// and whole groups of 16 rows of A and C are read: rows from m on may hold anything, and are not written.
 void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                int64_t ldc, const float* column_scale = nullptr);
 

@@ -30,7 +30,7 @@ static inline T* row_of(Data* data, const RowStrides& strides, int64_t b, int64_
   return static_cast<T*>(data) + b * strides.batch + h * strides.head + r * strides.row;
 }
 
-// Queries [q0, q0 + count) of head h of sequence b, `lanes` wide (a multiple of kWidth).
+// Queries [q0, q0 + count) of head h of sequence b, `lanes` wide (a multiple of kPairColumns).
 struct Tile {
   int64_t b, h, q0, count, lanes;
   int64_t offset;  // position of query i is i + offset
@@ -40,7 +40,7 @@ struct Tile {
 static inline Tile make_tile(const Attention& a, int64_t b, int64_t h, int64_t q0) {
   const int64_t left = a.query_lengths[b] - q0, count = left < kQueries ? left : kQueries;
   const int64_t offset = a.bottom_right ? a.key_lengths[b] - a.query_lengths[b] : 0;
-  return {b, h, q0, count, round_up(count, kWidth), offset, a.key_lengths[b]};
+  return {b, h, q0, count, round_up(count, kPairColumns), offset, a.key_lengths[b]};
 }
 
 // Keys that some query of the tile can see: [begin, end), empty when end <= begin.

@@ -1,4 +1,4 @@
-// Copies tiles between tensors and scratch: transposed, widened to float, or as pairs of bf16 for vdpbf16ps.
+// Copies tiles between tensors and scratch: transposed, widened to float, or as pairs of bf16 in a word.
 #pragma once
 #include "attention_gemm.hpp"
 
@@ -145,6 +145,30 @@ static inline void pair_rows(const bf16* src, int64_t stride, int64_t rows, int6
       float* out = dst + r / 2 * ld + c;
       store(out, interleave(even, odd, 0));
       if (c + kWidth < columns) store(out + kWidth, interleave(even, odd, kWidth));
+    }
+}
+
+// The same, transposed: dst[c * ld + r / 2], with zeros up to a multiple of kWidth words.
+static inline void pair_rows_transposed(const bf16* src, int64_t stride, int64_t rows, int64_t columns, float* dst,
+                                        int64_t ld) {
+  for (int64_t r = 0; r < rows; r += 2 * kWidth)
+    for (int64_t c = 0; c < columns; c += 2 * kWidth) {
+      Vec low[kWidth], high[kWidth];
+      const bf16* p = src + r * stride + c;
+      for (int64_t i = 0; i < kWidth; ++i, p += 2 * stride) {
+        const int64_t left = rows - r - 2 * i;
+        const Halves even = left > 0 ? bit_cast<Halves>(load_words(p, columns - c)) : Halves{};
+        const Halves odd = left > 1 ? bit_cast<Halves>(load_words(p + stride, columns - c)) : Halves{};
+        low[i] = interleave(even, odd, 0);
+        high[i] = interleave(even, odd, kWidth);
+      }
+      transpose(low);
+      transpose(high);
+      float* out = dst + c * ld + r / 2;
+      for (int64_t i = 0; i < kWidth; ++i) {
+        if (c + i < columns) store(out + i * ld, low[i]);
+        if (c + kWidth + i < columns) store(out + (kWidth + i) * ld, high[i]);
+      }
     }
 }
 
