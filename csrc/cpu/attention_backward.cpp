@@ -1,58 +1,11 @@
 // Attention backward: probabilities are recomputed from the saved log-sum-exp (Dao, "FlashAttention-2", 2023, algorithm
 // 2). One work item is one key head of one sequence: dK and dV have a single writer and a fixed order of addition, so
 // the result does not depend on the number of threads.
-#include "attention_scores.hpp"
+#include "attention_backward_products.hpp"
 #include "parallel.hpp"
 
 namespace tf::TF_ISA {
 namespace {
-
-// A mask or a bias may leave a row a single key with all the probability; its score has no gradient. With dropout the
-// output is not that key's value but a scaled one, and its rounding would give the score a gradient.
-bool has_lone_keys(const Attention& a) {
-  return a.dropout.threshold != 0 || a.mask || a.bias_type != BiasType::none || a.relative_bias;
-}
-// How many keys' scores are held at once, at most; beyond a thousand that takes up to a tenth more time.
-int64_t held_keys(const Attention& a) { return has_lone_keys(a) ? 8192 : 1024; }
-
-struct Buffers {
-  float *queries_t, *grads_t, *queries, *grads, *dq;  // a tile of queries: (dim, lanes) and (lanes, padded dim)
-  float *p, *ds, *slope, *factor;                     // scores: (keys, lanes); factor: of dropout
-  float *lse, *lse_rest;      // in units of log2, rounded; 2^-(its rounding error)
-  float *delta, *grad_lse;
-  float* scale;  // row sums of p, then their inverses, then the scale of the scores
-  float *ds_sum, *slope_sum;  // row sums of ds and of p * slope
-  float* seen;                // keys per row with a probability above zero
-  float* centre;              // the mean key: (padded dim)
-  float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
-};
-
-Buffers take_buffers(const Attention& a) {
-  const int64_t padded = round_up(a.dim, kWidth), side = padded * kQueries;
-  int64_t longest = 1;
-  for (int64_t b = 0; b < a.batch; ++b) longest = a.key_lengths[b] > longest ? a.key_lengths[b] : longest;
-  const int64_t sequence = longest * padded, held = held_keys(a);
-  const int64_t tile = round_up(longest < held ? longest : held, kKeys) * kQueries;
-  const int64_t copies = a.dtype == DType::f32 ? 2 : 4;
-  Arena arena{static_cast<char*>(tf_scratch(
-      0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 8 * Arena::bytes(kQueries) + Arena::bytes(padded) +
-             copies * Arena::bytes(sequence)))};
-  Buffers s{};
-  float** const sides[] = {&s.queries_t, &s.grads_t, &s.queries, &s.grads, &s.dq};
-  for (float** p : sides) *p = arena.take(side);
-  float** const tiles[] = {&s.p, &s.ds, &s.slope, &s.factor};
-  for (float** p : tiles) *p = arena.take(tile);
-  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale, &s.ds_sum, &s.slope_sum, &s.seen};
-  for (float** p : rows) *p = arena.take(kQueries);
-  s.centre = arena.take(padded);
-  s.dk = arena.take(sequence);
-  s.dv = arena.take(sequence);
-  if (copies == 4) {
-    s.keys = arena.take(sequence);
-    s.values = arena.take(sequence);
-  }
-  return s;
-}
 
 // dbias += score gradients of the tile, summed over broadcast axes.
 void add_bias_gradient(const AttentionBackward& a, const Tile& t, int64_t j0, int64_t keys, const float* ds) {
@@ -101,15 +54,8 @@ bool is_dead(const AttentionBackward& a, const Tile& t, int64_t i) {
   return i >= t.count || lse_of(a, t)[i] == -INFINITY;
 }
 
-template <class T>
-void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
-  const int64_t padded = round_up(a.dim, kWidth), row = a.query_starts[t.b] + t.q0;
-  const T* q = row_of<const T>(a.query, a.query_strides, t.b, t.h, row);
-  const T* grad = row_of<const T>(a.grad_out, a.grad_out_strides, t.b, t.h, row);
-  load_transposed(q, a.query_strides.row, t.count, a.dim, s.queries_t, t.lanes);
-  load_transposed(grad, a.grad_out_strides.row, t.count, a.dim, s.grads_t, t.lanes);
-  load_rows(q, a.query_strides.row, t.count, a.dim, s.queries, padded);
-  load_rows(grad, a.grad_out_strides.row, t.count, a.dim, s.grads, padded);
+void load_lse(const AttentionBackward& a, const Tile& t, const GradientBuffers& s) {
+  const int64_t row = a.query_starts[t.b] + t.q0;
   const float* lse = lse_of(a, t);
   const float* grad_lse = a.grad_lse ? a.grad_lse + t.b * a.grad_lse_batch + t.h * a.grad_lse_head + row : nullptr;
   for (int64_t i = 0; i < t.lanes; ++i) {
@@ -121,31 +67,10 @@ void load_tile(const AttentionBackward& a, const Tile& t, const Buffers& s) {
   }
 }
 
-// delta = rowsum(grad * out), summed in the same order as gemm sums grad * value with this chain length: the score of a
-// row that attends to one key then has a gradient of exactly zero.
-template <class T>
-void load_delta(const AttentionBackward& a, const Tile& t, int64_t chain, const Buffers& s) {
-  float* out_t = s.dq;  // not yet in use
-  const T* out = row_of<const T>(a.out, a.out_strides, t.b, t.h, a.query_starts[t.b] + t.q0);
-  load_transposed(out, a.out_strides.row, t.count, a.dim, out_t, t.lanes);
-  for (int64_t c = 0; c < t.lanes; c += kWidth) {
-    Vec dot = Vec{};
-    for (int64_t d = 0; d < a.dim; d += chain) {
-      Vec part = Vec{};
-      for (int64_t i = d; i < a.dim && i < d + chain; ++i)
-        part = fma(load(s.grads_t + i * t.lanes + c), load(out_t + i * t.lanes + c), part);
-      dot = dot + part;
-    }
-    store(s.delta + c, dot);
-  }
-  for (int64_t i = 0; i < t.lanes; ++i)
-    if (is_dead(a, t, i)) s.delta[i] = 0.f;
-}
-
 // dq -= (sum of ds - grad_lse) * mean key. If delta is exact, the ds of a row sum to grad_lse. An error of delta adds
 // -error * p to ds and -error * sum_j p_j k_j to dq, which is large where all keys share an offset, such as the bias of
 // their projection. Keys minus their mean have no offset. With a softcap the sum is weighted by its slope.
-void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
+void centre_keys(const Attention& a, const Tile& t, const GradientBuffers& s) {
   for (int64_t c = 0; c < t.lanes; c += kWidth) {
     Vec excess = load(s.ds_sum + c) - load(s.grad_lse + c);
     if (a.softcap != 0.f) excess = excess * load(s.slope_sum + c);
@@ -159,7 +84,7 @@ void centre_keys(const Attention& a, const Tile& t, const Buffers& s) {
 constexpr float kPreciseLse = 24.f;  // in units of log2
 constexpr int64_t kFewQueries = 16;
 
-float largest_lse(const Buffers& s, int64_t lanes) {
+float largest_lse(const GradientBuffers& s, int64_t lanes) {
   float largest = 0.f;
   for (int64_t i = 0; i < lanes; ++i) {
     const float size = __builtin_fabsf(s.lse[i]);
@@ -186,10 +111,6 @@ void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
   }
 }
 
-Operand from_key(Operand rows, int64_t j) {
-  return {static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
-}
-
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
 // and so is the output in delta = rowsum(grad * out). Where it costs little, row sums and delta are computed again:
 //
@@ -197,14 +118,15 @@ Operand from_key(Operand rows, int64_t j) {
 //   two_passes   more keys, with few queries, lone keys, or an lse so large and coarsely rounded that rows do not sum
 //                to one: one more pass over the keys
 //   one_pass     lse and delta as saved; centring the keys removes the error of delta from dQ
-template <class T>
+template <class Products>
 class TileGradients {
  public:
-  TileGradients(const AttentionBackward& a, const Tile& t, Operand key_rows, Operand value_rows, const Buffers& s)
-      : a_(a), t_(t), key_rows_(key_rows), value_rows_(value_rows), s_(s), lanes_(t.lanes),
-        padded_(round_up(a.dim, kWidth)), to_log2_(log2_factor(a)), softcap_(a.softcap != 0.f),
-        dropout_(a.dropout.threshold != 0) {
+  using T = typename Products::Element;
+  TileGradients(const AttentionBackward& a, const Tile& t, const Products& products, const GradientBuffers& s)
+      : a_(a), t_(t), products_(products), s_(s), lanes_(t.lanes), to_log2_(log2_factor(a)),
+        softcap_(a.softcap != 0.f), dropout_(a.dropout.threshold != 0) {
     key_range(a, t, begin_, end_);
+    if (Products::kByTiles) begin_ -= begin_ % 2;  // pairs of keys start at an even one
     const int64_t visible = end_ - begin_;
     chain_ = chain_of(t.count < visible ? t.count : visible);
   }
@@ -212,7 +134,10 @@ class TileGradients {
   void run() const {
     T* dq = row_of<T>(a_.dq, a_.dq_strides, t_.b, t_.h, a_.query_starts[t_.b] + t_.q0);
     if (end_ <= begin_) return zero_rows(dq, a_.dq_strides.row, t_.count, a_.dim);
-    load_tile<T>(a_, t_, s_);
+    const int64_t row = a_.query_starts[t_.b] + t_.q0;
+    products_.load_tile(t_, row_of<const T>(a_.query, a_.query_strides, t_.b, t_.h, row),
+                        row_of<const T>(a_.grad_out, a_.grad_out_strides, t_.b, t_.h, row));
+    load_lse(a_, t_, s_);
     if (end_ - begin_ <= held_keys(a_))
       whole_rows();
     else if (t_.count <= kFewQueries || has_lone_keys(a_) || largest_lse(s_, lanes_) > kPreciseLse)
@@ -301,7 +226,10 @@ class TileGradients {
   }
 
   void one_pass() const {
-    load_delta<T>(a_, t_, chain_, s_);
+    const T* out = row_of<const T>(a_.out, a_.out_strides, t_.b, t_.h, a_.query_starts[t_.b] + t_.q0);
+    products_.load_delta(t_, out, chain_);
+    for (int64_t i = 0; i < lanes_; ++i)
+      if (is_dead(a_, t_, i)) s_.delta[i] = 0.f;
     clear(s_.ds_sum, lanes_);
     clear(s_.slope_sum, lanes_);
     for_each_block([&](int64_t j, int64_t keys) {
@@ -322,8 +250,7 @@ class TileGradients {
   }
 
   void scores(int64_t j, int64_t keys) const {  // into p
-    gemm(Write::kStore, keys, lanes_, a_.dim, from_key(key_rows_, j), s_.queries_t, lanes_, s_.p, lanes_, nullptr,
-         chain_);
+    products_.scores(t_, j, keys, chain_);
     if (!folds_scale(a_)) finish_scores(a_, t_, j, keys, s_.p, softcap_ ? s_.slope : nullptr);
     mask_edges(a_, t_, j, keys, s_.p);
   }
@@ -338,8 +265,7 @@ class TileGradients {
   }
 
   void value_gradients(int64_t j, int64_t keys) const {  // d loss / d (probability times dropout factor), into ds
-    gemm(Write::kStore, keys, lanes_, a_.dim, from_key(value_rows_, j), s_.grads_t, lanes_, s_.ds, lanes_, nullptr,
-         chain_);
+    products_.value_gradients(t_, j, keys, chain_);
   }
 
   void add_sums(int64_t keys) const {  // of p into scale, of p * ds into delta
@@ -385,49 +311,40 @@ class TileGradients {
     }
     if (softcap_)
       for (int64_t x = 0; x < keys * lanes_; x += kWidth) store(s_.ds + x, load(s_.ds + x) * load(s_.slope + x));
-    float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
-    gemm(Write::kAdd, keys, padded_, t_.count, {s_.p, lanes_ * 4, 4}, s_.grads, padded_, dv, padded_);
-    gemm(Write::kAdd, keys, padded_, t_.count, {s_.ds, lanes_ * 4, 4}, s_.queries, padded_, dk, padded_);
-    const Operand keys_t{from_key(key_rows_, j).data, 4, key_rows_.row_bytes};
-    gemm(j == begin_ ? Write::kStore : Write::kAdd, a_.dim, lanes_, keys, keys_t, s_.ds, lanes_, s_.dq, lanes_);
+    products_.add_gradients(t_, j, keys, j == begin_ ? Write::kStore : Write::kAdd);
   }
 
   const AttentionBackward& a_;
   const Tile t_;
-  const Operand key_rows_, value_rows_;
-  const Buffers s_;
+  const Products& products_;
+  const GradientBuffers& s_;
   int64_t begin_, end_, chain_;  // chain_: of gemm
-  const int64_t lanes_, padded_;
+  const int64_t lanes_;
   const float to_log2_;
   const bool softcap_, dropout_;
 };
 
-void mean_row(Operand rows, int64_t count, int64_t dim, float* mean) {
-  const float* row = static_cast<const float*>(rows.data);
+template <class T>
+void mean_row(const T* row, int64_t stride, int64_t count, int64_t dim, float* mean) {
   for (int64_t c = 0; c < dim; ++c) mean[c] = 0.f;
-  for (int64_t j = 0; j < count; ++j, row += rows.row_bytes / 4)
-    for (int64_t c = 0; c < dim; ++c) mean[c] += row[c];
+  for (int64_t j = 0; j < count; ++j, row += stride)
+    for (int64_t c = 0; c < dim; ++c) mean[c] += to_float(row[c]);
   for (int64_t c = 0; c < dim; ++c) mean[c] /= float(count);
 }
 
 template <class T>
-void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const Buffers& s) {
-  const int64_t padded = round_up(a.dim, kWidth), keys = a.key_lengths[b], group = a.heads / a.key_heads;
+void backward_key_head(const AttentionBackward& a, int64_t b, int64_t hk, const GradientBuffers& s) {
+  const int64_t padded = round_up(a.dim, kPairColumns), keys = a.key_lengths[b], group = a.heads / a.key_heads;
   const T* k = row_of<const T>(a.key, a.key_strides, b, hk, a.key_starts[b]);
   const T* v = row_of<const T>(a.value, a.value_strides, b, hk, a.key_starts[b]);
-  Operand key_rows{k, a.key_strides.row * 4, 4}, value_rows{v, a.value_strides.row * 4, 4};
-  if constexpr (sizeof(T) == 2) {
-    load_rows(k, a.key_strides.row, keys, a.dim, s.keys, padded);
-    load_rows(v, a.value_strides.row, keys, a.dim, s.values, padded);
-    key_rows = {s.keys, padded * 4, 4};
-    value_rows = {s.values, padded * 4, 4};
-  }
-  if (keys > held_keys(a)) mean_row(key_rows, keys, a.dim, s.centre);
+  using Products = typename ProductsOf<T>::Type;
+  const Products products(a, k, v, keys, s);
+  if (keys > held_keys(a)) mean_row(k, a.key_strides.row, keys, a.dim, s.centre);
   __builtin_memset(s.dk, 0, size_t(keys * padded) * 4);
   __builtin_memset(s.dv, 0, size_t(keys * padded) * 4);
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
     for (int64_t q0 = 0; q0 < a.query_lengths[b]; q0 += kQueries)
-      TileGradients<T>(a, make_tile(a, b, h, q0), key_rows, value_rows, s).run();
+      TileGradients<Products>(a, make_tile(a, b, h, q0), products, s).run();
   T* dk = row_of<T>(a.dk, a.dk_strides, b, hk, a.key_starts[b]);
   T* dv = row_of<T>(a.dv, a.dv_strides, b, hk, a.key_starts[b]);
   store_rows(s.dk, padded, float(a.scale), dk, a.dk_strides.row, keys, a.dim);
@@ -441,8 +358,9 @@ void backward_all(const AttentionBackward& a) {
   // Heads and sequences that add to the same slice of dbias are one item, in order.
   const bool join_batch = a.dbias && a.dbias_strides[0] == 0, join_heads = a.dbias && a.dbias_strides[1] == 0;
   const int64_t batches = join_batch ? 1 : a.batch, heads = join_heads ? 1 : a.key_heads, items = batches * heads;
+  using Products = typename ProductsOf<T>::Type;
   share_out(items, threads_for(a, 1e5), [&] {
-    return [&, s = take_buffers(a)](int64_t item) {
+    return [&, s = take_buffers<Products::kByTiles>(a), state = typename Products::State()](int64_t item) {
       const int64_t b0 = item / heads, h0 = item % heads;
       for (int64_t b = b0; b < (join_batch ? a.batch : b0 + 1); ++b)
         for (int64_t h = h0; h < (join_heads ? a.key_heads : h0 + 1); ++h) backward_key_head<T>(a, b, h, s);

@@ -70,21 +70,6 @@ void softmax_block(const Attention& a, const Tile& t, int64_t j0, int64_t keys, 
     });
 }
 
-// 2^x for x <= 0, 0 for -inf, within 3e-6: to be rounded to bf16.
-inline Vec exp2_for_bf16(Vec x) {
-#if defined(__AVX512F__)
-  const Vec r = bit_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(x), 9));  // x - floor(x); 0 for -inf
-  Vec p = broadcast(0.0134267015f);
-  p = fma(p, r, broadcast(0.0522424467f));
-  p = fma(p, r, broadcast(0.241280213f));
-  p = fma(p, r, broadcast(0.693044841f));
-  p = fma(p, r, broadcast(1.f));
-  return bit_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(p), bit_cast<__m512>(x)));  // p * 2^floor(x)
-#else
-  return exp2(x);
-#endif
-}
-
 // softmax_block and the pairs of its probabilities, in place, without dropout: for N vectors of queries.
 template <int N>
 void softmax_pairs(int64_t keys, int64_t lanes, float to_log2, float* scores, float* tops, float* totals,

@@ -13,6 +13,21 @@ namespace tf::TF_ISA {
 constexpr int64_t kQueries = kAttentionQueries, kKeys = 128;  // per tile; kKeys is also a dropout counter's group
 constexpr double kLog2e = 1.4426950408889634;
 
+// 2^x for x <= 0, 0 for -inf, within 3e-6: to be rounded to bf16.
+static inline Vec exp2_for_bf16(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = bit_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(x), 9));  // x - floor(x); 0 for -inf
+  Vec p = broadcast(0.0134267015f);
+  p = fma(p, r, broadcast(0.0522424467f));
+  p = fma(p, r, broadcast(0.241280213f));
+  p = fma(p, r, broadcast(0.693044841f));
+  p = fma(p, r, broadcast(1.f));
+  return bit_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(p), bit_cast<__m512>(x)));  // p * 2^floor(x)
+#else
+  return exp2(x);
+#endif
+}
+
 struct mask8 {
   uint8_t alive;
 };
