@@ -97,18 +97,20 @@ void clear(float* row, int64_t lanes) {
   for (int64_t c = 0; c < lanes; c += kWidth) store(row + c, Vec{});
 }
 
-// total[lane] += value(x) over the keys of a tile, in short running sums: one long sum would lose digits.
+// total[c + lane] += value(x) over the keys of a tile, in short running sums: one long sum would lose digits.
+template <class F>
+void sum_column(float* total, int64_t c, int64_t lanes, int64_t keys, const F& value) {
+  Vec sum = Vec{};
+  for (int64_t j = 0; j < keys; j += kShortChain) {
+    Vec part = Vec{};
+    for (int64_t i = j; i < keys && i < j + kShortChain; ++i) part = part + value(i * lanes + c);
+    sum = sum + part;
+  }
+  store(total + c, load(total + c) + sum);
+}
 template <class F>
 void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
-  for (int64_t c = 0; c < lanes; c += kWidth) {
-    Vec sum = Vec{};
-    for (int64_t j = 0; j < keys; j += kShortChain) {
-      Vec part = Vec{};
-      for (int64_t i = j; i < keys && i < j + kShortChain; ++i) part = part + value(i * lanes + c);
-      sum = sum + part;
-    }
-    store(total + c, load(total + c) + sum);
-  }
+  for (int64_t c = 0; c < lanes; c += kWidth) sum_column(total, c, lanes, keys, value);
 }
 
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
@@ -152,13 +154,6 @@ class TileGradients {
   void whole_rows() const {
     const int64_t keys = end_ - begin_;
     scores(begin_, keys);
-    for (int64_t c = 0; c < lanes_; c += kWidth) {
-      Vec top = broadcast(-INFINITY);
-      for (int64_t x = c; x < keys * lanes_; x += lanes_) top = max(load(s_.p + x), top);
-      top = top > -INFINITY ? top : Vec{};
-      for (int64_t x = c; x < keys * lanes_; x += lanes_)
-        store(s_.p + x, exp2((load(s_.p + x) - top) * to_log2_));
-    }
     value_gradients(begin_, keys);
     if (dropout_)
       for_each_dropout(a_, t_, begin_, keys, [&](int64_t row, int64_t c, Vec factor) {
@@ -166,19 +161,43 @@ class TileGradients {
         store(s_.ds + x, load(s_.ds + x) * factor);
         store(s_.factor + x, factor);
       });
-    clear(s_.scale, lanes_);
-    clear(s_.delta, lanes_);
-    add_sums(keys);
+    exponentials(keys);
     normalise();
-    for (int64_t c = 0; c < lanes_; c += kWidth) {
+    const float *p = s_.p, *ds = s_.ds, *factor = dropout_ ? s_.factor : nullptr;
+    add_gradients(begin_, keys, [&](int64_t c) {
       const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c), scale = load(s_.scale + c);
-      for (int64_t x = c; x < keys * lanes_; x += lanes_) {
-        const Vec p = load(s_.p + x) * scale;
-        store(s_.p + x, dropout_ ? p * load(s_.factor + x) : p);
-        store(s_.ds + x, p * ((load(s_.ds + x) - delta) + grad_lse));
+      return [=](int64_t x) {
+        const Vec y = load(p + x) * scale;
+        return ProbabilityAndGradient{factor ? y * load(factor + x) : y, y * ((load(ds + x) - delta) + grad_lse)};
+      };
+    });
+  }
+
+  // p: from scores to exponentials; their row sums into scale, and those of p * ds into delta.
+  void exponentials(int64_t keys) const {
+    const int64_t lanes = lanes_;
+    const float to_log2 = to_log2_, *ds = s_.ds;
+    for (int64_t c = 0; c < lanes; c += kWidth) {
+      float* p = s_.p;
+      Vec top = broadcast(-INFINITY);
+      for (int64_t x = c; x < keys * lanes; x += lanes) top = max(load(p + x), top);
+      top = top > -INFINITY ? top : Vec{};
+      Vec total = Vec{}, delta = Vec{};
+      for (int64_t j = 0; j < keys; j += kShortChain) {
+        Vec part = Vec{}, product = Vec{};
+        const int64_t past = least(j + kShortChain, keys) * lanes;
+        for (int64_t x = j * lanes + c; x < past; x += lanes) {
+          const Vec y = Products::exp2_of((load(p + x) - top) * to_log2);
+          store(p + x, y);
+          part = part + y;
+          product = fma(y, load(ds + x), product);
+        }
+        total = total + part;
+        delta = delta + product;
       }
+      store(s_.scale + c, total);
+      store(s_.delta + c, delta);
     }
-    add_gradients(begin_, keys);
   }
 
   void two_passes() const {
@@ -193,7 +212,8 @@ class TileGradients {
           const int64_t x = row * lanes_ + c;
           store(s_.ds + x, load(s_.ds + x) * factor);
         });
-      add_sums(keys);
+      sum_rows(s_.scale, lanes_, keys, [&](int64_t x) { return load(s_.p + x); });
+      sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
       sum_rows(s_.seen, lanes_, keys, [&](int64_t x) { return load(s_.p + x) > Vec{} ? broadcast(1.f) : Vec{}; });
     });
     normalise();
@@ -233,10 +253,20 @@ class TileGradients {
     clear(s_.ds_sum, lanes_);
     clear(s_.slope_sum, lanes_);
     for_each_block([&](int64_t j, int64_t keys) {
-      probabilities(j, keys);
+      scores(j, keys);
       value_gradients(j, keys);
-      score_gradients(j, keys);
-      sum_rows(s_.ds_sum, lanes_, keys, [&](int64_t x) { return load(s_.ds + x); });
+      for (int64_t c = 0; c < lanes_; c += kWidth) {
+        const Vec shift = load(s_.lse + c), rest = load(s_.lse_rest + c), grad_lse = load(s_.grad_lse + c);
+        const Vec delta = load(s_.delta + c);
+        float *p = s_.p, *ds = s_.ds;
+        const float to_log2 = to_log2_;
+        sum_column(s_.ds_sum, c, lanes_, keys, [=](int64_t x) {
+          const Vec y = probability(load(p + x), to_log2, shift, rest), g = y * ((load(ds + x) - delta) + grad_lse);
+          store(p + x, y);
+          store(ds + x, g);
+          return g;
+        });
+      }
       if (softcap_)
         sum_rows(s_.slope_sum, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.slope + x); });
       add_gradients(j, keys);
@@ -260,17 +290,15 @@ class TileGradients {
     for (int64_t c = 0; c < lanes_; c += kWidth) {
       const Vec shift = load(s_.lse + c), rest = load(s_.lse_rest + c);
       for (int64_t x = c; x < keys * lanes_; x += lanes_)
-        store(s_.p + x, exp2(fma(load(s_.p + x), broadcast(to_log2_), -shift)) * rest);
+        store(s_.p + x, probability(load(s_.p + x), to_log2_, shift, rest));
     }
+  }
+  static Vec probability(Vec score, float to_log2, Vec shift, Vec rest) {
+    return Products::exp2_of(fma(score, broadcast(to_log2), -shift)) * rest;
   }
 
   void value_gradients(int64_t j, int64_t keys) const {  // d loss / d (probability times dropout factor), into ds
     products_.value_gradients(t_, j, keys, chain_);
-  }
-
-  void add_sums(int64_t keys) const {  // of p into scale, of p * ds into delta
-    sum_rows(s_.scale, lanes_, keys, [&](int64_t x) { return load(s_.p + x); });
-    sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
   }
 
   void normalise() const {  // scale: from row sums of p to their inverses; delta and lse_rest are multiplied by these
@@ -300,6 +328,22 @@ class TileGradients {
   }
 
   void add_gradients(int64_t j, int64_t keys) const {  // of a block, from p and ds
+    add_gradients(j, keys, Stored{s_.p, s_.ds});
+  }
+  // column(c)(x): those of the elements from x, in the columns from c on.
+  template <class Column>
+  void add_gradients(int64_t j, int64_t keys, const Column& column) const {
+    const Write write = j == begin_ ? Write::kStore : Write::kAdd;
+    if (a_.dbias || a_.drelative_bias || softcap_) {
+      store_gradients(s_, lanes_, keys, column);
+      add_other_gradients(j, keys);
+      products_.add_gradients(t_, j, keys, write, Stored{s_.p, s_.ds});
+    } else {
+      products_.add_gradients(t_, j, keys, write, column);
+    }
+  }
+
+  void add_other_gradients(int64_t j, int64_t keys) const {
     if (a_.dbias) add_bias_gradient(a_, t_, j, keys, s_.ds);
     if (a_.drelative_bias) {
       float* row = a_.drelative_bias + (t_.b * a_.heads + t_.h) * a_.relative_bias_stride;
@@ -311,7 +355,6 @@ class TileGradients {
     }
     if (softcap_)
       for (int64_t x = 0; x < keys * lanes_; x += kWidth) store(s_.ds + x, load(s_.ds + x) * load(s_.slope + x));
-    products_.add_gradients(t_, j, keys, j == begin_ ? Write::kStore : Write::kAdd);
   }
 
   const AttentionBackward& a_;

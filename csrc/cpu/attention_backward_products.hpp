@@ -79,6 +79,32 @@ static inline Operand from_key(Operand rows, int64_t j) {
   return {static_cast<const char*>(rows.data) + j * rows.row_bytes, rows.row_bytes, rows.depth_bytes};
 }
 
+struct ProbabilityAndGradient {  // the probability times its dropout factor, and d loss / d score
+  Vec p, ds;
+};
+
+// column(c)(x), for all elements x of a tile, to p and ds.
+template <class Column>
+static inline void store_gradients(const GradientBuffers& s, int64_t lanes, int64_t keys, const Column& column) {
+  for (int64_t c = 0; c < lanes; c += kWidth) {
+    const auto value = column(c);
+    for (int64_t x = c; x < keys * lanes; x += lanes) {
+      const ProbabilityAndGradient v = value(x);
+      store(s.p + x, v.p);
+      store(s.ds + x, v.ds);
+    }
+  }
+}
+
+// The column of gradients that are already in p and ds.
+struct Stored {
+  const float *p, *ds;
+  auto operator()(int64_t) const {
+    return [p = p, ds = ds](int64_t x) { return ProbabilityAndGradient{load(p + x), load(ds + x)}; };
+  }
+};
+static inline void store_gradients(const GradientBuffers&, int64_t, int64_t, const Stored&) {}
+
 // A head of one sequence. k, v: its keys and values.
 template <class T>
 class FloatProducts {
@@ -129,8 +155,10 @@ class FloatProducts {
     gemm(Write::kStore, keys, t.lanes, a_.dim, from_key(value_rows_, j), s_.grads_t, t.lanes, s_.ds, t.lanes, nullptr,
          chain);
   }
-  // From p and ds. `write`: to dq.
-  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write) const {
+  // Of a block, from column(c)(x) for all its elements x. `write`: to dq.
+  template <class Column>
+  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column) const {
+    store_gradients(s_, t.lanes, keys, column);
     float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
     gemm(Write::kAdd, keys, padded_, t.count, {s_.p, t.lanes * 4, 4}, s_.grads, padded_, dv, padded_);
     gemm(Write::kAdd, keys, padded_, t.count, {s_.ds, t.lanes * 4, 4}, s_.queries, padded_, dk, padded_);
@@ -194,8 +222,9 @@ class TileProducts {
     gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.values, j), s_.grads_t, t.lanes, s_.ds, t.lanes);
   }
   // j is even.
-  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write) const {
-    round(t.lanes, keys);
+  template <class Column>
+  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column) const {
+    round_all(t.lanes, keys, column);
     float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
     const int64_t queries = (t.count + 1) / 2;
     gemm_bf16(Write::kAdd, keys, padded_, queries, {s_.p_rows, t.lanes * 2, 4}, s_.grads, padded_, dv, padded_);
@@ -208,21 +237,30 @@ class TileProducts {
  private:
   Operand rows(const float* words, int64_t j) const { return {words + j * row_words_, row_words_ * 4, 4}; }
 
-  void round(int64_t lanes, int64_t keys) const {  // p and ds to bf16
-    for (int64_t r = 0; r < keys; r += 2)
-      for (int64_t c = 0; c < lanes; c += kWidth) {
-        const int64_t x = r * lanes + c;
-        const Vec even = load(s_.ds + x);
-        Vec odd = Vec{};
-        store(s_.p_rows + x, load(s_.p + x));
-        store(s_.ds_rows + x, even);
-        if (r + 1 < keys) {
-          odd = load(s_.ds + x + lanes);
-          store(s_.p_rows + x + lanes, load(s_.p + x + lanes));
-          store(s_.ds_rows + x + lanes, odd);
-        }
-        store(s_.ds_pairs + r / 2 * lanes + c, pair(even, odd));
+  template <class Column>
+  void round_all(int64_t lanes, int64_t keys, const Column& column) const {
+    for (int64_t c = 0; c < lanes; c += kWidth) {
+      const auto value = column(c);
+      bf16 *p_rows = s_.p_rows + c, *ds_rows = s_.ds_rows + c;
+      float* pairs = s_.ds_pairs + c;
+      int64_t x = c;
+      for (int64_t r = 0; r + 1 < keys; r += 2, x += 2 * lanes) {
+        const ProbabilityAndGradient even = value(x), odd = value(x + lanes);
+        store(p_rows, even.p);
+        store(p_rows + lanes, odd.p);
+        store(ds_rows, even.ds);
+        store(ds_rows + lanes, odd.ds);
+        store(pairs, pair(even.ds, odd.ds));
+        p_rows += 2 * lanes;
+        ds_rows += 2 * lanes;
+        pairs += lanes;
       }
+      if (keys % 2 == 0) continue;
+      const ProbabilityAndGradient last = value(x);
+      store(p_rows, last.p);
+      store(ds_rows, last.ds);
+      store(pairs, pair(last.ds, Vec{}));
+    }
   }
 
   const AttentionBackward& a_;
