@@ -97,20 +97,18 @@ void clear(float* row, int64_t lanes) {
   for (int64_t c = 0; c < lanes; c += kWidth) store(row + c, Vec{});
 }
 
-// total[c + lane] += value(x) over the keys of a tile, in short running sums: one long sum would lose digits.
-template <class F>
-void sum_column(float* total, int64_t c, int64_t lanes, int64_t keys, const F& value) {
-  Vec sum = Vec{};
-  for (int64_t j = 0; j < keys; j += kShortChain) {
-    Vec part = Vec{};
-    for (int64_t i = j; i < keys && i < j + kShortChain; ++i) part = part + value(i * lanes + c);
-    sum = sum + part;
-  }
-  store(total + c, load(total + c) + sum);
-}
+// total[lane] += value(x) over the keys of a tile, in short running sums: one long sum would lose digits.
 template <class F>
 void sum_rows(float* total, int64_t lanes, int64_t keys, const F& value) {
-  for (int64_t c = 0; c < lanes; c += kWidth) sum_column(total, c, lanes, keys, value);
+  for (int64_t c = 0; c < lanes; c += kWidth) {
+    Vec sum = Vec{};
+    for (int64_t j = 0; j < keys; j += kShortChain) {
+      Vec part = Vec{};
+      for (int64_t i = j; i < keys && i < j + kShortChain; ++i) part = part + value(i * lanes + c);
+      sum = sum + part;
+    }
+    store(total + c, load(total + c) + sum);
+  }
 }
 
 // The gradients of one tile of queries over keys [begin, end), in one of three ways. The saved log-sum-exp is rounded,
@@ -151,52 +149,91 @@ class TileGradients {
   }
 
  private:
+  // Part of a tile of scores: `keys` keys from j on, and where they are.
+  struct Block {
+    int64_t j, keys;
+    float *p, *ds, *slope, *factor;
+  };
+
   void whole_rows() const {
-    const int64_t keys = end_ - begin_;
-    scores(begin_, keys);
-    value_gradients(begin_, keys);
-    if (dropout_)
-      for_each_dropout(a_, t_, begin_, keys, [&](int64_t row, int64_t c, Vec factor) {
-        const int64_t x = row * lanes_ + c;
-        store(s_.ds + x, load(s_.ds + x) * factor);
-        store(s_.factor + x, factor);
-      });
-    exponentials(keys);
+    for (int64_t c = 0; c < lanes_; c += kWidth) store(s_.top + c, broadcast(-INFINITY));
+    for_each_block(true, [&](const Block& b) {
+      scores(b);
+      for_vectors(lanes_, [&](int64_t c, auto n) { add_top(b, c, n); });
+    });
+    for (int64_t c = 0; c < lanes_; c += kWidth) {
+      const Vec top = load(s_.top + c);
+      store(s_.top + c, top > -INFINITY ? top : Vec{});
+    }
+    clear(s_.scale, lanes_);
+    clear(s_.delta, lanes_);
+    for_each_block(true, [&](const Block& b) {
+      value_gradients(b);
+      if (dropout_)
+        for_each_dropout(a_, t_, b.j, b.keys, [&](int64_t row, int64_t c, Vec factor) {
+          const int64_t x = row * lanes_ + c;
+          store(b.ds + x, load(b.ds + x) * factor);
+          store(b.factor + x, factor);
+        });
+      for_vectors(lanes_, [&](int64_t c, auto n) { exponentials(b, c, n); });
+    });
     normalise();
-    const float *p = s_.p, *ds = s_.ds, *factor = dropout_ ? s_.factor : nullptr;
-    add_gradients(begin_, keys, [&](int64_t c) {
-      const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c), scale = load(s_.scale + c);
-      return [=](int64_t x) {
-        const Vec y = load(p + x) * scale;
-        return ProbabilityAndGradient{factor ? y * load(factor + x) : y, y * ((load(ds + x) - delta) + grad_lse)};
-      };
+    for_each_block(true, [&](const Block& b) {
+      const float *p = b.p, *ds = b.ds, *factor = dropout_ ? b.factor : nullptr;
+      add_gradients(b, [&](int64_t c) {
+        const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c), scale = load(s_.scale + c);
+        return [=](int64_t x) {
+          const Vec y = load(p + x) * scale;
+          return ProbabilityAndGradient{factor ? y * load(factor + x) : y, y * ((load(ds + x) - delta) + grad_lse)};
+        };
+      });
     });
   }
 
-  // p: from scores to exponentials; their row sums into scale, and those of p * ds into delta.
-  void exponentials(int64_t keys) const {
+  template <int N>
+  void add_top(const Block& b, int64_t c, Vectors<N>) const {
+    Vec top[N];
+    for (int n = 0; n < N; ++n) top[n] = load(s_.top + c + n * kWidth);
+    for (int64_t x = c; x < b.keys * lanes_; x += lanes_)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) top[n] = max(load(b.p + x + n * kWidth), top[n]);
+    for (int n = 0; n < N; ++n) store(s_.top + c + n * kWidth, top[n]);
+  }
+
+  // p: from scores to exponentials; their row sums are added to scale, and those of p * ds to delta.
+  template <int N>
+  void exponentials(const Block& b, int64_t c, Vectors<N>) const {
     const int64_t lanes = lanes_;
-    const float to_log2 = to_log2_, *ds = s_.ds;
-    for (int64_t c = 0; c < lanes; c += kWidth) {
-      float* p = s_.p;
-      Vec top = broadcast(-INFINITY);
-      for (int64_t x = c; x < keys * lanes; x += lanes) top = max(load(p + x), top);
-      top = top > -INFINITY ? top : Vec{};
-      Vec total = Vec{}, delta = Vec{};
-      for (int64_t j = 0; j < keys; j += kShortChain) {
-        Vec part = Vec{}, product = Vec{};
-        const int64_t past = least(j + kShortChain, keys) * lanes;
-        for (int64_t x = j * lanes + c; x < past; x += lanes) {
-          const Vec y = Products::exp2_of((load(p + x) - top) * to_log2);
-          store(p + x, y);
-          part = part + y;
-          product = fma(y, load(ds + x), product);
+    const float to_log2 = to_log2_, *ds = b.ds;
+    float* p = b.p;
+    Vec top[N], total[N], delta[N];
+    for (int n = 0; n < N; ++n) {
+      top[n] = load(s_.top + c + n * kWidth);
+      total[n] = load(s_.scale + c + n * kWidth);
+      delta[n] = load(s_.delta + c + n * kWidth);
+    }
+    for (int64_t j = 0; j < b.keys; j += kShortChain) {  // short sums first: a long float32 sum loses digits
+      Vec part[N] = {}, product[N] = {};
+      const int64_t past = least(j + kShortChain, b.keys) * lanes;
+      for (int64_t x = j * lanes + c; x < past; x += lanes) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          const int64_t at = x + n * kWidth;
+          const Vec y = Products::exp2_of((load(p + at) - top[n]) * to_log2);
+          store(p + at, y);
+          part[n] = part[n] + y;
+          product[n] = fma(y, load(ds + at), product[n]);
         }
-        total = total + part;
-        delta = delta + product;
       }
-      store(s_.scale + c, total);
-      store(s_.delta + c, delta);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        total[n] = total[n] + part[n];
+        delta[n] = delta[n] + product[n];
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      store(s_.scale + c + n * kWidth, total[n]);
+      store(s_.delta + c + n * kWidth, delta[n]);
     }
   }
 
@@ -204,26 +241,26 @@ class TileGradients {
     clear(s_.scale, lanes_);
     clear(s_.delta, lanes_);
     clear(s_.seen, lanes_);
-    for_each_block([&](int64_t j, int64_t keys) {
-      probabilities(j, keys);
-      value_gradients(j, keys);
+    for_each_block(false, [&](const Block& b) {
+      probabilities(b);
+      value_gradients(b);
       if (dropout_)
-        for_each_dropout(a_, t_, j, keys, [&](int64_t row, int64_t c, Vec factor) {
+        for_each_dropout(a_, t_, b.j, b.keys, [&](int64_t row, int64_t c, Vec factor) {
           const int64_t x = row * lanes_ + c;
-          store(s_.ds + x, load(s_.ds + x) * factor);
+          store(b.ds + x, load(b.ds + x) * factor);
         });
-      sum_rows(s_.scale, lanes_, keys, [&](int64_t x) { return load(s_.p + x); });
-      sum_rows(s_.delta, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.ds + x); });
-      sum_rows(s_.seen, lanes_, keys, [&](int64_t x) { return load(s_.p + x) > Vec{} ? broadcast(1.f) : Vec{}; });
+      sum_rows(s_.scale, lanes_, b.keys, [&](int64_t x) { return load(b.p + x); });
+      sum_rows(s_.delta, lanes_, b.keys, [&](int64_t x) { return load(b.p + x) * load(b.ds + x); });
+      sum_rows(s_.seen, lanes_, b.keys, [&](int64_t x) { return load(b.p + x) > Vec{} ? broadcast(1.f) : Vec{}; });
     });
     normalise();
     const bool alone = a_key_alone();
-    for_each_block([&](int64_t j, int64_t keys) {
-      probabilities(j, keys);
-      value_gradients(j, keys);
-      if (alone) forget_lone_keys(keys);
-      score_gradients(j, keys);
-      add_gradients(j, keys);
+    for_each_block(false, [&](const Block& b) {
+      probabilities(b);
+      value_gradients(b);
+      if (alone) forget_lone_keys(b);
+      score_gradients(b);
+      add_gradients(b, Stored{b.p, b.ds});
     });
   }
 
@@ -237,11 +274,11 @@ class TileGradients {
       }
     return found;
   }
-  void forget_lone_keys(int64_t keys) const {
+  void forget_lone_keys(const Block& b) const {
     for (int64_t c = 0; c < lanes_; c += kWidth) {
       const Vec seen = load(s_.seen + c);
-      for (int64_t x = c; x < keys * lanes_; x += lanes_)
-        store(s_.ds + x, seen == broadcast(1.f) ? Vec{} : load(s_.ds + x));
+      for (int64_t x = c; x < b.keys * lanes_; x += lanes_)
+        store(b.ds + x, seen == broadcast(1.f) ? Vec{} : load(b.ds + x));
     }
   }
 
@@ -252,53 +289,80 @@ class TileGradients {
       if (is_dead(a_, t_, i)) s_.delta[i] = 0.f;
     clear(s_.ds_sum, lanes_);
     clear(s_.slope_sum, lanes_);
-    for_each_block([&](int64_t j, int64_t keys) {
-      scores(j, keys);
-      value_gradients(j, keys);
-      for (int64_t c = 0; c < lanes_; c += kWidth) {
-        const Vec shift = load(s_.lse + c), rest = load(s_.lse_rest + c), grad_lse = load(s_.grad_lse + c);
-        const Vec delta = load(s_.delta + c);
-        float *p = s_.p, *ds = s_.ds;
-        const float to_log2 = to_log2_;
-        sum_column(s_.ds_sum, c, lanes_, keys, [=](int64_t x) {
-          const Vec y = probability(load(p + x), to_log2, shift, rest), g = y * ((load(ds + x) - delta) + grad_lse);
-          store(p + x, y);
-          store(ds + x, g);
-          return g;
-        });
-      }
+    for_each_block(false, [&](const Block& b) {
+      scores(b);
+      value_gradients(b);
+      for_vectors(lanes_, [&](int64_t c, auto n) { saved_probabilities(b, c, n); });
       if (softcap_)
-        sum_rows(s_.slope_sum, lanes_, keys, [&](int64_t x) { return load(s_.p + x) * load(s_.slope + x); });
-      add_gradients(j, keys);
+        sum_rows(s_.slope_sum, lanes_, b.keys, [&](int64_t x) { return load(b.p + x) * load(b.slope + x); });
+      add_gradients(b, Stored{b.p, b.ds});
     });
     centre_keys(a_, t_, s_);
   }
 
+  // p and ds of a block, from the saved lse and delta; the sums of ds are added to ds_sum.
+  template <int N>
+  void saved_probabilities(const Block& b, int64_t c, Vectors<N>) const {
+    const int64_t lanes = lanes_;
+    const float to_log2 = to_log2_;
+    float *p = b.p, *ds = b.ds;
+    Vec shift[N], rest[N], delta[N], sum[N];
+    const float* grad_lse = s_.grad_lse + c;
+    for (int n = 0; n < N; ++n) {
+      shift[n] = load(s_.lse + c + n * kWidth);
+      rest[n] = load(s_.lse_rest + c + n * kWidth);
+      delta[n] = load(s_.delta + c + n * kWidth);
+      sum[n] = load(s_.ds_sum + c + n * kWidth);
+    }
+    for (int64_t j = 0; j < b.keys; j += kShortChain) {
+      Vec part[N] = {};
+      const int64_t past = least(j + kShortChain, b.keys) * lanes;
+      for (int64_t x = j * lanes + c; x < past; x += lanes) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          const int64_t at = x + n * kWidth;
+          const Vec y = probability(load(p + at), to_log2, shift[n], rest[n]);
+          const Vec g = y * ((load(ds + at) - delta[n]) + load(grad_lse + n * kWidth));
+          store(p + at, y);
+          store(ds + at, g);
+          part[n] = part[n] + g;
+        }
+      }
+      for (int n = 0; n < N; ++n) sum[n] = sum[n] + part[n];
+    }
+    for (int n = 0; n < N; ++n) store(s_.ds_sum + c + n * kWidth, sum[n]);
+  }
+
+  // held: whether all keys have their own place.
   template <class F>
-  void for_each_block(const F& f) const {
-    for (int64_t j = begin_; j < end_; j = block_end(j, end_)) f(j, block_end(j, end_) - j);
+  void for_each_block(bool held, const F& f) const {
+    for (int64_t j = begin_, past; j < end_; j = past) {
+      past = block_end(j, end_);
+      const int64_t x = held ? (j - begin_) * lanes_ : 0;
+      f(Block{j, past - j, s_.p + x, s_.ds + x, s_.slope + x, s_.factor + x});
+    }
   }
 
-  void scores(int64_t j, int64_t keys) const {  // into p
-    products_.scores(t_, j, keys, chain_);
-    if (!folds_scale(a_)) finish_scores(a_, t_, j, keys, s_.p, softcap_ ? s_.slope : nullptr);
-    mask_edges(a_, t_, j, keys, s_.p);
+  void scores(const Block& b) const {  // into p
+    products_.scores(t_, b.j, b.keys, chain_, b.p);
+    if (!folds_scale(a_)) finish_scores(a_, t_, b.j, b.keys, b.p, softcap_ ? b.slope : nullptr);
+    mask_edges(a_, t_, b.j, b.keys, b.p);
   }
 
-  void probabilities(int64_t j, int64_t keys) const {  // into p, from the saved lse
-    scores(j, keys);
+  void probabilities(const Block& b) const {  // into p, from the saved lse
+    scores(b);
     for (int64_t c = 0; c < lanes_; c += kWidth) {
       const Vec shift = load(s_.lse + c), rest = load(s_.lse_rest + c);
-      for (int64_t x = c; x < keys * lanes_; x += lanes_)
-        store(s_.p + x, probability(load(s_.p + x), to_log2_, shift, rest));
+      for (int64_t x = c; x < b.keys * lanes_; x += lanes_)
+        store(b.p + x, probability(load(b.p + x), to_log2_, shift, rest));
     }
   }
   static Vec probability(Vec score, float to_log2, Vec shift, Vec rest) {
     return Products::exp2_of(fma(score, broadcast(to_log2), -shift)) * rest;
   }
 
-  void value_gradients(int64_t j, int64_t keys) const {  // d loss / d (probability times dropout factor), into ds
-    products_.value_gradients(t_, j, keys, chain_);
+  void value_gradients(const Block& b) const {  // d loss / d (probability times dropout factor), into ds
+    products_.value_gradients(t_, b.j, b.keys, chain_, b.ds);
   }
 
   void normalise() const {  // scale: from row sums of p to their inverses; delta and lse_rest are multiplied by these
@@ -310,51 +374,48 @@ class TileGradients {
     }
   }
 
-  void score_gradients(int64_t j, int64_t keys) const {  // ds -> d loss / d score; p -> p times dropout factors
+  void score_gradients(const Block& b) const {  // ds -> d loss / d score; p -> p times dropout factors
     if (dropout_) {
-      for_each_dropout(a_, t_, j, keys, [&](int64_t row, int64_t c, Vec factor) {
+      for_each_dropout(a_, t_, b.j, b.keys, [&](int64_t row, int64_t c, Vec factor) {
         const int64_t x = row * lanes_ + c;
-        const Vec p = load(s_.p + x);
-        store(s_.ds + x, p * (fma(load(s_.ds + x), factor, -load(s_.delta + c)) + load(s_.grad_lse + c)));
-        store(s_.p + x, p * factor);
+        const Vec p = load(b.p + x);
+        store(b.ds + x, p * (fma(load(b.ds + x), factor, -load(s_.delta + c)) + load(s_.grad_lse + c)));
+        store(b.p + x, p * factor);
       });
       return;
     }
     for (int64_t c = 0; c < lanes_; c += kWidth) {
       const Vec delta = load(s_.delta + c), grad_lse = load(s_.grad_lse + c);
-      for (int64_t x = c; x < keys * lanes_; x += lanes_)
-        store(s_.ds + x, load(s_.p + x) * ((load(s_.ds + x) - delta) + grad_lse));
+      for (int64_t x = c; x < b.keys * lanes_; x += lanes_)
+        store(b.ds + x, load(b.p + x) * ((load(b.ds + x) - delta) + grad_lse));
     }
   }
 
-  void add_gradients(int64_t j, int64_t keys) const {  // of a block, from p and ds
-    add_gradients(j, keys, Stored{s_.p, s_.ds});
-  }
-  // column(c)(x): those of the elements from x, in the columns from c on.
+  // column(c)(x): the gradients of the elements from x on, in the columns from c on.
   template <class Column>
-  void add_gradients(int64_t j, int64_t keys, const Column& column) const {
-    const Write write = j == begin_ ? Write::kStore : Write::kAdd;
+  void add_gradients(const Block& b, const Column& column) const {
+    const Write write = b.j == begin_ ? Write::kStore : Write::kAdd;
     if (a_.dbias || a_.drelative_bias || softcap_) {
-      store_gradients(s_, lanes_, keys, column);
-      add_other_gradients(j, keys);
-      products_.add_gradients(t_, j, keys, write, Stored{s_.p, s_.ds});
+      store_gradients(lanes_, b.keys, column, b.p, b.ds);
+      add_other_gradients(b);
+      products_.add_gradients(t_, b.j, b.keys, write, Stored{b.p, b.ds}, b.p, b.ds);
     } else {
-      products_.add_gradients(t_, j, keys, write, column);
+      products_.add_gradients(t_, b.j, b.keys, write, column, b.p, b.ds);
     }
   }
 
-  void add_other_gradients(int64_t j, int64_t keys) const {
-    if (a_.dbias) add_bias_gradient(a_, t_, j, keys, s_.ds);
+  void add_other_gradients(const Block& b) const {
+    if (a_.dbias) add_bias_gradient(a_, t_, b.j, b.keys, b.ds);
     if (a_.drelative_bias) {
       float* row = a_.drelative_bias + (t_.b * a_.heads + t_.h) * a_.relative_bias_stride;
-      for (int64_t r = 0; r < keys; ++r) {
-        float* to = relative_row(a_, t_, j + r, row);
+      for (int64_t r = 0; r < b.keys; ++r) {
+        float* to = relative_row(a_, t_, b.j + r, row);
         for (int64_t c = 0; c < lanes_; c += kWidth)
-          store(to - c, load(to - c) + reversed(load(s_.ds + r * lanes_ + c)));
+          store(to - c, load(to - c) + reversed(load(b.ds + r * lanes_ + c)));
       }
     }
     if (softcap_)
-      for (int64_t x = 0; x < keys * lanes_; x += kWidth) store(s_.ds + x, load(s_.ds + x) * load(s_.slope + x));
+      for (int64_t x = 0; x < b.keys * lanes_; x += kWidth) store(b.ds + x, load(b.ds + x) * load(b.slope + x));
   }
 
   const AttentionBackward& a_;

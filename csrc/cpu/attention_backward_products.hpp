@@ -20,6 +20,7 @@ struct GradientBuffers {
   float *p, *ds, *slope, *factor;                     // scores: (keys, lanes); factor: of dropout
   float *lse, *lse_rest;      // in units of log2, rounded; 2^-(its rounding error)
   float *delta, *grad_lse;
+  float* top;    // the largest scores
   float* scale;  // row sums of p, then their inverses, then the scale of the scores
   float *ds_sum, *slope_sum;  // row sums of ds and of p * slope
   float* seen;                // keys per row with a probability above zero
@@ -49,7 +50,7 @@ static GradientBuffers take_buffers(const Attention& a) {
   const int64_t copy = ByTiles ? (longest + kPairColumns) * round_up((a.dim + 1) / 2, kPairColumns) : sequence;
   const int64_t keys_t = padded * pairs_of_keys(a);
   Arena arena{static_cast<char*>(
-      tf_scratch(0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 8 * Arena::bytes(kQueries) +
+      tf_scratch(0, 5 * Arena::bytes(side) + 4 * Arena::bytes(tile) + 9 * Arena::bytes(kQueries) +
                         Arena::bytes(padded) + 2 * Arena::bytes(sequence) + (copies ? 2 * Arena::bytes(copy) : 0) +
                         (ByTiles ? Arena::bytes(keys_t) + 3 * Arena::bytes(tile / 2) : 0)))};
   GradientBuffers s{};
@@ -57,7 +58,8 @@ static GradientBuffers take_buffers(const Attention& a) {
   for (float** p : sides) *p = arena.take(side);
   float** const tiles[] = {&s.p, &s.ds, &s.slope, &s.factor};
   for (float** p : tiles) *p = arena.take(tile);
-  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta, &s.grad_lse, &s.scale, &s.ds_sum, &s.slope_sum, &s.seen};
+  float** const rows[] = {&s.lse, &s.lse_rest, &s.delta,     &s.grad_lse, &s.top,
+                          &s.scale, &s.ds_sum, &s.slope_sum, &s.seen};
   for (float** p : rows) *p = arena.take(kQueries);
   s.centre = arena.take(padded);
   s.dk = arena.take(sequence);
@@ -83,27 +85,27 @@ struct ProbabilityAndGradient {  // the probability times its dropout factor, an
   Vec p, ds;
 };
 
-// column(c)(x), for all elements x of a tile, to p and ds.
+// column(c)(x), for all elements x of a block, to p and ds.
 template <class Column>
-static inline void store_gradients(const GradientBuffers& s, int64_t lanes, int64_t keys, const Column& column) {
+static inline void store_gradients(int64_t lanes, int64_t keys, const Column& column, float* p, float* ds) {
   for (int64_t c = 0; c < lanes; c += kWidth) {
     const auto value = column(c);
     for (int64_t x = c; x < keys * lanes; x += lanes) {
       const ProbabilityAndGradient v = value(x);
-      store(s.p + x, v.p);
-      store(s.ds + x, v.ds);
+      store(p + x, v.p);
+      store(ds + x, v.ds);
     }
   }
 }
 
-// The column of gradients that are already in p and ds.
+// The column of gradients that are stored already.
 struct Stored {
-  const float *p, *ds;
+  float *p, *ds;
   auto operator()(int64_t) const {
     return [p = p, ds = ds](int64_t x) { return ProbabilityAndGradient{load(p + x), load(ds + x)}; };
   }
 };
-static inline void store_gradients(const GradientBuffers&, int64_t, int64_t, const Stored&) {}
+static inline void store_gradients(int64_t, int64_t, const Stored&, float*, float*) {}
 
 // A head of one sequence. k, v: its keys and values.
 template <class T>
@@ -147,23 +149,24 @@ class FloatProducts {
     }
   }
 
-  void scores(const Tile& t, int64_t j, int64_t keys, int64_t chain) const {  // into p
-    gemm(Write::kStore, keys, t.lanes, a_.dim, from_key(key_rows_, j), s_.queries_t, t.lanes, s_.p, t.lanes, nullptr,
+  void scores(const Tile& t, int64_t j, int64_t keys, int64_t chain, float* to) const {
+    gemm(Write::kStore, keys, t.lanes, a_.dim, from_key(key_rows_, j), s_.queries_t, t.lanes, to, t.lanes, nullptr,
          chain);
   }
-  void value_gradients(const Tile& t, int64_t j, int64_t keys, int64_t chain) const {  // into ds
-    gemm(Write::kStore, keys, t.lanes, a_.dim, from_key(value_rows_, j), s_.grads_t, t.lanes, s_.ds, t.lanes, nullptr,
+  void value_gradients(const Tile& t, int64_t j, int64_t keys, int64_t chain, float* to) const {
+    gemm(Write::kStore, keys, t.lanes, a_.dim, from_key(value_rows_, j), s_.grads_t, t.lanes, to, t.lanes, nullptr,
          chain);
   }
-  // Of a block, from column(c)(x) for all its elements x. `write`: to dq.
+  // Of a block, from column(c)(x) for all its elements x, which may be in p and ds. `write`: to dq.
   template <class Column>
-  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column) const {
-    store_gradients(s_, t.lanes, keys, column);
+  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column, float* p,
+                     float* ds) const {
+    store_gradients(t.lanes, keys, column, p, ds);
     float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
-    gemm(Write::kAdd, keys, padded_, t.count, {s_.p, t.lanes * 4, 4}, s_.grads, padded_, dv, padded_);
-    gemm(Write::kAdd, keys, padded_, t.count, {s_.ds, t.lanes * 4, 4}, s_.queries, padded_, dk, padded_);
+    gemm(Write::kAdd, keys, padded_, t.count, {p, t.lanes * 4, 4}, s_.grads, padded_, dv, padded_);
+    gemm(Write::kAdd, keys, padded_, t.count, {ds, t.lanes * 4, 4}, s_.queries, padded_, dk, padded_);
     const Operand keys_t{from_key(key_rows_, j).data, 4, key_rows_.row_bytes};
-    gemm(write, a_.dim, t.lanes, keys, keys_t, s_.ds, t.lanes, s_.dq, t.lanes);
+    gemm(write, a_.dim, t.lanes, keys, keys_t, ds, t.lanes, s_.dq, t.lanes);
   }
   static Vec exp2_of(Vec x) { return exp2(x); }
 
@@ -215,15 +218,15 @@ class TileProducts {
     }
   }
 
-  void scores(const Tile& t, int64_t j, int64_t keys, int64_t) const {  // into p
-    gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.keys, j), s_.queries_t, t.lanes, s_.p, t.lanes);
+  void scores(const Tile& t, int64_t j, int64_t keys, int64_t, float* to) const {
+    gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.keys, j), s_.queries_t, t.lanes, to, t.lanes);
   }
-  void value_gradients(const Tile& t, int64_t j, int64_t keys, int64_t) const {  // into ds
-    gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.values, j), s_.grads_t, t.lanes, s_.ds, t.lanes);
+  void value_gradients(const Tile& t, int64_t j, int64_t keys, int64_t, float* to) const {
+    gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.values, j), s_.grads_t, t.lanes, to, t.lanes);
   }
   // j is even.
   template <class Column>
-  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column) const {
+  void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column, float*, float*) const {
     round_all(t.lanes, keys, column);
     float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
     const int64_t queries = (t.count + 1) / 2;
@@ -237,29 +240,38 @@ class TileProducts {
  private:
   Operand rows(const float* words, int64_t j) const { return {words + j * row_words_, row_words_ * 4, 4}; }
 
+  // p and ds in bf16, two vectors of queries at a time: lanes is a multiple of kPairColumns.
   template <class Column>
   void round_all(int64_t lanes, int64_t keys, const Column& column) const {
-    for (int64_t c = 0; c < lanes; c += kWidth) {
-      const auto value = column(c);
+    int64_t c = 0;
+    for (; c + 2 * kWidth <= lanes; c += 2 * kWidth) {
+      const auto low = column(c), high = column(c + kWidth);
       bf16 *p_rows = s_.p_rows + c, *ds_rows = s_.ds_rows + c;
       float* pairs = s_.ds_pairs + c;
-      int64_t x = c;
-      for (int64_t r = 0; r + 1 < keys; r += 2, x += 2 * lanes) {
-        const ProbabilityAndGradient even = value(x), odd = value(x + lanes);
-        store(p_rows, even.p);
-        store(p_rows + lanes, odd.p);
-        store(ds_rows, even.ds);
-        store(ds_rows + lanes, odd.ds);
+      for (int64_t r = 0, x = c; r < keys; r += 2, x += 2 * lanes) {
+        const ProbabilityAndGradient even = low(x), even_high = high(x + kWidth);
+        ProbabilityAndGradient odd{}, odd_high{};
+        store_two(p_rows, even.p, even_high.p);
+        store_two(ds_rows, even.ds, even_high.ds);
+        if (r + 1 < keys) {
+          odd = low(x + lanes), odd_high = high(x + lanes + kWidth);
+          store_two(p_rows + lanes, odd.p, odd_high.p);
+          store_two(ds_rows + lanes, odd.ds, odd_high.ds);
+        }
         store(pairs, pair(even.ds, odd.ds));
+        store(pairs + kWidth, pair(even_high.ds, odd_high.ds));
         p_rows += 2 * lanes;
         ds_rows += 2 * lanes;
         pairs += lanes;
       }
-      if (keys % 2 == 0) continue;
-      const ProbabilityAndGradient last = value(x);
-      store(p_rows, last.p);
-      store(ds_rows, last.ds);
-      store(pairs, pair(last.ds, Vec{}));
+    }
+    if (c == lanes) return;
+    const auto value = column(c);
+    for (int64_t r = 0, x = c; r < keys; ++r, x += lanes) {
+      const ProbabilityAndGradient v = value(x);
+      store(s_.p_rows + x, v.p);
+      store(s_.ds_rows + x, v.ds);
+      if (r % 2 == 0) store(s_.ds_pairs + r / 2 * lanes + c, pair(v.ds, r + 1 < keys ? value(x + lanes).ds : Vec{}));
     }
   }
 

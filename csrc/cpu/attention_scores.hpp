@@ -85,6 +85,21 @@ static inline bool folds_scale(const Attention& a) {
 // The factor from differences of scores to exponents of two.
 static inline float log2_factor(const Attention& a) { return float(folds_scale(a) ? a.scale * kLog2e : kLog2e); }
 
+// f(c, Vectors<N>{}) for the N vectors of queries from c on, which together use the registers well.
+template <int N>
+struct Vectors {
+  static constexpr int kCount = N;
+};
+template <class F>
+static inline void for_vectors(int64_t lanes, const F& f) {
+  int64_t c = 0;
+  if constexpr (kWidth == 16) {
+    for (; c + 4 * kWidth <= lanes; c += 4 * kWidth) f(c, Vectors<4>{});
+    for (; c + 2 * kWidth <= lanes; c += 2 * kWidth) f(c, Vectors<2>{});
+  }
+  for (; c < lanes; c += kWidth) f(c, Vectors<1>{});
+}
+
 // use(x, v) for every vector of a tile: v = base[(c + lane) * si + j * sj] is for the elements from x = j * lanes + c.
 template <class T, class Use>
 static inline void for_each_vector(const T* base, int64_t si, int64_t sj, const Tile& t, int64_t keys,

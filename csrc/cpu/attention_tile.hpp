@@ -125,6 +125,17 @@ static inline Vec pair(Vec even, Vec odd) {
 #endif
 }
 
+// Two vectors of neighbouring values.
+static inline void store_two(bf16* p, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  const auto both = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
+  __builtin_memcpy(p, &both, sizeof both);
+#else
+  store(p, low);
+  store(p + kWidth, high);
+#endif
+}
+
 // n values at p as words, at most 2 * kWidth; an odd one is paired with zero.
 static inline Vec load_words(const bf16* p, int64_t n) {
   Vec words = Vec{};
