@@ -8,7 +8,7 @@ namespace tf::TF_ISA {
 namespace {
 
 constexpr int64_t kDecodeQueries = 6;  // at most this many leave most lanes of a tile idle
-constexpr int64_t kGroup = 4;          // tiles of one head that share the copies of its keys and values
+constexpr int64_t kGroup = kHasBf16Tiles ? 16 : 4;  // tiles of one head that share the copies of its keys and values
 
 struct Buffers {
   float *scores, *keys, *values, *correction;
@@ -87,23 +87,27 @@ void softmax_pairs(int64_t keys, int64_t lanes, float to_log2, float* scores, fl
     store(tops + n * kWidth, top[n]);
     sum[n] = Vec{};
   }
-  const Vec zero = Vec{};
+  const float* from = scores;
+  float* to = scores;
   for (int64_t j = 0; j < keys; j += 32) {  // short sums first: a long float32 sum loses digits
     Vec part[N] = {};
-    const int64_t past = least(j + 32, keys);
-    for (int64_t r = j; r < past; r += 2) {
+    const int64_t pairs = (least(j + 32, keys) - j) / 2;
+    for (int64_t r = 0; r < pairs; ++r, from += 2 * lanes, to += lanes) {
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const float* p = scores + r * lanes + n * kWidth;
-        const Vec even = exp2_for_bf16((load(p) - shift[n]) * to_log2);
-        Vec odd = zero;
-        if (r + 1 < past) odd = exp2_for_bf16((load(p + lanes) - shift[n]) * to_log2);
+        const Vec even = exp2_for_bf16((load(from + n * kWidth) - shift[n]) * to_log2);
+        const Vec odd = exp2_for_bf16((load(from + lanes + n * kWidth) - shift[n]) * to_log2);
         part[n] = part[n] + (even + odd);
-        store(scores + r / 2 * lanes + n * kWidth, pair(even, odd));
+        store(to + n * kWidth, pair(even, odd));
       }
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) sum[n] = sum[n] + part[n];
+  }
+  for (int n = 0; keys % 2 && n < N; ++n) {
+    const Vec last = exp2_for_bf16((load(from + n * kWidth) - shift[n]) * to_log2);
+    sum[n] = sum[n] + last;
+    store(to + n * kWidth, pair(last, Vec{}));
   }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
@@ -277,12 +281,9 @@ class Group {
             store(s_.scores + r / 2 * lanes + c, pair(load(p), r + 1 < keys ? load(p + lanes) : Vec{}));
           }
       } else {
-        for (int64_t c = 0; c < lanes;) {
-          const int64_t left = (lanes - c) / kWidth;
-          const auto run = left >= 4 ? softmax_pairs<4> : left == 3 ? softmax_pairs<3> : left == 2 ? softmax_pairs<2> : softmax_pairs<1>;
-          run(keys, lanes, to_log2_, s_.scores + c, tops + c, totals + c, s_.correction + c);
-          c += (left < 4 ? left : 4) * kWidth;
-        }
+        for_vectors(lanes, [&](int64_t c, auto n) {
+          softmax_pairs<n.kCount>(keys, lanes, to_log2_, s_.scores + c, tops + c, totals + c, s_.correction + c);
+        });
       }
       gemm_bf16(write, a_.dim, lanes, (keys + 1) / 2, v, s_.scores, lanes, out(i), lanes, s_.correction);
     } else {
@@ -328,7 +329,8 @@ void forward_all(const AttentionForward& a) {
   // first[b]: number of groups before sequence b, for one head.
   const int64_t threads = threads_for(a, 2e5);
   int64_t* first = scratch<int64_t>(1, a.batch + 1 + threads * kRunStep);
-  for (int64_t size = sizeof(T) == 4 ? 1 : kGroup;; size /= 2) {  // float32 is used in place
+  const int64_t largest = !Pairs || !kHasBf16Tiles ? 4 : a.dim <= 128 ? kGroup : kGroup / 2;  // fits the second cache
+  for (int64_t size = sizeof(T) == 4 ? 1 : largest;; size /= 2) {  // float32 is used in place
     first[0] = 0;
     for (int64_t b = 0; b < a.batch; ++b)
       first[b + 1] = first[b] + (a.query_lengths[b] + size * kQueries - 1) / (size * kQueries);

@@ -58,7 +58,10 @@ static inline void tile_shapes(const TileShapes& s) {
   tiles.shapes = s;
   __builtin_memset(tiles.bytes, 0, sizeof tiles.bytes);
 }
-static inline void tile_release() { tile_shapes(TileShapes()), __builtin_memset(&tiles.shapes, 0, sizeof tiles.shapes); }
+static inline void tile_release() {
+  tile_shapes(TileShapes());
+  __builtin_memset(static_cast<void*>(&tiles.shapes), 0, sizeof tiles.shapes);
+}
 template <int T>
 static inline void tile_zero() {
   __builtin_memset(tiles.bytes[T], 0, sizeof tiles.bytes[T]);
@@ -74,37 +77,37 @@ static inline void tile_store(void* to, int64_t stride) {
   for (int64_t r = 0; r < tiles.shapes.rows[T]; ++r)
     __builtin_memcpy(static_cast<char*>(to) + r * stride, tiles.bytes[T][r], tiles.shapes.row_bytes[T]);
 }
-// term(sum, word of A, word of B) for each word of C and each word of the rows of A.
-template <int C, int A, int B, class Sum, class Term>
-static inline void emulate_product(const Term& term) {
+// C += total(even sum, odd sum) for each word of C, where add(even, odd, word of A, word of B) sums the words of a row.
+template <int C, int A, int B, class Sum, class Add>
+static inline void emulate_product(const Add& add) {
   const auto& s = tiles.shapes;
   for (int64_t m = 0; m < s.rows[C]; ++m)
     for (int64_t n = 0; n < s.row_bytes[C] / 4; ++n) {
-      Sum sum;
+      Sum sum, even = 0, odd = 0;
       __builtin_memcpy(&sum, tiles.bytes[C][m] + 4 * n, 4);
       for (int64_t k = 0; k < s.row_bytes[A] / 4; ++k)
-        sum = term(sum, tiles.bytes[A][m] + 4 * k, tiles.bytes[B][k] + 4 * n);
+        add(even, odd, tiles.bytes[A][m] + 4 * k, tiles.bytes[B][k] + 4 * n);
+      sum += even + odd;
       __builtin_memcpy(tiles.bytes[C][m] + 4 * n, &sum, 4);
     }
 }
 template <int C, int A, int B>
 static inline void tile_multiply_u8_i8() {
-  emulate_product<C, A, B, int32_t>([](int32_t sum, const uint8_t* a, const uint8_t* b) {
-    for (int i = 0; i < 4; ++i) sum += int32_t(a[i]) * int8_t(b[i]);
-    return sum;
+  emulate_product<C, A, B, int32_t>([](int32_t& even, int32_t& odd, const uint8_t* a, const uint8_t* b) {
+    for (int i = 0; i < 4; ++i) (i % 2 ? odd : even) += int32_t(a[i]) * int8_t(b[i]);
   });
 }
 template <int C, int A, int B>
-static inline void tile_multiply_bf16() {
-  emulate_product<C, A, B, float>([](float sum, const uint8_t* a, const uint8_t* b) {
+static inline void tile_multiply_bf16() {  // the processor sums even and odd products by themselves too
+  emulate_product<C, A, B, float>([](float& even, float& odd, const uint8_t* a, const uint8_t* b) {
     const auto value = [](const uint8_t* p) {
       const uint32_t bits = (uint32_t(p[1]) << 8 | p[0]) << 16;
       float v;
       __builtin_memcpy(&v, &bits, 4);
       return bits & 0x7f800000 ? v : 0.f;
     };
-    for (int i = 0; i < 2; ++i) sum += value(a + 2 * i) * value(b + 2 * i);
-    return sum;
+    even += value(a) * value(b);
+    odd += value(a + 2) * value(b + 2);
   });
 }
 #endif
