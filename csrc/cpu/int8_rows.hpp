@@ -11,7 +11,7 @@ constexpr int kInt8Rows = kWidth == 16 ? 8 : 4;
 #endif
 
 #if defined(TF_TILES)
-constexpr int64_t kTiledRows = 4;  // with fewer rows, vectors are as fast
+constexpr int64_t kTiledRows = 10;  // with fewer rows, vectors are as fast
 #endif
 
 // acc[lane] += the sum of the 4 products u8 x int8 in that lane.
@@ -115,7 +115,8 @@ static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t
 static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count,
                                  float* out, int64_t ldo) {
 #if defined(TF_TILES)
-  if (rows >= kTiledRows && Int8Tiles::fit(w.in, w.group)) return Int8Tiles::multiply(w, x, rows, panel, count, out, ldo);
+  if (rows >= kTiledRows && Int8Tiles::fit(w.in, w.group))
+    return Int8Tiles::multiply(w, x, rows, panel, count, out, ldo);
 #endif
   const int64_t bytes = int8_panel_bytes(w.in, w.group);
   const int8_t* from = w.panels + panel * bytes;

@@ -1,8 +1,8 @@
 // Multiplies quantised rows by panels of an int8 weight (linear_int8.hpp), in matrix tiles.
 //
-// A panel holds, for each 4 inputs, 4 bytes of each of 32 columns: two tiles of 16 columns, side by side. A unit is one
-// group of inputs by one panel and up to 32 rows. Its sums are stored as they are, and become floats while the next unit
-// is multiplied: the processor does both at once.
+// A panel holds, for each 4 inputs, 4 bytes of each of 32 columns: two tiles of 16 columns, side by side. A unit is 32
+// rows by one panel and a few groups of inputs. Each group's sums are stored as they are; then all of them become
+// floats, in one pass, while the processor begins the next unit.
 #pragma once
 #include "linear_int8_quantize.hpp"
 #include "parallel.hpp"
@@ -35,107 +35,103 @@ class Int8Tiles {
   }
 
  private:
-  typedef int32_t Sums[4][kTileRows * kTileRows];  // of tiles 0 to 3: columns 0 to 15 and 16 to 31 of 16 rows, and of 16 more
+  static constexpr int64_t kGroups = 4, kInputs = 512;  // per unit, at most: the unit has to fit the L1 cache
+  // Of one group: columns 0 to 15 and 16 to 31 of 16 rows, then of 16 more.
+  typedef int32_t Sums[4][kTileRows * kTileRows];
 
-  struct Unit {  // sums that are not floats yet
-    const float* column;  // the scales of 32 columns, then the sums of their weights
-    const float *zero, *scale;
+  struct Unit {
+    Int8Rows x;           // from the first group on
+    const int8_t* panel;  // from the first group on
     float* out;
-    int64_t rows, groups, ldo;
-    bool first;
-    const Sums* sums;
+    int64_t rows, ldo, depth;  // depth: of a group
+    Sums* sums;
   };
 
   static void multiply(const TileShapes& shapes, const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel,
                        int64_t count, float* out, int64_t ldo) {
-    alignas(64) Sums sums[2];
+    alignas(64) Sums sums[kGroups];
     const Tiles tiles(shapes);
-    const int64_t bytes = int8_panel_bytes(w.in, w.group);
+    const int64_t bytes = int8_panel_bytes(w.in, w.group), whole = w.in / w.group;
     const int8_t* from = w.panels + panel * bytes;
-    Unit before{};
-    int64_t n = 0;
-    for (int64_t k = 0, g = 0; k < w.in; k += w.group, ++g) {
-      const int64_t depth = least(w.in - k, w.group), size = depth * kPanel + 2 * kScaleSlots;
-      for (int64_t p = 0; p < count; ++p) {
-        const int8_t* here = from + p * bytes;
-        const int8_t* next = p + 1 < count ? here + bytes : from + size;
-        for (int64_t r = 0; r < rows; r += kRows) {
-          const Int8Rows part = from_row(x, r);
-          Unit unit{reinterpret_cast<const float*>(here + depth * kPanel), part.zero + g, part.scale + g,
-                    out + r * ldo + p * kPanel, least(rows - r, kRows), x.groups, ldo, g == 0, &sums[n++ % 2]};
-          multiply(int(depth / kStep), part.values + k, x.stride, here, r ? nullptr : next, unit, before);
-          before = unit;
+    for (int64_t g = 0, end; g < int8_groups(w.in, w.group); g = end) {
+      const int64_t k = g * w.group, depth = least(w.in - k, w.group);
+      end = g < whole ? least(g + least(kGroups, kInputs / w.group), whole) : g + 1;  // a shorter last group is alone
+      const int8_t* here = from + g * (w.group * kPanel + 2 * kScaleSlots);
+      for (int64_t r = 0; r < rows; r += kRows) {
+        Int8Rows part = from_row(x, r);  // stays in the L1 cache for all panels
+        part.values += k, part.scale += g, part.zero += g;
+        for (int64_t p = 0; p < count; ++p) {
+          const Unit unit{part, here + p * bytes, out + r * ldo + p * kPanel, least(rows - r, kRows), ldo, depth, sums};
+          g ? multiply<true>(unit, int(end - g)) : multiply<false>(unit, int(end - g));
         }
       }
-      from += size;
     }
-    finish(before, 0, before.rows);
   }
 
-  static void multiply(int steps, const uint8_t* a, int64_t lda, const int8_t* b, const int8_t* next, const Unit& unit,
-                       const Unit& before) {
+  template <bool Add>
+  static void multiply(const Unit& unit, int groups) {
     const bool two = unit.rows > kTileRows;
-    if (steps == 4) return two ? multiply<4, true>(a, lda, b, next, unit, before) : multiply<4, false>(a, lda, b, next, unit, before);
-    if (steps == 3) return two ? multiply<3, true>(a, lda, b, next, unit, before) : multiply<3, false>(a, lda, b, next, unit, before);
-    if (steps == 2) return two ? multiply<2, true>(a, lda, b, next, unit, before) : multiply<2, false>(a, lda, b, next, unit, before);
-    two ? multiply<1, true>(a, lda, b, next, unit, before) : multiply<1, false>(a, lda, b, next, unit, before);
+    const int steps = int(unit.depth / kStep);
+    for (int g = 0; g < groups; ++g) {
+      const uint8_t* a = unit.x.values + g * unit.depth;
+      const int8_t* b = unit.panel + g * (unit.depth * kPanel + 2 * kScaleSlots);
+      two ? products<true>(a, unit.x.stride, b, steps, unit.sums[g])
+          : products<false>(a, unit.x.stride, b, steps, unit.sums[g]);
+    }
+    if (groups == 4) return finish<4, Add>(unit);
+    if (groups == 3) return finish<3, Add>(unit);
+    if (groups == 2) return finish<2, Add>(unit);
+    finish<1, Add>(unit);
   }
 
-  // Multiplies the unit, and between the products finishes the one before.
-  template <int Steps, bool Two>
-  static inline void multiply(const uint8_t* a, int64_t lda, const int8_t* b, const int8_t* next, const Unit& unit,
-                              const Unit& before) {
-    constexpr int64_t kSlots = Steps * (Two ? 4 : 2), kEach = (kRows + kSlots - 1) / kSlots;
-    const auto between = [&](int64_t slot) {
-      finish(before, slot * kEach, kEach);
-      if (next)
-        for (int64_t i = 0; i < kStep * kPanel * Steps / kSlots; i += 64)
-          __builtin_prefetch(next + slot * (kStep * kPanel * Steps / kSlots) + i);
-    };
+  template <bool Two>
+  static inline void products(const uint8_t* a, int64_t lda, const int8_t* b, int steps, Sums& to) {
     tile_zero<0>();
     tile_zero<1>();
     if (Two) tile_zero<2>();
     if (Two) tile_zero<3>();
-#pragma GCC unroll 4
-    for (int64_t s = 0; s < Steps; ++s, a += kStep, b += kStep * kPanel) {
-      constexpr int64_t kPerStep = Two ? 4 : 2;
+    for (int s = 0; s < steps; ++s, a += kStep, b += kStep * kPanel) {
       tile_load<4>(a, lda);
       tile_load<6>(b, 4 * kPanel);
       tile_multiply_u8_i8<0, 4, 6>();
-      between(s * kPerStep);
       tile_load<7>(b + kTileBytes, 4 * kPanel);
       tile_multiply_u8_i8<1, 4, 7>();
-      between(s * kPerStep + 1);
       if (!Two) continue;
       tile_load<5>(a + kTileRows * lda, lda);
       tile_multiply_u8_i8<2, 5, 6>();
-      between(s * kPerStep + 2);
       tile_multiply_u8_i8<3, 5, 7>();
-      between(s * kPerStep + 3);
     }
-    int32_t(*to)[kTileRows * kTileRows] = const_cast<Sums&>(*unit.sums);
     tile_store<0>(to[0], kTileBytes);
     tile_store<1>(to[1], kTileBytes);
     if (Two) tile_store<2>(to[2], kTileBytes);
     if (Two) tile_store<3>(to[3], kTileBytes);
   }
 
-  // Adds `count` rows of a unit to the results.
-  static inline void finish(const Unit& u, int64_t from, int64_t count) {
-    if (from >= u.rows) return;
-    const int64_t end = least(from + count, u.rows);
-    Vec scales[2], sums[2];
-    __builtin_memcpy(scales, u.column, sizeof scales);
-    __builtin_memcpy(sums, u.column + kPanel, sizeof sums);
-    for (int64_t m = from; m < end; ++m) {
-      float* to = u.out + m * u.ldo;
-      const float zero = u.zero[m * u.groups], scale = u.scale[m * u.groups];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        VecI exact;
-        __builtin_memcpy(&exact, (*u.sums)[m / kTileRows * 2 + i] + m % kTileRows * kTileRows, sizeof exact);
-        const Vec v = group_term(exact, zero, sums[i], scale, scales[i]);
-        store(to + i * kWidth, u.first ? v : load(to + i * kWidth) + v);
+  template <int Groups, bool Add>
+  static void finish(const Unit& unit) {
+    constexpr int64_t kVectors = kPanel / kWidth;
+    Vec scales[Groups][kVectors], column_sums[Groups][kVectors];
+    const int8_t* tail = unit.panel + unit.depth * kPanel;
+    for (int g = 0; g < Groups; ++g, tail += unit.depth * kPanel + 2 * kScaleSlots) {
+      __builtin_memcpy(scales[g], tail, sizeof scales[g]);
+      __builtin_memcpy(column_sums[g], tail + kScaleSlots, sizeof column_sums[g]);
+    }
+    const float *zero = unit.x.zero, *scale = unit.x.scale;
+    float* out = unit.out;
+    for (int64_t m = 0; m < unit.rows; ++m, out += unit.ldo, zero += unit.x.groups, scale += unit.x.groups) {
+      const int32_t* sums = unit.sums[0][m / kTileRows * 2] + m % kTileRows * kTileRows;
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kVectors; ++i) {
+        const int64_t column = i * kWidth, tile = column / kTileRows;
+        Vec total = Add ? load(out + column) : Vec{};
+#pragma GCC unroll 4
+        for (int64_t g = 0; g < Groups; ++g) {
+          VecI exact;
+          __builtin_memcpy(&exact, sums + (4 * g + tile) * kTileRows * kTileRows + column % kTileRows, sizeof exact);
+          const Vec v = group_term(exact, zero[g], column_sums[g][i], scale[g], scales[g][i]);
+          total = Add || g ? total + v : v;
+        }
+        store(out + column, total);
       }
     }
   }

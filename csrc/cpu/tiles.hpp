@@ -58,7 +58,10 @@ static inline void tile_shapes(const TileShapes& s) {
   tiles.shapes = s;
   __builtin_memset(tiles.bytes, 0, sizeof tiles.bytes);
 }
-static inline void tile_release() { tile_shapes(TileShapes()), __builtin_memset(&tiles.shapes, 0, sizeof tiles.shapes); }
+static inline void tile_release() {
+  tile_shapes(TileShapes());
+  __builtin_memset(&tiles.shapes, 0, sizeof tiles.shapes);
+}
 template <int T>
 static inline void tile_zero() {
   __builtin_memset(tiles.bytes[T], 0, sizeof tiles.bytes[T]);
