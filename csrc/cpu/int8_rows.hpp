@@ -1,6 +1,6 @@
 // Multiplies quantised rows by panels of an int8 weight (linear_int8.hpp).
 #pragma once
-#include "linear_int8_quantize.hpp"
+#include "int8_tiles.hpp"
 
 namespace tf::TF_ISA {
 
@@ -8,6 +8,10 @@ namespace tf::TF_ISA {
 constexpr int kInt8Rows = kWidth == 16 ? 12 : 6;  // rows in registers at once: 2 kInt8Rows accumulators
 #else
 constexpr int kInt8Rows = kWidth == 16 ? 8 : 4;
+#endif
+
+#if defined(TF_TILES)
+constexpr int64_t kTiledRows = 10;  // with fewer rows, vectors are as fast
 #endif
 
 // acc[lane] += the sum of the 4 products u8 x int8 in that lane.
@@ -90,8 +94,7 @@ static void multiply_group(const Int8Rows& x, const int8_t* w, const int8_t* ahe
       const float z = *zero, s = *scale;
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        const Vec exact = __builtin_convertvector(acc[m][i], Vec) - z * sums[i];
-        const Vec v = rounded(exact * s * scales[i]);
+        const Vec v = group_term(acc[m][i], z, sums[i], s, scales[i]);
         store(to + i * kWidth, First ? v : load(to + i * kWidth) + v);
       }
     }
@@ -111,6 +114,10 @@ static void multiply_group(int rows, bool first, const Int8Rows& x, const int8_t
 // group of x stays in the L1 cache for all columns.
 static inline void multiply_int8(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t panel, int64_t count,
                                  float* out, int64_t ldo) {
+#if defined(TF_TILES)
+  if (rows >= kTiledRows && Int8Tiles::fit(w.in, w.group))
+    return Int8Tiles::multiply(w, x, rows, panel, count, out, ldo);
+#endif
   const int64_t bytes = int8_panel_bytes(w.in, w.group);
   const int8_t* from = w.panels + panel * bytes;
   for (int64_t k = 0, g = 0; k < w.in; k += w.group, ++g) {

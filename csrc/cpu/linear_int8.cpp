@@ -8,7 +8,13 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t kBlock = 48;               // rows per item, at most
+// Rows per item, at most, and rows multiplied at once. Tiles multiply so fast that each byte of a weight, which comes
+// from the L3 cache, has to serve more rows.
+#if defined(TF_TILES)
+constexpr int64_t kBlock = 256, kPart = 64;
+#else
+constexpr int64_t kBlock = 48, kPart = 48;
+#endif
 constexpr int64_t kColumns = 4 * kPanel;     // columns finished together
 constexpr int64_t kInner = kInt8Group;       // of a block's up and gate: whole groups of down's inputs
 
@@ -88,23 +94,27 @@ void with_coarse_activation(Activation activation, const F& f) {
   activation == Activation::gelu ? f(CoarseGelu{}) : with_activation(activation, f);
 }
 
-// f(column, columns, sums (rows, Columns)) for columns [begin, end) of x W^T; begin is a multiple of Columns.
+// f(column, columns, row, rows, sums (rows, Columns)) for columns [begin, end) of x W^T and at most kPart rows at a
+// time; begin is a multiple of Columns.
 template <int64_t Columns = kColumns, class F>
 void for_products(const Int8Weight& w, const Int8Rows& x, int64_t rows, int64_t begin, int64_t end, float* sums,
                   const F& f) {
   for (int64_t c = begin; c < end; c += Columns) {
     const int64_t n = end - c < Columns ? end - c : Columns;
-    multiply_int8(w, x, rows, c / kPanel, (n + kPanel - 1) / kPanel, sums, Columns);
-    f(c, n, static_cast<const float*>(sums));
+    for (int64_t r = 0; r < rows; r += kPart) {
+      const int64_t count = least(rows - r, kPart);
+      multiply_int8(w, from_row(x, r), count, c / kPanel, (n + kPanel - 1) / kPanel, sums, Columns);
+      f(c, n, r, count, static_cast<const float*>(sums));
+    }
   }
 }
 
 template <class Y>
 void linear_columns(const LinearInt8& a, const Int8Weight& w, const Int8Rows& x, int64_t row, int64_t rows,
                     int64_t begin, int64_t end, int64_t at, float* sums) {
-  for_products(w, x, rows, begin, end, sums, [&](int64_t c, int64_t n, const float* from) {
+  for_products(w, x, rows, begin, end, sums, [&](int64_t c, int64_t n, int64_t r, int64_t count, const float* from) {
     with_optional_activation(a.has_activation, a.activation, [&](auto act) {
-      for (int64_t m = 0; m < rows; ++m, from += kColumns) {
+      for (int64_t m = r; m < r + count; ++m, from += kColumns) {
         Y* y = static_cast<Y*>(a.y) + (row + m) * a.y_stride + at + c;
         for_columns(n, [&](int64_t i, auto part) {
           Vec v = load(from + i);
@@ -148,14 +158,14 @@ class Block {
     inner_ = round_up_to(a.up.out, kInner);
     Pieces p{static_cast<char*>(tf_scratch(
         0, rows_bytes(kBlock, a.output.in, a.output.group) + rows_bytes(kBlock, a.width, a.up.group) +
-               rows_bytes(kBlock, inner_, a.down.group) + (a.gate.panels ? 2 : 1) * Pieces::bytes(kBlock * kInner * 4) +
+               rows_bytes(kBlock, inner_, a.down.group) + (a.gate.panels ? 2 : 1) * Pieces::bytes(kPart * kInner * 4) +
                2 * Pieces::bytes(kBlock * width() * 4)))};
     context_ = take_rows(p, kBlock, a.output.in, a.output.group);
     x_ = take_rows(p, kBlock, a.width, a.up.group);
     activated_ = take_rows(p, kBlock, inner_, a.down.group);
     activated_.groups = int8_groups(a.down.in, a.down.group);
-    sums_ = p.take<float>(kBlock * kInner);
-    gates_ = a.gate.panels ? p.take<float>(kBlock * kInner) : nullptr;
+    sums_ = p.take<float>(kPart * kInner);
+    gates_ = a.gate.panels ? p.take<float>(kPart * kInner) : nullptr;
     residual_ = p.take<float>(kBlock * width());
     normed_ = p.take<float>(kBlock * width());
   }
@@ -175,8 +185,9 @@ class Block {
     }
     quantize_rows(post ? residual_ : normed_, width(), rows, a_.width, a_.up.group, x_, 0);
     feed_forward(rows);
-    for_products(a_.down, activated_, rows, 0, a_.down.out, sums_, [&](int64_t c, int64_t n, const float* from) {
-      for (int64_t m = 0; m < rows; ++m, from += kColumns) {
+    for_products(a_.down, activated_, rows, 0, a_.down.out, sums_,
+                 [&](int64_t c, int64_t n, int64_t first, int64_t count, const float* from) {
+      for (int64_t m = first; m < first + count; ++m, from += kColumns) {
         float* r = residual_ + m * width() + c;
         T* y = static_cast<T*>(a_.y) + (row + m) * a_.width + c;
         for_columns(n, [&](int64_t i, auto part) {
@@ -209,8 +220,9 @@ class Block {
       quantize_rows(static_cast<const C*>(a_.context) + row * a_.context_stride, a_.context_stride, rows, a_.output.in,
                     a_.output.group, context_, 0);
     });
-    for_products(a_.output, context_, rows, 0, a_.output.out, sums_, [&](int64_t c, int64_t n, const float* from) {
-      for (int64_t m = 0; m < rows; ++m, from += kColumns) {
+    for_products(a_.output, context_, rows, 0, a_.output.out, sums_,
+                 [&](int64_t c, int64_t n, int64_t first, int64_t count, const float* from) {
+      for (int64_t m = first; m < first + count; ++m, from += kColumns) {
         const T* before = residual_of(m) + c;
         float* r = residual_ + m * width() + c;
         for_columns(n, [&](int64_t i, auto part) {
@@ -226,13 +238,16 @@ class Block {
   void feed_forward(int64_t rows) {
     const int64_t group = a_.down.group;  // divides kInner
     with_coarse_activation(a_.activation, [&](auto kind) {
-      for_products<kInner>(a_.up, x_, rows, 0, a_.up.out, sums_, [&](int64_t c, int64_t n, const float* from) {
-        if (gates_) multiply_int8(a_.gate, x_, rows, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kInner);
+      for_products<kInner>(a_.up, x_, rows, 0, a_.up.out, sums_,
+                           [&](int64_t c, int64_t n, int64_t first, int64_t count, const float*) {
+        if (gates_)
+          multiply_int8(a_.gate, from_row(x_, first), count, c / kPanel, (n + kPanel - 1) / kPanel, gates_, kInner);
+        const Int8Rows to = from_row(activated_, first);
         // Results overwrite their sums until the scales of kWidth groups are known.
         const int64_t groups = int8_groups(n, group);
         const auto length = [&](int64_t g) { return n - g * group < group ? n - g * group : group; };
         quantize_groups(
-            rows * groups,
+            count * groups,
             [&](int64_t i) {
               const int64_t m = i / groups, g = i % groups;
               float* row = sums_ + m * kInner + g * group;
@@ -254,11 +269,11 @@ class Block {
               return found;
             },
             [&](int64_t i, float scale, float zero, float inverse) {
-              const int64_t m = i / groups, g = i % groups, at = m * activated_.groups + c / group + g;
-              activated_.scale[at] = scale;
-              activated_.zero[at] = zero;
+              const int64_t m = i / groups, g = i % groups, at = m * to.groups + c / group + g;
+              to.scale[at] = scale;
+              to.zero[at] = zero;
               store_quantized(sums_ + m * kInner + g * group, length(g), inverse, zero,
-                              activated_.values + m * activated_.stride + c + g * group);
+                              to.values + m * to.stride + c + g * group);
             });
       });
     });
@@ -294,9 +309,9 @@ void linear_int8(const LinearInt8& a) {
   const double work = double(a.rows) * double(first.in) * double(columns * kColumns);
   share_out(blocks * parts, work < 1e5 ? 1 : threads, [&] {
     Pieces p{static_cast<char*>(
-        tf_scratch(0, rows_bytes(kBlock, first.in, first.group) + Pieces::bytes(kBlock * kColumns * 4)))};
+        tf_scratch(0, rows_bytes(kBlock, first.in, first.group) + Pieces::bytes(kPart * kColumns * 4)))};
     const Int8Rows x = take_rows(p, kBlock, first.in, first.group);
-    float* sums = p.take<float>(kBlock * kColumns);
+    float* sums = p.take<float>(kPart * kColumns);
     return [&a, &of, &first, &ends, x, sums, columns, parts, here = int64_t(-1)](int64_t item) mutable {
       const int64_t block = item / parts, part = item % parts, row = of.begin(block);
       const int64_t rows = of.begin(block + 1) - row;

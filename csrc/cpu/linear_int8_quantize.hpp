@@ -54,6 +54,12 @@ static inline Int8Rows from_row(const Int8Rows& x, int64_t row) {
   return {x.values + row * x.stride, x.scale + row * x.groups, x.zero + row * x.groups, x.stride, x.groups};
 }
 
+// A group's term of a product, from the exact sum of u q, the row's zero point and scale, and the columns' scales and
+// sums of q.
+static inline Vec group_term(VecI exact, float zero, Vec sums, float scale, Vec scales) {
+  return rounded((__builtin_convertvector(exact, Vec) - zero * sums) * scale * scales);
+}
+
 // Lane i of the result: op over the lanes of v[i], for kWidth vectors.
 template <int Step, class F>
 static inline void fold_by(Vec* v, const F& op) {
