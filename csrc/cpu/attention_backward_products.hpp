@@ -219,20 +219,19 @@ class TileProducts {
   }
 
   void scores(const Tile& t, int64_t j, int64_t keys, int64_t, float* to) const {
-    gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.keys, j), s_.queries_t, t.lanes, to, t.lanes);
+    gemm_bf16(Write::kStore, keys, t.lanes, a_.dim, rows(s_.keys, j), s_.queries_t, t.lanes, to, t.lanes);
   }
   void value_gradients(const Tile& t, int64_t j, int64_t keys, int64_t, float* to) const {
-    gemm_bf16(Write::kStore, keys, t.lanes, words_, rows(s_.values, j), s_.grads_t, t.lanes, to, t.lanes);
+    gemm_bf16(Write::kStore, keys, t.lanes, a_.dim, rows(s_.values, j), s_.grads_t, t.lanes, to, t.lanes);
   }
   // j is even.
   template <class Column>
   void add_gradients(const Tile& t, int64_t j, int64_t keys, Write write, const Column& column, float*, float*) const {
     round_all(t.lanes, keys, column);
     float *dk = s_.dk + j * padded_, *dv = s_.dv + j * padded_;
-    const int64_t queries = (t.count + 1) / 2;
-    gemm_bf16(Write::kAdd, keys, padded_, queries, {s_.p_rows, t.lanes * 2, 4}, s_.grads, padded_, dv, padded_);
-    gemm_bf16(Write::kAdd, keys, padded_, queries, {s_.ds_rows, t.lanes * 2, 4}, s_.queries, padded_, dk, padded_);
-    gemm_bf16(write, a_.dim, t.lanes, (keys + 1) / 2, {s_.keys_t + j / 2, pairs_ * 4, 4}, s_.ds_pairs, t.lanes, s_.dq,
+    gemm_bf16(Write::kAdd, keys, padded_, t.count, {s_.p_rows, t.lanes * 2, 4}, s_.grads, padded_, dv, padded_);
+    gemm_bf16(Write::kAdd, keys, padded_, t.count, {s_.ds_rows, t.lanes * 2, 4}, s_.queries, padded_, dk, padded_);
+    gemm_bf16(write, a_.dim, t.lanes, keys, {s_.keys_t + j / 2, pairs_ * 4, 4}, s_.ds_pairs, t.lanes, s_.dq,
               t.lanes);
   }
   static Vec exp2_of(Vec x) { return exp2_for_bf16(x); }

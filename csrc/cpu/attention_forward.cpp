@@ -265,7 +265,7 @@ class Group {
     v.data = static_cast<const char*>(v.data) + (Pairs ? skip / 2 : skip) * v.depth_bytes;
     next.some();
     if constexpr (Pairs)
-      gemm_bf16(Write::kStore, keys, lanes, (a_.dim + 1) / 2, k, queries(i), lanes, s_.scores, lanes);
+      gemm_bf16(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes);
     else
       gemm(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes, nullptr, chain_of(keys));
     if (!fold_) finish_scores(a_, t, from, keys, s_.scores, nullptr);
@@ -285,7 +285,7 @@ class Group {
           softmax_pairs<n.kCount>(keys, lanes, to_log2_, s_.scores + c, tops + c, totals + c, s_.correction + c);
         });
       }
-      gemm_bf16(write, a_.dim, lanes, (keys + 1) / 2, v, s_.scores, lanes, out(i), lanes, s_.correction);
+      gemm_bf16(write, a_.dim, lanes, keys, v, s_.scores, lanes, out(i), lanes, s_.correction);
     } else {
       softmax_block(a_, t, from, keys, to_log2_, tops, totals, s_);
       gemm(write, a_.dim, lanes, keys, v, s_.scores, lanes, out(i), lanes, s_.correction);

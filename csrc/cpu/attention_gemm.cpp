@@ -83,6 +83,7 @@ void columns(int64_t m, int64_t depth, const char* a, int64_t row_bytes, int64_t
 
 template <class Dot>
 struct ByVectors {
+  static constexpr int64_t kPerWord = 1;  // units of depth
   template <Write W>
   static void product(int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                       int64_t ldc, const float* scale) {
@@ -109,7 +110,7 @@ struct ByVectors {
 #if defined(TF_TILES)
 constexpr int64_t kStep = kTileBytes / 4;  // words of depth in a tile, and its columns
 // A product of tiles sums 16 even and 16 odd terms by themselves and adds the two sums to C: kChain additions.
-constexpr int64_t kTileChain = kChain * kStep;
+constexpr int64_t kTileChain = kChain * 2 * kStep;
 
 // M x N tiles of C are 0 to 3, the second row of them from 2; of A 4 and 5, of B 6 and 7.
 template <int M, int N>
@@ -152,7 +153,7 @@ inline void multiply_tiles(int64_t steps, const char* a, int64_t row_bytes, cons
   }
 }
 
-// `rows` rows of C, of M groups of 16. b_rest: the last depth % kStep rows of B, then zeros.
+// `rows` rows of C, of M groups of 16. depth counts bf16. b_rest: the rows of B past whole tiles, then zeros.
 template <Write W, int M, int N>
 void tile_block(int64_t rows, int64_t depth, const char* a, int64_t row_bytes, const float* b, int64_t ldb,
                 const float* b_rest, float* c, int64_t ldc, const float* column_scale) {
@@ -161,14 +162,14 @@ void tile_block(int64_t rows, int64_t depth, const char* a, int64_t row_bytes, c
     load_tiles<M, N>(c, ldc);
   else
     zero_tiles<M, N>();
-  const int64_t steps = depth / kStep, rest = depth % kStep;
+  const int64_t steps = depth / (2 * kStep), rest = depth % (2 * kStep);
   multiply_tiles<M, N>(steps, a, row_bytes, b, ldb);
   if (rest) {  // zeros in the place of what follows in a row: zero times infinity would be NaN
     alignas(64) float a_rest[M * kTileRows * kStep];
     const char* row = a + steps * kTileBytes;
     for (int64_t i = 0; i < M * kTileRows; ++i, row += row_bytes)
       for (int64_t k = 0; k < kStep; k += kWidth)
-        store(a_rest + i * kStep + k, load_some(reinterpret_cast<const float*>(row) + k, rest - k));
+        store(a_rest + i * kStep + k, load_words(reinterpret_cast<const bf16*>(row) + 2 * k, rest - 2 * k));
     multiply_tiles<M, N>(1, reinterpret_cast<const char*>(a_rest), kTileBytes, b_rest, N * kStep);
   }
   if (W != Write::kScaleAdd && whole) return store_tiles<M, N>(c, ldc);
@@ -188,10 +189,10 @@ template <Write W, int N>
 void tile_columns(int64_t m, int64_t depth, const char* a, int64_t row_bytes, const float* b, int64_t ldb, float* c,
                   int64_t ldc, const float* scale) {
   alignas(64) float b_rest[kStep * N * kStep];
-  const int64_t rest = depth % kStep;
+  const int64_t steps = depth / (2 * kStep), rest = (depth % (2 * kStep) + 1) / 2;
   for (int64_t k = 0; rest && k < kStep; ++k)
     for (int64_t j = 0; j < N * kStep; j += kWidth)
-      store(b_rest + k * N * kStep + j, k < rest ? load(b + (depth - rest + k) * ldb + j) : Vec{});
+      store(b_rest + k * N * kStep + j, k < rest ? load(b + (steps * kStep + k) * ldb + j) : Vec{});
   for (int64_t i = 0; i < m; i += 2 * kTileRows, a += 2 * kTileRows * row_bytes, c += 2 * kTileRows * ldc) {
     const int64_t rows = least(m - i, 2 * kTileRows);
     if (rows > kTileRows)
@@ -202,6 +203,7 @@ void tile_columns(int64_t m, int64_t depth, const char* a, int64_t row_bytes, co
 }
 
 struct ByTiles {
+  static constexpr int64_t kPerWord = 2;
   template <Write W>
   static void product(int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                       int64_t ldc, const float* scale) {
@@ -226,8 +228,8 @@ void dispatch(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const
     else
       By::template product<Write::kScaleAdd>(m, n, part, a, b, ldb, c, ldc, scale);
     write = Write::kAdd;
-    a.data = static_cast<const char*>(a.data) + part * a.depth_bytes;
-    b += part * ldb;
+    a.data = static_cast<const char*>(a.data) + part / By::kPerWord * a.depth_bytes;
+    b += part / By::kPerWord * ldb;
   }
 }
 
@@ -246,7 +248,7 @@ void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, cons
 #elif defined(__AVX512BF16__)
 void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                int64_t ldc, const float* scale) {
-  dispatch<ByVectors<Bf16Pair>>(write, m, n, depth, a, b, ldb, c, ldc, scale, kChain);
+  dispatch<ByVectors<Bf16Pair>>(write, m, n, (depth + 1) / 2, a, b, ldb, c, ldc, scale, kChain);
 }
 #endif
 

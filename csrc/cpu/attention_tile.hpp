@@ -138,12 +138,17 @@ static inline void store_two(bf16* p, Vec low, Vec high) {
 
 // n values at p as words, at most 2 * kWidth; an odd one is paired with zero.
 static inline Vec load_words(const bf16* p, int64_t n) {
+#if defined(__AVX512BW__)
+  const __mmask32 mask = n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
+  return bit_cast<Vec>(_mm512_maskz_loadu_epi16(mask, p));
+#else
   Vec words = Vec{};
   if (n >= 2 * kWidth)
     __builtin_memcpy(&words, p, sizeof words);
   else if (n > 0)
     __builtin_memcpy(&words, p, size_t(n) * 2);
   return words;
+#endif
 }
 
 // dst[r / 2 * ld + c] = (src[r][c], src[r + 1][c]); a missing last row counts as zeros.
