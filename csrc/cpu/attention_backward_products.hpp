@@ -26,8 +26,8 @@ struct GradientBuffers {
   float* seen;                // keys per row with a probability above zero
   float* centre;              // the mean key: (padded dim)
   float *keys, *values, *dk, *dv;  // a whole sequence: (keys, padded dim)
-  // For products of tiles, in bf16: `keys` and `values` are words of two along the head dim, `queries` and `grads` words
-  // of two queries, and `queries_t` and `grads_t` both transposed words along the head dim.
+  // For products of tiles, in bf16: `keys` and `values` are words of two along the head dim, and so are `queries_t` and
+  // `grads_t`, transposed; `queries` and `grads` are words of two queries.
   float* keys_t;             // (dim, pairs of keys)
   bf16 *p_rows, *ds_rows;    // (keys, lanes)
   float* ds_pairs;           // (pairs of keys, lanes)

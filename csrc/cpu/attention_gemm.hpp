@@ -38,8 +38,8 @@ constexpr int64_t kChain = 64, kShortChain = 16, kFewRows = 16;
 static inline int64_t chain_of(int64_t rows) { return rows <= kFewRows ? kShortChain : kChain; }
 void gemm(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, const float* column_scale = nullptr, int64_t chain = kChain);
-// The same on words of two bf16, if kHasBf16Dot; depth counts bf16. With tiles A's words lie side by side (depth_bytes is
-// 4), and 16 rows of A at a time are read: rows from m on, and an odd last value's partner, may hold anything.
+// The same on words of two bf16, if kHasBf16Dot; depth counts bf16. With tiles A's words lie side by side (depth_bytes
+// is 4), and 16 rows of A at a time are read: rows from m on, and an odd last value's partner, may hold anything.
 void gemm_bf16(Write write, int64_t m, int64_t n, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                int64_t ldc, const float* column_scale = nullptr);
 

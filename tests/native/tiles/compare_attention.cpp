@@ -1,6 +1,6 @@
 // Compares bfloat16 attention in tiles to double precision. Each bound follows from what is rounded to bfloat16 on the
-// way: probabilities, gradients of scores, and the result. Memory is allocated to the byte and scratch is NaN before, so
-// that AddressSanitizer and the comparison find what is read or written beside its place.
+// way: probabilities, gradients of scores, and the result. Memory is allocated to the byte and scratch is NaN before:
+// AddressSanitizer and the comparison find what is read or written beside its place.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -47,8 +47,8 @@ static Rows random_rows(std::mt19937& rng, int64_t n) {
 
 constexpr double kUnit = 1. / 256;  // of rounding to bfloat16
 static int failures = 0, cases = 0;
-static void expect(const char* what, int64_t q, int64_t k, int64_t d, const Rows& found, const std::vector<double>& truth,
-                   const std::vector<double>& bound) {
+static void expect(const char* what, int64_t q, int64_t k, int64_t d, const Rows& found,
+                   const std::vector<double>& truth, const std::vector<double>& bound) {
   ++cases;
   for (size_t i = 0; i < truth.size(); ++i) {
     if (std::fabs(value(found[i]) - truth[i]) <= bound[i] + 1e-30) continue;
@@ -150,7 +150,7 @@ static void compare(int64_t queries, int64_t keys, int64_t dim, int64_t left, in
 
 int main() {
   for (int64_t keys : {1, 15, 16, 17, 31, 33, 127, 129}) compare(20, keys, 40, -1, -1);
-  for (int64_t queries : {1, 7, 16, 17, 33, 63, 65}) compare(queries, queries, 24, -1, 0);
+  for (int64_t queries : {7, 15, 16, 17, 33, 63, 65}) compare(queries, queries, 24, -1, 0);
   for (int64_t dim : {1, 2, 8, 31, 32, 33, 64, 80, 100}) compare(18, 35, dim, -1, -1);
   compare(150, 150, 16, 5, 0);
   compare(40, 200, 33, 20, 30);
