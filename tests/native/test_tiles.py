@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = pathlib.Path(__file__).resolve().parent / "tiles"
 COMPILER = os.environ.get("CXX", "g++").split()[0]
-FLAGS = ["-std=gnu++17", "-O1", "-g1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover", f"-I{ROOT / 'csrc'}"]  # fmt: skip
+FLAGS = ["-std=gnu++17", "-O1", "-g1", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
