@@ -76,8 +76,8 @@ def test_layout():
 # Code that kernels share and that belongs to no op: processor features, distribution of work, tables of kernels.
 _SHARED = {
     "csrc/cpu": {
-        "column_sums", "content_hash", "int8_rows", "kernels", "kernels_int8", "parallel", "philox", "simd",
-        "step_products", "table", "table_int8", "team",
+        "column_sums", "content_hash", "int8_rows", "int8_tiles", "kernels", "kernels_int8", "parallel", "philox",
+        "simd", "step_products", "table", "table_int8", "team", "tiles",
     },
     "csrc/cuda": {
         "column_sum", "descriptor", "philox", "ptx", "ptx_sm90", "ptx_wgmma", "simt", "stream", "swizzle", "tensor_map",

@@ -11,7 +11,7 @@ namespace {
 // Rows per item, at most, and rows multiplied at once. Tiles multiply so fast that each byte of a weight, which comes
 // from the L3 cache, has to serve more rows.
 #if defined(TF_TILES)
-constexpr int64_t kBlock = 256, kPart = 64;
+constexpr int64_t kBlock = 128, kPart = 64;
 #else
 constexpr int64_t kBlock = 48, kPart = 48;
 #endif
