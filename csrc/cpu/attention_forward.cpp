@@ -267,7 +267,8 @@ class Group {
     if constexpr (Pairs)
       gemm_bf16(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes);
     else
-      gemm(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes, nullptr, chain_of(keys));
+      gemm(Write::kStore, keys, lanes, a_.dim, k, queries(i), lanes, s_.scores, lanes, nullptr,
+           chain_of(least(keys, a_.query_lengths[b_])));
     if (!fold_) finish_scores(a_, t, from, keys, s_.scores, nullptr);
     mask_edges(a_, t, from, keys, s_.scores);
     next.some();

@@ -59,6 +59,12 @@ def test_decoding(isa, queries, dtype):
     check(Case(3, 2, 2, queries, 40, 80, dtype, unpadded=True, lengths=[40, 0, 33], window=(30, None)))
 
 
+def test_few_queries_with_dropout(isa):
+    """Not a decoding step, as that has no dropout; torch's products of few rows are as accurate as dot products."""
+    for keys in range(100, 180, 8):
+        check(Case(3, 3, 3, 3, keys, 92, torch.float32, scale=1.0, dropout_p=0.1))
+
+
 def test_bf16_bias_window_softcap_scale(isa):
     check(Case(2, 2, 2, 70, 140, 32, torch.bfloat16, bias_axes=(1, 1, 1, 1), window=(50, 20), softcap=5.0, scale=-0.2))
 
