@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..backends import eager, gemm, memory, select
+from ..backends import eager, forced_name, gemm, memory, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .linear_panel import PanelWeight, linear_panel, to_panels
@@ -20,11 +20,11 @@ _FEW_OUTPUTS = 11
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has its own kernel for this call. Otherwise torch's F.linear is used."""
-    return (
-        _is_alike(input, weight, bias)
-        and weight.shape[0] > _FEW_OUTPUTS
-        and (select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu")
-    )
+    if not _is_alike(input, weight, bias) or weight.shape[0] <= _FEW_OUTPUTS:
+        return False
+    if (input.dtype != torch.float32 or gemm.why_not_onednn()) and forced_name() == "cpu":
+        return False  # torch's product is the best of the CPU: no reason to refuse the call
+    return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
 
 
 def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
