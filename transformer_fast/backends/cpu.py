@@ -24,10 +24,8 @@ class CpuBackend(Backend):
             reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
         if call.op not in self.ops():
             reasons.append(f"there is no CPU kernel for {call.op}")
-        if call.op == "linear" and gemm.why_not_onednn():
-            reasons.append(gemm.why_not_onednn())
-        if call.op == "linear" and call.dtype != torch.float32:
-            reasons.append(f"F.linear is as fast in {call.dtype}")
+        if call.op == "linear" and gemm.why_torchs_product(call.dtype):
+            reasons.append(gemm.why_torchs_product(call.dtype))
         return tuple(reasons)
 
     def attention_forward(self, spec, out, lse) -> None:

@@ -22,8 +22,8 @@ def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has its own kernel for this call. Otherwise torch's F.linear is used."""
     if not _is_alike(input, weight, bias) or weight.shape[0] <= _FEW_OUTPUTS:
         return False
-    if (input.dtype != torch.float32 or gemm.why_not_onednn()) and forced_name() == "cpu":
-        return False  # torch's product is the best of the CPU: no reason to refuse the call
+    if forced_name() == "cpu" and gemm.why_torchs_product(input.dtype):
+        return False  # a preference of the CPU backend, no reason to refuse the call
     return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
 
 

@@ -9,22 +9,11 @@
 #include <vector>
 
 #include "cpu/attention.hpp"
+#include "runtime.hpp"
 
 using namespace tf;
 void forward_tiles(const AttentionForward&);
 void backward_tiles(const AttentionBackward&);
-
-extern "C" void tf_parallel_for(int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  for (int64_t i = 0; i < n; ++i) body(i, i + 1, context);
-}
-extern "C" int tf_num_threads() { return 1; }
-extern "C" void* tf_scratch(int slot, int64_t bytes) {
-  static void* buffers[8];
-  std::free(buffers[slot]);
-  buffers[slot] = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64));
-  std::memset(buffers[slot], 0xff, size_t(bytes));  // NaN
-  return buffers[slot];
-}
 
 using Rows = std::vector<uint16_t>;
 static double value(uint16_t bits) {

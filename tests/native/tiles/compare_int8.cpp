@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/linear_int8.hpp"
+#include "runtime.hpp"
 
 using namespace tf;
 void linear_plain(const LinearInt8&);
@@ -16,19 +17,6 @@ void block_plain(const Int8Block&);
 void block_tiles(const Int8Block&);
 void product_plain(const Int8Weight&, const Int8Rows&, int64_t, int64_t, float*);
 void product_tiles(const Int8Weight&, const Int8Rows&, int64_t, int64_t, float*);
-
-static int threads = 1;
-extern "C" void tf_parallel_for(int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  for (int64_t i = 0; i < n; ++i) body(i, i + 1, context);
-}
-extern "C" int tf_num_threads() { return threads; }
-extern "C" void* tf_scratch(int slot, int64_t bytes) {
-  static void* buffers[8];
-  std::free(buffers[slot]);
-  buffers[slot] = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64));
-  std::memset(buffers[slot], 0xff, size_t(bytes));  // NaN
-  return buffers[slot];
-}
 
 static std::mt19937 rng(0);
 static std::vector<float> floats(int64_t n, float scale = 1.f) {
