@@ -132,8 +132,27 @@ def compare_over_batches(models, name: str, make_mask, kind: str) -> None:
     compare(*({k: torch.cat(v) for k, v in found.items()} for found in collected), None, names)
 
 
-def gradients_of(model, ids, mask, call, weights):
-    model.train()  # dropout is 0 in the configuration
+def compare_gradients_over_batches(models, name: str, make_mask, kind: str) -> None:
+    """Compare the gradients of (ours, theirs, truth), module by module, over four batches: the largest error of one
+    batch's few bias, norm or table gradients depends on chance."""
+    collected: list[dict] = [{} for _ in models]
+    for _ in range(4):
+        ids = torch.randint(1, VOCABULARY, (BATCH, LENGTH))
+        mask = make_mask(kind)
+        call = labels_for(name, mask, ids.shape)
+        weights = torch.randn(*ids.shape, WIDTH, dtype=torch.float64)
+        draw = [_gradients_of(m, ids, mask, call, weights) for m in models]
+        assert draw[0].keys() == draw[1].keys()
+        for found, gradients in zip(collected, draw):
+            for module, gradient in gradients.items():
+                found.setdefault(module, []).append(gradient)
+    ours, theirs, truth = ({m: torch.stack(parts) for m, parts in found.items()} for found in collected)
+    for module in theirs:
+        assert_as_accurate(ours[module], truth[module], theirs[module], GRADIENT, module)
+
+
+def _gradients_of(model, ids, mask, call, weights):
+    model.train().zero_grad()  # dropout is 0 in the configuration
     output = model(ids, attention_mask=mask, **call)
     if "loss" in output:
         loss = output.loss

@@ -6,10 +6,10 @@ import transformers
 from encoder_cases import HEADS as SHARED_HEADS
 from encoder_cases import (
     compare,
+    compare_gradients_over_batches,
     compare_over_batches,
     compare_with_checkpointing,
     config_for,
-    gradients_of,
     labels_for,
     real_rows,
 )
@@ -45,15 +45,8 @@ def test_padding_gives_zeros(name, kind, bert_config, pair, make_mask, ids):
 
 @pytest.mark.parametrize("kind, dtype", TRAINING_CASES)
 @pytest.mark.parametrize("name", HEADS)
-def test_gradients(name, kind, dtype, pair, make_mask, ids):
-    mask = make_mask(kind)
-    models = pair(name, config_for(name), dtype)
-    call = labels_for(name, mask, ids.shape)
-    weights = torch.randn(*ids.shape, 48, dtype=torch.float64)
-    ours, theirs, truth = (gradients_of(m, ids, mask, call, weights) for m in models)
-    assert ours.keys() == theirs.keys()
-    for parameter in theirs:
-        assert_as_accurate(ours[parameter], truth[parameter], theirs[parameter], GRADIENT, parameter)
+def test_gradients(name, kind, dtype, pair, make_mask):
+    compare_gradients_over_batches(pair(name, config_for(name), dtype), name, make_mask, kind)
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left"])

@@ -9,16 +9,16 @@ from encoder_cases import (
     VOCABULARY,
     WIDTH,
     compare,
+    compare_gradients_over_batches,
     compare_over_batches,
     compare_with_checkpointing,
     config_for,
     encoder_config,
-    gradients_of,
     labels_for,
     outputs_of,
     real_rows,
 )
-from numerics import GRADIENT, assert_as_accurate
+from numerics import assert_as_accurate
 
 import transformer_fast
 
@@ -41,15 +41,8 @@ def test_outputs(name, kind, dtype, pair, make_mask):
 
 @pytest.mark.parametrize("kind, dtype", [("right", F32), ("left", BF16)])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients(name, kind, dtype, pair, make_mask, ids):
-    mask = make_mask(kind)
-    models = pair(name, config_for(name), dtype)
-    call = labels_for(name, mask, ids.shape)
-    weights = torch.randn(*ids.shape, WIDTH, dtype=torch.float64)
-    ours, theirs, truth = (gradients_of(m, ids, mask, call, weights) for m in models)
-    assert ours.keys() == theirs.keys()
-    for parameter in theirs:
-        assert_as_accurate(ours[parameter], truth[parameter], theirs[parameter], GRADIENT, parameter)
+def test_gradients(name, kind, dtype, pair, make_mask):
+    compare_gradients_over_batches(pair(name, config_for(name), dtype), name, make_mask, kind)
 
 
 @pytest.mark.parametrize("kind", ["none", "left"])
