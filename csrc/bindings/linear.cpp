@@ -125,8 +125,8 @@ void linear_long(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
 
 void linear_bf16(Tensor x, Tensor weight, OptionalTensor bias, int64_t activation, Tensor y) {
   const Check check(x);
-  check(x, "x").dtype(ScalarType::BFloat16).shape({kAny, kAny}).unit();
-  check(weight, "weight").dtype(ScalarType::BFloat16).shape({kAny, x.size(1)}).unit();
+  check(x, "x").dtype(ScalarType::BFloat16).shape({kAny, kAny});
+  check(weight, "weight").dtype(ScalarType::BFloat16).shape({kAny, x.size(1)});
   check(bias, "bias").dtype(ScalarType::BFloat16).shape({weight.size(0)}).contiguous();
   check(y, "y").dtype(ScalarType::BFloat16).shape({x.size(0), weight.size(0)}).contiguous();
   check_inputs(x.size(1));
@@ -140,7 +140,11 @@ void linear_bf16(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   a.in = x.size(1);
   a.out = weight.size(0);
   a.x_stride = x.stride(0);
+  a.x_in_stride = a.in > 1 ? x.stride(1) : 1;
   a.out_stride = weight.stride(0);
+  a.in_stride = a.in > 1 ? weight.stride(1) : 1;
+  STD_TORCH_CHECK(a.x_in_stride == 1 || a.rows == 1 || a.x_stride == 1, "transformer_fast: x: wanted one stride 1");
+  STD_TORCH_CHECK(a.in_stride == 1 || a.out == 1 || a.out_stride == 1, "transformer_fast: weight: wanted one stride 1");
   take_activation(a, activation);
   kernels().linear_bf16(a);
 }

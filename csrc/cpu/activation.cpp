@@ -20,7 +20,7 @@ void forward_rows(const BiasActivationForward& a, int64_t begin, int64_t end) {
     for_columns(a.width, [&](int64_t c, auto part) {
       Vec v = load(x + c, part), y, slope;
       if (bias) v = v + load(bias + c, part);
-      Act::compute(v, y, slope);
+      Rounded<T, Act>::type::compute(v, y, slope);
       if (gate) y = y * load(gate + c, part);
       store(out + c, y, part);
     });

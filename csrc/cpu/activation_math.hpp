@@ -75,6 +75,52 @@ struct Gelu {
   }
 };
 
+// x Phi(x) with a relative error of at most 2e-4, where rounding to bfloat16 makes 4e-3: half of the
+// instructions. Phi of negative numbers is exp(-a^2 / 2) t P(t), t = 1 / (1 + 0.25 a), as in Gelu. Minimax fits.
+struct Bf16Gelu {
+  static inline void compute(Vec x, Vec& y, Vec&) {
+    const Vec a = min(abs(x), broadcast(13.f));  // Phi(-13) is 6e-39
+    const Vec power = a * a * -0.72134752f;      // of 2
+#if defined(__AVX512F__)
+    const Vec n = bit_cast<Vec>(_mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(power), 8));
+    const Vec t = bit_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(fma(a, broadcast(0.25f), broadcast(1.f)))));
+#else
+    const Vec shifted = power + 12582912.f, n = shifted - 12582912.f;  // 1.5 * 2^23: adding rounds to an integer
+    const Vec t = 1.f / fma(a, broadcast(0.25f), broadcast(1.f));
+#endif
+    const Vec r = power - n;
+    Vec e = broadcast(0.00957007613f);
+    e = fma(e, r, broadcast(0.0559178914f));
+    e = fma(e, r, broadcast(0.240247461f));
+    e = fma(e, r, broadcast(0.693121808f));
+    e = fma(e, r, broadcast(0.99999926f));
+#if defined(__AVX512F__)
+    e = bit_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(e), bit_cast<__m512>(n)));
+#else
+    e = bit_cast<Vec>(bit_cast<VecI>(e) + (bit_cast<VecI>(shifted) << 23));  // low bits of `shifted` hold n
+#endif
+    Vec p = broadcast(0.240693024f);
+    p = fma(p, t, broadcast(-0.101692167f));
+    p = fma(p, t, broadcast(0.1785233f));
+    p = fma(p, t, broadcast(0.0811850028f));
+    p = fma(p, t, broadcast(0.101265669f));
+    const Vec tail = p * t * e;
+    Vec phi = x < 0.f ? tail : 1.f - tail;
+    phi = x < -13.f ? broadcast(0.f) : phi;
+    y = x * phi;
+  }
+};
+
+// The activation, without its derivative, for results that are rounded to T.
+template <class T, class Act>
+struct Rounded {
+  typedef Act type;
+};
+template <>
+struct Rounded<bf16, Gelu> {
+  typedef Bf16Gelu type;
+};
+
 template <class F>
 static inline void with_activation(Activation activation, const F& f) {
   switch (activation) {

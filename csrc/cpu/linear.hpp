@@ -49,10 +49,10 @@ struct LinearLong {  // y = act(x W^T + bias), float32
   Activation activation;
 };
 
-struct LinearBf16 {  // y = act(x W^T + bias) in bfloat16, summed in float32; for few rows
-  const void *x, *weight, *bias;  // (rows, in) and (out, in), last strides 1; bias (out,), may be null
+struct LinearBf16 {  // y = act(x W^T + bias) in bfloat16, summed in float32
+  const void *x, *weight, *bias;  // (rows, in) and (out, in), each with one stride 1; bias (out,), may be null
   void* y;                        // (rows, out), contiguous
-  int64_t rows, in, out, x_stride, out_stride;
+  int64_t rows, in, out, x_stride, x_in_stride, out_stride, in_stride;
   bool has_activation;
   Activation activation;
 };

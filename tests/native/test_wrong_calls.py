@@ -327,7 +327,8 @@ WRONG = {
         {"weight": _r(80, 18)[::2, ::2]}, {"x": _r(9, 3).t()}, {"x": _r(3, 0), "weight": _r(40, 0)}, {"activation": 5},
     ],
     "cpu_linear_bf16": [
-        {"weight": _r(80, 18, dtype=h)[::2, ::2]}, {"x": _r(9, 3, dtype=h).t()}, {"activation": 5}, {"bias": _r(40)},
+        {"weight": _r(80, 18, dtype=h)[::2, ::2]}, {"x": _r(6, 18, dtype=h)[::2, ::2]}, {"activation": 5},
+        {"bias": _r(40)},
         {"x": _r(3, 0, dtype=h), "weight": _r(40, 0, dtype=h)}, {"y": _new(40, 3, dtype=h).t()}, {"x": _r(3, 9)},
     ],
     "cpu_weight_gradient": [

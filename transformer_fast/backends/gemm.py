@@ -1,5 +1,5 @@
-"""x W^T on the CPU: by torch's oneDNN where that beats the BLAS behind F.linear; long sums, and few rows in bfloat16,
-by kernels of our own."""
+"""x W^T on the CPU: by torch's oneDNN where that beats the BLAS behind F.linear; long sums, and bfloat16 in matrix
+tiles, by kernels of our own."""
 
 import functools
 import pathlib
@@ -26,11 +26,6 @@ _CODES = {None: -1, "gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # enum Act
 _LONG, _LONG_GRADIENT = 192, 1024
 _FEW_ROWS = 16  # up to here the kernel reads the weight in place, with one running sum per vector lane
 
-# F.linear's product of bfloat16 in matrix tiles (AMX) lays the weight out in every call, which for few rows takes more
-# time than the product. Our kernel reads the weight in place. Of F.linear's time it takes a fifth to a half up to 32
-# rows, 0.9 at 256 rows, as much at 512 (one and two threads, Intel Xeon, Emerald Rapids, 768 x 768 to 1024 x 4096).
-_IN_PLACE_ROWS = 256
-
 
 @functools.cache
 def why_not_onednn() -> str:
@@ -48,7 +43,29 @@ def why_not_onednn() -> str:
 
 def why_torchs_product(dtype: torch.dtype) -> str:
     """Why F.linear is the best product of this CPU in this dtype; '' where it is not."""
+    if dtype == torch.bfloat16 and _has_tiles():
+        return ""
     return why_not_onednn() if dtype == torch.float32 else f"F.linear is as fast in {dtype}"
+
+
+def _has_tiles() -> bool:
+    """Whether bfloat16 is multiplied by our kernel, in matrix tiles (AMX).
+
+    F.linear lays a weight out in every call, which for few rows takes longer than the product; ours reads it in place.
+    With 1000 rows and 768 outputs F.linear gains nothing from a second thread. Of F.linear's time ours takes a fifth to
+    a half up to 32 rows, 0.6 to 0.8 at 128, and 0.5 to 1 past that (one and two threads, Intel Xeon, Emerald Rapids).
+    """
+    return native.current_isa() == "avx512_amx"
+
+
+def _in_tiles(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        x.dtype == torch.bfloat16
+        and _has_tiles()
+        and 1 in weight.stride()
+        and 1 in x.stride()
+        and not _is_batched(x, weight)
+    )
 
 
 def _vendor() -> str:
@@ -61,27 +78,13 @@ def _vendor() -> str:
     return ""
 
 
-def reads_in_place(rows: int, weight: torch.Tensor) -> bool:
-    """Whether the product of `rows` rows and a bfloat16 weight (N, K) is one for our kernel of matrix tiles."""
-    return (
-        weight.dtype == torch.bfloat16
-        and rows <= _IN_PLACE_ROWS
-        and weight.stride(1) == 1
-        and not native.load()
-        and native.current_isa() == "avx512_amx"
-    )
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    """activation(x W^T + b) for x (M, K) and weight (N, K) of one dtype, any strides, no size 0. Not differentiable.
-    activation must be None unless the dtype is float32 or the weight is read in place."""
-    if reads_in_place(x.shape[0], weight):
-        return few_rows(x, weight, bias, activation)
-    if x.dtype != torch.float32:
-        return torch.nn.functional.linear(x, weight, bias)
-    if x.shape[1] > _LONG and 1 in weight.stride():
+    """activation(x W^T + b) for x (M, K) and weight (N, K) of one dtype, any strides, no size 0. Not differentiable."""
+    if _in_tiles(x, weight):
+        return in_tiles(x, weight, bias, activation)
+    if x.dtype == torch.float32 and x.shape[1] > _LONG and 1 in weight.stride():
         return _long_sums(x, weight, bias, activation)
-    if not _is_dense(weight):
+    if x.dtype != torch.float32 or not _is_dense(weight):
         y = torch.nn.functional.linear(x, weight, bias)
         return y if activation is None else eager.bias_activation(y, None, None, activation)
     if bias is not None and bias.stride(0) != 1:
@@ -90,12 +93,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, kind, [], variant)
 
 
-def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    """The same for a weight that `reads_in_place`."""
+def in_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    """The same in bfloat16 by our kernel; x and weight have a stride of 1."""
     y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
     bias = None if bias is None else bias.contiguous()
-    code = _CODES[activation]
-    torch.ops.transformer_fast.cpu_linear_bf16.default(memory.unit_stride(x), weight, bias, code, y)
+    torch.ops.transformer_fast.cpu_linear_bf16.default(x, weight, bias, _CODES[activation], y)
     return y
 
 
@@ -104,6 +106,9 @@ def gradient(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None =
     None."""
     if other is None and why_not_own_weight_gradient(x.t(), weight.t()) == "":
         return weight_gradient(x.t(), weight.t())
+    if _in_tiles(x, weight):
+        y = in_tiles(x, weight, None, None)
+        return y if other is None else y.add_(other)
     if x.dtype != torch.float32 or not _is_dense(weight) or _is_batched(x, weight):
         return torch.nn.functional.linear(x, weight) if other is None else torch.addmm(other, x, weight.t())
     if x.shape[1] > _LONG_GRADIENT:

@@ -27,14 +27,19 @@ def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
 
 
-def _is_read_in_place(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
-    """True for calls without gradients that the kernel for few rows of bfloat16 takes."""
-    return (
-        input.dtype == torch.bfloat16
-        and _is_alike(input, weight, bias)
-        and forced_name() in (None, "cpu")
-        and gemm.reads_in_place(input.numel() // input.shape[-1], weight)
-    )
+def _under_autocast(input, weight, bias, activation) -> torch.Tensor | None:
+    """The same product where autocast to bfloat16 is on and a backend has its own kernel for that; else None. Autocast
+    converts a parameter once in its context, this once per call: that is a tenth of the product."""
+    if _common.autocast_dtype(input.device) != torch.bfloat16 or input.device.type != "cpu":
+        return None
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    if not _common.plain(*tensors) or any(t.dtype == torch.float64 for t in tensors):
+        return None
+    with torch.autocast("cpu", enabled=False):
+        if select(("linear", "cpu", torch.bfloat16, input.shape[-1], ())).name != "cpu":
+            return None
+        input, weight, *rest = (t.to(torch.bfloat16) for t in tensors)
+        return linear(input, weight, rest[0] if rest else None, activation)
 
 
 def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
@@ -208,12 +213,14 @@ def linear(
     grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
+    if not _is_fast(input, weight, bias) and not (
+        grad and activation is not None and _fuses_gradient(input, weight, bias)
+    ):
+        y = _under_autocast(input, weight, bias, activation)
+        return _plain(input, weight, bias, activation) if y is None else y
     if grad:
-        if _is_fast(input, weight, bias) or (activation is not None and _fuses_gradient(input, weight, bias)):
-            return _Linear.apply(activation, input, weight, bias)
-    elif _is_read_in_place(input, weight, bias) or _is_fast(input, weight, bias):
-        return _forward(input, weight, bias, activation)
-    return _plain(input, weight, bias, activation)
+        return _Linear.apply(activation, input, weight, bias)
+    return _forward(input, weight, bias, activation)
 
 
 # ---- several projections of one input ------------------------------------------------------------
@@ -268,7 +275,8 @@ _FEW = 64  # up to this many rows the overhead of oneDNN calls exceeds the gain 
 
 def _are_few_rows(input, weights, biases) -> bool:
     return (
-        input.numel() <= _FEW * input.shape[-1]
+        input.dtype == torch.float32
+        and input.numel() <= _FEW * input.shape[-1]
         and input.is_contiguous()
         and all(w.stride(1) == 1 for w in weights)
         and all(b is None or b.is_contiguous() for b in biases)
