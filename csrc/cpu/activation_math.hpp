@@ -81,12 +81,13 @@ struct Bf16Gelu {
   static inline void compute(Vec x, Vec& y, Vec&) {
     const Vec a = min(abs(x), broadcast(13.f));  // Phi(-13) is 6e-39
     const Vec power = a * a * -0.72134752f;      // of 2
+    const Vec divisor = fma(a, broadcast(0.25f), broadcast(1.f));
 #if defined(__AVX512F__)
     const Vec n = bit_cast<Vec>(_mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(power), 8));
-    const Vec t = bit_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(fma(a, broadcast(0.25f), broadcast(1.f)))));
+    const Vec t = bit_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(divisor)));
 #else
     const Vec shifted = power + 12582912.f, n = shifted - 12582912.f;  // 1.5 * 2^23: adding rounds to an integer
-    const Vec t = 1.f / fma(a, broadcast(0.25f), broadcast(1.f));
+    const Vec t = 1.f / divisor;
 #endif
     const Vec r = power - n;
     Vec e = broadcast(0.00957007613f);

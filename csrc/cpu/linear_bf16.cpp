@@ -1,5 +1,5 @@
-// y = act(x W^T + b) in bfloat16: in matrix tiles where the processor has them. Elsewhere torch's product is as fast, and
-// plain dot products do.
+// y = act(x W^T + b) in bfloat16: in matrix tiles where the processor has them. Elsewhere torch's product is as fast,
+// and plain dot products do.
 #include "kernels.hpp"
 #include "linear_bf16_few.hpp"
 #include "linear_bf16_many.hpp"

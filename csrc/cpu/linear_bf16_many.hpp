@@ -146,7 +146,8 @@ class ManyRows {
                                                        k + 1 < count ? columns - c : 0));
         for (int64_t i = 0; i < 2; ++i) {
           const int64_t at = c + i * kWidth;
-          store((at < kTileRows ? to + at : second + at - kTileRows) + k / 2 * kTileRows, interleave(even, odd, i * kWidth));
+          float* const into = at < kTileRows ? to + at : second + at - kTileRows;
+          store(into + k / 2 * kTileRows, interleave(even, odd, i * kWidth));
         }
       }
   }

@@ -160,14 +160,19 @@ def test_gradients_are_its_products_too(taken, activation, autocast):
 
 
 @pytest.mark.quick
-def test_several_projections_and_their_gradients(taken):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_several_projections_and_their_gradients(taken, autocast):
     x, weight, bias = (t.contiguous() for t in tensors(150, 40, 96, True))
+    if autocast:
+        x, weight, bias = x.float(), weight.float(), bias.float()
 
     def call(x, weight, bias):
-        return torch.cat(tf.projections(x, [weight, weight[:64]], [bias, None]), 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return torch.cat(tf.projections(x, [weight, weight[:64]], [bias, None]), 1)
 
     def plain(x, weight, bias):
-        return torch.cat([F.linear(x, weight, bias), F.linear(x, weight[:64])], 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and x.dtype != torch.float64):
+            return torch.cat([F.linear(x, weight, bias), F.linear(x, weight[:64])], 1)
 
     inputs = x, weight, bias
     ours, theirs, truth = gradients(call, inputs), gradients(plain, inputs), gradients(plain, inputs, torch.float64)

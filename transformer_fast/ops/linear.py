@@ -20,26 +20,28 @@ _FEW_OUTPUTS = 11
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has its own kernel for this call. Otherwise torch's F.linear is used."""
-    if not _is_alike(input, weight, bias) or weight.shape[0] <= _FEW_OUTPUTS:
-        return False
-    if forced_name() == "cpu" and gemm.why_torchs_product(input.dtype):
+    return (
+        _is_alike(input, weight, bias) and weight.shape[0] > _FEW_OUTPUTS and _has_product(input.dtype, input.shape[-1])
+    )
+
+
+def _has_product(dtype: torch.dtype, width: int) -> bool:
+    if forced_name() == "cpu" and gemm.why_torchs_product(dtype):
         return False  # a preference of the CPU backend, no reason to refuse the call
-    return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
+    return select(("linear", "cpu", dtype, width, ())).name == "cpu"
 
 
-def _under_autocast(input, weight, bias, activation) -> torch.Tensor | None:
-    """The same product where autocast to bfloat16 is on and a backend has its own kernel for that; else None. Autocast
+def _autocast(input: torch.Tensor, *parameters: torch.Tensor | None) -> list | None:
+    """The tensors in bfloat16 where autocast to it is on and a backend has its own products in it; else None. Autocast
     converts a parameter once in its context, this once per call: that is a tenth of the product."""
-    if _common.autocast_dtype(input.device) != torch.bfloat16 or input.device.type != "cpu":
+    if input.device.type != "cpu" or _common.autocast_dtype(input.device) != torch.bfloat16:
         return None
-    tensors = [input, weight] if bias is None else [input, weight, bias]
-    if not _common.plain(*tensors) or any(t.dtype == torch.float64 for t in tensors):
+    tensors = (input, *parameters)
+    if not _common.plain(*tensors) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return None
-    with torch.autocast("cpu", enabled=False):
-        if select(("linear", "cpu", torch.bfloat16, input.shape[-1], ())).name != "cpu":
-            return None
-        input, weight, *rest = (t.to(torch.bfloat16) for t in tensors)
-        return linear(input, weight, rest[0] if rest else None, activation)
+    if forced_name() not in (None, "cpu") or not _has_product(torch.bfloat16, input.shape[-1]):
+        return None
+    return [None if t is None else t.to(torch.bfloat16) for t in tensors]
 
 
 def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
@@ -216,8 +218,11 @@ def linear(
     if not _is_fast(input, weight, bias) and not (
         grad and activation is not None and _fuses_gradient(input, weight, bias)
     ):
-        y = _under_autocast(input, weight, bias, activation)
-        return _plain(input, weight, bias, activation) if y is None else y
+        tensors = _autocast(input, weight, bias)
+        if tensors is None:
+            return _plain(input, weight, bias, activation)
+        with torch.autocast("cpu", enabled=False):
+            return linear(tensors[0], tensors[1], tensors[2], activation)
     if grad:
         return _Linear.apply(activation, input, weight, bias)
     return _forward(input, weight, bias, activation)
@@ -328,6 +333,10 @@ def projections(
     if len(plain) == len(weights):
         for i, (weight, bias) in enumerate(zip(plain, biases)):
             _check(input, weight, bias, None, f"weights[{i}]", f"biases[{i}]")
+        tensors = _autocast(input, *plain, *biases)
+        if tensors is not None:
+            with torch.autocast("cpu", enabled=False):
+                return projections(tensors[0], tensors[1 : 1 + len(plain)], tensors[1 + len(plain) :])
         if all(_is_fast(input, w, b) for w, b in zip(plain, biases)):
             parameters = (input, *plain, *biases)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parameters):
