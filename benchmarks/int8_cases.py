@@ -98,6 +98,7 @@ def _case(name: str, title: str, inputs: Callable) -> Case:
         Candidate(HF_SDPA, peers.hugging_face, needs),
         Candidate("HF bf16", _hf_bf16, needs, **low),
         Candidate("OpenVINO int8 (nncf)", openvino_encoder, ("openvino", "nncf", *needs), **foreign),
+        Candidate("OpenVINO bf16", partial(peers.openvino_encoder, precision="bf16"), ("openvino", *needs), **foreign),
         Candidate("CTranslate2 int8", partial(peers.ctranslate2_encoder, compute_type="int8"),
                   ("ctranslate2", *needs), **foreign),
         Candidate("ONNX Runtime int8 (dynamic)", onnxruntime_encoder, ("onnxruntime", "onnx", *needs), **foreign),

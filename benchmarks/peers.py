@@ -180,9 +180,9 @@ def _export_onnx(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
     plain.unlink()
 
 
-def openvino_encoder(inputs: EncoderInputs, int8: bool = False) -> Callable:
-    """OpenVINO's CPU plugin, latency hint, float32 arithmetic. int8: nncf's, which sees two batches."""
-    return run_batches(openvino_forward(inputs, int8), inputs)
+def openvino_encoder(inputs: EncoderInputs, int8: bool = False, precision: str = "f32") -> Callable:
+    """OpenVINO's CPU plugin, latency hint. int8: nncf's, which sees two batches. precision: of other arithmetic."""
+    return run_batches(openvino_forward(inputs, int8, precision), inputs)
 
 
 def openvino_forward(inputs: EncoderInputs, int8: bool = False, precision: str = "f32") -> Callable:
