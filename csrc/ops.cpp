@@ -149,6 +149,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
   m.def("cpu_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, Tensor[] y) -> ()");
   // float32: x (rows, in) with last stride 1, weight (out, in) with one stride 1, bias contiguous, y (rows, out).
   m.def("cpu_linear_long(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
+  // bfloat16: x (rows, in) and weight (out, in) with last stride 1, bias contiguous, y (rows, out). Fast for few rows
+  // with avx512_amx.
+  m.def("cpu_linear_bf16(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) y) -> ()");
   // float32: g (rows, out) and x (rows, in) with last strides 1, y (out, in) and sums (out,) contiguous; rows > 0.
   m.def("cpu_weight_gradient(Tensor g, Tensor x, Tensor(a!) y, Tensor(b!)? sums) -> ()");
   // Hashes the memory of each tensor, in the order of addresses; the memory has no gaps. hashes: int64, one per tensor.

@@ -123,6 +123,28 @@ void linear_long(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   kernels().linear_long(a);
 }
 
+void linear_bf16(Tensor x, Tensor weight, OptionalTensor bias, int64_t activation, Tensor y) {
+  const Check check(x);
+  check(x, "x").dtype(ScalarType::BFloat16).shape({kAny, kAny}).unit();
+  check(weight, "weight").dtype(ScalarType::BFloat16).shape({kAny, x.size(1)}).unit();
+  check(bias, "bias").dtype(ScalarType::BFloat16).shape({weight.size(0)}).contiguous();
+  check(y, "y").dtype(ScalarType::BFloat16).shape({x.size(0), weight.size(0)}).contiguous();
+  check_inputs(x.size(1));
+  if (!y.numel()) return;
+  LinearBf16 a{};
+  a.x = read(x);
+  a.weight = read(weight);
+  a.bias = read(bias);
+  a.y = write(y);
+  a.rows = x.size(0);
+  a.in = x.size(1);
+  a.out = weight.size(0);
+  a.x_stride = x.stride(0);
+  a.out_stride = weight.stride(0);
+  take_activation(a, activation);
+  kernels().linear_bf16(a);
+}
+
 void weight_gradient(Tensor g, Tensor x, Tensor y, OptionalTensor sums) {
   const Check check(g);
   check(g, "g").dtype(ScalarType::Float).shape({kAny, kAny}).unit();
@@ -154,5 +176,6 @@ STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CPU, m) {
   m.impl("cpu_linear_panel", TORCH_BOX(&tf::linear_panel));
   m.impl("cpu_linear_rows", TORCH_BOX(&tf::linear_rows));
   m.impl("cpu_linear_long", TORCH_BOX(&tf::linear_long));
+  m.impl("cpu_linear_bf16", TORCH_BOX(&tf::linear_bf16));
   m.impl("cpu_weight_gradient", TORCH_BOX(&tf::weight_gradient));
 }

@@ -31,6 +31,7 @@ namespace tf {
   X(linear_panel, LinearPanel) \
   X(linear_rows, LinearRows) \
   X(linear_long, LinearLong) \
+  X(linear_bf16, LinearBf16) \
   X(weight_gradient, WeightGradient) \
   X(content_hash, ContentHash) \
   X(cross_entropy_forward, CrossEntropyForward) \

@@ -49,6 +49,14 @@ struct LinearLong {  // y = act(x W^T + bias), float32
   Activation activation;
 };
 
+struct LinearBf16 {  // y = act(x W^T + bias) in bfloat16, summed in float32; for few rows
+  const void *x, *weight, *bias;  // (rows, in) and (out, in), last strides 1; bias (out,), may be null
+  void* y;                        // (rows, out), contiguous
+  int64_t rows, in, out, x_stride, out_stride;
+  bool has_activation;
+  Activation activation;
+};
+
 struct WeightGradient {  // y = g^T x, float32, and the sum of g over rows
   const float *g, *x;  // (rows, out), (rows, in), last strides 1
   float *y, *sums;     // (out, in) contiguous, (out,); sums may be null

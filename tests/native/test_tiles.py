@@ -41,3 +41,8 @@ def test_int8_products_in_tiles_have_the_bits_of_those_without(tmp_path):
 def test_attention_in_tiles_errs_by_its_roundings_alone(tmp_path):
     tiles = ("attention.cpp", "tiles", ["-DTF_EMULATE_TILES"])
     build_and_run(tmp_path, "address", [tiles, ("compare_attention.cpp", "compare", [])])
+
+
+def test_few_rows_in_tiles_err_by_the_rounding_of_the_result(tmp_path):
+    tiles = ("linear.cpp", "tiles", ["-DTF_EMULATE_TILES"])
+    build_and_run(tmp_path, "address,undefined", [tiles, ("compare_linear.cpp", "compare", [])])

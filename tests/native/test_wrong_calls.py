@@ -110,6 +110,10 @@ CALLS = {
         "y": [_new(3, 40), _new(3, 2)],
     },
     "cpu_linear_long": {"x": _r(3, 9), "weight": _r(40, 9), "bias": _r(40), "activation": 2, "y": _new(3, 40)},
+    "cpu_linear_bf16": {
+        "x": _r(3, 9, dtype=h), "weight": _r(40, 9, dtype=h), "bias": _r(40, dtype=h), "activation": 2,
+        "y": _new(3, 40, dtype=h),
+    },
     "cpu_weight_gradient": {"g": _r(3, 40), "x": _r(3, 9), "y": _new(40, 9), "sums": _new(40)},
     "cpu_content_hash": {"tensors": [_r(3, 9), _r(5)], "hashes": _new(2, dtype=i64)},
     "cpu_cross_entropy_forward": {**_ENTROPY, "losses": _new(3)},
@@ -321,6 +325,10 @@ WRONG = {
     ],
     "cpu_linear_long": [
         {"weight": _r(80, 18)[::2, ::2]}, {"x": _r(9, 3).t()}, {"x": _r(3, 0), "weight": _r(40, 0)}, {"activation": 5},
+    ],
+    "cpu_linear_bf16": [
+        {"weight": _r(80, 18, dtype=h)[::2, ::2]}, {"x": _r(9, 3, dtype=h).t()}, {"activation": 5}, {"bias": _r(40)},
+        {"x": _r(3, 0, dtype=h), "weight": _r(40, 0, dtype=h)}, {"y": _new(40, 3, dtype=h).t()}, {"x": _r(3, 9)},
     ],
     "cpu_weight_gradient": [
         {"g": _r(0, 40), "x": _r(0, 9)}, {"x": _r(3, 0), "y": _new(40, 0)}, {"y": _new(9, 40).t()},

@@ -27,6 +27,16 @@ def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
 
 
+def _is_read_in_place(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
+    """True for calls without gradients that the kernel for few rows of bfloat16 takes."""
+    return (
+        input.dtype == torch.bfloat16
+        and _is_alike(input, weight, bias)
+        and forced_name() in (None, "cpu")
+        and gemm.reads_in_place(input.numel() // input.shape[-1], weight)
+    )
+
+
 def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True for 16-bit calls where a backend computes the gradients of bias and activation in one kernel."""
     return (
@@ -198,13 +208,12 @@ def linear(
     grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not _is_fast(input, weight, bias) and not (
-        grad and activation is not None and _fuses_gradient(input, weight, bias)
-    ):
-        return _plain(input, weight, bias, activation)
     if grad:
-        return _Linear.apply(activation, input, weight, bias)
-    return _forward(input, weight, bias, activation)
+        if _is_fast(input, weight, bias) or (activation is not None and _fuses_gradient(input, weight, bias)):
+            return _Linear.apply(activation, input, weight, bias)
+    elif _is_read_in_place(input, weight, bias) or _is_fast(input, weight, bias):
+        return _forward(input, weight, bias, activation)
+    return _plain(input, weight, bias, activation)
 
 
 # ---- several projections of one input ------------------------------------------------------------

@@ -1,13 +1,9 @@
 // Compares bfloat16 attention in tiles to double precision. Each bound follows from what is rounded to bfloat16 on the
 // way: probabilities, gradients of scores, and the result. Memory is allocated to the byte and scratch is NaN before:
 // AddressSanitizer and the comparison find what is read or written beside its place.
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <vector>
 
+#include "bfloat16.hpp"
 #include "cpu/attention.hpp"
 #include "runtime.hpp"
 
@@ -15,26 +11,6 @@ using namespace tf;
 void forward_tiles(const AttentionForward&);
 void backward_tiles(const AttentionBackward&);
 
-using Rows = std::vector<uint16_t>;
-static double value(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float f;
-  std::memcpy(&f, &wide, 4);
-  return f;
-}
-static Rows random_rows(std::mt19937& rng, int64_t n) {
-  std::normal_distribution<float> normal;
-  Rows rows(static_cast<size_t>(n));
-  for (uint16_t& r : rows) {
-    const float f = normal(rng);
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    r = uint16_t(bits >> 16);
-  }
-  return rows;
-}
-
-constexpr double kUnit = 1. / 256;  // of rounding to bfloat16
 static int failures = 0, cases = 0;
 static void expect(const char* what, int64_t q, int64_t k, int64_t d, const Rows& found,
                    const std::vector<double>& truth, const std::vector<double>& bound) {
