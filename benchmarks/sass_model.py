@@ -50,7 +50,6 @@ ITERATIONS = 24  # of a simulation, after the same number of warm-up iterations
 class Instruction:
     opcode: str
     operands: str
-    predicate: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +71,8 @@ def parse(sass: str) -> dict[str, list[str | Instruction]]:
         for line in lines:
             if label := re.match(r"(\.L_x?_?\w+):", line):
                 items.append(label[1])
-            elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+ +)?([A-Z][\w.]*)\s*([^;]*)", line):
-                items.append(Instruction(found[2], found[3].strip(), (found[1] or "").strip()))
+            elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)\s*([^;]*)", line):
+                items.append(Instruction(found[1], found[2].strip()))
     return kernels
 
 

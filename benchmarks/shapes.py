@@ -4,7 +4,7 @@ import random
 from typing import NamedTuple
 
 __all__ = [
-    "ALBERT_BASE", "BERT_BASE", "DEBERTA_BASE", "DISTILBERT_BASE", "ELECTRA_BASE", "MINILM", "MODERNBERT_BASE",
+    "ALBERT_BASE", "BERT_BASE", "DEBERTA_BASE", "DISTILBERT_BASE", "ELECTRA_BASE", "MODERNBERT_BASE",
     "MPNET_BASE", "POINTWISE", "ROBERTA_BASE", "TINY", "TINY_BERT", "AppendShape", "AttentionShape", "ragged_lengths",
 ]  # fmt: skip
 
@@ -76,7 +76,6 @@ BERT_BASE = {
 BERT_LARGE = {
     **BERT_BASE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
 }  # fmt: skip
-MINILM = {**BERT_BASE, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 TINY_BERT = {**BERT_BASE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 128}
 
 DISTILBERT_BASE = {"vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}

@@ -56,8 +56,7 @@ def active(late: bool = True, seed: int = 0, compute_capability: int = 90) -> It
     """In this context `backend("cuda")` accepts CPU tensors. Skips the test if the emulator cannot be built.
 
     late: asynchronous copies and matrix products complete as late as allowed, else at once. seed: determines the order
-        in
-    which warps run. compute_capability: what the host code sees: 80, 90, 100 or 120.
+    in which warps run. compute_capability: what the host code sees: 80, 90, 100 or 120.
     """
     from transformer_fast import backends
     from transformer_fast.backends import remembered

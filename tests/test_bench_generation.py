@@ -1,5 +1,7 @@
 """The generation cases compare equal work: other engines return Hugging Face's tokens."""
 
+import importlib.util
+
 import pytest
 import torch
 from transformer_fast.benchmarks import cases
@@ -12,9 +14,14 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRANSFORMER_FAST_BENCHMARK_CACHE", str(tmp_path))
 
 
+def needs(package: str):
+    absent = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(absent, reason=f"{package} is not installed: see CONTRIBUTING.md")
+
+
+@needs("openvino")
 @pytest.mark.parametrize("name", GREEDY)
 def test_openvino_generates_hugging_faces_tokens(name):
-    pytest.importorskip("openvino", reason="openvino is not installed")
     case = cases.find(f"generation/{name}")
     inputs = case.inputs(True)
     expected = case.candidate(case.peer).prepare(inputs)()
@@ -37,9 +44,9 @@ def test_both_generate_as_many_tokens(name):
         assert torch.equal(*found)
 
 
+@needs("ctranslate2")
 @pytest.mark.parametrize("name", ["gpt2-b8", "marian-greedy-b8", "mbart-large-beam4-b8", *MORE[:1], *MORE[2:4]])
 def test_ctranslate2_generates_hugging_faces_tokens(name):
-    pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
     case = cases.find(f"generation/{name}")
     inputs = case.inputs(True)
     expected = case.candidate(case.peer).prepare(inputs)()[:, -inputs.tokens :].tolist()

@@ -17,7 +17,6 @@ EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "examples" / "transla
 
 @pytest.fixture(scope="module")
 def example():
-    pytest.importorskip("matplotlib", reason="matplotlib, which draws the pictures, is not installed")
     spec = importlib.util.spec_from_file_location("translation_from_scratch", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

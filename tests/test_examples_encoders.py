@@ -15,7 +15,6 @@ from tokenizers import BertWordPieceTokenizer
 import transformer_fast as tf
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
-pytest.importorskip("matplotlib", reason="matplotlib, which draws the pictures, is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ import transformer_fast as tf
 from transformer_fast.demo.training import Training
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
-pytest.importorskip("matplotlib", reason="matplotlib, which draws the pictures, is not installed")
 two_processes = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no torch.distributed with gloo"
 )

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import pytest
+import yaml
 
 import transformer_fast
 from transformer_fast._version import TRANSFORMERS
@@ -14,7 +15,6 @@ pytestmark = [
     pytest.mark.quick,
     pytest.mark.skipif(not (ROOT / ".pre-commit-config.yaml").exists(), reason="these files lie only in a checkout"),
 ]
-yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
 
 
 def _pins() -> dict[str, str]:
@@ -42,6 +42,16 @@ def test_workflows_run_what_there_is():
             assert runs and {name for run in runs for name in re.findall(r"^make ([\w-]+)", run, re.M)} <= targets
     for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert isinstance(yaml.safe_load(form.read_text()), dict)
+
+
+def test_tests_whose_packages_make_does_not_install_run_every_night():
+    """Such a file skips itself in `make test`."""
+    nightly = (ROOT / ".github/workflows/full.yml").read_text()
+    skipping = [f for f in ROOT.glob("tests/**/test_*.py") if "is not installed: see CONTRIBUTING.md" in f.read_text()]
+    skipping.remove(pathlib.Path(__file__))
+    assert len(skipping) == 2 and all(str(file.relative_to(ROOT)) in nightly for file in skipping)
+    (installed,) = re.findall(r"pip install -q -c constraints.txt (.*)", nightly)
+    assert set(installed.split()) <= set(_pins())
 
 
 def test_make_help_describes_every_target():

@@ -43,7 +43,7 @@ def test_the_loop_is_found_without_the_masks_of_an_edge():
 
 def test_a_left_operand_in_registers_is_not_read_from_shared_memory():
     def shape(operands):
-        return sass_model.product_shape(sass_model.Instruction("HGMMA.64x128x16.F32.BF16", operands, ""))
+        return sass_model.product_shape(sass_model.Instruction("HGMMA.64x128x16.F32.BF16", operands))
 
     assert shape("R24, gdesc[UR4], R24") == (128, 128 * 32 + 64 * 32, 64)
     assert shape("R24, R200, gdesc[UR4].tnspB, R24") == (128, 128 * 32, 64)

@@ -106,7 +106,8 @@ def info() -> None:
     table.add_column(overflow="fold")  # do not truncate: the command to type may be at the end
     rows = {"transformer_fast": __version__, "Python": platform.python_version()}
     rows.update({name: value for name, value in backends.info().items() if name != "forced backend"})
-    rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
     rows["transformers"] = _version(
         "transformers", 'the models, attn_implementation="transformer_fast", accelerate for its models and verify'
     )

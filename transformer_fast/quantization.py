@@ -132,11 +132,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
 
 def _to_bfloat16(model: nn.Module) -> nn.Module:
     device = next((p.device.type for p in model.parameters()), "cpu")
-    if device == "cpu" and (native.load() or not native.multiplies_bfloat16()):
-        warnings.warn(
-            "this processor has no instructions that multiply bfloat16 (avx512_bf16), so it would be slower than "
-            "float32: the model is unchanged",
-            stacklevel=3,
-        )
+    if device == "cpu" and (reason := why_not_bfloat16()):
+        warnings.warn(f"precision 'bf16': the model is unchanged, as {reason}", stacklevel=3)
         return model
     return model.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def why_not_bfloat16() -> str:
+    """Why a model on the CPU would not be faster in bfloat16; '' if it would."""
+    if missing := native.load():
+        return f"there are no CPU kernels here: {missing}"
+    isa = native.current_isa()
+    return "" if native.multiplies_bfloat16() else f"{isa}, which runs here, has no instructions that multiply bfloat16"

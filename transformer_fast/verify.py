@@ -172,7 +172,7 @@ def load_as_named(checkpoint, prefer_ours: bool = False, **kwargs) -> Any:
                 explain_broken(error, checkpoint, local_folder(checkpoint, {}))
                 raise
         except Exception as error:  # a broken file can raise anything; users get one line
-            text = textwrap.shorten(str(error), 300, placeholder=" ...")
+            text = textwrap.shorten(str(error), 600, placeholder=" ...")
             raise VerifyError(f"{checkpoint}: cannot be loaded: {text} [{type(error).__name__}]") from error
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .quantization import PRECISIONS, is_int8_model, quantize, quantized_modules
+from .quantization import PRECISIONS, is_int8_model, quantize, quantized_modules, why_not_bfloat16
 from .verify import VerifyError, _load_ours, _load_theirs
 
 __all__ = ["Cost", "PrecisionReport", "verify_precision"]
@@ -93,9 +93,7 @@ def _quantized(exact: Any, precision: str) -> Any:
     if precision == "int8" and not is_int8_model(low):
         raise VerifyError(f"{type(exact).__name__}: has no linear layer that can be int8")
     if precision == "bf16" and low.dtype != torch.bfloat16:
-        raise VerifyError(
-            "precision: bf16 changes nothing here, as this processor has no instructions that multiply it"
-        )
+        raise VerifyError(f"precision: bf16 changes nothing here, as {why_not_bfloat16()}")
     return low
 
 
@@ -130,8 +128,9 @@ def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
     longest = min(_LONGEST, max(positions, 1))
     lines = load_sentences()[:_SENTENCES]
     found = _tokenized(checkpoint, lines, side, longest)
-    if found and all(_is_text(batch, vocabulary) for batch in found):
+    if not isinstance(found, str) and all(_is_text(batch, vocabulary) for batch in found):
         return found, f"{len(lines)} sentences"
+    why = found if isinstance(found, str) else "the checkpoint has no tokenizer for English sentences"
     generator = torch.Generator().manual_seed(0)
     end = getattr(text, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
@@ -146,7 +145,7 @@ def _batches(checkpoint, model) -> tuple[list[dict[str, torch.Tensor]], str]:
             ids.scatter_(1, lengths - 1, end)
         ids, mask = (t.flip(1) if side == "left" else t for t in (ids.masked_fill(~mask, _padding(text)), mask))
         made.append({"input_ids": ids, "attention_mask": mask.long()})
-    return made, "random tokens (no tokenizer was found)"
+    return made, f"random tokens ({why})"
 
 
 def _padding(config) -> int:
@@ -154,8 +153,8 @@ def _padding(config) -> int:
     return 0 if pad is None or not 0 <= pad < config.vocab_size else pad
 
 
-def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[dict[str, torch.Tensor]]:
-    """The lines as batches of token ids; empty if the checkpoint has no tokenizer."""
+def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[dict[str, torch.Tensor]] | str:
+    """The lines as batches of token ids, or why the checkpoint's tokenizer cannot make them."""
     from transformers import AutoTokenizer
 
     try:
@@ -168,8 +167,9 @@ def _tokenized(checkpoint, lines: list[str], side: str, longest: int) -> list[di
             )
             for i in range(0, len(lines), _BATCH)
         ]  # fmt: skip
-    except Exception:  # no usable tokenizer: the caller uses random tokens
-        return []
+    except Exception as error:  # there are no files for one, or its code raises anything: the report says so
+        text = " ".join(str(error).split())
+        return f"its tokenizer cannot be used: {text[:200]} [{type(error).__name__}]"
     return [{k: b[k] for k in ("input_ids", "attention_mask")} for b in found]
 
 

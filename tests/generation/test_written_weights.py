@@ -5,6 +5,7 @@ import ctypes
 import os
 import threading
 
+import peft
 import pytest
 import torch
 from generating_models import models, prompts, seq2seq_models
@@ -212,7 +213,6 @@ def test_generate_after_a_fused_step_is_that_of_the_new_weights(kind, family, tm
 
 
 def test_merged_and_unmerged_adapters(kind, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
     model = built(kind, tmp_path)
     ids, mask = prompts(2, 6, "left")
     options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}

@@ -4,6 +4,7 @@ import copy
 import pickle
 import types
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -109,7 +110,6 @@ def test_inside_a_module_of_the_user():
 
 
 def test_inside_a_pipeline_and_peft():
-    peft = pytest.importorskip("peft", reason="peft is not installed")
     model, inputs = TEXT["gpt2"](), batch("none")
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2,
                                                          init_lora_weights=False, fan_in_fan_out=True))  # fmt: skip

@@ -9,8 +9,6 @@ from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast
 
-pytest.importorskip("accelerate")
-
 STEPS = 3
 GPT2 = transformers.GPT2Config(
     vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=40, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0

@@ -2,14 +2,13 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
 from numerics import GRADIENT, assert_as_accurate
 
 import transformer_fast as tf
-
-peft = pytest.importorskip("peft", reason="peft is not installed")
 
 SMALL = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 CASES = {

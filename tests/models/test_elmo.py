@@ -4,14 +4,13 @@ training."""
 import json
 import shutil
 
+import h5py
 import pytest
 import torch
 from numerics import GRADIENT, assert_as_accurate, pooled
 
 import transformer_fast as tf
 from transformer_fast.models.elmo import ElmoTokenizer
-
-h5py = pytest.importorskip("h5py", reason="h5py, which reads the published weights, is not installed")
 
 PROJECTION, CELL, LAYERS, CHARACTERS, WIDTH = 6, 10, 2, 20, 5
 FILTERS = [[1, 4], [2, 5], [3, 7]]

@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import threading
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -97,7 +98,6 @@ def test_weights_that_other_code_reads():
 
 @torch.no_grad()
 def test_adapters_are_left_and_can_be_merged():
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         _bert(), peft.LoraConfig(r=64, target_modules=["query"], init_lora_weights=False)
     ).eval()

@@ -111,7 +111,6 @@ def test_int8_weights_do_not_become_floating_point(strict):
 
 @pytest.mark.parametrize("library", [tf, hf], ids=["ours", "theirs"])
 def test_trainer_evaluates_and_does_not_train(library, tmp_path):
-    pytest.importorskip("accelerate")
     model = tf.quantize(_bert("ForSequenceClassification", library))
     rows = [{"input_ids": row, "labels": 1} for row in IDS]
     arguments = hf.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=3)

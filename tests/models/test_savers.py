@@ -3,6 +3,8 @@
 import copy
 import pickle
 
+import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -57,13 +59,11 @@ def layout(model):
 
 
 def accelerate_model(model, folder):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerate.Accelerator(cpu=True).save_model(model, folder)
     return load_file(folder / "model.safetensors")
 
 
 def accelerate_state(model, folder):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.prepare(model)
     accelerator.save_state(folder)
@@ -149,7 +149,6 @@ def test_parameters_lie_as_those_of_hugging_face(family, tmp_path):
 
 
 def test_peft_writes_every_adapter_and_what_it_was_merged_into(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
     model = used("bert", tmp_path / "start")
     lora = peft.LoraConfig(r=4, target_modules=["query", "key", "value"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora)

@@ -57,6 +57,17 @@ def test_every_output_is_compared(head, tmp_path):
         assert found[what].note.startswith(f"of {count} ")
 
 
+def test_the_report_says_why_its_text_is_random(tmp_path):
+    """The reason of a tokenizer that fails is not lost."""
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(hf.BertConfig(**_WIDE)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert verify_precision(tmp_path).text == "random tokens (the checkpoint has no tokenizer for English sentences)"
+    (tmp_path / "tokenizer.json").write_text("{")
+    found = verify_precision(tmp_path).text
+    assert found.startswith("random tokens (its tokenizer cannot be used: ") and "line 1 column" in found
+
+
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "GPT2DoubleHeadsModel"])
 def test_a_single_output(head, tmp_path):
     torch.manual_seed(0)

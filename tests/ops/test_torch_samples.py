@@ -10,8 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import transformer_fast as tf
 
-pytest.importorskip("expecttest", reason="expecttest, which torch's samples need, is not installed")
-
 
 def _maths(*args, **more):
     """Attention without fused kernels, with the rounding of plain PyTorch."""

@@ -11,8 +11,8 @@ import signal
 import pytest
 import torch
 
-pytest.importorskip("ray", reason="ray is not installed: pip install 'transformer-fast[ray]'")
-pytest.importorskip("pyarrow", reason="pyarrow, which ray[data] brings, is not installed")
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is not installed: pip install 'transformer-fast[ray]'", allow_module_level=True)
 import pyarrow
 import pyarrow.parquet
 

@@ -17,10 +17,10 @@ import urllib.request
 import pytest
 import torch
 
-pytest.importorskip("ray", reason="ray is not installed: pip install 'transformer-fast[ray]'")
-pytest.importorskip("fastapi", reason="fastapi, which ray[serve] brings, is not installed")
-
 import transformer_fast as tf
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is not installed: pip install 'transformer-fast[ray]'", allow_module_level=True)
 
 QUEUE = 16
 BAD = [

@@ -136,7 +136,7 @@ class Launch:
             "PRECISION": "tf32" if not single or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         }
 
-    def strides(self, name: str, t: torch.Tensor, batch: str = "b") -> dict[str, int]:
+    def strides(self, name: str, t: torch.Tensor) -> dict[str, int]:
         """stride_<name>b, stride_<name>h and stride_<name>s of a (B, H, S, D) or (total, H, D) tensor."""
         b, h, s = (0, t.stride(1), t.stride(0)) if self.unpadded else t.stride()[:3]
         return {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}s": s}

@@ -76,10 +76,11 @@ def run(
 
     batches = tokenize(checkpoint, sentences)
     lengths = [int(n) for _, mask in batches for n in mask.sum(1)]
-    padded = sum(mask.numel() for _, mask in batches)
+    padded, threads = sum(mask.numel() for _, mask in batches), torch.get_num_threads()
     console.print(
         f"{len(sentences)} sentences of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all; padded in "
-        f"batches of {max(len(ids) for ids, _ in batches)} they are {padded:,}. {torch.get_num_threads()} threads."
+        f"batches of {max(len(ids) for ids, _ in batches)} they are {padded:,}. "
+        f"{threads} thread{'s' if threads > 1 else ''}."
     )
     theirs, ours = encode.load_hugging_face(checkpoint), encode.load_ours(checkpoint)
     timings, embeddings = _encode_all(theirs, ours, batches, passes, seconds)

@@ -124,7 +124,7 @@ class GenerationMixin:
         )
         if not record.active:
             return sequences
-        return self._output(stepper, record, model_kwargs, "Generate{}Output", sequences=sequences)
+        return self._output(stepper, record, "Generate{}Output", sequences=sequences)
 
     def _beam_search(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
@@ -150,7 +150,7 @@ class GenerationMixin:
             return found["sequences"]
         if not config.output_scores:
             found["sequences_scores"] = None
-        return self._output(stepper, record, model_kwargs, "GenerateBeam{}Output", **found)
+        return self._output(stepper, record, "GenerateBeam{}Output", **found)
 
     def _group_beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         config = generation_config
@@ -201,7 +201,7 @@ class GenerationMixin:
             return cache is None and not config.return_dict_in_generate
         return type(cache) is DynamicCache and not cache.offloading
 
-    def _output(self, stepper: Stepper, record: Record, model_kwargs: dict, name: str, **found):
+    def _output(self, stepper: Stepper, record: Record, name: str, **found):
         encoder_decoder = self.config.is_encoder_decoder
         cls = getattr(hf, name.format("EncoderDecoder" if encoder_decoder else "DecoderOnly"))
         return cls(**found, **record.fields(stepper, encoder_decoder))

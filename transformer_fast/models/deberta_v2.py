@@ -80,7 +80,6 @@ class DebertaV2Model(EncoderBase, hf.DebertaV2Model):
     __doc__ = hf.DebertaV2Model.__doc__
     _adopted = _ADOPTED
     encoder: Any
-    z_steps: int
 
     @public_forward(hf.DebertaV2Model.forward)
     def forward(
