@@ -183,14 +183,26 @@ def test_several_projections_and_their_gradients(taken, autocast):
 
 @pytest.mark.quick
 def test_autocast_converts_as_torch_does(taken):
-    x, weight, bias = (t.float().contiguous() for t in tensors(9, 40, 96, True))
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    x, weight, bias = (t.float().contiguous() for t in tensors(200, 40, 96, True))
+    with torch.autocast("cpu", torch.bfloat16):
         y = tf.linear(x, weight, bias)
         mixed = tf.linear(x.bfloat16(), weight, bias)
         assert len(taken) == 2 and y.dtype == mixed.dtype == torch.bfloat16 and torch.equal(y, mixed)
         assert tf.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64 and len(taken) == 2
         with torch.autocast("cpu", torch.float16):
             assert tf.linear(x, weight, bias).dtype == torch.float16 and len(taken) == 2
+
+
+@pytest.mark.quick
+def test_autocast_keeps_the_parameters_that_it_converted(taken):
+    """Where a product takes less time than converting its weight: torch converts it once in an autocast context."""
+    x, weight, bias = (t.float().contiguous() for t in tensors(200, 40, 96, True))
+    with torch.autocast("cpu", torch.bfloat16):
+        tf.linear(x[:100], weight, bias)
+        with torch.no_grad():
+            tf.linear(x, weight, bias)
+            tf.projections(x, [weight, weight])
+    assert not taken
 
 
 @pytest.mark.quick

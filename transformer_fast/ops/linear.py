@@ -31,12 +31,19 @@ def _has_product(dtype: torch.dtype, width: int) -> bool:
     return select(("linear", "cpu", dtype, width, ())).name == "cpu"
 
 
+# Autocast converts a parameter once in its context; `_autocast` does in every call. That is a tenth of the time of a
+# training step's product, but more than that of few rows, as of a decoder's next token.
+_AUTOCAST_ROWS = 128
+
+
 def _autocast(input: torch.Tensor, *parameters: torch.Tensor | None) -> list | None:
-    """The tensors in bfloat16 where autocast to it is on and a backend has its own products in it; else None. Autocast
-    converts a parameter once in its context, this once per call: that is a tenth of the product."""
+    """The tensors in bfloat16 where autocast to it is on, gradients are enabled, and a backend has its own products in
+    it; else None."""
     if input.device.type != "cpu" or _common.autocast_dtype(input.device) != torch.bfloat16:
         return None
     tensors = (input, *parameters)
+    if not torch.is_grad_enabled() or input.numel() < _AUTOCAST_ROWS * input.shape[-1]:
+        return None
     if not _common.plain(*tensors) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return None
     if forced_name() not in (None, "cpu") or not _has_product(torch.bfloat16, input.shape[-1]):
