@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,9 +109,26 @@ def find_torch() -> Torch:
 
 
 def isas(int8: bool = False) -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their flags: those that the compiler knows."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"baseline": []}
-    return X86_INT8_ISAS if int8 else X86_ISAS
+    known = {name: flags for name, flags in X86_ISAS.items() if compiler_knows(tuple(flags))}
+    if not int8:
+        return known
+    int8_isas = {name: flags for name, flags in X86_INT8_ISAS.items() if compiler_knows(tuple(flags))}
+    if "avx512_amx" not in known:  # those who choose it choose both
+        int8_isas.pop("avx512_amx", None)
+    return int8_isas
+
+
+@functools.cache
+def compiler_knows(flags: tuple[str, ...]) -> bool:
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+        print(f"transformer_fast: built without an instruction set that the compiler lacks: {reason}", file=sys.stderr)
+    return done.returncode == 0
 
 
 def cuda_archs() -> list[str]:

@@ -92,6 +92,15 @@ static bool has_isa(const std::string& name) {
 #endif
 }
 
+// The instruction sets that were compiled and that the processor has, narrowest first: "baseline avx2 ...".
+std::string cpu_isas() {
+  std::string found;
+#define TF_APPEND(isa) \
+  if (has_isa(#isa)) found += (found.empty() ? "" : " ") + std::string(#isa);
+  TF_FOR_EACH_ISA(TF_APPEND)
+  return found;
+}
+
 // name: one of the compiled instruction sets.
 void cpu_set_isa(std::string name) {
   STD_TORCH_CHECK(has_isa(name), "transformer_fast: this processor lacks instruction set ", name);
@@ -116,6 +125,7 @@ std::string cuda_architectures() {
 }  // namespace tf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
+  m.def("cpu_isas() -> str");
   m.def("cpu_set_isa(str name) -> ()");
   m.def("cuda_architectures() -> str");  // the schemas of the CUDA kernels' ops: csrc/bindings/cuda_*.cpp
   m.def("cpu_norm_forward" TF_NORM_FORWARD_SCHEMA);
@@ -231,6 +241,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transformer_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transformer_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isas", TORCH_BOX(&tf::cpu_isas));
   m.impl("cpu_set_isa", TORCH_BOX(&tf::cpu_set_isa));
   m.impl("cuda_architectures", TORCH_BOX(&tf::cuda_architectures));
 }

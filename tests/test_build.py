@@ -148,3 +148,17 @@ def test_the_library_runs_on_older_systems_and_hides_what_it_brings():
     if shutil.which("nm"):
         exported = subprocess.run(["nm", "-D", "--defined-only", LIBRARY], capture_output=True, text=True, check=True)
         assert not {"exp", "log", "__libc_single_threaded"} & set(exported.stdout.split())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_instruction_sets_that_the_compiler_lacks_are_left_out(tree, tmp_path):
+    older = tmp_path / "older-g++"
+    refuse = 'case "$*" in *-mamx-tile*|*-mavxvnni*) echo "unrecognized option" >&2; exit 1;; esac'
+    older.write_text(f'#!/bin/sh\n{refuse}\nexec g++ "$@"\n')
+    older.chmod(0o755)
+    ask = "print(*tools['isas'](), '/', *tools['isas'](int8=True))"
+    done = _ask(ask, tree, CXX=str(older))
+    assert done.stdout.strip() == "baseline avx2 avx512 avx512_bf16 / baseline avx2 avx512 avx512_vnni"
+    assert "built without an instruction set that the compiler lacks: unrecognized option" in done.stderr
+    assert "avx512_amx / " in _ask(ask, tree, CXX="g++").stdout

@@ -116,7 +116,7 @@ def test_the_native_library_is_there():
     assert native.load() == ""
 
 
-@pytest.mark.parametrize("isa", [*native.supported_isas(), "nonsense"])
+@pytest.mark.parametrize("isa", [*([] if native.load() else native.supported_isas()), "nonsense"])
 def test_forced_instruction_set(isa):
     code = "from transformer_fast.backends import native; native.load(); print(native.current_isa())"
     if isa == "nonsense":

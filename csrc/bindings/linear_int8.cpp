@@ -26,20 +26,29 @@ void cpu_set_int8_isa(std::string name) {
   STD_TORCH_CHECK(false, "transformer_fast: no int8 kernels were compiled for instruction set ", name);
 }
 
-// The int8 instruction sets that were compiled and that the processor supports, narrowest first: "baseline avx2 ...".
-std::string cpu_int8_isas() {
-  std::string found = "baseline";
+bool has_int8_isa(const std::string& name) {
+  if (name == "baseline") return true;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2) found += " avx2";
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found += " avx_vnni";
-  if (avx512) found += " avx512";
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (vnni) found += " avx512_vnni";
-  if (vnni && cpu_has_tiles()) found += " avx512_amx";
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (name == "avx2") return true;
+#if __GNUC__ >= 11  // older compilers do not know the name
+  if (name == "avx_vnni") return __builtin_cpu_supports("avxvnni");
 #endif
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return false;
+  return name == "avx512" || (__builtin_cpu_supports("avx512vnni") && (name == "avx512_vnni" || cpu_has_tiles()));
+#else
+  return false;
+#endif
+}
+
+// The int8 instruction sets that were compiled and that the processor has, narrowest first: "baseline avx2 ...".
+std::string cpu_int8_isas() {
+  std::string found;
+#define TF_APPEND_INT8(isa) \
+  if (has_int8_isa(#isa)) found += (found.empty() ? "" : " ") + std::string(#isa);
+  TF_INT8_ISA_LIST(TF_APPEND_INT8)
   return found;
 }
 

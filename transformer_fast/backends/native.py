@@ -71,17 +71,6 @@ def stale(root: pathlib.Path = _PACKAGE.parent) -> str:
     )
 
 
-def _has_avx512_bf16() -> bool:
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    """True if the processor multiplies tiles (AMX) and the system permits it to this process, which _init_amx asks."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(supported() and torch.cpu._init_amx())
-
-
 def default_isa() -> str:
     """The widest instruction set that the processor, torch and TRANSFORMER_FAST_CPU_ISA allow."""
     forced = os.environ.get("TRANSFORMER_FAST_CPU_ISA")
@@ -124,7 +113,9 @@ _INT8_WIDEST = {
 }
 ISAS = tuple(_INT8_WIDEST)
 _MULTIPLIES_BFLOAT16 = ("avx512_bf16", "avx512_amx")
-_INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}  # per torch capability; else all
+# Per capability of torch; else all.
+_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2")}
+_INT8_ALLOWED = {"DEFAULT": ("baseline",), "AVX2": ("baseline", "avx2", "avx_vnni")}
 _current_int8 = ""
 
 
@@ -149,12 +140,6 @@ def supported_int8_isas() -> list[str]:
 def supported_isas() -> list[str]:
     """Compiled instruction sets that this processor can run, narrowest first. ATEN_CPU_CAPABILITY, which limits torch
     to a narrower one, applies here too."""
-    widest = torch.backends.cpu.get_cpu_capability()
-    names = ["baseline"]
-    if widest in ("AVX2", "AVX512"):
-        names.append("avx2")
-    if widest == "AVX512":
-        names += ["avx512", "avx512_bf16"] if _has_avx512_bf16() else ["avx512"]
-        if _has_avx512_bf16() and _has_tiles():
-            names.append("avx512_amx")
-    return names
+    allowed = _ALLOWED.get(torch.backends.cpu.get_cpu_capability())
+    found = torch.ops.transformer_fast.cpu_isas().split()
+    return [name for name in found if allowed is None or name in allowed]
