@@ -121,9 +121,13 @@ def isas(int8: bool = False) -> dict[str, list[str]]:
     return int8_isas
 
 
+def compiler_command() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
 @functools.cache
 def compiler_knows(flags: tuple[str, ...]) -> bool:
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    command = [*compiler_command(), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[0]
@@ -177,7 +181,7 @@ class Plan:
 
     def __init__(self, build: pathlib.Path, output: pathlib.Path, archs: list[str]):
         self.build, self.output, self.archs = build, output, archs
-        self.cxx = os.environ.get("CXX", "g++")
+        self.cxx = compiler_command()
         torch = pathlib.Path(find_torch().folder)
         self.torch_lib = torch / "lib"
         includes = [str(torch / "include"), sysconfig.get_paths()["include"], str(CSRC)]
@@ -201,10 +205,10 @@ class Plan:
             extra = ["-include", str(build / "cuda_archs.h")] if cuda else []
             if source.name == "ops.cpp":
                 extra.append(f"-DTF_SOURCE_HASH={SOURCE_HASH}")
-            self.add(source, [self.cxx, *binding, *extra], f"binding.{source.stem}")
+            self.add(source, [*self.cxx, *binding, *extra], f"binding.{source.stem}")
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for name, flags in isas("int8" in source.stem).items():
-                self.add(source, [self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],
+                self.add(source, [*self.cxx, *common, *CPU_FLAGS, f"-DTF_ISA={name}", *flags, f"-I{CSRC}"],
                          f"{name}.{source.stem}")  # fmt: skip
         for source in sorted((CSRC / "cuda").glob("*.cu")) if archs else []:
             self.add(source, [nvcc(), *CUDA_FLAGS, *gencode(source, archs), f"-I{CSRC}", f"-I{CSRC}/cuda"],
@@ -215,8 +219,8 @@ class Plan:
 
     def link(self) -> list[str]:
         # CUDA's runtime is linked statically and the driver is found at run time, so the library loads without CUDA.
-        linker = [nvcc(), "-ccbin", self.cxx, "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
-        return [*(linker if self.archs else [self.cxx]), "-shared", "-o", str(self.output),
+        linker = [nvcc(), "-ccbin", self.cxx[-1], "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+        return [*(linker if self.archs else self.cxx), "-shared", "-o", str(self.output),
                 *(str(o) for _, _, o in self.objects),
                 f"-L{self.torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10"]  # fmt: skip
 
@@ -249,7 +253,7 @@ def without_library() -> str:
     """Why the library cannot be built, as a sentence for users; '' if it can."""
     if os.environ.get("TRANSFORMER_FAST_NATIVE") == "0":
         return "transformer_fast was installed with TRANSFORMER_FAST_NATIVE=0"
-    compiler = os.environ.get("CXX", "g++").split()[0]
+    compiler = compiler_command()[0]
     if not shutil.which(compiler):
         return (
             f"there was no C++ compiler ({compiler}) when transformer_fast was installed; get one "

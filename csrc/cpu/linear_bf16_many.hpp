@@ -64,6 +64,24 @@ class ManyRows {
  public:
   template <class Act>
   static void run(const LinearBf16& l) {
+    const int64_t most = round_up(kRowBytes / (2 * l.in) + 1, 4 * kUnitRows);
+    for (int64_t row = 0; row < l.rows; row += most) {
+      LinearBf16 part = l;
+      part.x = static_cast<const bf16*>(l.x) + row * l.x_stride;
+      part.y = static_cast<bf16*>(l.y) + row * l.out;
+      part.rows = least(most, l.rows - row);
+      rows<Act>(part);
+    }
+  }
+
+ private:
+  static constexpr int64_t kUnitRows = 3 * kTileRows;
+  static constexpr int64_t kDepth = 32;          // steps per part, at most
+  static constexpr int64_t kBlock = 512 * 1024;  // bytes of laid out weight per block, about
+  static constexpr int64_t kRowBytes = 8 << 20;  // of x that is laid out at a time: scratch memory is kept
+
+  template <class Act>
+  static void rows(const LinearBf16& l) {
     const TiledRows x(l);
     const int64_t threads = tf_num_threads(), panels = (l.out + kPanel - 1) / kPanel;
     const int64_t most = kBlock / (least(x.steps, kDepth) * 2 * kTileRows * kTileBytes) + 1;
@@ -73,20 +91,15 @@ class ManyRows {
     blocks = (panels + each - 1) / each;
     // Few columns for many threads: the rows are divided too, and each piece lays the weight out again.
     int64_t pieces = blocks < threads ? threads / blocks : 1;
-    const int64_t rows = round_up((l.rows + pieces - 1) / pieces, kUnitRows);
-    pieces = (l.rows + rows - 1) / rows;
+    const int64_t share = round_up((l.rows + pieces - 1) / pieces, kUnitRows);
+    pieces = (l.rows + share - 1) / share;
     parallel_for(blocks * pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i / pieces * each, row = i % pieces * rows;
-        ManyRows(l, x, panel * kPanel, least(each, panels - panel), row, least(l.rows, row + rows)).multiply<Act>();
+        const int64_t panel = i / pieces * each, row = i % pieces * share;
+        ManyRows(l, x, panel * kPanel, least(each, panels - panel), row, least(l.rows, row + share)).multiply<Act>();
       }
     });
   }
-
- private:
-  static constexpr int64_t kUnitRows = 3 * kTileRows;
-  static constexpr int64_t kDepth = 32;          // steps per part, at most
-  static constexpr int64_t kBlock = 512 * 1024;  // bytes of laid out weight per block, about
 
   // Up to 48 rows by all columns.
   struct Unit {

@@ -361,3 +361,61 @@ def test_projections_are_those_of_linear():
 def test_bad_input(call, error, pattern):
     with pytest.raises(error, match=pattern):
         call()
+
+
+def saved_bytes(call):
+    """The result, and the size of what autograd saves for it, beyond its inputs' own memory."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        return call(), sum(kept.values())
+
+
+CALLS = {
+    "linear": (tf.linear, F.linear),
+    "projections": (
+        lambda x, w, b: torch.cat(tf.projections(x, [w, w.clone()], [b, b]), -1),
+        lambda x, w, b: torch.cat([F.linear(x, w, b), F.linear(x, w.clone(), b)], -1),
+    ),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1)][1:], ids=str)
+def test_saves_what_torch_saves(route, name, dtype, needs):
+    inputs = [torch.randn(s).to(dtype).requires_grad_(bool(n)) for s, n in zip(((40, 24), (32, 24), (32,)), needs)]
+    (_, ours), (_, theirs) = (saved_bytes(lambda f=f: f(*inputs)) for f in CALLS[name])
+    assert ours <= theirs
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_what_is_not_saved_may_change(route, name, dtype, activation):
+    """A bias; the input of a frozen layer; the weight where the input needs no gradient; inference tensors."""
+    if name == "projections" and activation:
+        return  # projections have none
+    call = (lambda *a: tf.linear(*a, activation)) if name == "linear" else CALLS[name][0]
+    x, w, b = (torch.randn(s).to(dtype).requires_grad_() for s in ((40, 24), (32, 24), (32,)))
+    y = call(x, w, b)
+    with torch.no_grad():
+        b.add_(1)
+    y.sum().backward()
+    hidden = x * 1
+    y = call(hidden, w.detach(), b)
+    hidden.add_(1)
+    (y.sum() + hidden.sum()).backward()
+    y = call(x.detach(), w, b)
+    with torch.no_grad():
+        w.add_(1)
+    y.sum().backward()
+    with torch.inference_mode():
+        constant = torch.zeros(32, dtype=dtype)
+    call(x, w, constant).sum().backward()

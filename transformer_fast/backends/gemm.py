@@ -106,9 +106,8 @@ def gradient(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None =
     None."""
     if other is None and why_not_own_weight_gradient(x.t(), weight.t()) == "":
         return weight_gradient(x.t(), weight.t())
-    if _in_tiles(x, weight):
-        y = in_tiles(x, weight, None, None)
-        return y if other is None else y.add_(other)
+    if other is None and _in_tiles(x, weight):
+        return in_tiles(x, weight, None, None)
     if x.dtype != torch.float32 or not _is_dense(weight) or _is_batched(x, weight):
         return torch.nn.functional.linear(x, weight) if other is None else torch.addmm(other, x, weight.t())
     if x.shape[1] > _LONG_GRADIENT:

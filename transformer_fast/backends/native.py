@@ -140,6 +140,8 @@ def supported_int8_isas() -> list[str]:
 def supported_isas() -> list[str]:
     """Compiled instruction sets that this processor can run, narrowest first. ATEN_CPU_CAPABILITY, which limits torch
     to a narrower one, applies here too."""
+    if not hasattr(torch.ops.transformer_fast, "cpu_isas") and load():
+        return []
     allowed = _ALLOWED.get(torch.backends.cpu.get_cpu_capability())
     found = torch.ops.transformer_fast.cpu_isas().split()
     return [name for name in found if allowed is None or name in allowed]

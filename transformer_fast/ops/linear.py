@@ -1,11 +1,12 @@
 """y = activation(x W^T + b) by the fastest GEMM for the processor, and several projections of one input."""
 
+import weakref
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ..backends import eager, forced_name, gemm, memory, select
+from ..backends import forced_name, gemm, memory, select
 from . import _common
 from .activation import ACTIVATIONS, bias_activation
 from .linear_panel import PanelWeight, linear_panel, to_panels
@@ -31,28 +32,9 @@ def _has_product(dtype: torch.dtype, width: int) -> bool:
     return select(("linear", "cpu", dtype, width, ())).name == "cpu"
 
 
-# Autocast converts a parameter once in its context; `_autocast` does in every call. That is a tenth of the time of a
-# training step's product, but more than that of few rows, as of a decoder's next token.
-_AUTOCAST_ROWS = 128
-
-
-def _autocast(input: torch.Tensor, *parameters: torch.Tensor | None) -> list | None:
-    """The tensors in bfloat16 where autocast to it is on, gradients are enabled, and a backend has its own products in
-    it; else None."""
-    if input.device.type != "cpu" or _common.autocast_dtype(input.device) != torch.bfloat16:
-        return None
-    tensors = (input, *parameters)
-    if not torch.is_grad_enabled() or input.numel() < _AUTOCAST_ROWS * input.shape[-1]:
-        return None
-    if not _common.plain(*tensors) or any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return None
-    if forced_name() not in (None, "cpu") or not _has_product(torch.bfloat16, input.shape[-1]):
-        return None
-    return [None if t is None else t.to(torch.bfloat16) for t in tensors]
-
-
-def _fuses_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
-    """True for 16-bit calls where a backend computes the gradients of bias and activation in one kernel."""
+def _sums_bias_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
+    """True for 16-bit calls where a backend has the kernels of activations, and with them its own sum over rows for the
+    gradient of the bias."""
     return (
         input.dtype in (torch.bfloat16, torch.float16)
         and _is_alike(input, weight, bias)
@@ -120,71 +102,55 @@ def _column_sum(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _weight_gradient(
-    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor | None = None
-) -> torch.Tensor:
-    """g^T x (out, in) with the weight's memory layout, for g (M, out) and x (M, in). sums (out,) receives the column
-    sums of g."""
-    if weight.is_contiguous() and not gemm.why_not_own_weight_gradient(g, x):
-        return gemm.weight_gradient(g, x, sums, memory.empty_gradient(weight, weight.shape, torch.float32))
-    if sums is not None:
-        sums.copy_(_column_sum(g))
-    if weight.stride(0) == 1 and not weight.is_contiguous():
-        return gemm.gradient(x.t(), g.t()).t()
-    return gemm.gradient(g.t(), x.t())
+class _Weight:
+    """What the gradient of a weight (out, in) needs to know of it, without keeping its memory."""
 
+    def __init__(self, weight: torch.Tensor):
+        self.shape, self.contiguous = weight.shape, weight.is_contiguous()
+        self.transposed = weight.stride(0) == 1 and not self.contiguous
+        self.itself = weakref.ref(weight)
 
-def _backward(grad, input, weight, bias, pre, activation, need):
-    """Gradients of input, weight and bias. pre: x W^T + b, which is saved if there is an activation."""
-    x = input.reshape(-1, input.shape[-1])
-    g = grad.reshape(-1, weight.shape[0]).contiguous()
-    grad_bias = None
-    if activation is not None:
-        g, grad_bias, _ = torch.ops.transformer_fast.bias_activation_backward.default(
-            g, pre, None, None, activation, need[2]
-        )
-    elif need[2] and not (need[1] and g.dtype == torch.float32 and not _common.batched(g)):
-        grad_bias = _column_sum(g)
-    grad_input = gemm.gradient(g, weight.t()).view(input.shape) if need[0] else None
-    grad_weight = None
-    if need[1]:
-        sums = None
-        if need[2] and grad_bias is None:
-            sums = grad_bias = torch.empty(g.shape[1], dtype=torch.float32)
-        grad_weight = _weight_gradient(g, x, weight, sums)
-    if need[2]:
-        grad_bias = grad_bias.to(bias.dtype)
-    return grad_input, grad_weight, grad_bias if need[2] else None
-
-
-def _differentiable_backward(grad, input, weight, bias, activation):
-    """The same gradients in plain PyTorch, for gradients of gradients."""
-
-    def function(input, weight, bias):
-        y = F.linear(input, weight, bias)
-        return (y if activation is None else eager.bias_activation(y, None, None, activation),)
-
-    return _common.gradients(function, (input, weight, bias), (grad,))
+    def gradient(self, g: torch.Tensor, x: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
+        """g^T x (out, in) with the weight's memory layout, for g (M, out) and x (M, in). sums (out,) receives the
+        column sums of g."""
+        if self.contiguous and not gemm.why_not_own_weight_gradient(g, x):
+            return gemm.weight_gradient(g, x, sums, memory.empty_gradient(self.itself(), self.shape, torch.float32))
+        if sums is not None:
+            sums.copy_(_column_sum(g))
+        return gemm.gradient(x.t(), g.t()).t() if self.transposed else gemm.gradient(g.t(), x.t())
 
 
 class _Linear(torch.autograd.Function):
+    """It saves what F.linear saves: the input for the weight's gradient, the weight for the input's."""
+
     @staticmethod
-    def forward(ctx, activation, input, weight, bias):
-        ctx.activation = activation
-        if activation is None:
-            ctx.save_for_backward(input, weight, bias)
-            return _forward(input, weight, bias, None)
-        pre = _forward(input, weight, bias, None)
-        ctx.save_for_backward(input, weight, bias, pre)
-        return bias_activation(pre, None, activation)
+    def forward(ctx, input, weight, bias):
+        need_input, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.shape, ctx.outputs, ctx.weight = input.shape, weight.shape[0], _Weight(weight)
+        return _forward(input, weight, bias, None)
 
     @staticmethod
     def backward(ctx, grad):
-        input, weight, bias, *rest = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *_differentiable_backward(grad, input, weight, bias, ctx.activation)
-        pre = rest[0].view(-1, rest[0].shape[-1]) if rest else None
-        return None, *_backward(grad, input, weight, bias, pre, ctx.activation, ctx.needs_input_grad[1:])
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad
+        grad_input = grad_weight = grad_bias = sums = None
+        g = grad.reshape(-1, ctx.outputs)
+        x = None if input is None else input.reshape(-1, ctx.shape[-1])
+        if torch.is_grad_enabled():  # for gradients of gradients, in plain PyTorch
+            if need_input:
+                grad_input = torch.mm(g, weight).view(ctx.shape)
+            return grad_input, torch.mm(g.t(), x) if need_weight else None, g.sum(0) if need_bias else None
+        g = g.contiguous()
+        if need_bias and need_weight and g.dtype == torch.float32 and not _common.batched(g):
+            sums = torch.empty(g.shape[1], dtype=torch.float32)
+        elif need_bias:
+            grad_bias = _column_sum(g).to(g.dtype)
+        if need_input:
+            grad_input = gemm.gradient(g, weight.t()).view(ctx.shape)
+        if need_weight:
+            grad_weight = ctx.weight.gradient(g, x, sums)
+        return grad_input, grad_weight, grad_bias if sums is None else sums
 
 
 def linear(
@@ -223,62 +189,63 @@ def linear(
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if not _is_fast(input, weight, bias) and not (
-        grad and activation is not None and _fuses_gradient(input, weight, bias)
+        grad and activation is not None and _sums_bias_gradient(input, weight, bias)
     ):
-        tensors = _autocast(input, weight, bias)
-        if tensors is None:
-            return _plain(input, weight, bias, activation)
-        with torch.autocast("cpu", enabled=False):
-            return linear(tensors[0], tensors[1], tensors[2], activation)
+        return _plain(input, weight, bias, activation)
     if grad:
-        return _Linear.apply(activation, input, weight, bias)
+        y = _Linear.apply(input, weight, bias)
+        return y if activation is None else bias_activation(y, None, activation)
     return _forward(input, weight, bias, activation)
 
 
 # ---- several projections of one input ------------------------------------------------------------
 class _Projections(torch.autograd.Function):
     """n projections of one input. parameters: n weights, then n biases (or None). The input gradients are accumulated
-    inside the matrix products."""
+    inside the matrix products. It saves what n calls of F.linear save."""
 
     @staticmethod
     def forward(ctx, n, input, *parameters):
-        ctx.save_for_backward(input, *parameters)
-        ctx.n = n
-        ctx.set_materialize_grads(False)
-        found = tuple(_forward(input, w, b, None) for w, b in zip(parameters[:n], parameters[n:]))
+        weights, biases = parameters[:n], parameters[n:]
         need_input, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        ctx.save_for_backward(input if any(needs[:n]) else None, *(w if need_input else None for w in weights))
+        ctx.n, ctx.shape, ctx.weights = n, input.shape, [_Weight(w) for w in weights]
+        ctx.set_materialize_grads(False)
+        found = tuple(_forward(input, w, b, None) for w, b in zip(weights, biases))
         if not need_input:
             ctx.mark_non_differentiable(*(y for i, y in enumerate(found) if not (needs[i] or needs[n + i])))
         return found
 
     @staticmethod
     def backward(ctx, *grads):
-        input, *parameters = ctx.saved_tensors
-        n = ctx.n
-        weights = parameters[:n]
-        if torch.is_grad_enabled():
-
-            def function(input, *parameters):
-                return tuple(F.linear(input, w, b) for w, b in zip(parameters[:n], parameters[n:]))
-
-            return None, *_common.gradients(function, (input, *parameters), grads)
+        input, *weights = ctx.saved_tensors
+        n, shape, plain = ctx.n, ctx.shape, torch.is_grad_enabled()
         need_input, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
-        x = input.reshape(-1, input.shape[-1])
+        x = None if input is None else input.reshape(-1, shape[-1])
         grad_input, grad_weights, grad_biases = None, [None] * n, [None] * n
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            g = grad.reshape(-1, weights[i].shape[0]).contiguous()
+            g = grad.reshape(-1, ctx.weights[i].shape[0])
+            if plain:  # for gradients of gradients, in plain PyTorch
+                if needs[n + i]:
+                    grad_biases[i] = g.sum(0)
+                if needs[i]:
+                    grad_weights[i] = torch.mm(g.t(), x)
+                if need_input:
+                    term = torch.mm(g, weights[i])
+                    grad_input = term if grad_input is None else grad_input + term
+                continue
+            g = g.contiguous()
             if needs[n + i]:
-                grad_biases[i] = _column_sum(g)
+                grad_biases[i] = _column_sum(g).to(g.dtype)
             if needs[i]:
-                grad_weights[i] = _weight_gradient(g, x, weights[i])
+                grad_weights[i] = ctx.weights[i].gradient(g, x)
             if need_input and grad_input is None:
                 grad_input = gemm.gradient(g, weights[i].t())
             elif need_input:
                 grad_input = gemm.gradient(g, weights[i].t(), grad_input)
         if grad_input is not None:
-            grad_input = grad_input.view(input.shape)
+            grad_input = grad_input.view(shape)
         return None, grad_input, *grad_weights, *grad_biases
 
 
@@ -340,14 +307,11 @@ def projections(
     if len(plain) == len(weights):
         for i, (weight, bias) in enumerate(zip(plain, biases)):
             _check(input, weight, bias, None, f"weights[{i}]", f"biases[{i}]")
-        tensors = _autocast(input, *plain, *biases)
-        if tensors is not None:
-            with torch.autocast("cpu", enabled=False):
-                return projections(tensors[0], tensors[1 : 1 + len(plain)], tensors[1 + len(plain) :])
         if all(_is_fast(input, w, b) for w, b in zip(plain, biases)):
             parameters = (input, *plain, *biases)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parameters):
-                return _Projections.apply(len(plain), *parameters)
-            if _are_few_rows(input, plain, biases):
+                if input.dtype == torch.float32:  # else nothing is gained from adding inside the products
+                    return _Projections.apply(len(plain), *parameters)
+            elif _are_few_rows(input, plain, biases):
                 return _project_few_rows(input, plain, biases)
     return tuple(linear(input, w, b) for w, b in zip(weights, biases))
