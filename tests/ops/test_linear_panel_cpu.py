@@ -124,3 +124,9 @@ def test_compiles_and_falls_back():
     with tf.backend("eager"):
         plain = tf.to_panels(weight)
     assert torch.equal(tf.linear(x, plain), F.linear(x, weight))
+
+
+@pytest.mark.quick
+def test_no_rows_of_any_strides():
+    x = torch.randn(2).as_strided((0, 96), (2, 2))
+    assert tf.linear(x, tf.to_panels(torch.randn(8, 96)), None, "silu").shape == (0, 8)

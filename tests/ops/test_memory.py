@@ -266,3 +266,17 @@ def test_training_with_a_large_vocabulary(monkeypatch):
     parts = [wanted[-1][place], *(want[place] for want in wanted)]  # the last step's gradient is there already
     truth, plain = sum(part.double() for part in parts), sum(parts)
     assert_as_accurate(model.bert.embeddings.word_embeddings.weight.grad, truth, plain, GRADIENT)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "size, stride", [((0, 5), (2, 2)), ((3, 0), (4, 3)), ((3, 4), (1, 3)), ((2, 3), (0, 2)), ((3, 4), (8, 1))]
+)
+def test_unit_stride(size, stride):
+    """Of empty tensors too, which count as contiguous with any strides."""
+    t = torch.arange(64.0).as_strided(size, stride)
+    found = memory.unit_stride(t)
+    assert torch.equal(found, t) and (found.stride(-1) == 1 or size[-1] <= 1)
+    assert (found is t) == (stride[-1] == 1 or size[-1] <= 1)
+    weight = torch.arange(64.0).as_strided((5, 1), (1, 7))
+    assert memory.unit_stride_weight(weight).stride(-1) == 1

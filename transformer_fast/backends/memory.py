@@ -36,13 +36,14 @@ if _mremap is not None and _munmap is not None:
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
     """t with unit stride along its last axis, or a single element there; copied if necessary."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    # Not contiguous(): an empty tensor counts as contiguous with any strides.
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def unit_stride_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight (out, in) with unit stride along its rows; copied if necessary. This holds for rows of one element too:
     the kernels take a weight with any other stride there for a transposed one."""
-    return weight if weight.stride(-1) == 1 else weight.contiguous()
+    return weight if weight.stride(-1) == 1 else weight.clone(memory_format=torch.contiguous_format)
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:
