@@ -2,6 +2,7 @@
 
 import array
 import copy
+import ctypes
 import mmap
 import os
 import pickle
@@ -280,3 +281,17 @@ def test_unit_stride(size, stride):
     assert (found is t) == (stride[-1] == 1 or size[-1] <= 1)
     weight = torch.arange(64.0).as_strided((5, 1), (1, 7))
     assert memory.unit_stride_weight(weight).stride(-1) == 1
+
+
+@pytest.mark.quick
+def test_what_was_written_before_and_after_pages_were_moved(tmp_path):
+    """The later write wins, whichever bytes the two wrote."""
+    size = 2 * mmap.PAGESIZE
+    (tmp_path / "weights").write_bytes(b"f" * size)
+    with open(tmp_path / "weights", "r+b") as file:
+        here, moved = (mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE) for _ in range(2))
+    moved[10:30] = b"1" * 20
+    here[20:40] = b"2" * 20
+    begins = [ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (here, moved)]
+    memory._put_back(*begins, size)
+    assert here[:50] == b"f" * 10 + b"1" * 10 + b"2" * 20 + b"f" * 10 and here[50:] == b"f" * (size - 50)

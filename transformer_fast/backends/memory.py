@@ -218,7 +218,8 @@ def unload(t: torch.Tensor, mappings: FileMappings) -> None:
 
 
 def _put_back(begin: int, moved: int, size: int) -> None:
-    """Copy back to `begin` what another thread wrote to the pages before they were moved to `moved`."""
+    """Copy back to `begin` what another thread wrote to the pages before they were moved to `moved`, where it has not
+    written since."""
     if _madvise is None or unwritten([_bytes(moved, size)])[0]:
         return
     for at in range(0, size, mmap.PAGESIZE):
@@ -226,8 +227,9 @@ def _put_back(begin: int, moved: int, size: int) -> None:
         if not unwritten([page])[0]:
             written = page.clone()
             _madvise(moved + at, mmap.PAGESIZE, _MADV_DONTNEED)  # the file's content again
-            changed = written != page
-            _bytes(begin + at, mmap.PAGESIZE)[changed] = written[changed]
+            here = _bytes(begin + at, mmap.PAGESIZE)
+            changed = (written != page) & (here == page)
+            here[changed] = written[changed]
 
 
 def _bytes(address: int, size: int) -> torch.Tensor:
