@@ -14,6 +14,16 @@ void check_inputs(int64_t in) {
   STD_TORCH_CHECK(in > 0, "transformer_fast: x: wanted at least one input, got none");
 }
 
+// Strides of the rows and of the columns of a matrix, one of which is 1.
+struct MatrixStrides {
+  int64_t row, column;
+};
+MatrixStrides strides_of(const Tensor& t, const char* name) {
+  const MatrixStrides s{t.stride(0), t.size(1) > 1 ? t.stride(1) : 1};
+  STD_TORCH_CHECK(s.column == 1 || t.size(0) == 1 || s.row == 1, "transformer_fast: ", name, ": wanted one stride 1");
+  return s;
+}
+
 void column_sum(Tensor x, Tensor out) {
   const Check check(x);
   check(x, "x").shape({kAny, kAny}).unit();
@@ -39,9 +49,9 @@ void to_panels(Tensor weight, Tensor panels) {
   a.panels = write(panels);
   a.out = weight.size(0);
   a.in = weight.size(1);
-  a.out_stride = weight.stride(0);
-  a.in_stride = weight.size(1) > 1 ? weight.stride(1) : 1;
-  STD_TORCH_CHECK(a.in_stride == 1 || a.out == 1 || a.out_stride == 1, "transformer_fast: weight: wanted one stride 1");
+  const MatrixStrides strides = strides_of(weight, "weight");
+  a.out_stride = strides.row;
+  a.in_stride = strides.column;
 #if defined(__linux__)
   // With pages of 4 KiB, address translation would take much of the time of reading a weight.
   const uintptr_t page = uintptr_t(1) << 21, begin = uintptr_t(a.panels);
@@ -116,9 +126,9 @@ void linear_long(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   a.in = x.size(1);
   a.out = weight.size(0);
   a.x_stride = x.stride(0);
-  a.out_stride = weight.stride(0);
-  a.in_stride = a.in > 1 ? weight.stride(1) : 1;
-  STD_TORCH_CHECK(a.in_stride == 1 || a.out == 1 || a.out_stride == 1, "transformer_fast: weight: wanted one stride 1");
+  const MatrixStrides strides = strides_of(weight, "weight");
+  a.out_stride = strides.row;
+  a.in_stride = strides.column;
   take_activation(a, activation);
   kernels().linear_long(a);
 }
@@ -139,12 +149,11 @@ void linear_bf16(Tensor x, Tensor weight, OptionalTensor bias, int64_t activatio
   a.rows = x.size(0);
   a.in = x.size(1);
   a.out = weight.size(0);
-  a.x_stride = x.stride(0);
-  a.x_in_stride = a.in > 1 ? x.stride(1) : 1;
-  a.out_stride = weight.stride(0);
-  a.in_stride = a.in > 1 ? weight.stride(1) : 1;
-  STD_TORCH_CHECK(a.x_in_stride == 1 || a.rows == 1 || a.x_stride == 1, "transformer_fast: x: wanted one stride 1");
-  STD_TORCH_CHECK(a.in_stride == 1 || a.out == 1 || a.out_stride == 1, "transformer_fast: weight: wanted one stride 1");
+  const MatrixStrides rows = strides_of(x, "x"), strides = strides_of(weight, "weight");
+  a.x_stride = rows.row;
+  a.x_in_stride = rows.column;
+  a.out_stride = strides.row;
+  a.in_stride = strides.column;
   take_activation(a, activation);
   kernels().linear_bf16(a);
 }

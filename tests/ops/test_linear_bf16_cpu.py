@@ -144,6 +144,12 @@ def gradients(call, inputs, dtype=None):
     return torch.autograd.grad((y.double() * torch.arange(y.numel()).view(y.shape).sin()).sum(), leaves)
 
 
+def compare_gradients(call, plain, inputs):
+    ours, theirs, truth = gradients(call, inputs), gradients(plain, inputs), gradients(plain, inputs, torch.float64)
+    for name, a, t, e in zip(("input", "weight", "bias"), ours, truth, theirs):
+        assert_as_accurate(a, t, e, GRADIENT, name)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("activation", [None, "gelu", "relu"])
 def test_gradients_are_its_products_too(taken, activation):
@@ -155,10 +161,8 @@ def test_gradients_are_its_products_too(taken, activation):
     def plain(*leaves):
         return reference(*leaves, activation)
 
-    ours, theirs, truth = gradients(call, inputs), gradients(plain, inputs), gradients(plain, inputs, torch.float64)
+    compare_gradients(call, plain, inputs)
     assert len(taken) == 3
-    for name, a, t, e in zip(("input", "weight", "bias"), ours, truth, theirs):
-        assert_as_accurate(a, t, e, GRADIENT, name)
 
 
 @pytest.mark.quick
@@ -171,11 +175,8 @@ def test_several_projections_and_their_gradients(taken):
     def plain(x, weight, bias):
         return torch.cat([F.linear(x, weight, bias), F.linear(x, weight[:64])], 1)
 
-    inputs = x, weight, bias
-    ours, theirs, truth = gradients(call, inputs), gradients(plain, inputs), gradients(plain, inputs, torch.float64)
+    compare_gradients(call, plain, (x, weight, bias))
     assert len(taken) == 6
-    for name, a, t, e in zip(("input", "weight", "bias"), ours, truth, theirs):
-        assert_as_accurate(a, t, e, GRADIENT, name)
 
 
 @pytest.mark.quick

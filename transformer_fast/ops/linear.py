@@ -21,15 +21,11 @@ _FEW_OUTPUTS = 11
 
 def _is_fast(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
     """True when a backend has its own kernel for this call. Otherwise torch's F.linear is used."""
-    return (
-        _is_alike(input, weight, bias) and weight.shape[0] > _FEW_OUTPUTS and _has_product(input.dtype, input.shape[-1])
-    )
-
-
-def _has_product(dtype: torch.dtype, width: int) -> bool:
-    if forced_name() == "cpu" and gemm.why_torchs_product(dtype):
+    if not _is_alike(input, weight, bias) or weight.shape[0] <= _FEW_OUTPUTS:
+        return False
+    if forced_name() == "cpu" and gemm.why_torchs_product(input.dtype):
         return False  # a preference of the CPU backend, no reason to refuse the call
-    return select(("linear", "cpu", dtype, width, ())).name == "cpu"
+    return select(("linear", "cpu", input.dtype, input.shape[-1], ())).name == "cpu"
 
 
 def _sums_bias_gradient(input: torch.Tensor, weight, bias: torch.Tensor | None) -> bool:
